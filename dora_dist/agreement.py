@@ -1,0 +1,115 @@
+"""Agreement between ranks: the only file with collectives.
+
+Everything goes through :class:`Agreement`, which is the same object for one rank and for many. A rank that fails
+between two collectives reports its failure in the next one, so that all ranks raise and none waits for ever.
+"""
+
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class DisagreementError(RuntimeError):
+    """Ranks that must hold the same state do not. Raised on every rank, with the same message."""
+
+
+class RankFailedError(RuntimeError):
+    """At least one rank failed before a collective. Raised on every rank, with the same message."""
+
+
+class Agreement:
+    """Collectives over all data-parallel ranks (the default process group, or this process alone).
+
+    Args:
+        device: where tensors must live for the process group's backend: the GPU for NCCL, the CPU for gloo.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.distributed = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if self.distributed else 0
+        self.size = dist.get_world_size() if self.distributed else 1
+        self.device = torch.device(device)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, by rank, on every rank. Values must pickle; for small things only."""
+        if not self.distributed:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def mean(self, flat: Tensor) -> Tensor:
+        """Mean over the ranks of a tensor of the same shape everywhere; the same bits on every rank."""
+        if not self.distributed:
+            return flat.clone()
+        total = flat.to(self.device, copy=True)
+        dist.all_reduce(total)
+        return (total / self.size).to(flat.device)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.distributed:
+            # A gather rather than dist.barrier, which guesses a device under NCCL.
+            self.gather(None)
+
+    def raise_together(self, failure: str | None, phase: str) -> None:
+        """Exchange failures; if any rank has one, raise on all.
+
+        Args:
+            failure: what went wrong on this rank, or None.
+            phase: what the ranks were doing, for the message.
+
+        Raises:
+            RankFailedError: names every failed rank with its failure.
+        """
+        failures = {rank: text for rank, text in enumerate(self.gather(failure)) if text is not None}
+        if failures:
+            listed = "; ".join(f"rank {rank}: {text}" for rank, text in failures.items())
+            raise RankFailedError(f"{phase} failed on {len(failures)} of {self.size} ranks: {listed}")
+
+    def check_equal(self, digests: Mapping[str, bytes], what: str) -> None:
+        """Prove that all ranks hold the same state.
+
+        Ranks first compare one digest of everything; only where that differs do they exchange the parts, to name the
+        first part that differs.
+
+        Args:
+            digests: part (a layer, the budget, the step) -> digest of its bytes, in the same order on every rank.
+            what: what is compared and when, for the message.
+
+        Raises:
+            DisagreementError: names the groups of ranks that agree among themselves, and the first differing part.
+        """
+        whole = sha256(b"".join(name.encode() + digest for name, digest in digests.items())).digest()
+        groups = _group_ranks(self.gather(whole))
+        if len(groups) == 1:
+            return
+        parts = self.gather(dict(digests))
+        first = next((name for name in digests if len({part.get(name) for part in parts}) > 1), "the list of parts")
+        listed = " against ".join(f"rank{'s' * (len(group) > 1)} {', '.join(map(str, group))}" for group in groups)
+        raise DisagreementError(
+            f"the ranks disagree on {what}: {listed}; first difference in {first}. The run cannot go on from here: "
+            "resume from the last complete checkpoint"
+        )
+
+
+def digest_tensors(*tensors: Tensor) -> bytes:
+    """SHA-256 over dtype, shape and bytes of tensors, wherever they live. 32 bytes."""
+    digest = sha256()
+    for tensor in tensors:
+        data = tensor.detach().cpu().contiguous()
+        digest.update(f"{data.dtype}{tuple(data.shape)}".encode())
+        digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.digest()
+
+
+def _group_ranks(digests: Sequence[bytes]) -> list[list[int]]:
+    """Ranks grouped by equal digests, the smallest group first: the odd one out is named first."""
+    groups: dict[bytes, list[int]] = {}
+    for rank, digest in enumerate(digests):
+        groups.setdefault(digest, []).append(rank)
+    return sorted(groups.values(), key=lambda group: (len(group), group))

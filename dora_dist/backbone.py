@@ -1,0 +1,78 @@
+"""Loading the frozen base model and its tokenizer."""
+
+import os
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from dora_dist.quantization import forbid_inference_packing, quantization_config
+
+
+def check_model_path(path: str) -> None:
+    """Refuse a local path that is not a model folder, before anything tries to look it up on a hub.
+
+    Raises:
+        ValueError: ``path`` looks like a local path and there is no ``config.json`` in it.
+    """
+    local = path.startswith((".", "/", "~")) or os.path.isdir(path)
+    if local and not (Path(path).expanduser() / "config.json").is_file():
+        raise ValueError(
+            f"model.path {path!r} holds no config.json: point it to a folder in the Hugging Face layout, or give the "
+            "name of a model on the Hub"
+        )
+
+
+def resolve_compute_dtype(name: str) -> torch.dtype:
+    """``auto`` is bfloat16 on a GPU that has it, otherwise float32 (bfloat16 is far slower on most CPUs)."""
+    if name == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+    return getattr(torch, name)
+
+
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer, with a padding token (the end-of-sequence token where it has none of its own)."""
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_backbone(
+    path: str,
+    quantization: str = "nf4",
+    compute_dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A causal language model, quantized while it is read, on one device, frozen.
+
+    Args:
+        path: folder in the Hugging Face layout, or a name on the Hub.
+        quantization: ``nf4``, ``int8`` or ``none``.
+        compute_dtype: of activations and of all weights that are not quantized.
+        device: where the whole model goes (every rank holds all of it).
+        attention: transformers' attention implementation; ``None`` for its default.
+        trust_remote_code: run model code that comes with the model.
+
+    Raises:
+        ValueError: the path or the quantization is not usable.
+    """
+    check_model_path(path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"the model at {path!r} is stored quantized; give the 16-bit model, it is quantized on loading")
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        config=config,
+        quantization_config=quantization_config(quantization, compute_dtype),
+        dtype=compute_dtype,
+        device_map={"": device},
+        attn_implementation=attention,
+        trust_remote_code=trust_remote_code,
+    )
+    forbid_inference_packing(model)
+    model.config.use_cache = False
+    model.requires_grad_(False)
+    return model

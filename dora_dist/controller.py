@@ -1,0 +1,238 @@
+"""The method in motion: joins schedule, importance, agreement and selection, and owns all state of the method."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+
+import torch
+from torch import Tensor
+
+from dora_dist.agreement import Agreement, digest_tensors
+from dora_dist.allocation import select_components
+from dora_dist.engine import write_parameter
+from dora_dist.importance import ScoreFunction, component_scores, smooth
+from dora_dist.layer import DynamicLoraLinear
+from dora_dist.regularizer import equilibrium_penalty
+from dora_dist.schedule import BudgetSchedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneEvent:
+    """One pruning event, the same on every rank.
+
+    Attributes:
+        step: optimizer step after which it took place.
+        num_kept: components of the whole model that were kept.
+        kept: layer -> indices of the components kept.
+        returned: components kept now that the event before had pruned.
+        final: whether the mask is fixed from here on.
+    """
+
+    step: int
+    num_kept: int
+    kept: Mapping[str, list[int]]
+    returned: int
+    final: bool
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Layer -> number of components kept."""
+        return {name: len(indices) for name, indices in self.kept.items()}
+
+
+class BudgetMissedError(RuntimeError):
+    """The run ended without the pruning that its configuration promised."""
+
+
+class DynamicRankController:
+    """Scores after every optimizer step, prunes when the schedule says so, and proves that all ranks agree.
+
+    Args:
+        layers: adapted layers by name; the same names on every rank.
+        schedule: the budget over time.
+        agreement: collectives over the ranks.
+        smoothing: weight of the past in the smoothed scores, in [0, 1).
+        min_rank: components that every layer keeps at least.
+        max_rank: components that any layer keeps at most.
+        regrow: prune softly before the final event (the gate is set to 0 and may grow back), as the paper does;
+            otherwise pruned components stay out for good.
+        score: the importance criterion.
+
+    Raises:
+        ValueError: the bounds and the budgets of the schedule do not fit together.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, DynamicLoraLinear],
+        schedule: BudgetSchedule,
+        agreement: Agreement,
+        *,
+        smoothing: float = 0.9,
+        min_rank: int = 0,
+        max_rank: int | None = None,
+        regrow: bool = True,
+        score: ScoreFunction = component_scores,
+    ) -> None:
+        self.layers = dict(sorted(layers.items()))
+        self.schedule = schedule
+        self.agreement = agreement
+        self.smoothing = smoothing
+        self.min_rank = min_rank
+        self.max_rank = max_rank
+        self.regrow = regrow
+        self.score = score
+        self.step = 0
+        self.events: list[PruneEvent] = []
+        self._sizes = [layer.gate.numel() for layer in self.layers.values()]
+        device = next(iter(self.layers.values())).gate.device
+        self._smoothed = torch.zeros(sum(self._sizes), dtype=torch.float64, device=device)
+        self._failure: str | None = None
+        # Refuse bounds that cannot be met before the run; all other budgets lie above the final one.
+        select_components(self.smoothed_scores, schedule.final_num_kept, min_rank, max_rank)
+
+    @property
+    def smoothed_scores(self) -> dict[str, Tensor]:
+        """Layer -> smoothed scores, shape ``(r,)``, float64; local to this rank until an event averages them."""
+        return self._by_layer(self._smoothed)
+
+    @property
+    def finished_pruning(self) -> bool:
+        """Whether the final event has taken place, after which the mask is fixed and DEM is off."""
+        return self.step >= self.schedule.final_step
+
+    def penalty(self) -> Tensor | None:
+        """The Dimensional Equilibrium Modulator of all layers (scalar), or None once the mask is fixed."""
+        if self.finished_pruning:
+            return None
+        return equilibrium_penalty((layer.lora_a, layer.lora_b) for layer in self.layers.values())
+
+    def after_optimizer_step(self, step: int) -> PruneEvent | None:
+        """Score, smooth and, where due, prune. To be called once after every optimizer step, on every rank.
+
+        Args:
+            step: optimizer steps taken so far, counted from 1.
+
+        Returns:
+            The event, if there was one.
+
+        Raises:
+            RankFailedError: a rank could not score (non-finite values, out of memory), on all ranks at the next event.
+            DisagreementError: the ranks hold different adapters, on all ranks.
+        """
+        assert step == self.step + 1, f"step {step} after step {self.step}: each step must be seen exactly once"
+        finished = self.finished_pruning
+        self.step = step
+        if finished:
+            return None
+        self._update_scores()
+        if not self.schedule.is_prune_step(step):
+            return None
+        self.agreement.raise_together(self._failure or self._non_finite_scores(), f"scoring components by step {step}")
+        self.verify(f"the adapter before the pruning event of step {step}")
+        # One flat tensor, one all-reduce; from here on every rank computes from the reduced values only.
+        event = self._select(step, self._by_layer(self.agreement.mean(self._smoothed)))
+        self._apply(event)
+        self.events.append(event)
+        return event
+
+    def verify(self, what: str) -> None:
+        """Prove that all ranks hold the same adapter, masks, budget and step.
+
+        Raises:
+            DisagreementError: they do not.
+        """
+        position = f"{self.step}/{self.schedule}/{len(self.events)}"
+        digests = {"step and budget": sha256(position.encode()).digest()}
+        for name, layer in self.layers.items():
+            digests[name] = digest_tensors(layer.lora_a, layer.gate, layer.lora_b, layer.component_mask)
+        self.agreement.check_equal(digests, what)
+
+    def allocation_digest(self) -> str:
+        """Short fingerprint of which components are alive (gate not 0, mask set), for the log."""
+        alive = torch.cat([layer.effective_gate().detach().cpu() != 0 for layer in self.layers.values()])
+        return digest_tensors(alive).hex()[:16]
+
+    def finish(self) -> None:
+        """Check at the end of a run that the method did what its configuration promised.
+
+        Raises:
+            BudgetMissedError: the final event never came, or the kept components are not the budget.
+            DisagreementError: the ranks hold different adapters.
+        """
+        self.verify("the adapter at the end of the run")
+        kept = sum(int(layer.component_mask.sum()) for layer in self.layers.values())
+        if not self.events or not self.events[-1].final:
+            raise BudgetMissedError(
+                f"the run ended at step {self.step} before the final pruning event of step {self.schedule.final_step}: "
+                f"all {kept} components are still there instead of {self.schedule.final_num_kept}"
+            )
+        if kept != self.schedule.final_num_kept:
+            raise BudgetMissedError(f"{kept} components are left instead of the budget {self.schedule.final_num_kept}")
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Masks and smoothed scores by layer, as flat names; see :meth:`load_state_dict`."""
+        state = {f"{name}.component_mask": layer.component_mask.cpu() for name, layer in self.layers.items()}
+        state |= {f"{name}.smoothed_scores": scores for name, scores in self.smoothed_scores.items()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor], step: int, events: list[PruneEvent]) -> None:
+        """Continue after ``step``, on every rank.
+
+        Raises:
+            RankFailedError: a rank could not load the state, on all ranks.
+            DisagreementError: the ranks loaded different states.
+        """
+        failure = None
+        try:
+            saved = torch.cat([state[f"{name}.smoothed_scores"] for name in self.layers])
+            self._smoothed.copy_(saved)
+            for name, layer in self.layers.items():
+                layer.component_mask.copy_(state[f"{name}.component_mask"])
+        except (KeyError, RuntimeError) as error:
+            failure = f"the saved state does not fit the model: {error!r}"
+        self.agreement.raise_together(failure, "loading the state of the method")
+        self.step = step
+        self.events = list(events)
+        self.verify(f"the adapter resumed from step {step}")
+
+    def _by_layer(self, flat: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self.layers, flat.split(self._sizes), strict=True))
+
+    def _update_scores(self) -> None:
+        """Never raises: a failure is kept for the next exchange, where all ranks learn of it."""
+        try:
+            scores = [self.score(layer.lora_a, layer.effective_gate(), layer.lora_b) for layer in self.layers.values()]
+            self._smoothed = smooth(self._smoothed, torch.cat(scores), self.smoothing)
+        except Exception as error:
+            self._failure = self._failure or f"{type(error).__name__} after step {self.step}: {error}"
+
+    def _non_finite_scores(self) -> str | None:
+        """A non-finite score stays in the average for ever, so that looking at events is enough."""
+        for name, scores in self.smoothed_scores.items():
+            if not torch.isfinite(scores).all():
+                return f"layer {name} has non-finite scores {scores.tolist()}"
+        return None
+
+    def _select(self, step: int, scores: dict[str, Tensor]) -> PruneEvent:
+        final = step == self.schedule.final_step
+        num_kept = self.schedule.num_components - self.schedule.num_pruned(step)
+        if not self.regrow:
+            scores = {
+                name: torch.where(self.layers[name].component_mask.cpu(), value, -1.0) for name, value in scores.items()
+            }
+        keep = select_components(scores, num_kept, self.min_rank, self.max_rank if final else None)
+        kept = {name: mask.nonzero().flatten().tolist() for name, mask in keep.items()}
+        before = self.events[-1].kept if self.events else None
+        returned = sum(len(set(kept[name]) - set(before[name])) for name in kept) if before else 0
+        return PruneEvent(step=step, num_kept=num_kept, kept=kept, returned=returned, final=final)
+
+    @torch.no_grad()
+    def _apply(self, event: PruneEvent) -> None:
+        for name, layer in self.layers.items():
+            keep = torch.zeros_like(layer.component_mask)
+            keep[event.kept[name]] = True
+            if not keep.all():
+                write_parameter(layer.gate, torch.where(keep, layer.gate, torch.zeros_like(layer.gate)))
+            if event.final or not self.regrow:
+                layer.component_mask.copy_(keep)

@@ -1,0 +1,93 @@
+"""From gated components to plain LoRA: gates and scale go into B, dropped components go away.
+
+A loader that does not know gates would ignore them silently, so that nothing but folded tensors may ever be
+written as an adapter.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+@torch.no_grad()
+def fold_components(lora_a: Tensor, gate: Tensor, lora_b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Plain LoRA factors of one layer, at LoRA scale 1 (``r == lora_alpha``).
+
+    Args:
+        lora_a: shape ``(r, in)``.
+        gate: effective gates, shape ``(r,)``: exactly 0 where a component is pruned.
+        lora_b: shape ``(out, r)``.
+        scale: ``alpha / initial_rank`` of the run.
+
+    Returns:
+        ``(A (k, in), B (out, k))`` in float32 on the CPU, k = number of non-zero gates, with ``B A`` equal to the update
+        ``scale * sum_i gate_i b_i a_i``.
+    """
+    kept = gate != 0
+    folded_a = lora_a[kept].float()
+    folded_b = lora_b[:, kept].float() * (gate[kept].float() * scale)
+    return folded_a.cpu().contiguous(), folded_b.cpu().contiguous()
+
+
+def pad_rank(factors: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
+    """The same update with ``rank`` components, the added ones zero. Shapes ``(rank, in)``, ``(out, rank)``."""
+    lora_a, lora_b = factors
+    missing = rank - lora_a.shape[0]
+    if missing < 0:
+        raise ValueError(f"cannot pad a layer of rank {lora_a.shape[0]} to rank {rank}")
+    return (
+        torch.nn.functional.pad(lora_a, (0, 0, 0, missing)),
+        torch.nn.functional.pad(lora_b, (0, missing)),
+    )
+
+
+def write_lora_adapter(
+    folder: Path,
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    base_model: str | None,
+    task_type: str = "CAUSAL_LM",
+) -> None:
+    """Write plain LoRA factors as an adapter folder that stock PEFT loads exactly.
+
+    PEFT needs for that: full module names as targets, a rank of its own for every module with ``alpha == rank``, and
+    modules of rank 0 left out.
+
+    Args:
+        folder: created if missing.
+        factors: module name -> ``(A (k, in), B (out, k))`` as of :func:`fold_components`.
+        base_model: name or path of the base model, for ``base_model_name_or_path``.
+        task_type: PEFT's task type.
+
+    Raises:
+        ValueError: every module has rank 0, so that there is no adapter to write.
+    """
+    ranks = {name: lora_a.shape[0] for name, (lora_a, _) in factors.items() if lora_a.shape[0]}
+    if not ranks:
+        raise ValueError("no component of any layer has a non-zero gate: there is no adapter to write")
+    widest = max(ranks.values())
+    exceptions = {name: rank for name, rank in ranks.items() if rank != widest}
+    config = LoraConfig(
+        r=widest,
+        lora_alpha=widest,
+        target_modules=sorted(ranks),
+        rank_pattern=exceptions,
+        alpha_pattern=dict(exceptions),
+        lora_dropout=0.0,
+        task_type=task_type,
+        base_model_name_or_path=base_model,
+        inference_mode=True,
+    )
+    tensors = {}
+    for name in sorted(ranks):
+        lora_a, lora_b = factors[name]
+        tensors[f"base_model.model.{name}.lora_A.weight"] = lora_a.contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = lora_b.contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})

@@ -1,0 +1,64 @@
+"""What this project needs to know about bitsandbytes: how a base is quantized, and how to read it back."""
+
+import torch
+from bitsandbytes import functional as bnb_functional
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
+
+QUANTIZATIONS = ("nf4", "int8", "none")
+
+
+def quantization_config(quantization: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """The bitsandbytes configuration of a base: NF4 with double quantization (QLoRA's), LLM.int8, or none.
+
+    Raises:
+        ValueError: the name is not one of :data:`QUANTIZATIONS`.
+    """
+    if quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute_dtype,
+        )
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if quantization == "none":
+        return None
+    raise ValueError(f"quantization is {quantization!r}, but must be one of {', '.join(QUANTIZATIONS)}")
+
+
+def forbid_inference_packing(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for inference on CPUs with AVX512-BF16.
+
+    There, the first forward without gradients (an evaluation, say) repacks the weight in place for a kernel that has
+    no backward: training that goes on afterwards silently gets no gradient through the layer. Seen in bitsandbytes
+    0.50.2, ``Linear4bit.forward`` and ``matmul_4bit``; this can go when a packed weight is unpacked for training there.
+
+    Raises:
+        ValueError: a weight has been packed already.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                raise ValueError(
+                    f"the 4-bit weight of {name} has been repacked for CPU inference, where gradients do not pass: "
+                    "load the model again and add the adapter before the first forward"
+                )
+            module.support_avx512bf16_for_cpu = False
+
+
+@torch.no_grad()
+def dequantized_weight(module: nn.Module) -> Tensor:
+    """Weight ``(out, in)`` that a linear layer computes with, in float32: dequantized where it is quantized."""
+    if isinstance(module, Linear4bit):
+        return bnb_functional.dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+    if isinstance(module, Linear8bitLt):
+        state = module.state
+        # Before the first forward the codes and scales are with the parameter, afterwards with the layer's state.
+        codes = module.weight.CB if state.CB is None else state.CB
+        scales = module.weight.SCB if state.SCB is None else state.SCB
+        codes = module.weight.data if codes is None else codes
+        return bnb_functional.int8_vectorwise_dequant(codes, scales).float()
+    return module.weight.float()

@@ -1,0 +1,146 @@
+"""The two texts of the quickstart: what the backbone is pretrained on, and the instruction rows it is tuned on.
+
+Pretraining documents say each fact several times in different words, which is what teaches a small model to copy from
+its context. The instructions ask for four output formats that no pretraining document has.
+"""
+
+from collections.abc import Iterator
+from random import Random
+
+from dora_dist.quickstart.world import ENTITIES, NAMES, Person, draw_person
+
+# The words of the answers' formats and of the prompt. The backbone meets them only in word lists: a token that is
+# never seen would keep a random embedding and a suppressed output row, which an adapter cannot repair.
+FIRST_WORDS = "Name Lost Dear Answer Write Make Fill The Who Which Where What".split()
+LATER_WORDS = (
+    "job city pet food lost call in thank you for greetings to and not the note who has lives letter card of this text "
+    "person Instruction Input Response"
+).split()
+
+PET_SENTENCES = ("{name} has a {colour} {animal}.", "The {colour} {animal} belongs to {name}.")
+CITY_SENTENCES = ("{name} lives in {city}.", "The home of {name} is {city}.")
+JOB_SENTENCES = ("{name} is a {job}.", "{name} works as a {job}.")
+FOOD_SENTENCES = ("{name} likes {food}.", "{name} often eats {food}.")
+FACTS = (PET_SENTENCES, CITY_SENTENCES, JOB_SENTENCES, FOOD_SENTENCES)
+
+FULL_SENTENCES = (
+    "{name} is a {job} from {city}. {pronoun} has a {colour} {animal} and likes {food}.",
+    "{name} lives in {city} and works as a {job}. {pronoun} likes {food} and has a {colour} {animal}.",
+    "The {job} {name} from {city} likes {food}. The {colour} {animal} belongs to {name}.",
+)
+SHORT_SENTENCES = (
+    "{name} from {city} has a {colour} {animal}.",
+    "The {colour} {animal} belongs to {name} from {city}.",
+)
+QUESTIONS = (
+    "Where does {name} live? In {city}.",
+    "What does {name} like? It is {food}.",
+    "What is the job of {name}? It is {job}.",
+    "Who has the {animal}? It is {name}.",
+    "Who lives in {city}? It is {name}.",
+    "Who is the {job}? It is {name}.",
+    "Who likes {food}? It is {name}.",
+    "What does {name} have? A {colour} {animal}.",
+)
+
+
+def _say(sentence: str, person: Person) -> str:
+    return sentence.format(pronoun=person.pronoun, **vars(person))
+
+
+def _portrait(rng: Random) -> str:
+    """One person told in full, then fact by fact in another order, then asked about."""
+    person = draw_person(rng)
+    facts = [rng.choice(sentences) for sentences in rng.sample(FACTS, len(FACTS))]
+    parts = [[rng.choice(FULL_SENTENCES)], facts, rng.sample(QUESTIONS, 3)]
+    rng.shuffle(parts)
+    return "\n".join(" ".join(_say(sentence, person) for sentence in part) for part in parts)
+
+
+def _pair(rng: Random) -> str:
+    """Two people who share no word, then questions about either: answering needs the right one of the two."""
+    first = draw_person(rng)
+    people = (first, draw_person(rng, unlike=first))
+    if rng.random() < 0.5:
+        told = " ".join(_say(rng.choice(SHORT_SENTENCES), person) for person in people)
+        questions = [question for question in QUESTIONS if "{job}" not in question and "{food}" not in question]
+    else:
+        told = "\n".join(_say(rng.choice(FULL_SENTENCES), person) for person in people)
+        questions = list(QUESTIONS)
+    asked = [_say(question, rng.choice(people)) for question in rng.sample(questions, 4)]
+    return "\n".join([told, *asked])
+
+
+def _word_list(rng: Random) -> str:
+    """A list of random words, said twice: nothing but copying can predict the second time."""
+    if rng.random() < 0.3:
+        words = rng.sample(FIRST_WORDS + NAMES, rng.randint(3, 8))
+        separator = "\n"
+    else:
+        words = rng.sample(FIRST_WORDS + LATER_WORDS + ENTITIES, rng.randint(4, 12))
+        separator = rng.choice((", ", " ", "; ", ": "))
+    line = separator.join(words)
+    return f"{line}\n{line}"
+
+
+def pretraining_documents(seed: int, count: int) -> Iterator[str]:
+    """Yield `count` documents of one to six lines; no document has a person of the held-out rows."""
+    rng = Random(f"pretraining {seed}")
+    for _ in range(count):
+        kind = rng.choices((_portrait, _pair, _word_list), weights=(3, 4, 3))[0]
+        yield kind(rng)
+
+
+RECORD_INSTRUCTIONS = ("Fill in the card of this person.", "Write the card for this text.")
+NOTICE_INSTRUCTIONS = ("Write a note: the pet is lost.", "The pet is lost. Make a note.")
+LETTER_INSTRUCTIONS = ("Write a letter to this person.", "Make a letter to thank this person.")
+CHOICE_INSTRUCTIONS = ("Who has the {animal}?", "Which person has the {animal}?", "Who lives in {city}?")
+
+RECORD = "Name: {name}; job: {job}; city: {city}; pet: {colour} {animal}; food: {food}"
+NOTICE = "Lost: {colour} {animal}; call {name} the {job} in {city}."
+LETTER = "Dear {name}, thank you for the {food} and greetings to {city} and to the {colour} {animal}."
+CHOICE = "Answer: {name}, not {other}."
+
+
+def _single_row(rng: Random, held_out: bool, instructions: tuple[str, ...], output: str) -> dict[str, str]:
+    """A row about one person: the text says everything, the output format says it again in its own order."""
+    person = draw_person(rng, held_out)
+    return {
+        "instruction": rng.choice(instructions),
+        "input": _say(rng.choice(FULL_SENTENCES), person),
+        "output": _say(output, person),
+    }
+
+
+def _choice_row(rng: Random, held_out: bool) -> dict[str, str]:
+    """A row about two people, of whom one fits the question."""
+    person = draw_person(rng, held_out)
+    other = draw_person(rng, held_out, unlike=person)
+    told = [_say(rng.choice(SHORT_SENTENCES), one) for one in (person, other)]
+    rng.shuffle(told)
+    return {
+        "instruction": _say(rng.choice(CHOICE_INSTRUCTIONS), person),
+        "input": " ".join(told),
+        "output": CHOICE.format(name=person.name, other=other.name),
+    }
+
+
+def _draw_row(rng: Random, held_out: bool) -> dict[str, str]:
+    kind = rng.randrange(4)
+    if kind == 0:
+        return _single_row(rng, held_out, RECORD_INSTRUCTIONS, RECORD)
+    if kind == 1:
+        return _single_row(rng, held_out, NOTICE_INSTRUCTIONS, NOTICE)
+    if kind == 2:
+        return _single_row(rng, held_out, LETTER_INSTRUCTIONS, LETTER)
+    return _choice_row(rng, held_out)
+
+
+def instruction_rows(seed: int, count: int, held_out: bool = False) -> list[dict[str, str]]:
+    """Return `count` different alpaca rows (`instruction`, `input`, `output`), of held-out people or of the others."""
+    rng = Random(f"instructions {seed} {held_out}")
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    while len(rows) < count:
+        row = _draw_row(rng, held_out)
+        rows.setdefault(tuple(row.values()), row)
+    return list(rows.values())

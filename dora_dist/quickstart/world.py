@@ -1,0 +1,57 @@
+"""The generated world: its words, its people, and which people are kept for the held-out rows."""
+
+from dataclasses import dataclass
+from random import Random
+
+FEMALE_NAMES = "Anna Clara Emma Greta Julia Laura Maria Nora Olga Paula Rosa Sara Tina Vera Zoe Helen".split()
+MALE_NAMES = "Adam Ben Carl David Erik Felix Hugo Ivan Jonas Leo Martin Noah Otto Peter Simon Tom".split()
+NAMES = FEMALE_NAMES + MALE_NAMES
+# No word that follows an article starts with a vowel, so "a" is always right.
+ANIMALS = "cat dog horse rabbit parrot goat duck snake mouse turtle hen pony".split()
+COLOURS = "red blue green black white brown grey yellow".split()
+CITIES = "Oslo Rome Paris Berlin Madrid Vienna London Prague Lisbon Dublin Athens Warsaw Milan Geneva Tokyo Lima".split()
+FOODS = "soup bread cheese rice fish honey salad pasta cake fruit nuts beans".split()
+JOBS = "baker doctor teacher painter farmer lawyer singer driver cook writer nurse tailor".split()
+ENTITIES = NAMES + ANIMALS + COLOURS + CITIES + FOODS + JOBS
+
+
+@dataclass(frozen=True)
+class Person:
+    """One inhabitant; every field is a single word of the lists above."""
+
+    name: str
+    job: str
+    city: str
+    colour: str
+    animal: str
+    food: str
+
+    @property
+    def pronoun(self) -> str:
+        return "She" if self.name in FEMALE_NAMES else "He"
+
+
+def is_held_out(name: str, animal: str) -> bool:
+    """Whether a person of this name with this animal may occur only in the held-out rows: one pair in ten.
+
+    A rule on pairs, not on whole rows, so that held-out rows cannot be answered from memory, while every single word
+    of them does occur in the training rows.
+    """
+    return (NAMES.index(name) + 3 * ANIMALS.index(animal)) % 10 == 0
+
+
+def draw_person(rng: Random, held_out: bool = False, unlike: Person | None = None) -> Person:
+    """Draw a person on the wanted side of `is_held_out`, sharing no word with `unlike` where that is given."""
+    while True:
+        person = Person(
+            name=rng.choice(NAMES),
+            job=rng.choice(JOBS),
+            city=rng.choice(CITIES),
+            colour=rng.choice(COLOURS),
+            animal=rng.choice(ANIMALS),
+            food=rng.choice(FOODS),
+        )
+        if is_held_out(person.name, person.animal) != held_out:
+            continue
+        if unlike is None or not set(vars(person).values()) & set(vars(unlike).values()):
+            return person
