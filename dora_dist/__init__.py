@@ -4,15 +4,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dora_dist.model import DynamicLoraConfig as DynamicLoraConfig
+    from dora_dist.adapter_config import DynamicLoraConfig as DynamicLoraConfig
     from dora_dist.model import add_dynamic_lora as add_dynamic_lora
 
 __version__ = "0.1.0"
 __all__ = ["DynamicLoraConfig", "add_dynamic_lora"]
+_HOME = {"DynamicLoraConfig": "dora_dist.adapter_config", "add_dynamic_lora": "dora_dist.model"}
 
 
 def __getattr__(name: str) -> Any:
     # Lazy, so that `python -m dora_dist.x --help` and the pure modules do not wait for peft and transformers.
-    if name in __all__:
-        return getattr(import_module("dora_dist.model"), name)
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

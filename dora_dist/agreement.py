@@ -12,12 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dora_dist.command import ExpectedRunError
 
-class DisagreementError(RuntimeError):
+
+class DisagreementError(ExpectedRunError):
     """Ranks that must hold the same state do not. Raised on every rank, with the same message."""
 
 
-class RankFailedError(RuntimeError):
+class RankFailedError(ExpectedRunError):
     """At least one rank failed before a collective. Raised on every rank, with the same message."""
 
 
@@ -55,6 +57,12 @@ class Agreement:
         if self.distributed:
             # A gather rather than dist.barrier, which guesses a device under NCCL.
             self.gather(None)
+
+    def close(self) -> None:
+        """Leave the process group at the end of a run, when all ranks have come here."""
+        self.barrier()
+        if self.distributed:
+            dist.destroy_process_group()
 
     def raise_together(self, failure: str | None, phase: str) -> None:
         """Exchange failures; if any rank has one, raise on all.

@@ -62,7 +62,9 @@ def load_backbone(
     check_model_path(path)
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(f"the model at {path!r} is stored quantized; give the 16-bit model, it is quantized on loading")
+        raise ValueError(
+            f"the model at {path!r} is stored quantized; give the 16-bit model, it is quantized on loading"
+        )
     model = AutoModelForCausalLM.from_pretrained(
         path,
         config=config,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dora_dist.agreement import Agreement, digest_tensors
 from dora_dist.allocation import select_components
+from dora_dist.command import ExpectedRunError
 from dora_dist.engine import write_parameter
 from dora_dist.importance import ScoreFunction, component_scores, smooth
 from dora_dist.layer import DynamicLoraLinear
@@ -40,7 +41,7 @@ class PruneEvent:
         return {name: len(indices) for name, indices in self.kept.items()}
 
 
-class BudgetMissedError(RuntimeError):
+class BudgetMissedError(ExpectedRunError):
     """The run ended without the pruning that its configuration promised."""
 
 

@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-ADAPTER_NAME = "default"
+from dora_dist.adapter_config import INITS
 
-INITS = ("lora", "paper")
-"""``lora``: a_i as LoRA's, b_i = 0, c_i = 1. ``paper``: a_i and b_i Kaiming-uniform, c_i = 0."""
+ADAPTER_NAME = "default"
 
 
 class DynamicLoraLinear(nn.Module, LoraLayer):
@@ -89,7 +88,7 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
         layers or the process.
 
         Raises:
-            ValueError: ``init`` is not one of :data:`INITS`.
+            ValueError: ``init`` is not one of ``INITS``.
         """
         if init not in INITS:
             raise ValueError(f"init is {init!r}, but must be one of {', '.join(INITS)}")

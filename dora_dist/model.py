@@ -1,74 +1,18 @@
 """Putting dynamic-rank components into a model, as a real PEFT model."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModelForCausalLM
 from torch import nn
 
+from dora_dist.adapter_config import DynamicLoraConfig
 from dora_dist.folding import fold_components, write_lora_adapter
 from dora_dist.layer import ADAPTER_NAME, DynamicLoraLinear
 from dora_dist.quantization import forbid_inference_packing
-from dora_dist.targets import ALL_LINEAR, resolve_targets
-
-
-@dataclass(kw_only=True)
-class DynamicLoraConfig:
-    """The adapter: how many rank-one components each layer starts with and which layers have them.
-
-    Args:
-        target_rank: components per layer, on average, after pruning.
-        initial_rank: components per layer at the start; by default 1.5 times the target rank, rounded up (the paper's).
-        alpha: the update is scaled by ``alpha / initial_rank`` for the whole run.
-        dropout: on the input of the components, in [0, 1).
-        target_modules: ``all-linear`` (without the output head), a regular expression for full module names, or a list
-            of names or their last parts.
-        init: ``lora`` (a_i as LoRA's, b_i = 0, c_i = 1) or ``paper`` (a_i, b_i Kaiming-uniform, c_i = 0); both start
-            exactly as the base model.
-        dtype: of the adapter's parameters: ``float32``, ``bfloat16`` or ``float16``.
-        train_gates: train c_i; without, the layer is plain LoRA that can be pruned but not regrow.
-        seed: of the initial values, which are the same on every rank and in every run.
-    """
-
-    target_rank: int = 8
-    initial_rank: int | None = None
-    alpha: float = 8.0
-    dropout: float = 0.1
-    target_modules: str | list[str] = ALL_LINEAR
-    init: Literal["lora", "paper"] = "lora"
-    dtype: str = "float32"
-    train_gates: bool = True
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.target_rank < 1:
-            raise ValueError(f"target_rank is {self.target_rank}, but must be at least 1")
-        if self.initial_rank is not None and self.initial_rank < self.target_rank:
-            raise ValueError(
-                f"initial_rank is {self.initial_rank}, below target_rank {self.target_rank}: pruning only removes "
-                "components, so raise initial_rank (1.5 x target_rank by default) or lower target_rank"
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}, but must lie in [0, 1)")
-        if not self.alpha > 0:
-            raise ValueError(f"alpha is {self.alpha}, but must be positive")
-        if self.dtype not in ("float32", "bfloat16", "float16", "float64"):
-            raise ValueError(f"dtype is {self.dtype!r}, but must be float32, bfloat16 or float16")
-        if self.init == "paper" and not self.train_gates:
-            raise ValueError("init 'paper' starts with all gates at 0, which never change unless train_gates is true")
-
-    @property
-    def start_rank(self) -> int:
-        """``initial_rank``, resolved."""
-        return self.initial_rank if self.initial_rank is not None else math.ceil(1.5 * self.target_rank)
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
+from dora_dist.targets import resolve_targets
 
 
 class DynamicLoraModel(PeftModelForCausalLM):
@@ -136,10 +80,11 @@ def add_dynamic_lora(model: nn.Module, config: DynamicLoraConfig) -> DynamicLora
     # Covers bitsandbytes' quantized layers, which derive from nn.Linear.
     lora_config._register_custom_module({nn.Linear: DynamicLoraLinear})
     peft_model = DynamicLoraModel(model, lora_config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
+    dtype = model.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     layers = peft_model.adapted_layers()
     _check_all_adapted(names, layers)
     for name, layer in layers.items():
-        layer.initialize(config.init, config.seed, name, config.torch_dtype)
+        layer.initialize(config.init, config.seed, name, dtype)
         layer.gate.requires_grad_(config.train_gates)
     return peft_model
 

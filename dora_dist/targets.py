@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-ALL_LINEAR = "all-linear"
+from dora_dist.adapter_config import ALL_LINEAR
 
 
 def resolve_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:

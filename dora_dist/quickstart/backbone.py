@@ -107,7 +107,9 @@ def pretrain(model: "LlamaForCausalLM", stream: "torch.Tensor", settings: Backbo
     """Train `model` in place on `stream`, one pass in order, and return the mean loss of the last tenth (nats/token)."""
     import torch
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
     warmup = max(1, settings.steps // 20)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -130,5 +132,7 @@ def pretrain(model: "LlamaForCausalLM", stream: "torch.Tensor", settings: Backbo
         losses.append(loss.item())
         if (step + 1) % max(1, settings.steps // 8) == 0:
             speed = (step + 1) * tokens_per_step / (time.monotonic() - started)
-            print(f"backbone step {step + 1}/{settings.steps}  loss {losses[-1]:.3f}  {speed:,.0f} tokens/s", flush=True)
+            print(
+                f"backbone step {step + 1}/{settings.steps}  loss {losses[-1]:.3f}  {speed:,.0f} tokens/s", flush=True
+            )
     return sum(losses[-(settings.steps // 10) :]) / (settings.steps // 10)

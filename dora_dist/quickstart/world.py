@@ -9,7 +9,9 @@ NAMES = FEMALE_NAMES + MALE_NAMES
 # No word that follows an article starts with a vowel, so "a" is always right.
 ANIMALS = "cat dog horse rabbit parrot goat duck snake mouse turtle hen pony".split()
 COLOURS = "red blue green black white brown grey yellow".split()
-CITIES = "Oslo Rome Paris Berlin Madrid Vienna London Prague Lisbon Dublin Athens Warsaw Milan Geneva Tokyo Lima".split()
+CITIES = (
+    "Oslo Rome Paris Berlin Madrid Vienna London Prague Lisbon Dublin Athens Warsaw Milan Geneva Tokyo Lima".split()
+)
 FOODS = "soup bread cheese rice fish honey salad pasta cake fruit nuts beans".split()
 JOBS = "baker doctor teacher painter farmer lawyer singer driver cook writer nurse tailor".split()
 ENTITIES = NAMES + ANIMALS + COLOURS + CITIES + FOODS + JOBS

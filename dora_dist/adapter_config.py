@@ -1,0 +1,64 @@
+"""The configuration of an adapter: plain values, no torch, so that a command line is parsed without waiting for it."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+ALL_LINEAR = "all-linear"
+INITS = ("lora", "paper")
+"""``lora``: a_i as LoRA's, b_i = 0, c_i = 1. ``paper``: a_i and b_i Kaiming-uniform, c_i = 0."""
+DTYPES = ("auto", "float32", "bfloat16", "float64")
+
+
+@dataclass(kw_only=True)
+class DynamicLoraConfig:
+    """The adapter: how many rank-one components each layer starts with and which layers have them.
+
+    Args:
+        target_rank: components per layer, on average, after pruning.
+        initial_rank: components per layer at the start; by default 1.5 times the target rank, rounded up (the paper's).
+        alpha: the update is scaled by alpha / initial_rank for the whole run.
+        dropout: on the input of the components, in [0, 1).
+        target_modules: all-linear (without the output head), a regular expression for full module names, or a list
+            of names or their last parts.
+        init: lora (a_i as LoRA's, b_i = 0, c_i = 1) or paper (a_i, b_i Kaiming-uniform, c_i = 0); both start
+            exactly as the base model.
+        dtype: of the adapter's parameters: float32, bfloat16, float64, or auto for that of the base's unquantized
+            weights.
+        train_gates: train c_i; without, the layer is plain LoRA that can be pruned but not regrow.
+        seed: of the initial values, which are the same on every rank and in every run.
+    """
+
+    target_rank: int = 8
+    initial_rank: int | None = None
+    alpha: float = 8.0
+    dropout: float = 0.1
+    target_modules: str | list[str] = ALL_LINEAR
+    init: Literal["lora", "paper"] = "lora"
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "float32"
+    train_gates: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.target_rank < 1:
+            raise ValueError(f"target_rank is {self.target_rank}, but must be at least 1")
+        if self.initial_rank is not None and self.initial_rank < self.target_rank:
+            raise ValueError(
+                f"initial_rank is {self.initial_rank}, below target_rank {self.target_rank}: pruning only removes "
+                "components, so raise initial_rank (1.5 x target_rank by default) or lower target_rank"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}, but must lie in [0, 1)")
+        if not self.alpha > 0:
+            raise ValueError(f"alpha is {self.alpha}, but must be positive")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}, but must be one of {', '.join(DTYPES)}")
+        if self.init not in INITS:
+            raise ValueError(f"init is {self.init!r}, but must be one of {', '.join(INITS)}")
+        if self.init == "paper" and not self.train_gates:
+            raise ValueError("init 'paper' starts with all gates at 0, which never change unless train_gates is true")
+
+    @property
+    def start_rank(self) -> int:
+        """``initial_rank``, resolved."""
+        return self.initial_rank if self.initial_rank is not None else math.ceil(1.5 * self.target_rank)

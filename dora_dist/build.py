@@ -1,0 +1,217 @@
+"""From the configuration to the parts of a run. A configuration object goes no further than this file."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from dora_dist import backbone
+from dora_dist.agreement import Agreement
+from dora_dist.config import DEFAULT_TRAINING_ARGUMENTS, DataConfig, RunConfig
+from dora_dist.controller import DynamicRankController
+from dora_dist.data.encode import IGNORED, EncodedExamples, encode_examples
+from dora_dist.data.order import TrainingOrder
+from dora_dist.data.rows import read_examples
+from dora_dist.evaluation import Evaluator
+from dora_dist.model import DynamicLoraModel, add_dynamic_lora
+from dora_dist.records import RunRecords
+from dora_dist.schedule import BudgetSchedule
+from dora_dist.trainer import DynamicLoraTrainer
+
+LEAST_TRAINED_SHARE = 0.01
+
+
+def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, path: str | list[str]) -> EncodedExamples:
+    """Read, check and encode one set of files.
+
+    Raises:
+        ValueError: the data cannot be used, or next to nothing of it would be trained on.
+    """
+    data = encode_examples(read_examples(path, config.format), tokenizer, config.max_length, config.overlong)
+    if data.trained_tokens < LEAST_TRAINED_SHARE * data.tokens:
+        raise ValueError(
+            f"{path}: only {data.trained_tokens} of {data.tokens} tokens are answers to learn from, under "
+            f"{LEAST_TRAINED_SHARE:.0%}; check that the answers are in the right field"
+        )
+    return data
+
+
+def training_arguments(config: RunConfig, num_examples: int) -> TrainingArguments:
+    """The Trainer's settings, with ``max_steps`` resolved to the optimizer steps of the whole run.
+
+    Raises:
+        ValueError: a value of the training section is not one that ``TrainingArguments`` takes.
+    """
+    dtype = backbone.resolve_compute_dtype(config.model.compute_dtype)
+    gpus = torch.cuda.is_available()
+    if dtype is torch.bfloat16 and not gpus:
+        raise ValueError("model.compute_dtype is bfloat16, but there is no GPU: on CPUs train in float32")
+    values = {**DEFAULT_TRAINING_ARGUMENTS, **config.training}
+    if values.get("gradient_checkpointing"):
+        # The reentrant kind would cut the gradient at the frozen embedding.
+        values.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(config.output_dir) / "tensorboard")
+    owned: dict[str, Any] = dict(
+        output_dir=config.output_dir,
+        seed=config.seed,
+        bf16=dtype is torch.bfloat16,
+        accelerator_config={"use_configured_state": True},
+        average_tokens_across_devices=True,
+        ddp_broadcast_buffers=False,
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+    )
+    try:
+        arguments = TrainingArguments(**values, **owned)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"training: {error}") from None
+    if arguments.max_steps <= 0:
+        global_batch = _global_batch(arguments)
+        arguments.max_steps = math.ceil(arguments.num_train_epochs * num_examples / global_batch)
+    return arguments
+
+
+def fingerprint(config: RunConfig, arguments: TrainingArguments, num_examples: int) -> dict[str, Any]:
+    """What a run must have in common with the one whose checkpoint it continues."""
+    adapter = {f"adapter.{name}": value for name, value in dataclasses.asdict(config.adapter).items()}
+    pruning = {f"pruning.{name}": value for name, value in dataclasses.asdict(config.pruning).items()}
+    names = ("learning_rate", "optim", "weight_decay", "lr_scheduler_type", "warmup_steps", "max_grad_norm")
+    training = {f"training.{name}": _plain(getattr(arguments, name)) for name in names}
+    return {
+        **adapter,
+        **pruning,
+        **training,
+        "initial rank": config.adapter.start_rank,
+        "model.quantization": config.model.quantization,
+        "model.compute_dtype": str(backbone.resolve_compute_dtype(config.model.compute_dtype)),
+        "seed": config.seed,
+        "optimizer steps": arguments.max_steps,
+        "global batch": _global_batch(arguments),
+        "training examples": num_examples,
+        "distributed.engine": config.distributed.engine,
+        "number of processes": arguments.world_size,
+    }
+
+
+def load_model(config: RunConfig, device: torch.device) -> DynamicLoraModel:
+    """The frozen base with its adapter at the start."""
+    dtype = backbone.resolve_compute_dtype(config.model.compute_dtype)
+    base = backbone.load_backbone(
+        config.model.path,
+        quantization=config.model.quantization,
+        compute_dtype=dtype,
+        device=device,
+        attention=config.model.attention,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    adapter = config.adapter
+    if adapter.dtype == "auto" and not config.distributed.engine.startswith("zero"):
+        # Only ZeRO keeps a float32 master copy of low-precision parameters.
+        adapter = dataclasses.replace(adapter, dtype="float32")
+    return add_dynamic_lora(base, adapter)
+
+
+def build_schedule(config: RunConfig, num_layers: int, total_steps: int) -> BudgetSchedule:
+    """The budget over the run.
+
+    Raises:
+        ValueError: the run is too short for the phases of the pruning section.
+    """
+    return BudgetSchedule(
+        total_steps=total_steps,
+        num_layers=num_layers,
+        initial_rank=config.adapter.start_rank,
+        target_rank=config.adapter.target_rank,
+        warmup_fraction=config.pruning.warmup_fraction,
+        final_fraction=config.pruning.final_fraction,
+        interval=config.pruning.interval,
+    )
+
+
+def build_controller(
+    config: RunConfig, model: DynamicLoraModel, agreement: Agreement, total_steps: int
+) -> DynamicRankController:
+    """The method for this model and this many optimizer steps."""
+    layers = model.adapted_layers()
+    return DynamicRankController(
+        layers,
+        build_schedule(config, len(layers), total_steps),
+        agreement,
+        smoothing=config.pruning.smoothing,
+        min_rank=config.pruning.min_rank,
+        max_rank=config.pruning.max_rank,
+        regrow=config.pruning.regrow,
+    )
+
+
+def build_evaluator(
+    config: RunConfig, data: EncodedExamples, tokenizer: PreTrainedTokenizerBase, agreement: Agreement, batch_size: int
+) -> Evaluator:
+    """The measurement on held-out data."""
+    most = config.evaluation.max_examples
+    if most is not None and most < len(data.examples):
+        data = dataclasses.replace(data, dataset=data.dataset.select(range(most)), examples=data.examples[:most])
+    return Evaluator(
+        data=data,
+        tokenizer=tokenizer,
+        agreement=agreement,
+        batch_size=batch_size,
+        exact_match=config.evaluation.exact_match,
+        max_new_tokens=config.evaluation.max_new_tokens,
+    )
+
+
+def build_trainer(
+    config: RunConfig,
+    *,
+    model: DynamicLoraModel,
+    controller: DynamicRankController,
+    agreement: Agreement,
+    records: RunRecords,
+    tokenizer: PreTrainedTokenizerBase,
+    train_data: EncodedExamples,
+    evaluator: Evaluator | None,
+    arguments: TrainingArguments,
+    run_fingerprint: Mapping[str, Any],
+) -> DynamicLoraTrainer:
+    """The loop."""
+    num_samples = arguments.max_steps * _global_batch(arguments)
+    trainer = DynamicLoraTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train_data.dataset,
+        eval_dataset=evaluator.data.dataset if evaluator else None,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
+        processing_class=tokenizer,
+        controller=controller,
+        agreement=agreement,
+        records=records,
+        evaluator=evaluator,
+        order=TrainingOrder(len(train_data.examples), num_samples, config.seed),
+        engine=config.distributed.engine,
+        adapter_dtype=next(iter(controller.layers.values())).gate.dtype if config.adapter.dtype == "auto" else
+        getattr(torch, config.adapter.dtype),
+        equilibrium_weight=config.pruning.equilibrium_weight,
+        keep_last=config.checkpoint.keep_last,
+        fingerprint=run_fingerprint,
+    )
+    # The trainer prints its own lines of progress.
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    return trainer
+
+
+def _global_batch(arguments: TrainingArguments) -> int:
+    return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+
+
+def _plain(value: Any) -> Any:
+    return value.value if hasattr(value, "value") else value

@@ -1,0 +1,166 @@
+"""Checkpoints that are complete or not used.
+
+The Trainer and DeepSpeed write optimizer shards, scheduler and random states; this file adds the state of the method,
+and, as the very last thing, a manifest with size and SHA-256 of every file. A folder without a manifest, or with a
+file that does not fit it, is never resumed from.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from dora_dist.controller import DynamicRankController, PruneEvent
+from dora_dist.layer import DynamicLoraLinear
+from dora_dist.records import write_json
+
+MANIFEST = "complete.json"
+METHOD_TENSORS = "dynamic_lora.safetensors"
+METHOD_STATE = "dynamic_lora.json"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Checkpoint folders of a run, complete or not, oldest step first."""
+    found = [(int(match[1]), path) for path in run.glob("checkpoint-*") if (match := _step_pattern(path))]
+    return [path for _, path in sorted(found)]
+
+
+def _step_pattern(path: Path) -> re.Match[str] | None:
+    return re.fullmatch(r"checkpoint-(\d+)", path.name) if path.is_dir() else None
+
+
+def save_method_state(folder: Path, controller: DynamicRankController, fingerprint: Mapping[str, Any]) -> None:
+    """Write adapter (unfolded), masks, smoothed scores, events and the fingerprint of the method."""
+    tensors = controller.state_dict()
+    for name, layer in controller.layers.items():
+        tensors |= {f"{name}.{part}": value.detach().cpu().contiguous() for part, value in _parts(layer).items()}
+    save_file(tensors, folder / METHOD_TENSORS)
+    events = [asdict(event) for event in controller.events]
+    write_json(folder / METHOD_STATE, {"step": controller.step, "fingerprint": fingerprint, "events": events})
+
+
+def load_adapter_parameters(folder: Path, layers: Mapping[str, DynamicLoraLinear]) -> None:
+    """Set the unfolded parameters of the adapter, for engines that do not restore the model themselves."""
+    tensors = load_file(folder / METHOD_TENSORS)
+    for name, layer in layers.items():
+        for part, parameter in _parts(layer).items():
+            parameter.data.copy_(tensors[f"{name}.{part}"])
+
+
+def load_method_state(folder: Path, controller: DynamicRankController) -> None:
+    """Set masks, scores, step and events of the controller, and prove that all ranks loaded the same."""
+    state = json.loads((folder / METHOD_STATE).read_text(encoding="utf-8"))
+    events = [PruneEvent(**event) for event in state["events"]]
+    controller.load_state_dict(load_file(folder / METHOD_TENSORS), state["step"], events)
+
+
+def _parts(layer: DynamicLoraLinear) -> dict[str, Any]:
+    return {"lora_a": layer.lora_a, "gate": layer.gate, "lora_b": layer.lora_b}
+
+
+def seal(folder: Path) -> None:
+    """Declare a checkpoint complete, after all ranks have written theirs: everything on disk, then the manifest."""
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
+        with path.open("rb") as file:
+            files[str(path.relative_to(folder))] = {
+                "size": path.stat().st_size,
+                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+            }
+            os.fsync(file.fileno())
+    write_json(folder / MANIFEST, files)
+
+
+def flaw_of(folder: Path) -> str | None:
+    """Why a checkpoint cannot be used, or None if it is complete and unharmed."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return "it was not completed"
+    try:
+        files = json.loads(manifest.read_text(encoding="utf-8"))
+    except ValueError:
+        return f"{MANIFEST} is not JSON"
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["size"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+                return f"{name} has changed since it was written (SHA-256 differs)"
+    return None
+
+
+def find_resumable(run: Path, resume: str) -> tuple[Path | None, list[str]]:
+    """The checkpoint to continue from, and remarks on the ones that were passed over.
+
+    Args:
+        run: folder of the run.
+        resume: ``auto``, ``never``, or the path of a checkpoint.
+
+    Raises:
+        ValueError: the given checkpoint cannot be used, or ``never`` with checkpoints that would be overwritten.
+    """
+    existing = checkpoints(run)
+    if resume == "never":
+        complete = [path for path in existing if (path / MANIFEST).is_file()]
+        if complete:
+            raise ValueError(
+                f"checkpoint.resume is never, but {run} holds {', '.join(path.name for path in complete)}: choose another "
+                "output_dir, or delete them"
+            )
+        return None, []
+    if resume != "auto":
+        path = Path(resume)
+        if not path.is_dir():
+            raise ValueError(f"checkpoint.resume {resume!r} is neither auto nor never nor a folder")
+        if flaw := flaw_of(path):
+            raise ValueError(f"cannot resume from {path}: {flaw}")
+        return path, []
+    remarks = []
+    for path in reversed(existing):
+        flaw = flaw_of(path)
+        if flaw is None:
+            return path, remarks
+        remarks.append(f"passing over {path.name}: {flaw}")
+    return None, remarks
+
+
+def check_fingerprint(folder: Path, fingerprint: Mapping[str, Any]) -> None:
+    """Refuse to continue a run under a configuration that means another method.
+
+    Raises:
+        ValueError: lists every difference.
+    """
+    saved = json.loads((folder / METHOD_STATE).read_text(encoding="utf-8"))["fingerprint"]
+    current = json.loads(json.dumps(fingerprint))
+    differences = [
+        f"{name} was {saved.get(name)!r} and is now {current.get(name)!r}"
+        for name in sorted(saved.keys() | current.keys())
+        if saved.get(name) != current.get(name)
+    ]
+    if differences:
+        raise ValueError(
+            f"{folder} was written by a run with other settings: {'; '.join(differences)}. Restore them to continue that "
+            "run, or choose another output_dir to start a new one"
+        )
+
+
+def rotate(run: Path, keep_last: int) -> None:
+    """Delete all but the newest ``keep_last`` complete checkpoints, and incomplete ones older than those."""
+    existing = checkpoints(run)
+    complete = [path for path in existing if (path / MANIFEST).is_file()]
+    kept = complete[-keep_last:]
+    for path in existing:
+        if path not in kept and kept and existing.index(path) < existing.index(kept[-1]):
+            # First the manifest, so that a deletion that is interrupted leaves nothing that looks complete.
+            (path / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(path)

@@ -1,0 +1,39 @@
+"""How every command ends: errors that a user can mend, without a traceback."""
+
+import os
+import sys
+from collections.abc import Callable
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command's ``main`` and turn expected errors into a message and an exit status.
+
+    ``ValueError`` (something the user can mend) exits with 2; errors of the run itself that explain themselves
+    (disagreement or failure of ranks, missed budget, loss not finite) with 1. Anything else keeps its traceback.
+    """
+    try:
+        main()
+    except ValueError as error:
+        _leave(error, 2)
+    except ExpectedRunError as error:
+        _leave(error, 1)
+
+
+class ExpectedRunError(RuntimeError):
+    """An error of a run whose message says all there is to say."""
+
+
+def _leave(error: Exception, status: int) -> None:
+    rank = os.environ.get("RANK")
+    who = f"[rank {rank}] " if rank is not None else ""
+    print(f"{who}error: {error}", file=sys.stderr, flush=True)
+    # Not sys.exit: other ranks may be waiting for this one in a collective, and threads of NCCL or gloo in the
+    # interpreter's shutdown for them. The launcher ends the rest as soon as one process has gone.
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def say(text: str) -> None:
+    """A remark for the log, once: from the first rank only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)

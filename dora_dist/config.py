@@ -1,0 +1,323 @@
+"""The configuration of a run: one YAML, typed and strict, with ``--section.key value`` on top of it.
+
+Values that cannot work are refused here, before any process group, data or model is touched.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+
+from dora_dist.adapter_config import DynamicLoraConfig
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The frozen base model.
+
+    Args:
+        path: folder in the Hugging Face layout, or name of a model on the Hub.
+        quantization: nf4 (4 bits, double quantization), int8, or none.
+        compute_dtype: of activations and unquantized weights; auto is bfloat16 on a GPU and float32 on a CPU.
+        attention: transformers' attention implementation, such as sdpa or flash_attention_2; null for its default.
+        trust_remote_code: run model code that comes with the model.
+    """
+
+    path: str
+    quantization: Literal["nf4", "int8", "none"] = "nf4"
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    attention: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(kw_only=True)
+class PruningConfig:
+    """When and how components are pruned (steps are optimizer steps).
+
+    Args:
+        warmup_fraction: share of the run before pruning begins.
+        final_fraction: share of the run after the last pruning event, with a fixed mask.
+        interval: steps between two events.
+        smoothing: weight of the past in the smoothed scores, in [0, 1).
+        equilibrium_weight: weight of the Dimensional Equilibrium Modulator in the loss until the last event; 0 is off.
+        regrow: a component pruned before the last event may grow back (the paper's gentle pruning).
+        min_rank: components that every layer keeps at least.
+        max_rank: components that any layer keeps at most in the end; null for no bound.
+    """
+
+    warmup_fraction: float = 0.15
+    final_fraction: float = 0.5
+    interval: int = 100
+    smoothing: float = 0.9
+    equilibrium_weight: float = 0.1
+    regrow: bool = True
+    min_rank: int = 0
+    max_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("warmup_fraction", "final_fraction", "smoothing"):
+            _require(0 <= getattr(self, name) < 1, f"pruning.{name}", getattr(self, name), "lie in [0, 1)")
+        total = self.warmup_fraction + self.final_fraction
+        _require(total < 1, "pruning.warmup_fraction + pruning.final_fraction", total, "be less than 1")
+        _require(self.interval >= 1, "pruning.interval", self.interval, "be at least 1")
+        _require(self.equilibrium_weight >= 0, "pruning.equilibrium_weight", self.equilibrium_weight, "be at least 0")
+        _require(self.min_rank >= 0, "pruning.min_rank", self.min_rank, "be at least 0")
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Instruction data: files of rows, one format for all.
+
+    Args:
+        train: JSON or JSONL file (or several, as a list or a glob) to train on.
+        eval: the same, held out, for evaluation; null for none.
+        format: alpaca (instruction, input, output), prompt_completion (prompt, completion), or auto to tell by the
+            fields of the rows.
+        max_length: longest example in tokens, prompt and answer together.
+        overlong: what to do with longer ones: stop with an error, or drop them and say how many.
+    """
+
+    train: str | list[str]
+    eval: str | list[str] | None = None
+    format: Literal["auto", "alpaca", "prompt_completion"] = "auto"
+    max_length: int = 2048
+    overlong: Literal["error", "drop"] = "error"
+
+    def __post_init__(self) -> None:
+        _require(self.max_length >= 2, "data.max_length", self.max_length, "be at least 2")
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """What is measured on the held-out data.
+
+    Args:
+        before: also evaluate before the first step.
+        exact_match: generate answers (greedily) and count those that equal the reference.
+        max_new_tokens: longest generated answer, in tokens.
+        max_examples: evaluate at most this many held-out examples; null for all.
+    """
+
+    before: bool = True
+    exact_match: bool = False
+    max_new_tokens: int = 256
+    max_examples: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.max_new_tokens >= 1, "evaluation.max_new_tokens", self.max_new_tokens, "be at least 1")
+        most = self.max_examples
+        _require(most is None or most >= 1, "evaluation.max_examples", most, "be at least 1, or null for all")
+
+
+@dataclass(kw_only=True)
+class DistributedConfig:
+    """How the processes work together. The number of processes is the launcher's business.
+
+    Args:
+        engine: zero2 (DeepSpeed ZeRO stage 2), ddp, or none (one process, no engine). The program checks that the
+            launcher started just that.
+        timeout_minutes: how long a rank waits for the others in a collective before it gives up.
+    """
+
+    engine: Literal["zero2", "ddp", "none"] = "zero2"
+    timeout_minutes: float = 30.0
+
+    def __post_init__(self) -> None:
+        _require(self.timeout_minutes > 0, "distributed.timeout_minutes", self.timeout_minutes, "be positive")
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """Checkpoints; how often is training.save_steps.
+
+    Args:
+        resume: auto (from the newest complete checkpoint in output_dir, if there is one), never, or the path of a
+            checkpoint.
+        keep_last: complete checkpoints to keep; older ones are deleted.
+    """
+
+    resume: str = "auto"
+    keep_last: int = 2
+
+    def __post_init__(self) -> None:
+        _require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "be at least 1")
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Train a dynamic-rank LoRA adapter (Dynamic Low-Rank Adaptation, ACL 2024) on a frozen, quantized language model.
+
+    Args:
+        output_dir: folder of the run: checkpoints, adapter, metrics, pictures.
+        seed: of the data order, the adapter's start and dropout.
+        model: see the group below.
+        adapter: see the group below.
+        pruning: see the group below.
+        data: see the group below.
+        evaluation: see the group below.
+        distributed: see the group below.
+        checkpoint: see the group below.
+        training: what transformers.TrainingArguments knows, such as learning_rate, num_train_epochs or max_steps,
+            per_device_train_batch_size, gradient_accumulation_steps, gradient_checkpointing, logging_steps, save_steps.
+    """
+
+    output_dir: str
+    model: ModelConfig
+    data: DataConfig
+    seed: int = 0
+    adapter: DynamicLoraConfig = field(default_factory=lambda: DynamicLoraConfig(dtype="auto"))
+    pruning: PruningConfig = field(default_factory=PruningConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_training_section(self.training)
+        if self.evaluation.exact_match and self.data.eval is None:
+            raise ValueError("evaluation.exact_match is true, but there is no held-out data: set data.eval")
+        least, most, target = self.pruning.min_rank, self.pruning.max_rank, self.adapter.target_rank
+        if least > target or (most is not None and most < target):
+            raise ValueError(
+                f"adapter.target_rank {target} is the mean over the layers, so it must lie between "
+                f"pruning.min_rank {least} and pruning.max_rank {most}"
+            )
+
+
+OWNED_TRAINING_ARGUMENTS = {
+    "output_dir": "set output_dir at the top of the configuration",
+    "seed": "set seed at the top of the configuration",
+    "data_seed": "set seed at the top of the configuration",
+    "deepspeed": "the launch file (launch/*.yaml) configures DeepSpeed, and distributed.engine names the engine",
+    "fsdp": "the engines are zero2, ddp and none (distributed.engine)",
+    "fsdp_config": "the engines are zero2, ddp and none (distributed.engine)",
+    "use_cpu": "it silently replaces DeepSpeed with plain DDP; without a GPU the CPU is used anyway",
+    "accelerator_config": "the program sets up the process group itself and hands it to accelerate",
+    "parallelism_config": "the program trains data-parallel",
+    "bf16": "set model.compute_dtype",
+    "fp16": "float16 is not supported; set model.compute_dtype",
+    "tf32": "it would change the scores; set model.compute_dtype",
+    "ddp_timeout": "set distributed.timeout_minutes",
+    "ddp_backend": "NCCL on GPUs and gloo on CPUs",
+    "ddp_find_unused_parameters": "every adapter parameter takes part in every step",
+    "ddp_broadcast_buffers": "broadcasting masks would hide a disagreement between ranks instead of reporting it",
+    "average_tokens_across_devices": "without it, the loss would depend on the number of ranks",
+    "group_by_length": "the data order is a function of seed and position only, so that it can be resumed anywhere",
+    "train_sampling_strategy": "the data order is a function of seed and position only, so that it can be resumed",
+    "dataloader_drop_last": "every step sees a full global batch; an epoch runs on into the next one",
+    "ignore_data_skip": "a resumed run continues with the data that the interrupted one had not seen",
+    "remove_unused_columns": "the examples have just the columns that the model takes",
+    "auto_find_batch_size": "the batch size decides the schedule and must be known before the run",
+    "resume_from_checkpoint": "set checkpoint.resume",
+    "save_total_limit": "set checkpoint.keep_last",
+    "save_only_model": "such a checkpoint cannot be resumed",
+    "save_on_each_node": "all ranks write one checkpoint in output_dir, which all nodes share",
+    "load_best_model_at_end": "the run ends with the adapter whose budget was met",
+    "logging_nan_inf_filter": "it hides a loss that is not finite",
+    "eval_on_start": "set evaluation.before",
+    "include_num_input_tokens_seen": "tokens are counted by the program",
+    "push_to_hub": "upload the adapter folder when the run has ended",
+    "label_smoothing_factor": "the loss is the model's own cross-entropy",
+    "optim_target_modules": "set adapter.target_modules",
+}
+
+DEFAULT_TRAINING_ARGUMENTS: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "optim": "adamw_torch",
+    "weight_decay": 0.01,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.06,
+    "max_grad_norm": 1.0,
+    "logging_steps": 10,
+    "report_to": ["tensorboard"],
+}
+
+
+def check_training_section(training: dict[str, Any]) -> None:
+    """Refuse names that ``TrainingArguments`` does not know and those that the program must set itself.
+
+    Raises:
+        ValueError: with the nearest valid name, or the reason.
+    """
+    from transformers import TrainingArguments
+
+    known = {entry.name for entry in dataclasses.fields(TrainingArguments) if entry.init}
+    for name in training:
+        if name in OWNED_TRAINING_ARGUMENTS:
+            raise ValueError(f"training.{name} is set by the program: {OWNED_TRAINING_ARGUMENTS[name]}")
+        if name not in known:
+            raise ValueError(f"training.{name} is not a TrainingArguments name{_nearest(name, known)}")
+
+
+def build_parser() -> ArgumentParser:
+    """The command line of ``dora_dist.train``: ``--config FILE`` and one option for every key."""
+    parser = ArgumentParser(
+        prog="dora_dist.train",
+        description="Start with: accelerate launch --config_file launch/X.yaml -m dora_dist.train --config configs/Y.yaml. "
+        "Every key of the YAML can be overridden as --section.key value.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of the run, see configs/")
+    parser.add_class_arguments(RunConfig)
+    return parser
+
+
+def parse_config(arguments: Sequence[str] | None = None) -> RunConfig:
+    """Read the configuration from a command line.
+
+    Args:
+        arguments: such as ``["--config", "configs/x.yaml", "--adapter.target_rank", "4"]``; ``sys.argv`` by default.
+
+    Raises:
+        ValueError: unknown key (the nearest one is offered), wrong type, impossible value, unreadable file.
+    """
+    parser = build_parser()
+    try:
+        parsed = parser.instantiate(parser.parse_args(arguments))
+    except ArgumentError as error:
+        raise ValueError(_explain(str(error), parser)) from None
+    return RunConfig(**{name: value for name, value in parsed.items() if name != "config"})
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file with overrides on top; see :func:`parse_config`."""
+    return parse_config(["--config", str(path), *overrides])
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved configuration as YAML that :func:`load_config` reads back to an equal one."""
+    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
+
+
+def _explain(message: str, parser: ArgumentParser) -> str:
+    """jsonargparse's message, with the nearest valid key where the key is unknown."""
+    keys = {key for key in vars(parser.get_defaults().as_flat()) if key != "config"}
+    unknown = re.search(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'", message)
+    if unknown:
+        key = f"{unknown['group']}.{unknown['key']}"
+        return f"unknown key {key}{_nearest(key, keys)}"
+    unknown = re.search(r"unrecognized arguments: --([\w.]+)|Option '([\w.]+)' is not accepted", message)
+    if unknown:
+        key = unknown[1] or unknown[2]
+        return f"unknown key {key}{_nearest(key, keys)}"
+    return message
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """``; did you mean X?``, or nothing where no known name is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    if not near:  # the right key in the wrong section
+        near = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]][:1]
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _require(holds: bool, name: str, value: object, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} is {value}, but must {rule}")

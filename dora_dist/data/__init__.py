@@ -1,0 +1,1 @@
+"""From files of instruction rows to token ids with a loss mask."""

@@ -1,0 +1,211 @@
+"""transformers' Trainer with the method hooked in; everything it decides is decided elsewhere."""
+
+import math
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from dora_dist import checkpoint
+from dora_dist.agreement import Agreement
+from dora_dist.command import ExpectedRunError, say
+from dora_dist.controller import DynamicRankController
+from dora_dist.data.order import TrainingOrder
+from dora_dist.evaluation import Evaluator
+from dora_dist.records import RunRecords
+from dora_dist.world import check_prepared
+
+
+class NonFiniteLossError(ExpectedRunError):
+    """The loss or the gradient norm is NaN or infinite."""
+
+
+class DynamicLoraTrainer(Trainer):
+    """Adds the equilibrium penalty, drives the controller after every optimizer step, and seals checkpoints.
+
+    Args:
+        controller: of the method.
+        agreement: collectives over the ranks.
+        records: of the run.
+        evaluator: for held-out data, or None.
+        order: of the training data.
+        engine: ``distributed.engine`` of the configuration.
+        adapter_dtype: what the adapter's parameters must have at step 0.
+        equilibrium_weight: of the Dimensional Equilibrium Modulator in the loss.
+        keep_last: complete checkpoints to keep.
+        fingerprint: what a run that resumes from this one's checkpoints must have in common with it.
+    """
+
+    def __init__(
+        self,
+        *,
+        controller: DynamicRankController,
+        agreement: Agreement,
+        records: RunRecords,
+        evaluator: Evaluator | None,
+        order: TrainingOrder,
+        engine: str,
+        adapter_dtype: torch.dtype,
+        equilibrium_weight: float,
+        keep_last: int,
+        fingerprint: Mapping[str, Any],
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.controller = controller
+        self.agreement = agreement
+        self.records = records
+        self.evaluator = evaluator
+        self.order = order
+        self.engine = engine
+        self.adapter_dtype = adapter_dtype
+        self.equilibrium_weight = equilibrium_weight
+        self.keep_last = keep_last
+        self.fingerprint = fingerprint
+        self.resumed_from: Path | None = None
+        self._tokens_seen = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        self._penalty_sum = torch.zeros((), device=self.args.device)
+        self._last_log = (0, time.monotonic())
+        self.add_callback(_MethodCallback(self))
+
+    def train(self, resume_from_checkpoint: str | Path | None = None, **kwargs: Any) -> Any:
+        self.resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        started = time.monotonic()
+        result = super().train(resume_from_checkpoint=str(self.resumed_from) if self.resumed_from else None, **kwargs)
+        tokens = sum(self.agreement.gather(int(self._tokens_seen)))
+        seconds = time.monotonic() - started
+        self.records.metrics(self.state.global_step, {"session_seconds": seconds, "session_tokens": tokens})
+        return result
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """One parameter group: the Trainer would add an empty one for parameters without weight decay, over which
+        DeepSpeed's step stumbles under torch 2.13 (a strict zip over groups)."""
+        if self.optimizer is None:
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            self.optimizer = optimizer_class(
+                [{"params": parameters, "weight_decay": self.args.weight_decay}], **options
+            )
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> TrainingOrder:
+        return self.order
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Task loss plus the penalty. The penalty enters once per optimizer step, whatever the accumulation: each of
+        the micro-batches carries its share, and the mean over the ranks leaves it as it is."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if self.model.training:
+            self._tokens_seen += inputs["attention_mask"].sum()
+            penalty = self.controller.penalty() if self.equilibrium_weight else None
+            if penalty is not None:
+                share = penalty / self.current_gradient_accumulation_steps
+                self._penalty_sum += share.detach()
+                loss = loss + self.equilibrium_weight * share.to(loss.dtype)
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Held-out loss and exact match by :class:`~dora_dist.evaluation.Evaluator`, logged as ``eval_*``."""
+        assert self.evaluator is not None, "evaluation was asked for without held-out data"
+        metrics = {f"eval_{name}": value for name, value in self.evaluator(self.model).items()}
+        self.log(dict(metrics))
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Record and pass on. ``loss`` is the task loss, comparable with a run without the penalty, which has its own
+        key. A loss that is not finite ends the run on all ranks (the value is the same on all)."""
+        step = self.state.global_step
+        logs["epoch"] = step * self._global_batch() / self.order.num_examples
+        # The Trainer overwrites it with the share of the run, which is one long epoch to it.
+        self.state.epoch = logs["epoch"]
+        extra: dict[str, Any] = {}
+        if "loss" in logs:
+            self._complete_training_logs(logs, step)
+            extra["allocation"] = self.controller.allocation_digest()
+            self._print_progress(logs, step)
+        self.records.metrics(step, {**logs, **extra})
+        super().log(logs, start_time)
+        values = (logs.get("loss", 0.0), logs.get("grad_norm", 0.0))
+        if not all(math.isfinite(value) for value in values):
+            raise NonFiniteLossError(
+                f"step {step}: loss {values[0]}, gradient norm {values[1]}; lower training.learning_rate, or resume from "
+                "the last checkpoint with other data"
+            )
+
+    def _complete_training_logs(self, logs: dict[str, float], step: int) -> None:
+        steps = max(step - self._last_log[0], 1)
+        penalty = float(self._penalty_sum) / steps
+        self._penalty_sum.zero_()
+        logs["equilibrium_penalty"] = penalty
+        logs["loss"] -= self.equilibrium_weight * penalty
+        events = self.controller.events
+        logs["components"] = events[-1].num_kept if events else self.controller.schedule.num_components
+        now = time.monotonic()
+        logs["seconds_per_step"] = (now - self._last_log[1]) / steps
+        self._last_log = (step, now)
+
+    def _print_progress(self, logs: Mapping[str, float], step: int) -> None:
+        left = (self.state.max_steps - step) * logs["seconds_per_step"]
+        say(
+            f"step {step:>{len(str(self.state.max_steps))}}/{self.state.max_steps}  loss {logs['loss']:.4f}  "
+            f"grad norm {logs.get('grad_norm', 0):.3f}  lr {logs['learning_rate']:.2e}  "
+            f"components {logs['components']}/{self.controller.schedule.num_components}  "
+            f"{logs['seconds_per_step']:.2f} s/step  {left / 60:.1f} min left"
+        )
+
+    def _global_batch(self) -> int:
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """The Trainer's checkpoint plus the method's state, sealed when all ranks have written theirs."""
+        step = self.state.global_step
+        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+        self.controller.verify(f"the adapter before the checkpoint of step {step}")
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)  # what an interrupted save left
+        self.agreement.barrier()
+        failure = None
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                checkpoint.save_method_state(folder, self.controller, self.fingerprint)
+        except OSError as error:
+            failure = f"{type(error).__name__}: {error}"
+        self.agreement.raise_together(failure, f"writing {folder}")
+        if self.args.should_save:
+            checkpoint.seal(folder)
+            checkpoint.rotate(Path(self.args.output_dir), self.keep_last)
+        self.agreement.barrier()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The adapter that a checkpoint holds for PEFT is folded; training goes on with the unfolded one."""
+        checkpoint.load_adapter_parameters(Path(resume_from_checkpoint), self.controller.layers)
+
+
+class _MethodCallback(TrainerCallback):
+    """Where the Trainer's loop meets the method."""
+
+    def __init__(self, trainer: DynamicLoraTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer = self.trainer
+        check_prepared(trainer.agreement, trainer, trainer.engine, trainer.adapter_dtype)
+        if trainer.resumed_from is not None:
+            checkpoint.load_method_state(trainer.resumed_from, trainer.controller)
+            trainer.records.truncate_after(state.global_step)
+        else:
+            trainer.controller.verify("the adapter at the start")
+        trainer._last_log = (state.global_step, time.monotonic())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        event = self.trainer.controller.after_optimizer_step(state.global_step)
+        if event is not None:
+            self.trainer.records.event(event)

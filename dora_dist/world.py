@@ -1,0 +1,156 @@
+"""Joining the processes of a run, and proving that they really form the one world that was asked for.
+
+Each check stands for a way in which ranks can train alone, or under another engine than the configured one, while the
+log looks fine.
+"""
+
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+
+from dora_dist.agreement import Agreement
+from dora_dist.engine import engine_of
+
+LAUNCH_HINT = {
+    "zero2": "accelerate launch --config_file launch/zero2_cpu.yaml (or zero2_gpu.yaml) -m dora_dist.train ...",
+    "ddp": "accelerate launch --config_file launch/ddp_cpu.yaml (or ddp_gpu.yaml) -m dora_dist.train ...",
+    "none": "python -m dora_dist.train ...",
+}
+
+
+def check_launch(engine: str, environment: Mapping[str, str], gpus: bool) -> None:
+    """Refuse a launch that cannot become the engine asked for, from the launcher's environment variables alone.
+
+    Args:
+        engine: ``distributed.engine`` of the configuration.
+        environment: of this process.
+        gpus: whether there is a GPU.
+
+    Raises:
+        ValueError: names what was found, and the command that would be right.
+    """
+    deepspeed = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    forced_cpu = environment.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
+    processes = int(environment.get("WORLD_SIZE", "1"))
+    hint = f"; start it with: {LAUNCH_HINT[engine]}"
+    if engine == "zero2" and forced_cpu:
+        raise ValueError(
+            "distributed.engine is zero2, but ACCELERATE_USE_CPU is set (accelerate launch --cpu does it), under which "
+            f"accelerate silently trains with plain DDP{hint}"
+        )
+    if engine == "zero2" and not deepspeed:
+        raise ValueError(f"distributed.engine is zero2, but this process was not launched with DeepSpeed{hint}")
+    if engine != "zero2" and deepspeed:
+        raise ValueError(f"distributed.engine is {engine}, but this process was launched with DeepSpeed{hint}")
+    if engine == "none" and processes > 1:
+        raise ValueError(f"distributed.engine is none, but {processes} processes were launched{hint}")
+    if engine == "ddp" and "LOCAL_RANK" not in environment:
+        raise ValueError(f"distributed.engine is ddp, but no launcher started this process{hint}")
+    if engine == "ddp" and not gpus and not forced_cpu:
+        raise ValueError(
+            "distributed.engine is ddp on CPUs, but ACCELERATE_USE_CPU is not set, without which accelerate takes "
+            f"each process for a world of its own{hint}"
+        )
+
+
+def connect(engine: str, timeout_minutes: float) -> PartialState:
+    """Join the process group before ``TrainingArguments`` can set up another one.
+
+    Left to itself on a CPU, accelerate believes in a world of one per process under DeepSpeed, so that all ranks
+    train on the same data. The state made here is the one it then uses (``use_configured_state``).
+
+    Args:
+        engine: ``distributed.engine`` of the configuration.
+        timeout_minutes: how long a rank waits for the others in a collective.
+
+    Raises:
+        ValueError: the launch does not fit the engine; see :func:`check_launch`.
+    """
+    gpus = torch.cuda.is_available()
+    check_launch(engine, os.environ, gpus)
+    if not gpus:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if engine == "none":
+        return PartialState()
+    timeout = timedelta(minutes=timeout_minutes)
+    if gpus:
+        return PartialState(timeout=timeout)
+    # accelerate knows DDP on CPUs as a forced CPU, and DeepSpeed on CPUs only without it.
+    return PartialState(cpu=engine == "ddp", backend="gloo", timeout=timeout)
+
+
+def check_world(agreement: Agreement, trainer: Any) -> None:
+    """Assert that everyone who counts processes counts the same.
+
+    Raises:
+        RankFailedError: they do not, on all ranks.
+    """
+    counts = {
+        "WORLD_SIZE": int(os.environ.get("WORLD_SIZE", "1")),
+        "the process group": agreement.size,
+        "TrainingArguments": trainer.args.world_size,
+        "accelerate": trainer.accelerator.num_processes,
+    }
+    failure = None
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{who} {count}" for who, count in counts.items())
+        failure = f"the number of processes is not the same everywhere: {listed}"
+    agreement.raise_together(failure, "joining the world")
+
+
+def check_prepared(agreement: Agreement, trainer: Any, engine: str, dtype: torch.dtype) -> None:
+    """Assert at step 0 that the engine is the one asked for, with the settings asked for, on different data per rank.
+
+    Args:
+        agreement: collectives over the ranks.
+        trainer: after its model has been wrapped.
+        engine: ``distributed.engine`` of the configuration.
+        dtype: what the adapter's parameters must have.
+
+    Raises:
+        RankFailedError: any of it does not hold, on all ranks.
+    """
+    wrapped = trainer.model_wrapped
+    failures = []
+    if engine_of(wrapped) != engine:
+        failures.append(f"distributed.engine is {engine}, but the model is wrapped by {engine_of(wrapped)}")
+    elif engine == "zero2":
+        failures += _deepspeed_mismatches(wrapped, trainer.args)
+    wrong = {name: p.dtype for name, p in trainer.model.named_parameters() if ".lora_" in name and p.dtype != dtype}
+    if wrong:
+        name, found = next(iter(wrong.items()))
+        failures.append(f"adapter.dtype is {dtype}, but {len(wrong)} adapter parameters such as {name} are {found}")
+    agreement.raise_together("; ".join(failures) or None, "preparing the engine")
+    _check_data_differs(agreement, trainer.callback_handler.train_dataloader)
+
+
+def _deepspeed_mismatches(engine: nn.Module, arguments: Any) -> list[str]:
+    """Settings of the engine that are not what the Trainer believes."""
+    pairs = {
+        "gradient clipping": (engine.gradient_clipping(), arguments.max_grad_norm),
+        "gradient accumulation": (engine.gradient_accumulation_steps(), arguments.gradient_accumulation_steps),
+        "batch per process": (engine.train_micro_batch_size_per_gpu(), arguments.per_device_train_batch_size),
+        "bfloat16": (engine.bfloat16_enabled(), arguments.bf16),
+        "float16": (engine.fp16_enabled(), False),
+    }
+    return [
+        f"DeepSpeed's {name} is {found}, the Trainer's is {wanted} (write 'auto' in the DeepSpeed configuration)"
+        for name, (found, wanted) in pairs.items()
+        if found != wanted
+    ]
+
+
+def _check_data_differs(agreement: Agreement, dataloader: Any) -> None:
+    """Compare the indices of each rank's first batch; the order is a pure function, so looking costs nothing."""
+    first = tuple(next(iter(dataloader.batch_sampler)))
+    batches = agreement.gather(first)
+    failure = None
+    if len(set(batches)) < len(batches):
+        same = [rank for rank, batch in enumerate(batches) if batch == first]
+        failure = f"ranks {same} are given the same examples {list(first)}" if len(same) > 1 else None
+    agreement.raise_together(failure, "sharing the data")
