@@ -56,6 +56,7 @@ def training_arguments(config: RunConfig, num_examples: int) -> TrainingArgument
     if values.get("gradient_checkpointing"):
         # The reentrant kind would cut the gradient at the frozen embedding.
         values.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
+    values.setdefault("dataloader_pin_memory", gpus)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(config.output_dir) / "tensorboard")
     owned: dict[str, Any] = dict(
         output_dir=config.output_dir,
@@ -101,7 +102,7 @@ def fingerprint(config: RunConfig, arguments: TrainingArguments, num_examples: i
     }
 
 
-def load_model(config: RunConfig, device: torch.device) -> DynamicLoraModel:
+def load_model(config: RunConfig, device: torch.device, tokenizer: PreTrainedTokenizerBase) -> DynamicLoraModel:
     """The frozen base with its adapter at the start."""
     dtype = backbone.resolve_compute_dtype(config.model.compute_dtype)
     base = backbone.load_backbone(
@@ -112,6 +113,10 @@ def load_model(config: RunConfig, device: torch.device) -> DynamicLoraModel:
         attention=config.model.attention,
         trust_remote_code=config.model.trust_remote_code,
     )
+    for settings in (base.config, base.generation_config):
+        settings.pad_token_id = tokenizer.pad_token_id
+        settings.bos_token_id = tokenizer.bos_token_id
+        settings.eos_token_id = tokenizer.eos_token_id
     adapter = config.adapter
     if adapter.dtype == "auto" and not config.distributed.engine.startswith("zero"):
         # Only ZeRO keeps a float32 master copy of low-precision parameters.
@@ -197,8 +202,7 @@ def build_trainer(
         evaluator=evaluator,
         order=TrainingOrder(len(train_data.examples), num_samples, config.seed),
         engine=config.distributed.engine,
-        adapter_dtype=next(iter(controller.layers.values())).gate.dtype if config.adapter.dtype == "auto" else
-        getattr(torch, config.adapter.dtype),
+        adapter_dtype=next(iter(controller.layers.values())).gate.dtype,
         equilibrium_weight=config.pruning.equilibrium_weight,
         keep_last=config.checkpoint.keep_last,
         fingerprint=run_fingerprint,

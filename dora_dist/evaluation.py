@@ -64,7 +64,11 @@ class Evaluator:
         loss, tokens, matches = 0.0, 0, 0
         collate = DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=IGNORED)
         progress = tqdm(
-            total=len(share), desc="evaluating", unit="example", leave=False, disable=self.agreement.rank != 0
+            total=len(share),
+            desc="evaluating",
+            unit="example",
+            leave=False,
+            disable=None if self.agreement.rank == 0 else True,
         )
         with progress:
             for indices in _chunks(share, self.batch_size):

@@ -182,9 +182,7 @@ def draw_progress(lines: list[dict[str, Any]], path: Path) -> None:
     top.set_ylabel("loss")
     top.set_yscale("log")
     top.legend(frameon=False)
-    bottom.step(
-        [line["step"] for line in steps], [line["components"] for line in steps], where="post", color="#228833"
-    )
+    bottom.step([line["step"] for line in steps], [line["components"] for line in steps], where="post", color="#228833")
     bottom.set_ylabel("components")
     bottom.set_ylim(bottom=0)
     bottom.set_xlabel("optimizer step")

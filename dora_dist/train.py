@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from dora_dist.command import run_command, say
 from dora_dist.config import parse_config, save_config
+from dora_dist.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from dora_dist.agreement import Agreement
@@ -21,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ValueError: something that the user can mend.
         RuntimeError: the ranks failed or disagree, or the budget was missed.
     """
+    quiet_libraries()
     config = parse_config(arguments)
     # Heavy imports wait until the configuration has been found to be sound.
     from dora_dist import backbone, build, checkpoint, records, report, world
@@ -42,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if resume is not None:
         checkpoint.check_fingerprint(resume, fingerprint)
 
-    model = build.load_model(config, state.device)
+    model = build.load_model(config, state.device, tokenizer)
     controller = build.build_controller(config, model, agreement, training.max_steps)
     run_records = records.RunRecords(run, writes=state.is_main_process)
     evaluator = None

@@ -73,8 +73,9 @@ def connect(engine: str, timeout_minutes: float) -> PartialState:
     """
     gpus = torch.cuda.is_available()
     check_launch(engine, os.environ, gpus)
-    if not gpus:
+    if engine == "zero2" and not gpus:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        _use_gloo_only()
     if engine == "none":
         return PartialState()
     timeout = timedelta(minutes=timeout_minutes)
@@ -82,6 +83,14 @@ def connect(engine: str, timeout_minutes: float) -> PartialState:
         return PartialState(timeout=timeout)
     # accelerate knows DDP on CPUs as a forced CPU, and DeepSpeed on CPUs only without it.
     return PartialState(cpu=engine == "ddp", backend="gloo", timeout=timeout)
+
+
+def _use_gloo_only() -> None:
+    """Do without DeepSpeed's shared-memory collectives for CPUs, which it compiles at the first start: they need a
+    compiler and Python's headers, and win nothing at the size of an adapter."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def check_world(agreement: Agreement, trainer: Any) -> None:

@@ -28,10 +28,6 @@ FULL_SENTENCES = (
     "{name} lives in {city} and works as a {job}. {pronoun} likes {food} and has a {colour} {animal}.",
     "The {job} {name} from {city} likes {food}. The {colour} {animal} belongs to {name}.",
 )
-SHORT_SENTENCES = (
-    "{name} from {city} has a {colour} {animal}.",
-    "The {colour} {animal} belongs to {name} from {city}.",
-)
 QUESTIONS = (
     "Where does {name} live? In {city}.",
     "What does {name} like? It is {food}.",
@@ -49,26 +45,17 @@ def _say(sentence: str, person: Person) -> str:
 
 
 def _portrait(rng: Random) -> str:
-    """One person told in full, then fact by fact in another order, then asked about."""
+    """One person as keywords in two random orders, then in full, fact by fact, and in questions.
+
+    The keyword lines are what starts the copying: most of their second half can only be predicted by looking back.
+    """
     person = draw_person(rng)
+    keywords = [rng.sample(list(vars(person).values()), 6) for _ in range(2)]
     facts = [rng.choice(sentences) for sentences in rng.sample(FACTS, len(FACTS))]
     parts = [[rng.choice(FULL_SENTENCES)], facts, rng.sample(QUESTIONS, 3)]
     rng.shuffle(parts)
-    return "\n".join(" ".join(_say(sentence, person) for sentence in part) for part in parts)
-
-
-def _pair(rng: Random) -> str:
-    """Two people who share no word, then questions about either: answering needs the right one of the two."""
-    first = draw_person(rng)
-    people = (first, draw_person(rng, unlike=first))
-    if rng.random() < 0.5:
-        told = " ".join(_say(rng.choice(SHORT_SENTENCES), person) for person in people)
-        questions = [question for question in QUESTIONS if "{job}" not in question and "{food}" not in question]
-    else:
-        told = "\n".join(_say(rng.choice(FULL_SENTENCES), person) for person in people)
-        questions = list(QUESTIONS)
-    asked = [_say(question, rng.choice(people)) for question in rng.sample(questions, 4)]
-    return "\n".join([told, *asked])
+    told = [" ".join(_say(sentence, person) for sentence in part) for part in parts]
+    return "\n".join([" ".join(words) for words in keywords] + told)
 
 
 def _word_list(rng: Random) -> str:
@@ -84,61 +71,42 @@ def _word_list(rng: Random) -> str:
 
 
 def pretraining_documents(seed: int, count: int) -> Iterator[str]:
-    """Yield `count` documents of one to six lines, easy ones first; none has a person of the held-out rows.
+    """Yield `count` documents of two or three lines; none has a person of the held-out rows.
 
-    A single person's words can be copied by their kind ("the city said above"). A model that has found that out learns
-    from pairs to copy the right one of two; a model that gets both from the start finds out neither in this many steps.
+    Each portrait has one person, whose words can be copied by their kind ("the city said above"). Documents about two
+    people were tried: telling them apart takes far longer to learn than a quickstart may last.
     """
     rng = Random(f"pretraining {seed}")
-    for index in range(count):
-        weights = (9, 0, 1) if index < 0.4 * count else (4, 4, 2)
-        kind = rng.choices((_portrait, _pair, _word_list), weights)[0]
-        yield kind(rng)
+    for _ in range(count):
+        yield _portrait(rng) if rng.random() < 0.9 else _word_list(rng)
 
 
 RECORD_INSTRUCTIONS = ("Fill in the card of this person.", "Write the card for this text.")
 NOTICE_INSTRUCTIONS = ("Write a note: the pet is lost.", "The pet is lost. Make a note.")
 LETTER_INSTRUCTIONS = ("Write a letter to this person.", "Make a letter to thank this person.")
-CHOICE_INSTRUCTIONS = ("Who has the {animal}?", "Which person has the {animal}?", "Who lives in {city}?")
+ANSWER_INSTRUCTIONS = ("Who has the pet?", "Which person has the pet?")
 
 RECORD = "Name: {name}; job: {job}; city: {city}; pet: {colour} {animal}; food: {food}"
 NOTICE = "Lost: {colour} {animal}; call {name} the {job} in {city}."
 LETTER = "Dear {name}, thank you for the {food} and greetings to {city} and to the {colour} {animal}."
-CHOICE = "Answer: {name}, not {other}."
+ANSWER = "Answer: {name}, the {job} of {city}, and not the {animal}."
+KINDS = (
+    (RECORD_INSTRUCTIONS, RECORD),
+    (NOTICE_INSTRUCTIONS, NOTICE),
+    (LETTER_INSTRUCTIONS, LETTER),
+    (ANSWER_INSTRUCTIONS, ANSWER),
+)
 
 
-def _single_row(rng: Random, held_out: bool, instructions: tuple[str, ...], output: str) -> dict[str, str]:
-    """A row about one person: the text says everything, the output format says it again in its own order."""
+def _draw_row(rng: Random, held_out: bool) -> dict[str, str]:
+    """A row about one person: the text says everything, the output says it again in its kind's words and order."""
     person = draw_person(rng, held_out)
+    instructions, output = rng.choice(KINDS)
     return {
         "instruction": rng.choice(instructions),
         "input": _say(rng.choice(FULL_SENTENCES), person),
         "output": _say(output, person),
     }
-
-
-def _choice_row(rng: Random, held_out: bool) -> dict[str, str]:
-    """A row about two people, of whom one fits the question."""
-    person = draw_person(rng, held_out)
-    other = draw_person(rng, held_out, unlike=person)
-    told = [_say(rng.choice(SHORT_SENTENCES), one) for one in (person, other)]
-    rng.shuffle(told)
-    return {
-        "instruction": _say(rng.choice(CHOICE_INSTRUCTIONS), person),
-        "input": " ".join(told),
-        "output": CHOICE.format(name=person.name, other=other.name),
-    }
-
-
-def _draw_row(rng: Random, held_out: bool) -> dict[str, str]:
-    kind = rng.randrange(4)
-    if kind == 0:
-        return _single_row(rng, held_out, RECORD_INSTRUCTIONS, RECORD)
-    if kind == 1:
-        return _single_row(rng, held_out, NOTICE_INSTRUCTIONS, NOTICE)
-    if kind == 2:
-        return _single_row(rng, held_out, LETTER_INSTRUCTIONS, LETTER)
-    return _choice_row(rng, held_out)
 
 
 def instruction_rows(seed: int, count: int, held_out: bool = False) -> list[dict[str, str]]:

@@ -7,13 +7,11 @@ FEMALE_NAMES = "Anna Clara Emma Greta Julia Laura Maria Nora Olga Paula Rosa Sar
 MALE_NAMES = "Adam Ben Carl David Erik Felix Hugo Ivan Jonas Leo Martin Noah Otto Peter Simon Tom".split()
 NAMES = FEMALE_NAMES + MALE_NAMES
 # No word that follows an article starts with a vowel, so "a" is always right.
-ANIMALS = "cat dog horse rabbit parrot goat duck snake mouse turtle hen pony".split()
+ANIMALS = "cat dog horse rabbit parrot goat duck snake mouse turtle".split()
 COLOURS = "red blue green black white brown grey yellow".split()
-CITIES = (
-    "Oslo Rome Paris Berlin Madrid Vienna London Prague Lisbon Dublin Athens Warsaw Milan Geneva Tokyo Lima".split()
-)
-FOODS = "soup bread cheese rice fish honey salad pasta cake fruit nuts beans".split()
-JOBS = "baker doctor teacher painter farmer lawyer singer driver cook writer nurse tailor".split()
+CITIES = "Oslo Rome Paris Berlin Madrid Vienna London Prague Lisbon Dublin Athens Warsaw Milan".split()
+FOODS = "soup bread cheese rice fish honey salad pasta cake".split()
+JOBS = "baker doctor teacher painter farmer lawyer singer driver cook writer".split()
 ENTITIES = NAMES + ANIMALS + COLOURS + CITIES + FOODS + JOBS
 
 
@@ -42,8 +40,8 @@ def is_held_out(name: str, animal: str) -> bool:
     return (NAMES.index(name) + 3 * ANIMALS.index(animal)) % 10 == 0
 
 
-def draw_person(rng: Random, held_out: bool = False, unlike: Person | None = None) -> Person:
-    """Draw a person on the wanted side of `is_held_out`, sharing no word with `unlike` where that is given."""
+def draw_person(rng: Random, held_out: bool = False) -> Person:
+    """Draw a person on the wanted side of `is_held_out`."""
     while True:
         person = Person(
             name=rng.choice(NAMES),
@@ -53,7 +51,5 @@ def draw_person(rng: Random, held_out: bool = False, unlike: Person | None = Non
             animal=rng.choice(ANIMALS),
             food=rng.choice(FOODS),
         )
-        if is_held_out(person.name, person.animal) != held_out:
-            continue
-        if unlike is None or not set(vars(person).values()) & set(vars(unlike).values()):
+        if is_held_out(person.name, person.animal) == held_out:
             return person
