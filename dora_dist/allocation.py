@@ -48,7 +48,7 @@ def select_components(
     order = by_score[torch.sort(tier[by_score], descending=True, stable=True).indices]
     keep = torch.zeros(flat.numel(), dtype=torch.bool)
     keep[order[:num_keep]] = True
-    return dict(zip(names, keep.split([sizes[name] for name in names]), strict=True))
+    return dict(zip(names, torch.split(keep, [sizes[name] for name in names]), strict=True))
 
 
 def _places_in_layer(scores: Tensor) -> Tensor:

@@ -58,18 +58,18 @@ def training_arguments(config: RunConfig, num_examples: int) -> TrainingArgument
         values.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
     values.setdefault("dataloader_pin_memory", gpus)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(config.output_dir) / "tensorboard")
-    owned: dict[str, Any] = dict(
-        output_dir=config.output_dir,
-        seed=config.seed,
-        bf16=dtype is torch.bfloat16,
-        accelerator_config={"use_configured_state": True},
-        average_tokens_across_devices=True,
-        ddp_broadcast_buffers=False,
-        ddp_find_unused_parameters=False,
-        remove_unused_columns=False,
-        logging_nan_inf_filter=False,
-        disable_tqdm=True,
-    )
+    owned: dict[str, Any] = {
+        "output_dir": config.output_dir,
+        "seed": config.seed,
+        "bf16": dtype is torch.bfloat16,
+        "accelerator_config": {"use_configured_state": True},
+        "average_tokens_across_devices": True,
+        "ddp_broadcast_buffers": False,
+        "ddp_find_unused_parameters": False,
+        "remove_unused_columns": False,
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+    }
     try:
         arguments = TrainingArguments(**values, **owned)
     except (TypeError, ValueError) as error:

@@ -114,8 +114,8 @@ def find_resumable(run: Path, resume: str) -> tuple[Path | None, list[str]]:
         complete = [path for path in existing if (path / MANIFEST).is_file()]
         if complete:
             raise ValueError(
-                f"checkpoint.resume is never, but {run} holds {', '.join(path.name for path in complete)}: choose another "
-                "output_dir, or delete them"
+                f"checkpoint.resume is never, but {run} holds {', '.join(path.name for path in complete)}: "
+                "choose another output_dir, or delete them"
             )
         return None, []
     if resume != "auto":
@@ -149,8 +149,8 @@ def check_fingerprint(folder: Path, fingerprint: Mapping[str, Any]) -> None:
     ]
     if differences:
         raise ValueError(
-            f"{folder} was written by a run with other settings: {'; '.join(differences)}. Restore them to continue that "
-            "run, or choose another output_dir to start a new one"
+            f"{folder} was written by a run with other settings: {'; '.join(differences)}. Restore them to "
+            "continue that run, or choose another output_dir to start a new one"
         )
 
 

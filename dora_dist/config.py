@@ -259,7 +259,7 @@ def build_parser() -> ArgumentParser:
     """The command line of ``dora_dist.train``: ``--config FILE`` and one option for every key."""
     parser = ArgumentParser(
         prog="dora_dist.train",
-        description="Start with: accelerate launch --config_file launch/X.yaml -m dora_dist.train --config configs/Y.yaml. "
+        description="To start: accelerate launch --config_file launch/X.yaml -m dora_dist.train --config configs/Y.yaml. "
         "Every key of the YAML can be overridden as --section.key value.",
         exit_on_error=False,
     )

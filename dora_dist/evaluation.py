@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -99,8 +98,15 @@ def generate_answers(
     pad = tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in encoded], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device=model.device)
-    settings: dict[str, Any] = dict(do_sample=False, use_cache=True, pad_token_id=pad, max_new_tokens=max_new_tokens)
-    output = model.generate(input_ids=ids, attention_mask=mask, eos_token_id=tokenizer.eos_token_id, **settings)
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=False,
+        use_cache=True,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from dora_dist import checkpoint
@@ -135,8 +135,8 @@ class DynamicLoraTrainer(Trainer):
         values = (logs.get("loss", 0.0), logs.get("grad_norm", 0.0))
         if not all(math.isfinite(value) for value in values):
             raise NonFiniteLossError(
-                f"step {step}: loss {values[0]}, gradient norm {values[1]}; lower training.learning_rate, or resume from "
-                "the last checkpoint with other data"
+                f"step {step}: loss {values[0]}, gradient norm {values[1]}; lower training.learning_rate, or look "
+                "at the data of this step"
             )
 
     def _complete_training_logs(self, logs: dict[str, float], step: int) -> None:

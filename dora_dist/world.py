@@ -18,7 +18,8 @@ from dora_dist.engine import engine_of
 
 LAUNCH_HINT = {
     "zero2": "accelerate launch --config_file launch/zero2_cpu.yaml (or zero2_gpu.yaml) -m dora_dist.train ...",
-    "ddp": "accelerate launch --config_file launch/ddp_cpu.yaml (or ddp_gpu.yaml) -m dora_dist.train ...",
+    "ddp": "accelerate launch --config_file launch/ddp_gpu.yaml -m dora_dist.train ..., or on CPUs "
+    "ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m dora_dist.train ...",
     "none": "python -m dora_dist.train ...",
 }
 

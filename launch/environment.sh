@@ -1,0 +1,28 @@
+# Sourced by the scripts of this folder: makes .venv with this project and its pinned requirements, once.
+# shellcheck shell=bash
+
+# ensure_environment EXTRAS: EXTRAS is "" or "[dev]". Activates .venv, installs into it only if something changed.
+ensure_environment() {
+  local extras=$1 python=${PYTHON:-python3} stamp wanted
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "error: $python is $("$python" --version 2>&1), but Python 3.11 or newer is needed; set PYTHON" >&2
+    return 1
+  }
+  [ -x .venv/bin/python ] || { echo "making .venv"; "$python" -m venv .venv; }
+  # shellcheck disable=SC1091
+  source .venv/bin/activate
+  stamp=".venv/installed${extras}"
+  wanted=$(cat pyproject.toml launch/constraints.txt | sha256sum)
+  if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    echo "installing dora-dist${extras} into .venv (a few minutes the first time)"
+    python -m pip install --quiet --disable-pip-version-check -c launch/constraints.txt -e ".${extras}"
+    echo "$wanted" > "$stamp"
+  fi
+}
+
+# threads_per_process PROCESSES: cores of this machine shared evenly.
+threads_per_process() {
+  local cores
+  cores=$(nproc)
+  echo $((cores > $1 ? cores / $1 : 1))
+}
