@@ -312,9 +312,9 @@ def _explain(message: str, parser: ArgumentParser) -> str:
 def _nearest(name: str, known: Iterable[str]) -> str:
     """``; did you mean X?``, or nothing where no known name is near."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    if not near:  # the right key in the wrong section
-        near = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]][:1]
+    # The right key in the wrong section, before a similar one.
+    near = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+    near = near or difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 

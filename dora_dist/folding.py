@@ -4,15 +4,16 @@ A loader that does not know gates would ignore them silently, so that nothing bu
 written as an adapter.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+KEY_PREFIX = "base_model.model."
 
 
 @torch.no_grad()
@@ -26,8 +27,8 @@ def fold_components(lora_a: Tensor, gate: Tensor, lora_b: Tensor, scale: float) 
         scale: ``alpha / initial_rank`` of the run.
 
     Returns:
-        ``(A (k, in), B (out, k))`` in float32 on the CPU, k = number of non-zero gates, with ``B A`` equal to the update
-        ``scale * sum_i gate_i b_i a_i``.
+        ``(A (k, in), B (out, k))`` in float32 on the CPU, k = number of non-zero gates, with ``B A`` equal to the
+        update ``scale * sum_i gate_i b_i a_i``.
     """
     kept = gate != 0
     folded_a = lora_a[kept].float()
@@ -52,17 +53,19 @@ def write_lora_adapter(
     factors: Mapping[str, tuple[Tensor, Tensor]],
     base_model: str | None,
     task_type: str = "CAUSAL_LM",
+    target_modules: Sequence[str] | None = None,
 ) -> None:
     """Write plain LoRA factors as an adapter folder that stock PEFT loads exactly.
 
-    PEFT needs for that: full module names as targets, a rank of its own for every module with ``alpha == rank``, and
-    modules of rank 0 left out.
+    PEFT needs for that: targets that match just the modules given, a rank of its own for every module with
+    ``alpha == rank``, and modules of rank 0 left out. Where all modules have one rank, no patterns are written.
 
     Args:
         folder: created if missing.
         factors: module name -> ``(A (k, in), B (out, k))`` as of :func:`fold_components`.
         base_model: name or path of the base model, for ``base_model_name_or_path``.
         task_type: PEFT's task type.
+        target_modules: what to name as targets instead of the full names of all modules that have a rank.
 
     Raises:
         ValueError: every module has rank 0, so that there is no adapter to write.
@@ -75,7 +78,7 @@ def write_lora_adapter(
     config = LoraConfig(
         r=widest,
         lora_alpha=widest,
-        target_modules=sorted(ranks),
+        target_modules=sorted(target_modules or ranks),
         rank_pattern=exceptions,
         alpha_pattern=dict(exceptions),
         lora_dropout=0.0,
@@ -86,8 +89,31 @@ def write_lora_adapter(
     tensors = {}
     for name in sorted(ranks):
         lora_a, lora_b = factors[name]
-        tensors[f"base_model.model.{name}.lora_A.weight"] = lora_a.contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = lora_b.contiguous()
+        tensors[f"{KEY_PREFIX}{name}.lora_A.weight"] = lora_a.contiguous()
+        tensors[f"{KEY_PREFIX}{name}.lora_B.weight"] = lora_b.contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+def read_lora_adapter(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Plain LoRA factors of a folder that :func:`write_lora_adapter` wrote, by module name.
+
+    Returns:
+        Module name -> ``(A (k, in), B (out, k))``, where ``B A`` is the whole update. Modules of rank 0 are missing.
+
+    Raises:
+        ValueError: the folder holds a LoRA adapter of another kind, whose update is not ``B A``.
+    """
+    config = LoraConfig.from_pretrained(str(folder))
+    if config.r != config.lora_alpha or config.rank_pattern != config.alpha_pattern or config.use_rslora:
+        raise ValueError(
+            f"the adapter in {folder} has r {config.r} and lora_alpha {config.lora_alpha}: dora_dist writes adapters "
+            "with equal ones for every module, so this is not the adapter of a run of it"
+        )
+    tensors = load_file(folder / ADAPTER_WEIGHTS)
+    names = {key.removeprefix(KEY_PREFIX).rsplit(".lora_", 1)[0] for key in tensors}
+    return {
+        name: (tensors[f"{KEY_PREFIX}{name}.lora_A.weight"], tensors[f"{KEY_PREFIX}{name}.lora_B.weight"])
+        for name in sorted(names)
+    }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import set_seed
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
@@ -75,6 +76,8 @@ class DynamicLoraTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | Path | None = None, **kwargs: Any) -> Any:
         self.resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        # Dropout of its own on every rank; a resumed run restores each rank's generators from its checkpoint.
+        set_seed(self.args.seed, device_specific=True)
         started = time.monotonic()
         result = super().train(resume_from_checkpoint=str(self.resumed_from) if self.resumed_from else None, **kwargs)
         tokens = sum(self.agreement.gather(int(self._tokens_seen)))

@@ -1,13 +1,13 @@
-"""The quickstart's backbone: a sentencepiece tokenizer and a small LLaMA, trained here and saved as Hugging Face does.
+"""The quickstart's backbone: a sentencepiece tokenizer and a small LLaMA, saved in Hugging Face's layout.
 
-torch, transformers and sentencepiece are imported inside the functions: a cached quickstart must not wait for them.
+torch, transformers and sentencepiece are imported inside the functions: a cached quickstart must not wait for
+them.
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ UNKNOWN_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 
 @dataclass(frozen=True)
 class BackboneSettings:
-    """Sizes of the model and length of its pretraining. `steps` are optimizer steps; `length` is in tokens."""
+    """Sizes of the model and of its pretraining: `steps` optimizer steps of `batch` documents each."""
 
     vocabulary: int = 1024
     hidden: int = 128
@@ -27,28 +27,30 @@ class BackboneSettings:
     layers: int = 5
     heads: int = 4
     positions: int = 256
-    documents: int = 16000
-    batch: int = 16
-    length: int = 64
-    steps: int = 600
-    learning_rate: float = 4e-3
+    initial_embedding_std: float = 0.05
+    batch: int = 12
+    steps: int = 480
+    warmup_steps: int = 30
+    learning_rate: float = 2e-3
 
 
 def train_tokenizer(documents: Iterable[str], folder: Path, vocabulary: int) -> "LlamaTokenizer":
-    """Train a byte-fallback BPE model as LLaMA's is, write it to `folder/tokenizer.model`, and wrap it.
+    """Train a byte-fallback BPE model as LLaMA's is, write it to the new `folder`, and wrap it.
 
-    Line breaks stay out of the vocabulary, as in LLaMA: they are the byte token <0x0A>. The wrapped tokenizer prepends
-    bos and never appends eos.
+    Line breaks stay out of the vocabulary, as in LLaMA: they are the byte token <0x0A>. The wrapped tokenizer
+    prepends bos and never appends eos. `folder` must not exist: transformers would prefer a tokenizer.json
+    left in it.
     """
     import sentencepiece
     from transformers import LlamaTokenizer
 
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True)
     model_file = folder / "tokenizer.model"
     with open(model_file, "wb") as stream:
         sentencepiece.SentencePieceTrainer.train(
-            # A line break splits words like any other character that is no letter, so "|" stands in for it here: a word
-            # that starts a line gets a piece without the word mark, and the line break itself gets none.
+            # A line break splits words like any other character that is no letter, so "|" stands in for it
+            # here: a word that starts a line gets a piece without the word mark, and the line break itself
+            # gets none.
             sentence_iterator=(document.replace("\n", "|") for document in documents),
             model_writer=stream,
             model_type="bpe",
@@ -66,27 +68,40 @@ def train_tokenizer(documents: Iterable[str], folder: Path, vocabulary: int) -> 
             num_threads=1,
             minloglevel=2,
         )
-    tokenizer = LlamaTokenizer.from_pretrained(folder, pad_token="<pad>")
+    # Despite its documentation, transformers 5.23 does not add bos to a bare sentencepiece model unless told.
+    tokenizer = LlamaTokenizer.from_pretrained(folder, pad_token="<pad>", add_bos_token=True)
     tokenizer.save_pretrained(folder)
     return tokenizer
 
 
-def token_stream(documents: Sequence[str], model_file: Path, seed: int) -> "torch.Tensor":
-    """Return one int64 vector (num_tokens,): every document as bos, pieces, eos."""
+def encode_documents(documents: Sequence[str], model_file: Path) -> list[list[int]]:
+    """Return the token ids of every document: bos, pieces, eos."""
     import sentencepiece
-    import torch
 
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
-    encoded = processor.encode(list(documents), add_bos=True, add_eos=True, num_threads=1)
-    return torch.tensor([token for document in encoded for token in document])
+    return processor.encode(list(documents), add_bos=True, add_eos=True)
+
+
+def padded_batches(encoded: Sequence[list[int]], batch: int) -> "Iterator[tuple[torch.Tensor, torch.Tensor]]":
+    """Yield (input_ids, labels), each (batch, longest), of whole documents; padding is right, its label -100.
+
+    Documents are not packed into one stream: chunks of 64 tokens lose the lines that a document repeats.
+    After 200 steps (mean loss of the last 50) packing had reached 1.47 nats/token, whole documents 0.95.
+    """
+    import torch
+
+    for start in range(0, len(encoded) - batch + 1, batch):
+        rows = encoded[start : start + batch]
+        longest = max(len(row) for row in rows)
+        input_ids = torch.tensor([row + [PAD_ID] * (longest - len(row)) for row in rows])
+        yield input_ids, input_ids.masked_fill(input_ids == PAD_ID, -100)
 
 
 def build_model(settings: BackboneSettings, vocabulary: int, seed: int) -> "LlamaForCausalLM":
-    """Return an untrained LLaMA; all its linear layers have sides that are multiples of 64, the block of NF4."""
+    """Return an untrained LLaMA; all sides of its linear layers are multiples of 64, the block of NF4."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=settings.hidden,
@@ -100,39 +115,59 @@ def build_model(settings: BackboneSettings, vocabulary: int, seed: int) -> "Llam
         eos_token_id=EOS_ID,
         pad_token_id=PAD_ID,
     )
-    return LlamaForCausalLM(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+        torch.nn.init.normal_(model.model.embed_tokens.weight, std=settings.initial_embedding_std)
+    # The head starts as the embedding (and is then trained apart), so that copying a word is the same linear
+    # map for all words from the start; from independent starts each word has to be learned by itself. On an
+    # earlier text, loss after 200 steps: 0.98 with this, 1.24 without (one seed).
+    model.lm_head.weight.data.copy_(model.model.embed_tokens.weight.data)
+    return model
 
 
-def pretrain(model: "LlamaForCausalLM", stream: "torch.Tensor", settings: BackboneSettings) -> float:
-    """Train `model` in place on `stream`, one pass in order, and return the mean loss of the last tenth (nats/token)."""
+def pretrain(model: "LlamaForCausalLM", encoded: Sequence[list[int]], settings: BackboneSettings) -> float:
+    """Train `model` in place, one pass over `encoded`; return the last tenth's mean loss (nats/token)."""
     import torch
 
+    parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+        parameters, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
-    warmup = max(1, settings.steps // 20)
+    decay_steps = settings.steps - settings.warmup_steps
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min((step + 1) / warmup, (settings.steps - step) / (settings.steps - warmup)),
+        lambda step: min((step + 1) / settings.warmup_steps, (settings.steps - step) / decay_steps),
     )
-    tokens_per_step = settings.batch * settings.length
-    needed = settings.steps * tokens_per_step
-    if len(stream) < needed:
-        raise ValueError(f"pretraining text has {len(stream)} tokens, {needed} are needed: raise `documents`")
     model.train()
     losses: list[float] = []
+    num_tokens = 0
     started = time.monotonic()
-    for step, batch in enumerate(stream[:needed].view(settings.steps, settings.batch, settings.length)):
-        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+    for step, (input_ids, labels) in enumerate(padded_batches(encoded, settings.batch), start=1):
+        # Without an attention mask: padding is on the right, where causal attention never looks.
+        loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        if (step + 1) % max(1, settings.steps // 8) == 0:
-            speed = (step + 1) * tokens_per_step / (time.monotonic() - started)
-            print(
-                f"backbone step {step + 1}/{settings.steps}  loss {losses[-1]:.3f}  {speed:,.0f} tokens/s", flush=True
-            )
-    return sum(losses[-(settings.steps // 10) :]) / (settings.steps // 10)
+        num_tokens += input_ids.numel()
+        if step % (settings.steps // 8) == 0:
+            speed = num_tokens / (time.monotonic() - started)
+            progress = f"step {step}/{settings.steps}  loss {losses[-1]:.3f}  {speed:,.0f} tokens/s"
+            print(f"backbone: {progress}", flush=True)
+    last_tenth = losses[-(settings.steps // 10) :]
+    return sum(last_tenth) / len(last_tenth)
+
+
+def create_backbone(
+    documents: Sequence[str], prompts: Sequence[str], folder: Path, settings: BackboneSettings, seed: int
+) -> None:
+    """Train the tokenizer on documents and prompts, the model on documents; save both to a new `folder`."""
+    tokenizer = train_tokenizer([*documents[:2000], *prompts], folder, settings.vocabulary)
+    model = build_model(settings, len(tokenizer), seed)
+    print(f"backbone: {model.num_parameters():,} parameters, {len(tokenizer)} pieces", flush=True)
+    loss = pretrain(model, encode_documents(documents, folder / "tokenizer.model"), settings)
+    print(f"backbone: mean loss of the last tenth {loss:.3f} nats/token", flush=True)
+    model.save_pretrained(folder)

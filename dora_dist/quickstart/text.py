@@ -1,7 +1,7 @@
-"""The two texts of the quickstart: what the backbone is pretrained on, and the instruction rows it is tuned on.
+"""The two texts of the quickstart: what the backbone is pretrained on, and the rows it is tuned on.
 
-Pretraining documents say each fact several times in different words, which is what teaches a small model to copy from
-its context. The instructions ask for four output formats that no pretraining document has.
+Pretraining documents say each fact several times in different words, which is what teaches a small model to
+copy from its context. The instructions ask for four output formats that no pretraining document has.
 """
 
 from collections.abc import Iterator
@@ -9,12 +9,13 @@ from random import Random
 
 from dora_dist.quickstart.world import ENTITIES, NAMES, Person, draw_person
 
-# The words of the answers' formats and of the prompt. The backbone meets them only in word lists: a token that is
-# never seen would keep a random embedding and a suppressed output row, which an adapter cannot repair.
+# Words of the answers and of the prompt, those that start a line first. The backbone meets most of them only
+# in word lists: a token that is never seen would keep a random embedding and a suppressed output row, which
+# an adapter on the linear layers cannot repair.
 FIRST_WORDS = "Name Lost Dear Answer Write Make Fill The Who Which Where What".split()
 LATER_WORDS = (
-    "job city pet food lost call in thank you for greetings to and not the note who has lives letter card of this text "
-    "person Instruction Input Response"
+    "job city pet food lost call in thank you for greetings to and not the note who has lives letter card "
+    "of this text person Instruction Input Response"
 ).split()
 
 PET_SENTENCES = ("{name} has a {colour} {animal}.", "The {colour} {animal} belongs to {name}.")
@@ -47,7 +48,8 @@ def _say(sentence: str, person: Person) -> str:
 def _portrait(rng: Random) -> str:
     """One person as keywords in two random orders, then in full, fact by fact, and in questions.
 
-    The keyword lines are what starts the copying: most of their second half can only be predicted by looking back.
+    The keyword lines are what starts the copying: most of their second half can only be predicted by looking
+    back.
     """
     person = draw_person(rng)
     keywords = [rng.sample(list(vars(person).values()), 6) for _ in range(2)]
@@ -71,11 +73,7 @@ def _word_list(rng: Random) -> str:
 
 
 def pretraining_documents(seed: int, count: int) -> Iterator[str]:
-    """Yield `count` documents of two or three lines; none has a person of the held-out rows.
-
-    Each portrait has one person, whose words can be copied by their kind ("the city said above"). Documents about two
-    people were tried: telling them apart takes far longer to learn than a quickstart may last.
-    """
+    """Yield `count` documents of two to five lines; none has a person of the held-out rows."""
     rng = Random(f"pretraining {seed}")
     for _ in range(count):
         yield _portrait(rng) if rng.random() < 0.9 else _word_list(rng)
@@ -99,7 +97,7 @@ KINDS = (
 
 
 def _draw_row(rng: Random, held_out: bool) -> dict[str, str]:
-    """A row about one person: the text says everything, the output says it again in its kind's words and order."""
+    """A row about one person: the output says what the text says, in its kind's words and order."""
     person = draw_person(rng, held_out)
     instructions, output = rng.choice(KINDS)
     return {
@@ -110,7 +108,7 @@ def _draw_row(rng: Random, held_out: bool) -> dict[str, str]:
 
 
 def instruction_rows(seed: int, count: int, held_out: bool = False) -> list[dict[str, str]]:
-    """Return `count` different alpaca rows (`instruction`, `input`, `output`), of held-out people or of the others."""
+    """Return `count` different alpaca rows (instruction, input, output) of held-out or other people."""
     rng = Random(f"instructions {seed} {held_out}")
     rows: dict[tuple[str, ...], dict[str, str]] = {}
     while len(rows) < count:

@@ -34,8 +34,8 @@ class Person:
 def is_held_out(name: str, animal: str) -> bool:
     """Whether a person of this name with this animal may occur only in the held-out rows: one pair in ten.
 
-    A rule on pairs, not on whole rows, so that held-out rows cannot be answered from memory, while every single word
-    of them does occur in the training rows.
+    A rule on pairs, not on whole rows, so that held-out rows cannot be answered from memory, while every
+    single word of them does occur in the training rows.
     """
     return (NAMES.index(name) + 3 * ANIMALS.index(animal)) % 10 == 0
 

@@ -1,0 +1,190 @@
+"""Answers of the base and of the adapter of a run side by side, decoded greedily.
+
+Without --prompt, instructions are read from standard input, one a line: plain text, or JSON objects with the field
+instruction (and perhaps input), rendered as in training, or the field prompt, taken as it is.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dora_dist.command import run_command, say
+from dora_dist.quiet import quiet_libraries
+
+LEAST_WIDTH = 80
+"""Columns of a terminal from which two answers fit side by side."""
+GAP = " | "
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dora_dist.generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run (output_dir of its configuration)")
+    parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or more instructions")
+    parser.add_argument("--input", metavar="TEXT", help="what the instructions of --prompt are about (Alpaca's input)")
+    parser.add_argument("--raw", action="store_true", help="plain text is the whole prompt, not an instruction")
+    parser.add_argument("--checkpoint", metavar="NAME", help="such as checkpoint-120, instead of the final adapter")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="longest answer in tokens; by default evaluation.max_new_tokens of the run",
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Answer every prompt twice, printing as soon as both answers are there.
+
+    Raises:
+        ValueError: something that the user can mend.
+    """
+    quiet_libraries()
+    options = build_parser().parse_args(arguments)
+    if options.max_new_tokens is not None and options.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens is {options.max_new_tokens}, but must be at least 1")
+    if options.input is not None and (options.prompt is None or options.raw):
+        raise ValueError(
+            f"--input is {options.input!r}, but it belongs to the instructions of --prompt: leave out --raw, and give "
+            'the input of lines from standard input as {"instruction": ..., "input": ...}'
+        )
+    prompts = collect_prompts(options.prompt, options.input, options.raw)
+    # Heavy imports wait until the arguments have been found to be sound.
+    from dora_dist.trained import open_run
+
+    trained = open_run(options.run, options.checkpoint)
+    if trained.config.data.format == "prompt_completion" and options.prompt is not None and not options.raw:
+        say("this run was trained on whole prompts (data.format prompt_completion): --raw gives them as they are")
+    answers = answer_twice(trained, prompts, options.max_new_tokens or trained.config.evaluation.max_new_tokens)
+    for prompt, base, adapted in answers:
+        print(render(prompt, base, adapted, terminal_width()), flush=True)
+
+
+def collect_prompts(texts: Sequence[str] | None, context: str | None, raw: bool) -> Iterable[str]:
+    """Prompts as the model is given them. All are checked at once, except those that are typed one by one.
+
+    Raises:
+        ValueError: a prompt is empty or a JSON line is of no known form.
+    """
+    if texts is not None:
+        for number, text in enumerate(texts, start=1):
+            if not text.strip():
+                raise ValueError(f"--prompt number {number} is {text!r}, but must have some text")
+        return [prompt_of_text(text, context or "", raw) for text in texts]
+    prompts = read_prompts(sys.stdin, raw)
+    if sys.stdin.isatty():
+        say("One instruction a line; Ctrl-D ends.")
+        return prompts
+    found = list(prompts)
+    if not found:
+        raise ValueError("standard input has no lines: give an instruction a line, or --prompt TEXT")
+    return found
+
+
+def prompt_of_text(text: str, context: str, raw: bool) -> str:
+    """Plain text as a prompt."""
+    from dora_dist.data.rows import alpaca_prompt
+
+    return text if raw else alpaca_prompt(text, context)
+
+
+def read_prompts(lines: Iterable[str], raw: bool) -> Iterator[str]:
+    """Prompts from lines of text or JSON; empty lines are passed over.
+
+    Raises:
+        ValueError: a line begins as a JSON object and is none, or its fields are not known.
+    """
+    for number, line in enumerate(lines, start=1):
+        text = line.rstrip("\r\n")
+        if not text.strip():
+            continue
+        yield _prompt_of_json(text, number) if text.lstrip().startswith("{") else prompt_of_text(text, "", raw)
+
+
+def _prompt_of_json(text: str, number: int) -> str:
+    try:
+        row: dict[str, Any] = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"line {number} of standard input begins with {{ and is not JSON ({error}): mend it, or give text that "
+            "begins so with --prompt"
+        ) from None
+    fields = {name: row.get(name) or "" for name in ("prompt", "instruction", "input")}
+    known = all(isinstance(value, str) for value in fields.values())
+    if not known or bool(fields["prompt"].strip()) == bool(fields["instruction"].strip()):
+        raise ValueError(
+            f"line {number} of standard input is {text}, but must have text either in the field prompt or in the field "
+            "instruction (and perhaps input)"
+        )
+    return fields["prompt"] or prompt_of_text(fields["instruction"], fields["input"], raw=False)
+
+
+def answer_twice(trained: Any, prompts: Iterable[str], max_new_tokens: int) -> Iterator[tuple[str, str, str]]:
+    """Prompt, answer of the base, answer of the adapter: one model in memory, with the adapter switched off and on.
+
+    Args:
+        trained: the :class:`~dora_dist.trained.TrainedRun`.
+        prompts: as the model is given them.
+        max_new_tokens: longest answer, in tokens.
+    """
+    from peft import PeftModel
+
+    from dora_dist.evaluation import generate_answers
+    from dora_dist.trained import default_device
+
+    device = default_device()
+    tokenizer = trained.load_tokenizer()
+    # bfloat16 is far slower than float32 on most CPUs.
+    base = trained.load_base(device, in_float32=device.type == "cpu")
+    model = PeftModel.from_pretrained(base, str(trained.adapter))
+    model.eval()
+    for prompt in prompts:
+        with model.disable_adapter():
+            (before,) = generate_answers(model, tokenizer, [prompt], max_new_tokens)
+        (after,) = generate_answers(model, tokenizer, [prompt], max_new_tokens)
+        yield prompt, before, after
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal that is written to, or None if it is not one."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def render(prompt: str, base: str, adapted: str, width: int | None) -> str:
+    """Prompt and answers: in two columns where ``width`` allows it, otherwise one below the other."""
+    prompt, base, adapted = (_printable(text).strip() for text in (prompt, base, adapted))
+    if width is None or width < LEAST_WIDTH:
+        return f"--- prompt\n{prompt}\n--- base\n{base}\n--- adapter\n{adapted}\n"
+    column = (width - len(GAP)) // 2
+    left, right = _column("base", base, column), _column("adapter", adapted, column)
+    height = max(len(left), len(right))
+    left += [""] * (height - len(left))
+    right += [""] * (height - len(right))
+    rows = [f"{a:<{column}}{GAP}{b}".rstrip() for a, b in zip(left, right, strict=True)]
+    return "\n".join([*_wrapped(prompt, width), "", *rows, "=" * width, ""])
+
+
+def _column(title: str, text: str, width: int) -> list[str]:
+    return [title, "-" * width, *_wrapped(text, width)]
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    return [part for line in text.split("\n") for part in textwrap.wrap(line, width) or [""]]
+
+
+def _printable(text: str) -> str:
+    """Without control characters, which a model may produce and a terminal would obey."""
+    return "".join(character for character in text.expandtabs(4) if character.isprintable() or character == "\n")
+
+
+if __name__ == "__main__":
+    run_command(main)

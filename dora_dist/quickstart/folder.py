@@ -1,0 +1,98 @@
+"""The quickstart's folder: complete or not there, and made again when its generator or settings change."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+from dora_dist.quickstart.backbone import BackboneSettings, create_backbone
+from dora_dist.quickstart.text import instruction_rows, pretraining_documents
+
+DEFAULT_OUTPUT = Path(".cache/quickstart")
+STAMP_NAME = "quickstart.json"
+NUM_TRAIN_ROWS = 2000
+NUM_HELD_OUT_ROWS = 200
+NUM_PROMPTS_FOR_TOKENIZER = 400
+
+
+def _fingerprint(seed: int, settings: BackboneSettings) -> str:
+    """Hash of what the content depends on: this package's source, the settings, the libraries' versions."""
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    versions = {name: version(name) for name in ("torch", "transformers", "sentencepiece")}
+    digest.update(json.dumps([seed, asdict(settings), versions]).encode())
+    return digest.hexdigest()
+
+
+def _is_current(output: Path, fingerprint: str) -> bool:
+    stamp = output / STAMP_NAME
+    return stamp.is_file() and json.loads(stamp.read_text(encoding="utf-8")).get("fingerprint") == fingerprint
+
+
+def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _as_prompt(row: dict[str, str]) -> str:
+    """The row in alpaca's form, so that the words of that form become pieces of the tokenizer."""
+    return "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n{output}".format(**row)
+
+
+def _fill(folder: Path, seed: int, settings: BackboneSettings) -> None:
+    """Write the data and the backbone into the existing, empty `folder`."""
+    train = instruction_rows(seed, NUM_TRAIN_ROWS)
+    _write_rows(folder / "train.jsonl", train)
+    _write_rows(folder / "heldout.jsonl", instruction_rows(seed, NUM_HELD_OUT_ROWS, held_out=True))
+    documents = list(pretraining_documents(seed, settings.batch * settings.steps))
+    prompts = [_as_prompt(row) for row in train[:NUM_PROMPTS_FOR_TOKENIZER]]
+    create_backbone(documents, prompts, folder / "backbone", settings, seed)
+
+
+def _replace(output: Path, finished: Path) -> None:
+    """Put `finished` in the place of `output`; an older quickstart there is removed afterwards."""
+    if output.exists():
+        retired = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
+        os.rename(output, retired / "old")
+        os.rename(finished, output)
+        shutil.rmtree(retired)
+    else:
+        os.rename(finished, output)
+
+
+def ensure_quickstart(
+    output: Path = DEFAULT_OUTPUT, seed: int = 0, settings: BackboneSettings | None = None
+) -> Path:
+    """Make `output` hold backbone/, train.jsonl and heldout.jsonl for this seed, and return it.
+
+    Nothing is done where the stamp file says that they are there already. Raises ValueError where `output`
+    holds something that is not a quickstart.
+    """
+    output = Path(output)
+    settings = settings or BackboneSettings()
+    fingerprint = _fingerprint(seed, settings)
+    if _is_current(output, fingerprint):
+        print(f"quickstart: {output} is up to date")
+        return output
+    is_empty_folder = output.is_dir() and not any(output.iterdir())
+    if output.exists() and not is_empty_folder and not (output / STAMP_NAME).is_file():
+        raise ValueError(
+            f"output {output} exists and holds no {STAMP_NAME}, so it is not a quickstart and is left alone: "
+            "choose another --output or remove it"
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.partial-", dir=output.parent) as scratch:
+        finished = Path(scratch) / "finished"
+        finished.mkdir()
+        _fill(finished, seed, settings)
+        stamp = {"fingerprint": fingerprint, "seed": seed, "settings": asdict(settings)}
+        (finished / STAMP_NAME).write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
+        _replace(output, finished)
+    print(f"quickstart: {output} written in {time.monotonic() - started:.0f} s")
+    return output

@@ -1,0 +1,228 @@
+"""What ranks run in the tests of this folder (importable, so that a fresh process finds it)."""
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from dora_dist.agreement import Agreement, digest_tensors
+from dora_dist.controller import DynamicRankController
+from dora_dist.engine import read_master, write_parameter
+from dora_dist.importance import component_scores
+from dora_dist.layer import DynamicLoraLinear
+from dora_dist.schedule import BudgetSchedule
+
+NAMES = ("blocks.0.up", "blocks.0.down", "blocks.1.up")
+RANK, TARGET = 6, 4
+
+
+def make_layers(seed: int = 0) -> dict[str, DynamicLoraLinear]:
+    """Three small layers with random components, the same on every rank."""
+    layers = {}
+    for name in NAMES:
+        base = nn.Linear(8, 12, bias=False)
+        layer = DynamicLoraLinear(base, "default", config=LoraConfig(), r=RANK, lora_alpha=RANK)
+        layer.initialize("paper", seed, name, torch.float32)
+        with torch.no_grad():
+            layer.gate.copy_(torch.linspace(0.5, 1.5, RANK))
+        layers[name] = layer
+    return layers
+
+
+def make_controller(layers: dict[str, DynamicLoraLinear], **options: Any) -> DynamicRankController:
+    """Ten optimizer steps, events at steps 2, 4 and 6, the last one final."""
+    schedule = BudgetSchedule(
+        total_steps=10,
+        num_layers=len(layers),
+        initial_rank=RANK,
+        target_rank=TARGET,
+        warmup_fraction=0.2,
+        final_fraction=0.4,
+        interval=2,
+    )
+    return DynamicRankController(layers, schedule, Agreement(), **options)
+
+
+def agreement_mean() -> tuple[Tensor, Tensor]:
+    """A tensor that differs by rank, and its mean over the ranks."""
+    torch.manual_seed(dist.get_rank())
+    mine = torch.randn(1000, dtype=torch.float64)
+    return mine, Agreement().mean(mine)
+
+
+def agreement_failure(failing: int) -> None:
+    agreement = Agreement()
+    agreement.raise_together("out of memory" if agreement.rank == failing else None, "scoring")
+
+
+def agreement_digests(odd_rank: int) -> None:
+    agreement = Agreement()
+    value = torch.ones(3) * (2 if agreement.rank == odd_rank else 1)
+    agreement.check_equal({"first": b"same", "second": digest_tensors(value)}, "the test state")
+
+
+def prune_with_different_statistics() -> dict[str, Any]:
+    """Each rank scores with a factor pattern of its own; returns what it fed and what was selected."""
+    rank = dist.get_rank()
+
+    def skewed(lora_a: Tensor, gate: Tensor, lora_b: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(100 * rank + int(1000 * float(lora_a.sum())) % 97)
+        return component_scores(lora_a, gate, lora_b) * (0.2 + torch.rand(RANK, generator=generator).double())
+
+    layers = make_layers()
+    controller = make_controller(layers, score=skewed)
+    events = [controller.after_optimizer_step(step) for step in range(1, 7)]
+    local = {name: scores.clone() for name, scores in controller.smoothed_scores.items()}
+    return {
+        "local": local,
+        "kept": events[-1].kept,
+        "masks": {name: layer.component_mask.clone() for name, layer in layers.items()},
+        "gates": {name: layer.gate.detach().clone() for name, layer in layers.items()},
+    }
+
+
+def prune_with_altered_adapter(odd_rank: int) -> None:
+    layers = make_layers()
+    controller = make_controller(layers)
+    controller.after_optimizer_step(1)
+    if dist.get_rank() == odd_rank:
+        layers["blocks.0.up"].lora_b.data[0, 0] += 1e-3
+    controller.after_optimizer_step(2)
+
+
+def prune_with_altered_mask(odd_rank: int) -> None:
+    layers = make_layers()
+    controller = make_controller(layers)
+    for step in range(1, 11):
+        controller.after_optimizer_step(step)
+    if dist.get_rank() == odd_rank:
+        layers["blocks.1.up"].component_mask.logical_not_()
+    controller.finish()
+
+
+def prune_with_bad_scores(bad_rank: int, kind: str) -> None:
+    """One rank has a NaN in its weights' scores, or fails while it scores; all are the same otherwise."""
+
+    def score(lora_a: Tensor, gate: Tensor, lora_b: Tensor) -> Tensor:
+        scores = component_scores(lora_a, gate, lora_b)
+        if dist.get_rank() == bad_rank:
+            if kind == "raises":
+                raise MemoryError("no memory left on this rank")
+            scores[2] = float(kind)
+        return scores
+
+    controller = make_controller(make_layers(), score=score)
+    for step in range(1, 5):
+        controller.after_optimizer_step(step)
+
+
+def check_world_of_one() -> None:
+    """The Trainer believes in one process while the group has more: ranks would train on the same data."""
+    from types import SimpleNamespace
+
+    from dora_dist.world import check_world
+
+    trainer = SimpleNamespace(args=SimpleNamespace(world_size=1), accelerator=SimpleNamespace(num_processes=1))
+    check_world(Agreement(), trainer)
+
+
+def check_same_data() -> None:
+    """Every rank is given the same first batch."""
+    from types import SimpleNamespace
+
+    from dora_dist.world import _check_data_differs
+
+    _check_data_differs(Agreement(), SimpleNamespace(batch_sampler=[[3, 1, 2]]))
+
+
+def prune_under_engine(engine: str, model_folder: str) -> dict[str, Any]:
+    """Train a tiny NF4 Llama under an engine, prune softly, go on, prune for good, go on; report what is seen."""
+    from transformers import set_seed
+
+    from dora_dist import DynamicLoraConfig, add_dynamic_lora
+    from dora_dist.backbone import load_backbone
+
+    rank = dist.get_rank()
+    set_seed(0)
+    base = load_backbone(model_folder)
+    model = add_dynamic_lora(base, DynamicLoraConfig(target_rank=2, initial_rank=4, dropout=0.0, alpha=8))
+    layers = model.adapted_layers()
+    for layer in layers.values():
+        nn.init.normal_(layer.lora_b, std=0.02, generator=torch.Generator().manual_seed(1))
+    step = _make_step(engine, model)
+    batches = torch.Generator().manual_seed(rank)
+    layer = next(iter(layers.values()))
+    pruned = torch.tensor([False, True, False, True])
+    seen: dict[str, Any] = {}
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            step(torch.randint(4, 90, (2, 12), generator=batches))
+
+    train(3)
+    # In place alone: what a naive pruning would do.
+    layer.gate.data[pruned] = 0
+    train(1)
+    seen["naive"] = layer.gate.detach().clone()
+    # The soft prune: parameter and master copy.
+    soft = torch.where(pruned, torch.zeros(4), layer.gate.detach())
+    write_parameter(layer.gate, soft)
+    seen["soft_live"], seen["soft_master"] = layer.gate.detach().clone(), read_master(layer.gate).clone()
+    train(1)
+    seen["regrown"] = layer.gate.detach().clone()
+    # The hard mask.
+    write_parameter(layer.gate, torch.where(pruned, torch.zeros(4), layer.gate.detach()))
+    layer.component_mask.copy_(~pruned)
+    train(3)
+    x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        model.eval()
+        seen["output"] = layer(x)
+        kept = ~pruned
+        delta = (x @ layer.lora_a[kept].T * (layer.gate[kept] * layer.scale)) @ layer.lora_b[:, kept].T
+        seen["expected"] = layer.base_layer(x) + delta
+        seen["hard_live"], seen["hard_master"] = layer.gate.detach().clone(), read_master(layer.gate).clone()
+        write_parameter(layer.gate, torch.where(pruned, torch.full((4,), 1e3), layer.gate))
+        seen["output_with_huge_gates"] = layer(x)
+    seen["engine"] = type(step.model).__name__
+    return seen
+
+
+def _make_step(engine: str, model: nn.Module) -> Any:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.01)
+    if engine == "zero2":
+        import deepspeed
+
+        from dora_dist.world import _use_gloo_only
+
+        os.environ["MASTER_PORT"] = "29500"
+        _use_gloo_only()
+        wrapped, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config={
+                "train_micro_batch_size_per_gpu": 2,
+                "zero_optimization": {"stage": 2},
+                "zero_allow_untested_optimizer": True,
+                "gradient_clipping": 1.0,
+            },
+        )
+
+        def step(ids: Tensor) -> None:
+            wrapped.backward(wrapped(input_ids=ids, labels=ids).loss)
+            wrapped.step()
+
+    else:
+        wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if engine == "ddp" else model
+
+        def step(ids: Tensor) -> None:
+            optimizer.zero_grad()
+            wrapped(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+
+    step.model = wrapped
+    return step

@@ -1,0 +1,50 @@
+"""Collectives with real ranks: all of them agree, or all of them raise."""
+
+import pytest
+import rank_functions
+import torch
+from ranks import run_ranks
+
+WORLDS = pytest.mark.parametrize("world_size", [2, 4])
+
+
+@WORLDS
+def test_mean_is_the_mean_with_the_same_bits_on_every_rank(world_size):
+    outcomes = run_ranks(rank_functions.agreement_mean, world_size)
+    mine, means = zip(*(outcome.value for outcome in outcomes), strict=True)
+    torch.testing.assert_close(means[0], torch.stack(mine).mean(0), rtol=1e-14, atol=1e-15)
+    assert all(torch.equal(mean, means[0]) for mean in means)
+
+
+@WORLDS
+def test_a_failure_on_one_rank_is_raised_on_all_and_names_it(world_size):
+    outcomes = run_ranks(rank_functions.agreement_failure, world_size, 1)
+    assert {outcome.error_type for outcome in outcomes} == {"RankFailedError"}
+    assert {outcome.error for outcome in outcomes} == {
+        f"scoring failed on 1 of {world_size} ranks: rank 1: out of memory"
+    }
+
+
+def test_a_rank_with_another_state_is_named_on_all_ranks_with_the_first_difference():
+    outcomes = run_ranks(rank_functions.agreement_digests, 4, 2)
+    assert {outcome.error_type for outcome in outcomes} == {"DisagreementError"}
+    (message,) = {outcome.error for outcome in outcomes}
+    assert "the ranks disagree on the test state: rank 2 against ranks 0, 1, 3" in message
+    assert "first difference in second" in message
+
+
+def test_two_ranks_that_differ_are_both_named():
+    outcomes = run_ranks(rank_functions.agreement_digests, 2, 1)
+    assert all("rank 0 against rank 1" in outcome.error for outcome in outcomes)
+
+
+@WORLDS
+def test_a_trainer_that_believes_in_a_world_of_one_is_refused_on_all_ranks(world_size):
+    outcomes = run_ranks(rank_functions.check_world_of_one, world_size)
+    assert {outcome.error_type for outcome in outcomes} == {"RankFailedError"}
+    assert all("TrainingArguments 1" in outcome.error for outcome in outcomes)
+
+
+def test_ranks_that_see_the_same_data_are_refused_on_all_ranks():
+    outcomes = run_ranks(rank_functions.check_same_data, 2)
+    assert all("ranks [0, 1] are given the same examples [3, 1, 2]" in outcome.error for outcome in outcomes)

@@ -1,0 +1,51 @@
+"""The method on real ranks: one selection from the mean of all statistics, and no rank left behind."""
+
+import pytest
+import rank_functions
+import torch
+from ranks import run_ranks
+
+from dora_dist.allocation import select_components
+
+WORLDS = pytest.mark.parametrize("world_size", [2, 4])
+
+
+@WORLDS
+def test_ranks_with_different_statistics_select_by_their_mean(world_size):
+    values = [outcome.value for outcome in run_ranks(rank_functions.prune_with_different_statistics, world_size)]
+    names = rank_functions.NAMES
+    assert any(not torch.equal(values[0]["local"][name], values[1]["local"][name]) for name in names)
+    mean = {name: torch.stack([value["local"][name] for value in values]).mean(0) for name in names}
+    expected = select_components(mean, len(names) * rank_functions.TARGET)
+    alone = select_components(values[0]["local"], len(names) * rank_functions.TARGET)
+    assert any(not torch.equal(expected[name], alone[name]) for name in names), "the test would prove nothing"
+    for value in values:
+        for name in names:
+            assert torch.equal(value["masks"][name], expected[name])
+            assert value["kept"][name] == expected[name].nonzero().flatten().tolist()
+            assert not value["gates"][name][~expected[name]].any()
+
+
+@pytest.mark.parametrize(("world_size", "odd", "groups"), [(2, 1, "rank 0 against rank 1"), (4, 3, "rank 3 against")])
+def test_a_rank_with_an_altered_adapter_is_named_on_all_ranks_at_the_next_event(world_size, odd, groups):
+    outcomes = run_ranks(rank_functions.prune_with_altered_adapter, world_size, odd)
+    assert {outcome.error_type for outcome in outcomes} == {"DisagreementError"}
+    assert all("event of step 2" in outcome.error and groups in outcome.error for outcome in outcomes)
+    assert all("first difference in blocks.0.up" in outcome.error for outcome in outcomes)
+
+
+def test_a_rank_with_an_altered_mask_is_found_at_the_end():
+    outcomes = run_ranks(rank_functions.prune_with_altered_mask, 2, 1)
+    assert {outcome.error_type for outcome in outcomes} == {"DisagreementError"}
+    assert all("first difference in blocks.1.up" in outcome.error for outcome in outcomes)
+
+
+@pytest.mark.parametrize("kind", ["nan", "inf", "raises"])
+@WORLDS
+def test_a_rank_that_cannot_score_makes_all_ranks_raise_and_is_named(world_size, kind):
+    outcomes = run_ranks(rank_functions.prune_with_bad_scores, world_size, world_size - 1, kind)
+    assert {outcome.error_type for outcome in outcomes} == {"RankFailedError"}
+    reason = "MemoryError" if kind == "raises" else "non-finite"
+    for outcome in outcomes:
+        assert f"failed on 1 of {world_size} ranks: rank {world_size - 1}: " in outcome.error
+        assert reason in outcome.error

@@ -1,0 +1,102 @@
+"""SIGKILL at random moments of a save: the next run goes on from the newest complete checkpoint by itself.
+
+Two real ranks under ZeRO-2 run the entry point's ``main``; they come from a fork server with the imports behind it, so
+that a dozen kills fit into a test.
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+from ranks import rank_environment, start_ranks, wait_for_ranks
+from safetensors.torch import load_file
+from tiny_run import write_config
+
+from dora_dist import checkpoint
+
+KILLS = 10
+RANKS = 2
+
+
+def train_rank(rank: int, world_size: int, arguments: list[str], port: int, log: str) -> None:
+    """One rank of ``accelerate launch -m dora_dist.train``, its output in a file."""
+    rank_environment(
+        rank,
+        world_size,
+        MASTER_PORT=str(port),
+        ACCELERATE_USE_DEEPSPEED="true",
+        ACCELERATE_DEEPSPEED_ZERO_STAGE="2",
+        HF_HUB_OFFLINE="1",
+    )
+    with open(f"{log}-{rank}", "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    from dora_dist.command import run_command
+    from dora_dist.train import main
+
+    sys.stdout.reconfigure(line_buffering=True)
+    run_command(lambda: main(arguments))
+
+
+def start_run(config: Path, output: Path, log: Path):
+    arguments = ["--config", str(config), "--output_dir", str(output)]
+    return start_ranks(train_rank, RANKS, arguments, free_port(), str(log))
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_killed_during_saves_it_ends_like_a_run_that_was_left_alone(tmp_path):
+    config = write_config(tmp_path, adapter={"dropout": 0.1}, training={"max_steps": 30}, checkpoint={"keep_last": 2})
+    wait_for_ranks(start_run(config, tmp_path / "whole", tmp_path / "whole.log"), timeout=120)
+    assert (tmp_path / "whole" / "adapter").is_dir(), (tmp_path / "whole.log-0").read_text()
+
+    source, output, log = random.Random(7), tmp_path / "run", tmp_path / "run.log"
+    kills = flawed = 0
+    while kills < KILLS:
+        processes = start_run(config, output, log)
+        killed = kill_during_save(processes, output, source)
+        wait_for_ranks(processes, timeout=60)
+        assert killed, f"the run ended after {kills} kills:\n{log_of(log)}"
+        kills += 1
+        flawed += any(checkpoint.flaw_of(path) for path in checkpoint.checkpoints(output))
+    assert flawed, "no kill hit a save in progress: the test proves nothing"
+
+    wait_for_ranks(start_run(config, output, log), timeout=120)
+    assert (output / "adapter").is_dir(), log_of(log)
+    assert "resuming from" in log_of(log)
+    for name in ("adapter/adapter_model.safetensors", "checkpoint-30/dynamic_lora.safetensors"):
+        expected, found = load_file(tmp_path / "whole" / name), load_file(output / name)
+        assert expected.keys() == found.keys()
+        assert all(expected[key].equal(found[key]) for key in expected), name
+
+
+def kill_during_save(processes, output: Path, source: random.Random) -> bool:
+    """SIGKILL one rank or all, a random moment after a new checkpoint folder has appeared; False if the run ended."""
+    wait_until = {path.name for path in checkpoint.checkpoints(output)}
+    countdown = source.randint(1, 2)
+    while any(process.is_alive() for process in processes):
+        new = {path.name for path in checkpoint.checkpoints(output)} - wait_until
+        if len(new) >= countdown:
+            time.sleep(source.uniform(0, 0.25))
+            victims = processes if source.random() < 0.5 else [source.choice(processes)]
+            for process in victims:
+                os.kill(process.pid, signal.SIGKILL)
+            time.sleep(0.2)
+            for process in processes:  # as the launcher does when one process has gone
+                process.kill()
+            return True
+        time.sleep(0.002)
+    return False
+
+
+def log_of(log: Path) -> str:
+    return "\n".join(Path(f"{log}-{rank}").read_text() for rank in range(RANKS))

@@ -1,0 +1,58 @@
+"""A run that was stopped and resumed is the run that was never stopped, bit for bit."""
+
+import json
+import shutil
+
+import pytest
+from commands import ZERO2, run, steps_of, train
+from safetensors.torch import load_file
+
+COMPARED = ("loss", "grad_norm", "learning_rate", "equilibrium_penalty", "components", "allocation")
+
+
+def stopped_at(step, reference, folder):
+    """A run folder as it was when ``reference`` had finished ``step``."""
+    stopped = folder / "run"
+    stopped.mkdir()
+    shutil.copytree(reference.run / f"checkpoint-{step}", stopped / f"checkpoint-{step}")
+    # The records go on a little further than the checkpoint, as those of a killed run do.
+    for name in ("metrics.jsonl", "allocation.jsonl"):
+        lines = (reference.run / name).read_text().splitlines(keepends=True)
+        kept = [line for line in lines if json.loads(line)["step"] <= step + 1]
+        (stopped / name).write_text("".join(kept) + '{"step": 99, "lo')
+    return stopped
+
+
+@pytest.mark.parametrize("step", [3, 5, 9], ids=["before the first prune", "between prunes", "after the last prune"])
+def test_resume_is_bit_for_bit(step, reference, tmp_path):
+    resumed = stopped_at(step, reference, tmp_path)
+    finished = train(reference.config, "--output_dir", str(resumed))
+    assert f"resuming from {resumed}/checkpoint-{step}" in finished.output
+    expected, found = steps_of(reference.run), steps_of(resumed)
+    assert [[line[key] for key in COMPARED] for line in found] == [
+        [line[key] for key in COMPARED] for line in expected
+    ]
+    assert (resumed / "allocation.jsonl").read_text() == (reference.run / "allocation.jsonl").read_text()
+    for name in ("checkpoint-12/dynamic_lora.safetensors", "adapter/adapter_model.safetensors"):
+        old, new = load_file(reference.run / name), load_file(resumed / name)
+        assert old.keys() == new.keys()
+        assert all(old[key].equal(new[key]) for key in old), name
+
+
+def test_another_method_is_not_continued(reference, tmp_path):
+    resumed = stopped_at(5, reference, tmp_path)
+    finished = run(
+        *ZERO2,
+        *("-m", "dora_dist.train", "--config", str(reference.config), "--output_dir", str(resumed)),
+        *("--pruning.smoothing", "0.5"),
+    )
+    assert finished.status != 0
+    assert "pruning.smoothing was 0.9 and is now 0.5" in finished.output
+    assert "Traceback (most recent call last):\n  File \"<frozen runpy>" not in finished.output
+
+
+def test_a_finished_run_is_left_alone(reference):
+    before = (reference.run / "metrics.jsonl").read_text()
+    finished = train(reference.config)
+    assert f"{reference.run} holds a finished run" in finished.output
+    assert (reference.run / "metrics.jsonl").read_text() == before

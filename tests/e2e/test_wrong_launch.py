@@ -1,0 +1,57 @@
+"""Every launch that would train something else than was asked for ends in an error on every rank, in time."""
+
+import pytest
+from commands import ZERO2, run
+from tiny_run import write_config
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory):
+    return ("-m", "dora_dist.train", "--config", str(write_config(tmp_path_factory.mktemp("launch"))))
+
+
+def assert_refused(finished, message, ranks=2):
+    assert finished.status != 0
+    assert "step " not in finished.output, "it trained before it found out"
+    for rank in range(ranks):
+        assert any(
+            line.startswith(f"[rank {rank}] error: ") and message in line for line in finished.output.splitlines()
+        ), finished.output
+
+
+def test_a_forced_cpu_under_which_accelerate_trains_with_plain_ddp(arguments):
+    finished = run(*ZERO2, *arguments, ACCELERATE_USE_CPU="1", timeout=120)
+    assert_refused(finished, "ACCELERATE_USE_CPU is set")
+
+
+def test_a_launch_without_deepspeed(arguments):
+    finished = run("torchrun", "--nproc_per_node", "2", *arguments, timeout=120)
+    assert_refused(finished, "this process was not launched with DeepSpeed")
+
+
+def test_deepspeed_where_another_engine_was_asked_for(arguments):
+    finished = run(*ZERO2, *arguments, "--distributed.engine", "ddp", timeout=120)
+    assert_refused(finished, "distributed.engine is ddp, but this process was launched with DeepSpeed")
+
+
+def test_ddp_on_cpus_that_accelerate_would_take_for_worlds_of_one(arguments):
+    finished = run("torchrun", "--nproc_per_node", "2", *arguments, "--distributed.engine", "ddp", timeout=120)
+    assert_refused(finished, "each process for a world of its own")
+
+
+def test_several_processes_without_an_engine(arguments):
+    finished = run("torchrun", "--nproc_per_node", "2", *arguments, "--distributed.engine", "none", timeout=120)
+    assert_refused(finished, "2 processes were launched")
+
+
+def test_zero_stage_that_was_not_asked_for(arguments):
+    launch = ("accelerate", "launch", "--use_deepspeed", "--zero_stage", "1", "--num_machines", "1")
+    more = ("--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0")
+    finished = run(*launch, *more, *arguments, timeout=180)
+    assert_refused(finished, "distributed.engine is zero2, but the model is wrapped by zero1")
+
+
+def test_the_error_of_a_wrong_configuration_is_one_line_without_traceback(arguments):
+    finished = run("python", *arguments, "--adapter.targt_rank", "3", timeout=60)
+    assert finished.status == 2
+    assert finished.output == "error: unknown key adapter.targt_rank; did you mean adapter.target_rank?\n"

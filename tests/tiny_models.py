@@ -1,0 +1,109 @@
+"""Language models of a few thousand parameters, made on the spot: no network, no files but those of a temporary folder."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
+
+from dora_dist import DynamicLoraConfig, add_dynamic_lora
+from dora_dist.model import DynamicLoraModel
+from dora_dist.quantization import quantization_config
+
+VOCABULARY = 96
+ARCHITECTURES: dict[str, type[PreTrainedConfig]] = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen3": Qwen3Config,
+    "gemma": GemmaConfig,
+}
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def tiny_config(architecture: str = "llama", **changes: object) -> PreTrainedConfig:
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 64,
+        "use_cache": False,
+    }
+    return ARCHITECTURES[architecture](**{**sizes, **changes})
+
+
+def tiny_model(architecture: str = "llama", seed: int = 0, **changes: object) -> PreTrainedModel:
+    """A random model in float32, the same for the same seed, whatever was drawn before."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(tiny_config(architecture, **changes)).eval()
+
+
+def quantized_model(folder: Path, quantization: str) -> PreTrainedModel:
+    """The model saved in ``folder`` as transformers quantizes it, without what ``load_backbone`` does on top."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        quantization_config=quantization_config(quantization, torch.float32),
+        dtype=torch.float32,
+        device_map={"": "cpu"},
+    )
+
+
+def adapt(base: nn.Module, **changes: object) -> DynamicLoraModel:
+    """With small ranks and no dropout, unless ``changes`` say otherwise."""
+    return add_dynamic_lora(base, DynamicLoraConfig(**{"target_rank": 2, "dropout": 0.0, "seed": 5, **changes}))
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@torch.no_grad()
+def shake(model: DynamicLoraModel, seed: int = 1) -> DynamicLoraModel:
+    """Random values for all adapter parameters, so that every component has an effect and a gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in model.adapted_layers().values():
+        for parameter in (layer.lora_a, layer.gate, layer.lora_b):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+def tokens(rows: int = 2, length: int = 12, seed: int = 2) -> Tensor:
+    return torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=tokens()).logits
+
+
+def loss_and_gradients(model: nn.Module, ids: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss on ``ids``, and the gradients of all trainable parameters by name; every one must have one."""
+    ids = tokens() if ids is None else ids
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return loss.detach(), {name: parameter.grad.clone() for name, parameter in trainable(model).items()}
+
+
+def adamw_losses(model: nn.Module, steps: int) -> Iterator[Tensor]:
+    """Train, and yield the loss of every step after that step has been taken."""
+    # Its default eps of 1e-8 would turn float32 rounding of gradients near 0 into steps of any size up to lr.
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-2, weight_decay=0.01, eps=1e-5)
+    model.train()
+    for step in range(steps):
+        loss, _ = loss_and_gradients(model, tokens(seed=100 + step))
+        optimizer.step()
+        yield loss

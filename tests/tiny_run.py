@@ -1,0 +1,79 @@
+"""Everything a run needs, in the size of a test: a model folder with tokenizer, data files, a configuration."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tiny_models import VOCABULARY, tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
+WORDS = ["Instruction", "Input", "Response", "###", ":", *(f"w{n}" for n in range(VOCABULARY - len(SPECIAL) - 5))]
+
+
+def save_tiny_model(folder: Path) -> Path:
+    """A random Llama with a word-level tokenizer, in the ordinary layout; the same weights each time."""
+    model = tiny_model(bos_token_id=1, eos_token_id=2, pad_token_id=0, max_position_embeddings=256)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "proj" in name:
+                parameter.mul_(5)  # at transformers' initial size the output hardly depends on the input
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word, words split at white space; everything else is unknown."""
+    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def write_rows(path: Path, count: int, seed: int) -> Path:
+    """Alpaca rows of one to eight words; the answer repeats the input."""
+    source = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        words = " ".join(f"w{source.randrange(40)}" for _ in range(source.randint(1, 8)))
+        rows.append({"instruction": "w1 w2", "input": words, "output": words})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_config(folder: Path, **sections: dict[str, Any]) -> Path:
+    """Model, data and configuration of a run of 12 steps of 8 examples in ``folder``; events after steps 2, 4 and 6."""
+    save_tiny_model(folder / "model")
+    config: dict[str, Any] = {
+        "output_dir": str(folder / "run"),
+        "seed": 3,
+        "model": {"path": str(folder / "model")},
+        "data": {
+            "train": str(write_rows(folder / "train.jsonl", 50, seed=1)),
+            "eval": str(write_rows(folder / "eval.jsonl", 10, seed=2)),
+        },
+        "adapter": {"target_rank": 2, "initial_rank": 4, "dropout": 0.0, "alpha": 4},
+        "pruning": {"interval": 2},
+        "evaluation": {"before": False},
+        "checkpoint": {"keep_last": 20},
+        "training": {
+            "max_steps": 12,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "save_steps": 1,
+            "report_to": "none",
+        },
+    }
+    for name, values in sections.items():
+        config[name] = {**config[name], **values} if isinstance(values, dict) else values
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path

@@ -1,0 +1,190 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+from dora_dist.adapter_config import DynamicLoraConfig
+from dora_dist.config import (
+    DEFAULT_TRAINING_ARGUMENTS,
+    OWNED_TRAINING_ARGUMENTS,
+    RunConfig,
+    check_training_section,
+    load_config,
+    parse_config,
+    save_config,
+)
+
+LEAST = "output_dir: runs/x\nmodel:\n  path: some/model\ndata:\n  train: rows.jsonl\n"
+SHIPPED = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+
+
+@pytest.fixture
+def load(tmp_path: Path):
+    """``load(yaml, *overrides)``: the configuration of the least YAML with ``yaml`` added."""
+
+    def load(added: str = "", *overrides: str) -> RunConfig:
+        path = tmp_path / "run.yaml"
+        path.write_text(LEAST + added)
+        return load_config(path, overrides)
+
+    return load
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_every_shipped_configuration_loads(path):
+    config = load_config(path)
+    assert config.output_dir
+    assert config.adapter.start_rank >= config.adapter.target_rank
+
+
+def test_the_quickstart_configuration_is_shipped():
+    assert REPOSITORY / "configs" / "quickstart.yaml" in SHIPPED
+
+
+def test_what_is_not_given_has_the_defaults_of_the_paper(load):
+    config = load()
+    assert (config.adapter.target_rank, config.adapter.start_rank, config.adapter.alpha) == (8, 12, 8)
+    assert (config.adapter.dropout, config.adapter.init, config.adapter.dtype) == (0.1, "lora", "auto")
+    pruning = config.pruning
+    assert (pruning.warmup_fraction, pruning.final_fraction, pruning.interval) == (0.15, 0.5, 100)
+    assert (pruning.smoothing, pruning.equilibrium_weight, pruning.regrow) == (0.9, 0.1, True)
+    assert config.model.quantization == "nf4"
+    assert config.distributed.engine == "zero2"
+    training = DEFAULT_TRAINING_ARGUMENTS
+    assert (training["weight_decay"], training["max_grad_norm"], training["warmup_steps"]) == (0.01, 1.0, 0.06)
+    check_training_section(training)
+
+
+def test_the_command_line_wins_over_the_file(load):
+    added = "adapter:\n  target_rank: 4\n  alpha: 2\ntraining:\n  learning_rate: 1e-4\n  max_steps: 5\n"
+    config = load(added, "--adapter.target_rank", "16", "--training.max_steps=9", "--adapter.target_modules", "[q_proj]")
+    assert config.adapter.target_rank == 16
+    assert config.adapter.alpha == 2
+    assert config.training == {"learning_rate": 1e-4, "max_steps": 9}
+    assert config.adapter.target_modules == ["q_proj"]
+
+
+def test_a_command_line_alone_is_enough():
+    config = parse_config(["--output_dir", "x", "--model.path", "m", "--data.train", "[a.json, b.json]"])
+    assert config.data.train == ["a.json", "b.json"]
+
+
+def test_a_saved_configuration_loads_as_an_equal_one(load, tmp_path):
+    config = load(
+        "seed: 7\nadapter:\n  initial_rank: 20\n  target_modules: [q_proj, v_proj]\npruning:\n  max_rank: 9\n"
+        "training:\n  learning_rate: 1e-5\n  gradient_checkpointing_kwargs:\n    use_reentrant: false\n"
+    )
+    assert config.training["learning_rate"] == 1e-5
+    save_config(config, tmp_path / "saved.yaml")
+    again = load_config(tmp_path / "saved.yaml")
+    assert again == config
+    assert again != load()
+
+
+@pytest.mark.parametrize(
+    ("yaml", "key", "nearest"),
+    [
+        ("adapter:\n  target_rnak: 4\n", "adapter.target_rnak", "adapter.target_rank"),
+        ("pruning:\n  intervall: 4\n", "pruning.intervall", "pruning.interval"),
+        ("sead: 4\n", "sead", "seed"),
+        ("adaptor:\n  target_rank: 4\n", "adaptor.target_rank", "adapter.target_rank"),
+        ("pruning:\n  target_rank: 4\n", "pruning.target_rank", "adapter.target_rank"),
+        ("target_rank: 4\n", "target_rank", "adapter.target_rank"),
+    ],
+)
+def test_an_unknown_or_misplaced_key_is_refused_with_the_nearest_valid_one(load, yaml, key, nearest):
+    option = ["--" + key, "4"]
+    for arguments in ((yaml,), ("", *option), ("", "=".join(option))):
+        with pytest.raises(ValueError, match=f"^unknown key {key}; did you mean {nearest}\\?$"):
+            load(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("learning_rte", "learning_rate"), ("per_device_batch_size", "per_device_train_batch_size")]
+)
+def test_an_unknown_training_argument_is_refused_with_the_nearest_valid_one(load, name, nearest):
+    for arguments in ((f"training:\n  {name}: 1\n",), ("", f"--training.{name}", "1")):
+        with pytest.raises(ValueError, match=f"training.{name} .* did you mean {nearest}"):
+            load(*arguments)
+
+
+@pytest.mark.parametrize("name", sorted(OWNED_TRAINING_ARGUMENTS))
+def test_a_training_argument_that_the_program_sets_is_refused_with_the_reason(name):
+    with pytest.raises(ValueError, match=f"training.{name} is set by the program") as refusal:
+        check_training_section({name: True})
+    assert OWNED_TRAINING_ARGUMENTS[name] in str(refusal.value)
+
+
+def test_owned_training_arguments_are_refused_when_loading(load):
+    with pytest.raises(ValueError, match=r"training\.bf16 .* set model\.compute_dtype"):
+        load("", "--training.bf16", "true")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--adapter.target_rank", "0"], "target_rank is 0, but must be at least 1"),
+        (["--adapter.target_rank", "four"], "adapter.target_rank.*four"),
+        (["--adapter.initial_rank", "4"], "initial_rank is 4, below target_rank 8"),
+        (["--adapter.dropout", "1.0"], "dropout is 1.0"),
+        (["--adapter.alpha", "0"], "alpha is 0"),
+        (["--adapter.init", "pissa"], "adapter.init.*pissa"),
+        (["--adapter.dtype", "float16"], "adapter.dtype.*float16"),
+        (["--adapter.init", "paper", "--adapter.train_gates", "false"], "init 'paper'.*train_gates"),
+        (["--model.quantization", "fp4"], "model.quantization.*fp4"),
+        (["--pruning.smoothing", "1.0"], "pruning.smoothing is 1.0"),
+        (["--pruning.warmup_fraction", "-0.1"], "pruning.warmup_fraction is -0.1"),
+        (["--pruning.final_fraction", "0.9"], r"warmup_fraction \+ pruning.final_fraction is 1.05"),
+        (["--pruning.interval", "0"], "pruning.interval is 0"),
+        (["--pruning.equilibrium_weight", "-1"], "pruning.equilibrium_weight is -1"),
+        (["--pruning.min_rank", "-1"], "pruning.min_rank is -1"),
+        (["--pruning.min_rank", "9"], "target_rank 8 .* pruning.min_rank 9"),
+        (["--pruning.max_rank", "4"], "target_rank 8 .* pruning.max_rank 4"),
+        (["--data.max_length", "1"], "data.max_length is 1"),
+        (["--data.overlong", "cut"], "data.overlong.*cut"),
+        (["--evaluation.exact_match", "true"], "set data.eval"),
+        (["--evaluation.max_new_tokens", "0"], "evaluation.max_new_tokens is 0"),
+        (["--evaluation.max_examples", "0"], "evaluation.max_examples is 0"),
+        (["--distributed.engine", "zero3"], "distributed.engine.*zero3"),
+        (["--distributed.timeout_minutes", "0"], "distributed.timeout_minutes is 0"),
+        (["--checkpoint.keep_last", "0"], "checkpoint.keep_last is 0"),
+        (["--seed", "1.5"], "seed.*1.5"),
+    ],
+)
+def test_an_impossible_value_is_refused_with_value_and_knob(load, overrides, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        load("", *overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("output_dir: x\nmodel:\n  path: m\n", "data.train"),
+        ("output_dir: x\ndata:\n  train: t\n", "model.path"),
+        ("output_dir: [x\n", "config"),
+    ],
+)
+def test_an_incomplete_or_broken_file_is_refused(tmp_path, text, message):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_config(tmp_path / "run.yaml")
+
+
+def test_a_missing_file_is_refused_with_its_name(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere\.yaml"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize(("target", "start"), [(1, 2), (2, 3), (3, 5), (8, 12), (16, 24)])
+def test_the_initial_rank_is_one_and_a_half_times_the_target_rounded_up(target, start):
+    assert DynamicLoraConfig(target_rank=target).start_rank == start
+
+
+def test_help_lists_every_section_without_starting_anything():
+    command = [sys.executable, "-m", "dora_dist.train", "--help"]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    for option in ("--config", "--adapter.target_rank", "--pruning.interval", "--data.train", "--model.path"):
+        assert option in result.stdout

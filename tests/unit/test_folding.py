@@ -1,0 +1,70 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dora_dist.folding import ADAPTER_WEIGHTS, fold_components, pad_rank, write_lora_adapter
+
+
+def draw_layer(gate: list[float], dtype: torch.dtype = torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    lora_a = torch.randn(len(gate), 10, generator=generator).to(dtype)
+    lora_b = torch.randn(6, len(gate), generator=generator).to(dtype)
+    return lora_a, torch.tensor(gate, dtype=dtype), lora_b
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_folded_factors_are_the_update_without_its_pruned_components(dtype):
+    lora_a, gate, lora_b = draw_layer([0.5, 0.0, -2.0, 0.0, 1e-3], dtype)
+    folded_a, folded_b = fold_components(lora_a, gate, lora_b, scale=0.7)
+    assert folded_a.shape == (3, 10)
+    assert folded_b.shape == (6, 3)
+    assert folded_a.dtype == folded_b.dtype == torch.float32
+    update = 0.7 * lora_b.double() @ torch.diag(gate.double()) @ lora_a.double()
+    torch.testing.assert_close((folded_b @ folded_a).double(), update, rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_without_components_folds_to_rank_zero():
+    folded_a, folded_b = fold_components(*draw_layer([0.0, 0.0]), scale=1.0)
+    assert folded_a.shape == (0, 10)
+    assert folded_b.shape == (6, 0)
+
+
+@pytest.mark.parametrize("gate", [[1.0, 0.0, 3.0], [0.0, 0.0]])
+def test_padding_adds_zeros_and_changes_nothing(gate):
+    factors = fold_components(*draw_layer(gate), scale=2.0)
+    padded_a, padded_b = pad_rank(factors, 8)
+    assert padded_a.shape == (8, 10)
+    assert padded_b.shape == (6, 8)
+    assert torch.equal(padded_b @ padded_a, factors[1] @ factors[0])
+
+
+def test_padding_to_fewer_components_is_refused():
+    with pytest.raises(ValueError, match="rank 3 to rank 2"):
+        pad_rank(fold_components(*draw_layer([1.0, 1.0, 1.0]), scale=1.0), 2)
+
+
+def test_a_written_adapter_names_a_rank_for_every_module_and_leaves_out_rank_zero(tmp_path: Path):
+    gates = {"layers.0.q_proj": [1.0, 2.0, 3.0], "layers.0.k_proj": [0.0, 2.0, 0.0], "layers.1.q_proj": [0.0, 0.0, 0.0]}
+    factors = {name: fold_components(*draw_layer(gate), scale=1.0) for name, gate in gates.items()}
+    write_lora_adapter(tmp_path / "new" / "adapter", factors, "some/base")
+    config = json.loads((tmp_path / "new" / "adapter" / "adapter_config.json").read_text())
+    assert sorted(config["target_modules"]) == ["layers.0.k_proj", "layers.0.q_proj"]
+    assert config["r"] == config["lora_alpha"] == 3
+    assert config["rank_pattern"] == config["alpha_pattern"] == {"layers.0.k_proj": 1}
+    assert config["base_model_name_or_path"] == "some/base"
+    tensors = load_file(tmp_path / "new" / "adapter" / ADAPTER_WEIGHTS)
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
+        "base_model.model.layers.0.k_proj.lora_A.weight": (1, 10),
+        "base_model.model.layers.0.k_proj.lora_B.weight": (6, 1),
+        "base_model.model.layers.0.q_proj.lora_A.weight": (3, 10),
+        "base_model.model.layers.0.q_proj.lora_B.weight": (6, 3),
+    }
+
+
+def test_an_adapter_without_any_component_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="no adapter to write"):
+        write_lora_adapter(tmp_path / "adapter", {"q": fold_components(*draw_layer([0.0]), scale=1.0)}, None)
+    assert not (tmp_path / "adapter").exists()

@@ -1,0 +1,102 @@
+from fractions import Fraction
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from dora_dist.schedule import BudgetSchedule
+
+
+def make(total_steps: int = 1000, **changes) -> BudgetSchedule:
+    values = {"num_layers": 7, "initial_rank": 12, "target_rank": 8, "interval": 100}
+    return BudgetSchedule(total_steps=total_steps, **{**values, **changes})
+
+
+@st.composite
+def schedules(draw) -> BudgetSchedule:
+    target = draw(st.integers(1, 64))
+    warmup, final = draw(st.integers(0, 99)), draw(st.integers(0, 99))
+    total_steps = draw(st.integers(1, 1500))
+    assume(warmup + final < 100)
+    assume(int(total_steps * (1 - warmup / 100 - final / 100)) >= 1)
+    return make(
+        total_steps,
+        num_layers=draw(st.integers(1, 300)),
+        initial_rank=target + draw(st.integers(0, 64)),
+        target_rank=target,
+        warmup_fraction=warmup / 100,
+        final_fraction=final / 100,
+        interval=draw(st.integers(1, 200)),
+    )
+
+
+@settings(max_examples=120, deadline=None)
+@given(schedules())
+def test_every_run_goes_from_the_initial_to_the_target_rank_in_monotone_steps(schedule):
+    steps = range(1, schedule.total_steps + 1)
+    pruned = [schedule.num_pruned(step) for step in steps]
+    assert pruned == sorted(pruned)
+    assert schedule.num_pruned(schedule.final_step) == schedule.num_layers * (
+        schedule.initial_rank - schedule.target_rank
+    )
+    assert pruned[-1] == schedule.num_components - schedule.final_num_kept
+    warmup = schedule.total_steps * schedule.warmup_fraction
+    assert all(schedule.num_pruned(step) == 0 for step in steps if step <= warmup)
+
+
+@settings(max_examples=120, deadline=None)
+@given(schedules())
+def test_the_last_event_is_the_final_step_and_lies_within_the_run(schedule):
+    events = [step for step in range(1, schedule.total_steps + 1) if schedule.is_prune_step(step)]
+    assert events == schedule.prune_steps
+    assert events[-1] == schedule.final_step
+    earlier = [schedule.num_pruned(step) for step in events[:-1]]
+    if schedule.initial_rank > schedule.target_rank:
+        assert all(number < schedule.num_pruned(schedule.final_step) for number in earlier)
+
+
+@pytest.mark.parametrize("total_steps", [3, 7, 10, 13, 33, 99, 100, 101, 137, 203, 299, 1000, 1001, 4017, 100_000])
+def test_the_final_step_is_where_the_run_length_puts_it(total_steps):
+    schedule = make(total_steps)
+    assert 0 <= schedule.final_step - total_steps // 2 <= 1
+    assert schedule.is_prune_step(schedule.final_step)
+    assert not any(schedule.is_prune_step(step) for step in range(schedule.final_step + 1, total_steps + 1))
+
+
+def test_the_schedule_is_the_cubic_of_equation_9_in_exact_arithmetic():
+    # 10^12 removable components and t = 3 (t_max) / 10: floating point loses components here.
+    schedule = make(1000, num_layers=10**12, initial_rank=2, target_rank=1, warmup_fraction=0.0, final_fraction=0.0)
+    for step in range(1, 1001):
+        assert schedule.num_pruned(step) == int(10**12 * Fraction(step, 1000) ** 3)
+
+
+def test_events_come_every_interval_and_at_the_end():
+    # t = step - 30 runs to t_max = 70.
+    assert make(200, interval=30).prune_steps == [30, 60, 90, 100]
+    assert make(200, interval=1000).prune_steps == [30, 100]
+    assert [make(200).num_pruned(step) for step in (29, 30, 65, 99, 100, 101, 200)] == [0, 0, 3, 26, 28, 28, 28]
+
+
+def test_equal_ranks_prune_nothing():
+    schedule = make(500, initial_rank=8)
+    assert {schedule.num_pruned(step) for step in range(1, 501)} == {0}
+    assert schedule.final_num_kept == schedule.num_components == 56
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"total_steps": 0}, "total_steps is 0"),
+        ({"num_layers": 0}, "num_layers is 0"),
+        ({"target_rank": 0}, "target_rank is 0"),
+        ({"interval": 0}, "interval is 0"),
+        ({"initial_rank": 7}, "initial_rank is 7, below target_rank 8"),
+        ({"warmup_fraction": -0.1}, "warmup_fraction is -0.1"),
+        ({"final_fraction": 1.0}, "final_fraction is 1.0"),
+        ({"warmup_fraction": 0.5, "final_fraction": 0.5}, "no step to prune in"),
+        ({"total_steps": 2}, "2 optimizer steps with warmup_fraction 0.15 and final_fraction 0.5"),
+    ],
+)
+def test_impossible_schedules_are_refused_with_the_value_and_the_knob(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make(**{"total_steps": 200, **changes})
