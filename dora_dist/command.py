@@ -2,7 +2,10 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable
+
+LINGER_SECONDS = 5.0
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -27,9 +30,11 @@ def _leave(error: Exception, status: int) -> None:
     rank = os.environ.get("RANK")
     who = f"[rank {rank}] " if rank is not None else ""
     print(f"{who}error: {error}", file=sys.stderr, flush=True)
-    # Not sys.exit: other ranks may be waiting for this one in a collective, and threads of NCCL or gloo in the
-    # interpreter's shutdown for them. The launcher ends the rest as soon as one process has gone.
     sys.stdout.flush()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # The launcher ends all ranks as soon as one has gone: leave the others time to say what they found.
+        time.sleep(LINGER_SECONDS)
+    # Not sys.exit: threads of NCCL or gloo may wait for another rank in the interpreter's shutdown.
     os._exit(status)
 
 

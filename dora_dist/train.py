@@ -3,12 +3,14 @@
 :func:`main` reads in build order; every part is made in :mod:`dora_dist.build` and handed to the next.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_dist.command import run_command, say
 from dora_dist.config import parse_config, save_config
+from dora_dist.launch import check_launch
 from dora_dist.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     quiet_libraries()
     config = parse_config(arguments)
+    check_launch(config.distributed.engine, os.environ)
     # Heavy imports wait until the configuration has been found to be sound.
     from dora_dist import backbone, build, checkpoint, records, report, world
     from dora_dist.agreement import Agreement

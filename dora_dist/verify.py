@@ -18,8 +18,8 @@ NUM_SEQUENCES = 4
 SEQUENCE_LENGTH = 32
 
 FLOAT32_TOLERANCE = 1e-4
-"""Largest difference relative to the largest logit that float32 rounding may make. It makes about 1e-6; one layer left
-out of a trained adapter makes 1e-2 and more."""
+"""Largest difference relative to the largest logit that float32 rounding may make. It made 1e-6 on a
+model of two blocks with random adapters of rank 1 to 6, where one module left out of 13 made 0.7."""
 EFFECT_SHARE = 0.05
 """Largest share of the adapter's effect that may be off, so that an adapter of little effect cannot hide in the
 tolerance above."""

@@ -5,7 +5,6 @@ log looks fine.
 """
 
 import os
-from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -16,48 +15,6 @@ from torch import nn
 from dora_dist.agreement import Agreement
 from dora_dist.engine import engine_of
 
-LAUNCH_HINT = {
-    "zero2": "accelerate launch --config_file launch/zero2_cpu.yaml (or zero2_gpu.yaml) -m dora_dist.train ...",
-    "ddp": "accelerate launch --config_file launch/ddp_gpu.yaml -m dora_dist.train ..., or on CPUs "
-    "ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m dora_dist.train ...",
-    "none": "python -m dora_dist.train ...",
-}
-
-
-def check_launch(engine: str, environment: Mapping[str, str], gpus: bool) -> None:
-    """Refuse a launch that cannot become the engine asked for, from the launcher's environment variables alone.
-
-    Args:
-        engine: ``distributed.engine`` of the configuration.
-        environment: of this process.
-        gpus: whether there is a GPU.
-
-    Raises:
-        ValueError: names what was found, and the command that would be right.
-    """
-    deepspeed = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    forced_cpu = environment.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
-    processes = int(environment.get("WORLD_SIZE", "1"))
-    hint = f"; start it with: {LAUNCH_HINT[engine]}"
-    if engine == "zero2" and forced_cpu:
-        raise ValueError(
-            "distributed.engine is zero2, but ACCELERATE_USE_CPU is set (accelerate launch --cpu does it), under which "
-            f"accelerate silently trains with plain DDP{hint}"
-        )
-    if engine == "zero2" and not deepspeed:
-        raise ValueError(f"distributed.engine is zero2, but this process was not launched with DeepSpeed{hint}")
-    if engine != "zero2" and deepspeed:
-        raise ValueError(f"distributed.engine is {engine}, but this process was launched with DeepSpeed{hint}")
-    if engine == "none" and processes > 1:
-        raise ValueError(f"distributed.engine is none, but {processes} processes were launched{hint}")
-    if engine == "ddp" and "LOCAL_RANK" not in environment:
-        raise ValueError(f"distributed.engine is ddp, but no launcher started this process{hint}")
-    if engine == "ddp" and not gpus and not forced_cpu:
-        raise ValueError(
-            "distributed.engine is ddp on CPUs, but ACCELERATE_USE_CPU is not set, without which accelerate takes "
-            f"each process for a world of its own{hint}"
-        )
-
 
 def connect(engine: str, timeout_minutes: float) -> PartialState:
     """Join the process group before ``TrainingArguments`` can set up another one.
@@ -66,14 +23,11 @@ def connect(engine: str, timeout_minutes: float) -> PartialState:
     train on the same data. The state made here is the one it then uses (``use_configured_state``).
 
     Args:
-        engine: ``distributed.engine`` of the configuration.
+        engine: ``distributed.engine`` of the configuration, for which :func:`~dora_dist.launch.check_launch` has passed.
         timeout_minutes: how long a rank waits for the others in a collective.
 
-    Raises:
-        ValueError: the launch does not fit the engine; see :func:`check_launch`.
     """
     gpus = torch.cuda.is_available()
-    check_launch(engine, os.environ, gpus)
     if engine == "zero2" and not gpus:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         _use_gloo_only()

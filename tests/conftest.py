@@ -4,17 +4,11 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads would only wait for each other
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest  # noqa: E402
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="session")
-def repository() -> Path:
-    """Root of the checkout."""
-    return REPOSITORY
+from repository import REPOSITORY  # noqa: E402
 
 
 @pytest.fixture(scope="session")

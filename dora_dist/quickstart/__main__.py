@@ -14,9 +14,7 @@ def main() -> None:
         "about a minute on two CPU cores. Writes DIR/backbone (Hugging Face layout), DIR/train.jsonl and "
         "DIR/heldout.jsonl (alpaca rows). A folder that is up to date is left as it is.",
     )
-    parser.add_argument(
-        "--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR", help="default: %(default)s"
-    )
+    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR", help="default: %(default)s")
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of the text and the model; default: %(default)s"
     )

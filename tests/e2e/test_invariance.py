@@ -29,9 +29,7 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_trajectory_does_not_depend_on_how_it_is_computed(variant, plain_reference, tmp_path):
     overrides, processes, engine = VARIANTS[variant]
-    train(
-        plain_reference.config, *overrides, "--output_dir", str(tmp_path / "run"), processes=processes, engine=engine
-    )
+    train(plain_reference.config, *overrides, "--output_dir", str(tmp_path / "run"), processes=processes, engine=engine)
     expected, found = steps_of(plain_reference.run), steps_of(tmp_path / "run")
     assert [line["step"] for line in found] == [line["step"] for line in expected] == list(range(1, 13))
     for key in ("loss", "grad_norm", "equilibrium_penalty"):

@@ -29,9 +29,7 @@ def test_resume_is_bit_for_bit(step, reference, tmp_path):
     finished = train(reference.config, "--output_dir", str(resumed))
     assert f"resuming from {resumed}/checkpoint-{step}" in finished.output
     expected, found = steps_of(reference.run), steps_of(resumed)
-    assert [[line[key] for key in COMPARED] for line in found] == [
-        [line[key] for key in COMPARED] for line in expected
-    ]
+    assert [[line[key] for key in COMPARED] for line in found] == [[line[key] for key in COMPARED] for line in expected]
     assert (resumed / "allocation.jsonl").read_text() == (reference.run / "allocation.jsonl").read_text()
     for name in ("checkpoint-12/dynamic_lora.safetensors", "adapter/adapter_model.safetensors"):
         old, new = load_file(reference.run / name), load_file(resumed / name)
@@ -48,7 +46,7 @@ def test_another_method_is_not_continued(reference, tmp_path):
     )
     assert finished.status != 0
     assert "pruning.smoothing was 0.9 and is now 0.5" in finished.output
-    assert "Traceback (most recent call last):\n  File \"<frozen runpy>" not in finished.output
+    assert 'Traceback (most recent call last):\n  File "<frozen runpy>' not in finished.output
 
 
 def test_a_finished_run_is_left_alone(reference):

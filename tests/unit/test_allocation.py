@@ -78,12 +78,20 @@ def test_ties_go_by_layer_name_then_index_even_with_bounds():
 def test_bounds_move_components_between_layers():
     scores = {"strong": torch.tensor([9.0, 8.0, 7.0, 6.0]), "weak": torch.tensor([1.0, 2.0, 3.0, 4.0])}
     assert chosen(select_components(scores, 4)) == {("strong", index) for index in range(4)}
-    assert chosen(select_components(scores, 4, min_rank=1)) == {("strong", 0), ("strong", 1), ("strong", 2), ("weak", 3)}
+    assert chosen(select_components(scores, 4, min_rank=1)) == {
+        ("strong", 0),
+        ("strong", 1),
+        ("strong", 2),
+        ("weak", 3),
+    }
     assert chosen(select_components(scores, 4, max_rank=2)) == {("strong", 0), ("strong", 1), ("weak", 3), ("weak", 2)}
 
 
 def test_layers_of_different_size_and_dtype_compete_in_float64():
-    scores = {"a": torch.tensor([0.5], dtype=torch.bfloat16), "b": torch.tensor([0.5 + 1e-12, 0.1], dtype=torch.float64)}
+    scores = {
+        "a": torch.tensor([0.5], dtype=torch.bfloat16),
+        "b": torch.tensor([0.5 + 1e-12, 0.1], dtype=torch.float64),
+    }
     assert chosen(select_components(scores, 1)) == {("b", 0)}
 
 

@@ -3,7 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from repository import REPOSITORY
 
 from dora_dist.adapter_config import DynamicLoraConfig
 from dora_dist.config import (
@@ -59,7 +59,9 @@ def test_what_is_not_given_has_the_defaults_of_the_paper(load):
 
 def test_the_command_line_wins_over_the_file(load):
     added = "adapter:\n  target_rank: 4\n  alpha: 2\ntraining:\n  learning_rate: 1e-4\n  max_steps: 5\n"
-    config = load(added, "--adapter.target_rank", "16", "--training.max_steps=9", "--adapter.target_modules", "[q_proj]")
+    config = load(
+        added, "--adapter.target_rank", "16", "--training.max_steps=9", "--adapter.target_modules", "[q_proj]"
+    )
     assert config.adapter.target_rank == 16
     assert config.adapter.alpha == 2
     assert config.training == {"learning_rate": 1e-4, "max_steps": 9}
@@ -101,9 +103,7 @@ def test_an_unknown_or_misplaced_key_is_refused_with_the_nearest_valid_one(load,
             load(*arguments)
 
 
-@pytest.mark.parametrize(
-    ("name", "nearest"), [("learning_rte", "learning_rate"), ("per_device_batch_size", "per_device_train_batch_size")]
-)
+@pytest.mark.parametrize(("name", "nearest"), [("learning_rte", "learning_rate"), ("warmup_step", "warmup_steps")])
 def test_an_unknown_training_argument_is_refused_with_the_nearest_valid_one(load, name, nearest):
     for arguments in ((f"training:\n  {name}: 1\n",), ("", f"--training.{name}", "1")):
         with pytest.raises(ValueError, match=f"training.{name} .* did you mean {nearest}"):

@@ -94,7 +94,13 @@ def test_a_non_finite_weight_shows_in_the_scores():
 
 @pytest.mark.parametrize(
     ("shape_a", "shape_gate", "shape_b"),
-    [((4, 8), (5,), (6, 4)), ((4, 8), (4,), (6, 5)), ((8,), (4,), (6, 4)), ((4, 8), (4, 1), (6, 4)), ((4, 8), (4,), (4,))],
+    [
+        ((4, 8), (5,), (6, 4)),
+        ((4, 8), (4,), (6, 5)),
+        ((8,), (4,), (6, 4)),
+        ((4, 8), (4, 1), (6, 4)),
+        ((4, 8), (4,), (4,)),
+    ],
 )
 def test_shapes_that_do_not_belong_together_are_refused(shape_a, shape_gate, shape_b):
     with pytest.raises(ValueError, match="lora_a") as refusal:

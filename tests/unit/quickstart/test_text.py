@@ -16,9 +16,7 @@ PROMPT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response
 def people(texts: list[str]) -> set[tuple[str, str]]:
     """All pairs (name, animal) that occur together in one of `texts`."""
     words = [set(text.translate(str.maketrans(".,:;?\n", "      ")).split()) for text in texts]
-    return {
-        (name, animal) for found in words for name in found & set(NAMES) for animal in found & set(ANIMALS)
-    }
+    return {(name, animal) for found in words for name in found & set(NAMES) for animal in found & set(ANIMALS)}
 
 
 def test_same_seed_same_text():
@@ -49,9 +47,7 @@ def test_portraits_have_no_held_out_person_and_no_answer():
     documents = [document for document in pretraining_documents(0, 500) if "?" in document]
     assert len(documents) > 400
     assert not any(is_held_out(*pair) for pair in people(documents))
-    assert not any(
-        start in document for document in documents for start in ("Name:", "Lost:", "Dear ", "Answer:")
-    )
+    assert not any(start in document for document in documents for start in ("Name:", "Lost:", "Dear ", "Answer:"))
 
 
 def test_auto_tokenizer_is_sentencepiece_and_loses_nothing(tmp_path: Path):

@@ -1,0 +1,50 @@
+"""Whether the launcher started what the configuration asks for, from its environment variables alone."""
+
+from collections.abc import Mapping
+
+LAUNCH_HINT = {
+    "zero2": "accelerate launch --config_file launch/zero2_cpu.yaml (or zero2_gpu.yaml) -m dora_dist.train ...",
+    "ddp": "accelerate launch --config_file launch/ddp_gpu.yaml -m dora_dist.train ..., or on CPUs "
+    "ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m dora_dist.train ...",
+    "none": "python -m dora_dist.train ...",
+}
+
+
+def check_launch(engine: str, environment: Mapping[str, str]) -> None:
+    """Refuse a launch that cannot become the engine asked for.
+
+    Args:
+        engine: ``distributed.engine`` of the configuration.
+        environment: of this process.
+
+    Raises:
+        ValueError: names what was found, and the command that would be right.
+    """
+    deepspeed = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    forced_cpu = environment.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
+    processes = int(environment.get("WORLD_SIZE", "1"))
+    hint = f"; start it with: {LAUNCH_HINT[engine]}"
+    if engine == "zero2" and forced_cpu:
+        raise ValueError(
+            "distributed.engine is zero2, but ACCELERATE_USE_CPU is set (accelerate launch --cpu does it), under which "
+            f"accelerate silently trains with plain DDP{hint}"
+        )
+    if engine == "zero2" and not deepspeed:
+        raise ValueError(f"distributed.engine is zero2, but this process was not launched with DeepSpeed{hint}")
+    if engine != "zero2" and deepspeed:
+        raise ValueError(f"distributed.engine is {engine}, but this process was launched with DeepSpeed{hint}")
+    if engine == "none" and processes > 1:
+        raise ValueError(f"distributed.engine is none, but {processes} processes were launched{hint}")
+    if engine == "ddp" and "LOCAL_RANK" not in environment:
+        raise ValueError(f"distributed.engine is ddp, but no launcher started this process{hint}")
+    if engine == "ddp" and not forced_cpu and not _gpus():
+        raise ValueError(
+            "distributed.engine is ddp on CPUs, but ACCELERATE_USE_CPU is not set, without which accelerate takes "
+            f"each process for a world of its own{hint}"
+        )
+
+
+def _gpus() -> bool:
+    import torch  # here, because no other check needs it
+
+    return torch.cuda.is_available()
