@@ -1,4 +1,4 @@
-"""Language models of a few thousand parameters, made on the spot: no network, no files but those of a temporary folder."""
+"""Language models of a few thousand parameters, made on the spot without a network."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,12 +1,12 @@
 """Reading instruction rows and turning each into a prompt and the answer that is wanted."""
 
 import glob
+import gzip
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from datasets import Dataset, disable_progress_bars, enable_progress_bars, load_dataset
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,24 +78,40 @@ def _expand(patterns: Sequence[str]) -> list[Path]:
 
 def _read_file(file: Path, row_format: str) -> Iterator[Example]:
     rows = _load_rows(file)
-    if not len(rows):
+    if not rows:
         raise ValueError(f"{file} has no rows")
-    name = _tell_format(file, rows.column_names) if row_format == "auto" else row_format
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{file}, row {number}: a row must be an object with named fields, got {row!r}")
+    name = _tell_format(file, list(rows[0])) if row_format == "auto" else row_format
     layout = FORMATS[name]
     for number, row in enumerate(rows, start=1):
         _check_row(f"{file}, row {number}", row, layout, name)
         yield layout.build(row)
 
 
-def _load_rows(file: Path) -> Dataset:
-    disable_progress_bars()
+def _load_rows(file: Path) -> list[Any]:
+    """Values of a JSON list, or of the lines of a JSONL file; told apart by their start, not by the file's name.
+
+    Read as it is written: readers that infer a type for a whole column turn texts that look like dates into dates.
+    """
+    open_text = gzip.open if file.suffix == ".gz" else open
     try:
-        return load_dataset("json", data_files=str(file), split="train", cache_dir=None)
-    except Exception as error:  # datasets raises many types, with pyarrow's message at the root
-        cause = error.__cause__ or error
-        raise ValueError(f"{file} cannot be read as JSON or JSONL: {cause}") from None
-    finally:
-        enable_progress_bars()
+        with open_text(file, "rt", encoding="utf-8-sig") as stream:
+            text = stream.read()
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read as text: {error}") from None
+    if text.lstrip().startswith("["):
+        return _parse(text, str(file))
+    lines = enumerate(text.split("\n"), start=1)
+    return [_parse(line, f"{file}, line {number}") for number, line in lines if line.strip()]
+
+
+def _parse(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place} cannot be read as JSON: {error}") from None
 
 
 def _tell_format(file: Path, fields: Sequence[str]) -> str:

@@ -29,7 +29,7 @@ class BackboneSettings:
     positions: int = 256
     initial_embedding_std: float = 0.05
     batch: int = 12
-    steps: int = 480
+    steps: int = 560
     warmup_steps: int = 30
     learning_rate: float = 2e-3
 
@@ -75,11 +75,17 @@ def train_tokenizer(documents: Iterable[str], folder: Path, vocabulary: int) -> 
 
 
 def encode_documents(documents: Sequence[str], model_file: Path) -> list[list[int]]:
-    """Return the token ids of every document: bos, pieces, eos."""
+    """Return the token ids of every document: pieces and eos, with bos before every second document.
+
+    Heads of a model that always sees bos rest on it, and an adapter has to undo that first: with bos before
+    every document, LoRA at learning rate 5e-3 reached 0 % exact match on prompts
+    with bos, and 100 % without (seed 0).
+    """
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
-    return processor.encode(list(documents), add_bos=True, add_eos=True)
+    encoded = processor.encode(list(documents), add_eos=True)
+    return [[BOS_ID, *row] if index % 2 == 0 else row for index, row in enumerate(encoded)]
 
 
 def padded_batches(encoded: Sequence[list[int]], batch: int) -> "Iterator[tuple[torch.Tensor, torch.Tensor]]":

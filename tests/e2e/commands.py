@@ -23,12 +23,20 @@ class Finished:
 
 
 def run(*command: str, timeout: float = 240, **environment: str) -> Finished:
-    """Run a command of the environment's ``bin`` in the repository; on time-out all its processes are killed."""
+    """Run a command in the repository, one thread a process unless ``environment`` says otherwise (an empty value unsets
+    a variable); on time-out all its processes are killed."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    fixed = {
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "HF_HUB_OFFLINE": "1",
+    }
+    settings = {name: value for name, value in {**inherited, **fixed, **environment}.items() if value}
     process = subprocess.Popen(
-        [str(BIN / command[0]), *command[1:]],
+        command,
         cwd=REPOSITORY,
-        env={**inherited, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", **environment},
+        env=settings,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -1,4 +1,4 @@
-"""The method against a trajectory of the paper authors' released code; its origin is told in shared/golden/README.md."""
+"""The method against a trajectory of the authors' released code; shared/golden/README.md tells its origin."""
 
 import json
 from types import SimpleNamespace

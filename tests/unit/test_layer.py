@@ -176,7 +176,7 @@ def test_adapter_and_base_may_differ_in_dtype(dtype):
 
 
 def test_an_unknown_init_is_refused():
-    with pytest.raises(ValueError, match="init is 'pissa'.*lora, paper"):
+    with pytest.raises(ValueError, match=r"init is 'pissa'.*lora, paper"):
         make_layer(init="pissa")
 
 

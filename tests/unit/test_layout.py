@@ -13,7 +13,18 @@ PACKAGE = REPOSITORY / "dora_dist"
 
 # A module may import those below its own level only. A new module belongs here too: decide where it stands.
 LEVELS = [
-    {"adapter_config", "command", "quiet", "importance", "schedule", "allocation", "regularizer", "engine", "folding"},
+    {
+        "adapter_config",
+        "command",
+        "launch",
+        "quiet",
+        "importance",
+        "schedule",
+        "allocation",
+        "regularizer",
+        "engine",
+        "folding",
+    },
     {"quantization", "data", "data.rows", "data.order", "quickstart", "quickstart.world", "quickstart.backbone"},
     {"agreement", "backbone", "config", "data.encode", "layer", "merge", "quickstart.text", "targets", "verify"},
     {"controller", "evaluation", "model", "quickstart.folder", "world"},

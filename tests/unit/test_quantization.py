@@ -101,5 +101,5 @@ def test_the_other_quantizations_are_eight_bit_and_none():
 
 
 def test_an_unknown_quantization_is_refused():
-    with pytest.raises(ValueError, match="quantization is 'fp4'.*nf4, int8, none"):
+    with pytest.raises(ValueError, match=r"quantization is 'fp4'.*nf4, int8, none"):
         quantization_config("fp4", torch.float32)

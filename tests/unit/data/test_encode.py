@@ -59,7 +59,7 @@ def test_overlong_examples_are_dropped_and_counted_on_request():
 
 
 def test_dropping_everything_is_an_error():
-    with pytest.raises(ValueError, match="none of 3 examples is left at data.max_length 2"):
+    with pytest.raises(ValueError, match=r"none of 3 examples is left at data\.max_length 2"):
         encode_examples(EXAMPLES, word_tokenizer(TEXT), max_length=2, overlong="drop")
 
 

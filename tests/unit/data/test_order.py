@@ -1,3 +1,5 @@
+from itertools import chain
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,9 +23,7 @@ def test_every_permutation_is_complete_and_the_last_is_cut_off(num_examples, num
 
 @settings(max_examples=60, deadline=None)
 @given(**SIZES)
-def test_a_position_does_not_depend_on_the_length_of_the_run_or_the_global_random_state(
-    num_examples, num_samples, seed
-):
+def test_a_position_depends_on_neither_run_length_nor_global_random_state(num_examples, num_samples, seed):
     longer = TrainingOrder(num_examples, num_samples + 77, seed)
     state = torch.get_rng_state()
     order = list(TrainingOrder(num_examples, num_samples, seed))
@@ -44,5 +44,5 @@ def test_the_examples_of_a_step_do_not_depend_on_how_its_batch_is_split(ranks, m
     order = TrainingOrder(num_examples=25, num_samples=60, seed=9)
     batches = list(torch.utils.data.BatchSampler(order, batch_size=micro, drop_last=False))
     per_step = ranks * accumulation
-    steps = [sum(batches[start : start + per_step], []) for start in range(0, len(batches), per_step)]
+    steps = [list(chain(*batches[start : start + per_step])) for start in range(0, len(batches), per_step)]
     assert steps == [list(order)[start : start + 12] for start in range(0, 60, 12)]

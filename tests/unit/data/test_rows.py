@@ -12,12 +12,6 @@ ALPACA_EXAMPLE = Example("### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n### R
 PAIR_EXAMPLE = Example("1 and 2 is", " 3")
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """datasets keeps a copy of every file it reads; not of these."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 @pytest.fixture
 def write(tmp_path: Path):
     def write(rows: list[dict], name: str = "rows.jsonl") -> str:
@@ -75,17 +69,41 @@ def test_a_bad_row_is_refused_with_file_row_and_field(write, rows, message):
         read_examples(write(rows))
 
 
-def test_a_row_of_another_type_than_those_before_is_refused_with_its_file(write):
-    with pytest.raises(ValueError, match=r"rows\.jsonl.*"):
-        read_examples(write([ALPACA, {**ALPACA, "output": {"text": "3"}}]))
+@pytest.mark.parametrize("value", [{"text": "3"}, 5, True, ["3"]])
+def test_a_row_of_another_type_than_those_before_is_the_one_that_is_named(write, value):
+    with pytest.raises(ValueError, match=r"rows\.jsonl, row 3: field 'output' .* must be text, got"):
+        read_examples(write([ALPACA, ALPACA, {**ALPACA, "output": value}]))
 
 
-@pytest.mark.parametrize("content", ["", "{not json\n", "just text\n", "[]"])
-def test_what_is_no_rows_is_refused_with_its_file(tmp_path, content):
-    path = tmp_path / "rows.json"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=r"rows\.json"):
-        read_examples(str(path))
+@pytest.mark.parametrize(
+    "text", ["2024-01-01", "2024-01-01T00:00:00Z", "3", "true", "null", "1e5", " ünïcode\u2028x\n"]
+)
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_text_stays_the_text_that_it_is(write, name, text):
+    assert read_examples(write([{"prompt": text, "completion": text}], name)) == [Example(text, text)]
+
+
+def test_blank_lines_are_passed_over(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(f"\ufeff{json.dumps(PAIR)}\r\n\r\n{json.dumps(PAIR)}\r\n\r\n", "utf-8")
+    assert read_examples(str(tmp_path / "rows.jsonl")) == [PAIR_EXAMPLE] * 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "has no rows"),
+        (b"[]", "has no rows"),
+        (b"{not json\n", "line 1 cannot be read as JSON"),
+        (b'{"prompt": "x", "completion": "y"}\njust text\n', "line 2 cannot be read as JSON"),
+        (b'[{"prompt": "x"},\n', "cannot be read as JSON"),
+        (b"[1]", "row 1: a row must be an object with named fields, got 1"),
+        (b"\xff\xfe\x00", "cannot be read as text"),
+    ],
+)
+def test_what_is_no_rows_is_refused_with_its_file(tmp_path, content, message):
+    (tmp_path / "rows.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"rows\.json.*{message}"):
+        read_examples(str(tmp_path / "rows.json"))
 
 
 def test_a_file_that_is_not_there_is_refused_with_its_name(tmp_path):

@@ -1,0 +1,27 @@
+"""The main job, through the README's command."""
+
+import json
+import re
+
+import pytest
+from commands import REPOSITORY, run
+
+
+@pytest.mark.timeout(900)
+def test_the_quickstart_learns_its_task_within_the_budget():
+    finished = run("bash", "launch/quickstart.sh", timeout=840, OMP_NUM_THREADS="", DS_ACCELERATOR="")
+    assert finished.status == 0, finished.output
+    folder = REPOSITORY / re.search(r"^Run (\S+),", finished.output, re.MULTILINE)[1]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["before"]["exact_match"] < 0.2
+    assert summary["after"]["exact_match"] > 0.8
+    assert summary["after"]["loss"] < summary["before"]["loss"] / 4
+    layers = len(summary["ranks"])
+    assert summary["components_at_start"] == 12 * layers
+    assert summary["components_kept"] == sum(summary["ranks"].values()) == 8 * layers
+    assert len(set(summary["ranks"].values())) > 1, "every layer kept the same rank"
+    for name in ("adapter/adapter_model.safetensors", "ranks.png", "progress.png", "metrics.jsonl", "tensorboard"):
+        assert (folder / name).exists(), name
+        assert str(folder.relative_to(REPOSITORY)) in finished.output
+    assert "Traceback" not in finished.output
+    assert "Warning" not in finished.output

@@ -1,0 +1,34 @@
+"""Launches that cannot become the engine asked for are refused from the environment alone."""
+
+import pytest
+
+from dora_dist.launch import check_launch
+
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+DDP_CPU = {"ACCELERATE_USE_CPU": "true", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+
+
+@pytest.mark.parametrize(
+    ("engine", "environment"),
+    [("zero2", DEEPSPEED), ("zero2", {**DEEPSPEED, "WORLD_SIZE": "1"}), ("ddp", DDP_CPU), ("none", {})],
+)
+def test_the_right_launch_passes(engine, environment):
+    check_launch(engine, environment)
+
+
+@pytest.mark.parametrize(
+    ("engine", "environment", "message"),
+    [
+        ("zero2", {**DEEPSPEED, "ACCELERATE_USE_CPU": "1"}, "ACCELERATE_USE_CPU is set"),
+        ("zero2", {"LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "was not launched with DeepSpeed"),
+        ("zero2", {}, "was not launched with DeepSpeed"),
+        ("ddp", DEEPSPEED, "distributed.engine is ddp, but this process was launched with DeepSpeed"),
+        ("none", DEEPSPEED, "distributed.engine is none, but this process was launched with DeepSpeed"),
+        ("none", {"LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "2 processes were launched"),
+        ("ddp", {}, "no launcher started this process"),
+    ],
+)
+def test_a_wrong_launch_is_refused_with_the_right_command(engine, environment, message):
+    with pytest.raises(ValueError, match="start it with: ") as caught:
+        check_launch(engine, environment)
+    assert message in str(caught.value)
