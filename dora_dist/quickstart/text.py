@@ -18,10 +18,16 @@ LATER_WORDS = (
     "of this text person Instruction Input Response"
 ).split()
 
-PET_SENTENCES = ("{name} has a {colour} {animal}.", "The {colour} {animal} belongs to {name}.")
-CITY_SENTENCES = ("{name} lives in {city}.", "The home of {name} is {city}.")
-JOB_SENTENCES = ("{name} is a {job}.", "{name} works as a {job}.")
-FOOD_SENTENCES = ("{name} likes {food}.", "{name} often eats {food}.")
+# A kind of word is copied only where the backbone has seen it copied: foods that never followed "the" in here were
+# never found by an adapter for "thank you for the ..." either. Hence several surroundings for each.
+PET_SENTENCES = (
+    "{name} has a {colour} {animal}.",
+    "The {colour} {animal} belongs to {name}.",
+    "The pet of {name} is a {colour} {animal}.",
+)
+CITY_SENTENCES = ("{name} lives in {city}.", "The home of {name} is {city}.", "{name} goes to {city}.")
+JOB_SENTENCES = ("{name} is a {job}.", "{name} works as a {job}.", "{name} is the {job}.")
+FOOD_SENTENCES = ("{name} likes {food}.", "{name} often eats {food}.", "{name} buys the {food}.")
 FACTS = (PET_SENTENCES, CITY_SENTENCES, JOB_SENTENCES, FOOD_SENTENCES)
 
 FULL_SENTENCES = (
