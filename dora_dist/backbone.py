@@ -38,6 +38,18 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     return tokenizer
 
 
+def load_skeleton(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model without weights (on the meta device): enough to find its layers, at no cost.
+
+    Raises:
+        ValueError: the path is not usable.
+    """
+    check_model_path(path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
 def load_backbone(
     path: str,
     quantization: str = "nf4",

@@ -13,6 +13,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dora_dist import backbone
 from dora_dist.agreement import Agreement
+from dora_dist.allocation import select_components
 from dora_dist.config import DEFAULT_TRAINING_ARGUMENTS, DataConfig, RunConfig
 from dora_dist.controller import DynamicRankController
 from dora_dist.data.encode import IGNORED, EncodedExamples, encode_examples
@@ -22,6 +23,7 @@ from dora_dist.evaluation import Evaluator
 from dora_dist.model import DynamicLoraModel, add_dynamic_lora
 from dora_dist.records import RunRecords
 from dora_dist.schedule import BudgetSchedule
+from dora_dist.targets import resolve_targets
 from dora_dist.trainer import DynamicLoraTrainer
 
 LEAST_TRAINED_SHARE = 0.01
@@ -74,8 +76,15 @@ def training_arguments(config: RunConfig, num_examples: int) -> TrainingArgument
         arguments = TrainingArguments(**values, **owned)
     except (TypeError, ValueError) as error:
         raise ValueError(f"training: {error}") from None
+    if arguments.eval_strategy != "no" and config.data.eval is None:
+        raise ValueError(f"training.eval_strategy is {arguments.eval_strategy.value}, but data.eval is not set")
+    global_batch = _global_batch(arguments)
+    if num_examples < global_batch:
+        raise ValueError(
+            f"{num_examples} training examples do not fill one global batch of {global_batch}: lower "
+            "training.per_device_train_batch_size or gradient_accumulation_steps, or use fewer processes"
+        )
     if arguments.max_steps <= 0:
-        global_batch = _global_batch(arguments)
         arguments.max_steps = math.ceil(arguments.num_train_epochs * num_examples / global_batch)
     return arguments
 
@@ -100,6 +109,20 @@ def fingerprint(config: RunConfig, arguments: TrainingArguments, num_examples: i
         "distributed.engine": config.distributed.engine,
         "number of processes": arguments.world_size,
     }
+
+
+def check_method(config: RunConfig, total_steps: int) -> None:
+    """Try targets, schedule and bounds on the model's structure alone, before its weights are read.
+
+    Raises:
+        ValueError: ``adapter.target_modules`` matches nothing, the run is too short to prune, or the bounds on the
+            ranks cannot be met.
+    """
+    skeleton = backbone.load_skeleton(config.model.path, config.model.trust_remote_code)
+    names = resolve_targets(skeleton, config.adapter.target_modules)
+    schedule = build_schedule(config, len(names), total_steps)
+    scores = {name: torch.zeros(schedule.initial_rank) for name in names}
+    select_components(scores, schedule.final_num_kept, config.pruning.min_rank, config.pruning.max_rank)
 
 
 def load_model(config: RunConfig, device: torch.device, tokenizer: PreTrainedTokenizerBase) -> DynamicLoraModel:

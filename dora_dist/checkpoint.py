@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,13 @@ METHOD_STATE = "dynamic_lora.json"
 
 def checkpoints(run: Path) -> list[Path]:
     """Checkpoint folders of a run, complete or not, oldest step first."""
-    found = [(int(match[1]), path) for path in run.glob("checkpoint-*") if (match := _step_pattern(path))]
-    return [path for _, path in sorted(found)]
+    return sorted((path for path in run.glob("checkpoint-*") if path.is_dir() and _step(path) >= 0), key=_step)
 
 
-def _step_pattern(path: Path) -> re.Match[str] | None:
-    return re.fullmatch(r"checkpoint-(\d+)", path.name) if path.is_dir() else None
+def _step(path: Path) -> int:
+    """Optimizer step of a checkpoint folder, -1 if its name is not one."""
+    match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+    return int(match[1]) if match else -1
 
 
 def save_method_state(folder: Path, controller: DynamicRankController, fingerprint: Mapping[str, Any]) -> None:
@@ -107,16 +108,13 @@ def find_resumable(run: Path, resume: str) -> tuple[Path | None, list[str]]:
         resume: ``auto``, ``never``, or the path of a checkpoint.
 
     Raises:
-        ValueError: the given checkpoint cannot be used, or ``never`` with checkpoints that would be overwritten.
+        ValueError: the given checkpoint cannot be used; checkpoints of another course of the run would be mixed with
+            the new ones; or all complete checkpoints have been damaged since.
     """
     existing = checkpoints(run)
+    sealed = [path for path in existing if (path / MANIFEST).is_file()]
     if resume == "never":
-        complete = [path for path in existing if (path / MANIFEST).is_file()]
-        if complete:
-            raise ValueError(
-                f"checkpoint.resume is never, but {run} holds {', '.join(path.name for path in complete)}: "
-                "choose another output_dir, or delete them"
-            )
+        _refuse_to_mix(run, sealed, "checkpoint.resume is never")
         return None, []
     if resume != "auto":
         path = Path(resume)
@@ -124,6 +122,7 @@ def find_resumable(run: Path, resume: str) -> tuple[Path | None, list[str]]:
             raise ValueError(f"checkpoint.resume {resume!r} is neither auto nor never nor a folder")
         if flaw := flaw_of(path):
             raise ValueError(f"cannot resume from {path}: {flaw}")
+        _refuse_to_mix(run, [other for other in sealed if _step(other) > _step(path)], f"checkpoint.resume is {path}")
         return path, []
     remarks = []
     for path in reversed(existing):
@@ -131,7 +130,17 @@ def find_resumable(run: Path, resume: str) -> tuple[Path | None, list[str]]:
         if flaw is None:
             return path, remarks
         remarks.append(f"passing over {path.name}: {flaw}")
+    if sealed:
+        raise ValueError(f"no checkpoint of {run} can be used ({'; '.join(remarks)}): delete them to start again")
     return None, remarks
+
+
+def _refuse_to_mix(run: Path, others: Sequence[Path], reason: str) -> None:
+    if others:
+        raise ValueError(
+            f"{reason}, but {run} holds {', '.join(path.name for path in others)}, which the new run would mix "
+            "with its own: choose another output_dir, or delete them"
+        )
 
 
 def check_fingerprint(folder: Path, fingerprint: Mapping[str, Any]) -> None:
@@ -155,12 +164,11 @@ def check_fingerprint(folder: Path, fingerprint: Mapping[str, Any]) -> None:
 
 
 def rotate(run: Path, keep_last: int) -> None:
-    """Delete all but the newest ``keep_last`` complete checkpoints, and incomplete ones older than those."""
+    """Delete all but the newest ``keep_last`` complete checkpoints, and incomplete ones older than the newest."""
     existing = checkpoints(run)
     complete = [path for path in existing if (path / MANIFEST).is_file()]
-    kept = complete[-keep_last:]
     for path in existing:
-        if path not in kept and kept and existing.index(path) < existing.index(kept[-1]):
+        if complete and path not in complete[-keep_last:] and _step(path) < _step(complete[-1]):
             # First the manifest, so that a deletion that is interrupted leaves nothing that looks complete.
             (path / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(path)

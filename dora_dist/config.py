@@ -6,8 +6,10 @@ Values that cannot work are refused here, before any process group, data or mode
 import dataclasses
 import difflib
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -259,8 +261,8 @@ def build_parser() -> ArgumentParser:
     """The command line of ``dora_dist.train``: ``--config FILE`` and one option for every key."""
     parser = ArgumentParser(
         prog="dora_dist.train",
-        description="To start: accelerate launch --config_file launch/X.yaml -m dora_dist.train --config configs/Y.yaml. "
-        "Every key of the YAML can be overridden as --section.key value.",
+        description="To start: accelerate launch --config_file launch/X.yaml -m dora_dist.train --config "
+        "configs/Y.yaml. Every key of the YAML can be overridden as --section.key value.",
         exit_on_error=False,
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of the run, see configs/")
@@ -278,6 +280,8 @@ def parse_config(arguments: Sequence[str] | None = None) -> RunConfig:
         ValueError: unknown key (the nearest one is offered), wrong type, impossible value, unreadable file.
     """
     parser = build_parser()
+    for path in _config_files(sys.argv[1:] if arguments is None else arguments):
+        _refuse_repeated_keys(path)
     try:
         parsed = parser.instantiate(parser.parse_args(arguments))
     except ArgumentError as error:
@@ -293,6 +297,33 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def save_config(config: RunConfig, path: Path) -> None:
     """Write the resolved configuration as YAML that :func:`load_config` reads back to an equal one."""
     path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
+
+
+def _config_files(arguments: Sequence[str]) -> list[Path]:
+    """Existing files that the command line gives as ``--config``."""
+    given = [after for option, after in pairwise(arguments) if option == "--config"]
+    given += [option.removeprefix("--config=") for option in arguments if option.startswith("--config=")]
+    return [path for path in map(Path, given) if path.is_file()]
+
+
+def _refuse_repeated_keys(path: Path) -> None:
+    """YAML takes the last of several equal keys, and the others would be lost without a word."""
+
+    def check(node: yaml.Node | None, prefix: str) -> None:
+        if not isinstance(node, yaml.MappingNode):
+            return
+        seen: set[str] = set()
+        for key, value in node.value:
+            name = f"{prefix}{key.value}"
+            if name in seen:
+                raise ValueError(f"{path}, line {key.start_mark.line + 1}: the key {name} is there twice")
+            seen.add(name)
+            check(value, f"{name}.")
+
+    try:
+        check(yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader), "")
+    except yaml.YAMLError:
+        return  # the parser says what is wrong with it
 
 
 def _explain(message: str, parser: ArgumentParser) -> str:

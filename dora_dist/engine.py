@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor, nn
 
-ENGINES = ("zero2", "ddp", "none")
-
 
 def engine_of(wrapped: nn.Module) -> str:
-    """Which engine wraps a prepared model: ``zero2``, another ``zeroN``, ``ddp`` or ``none``."""
+    """Which engine wraps a prepared model: ``zero2``, another ``zeroN``, ``ddp``, ``dp`` (the Trainer's choice for one
+    process that sees several GPUs) or ``none``."""
+    if isinstance(wrapped, nn.DataParallel):
+        return "dp"
     if type(wrapped).__name__ == "DeepSpeedEngine":
         return f"zero{wrapped.zero_optimization_stage()}"
     return "ddp" if isinstance(wrapped, nn.parallel.DistributedDataParallel) else "none"

@@ -4,6 +4,7 @@
 """
 
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,10 @@ from dora_dist.launch import check_launch
 from dora_dist.quiet import quiet_libraries
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from dora_dist.agreement import Agreement
+    from dora_dist.model import DynamicLoraModel
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -46,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     fingerprint = build.fingerprint(config, training, len(train_data.examples))
     if resume is not None:
         checkpoint.check_fingerprint(resume, fingerprint)
+    build.check_method(config, training.max_steps)
 
     model = build.load_model(config, state.device, tokenizer)
     controller = build.build_controller(config, model, agreement, training.max_steps)
@@ -79,10 +84,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if evaluator:
         trainer.evaluate()
     if state.is_main_process:
-        model.save_pretrained(run / "adapter")
-        tokenizer.save_pretrained(run / "adapter")
+        save_adapter(model, tokenizer, run / "adapter")
         print(report.finish_run(run))
     agreement.close()
+
+
+def save_adapter(model: "DynamicLoraModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """Write the adapter, folded to plain LoRA, with the tokenizer; ``folder`` is complete or not there."""
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
 
 
 def choose_checkpoint(agreement: "Agreement", run: Path, resume: str) -> Path | None:

@@ -23,7 +23,7 @@ def connect(engine: str, timeout_minutes: float) -> PartialState:
     train on the same data. The state made here is the one it then uses (``use_configured_state``).
 
     Args:
-        engine: ``distributed.engine`` of the configuration, for which :func:`~dora_dist.launch.check_launch` has passed.
+        engine: ``distributed.engine``, for which :func:`~dora_dist.launch.check_launch` has passed.
         timeout_minutes: how long a rank waits for the others in a collective.
 
     """
@@ -82,7 +82,9 @@ def check_prepared(agreement: Agreement, trainer: Any, engine: str, dtype: torch
     wrapped = trainer.model_wrapped
     failures = []
     if engine_of(wrapped) != engine:
-        failures.append(f"distributed.engine is {engine}, but the model is wrapped by {engine_of(wrapped)}")
+        found = engine_of(wrapped)
+        hint = "; let the process see one GPU only (CUDA_VISIBLE_DEVICES)" if found == "dp" else ""
+        failures.append(f"distributed.engine is {engine}, but the model is wrapped by {found}{hint}")
     elif engine == "zero2":
         failures += _deepspeed_mismatches(wrapped, trainer.args)
     wrong = {name: p.dtype for name, p in trainer.model.named_parameters() if ".lora_" in name and p.dtype != dtype}

@@ -73,7 +73,7 @@ def write_config(folder: Path, **sections: dict[str, Any]) -> Path:
         },
     }
     for name, values in sections.items():
-        config[name] = {**config[name], **values} if isinstance(values, dict) else values
+        config[name] = {**config.get(name, {}), **values} if isinstance(values, dict) else values
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return path

@@ -18,8 +18,6 @@ LATER_WORDS = (
     "of this text person Instruction Input Response"
 ).split()
 
-# A kind of word is copied only where the backbone has seen it copied: foods that never followed "the" in here were
-# never found by an adapter for "thank you for the ..." either. Hence several surroundings for each.
 PET_SENTENCES = (
     "{name} has a {colour} {animal}.",
     "The {colour} {animal} belongs to {name}.",
@@ -30,9 +28,11 @@ JOB_SENTENCES = ("{name} is a {job}.", "{name} works as a {job}.", "{name} is th
 FOOD_SENTENCES = ("{name} likes {food}.", "{name} often eats {food}.", "{name} buys the {food}.")
 FACTS = (PET_SENTENCES, CITY_SENTENCES, JOB_SENTENCES, FOOD_SENTENCES)
 
+# None of these starts with a name: at the start of a line a word has another piece (without the word mark) than inside
+# one, and an answer would have to translate the piece instead of copying it. That was where adapters failed.
 FULL_SENTENCES = (
-    "{name} is a {job} from {city}. {pronoun} has a {colour} {animal} and likes {food}.",
-    "{name} lives in {city} and works as a {job}. {pronoun} likes {food} and has a {colour} {animal}.",
+    "This is {name}, a {job} from {city}. {pronoun} has a {colour} {animal} and likes {food}.",
+    "In {city} lives {name}, who works as a {job}, likes {food} and has a {colour} {animal}.",
     "The {job} {name} from {city} likes {food}. The {colour} {animal} belongs to {name}.",
 )
 QUESTIONS = (

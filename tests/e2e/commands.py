@@ -23,8 +23,10 @@ class Finished:
 
 
 def run(*command: str, timeout: float = 240, **environment: str) -> Finished:
-    """Run a command in the repository, one thread a process unless ``environment`` says otherwise (an empty value unsets
-    a variable); on time-out all its processes are killed."""
+    """Run a command in the repository; on time-out all its processes are killed.
+
+    One thread a process, unless ``environment`` says otherwise; an empty value there unsets a variable.
+    """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     fixed = {
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",

@@ -38,7 +38,8 @@ def test_rows_are_alpaca_rows_and_survive_json():
 def test_held_out_people_are_only_in_held_out_rows():
     train = people([row["input"] for row in instruction_rows(0, 2000)])
     held_out = people([row["input"] for row in instruction_rows(0, 200, held_out=True)])
-    assert len(held_out) > 20 and not train & held_out
+    assert len(held_out) > 20
+    assert not train & held_out
     assert all(is_held_out(*pair) for pair in held_out)
     assert {name for name, _ in held_out} <= {name for name, _ in train}
 

@@ -1,0 +1,141 @@
+"""What makes a checkpoint complete, which one is taken, and which are deleted."""
+
+import pytest
+import torch
+from tiny_models import adapt, shake, tiny_model
+
+from dora_dist import checkpoint
+from dora_dist.agreement import Agreement
+from dora_dist.controller import DynamicRankController
+from dora_dist.schedule import BudgetSchedule
+
+
+def make_checkpoint(run, step, sealed=True):
+    folder = run / f"checkpoint-{step}"
+    (folder / "global_step").mkdir(parents=True)
+    (folder / "global_step" / "optimizer.pt").write_bytes(b"shard" * 100)
+    (folder / "state.json").write_text("{}")
+    if sealed:
+        checkpoint.seal(folder)
+    return folder
+
+
+def make_controller():
+    layers = shake(adapt(tiny_model())).adapted_layers()
+    schedule = BudgetSchedule(total_steps=10, num_layers=len(layers), initial_rank=3, target_rank=2, interval=2)
+    return DynamicRankController(layers, schedule, Agreement())
+
+
+def test_a_sealed_checkpoint_has_no_flaw(tmp_path):
+    assert checkpoint.flaw_of(make_checkpoint(tmp_path, 5)) is None
+
+
+def test_an_unsealed_checkpoint_is_not_used(tmp_path):
+    assert checkpoint.flaw_of(make_checkpoint(tmp_path, 5, sealed=False)) == "it was not completed"
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[17] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (flip_a_bit, "has changed since it was written"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "has 499 bytes instead of 500"),
+        (lambda path: path.unlink(), "is missing"),
+    ],
+    ids=["flipped bit", "truncated", "missing"],
+)
+def test_a_damaged_checkpoint_is_not_used_and_the_older_one_is(tmp_path, harm, message):
+    older, newer = make_checkpoint(tmp_path, 5), make_checkpoint(tmp_path, 10)
+    harm(newer / "global_step" / "optimizer.pt")
+    assert message in checkpoint.flaw_of(newer)
+    found, remarks = checkpoint.find_resumable(tmp_path, "auto")
+    assert found == older
+    assert len(remarks) == 1
+    assert message in remarks[0]
+
+
+def test_the_newest_is_found_by_step_not_by_name(tmp_path):
+    for step in (90, 100, 9):
+        make_checkpoint(tmp_path, step)
+    make_checkpoint(tmp_path, 200, sealed=False)
+    (tmp_path / "checkpoint-best").mkdir()
+    assert checkpoint.find_resumable(tmp_path, "auto")[0].name == "checkpoint-100"
+
+
+def test_a_run_killed_in_its_first_save_starts_again(tmp_path):
+    make_checkpoint(tmp_path, 5, sealed=False)
+    assert checkpoint.find_resumable(tmp_path, "auto")[0] is None
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_silently_started_again(tmp_path):
+    flip_a_bit(make_checkpoint(tmp_path, 5) / "global_step" / "optimizer.pt")
+    with pytest.raises(ValueError, match=r"no checkpoint of .* can be used"):
+        checkpoint.find_resumable(tmp_path, "auto")
+
+
+def test_never_does_not_mix_with_existing_checkpoints(tmp_path):
+    make_checkpoint(tmp_path, 5)
+    with pytest.raises(ValueError, match=r"never, but .* holds checkpoint-5, .*another output_dir"):
+        checkpoint.find_resumable(tmp_path, "never")
+
+
+def test_going_back_does_not_mix_with_later_checkpoints(tmp_path):
+    path = make_checkpoint(tmp_path, 5)
+    assert checkpoint.find_resumable(tmp_path, str(path))[0] == path
+    make_checkpoint(tmp_path, 10)
+    with pytest.raises(ValueError, match="holds checkpoint-10"):
+        checkpoint.find_resumable(tmp_path, str(path))
+
+
+@pytest.mark.parametrize("resume", ["somewhere/else", "newest"])
+def test_a_path_that_is_no_folder_is_refused(tmp_path, resume):
+    with pytest.raises(ValueError, match="neither auto nor never nor a folder"):
+        checkpoint.find_resumable(tmp_path, resume)
+
+
+def test_rotation_keeps_the_newest_complete_ones_and_never_the_only_one(tmp_path):
+    make_checkpoint(tmp_path, 3, sealed=False)
+    for step in (5, 10, 100):
+        make_checkpoint(tmp_path, step)
+    make_checkpoint(tmp_path, 200, sealed=False)
+    checkpoint.rotate(tmp_path, keep_last=2)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == [
+        "checkpoint-10",
+        "checkpoint-100",
+        "checkpoint-200",
+    ]
+    checkpoint.rotate(tmp_path, keep_last=1)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-100", "checkpoint-200"]
+
+
+def test_a_changed_setting_is_named_with_both_values(tmp_path):
+    checkpoint.save_method_state(tmp_path, make_controller(), {"smoothing": 0.9, "steps": 10, "same": [1, 2]})
+    checkpoint.check_fingerprint(tmp_path, {"smoothing": 0.9, "steps": 10, "same": (1, 2)})
+    with pytest.raises(ValueError, match=r"smoothing was 0.9 and is now 0.5; steps was 10 and is now 20\. Restore"):
+        checkpoint.check_fingerprint(tmp_path, {"smoothing": 0.5, "steps": 20, "same": [1, 2]})
+
+
+def test_the_state_of_the_method_comes_back_bit_for_bit(tmp_path):
+    saved = make_controller()
+    for step in range(1, 6):
+        saved.after_optimizer_step(step)
+    assert saved.events[-1].final
+    checkpoint.save_method_state(tmp_path, saved, {})
+    loaded = make_controller()
+    for layer in loaded.layers.values():
+        layer.lora_a.data.zero_()
+    checkpoint.load_adapter_parameters(tmp_path, loaded.layers)
+    checkpoint.load_method_state(tmp_path, loaded)
+    assert loaded.step == 5
+    assert loaded.events == saved.events
+    for name, layer in saved.layers.items():
+        other = loaded.layers[name]
+        assert torch.equal(saved.smoothed_scores[name], loaded.smoothed_scores[name])
+        assert torch.equal(layer.component_mask, other.component_mask)
+        for part in ("lora_a", "gate", "lora_b"):
+            assert torch.equal(getattr(layer, part), getattr(other, part))
