@@ -8,14 +8,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 ensure_environment ""
 
-python -m dora_dist.quickstart --output .cache/quickstart
-
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 if [ "$gpus" -gt 0 ]; then
   launch=(--config_file launch/zero2_gpu.yaml --num_processes "$gpus")
 else
   launch=(--config_file launch/zero2_cpu.yaml)
-  export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(threads_per_process 2)}"
+  export DS_ACCELERATOR=cpu
 fi
+python -m dora_dist.quickstart --output .cache/quickstart
+[ "$gpus" -gt 0 ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(threads_per_process 2)}"
 accelerate launch "${launch[@]}" --main_process_port 0 -m dora_dist.train --config configs/quickstart.yaml \
   --output_dir "runs/quickstart-$(date +%Y%m%d-%H%M%S)" "$@"

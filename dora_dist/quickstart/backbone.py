@@ -75,17 +75,11 @@ def train_tokenizer(documents: Iterable[str], folder: Path, vocabulary: int) -> 
 
 
 def encode_documents(documents: Sequence[str], model_file: Path) -> list[list[int]]:
-    """Return the token ids of every document: pieces and eos, with bos before every second document.
-
-    Heads of a model that always sees bos rest on it, and an adapter has to undo that first: with bos before
-    every document, LoRA at learning rate 5e-3 reached 0 % exact match on prompts
-    with bos, and 100 % without (seed 0).
-    """
+    """Return the token ids of every document: bos, pieces, eos."""
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
-    encoded = processor.encode(list(documents), add_eos=True)
-    return [[BOS_ID, *row] if index % 2 == 0 else row for index, row in enumerate(encoded)]
+    return processor.encode(list(documents), add_bos=True, add_eos=True)
 
 
 def padded_batches(encoded: Sequence[list[int]], batch: int) -> "Iterator[tuple[torch.Tensor, torch.Tensor]]":
@@ -171,9 +165,12 @@ def create_backbone(
     documents: Sequence[str], prompts: Sequence[str], folder: Path, settings: BackboneSettings, seed: int
 ) -> None:
     """Train the tokenizer on documents and prompts, the model on documents; save both to a new `folder`."""
+    from transformers.utils.logging import disable_progress_bar
+
     tokenizer = train_tokenizer([*documents[:2000], *prompts], folder, settings.vocabulary)
     model = build_model(settings, len(tokenizer), seed)
     print(f"backbone: {model.num_parameters():,} parameters, {len(tokenizer)} pieces", flush=True)
     loss = pretrain(model, encode_documents(documents, folder / "tokenizer.model"), settings)
     print(f"backbone: mean loss of the last tenth {loss:.3f} nats/token", flush=True)
+    disable_progress_bar()  # for one small file
     model.save_pretrained(folder)

@@ -29,7 +29,7 @@ FOOD_SENTENCES = ("{name} likes {food}.", "{name} often eats {food}.", "{name} b
 FACTS = (PET_SENTENCES, CITY_SENTENCES, JOB_SENTENCES, FOOD_SENTENCES)
 
 # None of these starts with a name: at the start of a line a word has another piece (without the word mark) than inside
-# one, and an answer would have to translate the piece instead of copying it. That was where adapters failed.
+# one, and an answer would have to translate the piece instead of copying it.
 FULL_SENTENCES = (
     "This is {name}, a {job} from {city}. {pronoun} has a {colour} {animal} and likes {food}.",
     "In {city} lives {name}, who works as a {job}, likes {food} and has a {colour} {animal}.",
