@@ -29,7 +29,8 @@ def component_scores(lora_a: Tensor, gate: Tensor, lora_b: Tensor, eps: float = 
         eps: keeps a layer whose update is zero at score 0.
 
     Returns:
-        Scores of shape ``(r,)`` in float64, on the inputs' device. Non-finite inputs give non-finite scores.
+        Scores of shape ``(r,)`` on the inputs' device, in their dtype but at least float32. Non-finite inputs give
+        non-finite scores.
 
     Raises:
         ValueError: the three shapes do not belong together, or a tensor is not floating point.
@@ -40,7 +41,8 @@ def component_scores(lora_a: Tensor, gate: Tensor, lora_b: Tensor, eps: float = 
     gram_b = b.T @ b
     norms = c.abs() * (gram_a.diagonal() * gram_b.diagonal()).sqrt()
     total = (c @ (gram_a * gram_b) @ c).clamp(min=0).sqrt()
-    return norms / (total + eps)
+    dtype = torch.promote_types(torch.result_type(lora_a, lora_b), torch.float32)
+    return (norms / (total + eps)).to(dtype)
 
 
 def smooth(previous: Tensor, current: Tensor, beta: float) -> Tensor:

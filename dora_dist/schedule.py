@@ -7,7 +7,7 @@ Every step here is an *optimizer* step, counted from 1.
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class BudgetSchedule:
     """Cubic pruning schedule between a warm-up and a final phase of constant budget.
 

@@ -42,7 +42,9 @@ def draw(kind: str, rank: int, size_in: int, size_out: int, seed: int) -> tuple[
 )
 def test_scores_equal_the_dense_definition(kind, dtype, rank, size_in, size_out, seed):
     layer = [tensor.to(dtype) for tensor in draw(kind, rank, size_in, size_out, seed)]
-    torch.testing.assert_close(component_scores(*layer), dense_scores(*layer), rtol=1e-5, atol=1e-12)
+    scores = component_scores(*layer)
+    torch.testing.assert_close(scores, dense_scores(*layer), rtol=1e-5, atol=1e-12, check_dtype=False)
+    assert scores.dtype == (dtype if dtype == torch.float64 else torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -54,7 +56,7 @@ def test_scores_of_opposing_components_equal_the_dense_definition(difference, dt
     gate[:] = torch.tensor([1.0, 1.0, 0.0, 0.0])
     layer = [tensor.to(dtype) for tensor in (lora_a, gate, lora_b)]
     scores = component_scores(*layer)
-    torch.testing.assert_close(scores, dense_scores(*layer), rtol=1e-5, atol=0)
+    torch.testing.assert_close(scores, dense_scores(*layer), rtol=1e-5, atol=0, check_dtype=False)
     # They cancel down to the difference, so that each is far larger than their sum.
     assert scores[0] == pytest.approx(1 / difference, rel=1e-2)
 
@@ -83,7 +85,7 @@ def test_no_finite_float32_layer_gives_a_score_that_is_not_finite(magnitude):
 
 def test_all_gates_zero_score_exactly_zero():
     scores = component_scores(*draw("zero gates", 6, 20, 30, seed=0))
-    assert torch.equal(scores, torch.zeros(6, dtype=torch.float64))
+    assert torch.equal(scores, torch.zeros(6))
 
 
 def test_scores_do_not_depend_on_scale_or_sign_and_carry_no_gradient():

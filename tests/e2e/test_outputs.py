@@ -1,0 +1,72 @@
+"""What a run leaves behind, and the commands that read it."""
+
+import json
+
+import torch
+from commands import run
+from safetensors.torch import load_file
+
+from dora_dist.checkpoint import checkpoints
+from dora_dist.folding import read_lora_adapter
+
+
+def test_checkpoints_hold_the_adapter_and_nothing_of_the_base(reference):
+    adapter_bytes = sum(
+        value.nbytes for name, value in load_file(reference.run / "checkpoint-12" / "dynamic_lora.safetensors").items()
+    )
+    for folder in checkpoints(reference.run):
+        (states,) = folder.glob("global_step*/mp_rank_00_model_states.pt")
+        names = torch.load(states, weights_only=False)["module"]
+        assert names
+        assert all(".lora_" in name or name.endswith(".component_mask") for name in names)
+        weights = [path for path in folder.rglob("*") if path.suffix in (".pt", ".safetensors")]
+        # Folded and unfolded adapter, DeepSpeed's copy, master copy and two moments, and torch's own overhead.
+        assert sum(path.stat().st_size for path in weights) < 6 * adapter_bytes + 400_000
+
+
+def test_the_adapter_in_every_checkpoint_is_the_trained_one(reference):
+    scale = 4 / 4
+    for folder in checkpoints(reference.run):
+        state, factors = load_file(folder / "dynamic_lora.safetensors"), read_lora_adapter(folder)
+        layers = {name.rsplit(".", 1)[0] for name in state}
+        assert set(factors) <= layers
+        for layer in layers:
+            gate = torch.where(state[f"{layer}.component_mask"], state[f"{layer}.gate"], 0.0)
+            update = scale * (state[f"{layer}.lora_b"] * gate) @ state[f"{layer}.lora_a"]
+            found = factors[layer][1] @ factors[layer][0] if layer in factors else torch.zeros_like(update)
+            torch.testing.assert_close(found, update, rtol=1e-5, atol=1e-6)
+
+
+def test_the_records_are_complete(reference):
+    settings = json.loads((reference.run / "run.json").read_text())
+    assert settings["settings"]["optimizer steps"] == 12
+    assert settings["versions"]["deepspeed"] != "not installed"
+    events = [json.loads(line) for line in (reference.run / "allocation.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events] == [1, 2, 4, 6]
+    assert [event["final"] for event in events] == [False, False, False, True]
+    assert (reference.run / "ranks.png").stat().st_size > 5_000
+
+
+def test_the_report_is_drawn_again_from_the_files(reference):
+    before = (reference.run / "summary.json").read_text()
+    (reference.run / "ranks.png").unlink()
+    finished = run("python", "-m", "dora_dist.report", str(reference.run), timeout=120)
+    assert finished.status == 0, finished.output
+    assert (reference.run / "ranks.png").exists()
+    assert (reference.run / "summary.json").read_text() == before
+    assert "components       56 -> 28" in finished.output
+
+
+def test_the_exported_adapter_of_a_checkpoint_is_verified(reference, tmp_path):
+    command = ("python", "-m", "dora_dist.export", str(reference.run), "--format", "uniform")
+    finished = run(*command, "--checkpoint", "checkpoint-5", "--output", str(tmp_path / "uniform"), timeout=180)
+    assert finished.status == 0, finished.output
+    assert "largest difference" in finished.output
+    assert json.loads((tmp_path / "uniform" / "adapter_config.json").read_text())["r"] == 8
+
+
+def test_answers_of_base_and_adapter_are_shown(reference):
+    finished = run("python", "-m", "dora_dist.generate", str(reference.run), "--prompt", "w1 w2", "--input", "w5 w6")
+    assert finished.status == 0, finished.output
+    assert "base" in finished.output
+    assert "adapter" in finished.output
