@@ -60,8 +60,8 @@ class DynamicLoraTrainer(Trainer):
         super().__init__(**kwargs)
         if not self.model_accepts_loss_kwargs:
             raise ValueError(
-                f"the model class {type(self.model.get_base_model()).__name__} does not take num_items_in_batch, so that "
-                "its loss would depend on the number of ranks and on gradient accumulation; it cannot be trained here"
+                f"the model class {type(self.model.get_base_model()).__name__} does not take num_items_in_batch, so "
+                "that its loss would depend on the number of ranks and on gradient accumulation; it cannot be trained here"
             )
         self.controller = controller
         self.agreement = agreement
