@@ -26,7 +26,7 @@ class DynamicLoraConfig:
         dtype: of the adapter's parameters: float32, bfloat16, float64, or auto for that of the base's unquantized
             weights.
         train_gates: train c_i; without, the layer is plain LoRA that can be pruned but not regrow.
-        seed: of the initial values, which are the same on every rank and in every run.
+        seed: of the initial values, which are the same on every rank and in every run; null for the seed of the run.
     """
 
     target_rank: int = 8
@@ -37,7 +37,7 @@ class DynamicLoraConfig:
     init: Literal["lora", "paper"] = "lora"
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "float32"
     train_gates: bool = True
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         if self.target_rank < 1:

@@ -4,7 +4,9 @@ Everything goes through :class:`Agreement`, which is the same object for one ran
 between two collectives reports its failure in the next one, so that all ranks raise and none waits for ever.
 """
 
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from typing import Any
 
@@ -64,6 +66,29 @@ class Agreement:
         if self.distributed:
             dist.destroy_process_group()
 
+    @contextmanager
+    def together(self, phase: str) -> Iterator[None]:
+        """A phase without collectives that all ranks leave together: well, or all with an error. Also a barrier.
+
+        Args:
+            phase: what the ranks are doing, for the message.
+
+        Raises:
+            RankFailedError: a rank has failed; names every failed rank with its failure.
+            Exception: this rank's own error, where all ranks failed in the same way (a wrong file name, say).
+        """
+        failure, cause = None, None
+        try:
+            yield
+        except Exception as error:
+            failure, cause = f"{type(error).__name__}: {error}", error
+        failures = self.gather(failure)
+        if cause is not None and failures.count(failure) == self.size:
+            raise cause
+        if cause is not None and not isinstance(cause, ValueError | ExpectedRunError):
+            traceback.print_exception(cause)
+        self._raise_failures(failures, phase)
+
     def raise_together(self, failure: str | None, phase: str) -> None:
         """Exchange failures; if any rank has one, raise on all.
 
@@ -74,7 +99,10 @@ class Agreement:
         Raises:
             RankFailedError: names every failed rank with its failure.
         """
-        failures = {rank: text for rank, text in enumerate(self.gather(failure)) if text is not None}
+        self._raise_failures(self.gather(failure), phase)
+
+    def _raise_failures(self, by_rank: Sequence[str | None], phase: str) -> None:
+        failures = {rank: text for rank, text in enumerate(by_rank) if text is not None}
         if failures:
             listed = "; ".join(f"rank {rank}: {text}" for rank, text in failures.items())
             raise RankFailedError(f"{phase} failed on {len(failures)} of {self.size} ranks: {listed}")

@@ -1,6 +1,8 @@
 """Loading the frozen base model and its tokenizer."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -9,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from dora_dist.quantization import forbid_inference_packing, quantization_config
 
 
-def check_model_path(path: str) -> None:
-    """Refuse a local path that is not a model folder, before anything tries to look it up on a hub.
+def find_model(path: str) -> str:
+    """The model that a configuration names: a folder (``~`` expanded), or a name on the Hub as it is.
 
     Raises:
         ValueError: ``path`` looks like a local path and there is no ``config.json`` in it.
@@ -21,18 +23,37 @@ def check_model_path(path: str) -> None:
             f"model.path {path!r} holds no config.json: point it to a folder in the Hugging Face layout, or give the "
             "name of a model on the Hub"
         )
+    return str(Path(path).expanduser()) if local else path
+
+
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """Turn a failure to find or read a model into an error that names the key to mend.
+
+    Raises:
+        ValueError: instead of the ``OSError`` that transformers raises, for a name that is on no hub too.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"model.path {path!r} cannot be read, neither as a folder (looked from {Path.cwd()}) nor from the Hub: "
+            f"{error}"
+        ) from None
 
 
 def resolve_compute_dtype(name: str) -> torch.dtype:
     """``auto`` is bfloat16 on a GPU that has it, otherwise float32 (bfloat16 is far slower on most CPUs)."""
     if name == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+        native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float32
     return getattr(torch, name)
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer, with a padding token (the end-of-sequence token where it has none of its own)."""
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    with _reading(path):
+        tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(path), trust_remote_code=trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -44,8 +65,8 @@ def load_skeleton(path: str, trust_remote_code: bool = False) -> PreTrainedModel
     Raises:
         ValueError: the path is not usable.
     """
-    check_model_path(path)
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    with _reading(path):
+        config = AutoConfig.from_pretrained(find_model(path), trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
@@ -71,21 +92,22 @@ def load_backbone(
     Raises:
         ValueError: the path or the quantization is not usable.
     """
-    check_model_path(path)
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    with _reading(path):
+        config = AutoConfig.from_pretrained(find_model(path), trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"the model at {path!r} is stored quantized; give the 16-bit model, it is quantized on loading"
         )
-    model = AutoModelForCausalLM.from_pretrained(
-        path,
-        config=config,
-        quantization_config=quantization_config(quantization, compute_dtype),
-        dtype=compute_dtype,
-        device_map={"": device},
-        attn_implementation=attention,
-        trust_remote_code=trust_remote_code,
-    )
+    with _reading(path):
+        model = AutoModelForCausalLM.from_pretrained(
+            find_model(path),
+            config=config,
+            quantization_config=quantization_config(quantization, compute_dtype),
+            dtype=compute_dtype,
+            device_map={"": device},
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+        )
     forbid_inference_packing(model)
     model.config.use_cache = False
     model.requires_grad_(False)

@@ -1,9 +1,11 @@
 """From the configuration to the parts of a run. A configuration object goes no further than this file."""
 
 import dataclasses
+import json
 import math
 import os
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Traini
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dora_dist import backbone
-from dora_dist.agreement import Agreement
+from dora_dist.agreement import Agreement, digest_tensors
 from dora_dist.allocation import select_components
+from dora_dist.command import say
 from dora_dist.config import DEFAULT_TRAINING_ARGUMENTS, DataConfig, RunConfig
 from dora_dist.controller import DynamicRankController
 from dora_dist.data.encode import IGNORED, EncodedExamples, encode_examples
@@ -24,9 +27,23 @@ from dora_dist.model import DynamicLoraModel, add_dynamic_lora
 from dora_dist.records import RunRecords
 from dora_dist.schedule import BudgetSchedule
 from dora_dist.targets import resolve_targets
-from dora_dist.trainer import DynamicLoraTrainer
+from dora_dist.trainer import DynamicLoraTrainer, global_batch
 
 LEAST_TRAINED_SHARE = 0.01
+
+METHOD_ARGUMENTS = (
+    "learning_rate",
+    "optim",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "max_grad_norm",
+)
+"""Trainer settings that a resumed run must not change."""
 
 
 def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, path: str | list[str]) -> EncodedExamples:
@@ -36,6 +53,9 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, path: str 
         ValueError: the data cannot be used, or next to nothing of it would be trained on.
     """
     data = encode_examples(read_examples(path, config.format), tokenizer, config.max_length, config.overlong)
+    if data.num_dropped:
+        total = data.num_dropped + len(data.examples)
+        say(f"{path}: dropped {data.num_dropped} of {total} examples, longer than data.max_length {config.max_length}")
     if data.trained_tokens < LEAST_TRAINED_SHARE * data.tokens:
         raise ValueError(
             f"{path}: only {data.trained_tokens} of {data.tokens} tokens are answers to learn from, under "
@@ -60,6 +80,12 @@ def training_arguments(config: RunConfig, num_examples: int) -> TrainingArgument
         values.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
     values.setdefault("dataloader_pin_memory", gpus)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(config.output_dir) / "tensorboard")
+    for name in ("save_strategy", "eval_strategy", "logging_strategy"):
+        if values.get(name) == "epoch":
+            raise ValueError(
+                f"training.{name} is epoch, but a run is one long sequence of steps without epoch boundaries: "
+                f"set it to steps, and {name.removesuffix('strategy')}steps to how many"
+            )
     owned: dict[str, Any] = {
         "output_dir": config.output_dir,
         "seed": config.seed,
@@ -78,37 +104,56 @@ def training_arguments(config: RunConfig, num_examples: int) -> TrainingArgument
         raise ValueError(f"training: {error}") from None
     if arguments.eval_strategy != "no" and config.data.eval is None:
         raise ValueError(f"training.eval_strategy is {arguments.eval_strategy.value}, but data.eval is not set")
-    global_batch = _global_batch(arguments)
-    if num_examples < global_batch:
+    batch = global_batch(arguments)
+    if num_examples < batch:
         raise ValueError(
-            f"{num_examples} training examples do not fill one global batch of {global_batch}: lower "
+            f"{num_examples} training examples do not fill one global batch of {batch}: lower "
             "training.per_device_train_batch_size or gradient_accumulation_steps, or use fewer processes"
         )
     if arguments.max_steps <= 0:
-        arguments.max_steps = math.ceil(arguments.num_train_epochs * num_examples / global_batch)
+        arguments.max_steps = math.ceil(arguments.num_train_epochs * num_examples / batch)
     return arguments
 
 
-def fingerprint(config: RunConfig, arguments: TrainingArguments, num_examples: int) -> dict[str, Any]:
-    """What a run must have in common with the one whose checkpoint it continues."""
+def fingerprint(config: RunConfig, arguments: TrainingArguments, data: EncodedExamples) -> dict[str, Any]:
+    """What all ranks of a run have in common, and a run with the one whose checkpoint it continues."""
     adapter = {f"adapter.{name}": value for name, value in dataclasses.asdict(config.adapter).items()}
     pruning = {f"pruning.{name}": value for name, value in dataclasses.asdict(config.pruning).items()}
-    names = ("learning_rate", "optim", "weight_decay", "lr_scheduler_type", "warmup_steps", "max_grad_norm")
-    training = {f"training.{name}": _plain(getattr(arguments, name)) for name in names}
+    adapter["adapter.seed"] = adapter_seed(config)
+    training = {f"training.{name}": _plain(getattr(arguments, name)) for name in METHOD_ARGUMENTS}
     return {
         **adapter,
         **pruning,
         **training,
         "initial rank": config.adapter.start_rank,
+        "model.path": config.model.path,
         "model.quantization": config.model.quantization,
         "model.compute_dtype": str(backbone.resolve_compute_dtype(config.model.compute_dtype)),
         "seed": config.seed,
         "optimizer steps": arguments.max_steps,
-        "global batch": _global_batch(arguments),
-        "training examples": num_examples,
+        "global batch": global_batch(arguments),
+        "training examples": len(data.examples),
+        "training data": data.digest,
         "distributed.engine": config.distributed.engine,
         "number of processes": arguments.world_size,
     }
+
+
+def adapter_seed(config: RunConfig) -> int:
+    """Seed of the adapter's start: its own, or that of the run."""
+    return config.seed if config.adapter.seed is None else config.adapter.seed
+
+
+def check_same_on_all_ranks(agreement: Agreement, settings: Mapping[str, Any], model: DynamicLoraModel) -> None:
+    """Prove that all ranks have the same settings, training data and base model (a sample of every adapted layer).
+
+    Raises:
+        DisagreementError: they do not; names the first setting or layer that differs.
+    """
+    digests = {name: sha256(json.dumps(value).encode()).digest() for name, value in settings.items()}
+    for name, layer in model.adapted_layers().items():
+        digests[f"base weights of {name}"] = digest_tensors(layer.weight.detach().flatten()[:256])
+    agreement.check_equal(digests, "settings, data or base model")
 
 
 def check_method(config: RunConfig, total_steps: int) -> None:
@@ -118,6 +163,13 @@ def check_method(config: RunConfig, total_steps: int) -> None:
         ValueError: ``adapter.target_modules`` matches nothing, the run is too short to prune, or the bounds on the
             ranks cannot be met.
     """
+    under_zero = config.distributed.engine.startswith("zero")
+    dtype = str(backbone.resolve_compute_dtype(config.model.compute_dtype)).removeprefix("torch.")
+    if under_zero and config.adapter.dtype not in ("auto", dtype):
+        raise ValueError(
+            f"adapter.dtype is {config.adapter.dtype}, but DeepSpeed casts all parameters to the compute dtype {dtype} "
+            "(and keeps a float32 master copy): leave it at auto"
+        )
     skeleton = backbone.load_skeleton(config.model.path, config.model.trust_remote_code)
     names = resolve_targets(skeleton, config.adapter.target_modules)
     schedule = build_schedule(config, len(names), total_steps)
@@ -144,7 +196,7 @@ def load_model(config: RunConfig, device: torch.device, tokenizer: PreTrainedTok
     if adapter.dtype == "auto" and not config.distributed.engine.startswith("zero"):
         # Only ZeRO keeps a float32 master copy of low-precision parameters.
         adapter = dataclasses.replace(adapter, dtype="float32")
-    return add_dynamic_lora(base, adapter)
+    return add_dynamic_lora(base, dataclasses.replace(adapter, seed=adapter_seed(config)))
 
 
 def build_schedule(config: RunConfig, num_layers: int, total_steps: int) -> BudgetSchedule:
@@ -211,7 +263,7 @@ def build_trainer(
     run_fingerprint: Mapping[str, Any],
 ) -> DynamicLoraTrainer:
     """The loop."""
-    num_samples = arguments.max_steps * _global_batch(arguments)
+    num_samples = arguments.max_steps * global_batch(arguments)
     trainer = DynamicLoraTrainer(
         model=model,
         args=arguments,
@@ -234,10 +286,6 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer
-
-
-def _global_batch(arguments: TrainingArguments) -> int:
-    return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
 
 
 def _plain(value: Any) -> Any:

@@ -66,6 +66,22 @@ def _parts(layer: DynamicLoraLinear) -> dict[str, Any]:
     return {"lora_a": layer.lora_a, "gate": layer.gate, "lora_b": layer.lora_b}
 
 
+def check_shards(folder: Path, world_size: int, engine: str) -> None:
+    """Refuse to call a checkpoint complete that lacks the part of a rank.
+
+    Raises:
+        ValueError: a part is missing, which happens where nodes do not share the folder.
+    """
+    expected = ["rng_state.pth"] if world_size == 1 else [f"rng_state_{rank}.pth" for rank in range(world_size)]
+    if engine == "zero2":
+        expected += [f"global_step*/*zero_pp_rank_{rank}_*optim_states.pt" for rank in range(world_size)]
+    missing = [pattern for pattern in expected if not any(folder.glob(pattern))]
+    if missing:
+        raise ValueError(
+            f"{folder} lacks {', '.join(missing)}: output_dir must be on a file system that all nodes share"
+        )
+
+
 def seal(folder: Path) -> None:
     """Declare a checkpoint complete, after all ranks have written theirs: everything on disk, then the manifest."""
     files = {}
@@ -150,7 +166,16 @@ def check_fingerprint(folder: Path, fingerprint: Mapping[str, Any]) -> None:
         ValueError: lists every difference.
     """
     saved = json.loads((folder / METHOD_STATE).read_text(encoding="utf-8"))["fingerprint"]
-    current = json.loads(json.dumps(fingerprint))
+    check_same_settings(folder, saved, fingerprint)
+
+
+def check_same_settings(folder: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Compare the settings of a run on disk with those of this one.
+
+    Raises:
+        ValueError: lists every difference.
+    """
+    current = json.loads(json.dumps(current))
     differences = [
         f"{name} was {saved.get(name)!r} and is now {current.get(name)!r}"
         for name in sorted(saved.keys() | current.keys())
@@ -171,4 +196,4 @@ def rotate(run: Path, keep_last: int) -> None:
         if complete and path not in complete[-keep_last:] and _step(path) < _step(complete[-1]):
             # First the manifest, so that a deletion that is interrupted leaves nothing that looks complete.
             (path / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # what is left of it is no reason to end a healthy run

@@ -3,7 +3,9 @@
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 LINGER_SECONDS = 5.0
 
@@ -12,14 +14,22 @@ def run_command(main: Callable[[], None]) -> None:
     """Run a command's ``main`` and turn expected errors into a message and an exit status.
 
     ``ValueError`` (something the user can mend) exits with 2; errors of the run itself that explain themselves
-    (disagreement or failure of ranks, missed budget, loss not finite) with 1. Anything else keeps its traceback.
+    (disagreement or failure of ranks, missed budget, loss not finite) with 1. Anything else keeps its traceback, a
+    ``ValueError`` from inside another library too.
     """
     try:
         main()
-    except ValueError as error:
-        _leave(error, 2)
-    except ExpectedRunError as error:
-        _leave(error, 1)
+    except Exception as error:
+        own = isinstance(error, ExpectedRunError) or (isinstance(error, ValueError) and _raised_here(error))
+        if not own:
+            traceback.print_exc()
+        _leave(error, 2 if own and isinstance(error, ValueError) else 1)
+
+
+def _raised_here(error: Exception) -> bool:
+    """Whether the innermost frame is this project's: then the message was written for the user."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
 
 
 class ExpectedRunError(RuntimeError):

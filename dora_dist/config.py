@@ -70,6 +70,10 @@ class PruningConfig:
         _require(self.interval >= 1, "pruning.interval", self.interval, "be at least 1")
         _require(self.equilibrium_weight >= 0, "pruning.equilibrium_weight", self.equilibrium_weight, "be at least 0")
         _require(self.min_rank >= 0, "pruning.min_rank", self.min_rank, "be at least 0")
+        # What is pruned for good early could be needed to fill the final budget under the bound.
+        _require(
+            self.regrow or self.max_rank is None, "pruning.max_rank", self.max_rank, "be null where regrow is false"
+        )
 
 
 @dataclass(kw_only=True)
@@ -224,6 +228,7 @@ OWNED_TRAINING_ARGUMENTS = {
     "logging_nan_inf_filter": "it hides a loss that is not finite",
     "eval_on_start": "set evaluation.before",
     "include_num_input_tokens_seen": "tokens are counted by the program",
+    "disable_tqdm": "the program prints its own lines of progress",
     "push_to_hub": "upload the adapter folder when the run has ended",
     "label_smoothing_factor": "the loss is the model's own cross-entropy",
     "optim_target_modules": "set adapter.target_modules",
@@ -242,19 +247,24 @@ DEFAULT_TRAINING_ARGUMENTS: dict[str, Any] = {
 
 
 def check_training_section(training: dict[str, Any]) -> None:
-    """Refuse names that ``TrainingArguments`` does not know and those that the program must set itself.
+    """Refuse names that ``TrainingArguments`` does not know, those that the program must set itself, and numbers and
+    switches that are none (``TrainingArguments`` takes any text for them).
 
     Raises:
         ValueError: with the nearest valid name, or the reason.
     """
     from transformers import TrainingArguments
 
-    known = {entry.name for entry in dataclasses.fields(TrainingArguments) if entry.init}
-    for name in training:
+    known = {entry.name: entry.default for entry in dataclasses.fields(TrainingArguments) if entry.init}
+    for name, value in training.items():
         if name in OWNED_TRAINING_ARGUMENTS:
             raise ValueError(f"training.{name} is set by the program: {OWNED_TRAINING_ARGUMENTS[name]}")
         if name not in known:
             raise ValueError(f"training.{name} is not a TrainingArguments name{_nearest(name, known)}")
+        if isinstance(known[name], bool) and not isinstance(value, bool):
+            raise ValueError(f"training.{name} is {value!r}, but must be true or false")
+        if isinstance(known[name], int | float) and not isinstance(value, int | float):
+            raise ValueError(f"training.{name} is {value!r}, but must be a number")
 
 
 def build_parser() -> ArgumentParser:

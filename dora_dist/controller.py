@@ -10,7 +10,7 @@ from torch import Tensor
 from dora_dist.agreement import Agreement, digest_tensors
 from dora_dist.allocation import select_components
 from dora_dist.command import ExpectedRunError
-from dora_dist.engine import write_parameter
+from dora_dist.engine import zero_entries
 from dora_dist.importance import ScoreFunction, component_scores, smooth
 from dora_dist.layer import DynamicLoraLinear
 from dora_dist.regularizer import equilibrium_penalty
@@ -43,6 +43,10 @@ class PruneEvent:
 
 class BudgetMissedError(ExpectedRunError):
     """The run ended without the pruning that its configuration promised."""
+
+
+class NonFiniteAdapterError(ExpectedRunError):
+    """The adapter holds NaN or infinite values."""
 
 
 class DynamicRankController:
@@ -89,6 +93,11 @@ class DynamicRankController:
         device = next(iter(self.layers.values())).gate.device
         self._smoothed = torch.zeros(sum(self._sizes), dtype=torch.float64, device=device)
         self._failure: str | None = None
+        if max_rank is not None and not regrow:
+            raise ValueError(
+                f"max_rank is {max_rank} and regrow is false: what is pruned for good early could be needed to fill "
+                "the final budget under the bound; set regrow to true, or max_rank to null"
+            )
         # Refuse bounds that cannot be met before the run; all other budgets lie above the final one.
         select_components(self.smoothed_scores, schedule.final_num_kept, min_rank, max_rank)
 
@@ -148,6 +157,17 @@ class DynamicRankController:
         for name, layer in self.layers.items():
             digests[name] = digest_tensors(layer.lora_a, layer.gate, layer.lora_b, layer.component_mask)
         self.agreement.check_equal(digests, what)
+
+    def check_finite(self) -> None:
+        """Refuse an adapter that is no longer one.
+
+        Raises:
+            NonFiniteAdapterError: a parameter of the adapter is NaN or infinite.
+        """
+        for name, layer in self.layers.items():
+            for parameter in (layer.lora_a, layer.gate, layer.lora_b):
+                if not torch.isfinite(parameter).all():
+                    raise NonFiniteAdapterError(f"step {self.step}: the adapter of {name} is not finite")
 
     def allocation_digest(self) -> str:
         """Short fingerprint of which components are alive (gate not 0, mask set), for the log."""
@@ -233,7 +253,6 @@ class DynamicRankController:
         for name, layer in self.layers.items():
             keep = torch.zeros_like(layer.component_mask)
             keep[event.kept[name]] = True
-            if not keep.all():
-                write_parameter(layer.gate, torch.where(keep, layer.gate, torch.zeros_like(layer.gate)))
+            zero_entries(layer.gate, keep)
             if event.final or not self.regrow:
                 layer.component_mask.copy_(keep)

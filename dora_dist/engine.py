@@ -15,32 +15,20 @@ def engine_of(wrapped: nn.Module) -> str:
 
 
 @torch.no_grad()
-def write_parameter(parameter: nn.Parameter, value: Tensor) -> None:
-    """Set a parameter for good, also under ZeRO.
+def zero_entries(parameter: nn.Parameter, keep: Tensor) -> None:
+    """Set entries of a parameter to 0 for good, also under ZeRO; leave all others as they are.
 
-    ZeRO keeps a float32 master copy from which every optimizer step overwrites the live parameter: a change in place is
-    undone by the next step. Writing the master alone changes the live parameter only then. So both are set; each rank
-    writes the part of the master copy that it owns.
+    ZeRO keeps a float32 master copy from which every optimizer step overwrites the live parameter: a change in place
+    is undone by the next step. Writing the master alone changes the live parameter only then. So both are changed, each
+    rank the part of the master copy that it owns. The live values of the other entries, which may have been rounded
+    to 16 bits, must not find their way into the master copy.
 
     Args:
         parameter: any shape.
-        value: same shape, any floating dtype.
+        keep: boolean, same shape; False where the entry becomes 0.
     """
-    parameter.data.copy_(value)
-    if hasattr(parameter, "_hp_mapping"):
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        safe_set_full_fp32_param(parameter, value.to(device=parameter.device, dtype=torch.float32))
-
-
-@torch.no_grad()
-def read_master(parameter: nn.Parameter) -> Tensor:
-    """What the optimizer will step from: ZeRO's float32 master copy where there is one, otherwise the parameter.
-
-    A collective under ZeRO: every rank must call it.
-    """
-    if hasattr(parameter, "_hp_mapping"):
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        return safe_get_full_fp32_param(parameter)
-    return parameter.detach().clone()
+    parameter.data.masked_fill_(~keep, 0)
+    owned = getattr(parameter, "_hp_mapping", None)
+    if owned is not None:
+        address = owned.lp_fragment_address
+        owned.get_hp_fragment().masked_fill_(~keep.flatten().narrow(0, address.start, address.numel), 0)

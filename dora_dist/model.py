@@ -84,7 +84,7 @@ def add_dynamic_lora(model: nn.Module, config: DynamicLoraConfig) -> DynamicLora
     layers = peft_model.adapted_layers()
     _check_all_adapted(names, layers)
     for name, layer in layers.items():
-        layer.initialize(config.init, config.seed, name, dtype)
+        layer.initialize(config.init, config.seed or 0, name, dtype)
         layer.gate.requires_grad_(config.train_gates)
     return peft_model
 

@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -56,6 +56,18 @@ class RunRecords:
         """Write a JSON file as a whole: a reader sees the old or the new one, never a part."""
         if self.writes:
             write_json(self.folder / name, content)
+
+    def replace_events(self, events: Sequence[PruneEvent]) -> None:
+        """Write ``allocation.jsonl`` anew, from the events that a checkpoint knows."""
+        if self.writes:
+            (self.folder / ALLOCATION).write_text(
+                "".join(json.dumps(asdict(event)) + "\n" for event in events), encoding="utf-8"
+            )
+
+    def forget_end(self) -> None:
+        """The run is going on: what was written when it had come to an end no longer holds."""
+        if self.writes:
+            (self.folder / SUMMARY).unlink(missing_ok=True)
 
     def truncate_after(self, step: int) -> None:
         """Forget what was recorded after ``step``: the run goes on from there."""

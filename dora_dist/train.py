@@ -5,9 +5,9 @@
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dora_dist.command import run_command, say
 from dora_dist.config import parse_config, save_config
@@ -17,7 +17,6 @@ from dora_dist.quiet import quiet_libraries
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from dora_dist.agreement import Agreement
     from dora_dist.model import DynamicLoraModel
 
 
@@ -26,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Raises:
         ValueError: something that the user can mend.
-        RuntimeError: the ranks failed or disagree, or the budget was missed.
+        ExpectedRunError: the ranks failed or disagree, the budget was missed, or the loss is not finite.
     """
     quiet_libraries()
     config = parse_config(arguments)
@@ -38,22 +37,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     state = world.connect(config.distributed.engine, config.distributed.timeout_minutes)
     agreement = Agreement(state.device)
     run = Path(config.output_dir)
-    if agreement.gather(report.is_finished(run))[0] and config.checkpoint.resume == "auto":
-        return say(f"{run} holds a finished run; its adapter is {run / 'adapter'}")
-    resume = choose_checkpoint(agreement, run, config.checkpoint.resume)
 
-    backbone.check_model_path(config.model.path)
-    tokenizer = backbone.load_tokenizer(config.model.path, config.model.trust_remote_code)
-    train_data = build.load_data(config.data, tokenizer, config.data.train)
-    eval_data = build.load_data(config.data, tokenizer, config.data.eval) if config.data.eval else None
-    training = build.training_arguments(config, len(train_data.examples))
-    fingerprint = build.fingerprint(config, training, len(train_data.examples))
-    if resume is not None:
-        checkpoint.check_fingerprint(resume, fingerprint)
-    build.check_method(config, training.max_steps)
+    with agreement.together("preparing data and settings"):
+        backbone.find_model(config.model.path)
+        tokenizer = backbone.load_tokenizer(config.model.path, config.model.trust_remote_code)
+        train_data = build.load_data(config.data, tokenizer, config.data.train)
+        eval_data = build.load_data(config.data, tokenizer, config.data.eval) if config.data.eval else None
+        training = build.training_arguments(config, len(train_data.examples))
+        settings = build.fingerprint(config, training, train_data)
+        build.check_method(config, training.max_steps)
+    with agreement.together(f"looking into {run}"):
+        finished = agreement.rank == 0 and config.checkpoint.resume == "auto" and is_same_finished_run(run, settings)
+        found, remarks = (
+            (None, []) if agreement.rank or finished else checkpoint.find_resumable(run, config.checkpoint.resume)
+        )
+        if found is not None:
+            checkpoint.check_fingerprint(found, settings)
+    # As the first rank sees it: files may reach the other nodes later.
+    finished, resume, remarks = agreement.gather((finished, found, remarks))[0]
+    if finished:
+        say(f"{run} holds a finished run with these settings; its adapter is {run / 'adapter'}")
+        agreement.close()
+        return
+    for remark in [*remarks, *([f"resuming from {resume}"] if resume else [])]:
+        say(remark)
 
-    model = build.load_model(config, state.device, tokenizer)
-    controller = build.build_controller(config, model, agreement, training.max_steps)
+    with agreement.together("loading the model"):
+        model = build.load_model(config, state.device, tokenizer)
+        controller = build.build_controller(config, model, agreement, training.max_steps)
+    build.check_same_on_all_ranks(agreement, settings, model)
     run_records = records.RunRecords(run, writes=state.is_main_process)
     evaluator = None
     if eval_data is not None:
@@ -68,25 +80,42 @@ def main(arguments: Sequence[str] | None = None) -> None:
         train_data=train_data,
         evaluator=evaluator,
         arguments=training,
-        run_fingerprint=fingerprint,
+        run_fingerprint=settings,
     )
     world.check_world(agreement, trainer)
 
-    if state.is_main_process:
-        save_config(config, run / records.CONFIG)
-    run_records.write_json(records.RUN, {"versions": records.versions(), "settings": fingerprint})
-    if resume is None:
-        run_records.truncate_after(-1)
-        if evaluator and config.evaluation.before:
-            trainer.evaluate()
+    with agreement.together(f"writing into {run}"):
+        run_records.forget_end()
+        if state.is_main_process:
+            save_config(config, run / records.CONFIG)
+        run_records.write_json(records.RUN, {"versions": records.versions(), "settings": settings})
+        if resume is None:
+            run_records.truncate_after(-1)
+    if resume is None and evaluator and config.evaluation.before:
+        trainer.evaluate()
     trainer.train(resume_from_checkpoint=resume)
     controller.finish()
-    if evaluator:
+    if evaluator and trainer.evaluated_step != training.max_steps:
         trainer.evaluate()
-    if state.is_main_process:
-        save_adapter(model, tokenizer, run / "adapter")
-        print(report.finish_run(run))
+    with agreement.together(f"writing the results into {run}"):
+        if state.is_main_process:
+            save_adapter(model, tokenizer, run / "adapter")
+            print(report.finish_run(run), flush=True)
     agreement.close()
+
+
+def is_same_finished_run(run: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether ``run`` has come to its end with these settings.
+
+    Raises:
+        ValueError: it has come to its end with other ones.
+    """
+    from dora_dist import checkpoint, records, report
+
+    if not report.is_finished(run):
+        return False
+    checkpoint.check_same_settings(run, records.read_json(run / records.RUN)["settings"], settings)
+    return True
 
 
 def save_adapter(model: "DynamicLoraModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
@@ -97,26 +126,6 @@ def save_adapter(model: "DynamicLoraModel", tokenizer: "PreTrainedTokenizerBase"
     tokenizer.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
-
-
-def choose_checkpoint(agreement: "Agreement", run: Path, resume: str) -> Path | None:
-    """Where to continue from, as the first rank sees it: files may reach the other nodes later."""
-    from dora_dist import checkpoint
-
-    found, failure = None, None
-    if agreement.rank == 0:
-        try:
-            found, remarks = checkpoint.find_resumable(run, resume)
-            for remark in remarks:
-                say(remark)
-        except ValueError as error:
-            failure = str(error)
-    (found, failure) = agreement.gather((found, failure))[0]
-    if failure:
-        raise ValueError(failure)
-    if found:
-        say(f"resuming from {found}")
-    return found
 
 
 if __name__ == "__main__":

@@ -59,10 +59,10 @@ class TrainedRun:
             return backbone.load_backbone(
                 settings.path, quantization, dtype, device, trust_remote_code=settings.trust_remote_code
             )
-        except OSError as error:
+        except ValueError as error:
             raise ValueError(
-                f"the base model.path {settings.path!r} of {self.folder} cannot be read (looked from {Path.cwd()}): "
-                f"{error}; run this from the folder where the run was started, or correct model.path in "
+                f"the base of {self.folder} cannot be loaded: {error}; run this from the folder where the "
+                f"run was started, or correct model.path in "
                 f"{self.folder / records.CONFIG}"
             ) from None
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dora_dist import checkpoint
 from dora_dist.agreement import Agreement
@@ -20,6 +20,11 @@ from dora_dist.data.order import TrainingOrder
 from dora_dist.evaluation import Evaluator
 from dora_dist.records import RunRecords
 from dora_dist.world import check_prepared
+
+
+def global_batch(arguments: TrainingArguments) -> int:
+    """Examples of one optimizer step, over all ranks and micro-batches."""
+    return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
 
 
 class NonFiniteLossError(ExpectedRunError):
@@ -61,7 +66,7 @@ class DynamicLoraTrainer(Trainer):
         if not self.model_accepts_loss_kwargs:
             raise ValueError(
                 f"the model class {type(self.model.get_base_model()).__name__} does not take num_items_in_batch, so "
-                "that its loss would depend on the number of ranks and on gradient accumulation; it cannot be trained here"
+                "that its loss would depend on the number of ranks and on gradient accumulation"
             )
         self.controller = controller
         self.agreement = agreement
@@ -74,6 +79,7 @@ class DynamicLoraTrainer(Trainer):
         self.keep_last = keep_last
         self.fingerprint = fingerprint
         self.resumed_from: Path | None = None
+        self.evaluated_step: int | None = None
         self._tokens_seen = torch.zeros((), dtype=torch.int64, device=self.args.device)
         self._penalty_sum = torch.zeros((), device=self.args.device)
         self._last_log = (0, time.monotonic())
@@ -124,13 +130,15 @@ class DynamicLoraTrainer(Trainer):
         assert self.evaluator is not None, "evaluation was asked for without held-out data"
         metrics = {f"eval_{name}": value for name, value in self.evaluator(self.model).items()}
         self.log(dict(metrics))
+        self.evaluated_step = self.state.global_step
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Record and pass on. ``loss`` is the task loss, comparable with a run without the penalty, which has its own
         key. A loss that is not finite ends the run on all ranks (the value is the same on all)."""
         step = self.state.global_step
-        logs["epoch"] = step * self._global_batch() / self.order.num_examples
+        logs["epoch"] = step * global_batch(self.args) / self.order.num_examples
         # The Trainer overwrites it with the share of the run, which is one long epoch to it.
         self.state.epoch = logs["epoch"]
         extra: dict[str, Any] = {}
@@ -168,29 +176,34 @@ class DynamicLoraTrainer(Trainer):
             f"{logs['seconds_per_step']:.2f} s/step  {left / 60:.1f} min left"
         )
 
-    def _global_batch(self) -> int:
-        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+    def start_clock(self) -> None:
+        """Count the time of steps from now on."""
+        self._last_log = (self.state.global_step, time.monotonic())
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """The Trainer's checkpoint plus the method's state, sealed when all ranks have written theirs."""
         step = self.state.global_step
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
         self.controller.verify(f"the adapter before the checkpoint of step {step}")
-        if self.args.should_save:
-            shutil.rmtree(folder, ignore_errors=True)  # what an interrupted save left
-        self.agreement.barrier()
-        failure = None
-        try:
-            super()._save_checkpoint(model, trial)
+        with self.agreement.together(f"preparing {folder}"):
+            self.controller.check_finite()
+            if self.args.should_save and folder.exists():
+                shutil.rmtree(folder)  # what an interrupted save left
+        # In here DeepSpeed has collectives of its own: a rank that fails between them can only end its process.
+        super()._save_checkpoint(model, trial)
+        with self.agreement.together(f"completing {folder}"):
             if self.args.should_save:
                 checkpoint.save_method_state(folder, self.controller, self.fingerprint)
-        except OSError as error:
-            failure = f"{type(error).__name__}: {error}"
-        self.agreement.raise_together(failure, f"writing {folder}")
-        if self.args.should_save:
-            checkpoint.seal(folder)
-            checkpoint.rotate(Path(self.args.output_dir), self.keep_last)
-        self.agreement.barrier()
+        with self.agreement.together(f"sealing {folder}"):
+            if self.args.should_save:
+                checkpoint.check_shards(folder, self.agreement.size, self.engine)
+                checkpoint.seal(folder)
+                checkpoint.rotate(Path(self.args.output_dir), self.keep_last)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The adapter of a checkpoint, folded. There are no collectives in it, so that a full disk is found here."""
+        with self.agreement.together(f"writing the adapter into {output_dir}"):
+            super().save_model(output_dir, _internal_call)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """The adapter that a checkpoint holds for PEFT is folded; training goes on with the unfolded one."""
@@ -209,9 +222,10 @@ class _MethodCallback(TrainerCallback):
         if trainer.resumed_from is not None:
             checkpoint.load_method_state(trainer.resumed_from, trainer.controller)
             trainer.records.truncate_after(state.global_step)
+            trainer.records.replace_events(trainer.controller.events)
         else:
             trainer.controller.verify("the adapter at the start")
-        trainer._last_log = (state.global_step, time.monotonic())
+        trainer.start_clock()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         event = self.trainer.controller.after_optimizer_step(state.global_step)

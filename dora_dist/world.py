@@ -28,6 +28,10 @@ def connect(engine: str, timeout_minutes: float) -> PartialState:
 
     """
     gpus = torch.cuda.is_available()
+    if gpus and os.environ.get("DS_ACCELERATOR") == "cpu":
+        raise ValueError(
+            "DS_ACCELERATOR is cpu, but there are GPUs: unset it, or hide them with CUDA_VISIBLE_DEVICES=-1"
+        )
     if engine == "zero2" and not gpus:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         _use_gloo_only()

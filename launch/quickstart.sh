@@ -11,6 +11,7 @@ ensure_environment ""
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 if [ "$gpus" -gt 0 ]; then
   launch=(--config_file launch/zero2_gpu.yaml --num_processes "$gpus")
+  set -- --training.per_device_train_batch_size $((gpus < 16 ? 16 / gpus : 1)) "$@"
 else
   launch=(--config_file launch/zero2_cpu.yaml)
   export DS_ACCELERATOR=cpu

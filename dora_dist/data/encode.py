@@ -1,7 +1,9 @@
 """Token ids and loss mask of examples."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +24,7 @@ class EncodedExamples:
         num_dropped: examples left out because they were too long.
         trained_tokens: positions with a loss, over all rows.
         tokens: positions over all rows.
+        digest: SHA-256 over ids and labels of all rows, in hexadecimal.
     """
 
     dataset: Dataset
@@ -29,6 +32,7 @@ class EncodedExamples:
     num_dropped: int
     trained_tokens: int
     tokens: int
+    digest: str
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -57,6 +61,7 @@ def encode_examples(
         raise ValueError("the tokenizer has no end-of-sequence token, so the model could not learn where to stop")
     rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
     kept: list[Example] = []
+    digest = sha256()
     for number, example in enumerate(examples, start=1):
         prompt = encode_prompt(tokenizer, example.prompt)
         answer = tokenizer(example.completion, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
@@ -71,6 +76,7 @@ def encode_examples(
         rows["input_ids"].append(ids)
         rows["attention_mask"].append([1] * len(ids))
         rows["labels"].append([IGNORED] * len(prompt) + answer)
+        digest.update(json.dumps([prompt, answer]).encode())
         kept.append(example)
     if not kept:
         raise ValueError(f"none of {len(examples)} examples is left at data.max_length {max_length}")
@@ -80,4 +86,5 @@ def encode_examples(
         num_dropped=len(examples) - len(kept),
         trained_tokens=sum(label != IGNORED for labels in rows["labels"] for label in labels),
         tokens=sum(map(len, rows["input_ids"])),
+        digest=digest.hexdigest(),
     )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dora_dist.agreement import Agreement, digest_tensors
 from dora_dist.controller import DynamicRankController
-from dora_dist.engine import read_master, write_parameter
+from dora_dist.engine import zero_entries
 from dora_dist.importance import component_scores
 from dora_dist.layer import DynamicLoraLinear
 from dora_dist.schedule import BudgetSchedule
@@ -62,6 +62,13 @@ def agreement_digests(odd_rank: int) -> None:
     agreement = Agreement()
     value = torch.ones(3) * (2 if agreement.rank == odd_rank else 1)
     agreement.check_equal({"first": b"same", "second": digest_tensors(value)}, "the test state")
+
+
+def phase_that_fails(failing: list[int]) -> None:
+    agreement = Agreement()
+    with agreement.together("reading"):
+        if agreement.rank in failing:
+            raise OSError("no such file")
 
 
 def prune_with_different_statistics() -> dict[str, Any]:
@@ -168,13 +175,12 @@ def prune_under_engine(engine: str, model_folder: str) -> dict[str, Any]:
     train(1)
     seen["naive"] = layer.gate.detach().clone()
     # The soft prune: parameter and master copy.
-    soft = torch.where(pruned, torch.zeros(4), layer.gate.detach())
-    write_parameter(layer.gate, soft)
+    zero_entries(layer.gate, ~pruned)
     seen["soft_live"], seen["soft_master"] = layer.gate.detach().clone(), read_master(layer.gate).clone()
     train(1)
     seen["regrown"] = layer.gate.detach().clone()
     # The hard mask.
-    write_parameter(layer.gate, torch.where(pruned, torch.zeros(4), layer.gate.detach()))
+    zero_entries(layer.gate, ~pruned)
     layer.component_mask.copy_(~pruned)
     train(3)
     x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(2))
@@ -185,10 +191,18 @@ def prune_under_engine(engine: str, model_folder: str) -> dict[str, Any]:
         delta = (x @ layer.lora_a[kept].T * (layer.gate[kept] * layer.scale)) @ layer.lora_b[:, kept].T
         seen["expected"] = layer.base_layer(x) + delta
         seen["hard_live"], seen["hard_master"] = layer.gate.detach().clone(), read_master(layer.gate).clone()
-        write_parameter(layer.gate, torch.where(pruned, torch.full((4,), 1e3), layer.gate))
+        layer.gate[pruned] = 1e3
         seen["output_with_huge_gates"] = layer(x)
     seen["engine"] = type(step.model).__name__
     return seen
+
+
+def read_master(parameter: nn.Parameter) -> Tensor:
+    """What the optimizer will step from: ZeRO's float32 master copy (a collective), otherwise the parameter."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    master = safe_get_full_fp32_param(parameter)
+    return parameter.detach() if master is None else master
 
 
 def _make_step(engine: str, model: nn.Module) -> Any:

@@ -75,6 +75,7 @@ def rank_environment(rank: int, world_size: int, **more: str) -> None:
         MASTER_ADDR="127.0.0.1",
         OMP_NUM_THREADS="1",
         DS_ACCELERATOR="cpu",
+        CUDA_VISIBLE_DEVICES="-1",
         **more,
     )
 

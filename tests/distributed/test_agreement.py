@@ -48,3 +48,14 @@ def test_a_trainer_that_believes_in_a_world_of_one_is_refused_on_all_ranks(world
 def test_ranks_that_see_the_same_data_are_refused_on_all_ranks():
     outcomes = run_ranks(rank_functions.check_same_data, 2)
     assert all("ranks [0, 1] are given the same examples [3, 1, 2]" in outcome.error for outcome in outcomes)
+
+
+def test_a_phase_that_fails_on_one_rank_ends_on_all():
+    outcomes = run_ranks(rank_functions.phase_that_fails, 4, [2])
+    assert {outcome.error_type for outcome in outcomes} == {"RankFailedError"}
+    assert all("reading failed on 1 of 4 ranks: rank 2: OSError: no such file" in outcome.error for outcome in outcomes)
+
+
+def test_a_phase_that_fails_alike_on_all_ranks_keeps_its_own_error():
+    outcomes = run_ranks(rank_functions.phase_that_fails, 2, [0, 1])
+    assert [(outcome.error_type, outcome.error) for outcome in outcomes] == [("OSError", "no such file")] * 2

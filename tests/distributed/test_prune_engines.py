@@ -25,7 +25,7 @@ def test_the_engine_is_the_real_one(run):
 
 
 def test_zeroing_in_place_is_undone_under_zero(run):
-    """The reason for write_parameter; if this fails, ZeRO has changed and so may the code."""
+    """The reason for zero_entries; if this fails, ZeRO has changed and so may the code."""
     engine, seen = run
     for value in seen:
         far_from_zero = value["naive"][PRUNED].abs() > 0.5

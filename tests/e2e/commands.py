@@ -33,6 +33,7 @@ def run(*command: str, timeout: float = 240, **environment: str) -> Finished:
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
         "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "-1",
     }
     settings = {name: value for name, value in {**inherited, **fixed, **environment}.items() if value}
     process = subprocess.Popen(

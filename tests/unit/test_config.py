@@ -188,3 +188,16 @@ def test_help_lists_every_section_without_starting_anything():
     assert result.returncode == 0, result.stderr
     for option in ("--config", "--adapter.target_rank", "--pruning.interval", "--data.train", "--model.path"):
         assert option in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("learning_rate", "fast", "a number"),
+        ("max_steps", "1e3 steps", "a number"),
+        ("do_train", "yes", "true or false"),
+    ],
+)
+def test_training_arguments_of_a_wrong_type_are_refused(name, value, rule):
+    with pytest.raises(ValueError, match=f"training.{name} is '{value}', but must be {rule}"):
+        check_training_section({name: value})

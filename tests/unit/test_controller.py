@@ -5,7 +5,7 @@ import torch
 from tiny_models import adapt, shake, tiny_model
 
 from dora_dist.agreement import Agreement
-from dora_dist.controller import BudgetMissedError, DynamicRankController
+from dora_dist.controller import BudgetMissedError, DynamicRankController, NonFiniteAdapterError
 from dora_dist.schedule import BudgetSchedule
 
 
@@ -75,3 +75,16 @@ def test_pruned_gates_are_zero_after_every_event():
             alive = sum(int((layer.effective_gate() != 0).sum()) for layer in controller.layers.values())
             assert alive == event.num_kept == controller.schedule.num_components - controller.schedule.num_pruned(step)
             assert sum(event.ranks.values()) == event.num_kept
+
+
+def test_a_bound_on_ranks_is_refused_where_nothing_may_come_back():
+    with pytest.raises(ValueError, match="max_rank is 2 and regrow is false"):
+        make_controller(max_rank=2, regrow=False)
+
+
+def test_an_adapter_that_is_not_finite_is_not_saved():
+    controller = make_controller()
+    controller.check_finite()
+    next(iter(controller.layers.values())).lora_b.data[0, 0] = float("nan")
+    with pytest.raises(NonFiniteAdapterError, match=r"step 0: the adapter of model\.layers\.0"):
+        controller.check_finite()
