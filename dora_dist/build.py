@@ -17,7 +17,7 @@ from dora_dist import backbone
 from dora_dist.agreement import Agreement, digest_tensors
 from dora_dist.allocation import select_components
 from dora_dist.command import say
-from dora_dist.config import DEFAULT_TRAINING_ARGUMENTS, DataConfig, RunConfig
+from dora_dist.config import DataConfig, RunConfig
 from dora_dist.controller import DynamicRankController
 from dora_dist.data.encode import IGNORED, EncodedExamples, encode_examples
 from dora_dist.data.order import TrainingOrder
@@ -28,6 +28,7 @@ from dora_dist.records import RunRecords
 from dora_dist.schedule import BudgetSchedule
 from dora_dist.targets import resolve_targets
 from dora_dist.trainer import DynamicLoraTrainer, global_batch
+from dora_dist.training_section import DEFAULT_TRAINING_ARGUMENTS
 
 LEAST_TRAINED_SHARE = 0.01
 

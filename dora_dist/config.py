@@ -4,10 +4,9 @@ Values that cannot work are refused here, before any process group, data or mode
 """
 
 import dataclasses
-import difflib
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +16,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
 from dora_dist.adapter_config import DynamicLoraConfig
+from dora_dist.training_section import check_training_section, nearest
 
 
 @dataclass(kw_only=True)
@@ -196,77 +196,6 @@ class RunConfig:
             )
 
 
-OWNED_TRAINING_ARGUMENTS = {
-    "output_dir": "set output_dir at the top of the configuration",
-    "seed": "set seed at the top of the configuration",
-    "data_seed": "set seed at the top of the configuration",
-    "deepspeed": "the launch file (launch/*.yaml) configures DeepSpeed, and distributed.engine names the engine",
-    "fsdp": "the engines are zero2, ddp and none (distributed.engine)",
-    "fsdp_config": "the engines are zero2, ddp and none (distributed.engine)",
-    "use_cpu": "it silently replaces DeepSpeed with plain DDP; without a GPU the CPU is used anyway",
-    "accelerator_config": "the program sets up the process group itself and hands it to accelerate",
-    "parallelism_config": "the program trains data-parallel",
-    "bf16": "set model.compute_dtype",
-    "fp16": "float16 is not supported; set model.compute_dtype",
-    "tf32": "it would change the scores; set model.compute_dtype",
-    "ddp_timeout": "set distributed.timeout_minutes",
-    "ddp_backend": "NCCL on GPUs and gloo on CPUs",
-    "ddp_find_unused_parameters": "every adapter parameter takes part in every step",
-    "ddp_broadcast_buffers": "broadcasting masks would hide a disagreement between ranks instead of reporting it",
-    "average_tokens_across_devices": "without it, the loss would depend on the number of ranks",
-    "group_by_length": "the data order is a function of seed and position only, so that it can be resumed anywhere",
-    "train_sampling_strategy": "the data order is a function of seed and position only, so that it can be resumed",
-    "dataloader_drop_last": "every step sees a full global batch; an epoch runs on into the next one",
-    "ignore_data_skip": "a resumed run continues with the data that the interrupted one had not seen",
-    "remove_unused_columns": "the examples have just the columns that the model takes",
-    "auto_find_batch_size": "the batch size decides the schedule and must be known before the run",
-    "resume_from_checkpoint": "set checkpoint.resume",
-    "save_total_limit": "set checkpoint.keep_last",
-    "save_only_model": "such a checkpoint cannot be resumed",
-    "save_on_each_node": "all ranks write one checkpoint in output_dir, which all nodes share",
-    "load_best_model_at_end": "the run ends with the adapter whose budget was met",
-    "logging_nan_inf_filter": "it hides a loss that is not finite",
-    "eval_on_start": "set evaluation.before",
-    "include_num_input_tokens_seen": "tokens are counted by the program",
-    "disable_tqdm": "the program prints its own lines of progress",
-    "push_to_hub": "upload the adapter folder when the run has ended",
-    "label_smoothing_factor": "the loss is the model's own cross-entropy",
-    "optim_target_modules": "set adapter.target_modules",
-}
-
-DEFAULT_TRAINING_ARGUMENTS: dict[str, Any] = {
-    "learning_rate": 1e-3,
-    "optim": "adamw_torch",
-    "weight_decay": 0.01,
-    "lr_scheduler_type": "linear",
-    "warmup_steps": 0.06,
-    "max_grad_norm": 1.0,
-    "logging_steps": 10,
-    "report_to": ["tensorboard"],
-}
-
-
-def check_training_section(training: dict[str, Any]) -> None:
-    """Refuse names that ``TrainingArguments`` does not know, those that the program must set itself, and numbers and
-    switches that are none (``TrainingArguments`` takes any text for them).
-
-    Raises:
-        ValueError: with the nearest valid name, or the reason.
-    """
-    from transformers import TrainingArguments
-
-    known = {entry.name: entry.default for entry in dataclasses.fields(TrainingArguments) if entry.init}
-    for name, value in training.items():
-        if name in OWNED_TRAINING_ARGUMENTS:
-            raise ValueError(f"training.{name} is set by the program: {OWNED_TRAINING_ARGUMENTS[name]}")
-        if name not in known:
-            raise ValueError(f"training.{name} is not a TrainingArguments name{_nearest(name, known)}")
-        if isinstance(known[name], bool) and not isinstance(value, bool):
-            raise ValueError(f"training.{name} is {value!r}, but must be true or false")
-        if isinstance(known[name], int | float) and not isinstance(value, int | float):
-            raise ValueError(f"training.{name} is {value!r}, but must be a number")
-
-
 def build_parser() -> ArgumentParser:
     """The command line of ``dora_dist.train``: ``--config FILE`` and one option for every key."""
     parser = ArgumentParser(
@@ -342,21 +271,12 @@ def _explain(message: str, parser: ArgumentParser) -> str:
     unknown = re.search(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'", message)
     if unknown:
         key = f"{unknown['group']}.{unknown['key']}"
-        return f"unknown key {key}{_nearest(key, keys)}"
+        return f"unknown key {key}{nearest(key, keys)}"
     unknown = re.search(r"unrecognized arguments: --([\w.]+)|Option '([\w.]+)' is not accepted", message)
     if unknown:
         key = unknown[1] or unknown[2]
-        return f"unknown key {key}{_nearest(key, keys)}"
+        return f"unknown key {key}{nearest(key, keys)}"
     return message
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    """``; did you mean X?``, or nothing where no known name is near."""
-    known = sorted(known)
-    # The right key in the wrong section, before a similar one.
-    near = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
-    near = near or difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _require(holds: bool, name: str, value: object, rule: str) -> None:

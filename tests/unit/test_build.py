@@ -8,7 +8,8 @@ from accelerate import PartialState
 from tiny_run import tiny_tokenizer, write_config
 
 from dora_dist import build
-from dora_dist.config import OWNED_TRAINING_ARGUMENTS, load_config
+from dora_dist.config import load_config
+from dora_dist.training_section import OWNED_TRAINING_ARGUMENTS
 
 
 @pytest.fixture(autouse=True)

@@ -6,14 +6,11 @@ import pytest
 from repository import REPOSITORY
 
 from dora_dist.adapter_config import DynamicLoraConfig
-from dora_dist.config import (
+from dora_dist.config import RunConfig, load_config, parse_config, save_config
+from dora_dist.training_section import (
     DEFAULT_TRAINING_ARGUMENTS,
     OWNED_TRAINING_ARGUMENTS,
-    RunConfig,
     check_training_section,
-    load_config,
-    parse_config,
-    save_config,
 )
 
 LEAST = "output_dir: runs/x\nmodel:\n  path: some/model\ndata:\n  train: rows.jsonl\n"

@@ -20,6 +20,7 @@ LEVELS = [
         "quiet",
         "importance",
         "schedule",
+        "training_section",
         "allocation",
         "regularizer",
         "engine",
