@@ -39,7 +39,9 @@ class ExpectedRunError(RuntimeError):
 def _leave(error: Exception, status: int) -> None:
     rank = os.environ.get("RANK")
     who = f"[rank {rank}] " if rank is not None else ""
-    print(f"{who}error: {error}", file=sys.stderr, flush=True)
+    # In one piece: ranks share the terminal.
+    sys.stderr.write(f"{who}error: {error}\n")
+    sys.stderr.flush()
     sys.stdout.flush()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # The launcher ends all ranks as soon as one has gone: leave the others time to say what they found.
@@ -51,4 +53,5 @@ def _leave(error: Exception, status: int) -> None:
 def say(text: str) -> None:
     """A remark for the log, once: from the first rank only."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()

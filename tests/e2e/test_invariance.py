@@ -13,7 +13,7 @@ VARIANTS = {
     "one rank, accumulating 4 x 2": (
         ("--training.per_device_train_batch_size", "2", "--training.gradient_accumulation_steps", "4"),
         1,
-        "zero2",
+        "none",
     ),
     "two ranks, accumulating 2 x 2": (
         ("--training.per_device_train_batch_size", "2", "--training.gradient_accumulation_steps", "2"),
@@ -21,7 +21,6 @@ VARIANTS = {
         "zero2",
     ),
     "ddp": ((), 2, "ddp"),
-    "no engine": (("--training.per_device_train_batch_size", "8"), 1, "none"),
     "gradient checkpointing": (("--training.gradient_checkpointing", "true"), 2, "zero2"),
 }
 

@@ -1,57 +1,23 @@
 """SIGKILL at random moments of a save: the next run goes on from the newest complete checkpoint by itself.
 
-Two real ranks under ZeRO-2 run the entry point's ``main``; they come from a fork server with the imports behind it, so
-that a dozen kills fit into a test.
+Two real ranks under ZeRO-2 run the entry point's ``main`` (see ``forked_run.py``), so that a dozen kills fit into a
+test.
 """
 
 import os
 import random
 import signal
-import sys
 import time
 from pathlib import Path
 
-from ranks import rank_environment, start_ranks, wait_for_ranks
+from forked_run import log_of, start_run
+from ranks import wait_for_ranks
 from safetensors.torch import load_file
 from tiny_run import write_config
 
 from dora_dist import checkpoint
 
 KILLS = 10
-RANKS = 2
-
-
-def train_rank(rank: int, world_size: int, arguments: list[str], port: int, log: str) -> None:
-    """One rank of ``accelerate launch -m dora_dist.train``, its output in a file."""
-    rank_environment(
-        rank,
-        world_size,
-        MASTER_PORT=str(port),
-        ACCELERATE_USE_DEEPSPEED="true",
-        ACCELERATE_DEEPSPEED_ZERO_STAGE="2",
-        HF_HUB_OFFLINE="1",
-    )
-    with open(f"{log}-{rank}", "a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    from dora_dist.command import run_command
-    from dora_dist.train import main
-
-    sys.stdout.reconfigure(line_buffering=True)
-    run_command(lambda: main(arguments))
-
-
-def start_run(config: Path, output: Path, log: Path):
-    arguments = ["--config", str(config), "--output_dir", str(output)]
-    return start_ranks(train_rank, RANKS, arguments, free_port(), str(log))
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_killed_during_saves_it_ends_like_a_run_that_was_left_alone(tmp_path):
@@ -96,7 +62,3 @@ def kill_during_save(processes, output: Path, source: random.Random) -> bool:
             return True
         time.sleep(0.002)
     return False
-
-
-def log_of(log: Path) -> str:
-    return "\n".join(Path(f"{log}-{rank}").read_text() for rank in range(RANKS))

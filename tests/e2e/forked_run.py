@@ -1,0 +1,53 @@
+"""The entry point's ``main`` on two real ranks under ZeRO-2, from a fork server with the imports behind it.
+
+What the launcher does is to set a few variables; here a test does it, and saves the quarter of a minute that the
+imports of launcher and ranks take. Tests of the command itself use ``commands.py``.
+"""
+
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from ranks import rank_environment, start_ranks
+
+RANKS = 2
+
+
+def train_rank(rank: int, world_size: int, arguments: list[str], port: int, log: str) -> None:
+    """One rank of ``accelerate launch -m dora_dist.train``, its output in a file."""
+    rank_environment(
+        rank,
+        world_size,
+        MASTER_PORT=str(port),
+        ACCELERATE_USE_DEEPSPEED="true",
+        ACCELERATE_DEEPSPEED_ZERO_STAGE="2",
+        HF_HUB_OFFLINE="1",
+    )
+    with open(f"{log}-{rank}", "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    from dora_dist.command import run_command
+    from dora_dist.train import main
+
+    sys.stdout.reconfigure(line_buffering=True)
+    run_command(lambda: main(arguments))
+
+
+def start_run(config: Path, output: Path, log: Path) -> list[Any]:
+    """Start both ranks; their output goes into files beside ``log``."""
+    arguments = ["--config", str(config), "--output_dir", str(output)]
+    return start_ranks(train_rank, RANKS, arguments, free_port(), str(log))
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def log_of(log: Path) -> str:
+    """What all ranks have printed."""
+    return "\n".join(Path(f"{log}-{rank}").read_text() for rank in range(RANKS))
