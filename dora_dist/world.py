@@ -26,6 +26,8 @@ def connect(engine: str, timeout_minutes: float) -> PartialState:
         engine: ``distributed.engine``, for which :func:`~dora_dist.launch.check_launch` has passed.
         timeout_minutes: how long a rank waits for the others in a collective.
 
+    Raises:
+        ValueError: DeepSpeed is told to use the CPU while accelerate sees GPUs.
     """
     gpus = torch.cuda.is_available()
     if gpus and os.environ.get("DS_ACCELERATOR") == "cpu":
