@@ -16,8 +16,7 @@ ensure_environment() {
   # What was installed with the extra packages of developers serves users as well.
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] && [ "$(cat ".venv/installed[dev]" 2>/dev/null)" != "$wanted" ]; then
     echo "installing dora-dist${extras} into .venv (a few minutes the first time)"
-    # Without compiling every module of every package now: Python does that for the ones that are imported.
-    python -m pip install --quiet --disable-pip-version-check --no-compile -c launch/constraints.txt -e ".${extras}"
+    python -m pip install --quiet --disable-pip-version-check -c launch/constraints.txt -e ".${extras}"
     echo "$wanted" > "$stamp"
   fi
 }
