@@ -37,6 +37,11 @@ def _step(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
+def _sealed(folders: Sequence[Path]) -> list[Path]:
+    """Those with a manifest: they have been complete, whatever has become of them since (see :func:`flaw_of`)."""
+    return [folder for folder in folders if (folder / MANIFEST).is_file()]
+
+
 def save_method_state(folder: Path, controller: DynamicRankController, fingerprint: Mapping[str, Any]) -> None:
     """Write adapter (unfolded), masks, smoothed scores, events and the fingerprint of the method."""
     tensors = controller.state_dict()
@@ -128,7 +133,7 @@ def find_resumable(run: Path, resume: str) -> tuple[Path | None, list[str]]:
             the new ones; or all complete checkpoints have been damaged since.
     """
     existing = checkpoints(run)
-    sealed = [path for path in existing if (path / MANIFEST).is_file()]
+    sealed = _sealed(existing)
     if resume == "never":
         _refuse_to_mix(run, sealed, "checkpoint.resume is never")
         return None, []
@@ -191,7 +196,7 @@ def check_same_settings(folder: Path, saved: Mapping[str, Any], current: Mapping
 def rotate(run: Path, keep_last: int) -> None:
     """Delete all but the newest ``keep_last`` complete checkpoints, and incomplete ones older than the newest."""
     existing = checkpoints(run)
-    complete = [path for path in existing if (path / MANIFEST).is_file()]
+    complete = _sealed(existing)
     for path in existing:
         if complete and path not in complete[-keep_last:] and _step(path) < _step(complete[-1]):
             # First the manifest, so that a deletion that is interrupted leaves nothing that looks complete.
