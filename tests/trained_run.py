@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from dora_dist import records
+from dora_dist import export, records
 from dora_dist.backbone import load_backbone
 from dora_dist.config import DataConfig, DynamicLoraConfig, ModelConfig, RunConfig, save_config
 from dora_dist.model import DynamicLoraModel, add_dynamic_lora
@@ -101,3 +101,9 @@ def make_run(
 def save_adapter(model: DynamicLoraModel, folder: Path) -> None:
     model.save_pretrained(folder)
     character_tokenizer().save_pretrained(folder)
+
+
+def run_export(run: TrainedFolder, output: Path, *options: str) -> Path:
+    """Export as the command does; returns ``output``."""
+    export.main([str(run.folder), "--output", str(output), *options])
+    return output

@@ -12,7 +12,17 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from trained_run import EMPTY_MODULE, INITIAL_RANK, TrainedFolder, make_base, make_run, one_thread, probe, save_adapter
+from trained_run import (
+    EMPTY_MODULE,
+    INITIAL_RANK,
+    TrainedFolder,
+    make_base,
+    make_run,
+    one_thread,
+    probe,
+    run_export,
+    save_adapter,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from dora_dist import checkpoint, export, records
@@ -36,11 +46,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, base: Path) -> TrainedFolder:
     return make_run(tmp_path_factory.mktemp("runs") / "run", base)
-
-
-def run_export(run: TrainedFolder, output: Path, *options: str) -> Path:
-    export.main([str(run.folder), "--output", str(output), *options])
-    return output
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from trained_run import TrainedFolder, make_base, make_run, one_thread
+from trained_run import TrainedFolder, make_base, make_run, one_thread, run_export
 from transformers import LlamaForCausalLM
 
 from dora_dist import export, formats, merge, records
@@ -36,11 +36,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, base: Path) -> TrainedFolder:
     return make_run(tmp_path_factory.mktemp("runs") / "run", base)
-
-
-def run_export(run: TrainedFolder, output: Path, *options: str) -> Path:
-    export.main([str(run.folder), "--output", str(output), *options])
-    return output
 
 
 def left_in(folder: Path) -> list[str]:
