@@ -10,27 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dora_dist import backbone
 from dora_dist.agreement import Agreement, digest_tensors
 from dora_dist.allocation import select_components
-from dora_dist.command import say
-from dora_dist.config import DataConfig, RunConfig
+from dora_dist.build_data import Mixture, RunData
+from dora_dist.config import RunConfig
 from dora_dist.controller import DynamicRankController
-from dora_dist.data.encode import IGNORED, EncodedExamples, encode_examples
-from dora_dist.data.order import TrainingOrder
-from dora_dist.data.rows import read_examples
-from dora_dist.evaluation import Evaluator
+from dora_dist.data.batches import Collator, FlattenedCollator, PackedCollator, PaddedCollator, PlannedRows
+from dora_dist.data.chat import stop_tokens
+from dora_dist.data.plan import TrainingPlan
+from dora_dist.evaluation import Evaluator, check_packing
 from dora_dist.model import DynamicLoraModel, add_dynamic_lora
 from dora_dist.records import RunRecords
 from dora_dist.schedule import BudgetSchedule
 from dora_dist.targets import resolve_targets
 from dora_dist.trainer import DynamicLoraTrainer, global_batch
 from dora_dist.training_section import DEFAULT_TRAINING_ARGUMENTS
-
-LEAST_TRAINED_SHARE = 0.01
 
 METHOD_ARGUMENTS = (
     "learning_rate",
@@ -47,25 +45,7 @@ METHOD_ARGUMENTS = (
 """Trainer settings that a resumed run must not change."""
 
 
-def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, path: str | list[str]) -> EncodedExamples:
-    """Read, check and encode one set of files.
-
-    Raises:
-        ValueError: the data cannot be used, or next to nothing of it would be trained on.
-    """
-    data = encode_examples(read_examples(path, config.format), tokenizer, config.max_length, config.overlong)
-    if data.num_dropped:
-        total = data.num_dropped + len(data.examples)
-        say(f"{path}: dropped {data.num_dropped} of {total} examples, longer than data.max_length {config.max_length}")
-    if data.trained_tokens < LEAST_TRAINED_SHARE * data.tokens:
-        raise ValueError(
-            f"{path}: only {data.trained_tokens} of {data.tokens} tokens are answers to learn from, under "
-            f"{LEAST_TRAINED_SHARE:.0%}; check that the answers are in the right field"
-        )
-    return data
-
-
-def training_arguments(config: RunConfig, num_examples: int) -> TrainingArguments:
+def training_arguments(config: RunConfig, mixture: Mixture) -> TrainingArguments:
     """The Trainer's settings, with ``max_steps`` resolved to the optimizer steps of the whole run.
 
     Raises:
@@ -105,18 +85,27 @@ def training_arguments(config: RunConfig, num_examples: int) -> TrainingArgument
         raise ValueError(f"training: {error}") from None
     if arguments.eval_strategy != "no" and config.data.eval is None:
         raise ValueError(f"training.eval_strategy is {arguments.eval_strategy.value}, but data.eval is not set")
-    batch = global_batch(arguments)
-    if num_examples < batch:
-        raise ValueError(
-            f"{num_examples} training examples do not fill one global batch of {batch}: lower "
-            "training.per_device_train_batch_size or gradient_accumulation_steps, or use fewer processes"
-        )
-    if arguments.max_steps <= 0:
-        arguments.max_steps = math.ceil(arguments.num_train_epochs * num_examples / batch)
+    arguments.max_steps = count_steps(mixture, arguments.max_steps, arguments.num_train_epochs, global_batch(arguments))
     return arguments
 
 
-def fingerprint(config: RunConfig, arguments: TrainingArguments, data: EncodedExamples) -> dict[str, Any]:
+def count_steps(mixture: Mixture, max_steps: int, epochs: float, global_batch: int) -> int:
+    """Optimizer steps of the run: ``max_steps`` where that is positive, otherwise those of the epochs.
+
+    Raises:
+        ValueError: one pass over the data does not fill one global batch.
+    """
+    rows = mixture.rows_of_epochs(1)
+    if rows < global_batch:
+        what = "rows of packed examples" if mixture.batching == "packed" else "training examples"
+        raise ValueError(
+            f"{rows} {what} do not fill one global batch of {global_batch}: lower "
+            "training.per_device_train_batch_size or gradient_accumulation_steps, or use fewer processes"
+        )
+    return max_steps if max_steps > 0 else math.ceil(mixture.rows_of_epochs(epochs) / global_batch)
+
+
+def fingerprint(config: RunConfig, arguments: TrainingArguments, data: RunData, plan: TrainingPlan) -> dict[str, Any]:
     """What all ranks of a run have in common, and a run with the one whose checkpoint it continues."""
     adapter = {f"adapter.{name}": value for name, value in dataclasses.asdict(config.adapter).items()}
     pruning = {f"pruning.{name}": value for name, value in dataclasses.asdict(config.pruning).items()}
@@ -133,8 +122,10 @@ def fingerprint(config: RunConfig, arguments: TrainingArguments, data: EncodedEx
         "seed": config.seed,
         "optimizer steps": arguments.max_steps,
         "global batch": global_batch(arguments),
-        "training examples": len(data.examples),
-        "training data": data.digest,
+        "training examples": sum(source.counts.examples for source in data.train),
+        "training data": data.digest(),
+        "data.batching": config.data.batching,
+        "data order": plan.digest(),
         "distributed.engine": config.distributed.engine,
         "number of processes": arguments.world_size,
     }
@@ -234,19 +225,28 @@ def build_controller(
 
 
 def build_evaluator(
-    config: RunConfig, data: EncodedExamples, tokenizer: PreTrainedTokenizerBase, agreement: Agreement, batch_size: int
+    config: RunConfig, data: RunData, tokenizer: PreTrainedTokenizerBase, agreement: Agreement, batch_size: int
 ) -> Evaluator:
-    """The measurement on held-out data."""
+    """The measurement on held-out data.
+
+    Raises:
+        ValueError: exact match is asked for on data that has no answers.
+    """
     most = config.evaluation.max_examples
-    if most is not None and most < len(data.examples):
-        data = dataclasses.replace(data, dataset=data.dataset.select(range(most)), examples=data.examples[:most])
+    examples = {}
+    for source in data.evaluation:
+        if config.evaluation.exact_match and (source.format == "text" or config.data.train_on == "everything"):
+            what = f"{source.name} is plain text" if source.format == "text" else "data.train_on is everything"
+            raise ValueError(f"evaluation.exact_match is true, but {what}, which has no answers to compare with")
+        examples[source.name] = source.dataset if most is None else source.dataset.take(min(most, len(source.dataset)))
     return Evaluator(
-        data=data,
+        sources=examples,
         tokenizer=tokenizer,
         agreement=agreement,
         batch_size=batch_size,
         exact_match=config.evaluation.exact_match,
         max_new_tokens=config.evaluation.max_new_tokens,
+        stop=stop_tokens(tokenizer, data.template),
     )
 
 
@@ -258,25 +258,26 @@ def build_trainer(
     agreement: Agreement,
     records: RunRecords,
     tokenizer: PreTrainedTokenizerBase,
-    train_data: EncodedExamples,
+    data: RunData,
+    plan: TrainingPlan,
+    rows_per_epoch: int,
     evaluator: Evaluator | None,
     arguments: TrainingArguments,
     run_fingerprint: Mapping[str, Any],
 ) -> DynamicLoraTrainer:
     """The loop."""
-    num_samples = arguments.max_steps * global_batch(arguments)
     trainer = DynamicLoraTrainer(
         model=model,
         args=arguments,
-        train_dataset=train_data.dataset,
-        eval_dataset=evaluator.data.dataset if evaluator else None,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
+        train_dataset=PlannedRows(data.examples(), plan),
+        data_collator=build_collator(config.data.batching, model, tokenizer),
         processing_class=tokenizer,
         controller=controller,
         agreement=agreement,
         records=records,
         evaluator=evaluator,
-        order=TrainingOrder(len(train_data.examples), num_samples, config.seed),
+        row_lengths=plan.row_lengths(data.lengths()),
+        rows_per_epoch=rows_per_epoch,
         engine=config.distributed.engine,
         adapter_dtype=next(iter(controller.layers.values())).gate.dtype,
         equilibrium_weight=config.pruning.equilibrium_weight,
@@ -287,6 +288,23 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer
+
+
+def build_collator(batching: str, model: DynamicLoraModel, tokenizer: PreTrainedTokenizerBase) -> Collator:
+    """What makes batches of rows, for the model's attention.
+
+    Raises:
+        ValueError: examples of one row would see each other in this model.
+    """
+    if batching != "packed":
+        return PaddedCollator(tokenizer)
+    base = model.get_base_model()
+    if "flash" in str(base.config._attn_implementation):
+        collator: Collator = FlattenedCollator()
+    else:
+        collator = PackedCollator(tokenizer)
+    check_packing(base, collator)
+    return collator
 
 
 def _plain(value: Any) -> Any:

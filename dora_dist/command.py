@@ -6,6 +6,9 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+Result = TypeVar("Result")
 
 LINGER_SECONDS = 5.0
 
@@ -24,6 +27,20 @@ def run_command(main: Callable[[], None]) -> None:
         if not own:
             traceback.print_exc()
         _leave(error, 2 if own and isinstance(error, ValueError) else 1)
+
+
+def attempt(work: Callable[[], Result]) -> Callable[[], Result]:
+    """Do something now; the function that is returned gives the result, or raises what went wrong, where it is called."""
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+
+        def fail() -> Result:
+            raise failure
+
+        return fail
+    return lambda: result
 
 
 def _raised_here(error: Exception) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dora_dist.command import run_command, say
+from dora_dist.command import attempt, run_command, say
 from dora_dist.config import parse_config, save_config
 from dora_dist.launch import check_launch
 from dora_dist.quiet import quiet_libraries
@@ -31,20 +31,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = parse_config(arguments)
     check_launch(config.distributed.engine, os.environ)
     # Heavy imports wait until the configuration has been found to be sound.
-    from dora_dist import backbone, build, checkpoint, records, report, world
+    from dora_dist import build, build_data, checkpoint, records, report, world
     from dora_dist.agreement import Agreement
 
+    # Before the ranks join: those that wait for the one that encodes wait for a file, not in a collective.
+    read_data = attempt(lambda: build_data.read_data(config))
     state = world.connect(config.distributed.engine, config.distributed.timeout_minutes)
     agreement = Agreement(state.device)
     run = Path(config.output_dir)
 
     with agreement.together("preparing data and settings"):
-        backbone.find_model(config.model.path)
-        tokenizer = backbone.load_tokenizer(config.model.path, config.model.trust_remote_code)
-        train_data = build.load_data(config.data, tokenizer, config.data.train)
-        eval_data = build.load_data(config.data, tokenizer, config.data.eval) if config.data.eval else None
-        training = build.training_arguments(config, len(train_data.examples))
-        settings = build.fingerprint(config, training, train_data)
+        tokenizer, data = read_data()
+        mixture = build_data.build_mixture(config.data, data.train, config.seed)
+        training = build.training_arguments(config, mixture)
+        plan = mixture.plan(training.max_steps, build.global_batch(training))
+        settings = build.fingerprint(config, training, data, plan)
+        described = build_data.describe_data(data, mixture, plan, training.per_device_train_batch_size)
         build.check_method(config, training.max_steps)
     with agreement.together(f"looking into {run}"):
         finished = agreement.rank == 0 and config.checkpoint.resume == "auto" and is_same_finished_run(run, settings)
@@ -68,8 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     build.check_same_on_all_ranks(agreement, settings, model)
     run_records = records.RunRecords(run, writes=state.is_main_process)
     evaluator = None
-    if eval_data is not None:
-        evaluator = build.build_evaluator(config, eval_data, tokenizer, agreement, training.per_device_eval_batch_size)
+    if data.evaluation:
+        evaluator = build.build_evaluator(config, data, tokenizer, agreement, training.per_device_eval_batch_size)
     trainer = build.build_trainer(
         config,
         model=model,
@@ -77,7 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         agreement=agreement,
         records=run_records,
         tokenizer=tokenizer,
-        train_data=train_data,
+        data=data,
+        plan=plan,
+        rows_per_epoch=mixture.rows_of_epochs(1),
         evaluator=evaluator,
         arguments=training,
         run_fingerprint=settings,
@@ -88,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run_records.forget_end()
         if state.is_main_process:
             save_config(config, run / records.CONFIG)
-        run_records.write_json(records.RUN, {"versions": records.versions(), "settings": settings})
+        run_records.write_json(records.RUN, {"versions": records.versions(), "settings": settings, "data": described})
         if resume is None:
             run_records.truncate_after(-1)
     if resume is None and evaluator and config.evaluation.before:

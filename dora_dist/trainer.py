@@ -7,16 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import set_seed
 from torch import nn
+from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dora_dist import checkpoint
 from dora_dist.agreement import Agreement
 from dora_dist.command import ExpectedRunError, say
 from dora_dist.controller import DynamicRankController
-from dora_dist.data.order import TrainingOrder
 from dora_dist.evaluation import Evaluator
 from dora_dist.records import RunRecords
 from dora_dist.world import check_prepared
@@ -39,7 +40,8 @@ class DynamicLoraTrainer(Trainer):
         agreement: collectives over the ranks.
         records: of the run.
         evaluator: for held-out data, or None.
-        order: of the training data.
+        row_lengths: tokens of every row of ``train_dataset``, whose order is that of training.
+        rows_per_epoch: rows that one pass over the data fills.
         engine: ``distributed.engine`` of the configuration.
         adapter_dtype: what the adapter's parameters must have at step 0.
         equilibrium_weight: of the Dimensional Equilibrium Modulator in the loss.
@@ -54,7 +56,8 @@ class DynamicLoraTrainer(Trainer):
         agreement: Agreement,
         records: RunRecords,
         evaluator: Evaluator | None,
-        order: TrainingOrder,
+        row_lengths: np.ndarray,
+        rows_per_epoch: int,
         engine: str,
         adapter_dtype: torch.dtype,
         equilibrium_weight: float,
@@ -72,7 +75,8 @@ class DynamicLoraTrainer(Trainer):
         self.agreement = agreement
         self.records = records
         self.evaluator = evaluator
-        self.order = order
+        self.row_lengths = row_lengths
+        self.rows_per_epoch = rows_per_epoch
         self.engine = engine
         self.adapter_dtype = adapter_dtype
         self.equilibrium_weight = equilibrium_weight
@@ -80,9 +84,9 @@ class DynamicLoraTrainer(Trainer):
         self.fingerprint = fingerprint
         self.resumed_from: Path | None = None
         self.evaluated_step: int | None = None
-        self._tokens_seen = torch.zeros((), dtype=torch.int64, device=self.args.device)
         self._penalty_sum = torch.zeros((), device=self.args.device)
         self._last_log = (0, time.monotonic())
+        self._first_step = 0
         self.add_callback(_MethodCallback(self))
 
     def train(self, resume_from_checkpoint: str | Path | None = None, **kwargs: Any) -> Any:
@@ -91,7 +95,8 @@ class DynamicLoraTrainer(Trainer):
         set_seed(self.args.seed, device_specific=True)
         started = time.monotonic()
         result = super().train(resume_from_checkpoint=str(self.resumed_from) if self.resumed_from else None, **kwargs)
-        tokens = sum(self.agreement.gather(int(self._tokens_seen)))
+        first, last = (step * global_batch(self.args) for step in (self._first_step, self.state.global_step))
+        tokens = int(self.row_lengths[first:last].sum())
         seconds = time.monotonic() - started
         self.records.metrics(self.state.global_step, {"session_seconds": seconds, "session_tokens": tokens})
         return result
@@ -107,8 +112,8 @@ class DynamicLoraTrainer(Trainer):
             )
         return self.optimizer
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> TrainingOrder:
-        return self.order
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -117,7 +122,6 @@ class DynamicLoraTrainer(Trainer):
         the micro-batches carries its share, and the mean over the ranks leaves it as it is."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if self.model.training:
-            self._tokens_seen += inputs["attention_mask"].sum()
             penalty = self.controller.penalty() if self.equilibrium_weight else None
             if penalty is not None:
                 share = penalty / self.current_gradient_accumulation_steps
@@ -138,7 +142,7 @@ class DynamicLoraTrainer(Trainer):
         """Record and pass on. ``loss`` is the task loss, comparable with a run without the penalty, which has its own
         key. A loss that is not finite ends the run on all ranks (the value is the same on all)."""
         step = self.state.global_step
-        logs["epoch"] = step * global_batch(self.args) / self.order.num_examples
+        logs["epoch"] = step * global_batch(self.args) / self.rows_per_epoch
         # The Trainer overwrites it with the share of the run, which is one long epoch to it.
         self.state.epoch = logs["epoch"]
         extra: dict[str, Any] = {}
@@ -177,7 +181,8 @@ class DynamicLoraTrainer(Trainer):
         )
 
     def start_clock(self) -> None:
-        """Count the time of steps from now on."""
+        """Count time and tokens of steps from now on."""
+        self._first_step = self.state.global_step
         self._last_log = (self.state.global_step, time.monotonic())
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

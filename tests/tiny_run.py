@@ -58,6 +58,7 @@ def write_config(folder: Path, **sections: dict[str, Any]) -> Path:
         "data": {
             "train": str(write_rows(folder / "train.jsonl", 50, seed=1)),
             "eval": str(write_rows(folder / "eval.jsonl", 10, seed=2)),
+            "cache_dir": str(folder / "cache"),
         },
         "adapter": {"target_rank": 2, "initial_rank": 4, "dropout": 0.0, "alpha": 4},
         "pruning": {"interval": 2},

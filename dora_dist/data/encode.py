@@ -1,90 +1,348 @@
-"""Token ids and loss mask of examples."""
+"""Token ids of rows, and which of them are trained."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from hashlib import sha256
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from hashlib import blake2b
+from typing import Any
 
-from datasets import Dataset
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dora_dist.data.rows import Example
+from dora_dist.data.chat import ChatRenderer, control_pattern
+from dora_dist.data.rows import FORMATS, Chat, Document, Instruction, Pair, RowFlaw, Sample, rename_fields
 
 IGNORED = -100
 """Label of a position without loss, as in PyTorch's cross-entropy."""
 
 
+class Status(IntEnum):
+    """What became of a row."""
+
+    KEPT = 0
+    BAD = 1
+    OVERLONG = 2
+
+
 @dataclass(frozen=True, kw_only=True)
-class EncodedExamples:
-    """Examples ready for training.
+class EncodingRules:
+    """All that decides, beside tokenizer and rows, what a row becomes.
 
     Attributes:
-        dataset: columns ``input_ids``, ``attention_mask``, ``labels`` (lists of ints of equal length in a row).
-        examples: the examples behind its rows.
-        num_dropped: examples left out because they were too long.
-        trained_tokens: positions with a loss, over all rows.
-        tokens: positions over all rows.
-        digest: SHA-256 over ids and labels of all rows, in hexadecimal.
+        format: a name of :data:`~dora_dist.data.rows.FORMATS`.
+        fields: the format's name of a field -> the rows' own, where they differ.
+        as_chat: put alpaca rows into the chat template too.
+        template: Jinja source, or None where no row needs one.
+        train_on: ``assistant`` (all turns), ``last`` (turn) or ``everything``.
+        max_length: longest example in tokens.
+        overlong: ``error``, ``drop`` or ``truncate``.
+        bad_rows: ``error`` or ``skip``.
     """
 
-    dataset: Dataset
-    examples: list[Example]
-    num_dropped: int
-    trained_tokens: int
-    tokens: int
-    digest: str
+    format: str
+    fields: Mapping[str, str] = field(default_factory=dict)
+    as_chat: bool = False
+    template: str | None = None
+    train_on: str = "assistant"
+    max_length: int = 2048
+    overlong: str = "error"
+    bad_rows: str = "error"
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Ids of a prompt as in training: with the tokenizer's start token, without an end token."""
-    ids = tokenizer(prompt, add_special_tokens=True)["input_ids"]
-    while ids and ids[-1] == tokenizer.eos_token_id:
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One example.
+
+    Attributes:
+        ids: token ids.
+        spans: start and end (excluded) of every run of trained tokens, one after the other: ``[3, 7, 12, 15]``.
+        answer: the last answer as text, to compare a generated one with.
+        num_removed: tokens that were cut off to make it fit.
+    """
+
+    ids: list[int]
+    spans: list[int]
+    answer: str
+    num_removed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A sample on its way to an example.
+
+    Attributes:
+        sample: what is encoded.
+        text: a conversation as the template renders it.
+        characters: the assistant's in it.
+    """
+
+    sample: Sample
+    text: str = ""
+    characters: Sequence[tuple[int, int]] = ()
+
+
+def labels_of(ids: Sequence[int], spans: Sequence[int]) -> list[int]:
+    """Labels with :data:`IGNORED` outside the spans, and at the first position, which nothing predicts."""
+    labels = [IGNORED] * len(ids)
+    for start, end in zip(spans[::2], spans[1::2], strict=True):
+        labels[start:end] = ids[start:end]
+    labels[:1] = [IGNORED] * len(labels[:1])
+    return labels
+
+
+def prompt_length(spans: Sequence[int]) -> int:
+    """Tokens before the last run of trained ones: what the model is given when it must answer itself."""
+    return spans[-2]
+
+
+def num_trained(spans: Sequence[int]) -> int:
+    """Trained tokens of an example; the first position has no label."""
+    total = sum(end - start for start, end in zip(spans[::2], spans[1::2], strict=True))
+    return total - (1 if spans and spans[0] == 0 else 0)
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """Ids of plain prompts as in training: with the tokenizer's start token, without an end token."""
+    rows = tokenizer(list(prompts), add_special_tokens=True)["input_ids"]
+    return [_without_end(ids, tokenizer.eos_token_id) for ids in rows]
+
+
+def _without_end(ids: list[int], end: int | None) -> list[int]:
+    while ids and ids[-1] == end:
         ids = ids[:-1]
     return ids
 
 
-def encode_examples(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, overlong: str = "error"
-) -> EncodedExamples:
-    """Encode prompt and completion one after the other; the loss is on the completion and the end token.
+class Encoder:
+    """Turns rows into examples, many at a time; the same rows give the same examples in any process.
 
     Args:
-        examples: at least one.
         tokenizer: with an end-of-sequence token.
-        max_length: longest row in tokens.
-        overlong: ``error`` or ``drop``.
+        rules: see there.
 
     Raises:
-        ValueError: a row is too long under ``error``, none is left under ``drop``, or the tokenizer has no end token.
+        ValueError: the tokenizer has no end token, or the chat template cannot be used.
     """
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end-of-sequence token, so the model could not learn where to stop")
-    rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-    kept: list[Example] = []
-    digest = sha256()
-    for number, example in enumerate(examples, start=1):
-        prompt = encode_prompt(tokenizer, example.prompt)
-        answer = tokenizer(example.completion, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        ids = prompt + answer
-        if len(ids) > max_length:
-            if overlong == "drop":
-                continue
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rules: EncodingRules) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no end-of-sequence token, so the model could not learn where to stop")
+        self.tokenizer = tokenizer
+        self.rules = rules
+        self.renderer = ChatRenderer(tokenizer, rules.template) if rules.template is not None else None
+        self._control = control_pattern(tokenizer)
+
+    def __call__(self, batch: Mapping[str, list[str]]) -> dict[str, list[Any]]:
+        """Encode a batch of rows for ``Dataset.map(batched=True)``.
+
+        Args:
+            batch: columns ``place``, ``json``, ``flaw`` of :class:`~dora_dist.data.read.RawRow`.
+
+        Returns:
+            Columns of examples, with one line too for each row that became none: ``input_ids``, ``spans``, ``answer``,
+            ``removed`` and ``key`` (see :class:`Encoded`; a hash of ids and spans), ``place``, ``status``, ``note``,
+            and ``trimmed`` (messages left out after the assistant's last).
+
+        Raises:
+            ValueError: a row cannot be used, under the policy ``error``.
+        """
+        columns: dict[str, list[Any]] = {
+            name: []
+            for name in ("input_ids", "spans", "answer", "removed", "key", "place", "status", "note", "trimmed")
+        }
+        found: list[tuple[str, _Part | str]] = []  # a part, or what is wrong with the row
+        for place, text, flaw in zip(batch["place"], batch["json"], batch["flaw"], strict=True):
+            try:
+                found += [(place, part) for part in self._parts(self._parse(text, flaw))]
+            except RowFlaw as error:
+                if self.rules.bad_rows == "error":
+                    raise ValueError(f"{place}: {error}; mend it, or set data.bad_rows to skip") from None
+                found.append((place, str(error)))
+        encoded = iter(self._encode([part for _, part in found if isinstance(part, _Part)]))
+        for place, part in found:
+            if isinstance(part, _Part):
+                example, status, note = self._fit(part, next(encoded), place)
+            else:
+                example, status, note = None, Status.BAD, part
+            example = example or Encoded([], [], "")
+            sample = part.sample if isinstance(part, _Part) else None
+            columns["input_ids"].append(example.ids)
+            columns["spans"].append(example.spans)
+            columns["answer"].append(example.answer)
+            columns["removed"].append(example.num_removed)
+            columns["key"].append(_key(example))
+            columns["place"].append(place)
+            columns["status"].append(int(status))
+            columns["note"].append(note)
+            columns["trimmed"].append(sample.num_trimmed if isinstance(sample, Chat) else 0)
+        return columns
+
+    def _parse(self, text: str, flaw: str) -> Sample:
+        if flaw:
+            raise RowFlaw("row", flaw)
+        try:
+            row = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise RowFlaw("row", f"cannot be read as JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise RowFlaw("row", f"must be an object with named fields, got {text[:80]}")
+        sample = FORMATS[self.rules.format].parse(rename_fields(row, self.rules.fields))
+        if isinstance(sample, Instruction):
+            for name, part in (("instruction", sample.instruction), ("input", sample.context)):
+                self._check_controls(name, part)
+        if isinstance(sample, Instruction | Pair):
+            name = "output" if isinstance(sample, Instruction) else "completion"
+            self._check_controls(name, sample.completion.rstrip().removesuffix(self.tokenizer.eos_token))
+        if isinstance(sample, Instruction):
+            return sample.as_chat() if self.rules.as_chat else sample
+        return sample
+
+    def _check_controls(self, name: str, text: str) -> None:
+        if found := self._control.search(text):
+            raise RowFlaw(name, f"holds the control token {found[0]!r}, which is no text to the model")
+
+    def _parts(self, sample: Sample) -> list[_Part]:
+        """A conversation is rendered; one whose earlier turns the template rewrites becomes a part for every answer."""
+        if not isinstance(sample, Chat):
+            return [_Part(sample)]
+        assert self.renderer is not None
+        rendered = self.renderer.spans(sample, last_only=self.rules.train_on != "assistant")
+        if rendered is not None:
+            return [_Part(sample, *rendered)]
+        ends = [number + 1 for number, message in enumerate(sample.messages) if message["role"] == "assistant"]
+        parts = [replace(sample, messages=sample.messages[:end]) for end in ends]
+        return [_Part(part, *self.renderer.last_span(part)) for part in parts]
+
+    def _encode(self, parts: Sequence[_Part]) -> list[Encoded]:
+        """Examples of parts of one kind, without a look at their length."""
+        if not parts:
+            return []
+        if parts[0].text:
+            return list(self._encode_chats(parts))
+        samples = [part.sample for part in parts]
+        if isinstance(samples[0], Document):
+            return self._encode_documents(samples)
+        return self._encode_pairs([s.as_pair() if isinstance(s, Instruction) else s for s in samples])
+
+    def _encode_pairs(self, pairs: Sequence[Pair]) -> list[Encoded]:
+        end = self.tokenizer.eos_token_id
+        prompts = encode_prompts(self.tokenizer, [pair.prompt for pair in pairs])
+        answers = self.tokenizer([pair.completion for pair in pairs], add_special_tokens=False)["input_ids"]
+        examples = []
+        for pair, prompt, answer in zip(pairs, prompts, answers, strict=True):
+            ids = prompt + _without_end(answer, end) + [end]
+            start = 0 if self.rules.train_on == "everything" else len(prompt)
+            examples.append(Encoded(ids, [start, len(ids)], pair.completion))
+        return examples
+
+    def _encode_documents(self, documents: Sequence[Document]) -> list[Encoded]:
+        rows = encode_prompts(self.tokenizer, [document.text for document in documents])
+        rows = [[*ids, self.tokenizer.eos_token_id] for ids in rows]
+        return [Encoded(ids, [0, len(ids)], "") for ids in rows]
+
+    def _encode_chats(self, parts: Sequence[_Part]) -> Iterator[Encoded]:
+        encoded = self.tokenizer([part.text for part in parts], add_special_tokens=False, return_offsets_mapping=True)
+        for part, ids, offsets in zip(parts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            assert isinstance(part.sample, Chat)
+            spans = [0, len(ids)]
+            if self.rules.train_on != "everything":
+                spans = self._token_spans(ids, offsets, part.characters)
+            yield Encoded(ids, spans, part.sample.messages[-1].get("content", ""))
+
+    def _token_spans(
+        self, ids: Sequence[int], offsets: Sequence[tuple[int, int]], characters: Sequence[tuple[int, int]]
+    ) -> list[int]:
+        """From characters to tokens: all that overlap, up to and with the token that ends the turn."""
+        starts, ends = np.array(offsets, dtype=np.int64).T
+        spans: list[int] = []
+        for first, last in characters:
+            begin = int(np.searchsorted(ends, first, side="right"))
+            stop = int(np.searchsorted(starts, last, side="left"))
+            inside = [n for n in range(begin, min(stop + 1, len(ids))) if ids[n] == self.renderer.end_of_turn]
+            if not inside:
+                raise ValueError(
+                    "the chat template ends some turns of the assistant without "
+                    f"{self.tokenizer.convert_ids_to_tokens(self.renderer.end_of_turn)!r}, which ends others: set "
+                    "data.chat_template to one that ends all alike"
+                )
+            spans += [begin, inside[-1] + 1]
+        return spans
+
+    def _fit(self, part: _Part, example: Encoded, place: str) -> tuple[Encoded | None, Status, str]:
+        """The example within ``max_length``, as the policy for longer ones wants it."""
+        most = self.rules.max_length
+        if len(example.ids) <= most:
+            return example, Status.KEPT, ""
+        note = f"{len(example.ids)} tokens, more than data.max_length {most}"
+        if self.rules.overlong == "error":
             raise ValueError(
-                f"example {number} has {len(ids)} tokens, more than data.max_length {max_length}: raise it, or set "
-                "data.overlong to drop"
+                f"{place} has {note}: raise it, or set data.overlong to drop or truncate (what the tokens are: "
+                "python -m dora_dist.preview)"
             )
-        rows["input_ids"].append(ids)
-        rows["attention_mask"].append([1] * len(ids))
-        rows["labels"].append([IGNORED] * len(prompt) + answer)
-        digest.update(json.dumps([prompt, answer]).encode())
-        kept.append(example)
-    if not kept:
-        raise ValueError(f"none of {len(examples)} examples is left at data.max_length {max_length}")
-    return EncodedExamples(
-        dataset=Dataset.from_dict(rows),
-        examples=kept,
-        num_dropped=len(examples) - len(kept),
-        trained_tokens=sum(label != IGNORED for labels in rows["labels"] for label in labels),
-        tokens=sum(map(len, rows["input_ids"])),
-        digest=digest.hexdigest(),
-    )
+        if self.rules.overlong == "truncate":
+            shorter = self._shorten(part.sample, example)
+            if shorter is not None:
+                return shorter, Status.KEPT, ""
+            note += ", and the answer alone is too long"
+        return None, Status.OVERLONG, note
+
+    def _shorten(self, sample: Sample, example: Encoded) -> Encoded | None:
+        """Make an example fit by cutting what the model is given, never what it should learn to answer.
+
+        A document loses its end. A conversation first loses its oldest exchanges; then, as in a pair, the longest
+        text before the answer loses its middle, so that a question is kept at either end of a long context.
+        """
+        most, whole = self.rules.max_length, len(example.ids)
+        if isinstance(sample, Document):
+            return replace(example, ids=example.ids[:most], spans=[0, most], num_removed=whole - most)
+        while len(example.ids) > most:
+            shorter = self._with_less(sample, len(example.ids) - most)
+            if shorter is None:
+                return None
+            sample = shorter
+            try:
+                (example,) = self._encode(self._parts(sample)[-1:])
+            except RowFlaw:
+                return None
+        return replace(example, num_removed=whole - len(example.ids))
+
+    def _with_less(self, sample: Sample, excess: int) -> Sample | None:
+        """The sample without its oldest exchange, or with about ``excess`` tokens less in its longest given text."""
+        if isinstance(sample, Pair):
+            shorter = self._cut_middle(sample.prompt, excess)
+            return None if shorter is None else replace(sample, prompt=shorter)
+        if isinstance(sample, Instruction):
+            part = "context" if len(sample.context) > len(sample.instruction) else "instruction"
+            shorter = self._cut_middle(getattr(sample, part), excess)
+            return None if shorter is None else replace(sample, **{part: shorter})
+        assert isinstance(sample, Chat)
+        users = [number for number, message in enumerate(sample.messages) if message["role"] == "user"]
+        if len(users) > 1:
+            return replace(sample, messages=sample.messages[: users[0]] + sample.messages[users[1] :])
+        given = [number for number, message in enumerate(sample.messages) if message["role"] != "assistant"]
+        if not given:
+            return None
+        longest = max(given, key=lambda number: len(sample.messages[number].get("content", "")))
+        shorter = self._cut_middle(sample.messages[longest].get("content", ""), excess)
+        if shorter is None:
+            return None
+        messages = list(sample.messages)
+        messages[longest] = {**messages[longest], "content": shorter}
+        return replace(sample, messages=messages)
+
+    def _cut_middle(self, text: str, excess: int) -> str | None:
+        """The text without ``excess`` tokens from its middle, or None if it has no more than that."""
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        offsets = encoded["offset_mapping"]
+        keep = len(offsets) - excess
+        if keep < 2:
+            return None
+        left, right = keep // 2, len(offsets) - (keep - keep // 2)
+        return text[: offsets[left - 1][1]] + text[offsets[right][0] :]
+
+
+def _key(example: Encoded) -> int:
+    """A hash of ids and spans: the same for the same example, wherever it comes from."""
+    content = np.array([len(example.ids), *example.ids, *example.spans], dtype=np.int64).tobytes()
+    return int.from_bytes(blake2b(content, digest_size=8).digest(), "little", signed=True)

@@ -1,25 +1,97 @@
-"""Reading instruction rows and turning each into a prompt and the answer that is wanted."""
+"""The formats that rows are written in, and what is made of a row: a pair, a conversation or a document."""
 
-import glob
-import gzip
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+ROLES = ("system", "user", "assistant", "tool")
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+MESSAGE_EXTRAS = ("tool_calls", "tool_call_id", "name", "reasoning_content")
+"""Fields of a message that are handed to the chat template as they are."""
+
+
+class RowFlaw(Exception):
+    """What is wrong with one row.
+
+    Args:
+        field: the field it is about.
+        reason: in words, with the value found.
+    """
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"field {field!r} {reason}")
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
-    """One prompt with the answer that is wanted, as text.
+class Pair:
+    """A prompt with the answer that is wanted; the loss is on the answer only.
 
     Attributes:
         prompt: everything the model is given.
-        completion: what it should answer; the loss is on this only.
+        completion: what it should answer.
     """
 
     prompt: str
     completion: str
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """An instruction with the answer that is wanted, before it is put into words for the model.
+
+    Attributes:
+        instruction: what to do.
+        context: what to do it with; may be empty.
+        completion: the answer.
+    """
+
+    instruction: str
+    context: str
+    completion: str
+
+    def as_pair(self) -> Pair:
+        """In the plain form that Alpaca made common."""
+        return Pair(alpaca_prompt(self.instruction, self.context), self.completion)
+
+    def as_chat(self) -> "Chat":
+        """As a conversation of one exchange."""
+        question = f"{self.instruction}\n\n{self.context}" if self.context else self.instruction
+        return Chat([{"role": "user", "content": question}, {"role": "assistant", "content": self.completion}])
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation that ends with the assistant.
+
+    Attributes:
+        messages: with ``role`` (one of :data:`ROLES`), ``content`` and perhaps some of :data:`MESSAGE_EXTRAS`.
+        tools: JSON schemas of the tools that the assistant may call, or None.
+        num_trimmed: messages after the last one of the assistant, which were left out.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None = None
+    num_trimmed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Plain text; the loss is on all of it."""
+
+    text: str
+
+
+Sample = Pair | Instruction | Chat | Document
 
 
 def alpaca_prompt(instruction: str, context: str = "") -> str:
@@ -28,106 +100,147 @@ def alpaca_prompt(instruction: str, context: str = "") -> str:
     return f"### Instruction:\n{instruction}\n\n{middle}### Response:\n"
 
 
-def _alpaca(row: Mapping[str, Any]) -> Example:
-    return Example(alpaca_prompt(row["instruction"], row.get("input") or ""), row["output"])
+def _text(row: Mapping[str, Any], field: str, optional: bool = False) -> str:
+    value = row.get(field)
+    if value is None and optional:
+        return ""
+    if not isinstance(value, str):
+        found = "is missing" if field not in row else f"must be text, got {_short(value)}"
+        raise RowFlaw(field, found)
+    return value
 
 
-def _prompt_completion(row: Mapping[str, Any]) -> Example:
-    return Example(row["prompt"], row["completion"])
+def _wanted(row: Mapping[str, Any], field: str) -> str:
+    """Text to learn from."""
+    value = _text(row, field)
+    if not value.strip():
+        raise RowFlaw(field, "is empty, so that there is nothing to learn from it")
+    return value
+
+
+def _alpaca(row: Mapping[str, Any]) -> Sample:
+    return Instruction(_text(row, "instruction"), _text(row, "input", optional=True), _wanted(row, "output"))
+
+
+def _prompt_completion(row: Mapping[str, Any]) -> Sample:
+    return Pair(_text(row, "prompt"), _wanted(row, "completion"))
+
+
+def _document(row: Mapping[str, Any]) -> Sample:
+    return Document(_wanted(row, "text"))
+
+
+def _messages(row: Mapping[str, Any]) -> Sample:
+    return _chat(row, "messages", "role", "content", {role: role for role in ROLES})
+
+
+def _sharegpt(row: Mapping[str, Any]) -> Sample:
+    messages = row.get("conversations")
+    if isinstance(messages, list) and messages and isinstance(messages[0], dict) and "role" in messages[0]:
+        return _chat(row, "conversations", "role", "content", {role: role for role in ROLES})
+    return _chat(row, "conversations", "from", "value", SHAREGPT_ROLES, system=_text(row, "system", optional=True))
+
+
+def _chat(
+    row: Mapping[str, Any], field: str, role_key: str, text_key: str, roles: Mapping[str, str], system: str = ""
+) -> Chat:
+    entries = row.get(field)
+    if not isinstance(entries, list) or not entries:
+        raise RowFlaw(field, f"must be a list of messages, got {_short(entries)}")
+    messages = [{"role": "system", "content": system}] if system else []
+    for number, entry in enumerate(entries):
+        messages.append(_message(entry, f"{field}[{number}]", role_key, text_key, roles))
+    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
+        raise RowFlaw(field, "has no message of the assistant, so that there is nothing to learn from it")
+    return Chat(messages[: answers[-1] + 1], _tools(row), len(messages) - answers[-1] - 1)
+
+
+def _message(entry: Any, place: str, role_key: str, text_key: str, roles: Mapping[str, str]) -> dict[str, Any]:
+    if not isinstance(entry, dict):
+        raise RowFlaw(place, f"must be a message with {role_key} and {text_key}, got {_short(entry)}")
+    role = entry.get(role_key)
+    if not isinstance(role, str) or role not in roles:
+        raise RowFlaw(f"{place}.{role_key}", f"must be one of {', '.join(roles)}, got {_short(role)}")
+    message = {name: entry[name] for name in MESSAGE_EXTRAS if entry.get(name)}
+    calls = roles[role] == "assistant" and "tool_calls" in message
+    if not (calls and entry.get(text_key) is None):
+        text = entry.get(text_key)
+        if not isinstance(text, str):
+            raise RowFlaw(f"{place}.{text_key}", f"must be text, got {_short(text)}")
+        if roles[role] == "assistant" and not text.strip() and not calls:
+            raise RowFlaw(f"{place}.{text_key}", "is empty, so that there is nothing to learn from it")
+        message["content"] = text
+    return {"role": roles[role], **message}
+
+
+def _tools(row: Mapping[str, Any]) -> list[Any] | None:
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except json.JSONDecodeError as error:
+            raise RowFlaw("tools", f"must be a list of JSON schemas, and cannot be read as JSON: {error}") from None
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise RowFlaw("tools", f"must be a list of JSON schemas, got {_short(tools)}")
+    return tools or None
 
 
 @dataclass(frozen=True)
 class RowFormat:
-    """A way to write rows: the fields that must be there, those that may, and how an example is made of them."""
+    """A way to write rows.
+
+    Attributes:
+        required: fields by which it is told.
+        optional: fields that it also reads.
+        parse: from a row to a sample; raises :class:`RowFlaw`.
+    """
 
     required: tuple[str, ...]
     optional: tuple[str, ...]
-    build: Callable[[Mapping[str, Any]], Example]
+    parse: Callable[[Mapping[str, Any]], Sample]
 
 
 FORMATS = {
+    "messages": RowFormat(("messages",), ("tools",), _messages),
+    "sharegpt": RowFormat(("conversations",), ("system", "tools"), _sharegpt),
     "alpaca": RowFormat(("instruction", "output"), ("input",), _alpaca),
     "prompt_completion": RowFormat(("prompt", "completion"), (), _prompt_completion),
+    "text": RowFormat(("text",), (), _document),
 }
+"""By name; where a row fits several, the first one is meant."""
 
 
-def read_examples(paths: str | Sequence[str], row_format: str = "auto") -> list[Example]:
-    """Read instruction files; every row is checked.
+def tell_format(rows: Sequence[Mapping[str, Any]], where: str, fields: Mapping[str, str]) -> str:
+    """The format that the first rows of a source are written in.
 
     Args:
-        paths: JSON or JSONL file (gz too), or several, or globs of them.
-        row_format: one of :data:`FORMATS`, or ``auto`` to tell by the fields of each file's first row.
+        rows: at least one.
+        where: the source, for the message.
+        fields: the format's name of a field -> the name that the rows have for it, where these differ.
 
     Raises:
-        ValueError: no such file, not JSON, or a row that lacks a field, has a wrong type or an empty answer; the
-            message names file, row and field.
+        ValueError: the fields of the rows fit no format.
     """
-    files = _expand([paths] if isinstance(paths, str) else paths)
-    return [example for file in files for example in _read_file(file, row_format)]
-
-
-def _expand(patterns: Sequence[str]) -> list[Path]:
-    files: list[Path] = []
-    for pattern in patterns:
-        matches = sorted(Path(match) for match in glob.glob(str(Path(pattern).expanduser())))
-        if not matches:
-            raise ValueError(f"no data file matches {pattern!r} (looked from {Path.cwd()})")
-        files += matches
-    return files
-
-
-def _read_file(file: Path, row_format: str) -> Iterator[Example]:
-    rows = _load_rows(file)
-    if not rows:
-        raise ValueError(f"{file} has no rows")
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise ValueError(f"{file}, row {number}: a row must be an object with named fields, got {row!r}")
-    name = _tell_format(file, list(rows[0])) if row_format == "auto" else row_format
-    layout = FORMATS[name]
-    for number, row in enumerate(rows, start=1):
-        _check_row(f"{file}, row {number}", row, layout, name)
-        yield layout.build(row)
-
-
-def _load_rows(file: Path) -> list[Any]:
-    """Values of a JSON list, or of the lines of a JSONL file; told apart by their start, not by the file's name.
-
-    Read as it is written: readers that infer a type for a whole column turn texts that look like dates into dates.
-    """
-    open_text = gzip.open if file.suffix == ".gz" else open
-    try:
-        with open_text(file, "rt", encoding="utf-8-sig") as stream:
-            text = stream.read()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} cannot be read as text: {error}") from None
-    if text.lstrip().startswith("["):
-        return _parse(text, str(file))
-    lines = enumerate(text.split("\n"), start=1)
-    return [_parse(line, f"{file}, line {number}") for number, line in lines if line.strip()]
-
-
-def _parse(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place} cannot be read as JSON: {error}") from None
-
-
-def _tell_format(file: Path, fields: Sequence[str]) -> str:
+    common = set.intersection(*(set(rename_fields(row, fields)) for row in rows))
     for name, layout in FORMATS.items():
-        if set(layout.required) <= set(fields):
+        if set(layout.required) <= common:
             return name
     wanted = "; ".join(f"{name} needs {', '.join(layout.required)}" for name, layout in FORMATS.items())
-    raise ValueError(f"{file}: the fields {', '.join(fields)} fit no known format ({wanted})")
+    found = ", ".join(sorted(common)) or "that all of its first rows have: none"
+    raise ValueError(
+        f"{where}: the fields {found} fit no known format ({wanted}); name yours in the fields of the source, such as "
+        "fields: {prompt: question, completion: answer}"
+    )
 
 
-def _check_row(place: str, row: Mapping[str, Any], layout: RowFormat, name: str) -> None:
-    for field in layout.required:
-        if not isinstance(row.get(field), str):
-            raise ValueError(f"{place}: field {field!r} of format {name} must be text, got {row.get(field)!r}")
-    for field in layout.optional:
-        if not isinstance(row.get(field, ""), str | None):
-            raise ValueError(f"{place}: field {field!r} of format {name} must be text or missing, got {row[field]!r}")
-    if not layout.build(row).completion.strip():
-        raise ValueError(f"{place}: field {layout.required[-1]!r} is empty, so that there is nothing to learn from it")
+def rename_fields(row: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
+    """The row under the format's names; columns that were named in ``fields`` lose their own."""
+    taken = set(fields.values())
+    renamed = {name: value for name, value in row.items() if name not in taken}
+    return renamed | {name: row[own] for name, own in fields.items() if own in row}
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

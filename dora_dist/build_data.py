@@ -1,0 +1,254 @@
+"""From the ``data`` section to examples on disk and a plan of the training."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, concatenate_datasets
+from transformers import PreTrainedTokenizerBase
+
+from dora_dist import backbone
+from dora_dist.command import say
+from dora_dist.config import DataConfig, RunConfig, SourceConfig
+from dora_dist.data.chat import ChosenTemplate, choose_template
+from dora_dist.data.encode import EncodingRules
+from dora_dist.data.mixture import cap_examples, example_order, pass_counts
+from dora_dist.data.plan import TrainingPlan, packed_to, plan_by_length, plan_packed, plan_padded
+from dora_dist.data.read import Location, locate
+from dora_dist.data.rows import tell_format
+from dora_dist.data.sources import PreparedSource, first_rows, prepare_source
+
+MOST_WORKERS = 8
+CHAT_FORMATS = ("messages", "sharegpt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """All data of a run.
+
+    Attributes:
+        train: training sources, in the order of the configuration.
+        evaluation: held-out sources.
+        template: chat template of the sources that have conversations, or None where none has.
+        overlap: of each held-out source, how many of its examples are also trained on.
+    """
+
+    train: list[PreparedSource]
+    evaluation: list[PreparedSource]
+    template: str | None
+    overlap: dict[str, int]
+
+    def examples(self) -> Dataset:
+        """The training examples of all sources, one source after the other."""
+        return concatenate_datasets([source.dataset for source in self.train])
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of every training example, int64."""
+        return np.concatenate([source.lengths() for source in self.train])
+
+    def digest(self) -> str:
+        """SHA-256 of the training examples of all sources."""
+        return sha256("".join(source.digest for source in self.train).encode()).hexdigest()
+
+
+def read_data(config: RunConfig) -> tuple[PreTrainedTokenizerBase, RunData]:
+    """The tokenizer of the model and all data of the run; see :func:`prepare_data`."""
+    backbone.find_model(config.model.path)
+    tokenizer = backbone.load_tokenizer(config.model.path, config.model.trust_remote_code)
+    return tokenizer, prepare_data(config.data, tokenizer)
+
+
+def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:
+    """Read, check and encode all sources, or find them in the cache. Without any process group.
+
+    Sets the tokenizer's chat template to the one that conversations were rendered with, so that it is saved with the
+    adapter.
+
+    Raises:
+        ValueError: data that cannot be used, with file, row and field.
+    """
+    found: dict[str, list[tuple[SourceConfig, Location, str]]] = {}
+    for part, sources in (("train", config.train_sources()), ("eval", config.eval_sources())):
+        found[part] = [(source, *_find(source, config)) for source in sources]
+    chats = [s for entries in found.values() for s, _, name in entries if name in CHAT_FORMATS or s.as_chat]
+    template = _template(config, tokenizer) if chats else None
+    prepared = {
+        part: [_prepared(config, *entry, tokenizer, template) for entry in entries] for part, entries in found.items()
+    }
+    if template is not None:
+        tokenizer.chat_template = template.text
+    seen = np.concatenate([source.keys() for source in prepared["train"]])
+    overlap = {source.name: int(np.isin(source.keys(), seen).sum()) for source in prepared["eval"]}
+    for source in prepared["eval"]:
+        if overlap[source.name]:
+            say(
+                f"warning: {overlap[source.name]} of {source.counts.examples} held-out examples of {source.name} are also "
+                "trained on, so that its loss will look better than it is"
+            )
+    return RunData(
+        train=prepared["train"],
+        evaluation=prepared["eval"],
+        template=None if template is None else template.text,
+        overlap=overlap,
+    )
+
+
+def _find(source: SourceConfig, config: DataConfig) -> tuple[Location, str]:
+    """Where a source is, and the format of its rows."""
+    location = locate(
+        source.path, subset=source.subset, split=source.split, revision=source.revision, limit=source.max_rows
+    )
+    wanted = config.format if source.format == "auto" else source.format
+    if wanted == "auto":
+        wanted = tell_format(first_rows(location), str(source.name), source.fields)
+    if source.as_chat and wanted != "alpaca":
+        raise ValueError(
+            f"as_chat is true for {source.name}, whose format is {wanted}, but it is for rows of the format alpaca"
+        )
+    return location, wanted
+
+
+def _template(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ChosenTemplate:
+    template = choose_template(tokenizer, config.chat_template)
+    if template.bundled:
+        say(template.origin)
+    return template
+
+
+def _prepared(
+    config: DataConfig,
+    source: SourceConfig,
+    location: Location,
+    row_format: str,
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChosenTemplate | None,
+) -> PreparedSource:
+    uses_chat = row_format in CHAT_FORMATS or source.as_chat
+    rules = EncodingRules(
+        format=row_format,
+        fields=source.fields,
+        as_chat=source.as_chat,
+        template=template.text if template is not None and uses_chat else None,
+        train_on=config.train_on,
+        max_length=config.max_length,
+        overlong=config.overlong,
+        bad_rows=config.bad_rows,
+    )
+    workers = config.workers or min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+    prepared = prepare_source(
+        str(source.name), location, rules, tokenizer, Path(config.cache_dir).expanduser(), workers
+    )
+    for remark in prepared.counts.remarks():
+        say(f"{source.name}: {remark} (listed in {prepared.folder})")
+    return prepared
+
+
+def mixture_counts(config: DataConfig, sizes: Sequence[int]) -> list[int]:
+    """Examples of each training source in one pass over the mixture, given how many of each take part."""
+    sources = config.train_sources()
+    weights = [source.weight for source in sources if source.weight is not None]
+    repeated = any(source.epochs is not None for source in sources)
+    return pass_counts(
+        sizes,
+        weights=weights or None,
+        epochs=[1.0 if source.epochs is None else source.epochs for source in sources] if repeated else None,
+        temperature=config.temperature,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """The endless order of training examples, and how they are put into rows.
+
+    Attributes:
+        members: of each source, the indices of its examples that take part.
+        counts: examples of each source in a pass.
+        lengths: tokens of every example of all sources.
+        batching: ``padded``, ``packed`` or ``by_length``.
+        max_length: tokens of a packed row.
+        seed: of the run.
+    """
+
+    members: list[np.ndarray]
+    counts: list[int]
+    lengths: np.ndarray
+    batching: str
+    max_length: int
+    seed: int
+
+    def order(self, length: int) -> np.ndarray:
+        """The first examples."""
+        return example_order(self.members, self.counts, length, self.seed)
+
+    def rows_of_epochs(self, epochs: float) -> int:
+        """Rows that so many passes over the mixture fill."""
+        length = max(1, round(epochs * sum(self.counts)))
+        if self.batching == "packed":
+            return plan_packed(self.order(length), self.lengths, self.max_length, self.seed).num_rows
+        return length
+
+    def plan(self, num_steps: int, global_batch: int) -> TrainingPlan:
+        """The rows of a run of ``num_steps`` optimizer steps of ``global_batch`` rows."""
+        num_rows = num_steps * global_batch
+        if self.batching == "packed":
+            return packed_to(self.order, self.lengths, self.max_length, self.seed, num_rows)
+        if self.batching == "by_length":
+            return plan_by_length(self.order(num_rows), self.lengths, global_batch, self.seed)
+        return plan_padded(self.order(num_rows))
+
+
+def build_mixture(config: DataConfig, sources: Sequence[PreparedSource], seed: int) -> Mixture:
+    """The mixture that the configuration describes."""
+    members, first = [], 0
+    for number, (source, settings) in enumerate(zip(sources, config.train_sources(), strict=True)):
+        size = source.counts.examples
+        members.append(first + cap_examples(size, settings.max_examples, seed, number))
+        first += size
+    return Mixture(
+        members=members,
+        counts=mixture_counts(config, [len(indices) for indices in members]),
+        lengths=np.concatenate([source.lengths() for source in sources]),
+        batching=config.batching,
+        max_length=config.max_length,
+        seed=seed,
+    )
+
+
+def describe_data(data: RunData, mixture: Mixture, plan: TrainingPlan, rows_per_batch: int) -> dict[str, Any]:
+    """What the run's record says about its data.
+
+    Args:
+        data: of the run.
+        mixture: of the run.
+        plan: of the run.
+        rows_per_batch: rows of a micro-batch on one device.
+    """
+    return {
+        "chat": data.template is not None,
+        "sources": [
+            {
+                "name": source.name,
+                "format": source.format,
+                "digest": source.digest,
+                **asdict(source.counts),
+                "per_epoch": count,
+            }
+            for source, count in zip(data.train, mixture.counts, strict=True)
+        ],
+        "held_out": [
+            {
+                "name": source.name,
+                "format": source.format,
+                "digest": source.digest,
+                **asdict(source.counts),
+                "also_trained_on": data.overlap[source.name],
+            }
+            for source in data.evaluation
+        ],
+        "batching": mixture.batching,
+        "padding_share": plan.padding_share(mixture.lengths, rows_per_batch),
+    }

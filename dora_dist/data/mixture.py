@@ -1,0 +1,90 @@
+"""The order of training examples from one or several sources: a function of sizes, shares and seed only."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def pass_counts(
+    sizes: Sequence[int],
+    weights: Sequence[float] | None = None,
+    epochs: Sequence[float] | None = None,
+    temperature: float | None = None,
+) -> list[int]:
+    """Examples of each source in one pass over the mixture.
+
+    Without any of the options, every example comes once. At most one of them may be given.
+
+    Args:
+        sizes: examples of each source, at least 1.
+        weights: share of each source in a pass of ``sum(sizes)`` examples, up to a common factor.
+        epochs: how many times the examples of each source come in one pass.
+        temperature: shares in proportion to ``size ** (1 / temperature)``, in a pass of ``sum(sizes)`` examples: 1 is
+            in proportion to the sizes, and the larger it is, the more alike are the shares (Raffel et al. 2020, section
+            3.5.2; Xue et al. 2021, mT5, with ``alpha = 1 / temperature``).
+    """
+    if epochs is not None:
+        return [max(1, round(size * times)) for size, times in zip(sizes, epochs, strict=True)]
+    if temperature is not None:
+        weights = [size ** (1 / temperature) for size in sizes]
+    if weights is None:
+        return list(sizes)
+    shares = np.asarray(weights, dtype=np.float64) / sum(weights)
+    exact = shares * sum(sizes)
+    counts = np.floor(exact).astype(np.int64)
+    # The largest remainders get what is left, the first of equal ones first; nobody is left out altogether.
+    left = sum(sizes) - int(counts.sum())
+    counts[np.argsort(-(exact - counts), kind="stable")[:left]] += 1
+    return [max(1, int(count)) for count in counts]
+
+
+def cap_examples(size: int, most: int | None, seed: int, source: int) -> np.ndarray:
+    """Which examples of a source take part: all, or a random choice of ``most``, in ascending order.
+
+    Returns:
+        int64, shape (min(size, most),).
+    """
+    if most is None or most >= size:
+        return np.arange(size)
+    return np.sort(_generator(seed, 1, source).permutation(size)[:most])
+
+
+def example_order(members: Sequence[np.ndarray], counts: Sequence[int], length: int, seed: int) -> np.ndarray:
+    """The first examples of a training run, pass after pass without an end.
+
+    Every source goes through its own examples in a new permutation each time round, and goes on where it stopped in
+    the pass before. In each pass the sources are mixed evenly: which comes when is one permutation of the pass.
+
+    Args:
+        members: of each source, the indices of its examples in the whole data, int64.
+        counts: of :func:`pass_counts`.
+        length: how many examples are wanted.
+        seed: of all permutations.
+
+    Returns:
+        Indices in the whole data, int64, shape (length,). A longer order begins with every shorter one.
+    """
+    per_pass = sum(counts)
+    num_passes = -(-length // per_pass)
+    order = np.empty(num_passes * per_pass, dtype=np.int64)
+    streams = [
+        _stream(indices, count * num_passes, seed, source)
+        for source, (indices, count) in enumerate(zip(members, counts, strict=True))
+    ]
+    labels = np.repeat(np.arange(len(counts)), counts)
+    for number in range(num_passes):
+        mixed = _generator(seed, 2, number).permutation(labels)
+        part = order[number * per_pass : (number + 1) * per_pass]
+        for source, count in enumerate(counts):
+            part[mixed == source] = streams[source][number * count : (number + 1) * count]
+    return order[:length]
+
+
+def _stream(indices: np.ndarray, length: int, seed: int, source: int) -> np.ndarray:
+    rounds = -(-length // len(indices))
+    parts = [indices[_generator(seed, 3, source, number).permutation(len(indices))] for number in range(rounds)]
+    return np.concatenate(parts)[:length]
+
+
+def _generator(*key: int) -> np.random.Generator:
+    return np.random.default_rng(key)
