@@ -86,8 +86,8 @@ def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> RunD
     for source in prepared["eval"]:
         if overlap[source.name]:
             say(
-                f"warning: {overlap[source.name]} of {source.counts.examples} held-out examples of {source.name} are also "
-                "trained on, so that its loss will look better than it is"
+                f"warning: {overlap[source.name]} of {source.counts.examples} held-out examples of {source.name} are "
+                "also trained on, so that its loss will look better than it is"
             )
     return RunData(
         train=prepared["train"],
@@ -227,28 +227,16 @@ def describe_data(data: RunData, mixture: Mixture, plan: TrainingPlan, rows_per_
         plan: of the run.
         rows_per_batch: rows of a micro-batch on one device.
     """
+    trained = [{**_describe(source), "per_epoch": n} for source, n in zip(data.train, mixture.counts, strict=True)]
+    held_out = [{**_describe(source), "also_trained_on": data.overlap[source.name]} for source in data.evaluation]
     return {
         "chat": data.template is not None,
-        "sources": [
-            {
-                "name": source.name,
-                "format": source.format,
-                "digest": source.digest,
-                **asdict(source.counts),
-                "per_epoch": count,
-            }
-            for source, count in zip(data.train, mixture.counts, strict=True)
-        ],
-        "held_out": [
-            {
-                "name": source.name,
-                "format": source.format,
-                "digest": source.digest,
-                **asdict(source.counts),
-                "also_trained_on": data.overlap[source.name],
-            }
-            for source in data.evaluation
-        ],
+        "train": trained,
+        "eval": held_out,
         "batching": mixture.batching,
         "padding_share": plan.padding_share(mixture.lengths, rows_per_batch),
     }
+
+
+def _describe(source: PreparedSource) -> dict[str, Any]:
+    return {"name": source.name, "format": source.format, "digest": source.digest, **asdict(source.counts)}

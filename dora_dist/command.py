@@ -30,7 +30,7 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def attempt(work: Callable[[], Result]) -> Callable[[], Result]:
-    """Do something now; the function that is returned gives the result, or raises what went wrong, where it is called."""
+    """Do something now; the function returned gives the result, or raises what went wrong, where it is called."""
     try:
         result = work()
     except Exception as error:

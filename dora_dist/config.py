@@ -84,8 +84,8 @@ class SourceConfig:
     """One source of examples, in a list of several, or with settings of its own.
 
     Args:
-        path: file (JSON, JSONL, CSV, TSV, Parquet, Arrow; .gz too), glob of files, folder that Dataset.save_to_disk wrote,
-            or name on the Hub; or a list of files and globs.
+        path: file (JSON, JSONL, CSV, TSV, Parquet, Arrow; .gz too), glob of files, folder that Dataset.save_to_disk
+            wrote, or name on the Hub; or a list of files and globs.
         name: for messages and metrics; by default made from the path.
         format: how its rows are written; auto tells by the fields of the first ones.
         fields: the format's name of a field and the rows' own, where they differ, such as {prompt: question}.
@@ -131,8 +131,9 @@ class DataConfig:
     """Instruction data: where it is, how its rows are read, and in which shares its sources are mixed.
 
     Args:
-        train: file, glob, saved folder or Hub name to train on; or a list of several, each with settings of its own if
-            need be (path, name, format, fields, as_chat, subset, split, revision, max_rows, max_examples, weight, epochs).
+        train: file, glob, saved folder or Hub name to train on; or a list of several, each a path or a mapping with
+            settings of its own (path, name, format, fields, as_chat, subset, split, revision, max_rows, max_examples,
+            weight, epochs).
         eval: the same, held out, for evaluation, measured source by source; null for none.
         format: how rows are written, for all sources that do not say it: messages (role, content), sharegpt
             (conversations), alpaca (instruction, input, output), prompt_completion, text; auto tells by their fields.
@@ -189,8 +190,8 @@ class DataConfig:
         if weighted and len(weighted) < len(sources):
             missing = next(source for source in sources if source.weight is None)
             raise ValueError(
-                f"{len(weighted)} of {len(sources)} sources in data.train have a weight, but {missing.path} has none: give "
-                "it to all or to none"
+                f"{len(weighted)} of {len(sources)} sources in data.train have a weight, but {missing.path} has none: "
+                "give it to all or to none"
             )
         given = [name for name, there in (("weight", weighted), ("epochs", repeated)) if there]
         given += ["temperature"] if self.temperature is not None else []

@@ -147,8 +147,8 @@ def generate_answers(
 def check_packing(model: PreTrainedModel, collate: Collator) -> None:
     """Prove on the model itself that examples of one row do not see each other.
 
-    The second of two examples is computed alone, packed behind the first, and behind the first in one text; packing must
-    leave next to nothing of the difference that the text before makes.
+    The second of two examples is computed alone, packed behind the first, and behind the first in one text; packing
+    must leave next to nothing of the difference that the text before makes.
 
     Args:
         model: causal language model, on its device.

@@ -22,6 +22,7 @@ FAMILIES = {
 }
 """Bundled templates, with the tokens that a tokenizer must know for each; the first that fits is taken."""
 
+NO_TEXT = "which would be no text to the model but the start or the end of something"
 PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
@@ -62,8 +63,8 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, wanted: str = "auto") ->
         missing = [token for token in FAMILIES[wanted] if token not in tokenizer.get_vocab()]
         if missing:
             raise ValueError(
-                f"data.chat_template is {wanted}, but the tokenizer does not know {', '.join(missing)}: take a template "
-                "that fits the model, such as auto or plain"
+                f"data.chat_template is {wanted}, but the tokenizer does not know {', '.join(missing)}: take a "
+                "template that fits the model, such as auto or plain"
             )
         return ChosenTemplate(_bundled(wanted), f"the bundled chat template for {wanted}")
     path = Path(wanted).expanduser()
@@ -190,7 +191,7 @@ class ChatRenderer:
             if found := self._control.search(message.get("content", "")):
                 raise RowFlaw(
                     f"messages[{number}].content",
-                    f"holds the control token {found[0]!r}, which is no text to the model",
+                    f"holds the control token {found[0]!r}, {NO_TEXT}",
                 )
 
     def _find_end_of_turn(self) -> int:
@@ -207,8 +208,8 @@ class ChatRenderer:
         ]
         if not ends:
             raise ValueError(
-                "the chat template ends the assistant's turn without a control token, so that the model could not learn "
-                f"where to stop (the end of its rendering: {text[-40:]!r}): set data.chat_template to one that does"
+                f"the chat template ends the assistant's turn without a control token ({text[-40:]!r}), so that the model "
+                "could not learn where to stop: set data.chat_template to one that does"
             )
         return ends[-1]
 

@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dora_dist.data.chat import ChatRenderer, control_pattern
+from dora_dist.data.chat import NO_TEXT, ChatRenderer, control_pattern
 from dora_dist.data.rows import FORMATS, Chat, Document, Instruction, Pair, RowFlaw, Sample, rename_fields
 
 IGNORED = -100
 """Label of a position without loss, as in PyTorch's cross-entropy."""
+
+
+COLUMNS = ("input_ids", "spans", "answer", "removed", "key", "place", "status", "note", "trimmed")
 
 
 class Status(IntEnum):
@@ -147,10 +150,7 @@ class Encoder:
         Raises:
             ValueError: a row cannot be used, under the policy ``error``.
         """
-        columns: dict[str, list[Any]] = {
-            name: []
-            for name in ("input_ids", "spans", "answer", "removed", "key", "place", "status", "note", "trimmed")
-        }
+        columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
         found: list[tuple[str, _Part | str]] = []  # a part, or what is wrong with the row
         for place, text, flaw in zip(batch["place"], batch["json"], batch["flaw"], strict=True):
             try:
@@ -200,7 +200,7 @@ class Encoder:
 
     def _check_controls(self, name: str, text: str) -> None:
         if found := self._control.search(text):
-            raise RowFlaw(name, f"holds the control token {found[0]!r}, which is no text to the model")
+            raise RowFlaw(name, f"holds the control token {found[0]!r}, {NO_TEXT}")
 
     def _parts(self, sample: Sample) -> list[_Part]:
         """A conversation is rendered; one whose earlier turns the template rewrites becomes a part for every answer."""

@@ -77,7 +77,7 @@ def plan_padded(order: np.ndarray) -> TrainingPlan:
 def plan_by_length(order: np.ndarray, lengths: np.ndarray, global_batch: int, seed: int) -> TrainingPlan:
     """One example a row, those of similar length together, in the same global batch and there side by side.
 
-    Examples are sorted inside windows of :data:`SORTING_WINDOW` global batches, whose batches then come in random order.
+    Examples are sorted inside windows of :data:`SORTING_WINDOW` global batches, which then come in random order.
     """
     window = SORTING_WINDOW * global_batch
     arranged = order.copy()

@@ -99,7 +99,8 @@ def _from_hub(name: str) -> Iterator[None]:
         yield
     except HUB_ERRORS as error:
         raise ValueError(
-            f"{name!r} is no file here (looked from {Path.cwd()}) and cannot be read as a data set from the Hub: {error}"
+            f"{name!r} is no file here (looked from {Path.cwd()}) and cannot be read as a data set from the Hub: "
+            f"{error}"
         ) from None
 
 

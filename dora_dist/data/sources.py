@@ -11,12 +11,13 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -144,9 +145,7 @@ def first_rows(location: Location) -> list[dict]:
         if isinstance(row, dict):
             rows.append(row)
         else:
-            flaws.append(
-                f"{raw.place}: {raw.flaw or 'a row must be an object with named fields, got ' + raw.json[:80]}"
-            )
+            flaws.append(f"{raw.place}: {raw.flaw or f'must be an object with named fields, got {raw.json[:80]}'}")
     if not rows:
         where = location.hub or ", ".join(map(str, location.files))
         raise ValueError(flaws[0] if flaws else f"{where} has no rows")
@@ -233,9 +232,7 @@ def _prepare(name: str, location: Location, encoder: Encoder, folder: Path, key:
         kept = examples if (status == Status.KEPT).all() else examples.select(np.flatnonzero(status == Status.KEPT))
         if not len(kept):
             first = examples[0]
-            raise ValueError(
-                f"{name}: none of {len(rows)} rows can be used; the first: {first['place']}: {first['note']}"
-            )
+            raise ValueError(f"{name}: none of {len(rows)} rows can be used; the first: {_reason(first)}")
         with _progress_bars():
             kept.select_columns(EXAMPLE_COLUMNS).save_to_disk(str(finished))
         _list_left_out(examples, status, finished / LEFT_OUT)
@@ -249,6 +246,10 @@ def _prepare(name: str, location: Location, encoder: Encoder, folder: Path, key:
         (finished / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         finished.rename(folder)
+
+
+def _reason(row: Mapping[str, Any]) -> str:
+    return f"{row['place']}: {row['note']}"
 
 
 def _list_left_out(examples: Dataset, status: np.ndarray, path: Path) -> None:
