@@ -320,7 +320,8 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="dora_dist.train",
         description="To start: accelerate launch --config_file launch/X.yaml -m dora_dist.train --config "
-        "configs/Y.yaml. Every key of the YAML can be overridden as --section.key value.",
+        "configs/Y.yaml. Every key of the YAML can be overridden as --section.key value. --dry-run checks all that can "
+        "be checked without reading weights, and says what the run would do; it needs no launcher.",
         exit_on_error=False,
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of the run, see configs/")

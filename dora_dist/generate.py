@@ -1,7 +1,7 @@
 """Answers of the base and of the adapter of a run side by side, decoded greedily.
 
 Without --prompt, instructions are read from standard input, one a line: plain text, or JSON objects with the field
-instruction (and perhaps input), rendered as in training, or the field prompt, taken as it is.
+instruction (and perhaps input) or messages, rendered as in training, or the field prompt, taken as it is.
 """
 
 import argparse
@@ -9,7 +9,8 @@ import json
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,20 +58,67 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"--input is {options.input!r}, but it belongs to the instructions of --prompt: leave out --raw, and give "
             'the input of lines from standard input as {"instruction": ..., "input": ...}'
         )
-    prompts = collect_prompts(options.prompt, options.input, options.raw)
+    questions = collect_questions(options.prompt, options.input, options.raw)
     # Heavy imports wait until the arguments have been found to be sound.
     from dora_dist.trained import open_run
 
     trained = open_run(options.run, options.checkpoint)
-    if trained.config.data.format == "prompt_completion" and options.prompt is not None and not options.raw:
-        say("this run was trained on whole prompts (data.format prompt_completion): --raw gives them as they are")
-    answers = answer_twice(trained, prompts, options.max_new_tokens or trained.config.evaluation.max_new_tokens)
+    if trained.formats == {"prompt_completion"} and options.prompt is not None and not options.raw:
+        say("this run was trained on whole prompts (format prompt_completion): --raw gives them as they are")
+    answers = answer_twice(trained, questions, options.max_new_tokens or trained.config.evaluation.max_new_tokens)
     for prompt, base, adapted in answers:
         print(render(prompt, base, adapted, terminal_width()), flush=True)
 
 
-def collect_prompts(texts: Sequence[str] | None, context: str | None, raw: bool) -> Iterable[str]:
-    """Prompts as the model is given them. All are checked at once, except those that are typed one by one.
+@dataclass(frozen=True)
+class Question:
+    """What is asked, before it is rendered for the model.
+
+    Attributes:
+        text: an instruction, or where it is ``raw`` the whole prompt.
+        context: what the instruction is about.
+        raw: nothing is put around the text.
+        messages: a conversation instead of a text.
+    """
+
+    text: str = ""
+    context: str = ""
+    raw: bool = False
+    messages: Sequence[Mapping[str, Any]] = ()
+
+    def prompt(self, tokenizer: Any, chat: bool) -> str:
+        """The prompt as text, as in training.
+
+        Args:
+            tokenizer: of the run.
+            chat: the run was trained on conversations.
+
+        Raises:
+            ValueError: a conversation for a run that knows none.
+        """
+        from dora_dist.data.rows import Instruction, alpaca_prompt
+
+        if self.raw:
+            return self.text
+        if not chat and self.messages:
+            raise ValueError("messages are given, but this run was not trained in a chat template: give instructions")
+        if not chat:
+            return alpaca_prompt(self.text, self.context)
+        messages = self.messages or Instruction(self.text, self.context, "").as_chat().messages[:-1]
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+
+    def ids(self, tokenizer: Any, chat: bool) -> list[int]:
+        """The token ids of :meth:`prompt`, as in training."""
+        from dora_dist.data.encode import encode_prompts
+
+        prompt = self.prompt(tokenizer, chat)
+        if chat and not self.raw:  # the template writes the start token itself
+            return tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return encode_prompts(tokenizer, [prompt])[0]
+
+
+def collect_questions(texts: Sequence[str] | None, context: str | None, raw: bool) -> Iterable[Question]:
+    """Everything that is asked. All is checked at once, except what is typed line by line.
 
     Raises:
         ValueError: a prompt is empty or a JSON line is of no known form.
@@ -79,26 +127,19 @@ def collect_prompts(texts: Sequence[str] | None, context: str | None, raw: bool)
         for number, text in enumerate(texts, start=1):
             if not text.strip():
                 raise ValueError(f"--prompt number {number} is {text!r}, but must have some text")
-        return [prompt_of_text(text, context or "", raw) for text in texts]
-    prompts = read_prompts(sys.stdin, raw)
+        return [Question(text, context or "", raw) for text in texts]
+    questions = read_questions(sys.stdin, raw)
     if sys.stdin.isatty():
         say("One instruction a line; Ctrl-D ends.")
-        return prompts
-    found = list(prompts)
+        return questions
+    found = list(questions)
     if not found:
         raise ValueError("standard input has no lines: give an instruction a line, or --prompt TEXT")
     return found
 
 
-def prompt_of_text(text: str, context: str, raw: bool) -> str:
-    """Plain text as a prompt."""
-    from dora_dist.data.rows import alpaca_prompt
-
-    return text if raw else alpaca_prompt(text, context)
-
-
-def read_prompts(lines: Iterable[str], raw: bool) -> Iterator[str]:
-    """Prompts from lines of text or JSON; empty lines are passed over.
+def read_questions(lines: Iterable[str], raw: bool) -> Iterator[Question]:
+    """Questions from lines of text or JSON; empty lines are passed over.
 
     Raises:
         ValueError: a line begins as a JSON object and is none, or its fields are not known.
@@ -107,10 +148,10 @@ def read_prompts(lines: Iterable[str], raw: bool) -> Iterator[str]:
         text = line.rstrip("\r\n")
         if not text.strip():
             continue
-        yield _prompt_of_json(text, number) if text.lstrip().startswith("{") else prompt_of_text(text, "", raw)
+        yield _question_of_json(text, number) if text.lstrip().startswith("{") else Question(text, raw=raw)
 
 
-def _prompt_of_json(text: str, number: int) -> str:
+def _question_of_json(text: str, number: int) -> Question:
     try:
         row: dict[str, Any] = json.loads(text)
     except json.JSONDecodeError as error:
@@ -118,40 +159,55 @@ def _prompt_of_json(text: str, number: int) -> str:
             f"line {number} of standard input begins with {{ and is not JSON ({error}): mend it, or give text that "
             "begins so with --prompt"
         ) from None
+    messages = row.get("messages") or []
     fields = {name: row.get(name) or "" for name in ("prompt", "instruction", "input")}
-    known = all(isinstance(value, str) for value in fields.values())
-    if not known or bool(fields["prompt"].strip()) == bool(fields["instruction"].strip()):
+    known = all(isinstance(value, str) for value in fields.values()) and _are_messages(messages)
+    if not known or [bool(part) for part in (fields["prompt"], fields["instruction"], messages)].count(True) != 1:
         raise ValueError(
             f"line {number} of standard input is {text}, but must have text either in the field prompt or in the field "
-            "instruction (and perhaps input)"
+            "instruction (and perhaps input), or a list of messages, each with role and content"
         )
-    return fields["prompt"] or prompt_of_text(fields["instruction"], fields["input"], raw=False)
+    if messages:
+        return Question(messages=messages)
+    return (
+        Question(fields["prompt"], raw=True) if fields["prompt"] else Question(fields["instruction"], fields["input"])
+    )
 
 
-def answer_twice(trained: Any, prompts: Iterable[str], max_new_tokens: int) -> Iterator[tuple[str, str, str]]:
+def _are_messages(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(entry, dict) and isinstance(entry.get("role"), str) and isinstance(entry.get("content"), str)
+        for entry in value
+    )
+
+
+def answer_twice(trained: Any, questions: Iterable[Question], max_new_tokens: int) -> Iterator[tuple[str, str, str]]:
     """Prompt, answer of the base, answer of the adapter: one model in memory, with the adapter switched off and on.
 
     Args:
         trained: the :class:`~dora_dist.trained.TrainedRun`.
-        prompts: as the model is given them.
+        questions: what is asked.
         max_new_tokens: longest answer, in tokens.
     """
     from peft import PeftModel
 
+    from dora_dist.data.chat import stop_tokens
     from dora_dist.evaluation import generate_answers
     from dora_dist.trained import default_device
 
     device = default_device()
     tokenizer = trained.load_tokenizer()
+    stop = stop_tokens(tokenizer, tokenizer.get_chat_template() if trained.chat else None)
     # bfloat16 is far slower than float32 on most CPUs.
     base = trained.load_base(device, in_float32=device.type == "cpu")
     model = PeftModel.from_pretrained(base, str(trained.adapter))
     model.eval()
-    for prompt in prompts:
+    for question in questions:
+        ids = question.ids(tokenizer, trained.chat)
         with model.disable_adapter():
-            (before,) = generate_answers(model, tokenizer, [prompt], max_new_tokens)
-        (after,) = generate_answers(model, tokenizer, [prompt], max_new_tokens)
-        yield prompt, before, after
+            (before,) = generate_answers(model, tokenizer, [ids], max_new_tokens, stop)
+        (after,) = generate_answers(model, tokenizer, [ids], max_new_tokens, stop)
+        yield question.prompt(tokenizer, trained.chat), before, after
 
 
 def terminal_width() -> int | None:

@@ -5,6 +5,7 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,12 @@ from dora_dist.quiet import quiet_libraries
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from dora_dist.agreement import Agreement
+    from dora_dist.config import RunConfig
     from dora_dist.model import DynamicLoraModel
+    from dora_dist.settle import Settled
+
+DRY_RUN = "--dry-run"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -28,63 +34,47 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ExpectedRunError: the ranks failed or disagree, the budget was missed, or the loss is not finite.
     """
     quiet_libraries()
-    config = parse_config(arguments)
-    check_launch(config.distributed.engine, os.environ)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    dry_run = DRY_RUN in arguments
+    config = parse_config([argument for argument in arguments if argument != DRY_RUN])
+    launched = "LOCAL_RANK" in os.environ or not dry_run  # a dry run needs no launcher
+    if launched:
+        check_launch(config.distributed.engine, os.environ)
     # Heavy imports wait until the configuration has been found to be sound.
-    from dora_dist import build, build_data, checkpoint, records, report, world
+    from dora_dist import build, build_data, records, report, settle, world
     from dora_dist.agreement import Agreement
 
     # Before the ranks join: those that wait for the one that encodes wait for a file, not in a collective.
     read_data = attempt(lambda: build_data.read_data(config))
-    state = world.connect(config.distributed.engine, config.distributed.timeout_minutes)
+    state = world.connect(config.distributed.engine if launched else "none", config.distributed.timeout_minutes)
     agreement = Agreement(state.device)
     run = Path(config.output_dir)
 
     with agreement.together("preparing data and settings"):
-        tokenizer, data = read_data()
-        mixture = build_data.build_mixture(config.data, data.train, config.seed)
-        training = build.training_arguments(config, mixture)
-        plan = mixture.plan(training.max_steps, build.global_batch(training))
-        settings = build.fingerprint(config, training, data, plan)
-        described = build_data.describe_data(data, mixture, plan, training.per_device_train_batch_size)
-        build.check_method(config, training.max_steps)
-    with agreement.together(f"looking into {run}"):
-        finished = agreement.rank == 0 and config.checkpoint.resume == "auto" and is_same_finished_run(run, settings)
-        found, remarks = (
-            (None, []) if agreement.rank or finished else checkpoint.find_resumable(run, config.checkpoint.resume)
-        )
-        if found is not None:
-            checkpoint.check_fingerprint(found, settings)
-    # As the first rank sees it: files may reach the other nodes later.
-    finished, resume, remarks = agreement.gather((finished, found, remarks))[0]
+        settled = settle.settle(config, *read_data())
+    if dry_run:
+        print_dry_run(config, settled, agreement)
+        return
+    finished, resume = choose_checkpoint(config, settled.fingerprint, agreement)
     if finished:
         say(f"{run} holds a finished run with these settings; its adapter is {run / 'adapter'}")
         agreement.close()
         return
-    for remark in [*remarks, *([f"resuming from {resume}"] if resume else [])]:
-        say(remark)
 
     with agreement.together("loading the model"):
-        model = build.load_model(config, state.device, tokenizer)
-        controller = build.build_controller(config, model, agreement, training.max_steps)
-    build.check_same_on_all_ranks(agreement, settings, model)
+        model = build.load_model(config, state.device, settled.tokenizer)
+        controller = build.build_controller(config, model, agreement, settled.schedule)
+    build.check_same_on_all_ranks(agreement, settled.fingerprint, model)
     run_records = records.RunRecords(run, writes=state.is_main_process)
-    evaluator = None
-    if data.evaluation:
-        evaluator = build.build_evaluator(config, data, tokenizer, agreement, training.per_device_eval_batch_size)
+    evaluator = build.build_evaluator(config, settled, agreement)
     trainer = build.build_trainer(
         config,
+        settled,
         model=model,
         controller=controller,
         agreement=agreement,
         records=run_records,
-        tokenizer=tokenizer,
-        data=data,
-        plan=plan,
-        rows_per_epoch=mixture.rows_of_epochs(1),
         evaluator=evaluator,
-        arguments=training,
-        run_fingerprint=settings,
     )
     world.check_world(agreement, trainer)
 
@@ -92,20 +82,56 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run_records.forget_end()
         if state.is_main_process:
             save_config(config, run / records.CONFIG)
-        run_records.write_json(records.RUN, {"versions": records.versions(), "settings": settings, "data": described})
+        described = {"settings": settled.fingerprint, "data": settled.describe_data()}
+        run_records.write_json(records.RUN, {"versions": records.versions(), **described})
         if resume is None:
             run_records.truncate_after(-1)
     if resume is None and evaluator and config.evaluation.before:
         trainer.evaluate()
     trainer.train(resume_from_checkpoint=resume)
     controller.finish()
-    if evaluator and trainer.evaluated_step != training.max_steps:
+    if evaluator and trainer.evaluated_step != settled.arguments.max_steps:
         trainer.evaluate()
     with agreement.together(f"writing the results into {run}"):
         if state.is_main_process:
-            save_adapter(model, tokenizer, run / "adapter")
+            save_adapter(model, settled.tokenizer, run / "adapter")
             print(report.finish_run(run), flush=True)
     agreement.close()
+
+
+def print_dry_run(config: "RunConfig", settled: "Settled", agreement: "Agreement") -> None:
+    """Say on the first rank what the run would do."""
+    from dora_dist import dry_run
+
+    with agreement.together("estimating"):
+        if agreement.rank == 0:
+            print(dry_run.describe(config, settled, agreement.size), flush=True)
+    agreement.close()
+
+
+def choose_checkpoint(
+    config: "RunConfig", settings: Mapping[str, Any], agreement: "Agreement"
+) -> tuple[bool, Path | None]:
+    """Whether this run has come to its end before, and the checkpoint to go on from, as the first rank sees it: files
+    may reach the other nodes later.
+
+    Raises:
+        ValueError: what is in ``output_dir`` was written with other settings, or cannot be used.
+    """
+    from dora_dist import checkpoint
+
+    run, resume = Path(config.output_dir), config.checkpoint.resume
+    finished, found, remarks = False, None, []
+    with agreement.together(f"looking into {run}"):
+        if agreement.rank == 0:
+            finished = resume == "auto" and is_same_finished_run(run, settings)
+            found, remarks = (None, []) if finished else checkpoint.find_resumable(run, resume)
+            if found is not None:
+                checkpoint.check_fingerprint(found, settings)
+    finished, found, remarks = agreement.gather((finished, found, remarks))[0]
+    for remark in [*remarks, *([f"resuming from {found}"] if found else [])]:
+        say(remark)
+    return finished, found
 
 
 def is_same_finished_run(run: Path, settings: Mapping[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
@@ -23,12 +24,16 @@ class TrainedRun:
         adapter: folder with the adapter (plain LoRA) and the tokenizer.
         config: resolved configuration of the run.
         compute_dtype: the dtype that the base was read in before it was quantized.
+        chat: it was trained on conversations, in the chat template that is saved with the tokenizer.
+        formats: of the training data.
     """
 
     folder: Path
     adapter: Path
     config: RunConfig
     compute_dtype: torch.dtype
+    chat: bool
+    formats: set[str]
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that was saved with the adapter."""
@@ -101,10 +106,20 @@ def open_run(run: Path, checkpoint: str | None = None) -> TrainedRun:
     adapter = find_adapter(run, checkpoint)
     config = load_config(run / records.CONFIG)
     dtype = backbone.resolve_compute_dtype(config.model.compute_dtype)
-    if (run / records.RUN).is_file():  # `auto` meant what it did on the machine of the run
-        recorded = records.read_json(run / records.RUN)["settings"].get("model.compute_dtype", str(dtype))
-        dtype = getattr(torch, recorded.removeprefix("torch."))
-    return TrainedRun(folder=run, adapter=adapter, config=config, compute_dtype=dtype)
+    data: dict[str, Any] = {}
+    if (run / records.RUN).is_file():
+        recorded = records.read_json(run / records.RUN)
+        data = recorded.get("data", {})
+        # `auto` meant what it did on the machine of the run.
+        dtype = getattr(torch, recorded["settings"].get("model.compute_dtype", str(dtype)).removeprefix("torch."))
+    return TrainedRun(
+        folder=run,
+        adapter=adapter,
+        config=config,
+        compute_dtype=dtype,
+        chat=data.get("chat", False),
+        formats={source["format"] for source in data.get("train", [])} or {config.data.format},
+    )
 
 
 def default_device() -> torch.device:

@@ -208,8 +208,8 @@ class ChatRenderer:
         ]
         if not ends:
             raise ValueError(
-                f"the chat template ends the assistant's turn without a control token ({text[-40:]!r}), so that the model "
-                "could not learn where to stop: set data.chat_template to one that does"
+                f"the chat template ends the assistant's turn without a control token ({text[-40:]!r}), so that the "
+                "model could not learn where to stop: set data.chat_template to one that does"
             )
         return ends[-1]
 

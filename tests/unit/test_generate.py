@@ -12,6 +12,8 @@ from trained_run import TrainedFolder, character_tokenizer, make_base, make_run,
 
 from dora_dist import generate, records
 from dora_dist.backbone import load_backbone
+from dora_dist.data.chat import choose_template
+from dora_dist.data.encode import encode_prompts
 from dora_dist.data.rows import alpaca_prompt
 from dora_dist.evaluation import generate_answers
 
@@ -36,8 +38,11 @@ def test_each_answer_comes_from_its_model(run: TrainedFolder, capsys: pytest.Cap
     prompts = [alpaca_prompt(text, "a b") for text in ("Say it.", "And this?")]
     tokenizer = character_tokenizer()
     alone = load_backbone(str(run.base))
-    base = [generate_answers(alone, tokenizer, [prompt], 12)[0] for prompt in prompts]
-    adapted = [generate_answers(run.model.eval(), tokenizer, [prompt], 12)[0] for prompt in prompts]
+    ids = encode_prompts(tokenizer, prompts)
+    base, adapted = (
+        [generate_answers(model, tokenizer, [row], 12, [tokenizer.eos_token_id])[0] for row in ids]
+        for model in (alone, run.model.eval())
+    )
     assert base != adapted, "the adapter changes the answers, or this test shows nothing"
     generate.main(
         [str(run.folder), "--prompt", "Say it.", "And this?", "--input", "a b", "--max-new-tokens", "12"],
@@ -58,7 +63,7 @@ def test_lines_from_standard_input(
 
 def collect(lines: str, raw: bool, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-    return list(generate.collect_prompts(None, None, raw))
+    return [question.prompt(None, chat=False) for question in generate.collect_questions(None, None, raw)]
 
 
 def test_lines_may_be_json(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,6 +84,7 @@ def test_lines_may_be_json(monkeypatch: pytest.MonkeyPatch) -> None:
         ('{"prompt": "a", "instruction": "b"}', "either in the field prompt or"),
         ('{"instruction": 3}', "must have text"),
         ('{"instruction": "b", "input": ["c"]}', "must have text"),
+        ('{"messages": [{"role": "user"}]}', "a list of messages, each with role and content"),
     ],
 )
 def test_lines_that_cannot_be_used(lines: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,8 +93,31 @@ def test_lines_that_cannot_be_used(lines: str, message: str, monkeypatch: pytest
 
 
 def test_raw_prompts_are_left_alone() -> None:
-    assert generate.collect_prompts([" a\n"], None, True) == [" a\n"]
-    assert generate.collect_prompts(["a"], "b", False) == [alpaca_prompt("a", "b")]
+    raw, rendered = generate.collect_questions([" a\n"], None, True), generate.collect_questions(["a"], "b", False)
+    assert [question.prompt(None, chat=False) for question in raw] == [" a\n"]
+    assert [question.prompt(None, chat=False) for question in rendered] == [alpaca_prompt("a", "b")]
+
+
+def test_a_run_on_conversations_is_asked_in_its_chat_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = choose_template(tokenizer, "plain").text
+    conversation = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Ho"},
+        {"role": "user", "content": "And?"},
+    ]
+    lines = ["Do it", json.dumps({"instruction": "Do", "input": "x"}), json.dumps({"messages": conversation})]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    questions = list(generate.collect_questions(None, None, False))
+    end = "\n\n### Response:\n"
+    assert [question.prompt(tokenizer, chat=True) for question in questions] == [
+        f"<s>### Instruction:\nDo it{end}",
+        f"<s>### Instruction:\nDo\n\nx{end}",
+        f"<s>### Instruction:\nHi{end}Ho</s>\n### Instruction:\nAnd?{end}",
+    ]
+    assert questions[0].ids(tokenizer, chat=True).count(tokenizer.bos_token_id) == 1
+    with pytest.raises(ValueError, match="not trained in a chat template"):
+        questions[2].prompt(tokenizer, chat=False)
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,11 @@ LEVELS = [
     {"build_data", "evaluation"},
     {"checkpoint", "report"},
     {"trained", "trainer"},
-    {"build", "formats"},
-    {"train", "export", "generate", "prepare", "preview", "estimate", "compare", "benchmark"},
+    {"settle", "formats"},
+    {"build"},
+    {"export", "generate", "prepare", "estimate", "compare", "benchmark"},
+    {"dry_run", "preview"},
+    {"train"},
 ]
 PURE = ["importance", "schedule", "allocation", "regularizer"]
 

@@ -1,0 +1,42 @@
+"""What a run would do, found out without reading a weight: ``dora_dist.train --dry-run``."""
+
+import textwrap
+
+from dora_dist import estimate, prepare
+from dora_dist.config import RunConfig
+from dora_dist.schedule import BudgetSchedule
+from dora_dist.settle import Settled
+
+
+def describe(config: RunConfig, settled: Settled, world_size: int) -> str:
+    """The run in words: data, steps, budget and memory.
+
+    Args:
+        config: of the run.
+        settled: of the run.
+        world_size: processes that the steps were counted for.
+    """
+    data, mixture, plan = settled.data, settled.mixture, settled.plan
+    num_steps, layers = settled.arguments.max_steps, settled.layers
+    rows_per_batch = settled.arguments.per_device_train_batch_size
+    rows = plan.num_rows // num_steps
+    kinds = sorted({name.rsplit(".", 1)[-1] for name in layers})
+    what = "rows of packed examples" if mixture.batching == "packed" else "examples"
+    parts = [
+        f"model {config.model.path}: {len(layers)} adapted layers ({', '.join(kinds)})",
+        prepare.render("training data", data.train),
+        *([prepare.render("held-out data", data.evaluation)] if data.evaluation else []),
+        f"{num_steps} optimizer steps of {rows} {what} on {world_size} process{'es' * (world_size > 1)}, "
+        f"{plan.num_rows / mixture.rows_of_epochs(1):.2f} passes over the data; "
+        f"{plan.padding_share(mixture.lengths, rows_per_batch):.1%} of the computed tokens are padding",
+        _budget(settled.schedule),
+        estimate.render(estimate.estimate_memory(config, world_size)),
+        "Dry run: nothing was trained, and no weight was read.",
+    ]
+    return "\n\n".join(parts)
+
+
+def _budget(schedule: BudgetSchedule) -> str:
+    events = [f"{step}: {schedule.num_components - schedule.num_pruned(step)}" for step in schedule.prune_steps]
+    title = f"budget of {schedule.num_components} components, pruned after steps (step: components that are kept)"
+    return title + "\n" + textwrap.fill(", ".join(events), 110, initial_indent="  ", subsequent_indent="  ")

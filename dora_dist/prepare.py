@@ -1,0 +1,83 @@
+"""Encode the data of a run once, in parallel, before any process group exists.
+
+The result lies in data.cache_dir under a name that stands for data, tokenizer, template and rules; all ranks of every
+run with the same ones read it from there. A run whose data is not prepared prepares it itself when it starts.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dora_dist.command import run_command
+from dora_dist.config import load_config
+from dora_dist.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from dora_dist.data.sources import PreparedSource
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dora_dist.prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Every key of the configuration can be overridden as --section.key value; data.workers says how many "
+        "processes encode.",
+    )
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of the run, see configs/")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prepare, and print what was found.
+
+    Raises:
+        ValueError: something that the user can mend.
+    """
+    options, overrides = build_parser().parse_known_args(arguments)
+    config = load_config(options.config, overrides)
+    quiet_libraries()
+    # Heavy imports wait until the configuration has been found to be sound.
+    from dora_dist import build_data
+
+    _, data = build_data.read_data(config)
+    print(render("training data", data.train))
+    if data.evaluation:
+        print(render("held-out data", data.evaluation))
+    folders = sorted({str(source.folder) for source in (*data.train, *data.evaluation)})
+    print("prepared in\n  " + "\n  ".join(folders))
+
+
+def render(title: str, sources: "Sequence[PreparedSource]") -> str:
+    """A table of sources: what was read, what is left, and how much of it is trained."""
+    header = (title, "format", "rows", "examples", "left out", "truncated", "tokens", "trained", "longest")
+    lines = [header]
+    for source in sources:
+        counts = source.counts
+        lines.append(
+            (
+                source.name,
+                source.format,
+                f"{counts.rows:,}",
+                f"{counts.examples:,}",
+                f"{counts.bad + counts.overlong:,}",
+                f"{counts.truncated:,}",
+                f"{counts.tokens:,}",
+                f"{counts.trained_tokens / counts.tokens:.1%}",
+                f"{int(source.lengths().max()):,}",
+            )
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+
+    def aligned(line: Sequence[str]) -> str:
+        names = [f"{cell:<{width}}" for cell, width in zip(line[:2], widths[:2], strict=True)]
+        numbers = [f"{cell:>{width}}" for cell, width in zip(line[2:], widths[2:], strict=True)]
+        return "  ".join(names + numbers)
+
+    return "\n".join(map(aligned, lines))
+
+
+if __name__ == "__main__":
+    run_command(main)
