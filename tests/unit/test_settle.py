@@ -2,14 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from tiny_run import tiny_tokenizer, write_config
+from tiny_run import tiny_tokenizer, write_config, write_rows
 
-from dora_dist import build
+from dora_dist import build, build_data, settle
 from dora_dist.config import load_config
-from dora_dist.training_section import OWNED_TRAINING_ARGUMENTS
+from dora_dist.training_section import DEFAULT_TRAINING_ARGUMENTS, OWNED_TRAINING_ARGUMENTS
 
 
 @pytest.fixture(autouse=True)
@@ -27,9 +28,19 @@ def load(config, *overrides):
     return load_config(config, ["--distributed.engine", "none", *overrides])
 
 
-def fingerprint(settings):
-    data = build.load_data(settings.data, tiny_tokenizer(), settings.data.train)
-    return build.fingerprint(settings, build.training_arguments(settings, len(data.examples)), data)
+def settled(settings, **changes):
+    return settle.settle(settings, *build_data.read_data(settings), **changes)
+
+
+def mixture_of(num_examples):
+    return build_data.Mixture(
+        members=[np.arange(num_examples)],
+        counts=[num_examples],
+        lengths=np.full(num_examples, 8),
+        batching="padded",
+        max_length=64,
+        seed=0,
+    )
 
 
 def test_the_seed_of_the_run_is_the_seed_of_the_adapter_unless_it_has_its_own(config):
@@ -54,7 +65,7 @@ def test_a_method_that_cannot_work_is_refused_without_reading_weights(config, ov
     settings = load(config, *overrides)
     (config.parent / "model" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=message):
-        build.check_method(settings, settings.training["max_steps"])
+        settle.check_method(settings, settings.training["max_steps"])
 
 
 @pytest.mark.parametrize(
@@ -68,37 +79,77 @@ def test_a_method_that_cannot_work_is_refused_without_reading_weights(config, ov
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the messages are those of a machine without a GPU")
 def test_training_settings_that_cannot_work_are_refused(config, overrides, message):
     with pytest.raises(ValueError, match=message):
-        build.training_arguments(load(config, *overrides), 50)
+        settle.training_arguments(load(config, *overrides), mixture_of(50))
 
 
 def test_evaluation_during_training_needs_held_out_data(config):
     with pytest.raises(ValueError, match=r"eval_strategy is steps, but data\.eval is not set"):
-        build.training_arguments(load(config, "--training.eval_strategy", "steps", "--data.eval", "null"), 50)
+        settle.training_arguments(
+            load(config, "--training.eval_strategy", "steps", "--data.eval", "null"), mixture_of(50)
+        )
 
 
 def test_what_the_program_sets_is_refused_in_the_configuration(config, monkeypatch):
     """Otherwise a user who sets it gets an error about a keyword given twice."""
     seen = {}
-    monkeypatch.setattr(build, "TrainingArguments", lambda **values: seen.update(values) or pytest.skip.Exception)
+    monkeypatch.setattr(settle, "TrainingArguments", lambda **values: seen.update(values) or pytest.skip.Exception)
     with pytest.raises(AttributeError):
-        build.training_arguments(load(config), 50)
-    given = {*build.DEFAULT_TRAINING_ARGUMENTS, *load(config).training, "dataloader_pin_memory"}
+        settle.training_arguments(load(config), mixture_of(50))
+    given = {*DEFAULT_TRAINING_ARGUMENTS, *load(config).training, "dataloader_pin_memory"}
     assert set(seen) - given <= set(OWNED_TRAINING_ARGUMENTS)
 
 
 def test_the_fingerprint_knows_the_content_of_the_data(config):
-    before = fingerprint(load(config))
+    before = settled(load(config)).fingerprint
     rows = (config.parent / "train.jsonl").read_text().splitlines()
     changed = json.loads(rows[7])
     changed["output"] += " w3"
     rows[7] = json.dumps(changed)
     (config.parent / "train.jsonl").write_text("\n".join(rows))
-    after = fingerprint(load(config))
-    assert {name for name in before if before[name] != after[name]} == {"training data"}
+    after = settled(load(config)).fingerprint
+    assert {name for name in before if before[name] != after[name]} == {"training data"}, (
+        "the order is one of numbers, and stays"
+    )
 
 
 def test_dropped_examples_are_counted_aloud(config, capsys):
     settings = load(config, "--data.max_length", "16", "--data.overlong", "drop")
-    data = build.load_data(settings.data, tiny_tokenizer(), settings.data.train)
-    assert 0 < data.num_dropped < 50
-    assert f"dropped {data.num_dropped} of 50 examples, longer than data.max_length 16" in capsys.readouterr().err
+    (source,) = settled(settings).data.train
+    assert 0 < source.counts.overlong < 50
+    assert source.counts.overlong + source.counts.examples == 50
+    said = f"train: dropped {source.counts.overlong} examples longer than data.max_length (listed in {source.folder})"
+    assert said in capsys.readouterr().err
+
+
+def test_the_order_is_part_of_what_a_run_is_known_by(config):
+    before = settled(load(config)).fingerprint
+    for overrides in (["--data.batching", "packed", "--data.max_length", "64"], ["--data.batching", "by_length"]):
+        after = settled(load(config, *overrides)).fingerprint
+        assert {name for name in before if before[name] != after[name]} == {"data.batching", "data order"}
+
+
+def test_epochs_are_counted_in_rows(config):
+    one = ["--training.max_steps", "-1", "--training.num_train_epochs", "6"]
+    assert settled(load(config, *one)).arguments.max_steps == 75
+    packed = settled(load(config, *one, "--data.batching", "packed", "--data.max_length", "64"))
+    assert packed.arguments.max_steps < 40
+    assert packed.plan.num_rows == packed.arguments.max_steps * 4
+    assert packed.plan.row_lengths(packed.mixture.lengths).max() <= 64
+    assert settled(load(config, *one), world_size=5).arguments.max_steps == 15
+
+
+def test_weights_and_repetitions_of_sources_reach_the_plan(config):
+    rows = config.parent / "train.jsonl"
+    more = write_rows(config.parent / "more.jsonl", 10, seed=5)
+    sources = [{"path": str(rows), "epochs": 0.2}, {"path": str(more), "epochs": 3}]
+    plan = settled(load(config, "--data.train", json.dumps(sources))).plan
+    assert (plan.examples[:40] >= 50).sum() == 30
+    capped = [{"path": str(rows), "max_examples": 7}, str(more)]
+    mixture = settled(load(config, "--data.train", json.dumps(capped))).mixture
+    assert mixture.counts == [7, 10]
+
+
+def test_exact_match_on_plain_text_is_refused(config):
+    (config.parent / "eval.jsonl").write_text('{"text": "w1 w2 w3"}\n')
+    with pytest.raises(ValueError, match=r"exact_match is true, but eval is plain text, which has no answers"):
+        settled(load(config, "--evaluation.exact_match", "true"))

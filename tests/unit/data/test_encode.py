@@ -1,68 +1,163 @@
+import json
+
 import pytest
+from byte_tokenizer import byte_tokenizer
 from tiny_tokenizer import word_tokenizer
 
-from dora_dist.data.encode import IGNORED, encode_examples, encode_prompt
-from dora_dist.data.rows import Example
+from dora_dist.data.chat import choose_template
+from dora_dist.data.encode import IGNORED, Encoder, EncodingRules, encode_prompts, labels_of, prompt_length
+from dora_dist.data.rows import alpaca_prompt
 
-EXAMPLES = [Example("one two : ", "three"), Example("two : ", "one two three"), Example("three three three :", "one")]
-TEXT = " ".join(example.prompt + example.completion for example in EXAMPLES)
+TEXT = "one two three four five"
 
 
-@pytest.mark.parametrize("template", ["<s> $A", "$A", "<s> $A </s>", "$A </s>"])
-def test_the_loss_is_on_the_answer_and_one_end_token_exactly(template):
+def encode(tokenizer, rows, **rules):
+    rules = {"format": "prompt_completion", "max_length": 100, **rules}
+    encoder = Encoder(tokenizer, EncodingRules(**rules))
+    return encoder(
+        {
+            "place": [f"row {number}" for number in range(1, len(rows) + 1)],
+            "json": [json.dumps(row) for row in rows],
+            "flaw": [""] * len(rows),
+        }
+    )
+
+
+def trained(tokenizer, columns, number=0):
+    ids, spans = columns["input_ids"][number], columns["spans"][number]
+    return tokenizer.decode([label for label in labels_of(ids, spans) if label != IGNORED])
+
+
+@pytest.mark.parametrize("template", ["<s> $A", "<s> $A </s>", "$A"], ids=["bos", "bos and eos", "neither"])
+def test_a_pair_is_prompt_completion_and_end_and_the_loss_is_on_the_latter_two(template):
     tokenizer = word_tokenizer(TEXT, template)
-    data = encode_examples(EXAMPLES, tokenizer, max_length=100)
-    assert len(data.dataset) == len(EXAMPLES)
-    for row, example in zip(data.dataset, EXAMPLES, strict=True):
-        start = ["<s>"] if "<s>" in template else []
-        prompt, answer = start + example.prompt.split(), [*example.completion.split(), "</s>"]
-        assert tokenizer.convert_ids_to_tokens(row["input_ids"]) == prompt + answer
-        assert row["labels"][: len(prompt)] == [IGNORED] * len(prompt)
-        assert tokenizer.convert_ids_to_tokens(row["labels"][len(prompt) :]) == answer
-        assert row["attention_mask"] == [1] * len(row["input_ids"])
-    assert data.trained_tokens == sum(len(example.completion.split()) + 1 for example in EXAMPLES)
-    assert data.tokens == sum(len(row["input_ids"]) for row in data.dataset)
-    assert data.num_dropped == 0
-    assert data.examples == EXAMPLES
+    columns = encode(tokenizer, [{"prompt": "one two", "completion": "three"}])
+    start = ["<s>"] if template.startswith("<s>") else []
+    assert tokenizer.convert_ids_to_tokens(columns["input_ids"][0]) == [*start, "one", "two", "three", "</s>"]
+    assert trained(tokenizer, columns) == "three </s>"
+    (prompt,) = encode_prompts(tokenizer, ["one two"])
+    assert columns["input_ids"][0][: prompt_length(columns["spans"][0])] == prompt
 
 
-@pytest.mark.parametrize("template", ["<s> $A", "<s> $A </s>"])
-def test_a_prompt_is_encoded_as_in_training(template):
-    tokenizer = word_tokenizer(TEXT, template)
-    data = encode_examples(EXAMPLES, tokenizer, max_length=100)
-    for row, example in zip(data.dataset, EXAMPLES, strict=True):
-        prompt = encode_prompt(tokenizer, example.prompt)
-        assert row["input_ids"][: len(prompt)] == prompt
-        assert row["labels"].count(IGNORED) == len(prompt)
+def test_an_end_that_the_completion_has_already_is_not_doubled():
+    tokenizer = byte_tokenizer()
+    columns = encode(tokenizer, [{"prompt": "p", "completion": "c</s>"}])
+    assert tokenizer.decode(columns["input_ids"][0]) == "<s>pc</s>"
 
 
-def test_a_row_of_just_the_longest_length_is_kept():
-    longest = max(len(row["input_ids"]) for row in encode_examples(EXAMPLES, word_tokenizer(TEXT), 100).dataset)
-    assert encode_examples(EXAMPLES, word_tokenizer(TEXT), longest).num_dropped == 0
-    with pytest.raises(ValueError, match=f"{longest} tokens, more than data.max_length {longest - 1}.*data.overlong"):
-        encode_examples(EXAMPLES, word_tokenizer(TEXT), longest - 1)
+def test_an_instruction_stands_under_headings_or_in_the_chat_template():
+    tokenizer = byte_tokenizer("llama3")
+    row = {"instruction": "Add.", "input": "1 2", "output": "3"}
+    columns = encode(tokenizer, [row], format="alpaca")
+    assert tokenizer.decode(columns["input_ids"][0]) == (
+        f"<|begin_of_text|>{alpaca_prompt('Add.', '1 2')}3<|end_of_text|>"
+    )
+    assert trained(tokenizer, columns) == "3<|end_of_text|>"
+    template = choose_template(tokenizer).text
+    columns = encode(tokenizer, [row], format="alpaca", as_chat=True, template=template, max_length=200)
+    assert "user<|end_header_id|>\n\nAdd.\n\n1 2<|eot_id|>" in tokenizer.decode(columns["input_ids"][0])
+    assert trained(tokenizer, columns) == "3<|eot_id|>"
 
 
-def test_an_overlong_example_is_named():
-    with pytest.raises(ValueError, match="example 2 has 7 tokens"):
-        encode_examples([Example("one", "two"), *EXAMPLES[1:]], word_tokenizer(TEXT), max_length=4)
+def test_a_document_is_trained_from_its_second_token_to_its_end():
+    tokenizer = byte_tokenizer()
+    columns = encode(tokenizer, [{"text": "abc"}], format="text")
+    assert tokenizer.decode(columns["input_ids"][0]) == "<s>abc</s>"
+    assert trained(tokenizer, columns) == "abc</s>"
 
 
-def test_overlong_examples_are_dropped_and_counted_on_request():
-    examples = [EXAMPLES[1], Example("one", "two"), EXAMPLES[2], Example("two", "one")]
-    data = encode_examples(examples, word_tokenizer(TEXT), max_length=4, overlong="drop")
-    assert data.num_dropped == 2
-    assert data.examples == [examples[1], examples[3]]
-    assert len(data.dataset) == 2
-    assert data.trained_tokens == 4
-    assert data.tokens == 8
+def test_fields_may_have_other_names():
+    tokenizer = byte_tokenizer()
+    fields = {"prompt": "question", "completion": "answer"}
+    columns = encode(tokenizer, [{"question": "q", "answer": "a", "prompt": "not this"}], fields=fields)
+    assert tokenizer.decode(columns["input_ids"][0]) == "<s>qa</s>"
 
 
-def test_dropping_everything_is_an_error():
-    with pytest.raises(ValueError, match=r"none of 3 examples is left at data\.max_length 2"):
-        encode_examples(EXAMPLES, word_tokenizer(TEXT), max_length=2, overlong="drop")
+@pytest.mark.parametrize(
+    ("row", "rules", "field"),
+    [
+        ({"prompt": "p", "completion": "a</s>b"}, {}, "completion"),
+        ({"instruction": "<s>", "output": "b"}, {"format": "alpaca"}, "instruction"),
+        ({"instruction": "a", "input": "</s>", "output": "b"}, {"format": "alpaca"}, "input"),
+    ],
+)
+def test_a_control_token_where_text_is_meant_is_refused(row, rules, field):
+    with pytest.raises(ValueError, match=rf"row 1: field '{field}' holds the control token"):
+        encode(byte_tokenizer(), [row], **rules)
 
 
-def test_a_tokenizer_without_an_end_token_is_refused():
+def test_a_prompt_may_hold_control_tokens_of_its_own():
+    tokenizer = byte_tokenizer("chatml")
+    columns = encode(tokenizer, [{"prompt": "<|im_start|>user\n", "completion": "a"}])
+    assert columns["input_ids"][0][0] == tokenizer.convert_tokens_to_ids("<|im_start|>")
+
+
+def test_a_tokenizer_without_an_end_is_refused():
     with pytest.raises(ValueError, match="no end-of-sequence token"):
-        encode_examples(EXAMPLES, word_tokenizer(TEXT, eos_token=None), max_length=100)
+        Encoder(word_tokenizer(TEXT, eos_token=None), EncodingRules(format="text"))
+
+
+def test_the_batch_size_changes_nothing():
+    tokenizer = byte_tokenizer()
+    rows = [{"prompt": "p" * n, "completion": "c" * (9 - n)} for n in range(1, 9)]
+    whole = encode(tokenizer, rows)
+    parts = [encode(tokenizer, [row]) for row in rows]
+    for name in ("input_ids", "spans", "key"):
+        assert whole[name] == [part[name][0] for part in parts]
+
+
+LONG = "abcdefghijklmnopqrstuvwxyz"
+CHAT = [
+    {"role": role, "content": content}
+    for role, content in [("system", "S"), ("user", LONG), ("assistant", "one"), ("user", "q2"), ("assistant", "two")]
+]
+
+
+@pytest.mark.parametrize(
+    ("rules", "row", "most", "kept"),
+    [
+        ({}, {"prompt": LONG, "completion": "answer"}, 18, "<s>abcdevwxyzanswer</s>"),
+        (
+            {"format": "alpaca"},
+            {"instruction": "Do", "input": LONG, "output": "answer"},
+            65,
+            "<s>### Instruction:\nDo\n\n### Input:\nabcdvwxyz\n\n### Response:\nanswer</s>",
+        ),
+        ({"format": "text"}, {"text": LONG}, 5, "<s>abcd"),
+        (
+            {"format": "messages"},
+            {"messages": CHAT},
+            45,
+            "<s>S\n\n### Instruction:\nq2\n\n### Response:\ntwo</s>\n",
+        ),
+        (
+            {"format": "messages"},
+            {"messages": CHAT[:3]},
+            46,
+            "<s>S\n\n### Instruction:\nabyz\n\n### Response:\none</s>\n",
+        ),
+    ],
+    ids=["pair", "instruction", "document", "oldest exchange", "longest message"],
+)
+def test_truncation_keeps_the_answer(rules, row, most, kept):
+    tokenizer = byte_tokenizer()
+    template = choose_template(tokenizer).text if rules.get("format") == "messages" else None
+    columns = encode(tokenizer, [row], **rules, template=template, max_length=most, overlong="truncate")
+    assert tokenizer.decode(columns["input_ids"][0]) == kept
+    assert len(columns["input_ids"][0]) <= most
+    whole = encode(tokenizer, [row], **rules, template=template, max_length=1000)
+    assert columns["removed"] == [len(whole["input_ids"][0]) - len(columns["input_ids"][0])]
+
+
+def test_an_answer_that_does_not_fit_alone_is_left_out_and_said():
+    columns = encode(byte_tokenizer(), [{"prompt": "p", "completion": LONG}], max_length=20, overlong="truncate")
+    assert columns["input_ids"] == [[]]
+    assert "29 tokens, more than data.max_length 20, and the answer alone is too long" in columns["note"][0]
+
+
+def test_an_overlong_row_stops_the_run_or_is_left_out():
+    rows = [{"prompt": "p", "completion": "c"}, {"prompt": "p", "completion": LONG}]
+    with pytest.raises(ValueError, match=r"row 2 has 29 tokens, more than data\.max_length 20: .*drop or truncate"):
+        encode(byte_tokenizer(), rows, max_length=20)
+    columns = encode(byte_tokenizer(), rows, max_length=20, overlong="drop")
+    assert [len(ids) for ids in columns["input_ids"]] == [4, 0]
