@@ -1,0 +1,361 @@
+"""Memory that a run takes on every GPU, by part, and its tokens per step, from the model's configuration alone.
+
+Every key of the configuration can be overridden as --section.key value, as for dora_dist.train.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dora_dist.command import run_command
+from dora_dist.config import RunConfig, load_config
+from dora_dist.quiet import quiet_libraries
+from dora_dist.training_section import DEFAULT_TRAINING_ARGUMENTS
+
+if TYPE_CHECKING:
+    from dora_dist.memory import Optimizer, StepMemory
+
+GIB = 2**30
+CONTEXT_BYTES = GIB
+"""Left for what the allocator does not count: CUDA's context, its libraries, NCCL's buffers."""
+GPU_SIZES = (24, 40, 80)
+"""Of common GPUs, in GiB."""
+WORLD_SIZES = (1, 2, 4, 8, 16, 32)
+DEVICES = ("cuda", "cpu")
+SINGLE_MOMENT = ("lion", "rmsprop", "adagrad", "momentum")
+NO_MOMENT = ("sgd", "adafactor")
+MARKS = (" *", " <")
+OWN_KERNEL = ("fused", "bnb", "8bit", "paged")
+"""In names of optimizers that update in place, without scratch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """What a run takes on one device.
+
+    Args:
+        model: path or name of the base.
+        quantization: of the base.
+        compute_dtype: of activations, resolved.
+        adapter_dtype: of the adapter's parameters, resolved.
+        engine: ``distributed.engine``.
+        device: ``cuda`` or ``cpu``.
+        world_size: number of ranks.
+        rows: examples of a micro-batch on one device.
+        length: tokens of a row, at most.
+        accumulation: micro-batches of an optimizer step.
+        checkpointing: whether the configuration has gradient checkpointing on.
+        without: memory without gradient checkpointing, in bytes.
+        with_checkpointing: memory with it, in bytes.
+        shards: number of ranks -> bytes that ZeRO leaves on each of them for master copy, moments and gradient shard
+            (empty for other engines).
+    """
+
+    model: str
+    quantization: str
+    compute_dtype: str
+    adapter_dtype: str
+    engine: str
+    device: str
+    world_size: int
+    rows: int
+    length: int
+    accumulation: int
+    checkpointing: bool
+    without: "StepMemory"
+    with_checkpointing: "StepMemory"
+    shards: dict[int, int]
+
+    @property
+    def configured(self) -> "StepMemory":
+        """Memory with gradient checkpointing as the configuration has it."""
+        return self.with_checkpointing if self.checkpointing else self.without
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is allocated at once, as configured."""
+        return self.configured.peak.total
+
+    @property
+    def tokens_per_micro_batch(self) -> int:
+        """On one device, at most."""
+        return self.rows * self.length
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of an optimizer step, all ranks together, at most."""
+        return self.tokens_per_micro_batch * self.accumulation * self.world_size
+
+
+def estimate_memory(config: RunConfig, world_size: int, device: str = "cuda") -> MemoryEstimate:
+    """Memory per device of a run whose micro-batches are as large as they can be.
+
+    Args:
+        config: of the run.
+        world_size: number of ranks.
+        device: what it will run on, ``cuda`` or ``cpu``; not what there is here.
+
+    Raises:
+        ValueError: the model cannot be found, ``adapter.target_modules`` matches nothing in it, or a number cannot be.
+    """
+    import torch
+
+    from dora_dist.activations import Adapter, Batch
+    from dora_dist.backbone import load_skeleton
+    from dora_dist.memory import step_memory
+    from dora_dist.model_shape import read_shape
+    from dora_dist.targets import resolve_targets
+
+    engine = config.distributed.engine
+    _check_world_size(world_size, engine)
+    if device not in DEVICES:
+        raise ValueError(f"--device is {device!r}, but must be one of {', '.join(DEVICES)}")
+    rows, accumulation = (
+        _whole_number(config, name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
+    )
+    skeleton = load_skeleton(config.model.path, config.model.trust_remote_code)
+    shape = read_shape(skeleton, resolve_targets(skeleton, config.adapter.target_modules))
+    compute = _dtype_of(config.model.compute_dtype, "bfloat16" if device == "cuda" else "float32")
+    adapter_dtype = _dtype_of(config.adapter.dtype, compute if engine == "zero2" else "float32")
+    compute_bytes, adapter_bytes = (getattr(torch, name).itemsize for name in (compute, adapter_dtype))
+    batch = Batch(
+        rows=rows,
+        length=config.data.max_length,
+        compute_bytes=compute_bytes,
+        attention=_attention(config.model.attention or skeleton.config._attn_implementation),
+        # The longest row is full, but not all are.
+        padded=rows > 1,
+        # accelerate wraps the model in it, unless DeepSpeed has cast all parameters.
+        autocast=compute == "bfloat16" and engine != "zero2",
+        mask_bytes=1 if device == "cuda" else None,
+    )
+    adapter = Adapter(
+        rank=config.adapter.start_rank,
+        bytes_per_element=adapter_bytes,
+        dropout=config.adapter.dropout > 0,
+        trained_gates=config.adapter.train_gates,
+        penalty=config.pruning.equilibrium_weight > 0,
+    )
+    optimizer = _optimizer(config, world_size, device, accumulation)
+    of_step = partial(
+        step_memory, shape, quantization=config.model.quantization, batch=batch, adapter=adapter, optimizer=optimizer
+    )
+    trained = adapter.trained_numel(shape)
+    return MemoryEstimate(
+        model=config.model.path,
+        quantization=config.model.quantization,
+        compute_dtype=compute,
+        adapter_dtype=adapter_dtype,
+        engine=engine,
+        device=device,
+        world_size=world_size,
+        rows=rows,
+        length=batch.length,
+        accumulation=accumulation,
+        checkpointing=bool(_training_argument(config, "gradient_checkpointing")),
+        without=of_step(checkpointing=False),
+        with_checkpointing=of_step(checkpointing=True),
+        shards=_shards(optimizer, world_size, trained, adapter_bytes) if engine == "zero2" else {},
+    )
+
+
+def _check_world_size(world_size: int, engine: str) -> None:
+    if world_size < 1:
+        raise ValueError(f"--world-size is {world_size}, but must be at least 1")
+    if engine == "none" and world_size > 1:
+        raise ValueError(
+            f"--world-size is {world_size}, but distributed.engine is none, which is one process: set "
+            "distributed.engine to zero2 or ddp"
+        )
+
+
+def _training_argument(config: RunConfig, name: str) -> Any:
+    """A value of the training section, or its default."""
+    from transformers import TrainingArguments
+
+    defaults = {entry.name: entry.default for entry in dataclasses.fields(TrainingArguments)}
+    return {**defaults, **DEFAULT_TRAINING_ARGUMENTS, **config.training}[name]
+
+
+def _whole_number(config: RunConfig, name: str) -> int:
+    value = _training_argument(config, name)
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"training.{name} is {value!r}, but must be a whole number of at least 1")
+    return value
+
+
+def _dtype_of(name: str, automatic: str) -> str:
+    return automatic if name == "auto" else name
+
+
+def _attention(implementation: str) -> Any:
+    """The kind of attention; whatever is not known here keeps no square matrix, as flash attention."""
+    return implementation if implementation in ("sdpa", "eager") else "flash"
+
+
+def _optimizer(config: RunConfig, world_size: int, device: str, accumulation: int) -> "Optimizer":
+    from dora_dist.memory import Optimizer
+
+    name = str(_training_argument(config, "optim"))
+    moments = 2
+    if any(part in name for part in SINGLE_MOMENT):
+        moments = 1
+    elif any(part in name for part in NO_MOMENT):
+        moments = 0
+    engine = config.distributed.engine
+    scratch = 0
+    if moments and not any(part in name for part in OWN_KERNEL):
+        # torch computes on lists of all tensors on a GPU and on one at a time on a CPU, where ZeRO has one large one.
+        scratch = 1 if device == "cuda" else 2 if engine == "zero2" else 0
+    return Optimizer(
+        engine=engine,
+        world_size=world_size,
+        moments=moments,
+        moment_bytes=1 if "8bit" in name else None,
+        scratch=scratch,
+        gradients_between=accumulation > 1,
+    )
+
+
+def _shards(optimizer: "Optimizer", world_size: int, trained: int, adapter_bytes: int) -> dict[int, int]:
+    found = {}
+    for size in sorted({*WORLD_SIZES, world_size}):
+        of_size = dataclasses.replace(optimizer, world_size=size)
+        found[size] = sum(of_size.parts(trained, adapter_bytes).values()) + adapter_bytes * of_size.shard_numel(trained)
+    return found
+
+
+def render(estimate: MemoryEstimate) -> str:
+    """The estimate as a table for a person."""
+    columns = (estimate.without, estimate.with_checkpointing)
+    step = estimate.configured
+    gpu = "GPU" if estimate.device == "cuda" else "process"
+    plural = "" if estimate.world_size == 1 else "s" if gpu == "GPU" else "es"
+    lines = [
+        f"Memory per {gpu}: {estimate.model}",
+        f"  {estimate.quantization} base, {estimate.compute_dtype} activations, {estimate.adapter_dtype} adapter, "
+        f"engine {estimate.engine} on {estimate.world_size} {gpu}{plural}",
+        f"  at most {estimate.tokens_per_micro_batch:,} tokens per micro-batch ({estimate.rows} x {estimate.length:,}) "
+        f"and {estimate.tokens_per_step:,} per optimizer step "
+        f"(x {estimate.accumulation} accumulated x {estimate.world_size} {gpu}{plural})",
+        "",
+        _row("gradient checkpointing", *(("off", "on *") if estimate.checkpointing else ("off *", "on"))),
+    ]
+    peaks = [column.peak.parts for column in columns]
+    names = [name for name in dict.fromkeys([*peaks[0], *peaks[1]]) if any(peak.get(name) for peak in peaks)]
+    lines += [_row(f"  {name}", *(format_bytes(peak.get(name, 0)) for peak in peaks)) for name in names]
+    lines += [
+        "  " + "-" * 62,
+        _row("peak", *(format_bytes(column.peak.total) for column in columns)),
+        "",
+        _row(
+            "activations kept, a guess" if step.approximate else "activations kept for the backward",
+            format_bytes(step.activations),
+            format_bytes(step.checkpointed_activations),
+        ),
+        _row("  and of the layer recomputed", "", format_bytes(step.recomputed)),
+        "",
+        "  memory at",
+    ]
+    for first, second in zip(estimate.without.moments, estimate.with_checkpointing.moments, strict=True):
+        cells = [
+            format_bytes(moment.total) + (" <" if moment is column.peak else "")
+            for moment, column in zip((first, second), columns, strict=True)
+        ]
+        lines.append(_row(f"  {second.name}", *cells))
+    lines += ["", *_fits(columns)] if estimate.device == "cuda" else []
+    lines += ["", *_shard_lines(estimate)] if estimate.shards else []
+    lines += ["", "* as configured;  < the peak.  " + _largest(estimate)]
+    if step.approximate:
+        lines.append("Activations are a guess: the decoder layers of this architecture are built unlike Llama's.")
+    return "\n".join(lines)
+
+
+def _row(title: str, *cells: str) -> str:
+    """A line of the table; a cell may end in a mark, which stands outside its column."""
+    padded = (cell if cell.endswith(MARKS) else f"{cell}  " for cell in cells)
+    return f"  {title:<36}{''.join(f'{cell:>14}' for cell in padded)}".rstrip()
+
+
+def _fits(columns: Sequence["StepMemory"]) -> list[str]:
+    lines = [f"  fits (with {format_bytes(CONTEXT_BYTES)} left for CUDA and NCCL, and no fragmentation)"]
+    for size in GPU_SIZES:
+        cells = ["yes" if column.peak.total + CONTEXT_BYTES <= size * GIB else "no" for column in columns]
+        lines.append(_row(f"  {size} GB", *cells))
+    return lines
+
+
+def _shard_lines(estimate: MemoryEstimate) -> list[str]:
+    sizes = "".join(f"{size:>10}" for size in estimate.shards)
+    shards = "".join(f"{format_bytes(bytes_):>10}" for bytes_ in estimate.shards.values())
+    return [f"  {'number of GPUs':<20}{sizes}", f"  {'ZeRO-2 shard on each':<20}{shards}"]
+
+
+def _largest(estimate: MemoryEstimate) -> str:
+    parts = estimate.configured.peak.parts
+    largest = sorted(parts, key=lambda name: parts[name], reverse=True)[:2]
+    shares = " and ".join(f"{name} ({parts[name] / estimate.peak_bytes:.0%})" for name in largest)
+    return f"The most is in {shares}."
+
+
+def format_bytes(count: int) -> str:
+    """Three digits or so: ``5.31 GiB``, ``812 MiB``, ``20.1 KiB``."""
+    for unit, size in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= 0.9995 * size:
+            value = count / size
+            return f"{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f} {unit}"
+    return f"{count} B"
+
+
+def as_json(estimate: MemoryEstimate) -> str:
+    """All numbers in bytes, with totals, as JSON."""
+    figures: dict[str, Any] = dataclasses.asdict(estimate)
+    for name, step in (("without", estimate.without), ("with_checkpointing", estimate.with_checkpointing)):
+        figures[name]["peak"] = {"moment": step.peak.name, "bytes": step.peak.total}
+    figures["peak_bytes"] = estimate.peak_bytes
+    figures["tokens_per_micro_batch"] = estimate.tokens_per_micro_batch
+    figures["tokens_per_step"] = estimate.tokens_per_step
+    return json.dumps(figures, indent=2)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, without the overrides."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dora_dist.estimate",
+        usage="%(prog)s CONFIG [--section.key value ...] [--world-size N] [--device cuda|cpu] [--json]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of the run, see configs/")
+    parser.add_argument(
+        "--world-size", type=int, metavar="N", help="number of GPUs; by default WORLD_SIZE of the environment, or 1"
+    )
+    parser.add_argument("--device", choices=DEVICES, default="cuda", help="what the run will be on (cuda)")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON, in bytes")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the estimate.
+
+    Raises:
+        ValueError: something that the user can mend.
+    """
+    quiet_libraries()
+    options, overrides = build_parser().parse_known_args(arguments)
+    if not options.config.is_file():
+        raise ValueError(f"there is no file {options.config}: give the YAML of the run, see configs/")
+    world_size = options.world_size if options.world_size is not None else int(os.environ.get("WORLD_SIZE", "1"))
+    estimate = estimate_memory(load_config(options.config, overrides), world_size, options.device)
+    print(as_json(estimate) if options.json else render(estimate))
+
+
+if __name__ == "__main__":
+    run_command(main)

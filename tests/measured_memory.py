@@ -1,0 +1,152 @@
+"""The peak memory of training steps on a CPU, in bytes: what ``torch.cuda.max_memory_allocated`` is on a GPU."""
+
+import gc
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from repository import REPOSITORY
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from dora_dist import add_dynamic_lora
+from dora_dist.backbone import load_backbone, resolve_compute_dtype
+from dora_dist.config import RunConfig, load_config
+from dora_dist.model import DynamicLoraModel
+from dora_dist.regularizer import equilibrium_penalty
+
+
+def save_model(folder: Path, config: PreTrainedConfig) -> None:
+    """A random model of this configuration, in the ordinary layout."""
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+def measure_peak(config: RunConfig) -> int:
+    """Peak of the second optimizer step of a run on one CPU, the resident tensors included.
+
+    The step is the trainer's (``training_step`` of transformers and ``compute_loss`` of this project): forward with
+    labels and ``num_items_in_batch``, equilibrium penalty, backward, gradient clipping, AdamW.
+    """
+    before = _live_storages()
+    model = _load(config, "float32")
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters)
+    # As accelerate wraps the forward where the compute dtype is bfloat16.
+    autocast = model.dtype is torch.bfloat16
+
+    def step() -> None:
+        for _ in range(config.training.get("gradient_accumulation_steps", 1)):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = _loss(model, model, config)
+            loss.backward()
+            del loss
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return _peak_of_second(step, before)
+
+
+def measure_zero_peak(path: str, overrides: list[str]) -> int:
+    """The same under DeepSpeed as launch/zero2.json configures it, on one rank of a world that has been joined."""
+    import deepspeed
+
+    config = load_config(path, overrides)
+    before = _live_storages()
+    model = _load(config, "auto")
+    settings: dict[str, Any] = json.loads((REPOSITORY / "launch" / "zero2.json").read_text())
+    rows, accumulation = _rows(config), config.training.get("gradient_accumulation_steps", 1)
+    settings |= {
+        "bf16": {"enabled": model.dtype is torch.bfloat16},
+        "gradient_clipping": 1.0,
+        "gradient_accumulation_steps": accumulation,
+        "train_micro_batch_size_per_gpu": rows,
+        "train_batch_size": rows * accumulation * torch.distributed.get_world_size(),
+        "zero_allow_untested_optimizer": True,
+    }
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+
+    def step() -> None:
+        for _ in range(accumulation):
+            loss = _loss(engine, model, config)
+            engine.backward(loss)
+            del loss
+            engine.step()
+
+    return _peak_of_second(step, before)
+
+
+def _peak_of_second(step: Callable[[], None], before: dict[int, int]) -> int:
+    step()
+    resident = sum(size for address, size in _live_storages().items() if address not in before)
+    with _rise_of_allocator() as found:
+        step()
+    return resident + found.peak
+
+
+def _live_storages() -> dict[int, int]:
+    """Address and bytes of the storage of every tensor that Python can reach."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), Tensor) and thing.device.type == "cpu":
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    storages.pop(0, None)
+    return storages
+
+
+@contextmanager
+def _rise_of_allocator() -> Iterator[SimpleNamespace]:
+    """How far the allocated bytes rise, at most, above those at the start, by the events of the allocator itself.
+
+    What a kernel allocates and frees within one operation counts; scratch of MKL or oneDNN, outside the allocator,
+    does not.
+    """
+    found = SimpleNamespace(peak=0)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        yield found
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        found.peak = max(found.peak, live)
+
+
+def _load(config: RunConfig, adapter_dtype: str) -> DynamicLoraModel:
+    """As ``build.load_model`` loads it, ready to train."""
+    base = load_backbone(
+        config.model.path,
+        quantization=config.model.quantization,
+        compute_dtype=resolve_compute_dtype(config.model.compute_dtype),
+        attention=config.model.attention,
+    )
+    model = add_dynamic_lora(base, replace(config.adapter, dtype=adapter_dtype))
+    if config.training.get("gradient_checkpointing"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+def _rows(config: RunConfig) -> int:
+    return config.training["per_device_train_batch_size"]
+
+
+def _loss(wrapped: nn.Module, model: DynamicLoraModel, config: RunConfig) -> Tensor:
+    """Of a batch whose rows are all as long as can be, but one that is a token shorter: attention needs a mask."""
+    ids = torch.randint(0, model.config.vocab_size, (_rows(config), config.data.max_length))
+    mask = torch.ones_like(ids)
+    mask[1:2, -1] = 0
+    count = torch.tensor(ids.numel())
+    loss = wrapped(input_ids=ids, labels=ids, attention_mask=mask, num_items_in_batch=count).loss
+    weight = config.pruning.equilibrium_weight
+    if weight:
+        layers = model.adapted_layers().values()
+        loss = loss + weight * equilibrium_penalty((layer.lora_a, layer.lora_b) for layer in layers).to(loss.dtype)
+    return loss
