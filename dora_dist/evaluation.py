@@ -45,7 +45,7 @@ class Evaluator:
     @torch.no_grad()
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
         """``loss``, ``exact_match`` (a share, if asked for) and ``examples`` over all sources, and where there are
-        several, ``NAME_loss`` and ``NAME_exact_match`` of each; the same on every rank.
+        several, ``NAME_loss`` and so on of each; the same on every rank.
 
         Raises:
             RankFailedError: a rank failed; on all ranks.
@@ -63,7 +63,6 @@ class Evaluator:
         ranks = self.agreement.gather(local)
         sums = {name: [sum(v) for v in zip(*(rank[name] for rank in ranks), strict=True)] for name in self.sources}
         result = self._means([sum(values) for values in zip(*sums.values(), strict=True)])
-        result["examples"] = sum(len(examples) for examples in self.sources.values())
         if len(self.sources) > 1:
             for name, values in sums.items():
                 result |= {f"{name}_{key}": value for key, value in self._means(values).items()}
@@ -71,7 +70,8 @@ class Evaluator:
 
     def _means(self, sums: Sequence[float]) -> dict[str, float]:
         loss, tokens, matches, examples = sums
-        return {"loss": loss / tokens, **({"exact_match": matches / examples} if self.exact_match else {})}
+        exact_match = {"exact_match": matches / examples} if self.exact_match else {}
+        return {"loss": loss / tokens, "examples": examples, **exact_match}
 
     def _local_sums(self, model: PreTrainedModel) -> dict[str, tuple[float, int, int, int]]:
         """Of this rank's share of every source: sum of the losses, answer tokens, exact matches, examples."""

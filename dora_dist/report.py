@@ -63,6 +63,29 @@ def summarize(run: Path) -> dict[str, Any]:
     }
 
 
+def source_names(evaluation: Mapping[str, Any]) -> list[str]:
+    """Held-out sources with figures of their own, in their order."""
+    return [name.removesuffix("_loss") for name in evaluation if name.endswith("_loss")]
+
+
+def _source_lines(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> list[str]:
+    names = source_names(after)
+    width = max(map(len, names), default=0)
+    lines = []
+    for name in names:
+        parts = [f"loss {_change(before, after, f'{name}_loss')}"]
+        if f"{name}_exact_match" in after:
+            parts.append(f"exact match {_change(before, after, f'{name}_exact_match')}")
+        lines.append(f"    {name:<{width}}  {', '.join(parts)}  ({after[f'{name}_examples']} examples)")
+    return lines
+
+
+def _change(before: Mapping[str, Any] | None, after: Mapping[str, Any], name: str) -> str:
+    style = ".1%" if name.endswith("exact_match") else ".4f"
+    start = f"{before[name]:{style}} -> " if before else ""
+    return f"{start}{after[name]:{style}}"
+
+
 def _evaluation(line: Mapping[str, Any]) -> dict[str, Any]:
     return {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
 
@@ -72,10 +95,10 @@ def format_summary(summary: Mapping[str, Any], run: Path) -> str:
     lines = [f"Run {run}, {summary['steps']} optimizer steps"]
     before, after = summary["before"], summary["after"]
     if after:
-        for name, title, style in (("loss", "held-out loss", ".4f"), ("exact_match", "exact match", ".1%")):
+        for name, title in (("loss", "held-out loss"), ("exact_match", "exact match")):
             if name in after:
-                start = f"{before[name]:{style}} -> " if before else ""
-                lines.append(f"  {title:<16} {start}{after[name]:{style}}  ({after['examples']} examples)")
+                lines.append(f"  {title:<16} {_change(before, after, name)}  ({after['examples']} examples)")
+        lines += _source_lines(before, after)
     kept, start = summary["components_kept"], summary["components_at_start"]
     state = "" if summary["final_event"] else "  (pruning has not ended)"
     lines.append(f"  {'components':<16} {start} -> {kept}{state}")
@@ -179,9 +202,12 @@ def draw_progress(lines: list[dict[str, Any]], path: Path) -> None:
         label="held-out",
         color="#ee6677",
     )
+    for name in source_names(_evaluation(evaluations[-1])) if evaluations else []:
+        losses = [line[f"eval_{name}_loss"] for line in evaluations]
+        top.plot([line["step"] for line in evaluations], losses, ".--", linewidth=0.8, markersize=4, label=name)
     top.set_ylabel("loss")
     top.set_yscale("log")
-    top.legend(frameon=False)
+    top.legend(frameon=False, ncols=2 if len(top.lines) > 6 else 1, fontsize=8 if len(top.lines) > 6 else None)
     bottom.step([line["step"] for line in steps], [line["components"] for line in steps], where="post", color="#228833")
     bottom.set_ylabel("components")
     bottom.set_ylim(bottom=0)

@@ -20,6 +20,10 @@ IGNORED = -100
 COLUMNS = ("input_ids", "spans", "answer", "removed", "key", "place", "status", "note", "trimmed")
 
 
+class UnusableRowError(ValueError):
+    """A row that cannot be used, under the policy ``error``."""
+
+
 class Status(IntEnum):
     """What became of a row."""
 
@@ -148,7 +152,7 @@ class Encoder:
             and ``trimmed`` (messages left out after the assistant's last).
 
         Raises:
-            ValueError: a row cannot be used, under the policy ``error``.
+            UnusableRowError: a row cannot be used, under the policy ``error``.
         """
         columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
         found: list[tuple[str, _Part | str]] = []  # a part, or what is wrong with the row
@@ -157,7 +161,7 @@ class Encoder:
                 found += [(place, part) for part in self._parts(self._parse(text, flaw))]
             except RowFlaw as error:
                 if self.rules.bad_rows == "error":
-                    raise ValueError(f"{place}: {error}; mend it, or set data.bad_rows to skip") from None
+                    raise UnusableRowError(f"{place}: {error}; mend it, or set data.bad_rows to skip") from None
                 found.append((place, str(error)))
         encoded = iter(self._encode([part for _, part in found if isinstance(part, _Part)]))
         for place, part in found:
@@ -276,7 +280,7 @@ class Encoder:
             return example, Status.KEPT, ""
         note = f"{len(example.ids)} tokens, more than data.max_length {most}"
         if self.rules.overlong == "error":
-            raise ValueError(
+            raise UnusableRowError(
                 f"{place} has {note}: raise it, or set data.overlong to drop or truncate (what the tokens are: "
                 "python -m dora_dist.preview)"
             )

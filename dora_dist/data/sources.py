@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
 from dora_dist.command import say
-from dora_dist.data.encode import Encoder, EncodingRules, Status
+from dora_dist.data.encode import Encoder, EncodingRules, Status, UnusableRowError
 from dora_dist.data.read import Location, RawRow
 
 MANIFEST = "prepared.json"
@@ -272,19 +272,23 @@ def _store_rows(location: Location, path: Path) -> Dataset:
 
 def _encode_rows(name: str, rows: Dataset, encoder: Encoder, work: Path, key: str, workers: int) -> Dataset:
     say(f"{name}: encoding {len(rows)} rows with {workers} worker{'s' * (workers > 1)}")
-    with _progress_bars():
-        return rows.map(
-            encoder,
-            batched=True,
-            batch_size=ROWS_AT_A_TIME,
-            num_proc=workers if workers > 1 else None,
-            remove_columns=rows.column_names,
-            features=EXAMPLE_FEATURES,
-            cache_file_name=str(work / "examples.arrow"),
-            load_from_cache_file=False,
-            new_fingerprint=key[:32],
-            desc=f"encoding {name}",
-        )
+    try:
+        with _progress_bars():
+            return rows.map(
+                encoder,
+                batched=True,
+                batch_size=ROWS_AT_A_TIME,
+                num_proc=workers if workers > 1 else None,
+                remove_columns=rows.column_names,
+                features=EXAMPLE_FEATURES,
+                cache_file_name=str(work / "examples.arrow"),
+                load_from_cache_file=False,
+                new_fingerprint=key[:32],
+                desc=f"encoding {name}",
+            )
+    except UnusableRowError as error:
+        # What a worker raises comes with the worker's traceback, which says nothing about the row.
+        raise ValueError(str(error)) from None
 
 
 @contextmanager

@@ -144,3 +144,20 @@ def test_records_after_a_step_can_be_forgotten_and_a_half_written_line_is_not_co
     run.metrics(11, {"loss": 1.0})
     assert [line["step"] for line in records.read_lines(tmp_path / records.METRICS)] == [0, 10, 11]
     assert [event.step for event in records.read_events(tmp_path / records.ALLOCATION)] == [10]
+
+
+def test_every_held_out_source_has_a_line_and_a_curve(tmp_path):
+    write_run(tmp_path, evaluated=False)
+    lines = []
+    for step, loss in ((0, 3.0), (30, 1.5)):
+        line = {"step": step, "eval_loss": loss, "eval_examples": 250, "eval_exact_match": 0.1}
+        for number in range(11):
+            line |= {f"eval_mgsm_{number}_loss": loss + number, f"eval_mgsm_{number}_examples": 25}
+            line |= {f"eval_mgsm_{number}_exact_match": number / 20}
+        lines.append(json.dumps(line) + "\n")
+    with (tmp_path / records.METRICS).open("a") as file:
+        file.writelines(lines)
+    text = report.finish_run(tmp_path)
+    (second,) = (line for line in text.split("\n") if line.startswith("    mgsm_2 "))
+    assert second == "    mgsm_2   loss 5.0000 -> 3.5000, exact match 10.0% -> 10.0%  (25 examples)"
+    assert sum("mgsm_" in line for line in text.split("\n")) == 11
