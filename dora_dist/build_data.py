@@ -100,7 +100,12 @@ def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> RunD
 def _find(source: SourceConfig, config: DataConfig) -> tuple[Location, str]:
     """Where a source is, and the format of its rows."""
     location = locate(
-        source.path, subset=source.subset, split=source.split, revision=source.revision, limit=source.max_rows
+        source.path,
+        subset=source.subset,
+        split=source.split,
+        revision=source.revision,
+        limit=source.max_rows,
+        columns=tuple(source.columns),
     )
     wanted = config.format if source.format == "auto" else source.format
     if wanted == "auto":

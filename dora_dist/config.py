@@ -89,6 +89,7 @@ class SourceConfig:
         name: for messages and metrics; by default made from the path.
         format: how its rows are written; auto tells by the fields of the first ones.
         fields: the format's name of a field and the rows' own, where they differ, such as {prompt: question}.
+        columns: names of the columns of a CSV or TSV file whose first line is a row already.
         as_chat: put alpaca rows into the chat template too, instead of the plain headings of Alpaca.
         subset: configuration of a data set on the Hub.
         split: of a data set on the Hub, or of a folder with several.
@@ -103,6 +104,7 @@ class SourceConfig:
     name: str | None = None
     format: Format = "auto"
     fields: dict[str, str] = field(default_factory=dict)
+    columns: list[str] = field(default_factory=list)
     as_chat: bool = False
     subset: str | None = None
     split: str = "train"
@@ -132,7 +134,7 @@ class DataConfig:
 
     Args:
         train: file, glob, saved folder or Hub name to train on; or a list of several, each a path or a mapping with
-            settings of its own (path, name, format, fields, as_chat, subset, split, revision, max_rows, max_examples,
+            settings of its own (path, name, format, fields, columns, as_chat, subset, split, revision, max_rows, max_examples,
             weight, epochs).
         eval: the same, held out, for evaluation, measured source by source; null for none.
         format: how rows are written, for all sources that do not say it: messages (role, content), sharegpt

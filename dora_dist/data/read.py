@@ -49,6 +49,7 @@ class Location:
         split: of a data set on the Hub or a saved folder with several.
         revision: commit or tag on the Hub.
         limit: rows to read at most, or None.
+        columns: names of the columns of tables whose first line does not give them; empty where it does.
     """
 
     files: tuple[Path, ...] = ()
@@ -57,6 +58,7 @@ class Location:
     split: str = "train"
     revision: str | None = None
     limit: int | None = None
+    columns: tuple[str, ...] = ()
 
     def rows(self) -> Iterator[RawRow]:
         """All rows in order, read as they are asked for.
@@ -64,12 +66,14 @@ class Location:
         Raises:
             ValueError: a file cannot be read as what its name or its first character says it is.
         """
-        parts = (read_file(file, self.split) for file in self.files) if self.files else (self._hub_rows(),)
+        parts = (
+            (read_file(file, self.split, self.columns) for file in self.files) if self.files else (self._hub_rows(),)
+        )
         return itertools.islice(itertools.chain.from_iterable(parts), self.limit)
 
     def digest(self) -> str:
         """SHA-256 of the content: of all bytes of local files, of the commit on the Hub."""
-        digest = sha256(repr((self.hub, self.subset, self.split, self.limit)).encode())
+        digest = sha256(repr((self.hub, self.subset, self.split, self.limit, self.columns)).encode())
         for file in self.files:
             for part in sorted(path for path in file.rglob("*") if path.is_file()) if file.is_dir() else [file]:
                 with part.open("rb") as stream:
@@ -137,8 +141,13 @@ def _may_be_on_the_hub(pattern: str) -> bool:
     return not local and Path(pattern).suffix not in {".json", ".jsonl", ".gz", ".parquet", ".csv", ".tsv", ".arrow"}
 
 
-def read_file(file: Path, split: str = "train") -> Iterator[RawRow]:
+def read_file(file: Path, split: str = "train", columns: Sequence[str] = ()) -> Iterator[RawRow]:
     """The rows of one file or saved folder.
+
+    Args:
+        file: one that :func:`locate` has found.
+        split: of a saved folder with several.
+        columns: names of the columns of a table without a header line.
 
     Raises:
         ValueError: it cannot be read.
@@ -149,7 +158,7 @@ def read_file(file: Path, split: str = "train") -> Iterator[RawRow]:
     elif kind in ("parquet", "arrow"):
         yield from _dumped(_built(kind, file), str(file))
     elif kind in ("csv", "tsv"):
-        yield from _dumped(_table(file, "\t" if kind == "tsv" else ","), str(file))
+        yield from _dumped(_table(file, "\t" if kind == "tsv" else ",", columns), str(file))
     else:
         yield from _json_rows(file)
 
@@ -173,17 +182,27 @@ def _built(kind: str, file: Path, **options: Any) -> Iterator[dict[str, Any]]:
         yield from load_dataset(kind, data_files=str(file), split="train", streaming=True, **options)
 
 
-def _table(file: Path, separator: str) -> Iterator[dict[str, Any]]:
+def _table(file: Path, separator: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     """A table as it is written: left to itself, pandas makes numbers and dates of texts, and nothing of ``NA``."""
     from datasets import Features, Value
 
     with _reading(file), fsspec.open(str(file), "rt", compression="infer", encoding="utf-8-sig", newline="") as stream:
-        names = next(csv.reader(stream, delimiter=separator), [])
+        first = next(csv.reader(stream, delimiter=separator), [])
+    names = list(columns) or first
     if not names or len(set(names)) < len(names):
         raise ValueError(f"{file}: the first line must name every column, each once, got {names}")
+    if len(names) != len(first):
+        raise ValueError(f"{file} has {len(first)} columns in its first line, but columns names {len(names)}: {names}")
     texts = Features({name: Value("string") for name in names})
     yield from _built(
-        "csv", file, sep=separator, features=texts, keep_default_na=False, na_filter=False, encoding="utf-8-sig"
+        "csv",
+        file,
+        sep=separator,
+        names=names if columns else None,
+        features=texts,
+        keep_default_na=False,
+        na_filter=False,
+        encoding="utf-8-sig",
     )
 
 
