@@ -134,8 +134,8 @@ class DataConfig:
 
     Args:
         train: file, glob, saved folder or Hub name to train on; or a list of several, each a path or a mapping with
-            settings of its own (path, name, format, fields, columns, as_chat, subset, split, revision, max_rows, max_examples,
-            weight, epochs).
+            settings of its own (path, name, format, fields, columns, as_chat, subset, split, revision, max_rows,
+            max_examples, weight, epochs).
         eval: the same, held out, for evaluation, measured source by source; null for none.
         format: how rows are written, for all sources that do not say it: messages (role, content), sharegpt
             (conversations), alpaca (instruction, input, output), prompt_completion, text; auto tells by their fields.

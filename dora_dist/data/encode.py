@@ -340,14 +340,17 @@ class Encoder:
         return replace(sample, messages=messages)
 
     def _cut_middle(self, text: str, excess: int) -> str | None:
-        """The text without ``excess`` tokens from its middle, or None if it has no more than that."""
+        """The text without about ``excess`` tokens from its middle, always shorter than before; None if it has no more
+        than that."""
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, **IDS_ONLY)
         offsets = encoded["offset_mapping"]
         keep = len(offsets) - excess
         if keep < 2:
             return None
-        left, right = keep // 2, len(offsets) - (keep - keep // 2)
-        return text[: offsets[left - 1][1]] + text[offsets[right][0] :]
+        end = offsets[keep // 2 - 1][1]
+        # Several tokens may stand for the bytes of one character: at least one character goes.
+        start = max(offsets[len(offsets) - (keep - keep // 2)][0], end + 1)
+        return text[:end] + text[start:]
 
 
 def _key(example: Encoded) -> int:

@@ -238,7 +238,7 @@ def _prepare(name: str, location: Location, encoder: Encoder, folder: Path, key:
         _list_left_out(examples, status, finished / LEFT_OUT)
         content = {
             "format": encoder.rules.format,
-            "digest": sha256(kept.with_format("numpy")["key"][:].tobytes()).hexdigest(),
+            "digest": sha256(examples.with_format("numpy")["key"][status == Status.KEPT].tobytes()).hexdigest(),
             "counts": asdict(_count(len(rows), examples, status)),
             "rules": asdict(encoder.rules),
         }

@@ -161,3 +161,13 @@ def test_an_overlong_row_stops_the_run_or_is_left_out():
         encode(byte_tokenizer(), rows, max_length=20)
     columns = encode(byte_tokenizer(), rows, max_length=20, overlong="drop")
     assert [len(ids) for ids in columns["input_ids"]] == [4, 0]
+
+
+def test_truncation_ends_where_a_character_is_several_tokens():
+    tokenizer = byte_tokenizer()
+    for most in range(20, 60):
+        row = {"prompt": "語" * 40, "completion": "答え"}
+        columns = encode(tokenizer, [row], max_length=most, overlong="truncate")
+        text = tokenizer.decode(columns["input_ids"][0])
+        assert text == f"<s>{'語' * text.count('語')}答え</s>"
+        assert most - 6 < len(columns["input_ids"][0]) <= most
