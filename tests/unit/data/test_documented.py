@@ -1,0 +1,39 @@
+"""The examples of docs/data.md are of the format that they stand under, and encode."""
+
+import json
+import re
+
+import pytest
+from byte_tokenizer import byte_tokenizer
+from repository import REPOSITORY
+
+from dora_dist.config import load_config
+from dora_dist.data.chat import choose_template
+from dora_dist.data.encode import Encoder, EncodingRules
+from dora_dist.data.rows import FORMATS, tell_format
+
+TEXT = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8")
+EXAMPLES = dict(re.findall(r"^### (\w+)\n.*?```jsonl\n(.*?)```", TEXT, re.DOTALL | re.MULTILINE))
+
+
+def test_every_format_has_an_example():
+    assert EXAMPLES.keys() == FORMATS.keys()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_example_is_what_it_is_said_to_be(name):
+    lines = EXAMPLES[name].splitlines()
+    assert tell_format([json.loads(line) for line in lines], "docs", {}) == name
+    tokenizer = byte_tokenizer("chatml")
+    rules = EncodingRules(format=name, template=choose_template(tokenizer).text)
+    columns = Encoder(tokenizer, rules)({"place": lines, "json": lines, "flaw": [""] * len(lines)})
+    assert all(columns["input_ids"])
+
+
+def test_the_example_of_a_mixture_loads(tmp_path):
+    (mixture,) = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
+    path = tmp_path / "run.yaml"
+    path.write_text(f"output_dir: x\nmodel: {{path: y}}\n{mixture}")
+    config = load_config(path)
+    assert [source.name for source in config.data.train_sources()] == ["en", "finnish", "name"]
+    assert [source.name for source in config.data.eval_sources()] == ["en", "finnish"]
