@@ -67,8 +67,8 @@ def _leave(error: Exception, status: int) -> None:
     os._exit(status)
 
 
-def say(text: str) -> None:
-    """A remark for the log, once: from the first rank only."""
-    if os.environ.get("RANK", "0") == "0":
+def say(text: str, from_any_rank: bool = False) -> None:
+    """A remark for the log, once: from the first rank only, or from whichever rank alone does what it is about."""
+    if from_any_rank or os.environ.get("RANK", "0") == "0":
         sys.stderr.write(f"{text}\n")
         sys.stderr.flush()

@@ -6,7 +6,6 @@ depends on: the data's bytes, the tokenizer, the rules, this package's own code 
 
 import itertools
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -271,7 +270,7 @@ def _store_rows(location: Location, path: Path) -> Dataset:
 
 
 def _encode_rows(name: str, rows: Dataset, encoder: Encoder, work: Path, key: str, workers: int) -> Dataset:
-    say(f"{name}: encoding {len(rows)} rows with {workers} worker{'s' * (workers > 1)}")
+    say(f"{name}: encoding {len(rows)} rows with {workers} worker{'s' * (workers > 1)}", from_any_rank=True)
     try:
         with _progress_bars():
             return rows.map(
@@ -293,8 +292,8 @@ def _encode_rows(name: str, rows: Dataset, encoder: Encoder, work: Path, key: st
 
 @contextmanager
 def _progress_bars() -> Iterator[None]:
-    """datasets' own bars on the first rank's terminal, none in a log file."""
-    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+    """datasets' own bars on a terminal, none in a log file."""
+    if not sys.stderr.isatty():
         disable_progress_bars()
     try:
         yield

@@ -3,6 +3,9 @@
 Tolerances are those of docs/numerics.md: float32 sums in another order, over twelve steps.
 """
 
+import json
+from pathlib import Path
+
 import pytest
 from commands import steps_of, train
 
@@ -25,6 +28,12 @@ VARIANTS = {
 }
 
 
+def last_evaluation(run: Path) -> dict[str, float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    last = [line for line in lines if "eval_loss" in line][-1]
+    return {key: value for key, value in last.items() if key.startswith("eval_")}
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_trajectory_does_not_depend_on_how_it_is_computed(variant, plain_reference, tmp_path):
     overrides, processes, engine = VARIANTS[variant]
@@ -37,4 +46,8 @@ def test_the_trajectory_does_not_depend_on_how_it_is_computed(variant, plain_ref
         # A dropped factor shows in the mean even where every single step is within the tolerance.
         assert abs(sum(residuals) / len(residuals)) < RELATIVE / 2, (key, residuals)
     assert [line["allocation"] for line in found] == [line["allocation"] for line in expected]
+    before, after = last_evaluation(plain_reference.run), last_evaluation(tmp_path / "run")
+    assert before.keys() == after.keys() >= {"eval_loss", "eval_eval_loss", "eval_eval-small_loss"}
+    for key in before:
+        assert abs(after[key] - before[key]) <= RELATIVE * abs(before[key]), key
     assert len({line["allocation"] for line in found}) >= 3, "nothing was pruned: the masks prove nothing"
