@@ -223,15 +223,8 @@ def build_mixture(config: DataConfig, sources: Sequence[PreparedSource], seed: i
     )
 
 
-def describe_data(data: RunData, mixture: Mixture, plan: TrainingPlan, rows_per_batch: int) -> dict[str, Any]:
-    """What the run's record says about its data.
-
-    Args:
-        data: of the run.
-        mixture: of the run.
-        plan: of the run.
-        rows_per_batch: rows of a micro-batch on one device.
-    """
+def describe_data(data: RunData, mixture: Mixture) -> dict[str, Any]:
+    """What a run's record says about its data."""
     trained = [{**_describe(source), "per_epoch": n} for source, n in zip(data.train, mixture.counts, strict=True)]
     held_out = [{**_describe(source), "also_trained_on": data.overlap[source.name]} for source in data.evaluation]
     return {
@@ -239,7 +232,6 @@ def describe_data(data: RunData, mixture: Mixture, plan: TrainingPlan, rows_per_
         "train": trained,
         "eval": held_out,
         "batching": mixture.batching,
-        "padding_share": plan.padding_share(mixture.lengths, rows_per_batch),
     }
 
 

@@ -18,7 +18,6 @@ def describe(config: RunConfig, settled: Settled, world_size: int) -> str:
     """
     data, mixture, plan = settled.data, settled.mixture, settled.plan
     num_steps, layers = settled.arguments.max_steps, settled.layers
-    rows_per_batch = settled.arguments.per_device_train_batch_size
     rows = plan.num_rows // num_steps
     kinds = sorted({name.rsplit(".", 1)[-1] for name in layers})
     what = "rows of packed examples" if mixture.batching == "packed" else "examples"
@@ -28,7 +27,7 @@ def describe(config: RunConfig, settled: Settled, world_size: int) -> str:
         *([prepare.render("held-out data", data.evaluation)] if data.evaluation else []),
         f"{num_steps} optimizer steps of {rows} {what} on {world_size} process{'es' * (world_size > 1)}, "
         f"{plan.num_rows / mixture.rows_of_epochs(1):.2f} passes over the data; "
-        f"{plan.padding_share(mixture.lengths, rows_per_batch):.1%} of the computed tokens are padding",
+        f"{settled.padding_share():.1%} of the computed tokens are padding",
         _budget(settled.schedule),
         estimate.render(estimate.estimate_memory(config, world_size)),
         "Dry run: nothing was trained, and no weight was read.",

@@ -59,10 +59,13 @@ class Settled:
     schedule: BudgetSchedule
     fingerprint: dict[str, Any]
 
+    def padding_share(self) -> float:
+        """Share of padding in all tokens that the run computes."""
+        return self.plan.padding_share(self.mixture.lengths, self.arguments.per_device_train_batch_size)
+
     def describe_data(self) -> dict[str, Any]:
         """What the run's record says about its data."""
-        rows_per_batch = self.arguments.per_device_train_batch_size
-        return describe_data(self.data, self.mixture, self.plan, rows_per_batch)
+        return {**describe_data(self.data, self.mixture), "padding_share": self.padding_share()}
 
 
 def settle(

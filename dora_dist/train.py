@@ -55,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if dry_run:
         print_dry_run(config, settled, agreement)
         return
+    say(f"{config.data.batching} batches: {settled.padding_share():.1%} of the computed tokens are padding")
     finished, resume = choose_checkpoint(config, settled.fingerprint, agreement)
     if finished:
         say(f"{run} holds a finished run with these settings; its adapter is {run / 'adapter'}")

@@ -173,7 +173,10 @@ def prepare_source(
     key = _cache_key(location, rules, tokenizer)
     folder = cache / f"{_file_name(name)}-{key[:20]}"
     if not (folder / MANIFEST).is_file():
-        cache.mkdir(parents=True, exist_ok=True)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"data.cache_dir {cache} cannot be made: {error}; set it to a folder of yours") from None
         with _locked(folder, name):
             if not (folder / MANIFEST).is_file():
                 _prepare(name, location, encoder, folder, key, workers)
@@ -237,7 +240,7 @@ def _prepare(name: str, location: Location, encoder: Encoder, folder: Path, key:
         _list_left_out(examples, status, finished / LEFT_OUT)
         content = {
             "format": encoder.rules.format,
-            "digest": sha256(examples.with_format("numpy")["key"][status == Status.KEPT].tobytes()).hexdigest(),
+            "digest": sha256(examples.with_format("numpy")["key"][:][status == Status.KEPT].tobytes()).hexdigest(),
             "counts": asdict(_count(len(rows), examples, status)),
             "rules": asdict(encoder.rules),
         }

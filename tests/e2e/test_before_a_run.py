@@ -61,7 +61,10 @@ def test_a_dry_run_refuses_what_a_run_would(tmp_path):
     config = write_config(tmp_path)
     for overrides, message in (
         (("--training.max_steps", "2"), "2 optimizer steps with warmup_fraction"),
-        (("--data.chat_template", "llama3", "--data.format", "messages"), "the tokenizer does not know <|start_header_id|>"),
+        (
+            ("--data.chat_template", "llama3", "--data.format", "messages"),
+            "the tokenizer does not know <|start_header_id|>",
+        ),
     ):
         finished = run("python", "-m", "dora_dist.train", "--config", str(config), "--dry-run", *overrides)
         assert finished.status == 2, finished.output

@@ -18,8 +18,11 @@ VARIANTS = {
         1,
         "none",
     ),
-    "two ranks, accumulating 2 x 2": (
-        ("--training.per_device_train_batch_size", "2", "--training.gradient_accumulation_steps", "2"),
+    "two ranks, accumulating 2 x 2, with data workers": (
+        (
+            *("--training.per_device_train_batch_size", "2", "--training.gradient_accumulation_steps", "2"),
+            *("--training.dataloader_num_workers", "1"),
+        ),
         2,
         "zero2",
     ),

@@ -1,5 +1,7 @@
 """Chat templates: the exact tokens that are trained in a conversation, with the template's own marks and without."""
 
+import itertools
+import json
 import re
 
 import pytest
@@ -52,8 +54,6 @@ def without_marks(template: str) -> str:
 
 
 def encode(tokenizer, template: str, messages: list[dict], **rules) -> list[tuple[list[int], list[int]]]:
-    import json
-
     encoder = Encoder(tokenizer, EncodingRules(format="messages", template=template, **rules))
     columns = encoder({"place": ["here"], "json": [json.dumps({"messages": messages})], "flaw": [""]})
     return list(zip(columns["input_ids"], columns["spans"], strict=True))
@@ -62,7 +62,7 @@ def encode(tokenizer, template: str, messages: list[dict], **rules) -> list[tupl
 def marked(tokenizer, ids: list[int], spans: list[int]) -> str:
     """The text, with ``[[ ]]`` around what is trained."""
     edges = [0, *spans, len(ids)]
-    parts = [tokenizer.decode(ids[start:end]) for start, end in zip(edges, edges[1:], strict=False)]
+    parts = [tokenizer.decode(ids[start:end]) for start, end in itertools.pairwise(edges)]
     return "".join(f"[[{part}]]" if number % 2 else part for number, part in enumerate(parts))
 
 
@@ -75,14 +75,8 @@ def test_exactly_the_answers_and_their_ends_are_trained(family, marks):
     assert marked(tokenizer, ids, spans) == EXPECTED[family]
     labels = labels_of(ids, spans)
     assert num_trained(spans) == sum(label != IGNORED for label in labels)
-    # The padding token is the end token here: where that ends a turn, it is trained all the same.
-    assert [n for n, i in enumerate(ids) if i == stop_tokens(tokenizer, template)[0] and labels[n] == IGNORED] == [
-        n for n, i in enumerate(ids) if i == stop_tokens(tokenizer, template)[0] and not in_spans(n, spans)
-    ]
-
-
-def in_spans(position: int, spans: list[int]) -> bool:
-    return any(start <= position < end for start, end in zip(spans[::2], spans[1::2], strict=True))
+    end = ChatRenderer(tokenizer, template).end_of_turn
+    assert labels.count(end) == 3, "also where it is the padding token, as it is in some of these"
 
 
 @pytest.mark.parametrize("marks", [True, False])
@@ -110,6 +104,15 @@ def test_what_comes_before_an_answer_is_the_prompt_that_the_template_makes(famil
         asked = CONVERSATION[: 2 * number + 1]
         prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
         assert ids[:start] == prompt
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_answer_ends_at_the_end_token_and_at_that_of_a_turn(family):
+    tokenizer = byte_tokenizer(family)
+    assert stop_tokens(tokenizer, None) == [tokenizer.eos_token_id]
+    last = re.search(r"(<[^<]+>)\]\]\n?$", EXPECTED[family])[1]
+    ends = {tokenizer.eos_token, last}
+    assert set(tokenizer.convert_ids_to_tokens(stop_tokens(tokenizer, choose_template(tokenizer).text))) == ends
 
 
 def test_an_end_of_turn_outside_the_templates_marks_is_trained():
