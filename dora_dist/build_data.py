@@ -19,7 +19,7 @@ from dora_dist.data.encode import EncodingRules
 from dora_dist.data.mixture import cap_examples, example_order, pass_counts
 from dora_dist.data.plan import TrainingPlan, packed_to, plan_by_length, plan_packed, plan_padded
 from dora_dist.data.read import Location, locate
-from dora_dist.data.rows import tell_format
+from dora_dist.data.rows import FORMATS, tell_format
 from dora_dist.data.sources import PreparedSource, first_rows, prepare_source
 
 MOST_WORKERS = 8
@@ -109,12 +109,23 @@ def _find(source: SourceConfig, config: DataConfig) -> tuple[Location, str]:
     )
     wanted = config.format if source.format == "auto" else source.format
     if wanted == "auto":
+        _check_fields(source, list(FORMATS))
         wanted = tell_format(first_rows(location), str(source.name), source.fields)
+    _check_fields(source, [wanted])
     if source.as_chat and wanted != "alpaca":
         raise ValueError(
             f"as_chat is true for {source.name}, whose format is {wanted}, but it is for rows of the format alpaca"
         )
     return location, wanted
+
+
+def _check_fields(source: SourceConfig, formats: Sequence[str]) -> None:
+    known = [name for layout in formats for name in (*FORMATS[layout].required, *FORMATS[layout].optional)]
+    if unknown := sorted(set(source.fields) - set(known)):
+        raise ValueError(
+            f"fields of {source.name} names {', '.join(unknown)}, but {' and '.join(formats)} have {', '.join(known)}: "
+            "write them as (name of the format): (name in your rows)"
+        )
 
 
 def _template(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ChosenTemplate:

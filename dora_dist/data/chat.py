@@ -1,5 +1,6 @@
 """Chat templates: which one, what it makes of a conversation, and which characters of it the assistant wrote."""
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -188,11 +189,12 @@ class ChatRenderer:
     def _check_controls(self, chat: Chat) -> None:
         """A control token in a message would end a turn, or begin one, in the middle of a text."""
         for number, message in enumerate(chat.messages):
-            if found := self._control.search(message.get("content", "")):
-                raise RowFlaw(
-                    f"messages[{number}].content",
-                    f"holds the control token {found[0]!r}, {NO_TEXT}",
-                )
+            for name, part in message.items():
+                text = part if isinstance(part, str) else json.dumps(part, ensure_ascii=False)
+                if name != "role" and (found := self._control.search(text)):
+                    raise RowFlaw(f"messages[{number}].{name}", f"holds the control token {found[0]!r}, {NO_TEXT}")
+        if found := self._control.search(json.dumps(chat.tools, ensure_ascii=False)):
+            raise RowFlaw("tools", f"holds the control token {found[0]!r}, {NO_TEXT}")
 
     def _find_end_of_turn(self) -> int:
         try:

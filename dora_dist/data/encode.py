@@ -1,6 +1,7 @@
 """Token ids of rows, and which of them are trained."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -123,6 +124,9 @@ def _without_end(ids: list[int], end: int | None) -> list[int]:
     return ids
 
 
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
+
+
 class Encoder:
     """Turns rows into examples, many at a time; the same rows give the same examples in any process.
 
@@ -189,24 +193,32 @@ class Encoder:
             raise RowFlaw("row", flaw)
         try:
             row = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and nesting as deep
             raise RowFlaw("row", f"cannot be read as JSON: {error}") from None
+        if "\\u" in text and _HALF_PAIR.search(json.dumps(row, ensure_ascii=False)):
+            raise RowFlaw("row", "holds half of a surrogate pair, which is no text")
         if not isinstance(row, dict):
             raise RowFlaw("row", f"must be an object with named fields, got {text[:80]}")
-        sample = FORMATS[self.rules.format].parse(rename_fields(row, self.rules.fields))
+        try:
+            sample = FORMATS[self.rules.format].parse(rename_fields(row, self.rules.fields))
+        except RowFlaw as flaw:
+            raise RowFlaw(self.rules.fields.get(flaw.field, flaw.field), flaw.reason) from None
         if isinstance(sample, Instruction):
             for name, part in (("instruction", sample.instruction), ("input", sample.context)):
                 self._check_controls(name, part)
         if isinstance(sample, Instruction | Pair):
             name = "output" if isinstance(sample, Instruction) else "completion"
-            self._check_controls(name, sample.completion.rstrip().removesuffix(self.tokenizer.eos_token))
+            answer = sample.completion.rstrip().removesuffix(self.tokenizer.eos_token)
+            if not answer.strip():
+                raise RowFlaw(name, "is nothing but the end token, so that there is nothing to learn from it")
+            self._check_controls(name, answer)
         if isinstance(sample, Instruction):
             return sample.as_chat() if self.rules.as_chat else sample
         return sample
 
     def _check_controls(self, name: str, text: str) -> None:
         if found := self._control.search(text):
-            raise RowFlaw(name, f"holds the control token {found[0]!r}, {NO_TEXT}")
+            raise RowFlaw(self.rules.fields.get(name, name), f"holds the control token {found[0]!r}, {NO_TEXT}")
 
     def _parts(self, sample: Sample) -> list[_Part]:
         """A conversation is rendered; one whose earlier turns the template rewrites becomes a part for every answer."""
@@ -269,7 +281,7 @@ class Encoder:
             stop = int(np.searchsorted(starts, last, side="left"))
             inside = [n for n in range(begin, min(stop + 1, len(ids))) if ids[n] == self.renderer.end_of_turn]
             if not inside:
-                raise ValueError(
+                raise UnusableRowError(
                     "the chat template ends some turns of the assistant without "
                     f"{self.tokenizer.convert_ids_to_tokens(self.renderer.end_of_turn)!r}, which ends others: set "
                     "data.chat_template to one that ends all alike"
@@ -321,9 +333,11 @@ class Encoder:
             shorter = self._cut_middle(sample.prompt, excess)
             return None if shorter is None else replace(sample, prompt=shorter)
         if isinstance(sample, Instruction):
-            part = "context" if len(sample.context) > len(sample.instruction) else "instruction"
-            shorter = self._cut_middle(getattr(sample, part), excess)
-            return None if shorter is None else replace(sample, **{part: shorter})
+            for part in sorted(("context", "instruction"), key=lambda part: -len(getattr(sample, part))):
+                shorter = self._cut_middle(getattr(sample, part), excess)
+                if shorter is not None:
+                    return replace(sample, **{part: shorter})
+            return None
         assert isinstance(sample, Chat)
         users = [number for number, message in enumerate(sample.messages) if message["role"] == "user"]
         if len(users) > 1:
@@ -331,25 +345,25 @@ class Encoder:
         given = [number for number, message in enumerate(sample.messages) if message["role"] != "assistant"]
         if not given:
             return None
-        longest = max(given, key=lambda number: len(sample.messages[number].get("content", "")))
-        shorter = self._cut_middle(sample.messages[longest].get("content", ""), excess)
-        if shorter is None:
-            return None
-        messages = list(sample.messages)
-        messages[longest] = {**messages[longest], "content": shorter}
-        return replace(sample, messages=messages)
+        for number in sorted(given, key=lambda number: -len(sample.messages[number].get("content", ""))):
+            shorter = self._cut_middle(sample.messages[number].get("content", ""), excess)
+            if shorter is not None:
+                messages = list(sample.messages)
+                messages[number] = {**messages[number], "content": shorter}
+                return replace(sample, messages=messages)
+        return None
 
     def _cut_middle(self, text: str, excess: int) -> str | None:
         """The text without about ``excess`` tokens from its middle, always shorter than before; None if it has no more
         than that."""
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, **IDS_ONLY)
         offsets = encoded["offset_mapping"]
-        keep = len(offsets) - excess
-        if keep < 2:
+        keep = max(len(offsets) - excess, 2)
+        if keep >= len(offsets):
             return None
         end = offsets[keep // 2 - 1][1]
         # Several tokens may stand for the bytes of one character: at least one character goes.
-        start = max(offsets[len(offsets) - (keep - keep // 2)][0], end + 1)
+        start = max(offsets[len(offsets) - (keep - keep // 2) - 1][1], end + 1)
         return text[:end] + text[start:]
 
 

@@ -1,7 +1,8 @@
 """Reading rows from wherever they are, one at a time, each with the place it stands in.
 
-``datasets`` reads Parquet, CSV, Arrow folders and the Hub. JSON is read line by line with ``json``: ``datasets`` gives
-every JSON column one type, and so turns texts such as ``2024-01-01`` into dates without a word (docs/log.md).
+``datasets`` reads the Hub and the folders that it has saved. Files are read below it, by ``json``, ``csv`` and
+``pyarrow``: through ``datasets``, JSON texts such as ``2024-01-01`` become dates, lines of a table with a field too many
+shift their columns, and Parquet fills the memory with what nobody has asked for yet, all without a word (docs/log.md).
 """
 
 import csv
@@ -9,7 +10,6 @@ import glob
 import io
 import itertools
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-
-HUB_ERRORS = (OSError, ValueError, RuntimeError)
-"""What datasets raises for a name that is on no hub, or a hub that cannot be reached."""
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +75,7 @@ class Location:
         digest = sha256(repr((self.hub, self.subset, self.split, self.limit, self.columns)).encode())
         for file in self.files:
             for part in sorted(path for path in file.rglob("*") if path.is_file()) if file.is_dir() else [file]:
+                digest.update(repr(("".join(part.suffixes[-2:]).lower(), part.stat().st_size)).encode())
                 with part.open("rb") as stream:
                     while chunk := stream.read(1 << 22):
                         digest.update(chunk)
@@ -94,14 +94,14 @@ class Location:
 
         with _from_hub(self.hub):
             rows = load_dataset(self.hub, self.subset, split=self.split, revision=self.revision, streaming=True)
-        yield from _dumped(rows, f"{self.hub} ({self.split})")
+            yield from _dumped(rows, f"{self.hub} ({self.split})")
 
 
 @contextmanager
 def _from_hub(name: str) -> Iterator[None]:
     try:
         yield
-    except HUB_ERRORS as error:
+    except Exception as error:  # of several libraries, and of the network below them
         raise ValueError(
             f"{name!r} is no file here (looked from {Path.cwd()}) and cannot be read as a data set from the Hub: "
             f"{error}"
@@ -121,12 +121,15 @@ def locate(paths: str | Sequence[str], **hub: Any) -> Location:
     patterns = [paths] if isinstance(paths, str) else list(paths)
     files: list[Path] = []
     for pattern in patterns:
-        matches = sorted(Path(match) for match in glob.glob(os.path.expanduser(pattern), recursive=True))
+        named = Path(pattern).expanduser()
+        matches = [named] if named.exists() else sorted(map(Path, glob.glob(str(named), recursive=True)))
         if not matches and len(patterns) == 1 and _may_be_on_the_hub(pattern):
             return Location(hub=pattern, **hub)
         if not matches:
             raise ValueError(f"no data file matches {pattern!r} (looked from {Path.cwd()})")
         files += matches
+    if twice := [file for number, file in enumerate(files) if file in files[:number]]:
+        raise ValueError(f"{twice[0]} is named twice by {patterns}: its rows would count twice")
     for file in files:
         if file.is_dir() and not any((file / name).is_file() for name in ("state.json", "dataset_dict.json")):
             raise ValueError(
@@ -155,10 +158,12 @@ def read_file(file: Path, split: str = "train", columns: Sequence[str] = ()) -> 
     kind = file.name.removesuffix(".gz").rpartition(".")[2].lower()
     if file.is_dir():
         yield from _dumped(_saved(file, split), str(file))
-    elif kind in ("parquet", "arrow"):
-        yield from _dumped(_built(kind, file), str(file))
+    elif kind == "parquet":
+        yield from _dumped(_parquet(file), str(file))
+    elif kind == "arrow":
+        yield from _dumped(_arrow(file), str(file))
     elif kind in ("csv", "tsv"):
-        yield from _dumped(_table(file, "\t" if kind == "tsv" else ",", columns), str(file))
+        yield from _table(file, "\t" if kind == "tsv" else ",", columns)
     else:
         yield from _json_rows(file)
 
@@ -175,35 +180,49 @@ def _saved(folder: Path, split: str) -> Iterable[dict[str, Any]]:
     return saved[split]
 
 
-def _built(kind: str, file: Path, **options: Any) -> Iterator[dict[str, Any]]:
-    from datasets import load_dataset
+def _table(file: Path, separator: str, columns: Sequence[str]) -> Iterator[RawRow]:
+    """A table as it is written: pandas makes numbers and dates of texts, nothing of ``NA``, shifts lines with too many
+    fields and fills up those with too few."""
+    csv.field_size_limit(1 << 31)
 
-    with _reading(file):
-        yield from load_dataset(kind, data_files=str(file), split="train", streaming=True, **options)
+    def opened() -> Any:
+        return fsspec.open(str(file), "rt", compression="infer", encoding="utf-8-sig", newline="")
 
-
-def _table(file: Path, separator: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """A table as it is written: left to itself, pandas makes numbers and dates of texts, and nothing of ``NA``."""
-    from datasets import Features, Value
-
-    with _reading(file), fsspec.open(str(file), "rt", compression="infer", encoding="utf-8-sig", newline="") as stream:
-        first = next(csv.reader(stream, delimiter=separator), [])
+    with _reading(file), opened() as stream:
+        first = next(csv.reader(stream, delimiter=separator, strict=True), [])
     names = list(columns) or first
     if not names or len(set(names)) < len(names):
         raise ValueError(f"{file}: the first line must name every column, each once, got {names}")
     if len(names) != len(first):
         raise ValueError(f"{file} has {len(first)} columns in its first line, but columns names {len(names)}: {names}")
-    texts = Features({name: Value("string") for name in names})
-    yield from _built(
-        "csv",
-        file,
-        sep=separator,
-        names=names if columns else None,
-        features=texts,
-        keep_default_na=False,
-        na_filter=False,
-        encoding="utf-8-sig",
-    )
+    with _reading(file), opened() as stream:
+        lines = itertools.islice(csv.reader(stream, delimiter=separator, strict=True), 0 if columns else 1, None)
+        filled = (line for line in lines if line)
+        for number, line in enumerate(filled, start=1):
+            place = f"{file}, row {number}"
+            if len(line) != len(names):
+                yield RawRow(place, "", f"has {len(line)} fields, but the table has {len(names)} columns")
+            else:
+                yield RawRow(place, json.dumps(dict(zip(names, line, strict=True)), ensure_ascii=False))
+
+
+def _parquet(file: Path) -> Iterator[dict[str, Any]]:
+    """One row group at a time; the scanner that ``datasets`` uses reads ahead until all is in memory."""
+    with _reading(file), pq.ParquetFile(file, pre_buffer=False) as content:
+        for batch in content.iter_batches(200):
+            yield from batch.to_pylist()
+
+
+def _arrow(file: Path) -> Iterator[dict[str, Any]]:
+    """The batches of an Arrow file of either kind, mapped into memory."""
+    with _reading(file), pa.memory_map(str(file)) as source:
+        try:
+            batches = iter(pa.ipc.open_stream(source))
+        except pa.ArrowInvalid:
+            content = pa.ipc.open_file(source)
+            batches = map(content.get_batch, range(content.num_record_batches))
+        for batch in batches:
+            yield from batch.to_pylist()
 
 
 @contextmanager
@@ -231,6 +250,8 @@ def _json_rows(file: Path) -> Iterator[RawRow]:
         stream = fsspec.open(str(file), "rb", compression="infer").open()
     with stream, _reading(file):
         start = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+        while not start and (more := stream.read(4096)):
+            start = more.lstrip()[:1]
         stream.seek(0)
         if start == b"[":
             yield from _list_elements(stream.read(), file)
@@ -255,20 +276,21 @@ def _list_elements(content: bytes, file: Path) -> Iterator[RawRow]:
     """Elements as they are written, one after the other: the whole text is held, but only one parsed row."""
     text = content.decode("utf-8-sig")
     decoder, blank = json.JSONDecoder(), " \t\r\n"
-    position = text.index("[") + 1
+    position = _skip(text, text.index("[") + 1, blank)
+    more = text[position : position + 1] != "]"
     for number in itertools.count(1):
-        position = _skip(text, position, blank)
-        if text[position : position + 1] == "]":
-            if text[position + 1 :].strip():
-                raise json.JSONDecodeError("more text after the list", text, position + 1)
-            return
+        if not more:
+            break
         _, end = decoder.raw_decode(text, position)
         yield RawRow(f"{file}, row {number}", text[position:end])
         position = _skip(text, end, blank)
-        if text[position : position + 1] == ",":
-            position += 1
+        more = text[position : position + 1] == ","
+        if more:
+            position = _skip(text, position + 1, blank)
         elif text[position : position + 1] != "]":
             raise json.JSONDecodeError("neither a comma nor the end of the list", text, position)
+    if text[position + 1 :].strip():
+        raise json.JSONDecodeError("more text after the list", text, position + 1)
 
 
 def _skip(text: str, position: int, characters: str) -> int:

@@ -30,6 +30,8 @@ class RowFlaw(Exception):
 
     def __init__(self, field: str, reason: str) -> None:
         super().__init__(f"field {field!r} {reason}")
+        self.field = field
+        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +137,10 @@ def _messages(row: Mapping[str, Any]) -> Sample:
 
 
 def _sharegpt(row: Mapping[str, Any]) -> Sample:
-    messages = row.get("conversations")
+    messages, system = row.get("conversations"), _text(row, "system", optional=True)
     if isinstance(messages, list) and messages and isinstance(messages[0], dict) and "role" in messages[0]:
-        return _chat(row, "conversations", "role", "content", {role: role for role in ROLES})
-    return _chat(row, "conversations", "from", "value", SHAREGPT_ROLES, system=_text(row, "system", optional=True))
+        return _chat(row, "conversations", "role", "content", {role: role for role in ROLES}, system)
+    return _chat(row, "conversations", "from", "value", SHAREGPT_ROLES, system)
 
 
 def _chat(
@@ -147,9 +149,11 @@ def _chat(
     entries = row.get(field)
     if not isinstance(entries, list) or not entries:
         raise RowFlaw(field, f"must be a list of messages, got {_short(entries)}")
-    messages = [{"role": "system", "content": system}] if system else []
-    for number, entry in enumerate(entries):
-        messages.append(_message(entry, f"{field}[{number}]", role_key, text_key, roles))
+    messages = [_message(entry, f"{field}[{n}]", role_key, text_key, roles) for n, entry in enumerate(entries)]
+    if system and messages[0]["role"] == "system":
+        raise RowFlaw("system", "is there beside a message of the system: keep one")
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
     answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         raise RowFlaw(field, "has no message of the assistant, so that there is nothing to learn from it")
@@ -222,10 +226,14 @@ def tell_format(rows: Sequence[Mapping[str, Any]], where: str, fields: Mapping[s
     Raises:
         ValueError: the fields of the rows fit no format.
     """
-    common = set.intersection(*(set(rename_fields(row, fields)) for row in rows))
-    for name, layout in FORMATS.items():
-        if set(layout.required) <= common:
-            return name
+    renamed = [rename_fields(row, fields) for row in rows]
+    for by_value in (True, False):  # a table has all its columns in every row, empty ones too
+        fields_found = [{name for name, value in row.items() if not by_value or value is not None} for row in renamed]
+        fitting = {name: sum(set(f.required) <= found for found in fields_found) for name, f in FORMATS.items()}
+        most = next((name for name, count in fitting.items() if 2 * count >= len(rows)), None)
+        if most or any(fitting.values()):
+            return most or max(fitting, key=fitting.__getitem__)
+    common = set.union(*map(set, renamed))
     wanted = "; ".join(f"{name} needs {', '.join(layout.required)}" for name, layout in FORMATS.items())
     found = ", ".join(sorted(common)) or "that all of its first rows have: none"
     raise ValueError(
@@ -236,7 +244,7 @@ def tell_format(rows: Sequence[Mapping[str, Any]], where: str, fields: Mapping[s
 
 def rename_fields(row: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
     """The row under the format's names; columns that were named in ``fields`` lose their own."""
-    taken = set(fields.values())
+    taken = {*fields, *fields.values()}
     renamed = {name: value for name, value in row.items() if name not in taken}
     return renamed | {name: row[own] for name, own in fields.items() if own in row}
 

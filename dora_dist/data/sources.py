@@ -139,7 +139,7 @@ def first_rows(location: Location) -> list[dict]:
     for raw in itertools.islice(location.rows(), FIRST_ROWS):
         try:
             row = json.loads(raw.json) if not raw.flaw else None
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             row, raw = None, RawRow(raw.place, "", f"cannot be read as JSON: {error}")
         if isinstance(row, dict):
             rows.append(row)
@@ -179,6 +179,8 @@ def prepare_source(
             raise ValueError(f"data.cache_dir {cache} cannot be made: {error}; set it to a folder of yours") from None
         with _locked(folder, name):
             if not (folder / MANIFEST).is_file():
+                for left in cache.glob(f".{folder.name}.partial-*"):  # of a process that was killed
+                    shutil.rmtree(left, ignore_errors=True)
                 _prepare(name, location, encoder, folder, key, workers)
     return _open(name, folder)
 

@@ -153,3 +153,12 @@ def test_exact_match_on_plain_text_is_refused(config):
     (config.parent / "eval.jsonl").write_text('{"text": "w1 w2 w3"}\n')
     with pytest.raises(ValueError, match=r"exact_match is true, but eval is plain text, which has no answers"):
         settled(load(config, "--evaluation.exact_match", "true"))
+
+
+def test_a_field_that_the_format_does_not_have_is_refused(config):
+    source = {"path": str(config.parent / "train.jsonl"), "fields": {"instrution": "instruction"}}
+    with pytest.raises(ValueError, match="fields of train names instrution, but .* have messages, .*: write them as"):
+        settled(load(config, "--data.train", json.dumps([source])))
+    source["fields"] = {"prompt": "instruction"}
+    with pytest.raises(ValueError, match="fields of train names prompt, but alpaca have instruction, output, input"):
+        settled(load(config, "--data.train", json.dumps([source]), "--data.format", "alpaca"))

@@ -56,7 +56,6 @@ def test_a_row_that_fits_several_formats_is_read_as_the_first_of_them(row, name)
     assert tell_format([row], "src", {}) == name
 
 
-@pytest.mark.xfail(strict=True, reason="rows.tell_format takes the fields that all first rows share")
 @pytest.mark.parametrize(
     ("rows", "name"),
     [
@@ -70,7 +69,6 @@ def test_one_row_with_a_missing_field_does_not_change_what_the_others_are_read_a
     assert tell_format(rows, "src", {}) == name
 
 
-@pytest.mark.xfail(strict=True, reason="rows.tell_format looks at names of columns only")
 def test_an_empty_column_of_a_table_tells_nothing():
     assert tell_format([{"messages": None, **PAIR}] * 3, "src", {}) == "prompt_completion"
 
@@ -95,7 +93,6 @@ def test_fields_of_another_name_are_read_under_that_name(row, fields):
     assert tell_format([row], "src", fields) == "prompt_completion"
 
 
-@pytest.mark.xfail(strict=True, reason="rows.rename_fields falls back to a column of the format's own name")
 def test_a_named_field_that_a_row_lacks_is_not_taken_from_another_column():
     with pytest.raises(RowFlaw):
         parse("prompt_completion", rename_fields({"prompt": "not this", "completion": "y"}, {"prompt": "question"}))
@@ -247,7 +244,6 @@ def test_sharegpt_rows_may_have_the_system_text_in_a_column():
     assert sample.messages == [message("system", "Be brief."), QUESTION, ANSWER]
 
 
-@pytest.mark.xfail(strict=True, reason="rows._sharegpt drops the column system where messages have role and content")
 def test_the_system_column_is_kept_for_conversations_with_role_and_content_too():
     sample = parse("sharegpt", {"conversations": [QUESTION, ANSWER], "system": "Be brief."})
     assert sample.messages == [message("system", "Be brief."), QUESTION, ANSWER]
