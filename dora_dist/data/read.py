@@ -1,8 +1,8 @@
 """Reading rows from wherever they are, one at a time, each with the place it stands in.
 
 ``datasets`` reads the Hub and the folders that it has saved. Files are read below it, by ``json``, ``csv`` and
-``pyarrow``: through ``datasets``, JSON texts such as ``2024-01-01`` become dates, lines of a table with a field too many
-shift their columns, and Parquet fills the memory with what nobody has asked for yet, all without a word (docs/log.md).
+``pyarrow``: through ``datasets``, JSON texts such as ``2024-01-01`` become dates, lines of a table with a field too
+many shift their columns, and Parquet fills the memory with what nobody has asked for yet (docs/log.md).
 """
 
 import csv

@@ -157,7 +157,7 @@ def test_exact_match_on_plain_text_is_refused(config):
 
 def test_a_field_that_the_format_does_not_have_is_refused(config):
     source = {"path": str(config.parent / "train.jsonl"), "fields": {"instrution": "instruction"}}
-    with pytest.raises(ValueError, match="fields of train names instrution, but .* have messages, .*: write them as"):
+    with pytest.raises(ValueError, match=r"fields of train names instrution, but .* have messages, .*: write them as"):
         settled(load(config, "--data.train", json.dumps([source])))
     source["fields"] = {"prompt": "instruction"}
     with pytest.raises(ValueError, match="fields of train names prompt, but alpaca have instruction, output, input"):
