@@ -26,6 +26,7 @@ LEVELS = [
         "engine",
         "folding",
         "model_shape",
+        "preview_page",
     },
     {
         "activations",
