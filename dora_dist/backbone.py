@@ -6,7 +6,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from dora_dist.quantization import forbid_inference_packing, quantization_config
 
@@ -59,14 +66,23 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     return tokenizer
 
 
+def load_model_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """transformers' configuration of the model.
+
+    Raises:
+        ValueError: the path is not usable.
+    """
+    with _reading(path):
+        return AutoConfig.from_pretrained(find_model(path), trust_remote_code=trust_remote_code)
+
+
 def load_skeleton(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model without weights (on the meta device): enough to find its layers, at no cost.
 
     Raises:
         ValueError: the path is not usable.
     """
-    with _reading(path):
-        config = AutoConfig.from_pretrained(find_model(path), trust_remote_code=trust_remote_code)
+    config = load_model_config(path, trust_remote_code)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
@@ -92,8 +108,7 @@ def load_backbone(
     Raises:
         ValueError: the path or the quantization is not usable.
     """
-    with _reading(path):
-        config = AutoConfig.from_pretrained(find_model(path), trust_remote_code=trust_remote_code)
+    config = load_model_config(path, trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"the model at {path!r} is stored quantized; give the 16-bit model, it is quantized on loading"

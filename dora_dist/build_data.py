@@ -158,8 +158,8 @@ def _prepared(
     prepared = prepare_source(
         str(source.name), location, rules, tokenizer, Path(config.cache_dir).expanduser(), workers
     )
-    for remark in prepared.counts.remarks():
-        say(f"{source.name}: {remark} (listed in {prepared.folder})")
+    for remark in prepared.remarks():
+        say(remark)
     return prepared
 
 

@@ -57,7 +57,7 @@ def _leave(error: Exception, status: int) -> None:
     rank = os.environ.get("RANK")
     who = f"[rank {rank}] " if rank is not None else ""
     # In one piece: ranks share the terminal.
-    sys.stderr.write(f"{who}error: {error}\n")
+    sys.stderr.write(f"{who}error: {printable(str(error))}\n")
     sys.stderr.flush()
     sys.stdout.flush()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -70,5 +70,10 @@ def _leave(error: Exception, status: int) -> None:
 def say(text: str, from_any_rank: bool = False) -> None:
     """A remark for the log, once: from the first rank only, or from whichever rank alone does what it is about."""
     if from_any_rank or os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"{text}\n")
+        sys.stderr.write(f"{printable(text)}\n")
         sys.stderr.flush()
+
+
+def printable(text: str) -> str:
+    """The text with control characters written out: file names and data hold some, and a terminal would obey them."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

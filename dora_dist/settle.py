@@ -87,6 +87,7 @@ def settle(
     arguments = training_arguments(config, mixture, world_size)
     plan = mixture.plan(arguments.max_steps, global_batch(arguments, world_size))
     layers, schedule = check_method(config, arguments.max_steps)
+    check_context(config, data)
     return Settled(
         tokenizer=tokenizer,
         data=data,
@@ -226,6 +227,24 @@ def check_method(config: RunConfig, total_steps: int) -> tuple[list[str], Budget
     scores = {name: torch.zeros(schedule.initial_rank) for name in names}
     select_components(scores, schedule.final_num_kept, config.pruning.min_rank, config.pruning.max_rank)
     return names, schedule
+
+
+def check_context(config: RunConfig, data: RunData) -> None:
+    """Refuse examples that are longer than the model's context, beyond which its positions mean nothing.
+
+    Raises:
+        ValueError: names the longest example's source.
+    """
+    model = backbone.load_model_config(config.model.path, config.model.trust_remote_code)
+    context = getattr(model.get_text_config(), "max_position_embeddings", None)
+    for source in (*data.train, *data.evaluation):
+        longest = int(source.lengths().max())
+        if context is not None and longest > context:
+            raise ValueError(
+                f"the longest example of {source.name} has {longest} tokens, more than the model's context of "
+                f"{context} (max_position_embeddings): set data.max_length to {context} or less, and data.overlong to "
+                "drop or truncate"
+            )
 
 
 def build_schedule(config: RunConfig, num_layers: int, total_steps: int) -> BudgetSchedule:

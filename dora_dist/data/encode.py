@@ -190,15 +190,15 @@ class Encoder:
 
     def _parse(self, text: str, flaw: str) -> Sample:
         if flaw:
-            raise RowFlaw("row", flaw)
+            raise RowFlaw("", flaw)
         try:
             row = json.loads(text)
         except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and nesting as deep
-            raise RowFlaw("row", f"cannot be read as JSON: {error}") from None
+            raise RowFlaw("", f"cannot be read as JSON: {error}") from None
         if "\\u" in text and _HALF_PAIR.search(json.dumps(row, ensure_ascii=False)):
-            raise RowFlaw("row", "holds half of a surrogate pair, which is no text")
+            raise RowFlaw("", "holds half of a surrogate pair, which is no text")
         if not isinstance(row, dict):
-            raise RowFlaw("row", f"must be an object with named fields, got {text[:80]}")
+            raise RowFlaw("", f"must be an object with named fields, got {text[:80]}")
         try:
             sample = FORMATS[self.rules.format].parse(rename_fields(row, self.rules.fields))
         except RowFlaw as flaw:

@@ -24,12 +24,12 @@ class RowFlaw(Exception):
     """What is wrong with one row.
 
     Args:
-        field: the field it is about.
+        field: the field it is about; empty for the row as a whole.
         reason: in words, with the value found.
     """
 
     def __init__(self, field: str, reason: str) -> None:
-        super().__init__(f"field {field!r} {reason}")
+        super().__init__(f"field {field!r} {reason}" if field else f"the row {reason}")
         self.field = field
         self.reason = reason
 

@@ -84,7 +84,7 @@ class SourceCounts:
         """What a user should know, in words."""
         said = {
             f"skipped {self.bad} of {self.rows} rows that cannot be used": self.bad,
-            f"dropped {self.overlong} examples longer than data.max_length": self.overlong,
+            f"dropped {self.overlong} examples that do not fit into data.max_length": self.overlong,
             f"truncated {self.truncated} examples by {self.removed_tokens} tokens in all": self.truncated,
             f"made an example of every answer of {self.split} conversations, since the chat template rewrites earlier "
             "turns": self.split,
@@ -113,6 +113,13 @@ class PreparedSource:
     dataset: Dataset
     counts: SourceCounts
     digest: str
+
+    def remarks(self) -> list[str]:
+        """:meth:`SourceCounts.remarks` with the source's name, and where the rows that were left out are listed."""
+        remarks = [f"{self.name}: {remark}" for remark in self.counts.remarks()]
+        if self.counts.bad or self.counts.overlong:
+            remarks.append(f"{self.name}: what was left out is listed in {self.folder / LEFT_OUT}")
+        return remarks
 
     def lengths(self) -> np.ndarray:
         """Tokens of every example, int64, shape (examples,)."""

@@ -117,7 +117,8 @@ def test_dropped_examples_are_counted_aloud(config, capsys):
     (source,) = settled(settings).data.train
     assert 0 < source.counts.overlong < 50
     assert source.counts.overlong + source.counts.examples == 50
-    said = f"train: dropped {source.counts.overlong} examples longer than data.max_length (listed in {source.folder})"
+    said = f"train: dropped {source.counts.overlong} examples that do not fit into data.max_length\n"
+    said += f"train: what was left out is listed in {source.folder}/left_out.jsonl\n"
     assert said in capsys.readouterr().err
 
 
@@ -162,3 +163,16 @@ def test_a_field_that_the_format_does_not_have_is_refused(config):
     source["fields"] = {"prompt": "instruction"}
     with pytest.raises(ValueError, match="fields of train names prompt, but alpaca have instruction, output, input"):
         settled(load(config, "--data.train", json.dumps([source]), "--data.format", "alpaca"))
+
+
+def test_an_example_beyond_the_models_context_is_refused(config):
+    words = " ".join(["w1"] * 300)
+    (config.parent / "long.jsonl").write_text(json.dumps({"prompt": "w1", "completion": words}) + "\n")
+    for part in ("train", "eval"):
+        sources = {"train": str(config.parent / "train.jsonl"), "eval": "null"}
+        sources[part] = json.dumps([str(config.parent / "train.jsonl"), str(config.parent / "long.jsonl")])
+        overrides = [f"--data.{name}={value}" for name, value in sources.items()]
+        with pytest.raises(
+            ValueError, match="longest example of long has 302 tokens, more than the model's context of 256"
+        ):
+            settled(load(config, *overrides))

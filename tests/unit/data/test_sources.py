@@ -93,10 +93,10 @@ FLAWS = [
         "field 'messages[0].content' holds the control",
     ),
     ("sharegpt", {"conversations": [{"from": "bot", "value": "w1"}]}, "field 'conversations[0].from' must be one of"),
-    ("text", b'{"text": "w1"', "field 'row' cannot be read as JSON: Expecting ',' delimiter"),
-    ("text", b'{"text": "w1 \xff"}', "field 'row' is not UTF-8"),
-    ("text", ["w1"], "field 'row' must be an object with named fields, got [\"w1\"]"),
-    ("text", b"NaN", "field 'row' must be an object with named fields, got NaN"),
+    ("text", b'{"text": "w1"', "the row cannot be read as JSON: Expecting ',' delimiter"),
+    ("text", b'{"text": "w1 \xff"}', "the row is not UTF-8"),
+    ("text", ["w1"], 'the row must be an object with named fields, got ["w1"]'),
+    ("text", b"NaN", "the row must be an object with named fields, got NaN"),
 ]
 FLAW_NAMES = [f"{name}: {flaw}" for name, _, flaw in FLAWS]
 
@@ -154,7 +154,7 @@ def test_a_row_of_any_kind_of_file_is_named(tmp_path, name):
         ),
         (
             [b"no json", {"prompt": "w1"}],
-            r"none of 2 rows can be used; the first: .*, line 1: field 'row' cannot be re",
+            r"none of 2 rows can be used; the first: .*, line 1: the row cannot be re",
         ),
         (
             [{"prompt": words(0, 50), "completion": "w1"}],
@@ -269,7 +269,7 @@ def test_overlong_rows_are_dropped_counted_and_listed(tmp_path):
     assert source.dataset["place"][:] == [f"{path}, line 2"]
     note = "13 tokens, more than data.max_length 12"
     assert left_out(source) == [{"place": f"{path}, line {n}", "why": "overlong", "reason": note} for n in (1, 3)]
-    assert source.counts.remarks() == ["dropped 2 examples longer than data.max_length"]
+    assert source.counts.remarks() == ["dropped 2 examples that do not fit into data.max_length"]
     assert (source.counts.tokens, source.counts.trained_tokens) == (4, 2)
 
 
@@ -606,7 +606,7 @@ def test_several_workers_make_what_one_makes(many_rows, tmp_path, capsys):
 
 
 def test_a_bad_row_in_a_worker_is_named_too(many_rows):
-    with pytest.raises(ValueError, match=r"rows\.jsonl, line (101: field 'completion' is|2001: field 'row' cannot be)"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line (101: field 'completion' is|2001: the row cannot be)"):
         prepare(many_rows, "prompt_completion", workers=2)
 
 
