@@ -202,9 +202,12 @@ def draw_progress(lines: list[dict[str, Any]], path: Path) -> None:
         label="held-out",
         color="#ee6677",
     )
-    for name in source_names(_evaluation(evaluations[-1])) if evaluations else []:
+    names = source_names(_evaluation(evaluations[-1])) if evaluations else []
+    for number, name in enumerate(names):
         losses = [line[f"eval_{name}_loss"] for line in evaluations]
-        top.plot([line["step"] for line in evaluations], losses, ".--", linewidth=0.8, markersize=4, label=name)
+        colour = plot.colormaps["turbo"]((number + 0.5) / len(names))
+        at = [line["step"] for line in evaluations]
+        top.plot(at, losses, ".--", linewidth=0.8, markersize=4, color=colour, label=name)
     top.set_ylabel("loss")
     top.set_yscale("log")
     top.legend(frameon=False, ncols=2 if len(top.lines) > 6 else 1, fontsize=8 if len(top.lines) > 6 else None)
