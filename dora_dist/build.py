@@ -114,7 +114,7 @@ def build_trainer(
         records=records,
         evaluator=evaluator,
         row_lengths=settled.plan.row_lengths(settled.mixture.lengths),
-        rows_per_epoch=settled.mixture.rows_of_epochs(1),
+        rows_per_epoch=settled.mixture.rows_per_epoch,
         engine=config.distributed.engine,
         adapter_dtype=next(iter(controller.layers.values())).gate.dtype,
         equilibrium_weight=config.pruning.equilibrium_weight,

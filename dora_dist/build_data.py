@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,11 @@ class Mixture:
     def order(self, length: int) -> np.ndarray:
         """The first examples."""
         return example_order(self.members, self.counts, length, self.seed)
+
+    @cached_property
+    def rows_per_epoch(self) -> int:
+        """Rows that one pass over the mixture fills."""
+        return self.rows_of_epochs(1)
 
     def rows_of_epochs(self, epochs: float) -> int:
         """Rows that so many passes over the mixture fill."""

@@ -26,7 +26,7 @@ def describe(config: RunConfig, settled: Settled, world_size: int) -> str:
         prepare.render("training data", data.train),
         *([prepare.render("held-out data", data.evaluation)] if data.evaluation else []),
         f"{num_steps} optimizer steps of {rows} {what} on {world_size} process{'es' * (world_size > 1)}, "
-        f"{plan.num_rows / mixture.rows_of_epochs(1):.2f} passes over the data; "
+        f"{plan.num_rows / mixture.rows_per_epoch:.2f} passes over the data; "
         f"{settled.padding_share():.1%} of the computed tokens are padding",
         _budget(settled.schedule),
         estimate.render(estimate.estimate_memory(config, world_size)),

@@ -163,7 +163,7 @@ def count_steps(mixture: Mixture, max_steps: int, epochs: float, global_batch: i
     Raises:
         ValueError: one pass over the data does not fill one global batch.
     """
-    rows = mixture.rows_of_epochs(1)
+    rows = mixture.rows_per_epoch
     if rows < global_batch:
         what = "rows of packed examples" if mixture.batching == "packed" else "training examples"
         raise ValueError(
