@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from dora_dist.command import run_command
 from dora_dist.config import RunConfig, load_config
+from dora_dist.launch import check_world_size, world_size_of
 from dora_dist.quiet import quiet_libraries
-from dora_dist.training_section import DEFAULT_TRAINING_ARGUMENTS
+from dora_dist.training_section import training_argument, whole_number
 
 if TYPE_CHECKING:
     from dora_dist.memory import Optimizer, StepMemory
@@ -113,11 +114,11 @@ def estimate_memory(config: RunConfig, world_size: int, device: str = "cuda") ->
     from dora_dist.targets import resolve_targets
 
     engine = config.distributed.engine
-    _check_world_size(world_size, engine)
+    check_world_size(world_size, engine)
     if device not in DEVICES:
         raise ValueError(f"--device is {device!r}, but must be one of {', '.join(DEVICES)}")
     rows, accumulation = (
-        _whole_number(config, name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
+        whole_number(config.training, name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
     )
     skeleton = load_skeleton(config.model.path, config.model.trust_remote_code)
     shape = read_shape(skeleton, resolve_targets(skeleton, config.adapter.target_modules))
@@ -158,36 +159,11 @@ def estimate_memory(config: RunConfig, world_size: int, device: str = "cuda") ->
         rows=rows,
         length=batch.length,
         accumulation=accumulation,
-        checkpointing=bool(_training_argument(config, "gradient_checkpointing")),
+        checkpointing=bool(training_argument(config.training, "gradient_checkpointing")),
         without=of_step(checkpointing=False),
         with_checkpointing=of_step(checkpointing=True),
         shards=_shards(optimizer, world_size, trained, adapter_bytes) if engine == "zero2" else {},
     )
-
-
-def _check_world_size(world_size: int, engine: str) -> None:
-    if world_size < 1:
-        raise ValueError(f"--world-size is {world_size}, but must be at least 1")
-    if engine == "none" and world_size > 1:
-        raise ValueError(
-            f"--world-size is {world_size}, but distributed.engine is none, which is one process: set "
-            "distributed.engine to zero2 or ddp"
-        )
-
-
-def _training_argument(config: RunConfig, name: str) -> Any:
-    """A value of the training section, or its default."""
-    from transformers import TrainingArguments
-
-    defaults = {entry.name: entry.default for entry in dataclasses.fields(TrainingArguments)}
-    return {**defaults, **DEFAULT_TRAINING_ARGUMENTS, **config.training}[name]
-
-
-def _whole_number(config: RunConfig, name: str) -> int:
-    value = _training_argument(config, name)
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"training.{name} is {value!r}, but must be a whole number of at least 1")
-    return value
 
 
 def _dtype_of(name: str, automatic: str) -> str:
@@ -202,7 +178,7 @@ def _attention(implementation: str) -> Any:
 def _optimizer(config: RunConfig, world_size: int, device: str, accumulation: int) -> "Optimizer":
     from dora_dist.memory import Optimizer
 
-    name = str(_training_argument(config, "optim"))
+    name = str(training_argument(config.training, "optim"))
     moments = 2
     if any(part in name for part in SINGLE_MOMENT):
         moments = 1
@@ -352,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options, overrides = build_parser().parse_known_args(arguments)
     if not options.config.is_file():
         raise ValueError(f"there is no file {options.config}: give the YAML of the run, see configs/")
-    world_size = options.world_size if options.world_size is not None else int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = options.world_size if options.world_size is not None else world_size_of(os.environ)
     estimate = estimate_memory(load_config(options.config, overrides), world_size, options.device)
     print(as_json(estimate) if options.json else render(estimate))
 

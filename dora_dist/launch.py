@@ -1,4 +1,4 @@
-"""Whether the launcher started what the configuration asks for, from its environment variables alone."""
+"""Whether processes and engine go together: those that the launcher started, from its environment variables alone."""
 
 from collections.abc import Mapping
 
@@ -22,7 +22,7 @@ def check_launch(engine: str, environment: Mapping[str, str]) -> None:
     """
     deepspeed = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     forced_cpu = environment.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
-    processes = int(environment.get("WORLD_SIZE", "1"))
+    processes = world_size_of(environment)
     hint = f"; start it with: {LAUNCH_HINT[engine]}"
     if engine == "zero2" and forced_cpu:
         raise ValueError(
@@ -41,6 +41,26 @@ def check_launch(engine: str, environment: Mapping[str, str]) -> None:
         raise ValueError(
             "distributed.engine is ddp on CPUs, but ACCELERATE_USE_CPU is not set, without which accelerate takes "
             f"each process for a world of its own{hint}"
+        )
+
+
+def world_size_of(environment: Mapping[str, str]) -> int:
+    """Processes that the launcher started; 1 without one."""
+    return int(environment.get("WORLD_SIZE", "1"))
+
+
+def check_world_size(world_size: int, engine: str) -> None:
+    """Refuse a ``--world-size`` that the engine cannot have.
+
+    Raises:
+        ValueError: with the knob that would allow it.
+    """
+    if world_size < 1:
+        raise ValueError(f"--world-size is {world_size}, but must be at least 1")
+    if engine == "none" and world_size > 1:
+        raise ValueError(
+            f"--world-size is {world_size}, but distributed.engine is none, which is one process: set "
+            "distributed.engine to zero2 or ddp"
         )
 
 

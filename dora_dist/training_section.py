@@ -64,7 +64,10 @@ def check_training_section(training: dict[str, Any]) -> None:
     """
     from transformers import TrainingArguments
 
-    known = {entry.name: entry.default for entry in dataclasses.fields(TrainingArguments) if entry.init}
+    fields = [entry for entry in dataclasses.fields(TrainingArguments) if entry.init]
+    known = {entry.name: entry.default for entry in fields}
+    whole = {entry.name for entry in fields if entry.type is int}
+    whole_or_none = {entry.name for entry in fields if entry.type == int | None}
     for name, value in training.items():
         if name in OWNED_TRAINING_ARGUMENTS:
             raise ValueError(f"training.{name} is set by the program: {OWNED_TRAINING_ARGUMENTS[name]}")
@@ -72,8 +75,31 @@ def check_training_section(training: dict[str, Any]) -> None:
             raise ValueError(f"training.{name} is not a TrainingArguments name{nearest(name, known)}")
         if isinstance(known[name], bool) and not isinstance(value, bool):
             raise ValueError(f"training.{name} is {value!r}, but must be true or false")
+        # A bool is an int to isinstance.
+        if (name in whole or (name in whole_or_none and value is not None)) and type(value) is not int:
+            raise ValueError(f"training.{name} is {value!r}, but must be a whole number")
         if isinstance(known[name], int | float) and not isinstance(value, int | float):
             raise ValueError(f"training.{name} is {value!r}, but must be a number")
+
+
+def training_argument(training: dict[str, Any], name: str) -> Any:
+    """A value of the training section, or its default."""
+    from transformers import TrainingArguments
+
+    defaults = {entry.name: entry.default for entry in dataclasses.fields(TrainingArguments)}
+    return {**defaults, **DEFAULT_TRAINING_ARGUMENTS, **training}[name]
+
+
+def whole_number(training: dict[str, Any], name: str) -> int:
+    """A number of a checked training section, of at least 1; ``max_steps`` may be less, which is none.
+
+    Raises:
+        ValueError: it is less.
+    """
+    value = training_argument(training, name)
+    if value < 1 and name != "max_steps":
+        raise ValueError(f"training.{name} is {value!r}, but must be a whole number of at least 1")
+    return value
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -201,8 +201,8 @@ class Encoder:
             raise RowFlaw("", f"must be an object with named fields, got {text[:80]}")
         try:
             sample = FORMATS[self.rules.format].parse(rename_fields(row, self.rules.fields))
-        except RowFlaw as flaw:
-            raise RowFlaw(self.rules.fields.get(flaw.field, flaw.field), flaw.reason) from None
+        except RowFlaw as error:
+            raise RowFlaw(self.rules.fields.get(error.field, error.field), error.reason) from None
         if isinstance(sample, Instruction):
             for name, part in (("instruction", sample.instruction), ("input", sample.context)):
                 self._check_controls(name, part)
@@ -239,9 +239,10 @@ class Encoder:
         if parts[0].text:
             return list(self._encode_chats(parts))
         samples = [part.sample for part in parts]
-        if isinstance(samples[0], Document):
-            return self._encode_documents(samples)
-        return self._encode_pairs([s.as_pair() if isinstance(s, Instruction) else s for s in samples])
+        if documents := [sample for sample in samples if isinstance(sample, Document)]:
+            return self._encode_documents(documents)
+        instructions = [sample.as_pair() if isinstance(sample, Instruction) else sample for sample in samples]
+        return self._encode_pairs([sample for sample in instructions if isinstance(sample, Pair)])
 
     def _encode_pairs(self, pairs: Sequence[Pair]) -> list[Encoded]:
         end = self.tokenizer.eos_token_id
@@ -274,6 +275,7 @@ class Encoder:
         self, ids: Sequence[int], offsets: Sequence[tuple[int, int]], characters: Sequence[tuple[int, int]]
     ) -> list[int]:
         """From characters to tokens: all that overlap, up to and with the token that ends the turn."""
+        assert self.renderer is not None
         starts, ends = np.array(offsets, dtype=np.int64).T
         spans: list[int] = []
         for first, last in characters:
@@ -362,9 +364,10 @@ class Encoder:
         if keep >= len(offsets):
             return None
         end = offsets[keep // 2 - 1][1]
-        # Several tokens may stand for the bytes of one character: at least one character goes.
+        # Several tokens may stand for the bytes of one character, and so for the same place in the text.
         start = max(offsets[len(offsets) - (keep - keep // 2) - 1][1], end + 1)
-        return text[:end] + text[start:]
+        shorter = text[:end] + text[start:]
+        return shorter if len(shorter) < len(text) else None
 
 
 def _key(example: Encoded) -> int:

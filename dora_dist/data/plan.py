@@ -35,7 +35,7 @@ class TrainingPlan:
 
     def row(self, number: int) -> np.ndarray:
         """The examples of a row."""
-        return self.examples[self.starts[number] : self.starts[number + 1]]
+        return self.examples[int(self.starts[number]) : int(self.starts[number + 1])]
 
     def first(self, num_rows: int) -> "TrainingPlan":
         """The plan's first rows."""
@@ -49,7 +49,8 @@ class TrainingPlan:
     def row_lengths(self, lengths: np.ndarray) -> np.ndarray:
         """Tokens of each row, given those of every example; int64, shape (rows,)."""
         sums = np.concatenate([[0], np.cumsum(lengths[self.examples])])
-        return sums[self.starts[1:]] - sums[self.starts[:-1]]
+        rows: np.ndarray = sums[self.starts[1:]] - sums[self.starts[:-1]]
+        return rows
 
     def padding_share(self, lengths: np.ndarray, rows_per_batch: int) -> float:
         """Share of padding in all tokens that are computed, where each micro-batch is padded to its longest row.

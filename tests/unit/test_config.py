@@ -11,6 +11,8 @@ from dora_dist.training_section import (
     DEFAULT_TRAINING_ARGUMENTS,
     OWNED_TRAINING_ARGUMENTS,
     check_training_section,
+    training_argument,
+    whole_number,
 )
 
 LEAST = "output_dir: runs/x\nmodel:\n  path: some/model\ndata:\n  train: rows.jsonl\n"
@@ -191,10 +193,47 @@ def test_help_lists_every_section_without_starting_anything():
     ("name", "value", "rule"),
     [
         ("learning_rate", "fast", "a number"),
-        ("max_steps", "1e3 steps", "a number"),
+        ("max_steps", "1e3 steps", "a whole number"),
         ("do_train", "yes", "true or false"),
     ],
 )
 def test_training_arguments_of_a_wrong_type_are_refused(name, value, rule):
     with pytest.raises(ValueError, match=f"training.{name} is '{value}', but must be {rule}"):
         check_training_section({name: value})
+
+
+@pytest.mark.parametrize("value", [12.0, 12.5, True])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "max_steps",
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+        "eval_accumulation_steps",
+        "dataloader_num_workers",
+        "dataloader_prefetch_factor",
+    ],
+)
+def test_training_arguments_that_are_no_whole_numbers_are_refused(name, value):
+    check_training_section({name: 12})
+    with pytest.raises(ValueError, match=f"training.{name} is {value}, but must be a whole number"):
+        check_training_section({name: value})
+
+
+def test_numbers_of_steps_that_may_be_fractions_or_none_are_taken():
+    check_training_section({"logging_steps": 0.1, "save_steps": 12.0, "eval_steps": 0.5, "warmup_steps": 0.06})
+    check_training_section({"eval_accumulation_steps": None})
+
+
+def test_a_training_argument_is_the_users_before_ours_before_the_librarys():
+    assert training_argument({"weight_decay": 0.5}, "weight_decay") == 0.5
+    assert training_argument({}, "weight_decay") == DEFAULT_TRAINING_ARGUMENTS["weight_decay"]
+    assert training_argument({}, "gradient_accumulation_steps") == 1
+
+
+def test_only_max_steps_may_be_less_than_one():
+    assert whole_number({}, "max_steps") == -1
+    assert whole_number({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps") == 4
+    with pytest.raises(ValueError, match="per_device_train_batch_size is 0, but must be a whole number of at least 1"):
+        whole_number({"per_device_train_batch_size": 0}, "per_device_train_batch_size")

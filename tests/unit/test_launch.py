@@ -2,7 +2,7 @@
 
 import pytest
 
-from dora_dist.launch import check_launch
+from dora_dist.launch import check_launch, check_world_size, world_size_of
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
 DDP_CPU = {"ACCELERATE_USE_CPU": "true", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
@@ -32,3 +32,25 @@ def test_a_wrong_launch_is_refused_with_the_right_command(engine, environment, m
     with pytest.raises(ValueError, match="start it with: ") as caught:
         check_launch(engine, environment)
     assert message in str(caught.value)
+
+
+def test_the_world_size_is_the_launchers_or_one():
+    assert world_size_of({"WORLD_SIZE": "2"}) == 2
+    assert world_size_of({}) == 1
+
+
+@pytest.mark.parametrize(("world_size", "engine"), [(1, "none"), (8, "zero2"), (2, "ddp")])
+def test_a_world_size_that_the_engine_can_have_passes(world_size, engine):
+    check_world_size(world_size, engine)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "engine", "message"),
+    [
+        (0, "ddp", "--world-size is 0, but must be at least 1"),
+        (2, "none", "--world-size is 2, but distributed.engine is none, .* set distributed.engine to zero2 or ddp"),
+    ],
+)
+def test_a_world_size_that_the_engine_cannot_have_is_refused(world_size, engine, message):
+    with pytest.raises(ValueError, match=message):
+        check_world_size(world_size, engine)

@@ -26,7 +26,8 @@ LEVELS = [
         "engine",
         "folding",
         "model_shape",
-        "preview_page",
+        "preview",
+        "preview.tokens",
     },
     {
         "activations",
@@ -55,13 +56,13 @@ LEVELS = [
     {"controller", "data.encode", "model", "quickstart.folder", "world"},
     {"data.batches", "data.sources", "quickstart.__main__", "records"},
     {"build_data", "evaluation"},
-    {"checkpoint", "report"},
-    {"trained", "trainer"},
+    {"checkpoint", "preview.choice", "report"},
+    {"preview.figures", "trained", "trainer"},
     {"settle", "formats"},
-    {"build"},
-    {"export", "generate", "prepare", "estimate", "compare", "benchmark"},
-    {"dry_run", "preview"},
-    {"train"},
+    {"build", "preview.course"},
+    {"export", "generate", "prepare", "estimate", "compare", "benchmark", "preview.contents"},
+    {"dry_run", "preview.page", "preview.terminal"},
+    {"preview.__main__", "train"},
 ]
 PURE = ["importance", "schedule", "allocation", "regularizer"]
 

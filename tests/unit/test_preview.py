@@ -10,40 +10,20 @@ import pytest
 import yaml
 from byte_tokenizer import byte_tokenizer
 from repository import REPOSITORY
-from tiny_run import tiny_tokenizer, write_config, write_rows
-from tokenizers import Tokenizer, decoders, models, normalizers
-from transformers import PreTrainedTokenizerFast
+from tiny_run import write_config, write_rows
 
-from dora_dist import build_data, preview
+from dora_dist import build_data
 from dora_dist.config import load_config
-from dora_dist.preview_page import visible
+from dora_dist.preview.__main__ import _in_colour, main
+from dora_dist.preview.choice import Choice
+from dora_dist.preview.contents import build_preview
+from dora_dist.preview.terminal import BOLD, RESET, SHADES
 
-TEXTS = [
-    "Hello  world,\n\n\tthe end .  ",
-    "你好\uff0c世界\u3000!",
-    "\u0633\u0644\u0627\u0645 \u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
-    "👩\u200d👧 é \U0001f1e9\U0001f1ea",
-    "a\ufffdb \ufffd\ufffd\ufffd c",
-    " lead and <|eot_id|> <0xE4>",
-]
 BYTES = byte_tokenizer("chatml")
 
 
-def sentencepiece_like() -> PreTrainedTokenizerFast:
-    """LLaMA's way: spaces as a letter, bytes with names for what is not in the vocabulary."""
-    vocabulary = ["<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"Helowrd,你"]
-    tokenizer = Tokenizer(
-        models.BPE({token: n for n, token in enumerate(vocabulary)}, [], unk_token="<unk>", byte_fallback=True)
-    )
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-
-
 def run(capsys, *arguments) -> str:
-    preview.main([str(argument) for argument in arguments])
+    main([str(argument) for argument in arguments])
     return capsys.readouterr().out
 
 
@@ -87,50 +67,6 @@ def shown(text: str, spans: str = "⟦([^⟧]*)⟧") -> list[str]:
     return re.findall(spans, text)
 
 
-@pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("tokenizer", [BYTES, sentencepiece_like()], ids=["bytes", "sentencepiece"])
-def test_pieces_together_are_the_decoded_text_and_all_tokens(tokenizer, text):
-    ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    pieces = preview.split_tokens(tokenizer, ids, [False] * len(ids))
-    assert [number for piece in pieces for number in piece.ids] == ids
-    assert [piece.position for piece in pieces] == [sum(len(p.ids) for p in pieces[:n]) for n in range(len(pieces))]
-    whole = "".join(piece.text for piece in pieces if piece.text != "▁")  # a first token that is no text has a name
-    assert whole == tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    assert [piece.special for piece in pieces[-2:]] == [False, True]
-
-
-def test_words_are_decoded_with_their_spaces():
-    tokenizer = tiny_tokenizer()
-    ids = tokenizer("<s> w1 w2 nonsense </s>")["input_ids"]
-    pieces = preview.split_tokens(tokenizer, ids, [False, False, False, True, True])
-    assert [piece.text for piece in pieces] == ["<s>", " w1", " w2", " <unk>", " </s>"]
-    assert [piece.special for piece in pieces] == [True, False, False, True, True]
-
-
-@pytest.mark.parametrize("tokenizer", [BYTES, sentencepiece_like()], ids=["bytes", "sentencepiece"])
-def test_bytes_that_are_no_text_have_names(tokenizer):
-    ids = tokenizer("o好o", add_special_tokens=False)["input_ids"]
-    start = next(n for n, name in enumerate(tokenizer.convert_ids_to_tokens(ids)) if name in ("å", "<0xE5>"))
-    # A character that is cut off.
-    pieces = preview.split_tokens(tokenizer, ids[: start + 2], [False] * (start + 2))
-    assert [piece.text for piece in pieces[-2:]] == ["<0xE5>", "<0xA5>"]
-    assert all(piece.special for piece in pieces[-2:])
-    # Training begins in the middle of a character, as it can with one token a byte.
-    trained = [n > start for n in range(len(ids))]
-    pieces = preview.split_tokens(tokenizer, ids, trained)
-    assert [piece.text for piece in pieces[-4:]] == ["<0xE5>", "<0xA5>", "<0xBD>", "o"]
-    assert [piece.trained for piece in pieces[-4:]] == [False, True, True, True]
-    # Otherwise its bytes are one piece.
-    (character,) = [p for p in preview.split_tokens(tokenizer, ids, [False] * len(ids)) if p.text == "好"]
-    assert len(character.ids) == 3
-
-
-def test_nothing_invisible_reaches_the_terminal():
-    text = "a\x1b[2J\r\x00\u202eb\u200b\u200c\u3000\n\t\udcff⟦"
-    assert visible(text) == "a\\x1b[2J\\r\\x00\\u202eb\\u200b\u200c\u3000\n⇥\\udcff⟦"
-    assert visible("⟦a│b⟧", preview.MARKS) == "\\u27e6a\\u2502b\\u27e7"
-
-
 def test_the_first_examples_of_the_training_with_trained_tokens_in_brackets(config, capsys):
     text = run(capsys, config, "--examples", 2, "--world-size", 2)
     rows = [json.loads(line) for line in (config.parent / "train.jsonl").read_text().splitlines()]
@@ -149,7 +85,7 @@ def test_the_examples_are_those_of_the_plan(config):
     _, data = build_data.read_data(loaded)
     order = build_data.build_mixture(loaded.data, data.train, loaded.seed).plan(12, 4).examples
     expected = [data.train[0].dataset[int(index)]["place"] for index in order[:5]]
-    examples = preview.build_preview(loaded, preview.Choice(number=5), 1).examples
+    examples = build_preview(loaded, Choice(number=5), 1).examples
     assert [example.title.split(": ")[0] for example in examples] == [f"train, {place}" for place in expected]
 
 
@@ -243,9 +179,9 @@ def test_examples_that_are_too_long_for_training_can_be_seen(chats, capsys):
 )
 def test_what_cannot_be_is_refused(chats, arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        preview.main([str(chats), *arguments])
+        main([str(chats), *arguments])
     with pytest.raises(ValueError, match="there is no file"):
-        preview.main(["nowhere.yaml"])
+        main(["nowhere.yaml"])
 
 
 def test_colour_says_the_same_as_brackets(chats, capsys):
@@ -254,21 +190,21 @@ def test_colour_says_the_same_as_brackets(chats, capsys):
     trained = "".join(
         text
         for style, text in re.findall(r"(\x1b\[[\d;]*m)((?:\x1b\[1m)?[^\x1b]*)", coloured.split("\n\n", 1)[1])
-        if style in preview.SHADES[True]
-    ).replace(preview.BOLD, "")
+        if style in SHADES[True]
+    ).replace(BOLD, "")
     assert trained == "".join(shown(plain.split("\n\n", 1)[1])).replace("│", "").replace("↵\n", "")
     # No background runs over the end of a line.
-    assert all(line.endswith(preview.RESET) or "\x1b" not in line for line in coloured.splitlines())
+    assert all(line.endswith(RESET) or "\x1b" not in line for line in coloured.splitlines())
 
 
 def test_colour_is_for_terminals_and_can_be_refused(monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    assert preview._in_colour("auto")
+    assert _in_colour("auto")
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not preview._in_colour("auto")
-    assert preview._in_colour("always")
+    assert not _in_colour("auto")
+    assert _in_colour("always")
 
 
 class Page(HTMLParser):
@@ -334,7 +270,7 @@ def test_what_libraries_print_is_not_in_the_preview(config, capsys, monkeypatch)
         return read_data(*arguments)
 
     monkeypatch.setattr(build_data, "read_data", talkative)
-    preview.main([str(config)])
+    main([str(config)])
     said = capsys.readouterr()
     assert "greetings" in said.err
     assert said.out.startswith("Training data for ")
@@ -351,10 +287,7 @@ def test_as_a_command_its_output_is_the_preview_alone(tmp_path):
     with subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
     ) as process:
-        assert (
-            process.stdout.readline().decode()
-            == f"{preview.BOLD}Training data for {tmp_path / 'model'}{preview.RESET}\n"
-        )
+        assert process.stdout.readline().decode() == f"{BOLD}Training data for {tmp_path / 'model'}{RESET}\n"
         process.stdout.close()  # as head and less do
         errors = process.stderr.read().decode()
     assert process.returncode == 0, errors

@@ -194,3 +194,22 @@ def test_truncation_ends_where_a_character_is_several_tokens():
         text = tokenizer.decode(columns["input_ids"][0])
         assert text == f"<s>{'語' * text.count('語')}答え</s>"
         assert most - 6 < len(columns["input_ids"][0]) <= most
+
+
+def test_truncation_ends_where_a_text_cannot_become_shorter(tmp_path):
+    """Byte fallback behind a prefix of its own: the last character is more tokens than any cut leaves."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: number for number, token in enumerate(["<unk>", "<s>", "</s>", "▁", "a"])}
+    vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
+    for most in range(5, 30):
+        for text in ("語", "語語語語語語", "a語" * 9):
+            row = {"prompt": text, "completion": "a"}
+            columns = encode(fast, [row], max_length=most, overlong="truncate")
+            assert len(columns["input_ids"][0]) <= most
+            assert not columns["input_ids"][0] or trained(fast, columns).endswith("a</s>")

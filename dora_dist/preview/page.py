@@ -1,16 +1,13 @@
-"""What a preview shows, and the page that shows it: one HTML file that needs nothing else."""
+"""A preview as a page: one HTML file that needs nothing else."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from html import escape
 
-JOINERS = "\u200c\u200d\u3000"
-"""Not printable to Python, but without them Persian, emoji and Chinese are not what they should be."""
-SHORT_ESCAPES = {"\r": "\\r", "\t": "⇥"}
+from dora_dist.preview.contents import Preview, ShownExample
+from dora_dist.preview.tokens import Piece, visible
 
 BAR_WIDTH, BAR_HEIGHT, LABEL_WIDTH, COUNT_WIDTH = 420, 20, 110, 300
 """Of the histogram, in pixels."""
-
 STYLE = """
 :root { color-scheme: light dark;
   --text: #1c1c1c; --page: #ffffff; --faint: #767676; --line: #d4d4d4; --given-a: #f0f0f0; --given-b: #e2e2e2;
@@ -41,107 +38,6 @@ th { font-weight: 600; } th:nth-child(-n+2), td:nth-child(-n+2) { text-align: le
 svg { max-width: 100%; height: auto; } svg text { fill: var(--text); font: 12px system-ui, sans-serif; }
 svg .bar { fill: var(--edge); } svg .limit { fill: var(--mark); }
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """Tokens that are shown as one: a single one, or those whose bytes are text only together.
-
-    Attributes:
-        text: what is shown.
-        position: of the first token in its example.
-        ids: of the tokens.
-        names: of the tokens in the vocabulary.
-        trained: whether they have a loss.
-        special: a control token, or one that is no text: ``text`` is a name.
-    """
-
-    text: str
-    position: int
-    ids: tuple[int, ...]
-    names: tuple[str, ...]
-    trained: bool
-    special: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShownExample:
-    """An example with its title."""
-
-    title: str
-    pieces: Sequence[Piece]
-
-
-@dataclass(frozen=True)
-class Bin:
-    """A bar of the histogram: ``count`` examples of ``low`` to ``high`` tokens, ``high`` included."""
-
-    low: int
-    high: int
-    count: int
-
-    @property
-    def label(self) -> str:
-        return f"{self.low:,}-{self.high:,}" if self.high > self.low else f"{self.low:,}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preview:
-    """All that a preview shows.
-
-    Attributes:
-        title: of the whole.
-        note: on the choice of examples.
-        examples: token by token.
-        table: of the sources, header first; the first two columns are words, the others numbers.
-        lengths: the lengths in words.
-        bins: the same as a histogram.
-        limit: ``data.max_length``.
-        remarks: on rows that were left out or cut, and the steps of the run, a line each.
-    """
-
-    title: str
-    note: str
-    examples: Sequence[ShownExample]
-    table: Sequence[Sequence[str]]
-    lengths: str
-    bins: Sequence[Bin]
-    limit: int
-    remarks: Sequence[str]
-
-    @property
-    def most(self) -> int:
-        """Examples in the fullest bin, at least 1."""
-        return max([1, *(entry.count for entry in self.bins)])
-
-    def limit_mark(self, number: int) -> str:
-        """What stands beside a bin: the limit on lengths, where it lies in it, above the last or below the first."""
-        entry, limit = self.bins[number], f"data.max_length {self.limit:,}"
-        if entry.low <= self.limit <= entry.high:
-            return limit
-        if number == 0 and self.limit < entry.low:
-            return f"{limit} is below all"
-        return f"{limit} is above all" if number == len(self.bins) - 1 and self.limit > entry.high else ""
-
-
-def visible(text: str, marks: str = "") -> str:
-    """The text with control characters and the like written out, so that neither terminal nor browser obeys them.
-
-    Args:
-        text: any; line breaks are kept.
-        marks: characters that mean something else where this is shown, to be written out too.
-    """
-    if text.isprintable() and not any(mark in text for mark in marks):
-        return text
-    return "".join(character if character == "\n" else _visible(character, marks) for character in text)
-
-
-def _visible(character: str, marks: str) -> str:
-    if character in marks:
-        return character.encode("ascii", "backslashreplace").decode()
-    if character.isprintable() or character in JOINERS:
-        return character
-    return SHORT_ESCAPES.get(character) or character.encode("unicode_escape", "surrogatepass").decode()
 
 
 def build_page(preview: Preview) -> str:

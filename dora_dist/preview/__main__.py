@@ -1,0 +1,109 @@
+"""Examples of a run token by token, as training will see them, with lengths and the number of optimizer steps.
+
+Every key of the configuration can be overridden as --section.key value, as for dora_dist.train. Nothing is trained,
+and no weight is read.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dora_dist.command import run_command, say
+from dora_dist.config import load_config
+from dora_dist.launch import world_size_of
+from dora_dist.preview.choice import FEW, Choice
+from dora_dist.preview.contents import build_preview
+from dora_dist.preview.page import build_page
+from dora_dist.preview.terminal import render
+from dora_dist.quiet import quiet_libraries
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, without the overrides."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dora_dist.preview",
+        usage="%(prog)s CONFIG [--section.key value ...] [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of the run, see configs/")
+    parser.add_argument(
+        "--examples",
+        type=int,
+        metavar="N",
+        help=f"how many to show; by default {FEW}, and one of every source at least",
+    )
+    parser.add_argument("--source", metavar="NAME", help="look at this source only")
+    parser.add_argument("--eval", action="store_true", help="look at the held-out sources instead of the training ones")
+    parser.add_argument("--longest", action="store_true", help="show the longest examples instead of the first ones")
+    parser.add_argument("--truncated", action="store_true", help="show only examples that were truncated")
+    parser.add_argument(
+        "--world-size",
+        type=int,
+        metavar="N",
+        help="processes to count steps for; by default WORLD_SIZE of the environment, or 1",
+    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the same as a page, too")
+    parser.add_argument(
+        "--color", choices=("auto", "always", "never"), default="auto", help="by default on a terminal, unless NO_COLOR"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the preview.
+
+    Raises:
+        ValueError: something that the user can mend.
+    """
+    quiet_libraries()
+    options, overrides = build_parser().parse_known_args(arguments)
+    if not options.config.is_file():
+        raise ValueError(f"there is no file {options.config}: give the YAML of the run, see configs/")
+    if options.examples is not None and options.examples < 1:
+        raise ValueError(f"--examples is {options.examples}, but must be at least 1")
+    if options.html is not None and (options.html.is_dir() or not options.html.parent.is_dir()):
+        raise ValueError(f"--html is {options.html}, but must be a file in a folder that exists")
+    world_size = options.world_size if options.world_size is not None else world_size_of(os.environ)
+    choice = Choice(
+        number=options.examples,
+        source=options.source,
+        held_out=options.eval,
+        longest=options.longest,
+        truncated=options.truncated,
+    )
+    config = load_config(options.config, overrides)
+    # Standard output is for the preview; libraries write there too (DeepSpeed, a tokenizer's own code).
+    with contextlib.redirect_stdout(sys.stderr):
+        preview = build_preview(config, choice, world_size)
+    if options.html is not None:
+        options.html.write_text(build_page(preview), encoding="utf-8")
+    _print(render(preview, _in_colour(options.color)))
+    if options.html is not None:
+        say(f"page written to {options.html}")
+
+
+def _in_colour(wanted: str) -> bool:
+    if wanted != "auto":
+        return wanted == "always"
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def _print(text: str) -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that cannot show a character must not end the command.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Whoever reads has seen enough (head, less); the interpreter flushes again when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,152 @@
+"""The tokens of an example as pieces of text that can be shown."""
+
+import functools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+NOT_TEXT = "\N{REPLACEMENT CHARACTER}"
+MOST_TOKENS = 8
+"""That are tried together, until they are text: a character has up to four bytes, and tokens may end inside of one."""
+CONTEXT = 4
+"""Pieces before a token that decide whether it begins with a space."""
+BYTE_NAME = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+JOINERS = "\u200c\u200d\u3000"
+"""Not printable to Python, but without them Persian, emoji and Chinese are not what they should be."""
+SHORT_ESCAPES = {"\r": "\\r", "\t": "⇥"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Tokens that are shown as one: a single one, or those whose bytes are text only together.
+
+    Attributes:
+        text: what is shown.
+        position: of the first token in its example.
+        ids: of the tokens.
+        names: of the tokens in the vocabulary.
+        trained: whether they have a loss.
+        special: a control token, or one that is no text: ``text`` is a name.
+    """
+
+    text: str
+    position: int
+    ids: tuple[int, ...]
+    names: tuple[str, ...]
+    trained: bool
+    special: bool
+
+
+def split_tokens(tokenizer: Any, ids: Sequence[int], trained: Sequence[bool]) -> list[Piece]:
+    """Tokens with the text that each of them adds.
+
+    Tokens that are text only together (the bytes of a character) become one piece; bytes that are never text, and
+    tokens without any, are shown by their names. Otherwise the pieces' texts together are the decoded text.
+
+    Args:
+        tokenizer: of the ids.
+        ids: of the tokens.
+        trained: whether each of them is; no piece is both.
+    """
+    names = [str(name) for name in tokenizer.convert_ids_to_tokens(list(ids))]
+    control = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    control |= set(tokenizer.all_special_ids)
+    pieces: list[Piece] = []
+    starts: list[int] = []  # of pieces that the next one is decoded with
+    first = 0
+    while first < len(ids):
+        end, text = _next_text(tokenizer, ids, names, trained, first, starts[-CONTEXT:])
+        starts = [*starts, first] if text is not None else []
+        pieces.append(
+            Piece(
+                text=text or _name_bytes(names[first]),
+                position=first,
+                ids=tuple(ids[first:end]),
+                names=tuple(names[first:end]),
+                trained=trained[first],
+                special=ids[first] in control or not text,
+            )
+        )
+        first = end
+    return pieces
+
+
+def _next_text(
+    tokenizer: Any,
+    ids: Sequence[int],
+    names: Sequence[str],
+    trained: Sequence[bool],
+    first: int,
+    context: Sequence[int],
+) -> tuple[int, str | None]:
+    """End and text of the piece that starts at ``first``; None for a token that is no text."""
+    begin = context[0] if context else first
+
+    def decode(end: int) -> str:
+        return tokenizer.decode(ids[begin:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    before = decode(first) if begin < first else ""
+    for end in range(first + 1, min(first + MOST_TOKENS, len(ids)) + 1):
+        if trained[end - 1] != trained[first]:
+            break
+        after = decode(end)
+        text = after[len(before) :]
+        # The character may also stand in the text itself.
+        if after.startswith(before) and (NOT_TEXT not in text or _is_text(names[first:end])):
+            return end, text
+    return first + 1, None
+
+
+def _is_text(names: Sequence[str]) -> bool:
+    try:
+        b"".join(map(_bytes_of, names)).decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _bytes_of(name: str) -> bytes:
+    """The bytes that the name of a token stands for."""
+    if match := BYTE_NAME.fullmatch(name):
+        return bytes([int(match[1], 16)])
+    letters = _byte_letters()
+    if all(letter in letters for letter in name):
+        return bytes(letters[letter] for letter in name)
+    return name.encode("utf-8", "surrogatepass")
+
+
+@functools.cache
+def _byte_letters() -> dict[str, int]:
+    """The alphabet of byte-level tokenizers (Radford et al. 2019): printable bytes stand for themselves."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+
+
+def _name_bytes(name: str) -> str:
+    """``<0xE4>`` for every byte that is no text."""
+    if BYTE_NAME.fullmatch(name):
+        return name
+    text = _bytes_of(name).decode("utf-8", "surrogateescape")
+    return "".join(f"<0x{ord(c) - 0xDC00:02X}>" if "\udc80" <= c <= "\udcff" else c for c in text)
+
+
+def visible(text: str, marks: str = "") -> str:
+    """The text with control characters and the like written out, so that neither terminal nor browser obeys them.
+
+    Args:
+        text: any; line breaks are kept.
+        marks: characters that mean something else where this is shown, to be written out too.
+    """
+    if text.isprintable() and not any(mark in text for mark in marks):
+        return text
+    return "".join(character if character == "\n" else _visible(character, marks) for character in text)
+
+
+def _visible(character: str, marks: str) -> str:
+    if character in marks:
+        return character.encode("ascii", "backslashreplace").decode()
+    if character.isprintable() or character in JOINERS:
+        return character
+    return SHORT_ESCAPES.get(character) or character.encode("unicode_escape", "surrogatepass").decode()
