@@ -1,10 +1,9 @@
 """From the ``data`` section to examples on disk and a plan of the training."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from dora_dist import backbone
-from dora_dist.command import say
 from dora_dist.config import DataConfig, RunConfig, SourceConfig
 from dora_dist.data.chat import ChosenTemplate, choose_template
 from dora_dist.data.encode import EncodingRules
@@ -22,6 +20,7 @@ from dora_dist.data.plan import TrainingPlan, packed_to, plan_by_length, plan_pa
 from dora_dist.data.read import Location, locate
 from dora_dist.data.rows import FORMATS, tell_format
 from dora_dist.data.sources import PreparedSource, first_rows, prepare_source
+from dora_dist.training_section import nearest
 
 MOST_WORKERS = 8
 CHAT_FORMATS = ("messages", "sharegpt")
@@ -36,12 +35,19 @@ class RunData:
         evaluation: held-out sources.
         template: chat template of the sources that have conversations, or None where none has.
         overlap: of each held-out source, how many of its examples are also trained on.
+        notes: what a user should know of the data as a whole.
     """
 
     train: list[PreparedSource]
     evaluation: list[PreparedSource]
     template: str | None
     overlap: dict[str, int]
+    notes: list[str]
+
+    def remarks(self) -> list[str]:
+        """:attr:`notes`, and what a user should know of each source."""
+        held_out = [f"held-out {remark}" for source in self.evaluation for remark in source.remarks()]
+        return [*self.notes, *(remark for source in self.train for remark in source.remarks()), *held_out]
 
     def examples(self) -> Dataset:
         """The training examples of all sources, one source after the other."""
@@ -50,10 +56,6 @@ class RunData:
     def lengths(self) -> np.ndarray:
         """Tokens of every training example, int64."""
         return np.concatenate([source.lengths() for source in self.train])
-
-    def digest(self) -> str:
-        """SHA-256 of the training examples of all sources."""
-        return sha256("".join(source.digest for source in self.train).encode()).hexdigest()
 
 
 def read_data(config: RunConfig) -> tuple[PreTrainedTokenizerBase, RunData]:
@@ -76,7 +78,10 @@ def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> RunD
     for part, sources in (("train", config.train_sources()), ("eval", config.eval_sources())):
         found[part] = [(source, *_find(source, config)) for source in sources]
     chats = [s for entries in found.values() for s, _, name in entries if name in CHAT_FORMATS or s.as_chat]
-    template = _template(config, tokenizer) if chats else None
+    template = None
+    if chats or config.chat_template != "auto":  # a name that is wrong is refused in any case
+        template = choose_template(tokenizer, config.chat_template)
+    template = template if chats else None
     prepared = {
         part: [_prepared(config, *entry, tokenizer, template) for entry in entries] for part, entries in found.items()
     }
@@ -84,18 +89,29 @@ def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> RunD
         tokenizer.chat_template = template.text
     seen = np.concatenate([source.keys() for source in prepared["train"]])
     overlap = {source.name: int(np.isin(source.keys(), seen).sum()) for source in prepared["eval"]}
-    for source in prepared["eval"]:
-        if overlap[source.name]:
-            say(
-                f"warning: {overlap[source.name]} of {source.counts.examples} held-out examples of {source.name} are "
-                "also trained on, so that its loss will look better than it is"
-            )
+    notes = [template.origin] if template is not None and template.bundled else []
     return RunData(
         train=prepared["train"],
         evaluation=prepared["eval"],
         template=None if template is None else template.text,
         overlap=overlap,
+        notes=[*notes, *_warnings(prepared["train"], prepared["eval"], overlap)],
     )
+
+
+def _warnings(
+    train: Sequence[PreparedSource], held_out: Sequence[PreparedSource], overlap: Mapping[str, int]
+) -> Iterator[str]:
+    for number, source in enumerate(train):
+        for other in train[:number]:
+            if other.digest == source.digest:
+                yield f"warning: {other.name} and {source.name} hold the same examples, which count twice"
+    for source in held_out:
+        if overlap[source.name]:
+            yield (
+                f"warning: {overlap[source.name]} of {source.counts.examples} held-out examples of {source.name} are "
+                "also trained on, so that its loss will look better than it is"
+            )
 
 
 def _find(source: SourceConfig, config: DataConfig) -> tuple[Location, str]:
@@ -121,19 +137,15 @@ def _find(source: SourceConfig, config: DataConfig) -> tuple[Location, str]:
 
 
 def _check_fields(source: SourceConfig, formats: Sequence[str]) -> None:
-    known = [name for layout in formats for name in (*FORMATS[layout].required, *FORMATS[layout].optional)]
-    if unknown := sorted(set(source.fields) - set(known)):
-        raise ValueError(
-            f"fields of {source.name} names {', '.join(unknown)}, but {' and '.join(formats)} have {', '.join(known)}: "
-            "write them as (name of the format): (name in your rows)"
-        )
-
-
-def _template(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> ChosenTemplate:
-    template = choose_template(tokenizer, config.chat_template)
-    if template.bundled:
-        say(template.origin)
-    return template
+    names = {layout: (*FORMATS[layout].required, *FORMATS[layout].optional) for layout in formats}
+    known = {name for fields in names.values() for name in fields}
+    for name in source.fields:
+        if name not in known:
+            listed = "; ".join(f"{layout}: {', '.join(fields)}" for layout, fields in names.items())
+            raise ValueError(
+                f"{name} in the fields of {source.name} is no field of a format{nearest(name, known)} ({listed}); "
+                "write fields as (name of the format): (name in your rows)"
+            )
 
 
 def _prepared(
@@ -156,12 +168,7 @@ def _prepared(
         bad_rows=config.bad_rows,
     )
     workers = config.workers or min(len(os.sched_getaffinity(0)), MOST_WORKERS)
-    prepared = prepare_source(
-        str(source.name), location, rules, tokenizer, Path(config.cache_dir).expanduser(), workers
-    )
-    for remark in prepared.remarks():
-        say(remark)
-    return prepared
+    return prepare_source(str(source.name), location, rules, tokenizer, Path(config.cache_dir).expanduser(), workers)
 
 
 def mixture_counts(config: DataConfig, sizes: Sequence[int]) -> list[int]:

@@ -17,7 +17,8 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from dora_dist.controller import DynamicRankController, PruneEvent
+from dora_dist.controller import DynamicRankController
+from dora_dist.events import PruneEvent
 from dora_dist.layer import DynamicLoraLinear
 from dora_dist.records import write_json
 

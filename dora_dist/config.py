@@ -6,7 +6,7 @@ Values that cannot work are refused here, before any process group, data or mode
 import dataclasses
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -153,8 +153,8 @@ class DataConfig:
         workers: processes that encode; null for one per core, 8 at most.
     """
 
-    train: str | list[str | SourceConfig]
-    eval: str | list[str | SourceConfig] | None = None
+    train: str | dict[str, Any] | list[str | dict[str, Any]]
+    eval: str | dict[str, Any] | list[str | dict[str, Any]] | None = None
     format: Format = "auto"
     chat_template: str = "auto"
     train_on: Literal["assistant", "last", "everything"] = "assistant"
@@ -171,47 +171,69 @@ class DataConfig:
         _require(self.temperature is None or self.temperature > 0, "data.temperature", self.temperature, "be positive")
         _require(self.workers is None or self.workers >= 1, "data.workers", self.workers, "be at least 1")
         for key, given in (("data.train", self.train), ("data.eval", self.eval)):
-            _require(given != [] and given != "", key, given, "name a file, or several")
-            for number, source in enumerate(given if isinstance(given, list) else []):
-                if isinstance(source, SourceConfig):
-                    source.check(f"{key}[{number}]")
+            _require(given not in ([], "", {}), key, given, "name a file, or several")
+        self.eval_sources()
         self._check_shares()
 
     def train_sources(self) -> list[SourceConfig]:
-        """The training sources, short forms spelled out."""
-        return _sources(self.train)
+        """The training sources, short forms spelled out.
+
+        Raises:
+            ValueError: a source is described in a way that cannot work.
+        """
+        return _sources(self.train, "data.train")
 
     def eval_sources(self) -> list[SourceConfig]:
-        """The held-out sources, short forms spelled out; empty for none."""
-        return [] if self.eval is None else _sources(self.eval)
+        """The held-out sources, as in :meth:`train_sources`; empty for none."""
+        return [] if self.eval is None else _sources(self.eval, "data.eval")
 
     def _check_shares(self) -> None:
         sources = self.train_sources()
         weighted = [source for source in sources if source.weight is not None]
         repeated = [source for source in sources if source.epochs is not None]
+        given = [name for name, there in (("weight", weighted), ("epochs", repeated)) if there]
+        given += ["temperature"] if self.temperature is not None else []
+        if len(given) > 1:
+            raise ValueError(f"data has {' and '.join(given)}, but they are different ways to mix sources: keep one")
         if weighted and len(weighted) < len(sources):
             missing = next(source for source in sources if source.weight is None)
             raise ValueError(
                 f"{len(weighted)} of {len(sources)} sources in data.train have a weight, but {missing.path} has none: "
                 "give it to all or to none"
             )
-        given = [name for name, there in (("weight", weighted), ("epochs", repeated)) if there]
-        given += ["temperature"] if self.temperature is not None else []
-        if len(given) > 1:
-            raise ValueError(f"data has {' and '.join(given)}, but they are different ways to mix sources: keep one")
 
 
-def _sources(given: str | list[str | SourceConfig]) -> list[SourceConfig]:
+def _sources(given: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]], key: str) -> list[SourceConfig]:
     entries = given if isinstance(given, list) else [given]
-    sources = [entry if isinstance(entry, SourceConfig) else SourceConfig(path=entry) for entry in entries]
+    sources = [_source(entry, f"{key}[{number}]") for number, entry in enumerate(entries)]
     names: list[str] = []
     for source in sources:
         name = source.name or _name_of(source.path)
         if source.name is not None and source.name in names:
-            raise ValueError(f"two sources of one list in data are called {name!r}: give them different names")
+            raise ValueError(f"two sources of {key} are called {name!r}: give them different names")
         alike = sum(other == name or other.startswith(f"{name}-") for other in names)
         names.append(f"{name}-{alike + 1}" if name in names else name)
     return [dataclasses.replace(source, name=name) for source, name in zip(sources, names, strict=True)]
+
+
+def _source(entry: str | Mapping[str, Any], where: str) -> SourceConfig:
+    """One source, checked by itself: as a part of a union, its errors would be those of all the union's members."""
+    if isinstance(entry, str):
+        return SourceConfig(path=entry)
+    known = [field.name for field in dataclasses.fields(SourceConfig)]
+    for name in entry:
+        if name not in known:
+            raise ValueError(f"unknown key {where}.{name}{nearest(name, known)} (a source has {', '.join(known)})")
+    if "path" not in entry:
+        raise ValueError(f"{where} has no path: give the file, glob, saved folder or Hub name of the source")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(SourceConfig)
+    try:
+        source = SourceConfig(**parser.parse_object(dict(entry)).as_dict())
+    except ArgumentError as error:
+        raise ValueError(f"{where}: {error}") from None
+    source.check(where)
+    return source
 
 
 def _name_of(path: str | list[str]) -> str:
@@ -390,7 +412,6 @@ def _refuse_repeated_keys(path: Path) -> None:
 def _explain(message: str, parser: ArgumentParser) -> str:
     """jsonargparse's message, with the nearest valid key where the key is unknown."""
     keys = {key for key in vars(parser.get_defaults().as_flat()) if key != "config"}
-    keys |= {f"data.train.{entry.name}" for entry in dataclasses.fields(SourceConfig)}
     unknown = re.search(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'", message)
     if unknown:
         key = f"{unknown['group']}.{unknown['key']}"

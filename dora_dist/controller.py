@@ -1,7 +1,6 @@
 """The method in motion: joins schedule, importance, agreement and selection, and owns all state of the method."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from hashlib import sha256
 
 import torch
@@ -11,34 +10,11 @@ from dora_dist.agreement import Agreement, digest_tensors
 from dora_dist.allocation import select_components
 from dora_dist.command import ExpectedRunError
 from dora_dist.engine import zero_entries
+from dora_dist.events import PruneEvent
 from dora_dist.importance import ScoreFunction, component_scores, smooth
 from dora_dist.layer import DynamicLoraLinear
 from dora_dist.regularizer import equilibrium_penalty
 from dora_dist.schedule import BudgetSchedule
-
-
-@dataclass(frozen=True, kw_only=True)
-class PruneEvent:
-    """One pruning event, the same on every rank.
-
-    Attributes:
-        step: optimizer step after which it took place.
-        num_kept: components of the whole model that were kept.
-        kept: layer -> indices of the components kept.
-        returned: components kept now that the event before had pruned.
-        final: whether the mask is fixed from here on.
-    """
-
-    step: int
-    num_kept: int
-    kept: Mapping[str, list[int]]
-    returned: int
-    final: bool
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        """Layer -> number of components kept."""
-        return {name: len(indices) for name, indices in self.kept.items()}
 
 
 class BudgetMissedError(ExpectedRunError):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_dist.command import run_command, say
+from dora_dist.data.rows import ROLES
 from dora_dist.quiet import quiet_libraries
 
 LEAST_WIDTH = 80
@@ -165,7 +166,7 @@ def _question_of_json(text: str, number: int) -> Question:
     if not known or [bool(part) for part in (fields["prompt"], fields["instruction"], messages)].count(True) != 1:
         raise ValueError(
             f"line {number} of standard input is {text}, but must have text either in the field prompt or in the field "
-            "instruction (and perhaps input), or a list of messages, each with role and content"
+            f"instruction (and perhaps input), or a list of messages, each with role ({', '.join(ROLES)}) and content"
         )
     if messages:
         return Question(messages=messages)
@@ -176,7 +177,7 @@ def _question_of_json(text: str, number: int) -> Question:
 
 def _are_messages(value: object) -> bool:
     return isinstance(value, list) and all(
-        isinstance(entry, dict) and isinstance(entry.get("role"), str) and isinstance(entry.get("content"), str)
+        isinstance(entry, dict) and entry.get("role") in ROLES and isinstance(entry.get("content"), str)
         for entry in value
     )
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_dist.command import run_command
+from dora_dist.command import run_command, say
 from dora_dist.config import load_config
 from dora_dist.quiet import quiet_libraries
 
@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from dora_dist import build_data
 
     _, data = build_data.read_data(config)
+    for remark in data.remarks():
+        say(remark)
     print(render("training data", data.train))
     if data.evaluation:
         print(render("held-out data", data.evaluation))

@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dora_dist.controller import PruneEvent
+from dora_dist.events import PruneEvent
 
 METRICS = "metrics.jsonl"
 ALLOCATION = "allocation.jsonl"

@@ -52,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     with agreement.together("preparing data and settings"):
         settled = settle.settle(config, *read_data())
+    for remark in settled.data.remarks():
+        say(remark)
     if dry_run:
         print_dry_run(config, settled, agreement)
         return

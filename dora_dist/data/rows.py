@@ -238,7 +238,7 @@ def tell_format(rows: Sequence[Mapping[str, Any]], where: str, fields: Mapping[s
     found = ", ".join(sorted(common)) or "that all of its first rows have: none"
     raise ValueError(
         f"{where}: the fields {found} fit no known format ({wanted}); name yours in the fields of the source, such as "
-        "fields: {prompt: question, completion: answer}"
+        "fields: {prompt: question, completion: answer}, and the columns of a table whose first line is no header"
     )
 
 
@@ -250,5 +250,5 @@ def rename_fields(row: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str
 
 
 def _short(value: object) -> str:
-    text = repr(value)
+    text = "null" if value is None else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

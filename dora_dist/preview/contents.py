@@ -100,7 +100,7 @@ def build_preview(config: RunConfig, choice: Choice, world_size: int) -> Preview
         lengths=describe_lengths(lengths),
         bins=bins_of(lengths),
         limit=limit,
-        remarks=[*left_out(pool, lengths, limit), *course.remarks],
+        remarks=[*data.notes, *left_out(pool, lengths, limit), *course.remarks],
     )
 
 

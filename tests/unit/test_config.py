@@ -237,3 +237,46 @@ def test_only_max_steps_may_be_less_than_one():
     assert whole_number({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps") == 4
     with pytest.raises(ValueError, match="per_device_train_batch_size is 0, but must be a whole number of at least 1"):
         whole_number({"per_device_train_batch_size": 0}, "per_device_train_batch_size")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "{path: a, wieght: 2}",
+            r"^unknown key data\.train\[1\]\.wieght; did you mean weight\? \(a source has path, name",
+        ),
+        ("{name: a}", r"^data\.train\[1\] has no path"),
+        ("{path: a, format: alpcaa}", r"^data\.train\[1\]: .*format.*alpcaa"),
+        ("{path: a, max_rows: 0}", r"^data\.train\[1\]\.max_rows is 0, but must be at least 1"),
+        ("{path: a, weight: -1}", r"^data\.train\[1\]\.weight is -1\.0, but must be positive"),
+        ("{path: a, weight: 1}", r"1 of 2 sources in data\.train have a weight, but first\.jsonl has none"),
+        ("{path: a, weight: 1, epochs: 2}", "data has weight and epochs, but they are different ways to mix sources"),
+        ("{path: a, name: first}", None),
+    ],
+)
+def test_a_source_that_cannot_be_is_refused_by_its_place(tmp_path, source, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"output_dir: x\nmodel: {{path: m}}\ndata:\n  train:\n    - first.jsonl\n    - {source}\n")
+    if message is None:
+        with pytest.raises(ValueError, match=r"two sources of data\.train are called 'first'"):
+            load_config(path)
+        return
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        load_config(path)
+
+
+def test_one_source_needs_no_list_and_is_saved_as_it_was_given(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("output_dir: x\nmodel: {path: m}\ndata:\n  train: {path: a.jsonl.gz, epochs: 2}\n")
+    config = load_config(path)
+    (source,) = config.data.train_sources()
+    assert (source.name, source.epochs) == ("a", 2.0)
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_sources_of_the_same_file_name_are_told_apart(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("output_dir: x\nmodel: {path: m}\ndata:\n  train: [a/x.jsonl, b/x.jsonl, c/x.jsonl]\n")
+    assert [source.name for source in load_config(path).data.train_sources()] == ["x", "x-2", "x-3"]

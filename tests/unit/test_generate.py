@@ -84,7 +84,8 @@ def test_lines_may_be_json(monkeypatch: pytest.MonkeyPatch) -> None:
         ('{"prompt": "a", "instruction": "b"}', "either in the field prompt or"),
         ('{"instruction": 3}', "must have text"),
         ('{"instruction": "b", "input": ["c"]}', "must have text"),
-        ('{"messages": [{"role": "user"}]}', "a list of messages, each with role and content"),
+        ('{"messages": [{"role": "user"}]}', "a list of messages, each with role .system, user, assistant, tool. and"),
+        ('{"messages": [{"role": "bot", "content": "a"}]}', "a list of messages, each with role"),
     ],
 )
 def test_lines_that_cannot_be_used(lines: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ LEVELS = [
         "allocation",
         "regularizer",
         "engine",
+        "events",
         "folding",
         "model_shape",
         "preview",

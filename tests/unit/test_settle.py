@@ -107,19 +107,33 @@ def test_the_fingerprint_knows_the_content_of_the_data(config):
     rows[7] = json.dumps(changed)
     (config.parent / "train.jsonl").write_text("\n".join(rows))
     after = settled(load(config)).fingerprint
-    assert {name for name in before if before[name] != after[name]} == {"training data"}, (
+    assert {name for name in before if before[name] != after[name]} == {"examples of train"}, (
         "the order is one of numbers, and stays"
     )
 
 
-def test_dropped_examples_are_counted_aloud(config, capsys):
-    settings = load(config, "--data.max_length", "16", "--data.overlong", "drop")
-    (source,) = settled(settings).data.train
+def test_dropped_examples_are_counted_and_said(config):
+    data = settled(load(config, "--data.max_length", "16", "--data.overlong", "drop")).data
+    (source,) = data.train
     assert 0 < source.counts.overlong < 50
     assert source.counts.overlong + source.counts.examples == 50
-    said = f"train: dropped {source.counts.overlong} examples that do not fit into data.max_length\n"
-    said += f"train: what was left out is listed in {source.folder}/left_out.jsonl\n"
-    assert said in capsys.readouterr().err
+    assert data.remarks()[:2] == [
+        f"train: dropped {source.counts.overlong} examples that do not fit into data.max_length",
+        f"train: what was left out is listed in {source.folder}/left_out.jsonl",
+    ]
+
+
+def test_the_same_data_twice_is_said(config):
+    rows = (config.parent / "train.jsonl").read_text()
+    (config.parent / "again.jsonl").write_text(rows)
+    sources = json.dumps([str(config.parent / "train.jsonl"), str(config.parent / "again.jsonl")])
+    (note,) = settled(load(config, "--data.train", sources)).data.notes
+    assert note.startswith("warning: train and again hold the same examples")
+
+
+def test_a_chat_template_that_is_not_there_is_refused_also_where_no_row_needs_it(config):
+    with pytest.raises(ValueError, match=r"data\.chat_template is 'chatmll', but must be auto, one of"):
+        settled(load(config, "--data.chat_template", "chatmll"))
 
 
 def test_the_order_is_part_of_what_a_run_is_known_by(config):
@@ -156,13 +170,25 @@ def test_exact_match_on_plain_text_is_refused(config):
         settled(load(config, "--evaluation.exact_match", "true"))
 
 
-def test_a_field_that_the_format_does_not_have_is_refused(config):
-    source = {"path": str(config.parent / "train.jsonl"), "fields": {"instrution": "instruction"}}
-    with pytest.raises(ValueError, match=r"fields of train names instrution, but .* have messages, .*: write them as"):
+@pytest.mark.parametrize(
+    ("field", "row_format", "message"),
+    [
+        (
+            "instrution",
+            "auto",
+            r"instrution in the fields of train is no .*; did you mean instruction\? .*sharegpt: conv",
+        ),
+        (
+            "prompt",
+            "alpaca",
+            r"prompt in the fields of train is no field of a format \(alpaca: instruction, output, in",
+        ),
+    ],
+)
+def test_a_field_that_the_format_does_not_have_is_refused(config, field, row_format, message):
+    source = {"path": str(config.parent / "train.jsonl"), "fields": {field: "instruction"}, "format": row_format}
+    with pytest.raises(ValueError, match=message):
         settled(load(config, "--data.train", json.dumps([source])))
-    source["fields"] = {"prompt": "instruction"}
-    with pytest.raises(ValueError, match="fields of train names prompt, but alpaca have instruction, output, input"):
-        settled(load(config, "--data.train", json.dumps([source]), "--data.format", "alpaca"))
 
 
 def test_an_example_beyond_the_models_context_is_refused(config):
