@@ -36,9 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         ValueError: something that the user can mend.
     """
+    quiet_libraries()
     options, overrides = build_parser().parse_known_args(arguments)
     config = load_config(options.config, overrides)
-    quiet_libraries()
     # Heavy imports wait until the configuration has been found to be sound.
     from dora_dist import build_data
 
