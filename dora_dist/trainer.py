@@ -65,7 +65,8 @@ class DynamicLoraTrainer(Trainer):
         fingerprint: Mapping[str, Any],
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        # Of its own evaluation, which :meth:`evaluate` replaces, the Trainer only wants to know that there are data.
+        super().__init__(eval_dataset=None if evaluator is None else evaluator.sources, **kwargs)
         if not self.model_accepts_loss_kwargs:
             raise ValueError(
                 f"the model class {type(self.model.get_base_model()).__name__} does not take num_items_in_batch, so "
