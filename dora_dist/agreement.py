@@ -54,6 +54,14 @@ class Agreement:
         dist.all_reduce(total)
         return (total / self.size).to(flat.device)
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; the same answer on every rank. One number, for use in every step."""
+        if not self.distributed:
+            return flag
+        highest = torch.tensor([flag], dtype=torch.int32, device=self.device)
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        return bool(highest)
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.distributed:

@@ -18,6 +18,7 @@ from dora_dist.data.batches import Collator, FlattenedCollator, PackedCollator, 
 from dora_dist.data.chat import stop_tokens
 from dora_dist.evaluation import Evaluator, check_packing
 from dora_dist.model import DynamicLoraModel, add_dynamic_lora
+from dora_dist.preemption import PreemptionNotice
 from dora_dist.records import RunRecords
 from dora_dist.schedule import BudgetSchedule
 from dora_dist.settle import Settled, adapter_seed
@@ -101,6 +102,7 @@ def build_trainer(
     agreement: Agreement,
     records: RunRecords,
     evaluator: Evaluator | None,
+    notice: PreemptionNotice,
 ) -> DynamicLoraTrainer:
     """The loop."""
     trainer = DynamicLoraTrainer(
@@ -113,6 +115,7 @@ def build_trainer(
         agreement=agreement,
         records=records,
         evaluator=evaluator,
+        notice=notice,
         row_lengths=settled.plan.row_lengths(settled.mixture.lengths),
         rows_per_epoch=settled.mixture.rows_per_epoch,
         engine=config.distributed.engine,

@@ -11,6 +11,9 @@ from typing import TypeVar
 Result = TypeVar("Result")
 
 LINGER_SECONDS = 5.0
+PREEMPTED = 75
+"""Exit status of a run that stopped because it was told to, and goes on when the same command is started again
+(EX_TEMPFAIL of sysexits.h)."""
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -18,10 +21,13 @@ def run_command(main: Callable[[], None]) -> None:
 
     ``ValueError`` (something the user can mend) exits with 2; errors of the run itself that explain themselves
     (disagreement or failure of ranks, missed budget, loss not finite) with 1. Anything else keeps its traceback, a
-    ``ValueError`` from inside another library too.
+    ``ValueError`` from inside another library too. A run that was preempted exits with :data:`PREEMPTED`.
     """
     try:
         main()
+    except PreemptedError as end:
+        say(str(end))
+        _exit(PREEMPTED)
     except Exception as error:
         own = isinstance(error, ExpectedRunError) or (isinstance(error, ValueError) and _raised_here(error))
         if not own:
@@ -53,6 +59,11 @@ class ExpectedRunError(RuntimeError):
     """An error of a run whose message says all there is to say."""
 
 
+class PreemptedError(ExpectedRunError):
+    """The run was told to stop, and did so where the same command goes on. Raised on all ranks, with the same
+    message."""
+
+
 def _leave(error: Exception, status: int) -> None:
     rank = os.environ.get("RANK")
     who = f"[rank {rank}] " if rank is not None else ""
@@ -63,6 +74,11 @@ def _leave(error: Exception, status: int) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # The launcher ends all ranks as soon as one has gone: leave the others time to say what they found.
         time.sleep(LINGER_SECONDS)
+    _exit(status)
+
+
+def _exit(status: int) -> None:
+    sys.stdout.flush()
     # Not sys.exit: threads of NCCL or gloo may wait for another rank in the interpreter's shutdown.
     os._exit(status)
 

@@ -1,6 +1,6 @@
 """The entry point: ``accelerate launch --config_file launch/X.yaml -m dora_dist.train --config configs/Y.yaml``.
 
-:func:`main` reads in build order; every part is made in :mod:`dora_dist.build` and handed to the next.
+:func:`train` reads in build order; every part is made in :mod:`dora_dist.build` and handed to the next.
 """
 
 import os
@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dora_dist.command import attempt, run_command, say
+from dora_dist.command import PreemptedError, attempt, run_command, say
 from dora_dist.config import parse_config, save_config
 from dora_dist.launch import check_launch
+from dora_dist.preemption import PreemptionNotice
 from dora_dist.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         ValueError: something that the user can mend.
         ExpectedRunError: the ranks failed or disagree, the budget was missed, or the loss is not finite.
+        PreemptedError: a rank was told to stop before the last step.
     """
     quiet_libraries()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -40,6 +42,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     launched = "LOCAL_RANK" in os.environ or not dry_run  # a dry run needs no launcher
     if launched:
         check_launch(config.distributed.engine, os.environ)
+    with PreemptionNotice() as notice:
+        train(config, notice, launched, dry_run)
+
+
+def train(config: "RunConfig", notice: PreemptionNotice, launched: bool, dry_run: bool) -> None:
+    """The run, or what it would be.
+
+    Args:
+        config: of the run.
+        notice: of this rank's preemption.
+        launched: whether the processes that the engine needs are there.
+        dry_run: say what the run would be, and end.
+    """
     # Heavy imports wait until the configuration has been found to be sound.
     from dora_dist import build, build_data, records, report, settle, world
     from dora_dist.agreement import Agreement
@@ -54,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settled = settle.settle(config, *read_data())
     for remark in settled.data.remarks():
         say(remark)
+    stop_before_training(notice, agreement)
     if dry_run:
         print_dry_run(config, settled, agreement)
         return
@@ -67,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with agreement.together("loading the model"):
         model = build.load_model(config, state.device, settled.tokenizer)
         controller = build.build_controller(config, model, agreement, settled.schedule)
+    stop_before_training(notice, agreement)
     build.check_same_on_all_ranks(agreement, settled.fingerprint, model)
     run_records = records.RunRecords(run, writes=state.is_main_process)
     evaluator = build.build_evaluator(config, settled, agreement)
@@ -78,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         agreement=agreement,
         records=run_records,
         evaluator=evaluator,
+        notice=notice,
     )
     world.check_world(agreement, trainer)
 
@@ -91,7 +109,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run_records.truncate_after(-1)
     if resume is None and evaluator and config.evaluation.before:
         trainer.evaluate()
+    stop_before_training(notice, agreement)
     trainer.train(resume_from_checkpoint=resume)
+    if trainer.preempted:
+        agreement.close()
+        step = trainer.state.global_step
+        raise PreemptedError(
+            f"preempted at step {step}: checkpoint-{step} is complete; start the same command again to go on"
+        )
     controller.finish()
     if evaluator and trainer.evaluated_step != settled.arguments.max_steps:
         trainer.evaluate()
@@ -100,6 +125,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             save_adapter(model, settled.tokenizer, run / "adapter")
             print(report.finish_run(run), flush=True)
     agreement.close()
+
+
+def stop_before_training(notice: PreemptionNotice, agreement: "Agreement") -> None:
+    """End the run before its first step if any rank was told to stop: one decision of all.
+
+    Raises:
+        PreemptedError: one was.
+    """
+    if agreement.any(notice.received is not None):
+        agreement.close()
+        raise PreemptedError("preempted before training: nothing to save; start the same command again to go on")
 
 
 def print_dry_run(config: "RunConfig", settled: "Settled", agreement: "Agreement") -> None:

@@ -12,13 +12,14 @@ import torch
 from accelerate.utils import set_seed
 from torch import nn
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
 from dora_dist import checkpoint
 from dora_dist.agreement import Agreement
 from dora_dist.command import ExpectedRunError, say
 from dora_dist.controller import DynamicRankController
 from dora_dist.evaluation import Evaluator
+from dora_dist.preemption import PreemptionNotice
 from dora_dist.records import RunRecords
 from dora_dist.world import check_prepared
 
@@ -40,6 +41,7 @@ class DynamicLoraTrainer(Trainer):
         agreement: collectives over the ranks.
         records: of the run.
         evaluator: for held-out data, or None.
+        notice: of this rank's preemption.
         row_lengths: tokens of every row of ``train_dataset``, whose order is that of training.
         rows_per_epoch: rows that one pass over the data fills.
         engine: ``distributed.engine`` of the configuration.
@@ -47,6 +49,9 @@ class DynamicLoraTrainer(Trainer):
         equilibrium_weight: of the Dimensional Equilibrium Modulator in the loss.
         keep_last: complete checkpoints to keep.
         fingerprint: what a run that resumes from this one's checkpoints must have in common with it.
+
+    Attributes:
+        preempted: whether training ended before its last step, with a checkpoint, because a rank was told to stop.
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class DynamicLoraTrainer(Trainer):
         agreement: Agreement,
         records: RunRecords,
         evaluator: Evaluator | None,
+        notice: PreemptionNotice,
         row_lengths: np.ndarray,
         rows_per_epoch: int,
         engine: str,
@@ -76,6 +82,7 @@ class DynamicLoraTrainer(Trainer):
         self.agreement = agreement
         self.records = records
         self.evaluator = evaluator
+        self.notice = notice
         self.row_lengths = row_lengths
         self.rows_per_epoch = rows_per_epoch
         self.engine = engine
@@ -83,6 +90,7 @@ class DynamicLoraTrainer(Trainer):
         self.equilibrium_weight = equilibrium_weight
         self.keep_last = keep_last
         self.fingerprint = fingerprint
+        self.preempted = False
         self.resumed_from: Path | None = None
         self.evaluated_step: int | None = None
         self._penalty_sum = torch.zeros((), device=self.args.device)
@@ -186,6 +194,24 @@ class DynamicLoraTrainer(Trainer):
         self._first_step = self.state.global_step
         self._last_log = (self.state.global_step, time.monotonic())
 
+    def stop_if_preempted(self, control: TrainerControl) -> None:
+        """End training after this optimizer step with a checkpoint if any rank was told to stop: one decision of all.
+
+        What was measured since the last log is logged. An evaluation that is due is left to the run that goes on from
+        here (:meth:`owes_evaluation`), for the time until the deadline belongs to the checkpoint.
+        """
+        told = self.agreement.any(self.notice.received is not None)
+        if told and self.state.global_step < self.state.max_steps:
+            self.preempted = True
+            control.should_log = control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def owes_evaluation(self) -> bool:
+        """Whether the step that a resumed run starts from is one to evaluate, and was not."""
+        due = DefaultFlowCallback().on_step_end(self.args, self.state, TrainerControl()).should_evaluate
+        done = (line["step"] for line in self.state.log_history if "eval_loss" in line)
+        return due and self.state.global_step not in done
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """The Trainer's checkpoint plus the method's state, sealed when all ranks have written theirs."""
         step = self.state.global_step
@@ -229,6 +255,8 @@ class _MethodCallback(TrainerCallback):
             checkpoint.load_method_state(trainer.resumed_from, trainer.controller)
             trainer.records.truncate_after(state.global_step)
             trainer.records.replace_events(trainer.controller.events)
+            if trainer.owes_evaluation():
+                trainer.evaluate()
         else:
             trainer.controller.verify("the adapter at the start")
         trainer.start_clock()
@@ -237,3 +265,4 @@ class _MethodCallback(TrainerCallback):
         event = self.trainer.controller.after_optimizer_step(state.global_step)
         if event is not None:
             self.trainer.records.event(event)
+        self.trainer.stop_if_preempted(control)

@@ -32,6 +32,7 @@ OWNED_TRAINING_ARGUMENTS = {
     "resume_from_checkpoint": "set checkpoint.resume",
     "save_total_limit": "set checkpoint.keep_last",
     "save_only_model": "such a checkpoint cannot be resumed",
+    "enable_jit_checkpoint": "SIGTERM and SIGUSR1 always lead to a checkpoint at the end of the step",
     "save_on_each_node": "all ranks write one checkpoint in output_dir, which all nodes share",
     "load_best_model_at_end": "the run ends with the adapter whose budget was met",
     "logging_nan_inf_filter": "it hides a loss that is not finite",

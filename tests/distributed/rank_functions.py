@@ -240,3 +240,8 @@ def _make_step(engine: str, model: nn.Module) -> Any:
 
     step.model = wrapped
     return step
+
+
+def agreement_any(flagged: list[int]) -> bool:
+    agreement = Agreement()
+    return agreement.any(agreement.rank in flagged)

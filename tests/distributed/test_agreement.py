@@ -16,6 +16,12 @@ def test_mean_is_the_mean_with_the_same_bits_on_every_rank(world_size):
     assert all(torch.equal(mean, means[0]) for mean in means)
 
 
+@pytest.mark.parametrize("flagged", [[], [1], [0, 1, 2]])
+def test_a_flag_on_any_rank_is_seen_by_all(flagged):
+    outcomes = run_ranks(rank_functions.agreement_any, 3, flagged)
+    assert [outcome.value for outcome in outcomes] == [bool(flagged)] * 3
+
+
 @WORLDS
 def test_a_failure_on_one_rank_is_raised_on_all_and_names_it(world_size):
     outcomes = run_ranks(rank_functions.agreement_failure, world_size, 1)

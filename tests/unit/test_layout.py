@@ -32,6 +32,7 @@ LEVELS = [
     },
     {
         "activations",
+        "preemption",
         "quantization",
         "data",
         "data.rows",

@@ -1,0 +1,147 @@
+"""SIGTERM and SIGUSR1: one decision, a complete checkpoint, and a run that goes on as if nothing had been.
+
+Two real ranks under ZeRO-2 run the entry point's ``main`` (see ``forked_run.py``). Most of them signal themselves, at
+an exact place of the program.
+"""
+
+import os
+import signal
+import time
+
+import pytest
+from commands import steps_of
+from forked_run import RANKS, free_port, log_of, start_run, train_rank
+from ranks import start_ranks, wait_for_ranks
+from safetensors.torch import load_file
+from test_resume import COMPARED
+from tiny_run import write_config
+
+from dora_dist import checkpoint
+from dora_dist.command import PREEMPTED
+from dora_dist.records import read_lines
+
+LAST = 20
+
+
+def signalled_rank(rank, world_size, arguments, port, log, signals):
+    """A rank that signals itself.
+
+    Args:
+        signals: of every rank: place -> names of the signals, where a place is ``load``, the number of a step, or
+            ``save N`` for the moments before and after the writing of a checkpoint.
+    """
+    from dora_dist import build
+    from dora_dist.trainer import DynamicLoraTrainer as Trainer
+
+    mine = signals.get(rank, {})
+
+    def send(place):
+        for name in mine.get(place, []):
+            os.kill(os.getpid(), signal.Signals[name])
+
+    load_model, training_step, save = build.load_model, Trainer.training_step, Trainer._save_checkpoint
+
+    def loading(*args):
+        send("load")
+        return load_model(*args)
+
+    def stepping(trainer, *args):
+        send(str(trainer.state.global_step + 1))
+        return training_step(trainer, *args)
+
+    def saving(trainer, *args):
+        step = trainer.state.global_step
+        os.write(2, f"saving {step}\n".encode())
+        send(f"save {step}")
+        save(trainer, *args)
+        send(f"save {step}")
+
+    build.load_model, Trainer.training_step, Trainer._save_checkpoint = loading, stepping, saving
+    train_rank(rank, world_size, arguments, port, log)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that was left alone: dropout, an evaluation every 5 steps, one checkpoint on the way."""
+    folder = tmp_path_factory.mktemp("preemption")
+    config = write_config(
+        folder,
+        adapter={"dropout": 0.1},
+        training={"max_steps": LAST, "save_steps": 15, "eval_strategy": "steps", "eval_steps": 5},
+    )
+    processes = start_run(config, folder / "run", folder / "log")
+    wait_for_ranks(processes, timeout=120)
+    assert [process.exitcode for process in processes] == [0, 0], log_of(folder / "log")
+    return config
+
+
+def statuses(processes):
+    wait_for_ranks(processes, timeout=60)
+    return [process.exitcode for process in processes]
+
+
+def assert_same_run(config, run):
+    """Weights, training lines, evaluations and events of ``run`` are those of the run that was left alone."""
+    reference = config.parent / "run"
+    for name in ("adapter/adapter_model.safetensors", f"checkpoint-{LAST}/dynamic_lora.safetensors"):
+        expected, found = load_file(reference / name), load_file(run / name)
+        assert expected.keys() == found.keys()
+        assert all(expected[key].equal(found[key]) for key in expected), name
+    lines = [[[line[key] for key in COMPARED] for line in steps_of(folder)] for folder in (reference, run)]
+    assert lines[0] == lines[1]
+    evaluations = [
+        [line for line in read_lines(folder / "metrics.jsonl") if "eval_loss" in line] for folder in (reference, run)
+    ]
+    assert evaluations[0] == evaluations[1]
+    assert (reference / "allocation.jsonl").read_text() == (run / "allocation.jsonl").read_text()
+
+
+def test_signals_at_every_stage_end_in_the_run_that_was_left_alone(whole, tmp_path):
+    run = tmp_path / "run"
+    arguments = ["--config", str(whole), "--output_dir", str(run)]
+    burst = ["SIGTERM", "SIGUSR1", "SIGTERM"]
+    stages = [
+        ({1: {"load": ["SIGTERM"]}}, None),
+        ({1: {"4": ["SIGTERM"]}}, 4),
+        ({0: {"10": ["SIGUSR1"]}}, 10),  # where an evaluation is due
+        ({rank: {"15": burst, "save 15": burst} for rank in range(RANKS)}, 15),  # where a checkpoint is due
+        ({0: {str(LAST): ["SIGTERM"]}}, LAST),  # the last step: there is nothing to stop
+    ]
+    for number, (signals, step) in enumerate(stages):
+        log = tmp_path / f"log-{number}"
+        found = statuses(start_ranks(signalled_rank, RANKS, arguments, free_port(), str(log), signals))
+        text = log_of(log)
+        assert found == ([0, 0] if step == LAST else [PREEMPTED, PREEMPTED]), text
+        assert "Traceback" not in text
+        assert "error:" not in text
+        assert all(f"[rank {rank}] received " in text for rank in signals)
+        if step is None:
+            assert "preempted before training: nothing to save; start the same command again" in text
+            assert not list(run.glob("*"))
+            continue
+        assert text.count("saving ") == RANKS
+        assert checkpoint.flaw_of(run / f"checkpoint-{step}") is None
+        assert checkpoint.checkpoints(run)[-1].name == f"checkpoint-{step}"
+        if step != LAST:
+            assert text.count(f"preempted at step {step}: checkpoint-{step} is complete") == 1
+            assert not (run / "adapter").exists()
+    assert_same_run(whole, run)
+
+
+def test_signals_from_outside_again_and_again(whole, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    processes = start_run(whole, run, log)
+    end = time.monotonic() + 60
+    while not (run / "metrics.jsonl").exists() or not steps_of(run):
+        assert time.monotonic() < end, log_of(log)
+        time.sleep(0.01)
+    while any(process.is_alive() for process in processes):
+        assert time.monotonic() < end, log_of(log)
+        for process in processes:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGTERM)
+        time.sleep(0.005)
+    assert statuses(processes) == [PREEMPTED, PREEMPTED], log_of(log)
+    assert [checkpoint.flaw_of(path) for path in checkpoint.checkpoints(run)] == [None]
+    assert statuses(start_run(whole, run, log)) == [0, 0], log_of(log)
+    assert_same_run(whole, run)
