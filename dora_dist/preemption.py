@@ -16,6 +16,9 @@ What a batch script sees of :data:`~dora_dist.command.PREEMPTED`, as tried with 
   and a save take longer, a rank must be told instead of the launcher, and earlier;
 - SIGUSR1 kills a launcher, and leaves its ranks training without one, so send it to a rank. ``torchrun
   --signals-to-handle SIGTERM,SIGUSR1`` passes it on as it does SIGTERM; ``accelerate launch`` has no such option.
+
+The price: a rank that hangs, in a collective whose other end has died, no longer ends at the launcher's SIGTERM, but
+30 s later at its SIGKILL.
 """
 
 import os
