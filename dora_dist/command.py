@@ -14,6 +14,8 @@ LINGER_SECONDS = 5.0
 PREEMPTED = 75
 """Exit status of a run that stopped because it was told to, and goes on when the same command is started again
 (EX_TEMPFAIL of sysexits.h)."""
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -28,6 +30,9 @@ def run_command(main: Callable[[], None]) -> None:
     except PreemptedError as end:
         say(str(end))
         _exit(PREEMPTED)
+    except KeyboardInterrupt:
+        say("interrupted")
+        _exit(INTERRUPTED)
     except Exception as error:
         own = isinstance(error, ExpectedRunError) or (isinstance(error, ValueError) and _raised_here(error))
         if not own:
