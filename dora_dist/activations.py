@@ -59,7 +59,7 @@ class Batch:
         length: tokens of each.
         compute_bytes: per element of an activation.
         attention: ``sdpa``, ``eager`` or ``flash``.
-        padded: rows differ in length, so that attention needs a mask.
+        padded: rows differ in length, or hold several examples, so that attention needs a mask.
         autocast: torch's autocast is on: float32 adapters compute on copies in the compute dtype.
         mask_bytes: per element of a dropout mask; None where it has the dtype of the data (CPU).
     """

@@ -130,8 +130,8 @@ def estimate_memory(config: RunConfig, world_size: int, device: str = "cuda") ->
         length=config.data.max_length,
         compute_bytes=compute_bytes,
         attention=_attention(config.model.attention or skeleton.config._attn_implementation),
-        # The longest row is full, but not all are.
-        padded=rows > 1,
+        # The longest row is full, but not all are; packed rows have a mask of blocks.
+        padded=rows > 1 or config.data.batching == "packed",
         # accelerate wraps the model in it, unless DeepSpeed has cast all parameters.
         autocast=compute == "bfloat16" and engine != "zero2",
         mask_bytes=1 if device == "cuda" else None,

@@ -139,12 +139,15 @@ def _rows(config: RunConfig) -> int:
 
 
 def _loss(wrapped: nn.Module, model: DynamicLoraModel, config: RunConfig) -> Tensor:
-    """Of a batch whose rows are all as long as can be, but one that is a token shorter: attention needs a mask."""
+    """Of a batch whose rows are all as long as can be, but one that is a token shorter, or has two examples in every
+    row: attention needs a mask."""
     ids = torch.randint(0, model.config.vocab_size, (_rows(config), config.data.max_length))
-    mask = torch.ones_like(ids)
-    mask[1:2, -1] = 0
-    count = torch.tensor(ids.numel())
-    loss = wrapped(input_ids=ids, labels=ids, attention_mask=mask, num_items_in_batch=count).loss
+    if config.data.batching == "packed":
+        shape = {"position_ids": torch.arange(config.data.max_length // 2).repeat(_rows(config), 2)}
+    else:
+        shape = {"attention_mask": torch.ones_like(ids)}
+        shape["attention_mask"][1:2, -1] = 0
+    loss = wrapped(input_ids=ids, labels=ids, **shape, num_items_in_batch=torch.tensor(ids.numel())).loss
     weight = config.pruning.equilibrium_weight
     if weight:
         layers = model.adapted_layers().values()

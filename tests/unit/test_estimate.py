@@ -83,6 +83,8 @@ def test_the_peak_is_the_allocators(models, shape, checkpointing):
         "--model.quantization none --adapter.target_modules [q_proj,v_proj]",
         "--model.attention eager --training.gradient_accumulation_steps 2",
         "--model.attention eager --training.gradient_checkpointing true",
+        "--data.batching packed --training.per_device_train_batch_size 1",
+        "--data.batching packed --training.gradient_checkpointing true",
     ],
 )
 def test_the_peak_follows_what_is_configured(models, changes):
