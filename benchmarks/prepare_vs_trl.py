@@ -31,7 +31,7 @@ def time_ours(rows: Path, tokenizer_path: str) -> dict[str, float]:
     """Seconds of reading, checking, encoding and writing."""
     from dora_dist.backbone import load_tokenizer
     from dora_dist.build_data import prepare_data
-    from dora_dist.config import DataConfig
+    from dora_dist.data_section import DataConfig
 
     tokenizer = load_tokenizer(tokenizer_path)
     with tempfile.TemporaryDirectory() as cache:

@@ -12,7 +12,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from dora_dist import backbone
-from dora_dist.config import DataConfig, RunConfig, SourceConfig
+from dora_dist.config import RunConfig
 from dora_dist.data.chat import ChosenTemplate, choose_template
 from dora_dist.data.encode import EncodingRules
 from dora_dist.data.mixture import cap_examples, example_order, pass_counts
@@ -20,6 +20,7 @@ from dora_dist.data.plan import TrainingPlan, packed_to, plan_by_length, plan_pa
 from dora_dist.data.read import Location, locate
 from dora_dist.data.rows import FORMATS, tell_format
 from dora_dist.data.sources import PreparedSource, first_rows, prepare_source
+from dora_dist.data_section import DataConfig, SourceConfig
 from dora_dist.training_section import nearest
 
 MOST_WORKERS = 8

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from dora_dist import export, records
 from dora_dist.backbone import load_backbone
-from dora_dist.config import DataConfig, DynamicLoraConfig, ModelConfig, RunConfig, save_config
+from dora_dist.config import DynamicLoraConfig, ModelConfig, RunConfig, save_config
+from dora_dist.data_section import DataConfig
 from dora_dist.model import DynamicLoraModel, add_dynamic_lora
 
 VOCABULARY = 128

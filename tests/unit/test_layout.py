@@ -32,6 +32,7 @@ LEVELS = [
     },
     {
         "activations",
+        "data_section",
         "preemption",
         "quantization",
         "data",
@@ -48,6 +49,7 @@ LEVELS = [
         "backbone",
         "config",
         "data.chat",
+        "data.shorten",
         "layer",
         "memory",
         "merge",
