@@ -253,7 +253,8 @@ class Encoder:
         for pair, prompt, answer in zip(pairs, prompts, answers, strict=True):
             ids = prompt + _without_end(answer, end) + [end]
             start = 0 if self.rules.train_on == "everything" else len(prompt)
-            examples.append(Encoded(ids, [start, len(ids)], pair.completion))
+            text = pair.completion.rstrip().removesuffix(self.tokenizer.eos_token)  # as a generated answer is decoded
+            examples.append(Encoded(ids, [start, len(ids)], text))
         return examples
 
     def _encode_documents(self, documents: Sequence[Document]) -> list[Encoded]:

@@ -43,6 +43,7 @@ def test_an_end_that_the_completion_has_already_is_not_doubled():
     tokenizer = byte_tokenizer()
     columns = encode(tokenizer, [{"prompt": "p", "completion": "c</s>"}])
     assert tokenizer.decode(columns["input_ids"][0]) == "<s>pc</s>"
+    assert columns["answer"] == ["c"], "a generated answer is decoded without it"
 
 
 def test_an_instruction_stands_under_headings_or_in_the_chat_template():
