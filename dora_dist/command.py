@@ -38,6 +38,10 @@ def run_command(main: Callable[[], None]) -> None:
         if not own:
             traceback.print_exc()
         _leave(error, 2 if own and isinstance(error, ValueError) else 1)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Seen once under DDP: a thread of the process group aborted a rank whose work was done and written, in the
+        # interpreter's shutdown, and the launcher reported a failed run.
+        _exit(0)
 
 
 def attempt(work: Callable[[], Result]) -> Callable[[], Result]:
@@ -84,6 +88,7 @@ def _leave(error: Exception, status: int) -> None:
 
 def _exit(status: int) -> None:
     sys.stdout.flush()
+    sys.stderr.flush()
     # Not sys.exit: threads of NCCL or gloo may wait for another rank in the interpreter's shutdown.
     os._exit(status)
 

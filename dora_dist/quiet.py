@@ -15,6 +15,8 @@ def quiet_libraries() -> None:
     # PEFT 0.21 asks transformers 5 for a renamed property; DeepSpeed 0.19 calls renamed collectives of torch 2.13.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing.*")
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*(all_gather_into|reduce_scatter)_tensor.*")
+    # accelerate 1.15 hands DDP's broadcast_buffers on to torch 2.13, which has renamed it.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*broadcast_buffers.*")
     if os.environ.get("RANK", "0") != "0":
         # What all ranks would say, one rank says.
         from transformers.utils import logging as transformers_logging
