@@ -54,10 +54,6 @@ class RunData:
         """The training examples of all sources, one source after the other."""
         return concatenate_datasets([source.dataset for source in self.train])
 
-    def lengths(self) -> np.ndarray:
-        """Tokens of every training example, int64."""
-        return np.concatenate([source.lengths() for source in self.train])
-
 
 def read_data(config: RunConfig) -> tuple[PreTrainedTokenizerBase, RunData]:
     """The tokenizer of the model and all data of the run; see :func:`prepare_data`."""

@@ -199,6 +199,8 @@ def parse_config(arguments: Sequence[str] | None = None) -> RunConfig:
     """
     parser = build_parser()
     for path in _config_files(sys.argv[1:] if arguments is None else arguments):
+        if not path.is_file():
+            raise ValueError(f"there is no file {path}: give the YAML of the run, see configs/")
         _refuse_repeated_keys(path)
     try:
         parsed = parser.instantiate(parser.parse_args(arguments))
@@ -218,10 +220,10 @@ def save_config(config: RunConfig, path: Path) -> None:
 
 
 def _config_files(arguments: Sequence[str]) -> list[Path]:
-    """Existing files that the command line gives as ``--config``."""
+    """Files that the command line gives as ``--config``."""
     given = [after for option, after in pairwise(arguments) if option == "--config"]
     given += [option.removeprefix("--config=") for option in arguments if option.startswith("--config=")]
-    return [path for path in map(Path, given) if path.is_file()]
+    return [Path(path) for path in given]
 
 
 def _refuse_repeated_keys(path: Path) -> None:

@@ -326,8 +326,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     quiet_libraries()
     options, overrides = build_parser().parse_known_args(arguments)
-    if not options.config.is_file():
-        raise ValueError(f"there is no file {options.config}: give the YAML of the run, see configs/")
     world_size = options.world_size if options.world_size is not None else world_size_of(os.environ)
     estimate = estimate_memory(load_config(options.config, overrides), world_size, options.device)
     print(as_json(estimate) if options.json else render(estimate))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from dora_dist.command import run_command, say
 from dora_dist.config import load_config
 from dora_dist.quiet import quiet_libraries
+from dora_dist.table import aligned
 
 if TYPE_CHECKING:
     from dora_dist.data.sources import PreparedSource
@@ -71,14 +72,7 @@ def render(title: str, sources: "Sequence[PreparedSource]") -> str:
                 f"{int(source.lengths().max()):,}",
             )
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-
-    def aligned(line: Sequence[str]) -> str:
-        names = [f"{cell:<{width}}" for cell, width in zip(line[:2], widths[:2], strict=True)]
-        numbers = [f"{cell:>{width}}" for cell, width in zip(line[2:], widths[2:], strict=True)]
-        return "  ".join(names + numbers)
-
-    return "\n".join(map(aligned, lines))
+    return aligned(lines)
 
 
 if __name__ == "__main__":

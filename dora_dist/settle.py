@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from dora_dist import backbone
 from dora_dist.allocation import select_components
@@ -68,26 +68,24 @@ class Settled:
         return {**describe_data(self.data, self.mixture), "padding_share": self.padding_share()}
 
 
-def settle(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: RunData, world_size: int | None = None
-) -> Settled:
+def settle(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: RunData) -> Settled:
     """Decide all that can be decided without weights, and refuse what cannot work.
 
     Args:
         config: of the run.
         tokenizer: of the model.
         data: all sources.
-        world_size: processes that the steps are counted for; by default those that there are.
 
     Raises:
         ValueError: data, training section, targets or schedule cannot work together.
     """
     _check_answers(config, data)
     mixture = build_mixture(config.data, data.train, config.seed)
-    arguments = training_arguments(config, mixture, world_size)
-    plan = mixture.plan(arguments.max_steps, global_batch(arguments, world_size))
-    layers, schedule = check_method(config, arguments.max_steps)
-    check_context(config, data)
+    arguments = training_arguments(config, mixture)
+    plan = mixture.plan(arguments.max_steps, global_batch(arguments))
+    skeleton = backbone.load_skeleton(config.model.path, config.model.trust_remote_code)
+    layers, schedule = check_method(config, skeleton, arguments.max_steps)
+    check_context(skeleton, data)
     return Settled(
         tokenizer=tokenizer,
         data=data,
@@ -107,13 +105,8 @@ def _check_answers(config: RunConfig, data: RunData) -> None:
             raise ValueError(f"evaluation.exact_match is true, but {what}, which has no answers to compare with")
 
 
-def training_arguments(config: RunConfig, mixture: Mixture, world_size: int | None = None) -> TrainingArguments:
+def training_arguments(config: RunConfig, mixture: Mixture) -> TrainingArguments:
     """The Trainer's settings, with ``max_steps`` resolved to the optimizer steps of the whole run.
-
-    Args:
-        config: of the run.
-        mixture: of its data.
-        world_size: processes that the steps are counted for; by default those that there are.
 
     Raises:
         ValueError: a value of the training section is not one that ``TrainingArguments`` takes.
@@ -152,8 +145,8 @@ def training_arguments(config: RunConfig, mixture: Mixture, world_size: int | No
         raise ValueError(f"training: {error}") from None
     if arguments.eval_strategy != "no" and config.data.eval is None:
         raise ValueError(f"training.eval_strategy is {arguments.eval_strategy.value}, but data.eval is not set")
-    batch = global_batch(arguments, world_size)
-    arguments.max_steps = count_steps(mixture, arguments.max_steps, arguments.num_train_epochs, batch)
+    epochs = arguments.num_train_epochs
+    arguments.max_steps = count_steps(mixture, arguments.max_steps, epochs, global_batch(arguments))
     return arguments
 
 
@@ -203,8 +196,13 @@ def adapter_seed(config: RunConfig) -> int:
     return config.seed if config.adapter.seed is None else config.adapter.seed
 
 
-def check_method(config: RunConfig, total_steps: int) -> tuple[list[str], BudgetSchedule]:
+def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int) -> tuple[list[str], BudgetSchedule]:
     """Try targets, schedule and bounds on the model's structure alone, before its weights are read.
+
+    Args:
+        config: of the run.
+        skeleton: the model without weights.
+        total_steps: optimizer steps of the run.
 
     Returns:
         Names of the layers that are adapted, and the budget over the run.
@@ -220,7 +218,6 @@ def check_method(config: RunConfig, total_steps: int) -> tuple[list[str], Budget
             f"adapter.dtype is {config.adapter.dtype}, but DeepSpeed casts all parameters to the compute dtype {dtype} "
             "(and keeps a float32 master copy): leave it at auto"
         )
-    skeleton = backbone.load_skeleton(config.model.path, config.model.trust_remote_code)
     names = resolve_targets(skeleton, config.adapter.target_modules)
     schedule = build_schedule(config, len(names), total_steps)
     scores = {name: torch.zeros(schedule.initial_rank) for name in names}
@@ -228,14 +225,13 @@ def check_method(config: RunConfig, total_steps: int) -> tuple[list[str], Budget
     return names, schedule
 
 
-def check_context(config: RunConfig, data: RunData) -> None:
+def check_context(skeleton: PreTrainedModel, data: RunData) -> None:
     """Refuse examples that are longer than the model's context, beyond which its positions mean nothing.
 
     Raises:
         ValueError: names the longest example's source.
     """
-    model = backbone.load_model_config(config.model.path, config.model.trust_remote_code)
-    context = getattr(model.get_text_config(), "max_position_embeddings", None)
+    context = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
     for source in (*data.train, *data.evaluation):
         longest = int(source.lengths().max())
         if context is not None and longest > context:

@@ -24,9 +24,9 @@ from dora_dist.records import RunRecords
 from dora_dist.world import check_prepared
 
 
-def global_batch(arguments: TrainingArguments, world_size: int | None = None) -> int:
-    """Rows of one optimizer step, over all ranks (those that there are, by default) and micro-batches."""
-    return arguments.train_batch_size * arguments.gradient_accumulation_steps * (world_size or arguments.world_size)
+def global_batch(arguments: TrainingArguments) -> int:
+    """Rows of one optimizer step, over all ranks and micro-batches."""
+    return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
 
 
 class NonFiniteLossError(ExpectedRunError):

@@ -107,12 +107,6 @@ def prompt_length(spans: Sequence[int]) -> int:
     return spans[-2]
 
 
-def num_trained(spans: Sequence[int]) -> int:
-    """Trained tokens of an example; the first position has no label."""
-    total = sum(end - start for start, end in zip(spans[::2], spans[1::2], strict=True))
-    return total - (1 if spans and spans[0] == 0 else 0)
-
-
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
     """Ids of plain prompts as in training: with the tokenizer's start token, without an end token."""
     rows = tokenizer(list(prompts), add_special_tokens=True, **IDS_ONLY)["input_ids"]

@@ -332,7 +332,7 @@ def _count(num_rows: int, examples: Dataset, status: np.ndarray) -> SourceCounts
 
 
 def _num_trained(examples: Dataset) -> int:
-    """Trained tokens over all examples, from the spans' flat values; see :func:`~dora_dist.data.encode.num_trained`."""
+    """Labels over all examples, from the spans' flat values; the first position of an example has none."""
     total = 0
     for chunk in examples.data.column("spans").chunks:
         edges = chunk.flatten().to_numpy().astype(np.int64)

@@ -63,8 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     quiet_libraries()
     options, overrides = build_parser().parse_known_args(arguments)
-    if not options.config.is_file():
-        raise ValueError(f"there is no file {options.config}: give the YAML of the run, see configs/")
     if options.examples is not None and options.examples < 1:
         raise ValueError(f"--examples is {options.examples}, but must be at least 1")
     if options.html is not None and (options.html.is_dir() or not options.html.parent.is_dir()):

@@ -68,7 +68,7 @@ def build_course(config: RunConfig, mixture: "Mixture", world_size: int, flaw: s
 
 def _explain_steps(mixture: "Mixture", num_steps: int, batch: int, epochs: float | None, divisor: str) -> str:
     """The number of steps as what it follows from: the epochs, or where these are None ``max_steps``."""
-    rows = mixture.rows_of_epochs(1)
+    rows = mixture.rows_per_epoch
     of = f"{rows:,} rows" + " of packed examples" * (mixture.batching == "packed")
     steps = f"{num_steps:,} optimizer step" + "s" * (num_steps != 1)
     if epochs is None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from dora_dist.preview.contents import Preview
 from dora_dist.preview.tokens import Piece, visible
+from dora_dist.table import aligned
 
 BAR_LENGTH = 40
 BLOCKS = " ▏▎▍▌▋▊▉█"
@@ -30,7 +31,7 @@ def render(preview: Preview, colour: bool) -> str:
     body = _coloured if colour else _plain
     blocks += [f"{bold}{visible(example.title)}{end}\n{body(example.pieces)}" for example in preview.examples]
     blocks += [
-        _aligned(preview.table),
+        aligned([[visible(cell) for cell in row] for row in preview.table]),
         "\n".join([f"lengths of {preview.lengths}", *_bars(preview)]),
         "\n".join(map(visible, preview.remarks)),
     ]
@@ -53,17 +54,6 @@ def _plain(pieces: Sequence[Piece]) -> str:
         text = "│".join(visible(piece.text, MARKS).replace("\n", "↵\n") for piece in run)
         runs.append(f"⟦{text}⟧" if trained else text)
     return "".join(runs)
-
-
-def _aligned(table: Sequence[Sequence[str]]) -> str:
-    rows = [[visible(cell) for cell in row] for row in table]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [f"{cell:<{width}}" for cell, width in zip(row[:2], widths[:2], strict=True)]
-        cells += [f"{cell:>{width}}" for cell, width in zip(row[2:], widths[2:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
 
 
 def _bars(preview: Preview) -> Iterator[str]:

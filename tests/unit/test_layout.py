@@ -27,6 +27,7 @@ LEVELS = [
         "events",
         "folding",
         "model_shape",
+        "table",
         "preview",
         "preview.tokens",
     },

@@ -9,6 +9,7 @@ from accelerate import PartialState
 from tiny_run import tiny_tokenizer, write_config, write_rows
 
 from dora_dist import build, build_data, settle
+from dora_dist.backbone import load_skeleton
 from dora_dist.config import load_config
 from dora_dist.training_section import DEFAULT_TRAINING_ARGUMENTS, OWNED_TRAINING_ARGUMENTS
 
@@ -28,8 +29,8 @@ def load(config, *overrides):
     return load_config(config, ["--distributed.engine", "none", *overrides])
 
 
-def settled(settings, **changes):
-    return settle.settle(settings, *build_data.read_data(settings), **changes)
+def settled(settings):
+    return settle.settle(settings, *build_data.read_data(settings))
 
 
 def mixture_of(num_examples):
@@ -65,7 +66,7 @@ def test_a_method_that_cannot_work_is_refused_without_reading_weights(config, ov
     settings = load(config, *overrides)
     (config.parent / "model" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=message):
-        settle.check_method(settings, settings.training["max_steps"])
+        settle.check_method(settings, load_skeleton(settings.model.path), settings.training["max_steps"])
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,7 @@ def test_epochs_are_counted_in_rows(config):
     assert packed.arguments.max_steps < 40
     assert packed.plan.num_rows == packed.arguments.max_steps * 4
     assert packed.plan.row_lengths(packed.mixture.lengths).max() <= 64
-    assert settled(load(config, *one), world_size=5).arguments.max_steps == 15
+    assert settle.count_steps(settled(load(config, *one)).mixture, -1, 6, global_batch=20) == 15
 
 
 def test_weights_and_repetitions_of_sources_reach_the_plan(config):

@@ -8,7 +8,7 @@ import pytest
 from byte_tokenizer import FAMILIES, byte_tokenizer
 
 from dora_dist.data.chat import ChatRenderer, choose_template, stop_tokens
-from dora_dist.data.encode import IGNORED, Encoder, EncodingRules, labels_of, num_trained
+from dora_dist.data.encode import IGNORED, Encoder, EncodingRules, labels_of
 from dora_dist.data.rows import Chat, RowFlaw
 
 TURNS = [("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "ä2"), ("user", "q3"), ("assistant", "a3")]
@@ -74,7 +74,8 @@ def test_exactly_the_answers_and_their_ends_are_trained(family, marks):
     ((ids, spans),) = encode(tokenizer, template if marks else without_marks(template), [SYSTEM, *CONVERSATION])
     assert marked(tokenizer, ids, spans) == EXPECTED[family]
     labels = labels_of(ids, spans)
-    assert num_trained(spans) == sum(label != IGNORED for label in labels)
+    trained = sum(end - start for start, end in zip(spans[::2], spans[1::2], strict=True))
+    assert trained == sum(label != IGNORED for label in labels)
     end = ChatRenderer(tokenizer, template).end_of_turn
     assert labels.count(end) == 3, "also where it is the padding token, as it is in some of these"
 
