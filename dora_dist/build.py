@@ -22,6 +22,7 @@ from dora_dist.preemption import PreemptionNotice
 from dora_dist.records import RunRecords
 from dora_dist.schedule import BudgetSchedule
 from dora_dist.settle import Settled, adapter_seed
+from dora_dist.skipping import SkipPolicy
 from dora_dist.trainer import DynamicLoraTrainer
 
 
@@ -122,6 +123,7 @@ def build_trainer(
         adapter_dtype=next(iter(controller.layers.values())).gate.dtype,
         equilibrium_weight=config.pruning.equilibrium_weight,
         keep_last=config.checkpoint.keep_last,
+        skip_policy=SkipPolicy(agreement, config.distributed.max_skipped_steps),
         fingerprint=settled.fingerprint,
     )
     # The trainer prints its own lines of progress.

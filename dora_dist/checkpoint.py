@@ -1,8 +1,8 @@
 """Checkpoints that are complete or not used.
 
-The Trainer and DeepSpeed write optimizer shards, scheduler and random states; this file adds the state of the method,
-and, as the very last thing, a manifest with size and SHA-256 of every file. A folder without a manifest, or with a
-file that does not fit it, is never resumed from.
+The Trainer writes scheduler and random states, and the optimizer's where it is not ZeRO's (:mod:`dora_dist.shards`);
+this file adds the state of the method, and, as the very last thing, a manifest with size and SHA-256 of every file. A
+folder without a manifest, or with a file that does not fit it, is never resumed from.
 """
 
 import hashlib
@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from dora_dist.controller import DynamicRankController
 from dora_dist.events import PruneEvent
 from dora_dist.layer import DynamicLoraLinear
-from dora_dist.records import write_json
+from dora_dist.records import read_json, write_json
+from dora_dist.shards import shard_name
 
 MANIFEST = "complete.json"
 METHOD_TENSORS = "dynamic_lora.safetensors"
@@ -43,18 +44,34 @@ def _sealed(folders: Sequence[Path]) -> list[Path]:
     return [folder for folder in folders if (folder / MANIFEST).is_file()]
 
 
-def save_method_state(folder: Path, controller: DynamicRankController, fingerprint: Mapping[str, Any]) -> None:
-    """Write adapter (unfolded), masks, smoothed scores, events and the fingerprint of the method."""
+def newest(run: Path) -> Path | None:
+    """The newest checkpoint that has been complete."""
+    complete = _sealed(checkpoints(run))
+    return complete[-1] if complete else None
+
+
+def save_method_state(
+    folder: Path, controller: DynamicRankController, fingerprint: Mapping[str, Any], processes: int
+) -> None:
+    """Write adapter (unfolded), masks, smoothed scores, events, the fingerprint of the method, and how many processes
+    wrote the checkpoint."""
     tensors = controller.state_dict()
     for name, layer in controller.layers.items():
         tensors |= {f"{name}.{part}": value.detach().cpu().contiguous() for part, value in _parts(layer).items()}
     save_file(tensors, folder / METHOD_TENSORS)
     events = [asdict(event) for event in controller.events]
-    write_json(folder / METHOD_STATE, {"step": controller.step, "fingerprint": fingerprint, "events": events})
+    state = {"step": controller.step, "processes": processes, "fingerprint": fingerprint, "events": events}
+    write_json(folder / METHOD_STATE, state)
+
+
+def read_method_state(folder: Path) -> dict[str, Any]:
+    """``step``, ``processes``, ``fingerprint`` and ``events`` of a checkpoint."""
+    state: dict[str, Any] = read_json(folder / METHOD_STATE)
+    return state
 
 
 def load_adapter_parameters(folder: Path, layers: Mapping[str, DynamicLoraLinear]) -> None:
-    """Set the unfolded parameters of the adapter, for engines that do not restore the model themselves."""
+    """Set the parameters of the adapter, which the checkpoint holds unfolded beside the folded ones for PEFT."""
     tensors = load_file(folder / METHOD_TENSORS)
     for name, layer in layers.items():
         for part, parameter in _parts(layer).items():
@@ -63,7 +80,7 @@ def load_adapter_parameters(folder: Path, layers: Mapping[str, DynamicLoraLinear
 
 def load_method_state(folder: Path, controller: DynamicRankController) -> None:
     """Set masks, scores, step and events of the controller, and prove that all ranks loaded the same."""
-    state = json.loads((folder / METHOD_STATE).read_text(encoding="utf-8"))
+    state = read_method_state(folder)
     events = [PruneEvent(**event) for event in state["events"]]
     controller.load_state_dict(load_file(folder / METHOD_TENSORS), state["step"], events)
 
@@ -80,8 +97,8 @@ def check_shards(folder: Path, world_size: int, engine: str) -> None:
     """
     expected = ["rng_state.pth"] if world_size == 1 else [f"rng_state_{rank}.pth" for rank in range(world_size)]
     if engine == "zero2":
-        expected += [f"global_step*/*zero_pp_rank_{rank}_*optim_states.pt" for rank in range(world_size)]
-    missing = [pattern for pattern in expected if not any(folder.glob(pattern))]
+        expected += [shard_name(rank) for rank in range(world_size)]
+    missing = [name for name in expected if not (folder / name).is_file()]
     if missing:
         raise ValueError(
             f"{folder} lacks {', '.join(missing)}: output_dir must be on a file system that all nodes share"
@@ -163,16 +180,6 @@ def _refuse_to_mix(run: Path, others: Sequence[Path], reason: str) -> None:
             f"{reason}, but {run} holds {', '.join(path.name for path in others)}, which the new run would mix "
             "with its own: choose another output_dir, or delete them"
         )
-
-
-def check_fingerprint(folder: Path, fingerprint: Mapping[str, Any]) -> None:
-    """Refuse to continue a run under a configuration that means another method.
-
-    Raises:
-        ValueError: lists every difference.
-    """
-    saved = json.loads((folder / METHOD_STATE).read_text(encoding="utf-8"))["fingerprint"]
-    check_same_settings(folder, saved, fingerprint)
 
 
 def check_same_settings(folder: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:

@@ -107,13 +107,17 @@ class DistributedConfig:
         engine: zero2 (DeepSpeed ZeRO stage 2), ddp, or none (one process, no engine). The program checks that the
             launcher started just that.
         timeout_minutes: how long a rank waits for the others in a collective before it gives up.
+        max_skipped_steps: steps in a row that all ranks leave out because some rank's loss or gradient is not finite,
+            before the run ends; 0 to end it at the first one.
     """
 
     engine: Literal["zero2", "ddp", "none"] = "zero2"
     timeout_minutes: float = 30.0
+    max_skipped_steps: int = 3
 
     def __post_init__(self) -> None:
         require(self.timeout_minutes > 0, "distributed.timeout_minutes", self.timeout_minutes, "be positive")
+        require(self.max_skipped_steps >= 0, "distributed.max_skipped_steps", self.max_skipped_steps, "be at least 0")
 
 
 @dataclass(kw_only=True)

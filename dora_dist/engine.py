@@ -1,5 +1,9 @@
 """The optimizer engine around the model: the only file that knows DeepSpeed's insides."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -32,3 +36,128 @@ def zero_entries(parameter: nn.Parameter, keep: Tensor) -> None:
     if owned is not None:
         address = owned.lp_fragment_address
         owned.get_hp_fragment().masked_fill_(~keep.flatten().narrow(0, address.start, address.numel), 0)
+
+
+MASTER = "master"
+"""Name of the float32 master copy among the tensors that ZeRO's optimizer keeps for a parameter."""
+
+
+@dataclass(frozen=True)
+class OwnedPart:
+    """What this rank's share of ZeRO's optimizer holds of one parameter.
+
+    Attributes:
+        start: first element of the flattened parameter that belongs to this rank.
+        tensors: :data:`MASTER` and the optimizer's state (``exp_avg``, ...), 1-D, all of the same length; they are
+            views, and writing into them changes the optimizer.
+    """
+
+    start: int
+    tensors: dict[str, Tensor]
+
+
+def owned_parts(wrapped: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, OwnedPart]:
+    """This rank's share of the optimizer, by parameter; parameters of which it owns nothing are left out.
+
+    Raises:
+        ValueError: the optimizer keeps a state that is not one number per element of the parameter.
+    """
+    zero, parts = wrapped.optimizer, {}
+    for name, parameter in parameters.items():
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            continue
+        flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+        address = mapping.hp_fragment_address
+        whole = {MASTER: flat.data, **_elementwise(zero.optimizer.state.get(flat, {}), flat)}
+        tensors = {key: tensor.narrow(0, address.start, address.numel) for key, tensor in whole.items()}
+        parts[name] = OwnedPart(mapping.lp_fragment_address.start, tensors)
+    return parts
+
+
+def _elementwise(state: Mapping[str, object], flat: Tensor) -> dict[str, Tensor]:
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.ndim}
+    for key, value in tensors.items():
+        if value.shape != flat.shape or not value.is_floating_point():
+            raise ValueError(
+                f"the optimizer's state {key} is {value.dtype} of {value.numel()} elements for {flat.numel()} "
+                "parameters, which cannot be saved for another number of ranks: set training.optim to one that keeps a "
+                "floating-point number per parameter, such as adamw_torch"
+            )
+    return tensors
+
+
+def optimizer_counters(wrapped: nn.Module) -> list[dict[str, dict[str, object]]]:
+    """What ZeRO's optimizer counts (Adam's ``step``), by parameter group, as plain values: the same on every rank."""
+    zero, groups = wrapped.optimizer, []
+    for flat in zero.single_partition_of_fp32_groups:
+        counters: dict[str, dict[str, object]] = {}
+        for key, value in zero.optimizer.state.get(flat, {}).items():
+            if isinstance(value, Tensor) and not value.ndim:
+                dtype = str(value.dtype).removeprefix("torch.")
+                counters[key] = {"value": value.item(), "dtype": dtype, "device": value.device.type}
+            elif isinstance(value, int | float):
+                counters[key] = {"value": value}
+        groups.append(counters)
+    return groups
+
+
+def prepare_optimizer_state(
+    wrapped: nn.Module,
+    dtypes: Mapping[str, torch.dtype],
+    counters: Sequence[Mapping[str, Mapping[str, Any]]],
+    step: int,
+) -> None:
+    """Give a fresh ZeRO optimizer the state that it would have made itself at its first step, filled with zeros.
+
+    Args:
+        wrapped: DeepSpeed's engine.
+        dtypes: of the state's tensors, by name.
+        counters: as :func:`optimizer_counters` returned them.
+        step: optimizer steps taken so far.
+    """
+    zero = wrapped.optimizer
+    for flat, counted in zip(zero.single_partition_of_fp32_groups, counters, strict=True):
+        state: dict[str, object] = {key: torch.zeros_like(flat, dtype=dtype) for key, dtype in dtypes.items()}
+        for key, saved in counted.items():
+            if "dtype" in saved:
+                device = flat.device if saved["device"] != "cpu" else "cpu"
+                state[key] = torch.tensor(saved["value"], dtype=getattr(torch, saved["dtype"]), device=device)
+            else:
+                state[key] = saved["value"]
+        zero.optimizer.state[flat] = state
+    wrapped.global_steps = step
+
+
+class SkippedSteps:
+    """Whether the optimizer left out its last step because a gradient was not finite; the same answer on every rank.
+
+    ZeRO checks the reduced gradients itself, for bfloat16 only when it is told to. Under DDP, and without an engine,
+    the gradients are dropped in a hook before the step, where DDP has made them the same on every rank: an optimizer
+    changes neither parameters without a gradient nor their state.
+
+    Args:
+        wrapped: the prepared model.
+        optimizer: of it, prepared too.
+    """
+
+    def __init__(self, wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._zero = wrapped.optimizer if engine_of(wrapped).startswith("zero") else None
+        self._dropped = False
+        if self._zero is not None:
+            self._zero.check_grad_overflow = True
+        else:
+            optimizer.register_step_pre_hook(self._drop_bad_gradients)
+
+    def last(self) -> bool:
+        """Whether the step just taken was left out."""
+        return bool(self._zero.overflow) if self._zero is not None else self._dropped
+
+    def _drop_bad_gradients(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        # One number per gradient, and one look at them: a sum is not finite if any of its terms is not.
+        self._dropped = not all(torch.isfinite(torch.stack([gradient.sum() for gradient in gradients])).tolist())
+        if self._dropped:
+            for parameter in parameters:
+                parameter.grad = None

@@ -68,20 +68,23 @@ class Settled:
         return {**describe_data(self.data, self.mixture), "padding_share": self.padding_share()}
 
 
-def settle(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: RunData) -> Settled:
+def settle(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: RunData, accumulation: int | None = None
+) -> Settled:
     """Decide all that can be decided without weights, and refuse what cannot work.
 
     Args:
         config: of the run.
         tokenizer: of the model.
         data: all sources.
+        accumulation: gradient accumulation steps; None for those of the configuration.
 
     Raises:
         ValueError: data, training section, targets or schedule cannot work together.
     """
     _check_answers(config, data)
     mixture = build_mixture(config.data, data.train, config.seed)
-    arguments = training_arguments(config, mixture)
+    arguments = training_arguments(config, mixture, accumulation)
     plan = mixture.plan(arguments.max_steps, global_batch(arguments))
     skeleton = backbone.load_skeleton(config.model.path, config.model.trust_remote_code)
     layers, schedule = check_method(config, skeleton, arguments.max_steps)
@@ -105,7 +108,7 @@ def _check_answers(config: RunConfig, data: RunData) -> None:
             raise ValueError(f"evaluation.exact_match is true, but {what}, which has no answers to compare with")
 
 
-def training_arguments(config: RunConfig, mixture: Mixture) -> TrainingArguments:
+def training_arguments(config: RunConfig, mixture: Mixture, accumulation: int | None = None) -> TrainingArguments:
     """The Trainer's settings, with ``max_steps`` resolved to the optimizer steps of the whole run.
 
     Raises:
@@ -116,6 +119,8 @@ def training_arguments(config: RunConfig, mixture: Mixture) -> TrainingArguments
     if dtype is torch.bfloat16 and not gpus:
         raise ValueError("model.compute_dtype is bfloat16, but there is no GPU: on CPUs train in float32")
     values = {**DEFAULT_TRAINING_ARGUMENTS, **config.training}
+    if accumulation is not None:
+        values["gradient_accumulation_steps"] = accumulation
     if values.get("gradient_checkpointing"):
         # The reentrant kind would cut the gradient at the frozen embedding.
         values.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
@@ -187,7 +192,6 @@ def fingerprint(config: RunConfig, arguments: TrainingArguments, data: RunData, 
         "data.batching": config.data.batching,
         "data order": plan.digest()[:16],
         "distributed.engine": config.distributed.engine,
-        "number of processes": arguments.world_size,
     }
 
 

@@ -6,9 +6,9 @@
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dora_dist.command import PreemptedError, attempt, run_command, say
 from dora_dist.config import parse_config, save_config
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dora_dist.agreement import Agreement
     from dora_dist.config import RunConfig
     from dora_dist.model import DynamicLoraModel
+    from dora_dist.resume import Earlier
     from dora_dist.settle import Settled
 
 DRY_RUN = "--dry-run"
@@ -56,7 +57,7 @@ def train(config: "RunConfig", notice: PreemptionNotice, launched: bool, dry_run
         dry_run: say what the run would be, and end.
     """
     # Heavy imports wait until the configuration has been found to be sound.
-    from dora_dist import build, build_data, records, report, settle, world
+    from dora_dist import build, build_data, records, report, resume, settle, world
     from dora_dist.agreement import Agreement
 
     # Before the ranks join: those that wait for the one that encodes wait for a file, not in a collective.
@@ -65,8 +66,10 @@ def train(config: "RunConfig", notice: PreemptionNotice, launched: bool, dry_run
     agreement = Agreement(state.device)
     run = Path(config.output_dir)
 
+    earlier = resume.Earlier(folder=run) if dry_run else look_into(run, config, agreement)
     with agreement.together("preparing data and settings"):
-        settled = settle.settle(config, *read_data())
+        settled = settle.settle(config, *read_data(), resume.accumulation(earlier, config, agreement.size))
+        resume.check_settings(earlier, settled.fingerprint)
     for remark in settled.data.remarks():
         say(remark)
     stop_before_training(notice, agreement)
@@ -74,11 +77,12 @@ def train(config: "RunConfig", notice: PreemptionNotice, launched: bool, dry_run
         print_dry_run(config, settled, agreement)
         return
     say(f"{config.data.batching} batches: {settled.padding_share():.1%} of the computed tokens are padding")
-    finished, resume = choose_checkpoint(config, settled.fingerprint, agreement)
-    if finished:
+    if earlier.finished:
         say(f"{run} holds a finished run with these settings; its adapter is {run / 'adapter'}")
         agreement.close()
         return
+    for remark in resume.describe(earlier, config, agreement.size):
+        say(remark)
 
     with agreement.together("loading the model"):
         model = build.load_model(config, state.device, settled.tokenizer)
@@ -103,14 +107,14 @@ def train(config: "RunConfig", notice: PreemptionNotice, launched: bool, dry_run
         run_records.forget_end()
         if state.is_main_process:
             save_config(config, run / records.CONFIG)
-        described = {"settings": settled.fingerprint, "data": settled.describe_data()}
+        described = {"settings": settled.fingerprint, "data": settled.describe_data(), "processes": agreement.size}
         run_records.write_json(records.RUN, {"versions": records.versions(), **described})
-        if resume is None:
+        if earlier.checkpoint is None:
             run_records.truncate_after(-1)
-    if resume is None and evaluator and config.evaluation.before:
+    if earlier.checkpoint is None and evaluator and config.evaluation.before:
         trainer.evaluate()
     stop_before_training(notice, agreement)
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=earlier.checkpoint)
     if trainer.preempted:
         agreement.close()
         step = trainer.state.global_step
@@ -148,43 +152,19 @@ def print_dry_run(config: "RunConfig", settled: "Settled", agreement: "Agreement
     agreement.close()
 
 
-def choose_checkpoint(
-    config: "RunConfig", settings: Mapping[str, Any], agreement: "Agreement"
-) -> tuple[bool, Path | None]:
-    """Whether this run has come to its end before, and the checkpoint to go on from, as the first rank sees it: files
-    may reach the other nodes later.
+def look_into(run: Path, config: "RunConfig", agreement: "Agreement") -> "Earlier":
+    """What an earlier start has left in ``run``, as the first rank sees it.
 
     Raises:
-        ValueError: what is in ``output_dir`` was written with other settings, or cannot be used.
+        ValueError: what is there cannot be used.
     """
-    from dora_dist import checkpoint
+    from dora_dist import resume
 
-    run, resume = Path(config.output_dir), config.checkpoint.resume
-    finished, found, remarks = False, None, []
+    earlier = None
     with agreement.together(f"looking into {run}"):
         if agreement.rank == 0:
-            finished = resume == "auto" and is_same_finished_run(run, settings)
-            found, remarks = (None, []) if finished else checkpoint.find_resumable(run, resume)
-            if found is not None:
-                checkpoint.check_fingerprint(found, settings)
-    finished, found, remarks = agreement.gather((finished, found, remarks))[0]
-    for remark in [*remarks, *([f"resuming from {found}"] if found else [])]:
-        say(remark)
-    return finished, found
-
-
-def is_same_finished_run(run: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether ``run`` has come to its end with these settings.
-
-    Raises:
-        ValueError: it has come to its end with other ones.
-    """
-    from dora_dist import checkpoint, records, report
-
-    if not report.is_finished(run):
-        return False
-    checkpoint.check_same_settings(run, records.read_json(run / records.RUN)["settings"], settings)
-    return True
+            earlier = resume.look(run, config.checkpoint.resume)
+    return agreement.gather(earlier)[0]
 
 
 def save_adapter(model: "DynamicLoraModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:

@@ -13,24 +13,25 @@ from accelerate.utils import set_seed
 from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 
 from dora_dist import checkpoint
 from dora_dist.agreement import Agreement
-from dora_dist.command import ExpectedRunError, say
+from dora_dist.checkpoint import read_method_state
+from dora_dist.command import say
 from dora_dist.controller import DynamicRankController
+from dora_dist.engine import SkippedSteps
 from dora_dist.evaluation import Evaluator
 from dora_dist.preemption import PreemptionNotice
 from dora_dist.records import RunRecords
+from dora_dist.shards import OptimizerShards
+from dora_dist.skipping import SkipPolicy
 from dora_dist.world import check_prepared
 
 
 def global_batch(arguments: TrainingArguments) -> int:
     """Rows of one optimizer step, over all ranks and micro-batches."""
     return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-
-
-class NonFiniteLossError(ExpectedRunError):
-    """The loss or the gradient norm is NaN or infinite."""
 
 
 class DynamicLoraTrainer(Trainer):
@@ -48,6 +49,7 @@ class DynamicLoraTrainer(Trainer):
         adapter_dtype: what the adapter's parameters must have at step 0.
         equilibrium_weight: of the Dimensional Equilibrium Modulator in the loss.
         keep_last: complete checkpoints to keep.
+        skip_policy: for steps whose loss or gradients are not finite.
         fingerprint: what a run that resumes from this one's checkpoints must have in common with it.
 
     Attributes:
@@ -68,6 +70,7 @@ class DynamicLoraTrainer(Trainer):
         adapter_dtype: torch.dtype,
         equilibrium_weight: float,
         keep_last: int,
+        skip_policy: SkipPolicy,
         fingerprint: Mapping[str, Any],
         **kwargs: Any,
     ) -> None:
@@ -90,7 +93,10 @@ class DynamicLoraTrainer(Trainer):
         self.equilibrium_weight = equilibrium_weight
         self.keep_last = keep_last
         self.fingerprint = fingerprint
+        self.skip_policy = skip_policy
         self.preempted = False
+        self.shards: OptimizerShards | None = None
+        self.skipped_steps: SkippedSteps
         self.resumed_from: Path | None = None
         self.evaluated_step: int | None = None
         self._penalty_sum = torch.zeros((), device=self.args.device)
@@ -136,6 +142,7 @@ class DynamicLoraTrainer(Trainer):
                 share = penalty / self.current_gradient_accumulation_steps
                 self._penalty_sum += share.detach()
                 loss = loss + self.equilibrium_weight * share.to(loss.dtype)
+            loss = self.skip_policy.guard(loss)
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -149,7 +156,7 @@ class DynamicLoraTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Record and pass on. ``loss`` is the task loss, comparable with a run without the penalty, which has its own
-        key. A loss that is not finite ends the run on all ranks (the value is the same on all)."""
+        key; steps that were left out are not in it."""
         step = self.state.global_step
         logs["epoch"] = step * global_batch(self.args) / self.rows_per_epoch
         # The Trainer overwrites it with the share of the run, which is one long epoch to it.
@@ -161,30 +168,54 @@ class DynamicLoraTrainer(Trainer):
             self._print_progress(logs, step)
         self.records.metrics(step, {**logs, **extra})
         super().log(logs, start_time)
-        values = (logs.get("loss", 0.0), logs.get("grad_norm", 0.0))
-        if not all(math.isfinite(value) for value in values):
-            raise NonFiniteLossError(
-                f"step {step}: loss {values[0]}, gradient norm {values[1]}; lower training.learning_rate, or look "
-                "at the data of this step"
-            )
 
     def _complete_training_logs(self, logs: dict[str, float], step: int) -> None:
         steps = max(step - self._last_log[0], 1)
-        penalty = float(self._penalty_sum) / steps
+        taken = steps - self.skip_policy.forget_logged()
+        if taken:
+            penalty = float(self._penalty_sum) / taken
+            logs["equilibrium_penalty"] = penalty
+            logs["loss"] = logs["loss"] * steps / taken - self.equilibrium_weight * penalty
+        else:
+            del logs["loss"]
         self._penalty_sum.zero_()
-        logs["equilibrium_penalty"] = penalty
-        logs["loss"] -= self.equilibrium_weight * penalty
+        if self.skip_policy.last:
+            logs.pop("grad_norm", None)  # it is that of the last step
         events = self.controller.events
         logs["components"] = events[-1].num_kept if events else self.controller.schedule.num_components
         now = time.monotonic()
         logs["seconds_per_step"] = (now - self._last_log[1]) / steps
         self._last_log = (step, now)
 
+    def begin_step(self) -> None:
+        """Remember what a step that is left out must not change."""
+        self.skip_policy.begin_step()
+        self._sums_before = (self._tr_loss.clone(), self._penalty_sum.clone())
+
+    def account_for_skipping(self) -> None:
+        """Where all ranks have left out the step just taken, since its loss or gradients were not finite: say so, and
+        end the run if that has gone on for too long.
+
+        Raises:
+            NonFiniteLossError: on all ranks.
+        """
+        step = self.state.global_step
+        why = self.skip_policy.after_step(step, self.skipped_steps.last())
+        if why is None:
+            return
+        for total, before in zip((self._tr_loss, self._penalty_sum), self._sums_before, strict=True):
+            total.copy_(before)
+        if self.accelerator.optimizer_step_was_skipped:
+            self.lr_scheduler.step()  # which the Trainer leaves out, under DeepSpeed only: a step is a step
+        self.records.metrics(step, {"skipped": why})
+        self.skip_policy.check(step, why, checkpoint.newest(Path(self.args.output_dir)))
+
     def _print_progress(self, logs: Mapping[str, float], step: int) -> None:
         left = (self.state.max_steps - step) * logs["seconds_per_step"]
+        loss, norm = (logs.get(name, math.nan) for name in ("loss", "grad_norm"))  # nan: no step was taken
         say(
-            f"step {step:>{len(str(self.state.max_steps))}}/{self.state.max_steps}  loss {logs['loss']:.4f}  "
-            f"grad norm {logs.get('grad_norm', 0):.3f}  lr {logs['learning_rate']:.2e}  "
+            f"step {step:>{len(str(self.state.max_steps))}}/{self.state.max_steps}  loss {loss:.4f}  "
+            f"grad norm {norm:.3f}  lr {logs['learning_rate']:.2e}  "
             f"components {logs['components']}/{self.controller.schedule.num_components}  "
             f"{logs['seconds_per_step']:.2f} s/step  {left / 60:.1f} min left"
         )
@@ -193,6 +224,12 @@ class DynamicLoraTrainer(Trainer):
         """Count time and tokens of steps from now on."""
         self._first_step = self.state.global_step
         self._last_log = (self.state.global_step, time.monotonic())
+
+    def check_optimizer_once(self) -> None:
+        """Find out after the first step, not in the first save, that the optimizer's state cannot be saved."""
+        if self.shards is not None and self.state.global_step == self._first_step + 1:
+            with self.agreement.together("looking at the optimizer's state"):
+                self.shards.check()
 
     def stop_if_preempted(self, control: TrainerControl) -> None:
         """End training after this optimizer step with a checkpoint if any rank was told to stop: one decision of all.
@@ -221,21 +258,56 @@ class DynamicLoraTrainer(Trainer):
             self.controller.check_finite()
             if self.args.should_save and folder.exists():
                 shutil.rmtree(folder)  # what an interrupted save left
-        # In here DeepSpeed has collectives of its own: a rank that fails between them can only end its process.
-        super()._save_checkpoint(model, trial)
-        with self.agreement.together(f"completing {folder}"):
+        with self.agreement.together(f"writing {folder}"):
+            super()._save_checkpoint(model, trial)
             if self.args.should_save:
-                checkpoint.save_method_state(folder, self.controller, self.fingerprint)
+                checkpoint.save_method_state(folder, self.controller, self.fingerprint, self.agreement.size)
         with self.agreement.together(f"sealing {folder}"):
             if self.args.should_save:
                 checkpoint.check_shards(folder, self.agreement.size, self.engine)
                 checkpoint.seal(folder)
                 checkpoint.rotate(Path(self.args.output_dir), self.keep_last)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The adapter of a checkpoint, folded. There are no collectives in it, so that a full disk is found here."""
-        with self.agreement.together(f"writing the adapter into {output_dir}"):
-            super().save_model(output_dir, _internal_call)
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Under ZeRO, in files from which any number of ranks can go on; otherwise the Trainer's own."""
+        if self.shards is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        self.shards.save(Path(output_dir))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """The Trainer's, except that a ZeRO optimizer is restored from this project's files, not from DeepSpeed's."""
+        under_zero = self.is_deepspeed_enabled
+        prepared = super()._prepare_for_training(
+            max_steps, train_dataloader, None if under_zero else resume_from_checkpoint
+        )
+        check_prepared(self.agreement, self, self.engine, self.adapter_dtype)
+        self.skipped_steps = SkippedSteps(self.model_wrapped, self.optimizer.optimizer)
+        if under_zero:
+            trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+            self.shards = OptimizerShards(self.model_wrapped, trained, self.agreement)
+            if resume_from_checkpoint is not None:
+                self._restore(Path(resume_from_checkpoint))
+        return prepared
+
+    def _restore(self, folder: Path) -> None:
+        assert self.shards is not None
+        with self.agreement.together(f"loading {folder}"):
+            checkpoint.load_adapter_parameters(folder, self.controller.layers)
+            self.shards.load(folder, read_method_state(folder)["step"])
+            self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+            for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+                group["lr"] = rate
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Each rank's generators; on another number of ranks new ones, from seed, step and rank alone."""
+        if checkpoint is None or read_method_state(Path(checkpoint))["processes"] == self.agreement.size:
+            super()._load_rng_state(checkpoint)
+        else:
+            fresh = np.random.SeedSequence([self.args.seed, self.state.global_step]).generate_state(1)[0]
+            set_seed(int(fresh) % 2**31, device_specific=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """The adapter that a checkpoint holds for PEFT is folded; training goes on with the unfolded one."""
@@ -250,7 +322,6 @@ class _MethodCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer
-        check_prepared(trainer.agreement, trainer, trainer.engine, trainer.adapter_dtype)
         if trainer.resumed_from is not None:
             checkpoint.load_method_state(trainer.resumed_from, trainer.controller)
             trainer.records.truncate_after(state.global_step)
@@ -261,7 +332,12 @@ class _MethodCallback(TrainerCallback):
             trainer.controller.verify("the adapter at the start")
         trainer.start_clock()
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.begin_step()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.account_for_skipping()
+        self.trainer.check_optimizer_once()
         event = self.trainer.controller.after_optimizer_step(state.global_step)
         if event is not None:
             self.trainer.records.event(event)

@@ -7,10 +7,11 @@ imports of launcher and ranks take. Tests of the command itself use ``commands.p
 import os
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ranks import rank_environment, start_ranks
+from ranks import rank_environment, start_ranks, wait_for_ranks
 
 RANKS = 2
 
@@ -35,10 +36,37 @@ def train_rank(rank: int, world_size: int, arguments: list[str], port: int, log:
     run_command(lambda: main(arguments))
 
 
-def start_run(config: Path, output: Path, log: Path) -> list[Any]:
-    """Start both ranks; their output goes into files beside ``log``."""
-    arguments = ["--config", str(config), "--output_dir", str(output)]
-    return start_ranks(train_rank, RANKS, arguments, free_port(), str(log))
+def start_run(
+    config: Path,
+    output: Path,
+    log: Path,
+    *overrides: str,
+    ranks: int = RANKS,
+    target: Callable[..., None] = train_rank,
+    more: tuple[Any, ...] = (),
+) -> list[Any]:
+    """Start all ranks; their output goes into files beside ``log``.
+
+    Args:
+        config: YAML of the run.
+        output: its folder.
+        log: prefix of the files with the ranks' output.
+        overrides: further arguments of the command line.
+        ranks: how many.
+        target: what a rank runs, with the arguments of :func:`train_rank`.
+        more: further arguments of ``target``.
+    """
+    arguments = ["--config", str(config), "--output_dir", str(output), *overrides]
+    return start_ranks(target, ranks, arguments, free_port(), str(log), *more)
+
+
+def run_to_the_end(config: Path, output: Path, log: Path, *overrides: str, ranks: int = RANKS) -> str:
+    """A run that must succeed; returns what it printed."""
+    processes = start_run(config, output, log, *overrides, ranks=ranks)
+    wait_for_ranks(processes, timeout=120)
+    text = log_of(log, ranks)
+    assert [process.exitcode for process in processes] == [0] * ranks, text
+    return text
 
 
 def free_port() -> int:
@@ -48,6 +76,6 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def log_of(log: Path) -> str:
+def log_of(log: Path, ranks: int = RANKS) -> str:
     """What all ranks have printed."""
-    return "\n".join(Path(f"{log}-{rank}").read_text() for rank in range(RANKS))
+    return "\n".join(Path(f"{log}-{rank}").read_text() for rank in range(ranks))

@@ -10,8 +10,8 @@ import time
 
 import pytest
 from commands import steps_of
-from forked_run import RANKS, free_port, log_of, start_run, train_rank
-from ranks import start_ranks, wait_for_ranks
+from forked_run import RANKS, log_of, run_to_the_end, start_run, train_rank
+from ranks import wait_for_ranks
 from safetensors.torch import load_file
 from test_resume import COMPARED
 from tiny_run import write_config
@@ -69,9 +69,7 @@ def whole(tmp_path_factory):
         adapter={"dropout": 0.1},
         training={"max_steps": LAST, "save_steps": 15, "eval_strategy": "steps", "eval_steps": 5},
     )
-    processes = start_run(config, folder / "run", folder / "log")
-    wait_for_ranks(processes, timeout=120)
-    assert [process.exitcode for process in processes] == [0, 0], log_of(folder / "log")
+    run_to_the_end(config, folder / "run", folder / "log")
     return config
 
 
@@ -98,7 +96,6 @@ def assert_same_run(config, run):
 
 def test_signals_at_every_stage_end_in_the_run_that_was_left_alone(whole, tmp_path):
     run = tmp_path / "run"
-    arguments = ["--config", str(whole), "--output_dir", str(run)]
     burst = ["SIGTERM", "SIGUSR1", "SIGTERM"]
     stages = [
         ({1: {"load": ["SIGTERM"]}}, None),
@@ -109,7 +106,7 @@ def test_signals_at_every_stage_end_in_the_run_that_was_left_alone(whole, tmp_pa
     ]
     for number, (signals, step) in enumerate(stages):
         log = tmp_path / f"log-{number}"
-        found = statuses(start_ranks(signalled_rank, RANKS, arguments, free_port(), str(log), signals))
+        found = statuses(start_run(whole, run, log, target=signalled_rank, more=(signals,)))
         text = log_of(log)
         assert found == ([0, 0] if step == LAST else [PREEMPTED, PREEMPTED]), text
         assert "Traceback" not in text

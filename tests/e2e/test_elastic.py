@@ -1,0 +1,124 @@
+"""A run that was saved on some ranks goes on with more or fewer of them.
+
+All runs here have a global batch of 8, without dropout; tolerances are those of docs/numerics.md for runs on different
+numbers of ranks.
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+from commands import ZERO2, run, steps_of, train
+from forked_run import log_of, run_to_the_end, start_run
+from ranks import wait_for_ranks
+from safetensors.torch import load_file
+from tiny_run import write_config
+
+RELATIVE = 2e-4
+ACCUMULATION = {1: "4", 2: "2", 4: "1"}  # batches of 2 on each rank
+
+
+def accumulate(ranks):
+    return ("--training.gradient_accumulation_steps", ACCUMULATION[ranks])
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("elastic")
+    return write_config(folder, training={"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2})
+
+
+@pytest.fixture(scope="module")
+def whole(config):
+    """Number of ranks -> the folder of a run on them that was never interrupted, with a checkpoint at every step."""
+    runs = {}
+
+    def of(ranks):
+        if ranks not in runs:
+            output = config.parent / f"whole-{ranks}"
+            run_to_the_end(config, output, config.parent / f"whole-{ranks}.log", *accumulate(ranks), ranks=ranks)
+            runs[ranks] = output
+        return runs[ranks]
+
+    return of
+
+
+def interrupted_at(step, source, output):
+    output.mkdir()
+    shutil.copytree(source / f"checkpoint-{step}", output / f"checkpoint-{step}")
+    for name in ("metrics.jsonl", "allocation.jsonl"):
+        shutil.copy(source / name, output / name)
+    return output
+
+
+def assert_same_course(expected, found):
+    old, new = steps_of(expected), steps_of(found)
+    assert [line["step"] for line in new] == [line["step"] for line in old] == list(range(1, 13))
+    for key in ("loss", "grad_norm", "equilibrium_penalty"):
+        residuals = [(b[key] - a[key]) / (abs(a[key]) + 1e-9) for a, b in zip(old, new, strict=True)]
+        assert max(map(abs, residuals)) < RELATIVE, (key, residuals)
+        assert abs(sum(residuals) / len(residuals)) < RELATIVE / 2, (key, residuals)
+    for key in ("allocation", "learning_rate", "components"):
+        assert [line[key] for line in new] == [line[key] for line in old], key
+    assert (found / "allocation.jsonl").read_text() == (expected / "allocation.jsonl").read_text()
+    states = [load_file(folder / "checkpoint-12" / "dynamic_lora.safetensors") for folder in (expected, found)]
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        if value.dtype == torch.bool:
+            assert torch.equal(value, states[1][name]), name
+        elif name.endswith("smoothed_scores"):
+            torch.testing.assert_close(states[1][name], value, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("before", "after", "step"), [(2, 1, 5), (1, 2, 3), (2, 4, 9), (4, 2, 5)])
+def test_a_run_goes_on_with_another_number_of_ranks(before, after, step, config, whole, tmp_path):
+    source = whole(before)
+    output = interrupted_at(step, source, tmp_path / "run")
+    # The configuration still says what the first start had: the accumulation follows from the global batch.
+    text = run_to_the_end(config, output, tmp_path / "log", *accumulate(before), ranks=after)
+    assert f"resuming from {output}/checkpoint-{step}" in text
+    assert f"it was written by {before} processes, and these are {after}: " in text
+    assert f"gradient_accumulation_steps is {ACCUMULATION[after]} from here on" in text
+    assert_same_course(source, output)
+    state = json.loads((output / "checkpoint-12" / "dynamic_lora.json").read_text())
+    assert state["processes"] == after
+    assert len(list((output / "checkpoint-12" / "optimizer").glob("rank-*"))) == after
+
+
+def test_through_the_real_command(config, whole, tmp_path):
+    output = interrupted_at(5, whole(2), tmp_path / "run")
+    finished = train(config, "--output_dir", str(output), processes=1)
+    assert "it was written by 2 processes, and these are 1" in finished.output
+    assert_same_course(whole(2), output)
+    again = train(config, "--output_dir", str(output), processes=2)
+    assert "holds a finished run with these settings" in again.output
+
+
+def test_twice_there_and_back_is_the_same_run_still(config, whole, tmp_path):
+    output = interrupted_at(3, whole(2), tmp_path / "run")
+    run_to_the_end(config, output, tmp_path / "four", ranks=4)
+    for path in output.glob("checkpoint-*"):
+        if int(path.name.split("-")[1]) > 7:
+            shutil.rmtree(path)
+    (output / "summary.json").unlink()
+    run_to_the_end(config, output, tmp_path / "one", ranks=1)
+    assert_same_course(whole(2), output)
+
+
+def test_a_global_batch_that_cannot_be_had_is_refused_with_what_could(config, whole, tmp_path):
+    output = interrupted_at(5, whole(2), tmp_path / "run")
+    processes = start_run(config, output, tmp_path / "log", ranks=3)
+    wait_for_ranks(processes, timeout=60)
+    text = log_of(tmp_path / "log", 3)
+    assert [process.exitcode for process in processes] == [2] * 3, text
+    assert "was written by 2 processes with a global batch of 8, which 3 processes" in text
+    assert "use a number of processes that divides it" in text
+    finished = run(
+        *ZERO2,
+        *("--num_processes", "1", "-m", "dora_dist.train", "--config", str(config), "--output_dir", str(output)),
+        *("--training.per_device_train_batch_size", "3"),
+    )
+    assert finished.status != 0
+    assert "set training.per_device_train_batch_size to one of 1, 2, 4, 8" in finished.output
+    assert "Traceback" not in finished.output.split("error:")[0]
