@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dora_dist.command import ExpectedRunError
+from dora_dist.watch import Watch
 
 
 class DisagreementError(ExpectedRunError):
@@ -30,13 +31,20 @@ class Agreement:
 
     Args:
         device: where tensors must live for the process group's backend: the GPU for NCCL, the CPU for gloo.
+        watch: over this run; it is told what the ranks are doing, and ends with the process group.
     """
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
+    def __init__(self, device: torch.device | str = "cpu", watch: Watch | None = None) -> None:
         self.distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if self.distributed else 0
         self.size = dist.get_world_size() if self.distributed else 1
         self.device = torch.device(device)
+        self._watch = watch
+
+    def note(self, phase: str) -> None:
+        """Say what this rank is doing from now on, for messages about ranks that are gone."""
+        if self._watch is not None:
+            self._watch.note(phase)
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, by rank, on every rank. Values must pickle; for small things only."""
@@ -70,7 +78,11 @@ class Agreement:
 
     def close(self) -> None:
         """Leave the process group at the end of a run, when all ranks have come here."""
+        self.note("the end of the run")
         self.barrier()
+        if self._watch is not None:
+            self._watch.stop()
+            self.barrier()  # nobody leaves while somebody is watching
         if self.distributed:
             dist.destroy_process_group()
 
@@ -85,6 +97,7 @@ class Agreement:
             RankFailedError: a rank has failed; names every failed rank with its failure.
             Exception: this rank's own error, where all ranks failed in the same way (a wrong file name, say).
         """
+        self.note(phase)
         failure, cause = None, None
         try:
             yield
@@ -107,6 +120,7 @@ class Agreement:
         Raises:
             RankFailedError: names every failed rank with its failure.
         """
+        self.note(phase)
         self._raise_failures(self.gather(failure), phase)
 
     def _raise_failures(self, by_rank: Sequence[str | None], phase: str) -> None:
@@ -128,6 +142,7 @@ class Agreement:
         Raises:
             DisagreementError: names the groups of ranks that agree among themselves, and the first differing part.
         """
+        self.note(f"comparing {what}")
         whole = sha256(b"".join(name.encode() + digest for name, digest in digests.items())).digest()
         groups = _group_ranks(self.gather(whole))
         if len(groups) == 1:

@@ -37,7 +37,7 @@ def run_command(main: Callable[[], None]) -> None:
         own = isinstance(error, ExpectedRunError) or (isinstance(error, ValueError) and _raised_here(error))
         if not own:
             traceback.print_exc()
-        _leave(error, 2 if own and isinstance(error, ValueError) else 1)
+        leave(error, 2 if own and isinstance(error, ValueError) else 1)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Seen once under DDP: a thread of the process group aborted a rank whose work was done and written, in the
         # interpreter's shutdown, and the launcher reported a failed run.
@@ -73,7 +73,8 @@ class PreemptedError(ExpectedRunError):
     message."""
 
 
-def _leave(error: Exception, status: int) -> None:
+def leave(error: Exception, status: int) -> None:
+    """Say what went wrong and end this process, from whichever thread."""
     rank = os.environ.get("RANK")
     who = f"[rank {rank}] " if rank is not None else ""
     # In one piece: ranks share the terminal.

@@ -107,16 +107,24 @@ class DistributedConfig:
         engine: zero2 (DeepSpeed ZeRO stage 2), ddp, or none (one process, no engine). The program checks that the
             launcher started just that.
         timeout_minutes: how long a rank waits for the others in a collective before it gives up.
+        join_minutes: how long the ranks that have come wait for the others at the start.
+        silent_seconds: without a sign of life of a rank before the others end, naming it. A rank that is stopped, or
+            whose node is cut off, is found by this; one that is killed mostly at once.
         max_skipped_steps: steps in a row that all ranks leave out because some rank's loss or gradient is not finite,
             before the run ends; 0 to end it at the first one.
     """
 
     engine: Literal["zero2", "ddp", "none"] = "zero2"
     timeout_minutes: float = 30.0
+    join_minutes: float = 10.0
+    silent_seconds: float = 60.0
     max_skipped_steps: int = 3
 
     def __post_init__(self) -> None:
         require(self.timeout_minutes > 0, "distributed.timeout_minutes", self.timeout_minutes, "be positive")
+        require(self.join_minutes > 0, "distributed.join_minutes", self.join_minutes, "be positive")
+        # The signs come once a second, and a busy machine may delay some.
+        require(self.silent_seconds >= 5, "distributed.silent_seconds", self.silent_seconds, "be at least 5")
         require(self.max_skipped_steps >= 0, "distributed.max_skipped_steps", self.max_skipped_steps, "be at least 0")
 
 

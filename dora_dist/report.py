@@ -60,6 +60,7 @@ def summarize(run: Path) -> dict[str, Any]:
         "ranks": ranks,
         "session_seconds": last_session.get("session_seconds"),
         "session_tokens": last_session.get("session_tokens"),
+        "skipped_steps": sum("skipped" in line for line in lines),
     }
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dora_dist.model import DynamicLoraModel
     from dora_dist.resume import Earlier
     from dora_dist.settle import Settled
+    from dora_dist.watch import Watch
 
 DRY_RUN = "--dry-run"
 
@@ -44,26 +45,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if launched:
         check_launch(config.distributed.engine, os.environ)
     with PreemptionNotice() as notice:
-        train(config, notice, launched, dry_run)
+        from dora_dist.meeting import meet  # heavy imports wait until the configuration has been found to be sound
+        from dora_dist.watch import Watch
+
+        meeting = meet(config.distributed.join_minutes) if launched else None
+        with Watch(meeting, config.distributed.silent_seconds) as watch:
+            train(config, notice, watch, launched, dry_run)
 
 
-def train(config: "RunConfig", notice: PreemptionNotice, launched: bool, dry_run: bool) -> None:
+def train(config: "RunConfig", notice: PreemptionNotice, watch: "Watch", launched: bool, dry_run: bool) -> None:
     """The run, or what it would be.
 
     Args:
         config: of the run.
         notice: of this rank's preemption.
+        watch: over all ranks.
         launched: whether the processes that the engine needs are there.
         dry_run: say what the run would be, and end.
     """
-    # Heavy imports wait until the configuration has been found to be sound.
     from dora_dist import build, build_data, records, report, resume, settle, world
     from dora_dist.agreement import Agreement
 
-    # Before the ranks join: those that wait for the one that encodes wait for a file, not in a collective.
+    # Before the ranks join one process group: those that wait for the one that encodes wait for a file, not in a
+    # collective.
+    watch.note("preparing data")
     read_data = attempt(lambda: build_data.read_data(config))
+    watch.note("joining the process group")
     state = world.connect(config.distributed.engine if launched else "none", config.distributed.timeout_minutes)
-    agreement = Agreement(state.device)
+    agreement = Agreement(state.device, watch)
     run = Path(config.output_dir)
 
     earlier = resume.Earlier(folder=run) if dry_run else look_into(run, config, agreement)

@@ -188,7 +188,8 @@ class DynamicLoraTrainer(Trainer):
         self._last_log = (step, now)
 
     def begin_step(self) -> None:
-        """Remember what a step that is left out must not change."""
+        """Say which step it is, and remember what a step that is left out must not change."""
+        self.agreement.note(f"forward, backward and update of step {self.state.global_step + 1}")
         self.skip_policy.begin_step()
         self._sums_before = (self._tr_loss.clone(), self._penalty_sum.clone())
 

@@ -12,13 +12,11 @@ import pytest
 from commands import steps_of
 from forked_run import RANKS, log_of, run_to_the_end, start_run, train_rank
 from ranks import wait_for_ranks
-from safetensors.torch import load_file
-from test_resume import COMPARED
+from same_run import assert_same_run
 from tiny_run import write_config
 
 from dora_dist import checkpoint
 from dora_dist.command import PREEMPTED
-from dora_dist.records import read_lines
 
 LAST = 20
 
@@ -78,22 +76,6 @@ def statuses(processes):
     return [process.exitcode for process in processes]
 
 
-def assert_same_run(config, run):
-    """Weights, training lines, evaluations and events of ``run`` are those of the run that was left alone."""
-    reference = config.parent / "run"
-    for name in ("adapter/adapter_model.safetensors", f"checkpoint-{LAST}/dynamic_lora.safetensors"):
-        expected, found = load_file(reference / name), load_file(run / name)
-        assert expected.keys() == found.keys()
-        assert all(expected[key].equal(found[key]) for key in expected), name
-    lines = [[[line[key] for key in COMPARED] for line in steps_of(folder)] for folder in (reference, run)]
-    assert lines[0] == lines[1]
-    evaluations = [
-        [line for line in read_lines(folder / "metrics.jsonl") if "eval_loss" in line] for folder in (reference, run)
-    ]
-    assert evaluations[0] == evaluations[1]
-    assert (reference / "allocation.jsonl").read_text() == (run / "allocation.jsonl").read_text()
-
-
 def test_signals_at_every_stage_end_in_the_run_that_was_left_alone(whole, tmp_path):
     run = tmp_path / "run"
     burst = ["SIGTERM", "SIGUSR1", "SIGTERM"]
@@ -122,7 +104,7 @@ def test_signals_at_every_stage_end_in_the_run_that_was_left_alone(whole, tmp_pa
         if step != LAST:
             assert text.count(f"preempted at step {step}: checkpoint-{step} is complete") == 1
             assert not (run / "adapter").exists()
-    assert_same_run(whole, run)
+    assert_same_run(whole.parent / "run", run)
 
 
 def test_signals_from_outside_again_and_again(whole, tmp_path):
@@ -141,4 +123,4 @@ def test_signals_from_outside_again_and_again(whole, tmp_path):
     assert statuses(processes) == [PREEMPTED, PREEMPTED], log_of(log)
     assert [checkpoint.flaw_of(path) for path in checkpoint.checkpoints(run)] == [None]
     assert statuses(start_run(whole, run, log)) == [0, 0], log_of(log)
-    assert_same_run(whole, run)
+    assert_same_run(whole.parent / "run", run)

@@ -4,12 +4,10 @@ import json
 import shutil
 
 import pytest
-from commands import ZERO2, run, steps_of, train
+from commands import ZERO2, run, train
 from forked_run import log_of, start_run
 from ranks import wait_for_ranks
-from safetensors.torch import load_file
-
-COMPARED = ("loss", "grad_norm", "learning_rate", "equilibrium_penalty", "components", "allocation")
+from same_run import assert_same_run
 
 
 def stopped_at(step, reference, folder):
@@ -34,13 +32,7 @@ def test_resume_is_bit_for_bit(step, reference, tmp_path):
         wait_for_ranks(start_run(reference.config, resumed, tmp_path / "log"), timeout=120)
         output = log_of(tmp_path / "log")
     assert f"resuming from {resumed}/checkpoint-{step}" in output
-    expected, found = steps_of(reference.run), steps_of(resumed)
-    assert [[line[key] for key in COMPARED] for line in found] == [[line[key] for key in COMPARED] for line in expected]
-    assert (resumed / "allocation.jsonl").read_text() == (reference.run / "allocation.jsonl").read_text()
-    for name in ("checkpoint-12/dynamic_lora.safetensors", "adapter/adapter_model.safetensors"):
-        old, new = load_file(reference.run / name), load_file(resumed / name)
-        assert old.keys() == new.keys()
-        assert all(old[key].equal(new[key]) for key in old), name
+    assert_same_run(reference.run, resumed)
 
 
 def test_another_method_is_not_continued(reference, tmp_path):

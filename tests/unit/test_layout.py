@@ -31,7 +31,9 @@ LEVELS = [
         "preview",
         "preview.tokens",
     },
+    {"meeting"},
     {
+        "watch",
         "activations",
         "data_section",
         "preemption",
@@ -130,7 +132,10 @@ def test_only_agreement_uses_collectives():
     users = {name for name in SOURCES if any(full.startswith("torch.distributed") for full in imports(name))}
     users |= {name for name, path in SOURCES.items() if re.search(r"torch\.distributed\.|\bdist\.", path.read_text())}
     assert "agreement" in users
-    assert users <= {"agreement", "world"}
+    assert users <= {"agreement", "world", "meeting"}
+    # The meeting place is a key-value store beside the process group: ranks can use it while collectives hang.
+    assert {full for full in imports("meeting") if full.startswith("torch")} == {"torch.distributed"}
+    assert not re.search(r"init_process_group|\bdist\.", SOURCES["meeting"].read_text())
     if "world" in users:  # sets the process group up; whatever ranks tell each other goes through Agreement
         collectives = r"\b(all_reduce|all_gather\w*|broadcast\w*|reduce|scatter\w*|gather_object|barrier|send|recv)\("
         calls = re.findall(rf"(?:dist|torch\.distributed)\.{collectives}", SOURCES["world"].read_text())
