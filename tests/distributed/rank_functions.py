@@ -1,6 +1,7 @@
 """What ranks run in the tests of this folder (importable, so that a fresh process finds it)."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -147,20 +148,10 @@ def check_same_data() -> None:
 
 def prune_under_engine(engine: str, model_folder: str) -> dict[str, Any]:
     """Train a tiny NF4 Llama under an engine, prune softly, go on, prune for good, go on; report what is seen."""
-    from transformers import set_seed
-
-    from dora_dist import DynamicLoraConfig, add_dynamic_lora
-    from dora_dist.backbone import load_backbone
-
-    rank = dist.get_rank()
-    set_seed(0)
-    base = load_backbone(model_folder)
-    model = add_dynamic_lora(base, DynamicLoraConfig(target_rank=2, initial_rank=4, dropout=0.0, alpha=8))
+    model = _tiny_adapted(model_folder)
     layers = model.adapted_layers()
-    for layer in layers.values():
-        nn.init.normal_(layer.lora_b, std=0.02, generator=torch.Generator().manual_seed(1))
     step = _make_step(engine, model)
-    batches = torch.Generator().manual_seed(rank)
+    batches = torch.Generator().manual_seed(dist.get_rank())
     layer = next(iter(layers.values()))
     pruned = torch.tensor([False, True, False, True])
     seen: dict[str, Any] = {}
@@ -205,6 +196,98 @@ def read_master(parameter: nn.Parameter) -> Tensor:
     return parameter.detach() if master is None else master
 
 
+def skip_under_engine(engine: str, model_folder: str, bad: str | None) -> dict[str, Any]:
+    """Train under an engine with a step in the middle in which the last rank's loss, or a gradient of it, is bad; report
+    what the optimizer changed in that step and around it.
+
+    Args:
+        engine: ``none``, ``ddp`` or ``zero2``.
+        model_folder: of the base.
+        bad: ``loss`` (times NaN), ``gradient`` (one infinite element) or None.
+    """
+    from dora_dist.engine import SkippedSteps
+
+    model = _tiny_adapted(model_folder)
+    step = _make_step(engine, model)
+    skipped = SkippedSteps(step.model, step.optimizer)
+    batches = torch.Generator().manual_seed(dist.get_rank())
+    watched = next(iter(model.adapted_layers().values())).lora_b
+    spoils = dist.get_rank() == dist.get_world_size() - 1
+    seen = []
+    for number in range(4):
+        before = watched.detach().clone()
+        now = bad if number == 2 and spoils else None
+        handle = watched.register_hook(lambda gradient: gradient + torch.inf) if now == "gradient" else None
+        step(torch.randint(4, 90, (2, 12), generator=batches), torch.nan if now == "loss" else 1.0)
+        if handle:
+            handle.remove()
+        seen.append((skipped.last(), not torch.equal(before, watched)))
+    return {"seen": seen, "weights": watched.detach().clone()}
+
+
+def save_optimizer(model_folder: str, folder: str, steps: int) -> dict[str, Tensor]:
+    """Train a little under ZeRO-2 and save the optimizer's state; returns master copy and moments of every parameter."""
+    from dora_dist.shards import OptimizerShards
+
+    model = _tiny_adapted(model_folder)
+    step = _make_step("zero2", model)
+    for number in range(steps):
+        step(torch.randint(4, 90, (2, 12), generator=torch.Generator().manual_seed(number)))
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    OptimizerShards(step.model, trained, Agreement()).save(Path(folder))
+    return _whole_states(trained)
+
+
+def load_optimizer(model_folder: str, folder: str) -> dict[str, Any]:
+    """Load it into a fresh engine."""
+    from dora_dist.shards import OptimizerShards
+
+    model = _tiny_adapted(model_folder)
+    step = _make_step("zero2", model)
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    OptimizerShards(step.model, trained, Agreement()).load(Path(folder), 3)
+    counts = [float(state["step"]) for state in step.model.optimizer.optimizer.state.values()]
+    step.model.optimizer._lazy_init_hp_params_optimizer_state()
+    return {"states": _whole_states(trained), "counts": counts, "steps": step.model.global_steps}
+
+
+def check_odd_optimizer(model_folder: str) -> None:
+    """An optimizer that keeps a state of 8 bits."""
+    from dora_dist.shards import OptimizerShards
+
+    model = _tiny_adapted(model_folder)
+    step = _make_step("zero2", model)
+    step(torch.randint(4, 90, (2, 12)))
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    for state in step.model.optimizer.optimizer.state.values():
+        state["state1"] = torch.zeros(state["exp_avg"].numel(), dtype=torch.uint8)
+    OptimizerShards(step.model, trained, Agreement()).check()
+
+
+def _whole_states(trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """All of every parameter's state, gathered by DeepSpeed's own functions (collectives)."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    whole = {}
+    for name, parameter in trained.items():
+        whole[f"{name}:master"] = safe_get_full_fp32_param(parameter)
+        for key in ("exp_avg", "exp_avg_sq"):
+            whole[f"{name}:{key}"] = safe_get_full_optimizer_state(parameter, key)
+    return whole
+
+
+def _tiny_adapted(model_folder: str) -> Any:
+    """A tiny NF4 Llama with an adapter whose every component has an effect, the same on every rank."""
+    from dora_dist import DynamicLoraConfig, add_dynamic_lora
+    from dora_dist.backbone import load_backbone
+
+    config = DynamicLoraConfig(target_rank=2, initial_rank=4, dropout=0.0, alpha=8)
+    model = add_dynamic_lora(load_backbone(model_folder), config)
+    for layer in model.adapted_layers().values():
+        nn.init.normal_(layer.lora_b, std=0.02, generator=torch.Generator().manual_seed(1))
+    return model
+
+
 def _make_step(engine: str, model: nn.Module) -> Any:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.01)
@@ -226,19 +309,19 @@ def _make_step(engine: str, model: nn.Module) -> Any:
             },
         )
 
-        def step(ids: Tensor) -> None:
-            wrapped.backward(wrapped(input_ids=ids, labels=ids).loss)
+        def step(ids: Tensor, factor: float = 1.0) -> None:
+            wrapped.backward(wrapped(input_ids=ids, labels=ids).loss * factor)
             wrapped.step()
 
     else:
         wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if engine == "ddp" else model
 
-        def step(ids: Tensor) -> None:
+        def step(ids: Tensor, factor: float = 1.0) -> None:
             optimizer.zero_grad()
-            wrapped(input_ids=ids, labels=ids).loss.backward()
+            (wrapped(input_ids=ids, labels=ids).loss * factor).backward()
             optimizer.step()
 
-    step.model = wrapped
+    step.model, step.optimizer = wrapped, optimizer
     return step
 
 

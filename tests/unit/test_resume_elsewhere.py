@@ -1,0 +1,71 @@
+"""What an earlier start has left, and the accumulation that keeps its global batch."""
+
+from pathlib import Path
+
+import pytest
+
+from dora_dist import resume
+from dora_dist.config import ModelConfig, RunConfig
+from dora_dist.data_section import DataConfig
+from dora_dist.records import RUN, SUMMARY, write_json
+from dora_dist.resume import Earlier
+
+FOLDER = Path("runs/x/checkpoint-5")
+
+
+def config(**training):
+    return RunConfig(output_dir="x", model=ModelConfig(path="m"), data=DataConfig(train="t"), training=training)
+
+
+def earlier(processes, batch):
+    return Earlier(folder=FOLDER, checkpoint=FOLDER, processes=processes, settings={"global batch": batch})
+
+
+def test_the_configured_accumulation_holds_where_nothing_was_before_or_the_ranks_are_as_many():
+    assert resume.accumulation(Earlier(folder=FOLDER), config(), 4) is None
+    assert resume.accumulation(earlier(4, 64), config(), 4) is None
+
+
+@pytest.mark.parametrize(
+    ("processes", "per_process", "expected"), [(1, 2, 8), (2, 2, 4), (8, 2, 1), (4, 4, 1), (16, 1, 1)]
+)
+def test_the_accumulation_keeps_the_global_batch(processes, per_process, expected):
+    found = resume.accumulation(earlier(3, 16), config(per_device_train_batch_size=per_process), processes)
+    assert found == expected
+
+
+def test_the_trainers_default_batch_is_known():
+    assert resume.accumulation(earlier(1, 32), config(), 2) == 2
+
+
+@pytest.mark.parametrize(
+    ("processes", "per_process", "hint"),
+    [
+        (4, 8, "set training.per_device_train_batch_size to one of 1, 2, 4"),
+        (3, 1, "use a number of processes that divides it"),
+        (32, 1, "use a number of processes that divides it"),
+    ],
+)
+def test_a_batch_that_cannot_be_had_is_refused_with_what_could(processes, per_process, hint):
+    with pytest.raises(ValueError, match=f"by 2 processes with a global batch of 16, .*{hint}"):
+        resume.accumulation(earlier(2, 16), config(per_device_train_batch_size=per_process), processes)
+
+
+def finished_run(folder, **settings):
+    write_json(folder / RUN, {"settings": settings, "processes": 2})
+    write_json(folder / SUMMARY, {})
+    return folder
+
+
+def test_a_finished_run_is_known_by_its_settings(tmp_path):
+    assert not resume.look(tmp_path, "auto").finished
+    found = resume.look(finished_run(tmp_path, seed=1, targets=["q_proj"]), "auto")
+    assert found.finished
+    assert found.processes == 2
+    resume.check_settings(found, {"seed": 1, "targets": ("q_proj",)})
+
+
+def test_a_finished_run_is_not_taken_for_the_result_of_other_settings(tmp_path):
+    found = resume.look(finished_run(tmp_path, seed=1, steps=10), "auto")
+    with pytest.raises(ValueError, match=r"seed was 1 and is now 2; steps was 10 and is now 20\. Restore them"):
+        resume.check_settings(found, {"seed": 2, "steps": 20})
