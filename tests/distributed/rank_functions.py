@@ -197,8 +197,8 @@ def read_master(parameter: nn.Parameter) -> Tensor:
 
 
 def skip_under_engine(engine: str, model_folder: str, bad: str | None) -> dict[str, Any]:
-    """Train under an engine with a step in the middle in which the last rank's loss, or a gradient of it, is bad; report
-    what the optimizer changed in that step and around it.
+    """Train under an engine with a step in the middle in which the last rank's loss, or a gradient of it, is bad;
+    report what the optimizer changed in that step and around it.
 
     Args:
         engine: ``none``, ``ddp`` or ``zero2``.
@@ -226,7 +226,7 @@ def skip_under_engine(engine: str, model_folder: str, bad: str | None) -> dict[s
 
 
 def save_optimizer(model_folder: str, folder: str, steps: int) -> dict[str, Tensor]:
-    """Train a little under ZeRO-2 and save the optimizer's state; returns master copy and moments of every parameter."""
+    """Train a little under ZeRO-2 and save the optimizer's state; returns it, gathered."""
     from dora_dist.shards import OptimizerShards
 
     model = _tiny_adapted(model_folder)
