@@ -10,9 +10,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from safetensors.torch import load_file, save_file
@@ -87,6 +89,22 @@ def load_method_state(folder: Path, controller: DynamicRankController) -> None:
 
 def _parts(layer: DynamicLoraLinear) -> dict[str, Any]:
     return {"lora_a": layer.lora_a, "gate": layer.gate, "lora_b": layer.lora_b}
+
+
+@contextmanager
+def plain_values_only(folder: Path | str | None) -> Iterator[None]:
+    """Where files of a checkpoint are read that torch opens with ``weights_only``: explain a refusal.
+
+    Raises:
+        ValueError: a file holds something else than tensors, numbers and containers of them. Nothing of it was run.
+    """
+    try:
+        yield
+    except UnpicklingError as error:
+        raise ValueError(
+            f"a file of {folder} holds other Python objects than tensors and numbers, which could run code and are not "
+            f"loaded: it was not written by this program ({str(error).partition(chr(10))[0]})"
+        ) from None
 
 
 def check_shards(folder: Path, world_size: int, engine: str) -> None:

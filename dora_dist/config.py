@@ -4,6 +4,7 @@ Values that cannot work are refused here, before any process group, data or mode
 """
 
 import dataclasses
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -175,6 +176,8 @@ class RunConfig:
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        require(bool(self.output_dir.strip()), "output_dir", repr(self.output_dir), "name a folder")
+        self.output_dir = os.path.expanduser(self.output_dir)
         check_training_section(self.training)
         if self.evaluation.exact_match and self.data.eval is None:
             raise ValueError("evaluation.exact_match is true, but there is no held-out data: set data.eval")

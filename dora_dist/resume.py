@@ -11,6 +11,8 @@ from dora_dist.records import read_json
 
 BATCH = "per_device_train_batch_size"
 ACCUMULATION = "gradient_accumulation_steps"
+WRITTEN = ("adapter", records.CONFIG, records.METRICS, records.ALLOCATION, records.SUMMARY)
+"""What a run writes into its folder, beside :data:`~dora_dist.records.RUN` and checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +44,9 @@ def look(run: Path, resume: str) -> Earlier:
         resume: ``checkpoint.resume`` of the configuration.
 
     Raises:
-        ValueError: what is there cannot be used.
+        ValueError: what is there cannot be used, or is not a run's.
     """
+    _refuse_foreign_folder(run)
     if resume == "auto" and report.is_finished(run):
         recorded = read_json(run / records.RUN)
         return Earlier(folder=run, finished=True, processes=recorded.get("processes"), settings=recorded["settings"])
@@ -63,6 +66,18 @@ def look(run: Path, resume: str) -> Earlier:
         settings=state["fingerprint"],
         remarks=remarks,
     )
+
+
+def _refuse_foreign_folder(run: Path) -> None:
+    """A run deletes and overwrites what has the names of its own files: only where an earlier start wrote them."""
+    strangers = [name for name in WRITTEN if (run / name).exists() or (run / name).is_symlink()]
+    strangers += [folder.name for folder in checkpoint.checkpoints(run)]
+    known = (run / records.RUN).is_file() or checkpoint.newest(run) is not None
+    if strangers and not known:
+        raise ValueError(
+            f"output_dir {run} holds {', '.join(strangers)}, but neither {records.RUN} nor a complete checkpoint: no "
+            "run of this program wrote them, and this one would overwrite them. Choose a new folder"
+        )
 
 
 def accumulation(earlier: Earlier, config: RunConfig, processes: int) -> int | None:

@@ -114,10 +114,10 @@ def train(config: "RunConfig", notice: PreemptionNotice, watch: "Watch", launche
 
     with agreement.together(f"writing into {run}"):
         run_records.forget_end()
-        if state.is_main_process:
-            save_config(config, run / records.CONFIG)
         described = {"settings": settled.fingerprint, "data": settled.describe_data(), "processes": agreement.size}
         run_records.write_json(records.RUN, {"versions": records.versions(), **described})
+        if state.is_main_process:
+            save_config(config, run / records.CONFIG)
         if earlier.checkpoint is None:
             run_records.truncate_after(-1)
     if earlier.checkpoint is None and evaluator and config.evaluation.before:

@@ -295,20 +295,26 @@ class DynamicLoraTrainer(Trainer):
 
     def _restore(self, folder: Path) -> None:
         assert self.shards is not None
-        with self.agreement.together(f"loading {folder}"):
+        with self.agreement.together(f"loading {folder}"), checkpoint.plain_values_only(folder):
             checkpoint.load_adapter_parameters(folder, self.controller.layers)
             self.shards.load(folder, read_method_state(folder)["step"])
             self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
             for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
                 group["lr"] = rate
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
+    def _load_rng_state(self, folder: str | None) -> None:
         """Each rank's generators; on another number of ranks new ones, from seed, step and rank alone."""
-        if checkpoint is None or read_method_state(Path(checkpoint))["processes"] == self.agreement.size:
-            super()._load_rng_state(checkpoint)
+        if folder is None or read_method_state(Path(folder))["processes"] == self.agreement.size:
+            with checkpoint.plain_values_only(folder):
+                super()._load_rng_state(folder)
         else:
             fresh = np.random.SeedSequence([self.args.seed, self.state.global_step]).generate_state(1)[0]
             set_seed(int(fresh) % 2**31, device_specific=True)
+
+    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
+        """The Trainer's, for engines other than ZeRO."""
+        with checkpoint.plain_values_only(checkpoint_folder):
+            super()._load_optimizer_and_scheduler(checkpoint_folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """The adapter that a checkpoint holds for PEFT is folded; training goes on with the unfolded one."""

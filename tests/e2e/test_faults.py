@@ -10,8 +10,10 @@ import platform
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
+import torch
 from faulty_rank import faulty_rank
 from forked_run import free_port, log_of, run_to_the_end, start_run, train_rank
 from ranks import start_ranks, wait_for_ranks
@@ -234,3 +236,24 @@ def test_a_rendezvous_with_a_missing_rank_ends(present, message, config, tmp_pat
 
 def one_of_two(_, __, arguments, port, log, rank):
     train_rank(rank, 2, arguments, port, log)
+
+
+class Planted:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("name", ["scheduler.pt", "rng_state_0.pth"])
+def test_a_checkpoint_that_would_run_code_is_refused(name, config, whole, tmp_path):
+    run, planted = tmp_path / "run", tmp_path / "planted"
+    run.mkdir()
+    folder = shutil.copytree(whole(2) / "checkpoint-5", run / "checkpoint-5")
+    torch.save({"state": Planted(planted)}, folder / name)
+    checkpoint.seal(folder)  # as somebody would who means harm
+    codes, text = broken_run(config, run, tmp_path / "log", {})
+    assert 0 not in codes
+    assert "holds other Python objects than tensors and numbers, which could run code and are not loaded" in text
+    assert not planted.exists()

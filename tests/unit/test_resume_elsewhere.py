@@ -69,3 +69,18 @@ def test_a_finished_run_is_not_taken_for_the_result_of_other_settings(tmp_path):
     found = resume.look(finished_run(tmp_path, seed=1, steps=10), "auto")
     with pytest.raises(ValueError, match=r"seed was 1 and is now 2; steps was 10 and is now 20\. Restore them"):
         resume.check_settings(found, {"seed": 2, "steps": 20})
+
+
+@pytest.mark.parametrize("name", ["adapter", "config.yaml", "checkpoint-500"])
+def test_a_folder_that_is_not_a_runs_is_not_written_into(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=f"holds {name}, but neither run.json nor a complete checkpoint: .*new folder"):
+        resume.look(tmp_path, "auto")
+    write_json(tmp_path / RUN, {"settings": {}})
+    assert resume.look(tmp_path, "auto").checkpoint is None
+
+
+def test_a_folder_with_other_things_in_it_may_hold_a_run(tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "notes.txt").touch()
+    assert resume.look(tmp_path, "auto").checkpoint is None
