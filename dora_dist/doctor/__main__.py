@@ -1,0 +1,147 @@
+"""What to know of a machine or a job before an allocation is spent on it, and what is wrong with it.
+
+Alone, it looks at this machine. Started as dora_dist.train is (accelerate launch, torchrun, or tasks of Slurm), it
+looks at every rank, and at what they share: the network and the checkpoint folder. Nothing is left behind. Every key
+of a configuration can be overridden as --section.key value. Exit status: 0 nothing wrong found, 1 something is, 2 the
+command cannot be understood.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from dora_dist.command import ExpectedRunError, attempt, run_command, say
+from dora_dist.config import RunConfig, load_config
+from dora_dist.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from dora_dist.doctor.facts import Problem
+
+TIMEOUT_SECONDS = 120.0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, without the overrides."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dora_dist.doctor",
+        usage="%(prog)s [--config CONFIG [--section.key value ...]] [--output DIR] [--timeout SECONDS]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, metavar="CONFIG", help="YAML file of a run to prepare for, see configs/")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder for checkpoints; by default output_dir of the configuration"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=TIMEOUT_SECONDS,
+        metavar="SECONDS",
+        help=f"how long ranks wait for each other ({TIMEOUT_SECONDS:g})",
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the report, and leave with its exit status.
+
+    Raises:
+        ValueError: something that the user can mend in the command.
+        ExpectedRunError: the ranks did not come together, or one of them failed.
+    """
+    options, overrides = build_parser().parse_known_args(arguments)
+    if overrides and options.config is None:
+        raise ValueError(f"{overrides[0]} is no option of the doctor, and keys of a run need its --config")
+    if options.timeout <= 0:
+        raise ValueError(f"--timeout is {options.timeout:g}, but must be positive")
+    # Schedulers and launchers end a job with it; files must go then too.
+    signal.signal(signal.SIGTERM, _interrupt)
+    config = attempt(lambda: load_config(options.config, overrides) if options.config else None)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # where libraries print
+            quiet_libraries()
+            problems = examine(config, options.output, options.timeout)
+    except ImportError as error:
+        raise ExpectedRunError(f"{error}: pip install -c launch/constraints.txt -e .") from None
+    if problems:
+        # As run_command does, without the interpreter's shutdown, which may wait for other ranks.
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def examine(config_of: Callable[[], RunConfig | None], output: Path | None, timeout: float) -> "list[Problem]":
+    """Look at everything, and print each section as soon as it is known.
+
+    Args:
+        config_of: gives the configuration, or raises what is wrong with it.
+        output: folder to check instead of the configuration's.
+        timeout: seconds for ranks to wait for each other.
+    """
+    # Heavy imports wait until the command line has been found to be sound.
+    from dora_dist.doctor import findings, report, shared_findings
+    from dora_dist.doctor.device_findings import device_problems
+    from dora_dist.doctor.examination import checkpoint_bytes, examine_rank, join
+    from dora_dist.doctor.grouping import by_node
+    from dora_dist.doctor.network import measure_network
+    from dora_dist.doctor.storage import check_storage
+
+    say("waiting for all ranks ..." if "RANK" in os.environ else "looking at this machine ...")
+    environment = dict(os.environ)
+    agreement = join(timeout)
+    with agreement.together("reading the configuration"):
+        config = config_of()
+    ranks = examine_rank(agreement, config, environment)
+    own = ranks[agreement.rank]
+    problems = [
+        *findings.world_problems(ranks),
+        *findings.software_problems(ranks),
+        *device_problems(ranks, config.model.compute_dtype if config else "auto"),
+        *findings.node_problems(ranks),
+    ]
+    for section in (
+        report.software_section,
+        report.nodes_section,
+        report.environment_section,
+        report.devices_section,
+    ):
+        tell(section(ranks))
+
+    folder = output or (Path(config.output_dir) if config else None)
+    if folder is None:
+        tell(report.section("Checkpoint folder", ["not checked: give --output DIR or --config CONFIG"]))
+    else:
+        say(f"writing and reading in {folder} ...")
+        checkpoint = checkpoint_bytes(config) if config else None
+        first_of_node = by_node(ranks)[own.node][0].rank == agreement.rank
+        storage = check_storage(folder.expanduser().absolute(), own.node, agreement, measures=first_of_node)
+        tell(report.storage_section(storage, folder, checkpoint))
+        needed = checkpoint * (config.checkpoint.keep_last + 1) if config and checkpoint else None
+        problems += shared_findings.storage_problems(storage, ranks, folder, needed)
+
+    say("timing all-reduces ...")
+    network = measure_network(agreement)
+    tell(report.network_section(network, len(ranks)))
+    problems += shared_findings.network_problems(network, ranks)
+    tell(report.problems_section(problems))
+    agreement.close()
+    return problems
+
+
+def tell(text: str) -> None:
+    """Print a section, from the first rank only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.__stdout__, flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)
