@@ -20,7 +20,8 @@ from dora_dist.config import RunConfig, load_config
 from dora_dist.quiet import quiet_libraries
 
 if TYPE_CHECKING:
-    from dora_dist.doctor.facts import Problem
+    from dora_dist.agreement import Agreement
+    from dora_dist.doctor.facts import Problem, RankFacts
 
 TIMEOUT_SECONDS = 120.0
 
@@ -60,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ValueError(f"{overrides[0]} is no option of the doctor, and keys of a run need its --config")
     if options.timeout <= 0:
         raise ValueError(f"--timeout is {options.timeout:g}, but must be positive")
+    # What c10d logs of a failed meeting is a C++ stack; what it raises says the same in a line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     # Schedulers and launchers end a job with it; files must go then too.
     signal.signal(signal.SIGTERM, _interrupt)
     config = attempt(lambda: load_config(options.config, overrides) if options.config else None)
@@ -88,12 +91,12 @@ def examine(config_of: Callable[[], RunConfig | None], output: Path | None, time
         timeout: seconds for ranks to wait for each other.
     """
     # Heavy imports wait until the command line has been found to be sound.
-    from dora_dist.doctor import findings, report, shared_findings
+    from dora_dist.doctor import report
     from dora_dist.doctor.device_findings import device_problems
-    from dora_dist.doctor.examination import checkpoint_bytes, examine_rank, join
-    from dora_dist.doctor.grouping import by_node
+    from dora_dist.doctor.examination import examine_rank, join
+    from dora_dist.doctor.findings import node_problems, software_problems, world_problems
     from dora_dist.doctor.network import measure_network
-    from dora_dist.doctor.storage import check_storage
+    from dora_dist.doctor.shared_findings import network_problems
 
     say("waiting for all ranks ..." if "RANK" in os.environ else "looking at this machine ...")
     environment = dict(os.environ)
@@ -101,40 +104,48 @@ def examine(config_of: Callable[[], RunConfig | None], output: Path | None, time
     with agreement.together("reading the configuration"):
         config = config_of()
     ranks = examine_rank(agreement, config, environment)
-    own = ranks[agreement.rank]
+    tell(report.software_section(ranks))
+    tell(report.nodes_section(ranks))
+    tell(report.environment_section(ranks))
+    tell(report.devices_section(ranks))
     problems = [
-        *findings.world_problems(ranks),
-        *findings.software_problems(ranks),
+        *world_problems(ranks),
+        *software_problems(ranks),
         *device_problems(ranks, config.model.compute_dtype if config else "auto"),
-        *findings.node_problems(ranks),
+        *node_problems(ranks),
+        *examine_folder(agreement, ranks, config, output),
     ]
-    for section in (
-        report.software_section,
-        report.nodes_section,
-        report.environment_section,
-        report.devices_section,
-    ):
-        tell(section(ranks))
+    say("timing all-reduces ...")
+    network = measure_network(agreement)
+    tell(report.network_section(network, len(ranks)))
+    problems += network_problems(network, ranks)
+    tell(report.problems_section(problems))
+    agreement.close()
+    return problems
+
+
+def examine_folder(
+    agreement: "Agreement", ranks: "Sequence[RankFacts]", config: RunConfig | None, output: Path | None
+) -> "list[Problem]":
+    """Try the checkpoint folder on all ranks and print what came out; see :func:`examine`."""
+    from dora_dist.doctor import report
+    from dora_dist.doctor.examination import checkpoint_bytes
+    from dora_dist.doctor.grouping import by_node
+    from dora_dist.doctor.shared_findings import storage_problems
+    from dora_dist.doctor.storage import check_storage
 
     folder = output or (Path(config.output_dir) if config else None)
     if folder is None:
         tell(report.section("Checkpoint folder", ["not checked: give --output DIR or --config CONFIG"]))
-    else:
-        say(f"writing and reading in {folder} ...")
-        checkpoint = checkpoint_bytes(config) if config else None
-        first_of_node = by_node(ranks)[own.node][0].rank == agreement.rank
-        storage = check_storage(folder.expanduser().absolute(), own.node, agreement, measures=first_of_node)
-        tell(report.storage_section(storage, folder, checkpoint))
-        needed = checkpoint * (config.checkpoint.keep_last + 1) if config and checkpoint else None
-        problems += shared_findings.storage_problems(storage, ranks, folder, needed)
-
-    say("timing all-reduces ...")
-    network = measure_network(agreement)
-    tell(report.network_section(network, len(ranks)))
-    problems += shared_findings.network_problems(network, ranks)
-    tell(report.problems_section(problems))
-    agreement.close()
-    return problems
+        return []
+    say(f"writing and reading in {folder} ...")
+    node = ranks[agreement.rank].node
+    measures = by_node(ranks)[node][0].rank == agreement.rank
+    storage = check_storage(folder.expanduser().absolute(), node, agreement, measures)
+    checkpoint = checkpoint_bytes(config) if config else None
+    tell(report.storage_section(storage, folder, checkpoint))
+    needed = checkpoint * (config.checkpoint.keep_last + 1) if config and checkpoint else None
+    return storage_problems(storage, ranks, folder, needed)
 
 
 def tell(text: str) -> None:

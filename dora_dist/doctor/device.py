@@ -90,7 +90,7 @@ def _quantized(weight: Tensor, device: torch.device, dtype: torch.dtype, quantiz
 
     out_features, in_features = weight.shape
     if quantization == "nf4":
-        layer: nn.Module = Linear4bit(
+        layer: nn.Module = Linear4bit(  # type: ignore[no-untyped-call]
             in_features, out_features, bias=False, compute_dtype=dtype, compress_statistics=True, quant_type="nf4"
         )
     elif quantization == "int8":

@@ -49,8 +49,9 @@ def measure_network(agreement: Agreement) -> NetworkFacts | None:
         if wrong:
             raise _FailedError(wrong)
         for size in SIZES.get(backend, OTHER_SIZES):
-            last = max(seconds, default=size)
-            if seconds.get(last, 0.0) * size / last > LONGEST_SECONDS:
+            last = max(seconds, default=0)
+            # Of a small one the time is latency, which does not grow with the size.
+            if last >= MIB and seconds[last] * size / last > LONGEST_SECONDS:
                 break
             seconds[size] = _seconds_of_one(agreement, size)
     except _FailedError as error:
