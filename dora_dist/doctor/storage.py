@@ -59,7 +59,8 @@ def _look(folder: Path, node: str, agreement: Agreement, name: str, failure: str
     (of_first, *_) = agreement.gather(failure)
     if of_first is not None:
         # The others have nothing to find.
-        return StorageFacts(node=node, failure=failure)
+        there = failure is not None and os.path.isdir(folder)
+        return describe(folder, node, False, failure) if there else StorageFacts(node=node, failure=failure)
     sees = sees_token(token, name)
     if not os.path.isdir(folder):  # unlike Path.is_dir, no error where a parent may not be looked into
         return StorageFacts(node=node)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import REPOSITORY, ZERO2, run
+from commands import ZERO2, run
 from forked_run import free_port
 from ranks import rank_environment, start_ranks, wait_for_ranks
 from tiny_run import write_config
@@ -17,9 +17,9 @@ SECTIONS = ("Software", "Environment", "Devices", "Checkpoint folder", "All-redu
 WIDTH = 110
 
 
-def doctor_rank(rank, world_size, arguments_of, port, log):
-    """One rank of a launched doctor, with arguments and output of its own."""
-    rank_environment(rank, world_size, MASTER_PORT=str(port))
+def doctor_rank(rank, started, arguments_of, port, log, world_size=None):
+    """One rank of a launched doctor, with arguments and output of its own; by default, all of its world are started."""
+    rank_environment(rank, world_size or started, MASTER_PORT=str(port))
     with open(f"{log}-{rank}", "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -98,22 +98,13 @@ def test_a_configuration_that_one_rank_cannot_read_names_the_rank(tmp_path):
 
 
 def test_a_rank_that_does_not_come_ends_the_wait(tmp_path):
-    def alone(rank, world_size, *rest):
-        raise AssertionError("never called")
-
-    command = [sys.executable, "-m", "dora_dist.doctor", "--timeout", "1"]
-    finished = run(
-        *command,
-        timeout=60,
-        RANK="0",
-        LOCAL_RANK="0",
-        WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(free_port()),
-    )
-    assert finished.status == 1
-    assert "[rank 0] error: the 2 processes did not come together" in finished.output
-    assert "Traceback" not in finished.output
+    log = tmp_path / "log"
+    (process,) = start_ranks(doctor_rank, 1, [["--timeout", "1"]], free_port(), str(log), 2)
+    wait_for_ranks([process], 60)
+    output = Path(f"{log}-0").read_text()
+    assert process.exitcode == 1
+    assert "[rank 0] error: the 2 processes did not come together" in output
+    assert "Traceback" not in output
 
 
 @pytest.fixture
@@ -140,32 +131,26 @@ def test_a_disk_that_is_small_or_full(small_disk, full):
     before = os.listdir(small_disk)
     statuses, outputs = forked(small_disk.parent / "log", ["--output", str(small_disk)])
     assert statuses == [1]
-    assert "rule: at least 1 GiB" in outputs[0]
-    assert ("No space left on device" in outputs[0]) == full
+    assert ("No space left on device" if full else "rule: at least 1 GiB") in outputs[0]
+    assert "tmpfs" in outputs[0]
     assert os.listdir(small_disk) == before
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_leaves_nothing(tmp_path, sent):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dora_dist.doctor", "--output", str(tmp_path / "new")],
-        cwd=REPOSITORY,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        end = time.monotonic() + 60
-        while not list(tmp_path.glob("new/*-speed")):
-            assert time.monotonic() < end, "it has not begun to write"
-            time.sleep(0.001)
-        process.send_signal(sent)
-        _, errors = process.communicate(timeout=30)
-    finally:
-        process.kill()
-    assert process.returncode == 130
-    assert errors.endswith("interrupted\n")
-    assert os.listdir(tmp_path) == []
+    folder, log = tmp_path / "folder", tmp_path / "log"
+    folder.mkdir()
+    (process,) = start_ranks(doctor_rank, 1, [["--output", str(folder / "new")]], free_port(), str(log))
+    end = time.monotonic() + 60
+    while not list(folder.glob("new/*-speed")) and process.is_alive():
+        assert time.monotonic() < end, "it has not begun to write"
+        time.sleep(0.005)
+    os.kill(process.pid, sent)
+    wait_for_ranks([process], 60)
+    output = Path(f"{log}-0").read_text()
+    assert process.exitcode == 130, output
+    assert output.endswith("interrupted\n")
+    assert os.listdir(folder) == []
 
 
 @pytest.mark.parametrize(
