@@ -39,6 +39,7 @@ def job(nodes: int = 2, ranks_per_node: int = 2, gpus: bool = True) -> list[Rank
             environment={"WORLD_SIZE": str(world), "MASTER_ADDR": "node1"},
             device=f"cuda:{rank % ranks_per_node}" if gpus else "cpu",
             gpus=(gpu(rank % ranks_per_node),) if gpus else (),
+            visible_gpus=ranks_per_node if gpus else 0,
             checks=(Check(name="bfloat16 matmul", detail="right"), Check(name="nf4 layer", detail="right")),
         )
         for rank in range(world)

@@ -1,6 +1,7 @@
 """What this process computes on, and whether it computes right: real arithmetic, not look-ups of versions."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -17,26 +18,31 @@ QUANTIZATION_TOLERANCE = {"nf4": 0.15, "int8": 0.02, "none": 0.01}
 
 
 def describe_gpus(devices: Sequence[torch.device]) -> tuple[Gpu, ...]:
-    """The GPUs among the devices; to be called before they are used, so that what others hold is what is missing."""
+    """The GPUs among the devices; to be called before they are used, so that what others hold is what is missing.
+
+    One that does not answer is left out: what is computed on it fails too, and says why.
+    """
     found = []
     for device in devices:
-        if device.type != "cuda":
-            continue
-        properties = torch.cuda.get_device_properties(device)
-        free, total = torch.cuda.mem_get_info(device)
-        with torch.cuda.device(device):
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-        found.append(
-            Gpu(
-                name=properties.name,
-                uuid=str(properties.uuid),
-                total=total,
-                free=free,
-                capability=f"{properties.major}.{properties.minor}",
-                native_bf16=native,
-            )
-        )
+        if device.type == "cuda":
+            with suppress(RuntimeError):
+                found.append(_describe(device))
     return tuple(found)
+
+
+def _describe(device: torch.device) -> Gpu:
+    properties = torch.cuda.get_device_properties(device)
+    free, total = torch.cuda.mem_get_info(device)
+    with torch.cuda.device(device):
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return Gpu(
+        name=properties.name,
+        uuid=str(properties.uuid),
+        total=total,
+        free=free,
+        capability=f"{properties.major}.{properties.minor}",
+        native_bf16=native,
+    )
 
 
 def check_device(device: torch.device, dtype: torch.dtype, quantization: str) -> tuple[Check, ...]:

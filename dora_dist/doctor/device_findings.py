@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from dora_dist.doctor.facts import Problem, RankFacts
-from dora_dist.doctor.grouping import alike, listed, place, ranges
+from dora_dist.doctor.grouping import alike, by_node, listed, place, ranges
 from dora_dist.estimate import format_bytes
 
 HELD_SHARE = 0.1
@@ -28,6 +28,7 @@ def gpu_problems(ranks: Sequence[RankFacts], compute_dtype: str) -> list[Problem
     first = next((gpu.name for facts in ranks for gpu in facts.gpus), None)
     problems = [
         *_shared_gpus(ranks),
+        *_idle_gpus(ranks),
         *alike(ranks, ranks, lambda facts: _no_gpu(facts, first), *_no_gpu_advice(ranks)),
         *alike(
             ranks,
@@ -94,6 +95,24 @@ def _shared_gpus(ranks: Sequence[RankFacts]) -> list[Problem]:
         for (_, uuid), group in users.items()
         if len(group) > 1
     ]
+
+
+def _idle_gpus(ranks: Sequence[RankFacts]) -> list[Problem]:
+    """Nodes on which ranks see more GPUs than all of them use; two ranks on one, or none, are problems of their own."""
+    problems = []
+    for group in by_node(ranks).values():
+        used = len({gpu.uuid for facts in group for gpu in facts.gpus})
+        seen = max(facts.visible_gpus for facts in group)
+        if all(facts.gpus for facts in group) and used == sum(len(facts.gpus) for facts in group) < seen:
+            problems.append(
+                Problem(
+                    place(group, ranks),
+                    f"{used} of the {seen} GPUs that are visible are used",
+                    "every GPU of the allocation has a rank",
+                    f"start {seen} processes on the node (--num_processes counts those of all nodes), or ask for fewer",
+                )
+            )
+    return problems
 
 
 def arithmetic_problems(ranks: Sequence[RankFacts]) -> list[Problem]:

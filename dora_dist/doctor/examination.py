@@ -43,12 +43,13 @@ def join(timeout_seconds: float) -> StoreAgreement:
         state = connect(engine, timeout_seconds / 60)
     except RuntimeError as error:
         wanted = os.environ.get("WORLD_SIZE", "?")
+        said = next(iter(str(error).splitlines()), type(error).__name__)
         where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
         raise ExpectedRunError(
-            f"the {wanted} processes did not come together at MASTER_ADDR:MASTER_PORT {where} within "
-            f"{timeout_seconds:g} s: {next(iter(str(error).splitlines()), '')} Ranks that say nothing here have not "
-            "started, or cannot reach that address: look there for the node, its name and a firewall; --timeout waits "
-            "longer"
+            f"this rank could not join the {wanted} of the job at MASTER_ADDR:MASTER_PORT {where} within "
+            f"{timeout_seconds:g} s: {said} Ranks that say nothing like this have not started, or cannot be heard: look "
+            "there for the node, the address and a firewall; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the "
+            "interface, --timeout waits longer"
         ) from None
     assert state.device is not None
     return StoreAgreement(state.device, timeout_seconds + SLACK_SECONDS)

@@ -61,6 +61,7 @@ class RankFacts:
         environment: variables that decide how ranks find each other.
         device: what this rank computes on, such as ``cuda:3`` or ``cpu``.
         gpus: that this rank uses; all that it sees, if it runs alone.
+        visible_gpus: number of those that it sees.
         checks: of arithmetic, on its devices.
         launch: what :func:`~dora_dist.launch.check_launch` has to say, or None.
         model: why the configured model cannot be found here, or None.
@@ -84,6 +85,7 @@ class RankFacts:
     environment: Mapping[str, str] = field(default_factory=dict)
     device: str
     gpus: Sequence[Gpu] = ()
+    visible_gpus: int = 0
     checks: Sequence[Check] = ()
     launch: str | None = None
     model: str | None = None

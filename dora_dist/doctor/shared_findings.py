@@ -9,7 +9,7 @@ from dora_dist.estimate import format_bytes
 
 GIB, MIB = 2**30, 2**20
 LEAST_SPACE = GIB
-"""Free bytes without a configuration: an adapter of rank 16 for 7B parameters has checkpoints of half of it."""
+"""Free bytes without a configuration: about a checkpoint of a 7B model whose layers start with 16 components."""
 FEWEST_INODES = 1000
 """A checkpoint has some 20 files, a prepared data set a few more."""
 SLOW_NCCL = 1e9

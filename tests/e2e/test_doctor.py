@@ -69,7 +69,7 @@ def test_two_ranks_under_the_launcher_of_zero_with_a_configuration(tmp_path):
     assert sorted(os.listdir(tmp_path)) == before
 
 
-def test_a_rank_with_another_folder_and_too_many_threads_is_named(tmp_path):
+def test_a_rank_with_another_folder_is_named(tmp_path):
     folders = [str(tmp_path / "shared"), str(tmp_path / "own")]
     statuses, outputs = forked(tmp_path / "log", *(["--output", folder] for folder in folders))
     assert statuses == [1, 1]
@@ -103,7 +103,7 @@ def test_a_rank_that_does_not_come_ends_the_wait(tmp_path):
     wait_for_ranks([process], 60)
     output = Path(f"{log}-0").read_text()
     assert process.exitcode == 1
-    assert "[rank 0] error: the 2 processes did not come together" in output
+    assert "[rank 0] error: this rank could not join the 2 of the job" in output
     assert "Traceback" not in output
 
 

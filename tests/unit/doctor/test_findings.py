@@ -103,6 +103,16 @@ def test_two_ranks_on_one_gpu_are_named_but_equal_gpus_of_two_nodes_are_not_one(
     assert problem.where == "ranks 2-3 on node2"
 
 
+def test_gpus_without_a_rank_are_counted():
+    ranks = [dataclasses.replace(facts, visible_gpus=8 if facts.node == "node2" else 2) for facts in job()]
+    problem = only(problems_of(ranks))
+    assert (problem.where, problem.found) == ("ranks 2-3 on node2", "2 of the 8 GPUs that are visible are used")
+
+
+def test_ranks_that_are_bound_to_a_gpu_each_use_all():
+    assert problems_of([dataclasses.replace(facts, visible_gpus=1) for facts in job()]) == []
+
+
 def test_gpus_hidden_on_purpose_are_not_missed():
     hidden = {"environment": {"CUDA_VISIBLE_DEVICES": "-1"}, "gpus": ()}
     assert problems_of(changed(job(1, 1), 0, **hidden)) == []
@@ -115,7 +125,7 @@ def test_a_build_of_torch_for_cpus_is_the_advice_where_there_is_a_driver():
 
 def test_uneven_ranks_per_node_name_the_odd_node():
     ranks = [facts for facts in job(3, 2) if facts.rank != 5]
-    ranks = [dataclasses.replace(facts, environment={"WORLD_SIZE": "5"}) for facts in ranks]
+    ranks = [dataclasses.replace(facts, environment={"WORLD_SIZE": "5"}, visible_gpus=1) for facts in ranks]
     problem = only(problems_of(ranks))
     assert problem.found == "ranks per node are uneven: 1 on node3, 2 elsewhere"
     assert problem.where == "rank 4 on node3"

@@ -1,8 +1,10 @@
 """What the doctor reads and tries on one machine."""
 
 import os
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,6 +72,20 @@ def test_a_layer_that_computes_with_another_weight_is_found(monkeypatch):
     monkeypatch.setattr("dora_dist.quantization.dequantized_weight", lambda layer: layer.weight.float() * 1.1)
     (_, layer) = check_device(CPU, torch.float32, "none")
     assert "the result is off by" in layer.failure
+
+
+def test_gpus_are_described_and_one_that_does_not_answer_is_left_out(monkeypatch):
+    def properties(found):
+        if found.index == 1:
+            raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+        return SimpleNamespace(name="NVIDIA H100", uuid="11-22", major=9, minor=0)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda found: (5, 7))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda found: nullcontext())
+    (gpu,) = device.describe_gpus([CPU, torch.device("cuda", 0), torch.device("cuda", 1)])
+    assert (gpu.name, gpu.uuid, gpu.capability, gpu.free, gpu.total) == ("NVIDIA H100", "11-22", "9.0", 5, 7)
 
 
 def test_a_library_that_cannot_be_loaded_is_a_finding(monkeypatch):
