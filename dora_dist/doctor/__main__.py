@@ -65,10 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     # Schedulers and launchers end a job with it; files must go then too.
     signal.signal(signal.SIGTERM, _interrupt)
-    config = attempt(lambda: load_config(options.config, overrides) if options.config else None)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # where libraries print
             quiet_libraries()
+            config = attempt(lambda: load_config(options.config, overrides) if options.config else None)
             problems = examine(config, options.output, options.timeout)
     except ImportError as error:
         raise ExpectedRunError(f"{error}: pip install -c launch/constraints.txt -e .") from None

@@ -47,8 +47,8 @@ def join(timeout_seconds: float) -> StoreAgreement:
         where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
         raise ExpectedRunError(
             f"this rank could not join the {wanted} of the job at MASTER_ADDR:MASTER_PORT {where} within "
-            f"{timeout_seconds:g} s: {said} Ranks that say nothing like this have not started, or cannot be heard: look "
-            "there for the node, the address and a firewall; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the "
+            f"{timeout_seconds:g} s: {said} Ranks that say nothing like this have not started, or cannot be heard: "
+            "look there for the node, the address and a firewall; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the "
             "interface, --timeout waits longer"
         ) from None
     assert state.device is not None

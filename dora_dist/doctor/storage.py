@@ -19,6 +19,7 @@ LARGEST_SHARE = 4
 PATIENCE_SECONDS = 5.0
 """What a network file system gets to show a new file on another node."""
 PREFIX = ".dora-doctor-"
+MOUNTS = Path("/proc/self/mounts")
 
 
 def check_storage(folder: Path, node: str, agreement: Agreement, measures: bool) -> list[StorageFacts]:
@@ -63,7 +64,7 @@ def _look(folder: Path, node: str, agreement: Agreement, name: str, failure: str
         return describe(folder, node, False, failure) if there else StorageFacts(node=node, failure=failure)
     sees = sees_token(token, name)
     if not os.path.isdir(folder):  # unlike Path.is_dir, no error where a parent may not be looked into
-        return StorageFacts(node=node)
+        return StorageFacts(node=node, filesystem=filesystem_of(folder.resolve(), MOUNTS))
     return describe(folder, node, sees, _failure_of(lambda: try_files(folder, f"{name}-{agreement.rank}")))
 
 
@@ -132,7 +133,7 @@ def describe(folder: Path, node: str, sees: bool, failure: str | None) -> Storag
         node=node,
         sees=sees,
         failure=failure,
-        filesystem=filesystem_of(folder.resolve(), Path("/proc/self/mounts")),
+        filesystem=filesystem_of(folder.resolve(), MOUNTS),
         free=space.f_bavail * space.f_frsize,
         free_inodes=space.f_favail if space.f_files else None,
     )

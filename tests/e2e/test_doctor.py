@@ -1,7 +1,9 @@
 """The doctor as a command: its report, its exit status, and that nothing is left of it."""
 
+import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,8 +19,17 @@ SECTIONS = ("Software", "Environment", "Devices", "Checkpoint folder", "All-redu
 WIDTH = 110
 
 
+CLONE_NEWUTS = 0x04000000
+"""unshare(2): a host name of its own. Python has it from 3.12."""
+
+
 def doctor_rank(rank, started, arguments_of, port, log, world_size=None):
-    """One rank of a launched doctor, with arguments and output of its own; by default, all of its world are started."""
+    """One rank of a launched doctor, with arguments, output and, where that is allowed, a host name of its own.
+
+    By default, all ranks of its world are started.
+    """
+    if ctypes.CDLL(None).unshare(CLONE_NEWUTS) == 0:
+        socket.sethostname(f"node{rank}")
     rank_environment(rank, world_size or started, MASTER_PORT=str(port))
     with open(f"{log}-{rank}", "a") as file:
         os.dup2(file.fileno(), 1)
@@ -39,7 +50,7 @@ def forked(log: Path, *arguments_of: list[str], timeout: float = 60):
 
 
 def assert_report(text):
-    """All sections are there; the last line before a list of problems, or the last one, says how it ended."""
+    """All sections are there, and no traceback."""
     assert all(any(line.startswith(title) for line in text.splitlines()) for title in SECTIONS), text
     assert "Traceback" not in text
 
@@ -74,7 +85,8 @@ def test_a_rank_with_another_folder_is_named(tmp_path):
     statuses, outputs = forked(tmp_path / "log", *(["--output", folder] for folder in folders))
     assert statuses == [1, 1]
     assert_report(outputs[0])
-    assert "rank 1 on " in outputs[0]
+    named = "rank 1 on node1: " if "2 nodes, 2 ranks" in outputs[0] else "rank 1 on "
+    assert named in outputs[0]
     assert "a file that rank 0 has just written is not there" in " ".join(outputs[0].split())
     assert "Software" not in outputs[1]
     assert sorted(os.listdir(tmp_path)) == ["log-0", "log-1"]
