@@ -2,9 +2,10 @@
 
 import textwrap
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-from dora_dist.doctor.facts import NetworkFacts, Problem, RankFacts, StorageFacts
+from dora_dist.doctor.facts import Gpu, NetworkFacts, Problem, RankFacts, StorageFacts
 from dora_dist.doctor.grouping import by_node, ranges
 from dora_dist.doctor.shared_findings import bus_bandwidth
 from dora_dist.doctor.units import duration, rate
@@ -65,9 +66,13 @@ def environment_section(ranks: Sequence[RankFacts]) -> str:
     """Variables that decide how ranks find each other; of one that differs, each value with its ranks."""
     lines = []
     for name in dict.fromkeys(name for facts in ranks for name in facts.environment):
-        values = grouped(ranks, lambda facts, name=name: facts.environment.get(name, "not set"))  # type: ignore[misc]
+        values = grouped(ranks, partial(_value, name))
         lines += textwrap.wrap(f"{name}={values}", WIDTH - 2, subsequent_indent="    ")
     return section("Environment", lines or ["none of the variables that launchers, NCCL and gloo read is set"])
+
+
+def _value(name: str, facts: RankFacts) -> str:
+    return facts.environment.get(name, "not set")
 
 
 def grouped(ranks: Sequence[RankFacts], value: Callable[[RankFacts], str]) -> str:
@@ -82,28 +87,36 @@ def grouped(ranks: Sequence[RankFacts], value: Callable[[RankFacts], str]) -> st
 
 
 def devices_section(ranks: Sequence[RankFacts]) -> str:
-    """GPUs, and the arithmetic that was tried on every rank's device."""
-    rows = [("node", "GPU", "rank", "capability", "memory", "free", "bfloat16")]
-    rows += [
-        (
-            facts.node,
-            gpu.name,
-            str(facts.rank),
-            gpu.capability,
-            format_bytes(gpu.total),
-            format_bytes(gpu.free),
-            "native" if gpu.native_bf16 else "no",
-        )
-        for facts in ranks
-        for gpu in facts.gpus
-    ]
-    lines = [aligned(rows, 2)] if len(rows) > 1 else ["no GPU: training computes on CPUs, in float32 unless configured"]
+    """GPUs, a row for all of one kind on a node, and the arithmetic that was tried on every rank's device."""
+    lines = _gpu_table(ranks) or ["no GPU: training computes on CPUs, in float32 unless configured otherwise"]
     for name in dict.fromkeys(check.name for facts in ranks for check in facts.checks):
-        lines.append(f"{name}: " + grouped(ranks, lambda facts, name=name: _outcome(facts, name)))  # type: ignore[misc]
+        lines.append(f"{name}: {grouped(ranks, partial(_outcome, name))}")
     return section("Devices", lines)
 
 
-def _outcome(facts: RankFacts, name: str) -> str:
+def _gpu_table(ranks: Sequence[RankFacts]) -> list[str]:
+    kinds: dict[tuple[str, str], list[tuple[int, Gpu]]] = {}
+    for facts in ranks:
+        for gpu in facts.gpus:
+            kinds.setdefault((facts.node, gpu.name), []).append((facts.rank, gpu))
+    rows = [("node", "GPUs", "ranks", "capability", "memory", "least free", "bfloat16")]
+    for (node, name), users in kinds.items():
+        numbers, gpus = zip(*users, strict=True)
+        rows.append(
+            (
+                node,
+                f"{len(gpus)} x {name}",
+                ranges(sorted(set(numbers))),
+                gpus[0].capability,
+                format_bytes(gpus[0].total),
+                format_bytes(min(gpu.free for gpu in gpus)),
+                "native" if gpus[0].native_bf16 else "no",
+            )
+        )
+    return [aligned(rows, 3)] if kinds else []
+
+
+def _outcome(name: str, facts: RankFacts) -> str:
     checks = [check for check in facts.checks if check.name == name]
     return "wrong" if any(check.failure for check in checks) else next((check.detail for check in checks), "not tried")
 

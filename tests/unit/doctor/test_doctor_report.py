@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from doctor_facts import GIB, changed, job, storage
+from doctor_facts import GIB, changed, gpu, job, storage
 
 from dora_dist.doctor import report
 from dora_dist.doctor.facts import NetworkFacts, Problem
@@ -36,12 +36,21 @@ def test_lines_are_short(gpus):
     assert len(longest) <= report.WIDTH
 
 
-def test_a_row_per_node_and_a_row_per_gpu():
+def test_a_row_per_node_and_a_row_for_its_gpus_of_one_kind():
     ranks = job(3, 2)
     lines = report.nodes_section(ranks).splitlines()
     assert lines[0] == "3 nodes, 6 ranks"
     assert [line.split()[:2] for line in lines[2:5]] == [["node1", "0-1"], ["node2", "2-3"], ["node3", "4-5"]]
-    assert sum("NVIDIA H100" in line for line in report.devices_section(ranks).splitlines()) == 6
+    ranks = changed(ranks, 1, gpus=(gpu(1, free=GIB),))
+    ranks = changed(ranks, 5, gpus=(gpu(1, name="NVIDIA A100"),))
+    rows = [line.split()[:6] for line in report.devices_section(ranks).splitlines() if "NVIDIA" in line]
+    assert rows == [
+        ["node1", "2", "x", "NVIDIA", "H100", "0-1"],
+        ["node2", "2", "x", "NVIDIA", "H100", "2-3"],
+        ["node3", "1", "x", "NVIDIA", "H100", "4"],
+        ["node3", "1", "x", "NVIDIA", "A100", "5"],
+    ]
+    assert "80.0 GiB    1.00 GiB" in report.devices_section(ranks)
 
 
 def test_a_variable_that_differs_is_shown_with_its_ranks():
