@@ -12,15 +12,16 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from dora_dist.command import ExpectedRunError, attempt, run_command, say
-from dora_dist.config import RunConfig, load_config
 from dora_dist.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from dora_dist.agreement import Agreement
+    from dora_dist.config import RunConfig
     from dora_dist.doctor.facts import Problem, RankFacts
 
 TIMEOUT_SECONDS = 120.0
@@ -68,21 +69,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # where libraries print
             quiet_libraries()
-            config = attempt(lambda: load_config(options.config, overrides) if options.config else None)
+            config = attempt(partial(read_config, options.config, overrides))
             problems = examine(config, options.output, options.timeout)
     except ImportError as error:
-        raise ExpectedRunError(f"{error}: pip install -c launch/constraints.txt -e .") from None
+        raise ExpectedRunError(
+            f"{error}: activate the environment of this project, or pip install -c launch/constraints.txt -e ."
+        ) from None
     if problems:
         # As run_command does, without the interpreter's shutdown, which may wait for other ranks.
         sys.stderr.flush()
         os._exit(1)
 
 
+def read_config(path: Path | None, overrides: Sequence[str]) -> "RunConfig | None":
+    """The configuration of the run to prepare for, if there is one."""
+    # Here, so that an environment in which something is missing is told without a traceback.
+    from dora_dist.config import load_config
+
+    return load_config(path, overrides) if path else None
+
+
 def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def examine(config_of: Callable[[], RunConfig | None], output: Path | None, timeout: float) -> "list[Problem]":
+def examine(config_of: "Callable[[], RunConfig | None]", output: Path | None, timeout: float) -> "list[Problem]":
     """Look at everything, and print each section as soon as it is known.
 
     Args:
@@ -125,7 +136,7 @@ def examine(config_of: Callable[[], RunConfig | None], output: Path | None, time
 
 
 def examine_folder(
-    agreement: "Agreement", ranks: "Sequence[RankFacts]", config: RunConfig | None, output: Path | None
+    agreement: "Agreement", ranks: "Sequence[RankFacts]", config: "RunConfig | None", output: Path | None
 ) -> "list[Problem]":
     """Try the checkpoint folder on all ranks and print what came out; see :func:`examine`."""
     from dora_dist.doctor import report

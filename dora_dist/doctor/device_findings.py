@@ -29,16 +29,14 @@ def gpu_problems(ranks: Sequence[RankFacts], compute_dtype: str) -> list[Problem
     problems = [
         *_shared_gpus(ranks),
         *_idle_gpus(ranks),
-        *alike(ranks, ranks, lambda facts: _no_gpu(facts, first), *_no_gpu_advice(ranks)),
+        *alike(ranks, lambda facts: _no_gpu(facts, first), *_no_gpu_advice(ranks)),
         *alike(
-            ranks,
             ranks,
             lambda facts: listed(gpu.name for gpu in facts.gpus if gpu.name != first),
             f"all ranks have the same GPU; here the first is {first}",
             "ask for one type (Slurm: --gres=gpu:TYPE:N or --constraint): the slowest one sets the pace",
         ),
         *alike(
-            ranks,
             ranks,
             lambda facts: listed(
                 f"{format_bytes(gpu.total - gpu.free)} of {format_bytes(gpu.total)} are in use already on "
@@ -52,7 +50,6 @@ def gpu_problems(ranks: Sequence[RankFacts], compute_dtype: str) -> list[Problem
     ]
     if compute_dtype != "float32":
         problems += alike(
-            ranks,
             ranks,
             lambda facts: listed(
                 f"{gpu.name} (compute capability {gpu.capability}) has no bfloat16"
@@ -120,7 +117,6 @@ def arithmetic_problems(ranks: Sequence[RankFacts]) -> list[Problem]:
     problems: list[Problem] = []
     for name in dict.fromkeys(check.name for facts in ranks for check in facts.checks):
         problems += alike(
-            ranks,
             ranks,
             partial(_failure, name),
             "the result is right within rounding",

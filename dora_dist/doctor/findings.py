@@ -22,7 +22,6 @@ def world_problems(ranks: Sequence[RankFacts]) -> list[Problem]:
     problems = [
         *alike(
             ranks,
-            ranks,
             lambda facts: _wrong_world(facts, len(ranks)),
             "every process joins one process group",
             "set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for every task (on Slurm from SLURM_PROCID, "
@@ -30,13 +29,11 @@ def world_problems(ranks: Sequence[RankFacts]) -> list[Problem]:
         ),
         *alike(
             ranks,
-            ranks,
             lambda facts: facts.launch,
             "launcher and engine go together",
             "use the command that is named; dora_dist.train refuses this one",
         ),
         *alike(
-            ranks,
             ranks,
             lambda facts: facts.model,
             "every rank can read the model",
@@ -76,13 +73,12 @@ def software_problems(ranks: Sequence[RankFacts]) -> list[Problem]:
     install = "pip install -c launch/constraints.txt -e ."
     problems: list[Problem] = []
     for name in dict.fromkeys(name for facts in ranks for name in facts.versions):
-        problems += alike(ranks, ranks, partial(_missing, name), "what pyproject.toml requires is installed", install)
+        problems += alike(ranks, partial(_missing, name), "what pyproject.toml requires is installed", install)
     for requirement in dict.fromkeys(text for facts in ranks for text in facts.below):
         found = partial(_too_old, requirement)
-        problems += alike(ranks, ranks, found, f"{requirement}, says pyproject.toml", install)
+        problems += alike(ranks, found, f"{requirement}, says pyproject.toml", install)
     for name in ("Python", "dora_dist's source", "torch's CUDA", *ranks[0].versions):
         problems += alike(
-            ranks,
             ranks,
             partial(_different, name, ranks[0]),
             "all ranks run the same versions",
@@ -114,7 +110,6 @@ def node_problems(ranks: Sequence[RankFacts]) -> list[Problem]:
     """Too few cores, files or shared memory, and clocks that are wrong."""
     problems = [
         *alike(
-            ranks,
             ranks,
             lambda facts: (
                 f"{facts.open_files} open files are allowed" if 0 <= facts.open_files < FEWEST_OPEN_FILES else None

@@ -9,22 +9,26 @@ FEW_NODES = 4
 
 
 def alike(
-    ranks: Sequence[RankFacts],
-    everyone: Sequence[RankFacts],
-    found: Callable[[RankFacts], str | None],
-    rule: str,
-    action: str,
+    ranks: Sequence[RankFacts], found: Callable[[RankFacts], str | None], rule: str, action: str
 ) -> list[Problem]:
-    """One problem for all ranks of which the same is found."""
+    """One problem for all ranks of which the same is found.
+
+    Args:
+        ranks: facts of all ranks.
+        found: what is wrong with a rank, or None.
+        rule: what should be.
+        action: what to do.
+    """
     groups: dict[str, list[RankFacts]] = {}
     for facts in ranks:
         text = found(facts)
         if text is not None:
             groups.setdefault(text, []).append(facts)
-    return [Problem(place(group, everyone), text, rule, action) for text, group in groups.items()]
+    return [Problem(place(group, ranks), text, rule, action) for text, group in groups.items()]
 
 
 def by_node(ranks: Sequence[RankFacts]) -> dict[str, list[RankFacts]]:
+    """Ranks of every node, in order."""
     nodes: dict[str, list[RankFacts]] = {}
     for facts in ranks:
         nodes.setdefault(facts.node, []).append(facts)

@@ -32,7 +32,6 @@ def storage_problems(
     """
     unusable = alike(
         ranks,
-        ranks,
         lambda facts: storage[facts.rank].failure and f"{folder}: {storage[facts.rank].failure}",
         "every rank can make, write, rename and read files in output_dir",
         "choose another folder (output_dir, or --output here), or have permissions, quota and space looked at",
@@ -40,7 +39,6 @@ def storage_problems(
     if storage[0].failure is not None:
         return unusable
     apart = alike(
-        ranks,
         ranks,
         lambda facts: (
             None if storage[facts.rank].sees else f"{folder}: a file that rank 0 has just written is not there"
@@ -84,7 +82,6 @@ def network_problems(network: NetworkFacts | None, ranks: Sequence[RankFacts]) -
         return []
     prefix = "NCCL" if network.backend == "nccl" else "GLOO"
     problems = alike(
-        ranks,
         ranks,
         lambda facts: f"{failure}" if (failure := network.failures.get(facts.rank)) else None,
         f"an all-reduce over {network.backend} gives the sum over all ranks",

@@ -86,7 +86,10 @@ def cleaned(folder: Path, prefix: str) -> Iterator[None]:
     try:
         yield
     finally:
-        for path in folder.glob(f"{prefix}-*"):
+        left: list[Path] = []
+        with suppress(OSError):  # a folder that may not be looked into
+            left = list(folder.glob(f"{prefix}-*"))
+        for path in left:
             with suppress(OSError):
                 path.unlink()
 

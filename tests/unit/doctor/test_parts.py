@@ -159,6 +159,19 @@ def test_a_folder_below_a_file_is_a_finding(tmp_path):
     assert facts.failure == "Not a directory"
 
 
+def test_a_folder_that_may_not_be_looked_into_is_a_finding(tmp_path):
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)  # nothing is closed to root
+    try:
+        (facts,) = storage.check_storage(closed / "a" / "run", "here", Agreement(), measures=True)
+    finally:
+        os.seteuid(user)
+    assert facts.failure == "Permission denied"
+
+
 def test_a_rename_that_does_not_replace_is_a_finding(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "replace", lambda self, target: self)
     (facts,) = storage.check_storage(tmp_path, "here", Agreement(), measures=True)
