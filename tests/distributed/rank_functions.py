@@ -9,7 +9,7 @@ import torch.distributed as dist
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from dora_dist.agreement import Agreement, digest_tensors
+from dora_dist.agreement import Agreement, StoreAgreement, digest_tensors
 from dora_dist.controller import DynamicRankController
 from dora_dist.engine import zero_entries
 from dora_dist.importance import component_scores
@@ -328,3 +328,34 @@ def _make_step(engine: str, model: nn.Module) -> Any:
 def agreement_any(flagged: list[int]) -> bool:
     agreement = Agreement()
     return agreement.any(agreement.rank in flagged)
+
+
+def agreement_sum() -> Tensor:
+    """What add_up makes of a tensor that differs by rank."""
+    agreement = Agreement()
+    tensor = torch.arange(4, dtype=torch.float32) * (agreement.rank + 1)
+    agreement.add_up(tensor)
+    return tensor
+
+
+def store_gathers() -> list[list[Any]]:
+    """Two gathers through the store, one after the other, and a phase that all ranks pass."""
+    agreement = StoreAgreement("cpu", timeout_seconds=30)
+    gathered = [agreement.gather(("first", agreement.rank)), agreement.gather(agreement.backend)]
+    with agreement.together("resting"):
+        pass
+    agreement.close()
+    return gathered
+
+
+def store_gather_without(absent: list[int]) -> None:
+    agreement = StoreAgreement("cpu", timeout_seconds=0.5)
+    if agreement.rank not in absent:
+        agreement.gather(agreement.rank)
+
+
+def store_phase_that_fails(failing: int) -> None:
+    agreement = StoreAgreement("cpu", timeout_seconds=30)
+    with agreement.together("looking"):
+        if agreement.rank == failing:
+            raise OSError("no such file")

@@ -65,3 +65,31 @@ def test_a_phase_that_fails_on_one_rank_ends_on_all():
 def test_a_phase_that_fails_alike_on_all_ranks_keeps_its_own_error():
     outcomes = run_ranks(rank_functions.phase_that_fails, 2, [0, 1])
     assert [(outcome.error_type, outcome.error) for outcome in outcomes] == [("OSError", "no such file")] * 2
+
+
+@WORLDS
+def test_adding_up_leaves_the_sum_in_place_on_every_rank(world_size):
+    outcomes = run_ranks(rank_functions.agreement_sum, world_size)
+    factor = world_size * (world_size + 1) // 2
+    assert all(outcome.value.tolist() == [0, factor, 2 * factor, 3 * factor] for outcome in outcomes)
+
+
+@WORLDS
+def test_a_gather_through_the_store_is_the_same_on_every_rank(world_size):
+    outcomes = run_ranks(rank_functions.store_gathers, world_size)
+    expected = [[("first", rank) for rank in range(world_size)], ["gloo"] * world_size]
+    assert [outcome.value for outcome in outcomes] == [expected] * world_size
+
+
+@pytest.mark.parametrize(("absent", "named"), [([2], "rank 2 of 4"), ([1, 3], "ranks 1, 3 of 4"), ([0], "rank 0 of 4")])
+def test_ranks_that_do_not_come_to_the_store_are_named_on_all_others(absent, named):
+    outcomes = run_ranks(rank_functions.store_gather_without, 4, absent)
+    for rank, outcome in enumerate(outcomes):
+        if rank not in absent:
+            assert outcome.error_type == "RankFailedError"
+            assert outcome.error == f"{named} did not answer within 0.5 s"
+
+
+def test_a_phase_that_fails_on_one_rank_is_told_through_the_store():
+    outcomes = run_ranks(rank_functions.store_phase_that_fails, 2, 1)
+    assert {outcome.error for outcome in outcomes} == {"looking failed on 1 of 2 ranks: rank 1: OSError: no such file"}

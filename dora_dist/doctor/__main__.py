@@ -1,0 +1,169 @@
+"""What to know of a machine or a job before an allocation is spent on it, and what is wrong with it.
+
+Alone, it looks at this machine. Started as dora_dist.train is (accelerate launch, torchrun, or tasks of Slurm), it
+looks at every rank, and at what they share: the network and the checkpoint folder. Nothing is left behind. Every key
+of a configuration can be overridden as --section.key value. Exit status: 0 nothing wrong found, 1 something is, 2 the
+command cannot be understood.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from dora_dist.command import ExpectedRunError, attempt, run_command, say
+from dora_dist.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from dora_dist.agreement import Agreement
+    from dora_dist.config import RunConfig
+    from dora_dist.doctor.facts import Problem, RankFacts
+
+TIMEOUT_SECONDS = 120.0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, without the overrides."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dora_dist.doctor",
+        usage="%(prog)s [--config CONFIG [--section.key value ...]] [--output DIR] [--timeout SECONDS]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, metavar="CONFIG", help="YAML file of a run to prepare for, see configs/")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder for checkpoints; by default output_dir of the configuration"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=TIMEOUT_SECONDS,
+        metavar="SECONDS",
+        help=f"how long ranks wait for each other ({TIMEOUT_SECONDS:g})",
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the report, and leave with its exit status.
+
+    Raises:
+        ValueError: something that the user can mend in the command.
+        ExpectedRunError: the ranks did not come together, or one of them failed.
+    """
+    options, overrides = build_parser().parse_known_args(arguments)
+    if overrides and options.config is None:
+        raise ValueError(f"{overrides[0]} is no option of the doctor, and keys of a run need its --config")
+    if options.timeout <= 0:
+        raise ValueError(f"--timeout is {options.timeout:g}, but must be positive")
+    # What c10d logs of a failed meeting is a C++ stack; what it raises says the same in a line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+    # Schedulers and launchers end a job with it; files must go then too.
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # where libraries print
+            quiet_libraries()
+            config = attempt(partial(read_config, options.config, overrides))
+            problems = examine(config, options.output, options.timeout)
+    except ImportError as error:
+        raise ExpectedRunError(
+            f"{error}: activate the environment of this project, or pip install -c launch/constraints.txt -e ."
+        ) from None
+    if problems:
+        # As run_command does, without the interpreter's shutdown, which may wait for other ranks.
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def read_config(path: Path | None, overrides: Sequence[str]) -> "RunConfig | None":
+    """The configuration of the run to prepare for, if there is one."""
+    # Here, so that an environment in which something is missing is told without a traceback.
+    from dora_dist.config import load_config
+
+    return load_config(path, overrides) if path else None
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def examine(config_of: "Callable[[], RunConfig | None]", output: Path | None, timeout: float) -> "list[Problem]":
+    """Look at everything, and print each section as soon as it is known.
+
+    Args:
+        config_of: gives the configuration, or raises what is wrong with it.
+        output: folder to check instead of the configuration's.
+        timeout: seconds for ranks to wait for each other.
+    """
+    # Heavy imports wait until the command line has been found to be sound.
+    from dora_dist.doctor import report
+    from dora_dist.doctor.device_findings import device_problems
+    from dora_dist.doctor.examination import examine_rank, join
+    from dora_dist.doctor.findings import node_problems, software_problems, world_problems
+    from dora_dist.doctor.network import measure_network
+    from dora_dist.doctor.shared_findings import network_problems
+
+    say("waiting for all ranks ..." if "RANK" in os.environ else "looking at this machine ...")
+    environment = dict(os.environ)
+    agreement = join(timeout)
+    with agreement.together("reading the configuration"):
+        config = config_of()
+    ranks = examine_rank(agreement, config, environment)
+    tell(report.software_section(ranks))
+    tell(report.nodes_section(ranks))
+    tell(report.environment_section(ranks))
+    tell(report.devices_section(ranks))
+    problems = [
+        *world_problems(ranks),
+        *software_problems(ranks),
+        *device_problems(ranks, config.model.compute_dtype if config else "auto"),
+        *node_problems(ranks),
+        *examine_folder(agreement, ranks, config, output),
+    ]
+    say("timing all-reduces ...")
+    network = measure_network(agreement)
+    tell(report.network_section(network, len(ranks)))
+    problems += network_problems(network, ranks)
+    tell(report.problems_section(problems))
+    agreement.close()
+    return problems
+
+
+def examine_folder(
+    agreement: "Agreement", ranks: "Sequence[RankFacts]", config: "RunConfig | None", output: Path | None
+) -> "list[Problem]":
+    """Try the checkpoint folder on all ranks and print what came out; see :func:`examine`."""
+    from dora_dist.doctor import report
+    from dora_dist.doctor.examination import checkpoint_bytes
+    from dora_dist.doctor.grouping import by_node
+    from dora_dist.doctor.shared_findings import storage_problems
+    from dora_dist.doctor.storage import check_storage
+
+    folder = output or (Path(config.output_dir) if config else None)
+    if folder is None:
+        tell(report.section("Checkpoint folder", ["not checked: give --output DIR or --config CONFIG"]))
+        return []
+    say(f"writing and reading in {folder} ...")
+    node = ranks[agreement.rank].node
+    measures = by_node(ranks)[node][0].rank == agreement.rank
+    storage = check_storage(folder.expanduser().absolute(), node, agreement, measures)
+    checkpoint = checkpoint_bytes(config) if config else None
+    tell(report.storage_section(storage, folder, checkpoint))
+    needed = checkpoint * (config.checkpoint.keep_last + 1) if config and checkpoint else None
+    return storage_problems(storage, ranks, folder, needed)
+
+
+def tell(text: str) -> None:
+    """Print a section, from the first rank only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.__stdout__, flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)

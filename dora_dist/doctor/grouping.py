@@ -1,0 +1,68 @@
+"""Ranks with the same finding, and how to name them."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from dora_dist.doctor.facts import Problem, RankFacts
+
+FEW_NODES = 4
+"""As many are named; of more, the number is enough."""
+
+
+def alike(
+    ranks: Sequence[RankFacts], found: Callable[[RankFacts], str | None], rule: str, action: str
+) -> list[Problem]:
+    """One problem for all ranks of which the same is found.
+
+    Args:
+        ranks: facts of all ranks.
+        found: what is wrong with a rank, or None.
+        rule: what should be.
+        action: what to do.
+    """
+    groups: dict[str, list[RankFacts]] = {}
+    for facts in ranks:
+        text = found(facts)
+        if text is not None:
+            groups.setdefault(text, []).append(facts)
+    return [Problem(place(group, ranks), text, rule, action) for text, group in groups.items()]
+
+
+def by_node(ranks: Sequence[RankFacts]) -> dict[str, list[RankFacts]]:
+    """Ranks of every node, in order."""
+    nodes: dict[str, list[RankFacts]] = {}
+    for facts in ranks:
+        nodes.setdefault(facts.node, []).append(facts)
+    return nodes
+
+
+def listed(texts: Iterable[str]) -> str | None:
+    """Texts in one, each once; None for none."""
+    return ", ".join(dict.fromkeys(texts)) or None
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Whole numbers in order: ``0-3, 7``."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def place(some: Sequence[RankFacts], everyone: Sequence[RankFacts]) -> str:
+    """Ranks with their nodes: ``rank 1 on node02``, ``all 16 ranks``; alone, the node is enough."""
+    if len(everyone) == 1:
+        return everyone[0].node
+    if len(some) == len(everyone):
+        return f"all {len(everyone)} ranks"
+    by_node: dict[str, list[int]] = {}
+    for facts in some:
+        by_node.setdefault(facts.node, []).append(facts.rank)
+    named = [
+        f"rank{'s' * (len(numbers) > 1)} {ranges(numbers)} on {node}"
+        for node, numbers in list(by_node.items())[:FEW_NODES]
+    ]
+    more = len(by_node) - FEW_NODES
+    return "; ".join(named) + (f"; and on {more} more node{'s' * (more > 1)}" if more > 0 else "")

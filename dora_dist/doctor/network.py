@@ -1,0 +1,105 @@
+"""All-reduces over all ranks: first whether the sum is right, then how long they take."""
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from dora_dist.agreement import Agreement
+from dora_dist.doctor.facts import NetworkFacts
+
+Result = TypeVar("Result")
+
+MIB = 2**20
+SIZES = {"nccl": (8, MIB, 64 * MIB, 256 * MIB), "gloo": (8, MIB, 16 * MIB)}
+"""Bytes of the tensors that are reduced: the first shows the latency, the last the bandwidth."""
+OTHER_SIZES = (8, MIB)
+SECONDS_PER_SIZE = 2.0
+MOST_ROUNDS = 20
+LONGEST_SECONDS = 10.0
+"""An all-reduce that would take longer, judged by the last size, is not begun."""
+PERIOD = 7
+
+
+class _FailedError(Exception):
+    """It failed somewhere; raised on all ranks.
+
+    Args:
+        failures: rank -> what went wrong there.
+    """
+
+    def __init__(self, failures: dict[int, str]) -> None:
+        self.failures = failures
+
+
+def measure_network(agreement: Agreement) -> NetworkFacts | None:
+    """Reduce tensors over all ranks; None where there is no process group.
+
+    Args:
+        agreement: whose gather does not need what is measured here
+            (:class:`~dora_dist.agreement.StoreAgreement`), so that a rank on which it fails can say so.
+    """
+    backend = agreement.backend
+    if backend is None:
+        return None
+    seconds: dict[int, float] = {}
+    try:
+        wrong = {rank: text for rank, text in enumerate(_on_all(agreement, lambda: _wrong_sums(agreement))) if text}
+        if wrong:
+            raise _FailedError(wrong)
+        for size in SIZES.get(backend, OTHER_SIZES):
+            last = max(seconds, default=0)
+            # Of a small one the time is latency, which does not grow with the size.
+            if last >= MIB and seconds[last] * size / last > LONGEST_SECONDS:
+                break
+            seconds[size] = _seconds_of_one(agreement, size)
+    except _FailedError as error:
+        return NetworkFacts(backend=backend, failures=error.failures, seconds=seconds)
+    return NetworkFacts(backend=backend, seconds=seconds)
+
+
+def _on_all(agreement: Agreement, work: Callable[[], Result]) -> list[Result]:
+    """Results of all ranks, by rank, of something in which the backend may fail on any of them."""
+    try:
+        mine: tuple[Result | None, str | None] = (work(), None)
+    except RuntimeError as error:
+        mine = (None, f"{type(error).__name__}: " + next(iter(str(error).strip().splitlines()), "no message"))
+    answers = agreement.gather(mine)
+    failures = {rank: text for rank, (_, text) in enumerate(answers) if text is not None}
+    if failures:
+        raise _FailedError(failures)
+    return [result for result, _ in answers]
+
+
+def _wrong_sums(agreement: Agreement) -> str | None:
+    """Add up known whole numbers, which float32 holds exactly, and compare every element."""
+    pattern = torch.arange(MIB // 4, device=agreement.device, dtype=torch.float32) % PERIOD + 1
+    expected = pattern * (agreement.size * (agreement.size + 1) // 2)
+    total = pattern * (agreement.rank + 1)
+    agreement.add_up(total)
+    wrong = int((total != expected).sum())
+    return f"{wrong:,} of {total.numel():,} sums are wrong" if wrong else None
+
+
+def _seconds_of_one(agreement: Agreement, size: int) -> float:
+    """Mean time of an all-reduce of so many bytes on the slowest rank, after one that does not count."""
+    tensor = torch.zeros(size // 4, device=agreement.device)
+    first = max(_on_all(agreement, lambda: _timed(agreement, tensor, 1)))
+    rounds = max(1, min(MOST_ROUNDS, int(SECONDS_PER_SIZE / max(first, 1e-6))))
+    return max(_on_all(agreement, lambda: _timed(agreement, tensor, rounds))) / rounds
+
+
+def _timed(agreement: Agreement, tensor: torch.Tensor, rounds: int) -> float:
+    _finish(agreement)
+    start = time.perf_counter()
+    for _ in range(rounds):
+        agreement.add_up(tensor)
+    _finish(agreement)
+    return time.perf_counter() - start
+
+
+def _finish(agreement: Agreement) -> None:
+    """Wait for what the GPU still has to do."""
+    if agreement.device.type == "cuda":
+        torch.cuda.synchronize(agreement.device)
