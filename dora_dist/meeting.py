@@ -57,11 +57,12 @@ class Meeting:
         return node
 
 
-def meet(minutes: float) -> Meeting | None:
+def meet(seconds: float, knob: str) -> Meeting | None:
     """Wait until all ranks of the launch have come; None where this process is alone.
 
     Args:
-        minutes: how long to wait.
+        seconds: how long to wait.
+        knob: what the user sets it with, for messages.
 
     Raises:
         JoinError: some have not come in time, or rank 0 cannot be reached.
@@ -81,27 +82,27 @@ def meet(minutes: float) -> Meeting | None:
             port,
             is_master=keeps_it,
             wait_for_workers=False,
-            timeout=timedelta(minutes=minutes),
+            timeout=timedelta(seconds=seconds),
             multi_tenant=True,  # the process group of this process will use the same one
         )
     except RuntimeError as error:
-        raise JoinError(_explain(error, rank, (host, port), minutes, keeps_it)) from None
+        raise JoinError(_explain(error, rank, (host, port), keeps_it, f"{seconds:g} s ({knob})")) from None
     store = PrefixStore(prefix, server)
     store.set(_joined(rank), platform.node())
     store.set(sign_of(rank), "0 starting")
-    missing = _wait_for_all(store, size, minutes) if rank == 0 else _ask(store, minutes)
+    missing = _wait_for_all(store, size, seconds) if rank == 0 else _ask(store, seconds)
     if missing:
         raise JoinError(
-            f"joining the world: {missing} did not come within {minutes:g} min (distributed.join_minutes), where "
+            f"joining the world: {missing} did not come within {seconds:g} s ({knob}), where "
             f"WORLD_SIZE is {size} and the meeting place {host}:{port}: look at the logs of the ranks or nodes that "
             "are missing, and whether all have the same MASTER_ADDR and MASTER_PORT"
         )
     return Meeting(rank, size, (host, port), prefix, server)
 
 
-def _wait_for_all(store: Any, size: int, minutes: float) -> str:
+def _wait_for_all(store: Any, size: int, seconds: float) -> str:
     """On rank 0: wait, tell the others how it ended, and name the ranks that are missing."""
-    end = time.monotonic() + 60 * minutes
+    end = time.monotonic() + seconds
     missing = list(range(size))
     while missing and time.monotonic() < end:
         missing = [rank for rank in missing if not store.check([_joined(rank)])]
@@ -115,18 +116,18 @@ def _wait_for_all(store: Any, size: int, minutes: float) -> str:
     return text
 
 
-def _ask(store: Any, minutes: float) -> str:
+def _ask(store: Any, seconds: float) -> str:
     """On the other ranks: how rank 0's waiting ended."""
     try:
         # Rank 0 may have come last, and begins to wait then.
-        store.wait(["met"], timedelta(minutes=2 * minutes))
+        store.wait(["met"], timedelta(seconds=2 * seconds))
         answer: str = store.get("met").decode()
     except RuntimeError:
         return "rank 0"
     return answer
 
 
-def _explain(error: RuntimeError, rank: int, place: tuple[str, int], minutes: float, keeps_it: bool) -> str:
+def _explain(error: RuntimeError, rank: int, place: tuple[str, int], keeps_it: bool, waited: str) -> str:
     host, port = place
     reason = str(error).splitlines()[0]
     if keeps_it and ("address already in use" in reason.lower() or "EADDRINUSE" in reason):
@@ -135,8 +136,8 @@ def _explain(error: RuntimeError, rank: int, place: tuple[str, int], minutes: fl
             "launch --main_process_port)"
         )
     return (
-        f"joining the world: rank {rank} ({platform.node()}) could not reach rank 0 at {host}:{port} within "
-        f"{minutes:g} min (distributed.join_minutes): {reason}"
+        f"joining the world: rank {rank} ({platform.node()}) could not reach rank 0 at {host}:{port} within {waited}: "
+        f"{reason}"
     )
 
 

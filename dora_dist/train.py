@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from dora_dist.meeting import meet  # heavy imports wait until the configuration has been found to be sound
         from dora_dist.watch import Watch
 
-        meeting = meet(config.distributed.join_minutes) if launched else None
+        meeting = meet(60 * config.distributed.join_minutes, "distributed.join_minutes") if launched else None
         with Watch(meeting, config.distributed.silent_seconds) as watch:
             train(config, notice, watch, launched, dry_run)
 

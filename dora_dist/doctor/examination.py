@@ -14,16 +14,16 @@ from dora_dist.doctor.device import check_device, describe_gpus
 from dora_dist.doctor.facts import RankFacts
 from dora_dist.doctor.node import node_facts
 from dora_dist.launch import check_launch
+from dora_dist.meeting import meet
 from dora_dist.world import connect
 
 if TYPE_CHECKING:
     from dora_dist.config import RunConfig
 
 FLOAT32 = 4
-KEPT_COPIES = 4
-"""Of the adapter in a checkpoint, beside the optimizer's moments: our own file, DeepSpeed's module states, ZeRO's
-float32 master copy, and the plain LoRA adapter, which is smaller once components have been pruned. A run on two CPU
-ranks had 18.5 MB where this gives 19.8 MB."""
+KEPT_COPIES = 3
+"""Of the adapter in a checkpoint, beside the optimizer's moments: our own file, ZeRO's float32 master copy, and the
+plain LoRA adapter, which is smaller once components have been pruned."""
 MOMENTS = 2
 """Of Adam."""
 SLACK_SECONDS = 30.0
@@ -39,6 +39,8 @@ def join(timeout_seconds: float) -> StoreAgreement:
     # An all-reduce that hangs then raises after the time-out, instead of taking the process down.
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     engine = "zero2" if with_deepspeed(os.environ) else "ddp" if launched(os.environ) else "none"
+    if launched(os.environ):
+        meet(timeout_seconds, "--timeout")
     try:
         state = connect(engine, timeout_seconds / 60)
     except RuntimeError as error:
@@ -47,9 +49,8 @@ def join(timeout_seconds: float) -> StoreAgreement:
         where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
         raise ExpectedRunError(
             f"this rank could not join the {wanted} of the job at MASTER_ADDR:MASTER_PORT {where} within "
-            f"{timeout_seconds:g} s: {said} Ranks that say nothing like this have not started, or cannot be heard: "
-            "look there for the node, the address and a firewall; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the "
-            "interface, --timeout waits longer"
+            f"{timeout_seconds:g} s, though all have come there: {said} Look for a firewall, and for the interface that "
+            "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name; --timeout waits longer"
         ) from None
     assert state.device is not None
     return StoreAgreement(state.device, timeout_seconds + SLACK_SECONDS)
