@@ -7,7 +7,7 @@ can ask it who is there while its collectives hang.
 import os
 import platform
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -19,6 +19,10 @@ from dora_dist.launch import world_size_of
 POLL_SECONDS = 0.2
 ANSWER_TIMEOUT = timedelta(seconds=20)
 """How long the store may take for an answer once the ranks have met."""
+
+
+_KEPT: list[Any] = []
+"""The store, on the rank that keeps it, until its process ends: others may still read it."""
 
 
 class JoinError(ExpectedRunError):
@@ -39,7 +43,6 @@ class Meeting:
     size: int
     place: tuple[str, int]
     _prefix: str
-    _server: Any = field(default=None, repr=False)  # keeps the store alive on the rank that has it
 
     def connect(self) -> Any:
         """A connection of its own to the store, for use by one thread.
@@ -97,7 +100,8 @@ def meet(seconds: float, knob: str) -> Meeting | None:
             f"WORLD_SIZE is {size} and the meeting place {host}:{port}: look at the logs of the ranks or nodes that "
             "are missing, and whether all have the same MASTER_ADDR and MASTER_PORT"
         )
-    return Meeting(rank, size, (host, port), prefix, server)
+    _KEPT.append(server)
+    return Meeting(rank, size, (host, port), prefix)
 
 
 def _wait_for_all(store: Any, size: int, seconds: float) -> str:

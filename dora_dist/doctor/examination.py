@@ -49,8 +49,8 @@ def join(timeout_seconds: float) -> StoreAgreement:
         where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
         raise ExpectedRunError(
             f"this rank could not join the {wanted} of the job at MASTER_ADDR:MASTER_PORT {where} within "
-            f"{timeout_seconds:g} s, though all have come there: {said} Look for a firewall, and for the interface that "
-            "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name; --timeout waits longer"
+            f"{timeout_seconds:g} s, though all have come there: {said} Look for a firewall, and for the interface "
+            "that GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name; --timeout waits longer"
         ) from None
     assert state.device is not None
     return StoreAgreement(state.device, timeout_seconds + SLACK_SECONDS)
