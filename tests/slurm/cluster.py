@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from slurm_conf import ADDRESSES, CGROUP_CONF, NODES, gres_conf, hosts, slurm_conf
+from slurm_conf import ADDRESSES, CGROUP_CONF, GPUS, NODES, gres_conf, hosts, slurm_conf
 
 HERE = Path(__file__).resolve().parent
 PREFIX = "dora-slurm-"
@@ -91,7 +91,7 @@ class Cluster:
         (self.folder / "etc" / "cgroup.conf").write_text(CGROUP_CONF)
         self._boot("login")
         # As a node counts its GPUs by their device files, they must be devices; no process opens them.
-        self.run("sh", "-c", f"for n in 0 1 2 3; do mknod {self.folder}/gpu$n c 1 3; done")
+        self.run("sh", "-c", f"for n in $(seq 0 {GPUS - 1}); do mknod {self.folder}/gpu$n c 1 3; done")
         wait_for(lambda: self._in("login", "ip", "address", "show", "switch").returncode == 0, 10, "the bridge")
         for node in NODES:
             self.power_on(node, wait=False)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 NODES = ("node1", "node2")
 ADDRESSES = {"login": "10.61.0.1", "node1": "10.61.0.11", "node2": "10.61.0.12"}
-GPUS = 4
+GPUS = 8
 
 # slurmd loads a plugin for control groups even where nothing uses them; one that is named loads without looking.
 CGROUP_CONF = "CgroupPlugin=cgroup/v1\n"
