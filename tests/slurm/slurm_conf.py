@@ -28,7 +28,7 @@ SlurmctldHost=login({ADDRESSES["login"]})
 SlurmUser=root
 SlurmdUser=root
 # A requeued job may start when its old credential has expired: after 120 s if nothing is said.
-AuthInfo=socket={folder}/self/munge.sock,cred_expire=5
+AuthInfo=socket={folder}/self/munge.sock,cred_expire=3
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/self/spool
 SlurmctldPidFile={folder}/self/slurmctld.pid
@@ -56,14 +56,14 @@ KillWait=5
 MinJobAge=3600
 InactiveLimit=0
 SchedulerType=sched/backfill
-SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=1
+SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
 # A job of the partition 'high' takes the place of one in 'main', which is requeued. In the grace time the job gets the
 # signal that it asked for.
 JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
-NodeName=node[1-2] CPUs=8 RealMemory=64000 Gres=gpu:{GPUS} State=UNKNOWN
+NodeName=node[1-2] CPUs=64 RealMemory=64000 Gres=gpu:{GPUS} State=UNKNOWN
 PartitionName=main Nodes=node[1-2] Default=YES MaxTime=1-0 DefMemPerCPU=1000 PriorityTier=1 GraceTime=60
 PartitionName=high Nodes=node[1-2] MaxTime=1-0 DefMemPerCPU=1000 PriorityTier=10 PreemptMode=OFF
 """
