@@ -1,0 +1,129 @@
+"""Real training under a real Slurm, submitted as a user does."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from cluster import wait_for
+from commands import steps_of
+from repository import REPOSITORY
+from safetensors.torch import load_file
+from test_resume import COMPARED
+from tiny_run import write_config
+
+from dora_dist import checkpoint
+from dora_dist.records import read_lines
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+LAST = 100
+TWO_RANKS = ["--nodes=1", "--nodelist=node1", "--ntasks-per-node=2", "--gpus-per-node=2"]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Jobs that ran at the same time, all on the first node."""
+
+    config: Path
+    jobs: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def runs(cluster, submit, printed, tmp_path_factory):
+    """The same run on one node and on two, and an array of two learning rates, all started at once."""
+    folder = tmp_path_factory.mktemp("slurm")
+    config = write_config(
+        folder, adapter={"dropout": 0.1}, pruning={"interval": 10}, training={"max_steps": LAST, "save_steps": 40}
+    )
+
+    def start(script, options, *arguments, **environment):
+        # Held, so that all start together.
+        return submit(script, ["--hold", *options], ["--config", str(config), *arguments], **environment)
+
+    one = ["--nodelist=node1", "--ntasks-per-node=1", "--gpus-per-node=1"]
+    jobs = {
+        "one node": start("one_node.sbatch", TWO_RANKS, "--output_dir", str(folder / "one")),
+        "two nodes": start(
+            "many_nodes.sbatch", ["--ntasks-per-node=1", "--gpus-per-node=1"], "--output_dir", str(folder / "two")
+        ),
+        "array": start(
+            "array.sbatch",
+            ["--array=0-1", *one],
+            *("--output_dir", str(folder / "sweep"), "--training.max_steps", "6"),
+            SWEEP_KEY="training.learning_rate",
+            SWEEP_VALUES="1e-3 2e-2",
+        ),
+    }
+    cluster.run("scontrol", "release", *jobs.values())
+    for job in jobs.values():
+        for ended in cluster.wait(job, timeout=180):
+            assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), printed(ended["JobId"])
+    return Runs(config, jobs)
+
+
+def test_two_nodes_train_what_one_node_does(runs, printed):
+    folder = runs.config.parent
+    assert_same_run(folder / "one", folder / "two")
+    assert re.findall(r"rank \d of 2: \w+, local rank \d of \d", printed(runs.jobs["two nodes"])) == [
+        "rank 0 of 2: node1, local rank 0 of 1",
+        "rank 1 of 2: node2, local rank 0 of 1",
+    ]
+    assert re.findall(r"rank \d of 2: \w+, local rank \d of \d", printed(runs.jobs["one node"])) == [
+        "rank 0 of 2: node1, local rank 0 of 2",
+        "rank 1 of 2: node1, local rank 1 of 2",
+    ]
+
+
+def test_elements_of_an_array_train_in_folders_of_their_own(runs):
+    sweep = runs.config.parent / "sweep"
+    assert {path.name for path in sweep.iterdir()} == {"learning_rate-1e-3", "learning_rate-2e-2"}
+    rates = [max(line["learning_rate"] for line in steps_of(sweep / f"learning_rate-{r}")) for r in ("1e-3", "2e-2")]
+    assert rates[1] == pytest.approx(20 * rates[0])
+    assert all((path / "adapter" / "adapter_model.safetensors").exists() for path in sweep.iterdir())
+
+
+def test_jobs_on_one_node_at_once_meet_at_different_ports(runs, cluster, printed):
+    jobs = [found for job in runs.jobs.values() for found in cluster.jobs(job)]
+    meeting = [re.search(r"rendezvous (\w+):(\d+)", printed(found["JobId"])).groups() for found in jobs]
+    assert {host for host, _ in meeting} == {"node1"}
+    assert len({port for _, port in meeting}) == len(jobs) == 4
+    assert all(10240 <= int(port) < 32768 for _, port in meeting)
+    assert max(found["StartTime"] for found in jobs) < min(found["EndTime"] for found in jobs), "not at once"
+
+
+@pytest.mark.parametrize("how", ["signal", "preemption"])
+def test_a_preempted_run_requeues_itself_and_ends_as_if_nothing_had_been(how, runs, cluster, submit, printed, tmp_path):
+    run = tmp_path / "run"
+    placed = TWO_RANKS if how == "signal" else ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1"]
+    job = submit("preemptible.sbatch", placed, ["--config", str(runs.config), "--output_dir", str(run)])
+    metrics = run / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and steps_of(run), 90, lambda: printed(job))
+    if how == "signal":
+        cluster.run("scancel", "--batch", "--signal=USR1", job)
+    else:
+        # It wants all of both nodes.
+        options = ["--partition=high", "--nodes=2", "--exclusive", f"--output={tmp_path}/high.out"]
+        high = cluster.sbatch(*options, "--wrap", "true", cwd=REPOSITORY)
+        assert cluster.wait(high, 90)[0]["JobState"] == "COMPLETED"
+    (ended,) = cluster.wait(job, timeout=120)
+    text = printed(job)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1"), text
+    assert text.count("stopped with status 75: requeueing") == 1, text
+    (step,) = re.findall(r"preempted at step (\d+): checkpoint-\d+ is complete", text)
+    assert 0 < int(step) < LAST
+    assert f"resuming from {run}/checkpoint-{step}" in text
+    assert {checkpoint.flaw_of(path) for path in checkpoint.checkpoints(run)} == {None}
+    assert_same_run(runs.config.parent / "one", run)
+
+
+def assert_same_run(expected, found):
+    """Adapter, training lines and pruning events are equal bit for bit."""
+    name = "adapter/adapter_model.safetensors"
+    old, new = load_file(expected / name), load_file(found / name)
+    assert old.keys() == new.keys()
+    assert all(old[key].equal(new[key]) for key in old)
+    lines = [[[line[key] for key in COMPARED] for line in steps_of(folder)] for folder in (expected, found)]
+    assert len(lines[0]) == LAST
+    assert lines[0] == lines[1]
+    assert read_lines(expected / "allocation.jsonl") == read_lines(found / "allocation.jsonl")
+    assert len({line["allocation"] for line in steps_of(found)}) >= 3, "nothing was pruned: the masks prove nothing"
