@@ -1,0 +1,100 @@
+"""What two runs on disk have in common bit for bit, and what samples of memory say. Pure but for reading files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from soak_session import Sample
+
+MIB = 2**20
+WARM_UP_STEPS = 200
+"""Steps of a session in which memory still settles."""
+MOST_GROWTH = 2.0
+"""MiB per 1000 steps of one session that count as none. transformers keeps every logged step in memory, and the soak
+logs every step, which alone is about 1 MiB per 1000 steps."""
+MOST_DRIFT = 0.05
+"""Share by which the peaks of late sessions may lie above those of early ones."""
+TIMES = ("seconds_per_step", "session_seconds", "eval_seconds", "eval_runtime")
+"""Measured times, which no two runs share."""
+
+
+def differences(reference: Path, killed: Path) -> list[str]:
+    """What differs between two finished runs; empty if nothing does.
+
+    Compared bit for bit: every tensor of the adapter and of the last checkpoint, all training and evaluation lines
+    but for times, and the pruning events.
+    """
+    from dora_dist import checkpoint
+
+    last = [checkpoint.checkpoints(run)[-1].name for run in (reference, killed)]
+    if last[0] != last[1]:
+        return [f"the last checkpoint is {last[1]} instead of {last[0]}"]
+    found = []
+    for folder in ("adapter", last[0]):
+        found += _tensor_differences(reference / folder, killed / folder)
+    found += _metric_differences(reference, killed)
+    if (reference / "allocation.jsonl").read_bytes() != (killed / "allocation.jsonl").read_bytes():
+        found.append("allocation.jsonl differs")
+    state = [(run / last[0] / checkpoint.METHOD_STATE).read_bytes() for run in (reference, killed)]
+    if state[0] != state[1]:
+        found.append(f"{checkpoint.METHOD_STATE} of {last[0]} differs")
+    return found
+
+
+def _tensor_differences(reference: Path, killed: Path) -> list[str]:
+    from safetensors.torch import load_file
+
+    files = [
+        {str(path.relative_to(folder)) for path in folder.rglob("*.safetensors")} for folder in (reference, killed)
+    ]
+    if files[0] != files[1] or not files[0]:
+        return [f"{reference.name} holds {sorted(files[0])} and {sorted(files[1])}"]
+    found = []
+    for name in sorted(files[0]):
+        expected, tensors = load_file(reference / name), load_file(killed / name)
+        if expected.keys() != tensors.keys() or not all(expected[key].equal(tensors[key]) for key in expected):
+            found.append(f"{reference.name}/{name} differs")
+    return found
+
+
+def comparable_lines(run: Path) -> list[dict[str, Any]]:
+    """Lines of ``metrics.jsonl`` without times, and without those that sum a session up."""
+    from dora_dist.records import read_lines
+
+    lines = [line for line in read_lines(run / "metrics.jsonl") if "session_seconds" not in line]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+def _metric_differences(reference: Path, killed: Path) -> list[str]:
+    expected, found = comparable_lines(reference), comparable_lines(killed)
+    if len(expected) != len(found):
+        return [f"metrics.jsonl has {len(found)} comparable lines instead of {len(expected)}"]
+    wrong = [(a, b) for a, b in zip(expected, found, strict=True) if a != b]
+    return [f"metrics.jsonl: {len(wrong)} lines differ, first {wrong[0][1]} instead of {wrong[0][0]}"] if wrong else []
+
+
+def growth(samples: Sequence[Sample], first_step: int) -> float | None:
+    """MiB per 1000 steps that a rank gained in a session after warming up; None where the session was too short.
+
+    The slope of a line through the samples (least squares), the largest of all ranks.
+    """
+    slopes = []
+    for rank in {sample.rank for sample in samples}:
+        mine = [sample for sample in samples if sample.rank == rank and sample.step >= first_step + WARM_UP_STEPS]
+        if len(mine) >= 10 and mine[-1].step - mine[0].step >= WARM_UP_STEPS:
+            slopes.append(1000 * np.polyfit([s.step for s in mine], [s.rss / MIB for s in mine], 1)[0])
+    return round(float(max(slopes)), 3) if slopes else None
+
+
+def peak(samples: Sequence[Sample]) -> float | None:
+    """The most that any rank held in a session, MiB."""
+    return round(max(sample.rss for sample in samples) / MIB, 1) if samples else None
+
+
+def drift(peaks: Sequence[float]) -> float | None:
+    """Share by which the median peak of the last third of the sessions lies above that of the first third."""
+    third = len(peaks) // 3
+    if not third:
+        return None
+    return round(float(np.median(peaks[-third:]) / np.median(peaks[:third]) - 1), 4)
