@@ -13,7 +13,6 @@ left, or a session ends by itself other than well. Takes more than twice the min
 import argparse
 import json
 import math
-import os
 import random
 import re
 import statistics
@@ -25,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from soak_judge import MOST_DRIFT, MOST_GROWTH, differences, drift, growth, peak
+from soak_judge import differences, environment, growth, judge, peak, summarize
 from soak_session import LAUNCHER_PATIENCE, REPOSITORY, Session, last_step, left_over
 
 RANKS = 2
@@ -128,7 +127,7 @@ class Soak:
             time.sleep(0.2)
         self.end()
         refuse(status, session)
-        return {**memory(session, 0), "seconds": round(session.seconds, 1)}
+        return {**memory(session), "seconds": round(session.seconds, 1)}
 
     def run_killed(self, arguments: Sequence[str], run: Path) -> None:
         """Start, kill, start again, until the run is done."""
@@ -150,7 +149,7 @@ class Soak:
                     "launcher_status": status,
                     "seconds": round(session.seconds, 1),
                     "processes_to_clean_up": self.end(),
-                    **memory(session, resumed),
+                    **memory(session),
                 }
             )
             print(describe(len(self.sessions), self.sessions[-1]), flush=True)
@@ -208,12 +207,11 @@ def has_unfinished_checkpoint(run: Path) -> bool:
     return any(not (folder / checkpoint.MANIFEST).exists() for folder in checkpoint.checkpoints(run))
 
 
-def memory(session: Session, first_step: int) -> dict[str, float | None]:
-    """What the samples of a session say."""
-    return {
-        "peak_mib": peak(session.samples),
-        "growth_mib_per_1000_steps": growth(session.samples, first_step),
-    }
+def memory(session: Session) -> dict[str, float | None]:
+    """What the samples of a session say; the samples themselves go into a file beside its log."""
+    lines = "".join(json.dumps(asdict(sample)) + "\n" for sample in session.samples)
+    session.log.with_suffix(".memory.jsonl").write_text(lines)
+    return {"peak_mib": peak(session.samples), "growth_mib_per_1000_steps": growth(session.samples)}
 
 
 def refuse(status: int | None, session: Session) -> None:
@@ -232,60 +230,6 @@ def describe(number: int, session: dict[str, Any]) -> str:
         f"{session['seconds']:.0f} s, {session['steps_taken_again']} steps again, peak {session['peak_mib']} MiB; "
         f"{how}"
     )
-
-
-def environment() -> dict[str, Any]:
-    """What the result depends on besides the arguments."""
-    from dora_dist.records import versions
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-
-    return {
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "versions": versions(),
-        "cores": len(os.sched_getaffinity(0)),
-        "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-def summarize(sessions: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Numbers over all sessions of the killed run."""
-    kills = [session for session in sessions if session["kill"]]
-    counted = {
-        f"{field}: {value}": sum(session["kill"][field] == value for session in kills)
-        for field in ("phase", "victims")
-        for value in sorted({session["kill"][field] for session in kills})
-    }
-    return {
-        "sessions": len(sessions),
-        "kills": len(kills),
-        "kills_by_kind": counted,
-        "resumes": sum(session["resumed_from_step"] > 0 for session in sessions),
-        "unfinished_checkpoints_left": sum(session["unfinished_checkpoint_left"] for session in sessions),
-        "steps_taken_again": sum(session["steps_taken_again"] for session in sessions),
-        "minutes": round(sum(session["seconds"] for session in sessions) / 60, 2),
-        "peaks_drift": drift([session["peak_mib"] for session in sessions if session["peak_mib"]]),
-    }
-
-
-def judge(result: dict[str, Any], found: Sequence[str], leftovers: Sequence[int]) -> list[str]:
-    """Everything that makes the soak a failure; empty if it passed."""
-    killed, reference = result["killed"], result["reference"]
-    failures = list(found)
-    if killed["kills"] == 0:
-        failures.append("nothing was killed")
-    if killed["minutes"] < result["arguments"]["minutes"]:
-        failures.append(f"the killed run took {killed['minutes']} minutes only")
-    if (reference["growth_mib_per_1000_steps"] or 0) > MOST_GROWTH:
-        failures.append(f"memory grows by {reference['growth_mib_per_1000_steps']} MiB per 1000 steps")
-    if (killed["peaks_drift"] or 0) > MOST_DRIFT:
-        failures.append(f"the peaks of late sessions lie {killed['peaks_drift']:.1%} above those of early ones")
-    if leftovers:
-        failures.append(f"{len(leftovers)} processes are left")
-    return failures
 
 
 def run_soak(soak: Soak, options: argparse.Namespace) -> list[str]:

@@ -1,15 +1,18 @@
-"""What two runs on disk have in common bit for bit, and what samples of memory say. Pure but for reading files."""
+"""What two runs on disk have in common bit for bit, what samples of memory say, and whether a soak has passed."""
 
+import os
+import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from soak_session import Sample
+from soak_session import REPOSITORY, Sample
 
 MIB = 2**20
-WARM_UP_STEPS = 200
-"""Steps of a session in which memory still settles."""
+FEWEST_SAMPLES = 10
+"""That a slope is drawn through."""
 MOST_GROWTH = 2.0
 """MiB per 1000 steps of one session that count as none. transformers keeps every logged step in memory, and the soak
 logs every step, which alone is about 1 MiB per 1000 steps."""
@@ -74,15 +77,18 @@ def _metric_differences(reference: Path, killed: Path) -> list[str]:
     return [f"metrics.jsonl: {len(wrong)} lines differ, first {wrong[0][1]} instead of {wrong[0][0]}"] if wrong else []
 
 
-def growth(samples: Sequence[Sample], first_step: int) -> float | None:
-    """MiB per 1000 steps that a rank gained in a session after warming up; None where the session was too short.
+def growth(samples: Sequence[Sample]) -> float | None:
+    """MiB per 1000 steps that a rank gained in the second half of a session; None where the session was too short.
 
-    The slope of a line through the samples (least squares), the largest of all ranks.
+    The slope of a line through the samples (least squares), the largest of all ranks. In the first half memory still
+    settles: the first evaluation, the first checkpoint, the allocator's arenas.
     """
     slopes = []
     for rank in {sample.rank for sample in samples}:
-        mine = [sample for sample in samples if sample.rank == rank and sample.step >= first_step + WARM_UP_STEPS]
-        if len(mine) >= 10 and mine[-1].step - mine[0].step >= WARM_UP_STEPS:
+        steps = [sample.step for sample in samples if sample.rank == rank]
+        half = (steps[0] + steps[-1]) / 2
+        mine = [sample for sample in samples if sample.rank == rank and sample.step >= half]
+        if len(mine) >= FEWEST_SAMPLES and mine[-1].step > mine[0].step:
             slopes.append(1000 * np.polyfit([s.step for s in mine], [s.rss / MIB for s in mine], 1)[0])
     return round(float(max(slopes)), 3) if slopes else None
 
@@ -98,3 +104,57 @@ def drift(peaks: Sequence[float]) -> float | None:
     if not third:
         return None
     return round(float(np.median(peaks[-third:]) / np.median(peaks[:third]) - 1), 4)
+
+
+def environment() -> dict[str, Any]:
+    """What the result depends on besides the arguments."""
+    from dora_dist.records import versions
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "versions": versions(),
+        "cores": len(os.sched_getaffinity(0)),
+        "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def summarize(sessions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Numbers over all sessions of the killed run."""
+    kills = [session for session in sessions if session["kill"]]
+    counted = {
+        f"{field}: {value}": sum(session["kill"][field] == value for session in kills)
+        for field in ("phase", "victims")
+        for value in sorted({session["kill"][field] for session in kills})
+    }
+    return {
+        "sessions": len(sessions),
+        "kills": len(kills),
+        "kills_by_kind": counted,
+        "resumes": sum(session["resumed_from_step"] > 0 for session in sessions),
+        "unfinished_checkpoints_left": sum(session["unfinished_checkpoint_left"] for session in sessions),
+        "steps_taken_again": sum(session["steps_taken_again"] for session in sessions),
+        "minutes": round(sum(session["seconds"] for session in sessions) / 60, 2),
+        "peaks_drift": drift([session["peak_mib"] for session in sessions if session["peak_mib"]]),
+    }
+
+
+def judge(result: dict[str, Any], found: Sequence[str], leftovers: Sequence[int]) -> list[str]:
+    """Everything that makes the soak a failure; empty if it passed."""
+    killed, reference = result["killed"], result["reference"]
+    failures = list(found)
+    if killed["kills"] == 0:
+        failures.append("nothing was killed")
+    if killed["minutes"] < result["arguments"]["minutes"]:
+        failures.append(f"the killed run took {killed['minutes']} minutes only")
+    if (reference["growth_mib_per_1000_steps"] or 0) > MOST_GROWTH:
+        failures.append(f"memory grows by {reference['growth_mib_per_1000_steps']} MiB per 1000 steps")
+    if (killed["peaks_drift"] or 0) > MOST_DRIFT:
+        failures.append(f"the peaks of late sessions lie {killed['peaks_drift']:.1%} above those of early ones")
+    if leftovers:
+        failures.append(f"{len(leftovers)} processes are left")
+    return failures

@@ -17,6 +17,8 @@ LAUNCHER_PATIENCE = 60
 """Seconds that a launcher has to end the ranks that are left: it kills them 30 s after its SIGTERM."""
 SAMPLE_EVERY = 2.0
 """Seconds between two looks at the memory."""
+STALLED = 600
+"""Seconds without a step after which a session is taken to hang."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Session:
         self._seen: set[psutil.Process] = {self._launcher}
         self._ranks: dict[psutil.Process, int] = {}
         self._next_sample = self.started
+        self._progress = (0, self.started)
 
     @property
     def seconds(self) -> float:
@@ -94,7 +97,11 @@ class Session:
         return time.monotonic() - self.started
 
     def poll(self) -> int | None:
-        """Exit status of the launcher, None while it runs; looks at processes and memory in passing."""
+        """Exit status of the launcher, None while it runs; looks at processes and memory in passing.
+
+        Raises:
+            RuntimeError: the session hangs.
+        """
         status = self._process.poll()
         if status is None and time.monotonic() >= self._next_sample:
             self._next_sample = time.monotonic() + SAMPLE_EVERY
@@ -103,7 +110,11 @@ class Session:
 
     def _look(self) -> None:
         self._find_processes()
-        step = last_step(self.run)
+        step, now = last_step(self.run), time.monotonic()
+        if step != self._progress[0]:
+            self._progress = (step, now)
+        if now - self._progress[1] > STALLED:
+            raise RuntimeError(f"{self.log.name}: no step for {STALLED} s")
         for process, rank in self._ranks.items():
             try:
                 self.samples.append(Sample(rank, round(self.seconds, 2), step, process.memory_info().rss))
