@@ -12,6 +12,8 @@ OBJECT_BYTES = {"failure": 4, "digest": 47}
 SIZE_BYTES = 8
 """Of the length that every rank announces before its object."""
 FLOAT64 = 8
+CHECKPOINT_PHASES = 4
+"""Phases of a checkpoint that all ranks leave together (``DynamicLoraTrainer._save_checkpoint``)."""
 DIGESTED_TENSORS = 4
 """Of a layer: A, gate, B and mask, each copied to the host by itself."""
 SYNCS_PER_LAYER = 6
@@ -194,6 +196,20 @@ def checkpoint_files(shape: Shape, r0: int, element_bytes: int, weight_bytes: fl
         adapter=trained * element_bytes + components * (1 + FLOAT64),
         optimizer=12 * trained,
     )
+
+
+def checkpoint_seconds(
+    shape: Shape, r0: int, element_bytes: int, n: int, network: Network, rank: Rank
+) -> dict[str, float]:
+    """What agreeing on a checkpoint and sealing it cost, by part; writing it is not in it."""
+    files = checkpoint_files(shape, r0, element_bytes)
+    # The adapter is there twice: as it is, and folded for PEFT (of full rank until the final event).
+    sealed = 2 * files.adapter + files.optimizer
+    return {
+        "digests compared": sum(verify_seconds(shape, r0, element_bytes, n, network, rank).values()),
+        "phases left together": CHECKPOINT_PHASES * object_gather(n, OBJECT_BYTES["failure"], network, rank),
+        "manifest by rank 0": sealed / rank.hash_rate,
+    }
 
 
 def resume_seconds(files: Files, n: int, shared_rate: float, client_rate: float, hash_rate: float) -> dict[str, float]:

@@ -18,7 +18,9 @@ MOST_GROWTH = 2.0
 logs every step, which alone is about 1 MiB per 1000 steps."""
 MOST_DRIFT = 0.05
 """Share by which the peaks of late sessions may lie above those of early ones."""
-TIMES = ("seconds_per_step", "session_seconds", "eval_seconds", "eval_runtime")
+SESSION_LINES = {"session_seconds", "train_runtime"}
+"""Keys of lines that describe a session instead of a step."""
+TIMES = ("seconds_per_step", "eval_seconds", "eval_runtime")
 """Measured times, which no two runs share."""
 
 
@@ -62,10 +64,11 @@ def _tensor_differences(reference: Path, killed: Path) -> list[str]:
 
 
 def comparable_lines(run: Path) -> list[dict[str, Any]]:
-    """Lines of ``metrics.jsonl`` without times, and without those that sum a session up."""
+    """Lines of ``metrics.jsonl`` without times, and without those that sum one session up, which differ by design:
+    the Trainer's last line (its ``train_loss`` is of the steps since the resume) and the session's own."""
     from dora_dist.records import read_lines
 
-    lines = [line for line in read_lines(run / "metrics.jsonl") if "session_seconds" not in line]
+    lines = [line for line in read_lines(run / "metrics.jsonl") if not SESSION_LINES & line.keys()]
     return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
 
@@ -116,7 +119,7 @@ def environment() -> dict[str, Any]:
 
     return {
         "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "uncommitted_changes": bool(git("status", "--porcelain")),
         "versions": versions(),
         "cores": len(os.sched_getaffinity(0)),
         "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

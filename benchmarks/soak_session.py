@@ -17,6 +17,8 @@ LAUNCHER_PATIENCE = 60
 """Seconds that a launcher has to end the ranks that are left: it kills them 30 s after its SIGTERM."""
 SAMPLE_EVERY = 2.0
 """Seconds between two looks at the memory."""
+GRACE = 5
+"""Seconds for processes to go after the launcher has gone."""
 STALLED = 600
 """Seconds without a step after which a session is taken to hang."""
 
@@ -147,7 +149,8 @@ class Session:
     def end(self) -> int:
         """Leave no process behind; the number of those that had to be killed for it."""
         self._find_processes()
-        left = [process for process in self._seen if _is_running(process)]
+        # What has been killed takes a moment to go.
+        _, left = psutil.wait_procs([process for process in self._seen if _is_running(process)], timeout=GRACE)
         for process in left:
             _send_kill(process)
         psutil.wait_procs(left, timeout=10)

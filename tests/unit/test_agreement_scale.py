@@ -3,7 +3,17 @@
 import pytest
 import scale_model
 import torch.distributed as dist
-from scale_model import Files, Network, Rank, Shape, base_seconds, event_bytes, event_seconds, resume_seconds
+from scale_model import (
+    Files,
+    Network,
+    Rank,
+    Shape,
+    base_seconds,
+    checkpoint_seconds,
+    event_bytes,
+    event_seconds,
+    resume_seconds,
+)
 from tiny_models import adapt, tiny_model, trainable
 
 TINY = Shape("tiny", blocks=2, hidden=64, intermediate=128, key_value=32, vocabulary=96)
@@ -34,17 +44,19 @@ def test_collectives_by_hand():
     assert RING.reduce(1, 40) == RING.gather(1, 20) == 0
 
 
+RANK = Rank(
+    hash_rate=100,
+    copy_rate=200,
+    sync=0.5,
+    object_fixed=3,
+    object_per_rank=0.25,
+    select_per_component=0.125,
+    apply_per_layer=2,
+)
+
+
 def test_an_event_by_hand():
-    rank = Rank(
-        hash_rate=100,
-        copy_rate=200,
-        sync=0.5,
-        object_fixed=3,
-        object_per_rank=0.25,
-        select_per_component=0.125,
-        apply_per_layer=2,
-    )
-    parts = event_seconds(TINY, 3, 4, 2, RING, rank)
+    parts = event_seconds(TINY, 3, 4, 2, RING, RANK)
     nbytes, layers = TINY.adapter_numel(3) * 4, 14
     assert parts == {
         "gather of failures": pytest.approx((1 + 0.8) + (1 + 0.4) + 3 + 0.5),
@@ -55,6 +67,16 @@ def test_an_event_by_hand():
         "selection": 3 * layers * 0.125 + layers * (2 + 6 * 0.5),
     }
     assert event_bytes(TINY, 3, 2) == (8 + 4) + (8 + 47) + 8 * 3 * layers
+
+
+def test_a_checkpoint_by_hand():
+    event = event_seconds(TINY, 3, 4, 2, RING, RANK)
+    adapter = TINY.adapter_numel(3) * 4 + 3 * 14 * (1 + 8)
+    assert checkpoint_seconds(TINY, 3, 4, 2, RING, RANK) == {
+        "digests compared": pytest.approx(sum(event[part] for part in ("copy to host", "hash", "gather of digests"))),
+        "phases left together": 4 * event["gather of failures"],
+        "manifest by rank 0": (2 * adapter + 12 * TINY.adapter_numel(3)) / 100,
+    }
 
 
 def test_reading_by_hand():
