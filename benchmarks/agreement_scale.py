@@ -33,7 +33,6 @@ from scale_model import (
     checkpoint_seconds,
     event_bytes,
     event_seconds,
-    object_gather,
     resume_seconds,
     step_seconds,
     verify_seconds,
@@ -61,43 +60,39 @@ CLIENT_RATE = 2e9
 RANKS_PER_NODE = 8
 
 
-def fit(found: Mapping[int, Mapping[str, Any]], rank: Rank, cores: int) -> Network:
+def fit(found: Mapping[int, Mapping[str, Any]], rank: Rank) -> Network:
     """Launch, latency and bandwidth of the local gloo from the least times on ``FITTED`` ranks, by least squares of
-    relative errors."""
+    relative errors. Launches are not told apart from messages by these data, and are left at 0."""
     rows, wanted = [], []
     for n in FITTED:
         for name, timing in found[n].items():
-            counts, local = _counts(name, n, rank, cores)
-            seconds = timing["least"] - local
-            rows.append(np.array(counts) / timing["least"])
-            wanted.append(seconds / timing["least"])
-    # Seconds a byte are far smaller than the others: without scaling, they would be rounded away.
-    scale = np.array([1e-6, 1e-6, 1e-9])
-    launch, latency, per_byte = np.linalg.lstsq(np.array(rows) * scale, np.array(wanted), rcond=None)[0] * scale
+            (latency, per_byte), local = _counts(name, n, rank)
+            rows.append(np.array([latency, per_byte]) / timing["least"])
+            wanted.append((timing["least"] - local) / timing["least"])
+    # Seconds a byte are far smaller than those of a message: without scaling, they would be rounded away.
+    scale = np.array([1e-6, 1e-9])
+    latency, per_byte = map(float, np.linalg.lstsq(np.array(rows) * scale, np.array(wanted), rcond=None)[0] * scale)
     if min(latency, per_byte) <= 0:
-        raise RuntimeError(f"the fit has no sense: launch {launch}, latency {latency}, {per_byte} s a byte")
-    return Network("gloo on this machine", latency, 1 / per_byte, launch=max(launch, 0.0), cores=cores)
+        raise RuntimeError(f"the fit has no sense: {latency} s a message, {per_byte} s a byte")
+    return Network("gloo on this machine", latency, 1 / per_byte, shared=True)
 
 
-def _counts(name: str, n: int, rank: Rank, cores: int) -> tuple[list[float], float]:
-    """How often launch, latency and seconds per byte enter an exchange, and the seconds of what is local in it."""
-    units = [Network("", *unit, launch=launch, cores=cores) for unit, launch in _UNITS]
+def _counts(name: str, n: int, rank: Rank) -> tuple[list[float], float]:
+    """Messages and bytes of all ranks in an exchange, and the seconds of what is local in it."""
+    # Networks in which only one of the two constants is there, and is 1.
+    units = Network("", 1.0, float("inf"), shared=True), Network("", 0.0, 1.0, shared=True)
     if name.startswith("gather"):
         nbytes = int(name.split()[1])
-        local = (rank.object_fixed + n * rank.object_per_rank) * units[0].crowding(n)
+        local = rank.object_fixed + n * rank.object_per_rank
         return [unit.gather(n, SIZE_BYTES) + unit.gather(n, nbytes) for unit in units], local
     nbytes = 4 if name == "any" else int(name.split()[1])
     return [unit.reduce(n, nbytes) for unit in units], 0.0
 
 
-# Networks in which only one of the three constants is there, and is 1.
-_UNITS = (((0.0, float("inf")), 1.0), ((1.0, float("inf")), 0.0), ((0.0, 1.0), 0.0))
-
-
 def predict(name: str, n: int, network: Network, rank: Rank) -> float:
     """Seconds of an exchange on this machine."""
-    counts, local = _counts(name, n, rank, network.cores or 1)
-    return counts[0] * network.launch + counts[1] * network.latency + counts[2] / network.bandwidth + local
+    (messages, moved), local = _counts(name, n, rank)
+    return messages * network.latency + moved / network.bandwidth + local
 
 
 def check(found: Mapping[int, Mapping[str, Any]], network: Network, rank: Rank) -> list[dict[str, Any]]:
@@ -117,11 +112,13 @@ def check(found: Mapping[int, Mapping[str, Any]], network: Network, rank: Rank) 
     ]
 
 
-def check_events(found: Mapping[int, Any], alone: Mapping[str, Any], network: Network, rank: Rank) -> list[Any]:
+def check_events(
+    found: Mapping[int, Any], alone: Mapping[str, Any], network: Network, rank: Rank, cores: int
+) -> list[dict[str, Any]]:
     """The same for whole events and digests of the 8B adapter in float32, to which nothing was fitted."""
     rows = []
     for n, measured in found.items():
-        crowding = network.crowding(n)
+        crowding = max(1.0, n / cores)
         for name, model in (("event", event_seconds), ("verify", verify_seconds)):
             parts = model(LLAMA_8B, R0, 4, n, network, rank)
             local = sum(parts.get(part, 0.0) for part in ("hash", "copy to host", "selection"))
@@ -213,36 +210,52 @@ def start_up(hash_rate: float) -> list[dict[str, Any]]:
 
 
 def measure(times: int) -> dict[str, Any]:
-    """All measurements, with a line for each as it is done."""
+    """One pass over all measurements."""
     found: dict[str, Any] = {"hash": scale_measure.measure_hash()}
-    found["unpacking"] = scale_measure.measure_unpacking((8, 64, 256, 1024), 30)
+    found["unpacking"] = scale_measure.measure_unpacking((8, 64, 256, 1024), times)
     found["scoring_operations"] = scale_measure.scoring_operations()
-    found["alone"] = {}
-    for shape in SHAPES:
-        for dtype in DTYPES:
-            name = f"{shape.name} {dtype}"
-            found["alone"][name] = scale_measure.measure_alone(shape, getattr(torch, dtype), 5)
-            print(name, {part: timing["least"] for part, timing in found["alone"][name].items()}, flush=True)
-    for what, shape, count in (("exchanges", None, times), ("events of 8B", LLAMA_8B, 7)):
-        found[what] = {}
-        for n in (*FITTED, *PREDICTED):
-            found[what][n] = scale_measure.on_ranks(n, shape, count)
-            print(what, n, {name: timing["least"] for name, timing in found[what][n].items()}, flush=True)
+    found["alone"] = {
+        f"{shape.name} {dtype}": scale_measure.measure_alone(shape, getattr(torch, dtype), 3)
+        for shape in SHAPES
+        for dtype in DTYPES
+    }
+    for what, shape, count in (("exchanges", None, times), ("events of 8B", LLAMA_8B, 5)):
+        found[what] = {n: scale_measure.on_ranks(n, shape, count) for n in (*FITTED, *PREDICTED)}
     return found
+
+
+def read_measurements(path: Path) -> dict[str, Any]:
+    """Those of an earlier result; JSON made text of the numbers of ranks."""
+
+    def restore(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {int(key) if key.isdecimal() else key: restore(each) for key, each in value.items()}
+
+    return restore(json.loads(path.read_text(encoding="utf-8"))["measurements"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeat", type=int, default=300, help="of every exchange; default: %(default)s")
+    parser.add_argument("--repeat", type=int, default=50, help="of every exchange; default: %(default)s")
+    parser.add_argument("--passes", type=int, default=3, help="over all measurements; default: %(default)s")
+    parser.add_argument(
+        "--merge", type=Path, nargs="*", default=[], help="earlier results, whose measurements count as further passes"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
-    measured = measure(options.repeat)
+    passes = [read_measurements(path) for path in options.merge]
+    for number in range(options.passes):
+        passes.append(measure(options.repeat))
+        print(f"pass {number + 1} of {options.passes}: load {os.getloadavg()[0]:.1f}", flush=True)
+    measured = scale_measure.merge(passes)
     rank = local_rank(measured["hash"], measured["unpacking"], measured["alone"])
-    network = fit(measured["exchanges"], rank, cores)
+    network = fit(measured["exchanges"], rank)
     gpu = Rank(**{**vars(rank), **{name: GPU_ASSUMED[name] for name in vars(rank) if name in GPU_ASSUMED}})
     result = {
-        "command": f"python benchmarks/agreement_scale.py --repeat {options.repeat}",
+        "command": f"python benchmarks/agreement_scale.py --repeat {options.repeat} --passes {options.passes}"
+        + (f" --merge ({len(options.merge)} earlier results)" if options.merge else ""),
         "cores": cores,
         "load_before": round(load, 2),
         "processor_has_sha_instructions": "sha_ni" in Path("/proc/cpuinfo").read_text(),
@@ -260,10 +273,11 @@ def main() -> None:
             "ranks_per_node": RANKS_PER_NODE,
         },
         "check_of_exchanges": check(measured["exchanges"], network, rank),
-        "check_of_events": check_events(measured["events of 8B"], measured["alone"]["8B float32"], network, rank),
+        "check_of_events": check_events(
+            measured["events of 8B"], measured["alone"]["8B float32"], network, rank, cores
+        ),
         "table": table(gpu, measured["scoring_operations"]),
         "start_up": start_up(rank.hash_rate),
-        "gather_on_gloo_latency": {n: object_gather(n, 47, network, rank) for n in RANKS},
         "measurements": measured,
     }
     (RESULTS / "agreement_scale.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

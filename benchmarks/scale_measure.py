@@ -36,17 +36,43 @@ REDUCED = (224 * 12, 560 * 12, 882 * 12, 100_000, 1_000_000)
 GATHERED = (4, 47, 1_000, 100_000, 1_000_000)
 """Bytes of gathered objects as pickled, nearly: the first two are a failure that is none, and a digest."""
 
+BATCH = 4
+"""Exchanges of one timing."""
+
 Timing = dict[str, float]
 
 
-def repeat(action: Callable[[], Any], times: int) -> Timing:
-    """Seconds of an action: least, median, and how many repeats."""
+def repeat(action: Callable[[], Any], times: int, batch: int = 1) -> Timing:
+    """Seconds of an action: least, median, and how many repeats.
+
+    Args:
+        action: to be timed.
+        times: timings.
+        batch: actions of one timing, one after the other. A rank that comes last into an exchange sees the end of it
+            only; over several, each waits for the one before.
+    """
     found = []
     for _ in range(times):
         started = time.perf_counter()
-        action()
-        found.append(time.perf_counter() - started)
+        for _ in range(batch):
+            action()
+        found.append((time.perf_counter() - started) / batch)
     return {"least": min(found), "median": statistics.median(found), "repeats": times}
+
+
+def merge(passes: Sequence[Any]) -> Any:
+    """Measurements of several passes over everything: the least of all, the median of the medians."""
+    first = passes[0]
+    if not isinstance(first, dict):
+        return first
+    if "least" not in first:
+        return {key: merge([each[key] for each in passes]) for key in first}
+    return {
+        **first,
+        "least": min(each["least"] for each in passes),
+        "median": statistics.median(each["median"] for each in passes),
+        "repeats": sum(each["repeats"] for each in passes),
+    }
 
 
 def make_controller(shape: Shape, dtype: torch.dtype, agreement: Agreement) -> DynamicRankController:
@@ -82,13 +108,13 @@ class Events:
 
 def measure_collectives(agreement: Agreement, times: int) -> dict[str, Timing]:
     """Every kind of exchange of :class:`Agreement`, at several sizes."""
-    found = {"any": repeat(lambda: agreement.any(False), times)}
+    found = {"any": repeat(lambda: agreement.any(False), times, BATCH)}
     for size in REDUCED:
         flat = torch.zeros(size, dtype=torch.float64)
-        found[f"mean {8 * size}"] = repeat(lambda flat=flat: agreement.mean(flat), times)
+        found[f"mean {8 * size}"] = repeat(partial(agreement.mean, flat), times, BATCH)
     for size in GATHERED:
         value = None if size == 4 else bytes(max(32, size))
-        found[f"gather {size}"] = repeat(lambda value=value: agreement.gather(value), times)
+        found[f"gather {size}"] = repeat(partial(agreement.gather, value), times, BATCH)
     return found
 
 
@@ -116,7 +142,9 @@ def _rank_main(rank: int, size: int, folder: str, arguments: tuple[Any, ...]) ->
 
 def on_ranks(size: int, *arguments: Any) -> dict[str, Any]:
     """:func:`measure_rank` on ``size`` local ranks over gloo; what the first of them measured."""
-    context = multiprocessing.get_context("spawn")
+    # A server that has the imports behind it forks them.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["scale_measure"])
     with tempfile.TemporaryDirectory() as folder:
         ranks = [context.Process(target=_rank_main, args=(rank, size, folder, arguments)) for rank in range(size)]
         for process in ranks:

@@ -12,6 +12,8 @@ OBJECT_BYTES = {"failure": 4, "digest": 47}
 SIZE_BYTES = 8
 """Of the length that every rank announces before its object."""
 FLOAT64 = 8
+SMALLEST_ELEMENT = 4
+"""Bytes of the flag that is reduced in every step."""
 CHECKPOINT_PHASES = 4
 """Phases of a checkpoint that all ranks leave together (``DynamicLoraTrainer._save_checkpoint``)."""
 DIGESTED_TENSORS = 4
@@ -72,11 +74,12 @@ class Network:
 
     Args:
         name: for tables.
-        latency: seconds of one message between neighbours.
+        latency: seconds of one message between neighbours; of a round, in which all ranks send at the same time.
         bandwidth: bytes per second of one rank.
         tree: all-reduces go over trees, in 2 log2(n) rounds, instead of a ring.
         launch: seconds of starting one collective and waiting for it.
-        cores: where ranks share them (local measurements): rounds take n / cores times as long above that number.
+        shared: all ranks share a few cores (local measurements), so that their messages take turns: what counts are
+            the messages and bytes of all ranks together, and ``latency`` and ``bandwidth`` are those of the machine.
     """
 
     name: str
@@ -84,25 +87,28 @@ class Network:
     bandwidth: float
     tree: bool = False
     launch: float = 0.0
-    cores: int | None = None
-
-    def crowding(self, n: int) -> float:
-        """Ranks per core, at least 1; 1 where every rank has its own."""
-        return max(1.0, n / self.cores) if self.cores else 1.0
+    shared: bool = False
 
     def gather(self, n: int, nbytes: float) -> float:
         """All-gather of ``nbytes`` a rank: a ring, n - 1 rounds, in each of which one rank's block moves on."""
-        return self.launch + self.crowding(n) * (n - 1) * (self.latency + nbytes / self.bandwidth)
+        # gloo sends every block in two halves, one behind the other.
+        messages, moved = (2 * n * (n - 1), n * (n - 1) * nbytes) if self.shared else (n - 1, (n - 1) * nbytes)
+        return self._seconds(messages, moved)
 
     def reduce(self, n: int, nbytes: float) -> float:
         """All-reduce: a ring of 2 (n - 1) rounds with an n-th each, or up and down a tree with all of it."""
         if n == 1:
             return self.launch
         if self.tree:
-            rounds, moved = 2 * math.ceil(math.log2(n)), 2 * nbytes
-        else:
-            rounds, moved = 2 * (n - 1), 2 * (n - 1) / n * nbytes
-        return self.launch + self.crowding(n) * (rounds * self.latency + moved / self.bandwidth)
+            return self._seconds(2 * math.ceil(math.log2(n)), 2 * nbytes)
+        rounds, moved = 2 * (n - 1), 2 * (n - 1) * nbytes
+        if self.shared:
+            # gloo cuts the data into two segments a rank, and sends none that is empty.
+            return self._seconds(rounds * min(2 * n, max(1, nbytes // SMALLEST_ELEMENT)), moved)
+        return self._seconds(rounds, moved / n)
+
+    def _seconds(self, messages: float, moved: float) -> float:
+        return self.launch + messages * self.latency + moved / self.bandwidth
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,11 @@ def test_collectives_by_hand():
     assert RING.gather(4, 20) == 3 * (1 + 2)
     assert RING.reduce(4, 40) == 6 * 1 + 2 * 3 / 4 * 40 / 10
     assert TREE.reduce(4, 40) == 2 * 2 * 1 + 2 * 40 / 10
-    assert Network("crowded", 1, 10, launch=5, cores=2).gather(4, 20) == 5 + 2 * 9
+    # On shared cores, every message of every rank counts: two halves of a block, two segments a rank.
+    shared = Network("shared", 1, 10, launch=5, shared=True)
+    assert shared.gather(4, 20) == 5 + 4 * 3 * 2 + 4 * 3 * 20 / 10
+    assert shared.reduce(4, 40) == 5 + 8 * 6 + 6 * 40 / 10
+    assert shared.reduce(4, 4) == 5 + 1 * 6 + 6 * 4 / 10
     assert RING.reduce(1, 40) == RING.gather(1, 20) == 0
 
 
