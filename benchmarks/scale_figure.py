@@ -21,14 +21,16 @@ READERS = {
 def draw(result: Mapping[str, Any], path: Path) -> None:
     """Seconds of events, of the question of every step, and of reading the base, over the number of ranks."""
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
+    for axis in axes:
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
     _draw_events(axes[0], result["table"])
     _draw_steps(axes[1], result["table"])
     _draw_reading(axes[2], result["start_up"])
     for axis in axes:
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
         ranks = sorted({row["ranks"] for row in result["table"]})
         axis.set_xticks(ranks, [f"{n:,}" for n in ranks])
+        axis.yaxis.set_major_formatter("{x:,g}")
         axis.set_xlabel("ranks")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -56,7 +58,7 @@ def _draw_events(axis: Axes, rows: list[Mapping[str, Any]]) -> None:
         axis.plot([row["ranks"] for row in line], local, color=color, linewidth=5, alpha=0.2)
     axis.set_ylabel("seconds")
     axis.set_title("One pruning event, float32 adapter\n(broad lines: copying and hashing alone)", fontsize=10)
-    axis.legend(fontsize=8, frameon=False, ncols=2)
+    axis.legend(fontsize=8, frameon=False, handlelength=4, ncols=2, loc="upper left")
     axis.set_ylim(top=axis.get_ylim()[1] * 6)
 
 
@@ -73,7 +75,7 @@ def _draw_steps(axis: Axes, rows: list[Mapping[str, Any]]) -> None:
             axis.plot(ranks, share, style, color=color, marker="o", markersize=4, label=f"{shape}, {start} network")
     axis.set_ylabel("% of training time")
     axis.set_title("Agreement as a share of training:\nan event every 100 steps, and one flag every step", fontsize=10)
-    axis.legend(fontsize=8, frameon=False, ncols=2)
+    axis.legend(fontsize=8, frameon=False, handlelength=4, ncols=2, loc="upper left")
     axis.set_ylim(top=axis.get_ylim()[1] * 6)
 
 
@@ -92,8 +94,8 @@ def _draw_reading(axis: Axes, rows: list[Mapping[str, Any]]) -> None:
             )
     for seconds, label in ((60, "1 min"), (3600, "1 h")):
         axis.axhline(seconds, color="grey", linewidth=0.7)
-        axis.text(8, seconds * 1.1, label, fontsize=8, color="grey")
+        axis.text(20, seconds * 1.1, label, fontsize=8, color="grey")
     axis.set_ylabel("seconds")
     axis.set_title("Start-up: reading the frozen base\nfrom 50 GB/s (2 GB/s for one reader)", fontsize=10)
-    axis.legend(fontsize=7.5, frameon=False)
-    axis.set_ylim(top=axis.get_ylim()[1] * 20)
+    axis.legend(fontsize=7.5, frameon=False, handlelength=4, loc="upper left")
+    axis.set_ylim(top=axis.get_ylim()[1] * 60)
