@@ -6,8 +6,9 @@ Two ranks under ZeRO-2 train the quickstart's backbone, with dropout and evaluat
 First a short run measures a step, which sets the number of steps; then the run is left alone; then it runs again in
 another folder, is killed with SIGKILL about every minute (one rank, all ranks, or the launcher with them; while it
 starts, trains, or has just begun to save) and is started again with the same command, until it is done. ``RESULT.json``
-has the kills, the memory of all ranks and the comparison. Exit status 1 if the runs differ, memory grows, a process is
-left, or a session ends by itself other than well. Takes more than twice the minutes asked for.
+has the kills, the memory of all ranks (a slope only for sessions of 2000 steps or more) and the comparison. Exit status
+1 if the runs differ, memory grows, a process is left, or a session ends by itself other than well. Takes more than
+twice the minutes asked for.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from soak_session import LAUNCHER_PATIENCE, REPOSITORY, Session, last_step, left
 RANKS = 2
 CALIBRATION_STEPS = 60
 START_UP = 10.0
-"""Seconds after a start within which a kill counts as one while starting."""
+"""Seconds after the ranks have been started within which a kill counts as one while starting."""
 SAVE = 0.3
 """Seconds after a checkpoint folder has appeared within which a kill counts as one of a save."""
 ONE_RANK, ALL_RANKS, LAUNCHER = "one rank", "all ranks", "launcher and ranks"
@@ -45,7 +46,7 @@ class Plan:
         phase: ``start-up``, ``training`` or ``save``.
         victims: who is killed.
         rank: the one to be killed where it is one.
-        wait: seconds, from the start, or from the session's first step.
+        wait: seconds, from the start of the ranks, or from the session's first step.
         delay: seconds after the next checkpoint folder has appeared, for ``save``.
     """
 
@@ -159,12 +160,11 @@ class Soak:
 
     def wait_and_kill(self, session: Session, plan: Plan) -> bool:
         """Let the session run to its kill; False if it ended first."""
-        start = 0.0
-        while plan.phase != "start-up" and not has_stepped(session.log):
+        while not (session.has_ranks(RANKS) if plan.phase == "start-up" else has_stepped(session.log)):
             if session.poll() is not None:
                 return False
             time.sleep(0.1)
-            start = session.seconds
+        start = session.seconds
         while session.seconds < start + plan.wait:
             if session.poll() is not None:
                 return False

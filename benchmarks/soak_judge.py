@@ -11,8 +11,8 @@ import numpy as np
 from soak_session import REPOSITORY, Sample
 
 MIB = 2**20
-FEWEST_SAMPLES = 10
-"""That a slope is drawn through."""
+FEWEST_STEPS = 1000
+"""That a slope is drawn through: an evaluation moves memory by 10 or 20 MiB up and down."""
 MOST_GROWTH = 2.0
 """MiB per 1000 steps of one session that count as none. transformers keeps every logged step in memory, and the soak
 logs every step, which alone is about 1 MiB per 1000 steps."""
@@ -84,15 +84,16 @@ def growth(samples: Sequence[Sample]) -> float | None:
     """MiB per 1000 steps that a rank gained in the second half of a session; None where the session was too short.
 
     The slope of a line through the samples (least squares), the largest of all ranks. In the first half memory still
-    settles: the first evaluation, the first checkpoint, the allocator's arenas.
+    settles: the first evaluation, the first checkpoint, the allocator's arenas. After the last step, results are
+    written and pictures drawn, which is not training.
     """
     slopes = []
     for rank in {sample.rank for sample in samples}:
-        steps = [sample.step for sample in samples if sample.rank == rank]
-        half = (steps[0] + steps[-1]) / 2
-        mine = [sample for sample in samples if sample.rank == rank and sample.step >= half]
-        if len(mine) >= FEWEST_SAMPLES and mine[-1].step > mine[0].step:
-            slopes.append(1000 * np.polyfit([s.step for s in mine], [s.rss / MIB for s in mine], 1)[0])
+        mine = [sample for sample in samples if sample.rank == rank]
+        first, last = mine[0].step, mine[-1].step
+        settled = [sample for sample in mine if (first + last) / 2 <= sample.step < last]
+        if settled and settled[-1].step - settled[0].step >= FEWEST_STEPS:
+            slopes.append(1000 * np.polyfit([s.step for s in settled], [s.rss / MIB for s in settled], 1)[0])
     return round(float(max(slopes)), 3) if slopes else None
 
 

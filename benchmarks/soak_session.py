@@ -132,6 +132,11 @@ class Session:
         except psutil.Error:
             return  # it has just ended
 
+    def has_ranks(self, number: int) -> bool:
+        """Whether the launcher has started that many."""
+        self._find_processes()
+        return len(self._ranks) == number
+
     def kill(self, ranks: Sequence[int], launcher: bool) -> None:
         """SIGKILL the given ranks, and before them the launcher if it is to go too."""
         self._find_processes()

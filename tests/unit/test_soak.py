@@ -18,7 +18,9 @@ def samples(slope, rank=0, settle=0.0):
 
 def test_growth_is_that_of_the_worst_rank_once_memory_has_settled():
     assert growth([*samples(0.0), *samples(3.0, rank=1, settle=80)]) == pytest.approx(3.0, abs=0.01)
-    assert growth(samples(3.0)[:5]) is None
+    assert growth(samples(3.0)[:15]) is None, "too short to tell"
+    after = [Sample(0, 40, 3900, 900 * MIB)] * 5
+    assert growth([*samples(1.0), *after]) == pytest.approx(1.0, abs=0.01), "memory after the last step is not training"
 
 
 def test_drift_compares_late_sessions_with_early_ones():
