@@ -262,6 +262,7 @@ def main() -> None:
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "commits_of_merged_passes": [json.loads(path.read_text())["commit"] for path in options.merge],
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "measured_constants": {"rank": vars(rank) | {"copy_rate": None}, "gloo": vars(network)},
         "assumed_constants": {

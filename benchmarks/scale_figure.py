@@ -94,8 +94,8 @@ def _draw_reading(axis: Axes, rows: list[Mapping[str, Any]]) -> None:
             )
     for seconds, label in ((60, "1 min"), (3600, "1 h")):
         axis.axhline(seconds, color="grey", linewidth=0.7)
-        axis.text(20, seconds * 1.1, label, fontsize=8, color="grey")
+        axis.text(1.01, seconds, label, fontsize=8, color="grey", va="center", transform=axis.get_yaxis_transform())
     axis.set_ylabel("seconds")
     axis.set_title("Start-up: reading the frozen base\nfrom 50 GB/s (2 GB/s for one reader)", fontsize=10)
     axis.legend(fontsize=7.5, frameon=False, handlelength=4, loc="upper left")
-    axis.set_ylim(top=axis.get_ylim()[1] * 60)
+    axis.set_ylim(top=axis.get_ylim()[1] * 30)
