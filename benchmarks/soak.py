@@ -142,6 +142,7 @@ class Soak:
             self.sessions.append(
                 {
                     "kill": asdict(plan) if killed else None,
+                    "stepped": stepped,
                     "resumed_from_step": resumed,
                     # A session that was killed before its first step has not taken the lost ones again.
                     "steps_taken_again": before - resumed if stepped else 0,

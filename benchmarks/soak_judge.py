@@ -143,7 +143,7 @@ def summarize(sessions: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "unfinished_checkpoints_left": sum(session["unfinished_checkpoint_left"] for session in sessions),
         "steps_taken_again": sum(session["steps_taken_again"] for session in sessions),
         "minutes": round(sum(session["seconds"] for session in sessions) / 60, 2),
-        "peaks_drift": drift([session["peak_mib"] for session in sessions if session["peak_mib"]]),
+        "peaks_drift": drift([session["peak_mib"] for session in sessions if session["stepped"]]),
     }
 
 

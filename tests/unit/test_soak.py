@@ -4,7 +4,7 @@ import random
 
 import pytest
 from soak import draw_plan, has_stepped, resumed_step
-from soak_judge import MIB, differences, drift, growth, judge
+from soak_judge import MIB, differences, drift, growth, judge, summarize
 from soak_session import Sample, last_step
 
 
@@ -74,3 +74,18 @@ def test_what_fails_a_soak(change, message):
     failures = judge(result, [], [])
     assert [message in failure for failure in failures] == ([True] if message else [])
     assert judge(result, ["adapter differs"], [17])[0] == "adapter differs"
+
+
+def test_sessions_that_never_stepped_say_nothing_about_memory():
+    kill = {"phase": "training", "victims": "one rank"}
+    common = {"unfinished_checkpoint_left": True, "steps_taken_again": 3, "seconds": 90.0}
+    sessions = [
+        {"kill": kill, "stepped": True, "resumed_from_step": 0, "peak_mib": 600.0, **common},
+        {"kill": kill, "stepped": False, "resumed_from_step": 40, "peak_mib": 100.0, **common},
+        {"kill": kill, "stepped": True, "resumed_from_step": 40, "peak_mib": 605.0, **common},
+        {"kill": None, "stepped": True, "resumed_from_step": 80, "peak_mib": 606.0, **common},
+    ]
+    summary = summarize(sessions)
+    assert summary["peaks_drift"] == 0.01
+    assert (summary["kills"], summary["resumes"], summary["steps_taken_again"], summary["minutes"]) == (3, 3, 12, 6.0)
+    assert summary["kills_by_kind"] == {"phase: training": 3, "victims: one rank": 3}
