@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One rank, as a task of srun:   srun ... bash slurm/rank.sh [arguments of dora_dist.train]
+# One rank, as a task of srun:   srun ... bash slurm/rank.sh [arguments of dora_dist.train, or of DORA_MODULE]
 # Sets what a launcher would set, from the variables that Slurm gives to a task. There is no launcher in between: it would
 # turn exit status 75 into 1, and die of SIGUSR1.
 set -euo pipefail
@@ -32,4 +32,4 @@ export ACCELERATE_MIXED_PRECISION=no
 echo "rank $RANK of $WORLD_SIZE: $(hostname), local rank $LOCAL_RANK of $LOCAL_WORLD_SIZE, restart ${SLURM_RESTART_COUNT:-0}"
 # Until the program takes them, these signals would end it with a status that says nothing.
 trap '' TERM USR1
-exec "${container[@]}" python -m dora_dist.train "$@"
+exec "${container[@]}" python -m "${DORA_MODULE:-dora_dist.train}" "$@"
