@@ -69,13 +69,10 @@ run_ranks() {
 # wait_for_ranks SRUN: its exit status. Once this script has a notice, srun gets SIGUSR1, which it passes to all ranks: not
 # SIGTERM, at which it kills them. Again and again, because a rank ignores it until it has read its configuration.
 wait_for_ranks() {
+  # Not `wait` alone: a signal just before it would not end it.
   while kill -0 "$1" 2> /dev/null; do
-    if [ -n "$notice" ]; then
-      kill -USR1 "$1" 2> /dev/null
-      sleep 2
-    else
-      wait "$1" # ends early at a notice
-    fi
+    [ -z "$notice" ] || kill -USR1 "$1" 2> /dev/null
+    sleep 1
   done
   wait "$1"
 }

@@ -27,8 +27,8 @@ ClusterName=dora
 SlurmctldHost=login({ADDRESSES["login"]})
 SlurmUser=root
 SlurmdUser=root
-# A requeued job may start when its old credential has expired: after 120 s if nothing is said.
-AuthInfo=socket={folder}/self/munge.sock,cred_expire=3
+# A requeued job may start when its old credential has expired: after 120 s if nothing is said; 3 was not honoured.
+AuthInfo=socket={folder}/self/munge.sock,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/self/spool
 SlurmctldPidFile={folder}/self/slurmctld.pid
