@@ -5,6 +5,7 @@ between two collectives reports its failure in the next one, so that all ranks r
 """
 
 import pickle
+import platform
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -141,7 +142,8 @@ class Agreement:
     def _raise_failures(self, by_rank: Sequence[str | None], phase: str) -> None:
         failures = {rank: text for rank, text in enumerate(by_rank) if text is not None}
         if failures:
-            listed = "; ".join(f"rank {rank}: {text}" for rank, text in failures.items())
+            nodes = self.gather(platform.node())
+            listed = "; ".join(f"rank {rank} ({nodes[rank]}): {text}" for rank, text in failures.items())
             raise RankFailedError(f"{phase} failed on {len(failures)} of {self.size} ranks: {listed}")
 
     def check_equal(self, digests: Mapping[str, bytes], what: str) -> None:
@@ -164,7 +166,8 @@ class Agreement:
             return
         parts = self.gather(dict(digests))
         first = next((name for name in digests if len({part.get(name) for part in parts}) > 1), "the list of parts")
-        listed = " against ".join(f"rank{'s' * (len(group) > 1)} {', '.join(map(str, group))}" for group in groups)
+        nodes = self.gather(platform.node())
+        listed = " against ".join(_name_ranks(group, nodes) for group in groups)
         raise DisagreementError(
             f"the ranks disagree on {what}: {listed}; first difference in {first}. The run cannot go on from here: "
             "resume from the last complete checkpoint"
@@ -250,6 +253,13 @@ def digest_tensors(*tensors: Tensor) -> bytes:
         digest.update(f"{data.dtype}{tuple(data.shape)}".encode())
         digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.digest()
+
+
+def _name_ranks(ranks: Sequence[int], nodes: Sequence[str]) -> str:
+    """Numbers, and the node of a single rank."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]} ({nodes[ranks[0]]})"
+    return f"ranks {', '.join(map(str, ranks))}"
 
 
 def _group_ranks(digests: Sequence[bytes]) -> list[list[int]]:

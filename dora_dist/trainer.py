@@ -158,6 +158,8 @@ class DynamicLoraTrainer(Trainer):
         """Record and pass on. ``loss`` is the task loss, comparable with a run without the penalty, which has its own
         key; steps that were left out are not in it."""
         step = self.state.global_step
+        # The Trainer's summary at the end: in a run that was resumed, a sum since then over all steps.
+        logs.pop("train_loss", None)
         logs["epoch"] = step * global_batch(self.args) / self.rows_per_epoch
         # The Trainer overwrites it with the share of the run, which is one long epoch to it.
         self.state.epoch = logs["epoch"]

@@ -1,10 +1,13 @@
 """Collectives with real ranks: all of them agree, or all of them raise."""
 
+import platform
+
 import pytest
 import rank_functions
 import torch
 from ranks import run_ranks
 
+NODE = platform.node()
 WORLDS = pytest.mark.parametrize("world_size", [2, 4])
 
 
@@ -27,7 +30,7 @@ def test_a_failure_on_one_rank_is_raised_on_all_and_names_it(world_size):
     outcomes = run_ranks(rank_functions.agreement_failure, world_size, 1)
     assert {outcome.error_type for outcome in outcomes} == {"RankFailedError"}
     assert {outcome.error for outcome in outcomes} == {
-        f"scoring failed on 1 of {world_size} ranks: rank 1: out of memory"
+        f"scoring failed on 1 of {world_size} ranks: rank 1 ({NODE}): out of memory"
     }
 
 
@@ -35,13 +38,13 @@ def test_a_rank_with_another_state_is_named_on_all_ranks_with_the_first_differen
     outcomes = run_ranks(rank_functions.agreement_digests, 4, 2)
     assert {outcome.error_type for outcome in outcomes} == {"DisagreementError"}
     (message,) = {outcome.error for outcome in outcomes}
-    assert "the ranks disagree on the test state: rank 2 against ranks 0, 1, 3" in message
+    assert f"the ranks disagree on the test state: rank 2 ({NODE}) against ranks 0, 1, 3" in message
     assert "first difference in second" in message
 
 
 def test_two_ranks_that_differ_are_both_named():
     outcomes = run_ranks(rank_functions.agreement_digests, 2, 1)
-    assert all("rank 0 against rank 1" in outcome.error for outcome in outcomes)
+    assert all(f"rank 0 ({NODE}) against rank 1 ({NODE})" in outcome.error for outcome in outcomes)
 
 
 @WORLDS
@@ -59,7 +62,10 @@ def test_ranks_that_see_the_same_data_are_refused_on_all_ranks():
 def test_a_phase_that_fails_on_one_rank_ends_on_all():
     outcomes = run_ranks(rank_functions.phase_that_fails, 4, [2])
     assert {outcome.error_type for outcome in outcomes} == {"RankFailedError"}
-    assert all("reading failed on 1 of 4 ranks: rank 2: OSError: no such file" in outcome.error for outcome in outcomes)
+    assert all(
+        f"reading failed on 1 of 4 ranks: rank 2 ({NODE}): OSError: no such file" in outcome.error
+        for outcome in outcomes
+    )
 
 
 def test_a_phase_that_fails_alike_on_all_ranks_keeps_its_own_error():
@@ -92,4 +98,6 @@ def test_ranks_that_do_not_come_to_the_store_are_named_on_all_others(absent, nam
 
 def test_a_phase_that_fails_on_one_rank_is_told_through_the_store():
     outcomes = run_ranks(rank_functions.store_phase_that_fails, 2, 1)
-    assert {outcome.error for outcome in outcomes} == {"looking failed on 1 of 2 ranks: rank 1: OSError: no such file"}
+    assert {outcome.error for outcome in outcomes} == {
+        f"looking failed on 1 of 2 ranks: rank 1 ({NODE}): OSError: no such file"
+    }

@@ -1,11 +1,15 @@
 """The method on real ranks: one selection from the mean of all statistics, and no rank left behind."""
 
+import platform
+
 import pytest
 import rank_functions
 import torch
 from ranks import run_ranks
 
 from dora_dist.allocation import select_components
+
+NODE = platform.node()
 
 WORLDS = pytest.mark.parametrize("world_size", [2, 4])
 
@@ -26,7 +30,9 @@ def test_ranks_with_different_statistics_select_by_their_mean(world_size):
             assert not value["gates"][name][~expected[name]].any()
 
 
-@pytest.mark.parametrize(("world_size", "odd", "groups"), [(2, 1, "rank 0 against rank 1"), (4, 3, "rank 3 against")])
+@pytest.mark.parametrize(
+    ("world_size", "odd", "groups"), [(2, 1, f"rank 0 ({NODE}) against rank 1"), (4, 3, f"rank 3 ({NODE}) against")]
+)
 def test_a_rank_with_an_altered_adapter_is_named_on_all_ranks_at_the_next_event(world_size, odd, groups):
     outcomes = run_ranks(rank_functions.prune_with_altered_adapter, world_size, odd)
     assert {outcome.error_type for outcome in outcomes} == {"DisagreementError"}
@@ -47,5 +53,5 @@ def test_a_rank_that_cannot_score_makes_all_ranks_raise_and_is_named(world_size,
     assert {outcome.error_type for outcome in outcomes} == {"RankFailedError"}
     reason = "MemoryError" if kind == "raises" else "non-finite"
     for outcome in outcomes:
-        assert f"failed on 1 of {world_size} ranks: rank {world_size - 1}: " in outcome.error
+        assert f"failed on 1 of {world_size} ranks: rank {world_size - 1} ({NODE}): " in outcome.error
         assert reason in outcome.error

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -14,6 +15,8 @@ from commands import ZERO2, run
 from forked_run import free_port
 from ranks import rank_environment, start_ranks, wait_for_ranks
 from tiny_run import write_config
+
+NODE = platform.node()
 
 SECTIONS = ("Software", "Environment", "Devices", "Checkpoint folder", "All-reduce")
 WIDTH = 110
@@ -106,7 +109,9 @@ def test_a_configuration_that_one_rank_cannot_read_names_the_rank(tmp_path):
     statuses, outputs = forked(tmp_path / "log", ["--config", config], ["--config", str(tmp_path / "missing.yaml")])
     assert statuses == [1, 1]
     for output in outputs:
-        assert "reading the configuration failed on 1 of 2 ranks: rank 1: ValueError: there is no file" in output
+        assert (
+            f"reading the configuration failed on 1 of 2 ranks: rank 1 ({NODE}): ValueError: there is no file" in output
+        )
 
 
 def test_a_rank_that_does_not_come_ends_the_wait(tmp_path):
