@@ -84,7 +84,8 @@ def test_ranks_that_leave_a_little_later_than_the_first_still_end_the_job_with_7
 def until(*signals):
     """A rank that ends with 75 at one of these signals. Not bash: it never takes one that it was started ignoring."""
     handlers = "; ".join(f"signal.signal(signal.{name}, lambda *_: os._exit(75))" for name in signals)
-    program = f"import os, signal, time; {handlers}; open(os.environ['HERE'] + '/ready-' + os.environ['RANK'], 'w'); time.sleep(90)"
+    ready = "open(os.environ['HERE'] + '/ready-' + os.environ['RANK'], 'w')"
+    program = f"import os, signal, time; {handlers}; {ready}; time.sleep(90)"
     return f'exec {sys.executable} -S -c "{program}"'
 
 
