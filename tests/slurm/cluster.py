@@ -64,8 +64,8 @@ def check_available() -> None:
 def remove_stale() -> None:
     """Remove the folders of clusters whose test process was killed."""
     for folder in RUN.glob(f"{PREFIX}*"):
-        owner = folder / "owner"
-        if not owner.exists() or _started(*owner.read_text().split()[:1]) != owner.read_text().split()[1]:
+        pid, _, rest = folder.name.removeprefix(PREFIX).partition("-")
+        if _started(pid) != rest.partition("-")[0]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -73,12 +73,13 @@ class Cluster:
     """The cluster, as seen by a user on its login node."""
 
     def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=RUN))
+        # Named after its owner from the first moment on, so that no other test process takes it for left behind.
+        owner = str(os.getpid())
+        self.folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{owner}-{_started(owner)}-", dir=RUN))
         self._machines: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
         """Bring it up; returns when Slurm may start jobs on all nodes."""
-        (self.folder / "owner").write_text(f"{os.getpid()} {_started(str(os.getpid()))}")
         for name in ("etc", "log", "state", "self", "machines"):
             (self.folder / name).mkdir()
         self.folder.chmod(0o755)

@@ -84,7 +84,8 @@ def test_ranks_that_leave_a_little_later_than_the_first_still_end_the_job_with_7
 def until(*signals):
     """A rank that ends with 75 at one of these signals. Not bash: it never takes one that it was started ignoring."""
     handlers = "; ".join(f"signal.signal(signal.{name}, lambda *_: os._exit(75))" for name in signals)
-    program = f"import os, signal, time; {handlers}; open(os.environ['HERE'] + '/ready', 'w'); time.sleep(90)"
+    ready = "open(os.environ['HERE'] + '/ready-' + os.environ['RANK'], 'w')"
+    program = f"import os, signal, time; {handlers}; {ready}; time.sleep(90)"
     return f'exec {sys.executable} -S -c "{program}"'
 
 
@@ -118,7 +119,7 @@ def test_a_killed_rank_without_notice_is_a_failure(stand_in, cluster, printed):
 
 def test_a_cancelled_job_stays_cancelled(stand_in, cluster, printed, tmp_path):
     job = stand_in(until("SIGTERM", "SIGUSR1"), "preemptible.sbatch", ONE_RANK)
-    wait_for((tmp_path / "ready").exists, 30, lambda: printed(job))
+    wait_for((tmp_path / "ready-0").exists, 30, lambda: printed(job))
     cluster.run("scancel", job)
     wait_for(lambda: "requeue" in printed(job), 30, lambda: printed(job))
     (ended,) = cluster.wait(job, 30)
@@ -130,7 +131,7 @@ def test_a_run_that_is_told_directly_requeues_the_job(stand_in, cluster, printed
     job = stand_in(
         NOTICED + until("SIGTERM"), "preemptible.sbatch", ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1"]
     )
-    wait_for((tmp_path / "ready").exists, 30, lambda: printed(job))
+    wait_for(lambda: len(list(tmp_path.glob("ready-*"))) == 2, 30, lambda: printed(job))
     cluster.run("scancel", "--signal=TERM", job)
     assert outcome(cluster.wait(job, 60)) == [("COMPLETED", "0:0", "1")], printed(job)
 
