@@ -132,9 +132,9 @@ def prepare_optimizer_state(
 class SkippedSteps:
     """Whether the optimizer left out its last step because a gradient was not finite; the same answer on every rank.
 
-    ZeRO checks the reduced gradients itself, for bfloat16 only when it is told to. Under DDP, and without an engine,
-    the gradients are dropped in a hook before the step, where DDP has made them the same on every rank: an optimizer
-    changes neither parameters without a gradient nor their state.
+    ZeRO checks the reduced gradients itself, unless it is told not to. Under DDP, and without an engine, the gradients
+    are dropped in a hook before the step, where DDP has made them the same on every rank: an optimizer changes neither
+    parameters without a gradient nor their state.
 
     Args:
         wrapped: the prepared model.
@@ -156,8 +156,7 @@ class SkippedSteps:
     def _drop_bad_gradients(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        # One number per gradient, and one look at them: a sum is not finite if any of its terms is not.
-        self._dropped = not all(torch.isfinite(torch.stack([gradient.sum() for gradient in gradients])).tolist())
+        self._dropped = not bool(torch.isfinite(nn.utils.get_total_norm(gradients, torch.inf)))
         if self._dropped:
             for parameter in parameters:
                 parameter.grad = None

@@ -201,7 +201,7 @@ def skip_under_engine(engine: str, model_folder: str, bad: str | None) -> dict[s
     report what the optimizer changed in that step and around it.
 
     Args:
-        engine: ``none``, ``ddp`` or ``zero2``.
+        engine: ``none``, ``ddp``, ``zero2`` or ``zero2 in bfloat16``.
         model_folder: of the base.
         bad: ``loss`` (times NaN), ``gradient`` (one infinite element) or None.
     """
@@ -225,12 +225,12 @@ def skip_under_engine(engine: str, model_folder: str, bad: str | None) -> dict[s
     return {"seen": seen, "weights": watched.detach().clone()}
 
 
-def save_optimizer(model_folder: str, folder: str, steps: int) -> dict[str, Tensor]:
+def save_optimizer(model_folder: str, folder: str, steps: int, engine: str = "zero2") -> dict[str, Tensor]:
     """Train a little under ZeRO-2 and save the optimizer's state; returns it, gathered."""
     from dora_dist.shards import OptimizerShards
 
     model = _tiny_adapted(model_folder)
-    step = _make_step("zero2", model)
+    step = _make_step(engine, model)
     for number in range(steps):
         step(torch.randint(4, 90, (2, 12), generator=torch.Generator().manual_seed(number)))
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
@@ -238,12 +238,12 @@ def save_optimizer(model_folder: str, folder: str, steps: int) -> dict[str, Tens
     return _whole_states(trained)
 
 
-def load_optimizer(model_folder: str, folder: str) -> dict[str, Any]:
+def load_optimizer(model_folder: str, folder: str, engine: str = "zero2") -> dict[str, Any]:
     """Load it into a fresh engine."""
     from dora_dist.shards import OptimizerShards
 
     model = _tiny_adapted(model_folder)
-    step = _make_step("zero2", model)
+    step = _make_step(engine, model)
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     OptimizerShards(step.model, trained, Agreement()).load(Path(folder), 3)
     counts = [float(state["step"]) for state in step.model.optimizer.optimizer.state.values()]
@@ -291,7 +291,7 @@ def _tiny_adapted(model_folder: str) -> Any:
 def _make_step(engine: str, model: nn.Module) -> Any:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.01)
-    if engine == "zero2":
+    if engine.startswith("zero2"):
         import deepspeed
 
         from dora_dist.world import _use_gloo_only
@@ -306,6 +306,7 @@ def _make_step(engine: str, model: nn.Module) -> Any:
                 "zero_optimization": {"stage": 2},
                 "zero_allow_untested_optimizer": True,
                 "gradient_clipping": 1.0,
+                "bf16": {"enabled": engine == "zero2 in bfloat16"},
             },
         )
 

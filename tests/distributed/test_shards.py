@@ -15,13 +15,17 @@ def model(tmp_path_factory):
     return str(save_tiny_model(tmp_path_factory.mktemp("model")))
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3), (3, 2), (2, 4)])
-def test_any_number_of_ranks_loads_what_any_number_saved(before, after, model, tmp_path):
-    saved = run_ranks(rank_functions.save_optimizer, before, model, str(tmp_path), 3)
+@pytest.mark.parametrize(
+    ("before", "after", "engine"),
+    [(2, 1, "zero2"), (1, 3, "zero2"), (3, 2, "zero2"), (2, 4, "zero2"), (2, 3, "zero2 in bfloat16")],
+)
+def test_any_number_of_ranks_loads_what_any_number_saved(before, after, engine, model, tmp_path):
+    saved = run_ranks(rank_functions.save_optimizer, before, model, str(tmp_path), 3, engine)
     assert all(outcome.error is None for outcome in saved), [outcome.error for outcome in saved]
-    loaded = run_ranks(rank_functions.load_optimizer, after, model, str(tmp_path))
+    loaded = run_ranks(rank_functions.load_optimizer, after, model, str(tmp_path), engine)
     assert all(outcome.error is None for outcome in loaded), [outcome.error for outcome in loaded]
     expected = saved[0].value
+    assert {value.dtype for value in expected.values()} == {torch.float32}
     assert all(value.abs().sum() > 0 for name, value in expected.items() if name.endswith("exp_avg"))
     for outcome in loaded:
         assert outcome.value["counts"] == [3.0]

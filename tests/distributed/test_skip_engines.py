@@ -13,7 +13,7 @@ def model(tmp_path_factory):
 
 
 @pytest.mark.parametrize("bad", ["loss", "gradient", None])
-@pytest.mark.parametrize("engine", ["none", "ddp", "zero2"])
+@pytest.mark.parametrize("engine", ["none", "ddp", "zero2", "zero2 in bfloat16"])
 def test_all_ranks_leave_the_step_out_and_go_on(engine, bad, model):
     outcomes = run_ranks(rank_functions.skip_under_engine, 1 if engine == "none" else 2, engine, model, bad)
     assert all(outcome.error is None for outcome in outcomes), [outcome.error for outcome in outcomes]
