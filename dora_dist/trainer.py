@@ -28,6 +28,9 @@ from dora_dist.shards import OptimizerShards
 from dora_dist.skipping import SkipPolicy
 from dora_dist.world import check_prepared
 
+KEPT_LOGS = 20
+"""Lines of the log that the Trainer's state holds: :meth:`DynamicLoraTrainer.owes_evaluation` needs those of one step."""
+
 
 def global_batch(arguments: TrainingArguments) -> int:
     """Rows of one optimizer step, over all ranks and micro-batches."""
@@ -170,6 +173,8 @@ class DynamicLoraTrainer(Trainer):
             self._print_progress(logs, step)
         self.records.metrics(step, {**logs, **extra})
         super().log(logs, start_time)
+        # All of it is in metrics.jsonl; the Trainer would keep it in memory, and write it into every checkpoint again.
+        del self.state.log_history[:-KEPT_LOGS]
 
     def _complete_training_logs(self, logs: dict[str, float], step: int) -> None:
         steps = max(step - self._last_log[0], 1)
