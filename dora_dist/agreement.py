@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dora_dist.command import ExpectedRunError
+from dora_dist.command import ExpectedRunError, mark_common
 from dora_dist.watch import Watch
 
 POLL_SECONDS = 0.02
@@ -121,7 +121,7 @@ class Agreement:
             failure, cause = f"{type(error).__name__}: {error}", error
         failures = self.gather(failure)
         if cause is not None and failures.count(failure) == self.size:
-            raise cause
+            raise mark_common(cause)
         if cause is not None and not isinstance(cause, ValueError | ExpectedRunError):
             traceback.print_exception(cause)
         self._raise_failures(failures, phase)

@@ -120,6 +120,7 @@ def build_trainer(
         row_lengths=settled.plan.row_lengths(settled.mixture.lengths),
         rows_per_epoch=settled.mixture.rows_per_epoch,
         engine=config.distributed.engine,
+        timeout_minutes=config.distributed.timeout_minutes,
         adapter_dtype=next(iter(controller.layers.values())).gate.dtype,
         equilibrium_weight=config.pruning.equilibrium_weight,
         keep_last=config.checkpoint.keep_last,

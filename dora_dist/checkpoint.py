@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -123,17 +123,55 @@ def check_shards(folder: Path, world_size: int, engine: str) -> None:
         )
 
 
-def seal(folder: Path) -> None:
-    """Declare a checkpoint complete, after all ranks have written theirs: everything on disk, then the manifest."""
+def bring_to_disk(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Wait until files are on the disk, which is where a file system over a network says that it has no room for them.
+
+    Returns:
+        Size and SHA-256 of each.
+    """
     files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
+    for name in names:
+        path = folder / name
         with path.open("rb") as file:
-            files[str(path.relative_to(folder))] = {
-                "size": path.stat().st_size,
-                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-            }
             os.fsync(file.fileno())
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        files[name] = {"size": path.stat().st_size, "sha256": digest}
+    return files
+
+
+def files_of_rank(folder: Path, rank: int, world_size: int) -> list[str]:
+    """Names of the files that this rank alone writes into a checkpoint, and that are there."""
+    names = ["rng_state.pth" if world_size == 1 else f"rng_state_{rank}.pth", shard_name(rank)]
+    return [name for name in names if (folder / name).is_file()]
+
+
+def seal(folder: Path, written: Mapping[str, dict[str, Any]] | None = None) -> None:
+    """Declare a checkpoint complete, after all ranks have written theirs: everything on disk, then the manifest.
+
+    Args:
+        folder: of the checkpoint.
+        written: what the ranks have written, as they see it themselves (:func:`bring_to_disk`).
+
+    Raises:
+        ValueError: this rank sees something else.
+    """
+    names = sorted(
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST
+    )
+    files = bring_to_disk(folder, names)
+    for name, expected in (written or {}).items():
+        if files.get(name) != expected:
+            raise ValueError(
+                f"{folder / name} is not here what the rank that wrote it sees ({files.get(name)}, not {expected}): "
+                "output_dir must be on a file system that all nodes share, and that shows closed files to all"
+            )
     write_json(folder / MANIFEST, files)
+    for path in (folder / MANIFEST, folder, folder.parent):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def flaw_of(folder: Path) -> str | None:

@@ -12,8 +12,8 @@ Result = TypeVar("Result")
 
 LINGER_SECONDS = 5.0
 PREEMPTED = 75
-"""Exit status of a run that stopped because it was told to, and goes on when the same command is started again
-(EX_TEMPFAIL of sysexits.h)."""
+"""Exit status of a run that stopped because it was told to, or because a rank was lost, and goes on when the same
+command is started again (EX_TEMPFAIL of sysexits.h)."""
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
@@ -37,7 +37,7 @@ def run_command(main: Callable[[], None]) -> None:
         own = isinstance(error, ExpectedRunError) or (isinstance(error, ValueError) and _raised_here(error))
         if not own:
             traceback.print_exc()
-        leave(error, 2 if own and isinstance(error, ValueError) else 1)
+        leave(error, getattr(error, "status", 2 if own and isinstance(error, ValueError) else 1))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Seen once under DDP: a thread of the process group aborted a rank whose work was done and written, in the
         # interpreter's shutdown, and the launcher reported a failed run.
@@ -58,6 +58,17 @@ def attempt(work: Callable[[], Result]) -> Callable[[], Result]:
     return lambda: result
 
 
+def mark_common(error: Exception) -> Exception:
+    """Mark an error that all ranks raise together."""
+    error.__dict__["raised_on_all_ranks"] = True
+    return error
+
+
+def is_common(error: Exception) -> bool:
+    """Whether all ranks raise this error together, so that nobody has to be told of it."""
+    return isinstance(error, ExpectedRunError) or "raised_on_all_ranks" in error.__dict__
+
+
 def _raised_here(error: Exception) -> bool:
     """Whether the innermost frame is this project's: then the message was written for the user."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -65,7 +76,7 @@ def _raised_here(error: Exception) -> bool:
 
 
 class ExpectedRunError(RuntimeError):
-    """An error of a run whose message says all there is to say."""
+    """An error of a run whose message says all there is to say. With several ranks, all raise one together."""
 
 
 class PreemptedError(ExpectedRunError):

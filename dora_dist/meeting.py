@@ -15,6 +15,7 @@ from torch.distributed import PrefixStore, TCPStore
 
 from dora_dist.command import ExpectedRunError
 from dora_dist.launch import world_size_of
+from dora_dist.table import ranges
 
 POLL_SECONDS = 0.2
 ANSWER_TIMEOUT = timedelta(seconds=20)
@@ -75,7 +76,7 @@ def meet(seconds: float, knob: str) -> Meeting | None:
         return None
     rank = int(os.environ["RANK"])
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # A launcher that restarts ranks, or a batch system that requeues a job, may meet at the same place again.
+    # A launcher that restarts its ranks meets at the same place again. (Of several launchers, each counts for itself.)
     prefix = f"dora_dist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     launcher_keeps_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() == "true"
     keeps_it = rank == 0 and not launcher_keeps_it
@@ -113,7 +114,7 @@ def _wait_for_all(store: Any, size: int, seconds: float) -> str:
         if missing:
             time.sleep(POLL_SECONDS)
     here = [f"rank {rank} ({store.get(_joined(rank)).decode()})" for rank in range(size) if rank not in missing]
-    text = f"rank{'s' * (len(missing) > 1)} {_ranges(missing)}" if missing else ""
+    text = f"rank{'s' * (len(missing) > 1)} {ranges(missing)}" if missing else ""
     if missing and len(here) <= 8:
         text += f" (there are {', '.join(here)})"
     store.set("met", text)
@@ -122,9 +123,13 @@ def _wait_for_all(store: Any, size: int, seconds: float) -> str:
 
 def _ask(store: Any, seconds: float) -> str:
     """On the other ranks: how rank 0's waiting ended."""
+    # Rank 0 may have come last, and begins to wait then. In short pieces, between which signals are heard.
+    end = time.monotonic() + 2 * seconds
     try:
-        # Rank 0 may have come last, and begins to wait then.
-        store.wait(["met"], timedelta(seconds=2 * seconds))
+        while not store.check(["met"]):
+            if time.monotonic() > end:
+                return "rank 0"
+            time.sleep(POLL_SECONDS)
         answer: str = store.get("met").decode()
     except RuntimeError:
         return "rank 0"
@@ -143,17 +148,6 @@ def _explain(error: RuntimeError, rank: int, place: tuple[str, int], keeps_it: b
         f"joining the world: rank {rank} ({platform.node()}) could not reach rank 0 at {host}:{port} within {waited}: "
         f"{reason}"
     )
-
-
-def _ranges(ranks: list[int]) -> str:
-    """``0-3, 7`` for 0, 1, 2, 3 and 7."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def sign_of(rank: int) -> str:

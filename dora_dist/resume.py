@@ -8,6 +8,7 @@ from typing import Any
 from dora_dist import checkpoint, records, report
 from dora_dist.config import RunConfig
 from dora_dist.records import read_json
+from dora_dist.training_section import whole_number
 
 BATCH = "per_device_train_batch_size"
 ACCUMULATION = "gradient_accumulation_steps"
@@ -95,7 +96,7 @@ def accumulation(earlier: Earlier, config: RunConfig, processes: int) -> int | N
     if earlier.processes in (None, processes):
         return None
     wanted = earlier.settings["global batch"]
-    per_process = config.training.get(BATCH, _default_batch())
+    per_process = whole_number(config.training, BATCH)
     if wanted % (per_process * processes):
         fitting = [size for size in range(1, wanted + 1) if wanted % (size * processes) == 0]
         hint = (
@@ -132,10 +133,3 @@ def describe(earlier: Earlier, config: RunConfig, processes: int) -> list[str]:
             f"{steps} from here on, which keeps the global batch of {earlier.settings['global batch']}"
         )
     return remarks
-
-
-def _default_batch() -> int:
-    from transformers import TrainingArguments
-
-    default: int = TrainingArguments.__dataclass_fields__[BATCH].default
-    return default

@@ -26,10 +26,10 @@ from dora_dist.preemption import PreemptionNotice
 from dora_dist.records import RunRecords
 from dora_dist.shards import OptimizerShards
 from dora_dist.skipping import SkipPolicy
-from dora_dist.world import check_prepared
+from dora_dist.world import check_prepared, set_engine_timeout
 
 KEPT_LOGS = 20
-"""Lines of the log that the Trainer's state holds: :meth:`DynamicLoraTrainer.owes_evaluation` needs those of one step."""
+"""Lines of the log in the Trainer's state, where :meth:`DynamicLoraTrainer.owes_evaluation` needs those of one step."""
 
 
 def global_batch(arguments: TrainingArguments) -> int:
@@ -49,6 +49,7 @@ class DynamicLoraTrainer(Trainer):
         row_lengths: tokens of every row of ``train_dataset``, whose order is that of training.
         rows_per_epoch: rows that one pass over the data fills.
         engine: ``distributed.engine`` of the configuration.
+        timeout_minutes: how long a rank waits for the others in a collective of the engine.
         adapter_dtype: what the adapter's parameters must have at step 0.
         equilibrium_weight: of the Dimensional Equilibrium Modulator in the loss.
         keep_last: complete checkpoints to keep.
@@ -70,6 +71,7 @@ class DynamicLoraTrainer(Trainer):
         row_lengths: np.ndarray,
         rows_per_epoch: int,
         engine: str,
+        timeout_minutes: float,
         adapter_dtype: torch.dtype,
         equilibrium_weight: float,
         keep_last: int,
@@ -92,6 +94,7 @@ class DynamicLoraTrainer(Trainer):
         self.row_lengths = row_lengths
         self.rows_per_epoch = rows_per_epoch
         self.engine = engine
+        self.timeout_minutes = timeout_minutes
         self.adapter_dtype = adapter_dtype
         self.equilibrium_weight = equilibrium_weight
         self.keep_last = keep_last
@@ -105,6 +108,7 @@ class DynamicLoraTrainer(Trainer):
         self._penalty_sum = torch.zeros((), device=self.args.device)
         self._last_log = (0, time.monotonic())
         self._first_step = 0
+        self._optimizer_checked = False
         self.add_callback(_MethodCallback(self))
 
     def train(self, resume_from_checkpoint: str | Path | None = None, **kwargs: Any) -> Any:
@@ -234,8 +238,9 @@ class DynamicLoraTrainer(Trainer):
         self._last_log = (self.state.global_step, time.monotonic())
 
     def check_optimizer_once(self) -> None:
-        """Find out after the first step, not in the first save, that the optimizer's state cannot be saved."""
-        if self.shards is not None and self.state.global_step == self._first_step + 1:
+        """Find out after the first step taken, not in the first save, that the optimizer's state cannot be saved."""
+        if self.shards is not None and not self._optimizer_checked and not self.skip_policy.last:
+            self._optimizer_checked = True
             with self.agreement.together("looking at the optimizer's state"):
                 self.shards.check()
 
@@ -270,10 +275,13 @@ class DynamicLoraTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
                 checkpoint.save_method_state(folder, self.controller, self.fingerprint, self.agreement.size)
+            mine = checkpoint.files_of_rank(folder, self.agreement.rank, self.agreement.size)
+            written = checkpoint.bring_to_disk(folder, mine)
+        by_rank = self.agreement.gather(written)
         with self.agreement.together(f"sealing {folder}"):
             if self.args.should_save:
                 checkpoint.check_shards(folder, self.agreement.size, self.engine)
-                checkpoint.seal(folder)
+                checkpoint.seal(folder, {name: seen for files in by_rank for name, seen in files.items()})
                 checkpoint.rotate(Path(self.args.output_dir), self.keep_last)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -294,6 +302,7 @@ class DynamicLoraTrainer(Trainer):
         check_prepared(self.agreement, self, self.engine, self.adapter_dtype)
         self.skipped_steps = SkippedSteps(self.model_wrapped, self.optimizer.optimizer)
         if under_zero:
+            set_engine_timeout(self.timeout_minutes)
             trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
             self.shards = OptimizerShards(self.model_wrapped, trained, self.agreement)
             if resume_from_checkpoint is not None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
-from dora_dist.command import ExpectedRunError, leave
+from dora_dist.command import PREEMPTED, ExpectedRunError, is_common, leave
 from dora_dist.meeting import POLL_SECONDS, Meeting, sign_of
 
 SIGN_SECONDS = 1.0
@@ -25,7 +25,16 @@ _ADVICE = "The same command goes on from the newest complete checkpoint"
 
 
 class RanksLostError(ExpectedRunError):
-    """A rank is gone, or failed where the others could not know. Raised on every other rank."""
+    """A rank is gone, or failed where the others could not know. Raised on every other rank.
+
+    Attributes:
+        status: exit status: that of a run which goes on when it is started again where a rank is gone, 1 where one has
+            failed.
+    """
+
+    def __init__(self, message: str, gone: bool) -> None:
+        super().__init__(message)
+        self.status = PREEMPTED if gone else 1
 
 
 class Watch:
@@ -58,9 +67,11 @@ class Watch:
         self._failure: str | None = None
         self._verdict = ""
         self._is_cause = False
+        self._gone = False
         self._done = threading.Event()
         self._taken = False
         self._lock = threading.Lock()
+        self._looked = time.monotonic()
         self._signs: dict[int, tuple[bytes, float]] = {}
         self._thread: threading.Thread | None = None
 
@@ -70,7 +81,7 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         if self._meeting is not None:
-            self._store = self._meeting.connect()
+            self._store = self._meeting.connect()  # the same store that meet() has just used
             self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
             self._thread.start()
         return self
@@ -80,8 +91,7 @@ class Watch:
     ) -> None:
         if self._thread is None:
             return
-        explained = not isinstance(error, Exception) or isinstance(error, ValueError | ExpectedRunError)
-        if explained:
+        if not isinstance(error, Exception) or is_common(error):
             self.stop(None if error is None else f"{type(error).__name__}: {error}")
             return
         self._failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
@@ -90,7 +100,7 @@ class Watch:
         if not self._take():
             self._thread.join()  # it is ending this process
         if self._verdict and not self._is_cause:
-            raise RanksLostError(self._verdict) from None
+            raise RanksLostError(self._verdict, self._gone) from None
 
     def stop(self, last_words: str | None = None) -> None:
         """Leave the watch, when all ranks are leaving; silence is no alarm from here on.
@@ -131,6 +141,7 @@ class Watch:
             if self._stopped:
                 return
             host, port = self._meeting.place
+            self._gone = True
             self._verdict = (
                 f"rank 0, or what keeps the meeting place for it at {host}:{port}, is gone or cut off; this rank was "
                 f"in: {self.phase}. {_ADVICE}"
@@ -140,7 +151,8 @@ class Watch:
         while not self._taken and time.monotonic() < end:
             time.sleep(POLL_SECONDS)
         if not self._stopped and self._take():
-            self._end(RanksLostError(self._verdict), 1)
+            lost = RanksLostError(self._verdict, self._gone)
+            self._end(lost, lost.status)
 
     def _take(self) -> bool:
         """Whether it falls to this thread, the first to ask, to report the verdict."""
@@ -153,13 +165,15 @@ class Watch:
         self._store.set(sign_of(self._meeting.rank), f"{count} {self.phase}")
 
     def _missed(self) -> str | None:
-        """On rank 0: the first rank that has shown no sign of life for too long."""
+        """The first rank that has shown no sign of life for too long. Rank 0 looks at all; all look at rank 0, whose
+        store a launcher may keep."""
         assert self._meeting is not None
-        if self._meeting.rank != 0:
-            return None
+        watched = range(self._meeting.size) if self._meeting.rank == 0 else [0]
         now = time.monotonic()
-        signs = self._store.multi_get([sign_of(rank) for rank in range(self._meeting.size)])
-        for rank, sign in enumerate(signs):
+        if now - self._looked > 5 * SIGN_SECONDS:  # this rank was stopped itself: the others may have been too
+            self._signs.clear()
+        self._looked = now
+        for rank, sign in zip(watched, self._store.multi_get([sign_of(rank) for rank in watched]), strict=True):
             seen, since = self._signs.get(rank, (b"", now))
             if sign != seen:
                 self._signs[rank] = (sign, now)
@@ -187,23 +201,27 @@ class Watch:
         if not self._store.check(["verdict"]):
             missing = [rank for rank in range(self._meeting.size) if not self._store.check([f"answer/{rank}"])]
             self._store.set("verdict", json.dumps(self._judge(missing)))
-        cause, text = json.loads(self._store.get("verdict"))
+        cause, self._gone, text = json.loads(self._store.get("verdict"))
         self._is_cause = cause == self._meeting.rank
         return f"{text}; this rank was in: {self.phase}. {_ADVICE}"
 
-    def _judge(self, missing: list[int]) -> tuple[int | None, str]:
-        """The rank whose failure it was, if it is still there, and what has happened."""
+    def _judge(self, missing: list[int]) -> tuple[int | None, bool, str]:
+        """The rank whose failure it was, if it is still there; whether some are gone; and what has happened."""
         assert self._meeting is not None
         if missing:
-            return None, "; ".join(self._gone(rank) for rank in missing)
+            return None, True, "; ".join(self._last_of(rank) for rank in missing)
         answers = {rank: json.loads(self._store.get(f"answer/{rank}")) for rank in range(self._meeting.size)}
         failed = {rank: answer for rank, answer in answers.items() if answer["failure"]}
         if not failed:
-            return None, self._store.get("alarm").decode()
+            return None, True, self._store.get("alarm").decode()
+        late = [rank for rank in answers if rank not in failed]
+        if late and all("timed out" in answer["failure"].lower() for answer in failed.values()):
+            where = "; ".join(f"{self._name(rank)} was in: {answers[rank]['phase']}" for rank in late)
+            return None, False, f"a time-out ({next(iter(failed.values()))['failure']}), while {where}"
         first = min(failed, key=lambda rank: failed[rank]["order"])
-        return first, f"{self._name(first)} failed in: {failed[first]['phase']}: {failed[first]['failure']}"
+        return first, False, f"{self._name(first)} failed in: {failed[first]['phase']}: {failed[first]['failure']}"
 
-    def _gone(self, rank: int) -> str:
+    def _last_of(self, rank: int) -> str:
         if self._store.check([f"left/{rank}"]):
             return f"{self._name(rank)} has left: {self._store.get(f'left/{rank}').decode()}"
         _, _, phase = self._store.get(sign_of(rank)).decode().partition(" ")

@@ -101,6 +101,16 @@ def check_prepared(agreement: Agreement, trainer: Any, engine: str, dtype: torch
     _check_data_differs(agreement, trainer.callback_handler.train_dataloader)
 
 
+def set_engine_timeout(minutes: float) -> None:
+    """Let DeepSpeed's collectives wait as long as the others: it makes a process group of its own, with the time-out
+    of the backend. To be called once the engine is there."""
+    from deepspeed.utils import groups
+
+    timeout = timedelta(minutes=minutes)
+    # torch has no public way to change a time-out, and DeepSpeed none to choose it.
+    torch.distributed.distributed_c10d._set_pg_timeout(timeout, groups._get_data_parallel_group())
+
+
 def _deepspeed_mismatches(engine: nn.Module, arguments: Any) -> list[str]:
     """Settings of the engine that are not what the Trainer believes."""
     pairs = {

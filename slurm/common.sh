@@ -29,9 +29,13 @@ port_in_use() {
   cat /proc/net/tcp /proc/net/tcp6 2> /dev/null | grep -qE "$line"
 }
 
+# What Slurm calls this job. The number of one element of an array is also that of the whole array.
+this_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+this_job=${this_job:-$SLURM_JOB_ID}
+
 # job_field NAME: one field of what Slurm says about this job.
 job_field() {
-  scontrol --oneliner show job "$SLURM_JOB_ID" | tr ' ' '\n' | sed -n "s/^$1=//p"
+  scontrol --oneliner show job "$this_job" | tr ' ' '\n' | sed -n "s/^$1=//p"
 }
 
 # run_ranks ARGUMENTS: dora_dist.train as one task per rank; then this script ends with its exit status, and the job is
@@ -50,8 +54,8 @@ run_ranks() {
 
   options=(
     # The first rank to exit must not have the others killed, whose exit status would hide its own; ranks that are left
-    # hanging by one that failed get this long.
-    --kill-on-bad-exit=0 --wait=30
+    # hanging by one that failed get this long: more than distributed.silent_seconds, after which they end by themselves.
+    --kill-on-bad-exit=0 --wait=120
     --output="$logs/rank-%t.log" --open-mode=append
     # sbatch --export=NONE would be handed on.
     --export=ALL
@@ -88,7 +92,7 @@ end_job() {
     echo "stopped with status $status: Slurm is ending this job, so it is not requeued from here" >&2
   else
     echo "stopped with status $status: requeueing" >&2
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$this_job"
   fi
   exit "$status"
 }

@@ -2,10 +2,10 @@
 # One rank, as a task of srun:   srun ... bash slurm/rank.sh [arguments of dora_dist.train, or of DORA_MODULE]
 # Sets what a launcher would set, from the variables that Slurm gives to a task. There is no launcher in between: it would
 # turn exit status 75 into 1, and die of SIGUSR1.
-set -euo pipefail
 container=()
 # shellcheck source=slurm/environment.sh
 source slurm/environment.sh
+set -euo pipefail # not before: what a site sources may read unset variables
 
 # tasks_on_node NODE "2(x3),1": how many tasks the node with this number has.
 tasks_on_node() {

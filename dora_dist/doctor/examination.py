@@ -91,6 +91,7 @@ def examine_rank(
         ]
         # After DeepSpeed's imports: some change it.
         facts.update(threads=torch.get_num_threads(), cuda=torch.version.cuda, device=str(agreement.device))
+        facts.update(visible_gpus=torch.cuda.device_count() if torch.cuda.is_available() else 0)
         facts.update(
             launch=_launch_failure(config, environment), model=_model_failure(config), gpus=gpus, checks=tuple(checks)
         )

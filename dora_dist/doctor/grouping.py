@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 
 from dora_dist.doctor.facts import Problem, RankFacts
+from dora_dist.table import ranges
 
 FEW_NODES = 4
 """As many are named; of more, the number is enough."""
@@ -38,17 +39,6 @@ def by_node(ranks: Sequence[RankFacts]) -> dict[str, list[RankFacts]]:
 def listed(texts: Iterable[str]) -> str | None:
     """Texts in one, each once; None for none."""
     return ", ".join(dict.fromkeys(texts)) or None
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """Whole numbers in order: ``0-3, 7``."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def place(some: Sequence[RankFacts], everyone: Sequence[RankFacts]) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -194,11 +194,6 @@ def read_speed(path: Path, size: int) -> float | None:
         while time.perf_counter() - start < MOST_SECONDS and (count := file.readinto(buffer)):
             read += count
         return read / (time.perf_counter() - start) if size else None
-
-
-def measuring_ranks(nodes: Sequence[str]) -> list[int]:
-    """The first rank of every node."""
-    return [nodes.index(node) for node in dict.fromkeys(nodes)]
 
 
 def _failure_of(work: Callable[[], object]) -> str | None:

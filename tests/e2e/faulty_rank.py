@@ -3,13 +3,14 @@
 import multiprocessing
 import os
 import signal
+import time
 from typing import Any
 
 from forked_run import train_rank
 
 Faults = dict[int, dict[str, Any]]
-"""Rank -> fault -> where: ``kill``, ``stop``, ``raise`` and ``worker`` (kill the data workers) at a place, ``loss`` at
-steps (step -> value). A place is ``forward N``, ``event N`` or ``save N``, with N the optimizer step."""
+"""Rank -> fault -> where: ``kill``, ``stop``, ``hang``, ``raise`` (a ``kind``) and ``worker`` (kill the data workers) at
+a place, ``loss`` at steps (step -> value). A place is ``forward N``, ``event N`` or ``save N``, N the optimizer step."""
 
 
 def faulty_rank(rank: int, world_size: int, arguments: list[str], port: int, log: str, faults: Faults) -> None:
@@ -37,7 +38,10 @@ def _break_at_places(mine: dict[str, Any]) -> None:
             for worker in multiprocessing.active_children():
                 os.kill(worker.pid, signal.SIGKILL)
         if mine.get("raise") == place:
-            raise RuntimeError("something of this rank's own")
+            kind = {"RuntimeError": RuntimeError, "ValueError": ValueError}[mine["kind"]]
+            raise kind("something of this rank's own")
+        if mine.get("hang") == place:
+            time.sleep(1000)
 
     def computing(trainer: Any, *args: Any, **kwargs: Any) -> Any:
         arrive(f"forward {trainer.state.global_step + 1}")

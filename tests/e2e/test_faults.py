@@ -22,6 +22,7 @@ from same_run import assert_same_run
 from tiny_run import write_config
 
 from dora_dist import checkpoint
+from dora_dist.command import PREEMPTED
 from dora_dist.records import read_lines
 
 NODE = platform.node()
@@ -83,7 +84,7 @@ def test_a_rank_that_is_killed_is_named_on_the_others(place, victim, config, who
     codes, text = broken_run(config, tmp_path / "run", tmp_path / "log", {victim: {"kill": place}})
     survivor = 1 - victim
     assert codes[victim] == -9
-    assert codes[survivor] == 1, text
+    assert codes[survivor] == PREEMPTED, text
     (message,) = [line for line in text.splitlines() if line.startswith(f"[rank {survivor}] error: ")]
     named = f"rank {victim} ({NODE}) is gone" if victim else "rank 0, or what keeps the meeting place"
     assert named in message
@@ -94,7 +95,7 @@ def test_a_rank_that_is_killed_is_named_on_the_others(place, victim, config, who
 
 def test_of_four_ranks_the_one_that_is_gone_is_named_and_nobody_else(config, whole, tmp_path):
     codes, text = broken_run(config, tmp_path / "run", tmp_path / "log", {2: {"kill": "forward 5"}}, *SMALL, ranks=4)
-    assert codes == [1, 1, -9, 1], text
+    assert codes == [PREEMPTED, PREEMPTED, -9, PREEMPTED], text
     messages = [line for line in text.splitlines() if "error: " in line]
     assert len(messages) == 3
     for message in messages:
@@ -103,19 +104,33 @@ def test_of_four_ranks_the_one_that_is_gone_is_named_and_nobody_else(config, who
     assert "resuming from" in run_to_the_end(config, tmp_path / "run", tmp_path / "log", ranks=2)
 
 
-def test_a_rank_that_hangs_is_named_after_the_time_allowed(config, whole, tmp_path):
+def test_a_rank_that_is_stopped_is_named_after_the_time_allowed(config, whole, tmp_path):
     codes, text = broken_run(config, tmp_path / "run", tmp_path / "log", {1: {"stop": "event 4"}})
-    assert codes == [1, -9], text
+    assert codes == [PREEMPTED, -9], text
     assert f"error: rank 1 ({NODE}) is gone (killed, or cut off)" in text
     assert_goes_on(config, tmp_path / "run", tmp_path / "log", whole)
 
 
-def test_an_error_of_one_rank_is_told_by_the_others_too(config, whole, tmp_path):
-    codes, text = broken_run(config, tmp_path / "run", tmp_path / "log", {1: {"raise": "forward 5"}})
+@pytest.mark.parametrize("place", ["forward 5", "event 4"])
+def test_a_rank_that_hangs_is_named_after_the_time_out(place, config, whole, tmp_path):
+    impatient = ("--distributed.timeout_minutes", "0.1")
+    codes, text = broken_run(config, tmp_path / "run", tmp_path / "log", {1: {"hang": place}}, *impatient)
+    assert codes == [1, 1], text
+    for rank in (0, 1):
+        (message,) = [line for line in text.splitlines() if line.startswith(f"[rank {rank}] error: ")]
+        assert "a time-out (" in message
+        assert re.search(rf"while rank 1 \({NODE}\) was in: {PLACES[place]}", message), message
+    assert_goes_on(config, tmp_path / "run", tmp_path / "log", whole)
+
+
+@pytest.mark.parametrize(("kind", "odd"), [("RuntimeError", 1), ("ValueError", 0)])
+def test_an_error_of_one_rank_is_told_by_the_others_too(kind, odd, config, whole, tmp_path):
+    codes, text = broken_run(config, tmp_path / "run", tmp_path / "log", {odd: {"raise": "forward 5", "kind": kind}})
     assert codes == [1, 1], text
     phase = "forward, backward and update of step 5"
-    assert f"[rank 0] error: rank 1 ({NODE}) failed in: {phase}: RuntimeError: something of this rank's own; " in text
-    assert "[rank 1] error: something of this rank's own" in text
+    told = f"[rank {1 - odd}] error: rank {odd} ({NODE}) failed in: {phase}: {kind}: something of this rank's own; "
+    assert told in text
+    assert f"[rank {odd}] error: something of this rank's own" in text
     assert_goes_on(config, tmp_path / "run", tmp_path / "log", whole)
 
 

@@ -124,9 +124,7 @@ def assert_same_pruned_run(expected, found):
 def test_a_node_that_is_cut_off_is_named_and_the_run_goes_on(runs, cluster, submit, printed, tmp_path):
     run = tmp_path / "run"
     arguments = ["--config", str(runs.config), "--output_dir", str(run), "--distributed.silent_seconds", "5"]
-    options = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1"]
-    # Not requeued: Slurm would, once it has given the node up, and this is about what the ranks do before.
-    job = submit("many_nodes.sbatch", options, arguments)
+    job = submit("preemptible.sbatch", ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1"], arguments)
     wait_for(lambda: checkpoint.newest(run), 90, lambda: printed(job))
     cluster.cut("node2")
     try:
@@ -136,15 +134,10 @@ def test_a_node_that_is_cut_off_is_named_and_the_run_goes_on(runs, cluster, subm
         assert "Traceback" not in rank()
     finally:
         cluster.heal("node2")
-    (ended,) = cluster.wait(job, timeout=90)
-    assert ended["JobState"] in ("NODE_FAIL", "FAILED"), printed(job)
-    # The one that was cut off has ended too, and has not gone on by itself.
-    other = run_log(printed, job, 1)
-    assert "rank 0, or what keeps the meeting place for it at node1:" in other() or "finished" not in other()
-    again = submit("many_nodes.sbatch", options, arguments)
-    (ended,) = cluster.wait(again, timeout=120)
-    assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), printed(again)
-    assert "resuming from" in printed(again)
+    # Requeued: by the script, whose ranks end with 75 for it, or by Slurm, if that has given the node up before.
+    (ended,) = cluster.wait(job, timeout=120)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1"), printed(job)
+    assert "resuming from" in printed(job)
     assert_same_pruned_run(runs.config.parent / "one", run)
 
 
