@@ -9,8 +9,8 @@ from typing import Any
 from forked_run import train_rank
 
 Faults = dict[int, dict[str, Any]]
-"""Rank -> fault -> where: ``kill``, ``stop``, ``hang``, ``raise`` (a ``kind``) and ``worker`` (kill the data workers) at
-a place, ``loss`` at steps (step -> value). A place is ``forward N``, ``event N`` or ``save N``, N the optimizer step."""
+"""Rank -> fault -> where. ``kill``, ``stop``, ``hang``, ``raise`` (a ``kind``) and ``worker`` (kill the data workers)
+take a place: ``forward N``, ``event N`` or ``save N``, with N the optimizer step; ``loss`` takes steps and values."""
 
 
 def faulty_rank(rank: int, world_size: int, arguments: list[str], port: int, log: str, faults: Faults) -> None:

@@ -69,6 +69,21 @@ def test_requeues_are_counted_and_bounded(maximum, state, stand_in, cluster, pri
     assert (refusal in printed(job)) == (maximum == "0")
 
 
+def test_every_element_of_an_array_requeues_itself_and_nothing_else(stand_in, cluster, printed):
+    """The last element has the number of the whole array."""
+    body = '[ "${SLURM_RESTART_COUNT:-0}" = 1 ] || exit 75'
+    options = [*ONE_RANK, "--array=1-2", "--requeue"]
+    job = stand_in(body, "array.sbatch", options, "--output_dir", "runs/x")
+    assert outcome(cluster.wait(job, 60)) == [("COMPLETED", "0:0", "1")] * 2, printed(job)
+
+
+def test_a_site_may_read_variables_that_are_not_set(stand_in, cluster, printed, site, tmp_path):
+    own = tmp_path / "careless.sh"
+    own.write_text(f'{site.read_text()}PATH={tmp_path}:$PATH\nexport SEEN="$NOT_SET_ANYWHERE"\n')
+    job = stand_in("exit 0", "one_node.sbatch", ONE_RANK, DORA_SITE=str(own))
+    assert outcome(cluster.wait(job, 30)) == [("COMPLETED", "0:0", "0")], printed(job)
+
+
 def test_a_job_that_may_not_be_requeued_ends_with_the_status_of_its_ranks(stand_in, cluster, printed):
     job = stand_in("exit 75", "one_node.sbatch", ONE_RANK)
     assert outcome(cluster.wait(job, 30)) == [("FAILED", "75:0", "0")], printed(job)
