@@ -240,16 +240,23 @@ def run_soak(soak: Soak, options: argparse.Namespace) -> list[str]:
         "arguments": {"minutes": options.minutes, "kill_every": options.kill_every, "seed": options.seed},
         **environment(),
     }
-    step = soak.calibrate()
-    steps = math.ceil(60 * options.minutes / step)
-    save_every = max(5, int(options.kill_every / 6 / step))
-    result |= {"seconds_per_step": round(step, 4), "steps": steps, "save_every": save_every}
-    print(
-        f"{step:.3f} s a step: {steps} steps, a checkpoint every {save_every}; first a run that is left alone",
-        flush=True,
-    )
-    reference, killed = soak.output / "reference", soak.output / "killed"
-    result["reference"] = soak.run_whole(soak.arguments(reference, steps, save_every), reference)
+    killed = soak.output / "killed"
+    if options.reference is None:
+        step = soak.calibrate()
+        steps = math.ceil(60 * options.minutes / step)
+        save_every = max(5, int(options.kill_every / 6 / step))
+        result |= {"seconds_per_step": round(step, 4), "steps": steps, "save_every": save_every}
+        print(
+            f"{step:.3f} s a step: {steps} steps, a checkpoint every {save_every}; first a run that is left alone",
+            flush=True,
+        )
+        reference = soak.output / "reference"
+        result["reference"] = soak.run_whole(soak.arguments(reference, steps, save_every), reference)
+    else:
+        earlier = json.loads((options.reference / "RESULT.json").read_text(encoding="utf-8"))
+        steps, save_every, reference = earlier["steps"], earlier["save_every"], options.reference / "reference"
+        result |= {name: earlier[name] for name in ("seconds_per_step", "steps", "save_every")}
+        result["reference"] = {**earlier["reference"], "commit": earlier["commit"]}
     print(f"left alone: {result['reference']}; now the killed run", flush=True)
     soak.run_killed(soak.arguments(killed, steps, save_every), killed)
     result["killed"] = summarize(soak.sessions)
@@ -266,8 +273,12 @@ def main() -> None:
     parser.add_argument("--kill-every", type=float, default=60, help="seconds, about; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True, help="a new folder")
+    parser.add_argument(
+        "--reference", type=Path, help="folder of an earlier soak, whose run that was left alone is used"
+    )
     options = parser.parse_args()
     options.output = options.output.resolve()
+    options.reference = options.reference and options.reference.resolve()
     options.output.mkdir(parents=True)
     subprocess.run(
         [sys.executable, "-m", "dora_dist.quickstart", "--output", ".cache/quickstart"], cwd=REPOSITORY, check=True
