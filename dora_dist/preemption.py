@@ -17,8 +17,8 @@ What a batch script sees of :data:`~dora_dist.command.PREEMPTED`, as tried with 
 - SIGUSR1 kills a launcher, and leaves its ranks training without one, so send it to a rank. ``torchrun
   --signals-to-handle SIGTERM,SIGUSR1`` passes it on as it does SIGTERM; ``accelerate launch`` has no such option.
 
-The price: a rank that hangs, in a collective whose other end has died, no longer ends at the launcher's SIGTERM, but
-30 s later at its SIGKILL.
+A rank that hangs, in a collective whose other end has died, does not end at the launcher's SIGTERM any more, but with
+the verdict of :mod:`dora_dist.watch`.
 """
 
 import os
