@@ -9,7 +9,6 @@ answer is gone. Every rank then ends with the same verdict.
 import json
 import threading
 import time
-from collections.abc import Callable
 from types import TracebackType
 
 from dora_dist.command import PREEMPTED, ExpectedRunError, is_common, leave
@@ -46,22 +45,15 @@ class Watch:
     Args:
         meeting: where the ranks have met; None for a rank that is alone, which nobody watches.
         silent_seconds: without a sign of life before a rank counts as gone.
-        end: ends this process with an error, where its main thread hangs.
 
     Attributes:
         phase: what this rank is doing, for messages; to be set by whoever begins something.
     """
 
-    def __init__(
-        self,
-        meeting: Meeting | None,
-        silent_seconds: float,
-        end: Callable[[Exception, int], None] = leave,
-    ) -> None:
+    def __init__(self, meeting: Meeting | None, silent_seconds: float) -> None:
         self.phase = "starting"
         self._meeting = meeting
         self._silent_seconds = silent_seconds
-        self._end = end
         self._wake = threading.Event()
         self._stopped = False
         self._failure: str | None = None
@@ -89,7 +81,7 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._thread is None:
+        if self._thread is None or self._stopped:
             return
         if not isinstance(error, Exception) or is_common(error):
             self.stop(None if error is None else f"{type(error).__name__}: {error}")
@@ -152,7 +144,7 @@ class Watch:
             time.sleep(POLL_SECONDS)
         if not self._stopped and self._take():
             lost = RanksLostError(self._verdict, self._gone)
-            self._end(lost, lost.status)
+            leave(lost, lost.status)
 
     def _take(self) -> bool:
         """Whether it falls to this thread, the first to ask, to report the verdict."""

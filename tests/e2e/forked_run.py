@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,23 @@ def run_to_the_end(config: Path, output: Path, log: Path, *overrides: str, ranks
     text = log_of(log, ranks)
     assert [process.exitcode for process in processes] == [0] * ranks, text
     return text
+
+
+def runs_left_alone(config: Path, overrides: Callable[[int], tuple[str, ...]]) -> Callable[[int], Path]:
+    """Number of ranks -> the folder of a run on them that was never interrupted, made when it is first asked for.
+
+    Args:
+        config: YAML of the runs, which are put beside it.
+        overrides: number of ranks -> further arguments of the command line.
+    """
+
+    @cache
+    def of(ranks: int) -> Path:
+        output = config.parent / f"whole-{ranks}"
+        run_to_the_end(config, output, config.parent / f"whole-{ranks}.log", *overrides(ranks), ranks=ranks)
+        return output
+
+    return of
 
 
 def free_port() -> int:

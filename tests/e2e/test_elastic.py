@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 from commands import ZERO2, run, steps_of, train
-from forked_run import log_of, run_to_the_end, start_run
+from forked_run import log_of, run_to_the_end, runs_left_alone, start_run
 from ranks import wait_for_ranks
 from safetensors.torch import load_file
 from tiny_run import write_config
@@ -31,17 +31,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(config):
-    """Number of ranks -> the folder of a run on them that was never interrupted, with a checkpoint at every step."""
-    runs = {}
-
-    def of(ranks):
-        if ranks not in runs:
-            output = config.parent / f"whole-{ranks}"
-            run_to_the_end(config, output, config.parent / f"whole-{ranks}.log", *accumulate(ranks), ranks=ranks)
-            runs[ranks] = output
-        return runs[ranks]
-
-    return of
+    return runs_left_alone(config, accumulate)
 
 
 def interrupted_at(step, source, output):

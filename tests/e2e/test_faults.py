@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from faulty_rank import faulty_rank
-from forked_run import free_port, log_of, run_to_the_end, start_run, train_rank
+from forked_run import free_port, log_of, run_to_the_end, runs_left_alone, start_run, train_rank
 from ranks import start_ranks, wait_for_ranks
 from safetensors.torch import load_file
 from same_run import assert_same_run
@@ -40,17 +40,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(config):
-    """Number of ranks -> a run on them that was left alone."""
-    runs = {}
-
-    def of(ranks):
-        if ranks not in runs:
-            output = config.parent / f"whole-{ranks}"
-            run_to_the_end(config, output, config.parent / f"whole-{ranks}.log", ranks=ranks)
-            runs[ranks] = output
-        return runs[ranks]
-
-    return of
+    return runs_left_alone(config, lambda ranks: ())
 
 
 def broken_run(config, output, log, faults, *overrides, ranks=2, timeout=60):
