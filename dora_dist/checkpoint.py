@@ -17,6 +17,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dora_dist.controller import DynamicRankController
@@ -28,6 +29,8 @@ from dora_dist.shards import shard_name
 MANIFEST = "complete.json"
 METHOD_TENSORS = "dynamic_lora.safetensors"
 METHOD_STATE = "dynamic_lora.json"
+ALMOST_NOTHING = 2**18
+"""Bytes."""
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -104,6 +107,27 @@ def plain_values_only(folder: Path | str | None) -> Iterator[None]:
         raise ValueError(
             f"a file of {folder} holds other Python objects than tensors and numbers, which could run code and are not "
             f"loaded: it was not written by this program ({str(error).partition(chr(10))[0]})"
+        ) from None
+
+
+@contextmanager
+def room_needed(folder: Path) -> Iterator[None]:
+    """Where a checkpoint is written: say so if it is the disk that is full, whoever noticed it.
+
+    Raises:
+        ValueError: there is no room.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(folder.parent).free
+        reason = str(error).partition("\n")[0]
+        # torch's writer does not pass the system's reason on.
+        if not re.search("no space left|quota", reason, re.IGNORECASE) and free >= ALMOST_NOTHING:
+            raise
+        raise ValueError(
+            f"no room for {folder} ({free / 2**20:.1f} MiB are free): {reason}. The checkpoints before it are "
+            "unharmed; make room, lower checkpoint.keep_last, or move the run's folder and set output_dir to it"
         ) from None
 
 

@@ -271,14 +271,14 @@ class DynamicLoraTrainer(Trainer):
             self.controller.check_finite()
             if self.args.should_save and folder.exists():
                 shutil.rmtree(folder)  # what an interrupted save left
-        with self.agreement.together(f"writing {folder}"):
+        with self.agreement.together(f"writing {folder}"), checkpoint.room_needed(folder):
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
                 checkpoint.save_method_state(folder, self.controller, self.fingerprint, self.agreement.size)
             mine = checkpoint.files_of_rank(folder, self.agreement.rank, self.agreement.size)
             written = checkpoint.bring_to_disk(folder, mine)
         by_rank = self.agreement.gather(written)
-        with self.agreement.together(f"sealing {folder}"):
+        with self.agreement.together(f"sealing {folder}"), checkpoint.room_needed(folder):
             if self.args.should_save:
                 checkpoint.check_shards(folder, self.agreement.size, self.engine)
                 checkpoint.seal(folder, {name: seen for files in by_rank for name, seen in files.items()})

@@ -31,6 +31,7 @@ def doctor_rank(rank, started, arguments_of, port, log, world_size=None):
 
     By default, all ranks of its world are started.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background was started ignoring it
     if ctypes.CDLL(None).unshare(CLONE_NEWUTS) == 0:
         socket.sethostname(f"node{rank}")
     rank_environment(rank, world_size or started, MASTER_PORT=str(port))

@@ -210,11 +210,10 @@ def small_disk(tmp_path):
 def test_a_disk_that_is_full_during_a_save(config, whole, small_disk, tmp_path):
     disk, enlarge = small_disk
     codes, text = broken_run(config, disk / "run", tmp_path / "log", {})
-    assert codes == [1, 1], text
+    assert set(codes) <= {1, 2}, text
     for rank in (0, 1):
-        assert re.search(rf"\[rank {rank}\] error: .*checkpoint-\d+ failed on \d of 2 ranks: .*No space left", text), (
-            text
-        )
+        assert re.search(rf"\[rank {rank}\] error: .*no room for {disk}/run/checkpoint-\d+ \(\d", text), text
+    assert "Traceback" not in text
     flaws = [checkpoint.flaw_of(folder) for folder in checkpoint.checkpoints(disk / "run")]
     assert flaws[:-1] == [None] * (len(flaws) - 1)
     assert flaws[-1] is not None, "the checkpoint that did not fit passes for a complete one"
