@@ -8,8 +8,8 @@ another folder, is killed with SIGKILL about every minute (one rank, all ranks, 
 starts, trains, or has just begun to save) and is started again with the same command, until it is done. ``RESULT.json``
 has the kills, the memory of all ranks (a slope only for sessions of 2000 steps or more) and the comparison. Exit status
 1 if the runs differ, memory grows, a process is left, or a session ends by itself other than well. Takes more than
-twice the minutes asked for; half of it with ``--reference``, the folder of an earlier soak whose run that was left alone
-is compared with.
+twice the minutes asked for; half of it with ``--reference``, the folder of an earlier soak to whose run that was left
+alone the killed one is compared.
 """
 
 import argparse
