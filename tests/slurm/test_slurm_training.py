@@ -124,6 +124,7 @@ def assert_same_pruned_run(expected, found):
 def test_a_node_that_is_cut_off_is_named_and_the_run_goes_on(runs, cluster, submit, printed, tmp_path):
     run = tmp_path / "run"
     arguments = ["--config", str(runs.config), "--output_dir", str(run), "--distributed.silent_seconds", "5"]
+    arguments += ["--training.save_steps", "1"]  # slow enough to be cut off on the way
     job = submit("preemptible.sbatch", ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1"], arguments)
     wait_for(lambda: checkpoint.newest(run), 90, lambda: printed(job))
     cluster.cut("node2")
