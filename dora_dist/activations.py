@@ -61,7 +61,6 @@ class Batch:
         attention: ``sdpa``, ``eager`` or ``flash``.
         padded: rows differ in length, or hold several examples, so that attention needs a mask.
         autocast: torch's autocast is on: float32 adapters compute on copies in the compute dtype.
-        mask_bytes: per element of a dropout mask; None where it has the dtype of the data (CPU).
     """
 
     rows: int
@@ -70,7 +69,6 @@ class Batch:
     attention: Literal["sdpa", "eager", "flash"] = "sdpa"
     padded: bool = False
     autocast: bool = False
-    mask_bytes: int | None = 1
 
     @property
     def tokens(self) -> int:
@@ -106,29 +104,29 @@ def block_memory(block: Block, shape: ModelShape, batch: Batch, adapter: Adapter
     gradient = batch.tokens * shape.hidden_size * size
     norms = [_norm(norm, block, batch.tokens) for norm in block.norms]
     attention, attention_backward = _attention(block, shape, batch)
-    if batch.attention == "eager":
-        attention += kept.shared("o_proj")  # the other kernels keep their output anyway
-    product = kept.shared("down_proj") + kept.copies("down_proj")
+    # The other kernels keep their output anyway.
+    after_attention = kept.masks("o_proj") + (kept.shared("o_proj") if batch.attention == "eager" else 0)
+    product = kept.shared("down_proj")
     # The activation function keeps the gate; its product with up, both factors.
-    mlp = 3 * inner + product + kept.shared("gate_proj", "up_proj") + kept.copies("gate_proj", "up_proj")
-    attention += kept.shared(*QUERY_KEY_VALUE) + kept.copies(*QUERY_KEY_VALUE, "o_proj")
+    mlp = 3 * inner + product + kept.shared("gate_proj", "up_proj") + kept.masks("gate_proj", "up_proj", "down_proj")
+    attention += kept.shared(*QUERY_KEY_VALUE) + kept.masks(*QUERY_KEY_VALUE) + after_attention
     low_rank = sum(_low_rank(linear, batch, adapter) for linear in block.linears)
     down = block.linear("down_proj")
     weight = _dequantized(down, quantization, size)
+    down_mask = kept.masks("down_proj")
     backward, dequantized = max(
-        # (in all, of that the dequantized weight) while the base of down_proj works; its components have done so
-        (gradient - product + 2 * inner + weight, weight),
+        # (in all, of that the dequantized weight) while down_proj makes the gradient of its input
+        (gradient + inner + weight, weight),
+        # while its components add theirs
+        (gradient + inner + _components_backward(down, batch, adapter), 0),
         # the gradient of the product of gate and up, and those of the factors; nothing of down_proj is left
-        (gradient - product + 3 * inner, 0),
-        # the components of down_proj
-        (gradient + _components_backward(down, batch, adapter), 0),
-        # attention; nothing of the MLP is left
-        (gradient - mlp + attention_backward, 0),
+        (gradient - product - down_mask + 3 * inner, 0),
+        # attention; nothing of what came after it is left
+        (gradient - mlp - after_attention + attention_backward, 0),
     )
-    masks = sum(_dropout_mask(block.linear(kind), batch, adapter) for kind in QUERY_KEY_VALUE)
     return BlockMemory(
         saved=sum(norms) + attention + mlp + low_rank,
-        input=sum(norms[:1]) + masks,
+        input=sum(norms[:1]),
         forward=_end_of_forward(block, shape, batch, adapter, kept),
         backward=backward,
         dequantized=dequantized,
@@ -147,13 +145,12 @@ class _KeptInputs:
     def shared(self, *kinds: str) -> int:
         """The tensor itself, once, where one of them keeps it."""
         linears = [self.block.linear(kind) for kind in kinds]
-        by_adapter = not _copies_input(self.batch, self.adapter) and any(linear.adapted for linear in linears)
-        kept = by_adapter or self.quantization == "int8"
+        kept = any(linear.adapted for linear in linears) or self.quantization == "int8"
         return self.batch.tokens * linears[0].in_features * self.batch.compute_bytes if kept else 0
 
-    def copies(self, *kinds: str) -> int:
-        """What each makes of it for its components, with dropout masks."""
-        return sum(_adapter_input(self.block.linear(kind), self.batch, self.adapter) for kind in kinds)
+    def masks(self, *kinds: str) -> int:
+        """The dropout mask of each, a byte an entry."""
+        return sum(_dropout_mask(self.block.linear(kind), self.batch, self.adapter) for kind in kinds)
 
 
 def _end_of_forward(block: Block, shape: ModelShape, batch: Batch, adapter: Adapter, kept: _KeptInputs) -> int:
@@ -164,11 +161,8 @@ def _end_of_forward(block: Block, shape: ModelShape, batch: Batch, adapter: Adap
     for kinds, linear in ((("gate_proj", "up_proj"), gate), (("down_proj",), down)):
         if not kept.shared(*kinds):
             unsaved += batch.tokens * linear.in_features * batch.compute_bytes
-    copies = 0
-    if batch.autocast and down.adapted and adapter.bytes_per_element != batch.compute_bytes:
-        # Into the adapter's dtype, through dropout, and back.
-        copies = 2 * adapter.bytes_per_element - batch.compute_bytes if adapter.dropout else adapter.bytes_per_element
-    return base_output + unsaved + copies * batch.tokens * down.in_features
+    copies = _input_copies(down, batch, adapter) * batch.tokens * down.in_features
+    return base_output + unsaved + copies
 
 
 def _unknown_block(block: Block, batch: Batch, adapter: Adapter, quantization: str) -> BlockMemory:
@@ -176,7 +170,7 @@ def _unknown_block(block: Block, batch: Batch, adapter: Adapter, quantization: s
     saved = sum(_norm(norm, block, tokens) for norm in block.norms)
     for linear in block.linears:
         saved += tokens * (linear.in_features + linear.out_features) * size
-        saved += _adapter_input(linear, batch, adapter) + _low_rank(linear, batch, adapter)
+        saved += _dropout_mask(linear, batch, adapter) + _low_rank(linear, batch, adapter)
     weight = max((_dequantized(linear, quantization, size) for linear in block.linears), default=0)
     widest = max((linear.out_features for linear in block.linears), default=0)
     backward = 2 * tokens * widest * size + weight
@@ -214,46 +208,46 @@ def _attention(block: Block, shape: ModelShape, batch: Batch) -> tuple[int, int]
 
 
 def kept_int8_inputs(block: Block, batch: Batch) -> int:
-    """Inputs of a decoder layer's linear layers, a tensor that several read counted once."""
-    read_together = {"k_proj", "v_proj", "up_proj"} if block.is_known else set()
-    widths = sum(linear.in_features for linear in block.linears if linear.kind not in read_together)
-    return batch.tokens * widths * batch.compute_bytes
-
-
-def _copies_input(batch: Batch, adapter: Adapter) -> bool:
-    return adapter.dropout or adapter.bytes_per_element != batch.compute_bytes
+    """Inputs of a decoder layer's linear layers without components, a tensor that several read counted once."""
+    together = dict.fromkeys(QUERY_KEY_VALUE, "attention") | dict.fromkeys(("gate_proj", "up_proj"), "mlp")
+    bare = [linear for linear in block.linears if not linear.adapted]
+    if not block.is_known:
+        return batch.tokens * sum(linear.in_features for linear in bare) * batch.compute_bytes
+    widths = {together.get(linear.kind, linear.kind): linear.in_features for linear in bare}
+    return batch.tokens * sum(widths.values()) * batch.compute_bytes
 
 
 def _computing_bytes(batch: Batch, adapter: Adapter) -> int:
     return batch.compute_bytes if batch.autocast else adapter.bytes_per_element
 
 
-def _adapter_input(linear: Linear, batch: Batch, adapter: Adapter) -> int:
-    """Copy of a layer's input that its components keep, after dropout or in their own dtype, and the mask."""
-    if not linear.adapted or not _copies_input(batch, adapter):
-        return 0
-    copy = batch.tokens * linear.in_features * _computing_bytes(batch, adapter)
-    return copy + _dropout_mask(linear, batch, adapter)
-
-
 def _dropout_mask(linear: Linear, batch: Batch, adapter: Adapter) -> int:
-    if not linear.adapted or not adapter.dropout:
-        return 0
-    size = adapter.bytes_per_element if batch.mask_bytes is None else batch.mask_bytes
-    return batch.tokens * linear.in_features * size
+    return batch.tokens * linear.in_features if linear.adapted and adapter.dropout else 0
 
 
 def _low_rank(linear: Linear, batch: Batch, adapter: Adapter) -> int:
-    """The components' activations, before and after the gate."""
-    return 2 * batch.tokens * adapter.rank * _computing_bytes(batch, adapter) if linear.adapted else 0
+    """The components' activations."""
+    return batch.tokens * adapter.rank * _computing_bytes(batch, adapter) if linear.adapted else 0
+
+
+def _input_copies(linear: Linear, batch: Batch, adapter: Adapter) -> int:
+    """Bytes per entry of a layer's input that its components make of it for the moment: in their dtype, and dropped."""
+    if not linear.adapted:
+        return 0
+    size = _computing_bytes(batch, adapter)
+    return size * ((size != batch.compute_bytes) + adapter.dropout)
 
 
 def _components_backward(linear: Linear, batch: Batch, adapter: Adapter) -> int:
-    """Gradient of the components' input, twice in their own dtype where autocast turned it into another."""
+    """Beside the gradients of output and input: both in the components' dtype, the input dropped again, and what the
+    components add to its gradient where they cannot do so in place."""
     if not linear.adapted:
         return 0
-    copies = 2 if batch.autocast and adapter.dropout else 1
-    return copies * batch.tokens * linear.in_features * adapter.bytes_per_element
+    size = _computing_bytes(batch, adapter)
+    other = size != batch.compute_bytes
+    output = batch.tokens * linear.out_features * size * other
+    added = size * (adapter.dropout + (adapter.dropout or other))
+    return output + batch.tokens * linear.in_features * max(_input_copies(linear, batch, adapter), added)
 
 
 def _dequantized(linear: Linear, quantization: str, compute_bytes: int) -> int:

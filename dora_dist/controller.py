@@ -11,7 +11,7 @@ from dora_dist.allocation import select_components
 from dora_dist.command import ExpectedRunError
 from dora_dist.engine import zero_entries
 from dora_dist.events import PruneEvent
-from dora_dist.importance import ScoreFunction, component_scores, smooth
+from dora_dist.importance import ScoreFunction, score_layers, smooth
 from dora_dist.layer import DynamicLoraLinear
 from dora_dist.regularizer import equilibrium_penalty
 from dora_dist.schedule import BudgetSchedule
@@ -37,7 +37,7 @@ class DynamicRankController:
         max_rank: components that any layer keeps at most.
         regrow: prune softly before the final event (the gate is set to 0 and may grow back), as the paper does;
             otherwise pruned components stay out for good.
-        score: the importance criterion.
+        score: the importance criterion, of all layers at once.
 
     Raises:
         ValueError: the bounds and the budgets of the schedule do not fit together.
@@ -53,7 +53,7 @@ class DynamicRankController:
         min_rank: int = 0,
         max_rank: int | None = None,
         regrow: bool = True,
-        score: ScoreFunction = component_scores,
+        score: ScoreFunction = score_layers,
     ) -> None:
         self.layers = dict(sorted(layers.items()))
         self.schedule = schedule
@@ -199,8 +199,8 @@ class DynamicRankController:
     def _update_scores(self) -> None:
         """Never raises: a failure is kept for the next exchange, where all ranks learn of it."""
         try:
-            scores = [self.score(layer.lora_a, layer.effective_gate(), layer.lora_b) for layer in self.layers.values()]
-            self._smoothed = smooth(self._smoothed, torch.cat(scores), self.smoothing)
+            layers = [(layer.lora_a, layer.effective_gate(), layer.lora_b) for layer in self.layers.values()]
+            self._smoothed = smooth(self._smoothed, self.score(layers).flatten(), self.smoothing)
         except Exception as error:
             self._failure = self._failure or f"{type(error).__name__} after step {self.step}: {error}"
 

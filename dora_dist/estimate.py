@@ -134,7 +134,6 @@ def estimate_memory(config: RunConfig, world_size: int, device: str = "cuda") ->
         padded=rows > 1 or config.data.batching == "packed",
         # accelerate wraps the model in it, unless DeepSpeed has cast all parameters.
         autocast=compute == "bfloat16" and engine != "zero2",
-        mask_bytes=1 if device == "cuda" else None,
     )
     adapter = Adapter(
         rank=config.adapter.start_rank,

@@ -1,16 +1,19 @@
 """Importance of rank-one components, from weights alone (Mao et al., ACL 2024, equations 7 and 8).
 
 Pure functions on tensors: nothing here knows a model, a rank or a file. Another criterion is another
-function with the signature of :func:`component_scores`; the controller takes it as an argument.
+function with the signature of :func:`score_layers`; the controller takes it as an argument.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-ScoreFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""``(lora_a (r, in), gate (r,), lora_b (out, r)) -> scores (r,)``, higher is more important."""
+Components = tuple[Tensor, Tensor, Tensor]
+"""Of one layer: ``lora_a (r, in), gate (r,), lora_b (out, r)``."""
+ScoreFunction = Callable[[Sequence[Components]], Tensor]
+"""Layers with the same number of components ``r`` -> scores ``(layers, r)``, higher is more important."""
 
 
 @torch.no_grad()
@@ -35,14 +38,41 @@ def component_scores(lora_a: Tensor, gate: Tensor, lora_b: Tensor, eps: float = 
     Raises:
         ValueError: the three shapes do not belong together, or a tensor is not floating point.
     """
-    _check_shapes(lora_a, gate, lora_b)
-    a, c, b = lora_a.double(), gate.double(), lora_b.double()
-    gram_a = a @ a.T
-    gram_b = b.T @ b
-    norms = c.abs() * (gram_a.diagonal() * gram_b.diagonal()).sqrt()
-    total = (c @ (gram_a * gram_b) @ c).clamp(min=0).sqrt()
-    dtype = torch.promote_types(torch.result_type(lora_a, lora_b), torch.float32)
-    return (norms / (total + eps)).to(dtype)
+    return score_layers([(lora_a, gate, lora_b)], eps)[0]
+
+
+@torch.no_grad()
+def score_layers(layers: Sequence[Components], eps: float = 1e-8) -> Tensor:
+    """:func:`component_scores` of many layers with the same number of components, in fewer operations.
+
+    Only the two Gram products are made layer by layer, since ``A`` and ``B`` are too large to be stacked every step;
+    all that follows is done for all layers at once.
+
+    Returns:
+        Scores of shape ``(layers, r)`` in the widest of the inputs' dtypes, but at least float32.
+
+    Raises:
+        ValueError: as for :func:`component_scores`, there are no layers, or their numbers of components differ.
+    """
+    if not layers:
+        raise ValueError("there are no layers to score")
+    for layer in layers:
+        _check_shapes(*layer)
+    rank, device = len(layers[0][1]), layers[0][1].device
+    if any(len(gate) != rank for _, gate, _ in layers):
+        raise ValueError(f"layers differ in their number of components: {[len(gate) for _, gate, _ in layers]}")
+    gram_a, gram_b = torch.empty(2, len(layers), rank, rank, dtype=torch.float64, device=device)
+    for index, (lora_a, _, lora_b) in enumerate(layers):
+        a, b = lora_a.double(), lora_b.double()
+        torch.mm(a, a.T, out=gram_a[index])
+        torch.mm(b.T, b, out=gram_b[index])
+    gates = torch.stack([gate for _, gate, _ in layers]).double()
+    gram = gram_a.mul_(gram_b)
+    norms = gates.abs() * gram.diagonal(dim1=1, dim2=2).sqrt()
+    squares = (gram * gates.unsqueeze(1) * gates.unsqueeze(2)).sum((1, 2)).unsqueeze(1)
+    scores: Tensor = norms / (squares.clamp(min=0).sqrt() + eps)
+    dtypes = {tensor.dtype for layer in layers for tensor in layer}
+    return scores.to(functools.reduce(torch.promote_types, dtypes, torch.float32))
 
 
 def smooth(previous: Tensor, current: Tensor, beta: float) -> Tensor:

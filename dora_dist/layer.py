@@ -8,11 +8,12 @@ import hashlib
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from dora_dist.adapted_linear import adapted_linear
 from dora_dist.adapter_config import INITS
+from dora_dist.quantization import check_known_linear
 
 ADAPTER_NAME = "default"
 
@@ -35,6 +36,7 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
         super().__init__()
         if adapter_name != ADAPTER_NAME:
             raise ValueError(f"one adapter per model, named {ADAPTER_NAME!r}; got {adapter_name!r}")
+        check_known_linear(base_layer)
         LoraLayer.__init__(self, base_layer)
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
@@ -45,6 +47,8 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
         self.lora_B[adapter_name] = nn.utils.skip_init(nn.Linear, r, self.out_features, bias=False, device=device)
         self.lora_gate = nn.ParameterDict({adapter_name: torch.empty(r, device=device)})
         self.register_buffer("component_mask", torch.ones(r, dtype=torch.bool, device=device))
+        self._kept: Tensor | None = None
+        self._kept_at = (0, -1)
         self.set_adapter(adapter_name)
 
     @property
@@ -69,16 +73,31 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
 
     def effective_gate(self) -> Tensor:
         """Gates with masked components at exactly 0, shape ``(r,)``."""
+        if self.kept_components() is None:
+            return self.gate
         return torch.where(self.component_mask, self.gate, torch.zeros_like(self.gate))
+
+    def kept_components(self) -> Tensor | None:
+        """Indices of the components that the mask leaves, shape ``(k,)``, int64; None where it leaves all.
+
+        Looked up when the mask has changed only: on a GPU, finding them makes the host wait for the device.
+        """
+        mask = self.component_mask
+        seen = (id(mask), mask._version)
+        if self._kept_at != seen:
+            self._kept = None if bool(mask.all()) else mask.nonzero().flatten()
+            self._kept_at = seen
+        return self._kept
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``(..., in) -> (..., out)`` in the base layer's output dtype."""
-        result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
-            return result
-        x = self.lora_dropout[ADAPTER_NAME](x.to(self.lora_a.dtype))
-        hidden = F.linear(x, self.lora_a) * (self.effective_gate() * self.scale)
-        return result + F.linear(hidden, self.lora_b).to(result.dtype)
+            return self.base_layer(x, *args, **kwargs)
+        dropout = self.lora_dropout[ADAPTER_NAME]
+        probability = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+        return adapted_linear(
+            x, self.base_layer, self.lora_a, self.gate, self.lora_b, self.scale, self.kept_components(), probability
+        )
 
     @torch.no_grad()
     def initialize(self, init: str, seed: int, name: str, dtype: torch.dtype) -> None:

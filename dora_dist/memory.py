@@ -192,14 +192,11 @@ def step_memory(
     kept = inputs if checkpointing else plain
     # The penalty's wait for those of the task loss; ZeRO keeps what an earlier micro-batch has left as a shard.
     early = adapter.penalty + (optimizer.gradients_between and not zero)
-    casts = batch.autocast and size != batch.compute_bytes
     in_backward = {
         "adapter gradients": size * trained * early,
         # What earlier micro-batches left, and the buffer that DeepSpeed makes for every backward.
         "gradient shard": size * shard if zero and optimizer.gradients_between else 0,
         "ZeRO reduction bucket": size * optimizer.bucket_numel if zero else 0,
-        # Autocast keeps a copy of what it casts until the backward has passed.
-        "adapter in another dtype": batch.compute_bytes * trained if casts else 0,
     }
     moments = (
         Moment(

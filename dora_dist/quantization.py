@@ -50,15 +50,37 @@ def forbid_inference_packing(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def dequantized_weight(module: nn.Module) -> Tensor:
-    """Weight ``(out, in)`` that a linear layer computes with, in float32: dequantized where it is quantized."""
+def dequantized_weight(module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Weight ``(out, in)`` that a linear layer computes with, in ``dtype``: dequantized where it is quantized."""
     if isinstance(module, Linear4bit):
-        return bnb_functional.dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+        return bnb_functional.dequantize_4bit(module.weight.data, module.weight.quant_state).to(dtype)
     if isinstance(module, Linear8bitLt):
         state = module.state
         # Before the first forward the codes and scales are with the parameter, afterwards with the layer's state.
         codes = module.weight.CB if state.CB is None else state.CB
         scales = module.weight.SCB if state.SCB is None else state.SCB
         codes = module.weight.data if codes is None else codes
-        return bnb_functional.int8_vectorwise_dequant(codes, scales).float()
-    return module.weight.float()
+        return bnb_functional.int8_vectorwise_dequant(codes, scales).to(dtype)
+    return module.weight.to(dtype)
+
+
+def product_dtype(module: nn.Module, output: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer has multiplied to get this output, and multiplies in its backward."""
+    if isinstance(module, Linear4bit) and module.compute_dtype is not None:
+        return module.compute_dtype
+    return output.dtype
+
+
+def check_known_linear(module: nn.Module) -> None:
+    """Refuse a linear layer that computes in a way of its own, for its input gradient would not be ``grad @ weight``.
+
+    Raises:
+        ValueError: neither torch's linear layer nor one of bitsandbytes' quantized ones.
+    """
+    known = (nn.Linear.forward, Linear4bit.forward, Linear8bitLt.forward)
+    if getattr(type(module), "forward", None) not in known:
+        raise ValueError(
+            f"a layer to adapt is a {type(module).__module__}.{type(module).__qualname__}, which computes in a way of "
+            "its own: only torch.nn.Linear and bitsandbytes' Linear4bit and Linear8bitLt can be adapted; leave it out "
+            "of adapter.target_modules"
+        )

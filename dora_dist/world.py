@@ -36,7 +36,7 @@ def connect(engine: str, timeout_minutes: float) -> PartialState:
         )
     if engine == "zero2" and not gpus:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        _use_gloo_only()
+        use_gloo_only()
     if engine == "none":
         return PartialState()
     timeout = timedelta(minutes=timeout_minutes)
@@ -46,7 +46,7 @@ def connect(engine: str, timeout_minutes: float) -> PartialState:
     return PartialState(cpu=engine == "ddp", backend="gloo", timeout=timeout)
 
 
-def _use_gloo_only() -> None:
+def use_gloo_only() -> None:
     """Do without DeepSpeed's shared-memory collectives for CPUs, which it compiles at the first start: they need a
     compiler and Python's headers, and win nothing at the size of an adapter."""
     import deepspeed

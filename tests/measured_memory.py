@@ -20,6 +20,7 @@ from dora_dist.backbone import load_backbone, resolve_compute_dtype
 from dora_dist.config import RunConfig, load_config
 from dora_dist.model import DynamicLoraModel
 from dora_dist.regularizer import equilibrium_penalty
+from dora_dist.world import use_gloo_only
 
 
 def save_model(folder: Path, config: PreTrainedConfig) -> None:
@@ -57,6 +58,7 @@ def measure_zero_peak(path: str, overrides: list[str]) -> int:
     """The same under DeepSpeed as launch/zero2.json configures it, on one rank of a world that has been joined."""
     import deepspeed
 
+    use_gloo_only()
     config = load_config(path, overrides)
     before = _live_storages()
     model = _load(config, "auto")

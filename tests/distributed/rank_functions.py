@@ -1,6 +1,7 @@
 """What ranks run in the tests of this folder (importable, so that a fresh process finds it)."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from dora_dist.agreement import Agreement, StoreAgreement, digest_tensors
 from dora_dist.controller import DynamicRankController
 from dora_dist.engine import zero_entries
-from dora_dist.importance import component_scores
+from dora_dist.importance import Components, score_layers
 from dora_dist.layer import DynamicLoraLinear
 from dora_dist.schedule import BudgetSchedule
 
@@ -76,9 +77,9 @@ def prune_with_different_statistics() -> dict[str, Any]:
     """Each rank scores with a factor pattern of its own; returns what it fed and what was selected."""
     rank = dist.get_rank()
 
-    def skewed(lora_a: Tensor, gate: Tensor, lora_b: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(100 * rank + int(1000 * float(lora_a.sum())) % 97)
-        return component_scores(lora_a, gate, lora_b) * (0.2 + torch.rand(RANK, generator=generator).double())
+    def skewed(layers: Sequence[Components]) -> Tensor:
+        generator = torch.Generator().manual_seed(rank)
+        return score_layers(layers) * (0.2 + torch.rand(len(layers), RANK, generator=generator).double())
 
     layers = make_layers()
     controller = make_controller(layers, score=skewed)
@@ -114,12 +115,12 @@ def prune_with_altered_mask(odd_rank: int) -> None:
 def prune_with_bad_scores(bad_rank: int, kind: str) -> None:
     """One rank has a NaN in its weights' scores, or fails while it scores; all are the same otherwise."""
 
-    def score(lora_a: Tensor, gate: Tensor, lora_b: Tensor) -> Tensor:
-        scores = component_scores(lora_a, gate, lora_b)
+    def score(layers: Sequence[Components]) -> Tensor:
+        scores = score_layers(layers)
         if dist.get_rank() == bad_rank:
             if kind == "raises":
                 raise MemoryError("no memory left on this rank")
-            scores[2] = float(kind)
+            scores[0, 2] = float(kind)
         return scores
 
     controller = make_controller(make_layers(), score=score)
@@ -294,10 +295,10 @@ def _make_step(engine: str, model: nn.Module) -> Any:
     if engine.startswith("zero2"):
         import deepspeed
 
-        from dora_dist.world import _use_gloo_only
+        from dora_dist.world import use_gloo_only
 
         os.environ["MASTER_PORT"] = "29500"
-        _use_gloo_only()
+        use_gloo_only()
         wrapped, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,

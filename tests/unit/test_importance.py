@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dora_dist.importance import component_scores, smooth
+from dora_dist.importance import component_scores, score_layers, smooth
 
 KINDS = ("random", "nearly collinear", "zero gates", "one zero gate")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -121,6 +121,21 @@ def test_shapes_that_do_not_belong_together_are_refused(shape_a, shape_gate, sha
 def test_integers_are_refused():
     with pytest.raises(ValueError, match=r"torch\.int64"):
         component_scores(torch.ones(2, 3), torch.ones(2, dtype=torch.int64), torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_layers_score_as_each_alone(dtype):
+    sizes = [(20, 30), (30, 20), (7, 64), (20, 30)]
+    layers = [tuple(t.to(dtype) for t in draw("random", 5, *size, seed=n)) for n, size in enumerate(sizes)]
+    assert torch.equal(score_layers(layers), torch.stack([component_scores(*layer) for layer in layers]))
+
+
+def test_layers_that_cannot_be_scored_together_are_refused():
+    layers = [draw("random", rank, 8, 8, seed=0) for rank in (4, 5)]
+    with pytest.raises(ValueError, match=r"\[4, 5\]"):
+        score_layers(layers)
+    with pytest.raises(ValueError, match="no layers"):
+        score_layers([])
 
 
 def test_smoothing_is_the_average_of_equation_8():

@@ -2,32 +2,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+from base_layers import IN, RANK, make_base
 from torch import Tensor, nn
 
 from dora_dist.layer import DynamicLoraLinear
-from dora_dist.quantization import dequantized_weight, forbid_inference_packing
+from dora_dist.quantization import dequantized_weight
 
-IN, OUT, RANK, ALPHA = 64, 32, 6, 8.0
-
-
-def make_base(kind: str = "plain") -> nn.Linear:
-    plain = nn.Linear(IN, OUT)
-    generator = torch.Generator().manual_seed(0)
-    weight, bias = torch.randn(OUT, IN, generator=generator) / 8, torch.randn(OUT, generator=generator)
-    if kind == "plain":
-        base, parameter = plain, nn.Parameter(weight)
-    elif kind == "nf4":
-        base = Linear4bit(IN, OUT, compute_dtype=torch.float32, quant_type="nf4")
-        parameter = Params4bit(weight, requires_grad=False, quant_type="nf4")
-    else:
-        base = Linear8bitLt(IN, OUT, has_fp16_weights=False)
-        parameter = Int8Params(weight, requires_grad=False, has_fp16_weights=False)
-    base.weight = parameter
-    base.bias = nn.Parameter(bias)
-    base.to("cpu").requires_grad_(False)  # quantizes
-    forbid_inference_packing(base)
-    return base
+ALPHA = 8.0
 
 
 def make_layer(kind: str = "plain", *, dropout: float = 0.0, init: str | None = None) -> DynamicLoraLinear:
@@ -184,3 +165,31 @@ def test_an_unknown_init_is_refused():
 def test_a_second_adapter_is_refused():
     with pytest.raises(ValueError, match="got 'other'"):
         DynamicLoraLinear(make_base(), "other", config=SimpleNamespace(lora_dropout=0.0), r=2, lora_alpha=2)
+
+
+def test_the_kept_components_follow_the_mask_however_it_changes():
+    layer = make_layer()
+    assert layer.kept_components() is None
+    layer.component_mask[[1, 4]] = False
+    assert layer.kept_components().tolist() == [0, 2, 3, 5]
+    assert layer.kept_components() is layer.kept_components(), "the device is asked once"
+    layer.component_mask.copy_(torch.arange(RANK) < 2)
+    assert layer.kept_components().tolist() == [0, 1]
+    layer.load_state_dict({"component_mask": torch.ones(RANK, dtype=torch.bool)}, strict=False)
+    assert layer.kept_components() is None
+    layer.component_mask = torch.zeros(RANK, dtype=torch.bool)
+    assert layer.kept_components().tolist() == []
+
+
+@pytest.mark.parametrize("kind", ["plain", "nf4"])
+def test_a_layer_that_kept_nothing_is_its_base_and_has_gradients_of_zero(kind):
+    layer = make_layer(kind)
+    layer.component_mask.fill_(False)
+    x = inputs().requires_grad_()
+    output = layer(x)
+    assert torch.equal(output, layer.base_layer(x))
+    output.sum().backward()
+    assert x.grad.any()
+    assert all(
+        parameter.grad is not None and not parameter.grad.any() for parameter in adapter_parameters(layer).values()
+    )

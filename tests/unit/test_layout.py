@@ -53,19 +53,20 @@ LEVELS = [
         "quickstart.backbone",
     },
     {
+        "adapted_linear",
         "agreement",
         "backbone",
         "config",
         "data.chat",
         "data.shorten",
         "doctor.device",
-        "layer",
         "memory",
         "merge",
         "quickstart.text",
         "targets",
         "verify",
     },
+    {"layer"},
     {
         "controller",
         "data.encode",
@@ -142,8 +143,10 @@ def test_the_method_imports_torch_and_the_standard_library_only(name):
 
 
 def test_the_layer_knows_no_rank_no_schedule_and_no_configuration_of_a_run():
-    assert own_imports("layer") <= {"adapter_config"}
-    assert not {full for full in imports("layer") if full.startswith(("torch.distributed", "accelerate", "deepspeed"))}
+    assert own_imports("layer") <= {"adapted_linear", "adapter_config", "quantization"}
+    assert own_imports("adapted_linear") <= {"quantization"}
+    for name in ("layer", "adapted_linear"):
+        assert not {full for full in imports(name) if full.startswith(("torch.distributed", "accelerate", "deepspeed"))}
 
 
 def test_a_configuration_stops_at_the_builder():

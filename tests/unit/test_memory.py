@@ -157,7 +157,10 @@ def test_activations_grow_with_tokens_and_scores_with_their_square(saved):
 def test_checkpointing_keeps_inputs_of_layers_only_unless_the_base_hides_its_own(saved):
     shape = shape_of(saved())
     assert step(shape).checkpointed_activations == 2 * 4 * 64 * 64 * 2
-    assert step(shape, quantization="int8").checkpointed_activations > 5 * step(shape).checkpointed_activations
+    # bitsandbytes' 8-bit layers keep theirs where checkpointing does not see them, unless they have components.
+    assert step(shape, quantization="int8").checkpointed_activations == step(shape).checkpointed_activations
+    bare = shape_of(saved(), ["o_proj"])
+    assert step(bare, quantization="int8").checkpointed_activations > 4 * step(bare).checkpointed_activations
     assert step(shape, checkpointing=True).peak.total < step(shape).peak.total
 
 
@@ -197,5 +200,6 @@ def test_a_layer_without_adapters_keeps_no_inputs_for_them(saved):
     batch = Batch(rows=1, length=16, compute_bytes=4)
     all_linear, one = (shape_of(folder, targets) for targets in ("all-linear", ["v_proj"]))
     sizes = [block_memory(shape.blocks[0], shape, batch, adapter, "nf4").saved for shape in (all_linear, one)]
-    widths = 64 + 64 + 64 + 64 + 64 + 128  # inputs of q, k, o, gate, up and down
-    assert sizes[0] - sizes[1] == 16 * (widths * (4 + 1) + 6 * 2 * 3 * 4)
+    widths = 64 + 64 + 64 + 64 + 64 + 128  # inputs of q, k, o, gate, up and down: a byte an entry for dropout
+    inputs = 64 + 128  # of gate and up together, and of down: v shares with q and k, attention keeps that of o
+    assert sizes[0] - sizes[1] == 16 * (inputs * 4 + widths + 6 * 3 * 4)

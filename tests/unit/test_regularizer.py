@@ -47,6 +47,32 @@ def test_the_gradient_equals_that_of_the_formula():
     torch.testing.assert_close(ours, naive, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_has_the_inputs_dtype_and_the_losss_factor(dtype):
+    pairs = draw_pairs(dtype)
+    exact = [tuple(tensor.detach().double().requires_grad_() for tensor in pair) for pair in pairs]
+    (0.1 * equilibrium_penalty(pairs)).backward()
+    (0.1 * naive_penalty(exact)).backward()
+    for pair, wanted in zip(pairs, exact, strict=True):
+        for tensor, other in zip(pair, wanted, strict=True):
+            assert tensor.grad.dtype == dtype
+            torch.testing.assert_close(tensor.grad.double(), other.grad, rtol=torch.finfo(dtype).eps * 2, atol=1e-9)
+
+
+def test_vectors_far_from_zero_keep_the_precision_of_their_variance():
+    """The mean is taken off before anything is squared."""
+    pairs = [tuple((tensor.detach() + 100).float() for tensor in pair) for pair in draw_pairs()]
+    torch.testing.assert_close(equilibrium_penalty(pairs).double(), naive_penalty(pairs), rtol=1e-6, atol=0)
+
+
+def test_a_second_backward_is_refused_and_not_wrong():
+    pairs = draw_pairs()
+    penalty = equilibrium_penalty(pairs)
+    penalty.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        penalty.backward()
+
+
 def test_components_with_equal_entries_cost_nothing():
     assert equilibrium_penalty([(torch.full((2, 5), 3.0), torch.full((4, 2), -1.0))]) == 0
 
