@@ -24,9 +24,9 @@ from typing import Any
 PACKAGES = ("torch", "transformers", "safetensors", "bitsandbytes", "accelerate")
 CASES = (("nf4", "float32"), ("nf4", "bfloat16"), ("int8", "float32"), ("none", "float32"), ("none", "bfloat16"))
 LOADERS = ("transformers", "ours")
-PARTS = ("read", "read, return")
-"""Of what ``ours`` adds to ``transformers``: files read instead of mapped; and freed memory returned. The rest of it is
-that weights are quantized in pieces."""
+PARTS = ("read", "read, pieces")
+"""Of what ``ours`` adds to ``transformers``: files read instead of mapped; and weights quantized in pieces. The rest
+is that freed memory is returned at the end."""
 MB = 10**6
 
 
@@ -42,8 +42,8 @@ def load(loader: str, folder: str, quantization: str, dtype: str) -> Any:
     if loader == "ours":
         return backbone.load_backbone(folder, quantization, compute)
     read = loading._files_read(mapped=False) if "read" in loader else contextlib.nullcontext()
-    returned = loading._freed_is_returned() if "return" in loader else contextlib.nullcontext()
-    with read, returned:
+    pieces = loading._QuantizedInPieces() if "pieces" in loader else contextlib.nullcontext()
+    with read, pieces:
         return AutoModelForCausalLM.from_pretrained(
             folder,
             quantization_config=quantization_config(quantization, compute),

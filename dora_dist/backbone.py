@@ -1,5 +1,6 @@
 """Loading the frozen base model and its tokenizer."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,7 +42,7 @@ def _reading(path: str) -> Iterator[None]:
 
     Raises:
         ValueError: instead of the ``OSError`` that transformers raises, for a name that is on no hub too, and of
-            safetensors' own error for a file that is cut off.
+            the errors for a file of weights, or their index, that is cut off.
     """
     try:
         yield
@@ -50,7 +51,7 @@ def _reading(path: str) -> Iterator[None]:
             f"model.path {path!r} cannot be read, neither as a folder (looked from {Path.cwd()}) nor from the Hub: "
             f"{error}"
         ) from None
-    except SafetensorError as error:
+    except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(
             f"the weights at model.path {path!r} cannot be read: {error}; copy or download the model again"
         ) from None

@@ -6,7 +6,6 @@ a CPU: see "Loading" in docs/performance.md for what each of the parts here save
 
 import ctypes
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,12 +18,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import modeling_utils
 
-MALLOPT_TRIM_THRESHOLD, MALLOPT_MMAP_THRESHOLD = -1, -3
-"""``M_TRIM_THRESHOLD`` and ``M_MMAP_THRESHOLD`` of glibc's ``malloc.h``."""
-RETURNED_BYTES = 2**20
-"""Blocks from this size on go back to the system when they are freed during loading."""
-GLIBC_LARGEST = 32 * 2**20
-"""What glibc's own moving threshold ends at (``DEFAULT_MMAP_THRESHOLD_MAX``); it trims at twice this."""
 PIECE_NUMEL = 2**17
 """Elements that are quantized at a time on a CPU; a multiple of every block size. Scratch is 13 bytes for each."""
 NAMED = 5
@@ -38,8 +31,9 @@ def lean_loading(shared: bool) -> Iterator[None]:
     Args:
         shared: weights are used from the file as they are; ranks of a node then share its pages.
     """
-    with _files_read(mapped=shared), _freed_is_returned(), _QuantizedInPieces():
+    with _files_read(mapped=shared), _QuantizedInPieces():
         yield
+    _return_freed_memory()
 
 
 @contextmanager
@@ -64,23 +58,11 @@ def _files_read(mapped: bool) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _freed_is_returned() -> Iterator[None]:
-    """Keep glibc from holding on to what was freed: between the small blocks that stay, the space of the 16-bit
-    weights would never go back. Afterwards, its thresholds are where they move to by themselves once a large block
-    has been freed. Whoever has set them in the environment knows better."""
-    libc = ctypes.CDLL(None)
-    mallopt = getattr(libc, "mallopt", None)
-    if mallopt is None or any(name.startswith("MALLOC_") for name in os.environ):
-        yield
-        return
-    mallopt(MALLOPT_MMAP_THRESHOLD, RETURNED_BYTES)
-    try:
-        yield
-    finally:
-        mallopt(MALLOPT_MMAP_THRESHOLD, GLIBC_LARGEST)
-        mallopt(MALLOPT_TRIM_THRESHOLD, 2 * GLIBC_LARGEST)
-        libc.malloc_trim(0)
+def _return_freed_memory() -> None:
+    """glibc keeps what was freed between small blocks that stay; other allocators have no such function."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class _QuantizedInPieces(TorchDispatchMode):

@@ -170,6 +170,13 @@ def test_a_file_that_is_cut_off_is_named(left, quantization, tmp_path):
         load_backbone(str(tmp_path), quantization)
 
 
+def test_an_index_that_is_cut_off_is_refused(tmp_path):
+    index = save(tmp_path, shard=SHARD) / "model.safetensors.index.json"
+    index.write_text(index.read_text()[:50])
+    with pytest.raises(ValueError, match=r"the weights at model.path .* cannot be read: .*download the model again"):
+        load_backbone(str(tmp_path))
+
+
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"])
 def test_a_missing_weight_is_not_made_up(name, quantization, tmp_path):
