@@ -1,11 +1,13 @@
 """Loading the frozen base model and its tokenizer."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -15,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from dora_dist.loading import check_loaded, lean_loading
 from dora_dist.quantization import forbid_inference_packing, quantization_config
 
 
@@ -38,7 +41,8 @@ def _reading(path: str) -> Iterator[None]:
     """Turn a failure to find or read a model into an error that names the key to mend.
 
     Raises:
-        ValueError: instead of the ``OSError`` that transformers raises, for a name that is on no hub too.
+        ValueError: instead of the ``OSError`` that transformers raises, for a name that is on no hub too, and of
+            the errors for a file of weights, or their index, that is cut off.
     """
     try:
         yield
@@ -46,6 +50,10 @@ def _reading(path: str) -> Iterator[None]:
         raise ValueError(
             f"model.path {path!r} cannot be read, neither as a folder (looked from {Path.cwd()}) nor from the Hub: "
             f"{error}"
+        ) from None
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"the weights at model.path {path!r} cannot be read: {error}; copy or download the model again"
         ) from None
 
 
@@ -95,7 +103,7 @@ def load_backbone(
     attention: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A causal language model, quantized while it is read, on one device, frozen.
+    """A causal language model, quantized while it is read, tensor by tensor, on one device, frozen.
 
     Args:
         path: folder in the Hugging Face layout, or a name on the Hub.
@@ -106,15 +114,16 @@ def load_backbone(
         trust_remote_code: run model code that comes with the model.
 
     Raises:
-        ValueError: the path or the quantization is not usable.
+        ValueError: the path or the quantization is not usable, or the weights are not those that the model needs.
     """
     config = load_model_config(path, trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"the model at {path!r} is stored quantized; give the 16-bit model, it is quantized on loading"
         )
-    with _reading(path):
-        model = AutoModelForCausalLM.from_pretrained(
+    unchanged = quantization == "none" and torch.device(device).type == "cpu" and config.dtype == compute_dtype
+    with _reading(path), lean_loading(shared=unchanged):
+        model, loading_info = AutoModelForCausalLM.from_pretrained(
             find_model(path),
             config=config,
             quantization_config=quantization_config(quantization, compute_dtype),
@@ -122,7 +131,10 @@ def load_backbone(
             device_map={"": device},
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told better by check_loaded
         )
+    check_loaded(model, path, loading_info)
     forbid_inference_packing(model)
     model.config.use_cache = False
     model.requires_grad_(False)

@@ -361,3 +361,38 @@ def store_phase_that_fails(failing: int) -> None:
     with agreement.together("looking"):
         if agreement.rank == failing:
             raise OSError("no such file")
+
+
+def load_and_watch(tiny: str, folder: str, quantization: str, dtype: str, hoard: bool) -> dict[str, int]:
+    """What loading a base takes on this rank while the others load it too, in bytes.
+
+    Args:
+        tiny: another base, loaded before, so that what is imported on first use is not counted.
+        folder: of the base.
+        quantization: of the base.
+        dtype: to compute in.
+        hoard: also hold all weights as they are stored, as a loader would that reads first and quantizes then.
+    """
+    from many_shards import size_of_model
+    from process_memory import MemoryWatch
+    from safetensors.torch import load_file
+
+    from dora_dist.backbone import load_backbone
+
+    load_backbone(tiny, quantization, getattr(torch, dtype))
+    dist.barrier()
+    with MemoryWatch() as watch:
+        files = sorted(Path(folder).glob("*.safetensors")) if hoard else []
+        stored = [{name: value.clone() for name, value in load_file(path).items()} for path in files]
+        model = load_backbone(folder, quantization, getattr(torch, dtype))
+        del stored
+    return {"resident": watch.resident, "own": watch.anonymous, "kept": watch.kept, "model": size_of_model(model)}
+
+
+def load_where_one_is_broken(folder: str, broken: str) -> None:
+    """The last rank's base has a flaw."""
+    from dora_dist.backbone import load_backbone
+
+    agreement = Agreement()
+    with agreement.together("loading the model"):
+        load_backbone(broken if agreement.rank == agreement.size - 1 else folder)

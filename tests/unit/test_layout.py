@@ -17,6 +17,7 @@ LEVELS = [
         "adapter_config",
         "command",
         "launch",
+        "loading",
         "quiet",
         "importance",
         "schedule",

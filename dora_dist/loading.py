@@ -1,0 +1,164 @@
+"""Reading a base in little more memory than the base itself takes, and all of it or nothing.
+
+transformers (5.23) quantizes one tensor at a time, but what lies around that costs several times the quantized base on
+a CPU: see "Loading" in docs/performance.md for what each of the parts here saves. None of them changes a bit.
+"""
+
+import ctypes
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import modeling_utils
+
+PIECE_NUMEL = 2**17
+"""Elements that are quantized at a time on a CPU; a multiple of every block size. Scratch is 13 bytes for each."""
+NAMED = 5
+"""Tensors that an error names."""
+
+
+@contextmanager
+def lean_loading(shared: bool) -> Iterator[None]:
+    """``from_pretrained`` within this takes the memory of what it returns, and of about one tensor.
+
+    Args:
+        shared: weights are used from the file as they are; ranks of a node then share its pages.
+    """
+    with _files_read(mapped=shared), _QuantizedInPieces():
+        yield
+    _return_freed_memory()
+
+
+@contextmanager
+def _files_read(mapped: bool) -> Iterator[None]:
+    """Let transformers read each tensor when it needs it, instead of mapping all files into memory at once.
+
+    Pages of a mapped file count as the process's own until the last tensor has been read. safetensors can do either;
+    transformers has no option for it (5.23, ``_load_pretrained_model``), and this can go when it has.
+    """
+    opened = getattr(modeling_utils, "safe_open", None)
+    if opened is None:  # another transformers: loads the same, in more memory
+        yield
+        return
+
+    def open_named(filename: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return opened(filename, *args, **(kwargs if mapped else {**kwargs, "backend": "pread"}))
+        except SafetensorError as error:
+            raise SafetensorError(f"{filename} is damaged: {error}") from None
+
+    with mock.patch.object(modeling_utils, "safe_open", open_named):
+        yield
+
+
+def _return_freed_memory() -> None:
+    """glibc keeps what was freed between small blocks that stay; other allocators have no such function."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+class _QuantizedInPieces(TorchDispatchMode):
+    """Quantize a weight on a CPU a piece at a time. bitsandbytes (0.50.2) has no kernel for it there and computes
+    with whole copies, of 13 bytes per element beside the weight. Its blocks and rows do not know of each other, so
+    that the pieces are the whole."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        pieces = None
+        if not kwargs and args and isinstance(args[0], Tensor) and args[0].is_cpu:
+            if func is torch.ops.bitsandbytes.quantize_4bit.default:
+                pieces = args[0].reshape(-1).split(PIECE_NUMEL)
+            # A threshold looks for columns of outliers, which are of the whole weight.
+            elif func is torch.ops.bitsandbytes.int8_vectorwise_quant.default and len(args) == 1:
+                pieces = args[0].split(max(1, PIECE_NUMEL // args[0].shape[-1]))
+        if pieces is None or len(pieces) < 2:
+            return func(*args, **(kwargs or {}))
+        return _apply_in_pieces(func, pieces, args[1:])
+
+
+def _apply_in_pieces(func: Any, pieces: Sequence[Tensor], args: Sequence[Any]) -> tuple[Tensor | None, ...]:
+    """``func(piece, *args)`` of every piece, each of its results joined along the first dimension."""
+    joined: list[Tensor | None] = []
+    ends: list[int] = []
+    total = sum(len(piece) for piece in pieces)
+    for piece in pieces:
+        results = func(piece, *args)
+        if not joined:  # made whole at once: what many small results leave behind would be scattered
+            sizes = [0 if result is None else math.ceil(total * len(result) / len(piece)) for result in results]
+            joined = [
+                None if r is None else r.new_empty(size, *r.shape[1:]) for r, size in zip(results, sizes, strict=True)
+            ]
+            ends = [0] * len(joined)
+        for number, (whole, result) in enumerate(zip(joined, results, strict=True)):
+            if whole is not None:
+                whole[ends[number] : ends[number] + len(result)] = result
+                ends[number] += len(result)
+    assert all(whole is None or len(whole) == end for whole, end in zip(joined, ends, strict=True))
+    return tuple(joined)
+
+
+def check_loaded(model: nn.Module, path: str, loading_info: Mapping[str, Any]) -> None:
+    """Refuse a model that is not the one in its files. transformers gives random values to what it does not find or
+    cannot use, with a warning, and does not look at the shape of a weight that it quantizes.
+
+    Args:
+        model: as loaded.
+        path: where from.
+        loading_info: what ``from_pretrained`` has found (``output_loading_info``, with ``ignore_mismatched_sizes``).
+
+    Raises:
+        ValueError: weights are missing, have another shape, or belong to a layer that has no place for them.
+    """
+    missing = sorted(loading_info["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"the model at model.path {path!r} has no weights for {_listed(missing)}: every weight that its "
+            "config.json describes must be in its files; copy or download the model again, or give the model that "
+            "this config.json belongs to"
+        )
+    wrong = [f"{name} {tuple(is_)} instead of {tuple(should)}" for name, is_, should in loading_info["mismatched_keys"]]
+    wrong += _wrong_quantized_shapes(model)
+    if wrong:
+        raise ValueError(
+            f"the model at model.path {path!r} holds weights of another shape than its config.json says: "
+            f"{_listed(sorted(wrong))}; give the config.json that belongs to these files"
+        )
+    modules = dict(model.named_modules())
+    # Not whatever is unexpected: a value head, or the images' part of a larger model, may well be left out.
+    homeless = [
+        name
+        for name in sorted(loading_info["unexpected_keys"])
+        if isinstance(getattr(modules.get(name.rpartition(".")[0]), "weight", None), Tensor)
+    ]
+    if homeless:
+        raise ValueError(
+            f"the model at model.path {path!r} holds {_listed(homeless)}, for which its config.json has no place, so "
+            "that they would be left out: give the config.json that belongs to these files (biases, for example, are "
+            "switched on there)"
+        )
+
+
+def _wrong_quantized_shapes(model: nn.Module) -> list[str]:
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            shape = tuple(module.weight.quant_state.shape)
+        elif isinstance(module, Linear8bitLt):
+            shape = tuple(module.weight.shape)
+        else:
+            continue
+        if shape != (module.out_features, module.in_features):
+            found.append(f"{name}.weight {shape} instead of {(module.out_features, module.in_features)}")
+    return found
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
