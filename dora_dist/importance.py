@@ -69,7 +69,7 @@ def score_layers(layers: Sequence[Components], eps: float = 1e-8) -> Tensor:
     gates = torch.stack([gate for _, gate, _ in layers]).double()
     gram = gram_a.mul_(gram_b)
     norms = gates.abs() * gram.diagonal(dim1=1, dim2=2).sqrt()
-    squares = (gram * gates.unsqueeze(1) * gates.unsqueeze(2)).sum((1, 2)).unsqueeze(1)
+    squares = (gram * gates.unsqueeze(1) * gates.unsqueeze(2)).flatten(1).sum(1, keepdim=True)
     scores: Tensor = norms / (squares.clamp(min=0).sqrt() + eps)
     dtypes = {tensor.dtype for layer in layers for tensor in layer}
     return scores.to(functools.reduce(torch.promote_types, dtypes, torch.float32))
