@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from dora_dist.world import join_at_file
 
     with tempfile.TemporaryDirectory() as folder:
-        device = torch.device(options.device)
+        device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
         join_at_file(Path(folder) / "meeting", rank=0, size=1, device=device)
         agreement = Agreement(device)
         work = _growth if parsed.growth else _comparison
