@@ -6,6 +6,7 @@ log looks fine.
 
 import os
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +45,21 @@ def connect(engine: str, timeout_minutes: float) -> PartialState:
         return PartialState(timeout=timeout)
     # accelerate knows DDP on CPUs as a forced CPU, and DeepSpeed on CPUs only without it.
     return PartialState(cpu=engine == "ddp", backend="gloo", timeout=timeout)
+
+
+def join_at_file(meeting: Path, rank: int, size: int, device: torch.device) -> None:
+    """Join a process group of this machine without a launcher, for measuring.
+
+    Args:
+        meeting: a file that is not there yet, the same for all ranks.
+        rank: of this process.
+        size: number of ranks.
+        device: on which tensors are exchanged.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, init_method=meeting.as_uri(), rank=rank, world_size=size)
 
 
 def use_gloo_only() -> None:

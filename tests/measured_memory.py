@@ -1,22 +1,18 @@
 """The peak memory of training steps on a CPU, in bytes: what ``torch.cuda.max_memory_allocated`` is on a GPU."""
 
-import gc
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from repository import REPOSITORY
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from dora_dist import add_dynamic_lora
 from dora_dist.backbone import load_backbone, resolve_compute_dtype
+from dora_dist.benchmark.peak import PeakMeter
 from dora_dist.config import RunConfig, load_config
 from dora_dist.model import DynamicLoraModel
 from dora_dist.regularizer import equilibrium_penalty
@@ -34,7 +30,7 @@ def measure_peak(config: RunConfig) -> int:
     The step is the trainer's (``training_step`` of transformers and ``compute_loss`` of this project): forward with
     labels and ``num_items_in_batch``, equilibrium penalty, backward, gradient clipping, AdamW.
     """
-    before = _live_storages()
+    meter = PeakMeter()
     model = _load(config, "float32")
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters)
@@ -51,7 +47,7 @@ def measure_peak(config: RunConfig) -> int:
         optimizer.step()
         optimizer.zero_grad()
 
-    return _peak_of_second(step, before)
+    return meter.of_second(step)
 
 
 def measure_zero_peak(path: str, overrides: list[str]) -> int:
@@ -60,7 +56,7 @@ def measure_zero_peak(path: str, overrides: list[str]) -> int:
 
     use_gloo_only()
     config = load_config(path, overrides)
-    before = _live_storages()
+    meter = PeakMeter()
     model = _load(config, "auto")
     settings: dict[str, Any] = json.loads((REPOSITORY / "launch" / "zero2.json").read_text())
     rows, accumulation = _rows(config), config.training.get("gradient_accumulation_steps", 1)
@@ -82,44 +78,7 @@ def measure_zero_peak(path: str, overrides: list[str]) -> int:
             del loss
             engine.step()
 
-    return _peak_of_second(step, before)
-
-
-def _peak_of_second(step: Callable[[], None], before: dict[int, int]) -> int:
-    step()
-    resident = sum(size for address, size in _live_storages().items() if address not in before)
-    with _rise_of_allocator() as found:
-        step()
-    return resident + found.peak
-
-
-def _live_storages() -> dict[int, int]:
-    """Address and bytes of the storage of every tensor that Python can reach."""
-    gc.collect()
-    storages = {}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), Tensor) and thing.device.type == "cpu":
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    storages.pop(0, None)
-    return storages
-
-
-@contextmanager
-def _rise_of_allocator() -> Iterator[SimpleNamespace]:
-    """How far the allocated bytes rise, at most, above those at the start, by the events of the allocator itself.
-
-    What a kernel allocates and frees within one operation counts; scratch of MKL or oneDNN, outside the allocator,
-    does not.
-    """
-    found = SimpleNamespace(peak=0)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        yield found
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        found.peak = max(found.peak, live)
+    return meter.of_second(step)
 
 
 def _load(config: RunConfig, adapter_dtype: str) -> DynamicLoraModel:

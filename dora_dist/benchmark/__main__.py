@@ -1,0 +1,116 @@
+"""The command: measure, print a table, keep JSON and picture."""
+
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dora_dist.benchmark.options import Options, build_parser, check_device, resolve
+from dora_dist.command import run_command, say
+from dora_dist.quiet import quiet_libraries
+from dora_dist.records import write_json
+from dora_dist.table import aligned
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure what the options ask for.
+
+    Raises:
+        ValueError: an option cannot be.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parsed = build_parser().parse_args(arguments)
+    options = resolve(parsed)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    quiet_libraries()
+    check_device(options.device)
+    from dora_dist.benchmark.record import describe
+
+    environment = describe(options, arguments)
+    options.output.mkdir(parents=True, exist_ok=True)
+    if parsed.scoring:
+        _scoring(options, environment)
+        return
+    import torch
+
+    from dora_dist.agreement import Agreement
+    from dora_dist.world import join_at_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
+        join_at_file(Path(folder) / "meeting", rank=0, size=1, device=device)
+        agreement = Agreement(device)
+        work = _growth if parsed.growth else _comparison
+        work(options, environment, agreement)
+        agreement.close()
+
+
+def _comparison(options: Options, environment: dict[str, Any], agreement: Any) -> None:
+    from dora_dist.benchmark.comparison import compare, comparison_rows, method_lines
+    from dora_dist.benchmark.figure import draw_comparison
+    from dora_dist.benchmark.shapes import FLOPS_FORMULA
+
+    records: list[dict[str, Any]] = []
+    for shape in options.shapes:
+        records += compare(shape, options, agreement)
+    for record in records:
+        profile = record.pop("profile", None)
+        if profile is not None:
+            checkpointing = "_checkpointing" if record["checkpointing"] else ""
+            name = f"profile_{record['shape']}_{options.profile}{checkpointing}{_suffix(options)}.txt"
+            (options.output / name).write_text(profile + "\n", encoding="utf-8")
+            say(f"wrote {options.output / name}")
+    result = {
+        "environment": environment,
+        "peak_tflops": options.peak_tflops,
+        "model_flops_formula": FLOPS_FORMULA,
+        "records": records,
+    }
+    print(aligned(comparison_rows(records), num_words=3))
+    print("\n".join(method_lines(records)))
+    path = _keep(result, "benchmark", options)
+    draw_comparison(records, f"The same step of the same NF4 base, rank {options.rank}\n{_where(environment)}", path)
+    say(f"wrote {path}")
+
+
+def _growth(options: Options, environment: dict[str, Any], agreement: Any) -> None:
+    from dora_dist.benchmark.figure import draw_growth
+    from dora_dist.benchmark.growth import growth_rows, measure_growth
+
+    result = {"environment": environment, **measure_growth(options, agreement)}
+    print(aligned(growth_rows(result)))
+    path = _keep(result, "growth", options)
+    draw_growth(result, f"A step as the work grows\n{_where(environment)}", path)
+    say(f"wrote {path}")
+
+
+def _scoring(options: Options, environment: dict[str, Any]) -> None:
+    from dora_dist.benchmark.scoring import measure_scoring, scoring_rows
+
+    result = {"environment": environment, **measure_scoring(options)}
+    print(aligned(scoring_rows(result)))
+    _keep(result, "scoring", options)
+
+
+def _keep(result: dict[str, Any], name: str, options: Options) -> Path:
+    """Write the JSON; the path of a picture beside it."""
+    path = options.output / f"{name}{_suffix(options)}.json"
+    write_json(path, result)
+    say(f"wrote {path}")
+    return path.with_suffix(".png")
+
+
+def _suffix(options: Options) -> str:
+    """Results of a GPU stand beside those of a CPU."""
+    return "_cuda" if options.device == "cuda" else ""
+
+
+def _where(environment: dict[str, Any]) -> str:
+    return environment["gpu"] or f"{environment['cpu']}, {environment['torch_threads']} threads"
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,296 @@
+"""What is compared: the same step of the same base with different adapters.
+
+A step is forward with labels, backward, clipping, AdamW (fused, the Trainer's default) and ``zero_grad``.
+"""
+
+from collections.abc import Callable
+
+import peft
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from dora_dist.adapter_config import DynamicLoraConfig
+from dora_dist.agreement import Agreement
+from dora_dist.benchmark.base import share
+from dora_dist.benchmark.options import ADALORA, DYNAMIC, FLOOR, LORA, PRUNED, Options
+from dora_dist.controller import DynamicRankController
+from dora_dist.model import add_dynamic_lora
+from dora_dist.schedule import BudgetSchedule
+
+ALPHA = 8.0
+LEARNING_RATE = 1e-4
+WEIGHT_DECAY = 0.01
+MAX_NORM = 1.0
+EQUILIBRIUM_WEIGHT = 0.1
+STEPS_TO_PRUNE = 6
+"""Optimizer steps before the final event of the pruned contestant."""
+ENDLESS = 10**6
+"""Optimizer steps of a run whose first event is never reached here."""
+ADALORA_STEPS = 10_000
+"""Of AdaLoRA's schedule, which prunes in every step from the first one (``deltaT`` is 1 by default)."""
+SAME_LOSS = 1e-5
+"""Relative difference between losses that must be equal."""
+
+
+class Contestant:
+    """A model that takes steps.
+
+    Args:
+        model: with or without an adapter.
+        agreement: over the ranks.
+        autocast: dtype to compute in where the adapter has another one, or None.
+        average: average gradients over the ranks, as data-parallel training does: one all-reduce of one flat tensor.
+    """
+
+    def __init__(
+        self, model: nn.Module, agreement: Agreement, autocast: torch.dtype | None = None, average: bool = False
+    ) -> None:
+        self.model = model.train()
+        self.agreement = agreement
+        self.steps = 0
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._autocast = autocast
+        self._average = average
+        self.optimizer = (
+            torch.optim.AdamW(self.parameters, LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
+            if self.parameters
+            else None
+        )
+
+    def loss(self, rows: Tensor) -> Tensor:
+        """Of rows of shape ``(batch, sequence)``, each token being a label."""
+        with torch.autocast(rows.device.type, self._autocast, enabled=self._autocast is not None):
+            return self.model(input_ids=rows, labels=rows).loss
+
+    def prepare(self, rows: Callable[[int], Tensor]) -> None:
+        """Whatever precedes the first step that is measured; rows by their number."""
+
+    def step(self, rows: Tensor) -> None:
+        """One optimizer step."""
+        self.steps += 1
+        self._backward(self.loss(rows))
+        self._update()
+        self._after_update()
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def _update(self) -> None:
+        if self.optimizer is None:
+            return
+        if self._average:
+            self._average_gradients()
+        torch.nn.utils.clip_grad_norm_(self.parameters, MAX_NORM)
+        self.optimizer.step()
+
+    def _average_gradients(self) -> None:
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        self.agreement.add_up(flat)
+        flat /= self.agreement.size
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def _after_update(self) -> None:
+        pass
+
+
+class AdaLora(Contestant):
+    """As PEFT's documentation has the loop: the update between the optimizer's step and ``zero_grad``."""
+
+    def _after_update(self) -> None:
+        self.model.base_model.update_and_allocate(self.steps)
+
+
+class Dynamic(Contestant):
+    """As :class:`~dora_dist.trainer.DynamicLoraTrainer` drives the method.
+
+    Args:
+        model: of :func:`~dora_dist.model.add_dynamic_lora`.
+        agreement: over the ranks.
+        schedule: of the budget.
+        autocast: see :class:`Contestant`.
+        average: see :class:`Contestant`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        agreement: Agreement,
+        schedule: BudgetSchedule,
+        autocast: torch.dtype | None = None,
+        average: bool = False,
+    ) -> None:
+        super().__init__(model, agreement, autocast, average)
+        self.controller = DynamicRankController(model.adapted_layers(), schedule, agreement)
+
+    def _backward(self, loss: Tensor) -> None:
+        penalty = self.controller.penalty()
+        if penalty is not None:
+            loss = loss + EQUILIBRIUM_WEIGHT * penalty.to(loss.dtype)
+        loss.backward()
+
+    def _after_update(self) -> None:
+        self.controller.after_optimizer_step(self.steps)
+        self.agreement.any(False)  # whether a rank was told to stop
+
+    def step_in_parts(self, rows: Tensor, now: Callable[[], float]) -> dict[str, float]:
+        """One optimizer step; seconds of the method's own parts, and of the ``step``. The penalty has a backward of
+        its own here, to be timed alone; the gradients are the same."""
+        self.steps += 1
+        began = now()
+        loss = self.loss(rows)
+        forward = now()
+        penalty = self.controller.penalty()
+        assert penalty is not None, "the parts are those of steps before the final event"
+        task = now()
+        loss.backward()
+        backward = now()
+        (EQUILIBRIUM_WEIGHT * penalty).backward()
+        update = now()
+        self._update()
+        scoring = now()
+        self.controller.after_optimizer_step(self.steps)
+        agreement = now()
+        self.agreement.any(False)
+        end = now()
+        self.optimizer.zero_grad()
+        return {
+            "penalty, forward": task - forward,
+            "penalty, backward": update - backward,
+            "scoring and smoothing": agreement - scoring,
+            "agreement": end - agreement,
+            "step": now() - began,
+        }
+
+
+class Pruned(Dynamic):
+    """After a few steps and the final event: neither penalty nor scores any more, fewer components."""
+
+    def prepare(self, rows: Callable[[int], Tensor]) -> None:
+        for number in range(STEPS_TO_PRUNE):
+            self.step(rows(number))
+        self.controller.finish()
+
+    def kept_ranks(self) -> list[int]:
+        """Components that each layer has kept."""
+        return [int(layer.component_mask.sum()) for layer in self.controller.layers.values()]
+
+
+def build(
+    name: str,
+    base: LlamaForCausalLM,
+    options: Options,
+    agreement: Agreement,
+    *,
+    checkpointing: bool = False,
+    dropout: float = 0.0,
+    average: bool = False,
+) -> Contestant:
+    """A contestant over the tensors of the base, not prepared yet.
+
+    Args:
+        name: of ``CONTESTANTS``.
+        base: shared with the others, never changed.
+        options: ranks, dtypes and seed.
+        agreement: over the ranks.
+        checkpointing: gradient checkpointing.
+        dropout: of the adapter.
+        average: see :class:`Contestant`.
+    """
+    model = share(base)
+    adapter_dtype = getattr(torch, options.adapter_dtype)
+    autocast = None if adapter_dtype == base.dtype else base.dtype
+    torch.manual_seed(options.seed)
+    if name == FLOOR:
+        _let_gradients_begin(model)
+        wrapped: nn.Module = model
+    elif name in (LORA, ADALORA):
+        wrapped = peft.get_peft_model(model, _peft_config(name, options, dropout))
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(adapter_dtype)
+    else:
+        wrapped = add_dynamic_lora(
+            model,
+            DynamicLoraConfig(
+                initial_rank=options.rank,
+                target_rank=options.target_rank,
+                alpha=ALPHA,
+                dropout=dropout,
+                dtype=options.adapter_dtype,
+                seed=options.seed,
+            ),
+        )
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    if name == ADALORA:
+        return AdaLora(wrapped, agreement, autocast, average)
+    if name in (DYNAMIC, PRUNED):
+        kind = Dynamic if name == DYNAMIC else Pruned
+        return kind(wrapped, agreement, _schedule(name, len(wrapped.adapted_layers()), options), autocast, average)
+    return Contestant(wrapped, agreement, autocast, average)
+
+
+def check_same_start(contestants: dict[str, Contestant], rows: Tensor) -> None:
+    """All adapters begin as the base model: a contestant whose first loss is another one does other work.
+
+    Raises:
+        RuntimeError: one does.
+    """
+    losses = {name: contestant.loss(rows).item() for name, contestant in contestants.items() if name != ADALORA}
+    low, high = min(losses.values()), max(losses.values())
+    if not high - low <= SAME_LOSS * abs(high):
+        raise RuntimeError(f"the contestants do not begin as the same model: losses {losses}")
+
+
+def check_gradients(contestants: dict[str, Contestant], rows: Tensor) -> None:
+    """Every parameter that is trained gets a gradient, and not all of them are 0.
+
+    Raises:
+        RuntimeError: one does not.
+    """
+    for name, contestant in contestants.items():
+        contestant.loss(rows).backward()
+        missing = sum(parameter.grad is None for parameter in contestant.parameters)
+        moved = sum(bool(parameter.grad.any()) for parameter in contestant.parameters if parameter.grad is not None)
+        if contestant.parameters and (missing or not moved):
+            raise RuntimeError(
+                f"{name}: {missing} of {len(contestant.parameters)} parameters have no gradient, {moved} one that is "
+                "not 0"
+            )
+        contestant.model.zero_grad()
+
+
+def _peft_config(name: str, options: Options, dropout: float) -> peft.LoraConfig:
+    common = {
+        "lora_alpha": ALPHA,
+        "lora_dropout": dropout,
+        "target_modules": "all-linear",
+        "task_type": "CAUSAL_LM",
+    }
+    if name == LORA:
+        return peft.LoraConfig(r=options.rank, **common)
+    return peft.AdaLoraConfig(
+        init_r=options.rank, target_r=options.target_rank, tinit=0, tfinal=0, total_step=ADALORA_STEPS, **common
+    )
+
+
+def _schedule(name: str, num_layers: int, options: Options) -> BudgetSchedule:
+    sizes = {"num_layers": num_layers, "initial_rank": options.rank, "target_rank": options.target_rank}
+    if name == DYNAMIC:
+        return BudgetSchedule(total_steps=ENDLESS, **sizes)
+    steps = 2 * STEPS_TO_PRUNE
+    return BudgetSchedule(total_steps=steps, warmup_fraction=0, final_fraction=0.5, interval=STEPS_TO_PRUNE, **sizes)
+
+
+def _let_gradients_begin(model: LlamaForCausalLM) -> None:
+    """Where they end for an adapter on every linear layer: at the outputs of the first projections. Begun at the
+    embedding, the floor would do work that no contestant does (the input gradients of q, k and v in the first layer:
+    a tenth of the step for two layers), and every contestant would look nearer to it."""
+    attention = model.model.layers[0].self_attn
+    for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+        projection.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))

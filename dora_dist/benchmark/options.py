@@ -1,0 +1,218 @@
+"""What is to be measured: the command line, checked before anything expensive."""
+
+import argparse
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dora_dist.benchmark.shapes import Shape, parse_shape
+
+FLOOR = "floor"
+LORA = "peft-lora"
+ADALORA = "peft-adalora"
+DYNAMIC = "dynamic"
+PRUNED = "dynamic-pruned"
+CONTESTANTS = {
+    FLOOR: "the frozen base alone: forward, and backward to the inputs of its layers",
+    LORA: "PEFT's LoRA of the initial rank",
+    ADALORA: "PEFT's AdaLoRA, its update in every step",
+    DYNAMIC: "this project before the final event: scoring, smoothing, DEM and agreement in every step",
+    PRUNED: "this project after the final event",
+}
+CHECKPOINTING = {"off": (False,), "on": (True,), "both": (False, True)}
+DTYPES = ("float32", "bfloat16")
+MOST_ROUNDS = 1000
+QUICK_SHAPE, QUICK_ROUNDS, QUICK_WARMUP = "64x2", 2, 1
+"""For tests of the command: no figure of it means anything."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line, resolved.
+
+    Args:
+        shapes: to be measured.
+        contestants: in their order.
+        rounds: measured rounds, in each of which every contestant takes one step.
+        warmup: rounds before them.
+        dropouts: each of them is a comparison of its own.
+        rank: components of each layer at the start, and the rank of PEFT's adapters.
+        target_rank: components of each layer, on average, after the final event.
+        device: ``cpu`` or ``cuda``.
+        compute_dtype: of the base's computation.
+        adapter_dtype: of the adapters' parameters.
+        peak_tflops: of the device, for utilisation; None where the user gave none.
+        profile: contestant whose step is profiled, or None.
+        seed: of weights, adapters and rows.
+        quick: everything tiny.
+        output: folder of the results.
+    """
+
+    shapes: tuple[Shape, ...]
+    contestants: tuple[str, ...]
+    rounds: int
+    warmup: int
+    dropouts: tuple[float, ...]
+    rank: int
+    target_rank: int
+    device: str
+    compute_dtype: str
+    adapter_dtype: str
+    peak_tflops: float | None
+    profile: str | None
+    seed: int
+    quick: bool
+    output: Path
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dora_dist.benchmark",
+        description="Step time and peak memory of this project beside the frozen base, PEFT's LoRA and PEFT's AdaLoRA: "
+        "one process, one random base in NF4, the same rows, contestants in turns. Nothing is downloaded.",
+        epilog="contestants: " + "; ".join(f"{name}: {text}" for name, text in CONTESTANTS.items()),
+        allow_abbrev=False,
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--scoring", action="store_true", help="measure the scoring of an 8B model's components instead")
+    what.add_argument(
+        "--growth", action="store_true", help="measure steps against layers, width, rank and number of ranks instead"
+    )
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        metavar="SHAPE",
+        help="WIDTHxLAYERS, or 8b (for a GPU), or 8b-tiny; by default 512x8 1024x4 2048x2",
+    )
+    parser.add_argument("--contestants", nargs="+", metavar="NAME", help="by default all")
+    parser.add_argument("--rounds", type=int, metavar="N", help="measured rounds; by default 20, for --growth 10")
+    parser.add_argument("--warmup", type=int, metavar="N", help="rounds before them; by default 3")
+    parser.add_argument("--dropout", nargs="+", type=float, default=[0.0], metavar="P", help="by default 0")
+    parser.add_argument("--checkpointing", choices=CHECKPOINTING, help="by default both, for 8b on")
+    parser.add_argument("--sequence", type=int, metavar="N", help="tokens of a row; by default 256, for 8b 2048")
+    parser.add_argument("--batch", type=int, metavar="N", help="rows of a step; by default 4, for 8b 1")
+    parser.add_argument("--vocabulary", type=int, metavar="N", help="by default 4096, for 8b 128256")
+    parser.add_argument("--rank", type=int, default=12, metavar="R", help="initial rank; by default 12")
+    parser.add_argument("--target-rank", type=int, default=8, metavar="R", help="by default 8")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="by default cpu")
+    parser.add_argument("--compute-dtype", choices=DTYPES, help="by default float32 on a CPU, bfloat16 on a GPU")
+    parser.add_argument(
+        "--adapter-dtype",
+        choices=DTYPES,
+        help="by default the compute dtype, as under ZeRO-2; float32 on a bfloat16 base runs under autocast, as "
+        "under DDP",
+    )
+    parser.add_argument("--peak-tflops", type=float, metavar="X", help="of the device, for the utilisation")
+    parser.add_argument("--profile", metavar="NAME", help="write a profile of one step of this contestant, too")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="by default 0")
+    parser.add_argument("--quick", action="store_true", help="tiny and meaningless: to see that the command works")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), metavar="FOLDER")
+    return parser
+
+
+def resolve(parsed: argparse.Namespace) -> Options:
+    """Defaults, and checks.
+
+    Raises:
+        ValueError: an option cannot be; with its value, the rule and the option.
+    """
+    quick = parsed.quick
+    names = parsed.shapes or ([QUICK_SHAPE] if quick else ["512x8", "1024x4", "2048x2"])
+    rounds = parsed.rounds if parsed.rounds is not None else QUICK_ROUNDS if quick else 10 if parsed.growth else 20
+    warmup = parsed.warmup if parsed.warmup is not None else QUICK_WARMUP if quick else 3
+    _check_numbers(parsed, rounds, warmup)
+    if parsed.growth and parsed.device != "cpu":
+        raise ValueError(f"--device is {parsed.device}, but --growth measures processes that share the cores of a CPU")
+    contestants = _contestants(parsed)
+    shapes = tuple(_shape(name, parsed) for name in names)
+    compute = parsed.compute_dtype or ("bfloat16" if parsed.device == "cuda" else "float32")
+    adapter = parsed.adapter_dtype or compute
+    if (compute, adapter) == ("float32", "bfloat16"):
+        raise ValueError("--adapter-dtype is bfloat16, but must be float32 on a base that computes in float32")
+    return Options(
+        shapes=shapes,
+        contestants=contestants,
+        rounds=rounds,
+        warmup=warmup,
+        dropouts=tuple(parsed.dropout),
+        rank=parsed.rank,
+        target_rank=parsed.target_rank,
+        device=parsed.device,
+        compute_dtype=compute,
+        adapter_dtype=adapter,
+        peak_tflops=parsed.peak_tflops,
+        profile=parsed.profile,
+        seed=parsed.seed,
+        quick=quick,
+        output=_folder(parsed.output),
+    )
+
+
+def check_device(device: str) -> None:
+    """Refuse a GPU that is not there.
+
+    Raises:
+        ValueError: it is not.
+    """
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "--device is cuda, but torch sees no GPU here: run it where there is one, or give --device cpu"
+        )
+
+
+def _check_numbers(parsed: argparse.Namespace, rounds: int, warmup: int) -> None:
+    if not 1 <= rounds <= MOST_ROUNDS:
+        raise ValueError(f"--rounds is {rounds}, but must lie in [1, {MOST_ROUNDS}]")
+    if not 0 <= warmup <= MOST_ROUNDS:
+        raise ValueError(f"--warmup is {warmup}, but must lie in [0, {MOST_ROUNDS}]")
+    for dropout in parsed.dropout:
+        if not 0 <= dropout < 1:
+            raise ValueError(f"--dropout is {dropout}, but must lie in [0, 1)")
+    if parsed.target_rank < 1:
+        raise ValueError(f"--target-rank is {parsed.target_rank}, but must be at least 1")
+    if parsed.rank < parsed.target_rank:
+        raise ValueError(
+            f"--rank is {parsed.rank}, below the target rank {parsed.target_rank}: pruning only removes components, "
+            "so raise --rank or lower --target-rank"
+        )
+    if parsed.peak_tflops is not None and not parsed.peak_tflops > 0:
+        raise ValueError(f"--peak-tflops is {parsed.peak_tflops}, but must be positive")
+    for name in ("sequence", "batch", "vocabulary"):
+        least = 1 if name == "batch" else 2
+        value = getattr(parsed, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name} is {value}, but must be at least {least}")
+
+
+def _contestants(parsed: argparse.Namespace) -> tuple[str, ...]:
+    chosen = list(CONTESTANTS) if parsed.contestants is None else parsed.contestants
+    for option, names in (("contestants", chosen), ("profile", [parsed.profile] if parsed.profile else [])):
+        for name in names:
+            if name not in CONTESTANTS:
+                raise ValueError(f"--{option} has {name!r}, but must be of {', '.join(CONTESTANTS)}")
+    if LORA not in chosen:
+        raise ValueError(f"--contestants is {' '.join(chosen)}, but must include {LORA}: all ratios are to it")
+    if parsed.profile and parsed.profile not in chosen:
+        raise ValueError(f"--profile is {parsed.profile}, which --contestants leaves out")
+    return tuple(name for name in CONTESTANTS if name in chosen)
+
+
+def _shape(name: str, parsed: argparse.Namespace) -> Shape:
+    shape = parse_shape(name)
+    changes = {key: value for key in ("sequence", "batch", "vocabulary") if (value := getattr(parsed, key)) is not None}
+    if parsed.quick:
+        changes = {"sequence": 16, "batch": 2, "vocabulary": 128} | changes
+    if parsed.checkpointing is not None:
+        changes["checkpointing"] = CHECKPOINTING[parsed.checkpointing]
+    return replace(shape, **changes)
+
+
+def _folder(path: Path) -> Path:
+    """A folder that can be written into, without making it yet."""
+    existing = next(part for part in (path, *path.absolute().parents) if part.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"--output is {path}, but {existing} is no folder that can be written into")
+    return path
