@@ -152,7 +152,7 @@ def estimate_memory(config: RunConfig, world_size: int, device: str = "cuda") ->
         batch=batch,
         adapter=adapter,
         optimizer=optimizer,
-        chunked_loss=not shape.adapts_head and obstacle(skeleton.requires_grad_(False)) is None,
+        chunked_loss=obstacle(skeleton.requires_grad_(False)) is None,
     )
     trained = adapter.trained_numel(shape)
     return MemoryEstimate(

@@ -68,11 +68,6 @@ class ModelShape:
     """Of norms, biases and whatever else is not quantized."""
     buffer_bytes: int
 
-    @property
-    def adapts_head(self) -> bool:
-        """Whether the output head has components."""
-        return any(linear.is_head and linear.adapted for linear in self.linears)
-
 
 def read_shape(skeleton: "PreTrainedModel", adapted: Sequence[str]) -> ModelShape:
     """The shape of a transformers model.

@@ -86,7 +86,7 @@ def measure_zero_peak(path: str, overrides: list[str]) -> int:
 def _peak_of_second(step: Callable[[], None], before: dict[int, int]) -> int:
     step()
     resident = sum(size for address, size in _live_storages().items() if address not in before)
-    with _rise_of_allocator() as found:
+    with rise_of_allocator() as found:
         step()
     return resident + found.peak
 
@@ -104,7 +104,7 @@ def _live_storages() -> dict[int, int]:
 
 
 @contextmanager
-def _rise_of_allocator() -> Iterator[SimpleNamespace]:
+def rise_of_allocator() -> Iterator[SimpleNamespace]:
     """How far the allocated bytes rise, at most, above those at the start, by the events of the allocator itself.
 
     What a kernel allocates and frees within one operation counts; scratch of MKL or oneDNN, outside the allocator,
