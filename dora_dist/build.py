@@ -12,6 +12,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dora_dist import backbone
 from dora_dist.agreement import Agreement, digest_tensors
+from dora_dist.command import say
 from dora_dist.config import RunConfig
 from dora_dist.controller import DynamicRankController
 from dora_dist.data.batches import Collator, FlattenedCollator, PackedCollator, PaddedCollator, PlannedRows
@@ -57,7 +58,11 @@ def load_model(config: RunConfig, device: torch.device, tokenizer: PreTrainedTok
     if adapter.dtype == "auto" and not config.distributed.engine.startswith("zero"):
         # Only ZeRO keeps a float32 master copy of low-precision parameters.
         adapter = dataclasses.replace(adapter, dtype="float32")
-    return add_dynamic_lora(base, dataclasses.replace(adapter, seed=adapter_seed(config)))
+    model = add_dynamic_lora(base, dataclasses.replace(adapter, seed=adapter_seed(config)))
+    reason = model.leave_out_logits()
+    if reason is not None:
+        say(f"the loss of {type(base).__name__} takes the logits of all positions at once, and their memory: {reason}")
+    return model
 
 
 def build_controller(

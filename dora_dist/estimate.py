@@ -109,6 +109,7 @@ def estimate_memory(config: RunConfig, world_size: int, device: str = "cuda") ->
 
     from dora_dist.activations import Adapter, Batch
     from dora_dist.backbone import load_skeleton
+    from dora_dist.chunked_loss import obstacle
     from dora_dist.memory import step_memory
     from dora_dist.model_shape import read_shape
     from dora_dist.targets import resolve_targets
@@ -144,7 +145,13 @@ def estimate_memory(config: RunConfig, world_size: int, device: str = "cuda") ->
     )
     optimizer = _optimizer(config, world_size, device, accumulation)
     of_step = partial(
-        step_memory, shape, quantization=config.model.quantization, batch=batch, adapter=adapter, optimizer=optimizer
+        step_memory,
+        shape,
+        quantization=config.model.quantization,
+        batch=batch,
+        adapter=adapter,
+        optimizer=optimizer,
+        chunked_loss=obstacle(skeleton.requires_grad_(False)) is None,
     )
     trained = adapter.trained_numel(shape)
     return MemoryEstimate(

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dora_dist.agreement import Agreement
 from dora_dist.data.batches import Collator, PaddedCollator, as_example
 from dora_dist.data.encode import IGNORED, prompt_length
+from dora_dist.model import DynamicLoraModel
 
 LEAST_SEPARATION = 0.05
 """How much of what another example changes in an unseparated row may be left in a packed one."""
@@ -43,7 +44,7 @@ class Evaluator:
     stop: Sequence[int]
 
     @torch.no_grad()
-    def __call__(self, model: PreTrainedModel) -> dict[str, float]:
+    def __call__(self, model: DynamicLoraModel) -> dict[str, float]:
         """``loss``, ``exact_match`` (a share, if asked for) and ``examples`` over all sources, and where there are
         several, ``NAME_loss`` and so on of each; the same on every rank.
 
@@ -73,7 +74,7 @@ class Evaluator:
         exact_match = {"exact_match": matches / examples} if self.exact_match else {}
         return {"loss": loss / tokens, "examples": examples, **exact_match}
 
-    def _local_sums(self, model: PreTrainedModel) -> dict[str, tuple[float, int, int, int]]:
+    def _local_sums(self, model: DynamicLoraModel) -> dict[str, tuple[float, int, int, int]]:
         """Of this rank's share of every source: sum of the losses, answer tokens, exact matches, examples."""
         shares = {
             name: range(self.agreement.rank, len(examples), self.agreement.size)
@@ -90,7 +91,7 @@ class Evaluator:
             return {name: self._sums(model, self.sources[name], share, progress) for name, share in shares.items()}
 
     def _sums(
-        self, model: PreTrainedModel, examples: Dataset, share: range, progress: tqdm
+        self, model: DynamicLoraModel, examples: Dataset, share: range, progress: tqdm
     ) -> tuple[float, int, int, int]:
         loss, tokens, matches = 0.0, 0, 0
         collate = PaddedCollator(self.tokenizer)
@@ -98,7 +99,8 @@ class Evaluator:
             rows = [examples[index] for index in indices]
             batch = {name: tensor.to(model.device) for name, tensor in collate([[as_example(r)] for r in rows]).items()}
             # With num_items_in_batch = 1 the model returns the sum over tokens.
-            loss += float(model(**batch, num_items_in_batch=1).loss)
+            with model.loss_only():
+                loss += float(model(**batch, num_items_in_batch=1).loss)
             tokens += int((batch["labels"] != IGNORED).sum())
             if self.exact_match:
                 prompts = [row["input_ids"][: prompt_length(row["spans"])] for row in rows]

@@ -14,6 +14,10 @@ Components = tuple[Tensor, Tensor, Tensor]
 """Of one layer: ``lora_a (r, in), gate (r,), lora_b (out, r)``."""
 ScoreFunction = Callable[[Sequence[Components]], Tensor]
 """Layers with the same number of components ``r`` -> scores ``(layers, r)``, higher is more important."""
+SHORTEST_BLOCK, LONGEST_BLOCK = 64, 512
+"""Entries of a vector that are multiplied at a time."""
+COPIED_AT_ONCE = 2**19
+"""Elements in float64: 4 MiB."""
 
 
 @torch.no_grad()
@@ -45,8 +49,8 @@ def component_scores(lora_a: Tensor, gate: Tensor, lora_b: Tensor, eps: float = 
 def score_layers(layers: Sequence[Components], eps: float = 1e-8) -> Tensor:
     """:func:`component_scores` of many layers with the same number of components, in fewer operations.
 
-    Only the two Gram products are made layer by layer, since ``A`` and ``B`` are too large to be stacked every step;
-    all that follows is done for all layers at once.
+    The Gram products of a few layers are made at a time, as all ``A`` and ``B`` together are too large to be copied
+    every step; all that follows is done for all layers at once.
 
     Returns:
         Scores of shape ``(layers, r)`` in the widest of the inputs' dtypes, but at least float32.
@@ -58,21 +62,56 @@ def score_layers(layers: Sequence[Components], eps: float = 1e-8) -> Tensor:
         raise ValueError("there are no layers to score")
     for layer in layers:
         _check_shapes(*layer)
-    rank, device = len(layers[0][1]), layers[0][1].device
+    rank = len(layers[0][1])
     if any(len(gate) != rank for _, gate, _ in layers):
         raise ValueError(f"layers differ in their number of components: {[len(gate) for _, gate, _ in layers]}")
-    gram_a, gram_b = torch.empty(2, len(layers), rank, rank, dtype=torch.float64, device=device)
-    for index, (lora_a, _, lora_b) in enumerate(layers):
-        a, b = lora_a.double(), lora_b.double()
-        torch.mm(a, a.T, out=gram_a[index])
-        torch.mm(b.T, b, out=gram_b[index])
+    gram = _grams([lora_a for lora_a, _, _ in layers]) * _grams([lora_b.T for _, _, lora_b in layers])
     gates = torch.stack([gate for _, gate, _ in layers]).double()
-    gram = gram_a.mul_(gram_b)
     norms = gates.abs() * gram.diagonal(dim1=1, dim2=2).sqrt()
     squares = (gram * gates.unsqueeze(1) * gates.unsqueeze(2)).flatten(1).sum(1, keepdim=True)
     scores: Tensor = norms / (squares.clamp(min=0).sqrt() + eps)
     dtypes = {tensor.dtype for layer in layers for tensor in layer}
     return scores.to(functools.reduce(torch.promote_types, dtypes, torch.float32))
+
+
+def _grams(matrices: Sequence[Tensor]) -> Tensor:
+    """Products of all pairs of rows of each matrix, shape ``(matrices, r, r)``, float64.
+
+    Rows are cut into blocks, and a few matrices of one shape copied into float64 at a time: few operations for small
+    matrices, and for large ones copies that stay in the cache and blocks for all cores. A product of each whole matrix
+    takes twice the time.
+
+    Args:
+        matrices: shape ``(r, n)`` each, n of their own, contiguous or the transpose of a contiguous one.
+    """
+    rank = matrices[0].shape[0]
+    grams = torch.empty(len(matrices), rank, rank, dtype=torch.float64, device=matrices[0].device)
+    by_shape: dict[torch.Size, list[int]] = {}
+    for index, matrix in enumerate(matrices):
+        by_shape.setdefault(matrix.shape, []).append(index)
+    # One copy's memory for all: asked for anew, it would cost as much time as the products.
+    scratch = grams.new_empty(max(COPIED_AT_ONCE, max(matrix.numel() for matrix in matrices)))
+    for (_, length), indices in by_shape.items():
+        size = _block_size(length)
+        per_matrix = length // size
+        at_once = max(1, COPIED_AT_ONCE // (rank * length))
+        for start in range(0, len(indices), at_once):
+            chosen = indices[start : start + at_once]
+            blocks = scratch[: len(chosen) * rank * length].view(-1, size, rank).mT
+            if matrices[chosen[0]].stride(1) == 1:  # rows of A; the columns of B are copied as they lie, too
+                blocks = blocks.mT.view(-1, rank, size)
+            for place, index in enumerate(chosen):
+                rows = matrices[index].view(rank, per_matrix, size)
+                blocks[place * per_matrix : (place + 1) * per_matrix].copy_(rows.transpose(0, 1))
+            products = torch.bmm(blocks, blocks.mT)
+            grams[chosen] = products.view(len(chosen), per_matrix, rank, rank).sum(1)
+    return grams
+
+
+def _block_size(length: int) -> int:
+    """The largest divisor that is no longer than a block; the length itself where that would be tiny."""
+    size = next(size for size in range(min(length, LONGEST_BLOCK), 0, -1) if length % size == 0)
+    return size if size >= SHORTEST_BLOCK else length
 
 
 def smooth(previous: Tensor, current: Tensor, beta: float) -> Tensor:

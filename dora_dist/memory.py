@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dora_dist.activations import FLOAT32, NF4_BLOCK, Adapter, Batch, BlockMemory, block_memory, kept_int8_inputs
+from dora_dist.chunked_loss import chunk_length
 from dora_dist.model_shape import ModelShape
 
 NF4_NESTED_BLOCK = 256
@@ -136,12 +137,23 @@ class StepMemory:
 
 
 def loss_memory(tokens: int, vocabulary: int) -> int:
-    """Bytes of the cross-entropy over float32 logits at its peak, in its backward.
+    """Bytes of the cross-entropy over float32 logits of all positions at its peak, in its backward.
 
     There are three float32 tensors of (tokens, vocabulary): the log-probabilities, their gradient, and that of the
     logits. (In the forward there are the logits in the compute dtype, in float32, and the log-probabilities: no more.)
     """
     return 3 * FLOAT32 * tokens * vocabulary
+
+
+def chunked_loss_memory(tokens: int, vocabulary: int, hidden_size: int, compute_bytes: int) -> int:
+    """Bytes of the cross-entropy by chunks (:mod:`dora_dist.chunked_loss`) at its peak, in its forward.
+
+    There are the head's input and its gradient of (tokens, hidden_size), and of one chunk the logits in float32 (as
+    they come, or their gradient as it goes, in the compute dtype beside them) and the gradient of the head's input.
+    """
+    chunk = min(tokens, chunk_length(vocabulary))
+    logits = FLOAT32 if compute_bytes == FLOAT32 else FLOAT32 + compute_bytes
+    return chunk * vocabulary * logits + (2 * tokens + chunk) * hidden_size * compute_bytes
 
 
 def step_memory(
@@ -152,6 +164,7 @@ def step_memory(
     adapter: Adapter,
     optimizer: Optimizer,
     checkpointing: bool,
+    chunked_loss: bool = True,
 ) -> StepMemory:
     """Memory of a training step: what stays, what comes and goes, and the moment at which that is most.
 
@@ -162,6 +175,7 @@ def step_memory(
         adapter: its numbers.
         optimizer: its numbers, and the engine's.
         checkpointing: gradient checkpointing is on.
+        chunked_loss: the loss is computed without the logits of all positions.
     """
     trained, size = adapter.trained_numel(shape), adapter.bytes_per_element
     shard, scratch = optimizer.shard_numel(trained), optimizer.scratch
@@ -198,15 +212,17 @@ def step_memory(
         "gradient shard": size * shard if zero and optimizer.gradients_between else 0,
         "ZeRO reduction bucket": size * optimizer.bucket_numel if zero else 0,
     }
+    if chunked_loss:
+        logits = chunked_loss_memory(batch.tokens, shape.vocabulary, shape.hidden_size, batch.compute_bytes)
+        # In the forward: only earlier micro-batches have left gradients, and DeepSpeed has no buffer yet.
+        early = size * trained * (optimizer.gradients_between and not zero)
+        at_loss = {**in_backward, "adapter gradients": early, "ZeRO reduction bucket": 0}
+    else:
+        logits, at_loss = loss_memory(batch.tokens, shape.vocabulary), in_backward
     moments = (
         Moment(
-            name="backward of the loss",
-            parts={
-                **resident,
-                **in_backward,
-                "activations": kept + final_norm,
-                "logits": loss_memory(batch.tokens, shape.vocabulary),
-            },
+            name=f"{'forward' if chunked_loss else 'backward'} of the loss",
+            parts={**resident, **at_loss, "activations": kept + final_norm, "logits": logits},
         ),
         Moment(
             name="backward of a decoder layer" if checkpointing else "backward of the last decoder layer",

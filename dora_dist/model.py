@@ -1,14 +1,17 @@
 """Putting dynamic-rank components into a model, as a real PEFT model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModelForCausalLM
-from torch import nn
+from torch import Tensor, nn
 
 from dora_dist.adapter_config import DynamicLoraConfig
+from dora_dist.chunked_loss import ChunkedLoss, proved
 from dora_dist.folding import fold_components, write_lora_adapter
 from dora_dist.layer import ADAPTER_NAME, DynamicLoraLinear
 from dora_dist.quantization import forbid_inference_packing
@@ -20,8 +23,48 @@ class DynamicLoraModel(PeftModelForCausalLM):
 
     Two things differ from its parent, and both prevent silent errors: what it saves is folded to plain LoRA, and its
     state dict holds the adapter only, so that no checkpoint carries the frozen base (whose quantization constants are
-    buffers to DeepSpeed, and would be copied into every one).
+    buffers to DeepSpeed, and would be copied into every one). A third is off at first: :meth:`leave_out_logits`.
     """
+
+    _chunked_loss: ChunkedLoss | None = None
+    _loss_only = False
+
+    def leave_out_logits(self) -> str | None:
+        """From now on compute the loss without logits (:mod:`dora_dist.chunked_loss`) in training, where the output's
+        ``logits`` are None then; only if this is proved to be the model's own loss.
+
+        Returns:
+            Why it is not, so that nothing changes; None if it is.
+        """
+        self._chunked_loss, reason = proved(self.get_base_model())
+        return reason or None
+
+    @contextmanager
+    def loss_only(self) -> Iterator[None]:
+        """While it lasts, the loss is computed as in training, though the model is not in training mode."""
+        self._loss_only = True
+        try:
+            yield
+        finally:
+            self._loss_only = False
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The parent's; see :meth:`leave_out_logits`."""
+        forward = partial(super().forward, input_ids, attention_mask, inputs_embeds, labels, **kwargs)
+        wanted = labels is not None and (self.training or self._loss_only)
+        if self._chunked_loss is None or not wanted or torch.compiler.is_compiling():
+            return forward()
+        with self._chunked_loss.deferred():
+            outputs = forward(return_dict=True)
+        outputs["logits"] = None
+        return outputs
 
     def adapted_layers(self) -> dict[str, DynamicLoraLinear]:
         """Name of the module in the base model -> adapted layer, in the order of the names."""
@@ -38,7 +81,7 @@ class DynamicLoraModel(PeftModelForCausalLM):
         full = super().state_dict(*args, **kwargs)
         return {name: value for name, value in full.items() if ".lora_" in name or name.endswith(".component_mask")}
 
-    def folded_factors(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    def folded_factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Plain LoRA factors by module name; see :func:`dora_dist.folding.fold_components`."""
         return {
             name: fold_components(layer.lora_a, layer.effective_gate(), layer.lora_b, layer.scale)

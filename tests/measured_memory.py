@@ -90,6 +90,7 @@ def _load(config: RunConfig, adapter_dtype: str) -> DynamicLoraModel:
         attention=config.model.attention,
     )
     model = add_dynamic_lora(base, replace(config.adapter, dtype=adapter_dtype))
+    model.leave_out_logits()
     if config.training.get("gradient_checkpointing"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()

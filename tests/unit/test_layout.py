@@ -23,6 +23,7 @@ LEVELS = [
         "schedule",
         "training_section",
         "allocation",
+        "chunked_loss",
         "regularizer",
         "engine",
         "events",

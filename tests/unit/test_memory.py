@@ -11,7 +11,7 @@ from torch import nn
 
 from dora_dist.activations import Adapter, Batch, block_memory
 from dora_dist.backbone import load_backbone, load_skeleton
-from dora_dist.memory import Optimizer, base_parts, loss_memory, step_memory
+from dora_dist.memory import Optimizer, base_parts, chunked_loss_memory, loss_memory, step_memory
 from dora_dist.model_shape import read_shape
 from dora_dist.targets import resolve_targets
 
@@ -180,6 +180,13 @@ def test_more_ranks_leave_less_on_each(saved):
 
 def test_logits_are_three_float32_tensors_of_the_vocabulary():
     assert loss_memory(tokens=1024, vocabulary=1000) == 3 * 4 * 1024 * 1000
+
+
+def test_a_loss_by_chunks_has_the_logits_of_one_chunk():
+    sizes = {"vocabulary": 131072, "hidden_size": 64}
+    assert chunked_loss_memory(1024, compute_bytes=4, **sizes) == 4 * 256 * 131072 + (2 * 1024 + 256) * 64 * 4
+    assert chunked_loss_memory(1024, compute_bytes=2, **sizes) == 6 * 256 * 131072 + (2 * 1024 + 256) * 64 * 2
+    assert chunked_loss_memory(10, compute_bytes=4, **sizes) == 4 * 10 * 131072 + 3 * 10 * 64 * 4
 
 
 def test_an_unknown_decoder_layer_is_guessed_and_said_to_be(saved):

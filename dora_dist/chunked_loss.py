@@ -1,0 +1,231 @@
+"""Cross-entropy of a causal language model without its logits: by chunks of positions, gradients in the forward.
+
+With a vocabulary of 128k, logits and their gradients are the most that a training step allocates. Here the output head
+runs on some positions at a time, on none whose label is ignored, and what is kept is the gradient of the head's input.
+
+torch 2.13 has ``torch.nn.functional.linear_cross_entropy``, which does the same, and is not used: for bfloat16 inputs,
+the common case on GPUs, it adds up and returns the loss in bfloat16 (3.5 % too low for 4,096 positions), and on CPUs
+it casts the whole weight to float32. Liger's and Apple's kernels are for Triton, that is for GPUs.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+IGNORED = -100
+CHUNK_BYTES = 2**27
+"""Of the float32 logits of a chunk. With 128k words 256 positions: enough of them that a GPU does not wait for the
+head's weight to be read, by arithmetic; on a CPU twice and half as many took about as long."""
+BETWEEN_HEAD_AND_LOSS = ("final_logit_softcapping", "logits_soft_cap", "logits_scaling", "logit_scale")
+"""In configurations: what transformers' models do to logits before the loss."""
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+LOW_PRECISION_TOLERANCE = 2e-2
+
+
+def chunk_length(vocabulary: int) -> int:
+    """Positions whose logits are computed together."""
+    return max(1, CHUNK_BYTES // (torch.float32.itemsize * vocabulary))
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ignored: int = IGNORED
+) -> Tensor:
+    """Sum of the cross-entropies of ``hidden @ weight.T + bias``, in at least float32, differentiable in ``hidden``.
+
+    Args:
+        hidden: shape ``(..., features)``.
+        weight: of the output head, frozen, shape ``(vocabulary, features)``.
+        bias: of the output head, frozen, shape ``(vocabulary,)``, or None.
+        targets: shape ``(...)``; the word that each position is to predict.
+        ignored: target of positions that do not count.
+    """
+    return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, ignored)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Computes the gradient in the forward, where the logits are, and multiplies it in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ignored: int) -> Tensor:
+        flat, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+        counted = (targets != ignored).nonzero().squeeze(1)
+        gradient = torch.zeros_like(flat) if ctx.needs_input_grad[0] else None
+        total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        for chosen in counted.split(chunk_length(weight.shape[0])):
+            total += _add_chunk(flat, weight, bias, targets, chosen, gradient)
+        if gradient is not None:
+            ctx.save_for_backward(gradient.view_as(hidden))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * gradients[0].to(gradient.dtype), None, None, None, None
+
+
+def _add_chunk(
+    flat: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chosen: Tensor, gradient: Tensor | None
+) -> Tensor:
+    """Sum of the losses of the positions in ``chosen``; writes their gradients into ``gradient``.
+
+    A function of its own, so that the logits of a chunk are gone before the next one's are computed.
+    """
+    target = targets[chosen, None]
+    logits = functional.linear(flat[chosen], weight, bias)
+    dtype = logits.dtype
+    # As the model's own loss: logits in the compute dtype, softmax in float32. From here on in place.
+    logits = logits.to(torch.promote_types(dtype, torch.float32))
+    logits -= logits.amax(1, keepdim=True)
+    at_target = logits.gather(1, target)
+    denominator = logits.exp_().sum(1, keepdim=True)
+    if gradient is not None:
+        logits /= denominator
+        logits.scatter_add_(1, target, -torch.ones_like(at_target))
+        gradient[chosen] = (logits.to(dtype) @ weight).to(gradient.dtype)
+    return (denominator.log() - at_target).sum()
+
+
+@dataclass(frozen=True, eq=False)
+class DeferredLogits:
+    """Stands for the logits between a model's head and its loss; not a tensor, so that a model that does anything to
+    them in between fails instead of getting another loss."""
+
+    hidden: Tensor
+    head: nn.Linear
+
+
+class ChunkedLoss:
+    """Lets a causal language model compute its loss without its logits, within :meth:`deferred` only.
+
+    The model's own forward runs: its head hands on :class:`DeferredLogits`, which its loss function takes.
+
+    Args:
+        base: of which :func:`obstacle` knows none.
+    """
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        self._base = base
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """While it lasts, a forward with labels has no logits; they are :class:`DeferredLogits` in its output."""
+        head, loss = self._base.get_output_embeddings(), self._base.loss_function
+        with _replaced(head, "forward", lambda hidden: DeferredLogits(hidden, head)):
+            with _replaced(self._base, "_loss_function", deferred_loss(loss)):
+                yield
+
+
+def deferred_loss(ordinary: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """transformers' ``ForCausalLMLoss`` for :class:`DeferredLogits`; ``ordinary`` where there are logits."""
+
+    def loss(
+        logits: Tensor | DeferredLogits,
+        labels: Tensor | None,
+        vocab_size: int,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = IGNORED,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if not isinstance(logits, DeferredLogits):
+            return ordinary(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
+        weight = logits.head.weight
+        assert vocab_size == weight.shape[0], f"loss over {vocab_size} words, but the head has {weight.shape[0]}"
+        if shift_labels is None:
+            assert labels is not None
+            shift_labels = functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        targets = shift_labels.to(logits.hidden.device)
+        total = chunked_cross_entropy(logits.hidden, weight, logits.head.bias, targets, ignore_index)
+        items = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+        return total / (items.to(total.device) if isinstance(items, Tensor) else items)
+
+    return loss
+
+
+@contextmanager
+def _replaced(owner: nn.Module, name: str, value: object) -> Iterator[None]:
+    """Give an object an attribute of its own for a while."""
+    missing = object()
+    before = vars(owner).get(name, missing)
+    vars(owner)[name] = value
+    try:
+        yield
+    finally:
+        if before is missing:
+            del vars(owner)[name]
+        else:
+            vars(owner)[name] = before
+
+
+def obstacle(model: PreTrainedModel) -> str | None:
+    """Why the loss of this model needs its logits, as far as its parts tell; None where they tell nothing."""
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        return f"its head is a {type(head).__name__}, not a plain linear layer"
+    if head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad):
+        return "its head is trained"
+    if model.loss_function is not ForCausalLMLoss:
+        return f"its loss is {getattr(model.loss_function, '__name__', 'unknown')}"
+    settings = model.config.get_text_config()
+    for name in BETWEEN_HEAD_AND_LOSS:
+        if getattr(settings, name, None) not in (None, 1):
+            return f"{name} changes its logits before the loss"
+    return None
+
+
+def proved(model: PreTrainedModel) -> tuple[ChunkedLoss | None, str]:
+    """The loss without logits, where it is proved on the model itself to be the model's own, and otherwise the reason.
+
+    Loss and gradient of the head's input are compared on a small batch, without dropout and without drawing random
+    numbers. That nothing happens to the logits between head and loss does not depend on the batch
+    (:class:`DeferredLogits`).
+
+    Args:
+        model: causal language model on its device, with something below its head that is trained.
+    """
+    reason = obstacle(model)
+    if reason is not None:
+        return None, reason
+    chunked = ChunkedLoss(model)
+    was_training = model.training
+    model.eval()
+    try:
+        own = _loss_and_gradient(model)
+        with chunked.deferred():
+            found = _loss_and_gradient(model)
+    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        return None, f"it does not compute a loss without them ({type(error).__name__}: {error})"
+    finally:
+        model.train(was_training)
+    tolerance = TOLERANCE.get(model.dtype, LOW_PRECISION_TOLERANCE)
+    for name, ours, models in zip(("loss", "gradient"), found, own, strict=True):
+        error = float((ours.double() - models.double()).norm() / models.double().norm())
+        if not error <= tolerance:
+            return None, f"without them its {name} differs by {error:.2g}"
+    return chunked, ""
+
+
+def _loss_and_gradient(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """On two short rows with ignored labels: the loss, and its gradient with respect to the head's input."""
+    embedding = model.get_input_embeddings().weight
+    ids = (7 * torch.arange(16, device=embedding.device) + 3).remainder(embedding.shape[0]).view(2, 8)
+    labels = ids.clone()
+    labels[0, :3] = labels[1, 6:] = IGNORED
+    inputs: list[Tensor] = []
+    watch = model.get_output_embeddings().register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    try:
+        with torch.enable_grad():
+            loss = model(input_ids=ids, labels=labels, num_items_in_batch=torch.tensor(7, device=ids.device)).loss
+    finally:
+        watch.remove()
+    (hidden,) = inputs
+    return loss.detach(), torch.autograd.grad(loss, hidden)[0]
