@@ -11,7 +11,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from dora_dist.adapted_linear import adapted_linear
+from dora_dist.adapted_linear import Settings, adapted_linear
 from dora_dist.adapter_config import INITS
 from dora_dist.quantization import check_known_linear
 
@@ -93,10 +93,16 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
         """``(..., in) -> (..., out)`` in the base layer's output dtype."""
         if self.disable_adapters:
             return self.base_layer(x, *args, **kwargs)
+        return adapted_linear(x, self.lora_a, self.gate, self.lora_b, self.settings())
+
+    def settings(self) -> Settings:
+        """What the layer computes with beside its parameters, at this moment."""
         dropout = self.lora_dropout[ADAPTER_NAME]
-        probability = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
-        return adapted_linear(
-            x, self.base_layer, self.lora_a, self.gate, self.lora_b, self.scale, self.kept_components(), probability
+        return Settings(
+            base=self.base_layer,
+            scale=self.scale,
+            kept=self.kept_components(),
+            dropout=dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0,
         )
 
     @torch.no_grad()

@@ -1,28 +1,52 @@
-"""Frozen linear layers of every kind, for tests."""
+"""Frozen linear layers of every kind, with and without components, for tests."""
+
+from types import SimpleNamespace
 
 import torch
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from torch import nn
 
+from dora_dist.layer import DynamicLoraLinear
 from dora_dist.quantization import forbid_inference_packing
 
 IN, OUT, RANK = 64, 32, 6
+ALPHA = 8.0
 
 
-def make_base(kind: str = "plain") -> nn.Linear:
-    plain = nn.Linear(IN, OUT)
-    generator = torch.Generator().manual_seed(0)
-    weight, bias = torch.randn(OUT, IN, generator=generator) / 8, torch.randn(OUT, generator=generator)
+def make_base(kind: str = "plain", out: int = OUT, width: int = IN, seed: int = 0, bias: bool = True) -> nn.Linear:
+    """``plain``, ``nf4`` or ``int8``, with random weights of the size of trained ones."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out, width, generator=generator) / 8
     if kind == "plain":
-        base, parameter = plain, nn.Parameter(weight)
+        base, parameter = nn.Linear(width, out, bias=bias), nn.Parameter(weight)
     elif kind == "nf4":
-        base = Linear4bit(IN, OUT, compute_dtype=torch.float32, quant_type="nf4")
+        base = Linear4bit(width, out, bias=bias, compute_dtype=torch.float32, quant_type="nf4")
         parameter = Params4bit(weight, requires_grad=False, quant_type="nf4")
     else:
-        base = Linear8bitLt(IN, OUT, has_fp16_weights=False)
+        base = Linear8bitLt(width, out, bias=bias, has_fp16_weights=False)
         parameter = Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     base.weight = parameter
-    base.bias = nn.Parameter(bias)
+    if bias:
+        base.bias = nn.Parameter(torch.randn(out, generator=generator))
     base.to("cpu").requires_grad_(False)  # quantizes
     forbid_inference_packing(base)
     return base
+
+
+def adapt_layer(
+    base: nn.Linear,
+    rank: int = RANK,
+    *,
+    dropout: float = 0.0,
+    init: str | None = None,
+    seed: int = 3,
+    dtype: torch.dtype = torch.float32,
+) -> DynamicLoraLinear:
+    """Initialized with ``init``; without, all adapter parameters are random, so that each has an effect."""
+    config = SimpleNamespace(lora_dropout=dropout)
+    layer = DynamicLoraLinear(base, "default", config=config, r=rank, lora_alpha=ALPHA)
+    layer.initialize(init or "paper", seed=seed, name="layer", dtype=dtype)
+    if init is None:
+        with torch.no_grad():
+            layer.gate.copy_(torch.linspace(-1, 2, rank))
+    return layer

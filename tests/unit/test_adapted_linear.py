@@ -7,7 +7,7 @@ from base_layers import IN, OUT, RANK, make_base
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dora_dist.adapted_linear import adapted_linear
+from dora_dist.adapted_linear import Settings, adapted_linear
 from dora_dist.quantization import check_known_linear
 
 SCALE = 2 / 3
@@ -22,24 +22,15 @@ def draw(dtype: torch.dtype = torch.float32, kind: str = "plain") -> tuple[nn.Mo
     return base, [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
 
 
-def by_autograd(
-    x: Tensor,
-    base: nn.Module,
-    lora_a: Tensor,
-    gate: Tensor,
-    lora_b: Tensor,
-    scale: float,
-    kept: Tensor | None = None,
-    dropout: float = 0.0,
-) -> Tensor:
-    if kept is not None:
-        lora_a, gate, lora_b = lora_a[kept], gate[kept], lora_b[:, kept]
+def by_autograd(x: Tensor, lora_a: Tensor, gate: Tensor, lora_b: Tensor, settings: Settings) -> Tensor:
+    if settings.kept is not None:
+        lora_a, gate, lora_b = lora_a[settings.kept], gate[settings.kept], lora_b[:, settings.kept]
     rows = x
-    if dropout:
-        left = torch.native_dropout(torch.ones_like(x).flatten(0, 1), dropout, True)[0]
+    if settings.dropout:
+        left = torch.native_dropout(torch.ones_like(x).flatten(0, 1), settings.dropout, True)[0]
         rows = x * left.view_as(x)
-    hidden = F.linear(rows.to(lora_a.dtype), lora_a) * (gate * scale)
-    output = base(x)
+    hidden = F.linear(rows.to(lora_a.dtype), lora_a) * (gate * settings.scale)
+    output = settings.base(x)
     return output + F.linear(hidden, lora_b).to(output.dtype)
 
 
@@ -47,7 +38,7 @@ def results(function, base: nn.Module, inputs: list[Tensor], **options) -> list[
     """Output and gradients."""
     torch.manual_seed(5)
     x, *adapter = inputs
-    output = function(x, base, *adapter, SCALE, **options)
+    output = function(x, *adapter, Settings(base=base, scale=SCALE, **options))
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(output.dtype)
     return [output.detach(), *torch.autograd.grad((output * weights).sum(), inputs)]
 
@@ -104,7 +95,7 @@ def test_what_is_frozen_gets_no_gradient_and_changes_no_other(frozen):
     wanted = results(by_autograd, base, inputs)[1:]
     inputs[frozen].requires_grad_(False)
     x, *adapter = inputs
-    output = adapted_linear(x, base, *adapter, SCALE)
+    output = adapted_linear(x, *adapter, Settings(base=base, scale=SCALE))
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(output.dtype)
     (output * weights).sum().backward()
     for index, tensor in enumerate(inputs):
@@ -118,8 +109,8 @@ def test_what_is_frozen_gets_no_gradient_and_changes_no_other(frozen):
 def test_gradient_checkpointing_drops_the_same_entries(dropout):
     base, inputs = draw(torch.float64)
 
-    def checkpointed(*arguments, **options):
-        return checkpoint(adapted_linear, *arguments, use_reentrant=False, **options)
+    def checkpointed(*arguments):
+        return checkpoint(adapted_linear, *arguments, use_reentrant=False)
 
     found, wanted = (results(function, base, inputs, dropout=dropout) for function in (checkpointed, adapted_linear))
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
@@ -127,7 +118,7 @@ def test_gradient_checkpointing_drops_the_same_entries(dropout):
 
 def test_a_second_derivative_is_refused():
     base, inputs = draw(torch.float64)
-    output = adapted_linear(inputs[0], base, *inputs[1:], SCALE)
+    output = adapted_linear(*inputs, Settings(base=base, scale=SCALE))
     (gradient,) = torch.autograd.grad(output.square().sum(), inputs[1], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
@@ -149,7 +140,7 @@ def test_nothing_of_the_inputs_size_is_kept_but_the_input():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        adapted_linear(inputs[0], base, *inputs[1:], SCALE, dropout=0.3)
+        adapted_linear(*inputs, Settings(base=base, scale=SCALE, dropout=0.3))
     own = {tensor.data_ptr() for tensor in inputs}
     sizes = {(tensor.dtype, tensor.numel()) for tensor in kept if tensor.data_ptr() not in own}
     assert sizes == {(torch.float32, 18 * RANK), (torch.bool, 18 * IN)}
@@ -179,8 +170,9 @@ def test_training_follows_the_formulas_trajectory():
         losses[function] = []
         for step in range(30):
             kept = None if step < 15 else torch.tensor([1, 2, 5])
-            hidden = torch.tanh(function(x.detach(), base, *adapter, SCALE, kept=kept))
-            loss = (function(hidden, second, *more, SCALE, kept=kept) - 1).square().mean()
+            settings = [Settings(base=one, scale=SCALE, kept=kept) for one in (base, second)]
+            hidden = torch.tanh(function(x.detach(), *adapter, settings[0]))
+            loss = (function(hidden, *more, settings[1]) - 1).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

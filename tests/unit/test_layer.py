@@ -2,24 +2,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from base_layers import IN, RANK, make_base
+from base_layers import ALPHA, IN, RANK, adapt_layer, make_base
 from torch import Tensor, nn
 
 from dora_dist.layer import DynamicLoraLinear
 from dora_dist.quantization import dequantized_weight
 
-ALPHA = 8.0
 
-
-def make_layer(kind: str = "plain", *, dropout: float = 0.0, init: str | None = None) -> DynamicLoraLinear:
-    """Initialized with ``init``; without, all adapter parameters are random, so that each has an effect."""
-    config = SimpleNamespace(lora_dropout=dropout)
-    layer = DynamicLoraLinear(make_base(kind), "default", config=config, r=RANK, lora_alpha=ALPHA)
-    layer.initialize(init or "paper", seed=3, name="layer", dtype=torch.float32)
-    if init is None:
-        with torch.no_grad():
-            layer.gate.copy_(torch.linspace(-1, 2, RANK))
-    return layer
+def make_layer(kind: str = "plain", **options) -> DynamicLoraLinear:
+    return adapt_layer(make_base(kind), **options)
 
 
 def inputs(seed: int = 1, rows: int = 5) -> Tensor:

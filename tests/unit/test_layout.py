@@ -79,6 +79,7 @@ LEVELS = [
         "verify",
     },
     {"layer"},
+    {"gated_mlp"},
     {
         "controller",
         "data.encode",
@@ -164,7 +165,8 @@ def test_the_method_imports_torch_and_the_standard_library_only(name):
 def test_the_layer_knows_no_rank_no_schedule_and_no_configuration_of_a_run():
     assert own_imports("layer") <= {"adapted_linear", "adapter_config", "quantization"}
     assert own_imports("adapted_linear") <= {"quantization"}
-    for name in ("layer", "adapted_linear"):
+    assert own_imports("gated_mlp") <= {"adapted_linear", "layer", "quantization"}
+    for name in ("layer", "adapted_linear", "gated_mlp"):
         assert not {full for full in imports(name) if full.startswith(("torch.distributed", "accelerate", "deepspeed"))}
 
 
