@@ -107,20 +107,23 @@ def block_memory(block: Block, shape: ModelShape, batch: Batch, adapter: Adapter
     # The other kernels keep their output anyway.
     after_attention = kept.masks("o_proj") + (kept.shared("o_proj") if batch.attention == "eager" else 0)
     product = kept.shared("down_proj")
-    # The activation function keeps the gate; its product with up, both factors.
-    mlp = 3 * inner + product + kept.shared("gate_proj", "up_proj") + kept.masks("gate_proj", "up_proj", "down_proj")
+    # The activation function keeps the gate; its product with up, both factors. Fused, gate and up are all.
+    mlp = 2 * inner if block.fused_mlp else 3 * inner + product
+    mlp += kept.shared("gate_proj", "up_proj") + kept.masks("gate_proj", "up_proj", "down_proj")
     attention += kept.shared(*QUERY_KEY_VALUE) + kept.masks(*QUERY_KEY_VALUE) + after_attention
     low_rank = sum(_low_rank(linear, batch, adapter) for linear in block.linears)
     down = block.linear("down_proj")
     weight = _dequantized(down, quantization, size)
     down_mask = kept.masks("down_proj")
+    # Beside gradients: activation and product, computed again.
+    again = 2 * inner if block.fused_mlp else 0
     backward, dequantized = max(
         # (in all, of that the dequantized weight) while down_proj makes the gradient of its input
-        (gradient + inner + weight, weight),
+        (gradient + again + inner + weight, weight),
         # while its components add theirs
-        (gradient + inner + _components_backward(down, batch, adapter), 0),
+        (gradient + again + inner + _components_backward(down, batch, adapter), 0),
         # the gradient of the product of gate and up, and those of the factors; nothing of down_proj is left
-        (gradient - product - down_mask + 3 * inner, 0),
+        (gradient - down_mask + 3 * inner - (0 if block.fused_mlp else product), 0),
         # attention; nothing of what came after it is left
         (gradient - mlp - after_attention + attention_backward, 0),
     )
@@ -159,7 +162,7 @@ def _end_of_forward(block: Block, shape: ModelShape, batch: Batch, adapter: Adap
     base_output = batch.tokens * shape.hidden_size * batch.compute_bytes
     unsaved = 0
     for kinds, linear in ((("gate_proj", "up_proj"), gate), (("down_proj",), down)):
-        if not kept.shared(*kinds):
+        if not kept.shared(*kinds) or (linear is down and block.fused_mlp):
             unsaved += batch.tokens * linear.in_features * batch.compute_bytes
     copies = _input_copies(down, batch, adapter) * batch.tokens * down.in_features
     return base_output + unsaved + copies
@@ -226,8 +229,12 @@ def _dropout_mask(linear: Linear, batch: Batch, adapter: Adapter) -> int:
 
 
 def _low_rank(linear: Linear, batch: Batch, adapter: Adapter) -> int:
-    """The components' activations."""
-    return batch.tokens * adapter.rank * _computing_bytes(batch, adapter) if linear.adapted else 0
+    """The components' activations, their columns with gate and scale, and their rows where these are cast."""
+    if not linear.adapted:
+        return 0
+    size = _computing_bytes(batch, adapter)
+    cast = linear.in_features if size != adapter.bytes_per_element else 0
+    return adapter.rank * (batch.tokens + linear.out_features + cast) * size
 
 
 def _input_copies(linear: Linear, batch: Batch, adapter: Adapter) -> int:

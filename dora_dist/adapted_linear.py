@@ -1,12 +1,12 @@
-"""A frozen linear map and its gated rank-one components as one differentiable operation.
+"""Frozen linear maps that read one input, and their gated rank-one components, as one differentiable operation.
 
 ``y = W0 x + s * sum_i c_i b_i (a_i . x)`` (equation 6 of Mao et al., 2024), written so that an adapter costs little
 more than its products: the components are added to the base's output in place, gate and scale enter the small matrix,
-and the backward adds to the base's input gradient in place. Why each of these, and what did not help:
-``docs/performance.md``.
+the backward adds to the base's input gradient in place, and layers that read the same tensor (q, k and v; gate and up)
+read it once. Why each of these, and what did not help: ``docs/performance.md``.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,140 +16,196 @@ from torch.autograd.function import once_differentiable
 from dora_dist.quantization import dequantized_weight, product_dtype
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a layer computes with, beside tensors that have gradients.
-
-    Args:
-        base: a frozen linear layer that :func:`dora_dist.quantization.dequantized_weight` knows.
-        scale: ``s``.
-        kept: indices of the components that exist, shape ``(k,)``, int64; ``None`` for all. The others are not
-            computed at all: they have no effect, and their gradients are exactly 0.
-        dropout: probability with which an entry of ``x`` is dropped before the components, and before them only.
-    """
+class Settings(NamedTuple):
+    """What a layer computes with, beside tensors that have gradients."""
 
     base: nn.Module
+    """A frozen linear layer that :func:`dora_dist.quantization.dequantized_weight` knows."""
     scale: float
+    """``s``."""
     kept: Tensor | None = None
+    """Indices of the components that exist, shape ``(k,)``, int64; ``None`` for all. The others are not computed at
+    all: they have no effect, and their gradients are exactly 0."""
     dropout: float = 0.0
+    """Probability with which an entry of ``x`` is dropped before the components, and before them only."""
 
 
-class Saved(NamedTuple):
-    """What :func:`forward` leaves for :func:`backward`, beside the layer's input."""
+class Layer(NamedTuple):
+    """Rows ``a_i`` (r, in), ``c_i`` (r,), columns ``b_i`` (out, r), and the rest."""
 
     lora_a: Tensor
     gate: Tensor
     lora_b: Tensor
-    hidden: Tensor | None
-    """``a_i . x``, shape ``(k, tokens)``, in the components' dtype; None where there are no components."""
+    settings: Settings
+
+
+class Saved(NamedTuple):
+    """What the forward of a layer leaves for its backward, beside the input."""
+
+    gate: Tensor
+    lora_b: Tensor
+    small_a: Tensor
+    """Rows ``a_i`` of the components kept, shape ``(k, in)``, in the components' dtype."""
+    small_b: Tensor
+    """Columns ``s c_i b_i`` of the components kept, shape ``(out, k)``, in the components' dtype."""
+    hidden: Tensor
+    """``a_i . x``, shape ``(k, tokens)``: skinny operands lie along the long side, which CPU kernels take in half the
+    time."""
     mask: Tensor | None
     """Of dropout, shape ``(tokens, in)``, a byte an entry."""
 
 
-def adapted_linear(x: Tensor, lora_a: Tensor, gate: Tensor, lora_b: Tensor, settings: Settings) -> Tensor:
-    """Base layer plus components, differentiable once with respect to ``x`` and the three adapter tensors.
+def adapted_linears(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
+    """Base layer plus components of every layer, differentiable once in ``x`` and the adapters' tensors.
 
     Components are computed in the adapter's dtype, or in that of autocast where it is on.
 
     Args:
         x: shape ``(..., in)``.
-        lora_a: rows ``a_i``, shape ``(r, in)``.
-        gate: ``c_i``, shape ``(r,)``.
-        lora_b: columns ``b_i``, shape ``(out, r)``.
-        settings: all else.
+        layers: that read it.
 
     Returns:
-        Shape ``(..., out)`` in the base layer's output dtype.
+        For each, shape ``(..., out)`` in the base layer's output dtype.
     """
-    return _AdaptedLinear.apply(x, lora_a, gate, lora_b, settings)
+    tensors = [tensor for layer in layers for tensor in layer[:3]]
+    return _AdaptedLinears.apply(x, [layer.settings for layer in layers], *tensors)
 
 
-class _AdaptedLinear(torch.autograd.Function):
+class _AdaptedLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lora_a: Tensor, gate: Tensor, lora_b: Tensor, settings: Settings) -> Tensor:
-        output, saved = forward(x, lora_a, gate, lora_b, settings)
-        ctx.settings, ctx.product_dtype = settings, product_dtype(settings.base, output)
-        ctx.save_for_backward(x, *saved)
-        return output
+    def forward(ctx: Any, x: Tensor, settings: list[Settings], *tensors: Tensor) -> tuple[Tensor, ...]:
+        layers = [Layer(*tensors[3 * at : 3 * at + 3], one) for at, one in enumerate(settings)]
+        outputs, saved = forward(x, layers)
+        ctx.settings = settings
+        ctx.product_dtype = product_dtype(settings[0].base, outputs[0])
+        ctx.save_for_backward(x, *(tensor for one in saved for tensor in one))
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, *saved = ctx.saved_tensors
-        needs_x, *needs, _ = ctx.needs_input_grad
-        grad_x = None
-        if needs_x:
-            grad_x = input_gradient(grad_output, ctx.settings.base, ctx.product_dtype)
-        gradients = backward(grad_output, x, Saved(*saved), ctx.settings, needs, grad_x)
-        return None if grad_x is None else grad_x.to(x.dtype).view(x.shape), *gradients, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, *tensors = ctx.saved_tensors
+        needs_x, _, *needs = ctx.needs_input_grad
+        saved = unpack(tensors)
+        grad_x, gradients = backward(grad_outputs, x, saved, ctx.settings, ctx.product_dtype, needs_x, needs)
+        return grad_x, None, *gradients
 
 
-def forward(x: Tensor, lora_a: Tensor, gate: Tensor, lora_b: Tensor, settings: Settings) -> tuple[Tensor, Saved]:
-    """Output of :func:`adapted_linear`, and what :func:`backward` needs. Without autograd.
-
-    Skinny operands are laid out along the long side (``k x tokens``), which CPU kernels take in half the time.
-    """
-    output = settings.base(x)
-    hidden = mask = None
-    if settings.kept is None or settings.kept.numel():
-        dtype = _component_dtype(x, lora_a)
-        rows, mask = _drop(_rows(x).to(dtype), settings.dropout)
-        small_a, small_b = _small_matrices(lora_a, gate, lora_b, settings, dtype)
-        hidden = small_a @ rows.T
-        _add_product(output.view(-1, output.shape[-1]), hidden.T, small_b.T.contiguous())
-    return output, Saved(lora_a, gate, lora_b, hidden, mask)
+def unpack(tensors: Sequence[Tensor | None]) -> list[Saved]:
+    """What layers saved, from one flat list."""
+    size = len(Saved._fields)
+    return [Saved(*tensors[at : at + size]) for at in range(0, len(tensors), size)]
 
 
-def input_gradient(grad_output: Tensor, base: nn.Module, dtype: torch.dtype) -> Tensor:
-    """``grad_output @ W0`` in the dtype in which the base multiplies, shape ``(tokens, in)``."""
-    return _rows(grad_output).to(dtype) @ dequantized_weight(base, dtype)
+def forward(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], list[Saved]]:
+    """Outputs of :func:`adapted_linears`, and what :func:`backward` needs. Without autograd."""
+    outputs = [layer.settings.base(x) for layer in layers]
+    dtype = _component_dtype(x, layers[0].lora_a)
+    rows = _rows(x).to(dtype)
+    small = [_small_matrices(layer, dtype) for layer in layers]
+    masks: list[Tensor | None] = [None] * len(layers)
+    if any(layer.settings.dropout for layer in layers):
+        hidden = []
+        for at, layer in enumerate(layers):
+            dropped, masks[at] = torch.native_dropout(rows, layer.settings.dropout, True)
+            hidden.append(small[at][0] @ dropped.T)
+    else:
+        hidden = list((_stacked([a for a, _ in small]) @ rows.T).split([len(a) for a, _ in small]))
+    saved = []
+    for layer, output, (small_a, small_b), inner, mask in zip(layers, outputs, small, hidden, masks, strict=True):
+        if len(inner):
+            _add_product(output.view(-1, output.shape[-1]), inner.T, small_b.T.contiguous())
+        saved.append(Saved(layer.gate, layer.lora_b, small_a, small_b, inner, mask))
+    return outputs, saved
 
 
 def backward(
-    grad_output: Tensor, x: Tensor, saved: Saved, settings: Settings, needs: list[bool], grad_x: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of the three adapter tensors; adds the components' part to the gradient of ``x`` in place.
+    grad_outputs: Sequence[Tensor],
+    x: Tensor,
+    saved: Sequence[Saved],
+    settings: Sequence[Settings],
+    base_dtype: torch.dtype,
+    needs_x: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Gradients of :func:`adapted_linears`.
 
     Args:
-        grad_output: of the output, shape ``(..., out)``.
+        grad_outputs: of every output, shape ``(..., out)``.
         x: the input again, shape ``(..., in)``.
         saved: of :func:`forward`.
-        settings: the same as then.
-        needs: whether ``lora_a``, ``gate`` and ``lora_b`` need a gradient.
-        grad_x: shape ``(tokens, in)``, to be added to; None where it is not needed.
+        settings: of the layers, the same as then.
+        base_dtype: in which the bases multiply.
+        needs_x: whether ``x`` needs a gradient.
+        needs: whether ``lora_a``, ``gate`` and ``lora_b`` of the first layer do, then of the next.
+
+    Returns:
+        Gradient of ``x``, and those of the layers' tensors in the order of ``needs``; None where not needed.
     """
-    lora_a, gate, lora_b, hidden, mask = saved
-    needs_a, needs_gate, needs_b = needs
-    kept, scale = settings.kept, settings.scale
-    if hidden is None:
-        return torch.zeros_like(lora_a), torch.zeros_like(gate), torch.zeros_like(lora_b)
-    grad_a = grad_gate = grad_b = None
-    dtype = hidden.dtype
-    grad = _rows(grad_output).to(dtype)
-    small_a, small_b = _small_matrices(lora_a, gate, lora_b, settings, dtype)
-    if needs_gate or needs_b:
-        # (k, out): of c_i s b_i, from which those of c_i and b_i follow.
-        grad_small = (hidden @ grad).to(lora_b.dtype)
-        if needs_b:
-            grad_b = _spread(grad_small.T * (_kept(gate, 0, kept) * scale), 1, kept, lora_b)
-        if needs_gate:
-            grad_gate = (grad_small * _kept(lora_b, 1, kept).T).sum(1) * scale
-            grad_gate = _spread(grad_gate.to(gate.dtype), 0, kept, gate)
-    # (k, tokens), with the factor by which dropout scales what it leaves.
-    grad_hidden = (small_b.T / (1 - settings.dropout)) @ grad.T
-    if needs_a:
-        grad_small = grad_hidden @ _masked(_rows(x).to(dtype), mask)
-        grad_a = _spread(grad_small.to(lora_a.dtype), 0, kept, lora_a)
-    if grad_x is not None and mask is None:
-        _add_product(grad_x, grad_hidden.T, small_a)
-    elif grad_x is not None:
-        grad_x.add_((grad_hidden.T @ small_a).mul_(mask))
-    return grad_a, grad_gate, grad_b
+    grad_x = _base_gradient(grad_outputs, settings, base_dtype) if needs_x else None
+    dtype = saved[0].hidden.dtype
+    gradients: list[Tensor | None] = [None] * len(needs)
+    grad_hidden = []
+    for at, (grad_output, one, layer) in enumerate(zip(grad_outputs, saved, settings, strict=True)):
+        grad = _rows(grad_output).to(dtype)
+        gradients[3 * at + 1 : 3 * at + 3] = _column_gradients(grad, one, layer, *needs[3 * at + 1 : 3 * at + 3])
+        # (k, tokens), with the factor by which dropout scales what it leaves.
+        grad_hidden.append((one.small_b.T / (1 - layer.dropout)) @ grad.T)
+    rows = _rows(x).to(dtype)
+    if all(one.mask is None for one in saved):
+        together = _stacked(grad_hidden)
+        small_gradients = (together @ rows).split([len(inner) for inner in grad_hidden])
+        if grad_x is not None and len(together):
+            _add_product(grad_x, together.T, _stacked([one.small_a for one in saved]))
+    else:
+        small_gradients = tuple(inner @ (rows * one.mask) for inner, one in zip(grad_hidden, saved, strict=True))
+        for inner, one in zip(grad_hidden, saved, strict=True):
+            if grad_x is not None and len(inner):
+                grad_x.add_((inner.T @ one.small_a).mul_(one.mask))
+    for at, (small, one, layer) in enumerate(zip(small_gradients, saved, settings, strict=True)):
+        if needs[3 * at]:
+            shape = (len(one.gate), x.shape[-1])
+            gradients[3 * at] = _spread(small.to(one.lora_b.dtype), 0, layer.kept, shape)
+    return None if grad_x is None else grad_x.to(x.dtype).view(x.shape), gradients
+
+
+def _base_gradient(grad_outputs: Sequence[Tensor], settings: Sequence[Settings], dtype: torch.dtype) -> Tensor:
+    """Sum of ``grad_output @ W0`` over the layers, shape ``(tokens, in)``."""
+    total: Tensor | None = None
+    for grad_output, layer in zip(grad_outputs, settings, strict=True):
+        grad, weight = _rows(grad_output).to(dtype), dequantized_weight(layer.base, dtype)
+        if total is None:
+            total = grad @ weight
+        else:
+            total.addmm_(grad, weight)
+    assert total is not None
+    return total
+
+
+def _column_gradients(
+    grad: Tensor, saved: Saved, settings: Settings, needs_gate: bool, needs_b: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of ``gate`` and ``lora_b``: both follow from that of ``s c_i b_i``."""
+    if not (needs_gate or needs_b):
+        return None, None
+    gate, lora_b, kept, scale = saved.gate, saved.lora_b, settings.kept, settings.scale
+    grad_small = (saved.hidden @ grad).to(lora_b.dtype)  # (k, out)
+    grad_gate = grad_b = None
+    if needs_gate:
+        grad_gate = (grad_small * _kept(lora_b, 1, kept).T).sum(1) * scale
+        grad_gate = _spread(grad_gate.to(gate.dtype), 0, kept, gate.shape)
+    if needs_b:
+        grad_b = _spread(grad_small.T * (_kept(gate, 0, kept) * scale), 1, kept, lora_b.shape)
+    return grad_gate, grad_b
 
 
 def _rows(tensor: Tensor) -> Tensor:
     """Shape ``(tokens, features)``."""
     return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _stacked(matrices: Sequence[Tensor]) -> Tensor:
+    return matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))
 
 
 def _component_dtype(x: Tensor, lora_a: Tensor) -> torch.dtype:
@@ -161,18 +217,16 @@ def _kept(tensor: Tensor, dim: int, kept: Tensor | None) -> Tensor:
     return tensor if kept is None else tensor.index_select(dim, kept)
 
 
-def _spread(grad: Tensor, dim: int, kept: Tensor | None, like: Tensor) -> Tensor:
+def _spread(grad: Tensor, dim: int, kept: Tensor | None, shape: Sequence[int]) -> Tensor:
     """The gradient of all components from that of those kept."""
-    return grad if kept is None else torch.zeros_like(like).index_copy_(dim, kept, grad)
+    return grad if kept is None else grad.new_zeros(shape).index_copy_(dim, kept, grad)
 
 
-def _small_matrices(
-    lora_a: Tensor, gate: Tensor, lora_b: Tensor, settings: Settings, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Rows ``a_i`` of shape ``(k, in)`` and columns ``s c_i b_i`` of shape ``(out, k)`` of the components kept."""
-    kept = settings.kept
-    columns = _kept(lora_b, 1, kept) * (_kept(gate, 0, kept) * settings.scale)
-    return _kept(lora_a, 0, kept).to(dtype), columns.to(dtype)
+def _small_matrices(layer: Layer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """See :class:`Saved`."""
+    kept = layer.settings.kept
+    columns = _kept(layer.lora_b, 1, kept) * (_kept(layer.gate, 0, kept) * layer.settings.scale)
+    return _kept(layer.lora_a, 0, kept).to(dtype), columns.to(dtype)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -181,12 +235,3 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right)
     else:
         total.add_(left @ right)
-
-
-def _drop(rows: Tensor, dropout: float) -> tuple[Tensor, Tensor | None]:
-    return torch.native_dropout(rows, dropout, True) if dropout else (rows, None)
-
-
-def _masked(rows: Tensor, mask: Tensor | None) -> Tensor:
-    """What dropout left, unscaled, a second time: the mask is kept, a byte an entry, and not its product."""
-    return rows if mask is None else rows * mask

@@ -5,13 +5,14 @@ The layer knows tensors only: no rank of a process, no schedule, no configuratio
 """
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from dora_dist.adapted_linear import Settings, adapted_linear
+from dora_dist.adapted_linear import Layer, Settings, adapted_linears
 from dora_dist.adapter_config import INITS
 from dora_dist.quantization import check_known_linear
 
@@ -27,6 +28,8 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
     Parameters (adapter dtype): ``lora_A`` weight ``(r, in)``, ``lora_B`` weight ``(out, r)``, ``lora_gate`` ``(r,)``.
     Buffer: ``component_mask`` ``(r,)``, boolean because DeepSpeed casts floating point buffers. A component whose
     mask is False contributes exactly nothing, whatever an optimizer does to its parameters.
+
+    ``shared`` computes the layer together with others that read the same tensor, where there are such.
     """
 
     adapter_layer_names = ("lora_A", "lora_B", "lora_gate")
@@ -47,6 +50,7 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
         self.lora_B[adapter_name] = nn.utils.skip_init(nn.Linear, r, self.out_features, bias=False, device=device)
         self.lora_gate = nn.ParameterDict({adapter_name: torch.empty(r, device=device)})
         self.register_buffer("component_mask", torch.ones(r, dtype=torch.bool, device=device))
+        self.shared: Callable[[DynamicLoraLinear, Tensor], Tensor] | None = None
         self._kept: Tensor | None = None
         self._kept_at = (0, -1)
         self.set_adapter(adapter_name)
@@ -93,17 +97,20 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
         """``(..., in) -> (..., out)`` in the base layer's output dtype."""
         if self.disable_adapters:
             return self.base_layer(x, *args, **kwargs)
-        return adapted_linear(x, self.lora_a, self.gate, self.lora_b, self.settings())
+        if self.shared is not None:
+            return self.shared(self, x)
+        return adapted_linears(x, [self.tensors()])[0]
 
-    def settings(self) -> Settings:
-        """What the layer computes with beside its parameters, at this moment."""
+    def tensors(self) -> Layer:
+        """The layer as it computes at this moment."""
         dropout = self.lora_dropout[ADAPTER_NAME]
-        return Settings(
+        settings = Settings(
             base=self.base_layer,
             scale=self.scale,
             kept=self.kept_components(),
             dropout=dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0,
         )
+        return Layer(self.lora_a, self.gate, self.lora_b, settings)
 
     @torch.no_grad()
     def initialize(self, init: str, seed: int, name: str, dtype: torch.dtype) -> None:

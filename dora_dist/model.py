@@ -16,6 +16,7 @@ from dora_dist.folding import fold_components, write_lora_adapter
 from dora_dist.gated_mlp import fuse_gated_mlps
 from dora_dist.layer import ADAPTER_NAME, DynamicLoraLinear
 from dora_dist.quantization import forbid_inference_packing
+from dora_dist.shared_input import share_inputs
 from dora_dist.targets import resolve_targets
 
 
@@ -131,6 +132,7 @@ def add_dynamic_lora(model: nn.Module, config: DynamicLoraConfig) -> DynamicLora
         layer.initialize(config.init, config.seed or 0, name, dtype)
         layer.gate.requires_grad_(config.train_gates)
     fuse_gated_mlps(peft_model)
+    share_inputs(peft_model)
     return peft_model
 
 

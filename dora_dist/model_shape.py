@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 QUERY_KEY_VALUE = ("q_proj", "k_proj", "v_proj")
-GATED_BLOCK = {*QUERY_KEY_VALUE, "o_proj", "gate_proj", "up_proj", "down_proj"}
+GATED_MLP = ("gate_proj", "up_proj", "down_proj")
+GATED_BLOCK = {*QUERY_KEY_VALUE, "o_proj", *GATED_MLP}
 """Linear layers of a decoder layer that is built as Llama's."""
 
 
@@ -43,6 +44,8 @@ class Block:
 
     linears: tuple[Linear, ...]
     norms: tuple[Norm, ...]
+    fused_mlp: bool = False
+    """Whether its MLP runs as one operation (:mod:`dora_dist.gated_mlp`)."""
 
     @property
     def is_known(self) -> bool:
@@ -67,6 +70,18 @@ class ModelShape:
     other_numel: int
     """Of norms, biases and whatever else is not quantized."""
     buffer_bytes: int
+
+
+def is_gated_mlp(module: nn.Module) -> bool:
+    """Whether a module computes ``down_proj(silu(gate_proj(x)) * up_proj(x))`` by the same code as transformers'
+    Llama. Most models of this family have a copy of that class."""
+    from transformers.activations import SiLUActivation
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    code, known = (getattr(type_.forward, "__code__", None) for type_ in (type(module), LlamaMLP))
+    if code is None or (code.co_code, code.co_names) != (known.co_code, known.co_names):
+        return False
+    return isinstance(module.act_fn, nn.SiLU | SiLUActivation)
 
 
 def read_shape(skeleton: "PreTrainedModel", adapted: Sequence[str]) -> ModelShape:
@@ -97,7 +112,9 @@ def read_shape(skeleton: "PreTrainedModel", adapted: Sequence[str]) -> ModelShap
             for path, part in module.named_modules()
             if type(part).__name__.endswith("Norm") and getattr(part, "weight", None) is not None
         )
-        blocks.append(Block(inside, norms))
+        gated = any(is_gated_mlp(part) for part in module.modules())
+        adapted_mlp = all(linear.adapted for linear in inside if linear.kind in GATED_MLP)
+        blocks.append(Block(inside, norms, fused_mlp=gated and adapted_mlp))
     ends = {id(part.weight): part.weight.numel() for part in (embedding, head) if part is not None}
     inner = sum(linear.numel for linear in linears.values() if not linear.is_head)
     total = sum(parameter.numel() for parameter in skeleton.parameters())

@@ -225,6 +225,9 @@ def build(
                 seed=options.seed,
             ),
         )
+        reason = wrapped.leave_out_logits()  # as in every run
+        if reason is not None:
+            raise RuntimeError(f"the loss of the benchmark's model is not computed as in a run: {reason}")
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if name == ADALORA:

@@ -7,7 +7,7 @@ from base_layers import IN, OUT, RANK, make_base
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dora_dist.adapted_linear import Settings, adapted_linear
+from dora_dist.adapted_linear import Layer, Settings, adapted_linears
 from dora_dist.quantization import check_known_linear
 
 SCALE = 2 / 3
@@ -20,6 +20,10 @@ def draw(dtype: torch.dtype = torch.float32, kind: str = "plain") -> tuple[nn.Mo
     generator = torch.Generator().manual_seed(1)
     shapes = ((2, 9, IN), (RANK, IN), (RANK,), (OUT, RANK))
     return base, [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+
+
+def adapted_linear(x: Tensor, lora_a: Tensor, gate: Tensor, lora_b: Tensor, settings: Settings) -> Tensor:
+    return adapted_linears(x, [Layer(lora_a, gate, lora_b, settings)])[0]
 
 
 def by_autograd(x: Tensor, lora_a: Tensor, gate: Tensor, lora_b: Tensor, settings: Settings) -> Tensor:
@@ -143,7 +147,8 @@ def test_nothing_of_the_inputs_size_is_kept_but_the_input():
         adapted_linear(*inputs, Settings(base=base, scale=SCALE, dropout=0.3))
     own = {tensor.data_ptr() for tensor in inputs}
     sizes = {(tensor.dtype, tensor.numel()) for tensor in kept if tensor.data_ptr() not in own}
-    assert sizes == {(torch.float32, 18 * RANK), (torch.bool, 18 * IN)}
+    # a_i . x, s c_i b_i, and the mask of dropout, a byte an entry
+    assert sizes == {(torch.float32, 18 * RANK), (torch.float32, OUT * RANK), (torch.bool, 18 * IN)}
 
 
 def test_a_layer_that_computes_in_a_way_of_its_own_is_refused():
@@ -179,3 +184,22 @@ def test_training_follows_the_formulas_trajectory():
             losses[function].append(loss.item())
     assert losses[adapted_linear] == pytest.approx(losses[by_autograd], rel=1e-10)
     assert losses[adapted_linear][-1] < losses[adapted_linear][0]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("kept", [None, [0, 3]])
+def test_layers_that_read_one_tensor_are_as_each_alone(kept, dropout):
+    """Of which one has lost components; the gradient of the input is the sum."""
+    _, (x, *first) = draw(torch.float64)
+    second = [(tensor.detach() * 2).requires_grad_() for tensor in first]
+    bases = [make_base(seed=seed).to(torch.float64) for seed in (0, 1)]
+    settings = [Settings(bases[0], SCALE, None if kept is None else torch.tensor(kept), dropout)]
+    settings += [Settings(bases[1], SCALE, None, dropout)]
+    layers = [Layer(*first, settings[0]), Layer(*second, settings[1])]
+    found = {}
+    for together in (True, False):
+        torch.manual_seed(5)
+        outputs = adapted_linears(x, layers) if together else [adapted_linears(x, [layer])[0] for layer in layers]
+        loss = sum((output * (2 + at)).square().sum() for at, output in enumerate(outputs))
+        found[together] = [*outputs, *torch.autograd.grad(loss, [x, *first, *second])]
+    torch.testing.assert_close(found[True], found[False], rtol=1e-12, atol=1e-12)

@@ -79,7 +79,7 @@ LEVELS = [
         "verify",
     },
     {"layer"},
-    {"gated_mlp"},
+    {"gated_mlp", "shared_input"},
     {
         "controller",
         "data.encode",
@@ -165,8 +165,13 @@ def test_the_method_imports_torch_and_the_standard_library_only(name):
 def test_the_layer_knows_no_rank_no_schedule_and_no_configuration_of_a_run():
     assert own_imports("layer") <= {"adapted_linear", "adapter_config", "quantization"}
     assert own_imports("adapted_linear") <= {"quantization"}
-    assert own_imports("gated_mlp") <= {"adapted_linear", "layer", "quantization"}
-    for name in ("layer", "adapted_linear", "gated_mlp"):
+    assert own_imports("gated_mlp") | own_imports("shared_input") <= {
+        "adapted_linear",
+        "layer",
+        "model_shape",
+        "quantization",
+    }
+    for name in ("layer", "adapted_linear", "gated_mlp", "shared_input"):
         assert not {full for full in imports(name) if full.startswith(("torch.distributed", "accelerate", "deepspeed"))}
 
 

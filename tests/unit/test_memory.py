@@ -143,14 +143,15 @@ def step(shape, *, checkpointing=False, quantization="nf4", adapter=None, engine
 
 def test_activations_grow_with_tokens_and_scores_with_their_square(saved):
     shape = shape_of(saved())
-    once, rows = step(shape), step(shape, rows=8)
-    assert rows.activations == 2 * once.activations
-    longer = step(shape, length=128)
-    assert longer.activations == 2 * once.activations
+    # A layer's columns with gate and scale are kept whatever the tokens are: rank 3, two bytes.
+    columns = 3 * 2 * sum(linear.out_features for linear in shape.linears if linear.adapted)
+    once = step(shape)
+    for doubled in (step(shape, rows=8), step(shape, length=128)):
+        assert doubled.activations - columns == 2 * (once.activations - columns)
     eager, longer_eager = (step(shape, length=length, attention="eager") for length in (64, 128))
     # Two layers, four heads; the softmax in float32 and its copy in bfloat16.
     scores = 2 * 4 * 4 * 64**2 * (4 + 2)
-    assert longer_eager.activations - 2 * eager.activations == 2 * scores
+    assert longer_eager.activations - 2 * eager.activations == 2 * scores - columns
     assert step(shape, padded=True).activations > once.activations
 
 
@@ -208,5 +209,8 @@ def test_a_layer_without_adapters_keeps_no_inputs_for_them(saved):
     all_linear, one = (shape_of(folder, targets) for targets in ("all-linear", ["v_proj"]))
     sizes = [block_memory(shape.blocks[0], shape, batch, adapter, "nf4").saved for shape in (all_linear, one)]
     widths = 64 + 64 + 64 + 64 + 64 + 128  # inputs of q, k, o, gate, up and down: a byte an entry for dropout
-    inputs = 64 + 128  # of gate and up together, and of down: v shares with q and k, attention keeps that of o
-    assert sizes[0] - sizes[1] == 16 * (inputs * 4 + widths + 6 * 3 * 4)
+    # Kept inputs: of gate and up together; v shares with q and k, attention keeps that of o, the fused MLP makes that
+    # of down again, and the activation too, which the MLP of bare layers keeps.
+    inputs = 64 - 128
+    columns = 3 * 4 * sum(linear.out_features for linear in all_linear.blocks[0].linears if linear.kind != "v_proj")
+    assert sizes[0] - sizes[1] == 16 * (inputs * 4 + widths + 6 * 3 * 4) + columns

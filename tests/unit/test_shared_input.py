@@ -1,0 +1,109 @@
+"""Layers that are computed together because one module calls them with the same tensor."""
+
+import pytest
+import torch
+from base_layers import IN, adapt_layer, make_base
+from torch import Tensor, nn
+
+from dora_dist.layer import DynamicLoraLinear
+from dora_dist.shared_input import share_inputs
+
+
+class Attention(nn.Module):
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (adapt_layer(make_base(seed=seed), **options) for seed in range(3))
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        other = x if other is None else other
+        return self.q_proj(x) * self.k_proj(other) + self.v_proj(other)
+
+    def layers(self) -> list[DynamicLoraLinear]:
+        return [self.q_proj, self.k_proj, self.v_proj]
+
+    def is_shared(self) -> bool:
+        return all(layer.shared is not None for layer in self.layers())
+
+
+def draw_x(seed: int = 1) -> Tensor:
+    return torch.randn(2, 5, IN, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def results(attention: Attention, *inputs: Tensor) -> list[Tensor]:
+    torch.manual_seed(3)
+    output = attention(*inputs)
+    parameters = [parameter for parameter in attention.parameters() if parameter.requires_grad]
+    return [output, *torch.autograd.grad(output.square().sum(), [*inputs, *parameters])]
+
+
+def shared_and_not(*inputs: Tensor, **options) -> tuple[Attention, list[Tensor], list[Tensor]]:
+    alone, shared = Attention(**options), Attention(**options)
+    share_inputs(shared)
+    assert shared.is_shared()
+    return shared, results(shared, *inputs), results(alone, *inputs)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_together_is_as_each_alone(dropout):
+    shared, found, wanted = shared_and_not(draw_x(), dropout=dropout)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert shared.is_shared()
+
+
+def test_each_step_computes_once_and_keeps_nothing(monkeypatch):
+    calls = []
+    attention = Attention()
+    share_inputs(attention)
+    for layer in attention.layers():
+        layer.base_layer.register_forward_hook(lambda *_: calls.append(1))
+    x = draw_x()
+    for _ in range(3):
+        attention(x)
+    assert len(calls) == 9
+    assert attention.q_proj.shared._input is None
+    assert not attention.q_proj.shared._outputs
+
+
+def test_the_same_tensor_with_other_values_is_computed_anew():
+    attention, alone = Attention(), Attention()
+    share_inputs(attention)
+    x = draw_x().detach()
+    first = attention.q_proj(x)
+    x.mul_(2)
+    torch.testing.assert_close(attention.k_proj(x), alone.k_proj(x))
+    assert not torch.equal(first, attention.q_proj(x))
+
+
+def test_cross_attention_is_right_and_is_no_longer_computed_ahead():
+    shared, found, wanted = shared_and_not(draw_x(), draw_x(2))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert not any(layer.shared is not None for layer in shared.layers())
+
+
+def test_outputs_made_without_gradients_are_not_used_with_them():
+    attention = Attention()
+    share_inputs(attention)
+    x = draw_x()
+    with torch.no_grad():
+        attention.q_proj(x)
+    assert attention.k_proj(x).requires_grad
+
+
+def test_layers_that_are_off_are_their_bases():
+    attention, x = Attention(), draw_x()
+    share_inputs(attention)
+    for layer in attention.layers():
+        layer.enable_adapters(False)
+    q, k, v = (layer.base_layer(x) for layer in attention.layers())
+    assert torch.equal(attention(x), q * k + v)
+
+
+def test_bare_layers_and_layers_of_other_widths_are_left_alone():
+    attention = Attention()
+    attention.k_proj = attention.v_proj = make_base()
+    share_inputs(attention)
+    assert attention.q_proj.shared is None
+    attention = Attention()
+    attention.v_proj = adapt_layer(make_base(width=2 * IN))
+    share_inputs(attention)
+    assert attention.q_proj.shared is None
