@@ -14,7 +14,6 @@ import os
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -24,10 +23,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dora_dist import DynamicLoraConfig, add_dynamic_lora
-from dora_dist.model import DynamicLoraModel
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from dora_dist.benchmark.peak import rise_of_allocator
+from dora_dist.model import DynamicLoraModel
 
 HIDDEN, ROWS, LENGTH = 512, 4, 256
 CASES = ((131072, 0.0, 2), (131072, 0.5, 2), (32768, 0.0, 3), (4096, 0.0, 9), (512, 0.0, 25))

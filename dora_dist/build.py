@@ -28,12 +28,14 @@ from dora_dist.trainer import DynamicLoraTrainer
 
 
 def check_same_on_all_ranks(agreement: Agreement, settings: Mapping[str, Any], model: DynamicLoraModel) -> None:
-    """Prove that all ranks have the same settings, training data and base model (a sample of every adapted layer).
+    """Prove that all ranks have the same settings, training data and base model (a sample of every adapted layer), and
+    compute the loss in the same way.
 
     Raises:
         DisagreementError: they do not; names the first setting or layer that differs.
     """
-    digests = {name: sha256(json.dumps(value).encode()).digest() for name, value in settings.items()}
+    facts = {**settings, "whether the loss is computed without logits": model.leaves_out_logits}
+    digests = {name: sha256(json.dumps(value).encode()).digest() for name, value in facts.items()}
     for name, layer in model.adapted_layers().items():
         digests[f"base weights of {name}"] = digest_tensors(layer.weight.detach().flatten()[:256])
     agreement.check_equal(digests, "settings, data or base model")

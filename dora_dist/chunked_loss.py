@@ -36,46 +36,69 @@ def chunk_length(vocabulary: int) -> int:
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ignored: int = IGNORED
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    items: Tensor | float = 1,
+    ignored: int = IGNORED,
 ) -> Tensor:
-    """Sum of the cross-entropies of ``hidden @ weight.T + bias``, in at least float32, differentiable in ``hidden``.
+    """Sum of the cross-entropies of ``hidden @ weight.T + bias`` over ``items``, in at least float32, differentiable in
+    ``hidden``.
 
     Args:
         hidden: shape ``(..., features)``.
         weight: of the output head, frozen, shape ``(vocabulary, features)``.
         bias: of the output head, frozen, shape ``(vocabulary,)``, or None.
         targets: shape ``(...)``; the word that each position is to predict.
+        items: what the sum is divided by, before anything is rounded to the dtype of ``hidden``.
         ignored: target of positions that do not count.
     """
-    return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, ignored)
+    return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, items, ignored)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Computes the gradient in the forward, where the logits are, and multiplies it in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ignored: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        items: Tensor | float,
+        ignored: int,
+    ) -> Tensor:
         flat, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
         counted = (targets != ignored).nonzero().squeeze(1)
         gradient = torch.zeros_like(flat) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         for chosen in counted.split(chunk_length(weight.shape[0])):
-            total += _add_chunk(flat, weight, bias, targets, chosen, gradient)
+            total += _add_chunk(flat, weight, bias, targets, chosen, items, gradient)
         if gradient is not None:
             ctx.save_for_backward(gradient.view_as(hidden))
-        return total
+        return total / items
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0].to(gradient.dtype), None, None, None, None
+        # A factor rounded to bfloat16 would change every gradient of the step by it.
+        product = gradient.to(gradients[0].dtype) * gradients[0]
+        return product.to(gradient.dtype), None, None, None, None, None
 
 
 def _add_chunk(
-    flat: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chosen: Tensor, gradient: Tensor | None
+    flat: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    chosen: Tensor,
+    items: Tensor | float,
+    gradient: Tensor | None,
 ) -> Tensor:
-    """Sum of the losses of the positions in ``chosen``; writes their gradients into ``gradient``.
+    """Sum of the losses of the positions in ``chosen``; writes their gradients over ``items`` into ``gradient``.
 
     A function of its own, so that the logits of a chunk are gone before the next one's are computed.
     """
@@ -90,6 +113,7 @@ def _add_chunk(
     if gradient is not None:
         logits /= denominator
         logits.scatter_add_(1, target, -torch.ones_like(at_target))
+        logits /= items
         gradient[chosen] = (logits.to(dtype) @ weight).to(gradient.dtype)
     return (denominator.log() - at_target).sum()
 
@@ -144,9 +168,10 @@ def deferred_loss(ordinary: Callable[..., Tensor]) -> Callable[..., Tensor]:
             assert labels is not None
             shift_labels = functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         targets = shift_labels.to(logits.hidden.device)
-        total = chunked_cross_entropy(logits.hidden, weight, logits.head.bias, targets, ignore_index)
         items = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
-        return total / (items.to(total.device) if isinstance(items, Tensor) else items)
+        if isinstance(items, Tensor):
+            items = items.to(targets.device)
+        return chunked_cross_entropy(logits.hidden, weight, logits.head.bias, targets, items, ignore_index)
 
     return loss
 
@@ -202,6 +227,8 @@ def proved(model: PreTrainedModel) -> tuple[ChunkedLoss | None, str]:
         own = _loss_and_gradient(model)
         with chunked.deferred():
             found = _loss_and_gradient(model)
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the loss, and the ordinary path takes more
     except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         return None, f"it does not compute a loss without them ({type(error).__name__}: {error})"
     finally:

@@ -23,7 +23,7 @@ from dora_dist.quantization import product_dtype
 def fuse_gated_mlps(model: nn.Module) -> None:
     """Let the gated MLPs of a model whose three layers are all adapted run as one operation, in place."""
     for module in model.modules():
-        if is_gated_mlp(module) and all(isinstance(layer, DynamicLoraLinear) for layer in _layers(module)):
+        if is_gated_mlp(module) and _can_be_fused(module):
             module.forward = MethodType(_forward, module)
 
 
@@ -31,12 +31,21 @@ def _layers(mlp: nn.Module) -> list[nn.Module]:
     return [getattr(mlp, name) for name in GATED_MLP]
 
 
+def _can_be_fused(mlp: nn.Module) -> bool:
+    gate, up, down = _layers(mlp)
+    return all(isinstance(layer, DynamicLoraLinear) for layer in (gate, up, down)) and gate.computes_as(up)
+
+
 def _forward(mlp: nn.Module, x: Tensor) -> Tensor:
-    layers = _layers(mlp)
-    # What a layer on its own would do, or tell others, has to happen.
-    if any(layer.disable_adapters or layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
+    # What a layer on its own would do, or tell others, has to happen; and layers may have been replaced.
+    if not _can_be_fused(mlp) or any(layer.disable_adapters or _is_watched(layer) for layer in _layers(mlp)):
         return type(mlp).forward(mlp, x)
-    return gated_mlp(x, *(layer.tensors() for layer in layers))
+    return gated_mlp(x, *(layer.tensors() for layer in _layers(mlp)))
+
+
+def _is_watched(layer: nn.Module) -> bool:
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return any(map(bool, hooks))
 
 
 def gated_mlp(x: Tensor, gate: Layer, up: Layer, down: Layer) -> Tensor:

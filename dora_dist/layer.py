@@ -52,7 +52,8 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
         self.register_buffer("component_mask", torch.ones(r, dtype=torch.bool, device=device))
         self.shared: Callable[[DynamicLoraLinear, Tensor], Tensor] | None = None
         self._kept: Tensor | None = None
-        self._kept_at = (0, -1)
+        self._kept_of: Tensor | None = None
+        self._kept_version = -1
         self.set_adapter(adapter_name)
 
     @property
@@ -87,10 +88,9 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
         Looked up when the mask has changed only: on a GPU, finding them makes the host wait for the device.
         """
         mask = self.component_mask
-        seen = (id(mask), mask._version)
-        if self._kept_at != seen:
+        if self._kept_of is not mask or self._kept_version != mask._version:
             self._kept = None if bool(mask.all()) else mask.nonzero().flatten()
-            self._kept_at = seen
+            self._kept_of, self._kept_version = mask, mask._version
         return self._kept
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -100,6 +100,12 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
         if self.shared is not None:
             return self.shared(self, x)
         return adapted_linears(x, [self.tensors()])[0]
+
+    def computes_as(self, other: "DynamicLoraLinear") -> bool:
+        """Whether both multiply in the same dtypes, so that they can be computed together."""
+        kinds = [(type(one.base_layer), getattr(one.base_layer, "compute_dtype", None)) for one in (self, other)]
+        dtypes = [(one.lora_a.dtype, one.lora_b.dtype) for one in (self, other)]
+        return kinds[0] == kinds[1] and dtypes[0] == dtypes[1]
 
     def tensors(self) -> Layer:
         """The layer as it computes at this moment."""

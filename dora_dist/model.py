@@ -44,11 +44,11 @@ class DynamicLoraModel(PeftModelForCausalLM):
     @contextmanager
     def loss_only(self) -> Iterator[None]:
         """While it lasts, the loss is computed as in training, though the model is not in training mode."""
-        self._loss_only = True
+        before, self._loss_only = self._loss_only, True
         try:
             yield
         finally:
-            self._loss_only = False
+            self._loss_only = before
 
     def forward(
         self,
@@ -67,6 +67,11 @@ class DynamicLoraModel(PeftModelForCausalLM):
             outputs = forward(return_dict=True)
         outputs["logits"] = None
         return outputs
+
+    @property
+    def leaves_out_logits(self) -> bool:
+        """Whether the loss is computed without logits in training."""
+        return self._chunked_loss is not None
 
     def adapted_layers(self) -> dict[str, DynamicLoraLinear]:
         """Name of the module in the base model -> adapted layer, in the order of the names."""

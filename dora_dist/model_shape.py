@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 QUERY_KEY_VALUE = ("q_proj", "k_proj", "v_proj")
@@ -73,15 +74,22 @@ class ModelShape:
 
 
 def is_gated_mlp(module: nn.Module) -> bool:
-    """Whether a module computes ``down_proj(silu(gate_proj(x)) * up_proj(x))`` by the same code as transformers'
-    Llama. Most models of this family have a copy of that class."""
+    """Whether a module computes ``down_proj(silu(gate_proj(x)) * up_proj(x))``, by the code of its ``forward``: that of
+    :class:`_GatedMlp`, as transformers' Llama has it and most models of this family have a copy of."""
     from transformers.activations import SiLUActivation
-    from transformers.models.llama.modeling_llama import LlamaMLP
 
-    code, known = (getattr(type_.forward, "__code__", None) for type_ in (type(module), LlamaMLP))
-    if code is None or (code.co_code, code.co_names) != (known.co_code, known.co_names):
+    code = getattr(type(module).forward, "__code__", None)
+    known = _GatedMlp.forward.__code__
+    parts = ("co_code", "co_names", "co_consts")
+    if code is None or any(getattr(code, part) != getattr(known, part) for part in parts):
         return False
     return isinstance(module.act_fn, nn.SiLU | SiLUActivation)
+
+
+class _GatedMlp(nn.Module):
+    def forward(self, x: "Tensor") -> "Tensor":
+        down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return down_proj
 
 
 def read_shape(skeleton: "PreTrainedModel", adapted: Sequence[str]) -> ModelShape:

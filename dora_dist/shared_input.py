@@ -5,8 +5,8 @@ parts of its gradient add up in place (:mod:`dora_dist.adapted_linear`).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dora_dist.adapted_linear import adapted_linears
@@ -20,17 +20,16 @@ def share_inputs(model: nn.Module) -> None:
     for module in model.modules():
         layers = [getattr(module, name, None) for name in READ_TOGETHER]
         adapted = [layer for layer in layers if isinstance(layer, DynamicLoraLinear)]
-        if len(adapted) > 1 and len({layer.in_features for layer in adapted}) == 1:
-            shared = SharedInput(adapted)
-            for layer in adapted:
-                layer.shared = shared
+        alike = all(layer.in_features == adapted[0].in_features and layer.computes_as(adapted[0]) for layer in adapted)
+        if len(adapted) > 1 and alike:
+            SharedInput(adapted).attach(module)
 
 
 class SharedInput:
-    """Outputs of layers for one tensor, until each has been asked for its own.
+    """Outputs of layers for one tensor, from the first call of one to the last, within one forward of their module.
 
-    A call with another tensor (cross-attention, whose keys are of another sequence) is always computed from that
-    tensor; where outputs are left over then, nothing is computed ahead any more.
+    A call with another tensor (cross-attention, whose keys are of another sequence), or outside of the module's
+    forward, is computed alone. Where outputs were left over, nothing is computed ahead any more.
 
     Args:
         layers: in the order in which they are called.
@@ -38,28 +37,35 @@ class SharedInput:
 
     def __init__(self, layers: Sequence[DynamicLoraLinear]) -> None:
         self._layers = list(layers)
-        self._state: tuple[int, bool, bool] | None = None
+        self._open = False
         self._input: Tensor | None = None
+        self._version = 0
         self._outputs: dict[int, Tensor] = {}
+
+    def attach(self, module: nn.Module) -> None:
+        """Serve the layers of this module from now on."""
+        module.register_forward_pre_hook(self._begin)
+        module.register_forward_hook(self._end, always_call=True)
+        for layer in self._layers:
+            layer.shared = self
 
     def __call__(self, layer: DynamicLoraLinear, x: Tensor) -> Tensor:
         """Output of one of the layers."""
-        state = (x._version, torch.is_grad_enabled(), layer.training)
-        if self._input is x and self._state == state and id(layer) in self._outputs:
-            output = self._outputs.pop(id(layer))
-        else:
-            if self._outputs:
-                self._dissolve()
-                return layer(x)
-            self._input, self._state = x, state
+        place = self._layers.index(layer)
+        if self._open and self._input is None:
+            self._input, self._version = x, x._version
             outputs = adapted_linears(x, [one.tensors() for one in self._layers])
-            self._outputs = {id(one): output for one, output in zip(self._layers, outputs, strict=True)}
-            output = self._outputs.pop(id(layer))
-        if not self._outputs:
-            self._input = None
-        return output
+            self._outputs = dict(enumerate(outputs))
+        if self._input is x and self._version == x._version and place in self._outputs:
+            return self._outputs.pop(place)
+        return adapted_linears(x, [layer.tensors()])[0]
 
-    def _dissolve(self) -> None:
-        self._input, self._outputs = None, {}
-        for layer in self._layers:
-            layer.shared = None
+    def _begin(self, *_: Any) -> None:
+        self._open = True
+
+    def _end(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        """Nothing outlives the module's forward. It has no output where it ended with an exception."""
+        if self._outputs and output is not None:
+            for layer in self._layers:
+                layer.shared = None
+        self._open, self._input, self._outputs = False, None, {}

@@ -155,7 +155,7 @@ def _own_figures(
         measured = [dynamic.step_in_parts(rows(number), now) for number in range(times)]
         parts = {name: median(one[name] for one in measured) for name in measured[0]}
         step = parts.pop("step")
-        share = median(1 - (one["step"] - sum(one[name] for name in parts)) / one["step"] for one in measured)
+        share = median(sum(one[name] for name in parts) / one["step"] for one in measured)
         found["method"] = {"seconds": parts, "step_seconds": step, "share_of_step": share, "times": measured}
     if isinstance(pruned, Pruned):
         found["kept_ranks"] = pruned.kept_ranks()

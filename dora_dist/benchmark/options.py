@@ -16,7 +16,7 @@ CONTESTANTS = {
     FLOOR: "the frozen base alone: forward, and backward to the inputs of its layers",
     LORA: "PEFT's LoRA of the initial rank",
     ADALORA: "PEFT's AdaLoRA, its update in every step",
-    DYNAMIC: "this project before the final event: scoring, smoothing, DEM and agreement in every step",
+    DYNAMIC: "this project between two events: scoring, smoothing, DEM and an exchange of the ranks in every step",
     PRUNED: "this project after the final event",
 }
 CHECKPOINTING = {"off": (False,), "on": (True,), "both": (False, True)}

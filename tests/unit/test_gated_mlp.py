@@ -123,6 +123,21 @@ def test_a_layer_that_is_off_or_watched_runs_on_its_own():
     assert torch.equal(mlp(x), bases[2](torch.nn.functional.silu(bases[0](x)) * bases[1](x)))
 
 
+def test_gradients_of_modules_can_be_watched():
+    mlp = make_mlp()
+    seen = []
+    mlp.down_proj.register_full_backward_hook(lambda *_: seen.append(1))
+    mlp(draw_x()).sum().backward()
+    assert seen == [1]
+
+
+def test_layers_may_be_taken_away_again():
+    """As PEFT's ``unload`` does."""
+    mlp, x = make_mlp(), draw_x()
+    mlp.up_proj = mlp.up_proj.base_layer
+    assert torch.equal(mlp(x), type(mlp).forward(mlp, x))
+
+
 def test_models_of_the_family_are_known_and_others_are_not():
     assert is_gated_mlp(LlamaMLP(LlamaConfig(**SIZES)))
     assert is_gated_mlp(Qwen3MLP(Qwen3Config(**SIZES)))
@@ -135,6 +150,13 @@ def test_models_of_the_family_are_known_and_others_are_not():
             return self.down_proj(self.act_fn(self.gate_proj(x)) + self.up_proj(x))
 
     assert not is_gated_mlp(Other(LlamaConfig(**SIZES)))
+
+    class Scaled(LlamaMLP):
+        def forward(self, x):
+            down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+            return down_proj * 2
+
+    assert not is_gated_mlp(Scaled(LlamaConfig(**SIZES)))
 
 
 def test_an_mlp_with_a_bare_layer_is_left_as_it_is():

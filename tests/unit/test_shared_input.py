@@ -1,5 +1,7 @@
 """Layers that are computed together because one module calls them with the same tensor."""
 
+import copy
+
 import pytest
 import torch
 from base_layers import IN, adapt_layer, make_base
@@ -50,28 +52,41 @@ def test_together_is_as_each_alone(dropout):
     assert shared.is_shared()
 
 
-def test_each_step_computes_once_and_keeps_nothing(monkeypatch):
+def test_each_step_computes_once_and_keeps_nothing():
     calls = []
     attention = Attention()
     share_inputs(attention)
     for layer in attention.layers():
         layer.base_layer.register_forward_hook(lambda *_: calls.append(1))
-    x = draw_x()
     for _ in range(3):
-        attention(x)
+        attention(draw_x())
     assert len(calls) == 9
+    assert attention.is_shared()
     assert attention.q_proj.shared._input is None
     assert not attention.q_proj.shared._outputs
 
 
-def test_the_same_tensor_with_other_values_is_computed_anew():
+def test_a_layer_called_by_itself_sees_its_parameters_as_they_are():
     attention, alone = Attention(), Attention()
     share_inputs(attention)
-    x = draw_x().detach()
-    first = attention.q_proj(x)
-    x.mul_(2)
-    torch.testing.assert_close(attention.k_proj(x), alone.k_proj(x))
-    assert not torch.equal(first, attention.q_proj(x))
+    x = draw_x()
+    attention.q_proj(x)
+    for one in (attention, alone):
+        one.k_proj.component_mask[:2] = False
+        one.v_proj.lora_b.data.mul_(2)
+    for name in ("k_proj", "v_proj"):
+        torch.testing.assert_close(getattr(attention, name)(x), getattr(alone, name)(x))
+
+
+def test_the_same_tensor_with_other_values_is_computed_anew():
+    class Doubling(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            first = self.q_proj(x)
+            return first + self.k_proj(x.mul_(2))
+
+    attention, alone = Doubling(), Doubling()
+    share_inputs(attention)
+    torch.testing.assert_close(attention(draw_x().detach()), alone(draw_x().detach()))
 
 
 def test_cross_attention_is_right_and_is_no_longer_computed_ahead():
@@ -80,13 +95,33 @@ def test_cross_attention_is_right_and_is_no_longer_computed_ahead():
     assert not any(layer.shared is not None for layer in shared.layers())
 
 
-def test_outputs_made_without_gradients_are_not_used_with_them():
+def test_an_exception_in_the_middle_leaves_nothing_behind():
+    attention, x = Attention(), draw_x()
+    share_inputs(attention)
+
+    def fail(*_) -> None:
+        raise MemoryError
+
+    handle = attention.k_proj.register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        attention(x)
+    handle.remove()
+    assert not attention.q_proj.shared._outputs
+    torch.testing.assert_close(attention(x), Attention()(x), rtol=1e-4, atol=1e-4)
+    assert attention.is_shared()
+
+
+def test_a_copy_shares_within_itself():
     attention = Attention()
     share_inputs(attention)
-    x = draw_x()
+    attention.q_proj(draw_x())
+    copied = copy.deepcopy(attention)
+    assert copied.q_proj.shared is copied.k_proj.shared
+    assert copied.q_proj.shared is not attention.q_proj.shared
     with torch.no_grad():
-        attention.q_proj(x)
-    assert attention.k_proj(x).requires_grad
+        copied.k_proj.lora_b.zero_()
+    x = draw_x()
+    assert not torch.equal(copied(x), attention(x))
 
 
 def test_layers_that_are_off_are_their_bases():
@@ -105,5 +140,9 @@ def test_bare_layers_and_layers_of_other_widths_are_left_alone():
     assert attention.q_proj.shared is None
     attention = Attention()
     attention.v_proj = adapt_layer(make_base(width=2 * IN))
+    share_inputs(attention)
+    assert attention.q_proj.shared is None
+    attention = Attention()
+    attention.v_proj = adapt_layer(make_base("nf4"))
     share_inputs(attention)
     assert attention.q_proj.shared is None
