@@ -99,7 +99,12 @@ def unpack(tensors: Sequence[Tensor | None]) -> list[Saved]:
 
 def forward(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], list[Saved]]:
     """Outputs of :func:`adapted_linears`, and what :func:`backward` needs. Without autograd."""
-    outputs = [layer.settings.base(x) for layer in layers]
+    saved = read_input(x, layers)
+    return [output_of(x, layer.settings, one) for layer, one in zip(layers, saved, strict=True)], saved
+
+
+def read_input(x: Tensor, layers: Sequence[Layer]) -> list[Saved]:
+    """What the components of layers make of their input: all that the backward needs, but no output yet."""
     dtype = _component_dtype(x, layers[0].lora_a)
     rows = _rows(x).to(dtype)
     small = [_small_matrices(layer, dtype) for layer in layers]
@@ -111,12 +116,18 @@ def forward(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], list[Save
             hidden.append(small[at][0] @ dropped.T)
     else:
         hidden = list((_stacked([a for a, _ in small]) @ rows.T).split([len(a) for a, _ in small]))
-    saved = []
-    for layer, output, (small_a, small_b), inner, mask in zip(layers, outputs, small, hidden, masks, strict=True):
-        if len(inner):
-            _add_product(output.view(-1, output.shape[-1]), inner.T, small_b.T.contiguous())
-        saved.append(Saved(layer.gate, layer.lora_b, small_a, small_b, inner, mask))
-    return outputs, saved
+    return [
+        Saved(layer.gate, layer.lora_b, *matrices, inner, mask)
+        for layer, matrices, inner, mask in zip(layers, small, hidden, masks, strict=True)
+    ]
+
+
+def output_of(x: Tensor, settings: Settings, saved: Saved) -> Tensor:
+    """Base layer plus components, shape ``(..., out)``."""
+    output = settings.base(x)
+    if len(saved.hidden):
+        _add_product(output.view(-1, output.shape[-1]), saved.hidden.T, saved.small_b.T.contiguous())
+    return output
 
 
 def backward(
@@ -171,14 +182,10 @@ def backward(
 
 def _base_gradient(grad_outputs: Sequence[Tensor], settings: Sequence[Settings], dtype: torch.dtype) -> Tensor:
     """Sum of ``grad_output @ W0`` over the layers, shape ``(tokens, in)``."""
-    total: Tensor | None = None
-    for grad_output, layer in zip(grad_outputs, settings, strict=True):
-        grad, weight = _rows(grad_output).to(dtype), dequantized_weight(layer.base, dtype)
-        if total is None:
-            total = grad @ weight
-        else:
-            total.addmm_(grad, weight)
-    assert total is not None
+    total = _rows(grad_outputs[0]).to(dtype) @ dequantized_weight(settings[0].base, dtype)
+    for grad_output, layer in zip(grad_outputs[1:], settings[1:], strict=True):
+        # One dequantized weight at a time: none has a name.
+        total.addmm_(_rows(grad_output).to(dtype), dequantized_weight(layer.base, dtype))
     return total
 
 

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from dora_dist import adapted_linear
-from dora_dist.adapted_linear import Layer, Settings, unpack
+from dora_dist.adapted_linear import Layer, Saved, Settings, unpack
 from dora_dist.layer import DynamicLoraLinear
 from dora_dist.model_shape import GATED_MLP, is_gated_mlp
 from dora_dist.quantization import product_dtype
@@ -52,38 +52,66 @@ def gated_mlp(x: Tensor, gate: Layer, up: Layer, down: Layer) -> Tensor:
     """``down(silu(gate(x)) * up(x))``, differentiable once. Shape ``(..., in) -> (..., out)``."""
     layers = (gate, up, down)
     tensors = [tensor for layer in layers for tensor in layer[:3]]
-    return _GatedMlp.apply(x, [layer.settings for layer in layers], *tensors)
+    bridge, product, *down_saved = _UntilProduct.apply(x, [layer.settings for layer in layers], *tensors)
+    return _FromProduct.apply(bridge, product, down.settings, Saved(*down_saved))
 
 
-class _GatedMlp(torch.autograd.Function):
+class _UntilProduct(torch.autograd.Function):
+    """All of the MLP but its output; its backward is that of the whole MLP.
+
+    Gradient checkpointing computes a decoder layer again until it has all that was kept. As nothing is kept from here
+    on, it stops before the product of ``down``'s base, a fifth of the layer, which no gradient needs.
+    """
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, settings: list[Settings], *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, settings: list[Settings], *tensors: Tensor) -> tuple[Tensor | None, ...]:
         layers = [Layer(*tensors[3 * at : 3 * at + 3], one) for at, one in enumerate(settings)]
         (gate, up), saved = adapted_linear.forward(x, layers[:2])
         product = functional.silu(gate).mul_(up)
-        (output,), down_saved = adapted_linear.forward(product, layers[2:])
-        ctx.settings = settings
-        ctx.product_dtypes = product_dtype(settings[0].base, gate), product_dtype(settings[2].base, output)
-        ctx.save_for_backward(x, gate, up, *(tensor for one in (*saved, *down_saved) for tensor in one))
-        return output
+        (down_saved,) = adapted_linear.read_input(product, layers[2:])
+        # Stands for the output: the gradient of that one comes in as its gradient.
+        bridge = product.new_zeros(()).expand(*x.shape[:-1], settings[2].base.out_features)
+        ctx.settings, ctx.product_dtype = settings, product_dtype(settings[0].base, gate)
+        ctx.save_for_backward(x, gate, up, *(tensor for one in (*saved, down_saved) for tensor in one))
+        # Detached: parameters are inputs here, which must not come out as outputs.
+        handed_on = (product, *(None if tensor is None else tensor.detach() for tensor in down_saved))
+        ctx.mark_non_differentiable(*(tensor for tensor in handed_on if tensor is not None))
+        return bridge, *handed_on
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, gate, up, *tensors = ctx.saved_tensors
         saved = unpack(tensors)
         needs_x, _, *needs = ctx.needs_input_grad
-        first_dtype, down_dtype = ctx.product_dtypes
 
         activation = functional.silu(gate)
         grad_product, down_gradients = adapted_linear.backward(
-            [grad_output], activation * up, saved[2:], ctx.settings[2:], down_dtype, True, needs[6:]
+            [grad_output],
+            activation * up,
+            saved[2:],
+            ctx.settings[2:],
+            product_dtype(ctx.settings[2].base, grad_output),
+            True,
+            needs[6:],
         )
         grad_up = activation.mul_(grad_product)
         grad_gate = torch.ops.aten.silu_backward(grad_product.mul_(up), gate)
         del activation, grad_product
 
         grad_x, gradients = adapted_linear.backward(
-            [grad_gate, grad_up], x, saved[:2], ctx.settings[:2], first_dtype, needs_x, needs[:6]
+            [grad_gate, grad_up], x, saved[:2], ctx.settings[:2], ctx.product_dtype, needs_x, needs[:6]
         )
         return grad_x, None, *gradients, *down_gradients
+
+
+class _FromProduct(torch.autograd.Function):
+    """The output of the MLP. Keeps nothing, and hands its gradient on to :class:`_UntilProduct`."""
+
+    @staticmethod
+    def forward(ctx: Any, bridge: Tensor, product: Tensor, settings: Settings, saved: Saved) -> Tensor:
+        return adapted_linear.output_of(product, settings, saved)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        return grad_output, None, None, None

@@ -100,6 +100,17 @@ def test_gradient_checkpointing_changes_nothing():
     assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
 
 
+def test_checkpointing_does_not_compute_the_output_again():
+    """It stops when it has what was kept: before the base of down, which no gradient needs."""
+    mlp, x = make_mlp(dropout=0.3), draw_x()
+    calls = []
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        base = getattr(mlp, name).base_layer
+        base.register_forward_hook(lambda *_, name=name: calls.append(name))
+    results(mlp, lambda rows: checkpoint(mlp, rows, use_reentrant=False) + rows, x)
+    assert calls == ["gate_proj", "up_proj", "down_proj", "gate_proj", "up_proj"]
+
+
 def test_two_tensors_of_the_inner_width_are_kept_and_not_four():
     mlp, x = make_mlp(), draw_x()
     kept = []
