@@ -76,6 +76,7 @@ class _UntilProduct(torch.autograd.Function):
         # Detached: parameters are inputs here, which must not come out as outputs.
         handed_on = (product, *(None if tensor is None else tensor.detach() for tensor in down_saved))
         ctx.mark_non_differentiable(*(tensor for tensor in handed_on if tensor is not None))
+        ctx.set_materialize_grads(False)  # there would be zeros for each of them
         return bridge, *handed_on
 
     @staticmethod
