@@ -18,8 +18,8 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """154 MB in 16 bits."""
-    folder = save_many_shards(tmp_path_factory.mktemp("model"), hidden=1024, layers=6, shard_bytes=30 * MB)
+    """257 MB in 16 bits."""
+    folder = save_many_shards(tmp_path_factory.mktemp("model"), hidden=1024, layers=10, shard_bytes=40 * MB)
     assert len(size_of_shards(folder)) > 5
     return folder
 
