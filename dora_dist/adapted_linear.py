@@ -77,7 +77,6 @@ class _AdaptedLinears(torch.autograd.Function):
         layers = [Layer(*tensors[3 * at : 3 * at + 3], one) for at, one in enumerate(settings)]
         outputs, saved = forward(x, layers)
         ctx.settings = settings
-        ctx.product_dtype = product_dtype(settings[0].base, outputs[0])
         ctx.save_for_backward(x, *(tensor for one in saved for tensor in one))
         return tuple(outputs)
 
@@ -87,7 +86,7 @@ class _AdaptedLinears(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors
         needs_x, _, *needs = ctx.needs_input_grad
         saved = unpack(tensors)
-        grad_x, gradients = backward(grad_outputs, x, saved, ctx.settings, ctx.product_dtype, needs_x, needs)
+        grad_x, gradients = backward(grad_outputs, x, saved, ctx.settings, needs_x, needs)
         return grad_x, None, *gradients
 
 
@@ -135,7 +134,6 @@ def backward(
     x: Tensor,
     saved: Sequence[Saved],
     settings: Sequence[Settings],
-    base_dtype: torch.dtype,
     needs_x: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
@@ -146,14 +144,13 @@ def backward(
         x: the input again, shape ``(..., in)``.
         saved: of :func:`forward`.
         settings: of the layers, the same as then.
-        base_dtype: in which the bases multiply.
         needs_x: whether ``x`` needs a gradient.
         needs: whether ``lora_a``, ``gate`` and ``lora_b`` of the first layer do, then of the next.
 
     Returns:
         Gradient of ``x``, and those of the layers' tensors in the order of ``needs``; None where not needed.
     """
-    grad_x = _base_gradient(grad_outputs, settings, base_dtype) if needs_x else None
+    grad_x = _base_gradient(grad_outputs, settings) if needs_x else None
     dtype = saved[0].hidden.dtype
     gradients: list[Tensor | None] = [None] * len(needs)
     grad_hidden = []
@@ -180,8 +177,9 @@ def backward(
     return None if grad_x is None else grad_x.to(x.dtype).view(x.shape), gradients
 
 
-def _base_gradient(grad_outputs: Sequence[Tensor], settings: Sequence[Settings], dtype: torch.dtype) -> Tensor:
+def _base_gradient(grad_outputs: Sequence[Tensor], settings: Sequence[Settings]) -> Tensor:
     """Sum of ``grad_output @ W0`` over the layers, shape ``(tokens, in)``."""
+    dtype = product_dtype(settings[0].base, grad_outputs[0])
     total = _rows(grad_outputs[0]).to(dtype) @ dequantized_weight(settings[0].base, dtype)
     for grad_output, layer in zip(grad_outputs[1:], settings[1:], strict=True):
         # One dequantized weight at a time: none has a name.

@@ -17,7 +17,6 @@ from dora_dist import adapted_linear
 from dora_dist.adapted_linear import Layer, Saved, Settings, unpack
 from dora_dist.layer import DynamicLoraLinear
 from dora_dist.model_shape import GATED_MLP, is_gated_mlp
-from dora_dist.quantization import product_dtype
 
 
 def fuse_gated_mlps(model: nn.Module) -> None:
@@ -71,7 +70,7 @@ class _UntilProduct(torch.autograd.Function):
         (down_saved,) = adapted_linear.read_input(product, layers[2:])
         # Stands for the output: the gradient of that one comes in as its gradient.
         bridge = product.new_zeros(()).expand(*x.shape[:-1], settings[2].base.out_features)
-        ctx.settings, ctx.product_dtype = settings, product_dtype(settings[0].base, gate)
+        ctx.settings = settings
         ctx.save_for_backward(x, gate, up, *(tensor for one in (*saved, down_saved) for tensor in one))
         # Detached: parameters are inputs here, which must not come out as outputs.
         handed_on = (product, *(None if tensor is None else tensor.detach() for tensor in down_saved))
@@ -88,20 +87,14 @@ class _UntilProduct(torch.autograd.Function):
 
         activation = functional.silu(gate)
         grad_product, down_gradients = adapted_linear.backward(
-            [grad_output],
-            activation * up,
-            saved[2:],
-            ctx.settings[2:],
-            product_dtype(ctx.settings[2].base, grad_output),
-            True,
-            needs[6:],
+            [grad_output], activation * up, saved[2:], ctx.settings[2:], True, needs[6:]
         )
         grad_up = activation.mul_(grad_product)
         grad_gate = torch.ops.aten.silu_backward(grad_product.mul_(up), gate)
         del activation, grad_product
 
         grad_x, gradients = adapted_linear.backward(
-            [grad_gate, grad_up], x, saved[:2], ctx.settings[:2], ctx.product_dtype, needs_x, needs[:6]
+            [grad_gate, grad_up], x, saved[:2], ctx.settings[:2], needs_x, needs[:6]
         )
         return grad_x, None, *gradients, *down_gradients
 

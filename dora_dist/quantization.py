@@ -65,7 +65,8 @@ def dequantized_weight(module: nn.Module, dtype: torch.dtype = torch.float32) ->
 
 
 def product_dtype(module: nn.Module, output: Tensor) -> torch.dtype:
-    """The dtype in which a linear layer has multiplied to get this output, and multiplies in its backward."""
+    """The dtype in which a linear layer has multiplied to get this output, and multiplies in its backward; a gradient
+    of the output tells as well."""
     if isinstance(module, Linear4bit) and module.compute_dtype is not None:
         return module.compute_dtype
     return output.dtype
