@@ -16,7 +16,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -107,7 +106,9 @@ def main() -> None:
         return
     from many_shards import save_many_shards, size_of_shards
 
-    runs = []
+    from dora_dist.benchmark.record import environment
+
+    runs, where = [], environment(PACKAGES)
     with tempfile.TemporaryDirectory() as temporary:
         tiny = save_many_shards(Path(temporary) / "tiny", 64, 1, 10 * MB)
         folder = save_many_shards(Path(temporary) / "model", options.hidden, options.layers, options.shard_mb * MB)
@@ -130,11 +131,8 @@ def main() -> None:
         "command": " ".join(["python", "benchmarks/loading.py", *sys.argv[1:]]),
         "shards": shards,
         "runs": runs,
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
         "libc": " ".join(platform.libc_ver()),
-        "versions": {name: version(name) for name in PACKAGES},
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "environment": where,
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

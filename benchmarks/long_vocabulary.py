@@ -11,11 +11,8 @@ ignored, as those of prompts are.
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dora_dist import DynamicLoraConfig, add_dynamic_lora
 from dora_dist.benchmark.peak import rise_of_allocator
+from dora_dist.benchmark.record import environment
 from dora_dist.model import DynamicLoraModel
 
 HIDDEN, ROWS, LENGTH = 512, 4, 256
@@ -94,7 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "long_vocabulary.json")
     options = parser.parse_args()
-    load = os.getloadavg()
+    load, where = os.getloadavg(), environment(PACKAGES)
     print(f"hidden {HIDDEN}, {ROWS} x {LENGTH} tokens; peak MiB and ms of a step, before -> after")
     cases = []
     for case in CASES:
@@ -115,12 +113,8 @@ def main() -> None:
         "length": LENGTH,
         "dtype": "float32",
         "cases": cases,
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
         "load_average_before": load,
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "environment": where,
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -19,19 +19,11 @@ SOURCES = Path(__file__).parent
 
 
 def describe(options: Options, arguments: Sequence[str]) -> dict[str, Any]:
-    """Environment of a measurement, to be called before it."""
+    """Environment and settings of a measurement by ``dora_dist.benchmark``, to be called before it."""
     return {
         "command": shlex.join(["python", "-m", "dora_dist.benchmark", *arguments]),
-        "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": None if (changes := _git("status", "--porcelain")) is None else bool(changes),
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
-        "torch_threads": torch.get_num_threads(),
+        **environment(PACKAGES),
         "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None,
-        "os": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
         "compute_dtype": options.compute_dtype,
         "adapter_dtype": options.adapter_dtype,
         "rank": options.rank,
@@ -40,6 +32,21 @@ def describe(options: Options, arguments: Sequence[str]) -> dict[str, Any]:
         "warmup": options.warmup,
         "seed": options.seed,
         "quick": options.quick,
+    }
+
+
+def environment(packages: Sequence[str]) -> dict[str, Any]:
+    """When, where, with which versions of packages and from which sources something is measured."""
+    return {
+        "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": None if (changes := _git("status", "--porcelain")) is None else bool(changes),
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "torch_threads": torch.get_num_threads(),
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
     }
 
 
