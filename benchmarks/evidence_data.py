@@ -2,10 +2,10 @@
 
     python benchmarks/evidence_data.py SETS data/evidence
 
-SETS is a folder with e2e/{trainset,devset}.csv, gsm8k/{train,test}.jsonl, alpaca_data.json(.gz), and
-multilingual/{en,fi,fr,zh}.jsonl or .json(.gz) with conversations or alpaca rows. Rows are short enough for the small models that are compared
-on a CPU; learning rates are chosen on `search.jsonl`, `report.jsonl` is for the figures. No row is in two splits, and E2E's two
-held-out splits share no meaning representation.
+SETS is a folder with e2e/{trainset,devset}.csv, gsm8k/{train,test}.jsonl, alpaca_data.json, and conversations or alpaca
+rows in multilingual/{en,fi,fr,zh}.jsonl or .json; .json may be packed with gzip. Rows are short enough for the small
+models that are compared on a CPU. Learning rates are chosen on search.jsonl; report.jsonl is for the figures. No row is
+in two splits, and E2E's two held-out splits share no meaning representation.
 """
 
 import argparse
@@ -69,8 +69,8 @@ def alpaca(sets: Path) -> dict[str, list[Row]]:
 
 
 def multilingual(sets: Path) -> dict[str, list[Row]]:
-    """The first question and answer of conversations in English, Finnish and French, and Chinese instructions: 500 bytes
-    at most, every language about as often."""
+    """The first question and answer of conversations in English, Finnish and French, and Chinese instructions, of 500
+    bytes at most, every language about as often."""
     by_language = []
     for language in ("en", "fi", "fr", "zh"):
         path = next((sets / "multilingual").glob(f"{language}.json*"))
@@ -121,11 +121,9 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _json(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file() and path.suffix != ".gz":
-        path = path.with_name(f"{path.name}.gz")
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    with opened as file:
-        rows: list[dict[str, Any]] = json.load(file)
+    packed = path if path.suffix == ".gz" else path.with_name(f"{path.name}.gz")
+    data = gzip.decompress(packed.read_bytes()) if packed.is_file() else path.read_bytes()
+    rows: list[dict[str, Any]] = json.loads(data)
     return rows
 
 
