@@ -70,6 +70,7 @@ LEVELS = [
         "agreement",
         "backbone",
         "budget",
+        "rebasing",
         "benchmark.base",
         "benchmark.figure",
         "benchmark.record",
