@@ -18,6 +18,7 @@ LEVELS = [
         "command",
         "launch",
         "loading",
+        "metrics",
         "quiet",
         "importance",
         "schedule",
