@@ -29,7 +29,6 @@ LEVELS = [
         "engine",
         "events",
         "folding",
-        "metrics",
         "model_shape",
         "objective",
         "table",

@@ -11,6 +11,8 @@ from dora_dist.config import load_config
 from dora_dist.data.chat import choose_template
 from dora_dist.data.encode import Encoder, EncodingRules
 from dora_dist.data.rows import FORMATS, tell_format
+from dora_dist.data.sources import ENCODERS
+from dora_dist.tasks import TASKS
 
 TEXT = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8")
 EXAMPLES = dict(re.findall(r"^### (\w+)\n.*?```jsonl\n(.*?)```", TEXT, re.DOTALL | re.MULTILINE))
@@ -23,10 +25,11 @@ def test_every_format_has_an_example():
 @pytest.mark.parametrize("name", FORMATS)
 def test_an_example_is_what_it_is_said_to_be(name):
     lines = EXAMPLES[name].splitlines()
-    assert tell_format([json.loads(line) for line in lines], "docs", {}) == name
+    (task,) = (task for task in TASKS.values() if name in task.formats)
+    assert tell_format([json.loads(line) for line in lines], "docs", {}, task.formats) == name
     tokenizer = byte_tokenizer("chatml")
     rules = EncodingRules(format=name, template=choose_template(tokenizer).text)
-    columns = Encoder(tokenizer, rules)({"place": lines, "json": lines, "flaw": [""] * len(lines)})
+    columns = ENCODERS.get(name, Encoder)(tokenizer, rules)({"place": lines, "json": lines, "flaw": [""] * len(lines)})
     assert all(columns["input_ids"])
 
 
