@@ -70,6 +70,7 @@ LEVELS = [
         "benchmark.record",
         "benchmark.scoring",
         "config",
+        "data.answers",
         "data.chat",
         "data.shorten",
         "doctor.device",
