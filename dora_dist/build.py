@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dora_dist import backbone
@@ -15,15 +15,27 @@ from dora_dist.agreement import Agreement, digest_tensors
 from dora_dist.command import say
 from dora_dist.config import RunConfig
 from dora_dist.controller import DynamicRankController
-from dora_dist.data.batches import Collator, FlattenedCollator, PackedCollator, PaddedCollator, PlannedRows
+from dora_dist.data.batches import (
+    TRAINED_TOKENS,
+    Collator,
+    FlattenedCollator,
+    LabelledCollator,
+    PackedCollator,
+    PaddedCollator,
+    PlannedRows,
+    labelled,
+)
 from dora_dist.data.chat import stop_tokens
-from dora_dist.evaluation import Evaluator, check_packing
-from dora_dist.model import DynamicLoraModel, add_dynamic_lora
+from dora_dist.evaluation import AnswerEvaluator, Evaluator, check_packing
+from dora_dist.label_evaluation import LabelEvaluator
+from dora_dist.model import DynamicLoraForCausalLM, DynamicLoraModel, add_dynamic_lora
+from dora_dist.objective import RowLosses, class_losses, squared_errors
 from dora_dist.preemption import PreemptionNotice
 from dora_dist.records import RunRecords
 from dora_dist.schedule import BudgetSchedule
 from dora_dist.settle import Settled, adapter_seed
 from dora_dist.skipping import SkipPolicy
+from dora_dist.tasks import SEQUENCE_CLASSIFICATION, TASKS, metrics_of
 from dora_dist.trainer import DynamicLoraTrainer
 
 
@@ -41,9 +53,20 @@ def check_same_on_all_ranks(agreement: Agreement, settings: Mapping[str, Any], m
     agreement.check_equal(digests, "settings, data or base model")
 
 
-def load_model(config: RunConfig, device: torch.device, tokenizer: PreTrainedTokenizerBase) -> DynamicLoraModel:
-    """The frozen base with its adapter at the start."""
+def load_model(
+    config: RunConfig, device: torch.device, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] | None = None
+) -> DynamicLoraModel:
+    """The frozen base with its adapter, and the head of its task, at the start.
+
+    Args:
+        config: of the run.
+        device: where the whole model goes.
+        tokenizer: of the model.
+        labels: names of the classes in the order of their numbers, where the task has any.
+    """
     dtype = backbone.resolve_compute_dtype(config.model.compute_dtype)
+    seed = adapter_seed(config)
+    trains_head = TASKS[config.task].trains_head
     base = backbone.load_backbone(
         config.model.path,
         quantization=config.model.quantization,
@@ -51,20 +74,32 @@ def load_model(config: RunConfig, device: torch.device, tokenizer: PreTrainedTok
         device=device,
         attention=config.model.attention,
         trust_remote_code=config.model.trust_remote_code,
+        task=config.task,
+        head=backbone.HeadStart(labels=labels, seed=seed) if trains_head else None,
     )
-    for settings in (base.config, base.generation_config):
-        settings.pad_token_id = tokenizer.pad_token_id
-        settings.bos_token_id = tokenizer.bos_token_id
-        settings.eos_token_id = tokenizer.eos_token_id
+    set_special_tokens(base, tokenizer)
     adapter = config.adapter
     if adapter.dtype == "auto" and not config.distributed.engine.startswith("zero"):
         # Only ZeRO keeps a float32 master copy of low-precision parameters.
         adapter = dataclasses.replace(adapter, dtype="float32")
-    model = add_dynamic_lora(base, dataclasses.replace(adapter, seed=adapter_seed(config)))
-    reason = model.leave_out_logits()
-    if reason is not None:
-        say(f"the loss of {type(base).__name__} takes the logits of all positions at once, and their memory: {reason}")
+    model = add_dynamic_lora(base, dataclasses.replace(adapter, seed=seed))
+    if isinstance(model, DynamicLoraForCausalLM):
+        reason = model.leave_out_logits()
+        if reason is not None:
+            name = type(base).__name__
+            say(f"the loss of {name} takes the logits of all positions at once, and their memory: {reason}")
     return model
+
+
+def set_special_tokens(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a model know its tokenizer's padding token, and if it generates, where texts start and end."""
+    if not base.can_generate():
+        base.config.pad_token_id = tokenizer.pad_token_id
+        return
+    for settings in (base.config, base.generation_config):
+        settings.pad_token_id = tokenizer.pad_token_id
+        settings.bos_token_id = tokenizer.bos_token_id
+        settings.eos_token_id = tokenizer.eos_token_id
 
 
 def build_controller(
@@ -79,26 +114,57 @@ def build_controller(
         min_rank=config.pruning.min_rank,
         max_rank=config.pruning.max_rank,
         regrow=config.pruning.regrow,
+        head=model.head_parameters(),
     )
 
 
-def build_evaluator(config: RunConfig, settled: Settled, agreement: Agreement) -> Evaluator | None:
+def build_evaluator(
+    config: RunConfig, settled: Settled, agreement: Agreement, model: DynamicLoraModel
+) -> Evaluator[Any] | None:
     """The measurement on held-out data, or None where there is none."""
     if not settled.data.evaluation:
         return None
     most = config.evaluation.max_examples
-    return Evaluator(
-        sources={
+    common: dict[str, Any] = {
+        "sources": {
             source.name: source.dataset if most is None else source.dataset.take(min(most, len(source.dataset)))
             for source in settled.data.evaluation
         },
+        "agreement": agreement,
+        "batch_size": settled.arguments.per_device_eval_batch_size,
+    }
+    if config.task == SEQUENCE_CLASSIFICATION:
+        return LabelEvaluator(
+            **common,
+            reader=labelled(settled.data.labels),
+            collate=labelled_collator(model, settled.tokenizer),
+            row_losses=row_losses(config),
+            metrics=metrics_of(config.task, config.data.labels, config.evaluation.metrics),
+            regression=config.data.labels == "regression",
+        )
+    return AnswerEvaluator(
+        **common,
         tokenizer=settled.tokenizer,
-        agreement=agreement,
-        batch_size=settled.arguments.per_device_eval_batch_size,
         exact_match=config.evaluation.exact_match,
         max_new_tokens=config.evaluation.max_new_tokens,
         stop=stop_tokens(settled.tokenizer, settled.data.template),
     )
+
+
+def row_losses(config: RunConfig) -> RowLosses:
+    """The loss of a row, of sequence classification or regression."""
+    return squared_errors if config.data.labels == "regression" else class_losses
+
+
+def labelled_collator(model: DynamicLoraModel, tokenizer: PreTrainedTokenizerBase) -> LabelledCollator:
+    """What makes batches of labelled examples for a model, which may know of two sentences or not."""
+    return LabelledCollator(tokenizer, with_types=tells_sentences_apart(model, tokenizer))
+
+
+def tells_sentences_apart(model: DynamicLoraModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether both the model and its tokenizer know which sentence a token belongs to. Many tokenizers say so to models
+    that have no embedding for it."""
+    return "token_type_ids" in tokenizer.model_input_names and getattr(model.config, "type_vocab_size", 0) > 1
 
 
 def build_trainer(
@@ -109,15 +175,19 @@ def build_trainer(
     controller: DynamicRankController,
     agreement: Agreement,
     records: RunRecords,
-    evaluator: Evaluator | None,
+    evaluator: Evaluator[Any] | None,
     notice: PreemptionNotice,
 ) -> DynamicLoraTrainer:
     """The loop."""
+    labels = config.task == SEQUENCE_CLASSIFICATION
+    reader = labelled(settled.data.labels) if labels else TRAINED_TOKENS
     trainer = DynamicLoraTrainer(
         model=model,
         args=settled.arguments,
-        train_dataset=PlannedRows(settled.data.examples(), settled.plan),
-        data_collator=build_collator(config.data.batching, model, settled.tokenizer),
+        train_dataset=PlannedRows(settled.data.examples(), settled.plan, reader),
+        data_collator=labelled_collator(model, settled.tokenizer)
+        if labels
+        else build_collator(config.data.batching, model, settled.tokenizer),
         processing_class=settled.tokenizer,
         controller=controller,
         agreement=agreement,
@@ -133,6 +203,7 @@ def build_trainer(
         keep_last=config.checkpoint.keep_last,
         skip_policy=SkipPolicy(agreement, config.distributed.max_skipped_steps),
         fingerprint=settled.fingerprint,
+        row_losses=row_losses(config) if labels else None,
     )
     # The trainer prints its own lines of progress.
     trainer.remove_callback(PrinterCallback)

@@ -18,6 +18,7 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
 from dora_dist.adapter_config import DynamicLoraConfig
 from dora_dist.data_section import DataConfig
+from dora_dist.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TASKS, metrics_of
 from dora_dist.training_section import check_training_section, nearest, require
 
 
@@ -87,12 +88,15 @@ class EvaluationConfig:
         exact_match: generate answers (greedily) and count those that equal the reference.
         max_new_tokens: longest generated answer, in tokens.
         max_examples: evaluate at most this many held-out examples; null for all.
+        metrics: beside the loss. For classes: accuracy, matthews, f1 (of the second of two classes); for regression:
+            pearson, spearman; null for the task's own.
     """
 
     before: bool = True
     exact_match: bool = False
     max_new_tokens: int = 256
     max_examples: int | None = None
+    metrics: list[str] | None = None
 
     def __post_init__(self) -> None:
         require(self.max_new_tokens >= 1, "evaluation.max_new_tokens", self.max_new_tokens, "be at least 1")
@@ -152,6 +156,8 @@ class RunConfig:
 
     Args:
         output_dir: folder of the run: checkpoints, adapter, metrics, pictures.
+        task: causal_lm (instruction tuning), or sequence_classification (classes, or regression), whose head is trained
+            beside the adapter.
         seed: of the data order, the adapter's start and dropout.
         model: see the group below.
         adapter: see the group below.
@@ -167,6 +173,7 @@ class RunConfig:
     output_dir: str
     model: ModelConfig
     data: DataConfig
+    task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
     seed: int = 0
     adapter: DynamicLoraConfig = field(default_factory=lambda: DynamicLoraConfig(dtype="auto"))
     pruning: PruningConfig = field(default_factory=PruningConfig)
@@ -179,6 +186,7 @@ class RunConfig:
         require(bool(self.output_dir.strip()), "output_dir", repr(self.output_dir), "name a folder")
         self.output_dir = os.path.expanduser(self.output_dir)
         check_training_section(self.training)
+        self._check_task()
         if self.evaluation.exact_match and self.data.eval is None:
             raise ValueError("evaluation.exact_match is true, but there is no held-out data: set data.eval")
         least, most, target = self.pruning.min_rank, self.pruning.max_rank, self.adapter.target_rank
@@ -187,6 +195,29 @@ class RunConfig:
                 f"adapter.target_rank {target} is the mean over the layers, so it must lie between "
                 f"pruning.min_rank {least} and pruning.max_rank {most}"
             )
+
+    def _check_task(self) -> None:
+        data = self.data
+        metrics_of(self.task, data.labels, self.evaluation.metrics)
+        for name in (data.format, *(source.format for source in (*data.train_sources(), *data.eval_sources()))):
+            if name != "auto" and name not in TASKS[self.task].formats:
+                fitting = next(task.name for task in TASKS.values() if name in task.formats)
+                raise ValueError(
+                    f"the format {name} is for the task {fitting}, but task is {self.task}, with the formats "
+                    f"{', '.join(TASKS[self.task].formats)}"
+                )
+        if data.labels == "regression" and self.task != SEQUENCE_CLASSIFICATION:
+            raise ValueError(f"data.labels is regression, but task is {self.task}: set it to {SEQUENCE_CLASSIFICATION}")
+        if self.task == CAUSAL_LM:
+            return
+        for key, value, left_out in (
+            ("data.batching", data.batching, data.batching != "packed"),
+            ("data.train_on", data.train_on, data.train_on == "assistant"),
+            ("data.chat_template", data.chat_template, data.chat_template == "auto"),
+            ("evaluation.exact_match", "true", not self.evaluation.exact_match),
+        ):
+            if not left_out:
+                raise ValueError(f"{key} is {value}, which is for the task {CAUSAL_LM}, but task is {self.task}")
 
 
 def build_parser() -> ArgumentParser:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from hashlib import sha256
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dora_dist.agreement import Agreement, digest_tensors
 from dora_dist.allocation import select_components
@@ -38,6 +38,7 @@ class DynamicRankController:
         regrow: prune softly before the final event (the gate is set to 0 and may grow back), as the paper does;
             otherwise pruned components stay out for good.
         score: the importance criterion, of all layers at once.
+        head: parameters by name that are trained beside the adapter, of which the ranks prove that they agree too.
 
     Raises:
         ValueError: the bounds and the budgets of the schedule do not fit together.
@@ -54,6 +55,7 @@ class DynamicRankController:
         max_rank: int | None = None,
         regrow: bool = True,
         score: ScoreFunction = score_layers,
+        head: Mapping[str, nn.Parameter] | None = None,
     ) -> None:
         self.layers = dict(sorted(layers.items()))
         self.schedule = schedule
@@ -63,6 +65,7 @@ class DynamicRankController:
         self.max_rank = max_rank
         self.regrow = regrow
         self.score = score
+        self.head = dict(sorted((head or {}).items()))
         self.step = 0
         self.events: list[PruneEvent] = []
         self._sizes = [layer.gate.numel() for layer in self.layers.values()]
@@ -123,7 +126,7 @@ class DynamicRankController:
         return event
 
     def verify(self, what: str) -> None:
-        """Prove that all ranks hold the same adapter, masks, budget and step.
+        """Prove that all ranks hold the same adapter, head, masks, budget and step.
 
         Raises:
             DisagreementError: they do not.
@@ -132,18 +135,22 @@ class DynamicRankController:
         digests = {"step and budget": sha256(position.encode()).digest()}
         for name, layer in self.layers.items():
             digests[name] = digest_tensors(layer.lora_a, layer.gate, layer.lora_b, layer.component_mask)
+        digests |= {f"{name} of the head": digest_tensors(parameter) for name, parameter in self.head.items()}
         self.agreement.check_equal(digests, what)
 
     def check_finite(self) -> None:
         """Refuse an adapter that is no longer one.
 
         Raises:
-            NonFiniteAdapterError: a parameter of the adapter is NaN or infinite.
+            NonFiniteAdapterError: a parameter of the adapter or of the head is NaN or infinite.
         """
         for name, layer in self.layers.items():
             for parameter in (layer.lora_a, layer.gate, layer.lora_b):
                 if not torch.isfinite(parameter).all():
                     raise NonFiniteAdapterError(f"step {self.step}: the adapter of {name} is not finite")
+        for name, parameter in self.head.items():
+            if not torch.isfinite(parameter).all():
+                raise NonFiniteAdapterError(f"step {self.step}: {name} of the head is not finite")
 
     def allocation_digest(self) -> str:
         """Short fingerprint of which components are alive (gate not 0, mask set), for the log."""

@@ -15,6 +15,7 @@ from dora_dist.data.rows import (
     rename_fields,
     tell_format,
 )
+from dora_dist.tasks import TASKS
 
 ALPACA = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
 PAIR = {"prompt": "1 and 2 is", "completion": " 3"}
@@ -47,7 +48,8 @@ def parse(name: str, row: dict):
 @pytest.mark.parametrize("name", ROWS)
 def test_a_format_is_told_by_its_fields_and_read(name):
     row, sample = ROWS[name]
-    assert tell_format([{**row, "source": "x"}, row], "src", {}) == name
+    formats = next((task.formats for task in TASKS.values() if name in task.formats), [name])
+    assert tell_format([{**row, "source": "x"}, row], "src", {}, formats) == name
     assert parse(name, {**row, "source": "x"}) == sample
 
 
