@@ -1,17 +1,18 @@
 """Extractive question answering: windows over a context, the tokens of an answer in them, and answers from logits."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
+from datasets import List, Value
 from transformers import PreTrainedTokenizerBase
 
+from dora_dist.data.encode import EncodingRules, RowEncoder, Status
 from dora_dist.data.rows import Question, RowFlaw
 
 OUTSIDE = (-1, -1)
 """In place of the characters of a token that is not of the context."""
-STRIDE = 128
-"""Tokens that neighbouring windows share: BERT's and the paper's."""
 MAX_ANSWER_TOKENS = 30
 
 
@@ -51,7 +52,7 @@ class ContextWindows:
         ValueError: the tokenizer cannot be used, or ``stride`` is negative.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int = STRIDE) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int) -> None:
         if not tokenizer.is_fast:
             raise ValueError(
                 f"{type(tokenizer).__name__} does not know which characters a token stands for, which answers are "
@@ -61,7 +62,7 @@ class ContextWindows:
         if null_id is None:
             raise ValueError("the tokenizer has neither a CLS nor a start token, which would stand for no answer")
         if stride < 0:
-            raise ValueError(f"stride is {stride}, but must be at least 0")
+            raise ValueError(f"data.stride is {stride}, but must be at least 0")
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.stride = stride
@@ -93,7 +94,7 @@ class ContextWindows:
             raise RowFlaw(
                 "question",
                 f"leaves {max(room, 0)} of data.max_length {self.max_length} tokens to the context, of which "
-                f"neighbouring windows share {self.stride}: it must leave more than that",
+                f"neighbouring windows share {self.stride} (data.stride): it must leave more than that",
             )
         around = [*range(first), *range(last, len(ids))]
         null_token = next((n for n in around if ids[n] == self._null_id), None)
@@ -145,6 +146,73 @@ class ContextWindows:
 
 def _letters(text: str) -> str:
     return "".join(filter(str.isalnum, text))
+
+
+@dataclass(frozen=True, slots=True)
+class AskedWindow:
+    """A window with the question that it is of."""
+
+    question: Question
+    window: Window
+
+
+class QuestionEncoder(RowEncoder[AskedWindow, AskedWindow]):
+    """Windows of questions, one example each; all windows of a row stand one after the other, under one ``place``.
+
+    Raises:
+        ValueError: see :class:`ContextWindows`.
+    """
+
+    columns: ClassVar[dict[str, Any]] = {
+        "input_ids": List(Value("int32")),
+        "token_type_ids": List(Value("int8")),
+        "offsets": List(Value("int32")),  # first and last of every token, one after the other
+        "null": Value("int32"),
+        "start": Value("int32"),
+        "end": Value("int32"),
+        "context": Value("string"),
+        "answers": List(Value("string")),
+    }
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rules: EncodingRules) -> None:
+        super().__init__(tokenizer, rules)
+        self._windows = ContextWindows(tokenizer, rules.max_length, rules.stride)
+
+    def _parts(self, sample: Question) -> list[AskedWindow]:
+        self._check_controls("question", sample.question)
+        self._check_controls("context", sample.context)
+        return [AskedWindow(sample, window) for window in self._windows(sample)]
+
+    def _encode(self, parts: Sequence[AskedWindow]) -> Sequence[AskedWindow]:
+        return parts
+
+    def _fit(self, part: AskedWindow, example: AskedWindow, place: str) -> tuple[AskedWindow | None, Status, str]:
+        return example, Status.KEPT, ""
+
+    def _content(self, example: AskedWindow | None) -> dict[str, Any]:
+        example = example or AskedWindow(Question("", "", (), ()), Window([], [], [], 0, 0, 0))
+        window = example.window
+        return {
+            "input_ids": window.ids,
+            "token_type_ids": window.types,
+            "offsets": [place for pair in window.offsets for place in pair],
+            "null": window.null,
+            "start": window.start,
+            "end": window.end,
+            "context": example.question.context,
+            "answers": list(example.question.answers),
+            "removed": 0,
+        }
+
+    def _hashed(self, content: Mapping[str, Any]) -> bytes:
+        ids = content["input_ids"]
+        return np.array([len(ids), *ids, content["start"], content["end"]], dtype=np.int64).tobytes()
+
+
+def scored_window(row: Mapping[str, Any], start_logits: Sequence[float], end_logits: Sequence[float]) -> "ScoredWindow":
+    """What a model says about a row of :class:`QuestionEncoder`."""
+    flat = row["offsets"]
+    return ScoredWindow(list(zip(flat[::2], flat[1::2], strict=True)), row["null"], start_logits, end_logits)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 import importlib.util
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,11 @@ from tiny_tokenizer import word_tokenizer
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from dora_dist.data.answers import OUTSIDE, ContextWindows, ScoredWindow, Window, best_answer
+from dora_dist.data.answers import OUTSIDE, ContextWindows, ScoredWindow, Window, best_answer, scored_window
+from dora_dist.data.encode import EncodingRules
+from dora_dist.data.read import locate
 from dora_dist.data.rows import Question, RowFlaw
+from dora_dist.data.sources import LEFT_OUT, prepare_source
 
 CONTEXT = "Ann has a red ball. Bob, who runs, has 25 dogs and a blue-ish kite! Eve sleeps."
 QUESTION = "Who has a ball?"
@@ -293,3 +297,52 @@ def test_tokens_of_white_space_are_no_answer():
 def test_logits_that_say_nothing_are_refused(windows, message):
     with pytest.raises(ValueError, match=message):
         best_answer(CONTEXT, windows)
+
+
+def squad_row(question: Question) -> dict:
+    answers = {"text": list(question.answers), "answer_start": list(question.starts)}
+    return {"question": question.question, "context": question.context, "answers": answers}
+
+
+def prepare(folder: Path, rows: list[dict], **rules):
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rules = EncodingRules(format="squad", **{"max_length": 15, "stride": 4, **rules})
+    return prepare_source("src", locate(str(path)), rules, pair_tokenizer(), folder / "cache", 1)
+
+
+def test_prepared_windows_give_the_answers_back(tmp_path):
+    questions = [asked("25 dogs", "dogs"), asked(""), asked("Eve")]
+    source = prepare(tmp_path, [squad_row(question) for question in questions])
+    windows = ContextWindows(pair_tokenizer(), 15, 4)
+    assert len(source.dataset) == sum(len(windows(question)) for question in questions)
+    assert source.counts.split == 3
+    assert "made several examples of each of 3 rows" in source.remarks()[0]
+    groups = [list(rows) for _, rows in itertools.groupby(source.dataset, key=lambda row: row["place"])]
+    assert len(groups) == 3
+    for question, rows in zip(questions, groups, strict=True):
+        assert [row["input_ids"] for row in rows] == [window.ids for window in windows(question)]
+        assert [row["answers"] for row in rows] == [list(question.answers)] * len(rows)
+        sure = labels_as_logits(windows(question))
+        found = [scored_window(row, w.start_logits, w.end_logits) for row, w in zip(rows, sure, strict=True)]
+        assert best_answer(rows[0]["context"], found, null_threshold=0.0) == (question.answers or ("",))[0]
+
+
+def test_the_labels_are_part_of_an_examples_key(tmp_path):
+    rows = [squad_row(question) for question in (asked("25 dogs"), asked("25"), asked("25 dogs"))]
+    first, second, third = prepare(tmp_path, rows, max_length=64).keys()
+    assert first == third != second
+
+
+def test_rows_that_cannot_be_used_are_named_or_skipped_and_counted(tmp_path):
+    wrong = squad_row(asked("Ann"))
+    wrong["answers"]["answer_start"] = [1]
+    rows = [squad_row(asked("Ann")), wrong, {**squad_row(asked("Ann")), "question": "Who " * 20}]
+    rows.append({**squad_row(asked("Ann")), "context": f"{CONTEXT} </s> Ann"})
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2: field 'answers\.answer_start\[0\]' is 1, but .* 'nn '"):
+        prepare(tmp_path, rows)
+    source = prepare(tmp_path, rows, bad_rows="skip")
+    assert (source.counts.rows, source.counts.bad) == (4, 3)
+    reasons = [json.loads(line)["reason"] for line in (source.folder / LEFT_OUT).read_text().splitlines()]
+    assert "leaves 0 of data.max_length 15" in reasons[1]
+    assert "field 'context' holds the control token '</s>'" in reasons[2]
