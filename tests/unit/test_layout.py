@@ -24,6 +24,7 @@ LEVELS = [
         "training_section",
         "allocation",
         "chunked_loss",
+        "data.squad_file",
         "regularizer",
         "engine",
         "events",
