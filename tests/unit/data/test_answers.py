@@ -2,13 +2,14 @@ import importlib.util
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from byte_tokenizer import byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_tokenizer import word_tokenizer
+from tiny_tokenizer import word_pair_tokenizer
 from tokenizers import processors
 from transformers import AutoTokenizer
 
@@ -22,14 +23,8 @@ CONTEXT = "Ann has a red ball. Bob, who runs, has 25 dogs and a blue-ish kite! E
 QUESTION = "Who has a ball?"
 
 
-def pair_tokenizer(*texts: str, template: str = "<s> $A </s> $B:1 </s>:1", **special: str | None):
-    """Words are tokens; ``<s>`` before a question, ``</s>`` after it and after the context."""
-    tokenizer = word_tokenizer(" ".join(texts) or f"{QUESTION} {CONTEXT}", **special)
-    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", pair=template, special_tokens=ids
-    )
-    return tokenizer
+def words(**options: Any) -> Any:
+    return word_pair_tokenizer(f"{QUESTION} {CONTEXT}", **options)
 
 
 def asked(answer: str, *others: str, context: str = CONTEXT, question: str = QUESTION) -> Question:
@@ -55,13 +50,13 @@ def bert():
 
 @pytest.mark.parametrize("answer", ["Ann", "25 dogs", "blue-ish kite", "Eve sleeps.", "a red ball", CONTEXT])
 def test_the_labels_of_a_window_stand_for_the_answer(answer):
-    (window,) = ContextWindows(pair_tokenizer(), 64, 8)(asked(answer, "Bob"))
+    (window,) = ContextWindows(words(), 64, 8)(asked(answer, "Bob"))
     assert said(window) == answer
     assert window.offsets[window.start] != OUTSIDE
 
 
 def test_a_window_holds_question_context_and_what_the_tokenizer_puts_around_them():
-    tokenizer = pair_tokenizer()
+    tokenizer = words()
     (window,) = ContextWindows(tokenizer, 64, 8)(asked("Ann"))
     assert window.ids == tokenizer(QUESTION, CONTEXT)["input_ids"]
     assert window.null == 0
@@ -73,7 +68,7 @@ def test_a_window_holds_question_context_and_what_the_tokenizer_puts_around_them
 
 @pytest.mark.parametrize(("max_length", "stride"), [(12, 0), (12, 3), (15, 6), (20, 1), (29, 20), (64, 0)])
 def test_windows_are_those_of_hugging_faces_truncation(max_length, stride):
-    tokenizer = pair_tokenizer()
+    tokenizer = words()
     windows = ContextWindows(tokenizer, max_length, stride)(asked("25 dogs"))
     theirs = tokenizer(
         QUESTION,
@@ -95,9 +90,9 @@ def test_an_answer_is_labelled_in_each_window_that_holds_it_and_nowhere_else(max
     question = asked(answer)
     if max_length - 8 <= stride:
         with pytest.raises(RowFlaw, match=r"field 'question' leaves \d+ of data\.max_length"):
-            ContextWindows(pair_tokenizer(), max_length, stride)(question)
+            ContextWindows(words(), max_length, stride)(question)
         return
-    windows = ContextWindows(pair_tokenizer(), max_length, stride)(question)
+    windows = ContextWindows(words(), max_length, stride)(question)
     first, last = question.starts[0], question.starts[0] + len(answer)
     for window in windows:
         assert len(window.ids) == len(window.offsets) <= max_length
@@ -107,17 +102,17 @@ def test_an_answer_is_labelled_in_each_window_that_holds_it_and_nowhere_else(max
     if stride >= 4:  # the longest of the answers has as many tokens
         assert any(said(window) for window in windows)
     assert {pair for window in windows for pair in window.offsets if pair != OUTSIDE} == set(
-        ContextWindows(pair_tokenizer(), 64, 0)(question)[0].offsets
+        ContextWindows(words(), 64, 0)(question)[0].offsets
     ) - {OUTSIDE}
 
 
 def test_a_question_without_an_answer_points_to_the_null_token():
-    (window,) = ContextWindows(pair_tokenizer(), 64, 8)(asked(""))
+    (window,) = ContextWindows(words(), 64, 8)(asked(""))
     assert (window.start, window.end) == (window.null, window.null) == (0, 0)
 
 
 def test_the_null_token_may_come_last():
-    tokenizer = pair_tokenizer(template="$A </s> $B:1 </s>:1 <s>:2", cls_token="<s>")
+    tokenizer = words(template="$A </s> $B:1 </s>:1 <s>:2", cls_token="<s>")
     windows = ContextWindows(tokenizer, 14, 0)(asked("Eve"))
     assert [window.ids[window.null] for window in windows] == [tokenizer.cls_token_id] * len(windows)
     assert [window.null for window in windows] == [len(window.ids) - 1 for window in windows]
@@ -125,12 +120,12 @@ def test_the_null_token_may_come_last():
 
 
 def test_white_space_around_an_answer_is_no_part_of_its_tokens():
-    (window,) = ContextWindows(pair_tokenizer(), 64, 8)(Question(QUESTION, CONTEXT, (" a red ",), (7,)))
+    (window,) = ContextWindows(words(), 64, 8)(Question(QUESTION, CONTEXT, (" a red ",), (7,)))
     assert said(window) == "a red"
 
 
 def test_an_answer_inside_a_token_is_the_whole_token():
-    (window,) = ContextWindows(pair_tokenizer(), 64, 8)(asked("un"))
+    (window,) = ContextWindows(words(), 64, 8)(asked("un"))
     assert said(window) == "runs"
 
 
@@ -163,7 +158,7 @@ def test_a_context_without_tokens_is_refused(bert):
 
 
 def test_offsets_that_are_not_of_the_answer_are_refused(monkeypatch):
-    windows = ContextWindows(pair_tokenizer(), 64, 8)
+    windows = ContextWindows(words(), 64, 8)
     monkeypatch.setattr(windows, "tokenizer", Shifted(windows.tokenizer))
     with pytest.raises(RowFlaw, match=r"'answers\.text\[0\]' is '25 dogs', but its tokens stand for '5 dogs '"):
         windows(asked("25 dogs"))
@@ -184,8 +179,8 @@ class Shifted:
 @pytest.mark.parametrize(
     ("tokenizer", "stride", "message"),
     [
-        (lambda: pair_tokenizer(), -1, "stride is -1, but must be at least 0"),
-        (lambda: pair_tokenizer(bos_token=None), 8, "neither a CLS nor a start token"),
+        (words, -1, "stride is -1, but must be at least 0"),
+        (lambda: words(bos_token=None), 8, "neither a CLS nor a start token"),
     ],
 )
 def test_what_cannot_work_is_refused_at_once(tokenizer, stride, message):
@@ -194,7 +189,7 @@ def test_what_cannot_work_is_refused_at_once(tokenizer, stride, message):
 
 
 def test_a_tokenizer_that_does_not_write_its_null_token_is_refused():
-    windows = ContextWindows(pair_tokenizer(template="$A </s> $B:1"), 64, 8)
+    windows = ContextWindows(words(template="$A </s> $B:1"), 64, 8)
     with pytest.raises(ValueError, match="does not put '<s>', which would stand for no answer"):
         windows(asked("Ann"))
 
@@ -231,19 +226,19 @@ def labels_as_logits(windows: list[Window], padding: int = 0) -> list[ScoredWind
 @pytest.mark.parametrize("max_length", [15, 20, 64])
 @pytest.mark.parametrize("answer", ["Ann", "25 dogs", "a blue-ish", "Eve sleeps."])
 def test_a_model_that_is_sure_of_the_labels_gives_the_answer(answer, max_length, threshold, padding):
-    windows = ContextWindows(pair_tokenizer(), max_length, 5)(asked(answer))
+    windows = ContextWindows(words(), max_length, 5)(asked(answer))
     assert best_answer(CONTEXT, labels_as_logits(windows, padding), null_threshold=threshold) == answer
 
 
 def test_a_model_that_is_sure_of_no_answer_gives_none():
-    windows = labels_as_logits(ContextWindows(pair_tokenizer(), 15, 5)(asked("")))
+    windows = labels_as_logits(ContextWindows(words(), 15, 5)(asked("")))
     assert best_answer(CONTEXT, windows, null_threshold=0.0) == ""
     assert best_answer(CONTEXT, windows, null_threshold=16.0) != ""
     assert best_answer(CONTEXT, windows, null_threshold=None) != ""
 
 
 def test_the_score_of_no_answer_is_the_lowest_over_the_windows():
-    first, second = ContextWindows(pair_tokenizer(), 24, 5)(asked("Ann"))[:2]
+    first, second = ContextWindows(words(), 24, 5)(asked("Ann"))[:2]
     logits = np.zeros((2, 24))
     sure_of_none, doubts = logits.copy(), logits.copy()
     sure_of_none[:, 0], doubts[:, 0] = 9, -1
@@ -254,7 +249,7 @@ def test_the_score_of_no_answer_is_the_lowest_over_the_windows():
 
 @pytest.mark.parametrize(("null", "answer"), [(2.0, "Ann"), (2.5, "")])
 def test_no_answer_must_be_better_by_more_than_the_threshold(null, answer):
-    (window,) = ContextWindows(pair_tokenizer(), 64, 5)(asked("Ann"))
+    (window,) = ContextWindows(words(), 64, 5)(asked("Ann"))
     logits = np.zeros((2, len(window.ids)))
     logits[0, window.null] = null
     assert best_answer(CONTEXT, [scored(window, *logits)], null_threshold=2.0) == answer
@@ -262,7 +257,7 @@ def test_no_answer_must_be_better_by_more_than_the_threshold(null, answer):
 
 @given(st.data(), st.integers(1, 6), st.sampled_from([None, 0.0, 3.0]))
 def test_the_best_answer_is_the_best_of_all_spans(data, max_answer_tokens, threshold):
-    windows = ContextWindows(pair_tokenizer(), 16, 3)(asked("Ann"))
+    windows = ContextWindows(words(), 16, 3)(asked("Ann"))
     lists = [data.draw(st.lists(NUMBERS, min_size=len(w.ids), max_size=len(w.ids))) for w in (*windows, *windows)]
     logits = list(zip(lists[: len(windows)], lists[len(windows) :], strict=True))
     best, answer = -np.inf, ""
@@ -308,13 +303,13 @@ def prepare(folder: Path, rows: list[dict], **rules):
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     rules = EncodingRules(format="squad", **{"max_length": 15, "stride": 4, **rules})
-    return prepare_source("src", locate(str(path)), rules, pair_tokenizer(), folder / "cache", 1)
+    return prepare_source("src", locate(str(path)), rules, words(), folder / "cache", 1)
 
 
 def test_prepared_windows_give_the_answers_back(tmp_path):
     questions = [asked("25 dogs", "dogs"), asked(""), asked("Eve")]
     source = prepare(tmp_path, [squad_row(question) for question in questions])
-    windows = ContextWindows(pair_tokenizer(), 15, 4)
+    windows = ContextWindows(words(), 15, 4)
     assert len(source.dataset) == sum(len(windows(question)) for question in questions)
     assert source.counts.split == 3
     assert "made several examples of each of 3 rows" in source.remarks()[0]
