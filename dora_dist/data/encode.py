@@ -60,6 +60,8 @@ class EncodingRules:
         overlong: ``error``, ``drop`` or ``truncate``.
         bad_rows: ``error`` or ``skip``.
         labels: ``classes`` or ``regression``.
+        stride: tokens of a context that neighbouring windows share (questions).
+        max_target_length: longest summary in tokens.
     """
 
     format: str
@@ -71,6 +73,8 @@ class EncodingRules:
     overlong: str = "error"
     bad_rows: str = "error"
     labels: str = "classes"
+    stride: int = 128
+    max_target_length: int = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,13 +229,13 @@ class RowEncoder(ABC, Generic[P, E]):
     def _num_trimmed(self, part: P) -> int:
         return 0
 
-    def _too_long(self, length: int, place: str) -> str:
-        """Note on an example that is longer than ``max_length``.
+    def _too_long(self, length: int, place: str, rule: str = "max_length") -> str:
+        """Note on an example that is longer than a rule allows.
 
         Raises:
             UnusableRowError: under the policy ``error``.
         """
-        note = f"{length} tokens, more than data.max_length {self.rules.max_length}"
+        note = f"{length} tokens, more than data.{rule} {getattr(self.rules, rule)}"
         if self.rules.overlong == "error":
             raise UnusableRowError(
                 f"{place} has {note}: raise it, or set data.overlong to drop or truncate (what the tokens are: "

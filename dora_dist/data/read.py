@@ -21,6 +21,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dora_dist.data.squad_file import is_squad_file, squad_rows
+
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
@@ -260,16 +262,21 @@ def _name_type(value: object) -> dict[str, str]:
 
 
 def _json_rows(file: Path) -> Iterator[RawRow]:
-    """Elements of a JSON list, or lines of a JSONL file; told apart by their start, not by the file's name."""
+    """Elements of a JSON list, questions of one of SQuAD's own files, or lines of a JSONL file; told apart by their
+    start, not by the file's name."""
     with _reading(file):
         stream = fsspec.open(str(file), "rb", compression="infer").open()
     with stream, _reading(file):
-        start = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+        beginning = stream.read(4096)
+        start = beginning.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
         while not start and (more := stream.read(4096)):
             start = more.lstrip()[:1]
         stream.seek(0)
         if start == b"[":
             yield from _list_elements(stream.read(), file)
+        elif is_squad_file(beginning):
+            for place, row in squad_rows(stream.read()):
+                yield RawRow(f"{file}, {place}", json.dumps(row, ensure_ascii=False))
         else:
             yield from _lines(stream, file)
 

@@ -1,4 +1,4 @@
-"""The formats that rows are written in, and what is made of a row: a pair, a conversation or a document."""
+"""The formats that rows are written in, and what is made of a row: a pair, a conversation, a question and so on."""
 
 import json
 import math
@@ -94,6 +94,36 @@ class Document:
     """Plain text; the loss is on all of it."""
 
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question about a text, whose answers are parts of that text.
+
+    Attributes:
+        question: what is asked.
+        context: the text to find the answer in.
+        answers: the answers that count as right; the first is the one to learn. Empty where the text has no answer.
+        starts: of each answer, its first character in the context.
+    """
+
+    question: str
+    context: str
+    answers: tuple[str, ...]
+    starts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A text with the summary that is wanted.
+
+    Attributes:
+        document: what is given to the encoder.
+        summary: what the decoder should write.
+    """
+
+    document: str
+    summary: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +278,39 @@ def _tools(row: Mapping[str, Any]) -> list[Any] | None:
     return tools or None
 
 
+def _squad(row: Mapping[str, Any]) -> Question:
+    """As the Hub has SQuAD: ``answers`` is ``{text: [...], answer_start: [...]}``, two empty lists for no answer.
+
+    An ``answer_start`` that is off by one would train nonsense without a word: every answer must stand where it is said
+    to stand.
+    """
+    question, context = _wanted(row, "question"), _wanted(row, "context")
+    answers = row.get("answers")
+    if not isinstance(answers, dict) or not all(isinstance(answers.get(n), list) for n in ("text", "answer_start")):
+        raise RowFlaw(
+            "answers", f"must be {{text: [...], answer_start: [...]}}, with empty lists for none, got {_short(answers)}"
+        )
+    texts, starts = answers["text"], answers["answer_start"]
+    if len(texts) != len(starts):
+        raise RowFlaw("answers", f"has {len(texts)} texts, but {len(starts)} starts: every answer needs both")
+    for number, (text, start) in enumerate(zip(texts, starts, strict=True)):
+        if not isinstance(text, str) or not text.strip():
+            raise RowFlaw(f"answers.text[{number}]", f"must be text that is not empty, got {_short(text)}")
+        if type(start) is not int or start < 0:
+            raise RowFlaw(f"answers.answer_start[{number}]", f"must be a number of at least 0, got {_short(start)}")
+        found = context[start : start + len(text)]
+        if found != text:
+            raise RowFlaw(
+                f"answers.answer_start[{number}]",
+                f"is {start}, but the context has {_short(found)} there, not the answer {_short(text)}",
+            )
+    return Question(question, context, tuple(texts), tuple(starts))
+
+
+def _summary(row: Mapping[str, Any]) -> Summary:
+    return Summary(_wanted(row, "document"), _wanted(row, "summary"))
+
+
 @dataclass(frozen=True)
 class RowFormat:
     """A way to write rows.
@@ -270,6 +333,8 @@ FORMATS = {
     "prompt_completion": RowFormat(("prompt", "completion"), (), _prompt_completion),
     "text": RowFormat(("text",), (), _document),
     "classification": RowFormat(("sentence1", "label"), ("sentence2",), _labelled),
+    "squad": RowFormat(("question", "context", "answers"), (), _squad),
+    "summary": RowFormat(("document", "summary"), (), _summary),
 }
 """By name; where a row fits several of a task, the first one is meant."""
 

@@ -25,9 +25,11 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
 from dora_dist.command import say
+from dora_dist.data.answers import QuestionEncoder
 from dora_dist.data.encode import BOOKKEEPING, Encoder, EncodingRules, RowEncoder, Status, UnusableRowError
 from dora_dist.data.labelled import LabelledEncoder
 from dora_dist.data.read import Location, RawRow
+from dora_dist.data.summaries import SummaryEncoder
 
 MANIFEST = "prepared.json"
 LEFT_OUT = "left_out.jsonl"
@@ -38,7 +40,11 @@ KEPT_BOOKKEEPING = ("removed", "key", "place")
 FIRST_ROWS = 20
 """From how many rows the format of a source is told."""
 
-ENCODERS: dict[str, type[RowEncoder[Any, Any]]] = {"classification": LabelledEncoder}
+ENCODERS: dict[str, type[RowEncoder[Any, Any]]] = {
+    "classification": LabelledEncoder,
+    "squad": QuestionEncoder,
+    "summary": SummaryEncoder,
+}
 """What makes examples of the rows of a format; :class:`~dora_dist.data.encode.Encoder` of those that are not here."""
 
 
@@ -52,7 +58,8 @@ class SourceCounts:
         overlong: examples that were dropped because they were longer than ``max_length``.
         truncated: examples that were cut to fit.
         removed_tokens: tokens that were cut off.
-        split: rows that became several examples, since the chat template rewrites earlier turns.
+        split: rows that became several examples: the chat template rewrites earlier turns, or a context is longer
+            than a window.
         trimmed: conversations whose messages after the assistant's last were left out.
         examples: that are left.
         tokens: of the examples.
@@ -76,8 +83,8 @@ class SourceCounts:
             f"skipped {self.bad} of {self.rows} rows that cannot be used": self.bad,
             f"dropped {self.overlong} examples that do not fit into data.max_length": self.overlong,
             f"truncated {self.truncated} examples by {self.removed_tokens} tokens in all": self.truncated,
-            f"made an example of every answer of {self.split} conversations, since the chat template rewrites earlier "
-            "turns": self.split,
+            f"made several examples of each of {self.split} rows (of every answer of a conversation, where the chat "
+            "template rewrites earlier turns; of every window of a long context)": self.split,
             f"left out the messages after the assistant's last one in {self.trimmed} conversations": self.trimmed,
         }
         return [text for text, count in said.items() if count]

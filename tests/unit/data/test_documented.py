@@ -6,6 +6,7 @@ import re
 import pytest
 from byte_tokenizer import byte_tokenizer
 from repository import REPOSITORY
+from tiny_tokenizer import word_pair_tokenizer
 
 from dora_dist.config import load_config
 from dora_dist.data.chat import choose_template
@@ -25,11 +26,15 @@ def test_every_format_has_an_example():
 @pytest.mark.parametrize("name", FORMATS)
 def test_an_example_is_what_it_is_said_to_be(name):
     lines = EXAMPLES[name].splitlines()
-    (task,) = (task for task in TASKS.values() if name in task.formats)
-    assert tell_format([json.loads(line) for line in lines], "docs", {}, task.formats) == name
-    tokenizer = byte_tokenizer("chatml")
-    rules = EncodingRules(format=name, template=choose_template(tokenizer).text)
-    columns = ENCODERS.get(name, Encoder)(tokenizer, rules)({"place": lines, "json": lines, "flaw": [""] * len(lines)})
+    formats = next((task.formats for task in TASKS.values() if name in task.formats), [name])
+    assert tell_format([json.loads(line) for line in lines], "docs", {}, formats) == name
+    if name in ENCODERS:
+        tokenizer = word_pair_tokenizer(EXAMPLES[name])
+        encoder = ENCODERS[name](tokenizer, EncodingRules(format=name))
+    else:
+        tokenizer = byte_tokenizer("chatml")
+        encoder = Encoder(tokenizer, EncodingRules(format=name, template=choose_template(tokenizer).text))
+    columns = encoder({"place": lines, "json": lines, "flaw": [""] * len(lines)})
     assert all(columns["input_ids"])
 
 
