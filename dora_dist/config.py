@@ -88,18 +88,22 @@ class EvaluationConfig:
         exact_match: generate answers (greedily) and count those that equal the reference.
         max_new_tokens: longest generated answer, in tokens.
         max_examples: evaluate at most this many held-out examples; null for all.
+        num_beams: of generated summaries; 1 is greedy.
         metrics: beside the loss. For classes: accuracy, matthews, f1 (of the second of two classes); for regression:
-            pearson, spearman; null for the task's own.
+            pearson, spearman; for answers: exact_match, f1; for summaries: rouge1, rouge2, rouge_l; null for the task's
+            own.
     """
 
     before: bool = True
     exact_match: bool = False
     max_new_tokens: int = 256
     max_examples: int | None = None
+    num_beams: int = 1
     metrics: list[str] | None = None
 
     def __post_init__(self) -> None:
         require(self.max_new_tokens >= 1, "evaluation.max_new_tokens", self.max_new_tokens, "be at least 1")
+        require(self.num_beams >= 1, "evaluation.num_beams", self.num_beams, "be at least 1")
         most = self.max_examples
         require(most is None or most >= 1, "evaluation.max_examples", most, "be at least 1, or null for all")
 
@@ -156,8 +160,8 @@ class RunConfig:
 
     Args:
         output_dir: folder of the run: checkpoints, adapter, metrics, pictures.
-        task: causal_lm (instruction tuning), or sequence_classification (classes, or regression), whose head is trained
-            beside the adapter.
+        task: causal_lm (instruction tuning), sequence_classification (classes, or regression), question_answering
+            (parts of a text), or seq2seq (summaries, by an encoder and a decoder).
         seed: of the data order, the adapter's start and dropout.
         model: see the group below.
         adapter: see the group below.
@@ -173,7 +177,7 @@ class RunConfig:
     output_dir: str
     model: ModelConfig
     data: DataConfig
-    task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
+    task: Literal["causal_lm", "sequence_classification", "question_answering", "seq2seq"] = "causal_lm"
     seed: int = 0
     adapter: DynamicLoraConfig = field(default_factory=lambda: DynamicLoraConfig(dtype="auto"))
     pruning: PruningConfig = field(default_factory=PruningConfig)

@@ -23,6 +23,9 @@ METRIC_TITLES = {
     "f1": "F1",
     "pearson": "Pearson",
     "spearman": "Spearman",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rouge_l": "ROUGE-L",
 }
 """Metrics beside the loss, in the order in which they are shown."""
 SHARES = ("exact_match", "accuracy")

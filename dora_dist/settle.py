@@ -15,6 +15,7 @@ from dora_dist.allocation import select_components
 from dora_dist.build_data import Mixture, RunData, build_mixture, describe_data
 from dora_dist.config import RunConfig
 from dora_dist.data.plan import TrainingPlan
+from dora_dist.data.sources import list_lengths
 from dora_dist.schedule import BudgetSchedule
 from dora_dist.targets import resolve_targets
 from dora_dist.tasks import SEQUENCE_CLASSIFICATION
@@ -250,12 +251,13 @@ def check_context(skeleton: PreTrainedModel, data: RunData) -> None:
     """
     context = context_of(skeleton)
     for source in (*data.train, *data.evaluation):
-        longest = int(source.lengths().max())
+        columns = [name for name in ("input_ids", "labels") if name in source.dataset.column_names]
+        longest = max(int(list_lengths(source.dataset, name).max()) for name in columns)
         if context is not None and longest > context:
             raise ValueError(
                 f"the longest example of {source.name} has {longest} tokens, more than the model's context of "
                 f"{context} (max_position_embeddings): set data.max_length to {context} or less, and data.overlong to "
-                "drop or truncate"
+                "drop or truncate (the same goes for data.max_target_length)"
             )
 
 

@@ -17,7 +17,7 @@ def test_their_mean_is_the_models_own_loss(architecture, dtype):
     ):
         model = tiny_classifier(architecture, num_labels=num_labels).to(dtype)
         own = model(input_ids=ids, labels=labels).loss
-        found = losses(model(input_ids=ids), labels)
+        found = losses(model(input_ids=ids), {"labels": labels})
         assert found.shape == (3,)
         assert found.dtype == dtype
         torch.testing.assert_close(found.mean(), own)
@@ -25,6 +25,6 @@ def test_their_mean_is_the_models_own_loss(architecture, dtype):
 
 def test_low_precision_logits_are_not_summed_in_low_precision():
     logits = torch.tensor([[3.0, 1.0]], dtype=torch.bfloat16)
-    found = class_losses(SimpleNamespace(logits=logits), torch.tensor([0]))
+    found = class_losses(SimpleNamespace(logits=logits), {"labels": torch.tensor([0])})
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, torch.log1p(torch.exp(torch.tensor([-2.0]))))
