@@ -77,6 +77,7 @@ def pair_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         unk_token="<unk>",
         mask_token="<mask>",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )
 
 

@@ -1,5 +1,7 @@
 """What "the same run" means: an interrupted run that went on, against one that was left alone."""
 
+import json
+import shutil
 from pathlib import Path
 
 from commands import steps_of
@@ -9,6 +11,19 @@ from dora_dist.checkpoint import checkpoints
 from dora_dist.records import read_lines
 
 COMPARED = ("loss", "grad_norm", "learning_rate", "equilibrium_penalty", "components", "allocation")
+
+
+def stopped_at(step: int, finished: Path, folder: Path) -> Path:
+    """A run folder inside ``folder``, as it was when the run ``finished`` had come to ``step``."""
+    stopped = folder / "run"
+    stopped.mkdir()
+    shutil.copytree(finished / f"checkpoint-{step}", stopped / f"checkpoint-{step}")
+    # The records go on a little further than the checkpoint, as those of a killed run do.
+    for name in ("metrics.jsonl", "allocation.jsonl"):
+        lines = (finished / name).read_text().splitlines(keepends=True)
+        kept = [line for line in lines if json.loads(line)["step"] <= step + 1]
+        (stopped / name).write_text("".join(kept) + '{"step": 99, "lo')
+    return stopped
 
 
 def assert_same_run(expected: Path, found: Path) -> None:

@@ -113,7 +113,9 @@ def test_only_weights_of_the_head_may_be_missing(tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     del weights["encoder.layer.1.output.dense.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"no weights for bert\.encoder\.layer\.1\.output\.dense\.weight: every weight"):
+    with pytest.raises(
+        ValueError, match=r"no weights for bert\.encoder\.layer\.1\.output\.dense\.weight: every weight"
+    ):
         load(tmp_path)
 
 
