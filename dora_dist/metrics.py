@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-ROUGE_METRICS = ("rouge1", "rouge2", "rougeL")
+ROUGE_METRICS = {"rouge1": "rouge1", "rouge2": "rouge2", "rouge_l": "rougeL"}
+"""Our name of a metric and rouge-score's."""
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -167,11 +168,11 @@ def _word_f1(given: str, wanted: str, with_no_answer: bool) -> float:
 def rouge_scores(prediction: str, reference: str) -> dict[str, float]:
     """:data:`ROUGE_METRICS` of one summary: F-measures in [0, 1], with Porter's stemmer."""
     scores = _rouge_scorer().score(reference, prediction)
-    return {name: float(scores[name].fmeasure) for name in ROUGE_METRICS}
+    return {name: float(scores[theirs].fmeasure) for name, theirs in ROUGE_METRICS.items()}
 
 
 @cache
 def _rouge_scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(ROUGE_METRICS, use_stemmer=True)  # type: ignore[no-untyped-call]
+    return RougeScorer(list(ROUGE_METRICS.values()), use_stemmer=True)  # type: ignore[no-untyped-call]

@@ -29,6 +29,7 @@ LEVELS = [
         "engine",
         "events",
         "folding",
+        "metrics",
         "model_shape",
         "table",
         "benchmark",

@@ -176,13 +176,13 @@ def test_rouge_by_hand():
     # Words in common: the, cat, sat, on, mat (of 6 and 7); pairs: the cat, on the (of 5 and 6);
     # longest common subsequence: the cat on the mat.
     scores = rouge_scores("the cat sleeps on the mat", "the cat is sat on the mat")
-    assert scores == pytest.approx({"rouge1": 10 / 13, "rouge2": 6 / 11, "rougeL": 10 / 13})
+    assert scores == pytest.approx({"rouge1": 10 / 13, "rouge2": 6 / 11, "rouge_l": 10 / 13})
 
 
 def test_rouge_compares_stems_and_order():
-    assert rouge_scores("Dogs, running!", "dog runs") == pytest.approx({"rouge1": 1, "rouge2": 1, "rougeL": 1})
+    assert rouge_scores("Dogs, running!", "dog runs") == pytest.approx({"rouge1": 1, "rouge2": 1, "rouge_l": 1})
     assert rouge_scores("mat the on", "on the mat")["rouge1"] == pytest.approx(1)
-    assert rouge_scores("mat the on", "on the mat")["rougeL"] == pytest.approx(1 / 3)
+    assert rouge_scores("mat the on", "on the mat")["rouge_l"] == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize(("prediction", "reference"), [("", "a ball"), ("a ball", ""), ("", ""), ("...", "ball")])
@@ -193,4 +193,4 @@ def test_a_summary_without_words_scores_0(prediction, reference):
 @given(st.lists(st.sampled_from("red ball cat runs".split()), max_size=6).map(" ".join))
 def test_a_summary_is_its_own_best(text):
     scores = rouge_scores(text, text)
-    assert scores["rouge1"] == scores["rougeL"] == float(bool(text))
+    assert scores["rouge1"] == scores["rouge_l"] == float(bool(text))

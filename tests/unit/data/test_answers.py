@@ -10,8 +10,8 @@ from byte_tokenizer import byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizer import word_pair_tokenizer
-from tokenizers import processors
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dora_dist.data.answers import OUTSIDE, ContextWindows, ScoredWindow, Window, best_answer, scored_window
 from dora_dist.data.encode import EncodingRules
@@ -202,6 +202,56 @@ def test_berts_windows_have_types_and_stand_for_the_answers(bert):
         for window in windows:
             assert window.ids[window.null] == bert.cls_token_id
             assert window.types == [int(n > window.ids.index(bert.sep_token_id)) for n in range(len(window.ids))]
+
+
+def trained(pre_tokenizer, decoder) -> PreTrainedTokenizerFast:
+    """Pieces of words, learned from the context."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoder
+    special = ["<s>", "</s>", "<pad>", "<unk>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=330,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([CONTEXT, QUESTION] * 9, trainer)
+    ends = [("</s>", tokenizer.token_to_id("</s>")), ("<s>", tokenizer.token_to_id("<s>"))]
+    if isinstance(pre_tokenizer, pre_tokenizers.ByteLevel):
+        tokenizer.post_processor = processors.RobertaProcessing(*ends, trim_offsets=True, add_prefix_space=False)
+    else:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=ends
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        cls_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+    )
+
+
+KINDS = {
+    "RoBERTa's and BART's": (pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()),
+    "DeBERTa's and T5's": (
+        pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()]),
+        decoders.Metaspace(),
+    ),
+}
+
+
+@pytest.mark.parametrize("answer", ["Ann", "25 dogs", "blue-ish kite", "Eve sleeps.", "ball. Bob, who"])
+@pytest.mark.parametrize("max_length", [22, 28, 90])
+@pytest.mark.parametrize("kind", KINDS)
+def test_white_space_that_belongs_to_a_token_is_no_part_of_an_answer(kind, max_length, answer):
+    windows = ContextWindows(trained(*KINDS[kind]), max_length, 5)(asked(answer))
+    found = [said(window).strip() for window in windows]
+    assert set(found) <= {"", answer}
+    if answer in found:  # otherwise it is longer than what neighbouring windows share
+        assert best_answer(CONTEXT, labels_as_logits(windows), null_threshold=0.0) == answer
+    assert max_length < 90 or found == [answer]
 
 
 NUMBERS = st.integers(-20, 20).map(float)
