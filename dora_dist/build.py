@@ -16,6 +16,7 @@ from dora_dist.agreement import Agreement, digest_tensors
 from dora_dist.command import say
 from dora_dist.config import RunConfig
 from dora_dist.controller import DynamicRankController
+from dora_dist.criterion import GATE_SENSITIVITY, Criterion, GateSensitivity, SmoothedScores
 from dora_dist.data.batches import (
     ANSWER_SPANS,
     TARGETS,
@@ -31,6 +32,7 @@ from dora_dist.data.batches import (
 )
 from dora_dist.data.chat import stop_tokens
 from dora_dist.evaluation import AnswerEvaluator, Evaluator, check_packing
+from dora_dist.importance import weight_criterion
 from dora_dist.label_evaluation import LabelEvaluator
 from dora_dist.model import DynamicLoraForCausalLM, DynamicLoraModel, add_dynamic_lora
 from dora_dist.objective import RowLosses, class_losses, mean_over_tokens, span_losses, squared_errors
@@ -59,10 +61,10 @@ def check_same_on_all_ranks(agreement: Agreement, settings: Mapping[str, Any], m
     agreement.check_equal(digests, "settings, data or base model")
 
 
-def load_model(
+def load_base(
     config: RunConfig, device: torch.device, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] | None = None
-) -> DynamicLoraModel:
-    """The frozen base with its adapter, and the head of its task, at the start.
+) -> PreTrainedModel:
+    """The frozen base, and the head of its task at the start.
 
     Args:
         config: of the run.
@@ -71,11 +73,10 @@ def load_model(
         labels: names of the classes in the order of their numbers, where the task has any.
     """
     dtype = backbone.resolve_compute_dtype(config.model.compute_dtype)
-    seed = adapter_seed(config)
     head = None
     if TASKS[config.task].trains_head:
         outputs = 2 if config.task == QUESTION_ANSWERING else 1
-        head = backbone.HeadStart(labels=labels, num_outputs=outputs, seed=seed)
+        head = backbone.HeadStart(labels=labels, num_outputs=outputs, seed=adapter_seed(config))
     base = backbone.load_backbone(
         config.model.path,
         quantization=config.model.quantization,
@@ -87,11 +88,19 @@ def load_model(
         head=head,
     )
     set_special_tokens(base, tokenizer)
+    return base
+
+
+def load_model(
+    config: RunConfig, device: torch.device, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] | None = None
+) -> DynamicLoraModel:
+    """The frozen base with its adapter, and the head of its task, at the start; arguments as of :func:`load_base`."""
+    base = load_base(config, device, tokenizer, labels)
     adapter = config.adapter
     if adapter.dtype == "auto" and not config.distributed.engine.startswith("zero"):
         # Only ZeRO keeps a float32 master copy of low-precision parameters.
         adapter = dataclasses.replace(adapter, dtype="float32")
-    model = add_dynamic_lora(base, dataclasses.replace(adapter, seed=seed))
+    model = add_dynamic_lora(base, dataclasses.replace(adapter, seed=adapter_seed(config)))
     if isinstance(model, DynamicLoraForCausalLM):
         reason = model.leave_out_logits()
         if reason is not None:
@@ -119,12 +128,23 @@ def build_controller(
         model.adapted_layers(),
         schedule,
         agreement,
-        smoothing=config.pruning.smoothing,
+        criterion=build_criterion(config, model),
+        budget_unit=config.pruning.budget_unit,
         min_rank=config.pruning.min_rank,
         max_rank=config.pruning.max_rank,
         regrow=config.pruning.regrow,
         head=model.head_parameters(),
     )
+
+
+def build_criterion(config: RunConfig, model: DynamicLoraModel) -> Criterion:
+    """What the components are judged by."""
+    gates = [layer.gate for layer in model.adapted_layers().values()]
+    name = config.pruning.importance
+    if name == GATE_SENSITIVITY:
+        return GateSensitivity(gates)
+    score = weight_criterion(name, adapter_seed(config))
+    return SmoothedScores(score, config.pruning.smoothing, sum(gate.numel() for gate in gates), gates[0].device)
 
 
 def build_evaluator(

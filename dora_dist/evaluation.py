@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from datasets import Dataset
@@ -80,7 +80,7 @@ class Evaluator(ABC, Generic[Part]):
         """Batches of this rank, as indices of the examples of a source."""
 
     @abstractmethod
-    def measure(self, model: DynamicLoraModel, examples: Dataset, share: list[range], progress: tqdm) -> Part:
+    def measure(self, model: Any, examples: Dataset, share: list[range], progress: tqdm) -> Part:
         """What this rank finds out about its share of one source."""
 
     @abstractmethod
@@ -127,8 +127,9 @@ class AnswerEvaluator(Evaluator[AnswerSums]):
         exact_match = {"exact_match": matches / examples} if self.exact_match else {}
         return {"loss": loss / tokens, "examples": examples, **exact_match}
 
-    def measure(self, model: DynamicLoraModel, examples: Dataset, share: list[range], progress: tqdm) -> AnswerSums:
-        assert isinstance(model, DynamicLoraForCausalLM)
+    def measure(
+        self, model: DynamicLoraForCausalLM, examples: Dataset, share: list[range], progress: tqdm
+    ) -> AnswerSums:
         loss, tokens, matches = 0.0, 0, 0
         collate = PaddedCollator(self.tokenizer)
         for indices in share:
