@@ -262,12 +262,17 @@ def build_collator(config: RunConfig, model: DynamicLoraModel, tokenizer: PreTra
     """What makes batches of rows, for the task and the model's attention.
 
     Raises:
-        ValueError: examples of one row would see each other in this model.
+        ValueError: examples of one row would see each other in this model, or it cannot be given labels.
     """
     base = model.get_base_model()
     if TASKS[config.task].trains_head:
         return LabelledCollator(tokenizer, with_types=tells_texts_apart(model, tokenizer))
     if config.task == SEQ2SEQ:
+        if not hasattr(base, "prepare_decoder_input_ids_from_labels"):
+            raise ValueError(
+                f"{type(base).__name__} does not say how its decoder's input is made of labels, as BART and T5 do: task "
+                f"{SEQ2SEQ} needs a model that does"
+            )
         return TargetCollator(tokenizer, base.prepare_decoder_input_ids_from_labels)
     if config.data.batching != "packed":
         return PaddedCollator(tokenizer)
