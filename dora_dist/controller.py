@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from hashlib import sha256
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dora_dist.agreement import Agreement, digest_tensors
 from dora_dist.budget import COMPONENTS, Budget, component_costs
@@ -44,6 +44,7 @@ class DynamicRankController:
             otherwise pruned components stay out for good.
         rebase: before an event selects, turn every layer's components into the singular vectors of its update
             (:mod:`dora_dist.rebasing`), and score those as they are then, without the past.
+        head: parameters by name that are trained beside the adapter, of which the ranks prove that they agree too.
 
     Raises:
         ValueError: the bounds and the budgets of the schedule do not fit together.
@@ -61,6 +62,7 @@ class DynamicRankController:
         max_rank: int | None = None,
         regrow: bool = True,
         rebase: bool = False,
+        head: Mapping[str, nn.Parameter] | None = None,
     ) -> None:
         self.layers = dict(sorted(layers.items()))
         self.schedule = schedule
@@ -69,6 +71,7 @@ class DynamicRankController:
         self.max_rank = max_rank
         self.regrow = regrow
         self.rebase = rebase
+        self.head = dict(sorted((head or {}).items()))
         self.step = 0
         self.events: list[PruneEvent] = []
         self._sizes = [layer.gate.numel() for layer in self.layers.values()]
@@ -136,7 +139,7 @@ class DynamicRankController:
         return event
 
     def verify(self, what: str) -> None:
-        """Prove that all ranks hold the same adapter, masks, budget and step.
+        """Prove that all ranks hold the same adapter, head, masks, budget and step.
 
         Raises:
             DisagreementError: they do not.
@@ -145,18 +148,22 @@ class DynamicRankController:
         digests = {"step and budget": sha256(position.encode()).digest()}
         for name, layer in self.layers.items():
             digests[name] = digest_tensors(layer.lora_a, layer.gate, layer.lora_b, layer.component_mask)
+        digests |= {f"{name} of the head": digest_tensors(parameter) for name, parameter in self.head.items()}
         self.agreement.check_equal(digests, what)
 
     def check_finite(self) -> None:
         """Refuse an adapter that is no longer one.
 
         Raises:
-            NonFiniteAdapterError: a parameter of the adapter is NaN or infinite.
+            NonFiniteAdapterError: a parameter of the adapter or of the head is NaN or infinite.
         """
         for name, layer in self.layers.items():
             for parameter in (layer.lora_a, layer.gate, layer.lora_b):
                 if not torch.isfinite(parameter).all():
                     raise NonFiniteAdapterError(f"step {self.step}: the adapter of {name} is not finite")
+        for name, parameter in self.head.items():
+            if not torch.isfinite(parameter).all():
+                raise NonFiniteAdapterError(f"step {self.step}: {name} of the head is not finite")
 
     def allocation_digest(self) -> str:
         """Short fingerprint of which components are alive (gate not 0, mask set), for the log."""
