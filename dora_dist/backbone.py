@@ -115,19 +115,20 @@ class HeadStart:
     """What a head needs to know that is trained beside the adapter.
 
     Attributes:
-        labels: names of the classes in the order of their numbers; None for a single number (regression), or where the
-            task has no labels.
+        labels: names of the classes in the order of their numbers; None where its outputs are no classes.
+        num_outputs: where there are no classes: 1 for a number, 2 for start and end of an answer.
         seed: of the values that the model's files do not have.
     """
 
     labels: Sequence[str] | None = None
+    num_outputs: int = 1
     seed: int = 0
 
     def configure(self, config: PreTrainedConfig) -> None:
-        """Write number and names of the classes into the model's configuration."""
+        """Write number and names of the outputs into the model's configuration."""
         if self.labels is None:
-            config.num_labels = 1
-            config.problem_type = "regression"
+            config.num_labels = self.num_outputs
+            config.problem_type = "regression" if self.num_outputs == 1 else None
         else:
             config.id2label = dict(enumerate(self.labels))
             config.label2id = {name: number for number, name in enumerate(self.labels)}

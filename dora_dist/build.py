@@ -7,6 +7,7 @@ from hashlib import sha256
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -15,7 +16,10 @@ from dora_dist.agreement import Agreement, digest_tensors
 from dora_dist.command import say
 from dora_dist.config import RunConfig
 from dora_dist.controller import DynamicRankController
+from dora_dist.criterion import GATE_SENSITIVITY, Criterion, GateSensitivity, SmoothedScores
 from dora_dist.data.batches import (
+    ANSWER_SPANS,
+    TARGETS,
     TRAINED_TOKENS,
     Collator,
     FlattenedCollator,
@@ -23,19 +27,23 @@ from dora_dist.data.batches import (
     PackedCollator,
     PaddedCollator,
     PlannedRows,
+    TargetCollator,
     labelled,
 )
 from dora_dist.data.chat import stop_tokens
 from dora_dist.evaluation import AnswerEvaluator, Evaluator, check_packing
+from dora_dist.importance import weight_criterion
 from dora_dist.label_evaluation import LabelEvaluator
 from dora_dist.model import DynamicLoraForCausalLM, DynamicLoraModel, add_dynamic_lora
-from dora_dist.objective import RowLosses, class_losses, squared_errors
+from dora_dist.objective import RowLosses, class_losses, mean_over_tokens, span_losses, squared_errors
 from dora_dist.preemption import PreemptionNotice
+from dora_dist.question_evaluation import QuestionEvaluator, first_questions
 from dora_dist.records import RunRecords
 from dora_dist.schedule import BudgetSchedule
 from dora_dist.settle import Settled, adapter_seed
 from dora_dist.skipping import SkipPolicy
-from dora_dist.tasks import SEQUENCE_CLASSIFICATION, TASKS, metrics_of
+from dora_dist.summary_evaluation import SummaryEvaluator
+from dora_dist.tasks import CAUSAL_LM, QUESTION_ANSWERING, SEQ2SEQ, SEQUENCE_CLASSIFICATION, TASKS, metrics_of
 from dora_dist.trainer import DynamicLoraTrainer
 
 
@@ -53,10 +61,10 @@ def check_same_on_all_ranks(agreement: Agreement, settings: Mapping[str, Any], m
     agreement.check_equal(digests, "settings, data or base model")
 
 
-def load_model(
+def load_base(
     config: RunConfig, device: torch.device, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] | None = None
-) -> DynamicLoraModel:
-    """The frozen base with its adapter, and the head of its task, at the start.
+) -> PreTrainedModel:
+    """The frozen base, and the head of its task at the start.
 
     Args:
         config: of the run.
@@ -65,8 +73,10 @@ def load_model(
         labels: names of the classes in the order of their numbers, where the task has any.
     """
     dtype = backbone.resolve_compute_dtype(config.model.compute_dtype)
-    seed = adapter_seed(config)
-    trains_head = TASKS[config.task].trains_head
+    head = None
+    if TASKS[config.task].trains_head:
+        outputs = 2 if config.task == QUESTION_ANSWERING else 1
+        head = backbone.HeadStart(labels=labels, num_outputs=outputs, seed=adapter_seed(config))
     base = backbone.load_backbone(
         config.model.path,
         quantization=config.model.quantization,
@@ -75,14 +85,22 @@ def load_model(
         attention=config.model.attention,
         trust_remote_code=config.model.trust_remote_code,
         task=config.task,
-        head=backbone.HeadStart(labels=labels, seed=seed) if trains_head else None,
+        head=head,
     )
     set_special_tokens(base, tokenizer)
+    return base
+
+
+def load_model(
+    config: RunConfig, device: torch.device, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] | None = None
+) -> DynamicLoraModel:
+    """The frozen base with its adapter, and the head of its task, at the start; arguments as of :func:`load_base`."""
+    base = load_base(config, device, tokenizer, labels)
     adapter = config.adapter
     if adapter.dtype == "auto" and not config.distributed.engine.startswith("zero"):
         # Only ZeRO keeps a float32 master copy of low-precision parameters.
         adapter = dataclasses.replace(adapter, dtype="float32")
-    model = add_dynamic_lora(base, dataclasses.replace(adapter, seed=seed))
+    model = add_dynamic_lora(base, dataclasses.replace(adapter, seed=adapter_seed(config)))
     if isinstance(model, DynamicLoraForCausalLM):
         reason = model.leave_out_logits()
         if reason is not None:
@@ -110,12 +128,23 @@ def build_controller(
         model.adapted_layers(),
         schedule,
         agreement,
-        smoothing=config.pruning.smoothing,
+        criterion=build_criterion(config, model),
+        budget_unit=config.pruning.budget_unit,
         min_rank=config.pruning.min_rank,
         max_rank=config.pruning.max_rank,
         regrow=config.pruning.regrow,
         head=model.head_parameters(),
     )
+
+
+def build_criterion(config: RunConfig, model: DynamicLoraModel) -> Criterion:
+    """What the components are judged by."""
+    gates = [layer.gate for layer in model.adapted_layers().values()]
+    name = config.pruning.importance
+    if name == GATE_SENSITIVITY:
+        return GateSensitivity(gates)
+    score = weight_criterion(name, adapter_seed(config))
+    return SmoothedScores(score, config.pruning.smoothing, sum(gate.numel() for gate in gates), gates[0].device)
 
 
 def build_evaluator(
@@ -125,45 +154,51 @@ def build_evaluator(
     if not settled.data.evaluation:
         return None
     most = config.evaluation.max_examples
+    take = first_questions if config.task == QUESTION_ANSWERING else _first_examples
     common: dict[str, Any] = {
         "sources": {
-            source.name: source.dataset if most is None else source.dataset.take(min(most, len(source.dataset)))
+            source.name: source.dataset if most is None else take(source.dataset, most)
             for source in settled.data.evaluation
         },
         "agreement": agreement,
         "batch_size": settled.arguments.per_device_eval_batch_size,
     }
-    if config.task == SEQUENCE_CLASSIFICATION:
-        return LabelEvaluator(
+    if config.task == CAUSAL_LM:
+        return AnswerEvaluator(
             **common,
-            reader=labelled(settled.data.labels),
-            collate=labelled_collator(model, settled.tokenizer),
-            row_losses=row_losses(config),
-            metrics=metrics_of(config.task, config.data.labels, config.evaluation.metrics),
-            regression=config.data.labels == "regression",
+            tokenizer=settled.tokenizer,
+            exact_match=config.evaluation.exact_match,
+            max_new_tokens=config.evaluation.max_new_tokens,
+            stop=stop_tokens(settled.tokenizer, settled.data.template),
         )
-    return AnswerEvaluator(
+    common |= {
+        "collate": build_collator(config, model, settled.tokenizer),
+        "metrics": metrics_of(config.task, config.data.labels, config.evaluation.metrics),
+    }
+    if config.task == QUESTION_ANSWERING:
+        return QuestionEvaluator(**common, with_no_answer=settled.data.some_have_no_answer())
+    if config.task == SEQ2SEQ:
+        return SummaryEvaluator(
+            **common,
+            tokenizer=settled.tokenizer,
+            max_new_tokens=config.evaluation.max_new_tokens,
+            num_beams=config.evaluation.num_beams,
+        )
+    return LabelEvaluator(
         **common,
-        tokenizer=settled.tokenizer,
-        exact_match=config.evaluation.exact_match,
-        max_new_tokens=config.evaluation.max_new_tokens,
-        stop=stop_tokens(settled.tokenizer, settled.data.template),
+        reader=labelled(settled.data.labels),
+        row_losses=row_losses(config),
+        regression=config.data.labels == "regression",
     )
 
 
-def row_losses(config: RunConfig) -> RowLosses:
-    """The loss of a row, of sequence classification or regression."""
-    return squared_errors if config.data.labels == "regression" else class_losses
+def _first_examples(examples: Dataset, most: int) -> Dataset:
+    return examples.take(min(most, len(examples)))
 
 
-def labelled_collator(model: DynamicLoraModel, tokenizer: PreTrainedTokenizerBase) -> LabelledCollator:
-    """What makes batches of labelled examples for a model, which may know of two sentences or not."""
-    return LabelledCollator(tokenizer, with_types=tells_sentences_apart(model, tokenizer))
-
-
-def tells_sentences_apart(model: DynamicLoraModel, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether both the model and its tokenizer know which sentence a token belongs to. Many tokenizers say so to models
-    that have no embedding for it."""
+def tells_texts_apart(model: DynamicLoraModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether both the model and its tokenizer know which of two texts a token belongs to. Many tokenizers say so to
+    models that have no embedding for it."""
     return "token_type_ids" in tokenizer.model_input_names and getattr(model.config, "type_vocab_size", 0) > 1
 
 
@@ -179,15 +214,18 @@ def build_trainer(
     notice: PreemptionNotice,
 ) -> DynamicLoraTrainer:
     """The loop."""
-    labels = config.task == SEQUENCE_CLASSIFICATION
-    reader = labelled(settled.data.labels) if labels else TRAINED_TOKENS
+    readers = {
+        CAUSAL_LM: TRAINED_TOKENS,
+        SEQUENCE_CLASSIFICATION: labelled(settled.data.labels),
+        QUESTION_ANSWERING: ANSWER_SPANS,
+        SEQ2SEQ: TARGETS,
+    }
     trainer = DynamicLoraTrainer(
         model=model,
         args=settled.arguments,
-        train_dataset=PlannedRows(settled.data.examples(), settled.plan, reader),
-        data_collator=labelled_collator(model, settled.tokenizer)
-        if labels
-        else build_collator(config.data.batching, model, settled.tokenizer),
+        train_dataset=PlannedRows(settled.data.examples(), settled.plan, readers[config.task]),
+        data_collator=build_collator(config, model, settled.tokenizer),
+        compute_loss_func=mean_over_tokens if config.task == SEQ2SEQ else None,
         processing_class=settled.tokenizer,
         controller=controller,
         agreement=agreement,
@@ -203,7 +241,7 @@ def build_trainer(
         keep_last=config.checkpoint.keep_last,
         skip_policy=SkipPolicy(agreement, config.distributed.max_skipped_steps),
         fingerprint=settled.fingerprint,
-        row_losses=row_losses(config) if labels else None,
+        row_losses=row_losses(config),
     )
     # The trainer prints its own lines of progress.
     trainer.remove_callback(PrinterCallback)
@@ -211,15 +249,28 @@ def build_trainer(
     return trainer
 
 
-def build_collator(batching: str, model: DynamicLoraModel, tokenizer: PreTrainedTokenizerBase) -> Collator:
-    """What makes batches of rows, for the model's attention.
+def row_losses(config: RunConfig) -> RowLosses | None:
+    """The loss of a row, of tasks that have one target a row."""
+    if config.task == QUESTION_ANSWERING:
+        return span_losses
+    if config.task != SEQUENCE_CLASSIFICATION:
+        return None
+    return squared_errors if config.data.labels == "regression" else class_losses
+
+
+def build_collator(config: RunConfig, model: DynamicLoraModel, tokenizer: PreTrainedTokenizerBase) -> Collator:
+    """What makes batches of rows, for the task and the model's attention.
 
     Raises:
         ValueError: examples of one row would see each other in this model.
     """
-    if batching != "packed":
-        return PaddedCollator(tokenizer)
     base = model.get_base_model()
+    if TASKS[config.task].trains_head:
+        return LabelledCollator(tokenizer, with_types=tells_texts_apart(model, tokenizer))
+    if config.task == SEQ2SEQ:
+        return TargetCollator(tokenizer, base.prepare_decoder_input_ids_from_labels)
+    if config.data.batching != "packed":
+        return PaddedCollator(tokenizer)
     if "flash" in str(base.config._attn_implementation):
         collator: Collator = FlattenedCollator()
     else:

@@ -20,7 +20,7 @@ from dora_dist.data.mixture import cap_examples, example_order, pass_counts
 from dora_dist.data.plan import TrainingPlan, packed_to, plan_by_length, plan_packed, plan_padded
 from dora_dist.data.read import Location, locate
 from dora_dist.data.rows import FORMATS, tell_format
-from dora_dist.data.sources import PreparedSource, first_rows, prepare_source
+from dora_dist.data.sources import PreparedSource, first_rows, list_lengths, prepare_source
 from dora_dist.data_section import DataConfig, SourceConfig
 from dora_dist.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TASKS
 from dora_dist.training_section import nearest
@@ -59,6 +59,11 @@ class RunData:
     def examples(self) -> Dataset:
         """The training examples of all sources, one source after the other."""
         return concatenate_datasets([source.dataset for source in self.train])
+
+    def some_have_no_answer(self) -> bool:
+        """Of sources of questions: whether a text may have no answer, as in SQuAD v2."""
+        sources = (*self.train, *self.evaluation)
+        return any(bool((list_lengths(source.dataset, "answers") == 0).any()) for source in sources)
 
 
 def read_data(config: RunConfig) -> tuple[PreTrainedTokenizerBase, RunData]:
@@ -200,6 +205,8 @@ def _prepared(
         overlong=config.overlong,
         bad_rows=config.bad_rows,
         labels=config.labels,
+        stride=config.stride,
+        max_target_length=config.max_target_length,
     )
     workers = config.workers or min(len(os.sched_getaffinity(0)), MOST_WORKERS)
     return prepare_source(str(source.name), location, rules, tokenizer, Path(config.cache_dir).expanduser(), workers)

@@ -7,7 +7,7 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -49,7 +49,12 @@ class PruningConfig:
         warmup_fraction: share of the run before pruning begins.
         final_fraction: share of the run after the last pruning event, with a fixed mask.
         interval: steps between two events.
-        smoothing: weight of the past in the smoothed scores, in [0, 1).
+        importance: by what components are judged: frobenius (the paper's share in the norm of their layer's update),
+            magnitude (their norm as it is), squared_magnitude (its square), gate_sensitivity (first-order effect on the
+            loss of removing them, summed over the steps since the last event), or random (to compare with).
+        budget_unit: what the budget counts: components (the paper's), or parameters, of which a component has as many
+            as its layer has inputs and outputs, so that the result has the parameters of a uniform rank target_rank.
+        smoothing: weight of the past in the smoothed scores, in [0, 1); gate_sensitivity is summed instead.
         equilibrium_weight: weight of the Dimensional Equilibrium Modulator in the loss until the last event; 0 is off.
         regrow: a component pruned before the last event may grow back (the paper's gentle pruning).
         min_rank: components that every layer keeps at least.
@@ -59,6 +64,8 @@ class PruningConfig:
     warmup_fraction: float = 0.15
     final_fraction: float = 0.5
     interval: int = 100
+    importance: Literal["frobenius", "magnitude", "squared_magnitude", "gate_sensitivity", "random"] = "frobenius"
+    budget_unit: Literal["components", "parameters"] = "components"
     smoothing: float = 0.9
     equilibrium_weight: float = 0.1
     regrow: bool = True
@@ -88,18 +95,22 @@ class EvaluationConfig:
         exact_match: generate answers (greedily) and count those that equal the reference.
         max_new_tokens: longest generated answer, in tokens.
         max_examples: evaluate at most this many held-out examples; null for all.
+        num_beams: of generated summaries; 1 is greedy.
         metrics: beside the loss. For classes: accuracy, matthews, f1 (of the second of two classes); for regression:
-            pearson, spearman; null for the task's own.
+            pearson, spearman; for answers: exact_match, f1; for summaries: rouge1, rouge2, rouge_l; null for the task's
+            own.
     """
 
     before: bool = True
     exact_match: bool = False
     max_new_tokens: int = 256
     max_examples: int | None = None
+    num_beams: int = 1
     metrics: list[str] | None = None
 
     def __post_init__(self) -> None:
         require(self.max_new_tokens >= 1, "evaluation.max_new_tokens", self.max_new_tokens, "be at least 1")
+        require(self.num_beams >= 1, "evaluation.num_beams", self.num_beams, "be at least 1")
         most = self.max_examples
         require(most is None or most >= 1, "evaluation.max_examples", most, "be at least 1, or null for all")
 
@@ -156,8 +167,8 @@ class RunConfig:
 
     Args:
         output_dir: folder of the run: checkpoints, adapter, metrics, pictures.
-        task: causal_lm (instruction tuning), or sequence_classification (classes, or regression), whose head is trained
-            beside the adapter.
+        task: causal_lm (instruction tuning), sequence_classification (classes, or regression), question_answering
+            (parts of a text), or seq2seq (summaries, by an encoder and a decoder).
         seed: of the data order, the adapter's start and dropout.
         model: see the group below.
         adapter: see the group below.
@@ -173,7 +184,7 @@ class RunConfig:
     output_dir: str
     model: ModelConfig
     data: DataConfig
-    task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
+    task: Literal["causal_lm", "sequence_classification", "question_answering", "seq2seq"] = "causal_lm"
     seed: int = 0
     adapter: DynamicLoraConfig = field(default_factory=lambda: DynamicLoraConfig(dtype="auto"))
     pruning: PruningConfig = field(default_factory=PruningConfig)
@@ -189,6 +200,11 @@ class RunConfig:
         self._check_task()
         if self.evaluation.exact_match and self.data.eval is None:
             raise ValueError("evaluation.exact_match is true, but there is no held-out data: set data.eval")
+        if self.pruning.importance == "gate_sensitivity" and not self.adapter.train_gates:
+            raise ValueError(
+                "pruning.importance is gate_sensitivity, which needs gradients of the gates, but adapter.train_gates "
+                "is false: set it to true, or choose another importance"
+            )
         least, most, target = self.pruning.min_rank, self.pruning.max_rank, self.adapter.target_rank
         if least > target or (most is not None and most < target):
             raise ValueError(
@@ -244,12 +260,44 @@ def parse_config(arguments: Sequence[str] | None = None) -> RunConfig:
         ValueError: unknown key (the nearest one is offered), wrong type, impossible value, unreadable file.
     """
     parser = build_parser()
-    for path in _config_files(sys.argv[1:] if arguments is None else arguments):
+    return RunConfig(**parse_strictly(parser, sys.argv[1:] if arguments is None else arguments))
+
+
+def parse_strictly(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
+    """Values of a command line with ``--config FILE``, without ``config`` itself.
+
+    Raises:
+        ValueError: see :func:`parse_config`.
+    """
+    for path in _config_files(arguments):
         if not path.is_file():
-            raise ValueError(f"there is no file {path}: give the YAML of the run, see configs/")
+            raise ValueError(f"there is no file {path}: give a YAML file, see configs/")
         _refuse_repeated_keys(path)
     try:
         parsed = parser.instantiate(parser.parse_args(arguments))
+    except ArgumentError as error:
+        raise ValueError(_explain(str(error), parser)) from None
+    return {name: value for name, value in parsed.items() if name != "config"}
+
+
+def config_of(values: Mapping[str, Any]) -> RunConfig:
+    """The configuration of a run that a program has put together, as strict as one from a file.
+
+    Args:
+        values: nested as in the YAML.
+
+    Raises:
+        ValueError: see :func:`parse_config`.
+    """
+    entries = {entry.name: entry.type for entry in dataclasses.fields(RunConfig)}
+    for name, value in values.items():
+        if name not in entries:  # the parser would let an empty section pass
+            raise ValueError(f"unknown key {name}{nearest(name, entries)}")
+        if (dataclasses.is_dataclass(entries[name]) or name == "training") and not isinstance(value, Mapping):
+            raise ValueError(f"{name} is {value!r}, but must be a section of the configuration of a run")
+    parser = build_parser()
+    try:
+        parsed = parser.instantiate(parser.parse_object(dict(values)))
     except ArgumentError as error:
         raise ValueError(_explain(str(error), parser)) from None
     return RunConfig(**{name: value for name, value in parsed.items() if name != "config"})

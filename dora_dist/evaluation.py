@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from datasets import Dataset
@@ -64,7 +64,7 @@ class Evaluator(ABC, Generic[Part]):
         return result
 
     def _local_parts(self, model: DynamicLoraModel) -> dict[str, Part]:
-        shares = {name: self.share(len(examples)) for name, examples in self.sources.items()}
+        shares = {name: self.share(examples) for name, examples in self.sources.items()}
         progress = tqdm(
             total=sum(len(indices) for share in shares.values() for indices in share),
             desc="evaluating",
@@ -76,11 +76,11 @@ class Evaluator(ABC, Generic[Part]):
             return {name: self.measure(model, self.sources[name], share, progress) for name, share in shares.items()}
 
     @abstractmethod
-    def share(self, count: int) -> list[range]:
-        """Batches of this rank, as indices of the examples of a source that has ``count`` of them."""
+    def share(self, examples: Dataset) -> list[range]:
+        """Batches of this rank, as indices of the examples of a source."""
 
     @abstractmethod
-    def measure(self, model: DynamicLoraModel, examples: Dataset, share: list[range], progress: tqdm) -> Part:
+    def measure(self, model: Any, examples: Dataset, share: list[range], progress: tqdm) -> Part:
         """What this rank finds out about its share of one source."""
 
     @abstractmethod
@@ -115,8 +115,8 @@ class AnswerEvaluator(Evaluator[AnswerSums]):
     max_new_tokens: int
     stop: Sequence[int]
 
-    def share(self, count: int) -> list[range]:
-        return list(chunks(range(self.agreement.rank, count, self.agreement.size), self.batch_size))
+    def share(self, examples: Dataset) -> list[range]:
+        return list(chunks(range(self.agreement.rank, len(examples), self.agreement.size), self.batch_size))
 
     def join(self, parts: Sequence[AnswerSums]) -> AnswerSums:
         loss, tokens, matches, examples = (sum(values) for values in zip(*parts, strict=True))
@@ -127,8 +127,9 @@ class AnswerEvaluator(Evaluator[AnswerSums]):
         exact_match = {"exact_match": matches / examples} if self.exact_match else {}
         return {"loss": loss / tokens, "examples": examples, **exact_match}
 
-    def measure(self, model: DynamicLoraModel, examples: Dataset, share: list[range], progress: tqdm) -> AnswerSums:
-        assert isinstance(model, DynamicLoraForCausalLM)
+    def measure(
+        self, model: DynamicLoraForCausalLM, examples: Dataset, share: list[range], progress: tqdm
+    ) -> AnswerSums:
         loss, tokens, matches = 0.0, 0, 0
         collate = PaddedCollator(self.tokenizer)
         for indices in share:

@@ -10,19 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_dist.tasks import CAUSAL_LM, TASKS, Task
+from dora_dist.tasks import CAUSAL_LM, SEQ2SEQ, TASKS, Task
 
 INITIAL_DEVIATION = 0.02
 """Standard deviation of fresh weights where the model's configuration has no ``initializer_range``."""
 
 
 def task_of(model: nn.Module) -> Task:
-    """What a model is for, by the names of its class and their parents."""
+    """What a model is for, by the names of its class and their parents, and by whether it has an encoder beside its
+    decoder."""
     names = [parent.__name__ for parent in type(model).__mro__]
     for task in TASKS.values():
         if task.class_ending and any(name.endswith(task.class_ending) for name in names):
             return task
-    return TASKS[CAUSAL_LM]
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return TASKS[SEQ2SEQ if encoder_decoder else CAUSAL_LM]
 
 
 def head_modules(model: nn.Module) -> list[str]:

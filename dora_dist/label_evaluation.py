@@ -39,17 +39,17 @@ class LabelEvaluator(Evaluator[list[Outcome]]):
     metrics: Sequence[str]
     regression: bool
 
-    def share(self, count: int) -> list[range]:
-        return list(chunks(range(count), self.batch_size))[self.agreement.rank :: self.agreement.size]
+    def share(self, examples: Dataset) -> list[range]:
+        return list(chunks(range(len(examples)), self.batch_size))[self.agreement.rank :: self.agreement.size]
 
     def measure(self, model: DynamicLoraModel, examples: Dataset, share: list[range], progress: tqdm) -> list[Outcome]:
         outcomes: list[Outcome] = []
         for indices in share:
             rows: list[Mapping[str, Any]] = [examples[index] for index in indices]
             batch = {k: v.to(model.device) for k, v in self.collate([[self.reader.read(row)] for row in rows]).items()}
-            labels = batch.pop("labels")
-            outputs = model(**batch)
-            losses = self.row_losses(outputs, labels).double()
+            labels = batch["labels"]
+            outputs = model(**{name: tensor for name, tensor in batch.items() if name != "labels"})
+            losses = self.row_losses(outputs, batch).double()
             predicted = outputs.logits.squeeze(1) if self.regression else outputs.logits.argmax(1)
             outcomes += zip(indices, losses.tolist(), predicted.tolist(), labels.tolist(), strict=True)
             progress.update(len(indices))

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from peft import LoraConfig, PeftModel, PeftModelForCausalLM, PeftModelForSequenceClassification
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PeftModelForCausalLM,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+)
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -20,7 +27,7 @@ from dora_dist.layer import ADAPTER_NAME, DynamicLoraLinear
 from dora_dist.quantization import forbid_inference_packing
 from dora_dist.shared_input import share_inputs
 from dora_dist.targets import resolve_targets
-from dora_dist.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TASKS
+from dora_dist.tasks import CAUSAL_LM, QUESTION_ANSWERING, SEQ2SEQ, SEQUENCE_CLASSIFICATION, TASKS
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -145,8 +152,26 @@ class DynamicLoraForSequenceClassification(DynamicLoraModel, PeftModelForSequenc
     task = SEQUENCE_CLASSIFICATION
 
 
+class DynamicLoraForQuestionAnswering(DynamicLoraModel, PeftModelForQuestionAnswering):
+    """Of a model with a head for the first and the last token of an answer."""
+
+    task = QUESTION_ANSWERING
+
+
+class DynamicLoraForSeq2SeqLM(DynamicLoraModel, PeftModelForSeq2SeqLM):
+    """Of a model with an encoder and a decoder, whose output head is a part of the frozen base."""
+
+    task = SEQ2SEQ
+
+
 MODELS: dict[str, type[DynamicLoraModel]] = {
-    model.task: model for model in (DynamicLoraForCausalLM, DynamicLoraForSequenceClassification)
+    model.task: model
+    for model in (
+        DynamicLoraForCausalLM,
+        DynamicLoraForSequenceClassification,
+        DynamicLoraForQuestionAnswering,
+        DynamicLoraForSeq2SeqLM,
+    )
 }
 
 

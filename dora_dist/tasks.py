@@ -9,6 +9,8 @@ from dora_dist.training_section import nearest
 
 CAUSAL_LM = "causal_lm"
 SEQUENCE_CLASSIFICATION = "sequence_classification"
+QUESTION_ANSWERING = "question_answering"
+SEQ2SEQ = "seq2seq"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +21,7 @@ class Task:
         name: value of the key ``task``.
         auto_class: transformers' class that loads a model for it.
         peft_type: PEFT's name of it.
-        class_ending: how names of transformers' classes for it end; empty for the task of all others.
+        class_ending: how names of transformers' classes for it end; empty where they have many endings.
         trains_head: whether the model has a head of the task's own, which is trained.
         formats: of rows, in the order in which they are told; see :data:`dora_dist.data.rows.FORMATS`.
         metrics: that can be asked for beside the loss.
@@ -56,6 +58,26 @@ TASKS = {
             formats=("classification",),
             metrics=("accuracy", "matthews", "f1"),
             default_metrics=("accuracy", "matthews"),
+        ),
+        Task(
+            name=QUESTION_ANSWERING,
+            auto_class="AutoModelForQuestionAnswering",
+            peft_type="QUESTION_ANS",
+            class_ending="ForQuestionAnswering",
+            trains_head=True,
+            formats=("squad",),
+            metrics=("exact_match", "f1"),
+            default_metrics=("exact_match", "f1"),
+        ),
+        Task(
+            name=SEQ2SEQ,
+            auto_class="AutoModelForSeq2SeqLM",
+            peft_type="SEQ_2_SEQ_LM",
+            class_ending="",
+            trains_head=False,
+            formats=("summary",),
+            metrics=("rouge1", "rouge2", "rouge_l"),
+            default_metrics=("rouge1", "rouge2", "rouge_l"),
         ),
     )
 }

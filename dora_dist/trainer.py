@@ -86,9 +86,11 @@ class DynamicLoraTrainer(Trainer):
         super().__init__(eval_dataset=None if evaluator is None else evaluator.sources, **kwargs)
         self.row_losses = row_losses
         if row_losses is not None:
-            # The mean over the rows of a micro-batch, all of which have the same number of them: the Trainer divides by
-            # the accumulation steps, and the ranks' mean is taken by the engine. There is nothing to count.
-            self.model_accepts_loss_kwargs = False
+            # The mean over the rows of a micro-batch, all of which have the same number of them, divided by the
+            # accumulation steps like the penalty (in compute_loss); the ranks' mean is taken by the engine.
+            self.model_accepts_loss_kwargs, self.loss_is_scaled_for_ga = False, True
+        elif self.compute_loss_func is not None:
+            self.model_accepts_loss_kwargs = False  # the Trainer counts for the function, and must not tell the model
         elif not self.model_accepts_loss_kwargs:
             raise ValueError(
                 f"the model class {type(self.model.get_base_model()).__name__} does not take num_items_in_batch, so "
@@ -153,9 +155,8 @@ class DynamicLoraTrainer(Trainer):
         if self.row_losses is None:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         else:
-            labels = inputs.pop("labels")
-            outputs = model(**inputs)
-            loss = self.row_losses(outputs, labels).mean()
+            outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+            loss = self.row_losses(outputs, inputs).mean() / self.current_gradient_accumulation_steps
         if self.model.training:
             penalty = self.controller.penalty() if self.equilibrium_weight else None
             if penalty is not None:

@@ -1,5 +1,6 @@
 """Encoders of a few thousand parameters with a tokenizer that joins pairs, and labelled rows to tune them on."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
     AutoModel,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    BartConfig,
     BertConfig,
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     RobertaConfig,
+    T5Config,
 )
 
 from dora_dist.model import DynamicLoraModel
@@ -47,6 +52,41 @@ def tiny_classifier(architecture: str = "bert", seed: int = 0, **changes: Any) -
         return AutoModelForSequenceClassification.from_config(config).eval()
 
 
+def tiny_reader(architecture: str = "bert", **changes: Any) -> PreTrainedModel:
+    """A random model with a head for the start and the end of an answer."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForQuestionAnswering.from_config(encoder_config(architecture, **changes)).eval()
+
+
+def tiny_summarizer(architecture: str = "bart", **changes: Any) -> PreTrainedModel:
+    """A random encoder with a decoder, whose output depends on its input, the same each time."""
+    common = {"vocab_size": SIZES["vocab_size"], "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    common |= {"decoder_start_token_id": 2}
+    if architecture == "t5":
+        sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+        config: PreTrainedConfig = T5Config(**{**common, **sizes, **changes})
+    else:
+        sides = ("encoder", "decoder")
+        sizes = {"d_model": 32, "max_position_embeddings": 64, "dropout": 0.0}
+        for name, size in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 64)):
+            sizes |= {f"{side}_{name}": size for side in sides}
+        config = BartConfig(**{**common, **sizes, "forced_eos_token_id": 2, **changes})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForSeq2SeqLM.from_config(config).eval()
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def save_tiny_summarizer(folder: Path, architecture: str = "bart", **changes: Any) -> Path:
+    tiny_summarizer(architecture, **changes).save_pretrained(folder)
+    pair_tokenizer(eos_token="</s>").save_pretrained(folder)
+    return folder
+
+
 def save_tiny_encoder(folder: Path, architecture: str = "bert", **changes: Any) -> Path:
     """A random encoder without a head, with its tokenizer, in the ordinary layout; the same weights each time."""
     with torch.random.fork_rng():
@@ -60,7 +100,7 @@ def save_tiny_encoder(folder: Path, architecture: str = "bert", **changes: Any) 
     return folder
 
 
-def pair_tokenizer() -> PreTrainedTokenizerFast:
+def pair_tokenizer(**special: str) -> PreTrainedTokenizerFast:
     """One token a word; ``<s> A </s>``, and ``<s> A </s> B </s>`` with type 1 for the second sentence."""
     vocabulary = {token: number for number, token in enumerate([*SPECIAL, *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -78,6 +118,7 @@ def pair_tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         mask_token="<mask>",
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        **special,
     )
 
 
@@ -103,12 +144,57 @@ def write_classification(folder: Path, numbers: bool = False, **sections: Any) -
         part: {"path": str(write_pairs(folder / f"{part}.tsv", count, seed, numbers)), "quotes": False}
         for part, count, seed in (("train", 60, 1), ("eval", 21, 2))
     }
+    data = {**tables, "labels": "regression" if numbers else "classes"}
+    return write_run(folder, "sequence_classification", data, **sections)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def write_questions(folder: Path, unanswerable: bool = False, **sections: Any) -> Path:
+    """As :func:`write_classification`, for questions: the answer is what follows the word asked for; some contexts are
+    longer than a window of 24 tokens."""
+    save_tiny_encoder(folder / "model")
+    data: dict[str, Any] = {"max_length": 24, "stride": 6}
+    for part, count, seed in (("train", 30, 1), ("eval", 9, 2)):
+        source = random.Random(seed)
+        rows = []
+        for number in range(count):
+            words = [f"w{source.randrange(4, 40)}" for _ in range(source.randint(8, 30))]
+            place = source.randrange(len(words) - 1)
+            words[place] = "w0"
+            context, answer = " ".join(words), words[place + 1]
+            start = len(" ".join(words[: place + 1])) + 1
+            has_none = unanswerable and number % 3 == 0
+            answers = {"text": [] if has_none else [answer], "answer_start": [] if has_none else [start]}
+            rows.append({"question": "w1" if has_none else "w0", "context": context, "answers": answers})
+        data[part] = write_rows(folder / f"{part}.jsonl", rows)
+    return write_run(folder, "question_answering", data, **sections)
+
+
+def write_summaries(folder: Path, architecture: str = "bart", **sections: Any) -> Path:
+    """As :func:`write_classification`, for documents whose summary is their first words."""
+    save_tiny_summarizer(folder / "model", architecture)
+    data: dict[str, Any] = {"max_length": 40, "max_target_length": 12}
+    for part, count, seed in (("train", 40, 1), ("eval", 9, 2)):
+        source = random.Random(seed)
+        texts = [[f"w{source.randrange(40)}" for _ in range(source.randint(3, 20))] for _ in range(count)]
+        rows = [{"document": " ".join(text), "summary": " ".join(text[: 1 + len(text) % 4])} for text in texts]
+        data[part] = write_rows(folder / f"{part}.jsonl", rows)
+    evaluation = {"max_new_tokens": 8, **sections.pop("evaluation", {})}
+    return write_run(folder, "seq2seq", data, evaluation=evaluation, **sections)
+
+
+def write_run(folder: Path, task: str, data: dict[str, Any], **sections: Any) -> Path:
+    """The configuration of a run of 12 steps of 8 examples in ``folder``, which has the model."""
     config: dict[str, Any] = {
         "output_dir": str(folder / "run"),
-        "task": "sequence_classification",
+        "task": task,
         "seed": 3,
         "model": {"path": str(folder / "model"), "quantization": "none"},
-        "data": {**tables, "labels": "regression" if numbers else "classes", "cache_dir": str(folder / "cache")},
+        "data": {**data, "cache_dir": str(folder / "cache")},
         "adapter": {"target_rank": 2, "initial_rank": 4, "dropout": 0.0, "alpha": 4},
         "pruning": {"interval": 2},
         "evaluation": {"before": False},

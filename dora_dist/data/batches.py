@@ -53,6 +53,21 @@ def labelled(labels: Sequence[str] | None) -> Reader:
     return Reader(("input_ids", "token_type_ids", "label"), read)
 
 
+def _answer_span(row: Mapping[str, Any]) -> Example:
+    return {
+        "input_ids": row["input_ids"],
+        "token_type_ids": row["token_type_ids"],
+        "labels": [row["start"], row["end"]],
+    }
+
+
+ANSWER_SPANS = Reader(("input_ids", "token_type_ids", "start", "end"), _answer_span)
+"""Of rows of :class:`~dora_dist.data.answers.QuestionEncoder`: the labels are the answer's first and last token."""
+
+TARGETS = Reader(("input_ids", "labels"), dict)
+"""Of rows of :class:`~dora_dist.data.summaries.SummaryEncoder`."""
+
+
 class PlannedRows(data.Dataset[list[Example]]):
     """The rows of a plan, by number; every row is the list of its examples.
 
@@ -91,7 +106,7 @@ class PaddedCollator:
 
 
 class LabelledCollator:
-    """One example a row, padded on the right to the longest, with one label a row.
+    """One example a row, padded on the right to the longest, with a label, or two, for the row as a whole.
 
     Args:
         tokenizer: with a padding token.
@@ -104,17 +119,47 @@ class LabelledCollator:
             self._fillings["token_type_ids"] = tokenizer.pad_token_type_id
 
     def __call__(self, rows: Sequence[list[Example]]) -> dict[str, torch.Tensor]:
-        """``input_ids``, ``attention_mask``, perhaps ``token_type_ids``, int64, shape (rows, longest), and ``labels``,
-        shape (rows,): int64 for classes, float32 for numbers."""
+        """``input_ids``, ``attention_mask``, perhaps ``token_type_ids``, int64, shape (rows, longest), and ``labels``:
+        shape (rows,), int64 for classes and float32 for numbers; of spans (rows, 2), int64."""
         examples = [example for (example,) in rows]
-        batch = {
-            name: pad_sequence([torch.tensor(example[name]) for example in examples], True, filling)
-            for name, filling in self._fillings.items()
-        }
-        lengths = torch.tensor([len(example["input_ids"]) for example in examples])
-        batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+        batch = {name: _padded(examples, name, filling) for name, filling in self._fillings.items()}
+        batch["attention_mask"] = _mask(examples)
         batch["labels"] = torch.tensor([example["labels"] for example in examples])
         return batch
+
+
+class TargetCollator:
+    """One example a row for a model with an encoder and a decoder, both sides padded on the right to their longest.
+
+    Args:
+        tokenizer: with a padding token.
+        decoder_inputs: what the decoder reads where it is to write given labels: the model's own way to shift them.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, decoder_inputs: Callable[[torch.Tensor], torch.Tensor]):
+        self._pad_id = tokenizer.pad_token_id
+        self._decoder_inputs = decoder_inputs
+
+    def __call__(self, rows: Sequence[list[Example]]) -> dict[str, torch.Tensor]:
+        """``input_ids`` and ``attention_mask``, shape (rows, longest document); ``labels`` and ``decoder_input_ids``,
+        shape (rows, longest summary). All int64."""
+        examples = [example for (example,) in rows]
+        labels = _padded(examples, "labels", IGNORED)
+        return {
+            "input_ids": _padded(examples, "input_ids", self._pad_id),
+            "attention_mask": _mask(examples),
+            "decoder_input_ids": self._decoder_inputs(labels),
+            "labels": labels,
+        }
+
+
+def _padded(examples: Sequence[Example], name: str, filling: int) -> torch.Tensor:
+    return pad_sequence([torch.tensor(example[name]) for example in examples], True, filling)
+
+
+def _mask(examples: Sequence[Example]) -> torch.Tensor:
+    lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+    return (torch.arange(int(lengths.max())) < lengths[:, None]).long()
 
 
 class PackedCollator:

@@ -126,9 +126,9 @@ class PreparedSource:
         return self.dataset.data.column("key").to_numpy()
 
 
-def list_lengths(dataset: Dataset) -> np.ndarray:
-    """Lengths of ``input_ids``, without reading the ids."""
-    chunks = dataset.data.column("input_ids").chunks
+def list_lengths(dataset: Dataset, column: str = "input_ids") -> np.ndarray:
+    """Lengths of the lists in a column, without reading what is in them."""
+    chunks = dataset.data.column(column).chunks
     return np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in chunks] or [[]]).astype(np.int64)
 
 

@@ -11,13 +11,10 @@ from forked_run import log_of, run_to_the_end, start_run
 from peft import PeftModel
 from ranks import wait_for_ranks
 from safetensors.torch import load_file
-from same_run import assert_same_run, stopped_at
+from same_run import assert_invariant, assert_same_run, stopped_at
 from sklearn.metrics import accuracy_score, matthews_corrcoef
 from tiny_encoders import save_tiny_encoder, write_classification
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-RELATIVE = 2e-4
-"""As in test_invariance: float32 sums in another order, over twelve steps."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +33,6 @@ def classification(tmp_path_factory) -> Classification:
 
 def held_out(folder: Path) -> list[list[str]]:
     return [line.split("\t")[1:] for line in (folder / "eval.tsv").read_text().splitlines()[1:]]
-
-
-def evaluation_of(run_folder: Path) -> dict[str, float]:
-    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "eval_loss" in line][-1]
 
 
 @torch.no_grad()
@@ -89,19 +81,7 @@ def test_the_course_does_not_depend_on_ranks_or_accumulation(tmp_path):
     """Without dropout, which the base has too."""
     config = write_classification(tmp_path)
     save_tiny_encoder(tmp_path / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    runs = []
-    for ranks, rows, accumulation in ((2, 4, 1), (1, 8, 1), (1, 2, 4)):
-        runs.append(tmp_path / f"run-{rows}")
-        options = ("--training.per_device_train_batch_size", str(rows))
-        options += ("--training.gradient_accumulation_steps", str(accumulation))
-        run_to_the_end(config, runs[-1], tmp_path / f"log-{rows}", *options, ranks=ranks)
-    for steps in zip(*map(steps_of, runs), strict=True):
-        for name, tolerance in (("loss", RELATIVE), ("grad_norm", 10 * RELATIVE)):
-            assert [step[name] for step in steps] == pytest.approx([steps[0][name]] * 3, rel=tolerance)
-        assert len({step["allocation"] for step in steps}) == 1
-    evaluations = [evaluation_of(folder) for folder in runs]
-    assert [one["eval_loss"] for one in evaluations] == pytest.approx([evaluations[0]["eval_loss"]] * 3, rel=RELATIVE)
-    assert len({one["eval_accuracy"] for one in evaluations}) == 1
+    assert_invariant(config, tmp_path, ("accuracy",))
 
 
 def test_regression_on_a_quantized_base(tmp_path):

@@ -4,14 +4,27 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny_encoders import encoder_config, label_logits, save_tiny_encoder, shake_head, tiny_classifier
+from tiny_encoders import (
+    encoder_config,
+    label_logits,
+    save_tiny_encoder,
+    shake_head,
+    tiny_classifier,
+    tiny_reader,
+    tiny_summarizer,
+)
 from tiny_models import adapt, shake, tiny_model, trainable
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from dora_dist.backbone import HeadStart, load_backbone, load_skeleton
 from dora_dist.head import head_modules, start_parameters, task_of
-from dora_dist.model import DynamicLoraForCausalLM, DynamicLoraForSequenceClassification
+from dora_dist.model import (
+    DynamicLoraForCausalLM,
+    DynamicLoraForQuestionAnswering,
+    DynamicLoraForSeq2SeqLM,
+    DynamicLoraForSequenceClassification,
+)
 from dora_dist.targets import resolve_targets
 
 HEADS = {
@@ -168,3 +181,32 @@ def test_a_trained_head_is_that_of_a_plain_model():
     for one in (plain, model):
         one(input_ids=ids, labels=labels).loss.backward()
     torch.testing.assert_close(model.head_parameters()["classifier.weight"].grad, plain.classifier.weight.grad)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "llama"])
+def test_a_head_for_answers_goes_through_stock_peft(tmp_path, architecture):
+    base = tiny_reader(architecture)
+    model = shake_head(shake(adapt(copy.deepcopy(base)))).eval()
+    assert type(model) is DynamicLoraForQuestionAnswering
+    assert sorted(model.head_parameters()) == ["qa_outputs.bias", "qa_outputs.weight"]
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(12).reshape(2, 6) + 5
+    stock = PeftModel.from_pretrained(base, tmp_path).eval()(input_ids=ids)
+    for name, logits in model(input_ids=ids).items():
+        torch.testing.assert_close(stock[name], logits, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["bart", "t5"])
+def test_an_encoder_with_a_decoder_goes_through_stock_peft_and_keeps_its_output_head(tmp_path, architecture):
+    base = tiny_summarizer(architecture)
+    model = shake(adapt(copy.deepcopy(base))).eval()
+    assert type(model) is DynamicLoraForSeq2SeqLM
+    assert not model.head_parameters()
+    assert "lm_head" not in model.adapted_layers()
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(12).reshape(2, 6) + 5
+    stock = PeftModel.from_pretrained(base, tmp_path).eval()
+    expected = model(input_ids=ids, decoder_input_ids=ids).logits
+    torch.testing.assert_close(stock(input_ids=ids, decoder_input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
