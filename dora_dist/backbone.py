@@ -2,23 +2,26 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from dora_dist.head import belongs_to, head_modules, start_parameters
 from dora_dist.loading import check_loaded, lean_loading
 from dora_dist.quantization import forbid_inference_packing, quantization_config
+from dora_dist.tasks import CAUSAL_LM, TASKS
 
 
 def find_model(path: str) -> str:
@@ -84,15 +87,52 @@ def load_model_config(path: str, trust_remote_code: bool = False) -> PreTrainedC
         return AutoConfig.from_pretrained(find_model(path), trust_remote_code=trust_remote_code)
 
 
-def load_skeleton(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_skeleton(path: str, trust_remote_code: bool = False, task: str = CAUSAL_LM) -> PreTrainedModel:
     """The model without weights (on the meta device): enough to find its layers, at no cost.
 
     Raises:
-        ValueError: the path is not usable.
+        ValueError: the path is not usable, or its architecture has no model for the task.
     """
-    config = load_model_config(path, trust_remote_code)
+    return _skeleton(load_model_config(path, trust_remote_code), path, trust_remote_code, task)
+
+
+def _skeleton(config: PreTrainedConfig, path: str, trust_remote_code: bool, task: str) -> PreTrainedModel:
+    model_class = getattr(transformers, TASKS[task].auto_class)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        try:
+            return model_class.from_config(config, trust_remote_code=trust_remote_code)
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+            raise ValueError(
+                f"the model at model.path {path!r} is a {config.model_type}, for which transformers has no "
+                f"{model_class.__name__}: task is {task}; take a model that can do it"
+            ) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadStart:
+    """What a head needs to know that is trained beside the adapter.
+
+    Attributes:
+        labels: names of the classes in the order of their numbers; None where its outputs are no classes.
+        num_outputs: where there are no classes: 1 for a number, 2 for start and end of an answer.
+        seed: of the values that the model's files do not have.
+    """
+
+    labels: Sequence[str] | None = None
+    num_outputs: int = 1
+    seed: int = 0
+
+    def configure(self, config: PreTrainedConfig) -> None:
+        """Write number and names of the outputs into the model's configuration."""
+        if self.labels is None:
+            config.num_labels = self.num_outputs
+            config.problem_type = "regression" if self.num_outputs == 1 else None
+        else:
+            config.id2label = dict(enumerate(self.labels))
+            config.label2id = {name: number for number, name in enumerate(self.labels)}
+            config.problem_type = "single_label_classification"
 
 
 def load_backbone(
@@ -102,16 +142,22 @@ def load_backbone(
     device: torch.device | str = "cpu",
     attention: str | None = None,
     trust_remote_code: bool = False,
+    task: str = CAUSAL_LM,
+    head: HeadStart | None = None,
 ) -> PreTrainedModel:
-    """A causal language model, quantized while it is read, tensor by tensor, on one device, frozen.
+    """A model for a task, quantized while it is read, tensor by tensor, on one device, frozen.
+
+    Weights of its head that its files do not have, or have for another number of classes, start anew.
 
     Args:
         path: folder in the Hugging Face layout, or a name on the Hub.
-        quantization: ``nf4``, ``int8`` or ``none``.
+        quantization: ``nf4``, ``int8`` or ``none``; never of the head.
         compute_dtype: of activations and of all weights that are not quantized.
         device: where the whole model goes (every rank holds all of it).
         attention: transformers' attention implementation; ``None`` for its default.
         trust_remote_code: run model code that comes with the model.
+        task: one of :data:`~dora_dist.tasks.TASKS`.
+        head: of a task that trains one.
 
     Raises:
         ValueError: the path or the quantization is not usable, or the weights are not those that the model needs.
@@ -121,12 +167,16 @@ def load_backbone(
         raise ValueError(
             f"the model at {path!r} is stored quantized; give the 16-bit model, it is quantized on loading"
         )
+    heads: list[str] = []
+    if head is not None:
+        head.configure(config)
+        heads = head_modules(_skeleton(config, path, trust_remote_code, task))
     unchanged = quantization == "none" and torch.device(device).type == "cpu" and config.dtype == compute_dtype
     with _reading(path), lean_loading(shared=unchanged):
-        model, loading_info = AutoModelForCausalLM.from_pretrained(
+        model, loading_info = getattr(transformers, TASKS[task].auto_class).from_pretrained(
             find_model(path),
             config=config,
-            quantization_config=quantization_config(quantization, compute_dtype),
+            quantization_config=quantization_config(quantization, compute_dtype, heads),
             dtype=compute_dtype,
             device_map={"": device},
             attn_implementation=attention,
@@ -134,7 +184,11 @@ def load_backbone(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told better by check_loaded
         )
-    check_loaded(model, path, loading_info)
+    wanting = [*loading_info["missing_keys"], *(name for name, *_ in loading_info["mismatched_keys"])]
+    fresh = {name for name in wanting if belongs_to(name, heads)}
+    check_loaded(model, path, loading_info, fresh)
+    if head is not None:
+        start_parameters(model, fresh, head.seed)
     forbid_inference_packing(model)
     model.config.use_cache = False
     model.requires_grad_(False)

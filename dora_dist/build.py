@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -16,16 +17,33 @@ from dora_dist.command import say
 from dora_dist.config import RunConfig
 from dora_dist.controller import DynamicRankController
 from dora_dist.criterion import GATE_SENSITIVITY, Criterion, GateSensitivity, SmoothedScores
-from dora_dist.data.batches import Collator, FlattenedCollator, PackedCollator, PaddedCollator, PlannedRows
+from dora_dist.data.batches import (
+    ANSWER_SPANS,
+    TARGETS,
+    TRAINED_TOKENS,
+    Collator,
+    FlattenedCollator,
+    LabelledCollator,
+    PackedCollator,
+    PaddedCollator,
+    PlannedRows,
+    TargetCollator,
+    labelled,
+)
 from dora_dist.data.chat import stop_tokens
-from dora_dist.evaluation import Evaluator, check_packing
+from dora_dist.evaluation import AnswerEvaluator, Evaluator, check_packing
 from dora_dist.importance import weight_criterion
-from dora_dist.model import DynamicLoraModel, add_dynamic_lora
+from dora_dist.label_evaluation import LabelEvaluator
+from dora_dist.model import DynamicLoraForCausalLM, DynamicLoraModel, add_dynamic_lora
+from dora_dist.objective import RowLosses, class_losses, mean_over_tokens, span_losses, squared_errors
 from dora_dist.preemption import PreemptionNotice
+from dora_dist.question_evaluation import QuestionEvaluator, first_questions
 from dora_dist.records import RunRecords
 from dora_dist.schedule import BudgetSchedule
 from dora_dist.settle import Settled, adapter_seed
 from dora_dist.skipping import SkipPolicy
+from dora_dist.summary_evaluation import SummaryEvaluator
+from dora_dist.tasks import CAUSAL_LM, QUESTION_ANSWERING, SEQ2SEQ, SEQUENCE_CLASSIFICATION, TASKS, metrics_of
 from dora_dist.trainer import DynamicLoraTrainer
 
 
@@ -43,9 +61,22 @@ def check_same_on_all_ranks(agreement: Agreement, settings: Mapping[str, Any], m
     agreement.check_equal(digests, "settings, data or base model")
 
 
-def load_base(config: RunConfig, device: torch.device, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The frozen base."""
+def load_base(
+    config: RunConfig, device: torch.device, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] | None = None
+) -> PreTrainedModel:
+    """The frozen base, and the head of its task at the start.
+
+    Args:
+        config: of the run.
+        device: where the whole model goes.
+        tokenizer: of the model.
+        labels: names of the classes in the order of their numbers, where the task has any.
+    """
     dtype = backbone.resolve_compute_dtype(config.model.compute_dtype)
+    head = None
+    if TASKS[config.task].trains_head:
+        outputs = 2 if config.task == QUESTION_ANSWERING else 1
+        head = backbone.HeadStart(labels=labels, num_outputs=outputs, seed=adapter_seed(config))
     base = backbone.load_backbone(
         config.model.path,
         quantization=config.model.quantization,
@@ -53,26 +84,40 @@ def load_base(config: RunConfig, device: torch.device, tokenizer: PreTrainedToke
         device=device,
         attention=config.model.attention,
         trust_remote_code=config.model.trust_remote_code,
+        task=config.task,
+        head=head,
     )
-    for settings in (base.config, base.generation_config):
-        settings.pad_token_id = tokenizer.pad_token_id
-        settings.bos_token_id = tokenizer.bos_token_id
-        settings.eos_token_id = tokenizer.eos_token_id
+    set_special_tokens(base, tokenizer)
     return base
 
 
-def load_model(config: RunConfig, device: torch.device, tokenizer: PreTrainedTokenizerBase) -> DynamicLoraModel:
-    """The frozen base with its adapter at the start."""
-    base = load_base(config, device, tokenizer)
+def load_model(
+    config: RunConfig, device: torch.device, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] | None = None
+) -> DynamicLoraModel:
+    """The frozen base with its adapter, and the head of its task, at the start; arguments as of :func:`load_base`."""
+    base = load_base(config, device, tokenizer, labels)
     adapter = config.adapter
     if adapter.dtype == "auto" and not config.distributed.engine.startswith("zero"):
         # Only ZeRO keeps a float32 master copy of low-precision parameters.
         adapter = dataclasses.replace(adapter, dtype="float32")
     model = add_dynamic_lora(base, dataclasses.replace(adapter, seed=adapter_seed(config)))
-    reason = model.leave_out_logits()
-    if reason is not None:
-        say(f"the loss of {type(base).__name__} takes the logits of all positions at once, and their memory: {reason}")
+    if isinstance(model, DynamicLoraForCausalLM):
+        reason = model.leave_out_logits()
+        if reason is not None:
+            name = type(base).__name__
+            say(f"the loss of {name} takes the logits of all positions at once, and their memory: {reason}")
     return model
+
+
+def set_special_tokens(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a model know its tokenizer's padding token, and if it generates, where texts start and end."""
+    if not base.can_generate():
+        base.config.pad_token_id = tokenizer.pad_token_id
+        return
+    for settings in (base.config, base.generation_config):
+        settings.pad_token_id = tokenizer.pad_token_id
+        settings.bos_token_id = tokenizer.bos_token_id
+        settings.eos_token_id = tokenizer.eos_token_id
 
 
 def build_controller(
@@ -88,6 +133,8 @@ def build_controller(
         min_rank=config.pruning.min_rank,
         max_rank=config.pruning.max_rank,
         regrow=config.pruning.regrow,
+        rebase=config.pruning.rebase,
+        head=model.head_parameters(),
     )
 
 
@@ -101,23 +148,59 @@ def build_criterion(config: RunConfig, model: DynamicLoraModel) -> Criterion:
     return SmoothedScores(score, config.pruning.smoothing, sum(gate.numel() for gate in gates), gates[0].device)
 
 
-def build_evaluator(config: RunConfig, settled: Settled, agreement: Agreement) -> Evaluator | None:
+def build_evaluator(
+    config: RunConfig, settled: Settled, agreement: Agreement, model: DynamicLoraModel
+) -> Evaluator[Any] | None:
     """The measurement on held-out data, or None where there is none."""
     if not settled.data.evaluation:
         return None
     most = config.evaluation.max_examples
-    return Evaluator(
-        sources={
-            source.name: source.dataset if most is None else source.dataset.take(min(most, len(source.dataset)))
+    take = first_questions if config.task == QUESTION_ANSWERING else _first_examples
+    common: dict[str, Any] = {
+        "sources": {
+            source.name: source.dataset if most is None else take(source.dataset, most)
             for source in settled.data.evaluation
         },
-        tokenizer=settled.tokenizer,
-        agreement=agreement,
-        batch_size=settled.arguments.per_device_eval_batch_size,
-        exact_match=config.evaluation.exact_match,
-        max_new_tokens=config.evaluation.max_new_tokens,
-        stop=stop_tokens(settled.tokenizer, settled.data.template),
+        "agreement": agreement,
+        "batch_size": settled.arguments.per_device_eval_batch_size,
+    }
+    if config.task == CAUSAL_LM:
+        return AnswerEvaluator(
+            **common,
+            tokenizer=settled.tokenizer,
+            exact_match=config.evaluation.exact_match,
+            max_new_tokens=config.evaluation.max_new_tokens,
+            stop=stop_tokens(settled.tokenizer, settled.data.template),
+        )
+    common |= {
+        "collate": build_collator(config, model, settled.tokenizer),
+        "metrics": metrics_of(config.task, config.data.labels, config.evaluation.metrics),
+    }
+    if config.task == QUESTION_ANSWERING:
+        return QuestionEvaluator(**common, with_no_answer=settled.data.some_have_no_answer())
+    if config.task == SEQ2SEQ:
+        return SummaryEvaluator(
+            **common,
+            tokenizer=settled.tokenizer,
+            max_new_tokens=config.evaluation.max_new_tokens,
+            num_beams=config.evaluation.num_beams,
+        )
+    return LabelEvaluator(
+        **common,
+        reader=labelled(settled.data.labels),
+        row_losses=row_losses(config),
+        regression=config.data.labels == "regression",
     )
+
+
+def _first_examples(examples: Dataset, most: int) -> Dataset:
+    return examples.take(min(most, len(examples)))
+
+
+def tells_texts_apart(model: DynamicLoraModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether both the model and its tokenizer know which of two texts a token belongs to. Many tokenizers say so to
+    models that have no embedding for it."""
+    return "token_type_ids" in tokenizer.model_input_names and getattr(model.config, "type_vocab_size", 0) > 1
 
 
 def build_trainer(
@@ -128,15 +211,22 @@ def build_trainer(
     controller: DynamicRankController,
     agreement: Agreement,
     records: RunRecords,
-    evaluator: Evaluator | None,
+    evaluator: Evaluator[Any] | None,
     notice: PreemptionNotice,
 ) -> DynamicLoraTrainer:
     """The loop."""
+    readers = {
+        CAUSAL_LM: TRAINED_TOKENS,
+        SEQUENCE_CLASSIFICATION: labelled(settled.data.labels),
+        QUESTION_ANSWERING: ANSWER_SPANS,
+        SEQ2SEQ: TARGETS,
+    }
     trainer = DynamicLoraTrainer(
         model=model,
         args=settled.arguments,
-        train_dataset=PlannedRows(settled.data.examples(), settled.plan),
-        data_collator=build_collator(config.data.batching, model, settled.tokenizer),
+        train_dataset=PlannedRows(settled.data.examples(), settled.plan, readers[config.task]),
+        data_collator=build_collator(config, model, settled.tokenizer),
+        compute_loss_func=mean_over_tokens if config.task == SEQ2SEQ else None,
         processing_class=settled.tokenizer,
         controller=controller,
         agreement=agreement,
@@ -152,6 +242,7 @@ def build_trainer(
         keep_last=config.checkpoint.keep_last,
         skip_policy=SkipPolicy(agreement, config.distributed.max_skipped_steps),
         fingerprint=settled.fingerprint,
+        row_losses=row_losses(config),
     )
     # The trainer prints its own lines of progress.
     trainer.remove_callback(PrinterCallback)
@@ -159,15 +250,33 @@ def build_trainer(
     return trainer
 
 
-def build_collator(batching: str, model: DynamicLoraModel, tokenizer: PreTrainedTokenizerBase) -> Collator:
-    """What makes batches of rows, for the model's attention.
+def row_losses(config: RunConfig) -> RowLosses | None:
+    """The loss of a row, of tasks that have one target a row."""
+    if config.task == QUESTION_ANSWERING:
+        return span_losses
+    if config.task != SEQUENCE_CLASSIFICATION:
+        return None
+    return squared_errors if config.data.labels == "regression" else class_losses
+
+
+def build_collator(config: RunConfig, model: DynamicLoraModel, tokenizer: PreTrainedTokenizerBase) -> Collator:
+    """What makes batches of rows, for the task and the model's attention.
 
     Raises:
-        ValueError: examples of one row would see each other in this model.
+        ValueError: examples of one row would see each other in this model, or it cannot be given labels.
     """
-    if batching != "packed":
-        return PaddedCollator(tokenizer)
     base = model.get_base_model()
+    if TASKS[config.task].trains_head:
+        return LabelledCollator(tokenizer, with_types=tells_texts_apart(model, tokenizer))
+    if config.task == SEQ2SEQ:
+        if not hasattr(base, "prepare_decoder_input_ids_from_labels"):
+            raise ValueError(
+                f"{type(base).__name__} does not say how its decoder's input is made of labels, as BART and T5 do: "
+                f"task {SEQ2SEQ} needs a model that does"
+            )
+        return TargetCollator(tokenizer, base.prepare_decoder_input_ids_from_labels)
+    if config.data.batching != "packed":
+        return PaddedCollator(tokenizer)
     if "flash" in str(base.config._attn_implementation):
         collator: Collator = FlattenedCollator()
     else:

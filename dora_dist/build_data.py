@@ -15,15 +15,19 @@ from dora_dist import backbone
 from dora_dist.config import RunConfig
 from dora_dist.data.chat import ChosenTemplate, choose_template
 from dora_dist.data.encode import EncodingRules
+from dora_dist.data.labelled import class_names
 from dora_dist.data.mixture import cap_examples, example_order, pass_counts
 from dora_dist.data.plan import TrainingPlan, packed_to, plan_by_length, plan_packed, plan_padded
 from dora_dist.data.read import Location, locate
 from dora_dist.data.rows import FORMATS, tell_format
-from dora_dist.data.sources import PreparedSource, first_rows, prepare_source
+from dora_dist.data.sources import PreparedSource, first_rows, list_lengths, prepare_source
 from dora_dist.data_section import DataConfig, SourceConfig
+from dora_dist.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TASKS
 from dora_dist.training_section import nearest
 
 MOST_WORKERS = 8
+MOST_NAMED = 20
+"""Labels that an error lists."""
 CHAT_FORMATS = ("messages", "sharegpt")
 
 
@@ -37,6 +41,7 @@ class RunData:
         template: chat template of the sources that have conversations, or None where none has.
         overlap: of each held-out source, how many of its examples are also trained on.
         notes: what a user should know of the data as a whole.
+        labels: names of the classes, in the order of their numbers; None where there are none.
     """
 
     train: list[PreparedSource]
@@ -44,6 +49,7 @@ class RunData:
     template: str | None
     overlap: dict[str, int]
     notes: list[str]
+    labels: list[str] | None = None
 
     def remarks(self) -> list[str]:
         """:attr:`notes`, and what a user should know of each source."""
@@ -54,15 +60,20 @@ class RunData:
         """The training examples of all sources, one source after the other."""
         return concatenate_datasets([source.dataset for source in self.train])
 
+    def some_have_no_answer(self) -> bool:
+        """Of sources of questions: whether a text may have no answer, as in SQuAD v2."""
+        sources = (*self.train, *self.evaluation)
+        return any(bool((list_lengths(source.dataset, "answers") == 0).any()) for source in sources)
+
 
 def read_data(config: RunConfig) -> tuple[PreTrainedTokenizerBase, RunData]:
     """The tokenizer of the model and all data of the run; see :func:`prepare_data`."""
     backbone.find_model(config.model.path)
     tokenizer = backbone.load_tokenizer(config.model.path, config.model.trust_remote_code)
-    return tokenizer, prepare_data(config.data, tokenizer)
+    return tokenizer, prepare_data(config.data, tokenizer, config.task)
 
 
-def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:
+def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task: str = CAUSAL_LM) -> RunData:
     """Read, check and encode all sources, or find them in the cache. Without any process group.
 
     Sets the tokenizer's chat template to the one that conversations were rendered with, so that it is saved with the
@@ -73,7 +84,7 @@ def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> RunD
     """
     found: dict[str, list[tuple[SourceConfig, Location, str]]] = {}
     for part, sources in (("train", config.train_sources()), ("eval", config.eval_sources())):
-        found[part] = [(source, *_find(source, config)) for source in sources]
+        found[part] = [(source, *_find(source, config, TASKS[task].formats)) for source in sources]
     chats = [s for entries in found.values() for s, _, name in entries if name in CHAT_FORMATS or s.as_chat]
     template = None
     if chats or config.chat_template != "auto":  # a name that is wrong is refused in any case
@@ -93,7 +104,36 @@ def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> RunD
         template=None if template is None else template.text,
         overlap=overlap,
         notes=[*notes, *_warnings(prepared["train"], prepared["eval"], overlap)],
+        labels=find_classes(prepared["train"], prepared["eval"]) if has_classes(config, task) else None,
     )
+
+
+def has_classes(config: DataConfig, task: str) -> bool:
+    """Whether the examples have labels that are classes."""
+    return task == SEQUENCE_CLASSIFICATION and config.labels == "classes"
+
+
+def find_classes(train: Sequence[PreparedSource], held_out: Sequence[PreparedSource]) -> list[str]:
+    """Names of the classes of the training data, in the order of their numbers.
+
+    Raises:
+        ValueError: there is one only, or the held-out data have others.
+    """
+    names = class_names(label for source in train for label in source.dataset.unique("label"))
+    if len(names) < 2:
+        raise ValueError(
+            f"all labels of the training data are {names[0]!r}, so that there is nothing to tell apart: check that the "
+            "labels are in the right field"
+        )
+    for source in held_out:
+        for label in class_names(source.dataset.unique("label")):
+            if label not in names:
+                row = source.dataset[source.dataset["label"][:].index(label)]
+                raise ValueError(
+                    f"{row['place']}: the label {label!r} of held-out data is not in the training data, whose labels "
+                    f"are {', '.join(names[:MOST_NAMED])}: give both the same labels"
+                )
+    return names
 
 
 def _warnings(
@@ -111,7 +151,7 @@ def _warnings(
             )
 
 
-def _find(source: SourceConfig, config: DataConfig) -> tuple[Location, str]:
+def _find(source: SourceConfig, config: DataConfig, formats: Sequence[str]) -> tuple[Location, str]:
     """Where a source is, and the format of its rows."""
     location = locate(
         source.path,
@@ -120,11 +160,12 @@ def _find(source: SourceConfig, config: DataConfig) -> tuple[Location, str]:
         revision=source.revision,
         limit=source.max_rows,
         columns=tuple(source.columns),
+        quotes=source.quotes,
     )
     wanted = config.format if source.format == "auto" else source.format
     if wanted == "auto":
-        _check_fields(source, list(FORMATS))
-        wanted = tell_format(first_rows(location), str(source.name), source.fields)
+        _check_fields(source, formats)
+        wanted = tell_format(first_rows(location), str(source.name), source.fields, formats)
     _check_fields(source, [wanted])
     if source.as_chat and wanted != "alpaca":
         raise ValueError(
@@ -163,6 +204,9 @@ def _prepared(
         max_length=config.max_length,
         overlong=config.overlong,
         bad_rows=config.bad_rows,
+        labels=config.labels,
+        stride=config.stride,
+        max_target_length=config.max_target_length,
     )
     workers = config.workers or min(len(os.sched_getaffinity(0)), MOST_WORKERS)
     return prepare_source(str(source.name), location, rules, tokenizer, Path(config.cache_dir).expanduser(), workers)
@@ -253,6 +297,7 @@ def describe_data(data: RunData, mixture: Mixture) -> dict[str, Any]:
         "train": trained,
         "eval": held_out,
         "batching": mixture.batching,
+        **({} if data.labels is None else {"labels": data.labels}),
     }
 
 

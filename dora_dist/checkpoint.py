@@ -29,6 +29,8 @@ from dora_dist.shards import shard_name
 MANIFEST = "complete.json"
 METHOD_TENSORS = "dynamic_lora.safetensors"
 METHOD_STATE = "dynamic_lora.json"
+HEAD = "head/"
+"""What the names of a head's parameters begin with among the tensors of the method."""
 ALMOST_NOTHING = 2**18
 """Bytes."""
 
@@ -58,11 +60,12 @@ def newest(run: Path) -> Path | None:
 def save_method_state(
     folder: Path, controller: DynamicRankController, fingerprint: Mapping[str, Any], processes: int
 ) -> None:
-    """Write adapter (unfolded), masks, smoothed scores, events, the fingerprint of the method, and how many processes
-    wrote the checkpoint."""
+    """Write adapter (unfolded), head, masks, smoothed scores, events, the fingerprint of the method, and how many
+    processes wrote the checkpoint."""
     tensors = controller.state_dict()
     for name, layer in controller.layers.items():
         tensors |= {f"{name}.{part}": value.detach().cpu().contiguous() for part, value in _parts(layer).items()}
+    tensors |= {f"{HEAD}{name}": value.detach().cpu().contiguous() for name, value in controller.head.items()}
     save_file(tensors, folder / METHOD_TENSORS)
     events = [asdict(event) for event in controller.events]
     state = {"step": controller.step, "processes": processes, "fingerprint": fingerprint, "events": events}
@@ -75,12 +78,15 @@ def read_method_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def load_adapter_parameters(folder: Path, layers: Mapping[str, DynamicLoraLinear]) -> None:
-    """Set the parameters of the adapter, which the checkpoint holds unfolded beside the folded ones for PEFT."""
+def load_adapter_parameters(folder: Path, controller: DynamicRankController) -> None:
+    """Set the parameters of adapter and head. The checkpoint holds the adapter unfolded beside the folded one for
+    PEFT."""
     tensors = load_file(folder / METHOD_TENSORS)
-    for name, layer in layers.items():
+    for name, layer in controller.layers.items():
         for part, parameter in _parts(layer).items():
             parameter.data.copy_(tensors[f"{name}.{part}"])
+    for name, parameter in controller.head.items():
+        parameter.data.copy_(tensors[f"{HEAD}{name}"])
 
 
 def load_method_state(folder: Path, controller: DynamicRankController) -> None:

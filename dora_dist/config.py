@@ -18,6 +18,7 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
 from dora_dist.adapter_config import DynamicLoraConfig
 from dora_dist.data_section import DataConfig
+from dora_dist.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TASKS, metrics_of
 from dora_dist.training_section import check_training_section, nearest, require
 
 
@@ -56,6 +57,8 @@ class PruningConfig:
         smoothing: weight of the past in the smoothed scores, in [0, 1); gate_sensitivity is summed instead.
         equilibrium_weight: weight of the Dimensional Equilibrium Modulator in the loss until the last event; 0 is off.
         regrow: a component pruned before the last event may grow back (the paper's gentle pruning).
+        rebase: before an event, turn the components of each layer into the singular vectors of its update, which leaves
+            the model as it is, and judge those; smoothing is not used then.
         min_rank: components that every layer keeps at least.
         max_rank: components that any layer keeps at most in the end; null for no bound.
     """
@@ -68,6 +71,7 @@ class PruningConfig:
     smoothing: float = 0.9
     equilibrium_weight: float = 0.1
     regrow: bool = True
+    rebase: bool = False
     min_rank: int = 0
     max_rank: int | None = None
 
@@ -78,6 +82,8 @@ class PruningConfig:
         require(total < 1, "pruning.warmup_fraction + pruning.final_fraction", total, "be less than 1")
         require(self.interval >= 1, "pruning.interval", self.interval, "be at least 1")
         require(self.equilibrium_weight >= 0, "pruning.equilibrium_weight", self.equilibrium_weight, "be at least 0")
+        summed = self.importance == "gate_sensitivity"
+        require(not (self.rebase and summed), "pruning.rebase", "true", "be false for the importance gate_sensitivity")
         require(self.min_rank >= 0, "pruning.min_rank", self.min_rank, "be at least 0")
         # What is pruned for good early could be needed to fill the final budget under the bound.
         require(
@@ -94,15 +100,22 @@ class EvaluationConfig:
         exact_match: generate answers (greedily) and count those that equal the reference.
         max_new_tokens: longest generated answer, in tokens.
         max_examples: evaluate at most this many held-out examples; null for all.
+        num_beams: of generated summaries; 1 is greedy.
+        metrics: beside the loss. For classes: accuracy, matthews, f1 (of the second of two classes); for regression:
+            pearson, spearman; for answers: exact_match, f1; for summaries: rouge1, rouge2, rouge_l; null for the task's
+            own.
     """
 
     before: bool = True
     exact_match: bool = False
     max_new_tokens: int = 256
     max_examples: int | None = None
+    num_beams: int = 1
+    metrics: list[str] | None = None
 
     def __post_init__(self) -> None:
         require(self.max_new_tokens >= 1, "evaluation.max_new_tokens", self.max_new_tokens, "be at least 1")
+        require(self.num_beams >= 1, "evaluation.num_beams", self.num_beams, "be at least 1")
         most = self.max_examples
         require(most is None or most >= 1, "evaluation.max_examples", most, "be at least 1, or null for all")
 
@@ -159,6 +172,8 @@ class RunConfig:
 
     Args:
         output_dir: folder of the run: checkpoints, adapter, metrics, pictures.
+        task: causal_lm (instruction tuning), sequence_classification (classes, or regression), question_answering
+            (parts of a text), or seq2seq (summaries, by an encoder and a decoder).
         seed: of the data order, the adapter's start and dropout.
         model: see the group below.
         adapter: see the group below.
@@ -174,6 +189,7 @@ class RunConfig:
     output_dir: str
     model: ModelConfig
     data: DataConfig
+    task: Literal["causal_lm", "sequence_classification", "question_answering", "seq2seq"] = "causal_lm"
     seed: int = 0
     adapter: DynamicLoraConfig = field(default_factory=lambda: DynamicLoraConfig(dtype="auto"))
     pruning: PruningConfig = field(default_factory=PruningConfig)
@@ -186,6 +202,7 @@ class RunConfig:
         require(bool(self.output_dir.strip()), "output_dir", repr(self.output_dir), "name a folder")
         self.output_dir = os.path.expanduser(self.output_dir)
         check_training_section(self.training)
+        self._check_task()
         if self.evaluation.exact_match and self.data.eval is None:
             raise ValueError("evaluation.exact_match is true, but there is no held-out data: set data.eval")
         if self.pruning.importance == "gate_sensitivity" and not self.adapter.train_gates:
@@ -199,6 +216,29 @@ class RunConfig:
                 f"adapter.target_rank {target} is the mean over the layers, so it must lie between "
                 f"pruning.min_rank {least} and pruning.max_rank {most}"
             )
+
+    def _check_task(self) -> None:
+        data = self.data
+        metrics_of(self.task, data.labels, self.evaluation.metrics)
+        for name in (data.format, *(source.format for source in (*data.train_sources(), *data.eval_sources()))):
+            if name != "auto" and name not in TASKS[self.task].formats:
+                fitting = next(task.name for task in TASKS.values() if name in task.formats)
+                raise ValueError(
+                    f"the format {name} is for the task {fitting}, but task is {self.task}, with the formats "
+                    f"{', '.join(TASKS[self.task].formats)}"
+                )
+        if data.labels == "regression" and self.task != SEQUENCE_CLASSIFICATION:
+            raise ValueError(f"data.labels is regression, but task is {self.task}: set it to {SEQUENCE_CLASSIFICATION}")
+        if self.task == CAUSAL_LM:
+            return
+        for key, value, left_out in (
+            ("data.batching", data.batching, data.batching != "packed"),
+            ("data.train_on", data.train_on, data.train_on == "assistant"),
+            ("data.chat_template", data.chat_template, data.chat_template == "auto"),
+            ("evaluation.exact_match", "true", not self.evaluation.exact_match),
+        ):
+            if not left_out:
+                raise ValueError(f"{key} is {value}, which is for the task {CAUSAL_LM}, but task is {self.task}")
 
 
 def build_parser() -> ArgumentParser:

@@ -10,7 +10,9 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from dora_dist.training_section import nearest, require
 
-Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+Format = Literal[
+    "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "classification", "squad", "summary"
+]
 
 
 @dataclass(kw_only=True)
@@ -24,6 +26,7 @@ class SourceConfig:
         format: how its rows are written; auto tells by the fields of the first ones.
         fields: the format's name of a field and the rows' own, where they differ, such as {prompt: question}.
         columns: names of the columns of a CSV or TSV file whose first line is a row already.
+        quotes: false where quotation marks in a CSV or TSV file are characters like others, as in GLUE's.
         as_chat: put alpaca rows into the chat template too, instead of the plain headings of Alpaca.
         subset: configuration of a data set on the Hub.
         split: of a data set on the Hub, or of a folder with several.
@@ -39,6 +42,7 @@ class SourceConfig:
     format: Format = "auto"
     fields: dict[str, str] = field(default_factory=dict)
     columns: list[str] = field(default_factory=list)
+    quotes: bool = True
     as_chat: bool = False
     subset: str | None = None
     split: str = "train"
@@ -68,15 +72,20 @@ class DataConfig:
 
     Args:
         train: file, glob, saved folder or Hub name to train on; or a list of several, each a path or a mapping with
-            settings of its own (path, name, format, fields, columns, as_chat, subset, split, revision, max_rows,
-            max_examples, weight, epochs).
+            settings of its own (path, name, format, fields, columns, quotes, as_chat, subset, split, revision,
+            max_rows, max_examples, weight, epochs).
         eval: the same, held out, for evaluation, measured source by source; null for none.
         format: how rows are written, for all sources that do not say it: messages (role, content), sharegpt
-            (conversations), alpaca (instruction, input, output), prompt_completion, text; auto tells by their fields.
+            (conversations), alpaca (instruction, input, output), prompt_completion, text; for other tasks
+            classification (sentence1, sentence2, label), squad (question, context, answers), summary (document,
+            summary); auto tells by their fields.
+        labels: of the format classification: classes, or regression on numbers.
         chat_template: auto (the tokenizer's own, a bundled one where it has none), one of llama3, chatml, gemma,
             mistral, plain, or the path of a Jinja file.
         train_on: assistant (every answer of a conversation), last (answer only), or everything.
-        max_length: longest example in tokens, prompt and answer together.
+        max_length: longest example in tokens, prompt and answer together; of a document without its summary.
+        max_target_length: longest summary in tokens.
+        stride: tokens of a context that neighbouring windows share, where it is longer than max_length (squad).
         overlong: what to do with longer ones: stop with an error, drop them and say how many, or truncate what
             comes before the answer.
         bad_rows: what to do with rows that cannot be used: stop with an error, or skip them and say how many.
@@ -90,9 +99,12 @@ class DataConfig:
     train: str | dict[str, Any] | list[str | dict[str, Any]]
     eval: str | dict[str, Any] | list[str | dict[str, Any]] | None = None
     format: Format = "auto"
+    labels: Literal["classes", "regression"] = "classes"
     chat_template: str = "auto"
     train_on: Literal["assistant", "last", "everything"] = "assistant"
     max_length: int = 2048
+    max_target_length: int = 128
+    stride: int = 128
     overlong: Literal["error", "drop", "truncate"] = "error"
     bad_rows: Literal["error", "skip"] = "error"
     batching: Literal["padded", "packed", "by_length"] = "padded"
@@ -102,6 +114,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(self.max_length >= 2, "data.max_length", self.max_length, "be at least 2")
+        require(self.max_target_length >= 2, "data.max_target_length", self.max_target_length, "be at least 2")
+        require(self.stride >= 0, "data.stride", self.stride, "be at least 0")
         require(self.temperature is None or self.temperature > 0, "data.temperature", self.temperature, "be positive")
         require(self.workers is None or self.workers >= 1, "data.workers", self.workers, "be at least 1")
         for key, given in (("data.train", self.train), ("data.eval", self.eval)):

@@ -6,6 +6,7 @@ from dora_dist import estimate, prepare
 from dora_dist.budget import Budget
 from dora_dist.config import RunConfig
 from dora_dist.settle import Settled
+from dora_dist.tasks import CAUSAL_LM
 
 
 def describe(config: RunConfig, settled: Settled, world_size: int) -> str:
@@ -29,7 +30,7 @@ def describe(config: RunConfig, settled: Settled, world_size: int) -> str:
         f"{plan.num_rows / mixture.rows_per_epoch:.2f} passes over the data; "
         f"{settled.padding_share():.1%} of the computed tokens are padding",
         _budget(settled.budget, config.pruning.budget_unit),
-        estimate.render(estimate.estimate_memory(config, world_size)),
+        *([estimate.render(estimate.estimate_memory(config, world_size))] if config.task == CAUSAL_LM else []),
         "Dry run: nothing was trained, and no weight was read.",
     ]
     return "\n\n".join(parts)

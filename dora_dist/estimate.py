@@ -17,6 +17,7 @@ from dora_dist.command import run_command
 from dora_dist.config import RunConfig, load_config
 from dora_dist.launch import check_world_size, world_size_of
 from dora_dist.quiet import quiet_libraries
+from dora_dist.tasks import CAUSAL_LM
 from dora_dist.training_section import training_argument, whole_number
 
 if TYPE_CHECKING:
@@ -114,6 +115,8 @@ def estimate_memory(config: RunConfig, world_size: int, device: str = "cuda") ->
     from dora_dist.model_shape import read_shape
     from dora_dist.targets import resolve_targets
 
+    if config.task != CAUSAL_LM:
+        raise ValueError(f"task is {config.task}, but memory can be estimated for {CAUSAL_LM} only")
     engine = config.distributed.engine
     check_world_size(world_size, engine)
     if device not in DEVICES:

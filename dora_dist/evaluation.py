@@ -1,7 +1,9 @@
 """Held-out loss and exact match, the same numbers on any number of ranks."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from datasets import Dataset
@@ -12,41 +14,33 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dora_dist.agreement import Agreement
 from dora_dist.data.batches import Collator, PaddedCollator, as_example
 from dora_dist.data.encode import IGNORED, prompt_length
-from dora_dist.model import DynamicLoraModel
+from dora_dist.model import DynamicLoraForCausalLM, DynamicLoraModel
 
+Part = TypeVar("Part")
 LEAST_SEPARATION = 0.05
 """How much of what another example changes in an unseparated row may be left in a packed one."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluator:
+class Evaluator(ABC, Generic[Part]):
     """Measures a model on held-out examples, each rank on its share.
 
-    The loss is the mean over all answer tokens of the data (not a mean of means), so that it depends neither on batch
-    size nor on world size. Exact match compares greedily generated answers with the reference, white space stripped.
+    A subclass says what a rank finds out about its share (a part), how parts are joined, and what figures they give.
 
     Args:
         sources: held-out examples by the name of their source.
-        tokenizer: the model's.
         agreement: collectives over the ranks.
         batch_size: examples at a time on a rank.
-        exact_match: also generate answers (the last one of a conversation).
-        max_new_tokens: longest generated answer, in tokens.
-        stop: tokens that end an answer.
     """
 
     sources: Mapping[str, Dataset]
-    tokenizer: PreTrainedTokenizerBase
     agreement: Agreement
     batch_size: int
-    exact_match: bool
-    max_new_tokens: int
-    stop: Sequence[int]
 
     @torch.no_grad()
     def __call__(self, model: DynamicLoraModel) -> dict[str, float]:
-        """``loss``, ``exact_match`` (a share, if asked for) and ``examples`` over all sources, and where there are
-        several, ``NAME_loss`` and so on of each; the same on every rank.
+        """``loss``, ``examples`` and what else is measured over all sources, and where there are several,
+        ``NAME_loss`` and so on of each; the same on every rank.
 
         Raises:
             RankFailedError: a rank failed; on all ranks.
@@ -55,47 +49,90 @@ class Evaluator:
         model.eval()
         failure, local = None, {}
         try:
-            local = self._local_sums(model)
+            local = self._local_parts(model)
         except Exception as error:
             failure = f"{type(error).__name__}: {error}"
         finally:
             model.train(was_training)
         self.agreement.raise_together(failure, "evaluation")
         ranks = self.agreement.gather(local)
-        sums = {name: [sum(v) for v in zip(*(rank[name] for rank in ranks), strict=True)] for name in self.sources}
-        result = self._means([sum(values) for values in zip(*sums.values(), strict=True)])
+        parts = {name: self.join([rank[name] for rank in ranks]) for name in self.sources}
+        result = self.figures(self.join(list(parts.values())))
         if len(self.sources) > 1:
-            for name, values in sums.items():
-                result |= {f"{name}_{key}": value for key, value in self._means(values).items()}
+            for name, part in parts.items():
+                result |= {f"{name}_{key}": value for key, value in self.figures(part).items()}
         return result
 
-    def _means(self, sums: Sequence[float]) -> dict[str, float]:
-        loss, tokens, matches, examples = sums
-        exact_match = {"exact_match": matches / examples} if self.exact_match else {}
-        return {"loss": loss / tokens, "examples": examples, **exact_match}
-
-    def _local_sums(self, model: DynamicLoraModel) -> dict[str, tuple[float, int, int, int]]:
-        """Of this rank's share of every source: sum of the losses, answer tokens, exact matches, examples."""
-        shares = {
-            name: range(self.agreement.rank, len(examples), self.agreement.size)
-            for name, examples in self.sources.items()
-        }
+    def _local_parts(self, model: DynamicLoraModel) -> dict[str, Part]:
+        shares = {name: self.share(examples) for name, examples in self.sources.items()}
         progress = tqdm(
-            total=sum(map(len, shares.values())),
+            total=sum(len(indices) for share in shares.values() for indices in share),
             desc="evaluating",
             unit="example",
             leave=False,
             disable=None if self.agreement.rank == 0 else True,
         )
         with progress:
-            return {name: self._sums(model, self.sources[name], share, progress) for name, share in shares.items()}
+            return {name: self.measure(model, self.sources[name], share, progress) for name, share in shares.items()}
 
-    def _sums(
-        self, model: DynamicLoraModel, examples: Dataset, share: range, progress: tqdm
-    ) -> tuple[float, int, int, int]:
+    @abstractmethod
+    def share(self, examples: Dataset) -> list[range]:
+        """Batches of this rank, as indices of the examples of a source."""
+
+    @abstractmethod
+    def measure(self, model: Any, examples: Dataset, share: list[range], progress: tqdm) -> Part:
+        """What this rank finds out about its share of one source."""
+
+    @abstractmethod
+    def join(self, parts: Sequence[Part]) -> Part:
+        """Parts of several ranks or sources as one."""
+
+    @abstractmethod
+    def figures(self, part: Part) -> dict[str, float]:
+        """``loss``, ``examples`` and the rest of what a part says."""
+
+
+AnswerSums = tuple[float, int, int, int]
+"""Sum of the losses, answer tokens, exact matches, examples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerEvaluator(Evaluator[AnswerSums]):
+    """Of a causal language model.
+
+    The loss is the mean over all answer tokens of the data (not a mean of means), so that it depends neither on batch
+    size nor on world size. Exact match compares greedily generated answers with the reference, white space stripped.
+
+    Args:
+        tokenizer: the model's.
+        exact_match: also generate answers (the last one of a conversation).
+        max_new_tokens: longest generated answer, in tokens.
+        stop: tokens that end an answer.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    exact_match: bool
+    max_new_tokens: int
+    stop: Sequence[int]
+
+    def share(self, examples: Dataset) -> list[range]:
+        return list(chunks(range(self.agreement.rank, len(examples), self.agreement.size), self.batch_size))
+
+    def join(self, parts: Sequence[AnswerSums]) -> AnswerSums:
+        loss, tokens, matches, examples = (sum(values) for values in zip(*parts, strict=True))
+        return loss, tokens, matches, examples
+
+    def figures(self, part: AnswerSums) -> dict[str, float]:
+        loss, tokens, matches, examples = part
+        exact_match = {"exact_match": matches / examples} if self.exact_match else {}
+        return {"loss": loss / tokens, "examples": examples, **exact_match}
+
+    def measure(
+        self, model: DynamicLoraForCausalLM, examples: Dataset, share: list[range], progress: tqdm
+    ) -> AnswerSums:
         loss, tokens, matches = 0.0, 0, 0
         collate = PaddedCollator(self.tokenizer)
-        for indices in _chunks(share, self.batch_size):
+        for indices in share:
             rows = [examples[index] for index in indices]
             batch = {name: tensor.to(model.device) for name, tensor in collate([[as_example(r)] for r in rows]).items()}
             # With num_items_in_batch = 1 the model returns the sum over tokens.
@@ -109,7 +146,7 @@ class Evaluator:
                     answer.strip() == row["answer"].strip() for answer, row in zip(answers, rows, strict=True)
                 )
             progress.update(len(indices))
-        return loss, tokens, matches, len(share)
+        return loss, tokens, matches, sum(map(len, share))
 
 
 @torch.no_grad()
@@ -184,6 +221,7 @@ def check_packing(model: PreTrainedModel, collate: Collator) -> None:
         )
 
 
-def _chunks(indices: range, size: int) -> Iterator[range]:
+def chunks(indices: range, size: int) -> Iterator[range]:
+    """Indices in parts of ``size``, the last one perhaps smaller."""
     for start in range(0, len(indices), size):
         yield indices[start : start + size]

@@ -54,6 +54,7 @@ def write_lora_adapter(
     base_model: str | None,
     task_type: str = "CAUSAL_LM",
     target_modules: Sequence[str] | None = None,
+    head: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Write plain LoRA factors as an adapter folder that stock PEFT loads exactly.
 
@@ -66,6 +67,7 @@ def write_lora_adapter(
         base_model: name or path of the base model, for ``base_model_name_or_path``.
         task_type: PEFT's task type.
         target_modules: what to name as targets instead of the full names of all modules that have a rank.
+        head: modules that were trained as a whole, by name, each with its parameters by their names in it.
 
     Raises:
         ValueError: every module has rank 0, so that there is no adapter to write.
@@ -79,6 +81,7 @@ def write_lora_adapter(
         r=widest,
         lora_alpha=widest,
         target_modules=sorted(target_modules or ranks),
+        modules_to_save=sorted(head) if head else None,
         rank_pattern=exceptions,
         alpha_pattern=dict(exceptions),
         lora_dropout=0.0,
@@ -91,13 +94,18 @@ def write_lora_adapter(
         lora_a, lora_b = factors[name]
         tensors[f"{KEY_PREFIX}{name}.lora_A.weight"] = lora_a.contiguous()
         tensors[f"{KEY_PREFIX}{name}.lora_B.weight"] = lora_b.contiguous()
+    for module, parameters in (head or {}).items():
+        tensors |= {
+            f"{KEY_PREFIX}{module}.{name}": value.detach().float().cpu().contiguous()
+            for name, value in parameters.items()
+        }
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
 def read_lora_adapter(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Plain LoRA factors of a folder that :func:`write_lora_adapter` wrote, by module name.
+    """Plain LoRA factors of a folder that :func:`write_lora_adapter` wrote, by module name; a head is left out.
 
     Returns:
         Module name -> ``(A (k, in), B (out, k))``, where ``B A`` is the whole update. Modules of rank 0 are missing.
@@ -112,7 +120,7 @@ def read_lora_adapter(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
             "with equal ones for every module, so this is not the adapter of a run of it"
         )
     tensors = load_file(folder / ADAPTER_WEIGHTS)
-    names = {key.removeprefix(KEY_PREFIX).rsplit(".lora_", 1)[0] for key in tensors}
+    names = {key.removeprefix(KEY_PREFIX).rsplit(".lora_", 1)[0] for key in tensors if ".lora_" in key}
     return {
         name: (tensors[f"{KEY_PREFIX}{name}.lora_A.weight"], tensors[f"{KEY_PREFIX}{name}.lora_B.weight"])
         for name in sorted(names)

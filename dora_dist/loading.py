@@ -6,7 +6,7 @@ a CPU: see "Loading" in docs/performance.md for what each of the parts here save
 
 import ctypes
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -104,7 +104,7 @@ def _apply_in_pieces(func: Any, pieces: Sequence[Tensor], args: Sequence[Any]) -
     return tuple(joined)
 
 
-def check_loaded(model: nn.Module, path: str, loading_info: Mapping[str, Any]) -> None:
+def check_loaded(model: nn.Module, path: str, loading_info: Mapping[str, Any], fresh: Collection[str] = ()) -> None:
     """Refuse a model that is not the one in its files. transformers gives random values to what it does not find or
     cannot use, with a warning, and does not look at the shape of a weight that it quantizes.
 
@@ -112,18 +112,23 @@ def check_loaded(model: nn.Module, path: str, loading_info: Mapping[str, Any]) -
         model: as loaded.
         path: where from.
         loading_info: what ``from_pretrained`` has found (``output_loading_info``, with ``ignore_mismatched_sizes``).
+        fresh: weights that may be missing or have another shape, since they are given values of their own.
 
     Raises:
         ValueError: weights are missing, have another shape, or belong to a layer that has no place for them.
     """
-    missing = sorted(loading_info["missing_keys"])
+    missing = sorted(set(loading_info["missing_keys"]) - set(fresh))
     if missing:
         raise ValueError(
             f"the model at model.path {path!r} has no weights for {_listed(missing)}: every weight that its "
             "config.json describes must be in its files; copy or download the model again, or give the model that "
             "this config.json belongs to"
         )
-    wrong = [f"{name} {tuple(is_)} instead of {tuple(should)}" for name, is_, should in loading_info["mismatched_keys"]]
+    wrong = [
+        f"{name} {tuple(is_)} instead of {tuple(should)}"
+        for name, is_, should in loading_info["mismatched_keys"]
+        if name not in fresh
+    ]
     wrong += _wrong_quantized_shapes(model)
     if wrong:
         raise ValueError(

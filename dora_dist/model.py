@@ -4,30 +4,102 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
-from peft import LoraConfig, PeftModelForCausalLM
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PeftModelForCausalLM,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+)
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from dora_dist.adapter_config import DynamicLoraConfig
 from dora_dist.chunked_loss import ChunkedLoss, proved
-from dora_dist.folding import fold_components, write_lora_adapter
+from dora_dist.folding import KEY_PREFIX, fold_components, write_lora_adapter
 from dora_dist.gated_mlp import fuse_gated_mlps
+from dora_dist.head import head_modules, read_in_own_dtype, task_of
 from dora_dist.layer import ADAPTER_NAME, DynamicLoraLinear
 from dora_dist.quantization import forbid_inference_packing
 from dora_dist.shared_input import share_inputs
 from dora_dist.targets import resolve_targets
+from dora_dist.tasks import CAUSAL_LM, QUESTION_ANSWERING, SEQ2SEQ, SEQUENCE_CLASSIFICATION, TASKS
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
-class DynamicLoraModel(PeftModelForCausalLM):
-    """A ``PeftModel`` whose layers are :class:`~dora_dist.layer.DynamicLoraLinear`.
+class DynamicLoraModel(PeftModel):
+    """A ``PeftModel`` whose layers are :class:`~dora_dist.layer.DynamicLoraLinear`; mixed into PEFT's class of a task.
 
-    Two things differ from its parent, and both prevent silent errors: what it saves is folded to plain LoRA, and its
-    state dict holds the adapter only, so that no checkpoint carries the frozen base (whose quantization constants are
-    buffers to DeepSpeed, and would be copied into every one). A third is off at first: :meth:`leave_out_logits`.
+    Two things differ from PEFT's classes, and both prevent silent errors: what it saves is folded to plain LoRA, and
+    its state dict holds what is trained only, so that no checkpoint carries the frozen base (whose quantization
+    constants are buffers to DeepSpeed, and would be copied into every one).
     """
 
+    task: ClassVar[str]
+    leaves_out_logits = False
+
+    def adapted_layers(self) -> dict[str, DynamicLoraLinear]:
+        """Name of the module in the base model -> adapted layer, in the order of the names."""
+        return dict(sorted(self._named(DynamicLoraLinear)))
+
+    def heads(self) -> dict[str, nn.Module]:
+        """Name of the module in the base model -> what is trained in its place, as a whole."""
+        return {name: wrapper.modules_to_save[ADAPTER_NAME] for name, wrapper in self._named(ModulesToSaveWrapper)}
+
+    def head_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters of the :meth:`heads` by their names in the base model; empty where only the adapter is trained."""
+        return {
+            f"{module}.{name}": parameter
+            for module, head in self.heads().items()
+            for name, parameter in head.named_parameters()
+        }
+
+    def _named(self, kind: type[Module]) -> Iterator[tuple[str, Module]]:
+        for name, module in self.named_modules():
+            if isinstance(module, kind):
+                yield name.removeprefix(KEY_PREFIX), module
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Parameters and mask of the adapter, and the head that is trained."""
+        full = super().state_dict(*args, **kwargs)
+        return {
+            name: value
+            for name, value in full.items()
+            if ".lora_" in name or ".modules_to_save." in name or name.endswith(".component_mask")
+        }
+
+    def folded_factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Plain LoRA factors by module name; see :func:`dora_dist.folding.fold_components`."""
+        return {
+            name: fold_components(layer.lora_a, layer.effective_gate(), layer.lora_b, layer.scale)
+            for name, layer in self.adapted_layers().items()
+        }
+
+    def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **_: Any) -> None:
+        """Write the adapter as plain LoRA that stock PEFT loads exactly, with the head; gates and masks are folded in.
+
+        Raises:
+            ValueError: no component has a non-zero gate.
+        """
+        if is_main_process:
+            write_lora_adapter(
+                Path(save_directory),
+                self.folded_factors(),
+                self.config.name_or_path or None,
+                task_type=TASKS[self.task].peft_type,
+                head={module: dict(head.named_parameters()) for module, head in self.heads().items()},
+            )
+
+
+class DynamicLoraForCausalLM(DynamicLoraModel, PeftModelForCausalLM):
+    """Of a causal language model, which may compute its loss without logits: :meth:`leave_out_logits`."""
+
+    task = CAUSAL_LM
     _chunked_loss: ChunkedLoss | None = None
     _loss_only = False
 
@@ -73,45 +145,45 @@ class DynamicLoraModel(PeftModelForCausalLM):
         """Whether the loss is computed without logits in training."""
         return self._chunked_loss is not None
 
-    def adapted_layers(self) -> dict[str, DynamicLoraLinear]:
-        """Name of the module in the base model -> adapted layer, in the order of the names."""
-        prefix = "base_model.model."
-        found = {
-            name.removeprefix(prefix): module
-            for name, module in self.named_modules()
-            if isinstance(module, DynamicLoraLinear)
-        }
-        return dict(sorted(found.items()))
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Parameters and mask of the adapter only."""
-        full = super().state_dict(*args, **kwargs)
-        return {name: value for name, value in full.items() if ".lora_" in name or name.endswith(".component_mask")}
+class DynamicLoraForSequenceClassification(DynamicLoraModel, PeftModelForSequenceClassification):
+    """Of a model with a head for classes or a number."""
 
-    def folded_factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Plain LoRA factors by module name; see :func:`dora_dist.folding.fold_components`."""
-        return {
-            name: fold_components(layer.lora_a, layer.effective_gate(), layer.lora_b, layer.scale)
-            for name, layer in self.adapted_layers().items()
-        }
+    task = SEQUENCE_CLASSIFICATION
 
-    def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **_: Any) -> None:
-        """Write the adapter as plain LoRA that stock PEFT loads exactly; gates and masks are folded in.
 
-        Raises:
-            ValueError: no component has a non-zero gate.
-        """
-        if is_main_process:
-            write_lora_adapter(Path(save_directory), self.folded_factors(), self.config.name_or_path or None)
+class DynamicLoraForQuestionAnswering(DynamicLoraModel, PeftModelForQuestionAnswering):
+    """Of a model with a head for the first and the last token of an answer."""
+
+    task = QUESTION_ANSWERING
+
+
+class DynamicLoraForSeq2SeqLM(DynamicLoraModel, PeftModelForSeq2SeqLM):
+    """Of a model with an encoder and a decoder, whose output head is a part of the frozen base."""
+
+    task = SEQ2SEQ
+
+
+MODELS: dict[str, type[DynamicLoraModel]] = {
+    model.task: model
+    for model in (
+        DynamicLoraForCausalLM,
+        DynamicLoraForSequenceClassification,
+        DynamicLoraForQuestionAnswering,
+        DynamicLoraForSeq2SeqLM,
+    )
+}
 
 
 def add_dynamic_lora(model: nn.Module, config: DynamicLoraConfig) -> DynamicLoraModel:
-    """Give the chosen linear layers of ``model`` gated rank-one components and freeze everything else.
+    """Give the chosen linear layers of ``model`` gated rank-one components and freeze everything else but the head of
+    its task, where it has one.
 
-    The model is changed in place. The result is a real ``PeftModel``: the stock Trainer accepts it on a quantized base.
+    The model is changed in place. The result is a real ``PeftModel``, of PEFT's class for what the model does: the
+    stock Trainer accepts it on a quantized base.
 
     Args:
-        model: a causal language model; its linear layers may be quantized by bitsandbytes (4 or 8 bit).
+        model: of transformers; its linear layers may be quantized by bitsandbytes (4 or 8 bit).
         config: the adapter.
 
     Raises:
@@ -119,26 +191,42 @@ def add_dynamic_lora(model: nn.Module, config: DynamicLoraConfig) -> DynamicLora
     """
     names = resolve_targets(model, config.target_modules)
     forbid_inference_packing(model)
+    task, heads = task_of(model), head_modules(model)
     lora_config = LoraConfig(
         r=config.start_rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=names,
-        task_type="CAUSAL_LM",
+        modules_to_save=list(heads) or None,  # PEFT adds names to it
+        task_type=task.peft_type,
         base_model_name_or_path=getattr(model, "name_or_path", None) or None,
     )
     # Covers bitsandbytes' quantized layers, which derive from nn.Linear.
     lora_config._register_custom_module({nn.Linear: DynamicLoraLinear})
-    peft_model = DynamicLoraModel(model, lora_config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
+    peft_model = MODELS[task.name](model, lora_config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
     dtype = model.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     layers = peft_model.adapted_layers()
     _check_all_adapted(names, layers)
     for name, layer in layers.items():
         layer.initialize(config.init, config.seed or 0, name, dtype)
         layer.gate.requires_grad_(config.train_gates)
+    _check_heads(heads, peft_model)
+    for head in peft_model.heads().values():
+        head.to(dtype)
+        read_in_own_dtype(head)
     fuse_gated_mlps(peft_model)
     share_inputs(peft_model)
     return peft_model
+
+
+def _check_heads(wanted: Sequence[str], model: DynamicLoraModel) -> None:
+    """PEFT finds modules to train by how their names end."""
+    found = list(model.heads())
+    if sorted(found) != sorted(wanted):
+        raise ValueError(
+            f"the head of {type(model.get_base_model()).__name__} is {', '.join(wanted)}, but PEFT would train "
+            f"{', '.join(found)} as a whole: such a model cannot be tuned here"
+        )
 
 
 def _check_all_adapted(wanted: Sequence[str], adapted: dict[str, DynamicLoraLinear]) -> None:

@@ -1,5 +1,7 @@
 """What this project needs to know about bitsandbytes: how a base is quantized, and how to read it back."""
 
+from collections.abc import Sequence
+
 import torch
 from bitsandbytes import functional as bnb_functional
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
@@ -9,8 +11,15 @@ from transformers import BitsAndBytesConfig
 QUANTIZATIONS = ("nf4", "int8", "none")
 
 
-def quantization_config(quantization: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def quantization_config(
+    quantization: str, compute_dtype: torch.dtype, leave_out: Sequence[str] = ()
+) -> BitsAndBytesConfig | None:
     """The bitsandbytes configuration of a base: NF4 with double quantization (QLoRA's), LLM.int8, or none.
+
+    Args:
+        quantization: one of :data:`QUANTIZATIONS`.
+        compute_dtype: of 4-bit layers.
+        leave_out: modules that stay as they are; where none is named, transformers leaves out the output head.
 
     Raises:
         ValueError: the name is not one of :data:`QUANTIZATIONS`.
@@ -21,9 +30,10 @@ def quantization_config(quantization: str, compute_dtype: torch.dtype) -> BitsAn
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute_dtype,
+            llm_int8_skip_modules=list(leave_out) or None,
         )
     if quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(leave_out) or None)
     if quantization == "none":
         return None
     raise ValueError(f"quantization is {quantization!r}, but must be one of {', '.join(QUANTIZATIONS)}")

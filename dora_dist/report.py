@@ -16,6 +16,20 @@ from dora_dist.command import run_command
 
 RANK_PICTURE = "ranks.png"
 PROGRESS_PICTURE = "progress.png"
+METRIC_TITLES = {
+    "exact_match": "exact match",
+    "accuracy": "accuracy",
+    "matthews": "Matthews",
+    "f1": "F1",
+    "pearson": "Pearson",
+    "spearman": "Spearman",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rouge_l": "ROUGE-L",
+}
+"""Metrics beside the loss, in the order in which they are shown."""
+SHARES = ("exact_match", "accuracy")
+"""Those that are shown in percent."""
 
 
 def is_finished(run: Path) -> bool:
@@ -76,14 +90,17 @@ def _source_lines(before: Mapping[str, Any] | None, after: Mapping[str, Any]) ->
     lines = []
     for name in names:
         parts = [f"loss {_change(before, after, f'{name}_loss')}"]
-        if f"{name}_exact_match" in after:
-            parts.append(f"exact match {_change(before, after, f'{name}_exact_match')}")
+        parts += [
+            f"{title} {_change(before, after, f'{name}_{metric}')}"
+            for metric, title in METRIC_TITLES.items()
+            if f"{name}_{metric}" in after
+        ]
         lines.append(f"    {name:<{width}}  {', '.join(parts)}  ({after[f'{name}_examples']} examples)")
     return lines
 
 
 def _change(before: Mapping[str, Any] | None, after: Mapping[str, Any], name: str) -> str:
-    style = ".1%" if name.endswith("exact_match") else ".4f"
+    style = ".1%" if name.endswith(SHARES) else ".4f"
     start = f"{before[name]:{style}} -> " if before else ""
     return f"{start}{after[name]:{style}}"
 
@@ -97,7 +114,7 @@ def format_summary(summary: Mapping[str, Any], run: Path) -> str:
     lines = [f"Run {run}, {summary['steps']} optimizer steps"]
     before, after = summary["before"], summary["after"]
     if after:
-        for name, title in (("loss", "held-out loss"), ("exact_match", "exact match")):
+        for name, title in {"loss": "held-out loss", **METRIC_TITLES}.items():
             if name in after:
                 lines.append(f"  {title:<16} {_change(before, after, name)}  ({after['examples']} examples)")
         lines += _source_lines(before, after)

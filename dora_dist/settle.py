@@ -15,10 +15,12 @@ from dora_dist.budget import Budget, component_costs
 from dora_dist.build_data import Mixture, RunData, build_mixture, describe_data
 from dora_dist.config import RunConfig
 from dora_dist.data.plan import TrainingPlan
+from dora_dist.data.sources import list_lengths
 from dora_dist.schedule import BudgetSchedule
 from dora_dist.targets import resolve_targets
+from dora_dist.tasks import SEQUENCE_CLASSIFICATION
 from dora_dist.trainer import global_batch
-from dora_dist.training_section import DEFAULT_TRAINING_ARGUMENTS
+from dora_dist.training_section import DEFAULT_TRAINING_ARGUMENTS, require
 
 METHOD_ARGUMENTS = (
     "learning_rate",
@@ -86,7 +88,7 @@ def settle(
     mixture = build_mixture(config.data, data.train, config.seed)
     arguments = training_arguments(config, mixture, accumulation)
     plan = mixture.plan(arguments.max_steps, global_batch(arguments))
-    skeleton = backbone.load_skeleton(config.model.path, config.model.trust_remote_code)
+    skeleton = backbone.load_skeleton(config.model.path, config.model.trust_remote_code, config.task)
     layers, budget = check_method(config, skeleton, arguments.max_steps)
     check_context(skeleton, data)
     return Settled(
@@ -102,6 +104,11 @@ def settle(
 
 
 def _check_answers(config: RunConfig, data: RunData) -> None:
+    if "f1" in (config.evaluation.metrics or []) and data.labels is not None and len(data.labels) != 2:
+        raise ValueError(
+            f"evaluation.metrics has f1, which is of the second of two classes, but there are {len(data.labels)}: "
+            f"{', '.join(data.labels)}; leave it out"
+        )
     for source in data.evaluation if config.evaluation.exact_match else []:
         if source.format == "text" or config.data.train_on == "everything":
             what = f"{source.name} is plain text" if source.format == "text" else "data.train_on is everything"
@@ -181,6 +188,8 @@ def fingerprint(config: RunConfig, arguments: TrainingArguments, data: RunData, 
         **adapter,
         **pruning,
         **training,
+        **_labels(config, data),
+        "task": config.task,
         "initial rank": config.adapter.start_rank,
         "model.path": config.model.path,
         "model.quantization": config.model.quantization,
@@ -193,6 +202,11 @@ def fingerprint(config: RunConfig, arguments: TrainingArguments, data: RunData, 
         "data order": plan.digest()[:16],
         "distributed.engine": config.distributed.engine,
     }
+
+
+def _labels(config: RunConfig, data: RunData) -> dict[str, Any]:
+    """Which number stands for which label."""
+    return {"labels": data.labels or config.data.labels} if config.task == SEQUENCE_CLASSIFICATION else {}
 
 
 def adapter_seed(config: RunConfig) -> int:
@@ -226,6 +240,13 @@ def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int)
     schedule = build_schedule(config, len(names), total_steps)
     linears = {name: skeleton.get_submodule(name) for name in names}
     shapes = {name: (linear.in_features, linear.out_features) for name, linear in linears.items()}
+    for name, shape in shapes.items() if config.pruning.rebase else ():
+        require(
+            schedule.initial_rank <= min(shape),
+            "adapter.initial_rank",
+            schedule.initial_rank,
+            f"be at most {min(shape)} where pruning.rebase is true: {name} is {shape[0]} x {shape[1]}",
+        )
     budget = Budget(schedule, component_costs(shapes, config.pruning.budget_unit))
     scores = {name: torch.zeros(schedule.initial_rank) for name in names}
     budget.select(scores, schedule.final_step, config.pruning.min_rank, config.pruning.max_rank)
@@ -238,15 +259,29 @@ def check_context(skeleton: PreTrainedModel, data: RunData) -> None:
     Raises:
         ValueError: names the longest example's source.
     """
-    context = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(skeleton)
     for source in (*data.train, *data.evaluation):
-        longest = int(source.lengths().max())
+        columns = [name for name in ("input_ids", "labels") if name in source.dataset.column_names]
+        longest = max(int(list_lengths(source.dataset, name).max()) for name in columns)
         if context is not None and longest > context:
             raise ValueError(
                 f"the longest example of {source.name} has {longest} tokens, more than the model's context of "
                 f"{context} (max_position_embeddings): set data.max_length to {context} or less, and data.overlong to "
-                "drop or truncate"
+                "drop or truncate (the same goes for data.max_target_length)"
             )
+
+
+def context_of(skeleton: PreTrainedModel) -> int | None:
+    """Tokens of the longest row that the model has positions for; None where there is no bound.
+
+    Models of the RoBERTa family count from behind their padding token, so that some positions are never used.
+    """
+    context = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
+    for name, module in skeleton.named_modules():
+        unused = getattr(module, "padding_idx", None)
+        if context is not None and name.endswith("position_embeddings") and unused is not None:
+            return int(context - unused - 1)
+    return context
 
 
 def build_schedule(config: RunConfig, num_layers: int, total_steps: int) -> BudgetSchedule:

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from torch import nn
 
 from dora_dist.adapter_config import ALL_LINEAR
+from dora_dist.head import belongs_to, head_modules
 
 
 def resolve_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
-    """Full names of the linear layers that a specification means, sorted.
+    """Full names of the linear layers that a specification means, sorted; never the output head, nor any layer of a
+    head that is trained as a whole.
 
     Args:
         model: the base model; quantized linear layers (bitsandbytes) count as linear.
-        target_modules: ``all-linear`` (every linear layer but the output head), a regular expression that must match
+        target_modules: ``all-linear`` (every linear layer), a regular expression that must match
             a full module name, or a list of names or name endings such as ``q_proj``.
 
     Raises:
@@ -21,8 +23,11 @@ def resolve_targets(model: nn.Module, target_modules: str | Sequence[str]) -> li
             there is.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    trained = head_modules(model)
     linears = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and not belongs_to(name, trained)
     }
     if isinstance(target_modules, str):
         if target_modules == ALL_LINEAR:

@@ -94,12 +94,12 @@ def train(config: "RunConfig", notice: PreemptionNotice, watch: "Watch", launche
         say(remark)
 
     with agreement.together("loading the model"):
-        model = build.load_model(config, state.device, settled.tokenizer)
+        model = build.load_model(config, state.device, settled.tokenizer, settled.data.labels)
         controller = build.build_controller(config, model, agreement, settled.budget.schedule)
     stop_before_training(notice, agreement)
     build.check_same_on_all_ranks(agreement, settled.fingerprint, model)
     run_records = records.RunRecords(run, writes=state.is_main_process)
-    evaluator = build.build_evaluator(config, settled, agreement)
+    evaluator = build.build_evaluator(config, settled, agreement, model)
     trainer = build.build_trainer(
         config,
         settled,

@@ -13,6 +13,7 @@ from dora_dist import backbone, records
 from dora_dist.checkpoint import checkpoints, flaw_of
 from dora_dist.config import RunConfig, load_config
 from dora_dist.quantization import dequantized_weight
+from dora_dist.tasks import CAUSAL_LM, TASKS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +106,11 @@ def open_run(run: Path, checkpoint: str | None = None) -> TrainedRun:
     """
     adapter = find_adapter(run, checkpoint)
     config = load_config(run / records.CONFIG)
+    if config.task != CAUSAL_LM:
+        raise ValueError(
+            f"{run} was trained with task {config.task}, and this command is for {CAUSAL_LM}. Its adapter is plain "
+            f"LoRA: PeftModel.from_pretrained(base, {str(adapter)!r}), where base is of {TASKS[config.task].auto_class}"
+        )
     dtype = backbone.resolve_compute_dtype(config.model.compute_dtype)
     data: dict[str, Any] = {}
     if (run / records.RUN).is_file():

@@ -22,6 +22,7 @@ from dora_dist.command import say
 from dora_dist.controller import DynamicRankController
 from dora_dist.engine import SkippedSteps
 from dora_dist.evaluation import Evaluator
+from dora_dist.objective import RowLosses
 from dora_dist.preemption import PreemptionNotice
 from dora_dist.records import RunRecords
 from dora_dist.shards import OptimizerShards
@@ -55,6 +56,7 @@ class DynamicLoraTrainer(Trainer):
         keep_last: complete checkpoints to keep.
         skip_policy: for steps whose loss or gradients are not finite.
         fingerprint: what a run that resumes from this one's checkpoints must have in common with it.
+        row_losses: of a task with one target a row; None where the model's own loss is taken, over tokens.
 
     Attributes:
         preempted: whether training ended before its last step, with a checkpoint, because a rank was told to stop.
@@ -66,7 +68,7 @@ class DynamicLoraTrainer(Trainer):
         controller: DynamicRankController,
         agreement: Agreement,
         records: RunRecords,
-        evaluator: Evaluator | None,
+        evaluator: Evaluator[Any] | None,
         notice: PreemptionNotice,
         row_lengths: np.ndarray,
         rows_per_epoch: int,
@@ -77,11 +79,19 @@ class DynamicLoraTrainer(Trainer):
         keep_last: int,
         skip_policy: SkipPolicy,
         fingerprint: Mapping[str, Any],
+        row_losses: RowLosses | None = None,
         **kwargs: Any,
     ) -> None:
         # Of its own evaluation, which :meth:`evaluate` replaces, the Trainer only wants to know that there are data.
         super().__init__(eval_dataset=None if evaluator is None else evaluator.sources, **kwargs)
-        if not self.model_accepts_loss_kwargs:
+        self.row_losses = row_losses
+        if row_losses is not None:
+            # The mean over the rows of a micro-batch, all of which have the same number of them, divided by the
+            # accumulation steps like the penalty (in compute_loss); the ranks' mean is taken by the engine.
+            self.model_accepts_loss_kwargs, self.loss_is_scaled_for_ga = False, True
+        elif self.compute_loss_func is not None:
+            self.model_accepts_loss_kwargs = False  # the Trainer counts for the function, and must not tell the model
+        elif not self.model_accepts_loss_kwargs:
             raise ValueError(
                 f"the model class {type(self.model.get_base_model()).__name__} does not take num_items_in_batch, so "
                 "that its loss would depend on the number of ranks and on gradient accumulation"
@@ -142,7 +152,11 @@ class DynamicLoraTrainer(Trainer):
     ) -> Any:
         """Task loss plus the penalty. The penalty enters once per optimizer step, whatever the accumulation: each of
         the micro-batches carries its share, and the mean over the ranks leaves it as it is."""
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if self.row_losses is None:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        else:
+            outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+            loss = self.row_losses(outputs, inputs).mean() / self.current_gradient_accumulation_steps
         if self.model.training:
             penalty = self.controller.penalty() if self.equilibrium_weight else None
             if penalty is not None:
@@ -153,7 +167,7 @@ class DynamicLoraTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Held-out loss and exact match by :class:`~dora_dist.evaluation.Evaluator`, logged as ``eval_*``."""
+        """Held-out loss and metrics by an :class:`~dora_dist.evaluation.Evaluator`, logged as ``eval_*``."""
         assert self.evaluator is not None, "evaluation was asked for without held-out data"
         metrics = {f"eval_{name}": value for name, value in self.evaluator(self.model).items()}
         self.log(dict(metrics))
@@ -312,7 +326,7 @@ class DynamicLoraTrainer(Trainer):
     def _restore(self, folder: Path) -> None:
         assert self.shards is not None
         with self.agreement.together(f"loading {folder}"), checkpoint.plain_values_only(folder):
-            checkpoint.load_adapter_parameters(folder, self.controller.layers)
+            checkpoint.load_adapter_parameters(folder, self.controller)
             self.shards.load(folder, read_method_state(folder)["step"])
             self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
             for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
@@ -334,7 +348,7 @@ class DynamicLoraTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """The adapter that a checkpoint holds for PEFT is folded; training goes on with the unfolded one."""
-        checkpoint.load_adapter_parameters(Path(resume_from_checkpoint), self.controller.layers)
+        checkpoint.load_adapter_parameters(Path(resume_from_checkpoint), self.controller)
 
 
 class _MethodCallback(TrainerCallback):

@@ -109,7 +109,11 @@ def check_prepared(agreement: Agreement, trainer: Any, engine: str, dtype: torch
         failures.append(f"distributed.engine is {engine}, but the model is wrapped by {found}{hint}")
     elif engine == "zero2":
         failures += _deepspeed_mismatches(wrapped, trainer.args)
-    wrong = {name: p.dtype for name, p in trainer.model.named_parameters() if ".lora_" in name and p.dtype != dtype}
+    wrong = {
+        name: p.dtype
+        for name, p in trainer.model.named_parameters()
+        if (".lora_" in name or ".modules_to_save." in name) and p.dtype != dtype
+    }
     if wrong:
         name, found = next(iter(wrong.items()))
         failures.append(f"adapter.dtype is {dtype}, but {len(wrong)} adapter parameters such as {name} are {found}")

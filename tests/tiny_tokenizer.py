@@ -21,3 +21,15 @@ def word_tokenizer(text: str, template: str = "<s> $A", **special: str | None) -
     ids = [(token, words.index(token)) for token in ("<s>", "</s>")]
     tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{**SPECIAL, **special})
+
+
+def word_pair_tokenizer(
+    text: str, template: str = "<s> $A </s> $B:1 </s>:1", **special: str | None
+) -> PreTrainedTokenizerFast:
+    """One that also takes pairs of texts, and ends what it is given; ``template`` is that of a pair."""
+    tokenizer = word_tokenizer(text, **special)
+    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair=template, special_tokens=ids
+    )
+    return tokenizer

@@ -29,6 +29,7 @@ from dora_dist.events import PruneEvent
 from dora_dist.folding import write_lora_adapter
 from dora_dist.preemption import PreemptionNotice
 from dora_dist.schedule import BudgetSchedule
+from dora_dist.tasks import CAUSAL_LM
 
 if TYPE_CHECKING:
     from dora_dist.config import RunConfig
@@ -48,9 +49,12 @@ def train_adalora(config: "RunConfig", own: Mapping[str, Any], notice: Preemptio
         notice: of this process's preemption.
 
     Raises:
+        ValueError: the task is another one than causal language modelling.
         ExpectedRunError: the adapter is not finite, or AdaLoRA kept more than its budget.
         PreemptedError: the process was told to stop.
     """
+    if config.task != CAUSAL_LM:
+        raise ValueError(f"task is {config.task}, but AdaLoRA is compared on {CAUSAL_LM} only: leave it out of methods")
     tokenizer, data = build_data.read_data(config)
     device = world.connect("none", config.distributed.timeout_minutes).device
     settled = settle.settle(config, tokenizer, data)
@@ -80,7 +84,7 @@ def train_adalora(config: "RunConfig", own: Mapping[str, Any], notice: Preemptio
         model=model,
         args=arguments,
         train_dataset=build.PlannedRows(settled.data.examples(), settled.plan),
-        data_collator=build.build_collator(config.data.batching, model, settled.tokenizer),
+        data_collator=build.build_collator(config, model, settled.tokenizer),
         processing_class=settled.tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
@@ -105,7 +109,7 @@ def train_adalora(config: "RunConfig", own: Mapping[str, Any], notice: Preemptio
         num_parameters=sum(a.numel() + b.numel() for a, b in factors.values()),
     )
     run_records.event(event)
-    evaluator = build.build_evaluator(config, settled, Agreement(device))
+    evaluator = build.build_evaluator(config, settled, Agreement(device), model)
     assert evaluator is not None, "a cell has held-out data"
     run_records.metrics(steps, {f"eval_{name}": value for name, value in evaluator(TaskLoss(model)).items()})
     write_lora_adapter(run / "adapter", factors, base.config.name_or_path or None)

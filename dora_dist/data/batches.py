@@ -1,17 +1,19 @@
 """From a plan to the tensors of a batch."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils import data
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerBase
 
 from dora_dist.data.encode import IGNORED, labels_of
 from dora_dist.data.plan import TrainingPlan
 
-Example = dict[str, list[int]]
+Example = dict[str, Any]
 Collator = Callable[[Sequence[list[Example]]], dict[str, Any]]
 
 
@@ -20,23 +22,71 @@ def as_example(row: Mapping[str, Any]) -> Example:
     return {"input_ids": row["input_ids"], "labels": labels_of(row["input_ids"], row["spans"])}
 
 
+@dataclass(frozen=True)
+class Reader:
+    """How a stored row becomes an example.
+
+    Attributes:
+        columns: that it needs.
+        read: from the row to what a collator takes.
+    """
+
+    columns: Sequence[str]
+    read: Callable[[Mapping[str, Any]], Example]
+
+
+TRAINED_TOKENS = Reader(("input_ids", "spans"), as_example)
+
+
+def labelled(labels: Sequence[str] | None) -> Reader:
+    """Of rows of :class:`~dora_dist.data.labelled.LabelledEncoder`.
+
+    Args:
+        labels: names of the classes in the order of their numbers; None where labels are numbers themselves.
+    """
+    numbers = None if labels is None else {name: number for number, name in enumerate(labels)}
+
+    def read(row: Mapping[str, Any]) -> Example:
+        label = float(row["label"]) if numbers is None else numbers[row["label"]]
+        return {"input_ids": row["input_ids"], "token_type_ids": row["token_type_ids"], "labels": label}
+
+    return Reader(("input_ids", "token_type_ids", "label"), read)
+
+
+def _answer_span(row: Mapping[str, Any]) -> Example:
+    return {
+        "input_ids": row["input_ids"],
+        "token_type_ids": row["token_type_ids"],
+        "labels": [row["start"], row["end"]],
+    }
+
+
+ANSWER_SPANS = Reader(("input_ids", "token_type_ids", "start", "end"), _answer_span)
+"""Of rows of :class:`~dora_dist.data.answers.QuestionEncoder`: the labels are the answer's first and last token."""
+
+TARGETS = Reader(("input_ids", "labels"), dict)
+"""Of rows of :class:`~dora_dist.data.summaries.SummaryEncoder`."""
+
+
 class PlannedRows(data.Dataset[list[Example]]):
     """The rows of a plan, by number; every row is the list of its examples.
 
     Args:
-        examples: with columns ``input_ids`` and ``spans``.
+        examples: with the columns of ``reader``.
         plan: of the run.
+        reader: of an example.
     """
 
-    def __init__(self, examples: Dataset, plan: TrainingPlan) -> None:
-        self.examples = examples.select_columns(["input_ids", "spans"])
+    def __init__(self, examples: Dataset, plan: TrainingPlan, reader: Reader = TRAINED_TOKENS) -> None:
+        self.examples = examples.select_columns(list(reader.columns))
         self.plan = plan
+        self.reader = reader
 
     def __len__(self) -> int:
         return self.plan.num_rows
 
     def __getitem__(self, number: int) -> list[Example]:
-        return [as_example(self.examples[int(index)]) for index in self.plan.row(number)]
+        return [self.reader.read(self.examples[int(index)]) for index in self.plan.row(number)]
 
 
 class PaddedCollator:
@@ -53,6 +103,63 @@ class PaddedCollator:
         """``input_ids``, ``attention_mask`` and ``labels``, int64, shape (rows, longest)."""
         examples = [example for (example,) in rows]
         return dict(self._pad([{**example, "attention_mask": [1] * len(example["input_ids"])} for example in examples]))
+
+
+class LabelledCollator:
+    """One example a row, padded on the right to the longest, with a label, or two, for the row as a whole.
+
+    Args:
+        tokenizer: with a padding token.
+        with_types: whether the model is told which sentence a token belongs to.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, with_types: bool) -> None:
+        self._fillings = {"input_ids": tokenizer.pad_token_id}
+        if with_types:
+            self._fillings["token_type_ids"] = tokenizer.pad_token_type_id
+
+    def __call__(self, rows: Sequence[list[Example]]) -> dict[str, torch.Tensor]:
+        """``input_ids``, ``attention_mask``, perhaps ``token_type_ids``, int64, shape (rows, longest), and ``labels``:
+        shape (rows,), int64 for classes and float32 for numbers; of spans (rows, 2), int64."""
+        examples = [example for (example,) in rows]
+        batch = {name: _padded(examples, name, filling) for name, filling in self._fillings.items()}
+        batch["attention_mask"] = _mask(examples)
+        batch["labels"] = torch.tensor([example["labels"] for example in examples])
+        return batch
+
+
+class TargetCollator:
+    """One example a row for a model with an encoder and a decoder, both sides padded on the right to their longest.
+
+    Args:
+        tokenizer: with a padding token.
+        decoder_inputs: what the decoder reads where it is to write given labels: the model's own way to shift them.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, decoder_inputs: Callable[[torch.Tensor], torch.Tensor]):
+        self._pad_id = tokenizer.pad_token_id
+        self._decoder_inputs = decoder_inputs
+
+    def __call__(self, rows: Sequence[list[Example]]) -> dict[str, torch.Tensor]:
+        """``input_ids`` and ``attention_mask``, shape (rows, longest document); ``labels`` and ``decoder_input_ids``,
+        shape (rows, longest summary). All int64."""
+        examples = [example for (example,) in rows]
+        labels = _padded(examples, "labels", IGNORED)
+        return {
+            "input_ids": _padded(examples, "input_ids", self._pad_id),
+            "attention_mask": _mask(examples),
+            "decoder_input_ids": self._decoder_inputs(labels),
+            "labels": labels,
+        }
+
+
+def _padded(examples: Sequence[Example], name: str, filling: int) -> torch.Tensor:
+    return pad_sequence([torch.tensor(example[name]) for example in examples], True, filling)
+
+
+def _mask(examples: Sequence[Example]) -> torch.Tensor:
+    lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+    return (torch.arange(int(lengths.max())) < lengths[:, None]).long()
 
 
 class PackedCollator:

@@ -2,13 +2,15 @@
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from hashlib import blake2b
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
+from datasets import List, Value
 from transformers import PreTrainedTokenizerBase
 
 from dora_dist.data.chat import NO_TEXT, ChatRenderer, control_pattern
@@ -21,7 +23,15 @@ IGNORED = -100
 
 IDS_ONLY = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
 """A third of the time would go into masks that nobody reads; lengths are checked here, not by the tokenizer."""
-COLUMNS = ("input_ids", "spans", "answer", "removed", "key", "place", "status", "note", "trimmed")
+BOOKKEEPING = {
+    "removed": Value("int32"),
+    "key": Value("int64"),
+    "place": Value("string"),
+    "status": Value("int8"),
+    "note": Value("string"),
+    "trimmed": Value("int32"),
+}
+"""Columns that examples of every kind have beside their own."""
 
 
 class UnusableRowError(ValueError):
@@ -49,6 +59,9 @@ class EncodingRules:
         max_length: longest example in tokens.
         overlong: ``error``, ``drop`` or ``truncate``.
         bad_rows: ``error`` or ``skip``.
+        labels: ``classes`` or ``regression``.
+        stride: tokens of a context that neighbouring windows share (questions).
+        max_target_length: longest summary in tokens.
     """
 
     format: str
@@ -59,6 +72,9 @@ class EncodingRules:
     max_length: int = 2048
     overlong: str = "error"
     bad_rows: str = "error"
+    labels: str = "classes"
+    stride: int = 128
+    max_target_length: int = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,23 +138,29 @@ def _without_end(ids: list[int], end: int | None) -> list[int]:
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
-class Encoder:
+P = TypeVar("P")
+E = TypeVar("E")
+
+
+class RowEncoder(ABC, Generic[P, E]):
     """Turns rows into examples, many at a time; the same rows give the same examples in any process.
 
+    A row is parsed to a sample, which becomes one part or several; the parts of many rows are encoded together, and
+    each is made to fit.
+
     Args:
-        tokenizer: with an end-of-sequence token.
+        tokenizer: of the model.
         rules: see there.
 
-    Raises:
-        ValueError: the tokenizer has no end token, or the chat template cannot be used.
+    Attributes:
+        columns: what an example consists of, with the types of its columns; ``input_ids`` is one of them.
     """
 
+    columns: ClassVar[dict[str, Any]]
+
     def __init__(self, tokenizer: PreTrainedTokenizerBase, rules: EncodingRules) -> None:
-        if tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer has no end-of-sequence token, so the model could not learn where to stop")
         self.tokenizer = tokenizer
         self.rules = rules
-        self.renderer = ChatRenderer(tokenizer, rules.template) if rules.template is not None else None
         self._control = control_pattern(tokenizer)
 
     def __call__(self, batch: Mapping[str, list[str]]) -> dict[str, list[Any]]:
@@ -148,42 +170,85 @@ class Encoder:
             batch: columns ``place``, ``json``, ``flaw`` of :class:`~dora_dist.data.read.RawRow`.
 
         Returns:
-            Columns of examples, with one line too for each row that became none: ``input_ids``, ``spans``, ``answer``,
-            ``removed`` and ``key`` (see :class:`Encoded`; a hash of ids and spans), ``place``, ``status``, ``note``,
-            and ``trimmed`` (messages left out after the assistant's last).
+            Columns of examples, with one line too for each row that became none: :attr:`columns`, and ``removed``
+            (tokens that were cut off), ``key`` (a hash of the example), ``place``, ``status``, ``note``, ``trimmed``
+            (messages left out after the assistant's last).
 
         Raises:
             UnusableRowError: a row cannot be used, under the policy ``error``.
         """
-        columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
-        found: list[tuple[str, _Part | str]] = []  # a part, or what is wrong with the row
+        columns: dict[str, list[Any]] = {name: [] for name in (*self.columns, *BOOKKEEPING)}
+        found: list[tuple[str, P | RowFlaw]] = []
         for place, text, flaw in zip(batch["place"], batch["json"], batch["flaw"], strict=True):
             try:
                 found += [(place, part) for part in self._parts(self._parse(text, flaw))]
             except RowFlaw as error:
                 if self.rules.bad_rows == "error":
                     raise UnusableRowError(f"{place}: {error}; mend it, or set data.bad_rows to skip") from None
-                found.append((place, str(error)))
-        encoded = iter(self._encode([part for _, part in found if isinstance(part, _Part)]))
+                found.append((place, error))
+        encoded = iter(self._encode([part for _, part in found if not isinstance(part, RowFlaw)]))
         for place, part in found:
-            if isinstance(part, _Part):
-                example, status, note = self._fit(part, next(encoded), place)
+            if isinstance(part, RowFlaw):
+                example, status, note = None, Status.BAD, str(part)
             else:
-                example, status, note = None, Status.BAD, part
-            example = example or Encoded([], [], "")
-            sample = part.sample if isinstance(part, _Part) else None
-            columns["input_ids"].append(example.ids)
-            columns["spans"].append(example.spans)
-            columns["answer"].append(example.answer)
-            columns["removed"].append(example.num_removed)
-            columns["key"].append(_key(example))
+                example, status, note = self._fit(part, next(encoded), place)
+            content = self._content(example)
+            for name, value in content.items():
+                columns[name].append(value)
+            columns["key"].append(_key(self._hashed(content)))
             columns["place"].append(place)
             columns["status"].append(int(status))
             columns["note"].append(note)
-            columns["trimmed"].append(sample.num_trimmed if isinstance(sample, Chat) else 0)
+            columns["trimmed"].append(0 if isinstance(part, RowFlaw) else self._num_trimmed(part))
         return columns
 
-    def _parse(self, text: str, flaw: str) -> Sample:
+    @abstractmethod
+    def _parts(self, sample: Any) -> list[P]:
+        """What is encoded of a sample.
+
+        Raises:
+            RowFlaw: it cannot be used.
+        """
+
+    @abstractmethod
+    def _encode(self, parts: Sequence[P]) -> Sequence[E]:
+        """Examples of parts, without a look at their length."""
+
+    @abstractmethod
+    def _fit(self, part: P, example: E, place: str) -> tuple[E | None, Status, str]:
+        """The example within ``max_length`` as the policy for longer ones wants it, and why it is not there."""
+
+    @abstractmethod
+    def _content(self, example: E | None) -> dict[str, Any]:
+        """Values of :attr:`columns`, and ``removed``; empty ones for None."""
+
+    @abstractmethod
+    def _hashed(self, content: Mapping[str, Any]) -> bytes:
+        """What makes the example the one it is."""
+
+    def _num_trimmed(self, part: P) -> int:
+        return 0
+
+    def _too_long(self, length: int, place: str, rule: str = "max_length") -> str:
+        """Note on an example that is longer than a rule allows.
+
+        Raises:
+            UnusableRowError: under the policy ``error``.
+        """
+        note = f"{length} tokens, more than data.{rule} {getattr(self.rules, rule)}"
+        if self.rules.overlong == "error":
+            raise UnusableRowError(
+                f"{place} has {note}: raise it, or set data.overlong to drop or truncate (what the tokens are: "
+                "python -m dora_dist.preview)"
+            )
+        return note
+
+    def _parse(self, text: str, flaw: str) -> Any:
+        """The sample that a row describes.
+
+        Raises:
+            RowFlaw: it describes none.
+        """
         if flaw:
             raise RowFlaw("", flaw)
         try:
@@ -195,9 +260,56 @@ class Encoder:
         if not isinstance(row, dict):
             raise RowFlaw("", f"must be an object with named fields, got {text[:80]}")
         try:
-            sample = FORMATS[self.rules.format].parse(rename_fields(row, self.rules.fields))
+            return FORMATS[self.rules.format].parse(rename_fields(row, self.rules.fields))
         except RowFlaw as error:
             raise RowFlaw(self.rules.fields.get(error.field, error.field), error.reason) from None
+
+    def _check_controls(self, name: str, text: str) -> None:
+        if found := self._control.search(text):
+            raise RowFlaw(self.rules.fields.get(name, name), f"holds the control token {found[0]!r}, {NO_TEXT}")
+
+
+class Encoder(RowEncoder[_Part, Encoded]):
+    """Text for a causal language model, of which some tokens are trained.
+
+    Args:
+        tokenizer: with an end-of-sequence token.
+        rules: see there.
+
+    Raises:
+        ValueError: the tokenizer has no end token, or the chat template cannot be used.
+    """
+
+    columns: ClassVar[dict[str, Any]] = {
+        "input_ids": List(Value("int32")),
+        "spans": List(Value("int32")),
+        "answer": Value("string"),
+    }
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rules: EncodingRules) -> None:
+        super().__init__(tokenizer, rules)
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no end-of-sequence token, so the model could not learn where to stop")
+        self.renderer = ChatRenderer(tokenizer, rules.template) if rules.template is not None else None
+
+    def _content(self, example: Encoded | None) -> dict[str, Any]:
+        example = example or Encoded([], [], "")
+        return {
+            "input_ids": example.ids,
+            "spans": example.spans,
+            "answer": example.answer,
+            "removed": example.num_removed,
+        }
+
+    def _hashed(self, content: Mapping[str, Any]) -> bytes:
+        ids, spans = content["input_ids"], content["spans"]
+        return np.array([len(ids), *ids, *spans], dtype=np.int64).tobytes()
+
+    def _num_trimmed(self, part: _Part) -> int:
+        return part.sample.num_trimmed if isinstance(part.sample, Chat) else 0
+
+    def _parse(self, text: str, flaw: str) -> Sample:
+        sample: Sample = super()._parse(text, flaw)
         if isinstance(sample, Instruction):
             for name, part in (("instruction", sample.instruction), ("input", sample.context)):
                 self._check_controls(name, part)
@@ -210,10 +322,6 @@ class Encoder:
         if isinstance(sample, Instruction):
             return sample.as_chat() if self.rules.as_chat else sample
         return sample
-
-    def _check_controls(self, name: str, text: str) -> None:
-        if found := self._control.search(text):
-            raise RowFlaw(self.rules.fields.get(name, name), f"holds the control token {found[0]!r}, {NO_TEXT}")
 
     def _parts(self, sample: Sample) -> list[_Part]:
         """A conversation is rendered; one whose earlier turns the template rewrites becomes a part for every answer."""
@@ -292,12 +400,7 @@ class Encoder:
         most = self.rules.max_length
         if len(example.ids) <= most:
             return example, Status.KEPT, ""
-        note = f"{len(example.ids)} tokens, more than data.max_length {most}"
-        if self.rules.overlong == "error":
-            raise UnusableRowError(
-                f"{place} has {note}: raise it, or set data.overlong to drop or truncate (what the tokens are: "
-                "python -m dora_dist.preview)"
-            )
+        note = self._too_long(len(example.ids), place)
         if self.rules.overlong == "truncate":
             shorter = self._shorten(part.sample, example)
             if shorter is not None:
@@ -326,7 +429,6 @@ class Encoder:
         return replace(example, num_removed=whole - len(example.ids))
 
 
-def _key(example: Encoded) -> int:
-    """A hash of ids and spans: the same for the same example, wherever it comes from."""
-    content = np.array([len(example.ids), *example.ids, *example.spans], dtype=np.int64).tobytes()
+def _key(content: bytes) -> int:
+    """The same for the same content, wherever it comes from."""
     return int.from_bytes(blake2b(content, digest_size=8).digest(), "little", signed=True)

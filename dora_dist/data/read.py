@@ -21,6 +21,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dora_dist.data.squad_file import is_squad_file, squad_rows
+
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
@@ -49,6 +51,7 @@ class Location:
         revision: commit or tag on the Hub.
         limit: rows to read at most, or None.
         columns: names of the columns of tables whose first line does not give them; empty where it does.
+        quotes: whether a quotation mark at the start of a table's field encloses the field.
     """
 
     files: tuple[Path, ...] = ()
@@ -58,6 +61,7 @@ class Location:
     revision: str | None = None
     limit: int | None = None
     columns: tuple[str, ...] = ()
+    quotes: bool = True
 
     def rows(self) -> Iterator[RawRow]:
         """All rows in order, read as they are asked for.
@@ -66,13 +70,15 @@ class Location:
             ValueError: a file cannot be read as what its name or its first character says it is.
         """
         parts = (
-            (read_file(file, self.split, self.columns) for file in self.files) if self.files else (self._hub_rows(),)
+            (read_file(file, self.split, self.columns, self.quotes) for file in self.files)
+            if self.files
+            else (self._hub_rows(),)
         )
         return itertools.islice(itertools.chain.from_iterable(parts), self.limit)
 
     def digest(self) -> str:
         """SHA-256 of the content: of all bytes of local files, of the commit on the Hub."""
-        digest = sha256(repr((self.hub, self.subset, self.split, self.limit, self.columns)).encode())
+        digest = sha256(repr((self.hub, self.subset, self.split, self.limit, self.columns, self.quotes)).encode())
         for file in self.files:
             for part in sorted(path for path in file.rglob("*") if path.is_file()) if file.is_dir() else [file]:
                 digest.update(repr(("".join(part.suffixes[-2:]).lower(), part.stat().st_size)).encode())
@@ -144,13 +150,14 @@ def _may_be_on_the_hub(pattern: str) -> bool:
     return not local and Path(pattern).suffix not in {".json", ".jsonl", ".gz", ".parquet", ".csv", ".tsv", ".arrow"}
 
 
-def read_file(file: Path, split: str = "train", columns: Sequence[str] = ()) -> Iterator[RawRow]:
+def read_file(file: Path, split: str = "train", columns: Sequence[str] = (), quotes: bool = True) -> Iterator[RawRow]:
     """The rows of one file or saved folder.
 
     Args:
         file: one that :func:`locate` has found.
         split: of a saved folder with several.
         columns: names of the columns of a table without a header line.
+        quotes: whether a quotation mark at the start of a table's field encloses the field.
 
     Raises:
         ValueError: it cannot be read.
@@ -163,7 +170,7 @@ def read_file(file: Path, split: str = "train", columns: Sequence[str] = ()) -> 
     elif kind == "arrow":
         yield from _dumped(_arrow(file), str(file))
     elif kind in ("csv", "tsv"):
-        yield from _table(file, "\t" if kind == "tsv" else ",", columns)
+        yield from _table(file, "\t" if kind == "tsv" else ",", columns, quotes)
     else:
         yield from _json_rows(file)
 
@@ -180,23 +187,33 @@ def _saved(folder: Path, split: str) -> Iterable[dict[str, Any]]:
     return saved[split]
 
 
-def _table(file: Path, separator: str, columns: Sequence[str]) -> Iterator[RawRow]:
+def _table(file: Path, separator: str, columns: Sequence[str], quotes: bool) -> Iterator[RawRow]:
     """A table as it is written: pandas makes numbers and dates of texts, nothing of ``NA``, shifts lines with too many
     fields and fills up those with too few."""
     csv.field_size_limit(1 << 31)
+    quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
 
     def opened() -> Any:
         return fsspec.open(str(file), "rt", compression="infer", encoding="utf-8-sig", newline="")
 
+    def read(stream: Any) -> Iterator[list[str]]:
+        try:
+            yield from csv.reader(stream, delimiter=separator, strict=True, quoting=quoting)
+        except csv.Error as error:
+            hint = (
+                "; where quotation marks are characters like others (GLUE's tables), set quotes: false for the source"
+            )
+            raise csv.Error(f"{error}{hint if quotes else ''}") from None
+
     with _reading(file), opened() as stream:
-        first = next(csv.reader(stream, delimiter=separator, strict=True), [])
+        first = next(read(stream), [])
     names = list(columns) or first
     if not names or len(set(names)) < len(names):
         raise ValueError(f"{file}: the first line must name every column, each once, got {names}")
     if len(names) != len(first):
         raise ValueError(f"{file} has {len(first)} columns in its first line, but columns names {len(names)}: {names}")
     with _reading(file), opened() as stream:
-        lines = itertools.islice(csv.reader(stream, delimiter=separator, strict=True), 0 if columns else 1, None)
+        lines = itertools.islice(read(stream), 0 if columns else 1, None)
         filled = (line for line in lines if line)
         for number, line in enumerate(filled, start=1):
             place = f"{file}, row {number}"
@@ -245,16 +262,21 @@ def _name_type(value: object) -> dict[str, str]:
 
 
 def _json_rows(file: Path) -> Iterator[RawRow]:
-    """Elements of a JSON list, or lines of a JSONL file; told apart by their start, not by the file's name."""
+    """Elements of a JSON list, questions of one of SQuAD's own files, or lines of a JSONL file; told apart by their
+    start, not by the file's name."""
     with _reading(file):
         stream = fsspec.open(str(file), "rb", compression="infer").open()
     with stream, _reading(file):
-        start = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+        beginning = stream.read(4096)
+        start = beginning.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
         while not start and (more := stream.read(4096)):
             start = more.lstrip()[:1]
         stream.seek(0)
         if start == b"[":
             yield from _list_elements(stream.read(), file)
+        elif is_squad_file(beginning):
+            for place, row in squad_rows(stream.read()):
+                yield RawRow(f"{file}, {place}", json.dumps(row, ensure_ascii=False))
         else:
             yield from _lines(stream, file)
 

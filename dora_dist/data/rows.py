@@ -1,9 +1,12 @@
-"""The formats that rows are written in, and what is made of a row: a pair, a conversation or a document."""
+"""The formats that rows are written in, and what is made of a row: a pair, a conversation, a question and so on."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from dora_dist.tasks import CAUSAL_LM, TASKS
 
 ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
@@ -93,6 +96,51 @@ class Document:
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question about a text, whose answers are parts of that text.
+
+    Attributes:
+        question: what is asked.
+        context: the text to find the answer in.
+        answers: the answers that count as right; the first is the one to learn. Empty where the text has no answer.
+        starts: of each answer, its first character in the context.
+    """
+
+    question: str
+    context: str
+    answers: tuple[str, ...]
+    starts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A text with the summary that is wanted.
+
+    Attributes:
+        document: what is given to the encoder.
+        summary: what the decoder should write.
+    """
+
+    document: str
+    summary: str
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """One sentence, or two, with the label that is wanted.
+
+    Attributes:
+        first: the sentence.
+        second: the other one of a pair, or None.
+        label: a class as it is written, or a number; see :func:`class_label` and :func:`number_label`.
+    """
+
+    first: str
+    second: str | None
+    label: str | int | float
+
+
 Sample = Pair | Instruction | Chat | Document
 
 
@@ -130,6 +178,46 @@ def _prompt_completion(row: Mapping[str, Any]) -> Sample:
 
 def _document(row: Mapping[str, Any]) -> Sample:
     return Document(_wanted(row, "text"))
+
+
+def _labelled(row: Mapping[str, Any]) -> Labelled:
+    second = None if row.get("sentence2") is None else _text(row, "sentence2")
+    label = row.get("label")
+    if not isinstance(label, str | int | float):
+        raise RowFlaw("label", "is missing" if "label" not in row else f"must be text or a number, got {_short(label)}")
+    return Labelled(_wanted(row, "sentence1"), second, label)
+
+
+def class_label(label: str | int | float) -> str:
+    """The name of a class: text without white space around it, or a whole number.
+
+    Raises:
+        RowFlaw: it is none.
+    """
+    if isinstance(label, float):
+        raise RowFlaw(
+            "label",
+            f"must name a class, by text or a whole number, got {label}; for numbers set data.labels to regression",
+        )
+    name = str(label).strip()
+    if not name:
+        raise RowFlaw("label", "is empty, so that there is nothing to learn from it")
+    return name
+
+
+def number_label(label: str | int | float) -> float:
+    """The number that a label is, or says.
+
+    Raises:
+        RowFlaw: it is none, or not finite.
+    """
+    try:
+        number = math.nan if isinstance(label, bool) else float(label)
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise RowFlaw("label", f"must be a number, got {_short(label)}; for classes set data.labels to classes")
+    return number
 
 
 def _messages(row: Mapping[str, Any]) -> Sample:
@@ -190,6 +278,39 @@ def _tools(row: Mapping[str, Any]) -> list[Any] | None:
     return tools or None
 
 
+def _squad(row: Mapping[str, Any]) -> Question:
+    """As the Hub has SQuAD: ``answers`` is ``{text: [...], answer_start: [...]}``, two empty lists for no answer.
+
+    An ``answer_start`` that is off by one would train nonsense without a word: every answer must stand where it is said
+    to stand.
+    """
+    question, context = _wanted(row, "question"), _wanted(row, "context")
+    answers = row.get("answers")
+    if not isinstance(answers, dict) or not all(isinstance(answers.get(n), list) for n in ("text", "answer_start")):
+        raise RowFlaw(
+            "answers", f"must be {{text: [...], answer_start: [...]}}, with empty lists for none, got {_short(answers)}"
+        )
+    texts, starts = answers["text"], answers["answer_start"]
+    if len(texts) != len(starts):
+        raise RowFlaw("answers", f"has {len(texts)} texts, but {len(starts)} starts: every answer needs both")
+    for number, (text, start) in enumerate(zip(texts, starts, strict=True)):
+        if not isinstance(text, str) or not text.strip():
+            raise RowFlaw(f"answers.text[{number}]", f"must be text that is not empty, got {_short(text)}")
+        if type(start) is not int or start < 0:
+            raise RowFlaw(f"answers.answer_start[{number}]", f"must be a number of at least 0, got {_short(start)}")
+        found = context[start : start + len(text)]
+        if found != text:
+            raise RowFlaw(
+                f"answers.answer_start[{number}]",
+                f"is {start}, but the context has {_short(found)} there, not the answer {_short(text)}",
+            )
+    return Question(question, context, tuple(texts), tuple(starts))
+
+
+def _summary(row: Mapping[str, Any]) -> Summary:
+    return Summary(_wanted(row, "document"), _wanted(row, "summary"))
+
+
 @dataclass(frozen=True)
 class RowFormat:
     """A way to write rows.
@@ -202,7 +323,7 @@ class RowFormat:
 
     required: tuple[str, ...]
     optional: tuple[str, ...]
-    parse: Callable[[Mapping[str, Any]], Sample]
+    parse: Callable[[Mapping[str, Any]], Any]
 
 
 FORMATS = {
@@ -211,17 +332,26 @@ FORMATS = {
     "alpaca": RowFormat(("instruction", "output"), ("input",), _alpaca),
     "prompt_completion": RowFormat(("prompt", "completion"), (), _prompt_completion),
     "text": RowFormat(("text",), (), _document),
+    "classification": RowFormat(("sentence1", "label"), ("sentence2",), _labelled),
+    "squad": RowFormat(("question", "context", "answers"), (), _squad),
+    "summary": RowFormat(("document", "summary"), (), _summary),
 }
-"""By name; where a row fits several, the first one is meant."""
+"""By name; where a row fits several of a task, the first one is meant."""
 
 
-def tell_format(rows: Sequence[Mapping[str, Any]], where: str, fields: Mapping[str, str]) -> str:
+def tell_format(
+    rows: Sequence[Mapping[str, Any]],
+    where: str,
+    fields: Mapping[str, str],
+    formats: Sequence[str] = TASKS[CAUSAL_LM].formats,
+) -> str:
     """The format that the first rows of a source are written in.
 
     Args:
         rows: at least one.
         where: the source, for the message.
         fields: the format's name of a field -> the name that the rows have for it, where these differ.
+        formats: names of :data:`FORMATS` that it may be, those of the task.
 
     Raises:
         ValueError: the fields of the rows fit no format.
@@ -229,16 +359,19 @@ def tell_format(rows: Sequence[Mapping[str, Any]], where: str, fields: Mapping[s
     renamed = [rename_fields(row, fields) for row in rows]
     for by_value in (True, False):  # a table has all its columns in every row, empty ones too
         fields_found = [{name for name, value in row.items() if not by_value or value is not None} for row in renamed]
-        fitting = {name: sum(set(f.required) <= found for found in fields_found) for name, f in FORMATS.items()}
+        fitting = {name: sum(set(FORMATS[name].required) <= found for found in fields_found) for name in formats}
         most = next((name for name, count in fitting.items() if 2 * count >= len(rows)), None)
         if most or any(fitting.values()):
             return most or max(fitting, key=fitting.__getitem__)
     common = set.union(*map(set, renamed))
-    wanted = "; ".join(f"{name} needs {', '.join(layout.required)}" for name, layout in FORMATS.items())
+    wanted = "; ".join(f"{name} needs {', '.join(FORMATS[name].required)}" for name in formats)
+    others = [name for name, layout in FORMATS.items() if name not in formats and set(layout.required) <= common]
+    example = "{sentence1: text}" if "classification" in formats else "{prompt: question, completion: answer}"
+    hint = f"; they would be {others[0]}, which is for another task" if others else ""
     found = ", ".join(sorted(common)) or "that all of its first rows have: none"
     raise ValueError(
-        f"{where}: the fields {found} fit no known format ({wanted}); name yours in the fields of the source, such as "
-        "fields: {prompt: question, completion: answer}, and the columns of a table whose first line is no header"
+        f"{where}: the fields {found} fit no known format ({wanted}){hint}; name yours in the fields of the source, "
+        f"such as fields: {example}, and the columns of a table whose first line is no header"
     )
 
 

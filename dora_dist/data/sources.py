@@ -20,36 +20,32 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, Features, List, Value, disable_progress_bars, enable_progress_bars, load_from_disk
+from datasets import Dataset, Features, disable_progress_bars, enable_progress_bars, load_from_disk
 from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
 from dora_dist.command import say
-from dora_dist.data.encode import Encoder, EncodingRules, Status, UnusableRowError
+from dora_dist.data.answers import QuestionEncoder
+from dora_dist.data.encode import BOOKKEEPING, Encoder, EncodingRules, RowEncoder, Status, UnusableRowError
+from dora_dist.data.labelled import LabelledEncoder
 from dora_dist.data.read import Location, RawRow
+from dora_dist.data.summaries import SummaryEncoder
 
 MANIFEST = "prepared.json"
 LEFT_OUT = "left_out.jsonl"
 ROWS_AT_A_TIME = 1000
 LEAST_ROWS_PER_WORKER = 1000
 LEAST_TRAINED_SHARE = 0.01
+KEPT_BOOKKEEPING = ("removed", "key", "place")
 FIRST_ROWS = 20
 """From how many rows the format of a source is told."""
 
-EXAMPLE_FEATURES = Features(
-    {
-        "input_ids": List(Value("int32")),
-        "spans": List(Value("int32")),
-        "answer": Value("string"),
-        "removed": Value("int32"),
-        "key": Value("int64"),
-        "place": Value("string"),
-        "status": Value("int8"),
-        "note": Value("string"),
-        "trimmed": Value("int32"),
-    }
-)
-EXAMPLE_COLUMNS = ["input_ids", "spans", "answer", "removed", "key", "place"]
+ENCODERS: dict[str, type[RowEncoder[Any, Any]]] = {
+    "classification": LabelledEncoder,
+    "squad": QuestionEncoder,
+    "summary": SummaryEncoder,
+}
+"""What makes examples of the rows of a format; :class:`~dora_dist.data.encode.Encoder` of those that are not here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +58,12 @@ class SourceCounts:
         overlong: examples that were dropped because they were longer than ``max_length``.
         truncated: examples that were cut to fit.
         removed_tokens: tokens that were cut off.
-        split: rows that became several examples, since the chat template rewrites earlier turns.
+        split: rows that became several examples: the chat template rewrites earlier turns, or a context is longer
+            than a window.
         trimmed: conversations whose messages after the assistant's last were left out.
         examples: that are left.
         tokens: of the examples.
-        trained_tokens: tokens with a loss.
+        trained_tokens: tokens with a loss; all where the loss is not on tokens.
     """
 
     rows: int
@@ -86,8 +83,8 @@ class SourceCounts:
             f"skipped {self.bad} of {self.rows} rows that cannot be used": self.bad,
             f"dropped {self.overlong} examples that do not fit into data.max_length": self.overlong,
             f"truncated {self.truncated} examples by {self.removed_tokens} tokens in all": self.truncated,
-            f"made an example of every answer of {self.split} conversations, since the chat template rewrites earlier "
-            "turns": self.split,
+            f"made several examples of each of {self.split} rows (of every answer of a conversation, where the chat "
+            "template rewrites earlier turns; of every window of a long context)": self.split,
             f"left out the messages after the assistant's last one in {self.trimmed} conversations": self.trimmed,
         }
         return [text for text, count in said.items() if count]
@@ -101,8 +98,7 @@ class PreparedSource:
         name: of the source.
         folder: in the cache.
         format: what the rows were read as.
-        dataset: memory-mapped; ``input_ids`` and ``spans`` (see :class:`~dora_dist.data.encode.Encoded`), ``answer``,
-            ``removed``, ``key``, ``place``.
+        dataset: memory-mapped; the columns of the format's encoder (:data:`ENCODERS`), ``removed``, ``key``, ``place``.
         counts: what became of the rows.
         digest: SHA-256 over all examples in their order.
     """
@@ -130,9 +126,9 @@ class PreparedSource:
         return self.dataset.data.column("key").to_numpy()
 
 
-def list_lengths(dataset: Dataset) -> np.ndarray:
-    """Lengths of ``input_ids``, without reading the ids."""
-    chunks = dataset.data.column("input_ids").chunks
+def list_lengths(dataset: Dataset, column: str = "input_ids") -> np.ndarray:
+    """Lengths of the lists in a column, without reading what is in them."""
+    chunks = dataset.data.column(column).chunks
     return np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in chunks] or [[]]).astype(np.int64)
 
 
@@ -176,7 +172,7 @@ def prepare_source(
     Raises:
         ValueError: the data cannot be used.
     """
-    encoder = Encoder(tokenizer, rules)
+    encoder = ENCODERS.get(rules.format, Encoder)(tokenizer, rules)
     key = _cache_key(location, rules, tokenizer)
     folder = cache / f"{_file_name(name)}-{key[:20]}"
     if not (folder / MANIFEST).is_file():
@@ -230,7 +226,9 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return digest.hexdigest()
 
 
-def _prepare(name: str, location: Location, encoder: Encoder, folder: Path, key: str, workers: int) -> None:
+def _prepare(
+    name: str, location: Location, encoder: RowEncoder[Any, Any], folder: Path, key: str, workers: int
+) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.partial-", dir=folder.parent) as scratch:
         work = Path(scratch)
         rows = _store_rows(location, work / "rows.arrow")
@@ -245,7 +243,7 @@ def _prepare(name: str, location: Location, encoder: Encoder, folder: Path, key:
             first = examples[0]
             raise ValueError(f"{name}: none of {len(rows)} rows can be used; the first: {_reason(first)}")
         with _progress_bars():
-            kept.select_columns(EXAMPLE_COLUMNS).save_to_disk(str(finished))
+            kept.select_columns([*encoder.columns, *KEPT_BOOKKEEPING]).save_to_disk(str(finished))
         _list_left_out(examples, status, finished / LEFT_OUT)
         content = {
             "format": encoder.rules.format,
@@ -281,7 +279,9 @@ def _store_rows(location: Location, path: Path) -> Dataset:
     return Dataset.from_file(str(path))
 
 
-def _encode_rows(name: str, rows: Dataset, encoder: Encoder, work: Path, key: str, workers: int) -> Dataset:
+def _encode_rows(
+    name: str, rows: Dataset, encoder: RowEncoder[Any, Any], work: Path, key: str, workers: int
+) -> Dataset:
     say(f"{name}: encoding {len(rows)} rows with {workers} worker{'s' * (workers > 1)}", from_any_rank=True)
     try:
         with _progress_bars():
@@ -291,7 +291,7 @@ def _encode_rows(name: str, rows: Dataset, encoder: Encoder, work: Path, key: st
                 batch_size=ROWS_AT_A_TIME,
                 num_proc=workers if workers > 1 else None,
                 remove_columns=rows.column_names,
-                features=EXAMPLE_FEATURES,
+                features=Features({**encoder.columns, **BOOKKEEPING}),
                 cache_file_name=str(work / "examples.arrow"),
                 load_from_cache_file=False,
                 new_fingerprint=key[:32],
@@ -327,7 +327,7 @@ def _count(num_rows: int, examples: Dataset, status: np.ndarray) -> SourceCounts
         trimmed=int((columns["trimmed"] > 0).sum()),
         examples=int((status == Status.KEPT).sum()),
         tokens=tokens,
-        trained_tokens=_num_trained(examples),
+        trained_tokens=_num_trained(examples) if "spans" in examples.column_names else tokens,
     )
 
 

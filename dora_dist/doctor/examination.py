@@ -145,7 +145,7 @@ def checkpoint_bytes(config: "RunConfig") -> int | None:
     from dora_dist.targets import resolve_targets
 
     try:
-        skeleton = load_skeleton(config.model.path, config.model.trust_remote_code)
+        skeleton = load_skeleton(config.model.path, config.model.trust_remote_code, config.task)
         shape = read_shape(skeleton, resolve_targets(skeleton, config.adapter.target_modules))
     except ValueError:
         return None

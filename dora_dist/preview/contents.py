@@ -11,6 +11,7 @@ from dora_dist.preview.choice import Choice, Pool, build_pool, choose_examples
 from dora_dist.preview.course import Course, build_course
 from dora_dist.preview.figures import Bin, bins_of, describe_lengths, left_out, table_of
 from dora_dist.preview.tokens import Piece, split_tokens
+from dora_dist.tasks import CAUSAL_LM
 
 if TYPE_CHECKING:
     from dora_dist.build_data import RunData
@@ -112,6 +113,8 @@ def _read(config: RunConfig) -> tuple[RunConfig, Any, "RunData", str]:
     """
     from dora_dist.build_data import read_data
 
+    if config.task != CAUSAL_LM:
+        raise ValueError(f"task is {config.task}, but the preview shows the trained tokens of {CAUSAL_LM} only")
     try:
         return config, *read_data(config), ""
     except ValueError as error:

@@ -108,6 +108,15 @@ def prune_with_altered_adapter(odd_rank: int) -> None:
     controller.after_optimizer_step(2)
 
 
+def verify_altered_head(odd_rank: int) -> None:
+    head = {f"classifier.{kind}": nn.Parameter(torch.zeros(3)) for kind in ("bias", "weight")}
+    controller = make_controller(make_layers(), head=head)
+    controller.verify("the adapter at the start")
+    if dist.get_rank() == odd_rank:
+        head["classifier.weight"].data[1] = 1e-3
+    controller.verify("the adapter before the checkpoint")
+
+
 def prune_with_altered_mask(odd_rank: int) -> None:
     layers = make_layers()
     controller = make_controller(layers)

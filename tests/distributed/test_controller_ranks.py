@@ -55,3 +55,10 @@ def test_a_rank_that_cannot_score_makes_all_ranks_raise_and_is_named(world_size,
     for outcome in outcomes:
         assert f"failed on 1 of {world_size} ranks: rank {world_size - 1} ({NODE}): " in outcome.error
         assert reason in outcome.error
+
+
+def test_a_rank_with_an_altered_head_is_named_on_all_ranks():
+    outcomes = run_ranks(rank_functions.verify_altered_head, 2, 1)
+    assert {outcome.error_type for outcome in outcomes} == {"DisagreementError"}
+    assert all("first difference in classifier.weight of the head" in outcome.error for outcome in outcomes)
+    assert all("the adapter before the checkpoint" in outcome.error for outcome in outcomes)

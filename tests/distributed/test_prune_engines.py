@@ -20,7 +20,7 @@ def run(request, tmp_path_factory):
 
 def test_the_engine_is_the_real_one(run):
     engine, seen = run
-    expected = {"none": "DynamicLoraModel", "ddp": "DistributedDataParallel", "zero2": "DeepSpeedEngine"}[engine]
+    expected = {"none": "DynamicLoraForCausalLM", "ddp": "DistributedDataParallel", "zero2": "DeepSpeedEngine"}[engine]
     assert [value["engine"] for value in seen] == [expected] * len(seen)
 
 

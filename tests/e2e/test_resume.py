@@ -1,31 +1,15 @@
 """A run that was stopped and resumed is the run that was never stopped, bit for bit."""
 
-import json
-import shutil
-
 import pytest
 from commands import ZERO2, run, train
 from forked_run import log_of, start_run
 from ranks import wait_for_ranks
-from same_run import assert_same_run
-
-
-def stopped_at(step, reference, folder):
-    """A run folder as it was when ``reference`` had finished ``step``."""
-    stopped = folder / "run"
-    stopped.mkdir()
-    shutil.copytree(reference.run / f"checkpoint-{step}", stopped / f"checkpoint-{step}")
-    # The records go on a little further than the checkpoint, as those of a killed run do.
-    for name in ("metrics.jsonl", "allocation.jsonl"):
-        lines = (reference.run / name).read_text().splitlines(keepends=True)
-        kept = [line for line in lines if json.loads(line)["step"] <= step + 1]
-        (stopped / name).write_text("".join(kept) + '{"step": 99, "lo')
-    return stopped
+from same_run import assert_same_run, stopped_at
 
 
 @pytest.mark.parametrize("step", [3, 5, 9], ids=["before the first prune", "between prunes", "after the last prune"])
 def test_resume_is_bit_for_bit(step, reference, tmp_path):
-    resumed = stopped_at(step, reference, tmp_path)
+    resumed = stopped_at(step, reference.run, tmp_path)
     if step == 5:
         output = train(reference.config, "--output_dir", str(resumed)).output
     else:
@@ -36,7 +20,7 @@ def test_resume_is_bit_for_bit(step, reference, tmp_path):
 
 
 def test_another_method_is_not_continued(reference, tmp_path):
-    resumed = stopped_at(5, reference, tmp_path)
+    resumed = stopped_at(5, reference.run, tmp_path)
     finished = run(
         *ZERO2,
         *("-m", "dora_dist.train", "--config", str(reference.config), "--output_dir", str(resumed)),

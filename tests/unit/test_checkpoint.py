@@ -130,7 +130,7 @@ def test_the_state_of_the_method_comes_back_bit_for_bit(tmp_path):
     loaded = make_controller()
     for layer in loaded.layers.values():
         layer.lora_a.data.zero_()
-    checkpoint.load_adapter_parameters(tmp_path, loaded.layers)
+    checkpoint.load_adapter_parameters(tmp_path, loaded)
     checkpoint.load_method_state(tmp_path, loaded)
     assert loaded.step == 5
     assert loaded.events == saved.events

@@ -7,6 +7,7 @@ from repository import REPOSITORY
 
 from dora_dist.adapter_config import DynamicLoraConfig
 from dora_dist.config import RunConfig, load_config, parse_config, save_config
+from dora_dist.tasks import metrics_of
 from dora_dist.training_section import (
     DEFAULT_TRAINING_ARGUMENTS,
     OWNED_TRAINING_ARGUMENTS,
@@ -283,3 +284,50 @@ def test_sources_of_the_same_file_name_are_told_apart(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("output_dir: x\nmodel: {path: m}\ndata:\n  train: [a/x.jsonl, b/x.jsonl, c/x.jsonl]\n")
     assert [source.name for source in load_config(path).data.train_sources()] == ["x", "x-2", "x-3"]
+
+
+CLASSIFICATION = "task: sequence_classification\n"
+
+
+@pytest.mark.parametrize(
+    ("yaml", "options", "message"),
+    [
+        ("task: classification\n", (), "task"),
+        (
+            "",
+            ("--data.format", "classification"),
+            "classification is for the task sequence_classification, but task is",
+        ),
+        (CLASSIFICATION, ("--data.format", "text"), "text is for the task causal_lm, but task is sequence_class"),
+        ("", ("--data.labels", "regression"), "data.labels is regression, but task is causal_lm"),
+        (CLASSIFICATION, ("--data.batching", "packed"), "data.batching is packed, which is for the task causal_lm"),
+        (CLASSIFICATION, ("--data.train_on", "last"), "data.train_on is last, which is for the task causal_lm"),
+        (
+            CLASSIFICATION,
+            ("--data.eval", "x", "--evaluation.exact_match", "true"),
+            "evaluation.exact_match is true, which",
+        ),
+        (
+            CLASSIFICATION,
+            ("--evaluation.metrics", "[accurcy]"),
+            "'accurcy', but .* has accuracy, .*did you mean accuracy",
+        ),
+        (CLASSIFICATION, ("--evaluation.metrics", "[f1, f1]"), "'f1' twice"),
+        (
+            CLASSIFICATION,
+            ("--evaluation.metrics", "[matthews]", "--data.labels", "regression"),
+            "'matthews', but task sequence_classification with data.labels regression has pearson, spearman",
+        ),
+        ("", ("--evaluation.metrics", "[accuracy]"), "'accuracy', but task causal_lm has none"),
+    ],
+)
+def test_what_a_task_cannot_have_is_refused(load, yaml, options, message):
+    with pytest.raises(ValueError, match=message):
+        load(yaml, *options)
+
+
+def test_metrics_are_those_of_the_task_unless_chosen():
+    assert metrics_of("sequence_classification", "classes", None) == ("accuracy", "matthews")
+    assert metrics_of("sequence_classification", "regression", None) == ("pearson", "spearman")
+    assert metrics_of("sequence_classification", "classes", ["f1"]) == ("f1",)
+    assert metrics_of("causal_lm", "classes", None) == ()

@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
+from tiny_encoders import save_tiny_encoder, write_classification
 from tiny_run import tiny_tokenizer, write_config, write_rows
+from transformers import AutoModel
 
 from dora_dist import build, build_data, settle
 from dora_dist.backbone import load_skeleton
 from dora_dist.config import load_config
+from dora_dist.tasks import SEQUENCE_CLASSIFICATION as CLASSIFICATION
 from dora_dist.training_section import DEFAULT_TRAINING_ARGUMENTS, OWNED_TRAINING_ARGUMENTS
 
 
@@ -203,3 +206,23 @@ def test_an_example_beyond_the_models_context_is_refused(config):
             ValueError, match="longest example of long has 302 tokens, more than the model's context of 256"
         ):
             settled(load(config, *overrides))
+
+
+def test_roberta_has_fewer_positions_than_its_configuration_says(tmp_path):
+    for architecture, context in (("bert", 64), ("roberta", 63), ("llama", 64)):
+        skeleton = load_skeleton(str(save_tiny_encoder(tmp_path / architecture, architecture)), task=CLASSIFICATION)
+        assert settle.context_of(skeleton) == context
+    model = AutoModel.from_pretrained(tmp_path / "roberta")
+    model(input_ids=torch.full((1, 63), 7))
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        model(input_ids=torch.full((1, 64), 7))
+
+
+def test_f1_wants_two_classes_and_labels_belong_to_the_settings(tmp_path):
+    config = write_classification(tmp_path)
+    assert settled(load(config)).fingerprint["labels"] == ["not_same", "same"]
+    assert settled(load(config, "--evaluation.metrics", "[f1]")).fingerprint["task"] == CLASSIFICATION
+    table = tmp_path / "train.tsv"
+    table.write_text(table.read_text() + "60\tw1\tw2\tperhaps\n")
+    with pytest.raises(ValueError, match="f1, which is of the second of two classes, but there are 3: not_same, per"):
+        settled(load(config, "--evaluation.metrics", "[f1]"))

@@ -6,11 +6,14 @@ import re
 import pytest
 from byte_tokenizer import byte_tokenizer
 from repository import REPOSITORY
+from tiny_tokenizer import word_pair_tokenizer
 
 from dora_dist.config import load_config
 from dora_dist.data.chat import choose_template
 from dora_dist.data.encode import Encoder, EncodingRules
 from dora_dist.data.rows import FORMATS, tell_format
+from dora_dist.data.sources import ENCODERS
+from dora_dist.tasks import TASKS
 
 TEXT = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8")
 EXAMPLES = dict(re.findall(r"^### (\w+)\n.*?```jsonl\n(.*?)```", TEXT, re.DOTALL | re.MULTILINE))
@@ -23,10 +26,15 @@ def test_every_format_has_an_example():
 @pytest.mark.parametrize("name", FORMATS)
 def test_an_example_is_what_it_is_said_to_be(name):
     lines = EXAMPLES[name].splitlines()
-    assert tell_format([json.loads(line) for line in lines], "docs", {}) == name
-    tokenizer = byte_tokenizer("chatml")
-    rules = EncodingRules(format=name, template=choose_template(tokenizer).text)
-    columns = Encoder(tokenizer, rules)({"place": lines, "json": lines, "flaw": [""] * len(lines)})
+    formats = next((task.formats for task in TASKS.values() if name in task.formats), [name])
+    assert tell_format([json.loads(line) for line in lines], "docs", {}, formats) == name
+    if name in ENCODERS:
+        tokenizer = word_pair_tokenizer(EXAMPLES[name])
+        encoder = ENCODERS[name](tokenizer, EncodingRules(format=name))
+    else:
+        tokenizer = byte_tokenizer("chatml")
+        encoder = Encoder(tokenizer, EncodingRules(format=name, template=choose_template(tokenizer).text))
+    columns = encoder({"place": lines, "json": lines, "flaw": [""] * len(lines)})
     assert all(columns["input_ids"])
 
 

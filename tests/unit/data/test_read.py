@@ -553,3 +553,25 @@ def _peak(path: Path, num_rows: int) -> int:
     tracemalloc.stop()
     assert count == num_rows
     return arrow + python
+
+
+def test_quotation_marks_may_be_characters_like_others(tmp_path):
+    path = tmp_path / "glue.tsv"
+    path.write_text('\ufeffa\tb\n" x " y\t"z"\n\tx "y\n', encoding="utf-8")
+    rows = [json.loads(row.json) for row in locate(str(path), quotes=False).rows()]
+    assert rows == [{"a": '" x " y', "b": '"z"'}, {"a": "", "b": 'x "y'}]
+    with pytest.raises(ValueError, match=r"quotation marks are characters like others .* set quotes: false"):
+        list(locate(str(path)).rows())
+    assert locate(str(path)).digest() != locate(str(path), quotes=False).digest()
+
+
+@pytest.mark.parametrize("part", ["train", "dev"])
+@pytest.mark.parametrize("name", ["CoLA", "MRPC", "RTE", "SST-2", "STS-B"])
+def test_every_row_of_glue_is_read_as_it_stands(shared, name, part):
+    path = shared / f"data/glue/{name}/{part}.tsv"
+    lines = [line.split("\t") for line in path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")]
+    columns = ["source", "label", "star", "sentence"] if name == "CoLA" else []
+    names = columns or lines.pop(0)
+    found = [json.loads(row.json) for row in locate(str(path), columns=tuple(columns), quotes=False).rows()]
+    assert len(found) > 200
+    assert found == [dict(zip(names, line, strict=True)) for line in lines]

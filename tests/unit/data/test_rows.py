@@ -8,11 +8,14 @@ from dora_dist.data.rows import (
     Document,
     Instruction,
     Pair,
+    Question,
     RowFlaw,
+    Summary,
     alpaca_prompt,
     rename_fields,
     tell_format,
 )
+from dora_dist.tasks import TASKS
 
 ALPACA = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
 PAIR = {"prompt": "1 and 2 is", "completion": " 3"}
@@ -21,12 +24,20 @@ QUESTION, ANSWER = {"role": "user", "content": "1 and 2?"}, {"role": "assistant"
 MESSAGES = {"messages": [QUESTION, ANSWER]}
 SHAREGPT = {"conversations": [{"from": "human", "value": "1 and 2?"}, {"from": "gpt", "value": "3"}]}
 CALL = {"function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
+SQUAD = {
+    "question": "Who has a ball?",
+    "context": "Ann has a ball. Ann runs.",
+    "answers": {"text": ["Ann", "Ann"], "answer_start": [0, 16]},
+}
+SUMMARY = {"document": "Ann has a red ball and runs.", "summary": "Ann runs."}
 ROWS = {
     "messages": (MESSAGES, Chat([QUESTION, ANSWER])),
     "sharegpt": (SHAREGPT, Chat([QUESTION, ANSWER])),
     "alpaca": (ALPACA, Instruction("Add.", "1 and 2", "3")),
     "prompt_completion": (PAIR, Pair("1 and 2 is", " 3")),
     "text": (TEXT, Document("1 and 2 is 3")),
+    "squad": (SQUAD, Question(SQUAD["question"], SQUAD["context"], ("Ann", "Ann"), (0, 16))),
+    "summary": (SUMMARY, Summary(SUMMARY["document"], SUMMARY["summary"])),
 }
 
 
@@ -37,7 +48,8 @@ def parse(name: str, row: dict):
 @pytest.mark.parametrize("name", ROWS)
 def test_a_format_is_told_by_its_fields_and_read(name):
     row, sample = ROWS[name]
-    assert tell_format([{**row, "source": "x"}, row], "src", {}) == name
+    formats = next((task.formats for task in TASKS.values() if name in task.formats), [name])
+    assert tell_format([{**row, "source": "x"}, row], "src", {}, formats) == name
     assert parse(name, {**row, "source": "x"}) == sample
 
 
@@ -96,6 +108,44 @@ def test_fields_of_another_name_are_read_under_that_name(row, fields):
 def test_a_named_field_that_a_row_lacks_is_not_taken_from_another_column():
     with pytest.raises(RowFlaw):
         parse("prompt_completion", rename_fields({"prompt": "not this", "completion": "y"}, {"prompt": "question"}))
+
+
+def answers(texts: object, starts: object) -> dict:
+    return {**SQUAD, "answers": {"text": texts, "answer_start": starts}}
+
+
+def test_a_question_may_have_no_answer():
+    assert parse("squad", answers([], [])) == Question(SQUAD["question"], SQUAD["context"], (), ())
+
+
+@pytest.mark.parametrize(
+    ("row", "flaw"),
+    [
+        (answers(["Ann"], [1]), r"'answers\.answer_start\[0\]' is 1, but the context has 'nn ' there, not .* 'Ann'"),
+        (answers(["Ann", "runs."], [0, 21]), r"'answers\.answer_start\[1\]' is 21, but the context has 'uns\.' there"),
+        (answers(["ann"], [0]), r"'answers\.answer_start\[0\]' is 0, but the context has 'Ann' there"),
+        (answers(["Ann"], [99]), r"'answers\.answer_start\[0\]' is 99, but the context has '' there"),
+        (answers(["Ann"], [-25]), r"'answers\.answer_start\[0\]' must be a number of at least 0, got -25"),
+        (answers(["Ann"], ["0"]), r"'answers\.answer_start\[0\]' must be a number of at least 0, got '0'"),
+        (answers(["Ann"], [False]), r"'answers\.answer_start\[0\]' must be a number of at least 0, got False"),
+        (answers([" "], [3]), r"'answers\.text\[0\]' must be text that is not empty, got ' '"),
+        (answers([5], [0]), r"'answers\.text\[0\]' must be text that is not empty, got 5"),
+        (answers(["Ann"], []), r"'answers' has 1 texts, but 0 starts"),
+        (answers("Ann", 0), r"'answers' must be \{text: .*, got \{'text': 'Ann'"),
+        ({**SQUAD, "answers": None}, r"'answers' must be \{text: .*, got null"),
+        ({**SQUAD, "question": " "}, r"'question' is empty"),
+        ({**SQUAD, "context": None}, r"'context' must be text, got null"),
+    ],
+)
+def test_an_answer_must_stand_where_it_is_said_to_stand(row, flaw):
+    with pytest.raises(RowFlaw, match=f"^field {flaw}"):
+        parse("squad", row)
+
+
+@pytest.mark.parametrize("name", ["document", "summary"])
+def test_a_summary_needs_both_texts(name):
+    with pytest.raises(RowFlaw, match=f"^field '{name}' is empty"):
+        parse("summary", {**SUMMARY, name: "\n"})
 
 
 @pytest.mark.parametrize("empty", [{}, {"input": ""}, {"input": None}])

@@ -1,0 +1,178 @@
+"""What is measured on held-out data beside the loss: GLUE's, SQuAD's and ROUGE's metrics.
+
+Pure functions. Those over a whole data set (:data:`CLASS_METRICS`, :data:`NUMBER_METRICS`) want all predictions of all
+ranks; the others score one example, so that their mean does not depend on how examples are spread over ranks.
+scikit-learn, scipy and rouge-score are imported where they are needed: a command line does not wait for them.
+"""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+ROUGE_METRICS = {"rouge1": "rouge1", "rouge2": "rouge2", "rouge_l": "rougeL"}
+"""Our name of a metric and rouge-score's."""
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def accuracy(predictions: Sequence[int], labels: Sequence[int]) -> float:
+    """Share of the predictions that are right.
+
+    Args:
+        predictions: numbers of classes.
+        labels: as many.
+
+    Raises:
+        ValueError: there are none, or not as many of both.
+    """
+    predicted, wanted = _classes(predictions, labels)
+    return float(np.mean(predicted == wanted))
+
+
+def matthews(predictions: Sequence[int], labels: Sequence[int]) -> float:
+    """Matthews correlation coefficient, for two classes or more, in [-1, 1]; 0 where all predictions are alike, or all
+    labels, which say nothing about each other then. Arguments and errors of :func:`accuracy`."""
+    from sklearn.metrics import matthews_corrcoef
+
+    predicted, wanted = _classes(predictions, labels)
+    if np.ptp(predicted) == 0 or np.ptp(wanted) == 0:
+        return 0.0
+    return float(np.clip(matthews_corrcoef(wanted, predicted), -1, 1))
+
+
+def f1(predictions: Sequence[int], labels: Sequence[int]) -> float:
+    """F1 of class 1 of two, as GLUE has it for MRPC and QQP; 0 where class 1 is neither predicted nor wanted.
+
+    Raises:
+        ValueError: there are more than the classes 0 and 1; and see :func:`accuracy`.
+    """
+    from sklearn.metrics import f1_score
+
+    predicted, wanted = _classes(predictions, labels)
+    if others := sorted(set(np.concatenate([predicted, wanted]).tolist()) - {0, 1}):
+        raise ValueError(f"f1 is for the classes 0 and 1, got class {others[0]}: measure accuracy or matthews")
+    return float(f1_score(wanted, predicted, zero_division=0.0))
+
+
+def pearson(predictions: Sequence[float], labels: Sequence[float]) -> float:
+    """Pearson's linear correlation coefficient, in [-1, 1]; 0 where all predictions are alike, or all labels.
+
+    scipy gives no number there; a model that has learned nothing yet should not look like a broken run.
+
+    Args:
+        predictions: finite numbers.
+        labels: as many.
+
+    Raises:
+        ValueError: there are none, not as many of both, or one is not finite.
+    """
+    from scipy.stats import pearsonr
+
+    return _correlation(pearsonr, predictions, labels)
+
+
+def spearman(predictions: Sequence[float], labels: Sequence[float]) -> float:
+    """Spearman's rank correlation coefficient, equal values sharing their mean rank; otherwise as :func:`pearson`."""
+    from scipy.stats import spearmanr
+
+    return _correlation(spearmanr, predictions, labels)
+
+
+CLASS_METRICS: dict[str, Callable[[Sequence[int], Sequence[int]], float]] = {
+    "accuracy": accuracy,
+    "matthews": matthews,
+    "f1": f1,
+}
+NUMBER_METRICS: dict[str, Callable[[Sequence[float], Sequence[float]], float]] = {
+    "pearson": pearson,
+    "spearman": spearman,
+}
+
+
+def _classes(predictions: Sequence[int], labels: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    predicted, wanted = _same_shape(predictions, labels)
+    for name, values in (("prediction", predicted), ("label", wanted)):
+        if not np.issubdtype(values.dtype, np.integer):
+            raise ValueError(f"a {name} is {values[0]!r}, but must be the number of a class (an integer)")
+    return predicted, wanted
+
+
+def _correlation(measure: Callable[..., Any], predictions: Sequence[float], labels: Sequence[float]) -> float:
+    predicted, wanted = (values.astype(np.float64) for values in _same_shape(predictions, labels))
+    for name, values in (("prediction", predicted), ("label", wanted)):
+        if not np.isfinite(values).all():
+            raise ValueError(f"a {name} is {values[~np.isfinite(values)][0]}, of which there is no correlation")
+    if np.ptp(predicted) == 0 or np.ptp(wanted) == 0:
+        return 0.0
+    return float(np.clip(measure(predicted, wanted).statistic, -1, 1))
+
+
+def _same_shape(predictions: Sequence[float], labels: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    predicted, wanted = np.asarray(predictions), np.asarray(labels)
+    if predicted.ndim != 1 or predicted.shape != wanted.shape or not len(predicted):
+        raise ValueError(
+            f"predictions have shape {predicted.shape} and labels {wanted.shape}, but both must be lists of one "
+            "length, of at least 1"
+        )
+    return predicted, wanted
+
+
+def normalize_answer(text: str) -> str:
+    """An answer as SQuAD's official scripts compare it: lower case, without punctuation and articles, single spaces."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def squad_scores(prediction: str, references: Sequence[str], with_no_answer: bool = False) -> tuple[float, float]:
+    """Exact match and F1 of one answer, each the best over the references, in [0, 1].
+
+    F1 is over words, as multisets. With ``with_no_answer`` as the script of SQuAD v2: the right answer to a question
+    without references is the empty one, references of which nothing is left are passed over, and an empty answer
+    (nothing left of it) has F1 1 where it is right and 0 elsewhere. Without, as the script of v1.1.
+
+    Args:
+        prediction: the answer that was given; empty for none.
+        references: answers that count as right.
+        with_no_answer: whether a question may have none.
+
+    Raises:
+        ValueError: there are no references, though every question has an answer.
+    """
+    given = normalize_answer(prediction)
+    wanted = [normalize_answer(reference) for reference in references]
+    if with_no_answer:
+        wanted = [reference for reference in wanted if reference] or [""]
+    if not wanted:
+        raise ValueError("a question has no answer, which is not of SQuAD v1.1: measure it with with_no_answer")
+    scores = [(float(given == reference), _word_f1(given, reference, with_no_answer)) for reference in wanted]
+    exact_matches, f1_scores = zip(*scores, strict=True)
+    return max(exact_matches), max(f1_scores)
+
+
+def _word_f1(given: str, wanted: str, with_no_answer: bool) -> float:
+    if with_no_answer and not (given and wanted):
+        return float(given == wanted)
+    given_words, wanted_words = given.split(), wanted.split()
+    common = (Counter(given_words) & Counter(wanted_words)).total()
+    if not common:
+        return 0.0
+    precision, recall = common / len(given_words), common / len(wanted_words)
+    return 2 * precision * recall / (precision + recall)
+
+
+def rouge_scores(prediction: str, reference: str) -> dict[str, float]:
+    """:data:`ROUGE_METRICS` of one summary: F-measures in [0, 1], with Porter's stemmer."""
+    scores = _rouge_scorer().score(reference, prediction)
+    return {name: float(scores[theirs].fmeasure) for name, theirs in ROUGE_METRICS.items()}
+
+
+@cache
+def _rouge_scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(list(ROUGE_METRICS.values()), use_stemmer=True)  # type: ignore[no-untyped-call]
