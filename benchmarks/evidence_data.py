@@ -3,7 +3,7 @@
     python benchmarks/evidence_data.py SETS data/evidence
 
 SETS is a folder with e2e/{trainset,devset}.csv, gsm8k/{train,test}.jsonl, alpaca_data.json, and conversations or alpaca
-rows in multilingual/{en,fi,fr,zh}.jsonl or .json; .json may be packed with gzip. Rows are short enough for the small
+rows in multilingual/{en,fi,fr,zh}.jsonl or .json, and glue/{CoLA,STS-B}/{train,dev}.tsv; .json may be packed with gzip. Rows are short enough for the small
 models that are compared on a CPU. Learning rates are chosen on search.jsonl; report.jsonl is for the figures. No row is
 in two splits, and E2E's two held-out splits share no meaning representation.
 """
@@ -80,11 +80,31 @@ def multilingual(sets: Path) -> dict[str, list[Row]]:
     return {split: _sample([row for part in parts for row in part[split]], 10**6) for split in parts[0]}
 
 
+def cola(sets: Path) -> dict[str, list[Row]]:
+    """Acceptable sentences or not; the development set cut into halves."""
+    train, dev = (
+        [{"sentence1": line[3], "label": line[1]} for line in _tsv(sets / f"glue/CoLA/{split}.tsv")]
+        for split in ("train", "dev")
+    )
+    return _halves(train, dev)
+
+
+def stsb(sets: Path) -> dict[str, list[Row]]:
+    """Similarity of two sentences from 0 to 5; the development set cut into halves."""
+    train, dev = (
+        [{"sentence1": line[7], "sentence2": line[8], "label": line[9]} for line in lines[1:]]
+        for lines in (_tsv(sets / f"glue/STS-B/{split}.tsv") for split in ("train", "dev"))
+    )
+    return _halves(train, dev)
+
+
 SETS: dict[str, Callable[[Path], dict[str, list[Row]]]] = {
     "e2e": e2e,
     "gsm8k": gsm8k,
     "alpaca": alpaca,
     "multilingual": multilingual,
+    "cola": cola,
+    "stsb": stsb,
 }
 
 
@@ -109,6 +129,15 @@ def _sample(rows: list[Row], most: int) -> list[Row]:
 
 def _split(rows: list[Row], held_out: int) -> dict[str, list[Row]]:
     return {"train": rows[2 * held_out :], "search": rows[:held_out], "report": rows[held_out : 2 * held_out]}
+
+
+def _halves(train: list[Row], dev: list[Row]) -> dict[str, list[Row]]:
+    dev = _sample(dev, 10**6)
+    return {"train": train, "search": dev[::2], "report": dev[1::2]}
+
+
+def _tsv(path: Path) -> list[list[str]]:
+    return [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _csv(path: Path) -> list[Row]:
