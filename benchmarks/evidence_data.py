@@ -2,10 +2,10 @@
 
     python benchmarks/evidence_data.py SETS data/evidence
 
-SETS is a folder with e2e/{trainset,devset}.csv, gsm8k/{train,test}.jsonl, alpaca_data.json, and conversations or alpaca
-rows in multilingual/{en,fi,fr,zh}.jsonl or .json, and glue/{CoLA,STS-B}/{train,dev}.tsv; .json may be packed with gzip. Rows are short enough for the small
-models that are compared on a CPU. Learning rates are chosen on search.jsonl; report.jsonl is for the figures. No row is
-in two splits, and E2E's two held-out splits share no meaning representation.
+SETS is a folder with e2e/{trainset,devset}.csv, gsm8k/{train,test}.jsonl, alpaca_data.json, glue/{CoLA,STS-B}/
+{train,dev}.tsv, and conversations or alpaca rows in multilingual/{en,fi,fr,zh}.jsonl or .json; .json may be packed with
+gzip. Rows are short enough for the small models that are compared on a CPU. Learning rates are chosen on search.jsonl;
+report.jsonl is for the figures. No row is in two splits, and E2E's two held-out splits share no meaning representation.
 """
 
 import argparse
