@@ -100,8 +100,11 @@ def finish(plan: Plan, own: Sequence[str]) -> None:
     figure.draw_rank_maps(found, plan.folder / figure.RANKS)
     print(f"\n{table.read_text(encoding='utf-8')}\n{table}", flush=True)
     if not found["complete"]:
-        missing = sum(len(group["missing"]) for group in found["groups"])
-        raise CellsMissingError(f"{missing} cells are missing, see {table}; start the same command to run them")
+        rows = sum(bool(group["missing"]) for group in found["groups"])
+        raise CellsMissingError(
+            f"{rows} of {len(found['groups'])} rows of the table lack cells, see the end of {table}; start the same "
+            "command to run them"
+        )
 
 
 def describe(plan: Plan) -> str:

@@ -1,6 +1,7 @@
 """What became of a cell, read from its folder."""
 
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -170,6 +171,7 @@ def check_identity(plan: Plan, cell: Cell, identity: Mapping[str, Any]) -> None:
     if not (folder / IDENTITY).is_file():
         return
     recorded = records.read_json(folder / IDENTITY)["identity"]
+    identity = json.loads(json.dumps(identity))  # as it would have been recorded
     for name in {**recorded, **identity}:
         if recorded.get(name) != identity.get(name):
             raise ValueError(

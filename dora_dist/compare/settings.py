@@ -1,5 +1,6 @@
 """The configuration of a comparison: one YAML, as strict as that of a run."""
 
+import contextlib
 import os
 import re
 import sys
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from dora_dist.compare.methods import BUILT_IN, Method, methods_of
@@ -112,4 +114,47 @@ def parse_compare(arguments: Sequence[str] | None = None) -> CompareConfig:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile)
     parser.add_class_arguments(CompareConfig)
-    return CompareConfig(**parse_strictly(parser, sys.argv[1:] if arguments is None else arguments))
+    plain, nested = _split(sys.argv[1:] if arguments is None else arguments)
+    config = CompareConfig(**parse_strictly(parser, plain))
+    for path, text in nested:
+        _set(config, path, text)
+    return config
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Arguments for the parser, and keys of ``run`` and ``tasks`` with their values: the parser would put the last such
+    key in the place of its whole section."""
+    plain: list[str] = []
+    nested: list[tuple[str, str]] = []
+    words = iter(arguments)
+    for word in words:
+        if not word.startswith(("--run.", "--tasks.")):
+            plain.append(word)
+            continue
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not equals and (value := next(words, None)) is None:
+            raise ValueError(f"--{key} has no value")
+        nested.append((key, value))
+    return plain, nested
+
+
+def _set(config: CompareConfig, key: str, text: str) -> None:
+    first, *sections, last = key.split(".")
+    values = getattr(config, first)
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"--{key} is given, but {section} is {values!r} and has no keys")
+    values[last] = _value(text)
+
+
+def _value(text: str) -> Any:
+    """As in a YAML file, with 1e-3 for a number."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value

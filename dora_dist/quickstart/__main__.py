@@ -11,8 +11,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m dora_dist.quickstart",
         description="Generate a small LLaMA backbone and instruction data for it, without a network, in "
-        "about a minute on two CPU cores. Writes DIR/backbone (Hugging Face layout), DIR/train.jsonl and "
-        "DIR/heldout.jsonl (alpaca rows). A folder that is up to date is left as it is.",
+        "about a minute on two CPU cores. Writes DIR/backbone (Hugging Face layout), DIR/train.jsonl, "
+        "DIR/heldout.jsonl and DIR/search.jsonl (alpaca rows; the last, held out too, is for choosing settings). A "
+        "folder that is up to date is left as it is.",
     )
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR", help="default: %(default)s")
     parser.add_argument(

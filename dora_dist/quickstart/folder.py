@@ -48,7 +48,9 @@ def _fill(folder: Path, seed: int, settings: BackboneSettings) -> None:
     """Write the data and the backbone into the existing, empty `folder`."""
     train = instruction_rows(seed, NUM_TRAIN_ROWS)
     _write_rows(folder / "train.jsonl", train)
-    _write_rows(folder / "heldout.jsonl", instruction_rows(seed, NUM_HELD_OUT_ROWS, held_out=True))
+    held_out = instruction_rows(seed, 2 * NUM_HELD_OUT_ROWS, held_out=True)
+    _write_rows(folder / "heldout.jsonl", held_out[:NUM_HELD_OUT_ROWS])
+    _write_rows(folder / "search.jsonl", held_out[NUM_HELD_OUT_ROWS:])
     documents = list(pretraining_documents(seed, settings.batch * settings.steps))
     prompts = [_as_prompt(row) for row in train[:NUM_PROMPTS_FOR_TOKENIZER]]
     create_backbone(documents, prompts, folder / "backbone", settings, seed)
@@ -66,7 +68,7 @@ def _replace(output: Path, finished: Path) -> None:
 
 
 def ensure_quickstart(output: Path = DEFAULT_OUTPUT, seed: int = 0, settings: BackboneSettings | None = None) -> Path:
-    """Make `output` hold backbone/, train.jsonl and heldout.jsonl for this seed, and return it.
+    """Make `output` hold backbone/, train.jsonl, heldout.jsonl and search.jsonl for this seed, and return it.
 
     Nothing is done where the stamp file says that they are there already. Raises ValueError where `output`
     holds something that is not a quickstart.

@@ -1,0 +1,192 @@
+"""From the YAML of a comparison to the runs of its cells."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from repository import REPOSITORY
+
+from dora_dist.compare.plan import Cell, Group, Plan
+from dora_dist.compare.settings import parse_compare
+
+SHIPPED = sorted((REPOSITORY / "configs" / "compare").glob("*.yaml"))
+LEAST: dict[str, Any] = {
+    "output_dir": "runs/x",
+    "run": {"model": {"path": "m"}, "data": {"train": "train.jsonl", "max_length": 99}},
+    "tasks": {"one": {"data": {"eval": "reported.jsonl"}, "search": {"path": "search.jsonl", "max_rows": 5}}},
+    "methods": ["lora", "dynamic"],
+    "budgets": [4],
+    "seeds": [7, 8, 9],
+    "learning_rates": [0.01, 0.02],
+}
+
+
+@pytest.fixture
+def plan_of(tmp_path: Path):
+    """``plan_of(key=value, ...)``: the plan of the least configuration with changes."""
+
+    def plan_of(*overrides: str, **changes: Any) -> Plan:
+        path = tmp_path / "comparison.yaml"
+        path.write_text(yaml.safe_dump({**LEAST, **changes}))
+        return Plan(parse_compare(["--config", str(path), *overrides]))
+
+    return plan_of
+
+
+def run_of(plan: Plan, method: str, task: str = "one", budget: int = 4):
+    return plan.run_config(Cell(Group(task, budget, method), 0.02, 8))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_shipped_comparison_is_a_plan(path):
+    assert Plan(parse_compare(["--config", str(path)])).num_cells > 1
+
+
+def test_the_number_of_cells(plan_of):
+    plan = plan_of(search_seeds=2, budgets=[2, 4])
+    assert plan.num_cells == 2 * 2 * (2 * 2 + 1)
+    group = plan.groups[0]
+    searched = plan.search_cells(group)
+    assert [(cell.learning_rate, cell.seed) for cell in searched] == [(0.01, 7), (0.01, 8), (0.02, 7), (0.02, 8)]
+    assert [cell.seed for cell in plan.reported_cells(group, 0.02)] == [7, 8, 9]
+    assert set(plan.reported_cells(group, 0.02)) - set(searched) == {Cell(group, 0.02, 9)}
+
+
+def test_a_cell_is_a_run_with_both_splits(plan_of):
+    config = run_of(plan_of(), "dynamic")
+    assert (config.seed, config.training["learning_rate"]) == (8, 0.02)
+    assert config.output_dir == "runs/x/cells/one/rank4/dynamic/lr0.02/seed8"
+    assert config.data.eval == [
+        {"path": "search.jsonl", "max_rows": 5, "name": "search"},
+        {"path": "reported.jsonl", "name": "reported"},
+    ]
+    assert config.distributed.engine == "none"
+    assert config.evaluation.before is False
+
+
+def test_methods_differ_in_adapter_and_pruning_only_and_have_one_scale(plan_of):
+    plan = plan_of(methods=[*BUILT_IN_NAMES, {"wide": {"from": "no-dem", "adapter": {"initial_rank": 9}}}])
+    runs = {name: run_of(plan, name) for name in plan.methods}
+    for config in runs.values():
+        assert config.adapter.target_rank == 4
+        assert config.adapter.alpha / config.adapter.start_rank == 2.0
+        assert (config.model, config.data, config.evaluation, config.training, config.checkpoint) == (
+            runs["lora"].model,
+            runs["lora"].data,
+            runs["lora"].evaluation,
+            runs["lora"].training,
+            runs["lora"].checkpoint,
+        )
+    lora = runs["lora"]
+    assert (lora.adapter.start_rank, lora.adapter.train_gates, lora.pruning.equilibrium_weight) == (4, False, 0.0)
+    assert runs["dynamic"].adapter.start_rank == runs["adalora"].adapter.start_rank == 6
+    assert runs["no-dem"].pruning.equilibrium_weight == 0.0
+    assert runs["no-smoothing"].pruning.smoothing == 0.0
+    assert runs["hard-prune"].pruning.regrow is False
+    assert runs["random"].pruning.importance == "random"
+    assert runs["magnitude"].pruning.importance == "magnitude"
+    assert runs["by-parameters"].pruning.budget_unit == "parameters"
+    assert (runs["wide"].adapter.start_rank, runs["wide"].pruning.equilibrium_weight) == (9, 0.0)
+
+
+BUILT_IN_NAMES = (
+    "lora adalora dynamic no-dem no-smoothing hard-prune random magnitude sensitivity by-parameters".split()
+)
+
+
+def test_a_task_has_its_own_sections_on_top(plan_of):
+    task = {
+        "data": {"train": {"path": "other.jsonl"}, "eval": "r.jsonl"},
+        "search": "s.jsonl",
+        "training": {"max_steps": 3},
+        "evaluation": {"exact_match": True},
+        "metric": "exact_match",
+    }
+    run = {**LEAST["run"], "training": {"max_steps": 9, "weight_decay": 0.5}}
+    plan = plan_of(run=run, tasks={"other": task, **LEAST["tasks"]})
+    config = run_of(plan, "lora", "other")
+    assert config.data.train == {"path": "other.jsonl"}
+    assert config.data.max_length == 99
+    assert (config.training["max_steps"], config.training["weight_decay"]) == (3, 0.5)
+    assert (plan.metric("other"), plan.lower_is_better("other")) == ("exact_match", False)
+    assert (plan.metric("one"), plan.lower_is_better("one")) == ("loss", True)
+    assert run_of(plan, "lora").training["max_steps"] == 9
+
+
+def test_the_command_line_wins_over_the_file_key_by_key(plan_of):
+    run = {**LEAST["run"], "training": {"max_steps": 9, "logging_steps": 3, "weight_decay": 0.5}}
+    overrides = ["--run.training.max_steps", "5", "--run.training.weight_decay=1e-3", "--tasks.one.model.path", "other"]
+    plan = plan_of("--budgets", "[2, 3]", *overrides, run=run)
+    assert plan.config.budgets == [2, 3]
+    config = run_of(plan, "lora", budget=3)
+    training = {name: config.training[name] for name in ("max_steps", "logging_steps", "weight_decay")}
+    assert training == {"max_steps": 5, "logging_steps": 3, "weight_decay": 0.001}
+    assert config.model.path == "other"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--run.model.path.x", "1"], "path is 'm' and has no keys"),
+        (["--run.model.pth", "1"], "model.pth; did you mean model.path"),
+        (["--run.seed", "1"], "run.seed is set by the comparison"),
+        (["--run.model.path"], "--run.model.path has no value"),
+    ],
+)
+def test_wrong_keys_on_the_command_line_are_refused(plan_of, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        plan_of(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget": [2]}, "unknown key budget; did you mean budgets"),
+        ({"methods": ["lora", "dynamik"]}, "no built-in method; did you mean dynamic"),
+        ({"methods": ["dynamic"]}, "baseline is 'lora', but must be one of methods: dynamic"),
+        ({"methods": ["lora", {"mine": {"prunning": {}}}]}, "methods.mine.prunning; did you mean pruning"),
+        ({"methods": ["lora", {"mine": {"pruning": {"smooth": 0}}}]}, "pruning.smooth; did you mean pruning.smoothing"),
+        ({"methods": ["lora", {"mine": {"training": {}}}]}, "all else must be the same for all methods"),
+        ({"methods": ["lora", {"mine": {"adapter": {"alpha": 3}}}]}, "adapter.alpha is set by the comparison"),
+        ({"methods": ["lora", {"dynamic": {}}]}, "built-in method: give yours another name"),
+        ({"methods": ["lora", {"a/b": {}}]}, "'a/b', but must be letters"),
+        ({"methods": ["lora", "lora"]}, "hold each entry once"),
+        ({"seeds": [1, 1]}, "hold each entry once"),
+        ({"budgets": [0]}, "ranks of at least 1"),
+        ({"learning_rates": [0.0]}, "be positive"),
+        ({"search_seeds": 4}, "between 1 and 3"),
+        ({"run": {**LEAST["run"], "seed": 3}}, "run.seed is set by the comparison: set seeds"),
+        ({"run": {**LEAST["run"], "distributed": {"engine": "ddp"}}}, "a cell is one process"),
+        ({"run": {**LEAST["run"], "training": {"learning_rate": 0.1}}}, "set learning_rates"),
+        ({"run": {**LEAST["run"], "trainings": {}}}, "unknown key trainings; did you mean training"),
+        ({"run": {**LEAST["run"], "pruning": 3}}, "pruning is 3, but must be a section"),
+        ({"run": {**LEAST["run"], "pruning": {"interval": 0}}}, "cells one rank 4 lora: pruning.interval is 0"),
+        ({"adalora": {"beta1": 1.0}}, r"adalora.beta1 is 1.0, but must lie in \(0, 1\)"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_runs(plan_of, changes, message):
+    with pytest.raises(ValueError, match=message):
+        plan_of(**changes)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ({"search": "s"}, r"tasks.one.data.eval is missing"),
+        ({"data": {"eval": "r"}}, r"tasks.one.search is missing"),
+        ({"data": {"eval": "r"}, "search": "r"}, "are the same source"),
+        ({"data": {"eval": ["a", "b"]}, "search": "s"}, "has 2 sources, but must be one"),
+        ({"data": {"eval": "r"}, "search": "s", "metrik": "loss"}, "tasks.one.metrik; did you mean metric"),
+        ({"data": {"eval": "r"}, "search": "s", "better": "more"}, "must be lower or higher"),
+        ({"data": {"eval": "r"}, "search": "s", "metric": "exact_match"}, "set evaluation.exact_match to true"),
+    ],
+)
+def test_what_is_wrong_with_a_task_is_said(plan_of, task, message):
+    with pytest.raises(ValueError, match=message):
+        plan_of(tasks={"one": task})
+
+
+def test_adalora_needs_something_to_prune(plan_of):
+    with pytest.raises(ValueError, match="AdaLoRA has nothing to prune"):
+        plan_of(methods=["lora", {"flat": {"from": "adalora", "adapter": {"initial_rank": 4}}}])

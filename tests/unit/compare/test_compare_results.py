@@ -1,0 +1,201 @@
+"""The table and the figures, from folders of cells that never ran but have the files of cells that did."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comparison import write_comparison
+
+from dora_dist import records
+from dora_dist.compare.outcome import IDENTITY, check_identity, identity_of, record_failure, training_seconds
+from dora_dist.compare.plan import Cell, Group, Plan
+from dora_dist.compare.results import format_table, gather
+from dora_dist.compare.settings import parse_compare
+from dora_dist.folding import write_lora_adapter
+
+ENVIRONMENT = {"began": "2024-05-01T00:00:00Z", "commit": "abc", "dirty": False}
+RANKS = {"model.layers.0.q_proj": 2, "model.layers.1.q_proj": 2}
+WIDE = {"model.layers.0.q_proj": 3, "model.layers.1.q_proj": 3}
+
+
+@pytest.fixture
+def plan_of(tmp_path):
+    def plan_of(**changes: Any) -> Plan:
+        return Plan(parse_compare(["--config", str(write_comparison(tmp_path, **changes))]))
+
+    return plan_of
+
+
+def finish(
+    plan: Plan, cell: Cell, search: float, reported: float, ranks: dict[str, int] = RANKS, **settings: Any
+) -> None:
+    folder = plan.cell_folder(cell)
+    folder.mkdir(parents=True, exist_ok=True)
+    records.write_json(folder / IDENTITY, {"identity": {}, "environment": ENVIRONMENT})
+    after = {"search_loss": search, "reported_loss": reported}
+    summary = {"after": after, "ranks": ranks, "initial_rank": 3, "steps": 12}
+    records.write_json(folder / records.SUMMARY, summary)
+    (folder / records.METRICS).write_text('{"step": 12, "seconds_per_step": 0.5}\n')
+    run_settings = {"data order": "same", "adapter.alpha": cell.group.method, "training.learning_rate": 1, **settings}
+    records.write_json(folder / records.RUN, {"settings": run_settings})
+    factors = {name: (torch.ones(rank, 10), torch.ones(20, rank)) for name, rank in ranks.items()}
+    write_lora_adapter(folder / "adapter", factors, None)
+
+
+def fill(plan: Plan, figures: dict[str, dict[float, list[float]]], **options: Any) -> None:
+    """``figures``: method -> learning rate -> figure of every seed, on both splits."""
+    for method, by_rate in figures.items():
+        for rate, values in by_rate.items():
+            for seed, value in zip(plan.config.seeds, values, strict=False):
+                finish(plan, Cell(Group("echo", 2, method), rate, seed), value, value, **options)
+
+
+def row_of(table: str, method: str) -> list[str]:
+    (line,) = (line for line in table.splitlines() if line.startswith(f"| {method} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_a_complete_table(plan_of):
+    plan = plan_of(seeds=[1, 2, 3], learning_rates=[0.1, 0.2, 0.3])
+    fill(plan, {"lora": {0.1: [9], 0.2: [1, 2, 3], 0.3: [9]}, "dynamic": {0.1: [9], 0.2: [0.9, 1.8, 2.9], 0.3: [9]}})
+    results = gather(plan, ["a note"], "command")
+    assert results["complete"]
+    assert results["comparisons"] == 1
+    table = format_table(results)
+    assert row_of(table, "lora") == ["lora", "0.2", "2.0000 ± 1.0000", "3", "", "", "120", "6"]
+    assert row_of(table, "dynamic")[4].startswith("-0.1333 [-0.27")
+    assert "- a note" in table
+    assert "grid" not in table
+    assert "†" not in table
+    assert "Missing" not in table
+
+
+def test_two_seeds_of_three_are_not_passed_off_as_three(plan_of):
+    plan = plan_of(seeds=[1, 2, 3], learning_rates=[0.2])
+    fill(plan, {"lora": {0.2: [1, 2, 3]}, "dynamic": {0.2: [1, 2]}})
+    cell = Cell(Group("echo", 2, "dynamic"), 0.2, 3)
+    plan.cell_folder(cell).mkdir(parents=True)
+    record_failure(plan.cell_folder(cell), "OSError: disk\nfull", diverged=False)
+    results = gather(plan, [], "command")
+    table = format_table(results)
+    assert not results["complete"]
+    assert row_of(table, "dynamic")[3] == "**2 of 3**"
+    assert "- echo rank 2 dynamic, learning rate 0.2, seed 3: OSError: disk full" in table
+    assert results["groups"][1]["difference"]["number"] == 2
+    assert "was not searched" in table
+
+
+def test_one_seed_has_no_interval(plan_of):
+    plan = plan_of(seeds=[1], learning_rates=[0.2])
+    fill(plan, {"lora": {0.2: [1.0]}, "dynamic": {0.2: [1.5]}})
+    assert row_of(format_table(gather(plan, [], "command")), "dynamic")[2:6] == [
+        "1.5000 ± n/a",
+        "1",
+        "+0.5000 [n/a]",
+        "n/a",
+    ]
+
+
+def test_the_grids_edge_is_shouted(plan_of):
+    plan = plan_of(seeds=[1], learning_rates=[0.1, 0.2])
+    fill(plan, {"lora": {0.1: [1.0], 0.2: [2.0]}, "dynamic": {0.1: [2.0], 0.2: [1.0]}})
+    table = format_table(gather(plan, [], "command"))
+    assert row_of(table, "lora")[1] == "0.1 **(lowest of the grid!)**"
+    assert row_of(table, "dynamic")[1] == "0.2 **(highest of the grid!)**"
+    assert table.count("widen learning_rates") == 2
+
+
+def test_more_parameters_are_marked(plan_of):
+    plan = plan_of(seeds=[1], learning_rates=[0.1])
+    fill(plan, {"lora": {0.1: [1.0]}})
+    finish(plan, Cell(Group("echo", 2, "dynamic"), 0.1, 1), 1.0, 1.0, ranks=WIDE)
+    table = format_table(gather(plan, [], "command"))
+    assert row_of(table, "dynamic")[6] == "180 †"
+    assert "† differs from lora" in table
+
+
+def test_one_component_more_is_not_marked(plan_of):
+    plan = plan_of(seeds=[1], learning_rates=[0.1])
+    fill(plan, {"lora": {0.1: [1.0]}})
+    finish(plan, Cell(Group("echo", 2, "dynamic"), 0.1, 1), 1.0, 1.0, ranks={**RANKS, "model.layers.1.q_proj": 3})
+    assert row_of(format_table(gather(plan, [], "command")), "dynamic")[6] == "150"
+
+
+def test_a_rate_that_diverged_is_out_and_a_reported_cell_that_did_is_missing(plan_of):
+    plan = plan_of(seeds=[1, 2], learning_rates=[0.1, 0.2])
+    fill(plan, {"lora": {0.1: [1.0, 2.0], 0.2: [0.5]}})
+    group = Group("echo", 2, "lora")
+    for cell in (Cell(group, 0.2, 1), Cell(group, 0.1, 2)):
+        record_failure(plan.cell_folder(cell), "NonFiniteLossError: step 3", diverged=True)
+    results = gather(plan, [], "command")
+    (lora,) = (group for group in results["groups"] if group["method"] == "lora")
+    assert lora["learning_rate"] == 0.1
+    assert lora["search"] == {"0.1": 1.0, "0.2": None}
+    assert lora["reported"] == {1: 1.0}
+    assert lora["missing"] == ["echo rank 2 lora, learning rate 0.1, seed 2: NonFiniteLossError: step 3"]
+
+
+def test_where_every_rate_diverged_it_says_so(plan_of):
+    plan = plan_of(seeds=[1], learning_rates=[0.1, 0.2], methods=["lora"])
+    fill(plan, {"lora": {0.1: [float("nan")], 0.2: [float("nan")]}})
+    results = gather(plan, [], "command")
+    assert results["groups"][0]["missing"] == ["echo rank 2 lora: every learning rate has diverged"]
+    assert row_of(format_table(results), "lora")[1:3] == ["missing", "missing"]
+
+
+def test_methods_run_under_other_conditions_are_not_compared(plan_of):
+    plan = plan_of(seeds=[1], learning_rates=[0.1])
+    fill(plan, {"lora": {0.1: [1.0]}})
+    finish(plan, Cell(Group("echo", 2, "dynamic"), 0.1, 1), 1.0, 1.0, **{"data order": "another"})
+    with pytest.raises(ValueError, match=r"seed 1: data order is 'another' in cells echo rank 2 dynamic and 'same'"):
+        gather(plan, [], "command")
+
+
+def test_a_metric_that_was_not_measured_is_named_with_those_that_were(plan_of, tmp_path):
+    rows = {name: str(tmp_path / f"{name}.jsonl") for name in "ab"}
+    task = {"data": {"eval": rows["a"]}, "search": rows["b"], "metric": "accuracy"}
+    plan = plan_of(seeds=[1], learning_rates=[0.1], tasks={"echo": task})
+    fill(plan, {"lora": {0.1: [1.0]}})
+    with pytest.raises(ValueError, match=r"metric is accuracy, which .* has not measured: choose one of loss"):
+        gather(plan, [], "command")
+
+
+def test_a_setting_that_came_later_is_that_of_the_record_where_it_has_its_default(plan_of):
+    plan = plan_of(seeds=[1], learning_rates=[0.1])
+    cell = Cell(Group("echo", 2, "dynamic"), 0.1, 1)
+    identity = identity_of(plan, cell, {"train": "x"})
+    folder = plan.cell_folder(cell)
+    folder.mkdir(parents=True)
+    older = {name: value for name, value in identity.items() if name != "pruning.budget_unit"}
+    records.write_json(folder / IDENTITY, {"identity": older, "environment": ENVIRONMENT})
+    check_identity(plan, cell, identity)
+    with pytest.raises(ValueError, match="made with pruning.budget_unit None, but now it is 'parameters'"):
+        check_identity(plan, cell, {**identity, "pruning.budget_unit": "parameters"})
+    with pytest.raises(ValueError, match="made with examples of train 'x', but now it is 'y'"):
+        check_identity(plan, cell, {**identity, "examples of train": "y"})
+
+
+def test_training_seconds_are_those_of_all_sessions():
+    lines = [
+        {"step": 2, "seconds_per_step": 1.0},
+        {"step": 2, "eval_loss": 1.0},
+        {"step": 3, "seconds_per_step": 5.0},
+        {"step": 6, "seconds_per_step": 1.0},
+    ]
+    assert training_seconds(lines) == 2 + 5 + 3
+
+
+def test_an_empty_comparison_says_what_is_missing(plan_of):
+    results = gather(plan_of(), [], "command")
+    assert not results["complete"]
+    assert all("not run yet" in line for group in results["groups"] for line in group["missing"])
+    assert format_table(results)
+
+
+def test_the_cells_paths_are_relative(plan_of, tmp_path):
+    plan = plan_of(seeds=[1], learning_rates=[0.1])
+    fill(plan, {"lora": {0.1: [1.0]}})
+    for cell in gather(plan, [], "command")["cells"]:
+        assert not Path(cell["folder"]).is_absolute()
+        assert str(tmp_path) not in cell["folder"]

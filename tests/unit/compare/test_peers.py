@@ -1,0 +1,139 @@
+"""PEFT's AdaLoRA beside this project's runs: the same loss on the same data, its own rules, a result that is whole."""
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from comparison import write_comparison
+from tiny_models import tokens
+from tiny_run import save_tiny_model
+
+from dora_dist.backbone import load_backbone
+from dora_dist.command import ExpectedRunError
+from dora_dist.compare import peers
+from dora_dist.compare.cell import run_cell
+from dora_dist.compare.outcome import LOG
+from dora_dist.compare.plan import Cell, Group, Plan
+from dora_dist.compare.settings import parse_compare
+from dora_dist.controller import NonFiniteAdapterError
+from dora_dist.schedule import BudgetSchedule
+
+RUN_CHANGES = ("--run.adapter.dropout", "0.0")
+
+
+def run_one(folder: Path, method: str, *overrides: str):
+    """Run one cell; its plan, the cell, and the lines of its metrics."""
+    path = write_comparison(folder, methods=["lora", "adalora"])
+    plan = Plan(parse_compare(["--config", str(path), "--output_dir", str(folder / "out"), *RUN_CHANGES, *overrides]))
+    cell = Cell(Group("echo", 2, method), 0.01, 1)
+    assert run_cell(plan, cell, {}, {}) is None, (plan.cell_folder(cell) / LOG).read_text()
+    lines = (plan.cell_folder(cell) / "metrics.jsonl").read_text().splitlines()
+    return plan, cell, [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    return run_one(tmp_path_factory.mktemp("lora"), "lora")
+
+
+@pytest.fixture(scope="module")
+def adalora(tmp_path_factory):
+    return run_one(tmp_path_factory.mktemp("adalora"), "adalora", "--adalora.orth_reg_weight", "0.0")
+
+
+def test_without_its_regularizer_it_computes_the_loss_of_a_run_of_ours(lora, adalora):
+    """In the first step both adapters are 0, so that the losses are those of the base on the first batch."""
+    first, other = lora[2][0], adalora[2][0]
+    assert (first["step"], other["step"]) == (1, 1)
+    assert other["loss"] == pytest.approx(first["loss"], rel=1e-5)
+    assert [line["learning_rate"] for line in adalora[2] if "loss" in line] == pytest.approx(
+        [line["learning_rate"] for line in lora[2] if "loss" in line]
+    )
+
+
+def test_the_regularizer_counts_once_a_step_whatever_the_accumulation(tmp_path, adalora):
+    losses = []
+    for number, (rows, accumulation) in enumerate(((8, 1), (2, 4))):
+        training = (
+            "--run.training.per_device_train_batch_size",
+            str(rows),
+            "--run.training.gradient_accumulation_steps",
+            str(accumulation),
+        )
+        _, _, lines = run_one(tmp_path / str(number), "adalora", *training)
+        losses.append([line["loss"] for line in lines if "loss" in line])
+    assert losses[0][0] > adalora[2][0]["loss"] + 0.1
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_it_prunes_to_its_budget_between_the_same_steps_as_ours(lora, adalora):
+    kept = {line["step"]: line["components"] for line in adalora[2] if "components" in line}
+    final = BudgetSchedule(total_steps=12, num_layers=14, initial_rank=3, target_rank=2, interval=2).final_step
+    assert kept[1] == 14 * 3
+    assert kept[final] == kept[12] == 14 * 2
+    assert {line["step"] for line in adalora[2] if line.get("components") == 14 * 3} == {1}
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_what_is_saved_is_what_was_trained(tmp_path, quantization):
+    base = save_tiny_model(tmp_path / "model")
+    schedule = BudgetSchedule(total_steps=6, num_layers=14, initial_rank=4, target_rank=2, interval=1)
+    model = peft.get_peft_model(load_backbone(str(base), quantization, torch.float32), _config(schedule))
+    _train(model, 6)
+    kept = peers.kept_triplets(model)
+    factors = peers.folded_triplets(model, kept)
+    peers.check_result(factors, schedule)
+    assert sum(map(len, kept.values())) == 14 * 2
+    assert len(set(map(len, kept.values()))) > 1
+    peers.write_lora_adapter(tmp_path / "adapter", factors, None)
+    stock = peft.PeftModel.from_pretrained(load_backbone(str(base), quantization, torch.float32), tmp_path / "adapter")
+    with torch.no_grad():
+        trained, saved = model.eval()(input_ids=tokens()).logits, stock.eval()(input_ids=tokens()).logits
+        plain = load_backbone(str(base), quantization, torch.float32)(input_ids=tokens()).logits
+    assert (trained - plain).abs().max() > 1e-3
+    torch.testing.assert_close(saved, trained, rtol=0, atol=1e-4 * float((trained - plain).abs().max()))
+
+
+def test_evaluation_is_of_the_task_alone(tmp_path):
+    base = save_tiny_model(tmp_path / "model")
+    schedule = BudgetSchedule(total_steps=6, num_layers=14, initial_rank=4, target_rank=2, interval=1)
+    model = peft.get_peft_model(load_backbone(str(base), "none", torch.float32), _config(schedule)).eval()
+    batch = {"input_ids": tokens(), "labels": tokens()}
+    with torch.no_grad():
+        plain = load_backbone(str(base), "none", torch.float32)(**batch).loss
+        assert model(**batch).loss > plain + 0.1
+        assert peers.TaskLoss(model)(**batch).loss == pytest.approx(float(plain), rel=1e-6)
+
+
+def test_an_adapter_that_is_none_is_refused():
+    schedule = BudgetSchedule(total_steps=6, num_layers=1, initial_rank=4, target_rank=2, interval=1)
+    good = torch.ones(2, 5), torch.ones(3, 2)
+    peers.check_result({"layer": good}, schedule)
+    with pytest.raises(NonFiniteAdapterError, match="of layer is not finite"):
+        peers.check_result({"layer": (good[0] * torch.nan, good[1])}, schedule)
+    with pytest.raises(ExpectedRunError, match="kept 3 triplets instead of the budget 2"):
+        peers.check_result({"layer": (torch.ones(3, 5), torch.ones(3, 3))}, schedule)
+
+
+def _config(schedule: BudgetSchedule) -> peft.AdaLoraConfig:
+    return peft.AdaLoraConfig(
+        init_r=schedule.initial_rank,
+        target_r=schedule.target_rank,
+        tinit=0,
+        tfinal=schedule.total_steps - schedule.final_step,
+        total_step=schedule.total_steps,
+        lora_alpha=8,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+
+
+def _train(model: peft.PeftModel, steps: int) -> None:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for step in range(1, steps + 1):
+        model(input_ids=tokens(seed=step), labels=tokens(seed=step)).loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
