@@ -270,8 +270,8 @@ def build_collator(config: RunConfig, model: DynamicLoraModel, tokenizer: PreTra
     if config.task == SEQ2SEQ:
         if not hasattr(base, "prepare_decoder_input_ids_from_labels"):
             raise ValueError(
-                f"{type(base).__name__} does not say how its decoder's input is made of labels, as BART and T5 do: task "
-                f"{SEQ2SEQ} needs a model that does"
+                f"{type(base).__name__} does not say how its decoder's input is made of labels, as BART and T5 do: "
+                f"task {SEQ2SEQ} needs a model that does"
             )
         return TargetCollator(tokenizer, base.prepare_decoder_input_ids_from_labels)
     if config.data.batching != "packed":
