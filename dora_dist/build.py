@@ -133,6 +133,7 @@ def build_controller(
         min_rank=config.pruning.min_rank,
         max_rank=config.pruning.max_rank,
         regrow=config.pruning.regrow,
+        rebase=config.pruning.rebase,
         head=model.head_parameters(),
     )
 

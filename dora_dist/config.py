@@ -57,6 +57,8 @@ class PruningConfig:
         smoothing: weight of the past in the smoothed scores, in [0, 1); gate_sensitivity is summed instead.
         equilibrium_weight: weight of the Dimensional Equilibrium Modulator in the loss until the last event; 0 is off.
         regrow: a component pruned before the last event may grow back (the paper's gentle pruning).
+        rebase: before an event, turn the components of each layer into the singular vectors of its update, which leaves
+            the model as it is, and judge those; smoothing is not used then.
         min_rank: components that every layer keeps at least.
         max_rank: components that any layer keeps at most in the end; null for no bound.
     """
@@ -69,6 +71,7 @@ class PruningConfig:
     smoothing: float = 0.9
     equilibrium_weight: float = 0.1
     regrow: bool = True
+    rebase: bool = False
     min_rank: int = 0
     max_rank: int | None = None
 
@@ -79,6 +82,8 @@ class PruningConfig:
         require(total < 1, "pruning.warmup_fraction + pruning.final_fraction", total, "be less than 1")
         require(self.interval >= 1, "pruning.interval", self.interval, "be at least 1")
         require(self.equilibrium_weight >= 0, "pruning.equilibrium_weight", self.equilibrium_weight, "be at least 0")
+        summed = self.importance == "gate_sensitivity"
+        require(not (self.rebase and summed), "pruning.rebase", "true", "be false for the importance gate_sensitivity")
         require(self.min_rank >= 0, "pruning.min_rank", self.min_rank, "be at least 0")
         # What is pruned for good early could be needed to fill the final budget under the bound.
         require(

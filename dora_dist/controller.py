@@ -10,10 +10,11 @@ from dora_dist.agreement import Agreement, digest_tensors
 from dora_dist.budget import COMPONENTS, Budget, component_costs
 from dora_dist.command import ExpectedRunError
 from dora_dist.criterion import Criterion, SmoothedScores
-from dora_dist.engine import zero_entries
+from dora_dist.engine import write_entries, zero_entries
 from dora_dist.events import PruneEvent
-from dora_dist.importance import score_layers
+from dora_dist.importance import Components, score_layers
 from dora_dist.layer import DynamicLoraLinear
+from dora_dist.rebasing import singular_components
 from dora_dist.regularizer import equilibrium_penalty
 from dora_dist.schedule import BudgetSchedule
 
@@ -41,6 +42,8 @@ class DynamicRankController:
         max_rank: components that any layer keeps at most.
         regrow: prune softly before the final event (the gate is set to 0 and may grow back), as the paper does;
             otherwise pruned components stay out for good.
+        rebase: before an event selects, turn every layer's components into the singular vectors of its update
+            (:mod:`dora_dist.rebasing`), and score those as they are then, without the past.
         head: parameters by name that are trained beside the adapter, of which the ranks prove that they agree too.
 
     Raises:
@@ -58,6 +61,7 @@ class DynamicRankController:
         min_rank: int = 0,
         max_rank: int | None = None,
         regrow: bool = True,
+        rebase: bool = False,
         head: Mapping[str, nn.Parameter] | None = None,
     ) -> None:
         self.layers = dict(sorted(layers.items()))
@@ -66,6 +70,7 @@ class DynamicRankController:
         self.min_rank = min_rank
         self.max_rank = max_rank
         self.regrow = regrow
+        self.rebase = rebase
         self.head = dict(sorted((head or {}).items()))
         self.step = 0
         self.events: list[PruneEvent] = []
@@ -80,6 +85,8 @@ class DynamicRankController:
                 f"max_rank is {max_rank} and regrow is false: what is pruned for good early could be needed to fill "
                 "the final budget under the bound; set regrow to true, or max_rank to null"
             )
+        if rebase:
+            self.criterion.rescore(self._components())
         # Refuse bounds that cannot be met before the run; all other budgets lie above the final one.
         self.budget.select(self.scores, schedule.final_step, min_rank, max_rank)
 
@@ -122,6 +129,8 @@ class DynamicRankController:
             return None
         self.agreement.raise_together(self._failure or self._flaw_of_scores(), f"scoring components by step {step}")
         self.verify(f"the adapter before the pruning event of step {step}")
+        if self.rebase:
+            self._rebase()
         # One flat tensor, one all-reduce; from here on every rank computes from the reduced values only.
         event = self._select(step, self._by_layer(self.agreement.mean(self.criterion.scores)))
         self._apply(event)
@@ -209,11 +218,36 @@ class DynamicRankController:
     def _by_layer(self, flat: Tensor) -> dict[str, Tensor]:
         return dict(zip(self.layers, flat.split(self._sizes), strict=True))
 
+    def _components(self) -> list[Components]:
+        return [(layer.lora_a, layer.effective_gate(), layer.lora_b) for layer in self.layers.values()]
+
+    @torch.no_grad()
+    def _rebase(self) -> None:
+        """The ranks hold the same components, and take the mean of what they make of them: kinds of processors differ
+        in the last bits of a decomposition."""
+        for layer in self.layers.values():
+            kept = layer.component_mask
+            parts = layer.lora_a[kept], layer.gate[kept], layer.lora_b[:, kept]
+            if not len(parts[1]):
+                continue
+            flat = self.agreement.mean(torch.cat([part.flatten() for part in singular_components(*parts)]))
+            for parameter, part, new, dim in zip(
+                (layer.lora_a, layer.gate, layer.lora_b),
+                parts,
+                flat.split([part.numel() for part in parts]),
+                (0, 0, 1),
+                strict=True,
+            ):
+                values = torch.zeros_like(parameter, dtype=torch.float64)
+                values.index_copy_(dim, kept.nonzero().flatten(), new.view_as(part))
+                shape = [len(kept) if at == dim else 1 for at in range(parameter.ndim)]
+                write_entries(parameter, values, kept.view(shape).expand_as(parameter))
+        self.criterion.rescore(self._components())
+
     def _update_scores(self) -> None:
         """Never raises: a failure is kept for the next exchange, where all ranks learn of it."""
         try:
-            layers = [(layer.lora_a, layer.effective_gate(), layer.lora_b) for layer in self.layers.values()]
-            self.criterion.update(layers, self.agreement)
+            self.criterion.update(self._components(), self.agreement)
         except Exception as error:
             self._failure = self._failure or f"{type(error).__name__} after step {self.step}: {error}"
 
@@ -232,7 +266,8 @@ class DynamicRankController:
         keep = self.budget.select(scores, step, self.min_rank, self.max_rank if final else None, eligible)
         kept = {name: mask.nonzero().flatten().tolist() for name, mask in keep.items()}
         before = self.events[-1].kept if self.events else None
-        returned = sum(len(set(kept[name]) - set(before[name])) for name in kept) if before else 0
+        known = before is not None and not self.rebase  # otherwise there are other components every time
+        returned = sum(len(set(kept[name]) - set(before[name])) for name in kept) if known else 0
         return PruneEvent(
             step=step,
             num_kept=sum(map(len, kept.values())),

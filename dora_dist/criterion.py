@@ -26,6 +26,13 @@ class Criterion(Protocol):
         """Look at the components once after every optimizer step until the final event, on every rank together. May
         raise after its collectives only."""
 
+    def rescore(self, layers: Sequence[Components]) -> None:
+        """Other components have taken the places of those scored so far.
+
+        Raises:
+            ValueError: of new components it cannot know anything.
+        """
+
     def after_event(self) -> None:
         """An event has selected by the scores."""
 
@@ -47,6 +54,9 @@ class SmoothedScores:
 
     def update(self, layers: Sequence[Components], agreement: Agreement) -> None:
         self.scores = smooth(self.scores, self._score(layers).flatten(), self._smoothing)
+
+    def rescore(self, layers: Sequence[Components]) -> None:
+        self.scores = self._score(layers).flatten().double()
 
     def after_event(self) -> None:
         pass
@@ -84,6 +94,12 @@ class GateSensitivity:
         self._gradient.zero_()
         if torch.isfinite(gradient).all():
             self.scores += (torch.cat([gate for _, gate, _ in layers]) * gradient).abs()
+
+    def rescore(self, layers: Sequence[Components]) -> None:
+        raise ValueError(
+            f"importance is {GATE_SENSITIVITY}, which is summed over steps, so that components that an event makes "
+            "have none: set rebase to false, or choose another importance"
+        )
 
     def after_event(self) -> None:
         self.scores.zero_()

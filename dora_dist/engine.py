@@ -38,6 +38,25 @@ def zero_entries(parameter: nn.Parameter, keep: Tensor) -> None:
         owned.get_hp_fragment().masked_fill_(~keep.flatten().narrow(0, address.start, address.numel), 0)
 
 
+@torch.no_grad()
+def write_entries(parameter: nn.Parameter, values: Tensor, chosen: Tensor) -> None:
+    """Give entries of a parameter new values for good, also under ZeRO (see :func:`zero_entries`); leave all others as
+    they are. The optimizer's moments stay what they were.
+
+    Args:
+        parameter: any shape.
+        values: same shape, in the precision that the master copy is to have.
+        chosen: boolean, same shape; True where the entry changes.
+    """
+    parameter.data.copy_(torch.where(chosen, values.to(parameter.dtype), parameter.data))
+    owned = getattr(parameter, "_hp_mapping", None)
+    if owned is not None:
+        address = owned.lp_fragment_address
+        fragment = owned.get_hp_fragment()
+        mine, new = (tensor.flatten().narrow(0, address.start, address.numel) for tensor in (chosen, values))
+        fragment.copy_(torch.where(mine, new.to(fragment.dtype), fragment))
+
+
 MASTER = "master"
 """Name of the float32 master copy among the tensors that ZeRO's optimizer keeps for a parameter."""
 

@@ -20,7 +20,7 @@ from dora_dist.schedule import BudgetSchedule
 from dora_dist.targets import resolve_targets
 from dora_dist.tasks import SEQUENCE_CLASSIFICATION
 from dora_dist.trainer import global_batch
-from dora_dist.training_section import DEFAULT_TRAINING_ARGUMENTS
+from dora_dist.training_section import DEFAULT_TRAINING_ARGUMENTS, require
 
 METHOD_ARGUMENTS = (
     "learning_rate",
@@ -240,6 +240,13 @@ def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int)
     schedule = build_schedule(config, len(names), total_steps)
     linears = {name: skeleton.get_submodule(name) for name in names}
     shapes = {name: (linear.in_features, linear.out_features) for name, linear in linears.items()}
+    for name, shape in shapes.items() if config.pruning.rebase else ():
+        require(
+            schedule.initial_rank <= min(shape),
+            "adapter.initial_rank",
+            schedule.initial_rank,
+            f"be at most {min(shape)} where pruning.rebase is true: {name} is {shape[0]} x {shape[1]}",
+        )
     budget = Budget(schedule, component_costs(shapes, config.pruning.budget_unit))
     scores = {name: torch.zeros(schedule.initial_rank) for name in names}
     budget.select(scores, schedule.final_step, config.pruning.min_rank, config.pruning.max_rank)

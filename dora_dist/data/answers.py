@@ -133,11 +133,7 @@ class ContextWindows:
             return None
         text, begin = question.answers[0].strip(), question.starts[0]
         begin += len(question.answers[0]) - len(question.answers[0].lstrip())
-        inside = [
-            n
-            for n in range(first, last)
-            if offsets[n][0] < offsets[n][1] and offsets[n][1] > begin and offsets[n][0] < begin + len(text)
-        ]
+        inside = [n for n in range(first, last) if offsets[n][1] > begin and offsets[n][0] < begin + len(text)]
         covered = question.context[offsets[inside[0]][0] : offsets[inside[-1]][1]] if inside else ""
         if not inside or _letters(text) not in _letters(covered):
             raise RowFlaw("answers.text[0]", f"is {text!r}, but its tokens stand for {covered!r}")

@@ -49,6 +49,18 @@ def test_sensitivity_does_not_depend_on_world_size_engine_or_accumulation(
     assert_close(*tensors)
 
 
+@pytest.mark.parametrize(("processes", "engine"), [(1, "none"), (2, "ddp")])
+def test_rebasing_reaches_the_master_copy_and_does_not_depend_on_the_engine(sensitive, tmp_path, processes, engine):
+    rebased = ("--pruning.importance", "squared_magnitude", "--pruning.rebase", "true")
+    runs = tmp_path / "zero2", tmp_path / engine
+    train(sensitive, *rebased, "--output_dir", str(runs[0]))
+    batch = ("--training.per_device_train_batch_size", str(8 // processes))
+    train(sensitive, *rebased, *batch, "--output_dir", str(runs[1]), processes=processes, engine=engine)
+    for old, new in zip(*map(steps_of, runs), strict=True):
+        assert new["loss"] == pytest.approx(old["loss"], rel=10 * RELATIVE)
+        assert new["allocation"] == old["allocation"]
+
+
 def assert_close(expected: Path, found: Path) -> None:
     """Scores in two checkpoints between events agree, and are not all 0."""
     from safetensors.torch import load_file

@@ -73,6 +73,7 @@ LEVELS = [
         "agreement",
         "backbone",
         "budget",
+        "rebasing",
         "benchmark.base",
         "benchmark.figure",
         "benchmark.record",

@@ -254,6 +254,11 @@ def test_white_space_that_belongs_to_a_token_is_no_part_of_an_answer(kind, max_l
     assert max_length < 90 or found == [answer]
 
 
+def test_white_space_around_a_question_is_not_asked():
+    windows = ContextWindows(trained(*KINDS["RoBERTa's and BART's"]), 90, 5)
+    assert windows(asked("Ann", question=f"  {QUESTION} ")) == windows(asked("Ann"))
+
+
 NUMBERS = st.integers(-20, 20).map(float)
 
 
