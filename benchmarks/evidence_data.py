@@ -29,13 +29,27 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     options = parser.parse_args()
     for name, read in SETS.items():
-        splits = read(options.sets)
+        splits = without_repetitions(read(options.sets))
         folder = options.output / name
         folder.mkdir(parents=True, exist_ok=True)
         for split, rows in splits.items():
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
         print(name, {split: len(rows) for split, rows in splits.items()})
+
+
+def without_repetitions(splits: dict[str, list[Row]]) -> dict[str, list[Row]]:
+    """Held-out rows that are also trained on are left out, and searched ones that are also reported."""
+    train, report = ({_key(row) for row in splits[name]} for name in ("train", "report"))
+    return {
+        "train": splits["train"],
+        "search": [row for row in splits["search"] if _key(row) not in train | report],
+        "report": [row for row in splits["report"] if _key(row) not in train],
+    }
+
+
+def _key(row: Row) -> tuple[str, ...]:
+    return tuple(text for name, text in row.items() if name != "label")
 
 
 def e2e(sets: Path) -> dict[str, list[Row]]:
@@ -75,7 +89,8 @@ def multilingual(sets: Path) -> dict[str, list[Row]]:
     for language in ("en", "fi", "fr", "zh"):
         path = next((sets / "multilingual").glob(f"{language}.json*"))
         rows = _json_lines(path) if path.suffix == ".jsonl" else _json(path)
-        by_language.append(_sample(_short([_exchange(row) for row in rows], 500), 160))
+        exchanges = {row["prompt"]: row for row in map(_exchange, rows)}  # some conversations begin alike
+        by_language.append(_sample(_short(list(exchanges.values()), 500), 160))
     parts = [_split(rows, 24) for rows in by_language]
     return {split: _sample([row for part in parts for row in part[split]], 10**6) for split in parts[0]}
 

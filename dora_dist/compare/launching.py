@@ -81,7 +81,11 @@ def run_workers(arguments: Sequence[str], workers: int, gpus: Sequence[str]) -> 
         for number in range(workers)
     ]
 
+    told = False
+
     def hand_on(number: int, frame: FrameType | None) -> None:
+        nonlocal told
+        told = True
         for process in running:
             if process.poll() is None:
                 process.send_signal(number)
@@ -95,7 +99,7 @@ def run_workers(arguments: Sequence[str], workers: int, gpus: Sequence[str]) -> 
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
-    if PREEMPTED in statuses:
+    if told or PREEMPTED in statuses:
         return PREEMPTED
     return max((abs(status) for status in statuses), default=0)
 

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from safetensors import safe_open
 
 from dora_dist import records, report
 from dora_dist.compare.plan import REPORTED, SEARCH, Cell, Plan
+from dora_dist.config import ModelConfig, RunConfig
+from dora_dist.data_section import DataConfig
 from dora_dist.folding import ADAPTER_WEIGHTS
 
 IDENTITY = "cell.json"
@@ -173,11 +176,19 @@ def check_identity(plan: Plan, cell: Cell, identity: Mapping[str, Any]) -> None:
     recorded = records.read_json(folder / IDENTITY)["identity"]
     identity = json.loads(json.dumps(identity))  # as it would have been recorded
     for name in {**recorded, **identity}:
-        if recorded.get(name) != identity.get(name):
+        former = recorded.get(name, _defaults().get(name))  # a setting that came later had its default
+        if former != identity.get(name):
             raise ValueError(
-                f"{folder} was made with {name} {recorded.get(name)!r}, but now it is {identity.get(name)!r}: choose "
+                f"{folder} was made with {name} {former!r}, but now it is {identity.get(name)!r}: choose "
                 "another output_dir, or delete that folder to run the cell again"
             )
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    least = RunConfig(output_dir="-", model=ModelConfig(path="-"), data=DataConfig(train="-"))
+    defaults: dict[str, Any] = json.loads(json.dumps(flatten(dataclasses.asdict(least))))
+    return defaults
 
 
 def _may_differ(name: str) -> bool:

@@ -29,7 +29,6 @@ from dora_dist.events import PruneEvent
 from dora_dist.folding import write_lora_adapter
 from dora_dist.preemption import PreemptionNotice
 from dora_dist.schedule import BudgetSchedule
-from dora_dist.tasks import CAUSAL_LM
 
 if TYPE_CHECKING:
     from dora_dist.config import RunConfig
@@ -49,12 +48,9 @@ def train_adalora(config: "RunConfig", own: Mapping[str, Any], notice: Preemptio
         notice: of this process's preemption.
 
     Raises:
-        ValueError: the task is another one than causal language modelling.
         ExpectedRunError: the adapter is not finite, or AdaLoRA kept more than its budget.
         PreemptedError: the process was told to stop.
     """
-    if config.task != CAUSAL_LM:
-        raise ValueError(f"task is {config.task}, but AdaLoRA is compared on {CAUSAL_LM} only: leave it out of methods")
     tokenizer, data = build_data.read_data(config)
     device = world.connect("none", config.distributed.timeout_minutes).device
     settled = settle.settle(config, tokenizer, data)

@@ -74,10 +74,10 @@ def _check_same_conditions(plan: Plan, reported: Mapping[Group, Mapping[int, Out
         for seed, outcome in outcomes.items():
             settings = training_settings(outcome.settings)
             other, expected = first.setdefault((group.task, seed), (group, settings))
-            for name in {**expected, **settings}:
-                if settings.get(name) != expected.get(name):
+            for name in expected.keys() & settings.keys():
+                if settings[name] != expected[name]:
                     raise ValueError(
-                        f"seed {seed}: {name} is {settings.get(name)!r} in cells {group} and {expected.get(name)!r} in "
+                        f"seed {seed}: {name} is {settings[name]!r} in cells {group} and {expected[name]!r} in "
                         f"cells {other}, but must be the same: delete those that are wrong, and start again"
                     )
 
@@ -109,7 +109,7 @@ def _group(
         "metric": plan.metric(group.task),
         "lower_is_better": plan.lower_is_better(group.task),
         "learning_rate": None if choice is None else choice.learning_rate,
-        "search": None if choice is None else {f"{rate:g}": mean for rate, mean in choice.means.items()},
+        "search": None if choice is None else {f"{rate:g}": _finite(mean) for rate, mean in choice.means.items()},
         "at_edge": None if choice is None else choice.at_edge,
         "searched": choice is not None and choice.searched,
         "reported": {seed: outcome.reported for seed, outcome in own.items()},

@@ -17,7 +17,9 @@ from comparison import write_comparison
 
 from dora_dist.backbone import load_backbone
 from dora_dist.checkpoint import checkpoints
+from dora_dist.command import PREEMPTED
 
+pytestmark = pytest.mark.timeout(900)
 COMMAND = ("python", "-m", "dora_dist.compare")
 ONE_CELL = {"methods": ["dynamic"], "baseline": "dynamic", "seeds": [1], "learning_rates": [0.01]}
 
@@ -36,7 +38,7 @@ def compared(tmp_path_factory):
     """A comparison by two workers: its configuration and what the command printed."""
     folder = tmp_path_factory.mktemp("compared")
     config = write_comparison(folder, methods=["lora", "adalora", "dynamic"])
-    finished = run(*COMMAND, str(config), "--workers", "2", timeout=280)
+    finished = run(*COMMAND, str(config), "--workers", "2", timeout=800)
     assert finished.status == 0, finished.output
     return config, finished.output
 
@@ -125,30 +127,39 @@ def test_other_held_out_data_are_noticed(compared, tmp_path):
     assert "was made with examples of reported" in finished.output
 
 
-def test_a_killed_worker_leaves_its_cell_to_the_next_which_ends_with_the_same_figures(tmp_path):
+def test_told_to_stop_and_then_killed_a_comparison_ends_with_the_same_figures(tmp_path):
     config = write_comparison(tmp_path, **ONE_CELL)
     whole = run(*COMMAND, str(config), "--output_dir", str(tmp_path / "whole"))
     assert whole.status == 0, whole.output
 
     cell = tmp_path / "out" / "cells" / "echo" / "rank2" / "dynamic" / "lr0.01" / "seed1"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
-    command = [sys.executable, *COMMAND[1:], str(config), "--workers", "2"]
-    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, start_new_session=True)
-    end = time.monotonic() + 120
-    while len(checkpoints(cell)) < 1 or checkpoints(cell)[-1].name < "checkpoint-4":
-        assert time.monotonic() < end, "no checkpoint has been written"
-        assert process.poll() is None, "the comparison has ended before it could be killed"
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    stopped = start_until(config, cell, step=2)
+    stopped.terminate()
+    assert stopped.wait(timeout=120) == PREEMPTED
+    killed = start_until(config, cell, step=7)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
     assert not (cell / "summary.json").exists()
 
     resumed = run(*COMMAND, str(config))
     assert resumed.status == 0, resumed.output
-    assert "resuming from" in (cell / "log.txt").read_text()
+    assert (cell / "log.txt").read_text().count("resuming from") == 2
     first, second = results_of(tmp_path / "whole"), results_of(tmp_path / "out")
     for key in ("search", "reported", "ranks", "parameters"):
         assert first["cells"][0][key] == second["cells"][0][key]
+
+
+def start_until(config: Path, cell: Path, step: int) -> subprocess.Popen:
+    """A comparison by two workers that has just written a checkpoint of this step or a later one in the cell."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
+    command = [sys.executable, *COMMAND[1:], str(config), "--workers", "2"]
+    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, start_new_session=True)
+    end = time.monotonic() + 240
+    while not any(int(folder.name.rsplit("-", 1)[1]) >= step for folder in checkpoints(cell)):
+        assert time.monotonic() < end, "no checkpoint has been written"
+        assert process.poll() is None, "the comparison has ended before it could be stopped"
+        time.sleep(0.002)
+    return process
 
 
 def test_a_cell_that_fails_is_reported_and_the_ranks_of_a_launcher_run_the_others(tmp_path):

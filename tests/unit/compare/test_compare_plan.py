@@ -187,6 +187,11 @@ def test_what_is_wrong_with_a_task_is_said(plan_of, task, message):
         plan_of(tasks={"one": task})
 
 
+def test_adalora_is_for_causal_language_models(plan_of):
+    with pytest.raises(ValueError, match="cells one rank 4 adalora: task is seq2seq, but AdaLoRA is compared on"):
+        plan_of("--run.task", "seq2seq", methods=["lora", "adalora"])
+
+
 def test_adalora_needs_something_to_prune(plan_of):
     with pytest.raises(ValueError, match="AdaLoRA has nothing to prune"):
         plan_of(methods=["lora", {"flat": {"from": "adalora", "adapter": {"initial_rank": 4}}}])
