@@ -32,7 +32,7 @@ def draw_comparison(results: Mapping[str, Any], path: Path) -> None:
         _draw_differences(right, groups, results)
     figure.suptitle(
         f"Every dot is a seed, every bar a mean. Right: paired by seed, with the {results['confidence']:.0%} "
-        "confidence interval;\nblue: better than the baseline, orange: worse, grey: the interval holds 0",
+        f"confidence interval;\nblue: better than the baseline, orange: worse, grey: the interval holds 0{_marks(results)}",
         fontsize=10,
     )
     figure.savefig(path, dpi=140)
@@ -65,6 +65,13 @@ def _label(group: Mapping[str, Any]) -> str:
         return f"{group['method']} (missing)"
     edge = "!" if group["at_edge"] else ""
     return f"{group['method']}{marks}  (lr {group['learning_rate']:g}{edge})"
+
+
+def _marks(results: Mapping[str, Any]) -> str:
+    """What the marks behind names mean, where there are some."""
+    meanings = {"at_edge": "! rate at the edge of the grid", "parameters_differ": "† other number of parameters"}
+    found = [meaning for key, meaning in meanings.items() if any(group[key] for group in results["groups"])]
+    return "".join(f"; {meaning}" for meaning in found)
 
 
 def _draw_differences(axis: Axes, groups: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> None:
@@ -137,5 +144,7 @@ def _draw_map(axis: Axes, group: Mapping[str, Any], top: float) -> Any:
         for row, line in enumerate(values):
             for column, value in enumerate(line):
                 colour = "black" if value > 0.6 * top else "white"
-                axis.text(column, row, f"{value:.3g}", ha="center", va="center", color=colour, fontsize=6)
+                axis.text(
+                    column, row, f"{value:.1f}".removesuffix(".0"), ha="center", va="center", color=colour, fontsize=6
+                )
     return image

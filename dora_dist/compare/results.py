@@ -47,7 +47,7 @@ def gather(plan: Plan, notes: Sequence[str], command: str) -> dict[str, Any]:
         "config": dataclasses.asdict(plan.config),
         "methods": {name: method.says for name, method in plan.methods.items()},
         "confidence": CONFIDENCE,
-        "comparisons": sum(group["difference"] is not None for group in groups),
+        "comparisons": sum((group["difference"] or {}).get("mean") is not None for group in groups),
         "notes": list(notes),
         "complete": not any(group["missing"] for group in groups),
         "groups": groups,
