@@ -32,7 +32,8 @@ def draw_comparison(results: Mapping[str, Any], path: Path) -> None:
         _draw_differences(right, groups, results)
     figure.suptitle(
         f"Every dot is a seed, every bar a mean. Right: paired by seed, with the {results['confidence']:.0%} "
-        f"confidence interval;\nblue: better than the baseline, orange: worse, grey: the interval holds 0{_marks(results)}",
+        "confidence interval;\nblue: better than the baseline, orange: worse, grey: the interval holds 0"
+        f"{_marks(results)}",
         fontsize=10,
     )
     figure.savefig(path, dpi=140)
