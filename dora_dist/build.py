@@ -15,9 +15,11 @@ from dora_dist.agreement import Agreement, digest_tensors
 from dora_dist.command import say
 from dora_dist.config import RunConfig
 from dora_dist.controller import DynamicRankController
+from dora_dist.criterion import GATE_SENSITIVITY, Criterion, GateSensitivity, SmoothedScores
 from dora_dist.data.batches import Collator, FlattenedCollator, PackedCollator, PaddedCollator, PlannedRows
 from dora_dist.data.chat import stop_tokens
 from dora_dist.evaluation import Evaluator, check_packing
+from dora_dist.importance import weight_criterion
 from dora_dist.model import DynamicLoraModel, add_dynamic_lora
 from dora_dist.preemption import PreemptionNotice
 from dora_dist.records import RunRecords
@@ -75,11 +77,22 @@ def build_controller(
         model.adapted_layers(),
         schedule,
         agreement,
-        smoothing=config.pruning.smoothing,
+        criterion=build_criterion(config, model),
+        budget_unit=config.pruning.budget_unit,
         min_rank=config.pruning.min_rank,
         max_rank=config.pruning.max_rank,
         regrow=config.pruning.regrow,
     )
+
+
+def build_criterion(config: RunConfig, model: DynamicLoraModel) -> Criterion:
+    """What the components are judged by."""
+    gates = [layer.gate for layer in model.adapted_layers().values()]
+    name = config.pruning.importance
+    if name == GATE_SENSITIVITY:
+        return GateSensitivity(gates)
+    score = weight_criterion(name, adapter_seed(config))
+    return SmoothedScores(score, config.pruning.smoothing, sum(gate.numel() for gate in gates), gates[0].device)
 
 
 def build_evaluator(config: RunConfig, settled: Settled, agreement: Agreement) -> Evaluator | None:

@@ -48,7 +48,12 @@ class PruningConfig:
         warmup_fraction: share of the run before pruning begins.
         final_fraction: share of the run after the last pruning event, with a fixed mask.
         interval: steps between two events.
-        smoothing: weight of the past in the smoothed scores, in [0, 1).
+        importance: by what components are judged: frobenius (the paper's share in the norm of their layer's update),
+            magnitude (their norm as it is), squared_magnitude (its square), gate_sensitivity (first-order effect on the
+            loss of removing them, summed over the steps since the last event), or random (to compare with).
+        budget_unit: what the budget counts: components (the paper's), or parameters, of which a component has as many
+            as its layer has inputs and outputs, so that the result has the parameters of a uniform rank target_rank.
+        smoothing: weight of the past in the smoothed scores, in [0, 1); gate_sensitivity is summed instead.
         equilibrium_weight: weight of the Dimensional Equilibrium Modulator in the loss until the last event; 0 is off.
         regrow: a component pruned before the last event may grow back (the paper's gentle pruning).
         min_rank: components that every layer keeps at least.
@@ -58,6 +63,8 @@ class PruningConfig:
     warmup_fraction: float = 0.15
     final_fraction: float = 0.5
     interval: int = 100
+    importance: Literal["frobenius", "magnitude", "squared_magnitude", "gate_sensitivity", "random"] = "frobenius"
+    budget_unit: Literal["components", "parameters"] = "components"
     smoothing: float = 0.9
     equilibrium_weight: float = 0.1
     regrow: bool = True
@@ -181,6 +188,11 @@ class RunConfig:
         check_training_section(self.training)
         if self.evaluation.exact_match and self.data.eval is None:
             raise ValueError("evaluation.exact_match is true, but there is no held-out data: set data.eval")
+        if self.pruning.importance == "gate_sensitivity" and not self.adapter.train_gates:
+            raise ValueError(
+                "pruning.importance is gate_sensitivity, which needs gradients of the gates, but adapter.train_gates "
+                "is false: set it to true, or choose another importance"
+            )
         least, most, target = self.pruning.min_rank, self.pruning.max_rank, self.adapter.target_rank
         if least > target or (most is not None and most < target):
             raise ValueError(

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from dora_dist.agreement import Agreement, digest_tensors
-from dora_dist.allocation import select_components
+from dora_dist.budget import COMPONENTS, Budget, component_costs
 from dora_dist.command import ExpectedRunError
+from dora_dist.criterion import Criterion, SmoothedScores
 from dora_dist.engine import zero_entries
 from dora_dist.events import PruneEvent
-from dora_dist.importance import ScoreFunction, score_layers, smooth
+from dora_dist.importance import score_layers
 from dora_dist.layer import DynamicLoraLinear
 from dora_dist.regularizer import equilibrium_penalty
 from dora_dist.schedule import BudgetSchedule
@@ -32,12 +33,14 @@ class DynamicRankController:
         layers: adapted layers by name; the same names on every rank.
         schedule: the budget over time.
         agreement: collectives over the ranks.
-        smoothing: weight of the past in the smoothed scores, in [0, 1).
+        criterion: what makes the scores, of the components of ``layers`` in the order of their names; by default the
+            paper's, with its smoothing of 0.9.
+        budget_unit: what the budget counts: ``components``, or ``parameters``, of which a component of a wide layer
+            has more.
         min_rank: components that every layer keeps at least.
         max_rank: components that any layer keeps at most.
         regrow: prune softly before the final event (the gate is set to 0 and may grow back), as the paper does;
             otherwise pruned components stay out for good.
-        score: the importance criterion, of all layers at once.
 
     Raises:
         ValueError: the bounds and the budgets of the schedule do not fit together.
@@ -49,25 +52,25 @@ class DynamicRankController:
         schedule: BudgetSchedule,
         agreement: Agreement,
         *,
-        smoothing: float = 0.9,
+        criterion: Criterion | None = None,
+        budget_unit: str = COMPONENTS,
         min_rank: int = 0,
         max_rank: int | None = None,
         regrow: bool = True,
-        score: ScoreFunction = score_layers,
     ) -> None:
         self.layers = dict(sorted(layers.items()))
         self.schedule = schedule
         self.agreement = agreement
-        self.smoothing = smoothing
         self.min_rank = min_rank
         self.max_rank = max_rank
         self.regrow = regrow
-        self.score = score
         self.step = 0
         self.events: list[PruneEvent] = []
         self._sizes = [layer.gate.numel() for layer in self.layers.values()]
+        self._shapes = {name: (layer.in_features, layer.out_features) for name, layer in self.layers.items()}
+        self.budget = Budget(schedule, component_costs(self._shapes, budget_unit))
         device = next(iter(self.layers.values())).gate.device
-        self._smoothed = torch.zeros(sum(self._sizes), dtype=torch.float64, device=device)
+        self.criterion = criterion or SmoothedScores(score_layers, 0.9, sum(self._sizes), device)
         self._failure: str | None = None
         if max_rank is not None and not regrow:
             raise ValueError(
@@ -75,12 +78,12 @@ class DynamicRankController:
                 "the final budget under the bound; set regrow to true, or max_rank to null"
             )
         # Refuse bounds that cannot be met before the run; all other budgets lie above the final one.
-        select_components(self.smoothed_scores, schedule.final_num_kept, min_rank, max_rank)
+        self.budget.select(self.scores, schedule.final_step, min_rank, max_rank)
 
     @property
-    def smoothed_scores(self) -> dict[str, Tensor]:
-        """Layer -> smoothed scores, shape ``(r,)``, float64; local to this rank until an event averages them."""
-        return self._by_layer(self._smoothed)
+    def scores(self) -> dict[str, Tensor]:
+        """Layer -> scores, shape ``(r,)``, float64; local to this rank until an event averages them."""
+        return self._by_layer(self.criterion.scores)
 
     @property
     def finished_pruning(self) -> bool:
@@ -114,11 +117,12 @@ class DynamicRankController:
         self._update_scores()
         if not self.schedule.is_prune_step(step):
             return None
-        self.agreement.raise_together(self._failure or self._non_finite_scores(), f"scoring components by step {step}")
+        self.agreement.raise_together(self._failure or self._flaw_of_scores(), f"scoring components by step {step}")
         self.verify(f"the adapter before the pruning event of step {step}")
         # One flat tensor, one all-reduce; from here on every rank computes from the reduced values only.
-        event = self._select(step, self._by_layer(self.agreement.mean(self._smoothed)))
+        event = self._select(step, self._by_layer(self.agreement.mean(self.criterion.scores)))
         self._apply(event)
+        self.criterion.after_event()
         self.events.append(event)
         return event
 
@@ -128,7 +132,7 @@ class DynamicRankController:
         Raises:
             DisagreementError: they do not.
         """
-        position = f"{self.step}/{self.schedule}/{len(self.events)}"
+        position = f"{self.step}/{self.budget}/{len(self.events)}"
         digests = {"step and budget": sha256(position.encode()).digest()}
         for name, layer in self.layers.items():
             digests[name] = digest_tensors(layer.lora_a, layer.gate, layer.lora_b, layer.component_mask)
@@ -158,19 +162,22 @@ class DynamicRankController:
             DisagreementError: the ranks hold different adapters.
         """
         self.verify("the adapter at the end of the run")
-        kept = sum(int(layer.component_mask.sum()) for layer in self.layers.values())
+        kept = {name: int(layer.component_mask.sum()) for name, layer in self.layers.items()}
+        what = f"{sum(kept.values())} components (cost {self.budget.spent(kept)}) are left"
+        wanted = f"the budget {self.budget.final}"
         if not self.events or not self.events[-1].final:
             raise BudgetMissedError(
                 f"the run ended at step {self.step} before the final pruning event of step {self.schedule.final_step}: "
-                f"all {kept} components are still there instead of {self.schedule.final_num_kept}"
+                f"{what} instead of {wanted}"
             )
-        if kept != self.schedule.final_num_kept:
-            raise BudgetMissedError(f"{kept} components are left instead of the budget {self.schedule.final_num_kept}")
+        if not self.budget.is_met_by(kept):
+            raise BudgetMissedError(f"{what} instead of {wanted}")
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Masks and smoothed scores by layer, as flat names; see :meth:`load_state_dict`."""
+        """Masks and scores by layer, as flat names; see :meth:`load_state_dict`."""
         state = {f"{name}.component_mask": layer.component_mask.cpu() for name, layer in self.layers.items()}
-        state |= {f"{name}.smoothed_scores": scores for name, scores in self.smoothed_scores.items()}
+        # A copy: safetensors does not write parts of one tensor.
+        state |= {f"{name}.scores": scores.clone() for name, scores in self.scores.items()}
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor], step: int, events: list[PruneEvent]) -> None:
@@ -182,8 +189,7 @@ class DynamicRankController:
         """
         failure = None
         try:
-            saved = torch.cat([state[f"{name}.smoothed_scores"] for name in self.layers])
-            self._smoothed.copy_(saved)
+            self.criterion.scores.copy_(torch.cat([state[f"{name}.scores"] for name in self.layers]))
             for name, layer in self.layers.items():
                 layer.component_mask.copy_(state[f"{name}.component_mask"])
         except (KeyError, RuntimeError) as error:
@@ -200,29 +206,34 @@ class DynamicRankController:
         """Never raises: a failure is kept for the next exchange, where all ranks learn of it."""
         try:
             layers = [(layer.lora_a, layer.effective_gate(), layer.lora_b) for layer in self.layers.values()]
-            self._smoothed = smooth(self._smoothed, self.score(layers).flatten(), self.smoothing)
+            self.criterion.update(layers, self.agreement)
         except Exception as error:
             self._failure = self._failure or f"{type(error).__name__} after step {self.step}: {error}"
 
-    def _non_finite_scores(self) -> str | None:
+    def _flaw_of_scores(self) -> str | None:
         """A non-finite score stays in the average for ever, so that looking at events is enough."""
-        for name, scores in self.smoothed_scores.items():
+        for name, scores in self.scores.items():
             if not torch.isfinite(scores).all():
                 return f"layer {name} has non-finite scores {scores.tolist()}"
+        if self.budget.at(self.step) < self.budget.initial and not self.criterion.scores.any():
+            return "all scores are 0, so that there is nothing to select by: no step has changed the adapter"
         return None
 
     def _select(self, step: int, scores: dict[str, Tensor]) -> PruneEvent:
         final = step == self.schedule.final_step
-        num_kept = self.schedule.num_components - self.schedule.num_pruned(step)
-        if not self.regrow:
-            scores = {
-                name: torch.where(self.layers[name].component_mask.cpu(), value, -1.0) for name, value in scores.items()
-            }
-        keep = select_components(scores, num_kept, self.min_rank, self.max_rank if final else None)
+        eligible = None if self.regrow else {name: layer.component_mask for name, layer in self.layers.items()}
+        keep = self.budget.select(scores, step, self.min_rank, self.max_rank if final else None, eligible)
         kept = {name: mask.nonzero().flatten().tolist() for name, mask in keep.items()}
         before = self.events[-1].kept if self.events else None
         returned = sum(len(set(kept[name]) - set(before[name])) for name in kept) if before else 0
-        return PruneEvent(step=step, num_kept=num_kept, kept=kept, returned=returned, final=final)
+        return PruneEvent(
+            step=step,
+            num_kept=sum(map(len, kept.values())),
+            kept=kept,
+            returned=returned,
+            final=final,
+            num_parameters=sum(len(indices) * sum(self._shapes[name]) for name, indices in kept.items()),
+        )
 
     @torch.no_grad()
     def _apply(self, event: PruneEvent) -> None:

@@ -3,8 +3,8 @@
 import textwrap
 
 from dora_dist import estimate, prepare
+from dora_dist.budget import Budget
 from dora_dist.config import RunConfig
-from dora_dist.schedule import BudgetSchedule
 from dora_dist.settle import Settled
 
 
@@ -28,14 +28,14 @@ def describe(config: RunConfig, settled: Settled, world_size: int) -> str:
         f"{num_steps} optimizer steps of {rows} {what} on {world_size} process{'es' * (world_size > 1)}, "
         f"{plan.num_rows / mixture.rows_per_epoch:.2f} passes over the data; "
         f"{settled.padding_share():.1%} of the computed tokens are padding",
-        _budget(settled.schedule),
+        _budget(settled.budget, config.pruning.budget_unit),
         estimate.render(estimate.estimate_memory(config, world_size)),
         "Dry run: nothing was trained, and no weight was read.",
     ]
     return "\n\n".join(parts)
 
 
-def _budget(schedule: BudgetSchedule) -> str:
-    events = [f"{step}: {schedule.num_components - schedule.num_pruned(step)}" for step in schedule.prune_steps]
-    title = f"budget of {schedule.num_components} components, pruned after steps (step: components that are kept)"
+def _budget(budget: Budget, unit: str) -> str:
+    events = [f"{step}: {budget.at(step):,}" for step in budget.schedule.prune_steps]
+    title = f"budget of {budget.initial:,} {unit}, pruned after steps (step: {unit} that are kept)"
     return title + "\n" + textwrap.fill(", ".join(events), 110, initial_indent="  ", subsequent_indent="  ")

@@ -14,6 +14,7 @@ class PruneEvent:
         kept: layer -> indices of the components kept.
         returned: components kept now that the event before had pruned.
         final: whether the mask is fixed from here on.
+        num_parameters: entries of the kept components' vectors, over the whole model; None in older records.
     """
 
     step: int
@@ -21,6 +22,7 @@ class PruneEvent:
     kept: Mapping[str, list[int]]
     returned: int
     final: bool
+    num_parameters: int | None = None
 
     @property
     def ranks(self) -> dict[str, int]:

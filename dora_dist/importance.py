@@ -1,7 +1,8 @@
-"""Importance of rank-one components, from weights alone (Mao et al., ACL 2024, equations 7 and 8).
+"""Importance of rank-one components, from weights alone (Mao et al., ACL 2024, equations 7 and 8), and what it is
+compared with.
 
 Pure functions on tensors: nothing here knows a model, a rank or a file. Another criterion is another
-function with the signature of :func:`score_layers`; the controller takes it as an argument.
+function with the signature of :func:`score_layers`, and a name in :func:`weight_criterion`.
 """
 
 import functools
@@ -9,11 +10,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 Components = tuple[Tensor, Tensor, Tensor]
 """Of one layer: ``lora_a (r, in), gate (r,), lora_b (out, r)``."""
 ScoreFunction = Callable[[Sequence[Components]], Tensor]
 """Layers with the same number of components ``r`` -> scores ``(layers, r)``, higher is more important."""
+WEIGHT_CRITERIA = ("frobenius", "magnitude", "squared_magnitude", "random")
+"""Names of criteria that look at weights alone: the paper's, its numerator, the square of that, and chance."""
 SHORTEST_BLOCK, LONGEST_BLOCK = 64, 512
 """Entries of a vector that are multiplied at a time."""
 COPIED_AT_ONCE = 2**19
@@ -58,13 +62,7 @@ def score_layers(layers: Sequence[Components], eps: float = 1e-8) -> Tensor:
     Raises:
         ValueError: as for :func:`component_scores`, there are no layers, or their numbers of components differ.
     """
-    if not layers:
-        raise ValueError("there are no layers to score")
-    for layer in layers:
-        _check_shapes(*layer)
-    rank = len(layers[0][1])
-    if any(len(gate) != rank for _, gate, _ in layers):
-        raise ValueError(f"layers differ in their number of components: {[len(gate) for _, gate, _ in layers]}")
+    _check_layers(layers)
     gram = _grams([lora_a for lora_a, _, _ in layers]) * _grams([lora_b.T for _, _, lora_b in layers])
     gates = torch.stack([gate for _, gate, _ in layers]).double()
     norms = gates.abs() * gram.diagonal(dim1=1, dim2=2).sqrt()
@@ -72,6 +70,65 @@ def score_layers(layers: Sequence[Components], eps: float = 1e-8) -> Tensor:
     scores: Tensor = norms / (squares.clamp(min=0).sqrt() + eps)
     dtypes = {tensor.dtype for layer in layers for tensor in layer}
     return scores.to(functools.reduce(torch.promote_types, dtypes, torch.float32))
+
+
+@torch.no_grad()
+def component_magnitudes(layers: Sequence[Components]) -> Tensor:
+    """Frobenius norm of each component, ``|c_i| ||a_i|| ||b_i||``: equation 7 without the layer's own norm below it.
+
+    A component of a layer whose update is small counts for little here; its share in that layer does not show it.
+
+    Returns:
+        Scores of shape ``(layers, r)``, float64.
+
+    Raises:
+        ValueError: as for :func:`score_layers`.
+    """
+    _check_layers(layers)
+    norms = [
+        gate.double().abs()
+        * vector_norm(lora_a, dim=1, dtype=torch.float64)
+        * vector_norm(lora_b, dim=0, dtype=torch.float64)
+        for lora_a, gate, lora_b in layers
+    ]
+    return torch.stack(norms)
+
+
+def squared_magnitudes(layers: Sequence[Components]) -> Tensor:
+    """Squares of :func:`component_magnitudes`: what removing a component takes from the update's squared norm, where
+    components are orthogonal. Shape ``(layers, r)``, float64."""
+    return component_magnitudes(layers).square()
+
+
+def random_scores(seed: int) -> ScoreFunction:
+    """A criterion that knows nothing, to compare others with: scores in [0, 1) that depend on ``seed`` and the place of
+    a component, and stay the same for the whole run."""
+
+    def score(layers: Sequence[Components]) -> Tensor:
+        _check_layers(layers)
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.rand(len(layers), len(layers[0][1]), generator=generator, dtype=torch.float64)
+        return drawn.to(layers[0][1].device)
+
+    return score
+
+
+def weight_criterion(name: str, seed: int) -> ScoreFunction:
+    """The criterion of a name.
+
+    Args:
+        name: one of :data:`WEIGHT_CRITERIA`.
+        seed: for the random one.
+
+    Raises:
+        ValueError: there is no such criterion.
+    """
+    functions = dict(
+        zip(WEIGHT_CRITERIA, (score_layers, component_magnitudes, squared_magnitudes, random_scores(seed)), strict=True)
+    )
+    if name not in functions:
+        raise ValueError(f"importance is {name!r}, but must be one of {', '.join(functions)}")
+    return functions[name]
 
 
 def _grams(matrices: Sequence[Tensor]) -> Tensor:
@@ -130,6 +187,16 @@ def smooth(previous: Tensor, current: Tensor, beta: float) -> Tensor:
     if previous.shape != current.shape:
         raise ValueError(f"cannot smooth scores of shape {tuple(current.shape)} into {tuple(previous.shape)}")
     return beta * previous + (1 - beta) * current
+
+
+def _check_layers(layers: Sequence[Components]) -> None:
+    if not layers:
+        raise ValueError("there are no layers to score")
+    for layer in layers:
+        _check_shapes(*layer)
+    rank = len(layers[0][1])
+    if any(len(gate) != rank for _, gate, _ in layers):
+        raise ValueError(f"layers differ in their number of components: {[len(gate) for _, gate, _ in layers]}")
 
 
 def _check_shapes(lora_a: Tensor, gate: Tensor, lora_b: Tensor) -> None:

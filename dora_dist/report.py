@@ -56,6 +56,7 @@ def summarize(run: Path) -> dict[str, Any]:
         "initial_rank": settings["initial rank"],
         "components_at_start": settings["initial rank"] * len(ranks),
         "components_kept": events[-1].num_kept,
+        "parameters_kept": events[-1].num_parameters,
         "final_event": events[-1].final,
         "ranks": ranks,
         "session_seconds": last_session.get("session_seconds"),
@@ -102,7 +103,9 @@ def format_summary(summary: Mapping[str, Any], run: Path) -> str:
         lines += _source_lines(before, after)
     kept, start = summary["components_kept"], summary["components_at_start"]
     state = "" if summary["final_event"] else "  (pruning has not ended)"
-    lines.append(f"  {'components':<16} {start} -> {kept}{state}")
+    parameters = summary["parameters_kept"]
+    size = "" if parameters is None else f" of {parameters:,} parameters"
+    lines.append(f"  {'components':<16} {start} -> {kept}{size}{state}")
     if summary["session_seconds"]:
         seconds, tokens = summary["session_seconds"], summary["session_tokens"]
         lines.append(f"  {'training time':<16} {seconds:.0f} s, {tokens / seconds:.0f} tokens/s")

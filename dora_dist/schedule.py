@@ -81,8 +81,11 @@ class BudgetSchedule:
 
         Exact integer arithmetic: floating point could lose one component to rounding.
         """
+        return self.removed(step, self.num_layers * (self.initial_rank - self.target_rank))
+
+    def removed(self, step: int, removable: int) -> int:
+        """Of ``removable`` units that are gone after the final event, how many an event at ``step`` leaves removed."""
         position = min(max(self._position(step), 0), self._last)
-        removable = self.num_layers * (self.initial_rank - self.target_rank)
         return removable * position**3 // self._last**3
 
     def is_prune_step(self, step: int) -> bool:

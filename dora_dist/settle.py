@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from dora_dist import backbone
-from dora_dist.allocation import select_components
+from dora_dist.budget import Budget, component_costs
 from dora_dist.build_data import Mixture, RunData, build_mixture, describe_data
 from dora_dist.config import RunConfig
 from dora_dist.data.plan import TrainingPlan
@@ -46,7 +46,7 @@ class Settled:
         arguments: the Trainer's settings; ``max_steps`` is the number of optimizer steps of the run.
         plan: which rows are trained when.
         layers: names of the layers that are adapted.
-        schedule: the budget over the run.
+        budget: over the run.
         fingerprint: what a run that resumes from this one's checkpoints must have in common with it.
     """
 
@@ -56,7 +56,7 @@ class Settled:
     arguments: TrainingArguments
     plan: TrainingPlan
     layers: list[str]
-    schedule: BudgetSchedule
+    budget: Budget
     fingerprint: dict[str, Any]
 
     def padding_share(self) -> float:
@@ -87,7 +87,7 @@ def settle(
     arguments = training_arguments(config, mixture, accumulation)
     plan = mixture.plan(arguments.max_steps, global_batch(arguments))
     skeleton = backbone.load_skeleton(config.model.path, config.model.trust_remote_code)
-    layers, schedule = check_method(config, skeleton, arguments.max_steps)
+    layers, budget = check_method(config, skeleton, arguments.max_steps)
     check_context(skeleton, data)
     return Settled(
         tokenizer=tokenizer,
@@ -96,7 +96,7 @@ def settle(
         arguments=arguments,
         plan=plan,
         layers=layers,
-        schedule=schedule,
+        budget=budget,
         fingerprint=fingerprint(config, arguments, data, plan),
     )
 
@@ -200,7 +200,7 @@ def adapter_seed(config: RunConfig) -> int:
     return config.seed if config.adapter.seed is None else config.adapter.seed
 
 
-def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int) -> tuple[list[str], BudgetSchedule]:
+def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int) -> tuple[list[str], Budget]:
     """Try targets, schedule and bounds on the model's structure alone, before its weights are read.
 
     Args:
@@ -224,9 +224,12 @@ def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int)
         )
     names = resolve_targets(skeleton, config.adapter.target_modules)
     schedule = build_schedule(config, len(names), total_steps)
+    linears = {name: skeleton.get_submodule(name) for name in names}
+    shapes = {name: (linear.in_features, linear.out_features) for name, linear in linears.items()}
+    budget = Budget(schedule, component_costs(shapes, config.pruning.budget_unit))
     scores = {name: torch.zeros(schedule.initial_rank) for name in names}
-    select_components(scores, schedule.final_num_kept, config.pruning.min_rank, config.pruning.max_rank)
-    return names, schedule
+    budget.select(scores, schedule.final_step, config.pruning.min_rank, config.pruning.max_rank)
+    return names, budget
 
 
 def check_context(skeleton: PreTrainedModel, data: RunData) -> None:

@@ -95,7 +95,7 @@ def train(config: "RunConfig", notice: PreemptionNotice, watch: "Watch", launche
 
     with agreement.together("loading the model"):
         model = build.load_model(config, state.device, settled.tokenizer)
-        controller = build.build_controller(config, model, agreement, settled.schedule)
+        controller = build.build_controller(config, model, agreement, settled.budget.schedule)
     stop_before_training(notice, agreement)
     build.check_same_on_all_ranks(agreement, settled.fingerprint, model)
     run_records = records.RunRecords(run, writes=state.is_main_process)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from dora_dist.agreement import Agreement, StoreAgreement, digest_tensors
 from dora_dist.controller import DynamicRankController
+from dora_dist.criterion import SmoothedScores
 from dora_dist.engine import zero_entries
-from dora_dist.importance import Components, score_layers
+from dora_dist.importance import Components, ScoreFunction, score_layers
 from dora_dist.layer import DynamicLoraLinear
 from dora_dist.schedule import BudgetSchedule
 
@@ -46,6 +47,11 @@ def make_controller(layers: dict[str, DynamicLoraLinear], **options: Any) -> Dyn
         interval=2,
     )
     return DynamicRankController(layers, schedule, Agreement(), **options)
+
+
+def smoothed(score: ScoreFunction) -> SmoothedScores:
+    """The paper's smoothing of another score of :func:`make_layers`."""
+    return SmoothedScores(score, 0.9, RANK * len(NAMES), torch.device("cpu"))
 
 
 def agreement_mean() -> tuple[Tensor, Tensor]:
@@ -82,9 +88,9 @@ def prune_with_different_statistics() -> dict[str, Any]:
         return score_layers(layers) * (0.2 + torch.rand(len(layers), RANK, generator=generator).double())
 
     layers = make_layers()
-    controller = make_controller(layers, score=skewed)
+    controller = make_controller(layers, criterion=smoothed(skewed))
     events = [controller.after_optimizer_step(step) for step in range(1, 7)]
-    local = {name: scores.clone() for name, scores in controller.smoothed_scores.items()}
+    local = {name: scores.clone() for name, scores in controller.scores.items()}
     return {
         "local": local,
         "kept": events[-1].kept,
@@ -123,7 +129,7 @@ def prune_with_bad_scores(bad_rank: int, kind: str) -> None:
             scores[0, 2] = float(kind)
         return scores
 
-    controller = make_controller(make_layers(), score=score)
+    controller = make_controller(make_layers(), criterion=smoothed(score))
     for step in range(1, 5):
         controller.after_optimizer_step(step)
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dora_dist.allocation import select_components
+from dora_dist.allocation import select_components, select_within_budget
 
 # Few different values, so that ties are the rule.
 TIED = st.sampled_from([0.0, 0.25, 0.5, 1.0])
@@ -117,3 +117,59 @@ def test_no_layers_are_refused():
 def test_a_score_that_is_not_finite_is_refused_with_its_layer(value):
     with pytest.raises(ValueError, match="layer b has a non-finite score"):
         select_components({"a": torch.rand(2), "b": torch.tensor([0.5, value])}, 2)
+
+
+def best_within(scores: dict[str, torch.Tensor], costs: dict[str, int], budget: int) -> float:
+    """Largest sum of scores that a budget can pay, by trying all selections."""
+    items = [(score.item(), costs[name]) for name, layer in scores.items() for score in layer]
+    subsets = (subset for size in range(len(items) + 1) for subset in combinations(items, size))
+    return max(sum(score for score, _ in s) for s in subsets if sum(cost for _, cost in s) <= budget)
+
+
+@settings(max_examples=150, deadline=None)
+@given(LAYERS, st.data())
+def test_a_selection_by_cost_keeps_its_guarantee(layers, data):
+    scores = named(layers[:3])
+    costs = {name: data.draw(st.sampled_from([2, 3, 7])) for name in scores}
+    total = sum(costs[name] * len(layer) for name, layer in scores.items())
+    budget = data.draw(st.integers(0, total))
+    masks = select_within_budget(scores, costs, budget)
+    spent = sum(costs[name] * int(mask.sum()) for name, mask in masks.items())
+    kept = sum(scores[name][mask].sum().item() for name, mask in masks.items())
+    pruned = [(scores[name][~mask], costs[name]) for name, mask in masks.items() if not mask.all()]
+    assert spent <= budget
+    if pruned:
+        assert budget - spent < min(cost for _, cost in pruned)
+        missing = best_within(scores, costs, budget) - kept
+        assert missing <= max(score.max().item() for score, _ in pruned) + 1e-12
+
+
+def test_components_are_judged_by_their_score_per_cost_and_the_rest_of_the_budget_is_filled():
+    scores = {"narrow": torch.tensor([0.5, 0.2]), "wide": torch.tensor([0.9, 0.8])}
+    costs = {"narrow": 2, "wide": 5}
+    assert chosen(select_within_budget(scores, costs, 7)) == {("narrow", 0), ("wide", 0)}
+    # The second wide one does not fit any more; a narrow one that is worth less does.
+    assert chosen(select_within_budget(scores, costs, 11)) == {("narrow", 0), ("wide", 0), ("narrow", 1)}
+
+
+def test_what_is_not_eligible_is_not_kept_even_where_the_budget_would_pay_for_it():
+    scores = {"a": torch.tensor([0.9, 0.5, 0.1]), "b": torch.tensor([0.8])}
+    eligible = {"a": torch.tensor([False, True, True]), "b": torch.tensor([True])}
+    masks = select_within_budget(scores, {"a": 1, "b": 2}, 5, eligible=eligible)
+    assert chosen(masks) == {("a", 1), ("a", 2), ("b", 0)}
+    assert chosen(select_within_budget(scores, {"a": 1, "b": 2}, 3, min_rank=1, eligible=eligible)) == {
+        ("a", 1),
+        ("b", 0),
+    }
+
+
+@pytest.mark.parametrize(
+    ("costs", "message"),
+    [
+        ({"a": 3, "b": 5}, "cannot keep 33 of 32 parameters of components: .* admit 0 to 32"),
+        ({"a": 0, "b": 5}, "a component of layer a costs 0"),
+    ],
+)
+def test_costs_and_budgets_that_make_no_sense_are_refused(costs, message):
+    with pytest.raises(ValueError, match=message):
+        select_within_budget({"a": torch.rand(4), "b": torch.rand(4)}, costs, 33)

@@ -136,7 +136,7 @@ def test_the_state_of_the_method_comes_back_bit_for_bit(tmp_path):
     assert loaded.events == saved.events
     for name, layer in saved.layers.items():
         other = loaded.layers[name]
-        assert torch.equal(saved.smoothed_scores[name], loaded.smoothed_scores[name])
+        assert torch.equal(saved.scores[name], loaded.scores[name])
         assert torch.equal(layer.component_mask, other.component_mask)
         for part in ("lora_a", "gate", "lora_b"):
             assert torch.equal(getattr(layer, part), getattr(other, part))

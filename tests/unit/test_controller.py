@@ -6,6 +6,8 @@ from tiny_models import adapt, shake, tiny_model
 
 from dora_dist.agreement import Agreement
 from dora_dist.controller import BudgetMissedError, DynamicRankController, NonFiniteAdapterError
+from dora_dist.criterion import SmoothedScores
+from dora_dist.importance import score_layers
 from dora_dist.schedule import BudgetSchedule
 
 
@@ -36,7 +38,8 @@ def test_a_run_that_missed_its_budget_is_an_error():
 
 def test_no_component_comes_back_without_regrowth_and_some_may_with_it():
     for regrow in (False, True):
-        controller = make_controller(total_steps=40, target_rank=1, smoothing=0.0, regrow=regrow)
+        controller = make_controller(total_steps=40, target_rank=1, regrow=regrow)
+        controller.criterion = SmoothedScores(score_layers, 0.0, 42, torch.device("cpu"))
         generator = torch.Generator().manual_seed(0)
         for step in range(1, 41):
             for layer in controller.layers.values():  # an optimizer that throws the gates about

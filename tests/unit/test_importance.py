@@ -4,7 +4,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dora_dist.importance import component_scores, score_layers, smooth
+from dora_dist.importance import (
+    component_magnitudes,
+    component_scores,
+    score_layers,
+    smooth,
+    squared_magnitudes,
+    weight_criterion,
+)
 
 KINDS = ("random", "nearly collinear", "zero gates", "one zero gate")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -157,3 +164,47 @@ def test_smoothing_outside_its_range_is_refused(beta):
 def test_smoothing_of_another_shape_is_refused():
     with pytest.raises(ValueError, match="shape"):
         smooth(torch.zeros(2), torch.zeros(3), 0.9)
+
+
+def random_layers(count: int = 3, rank: int = 4) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(8 + 3 * number, 20 - 2 * number) for number in range(count)]
+    return [
+        (
+            torch.randn(rank, n_in, generator=generator),
+            torch.randn(rank, generator=generator),
+            torch.randn(n_out, rank, generator=generator),
+        )
+        for n_in, n_out in shapes
+    ]
+
+
+def test_magnitudes_are_the_norms_of_the_components():
+    layers = random_layers()
+    for (lora_a, gate, lora_b), scores in zip(layers, component_magnitudes(layers), strict=True):
+        dense = torch.einsum("or,r,ri->roi", lora_b.double(), gate.double(), lora_a.double())
+        torch.testing.assert_close(scores, torch.linalg.matrix_norm(dense), rtol=1e-12, atol=0)
+    torch.testing.assert_close(squared_magnitudes(layers), component_magnitudes(layers) ** 2)
+
+
+def test_the_papers_score_does_not_see_the_size_of_a_layers_update_and_the_magnitude_does():
+    lora_a, gate, lora_b = random_layers(1)[0]
+    layers = [(lora_a, gate, lora_b), (lora_a, 1e-3 * gate, lora_b)]
+    share, magnitude = score_layers(layers).double(), component_magnitudes(layers)
+    torch.testing.assert_close(share[0], share[1], rtol=1e-4, atol=0)
+    torch.testing.assert_close(1e-3 * magnitude[0], magnitude[1], rtol=1e-6, atol=0)
+
+
+def test_random_scores_stay_the_same_and_depend_on_the_seed_only():
+    layers = random_layers()
+    others = [(2 * lora_a, gate + 1, lora_b) for lora_a, gate, lora_b in layers]
+    score = weight_criterion("random", 3)
+    assert torch.equal(score(layers), score(others))
+    assert torch.equal(score(layers), weight_criterion("random", 3)(layers))
+    assert not torch.equal(score(layers), weight_criterion("random", 4)(layers))
+    assert score(layers).shape == (3, 4)
+
+
+def test_an_unknown_criterion_is_refused():
+    with pytest.raises(ValueError, match="importance is 'fisher', but must be one of frobenius, magnitude"):
+        weight_criterion("fisher", 0)

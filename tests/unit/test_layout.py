@@ -64,6 +64,7 @@ LEVELS = [
         "adapted_linear",
         "agreement",
         "backbone",
+        "budget",
         "benchmark.base",
         "benchmark.figure",
         "benchmark.record",
@@ -78,7 +79,7 @@ LEVELS = [
         "targets",
         "verify",
     },
-    {"layer"},
+    {"criterion", "layer"},
     {"gated_mlp", "shared_input"},
     {
         "controller",

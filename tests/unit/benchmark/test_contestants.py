@@ -94,7 +94,7 @@ def test_before_the_final_event_every_step_scores_and_none_prunes(make):
     for number in range(3):
         contestant.step(rows(number))
     assert contestant.controller.penalty() is not None
-    assert all(scores.any() for scores in contestant.controller.smoothed_scores.values())
+    assert all(scores.any() for scores in contestant.controller.scores.values())
     assert not contestant.controller.events
     assert not any(contestant.controller.schedule.is_prune_step(step) for step in range(1, 5000))
 
@@ -104,9 +104,9 @@ def test_after_the_final_event_the_mask_has_the_budget(make):
     contestant.prepare(rows)
     assert sum(contestant.kept_ranks()) == OPTIONS.target_rank * 7 * SHAPE.layers
     assert contestant.controller.penalty() is None
-    before = contestant.controller.smoothed_scores
+    before = contestant.controller.scores
     contestant.step(rows(0))
-    assert all(torch.equal(before[name], now) for name, now in contestant.controller.smoothed_scores.items())
+    assert all(torch.equal(before[name], now) for name, now in contestant.controller.scores.items())
 
 
 def test_a_step_in_parts_is_a_step(make):
