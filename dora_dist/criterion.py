@@ -75,8 +75,8 @@ class GateSensitivity:
         self.scores = torch.zeros(sum(sizes), dtype=torch.float64, device=gates[0].device)
         self._gradient = torch.zeros(sum(sizes), dtype=torch.float32, device=gates[0].device)
         # The hooks hold views of one flat tensor, so that nothing has to be gathered.
-        for gate, part in zip(gates, self._gradient.split(sizes), strict=True):
-            gate.register_hook(_adder(part))
+        for gate, part in zip(gates, torch.split(self._gradient, sizes), strict=True):
+            gate.register_hook(_adder(part))  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def update(self, layers: Sequence[Components], agreement: Agreement) -> None:
