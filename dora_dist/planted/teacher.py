@@ -19,26 +19,32 @@ RANDOM_SIZES = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
 }
+HEAD_FACTOR = 2.0
+"""Logits of standard deviation 2: a next token that is neither certain nor a matter of chance."""
 SAMPLED_AT_ONCE = 512
 
 
 def load_base(path: Path | None, seed: int) -> PreTrainedModel:
-    """A frozen causal language model in float32: from a folder, or a small LLaMA of random weights.
-
-    Raises:
-        ValueError: there is no model in the folder.
-    """
+    """A frozen causal language model in float32: from a folder, or a small LLaMA of random weights."""
     if path is None:
-        torch.manual_seed(seed)
-        # Variance-preserving: with transformers' 0.02, such a narrow model predicts next to nothing.
-        spread = RANDOM_SIZES["hidden_size"] ** -0.5
-        base = LlamaForCausalLM(LlamaConfig(**RANDOM_SIZES, initializer_range=spread, tie_word_embeddings=False))
-    elif not (path / "config.json").is_file():
-        raise ValueError(f"--model is {path}, but must be a folder with a model in Hugging Face's layout (config.json)")
+        base: PreTrainedModel = LlamaForCausalLM(LlamaConfig(**RANDOM_SIZES, tie_word_embeddings=False))
+        _randomize(base, seed)
     else:
         base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     base.config.use_cache = False
     return base.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def _randomize(base: LlamaForCausalLM, seed: int) -> None:
+    """Weights with which every layer matters: each keeps the variance of its input. With transformers' own, so narrow
+    a model predicts next to nothing, and updates of the late layers are not seen in its output."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in base.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.normal_(0, module.in_features**-0.5, generator=generator)
+    base.model.embed_tokens.weight.normal_(0, 1, generator=generator)
+    base.lm_head.weight.mul_(HEAD_FACTOR)
 
 
 def plant(

@@ -1,7 +1,7 @@
-"""One student: the real layers, the real controller, and the trainer's settings, learning the teacher's distribution."""
+"""One student: real layers, the real controller and the trainer's settings, learning what the teacher predicts."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +14,18 @@ from dora_dist.adapter_config import DynamicLoraConfig
 from dora_dist.agreement import Agreement
 from dora_dist.benchmark.base import share
 from dora_dist.controller import DynamicRankController
+from dora_dist.criterion import GATE_SENSITIVITY, Criterion, GateSensitivity, SmoothedScores
+from dora_dist.importance import Components, weight_criterion
+from dora_dist.layer import DynamicLoraLinear
 from dora_dist.model import DynamicLoraModel, add_dynamic_lora
-from dora_dist.planted.options import Method, Options
+from dora_dist.planted.options import FIXED, ORACLE, Options
 from dora_dist.schedule import BudgetSchedule
 
 WEIGHT_DECAY = 0.01
 MAX_NORM = 1.0
 LR_WARMUP = 0.06
 EQUILIBRIUM_WEIGHT = 0.1
+SMOOTHING = 0.9
 HELD_OUT_AT_ONCE = 64
 
 
@@ -48,19 +52,42 @@ class Truth:
     seed: int
 
 
-def train_student(truth: Truth, method: Method, learning_rate: float, options: Options) -> dict[str, Any]:
+class Remembering:
+    """A criterion that remembers the scores of the latest event (some criteria begin anew after each).
+
+    Attributes:
+        used: shape ``(components of the model,)``, float64.
+    """
+
+    def __init__(self, inner: Criterion) -> None:
+        self._inner = inner
+        self.used = inner.scores.clone()
+
+    @property
+    def scores(self) -> Tensor:
+        return self._inner.scores
+
+    def update(self, layers: Sequence[Components], agreement: Agreement) -> None:
+        self._inner.update(layers, agreement)
+
+    def after_event(self) -> None:
+        self.used = self._inner.scores.clone()
+        self._inner.after_event()
+
+
+def train_student(truth: Truth, method: str, learning_rate: float, options: Options) -> dict[str, Any]:
     """Train from the base and measure at the end of the run.
 
     Returns:
-        Held-out divergences by split (nats a token), kept ranks by layer, components returned, what the layers looked
-        like at the final event, and seconds.
+        Held-out divergences by split (nats a token), kept ranks by layer, what the final event chose from, and
+        seconds.
     """
     began = time.perf_counter()
     student, controller = _build(truth, method, options)
+    norms: dict[str, float] = {}
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, round(LR_WARMUP * options.steps), options.steps)
-    seen: dict[str, Any] = {}
     student.train()
     for step, rows in enumerate(truth.train.split(options.batch), 1):
         loss = divergence(truth.teacher, student, rows)
@@ -73,19 +100,18 @@ def train_student(truth: Truth, method: Method, learning_rate: float, options: O
         schedule.step()
         if controller is not None:
             if step == controller.schedule.final_step:
-                norms = _update_norms(student)
-            event = controller.after_optimizer_step(step)
-            if event is not None and event.final:
-                seen = {
-                    "update_norm": norms,
-                    "score": {name: scores.mean().item() for name, scores in controller.smoothed_scores.items()},
-                }
+                norms = update_norms(student)
+            controller.after_optimizer_step(step)
         optimizer.zero_grad()
+    seen = {}
     if controller is not None:
         controller.finish()
+        seen = {"score": _mean_scores(controller), "update_norm": norms}
     student.eval()
     return {
-        "divergence": {split: _held_out(truth.teacher, student, rows) for split, rows in truth.held_out.items()},
+        "divergence": {
+            split: held_out_divergence(truth.teacher, student, rows) for split, rows in truth.held_out.items()
+        },
         "kept": {name: int(layer.component_mask.sum()) for name, layer in student.adapted_layers().items()},
         "at_final_event": seen,
         "seconds": time.perf_counter() - began,
@@ -100,24 +126,24 @@ def divergence(teacher: PreTrainedModel, student: torch.nn.Module, rows: Tensor)
     return functional.kl_div(found, wanted, log_target=True, reduction="sum") / rows.numel()
 
 
-def _build(
-    truth: Truth, method: Method, options: Options
-) -> tuple[DynamicLoraModel, DynamicRankController | None]:
+def _build(truth: Truth, method: str, options: Options) -> tuple[DynamicLoraModel, DynamicRankController | None]:
     """A student; without a controller where the ranks are fixed: the mask is then set at the start, so that such a
     layer is plain LoRA of its rank (gates are 1 and stay so)."""
+    dynamic = method not in FIXED
     adapter = DynamicLoraConfig(
         target_rank=options.target_rank,
         initial_rank=truth.initial_rank,
         alpha=options.scale * truth.initial_rank,  # the scale of all methods, whatever their rank
         dropout=0.0,
-        train_gates=method.dynamic,
+        init=options.init if dynamic else "lora",
+        train_gates=dynamic,
         seed=truth.seed,
     )
     student = add_dynamic_lora(share(truth.base), adapter)
     layers = student.adapted_layers()
-    if not method.dynamic:
+    if not dynamic:
         for name, layer in layers.items():
-            rank = truth.planted[name] if method.name == "oracle" else options.target_rank
+            rank = truth.planted[name] if method == ORACLE else options.target_rank
             layer.component_mask.copy_(torch.arange(truth.initial_rank) < rank)
         return student, None
     schedule = BudgetSchedule(
@@ -127,18 +153,36 @@ def _build(
         target_rank=options.target_rank,
         interval=options.interval,
     )
-    return student, DynamicRankController(layers, schedule, Agreement(), score=method.score)
+    criterion = Remembering(_criterion(method, layers, truth.seed))
+    return student, DynamicRankController(layers, schedule, Agreement(), criterion=criterion)
+
+
+def _criterion(name: str, layers: Mapping[str, DynamicLoraLinear], seed: int) -> Criterion:
+    if name == GATE_SENSITIVITY:
+        return GateSensitivity([layer.gate for layer in layers.values()])
+    num_components = sum(layer.gate.numel() for layer in layers.values())
+    return SmoothedScores(weight_criterion(name, seed), SMOOTHING, num_components, torch.device("cpu"))
 
 
 @torch.no_grad()
-def _held_out(teacher: PreTrainedModel, student: torch.nn.Module, rows: Tensor) -> float:
+def held_out_divergence(teacher: PreTrainedModel, student: torch.nn.Module, rows: Tensor) -> float:
+    """:func:`divergence` over rows of any number."""
     parts = rows.split(HELD_OUT_AT_ONCE)
     return sum(divergence(teacher, student, part).item() * part.numel() for part in parts) / rows.numel()
 
 
+def _mean_scores(controller: DynamicRankController) -> dict[str, float]:
+    """What the final event chose by: mean over the components of each layer."""
+    assert isinstance(controller.criterion, Remembering)
+    sizes = [layer.gate.numel() for layer in controller.layers.values()]
+    return dict(
+        zip(controller.layers, (part.mean().item() for part in controller.criterion.used.split(sizes)), strict=True)
+    )
+
+
 @torch.no_grad()
-def _update_norms(student: DynamicLoraModel) -> dict[str, float]:
-    """Frobenius norm of each layer's update relative to its weight."""
+def update_norms(student: DynamicLoraModel) -> dict[str, float]:
+    """Layer -> Frobenius norm of its update relative to that of its weight."""
     return {
         name: (layer.scale * (layer.lora_b * layer.effective_gate()) @ layer.lora_a).norm().item()
         / layer.base_layer.weight.norm().item()
