@@ -82,7 +82,9 @@ def _update(layer: nn.Module, name: str, rank: int, decay: bool, seed: int) -> T
     """Shape ``(out, in)``, Frobenius norm sqrt(rank)."""
     smaller = min(layer.weight.shape)
     if rank > smaller:
-        raise ValueError(f"planted rank {rank} does not fit into {name}, {tuple(layer.weight.shape)}: lower --target")
+        raise ValueError(
+            f"planted rank {rank} does not fit into {name}, {tuple(layer.weight.shape)}: lower --target-rank"
+        )
     key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
     left, right = (
