@@ -60,6 +60,7 @@ def draw(result: Mapping[str, Any], options: Options, path: Path) -> None:
         _dots(line[1], {m: [_overlap(c, truths) for c in own] for m, own in cells.items()})
         line[1].axvline(rows[UNIFORM]["overlap"]["mean"], color=COLORS[UNIFORM], linewidth=0.8, linestyle="--")
         line[1].set_xlim(0, 1.03)
+        line[1].set_yticklabels([])
         line[1].set_title("budget overlap (dashed: uniform's)", fontsize=10)
         line[1].set_xlabel("sum min(kept, planted) / sum planted")
         for method, own in cells.items():
@@ -71,8 +72,8 @@ def draw(result: Mapping[str, Any], options: Options, path: Path) -> None:
         line[2].set_title("kept rank (grey: the truth)", fontsize=10)
         line[2].set_xlabel("planted rank")
         line[3].axhline(1, color="#bbbbbb", linewidth=4, zorder=0)
-        line[3].set_yscale("symlog", linthresh=0.1)
-        line[3].set_title("mean score of a layer / that of all layers", fontsize=10)
+        line[3].set_yscale("log")
+        line[3].set_title("a layer's mean score at the final event / all layers'", fontsize=10)
         line[3].set_xlabel("planted rank")
         for axis in line:
             axis.grid(alpha=0.25)
