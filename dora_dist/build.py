@@ -7,7 +7,7 @@ from hashlib import sha256
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dora_dist import backbone
@@ -43,8 +43,8 @@ def check_same_on_all_ranks(agreement: Agreement, settings: Mapping[str, Any], m
     agreement.check_equal(digests, "settings, data or base model")
 
 
-def load_model(config: RunConfig, device: torch.device, tokenizer: PreTrainedTokenizerBase) -> DynamicLoraModel:
-    """The frozen base with its adapter at the start."""
+def load_base(config: RunConfig, device: torch.device, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The frozen base."""
     dtype = backbone.resolve_compute_dtype(config.model.compute_dtype)
     base = backbone.load_backbone(
         config.model.path,
@@ -58,6 +58,12 @@ def load_model(config: RunConfig, device: torch.device, tokenizer: PreTrainedTok
         settings.pad_token_id = tokenizer.pad_token_id
         settings.bos_token_id = tokenizer.bos_token_id
         settings.eos_token_id = tokenizer.eos_token_id
+    return base
+
+
+def load_model(config: RunConfig, device: torch.device, tokenizer: PreTrainedTokenizerBase) -> DynamicLoraModel:
+    """The frozen base with its adapter at the start."""
+    base = load_base(config, device, tokenizer)
     adapter = config.adapter
     if adapter.dtype == "auto" and not config.distributed.engine.startswith("zero"):
         # Only ZeRO keeps a float32 master copy of low-precision parameters.

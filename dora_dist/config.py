@@ -7,7 +7,7 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -225,12 +225,44 @@ def parse_config(arguments: Sequence[str] | None = None) -> RunConfig:
         ValueError: unknown key (the nearest one is offered), wrong type, impossible value, unreadable file.
     """
     parser = build_parser()
-    for path in _config_files(sys.argv[1:] if arguments is None else arguments):
+    return RunConfig(**parse_strictly(parser, sys.argv[1:] if arguments is None else arguments))
+
+
+def parse_strictly(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
+    """Values of a command line with ``--config FILE``, without ``config`` itself.
+
+    Raises:
+        ValueError: see :func:`parse_config`.
+    """
+    for path in _config_files(arguments):
         if not path.is_file():
-            raise ValueError(f"there is no file {path}: give the YAML of the run, see configs/")
+            raise ValueError(f"there is no file {path}: give a YAML file, see configs/")
         _refuse_repeated_keys(path)
     try:
         parsed = parser.instantiate(parser.parse_args(arguments))
+    except ArgumentError as error:
+        raise ValueError(_explain(str(error), parser)) from None
+    return {name: value for name, value in parsed.items() if name != "config"}
+
+
+def config_of(values: Mapping[str, Any]) -> RunConfig:
+    """The configuration of a run that a program has put together, as strict as one from a file.
+
+    Args:
+        values: nested as in the YAML.
+
+    Raises:
+        ValueError: see :func:`parse_config`.
+    """
+    entries = {entry.name: entry.type for entry in dataclasses.fields(RunConfig)}
+    for name, value in values.items():
+        if name not in entries:  # the parser would let an empty section pass
+            raise ValueError(f"unknown key {name}{nearest(name, entries)}")
+        if (dataclasses.is_dataclass(entries[name]) or name == "training") and not isinstance(value, Mapping):
+            raise ValueError(f"{name} is {value!r}, but must be a section of the configuration of a run")
+    parser = build_parser()
+    try:
+        parsed = parser.instantiate(parser.parse_object(dict(values)))
     except ArgumentError as error:
         raise ValueError(_explain(str(error), parser)) from None
     return RunConfig(**{name: value for name, value in parsed.items() if name != "config"})

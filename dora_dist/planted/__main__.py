@@ -83,7 +83,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
                 row["method"],
                 f"{row['learning_rate']:g}{' (edge)' if row['rate_at_edge'] else ''}",
                 _number(row["divergence"]["mean"]),
-                _number(row["divergence"]["sd"]),
+                _number(row["divergence"]["deviation"]),
                 _number(difference and difference["mean"], "+.4f"),
                 f"{_number(difference['low'], '+.4f')} {_number(difference['high'], '+.4f')}" if difference else "-",
                 _number(gain, ".0%"),

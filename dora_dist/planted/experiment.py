@@ -2,21 +2,17 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from dora_dist.command import ExpectedRunError
+from dora_dist.compare.statistics import paired_difference, spread
 from dora_dist.planted.options import ORACLE, UNIFORM, Options
 from dora_dist.planted.patterns import planted_ranks
-from dora_dist.planted.recovery import (
-    budget_overlap,
-    idle_share,
-    mean_and_deviation,
-    paired_interval,
-    rank_correlation,
-)
+from dora_dist.planted.recovery import budget_overlap, idle_share, rank_correlation
 from dora_dist.planted.teacher import load_base, plant, sample_rows
 from dora_dist.planted.training import Truth, held_out_divergence, train_student
 from dora_dist.targets import resolve_targets
@@ -135,12 +131,24 @@ def chosen_rate(result: Mapping[str, Any], pattern: str, method: str, options: O
     return min(options.learning_rates, key=mean_divergence)
 
 
+def chosen_cells(result: Mapping[str, Any], pattern: str, method: str, options: Options) -> list[Mapping[str, Any]]:
+    """Of a method at its chosen rate, in the order of the seeds."""
+    rate = chosen_rate(result, pattern, method, options)
+    cells = [
+        cell
+        for cell in result["cells"]
+        if (cell["pattern"], cell["method"], cell["learning_rate"]) == (pattern, method, rate)
+        and cell["seed"] < options.seeds
+    ]
+    return sorted(cells, key=lambda cell: cell["seed"])
+
+
 def summarize(options: Options, result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row of figures for every pattern and method, at the chosen rates, on the reported split."""
     rows = []
     for pattern in options.patterns:
         truths = {truth["seed"]: truth for truth in result["truths"] if truth["pattern"] == pattern}
-        chosen = {method: _chosen_cells(result, pattern, method, options) for method in options.methods}
+        chosen = {method: chosen_cells(result, pattern, method, options) for method in options.methods}
         uniform = _divergences(chosen[UNIFORM])
         for method, cells in chosen.items():
             divergences = _divergences(cells)
@@ -149,9 +157,8 @@ def summarize(options: Options, result: Mapping[str, Any]) -> list[dict[str, Any
                 "method": method,
                 "learning_rate": cells[0]["learning_rate"],
                 "rate_at_edge": cells[0]["learning_rate"] in (options.learning_rates[0], options.learning_rates[-1]),
-                "seeds": len(cells),
-                "divergence": mean_and_deviation(divergences),
-                "to_uniform": None if method == UNIFORM else paired_interval(divergences, uniform),
+                "divergence": asdict(spread(divergences)),
+                "to_uniform": None if method == UNIFORM else asdict(paired_difference(divergences, uniform)),
                 **_recovery(cells, truths, result["layers"]),
             }
             if ORACLE in chosen:
@@ -180,27 +187,15 @@ def _recovery(
                 groups["planted" if rank else "idle"].append(value)
     known = [value for value in correlations if value is not None]
     return {
-        "correlation": mean_and_deviation(known) if len(known) == len(cells) else None,
-        "overlap": mean_and_deviation(overlaps),
-        "idle_share": mean_and_deviation(idle),
-        "parameters": mean_and_deviation(parameters),
+        "correlation": asdict(spread(known)) if len(known) == len(cells) else None,
+        "overlap": asdict(spread(overlaps)),
+        "idle_share": asdict(spread(idle)),
+        "parameters": asdict(spread(parameters)),
         "at_final_event": {
-            what: {group: mean_and_deviation(values) for group, values in groups.items() if values}
+            what: {group: asdict(spread(values)) for group, values in groups.items() if values}
             for what, groups in seen.items()
         },
     }
-
-
-def _chosen_cells(result: Mapping[str, Any], pattern: str, method: str, options: Options) -> list[Mapping[str, Any]]:
-    """In the order of the seeds."""
-    rate = chosen_rate(result, pattern, method, options)
-    cells = [
-        cell
-        for cell in result["cells"]
-        if (cell["pattern"], cell["method"], cell["learning_rate"]) == (pattern, method, rate)
-        and cell["seed"] < options.seeds
-    ]
-    return sorted(cells, key=lambda cell: cell["seed"])
 
 
 def _divergences(cells: Sequence[Mapping[str, Any]]) -> list[float]:

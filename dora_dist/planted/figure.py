@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from dora_dist.planted.experiment import REPORTED
+from dora_dist.planted.experiment import REPORTED, chosen_cells
 from dora_dist.planted.options import FIXED, ORACLE, UNIFORM, Options
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
@@ -44,15 +44,7 @@ def draw(result: Mapping[str, Any], options: Options, path: Path) -> None:
     for line, pattern in zip(axes, options.patterns, strict=True):
         rows = {row["method"]: row for row in result["rows"] if row["pattern"] == pattern}
         truths = {truth["seed"]: truth for truth in result["truths"] if truth["pattern"] == pattern}
-        cells = {
-            method: [
-                cell
-                for cell in result["cells"]
-                if (cell["pattern"], cell["method"], cell["learning_rate"]) == (pattern, method, row["learning_rate"])
-                and cell["seed"] < options.seeds
-            ]
-            for method, row in rows.items()
-        }
+        cells = {method: chosen_cells(result, pattern, method, options) for method in options.methods}
         _dots(line[0], {m: [c["divergence"][REPORTED] for c in own] for m, own in cells.items()})
         line[0].set_xlim(left=0)
         line[0].set_title(f"{pattern}: divergence at the end", fontsize=10)

@@ -4,13 +4,7 @@ import math
 
 import pytest
 
-from dora_dist.planted.recovery import (
-    budget_overlap,
-    idle_share,
-    mean_and_deviation,
-    paired_interval,
-    rank_correlation,
-)
+from dora_dist.planted.recovery import budget_overlap, idle_share, rank_correlation
 
 PLANTED = {"a": 0, "b": 4, "c": 2, "d": 2}
 KEPT = {"d": 1, "c": 0, "b": 5, "a": 2}
@@ -41,17 +35,3 @@ def test_correlation_of_ranks_with_ties():
 def test_no_correlation_with_what_is_constant():
     assert rank_correlation(dict.fromkeys(PLANTED, 2), PLANTED) is None
     assert rank_correlation(KEPT, dict.fromkeys(PLANTED, 2)) is None
-
-
-def test_paired_interval_by_hand():
-    # Differences -1, -2, -3: mean -2, deviation 1, error 1 / sqrt(3); t quantile for 2 degrees of freedom 4.302653.
-    found = paired_interval([1, 2, 3], [2, 4, 6])
-    assert found["mean"] == -2
-    assert found["low"] == pytest.approx(-2 - 4.302653 / math.sqrt(3), abs=1e-5)
-    assert found["high"] == pytest.approx(-2 + 4.302653 / math.sqrt(3), abs=1e-5)
-    assert paired_interval([1], [3]) == {"mean": -2, "low": None, "high": None}
-
-
-def test_mean_and_deviation_of_a_sample():
-    assert mean_and_deviation([1.0, 3.0]) == {"mean": 2, "sd": pytest.approx(math.sqrt(2))}
-    assert mean_and_deviation([5.0]) == {"mean": 5, "sd": None}

@@ -1,0 +1,131 @@
+"""The splits that the comparisons of docs/evidence.md train, search and report on, from the sets as they are published.
+
+    python benchmarks/evidence_data.py SETS data/evidence
+
+SETS is a folder with e2e/{trainset,devset}.csv, gsm8k/{train,test}.jsonl, alpaca_data.json, and conversations or alpaca
+rows in multilingual/{en,fi,fr,zh}.jsonl or .json; .json may be packed with gzip. Rows are short enough for the small
+models that are compared on a CPU. Learning rates are chosen on search.jsonl; report.jsonl is for the figures. No row is
+in two splits, and E2E's two held-out splits share no meaning representation.
+"""
+
+import argparse
+import csv
+import gzip
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, str]
+HELD_OUT = 300
+"""Rows of each held-out split, where there are enough."""
+
+
+def main() -> None:
+    """Write ``NAME/{train,search,report}.jsonl`` for every set."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("sets", type=Path)
+    parser.add_argument("output", type=Path)
+    options = parser.parse_args()
+    for name, read in SETS.items():
+        splits = read(options.sets)
+        folder = options.output / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for split, rows in splits.items():
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+        print(name, {split: len(rows) for split, rows in splits.items()})
+
+
+def e2e(sets: Path) -> dict[str, list[Row]]:
+    """E2E data-to-text: a meaning representation, and a sentence that says it."""
+    train = [_pair(row["mr"], row["ref"]) for row in _csv(sets / "e2e/trainset.csv")]
+    held_out = [_pair(row["mr"], row["ref"]) for row in _csv(sets / "e2e/devset.csv")]
+    meanings = sorted({row["prompt"] for row in held_out})
+    random.Random(0).shuffle(meanings)
+    searched = set(meanings[::2])
+    parts = {
+        "search": [row for row in held_out if row["prompt"] in searched],
+        "report": [row for row in held_out if row["prompt"] not in searched],
+    }
+    return {"train": _sample(train, 12_000), **{name: _sample(rows, HELD_OUT) for name, rows in parts.items()}}
+
+
+def gsm8k(sets: Path) -> dict[str, list[Row]]:
+    """Grade-school mathematics, questions and answers of 400 bytes together at most."""
+    train, test = (
+        [_pair(row["question"], row["answer"]) for row in _json_lines(sets / f"gsm8k/{split}.jsonl")]
+        for split in ("train", "test")
+    )
+    held_out = _sample(_short(test, 400), 10**6)
+    return {"train": _short(train, 400), "search": held_out[::2], "report": held_out[1::2]}
+
+
+def alpaca(sets: Path) -> dict[str, list[Row]]:
+    """Instructions of 300 bytes, with input and answer, at most."""
+    rows = [row for row in _json(sets / "alpaca_data.json") if row["output"].strip()]
+    return _split(_sample(_short(rows, 300), 6000 + 2 * HELD_OUT), HELD_OUT)
+
+
+def multilingual(sets: Path) -> dict[str, list[Row]]:
+    """The first question and answer of conversations in English, Finnish and French, and Chinese instructions, of 500
+    bytes at most, every language about as often."""
+    by_language = []
+    for language in ("en", "fi", "fr", "zh"):
+        path = next((sets / "multilingual").glob(f"{language}.json*"))
+        rows = _json_lines(path) if path.suffix == ".jsonl" else _json(path)
+        by_language.append(_sample(_short([_exchange(row) for row in rows], 500), 160))
+    parts = [_split(rows, 24) for rows in by_language]
+    return {split: _sample([row for part in parts for row in part[split]], 10**6) for split in parts[0]}
+
+
+SETS: dict[str, Callable[[Path], dict[str, list[Row]]]] = {
+    "e2e": e2e,
+    "gsm8k": gsm8k,
+    "alpaca": alpaca,
+    "multilingual": multilingual,
+}
+
+
+def _exchange(row: dict[str, Any]) -> Row:
+    if "messages" not in row:
+        return _pair(f"{row['instruction']}\n{row['input']}".strip(), row["output"])
+    said = [message["content"] for message in row["messages"] if message["role"] != "system"]
+    return _pair(said[0], said[1])
+
+
+def _pair(prompt: str, completion: str) -> Row:
+    return {"prompt": prompt.strip() + "\n", "completion": completion.strip()}
+
+
+def _short(rows: list[Row], most: int) -> list[Row]:
+    return [row for row in rows if sum(len(text.encode()) for text in row.values()) <= most]
+
+
+def _sample(rows: list[Row], most: int) -> list[Row]:
+    return random.Random(0).sample(rows, min(most, len(rows)))
+
+
+def _split(rows: list[Row], held_out: int) -> dict[str, list[Row]]:
+    return {"train": rows[2 * held_out :], "search": rows[:held_out], "report": rows[held_out : 2 * held_out]}
+
+
+def _csv(path: Path) -> list[Row]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _json(path: Path) -> list[dict[str, Any]]:
+    packed = path if path.suffix == ".gz" else path.with_name(f"{path.name}.gz")
+    data = gzip.decompress(packed.read_bytes()) if packed.is_file() else path.read_bytes()
+    rows: list[dict[str, Any]] = json.loads(data)
+    return rows
+
+
+if __name__ == "__main__":
+    main()

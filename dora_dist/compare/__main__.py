@@ -1,0 +1,124 @@
+"""The command: run what is missing, and write table, pictures and results."""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+
+from dora_dist.command import PREEMPTED, ExpectedRunError, PreemptedError, run_command
+from dora_dist.compare.launching import WORKER, become_worker, run_workers, visible_gpus
+from dora_dist.compare.plan import Plan
+from dora_dist.compare.settings import parse_compare
+from dora_dist.quiet import quiet_libraries
+
+DESCRIPTION = """Run methods x seeds x tasks as CONFIG says, and compare. Finished cells are skipped and
+interrupted ones resumed, so that the same command goes on. Any number of workers may share the work, also started
+later, on other nodes, or by accelerate launch, where every rank is a worker. Keys of CONFIG can be overridden as
+--key value."""
+
+
+REPORTING = "DORA_DIST_COMPARE_REPORTS"
+"""Tells a worker that was a launcher's first rank to write the results."""
+
+
+class CellsMissingError(ExpectedRunError):
+    """Some cells have failed; the others are in the table."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Do what the command line asks for.
+
+    Raises:
+        ValueError: something that the user can mend.
+        CellsMissingError: a cell has failed.
+        PreemptedError: a worker was told to stop.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(prog="python -m dora_dist.compare", description=DESCRIPTION)
+    parser.add_argument("config", metavar="CONFIG", help="YAML of the comparison, see configs/compare/")
+    parser.add_argument("--workers", type=int, help="processes of this machine; one per GPU by default, else one")
+    parser.add_argument("--dry-run", action="store_true", help="print the cells, and end")
+    parser.add_argument("--report", action="store_true", help="write table and pictures from what is there, and end")
+    parser.add_argument(WORKER, dest="worker_of", type=int, help=argparse.SUPPRESS)
+    options, overrides = parser.parse_known_args(arguments)
+    if options.workers is not None and options.workers < 1:
+        raise ValueError(f"--workers is {options.workers}, but must be at least 1")
+    quiet_libraries()
+    plan = Plan(parse_compare(["--config", options.config, *overrides]))
+    own = [options.config, *overrides]
+    if options.dry_run:
+        print(describe(plan))
+    elif options.report:
+        finish(plan, own)
+    elif options.worker_of is not None:
+        _work(plan, options.worker_of)
+        if os.environ.get(REPORTING) == "true":
+            finish(plan, own)
+    elif "LOCAL_RANK" in os.environ:
+        os.environ[REPORTING] = str(os.environ.get("RANK", "0") == "0").lower()
+        become_worker(own)
+    else:
+        _run(plan, own, options.workers)
+
+
+def _work(plan: Plan, workers: int) -> None:
+    from dora_dist.compare.worker import prepare, work
+
+    work(plan, prepare(plan), workers)
+
+
+def _run(plan: Plan, own: Sequence[str], workers: int | None) -> None:
+    gpus = visible_gpus(os.environ)
+    workers = workers or max(1, len(gpus))
+    print(f"{plan.num_cells} cells by {workers} worker{'s' * (workers > 1)} into {plan.folder}", flush=True)
+    if workers == 1 and len(gpus) < 2:
+        _work(plan, 1)
+    else:
+        from dora_dist.compare.worker import prepare
+
+        prepare(plan)  # once, before all workers read it, and with one message where something is wrong
+        status = run_workers(own, workers, gpus)
+        if status == PREEMPTED:
+            raise PreemptedError("preempted; start the same command again to go on")
+    finish(plan, own)
+
+
+def finish(plan: Plan, own: Sequence[str]) -> None:
+    """Write results and pictures, and print the table.
+
+    Raises:
+        CellsMissingError: the results are not complete.
+    """
+    from dora_dist.compare import figure, results
+    from dora_dist.compare.worker import check_recorded
+
+    notes = check_recorded(plan)
+    found = results.gather(plan, notes, shlex.join(["python", "-m", "dora_dist.compare", *own]))
+    table = results.write_results(plan, found)
+    figure.draw_comparison(found, plan.folder / figure.COMPARISON)
+    figure.draw_rank_maps(found, plan.folder / figure.RANKS)
+    print(f"\n{table.read_text(encoding='utf-8')}\n{table}", flush=True)
+    if not found["complete"]:
+        missing = sum(len(group["missing"]) for group in found["groups"])
+        raise CellsMissingError(f"{missing} cells are missing, see {table}; start the same command to run them")
+
+
+def describe(plan: Plan) -> str:
+    """What there is to do."""
+    config = plan.config
+    rates, groups = len(config.learning_rates), len(plan.groups)
+    searched = groups * rates * config.search_seeds
+    lines = [
+        f"{groups} rows of the table: {len(config.tasks)} tasks x {len(config.budgets)} budgets x "
+        f"{len(plan.methods)} methods",
+        f"{plan.num_cells} cells: {searched} to choose learning rates ({rates} rates x {config.search_seeds} seeds a "
+        f"row), {plan.num_cells - searched} more at the chosen ones (the other seeds)",
+        "",
+        *(str(cell) for group in plan.groups for cell in plan.search_cells(group)),
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,94 @@
+"""Running one cell in this process, with its output in the cell's own file."""
+
+import dataclasses
+import gc
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dora_dist import checkpoint, records, train
+from dora_dist.command import PreemptedError
+from dora_dist.compare.outcome import FAILURE, IDENTITY, LOG, record_failure
+from dora_dist.compare.peers import train_adalora
+from dora_dist.compare.plan import Cell, Plan
+from dora_dist.controller import NonFiniteAdapterError
+from dora_dist.preemption import PreemptionNotice
+from dora_dist.skipping import NonFiniteLossError
+from dora_dist.watch import Watch
+
+DIVERGED = (NonFiniteLossError, NonFiniteAdapterError)
+
+
+def run_cell(plan: Plan, cell: Cell, identity: Mapping[str, Any], environment: Mapping[str, Any]) -> str | None:
+    """Train and evaluate a cell, or go on with it, and delete its checkpoints.
+
+    Args:
+        plan: of the comparison.
+        cell: that is not finished, and that no other worker runs.
+        identity: what its results depend on.
+        environment: in which it is run.
+
+    Returns:
+        None, or why the cell has not come to its end; others can go on.
+
+    Raises:
+        PreemptedError: the process was told to stop.
+    """
+    folder = plan.cell_folder(cell)
+    folder.mkdir(parents=True, exist_ok=True)
+    records.write_json(folder / IDENTITY, {"identity": identity, "environment": environment})
+    (folder / FAILURE).unlink(missing_ok=True)
+    reason, diverged = None, False
+    with output_into(folder / LOG):
+        try:
+            _train(plan, cell)
+        except PreemptedError:
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            reason, diverged = f"{type(error).__name__}: {error}", isinstance(error, DIVERGED)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if reason is not None:
+        record_failure(folder, reason, diverged)
+        return reason
+    for left in checkpoint.checkpoints(folder):
+        shutil.rmtree(left)
+    return None
+
+
+def _train(plan: Plan, cell: Cell) -> None:
+    config = plan.run_config(cell)
+    with PreemptionNotice() as notice:
+        if plan.method(cell.group).peer:
+            train_adalora(config, dataclasses.asdict(plan.config.adalora), notice)
+            return
+        with Watch(None, config.distributed.silent_seconds) as watch:
+            train.train(config, notice, watch, launched=True, dry_run=False)
+
+
+@contextmanager
+def output_into(path: Path) -> Iterator[None]:
+    """While it lasts, whatever this process writes to the terminal goes into a file, libraries' own writes too."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    with path.open("a", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, former in zip((1, 2), kept, strict=True):
+                os.dup2(former, number)
+                os.close(former)

@@ -1,0 +1,111 @@
+"""The methods that can be compared."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dora_dist.training_section import nearest
+
+LORA = "lora"
+ADALORA = "adalora"
+DYNAMIC = "dynamic"
+SECTIONS = ("adapter", "pruning")
+FROM = "from"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What a method changes in the run that it is a part of.
+
+    Attributes:
+        name: of the method.
+        says: what it is, for the table.
+        uniform: the initial rank is the target rank, so that nothing is pruned.
+        peer: trained by PEFT's own AdaLoRA.
+        sections: changes to ``adapter`` and ``pruning``.
+    """
+
+    name: str
+    says: str
+    uniform: bool = False
+    peer: bool = False
+    sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def _ablation(name: str, says: str, **pruning: Any) -> Method:
+    return Method(name=name, says=says, sections={"pruning": pruning})
+
+
+BUILT_IN = {
+    method.name: method
+    for method in (
+        Method(
+            name=LORA,
+            says="LoRA of one rank for all layers",
+            uniform=True,
+            sections={"adapter": {"init": "lora", "train_gates": False}, "pruning": {"equilibrium_weight": 0.0}},
+        ),
+        Method(name=ADALORA, says="PEFT's AdaLoRA, one process", peer=True),
+        Method(name=DYNAMIC, says="this method, as configured"),
+        _ablation("no-dem", "without the Dimensional Equilibrium Modulator", equilibrium_weight=0.0),
+        _ablation("no-smoothing", "scores of the last step only", smoothing=0.0),
+        _ablation("hard-prune", "what is pruned stays out", regrow=False),
+        _ablation("random", "components chosen at random", importance="random"),
+        _ablation("magnitude", "norms not divided by that of their layer", importance="magnitude"),
+        _ablation("sensitivity", "first-order effect on the loss", importance="gate_sensitivity"),
+        _ablation("by-parameters", "budget counted in parameters", budget_unit="parameters"),
+    )
+}
+
+
+def methods_of(entries: Sequence[str | Mapping[str, Any]]) -> dict[str, Method]:
+    """Methods by name, in their order.
+
+    Args:
+        entries: names of built-in methods, or ``{name: {from: built-in, adapter: ..., pruning: ...}}``.
+
+    Raises:
+        ValueError: no such method, or a description that cannot work.
+    """
+    return {method.name: method for method in map(_method, entries)}
+
+
+def _method(entry: str | Mapping[str, Any]) -> Method:
+    if isinstance(entry, str):
+        if entry not in BUILT_IN:
+            raise ValueError(
+                f"methods has {entry!r}, which is no built-in method{nearest(entry, BUILT_IN)} (there are "
+                f"{', '.join(BUILT_IN)}); describe one of your own as {{name: {{from: dynamic, pruning: ...}}}}"
+            )
+        return BUILT_IN[entry]
+    if len(entry) != 1:
+        raise ValueError(f"methods has {dict(entry)}, but an entry is a name, or one {{name: {{...}}}}")
+    ((name, described),) = entry.items()
+    if not isinstance(described, Mapping):
+        raise ValueError(f"methods has {name}: {described!r}, but what belongs there is {{from: ..., adapter: ...}}")
+    if name in BUILT_IN:
+        raise ValueError(f"methods describes {name}, which is a built-in method: give yours another name")
+    known = (FROM, *SECTIONS)
+    for key in described:
+        if key not in known:
+            raise ValueError(
+                f"unknown key methods.{name}.{key}{nearest(key, known)}: a method has {', '.join(known)}, for all else "
+                "must be the same for all methods"
+            )
+    parent = _method(str(described.get(FROM, DYNAMIC)))
+    sections = {}
+    for section in SECTIONS:
+        own = described.get(section, {})
+        if not isinstance(own, Mapping):
+            raise ValueError(
+                f"methods.{name}.{section} is {own!r}, but must be a section of the configuration of a run"
+            )
+        sections[section] = {**parent.sections.get(section, {}), **own}
+    changes = [f"{key} {value}" for section in SECTIONS for key, value in described.get(section, {}).items()]
+    return Method(
+        name=name,
+        says=f"{parent.name}, {', '.join(changes) or 'unchanged'}",
+        uniform=parent.uniform,
+        peer=parent.peer,
+        sections=sections,
+    )

@@ -1,0 +1,200 @@
+"""What became of a cell, read from its folder."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from dora_dist import records, report
+from dora_dist.compare.plan import REPORTED, SEARCH, Cell, Plan
+from dora_dist.folding import ADAPTER_WEIGHTS
+
+IDENTITY = "cell.json"
+FAILURE = "failure.json"
+LOG = "log.txt"
+MAY_DIFFER = ("output_dir", "data.cache_dir", "data.workers", "distributed", "checkpoint")
+"""Of a cell's configuration, without changing its results."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A cell that has come to its end.
+
+    Attributes:
+        search: figure on the split that learning rates are chosen on; NaN where training diverged.
+        reported: figure on the reported split, at the last step; NaN where training diverged.
+        parameters: elements of the saved adapter's factors.
+        widest: parameters of a component of the widest layer.
+        ranks: components kept by layer.
+        initial_rank: components of a layer at the start.
+        steps: optimizer steps.
+        seconds: of training, logging included.
+        settings: that the run was recorded with.
+        environment: that it was run in.
+    """
+
+    search: float
+    reported: float
+    parameters: int
+    widest: int
+    ranks: Mapping[str, int]
+    initial_rank: int
+    steps: int
+    seconds: float
+    settings: Mapping[str, Any]
+    environment: Mapping[str, Any]
+
+    @property
+    def diverged(self) -> bool:
+        """Whether there is no finite figure."""
+        return not (math.isfinite(self.search) and math.isfinite(self.reported))
+
+
+def read_outcome(plan: Plan, cell: Cell) -> Outcome | None:
+    """What the cell's run has measured; None where it has not come to its end.
+
+    Raises:
+        ValueError: the run has no such figure.
+    """
+    folder = plan.cell_folder(cell)
+    failure = read_failure(folder)
+    if failure is not None and failure["diverged"]:
+        recorded = records.read_json(folder / IDENTITY)
+        return Outcome(
+            search=math.nan,
+            reported=math.nan,
+            parameters=0,
+            widest=0,
+            ranks={},
+            initial_rank=0,
+            steps=0,
+            seconds=math.nan,
+            settings={},
+            environment=recorded["environment"],
+        )
+    if not report.is_finished(folder):
+        return None
+    summary = records.read_json(folder / records.SUMMARY)
+    figures = {name: _figure(plan, cell, summary["after"] or {}, name) for name in (SEARCH, REPORTED)}
+    parameters, widest = adapter_size(folder / "adapter")
+    return Outcome(
+        **figures,
+        parameters=parameters,
+        widest=widest,
+        ranks=summary["ranks"],
+        initial_rank=summary["initial_rank"],
+        steps=summary["steps"],
+        seconds=training_seconds(records.read_lines(folder / records.METRICS)),
+        settings=records.read_json(folder / records.RUN)["settings"],
+        environment=records.read_json(folder / IDENTITY)["environment"],
+    )
+
+
+def _figure(plan: Plan, cell: Cell, after: Mapping[str, Any], source: str) -> float:
+    metric = plan.metric(cell.group.task)
+    if f"{source}_{metric}" not in after:
+        there = [name.removeprefix(f"{source}_") for name in after if name.startswith(f"{source}_")]
+        raise ValueError(
+            f"tasks.{cell.group.task}.metric is {metric}, which {plan.cell_folder(cell)} has not measured: choose one "
+            f"of {', '.join(there) or 'those of evaluation.metrics'}"
+        )
+    return float(after[f"{source}_{metric}"])
+
+
+def adapter_size(folder: Path) -> tuple[int, int]:
+    """Elements of the LoRA factors in a saved adapter, and those of a component of its widest layer. Gates and singular
+    values are folded in, and a head does not count."""
+    total, widths = 0, {}
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 - not a mapping
+            for part, along in ((".lora_A.", 1), (".lora_B.", 0)):
+                if part in name:
+                    shape = tensors.get_slice(name).get_shape()
+                    total += math.prod(shape)
+                    layer = name.split(part)[0]
+                    widths[layer] = widths.get(layer, 0) + shape[along]
+    return total, max(widths.values())
+
+
+def training_seconds(lines: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds of all training steps that were logged, whichever session took them."""
+    seconds, before = 0.0, 0
+    for line in lines:
+        if "seconds_per_step" in line:
+            seconds += line["seconds_per_step"] * (line["step"] - before)
+            before = line["step"]
+    return seconds
+
+
+def read_failure(folder: Path) -> dict[str, Any] | None:
+    """How the cell last failed: ``error``, ``diverged`` and ``when`` (seconds of the clock)."""
+    path = folder / FAILURE
+    return records.read_json(path) if path.is_file() else None
+
+
+def record_failure(folder: Path, error: str, diverged: bool) -> None:
+    """Keep why a cell did not come to its end."""
+    records.write_json(folder / FAILURE, {"error": error, "diverged": diverged, "when": time.time()})
+
+
+def identity_of(plan: Plan, cell: Cell, data: Mapping[str, str]) -> dict[str, Any]:
+    """What a cell's results depend on.
+
+    Args:
+        plan: of the comparison.
+        cell: of the plan.
+        data: source -> digest of its examples.
+    """
+    method = plan.method(cell.group)
+    own = dataclasses.asdict(plan.config.adalora) if method.peer else {}
+    config = flatten(dataclasses.asdict(plan.run_config(cell)))
+    return {
+        **{name: value for name, value in config.items() if not _may_differ(name)},
+        **{f"adalora.{name}": value for name, value in own.items()},
+        **{f"examples of {name}": digest for name, digest in data.items()},
+    }
+
+
+def check_identity(plan: Plan, cell: Cell, identity: Mapping[str, Any]) -> None:
+    """Refuse a folder whose results were made with other settings or data.
+
+    Raises:
+        ValueError: names the first difference.
+    """
+    folder = plan.cell_folder(cell)
+    if not (folder / IDENTITY).is_file():
+        return
+    recorded = records.read_json(folder / IDENTITY)["identity"]
+    for name in {**recorded, **identity}:
+        if recorded.get(name) != identity.get(name):
+            raise ValueError(
+                f"{folder} was made with {name} {recorded.get(name)!r}, but now it is {identity.get(name)!r}: choose "
+                "another output_dir, or delete that folder to run the cell again"
+            )
+
+
+def _may_differ(name: str) -> bool:
+    return any(name == key or name.startswith(f"{key}.") for key in MAY_DIFFER)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with ``section.key`` names."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def training_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a run's recorded settings, those that methods to be compared must have in common."""
+    own = ("adapter.", "pruning.", "adalora.")
+    return {
+        name: value
+        for name, value in settings.items()
+        if not name.startswith(own) and name not in ("initial rank", "training.learning_rate")
+    }

@@ -1,0 +1,234 @@
+"""PEFT's AdaLoRA, trained by the stock Trainer on the data, steps and schedule of a run.
+
+One process without an engine: under ZeRO no callback of the Trainer can drive it (docs/method.md). What is AdaLoRA's
+own: sensitivity times uncertainty as importance, the cubic that begins fast, the orthogonal regularizer. Two things
+are put right, so that the comparison is one of methods: the regularizer, which PEFT adds to every micro-batch, counts
+once per optimizer step, and evaluation is of the task's loss alone.
+"""
+
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import set_seed
+from peft import AdaLoraConfig, PeftModel, get_peft_model
+from peft.tuners.adalora import AdaLoraLayer
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from dora_dist import build, build_data, records, report, resume, settle, world
+from dora_dist.agreement import Agreement
+from dora_dist.command import ExpectedRunError, PreemptedError, say
+from dora_dist.config import save_config
+from dora_dist.controller import NonFiniteAdapterError
+from dora_dist.events import PruneEvent
+from dora_dist.folding import write_lora_adapter
+from dora_dist.preemption import PreemptionNotice
+from dora_dist.schedule import BudgetSchedule
+
+if TYPE_CHECKING:
+    from dora_dist.config import RunConfig
+
+RANK_EPSILON = 1e-5
+"""What PEFT adds to the rank that it divides by."""
+
+
+def train_adalora(config: "RunConfig", own: Mapping[str, Any], notice: PreemptionNotice) -> None:
+    """Train as configured and write what a run of this project writes, the adapter as plain LoRA.
+
+    There are no checkpoints to go on from: PEFT's cannot be resumed after pruning. A run that was stopped begins anew.
+
+    Args:
+        config: of the run; of ``pruning``, the phases and the interval.
+        own: ``orth_reg_weight``, ``beta1``, ``beta2``, ``interval`` (None for that of ``pruning``).
+        notice: of this process's preemption.
+
+    Raises:
+        ExpectedRunError: the adapter is not finite, or AdaLoRA kept more than its budget.
+        PreemptedError: the process was told to stop.
+    """
+    tokenizer, data = build_data.read_data(config)
+    device = world.connect("none", config.distributed.timeout_minutes).device
+    settled = settle.settle(config, tokenizer, data)
+    run, schedule = Path(config.output_dir), settled.budget.schedule
+    fingerprint = {**settled.fingerprint, **{f"adalora.{name}": value for name, value in own.items()}}
+    earlier = resume.look(run, "auto")
+    resume.check_settings(earlier, fingerprint)
+    if earlier.finished:
+        say(f"{run} holds a finished run with these settings")
+        return
+    run_records = records.RunRecords(run, writes=True)
+    described = {"settings": fingerprint, "data": settled.describe_data(), "processes": 1}
+    run_records.write_json(records.RUN, {"versions": records.versions(), **described})
+    save_config(config, run / records.CONFIG)
+    run_records.truncate_after(-1)
+
+    accumulation = settled.arguments.gradient_accumulation_steps
+    base = build.load_base(config, device, settled.tokenizer)
+    set_seed(settle.adapter_seed(config))
+    model = get_peft_model(base, peft_config(config, own, schedule, settled.layers, accumulation))
+    set_seed(config.seed)
+    arguments = settled.arguments
+    arguments.train_sampling_strategy = "sequential"
+    arguments.save_strategy = "no"
+    arguments.eval_strategy = "no"
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=build.PlannedRows(settled.data.examples(), settled.plan),
+        data_collator=build.build_collator(config.data.batching, model, settled.tokenizer),
+        processing_class=settled.tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_AdaLoraCallback(model, run_records, notice))
+    began = time.monotonic()
+    trainer.train()
+    if trainer.state.global_step < arguments.max_steps:
+        raise PreemptedError("preempted: PEFT's AdaLoRA begins anew when the same command is started again")
+    tokens = int(settled.plan.row_lengths(settled.mixture.lengths).sum())
+    steps = arguments.max_steps
+    run_records.metrics(steps, {"session_seconds": time.monotonic() - began, "session_tokens": tokens})
+    kept = kept_triplets(model)
+    factors = folded_triplets(model, kept)
+    check_result(factors, schedule)
+    event = PruneEvent(
+        step=schedule.final_step,
+        num_kept=sum(map(len, kept.values())),
+        kept=kept,
+        returned=0,
+        final=True,
+        num_parameters=sum(a.numel() + b.numel() for a, b in factors.values()),
+    )
+    run_records.event(event)
+    evaluator = build.build_evaluator(config, settled, Agreement(device))
+    assert evaluator is not None, "a cell has held-out data"
+    run_records.metrics(steps, {f"eval_{name}": value for name, value in evaluator(TaskLoss(model)).items()})
+    write_lora_adapter(run / "adapter", factors, base.config.name_or_path or None)
+    settled.tokenizer.save_pretrained(run / "adapter")
+    print(report.finish_run(run), flush=True)
+
+
+def peft_config(
+    config: "RunConfig", own: Mapping[str, Any], schedule: BudgetSchedule, layers: list[str], accumulation: int
+) -> AdaLoraConfig:
+    """AdaLoRA with the ranks, layers, scale and phases of a run: it begins to prune after the same warm-up, and ends
+    after the same step."""
+    return AdaLoraConfig(
+        init_r=schedule.initial_rank,
+        target_r=schedule.target_rank,
+        tinit=int(schedule.total_steps * schedule.warmup_fraction),
+        tfinal=schedule.total_steps - schedule.final_step,
+        deltaT=own["interval"] or schedule.interval,
+        total_step=schedule.total_steps,
+        beta1=own["beta1"],
+        beta2=own["beta2"],
+        orth_reg_weight=own["orth_reg_weight"] / accumulation,  # PEFT adds it to the loss of every micro-batch
+        lora_alpha=config.adapter.alpha,  # divided by init_r for the whole run
+        lora_dropout=config.adapter.dropout,
+        target_modules=layers,
+        task_type="CAUSAL_LM",
+    )
+
+
+class _AdaLoraCallback(TrainerCallback):
+    """Lets AdaLoRA allocate where gradients are still there, and keeps the records of a run."""
+
+    def __init__(self, model: PeftModel, run_records: records.RunRecords, notice: PreemptionNotice) -> None:
+        self._model = model
+        self._records = run_records
+        self._notice = notice
+        self._last = (0, time.monotonic())
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._last = (0, time.monotonic())
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._model.base_model.update_and_allocate(state.global_step + 1)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._notice.received is not None and state.global_step < state.max_steps:
+            control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **_: Any) -> None:
+        values = dict(logs)
+        values.pop("train_loss", None)
+        if "loss" in values:  # with the regularizer, as the stock Trainer has it
+            now, step = time.monotonic(), state.global_step
+            values["seconds_per_step"] = (now - self._last[1]) / max(step - self._last[0], 1)
+            values["components"] = sum(map(len, kept_triplets(self._model).values()))
+            self._last = (step, now)
+        self._records.metrics(state.global_step, values)
+
+
+class TaskLoss(nn.Module):
+    """A model with AdaLoRA as an evaluation wants it: its ``loss`` is the task's, without the regularizer.
+
+    Args:
+        model: of PEFT.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        super().__init__()
+        self.base = model.get_base_model()
+
+    def forward(self, **batch: Any) -> Any:
+        return self.base(**batch)
+
+    def loss_only(self) -> AbstractContextManager[None]:
+        """The logits are computed in any case."""
+        return nullcontext()
+
+    def generate(self, **arguments: Any) -> Tensor:
+        return self.base.generate(**arguments)
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+
+def _layers(model: PeftModel) -> dict[str, AdaLoraLayer]:
+    found = {
+        name: module for name, module in model.get_base_model().named_modules() if isinstance(module, AdaLoraLayer)
+    }
+    return dict(sorted(found.items()))
+
+
+def kept_triplets(model: PeftModel) -> dict[str, list[int]]:
+    """Layer -> indices of the triplets that AdaLoRA has not pruned, by its own record; all before its first event."""
+    pattern = model.peft_config["default"].rank_pattern
+    if pattern is None:
+        return {name: list(range(len(layer.lora_E["default"]))) for name, layer in _layers(model).items()}
+    masks = {name.split(".lora_E")[0]: mask for name, mask in pattern.items()}
+    return {name: [index for index, keep in enumerate(masks[name]) if keep] for name in _layers(model)}
+
+
+@torch.no_grad()
+def folded_triplets(model: PeftModel, kept: Mapping[str, list[int]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Plain LoRA factors ``(A (k, in), B (out, k))`` by layer: singular values and scale go into B."""
+    factors = {}
+    for name, layer in _layers(model).items():
+        scale = layer.scaling["default"] / (layer.ranknum["default"] + RANK_EPSILON)
+        a, e, b = (getattr(layer, f"lora_{part}")["default"].float() for part in "AEB")
+        chosen = kept[name]
+        factors[name] = (a[chosen].cpu().contiguous(), (b[:, chosen] * (e[chosen, 0] * scale)).cpu().contiguous())
+    return factors
+
+
+def check_result(factors: Mapping[str, tuple[Tensor, Tensor]], schedule: BudgetSchedule) -> None:
+    """Refuse an adapter that is none, or larger than its budget.
+
+    Raises:
+        NonFiniteAdapterError: a factor is NaN or infinite.
+        ExpectedRunError: more triplets are left than the budget has.
+    """
+    for name, parts in factors.items():
+        if not all(torch.isfinite(part).all() for part in parts):
+            raise NonFiniteAdapterError(f"AdaLoRA's adapter of {name} is not finite")
+    left = sum(a.shape[0] for a, _ in factors.values())
+    if left > schedule.final_num_kept:
+        raise ExpectedRunError(f"AdaLoRA has kept {left} triplets instead of the budget {schedule.final_num_kept}")

@@ -1,0 +1,231 @@
+"""Which cells there are, and the configuration of the run of each."""
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from dora_dist.compare.methods import Method
+from dora_dist.compare.settings import CompareConfig
+from dora_dist.config import RunConfig, config_of
+from dora_dist.training_section import nearest
+
+SEARCH = "search"
+REPORTED = "reported"
+"""Names of the two held-out sources in a cell's run."""
+LOSS = "loss"
+EXACT_MATCH = "exact_match"
+TASK_KEYS = ("search", "metric", "better")
+OWNED = {
+    "output_dir": "it is made of the names of the cell",
+    "seed": "set seeds",
+    "adapter.target_rank": "set budgets",
+    "adapter.alpha": "set alpha_over_rank, which is the same for all methods",
+    "training.learning_rate": "set learning_rates",
+    "distributed": "a cell is one process; start several workers instead",
+    "checkpoint.resume": "a cell goes on by itself",
+}
+"""Keys of a run that the comparison sets, with what to do instead."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """A row of the table: cells that differ in learning rate and seed only."""
+
+    task: str
+    budget: int
+    method: str
+
+    def __str__(self) -> str:
+        return f"{self.task} rank {self.budget} {self.method}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    group: Group
+    learning_rate: float
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.group}, learning rate {self.learning_rate:g}, seed {self.seed}"
+
+
+class Plan:
+    """All cells of a comparison.
+
+    Args:
+        config: of the comparison.
+
+    Raises:
+        ValueError: the configuration of some cell cannot work; says of which.
+    """
+
+    def __init__(self, config: CompareConfig) -> None:
+        self.config = config
+        self.folder = Path(config.output_dir)
+        self.methods = config.built_methods()
+        self.groups = [
+            Group(task, budget, method) for task in config.tasks for budget in config.budgets for method in self.methods
+        ]
+        self._templates = {group: self._template(group) for group in self.groups}
+        for task, entries in config.tasks.items():
+            self._check_task(task, entries)
+
+    @property
+    def num_cells(self) -> int:
+        """Cells that will have been run in the end."""
+        searched, seeds = self.config.search_seeds, len(self.config.seeds)
+        return len(self.groups) * (len(self.config.learning_rates) * searched + seeds - searched)
+
+    def method(self, group: Group) -> Method:
+        """The group's method."""
+        return self.methods[group.method]
+
+    def search_cells(self, group: Group) -> list[Cell]:
+        """Cells that the learning rate is chosen by."""
+        seeds = self.config.seeds[: self.config.search_seeds]
+        return [Cell(group, rate, seed) for rate in self.config.learning_rates for seed in seeds]
+
+    def reported_cells(self, group: Group, learning_rate: float) -> list[Cell]:
+        """Cells that are reported, given the rate that was chosen; those of the search seeds are among the searched."""
+        return [Cell(group, learning_rate, seed) for seed in self.config.seeds]
+
+    def possible_cells(self) -> Iterator[Cell]:
+        """Every cell that there could be, whatever is chosen."""
+        for group in self.groups:
+            for rate in self.config.learning_rates:
+                yield from self.reported_cells(group, rate)
+
+    def cell_folder(self, cell: Cell) -> Path:
+        """Folder of the cell's run."""
+        group = cell.group
+        parts = (group.task, f"rank{group.budget}", group.method, f"lr{cell.learning_rate:g}", f"seed{cell.seed}")
+        return self.folder.joinpath("cells", *parts)
+
+    def lock_file(self, cell: Cell) -> Path:
+        """What a worker holds while it runs the cell."""
+        name = "_".join(self.cell_folder(cell).relative_to(self.folder / "cells").parts)
+        return self.folder / "locks" / f"{name}.lock"
+
+    def metric(self, task: str) -> str:
+        """The held-out figure that is compared."""
+        return str(self.config.tasks[task].get("metric", LOSS))
+
+    def lower_is_better(self, task: str) -> bool:
+        """Whether the task's figure is better where it is lower."""
+        default = "lower" if self.metric(task).endswith(LOSS) else "higher"
+        return bool(self.config.tasks[task].get("better", default) == "lower")
+
+    def run_config(self, cell: Cell) -> RunConfig:
+        """The configuration of the cell's run."""
+        template = self._templates[cell.group]
+        return dataclasses.replace(
+            template,
+            output_dir=str(self.cell_folder(cell)),
+            seed=cell.seed,
+            training={**template.training, "learning_rate": cell.learning_rate},
+        )
+
+    def _check_task(self, task: str, entries: Mapping[str, Any]) -> None:
+        if entries.get("better", "lower") not in ("lower", "higher"):
+            raise ValueError(f"tasks.{task}.better is {entries['better']!r}, but must be lower or higher")
+        template = self._templates[next(group for group in self.groups if group.task == task)]
+        if self.metric(task) == EXACT_MATCH and not template.evaluation.exact_match:
+            raise ValueError(
+                f"tasks.{task}.metric is {EXACT_MATCH}, which is not measured: set evaluation.exact_match to true"
+            )
+
+    def _template(self, group: Group) -> RunConfig:
+        """Of the group's cells, with the first seed and learning rate."""
+        try:
+            config = config_of(self._values(group))
+            start = config.adapter.start_rank
+            if self.method(group).peer and start == group.budget:
+                raise ValueError(f"adapter.initial_rank is {start}, the budget, so that AdaLoRA has nothing to prune")
+        except ValueError as error:
+            raise ValueError(f"cells {group}: {error}") from None
+        adapter = dataclasses.replace(config.adapter, alpha=self.config.alpha_over_rank * start)
+        return dataclasses.replace(config, adapter=adapter)
+
+    def _values(self, group: Group) -> dict[str, Any]:
+        config, method = self.config, self.method(group)
+        task = config.tasks[group.task]
+        _refuse_owned(config.run, "run")
+        overrides = {key: value for key, value in task.items() if key not in TASK_KEYS}
+        _refuse_owned(overrides, f"tasks.{group.task}")
+        for key in overrides:
+            if key not in _run_keys():
+                known = (*_run_keys(), *TASK_KEYS)
+                raise ValueError(f"unknown key tasks.{group.task}.{key}{nearest(key, known)}")
+        _refuse_owned(method.sections, f"methods.{group.method}")
+        values = _merged(config.run, overrides, method.sections)
+        values["data"] = {**values.get("data", {}), "eval": _held_out(group.task, task, values.get("data", {}))}
+        adapter = {**values.get("adapter", {}), "target_rank": group.budget}
+        adapter.setdefault("dtype", "auto")
+        if method.uniform:
+            adapter["initial_rank"] = group.budget
+        values["adapter"] = adapter
+        values["evaluation"] = {"before": False, **values.get("evaluation", {})}
+        values["training"] = {
+            "report_to": "none",
+            **values.get("training", {}),
+            "learning_rate": config.learning_rates[0],
+        }
+        values["distributed"] = {"engine": "none"}
+        values["checkpoint"] = {"keep_last": 1, **values.get("checkpoint", {})}
+        values["seed"] = config.seeds[0]
+        values["output_dir"] = str(self.folder)
+        return values
+
+
+@cache
+def _run_keys() -> tuple[str, ...]:
+    return tuple(entry.name for entry in dataclasses.fields(RunConfig))
+
+
+def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections of later layers change keys of earlier ones; the values of keys are replaced as a whole."""
+    values: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            former = values.get(key)
+            both = isinstance(former, Mapping) and isinstance(value, Mapping)
+            values[key] = {**former, **value} if both else copy.deepcopy(value)
+    return values
+
+
+def _refuse_owned(values: Mapping[str, Any], where: str) -> None:
+    for key, advice in OWNED.items():
+        section, _, name = key.partition(".")
+        found = values.get(section)
+        if section in values and (not name or (isinstance(found, Mapping) and name in found)):
+            raise ValueError(f"{where}.{key} is set by the comparison: {advice}")
+
+
+def _held_out(task: str, entries: Mapping[str, Any], data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The two held-out sources, under the names that their figures are found by."""
+    found = []
+    for name, key, source in (
+        (SEARCH, f"tasks.{task}.search", entries.get("search")),
+        (REPORTED, f"tasks.{task}.data.eval", data.get("eval")),
+    ):
+        if source is None:
+            raise ValueError(
+                f"{key} is missing: a task needs data.eval, the split that is reported, and search, another one that "
+                "learning rates are chosen on"
+            )
+        source = source[0] if isinstance(source, list) and len(source) == 1 else source
+        if isinstance(source, list):
+            raise ValueError(f"{key} has {len(source)} sources, but must be one, whose path may be a list of files")
+        found.append({**({"path": source} if isinstance(source, str) else source), "name": name})
+    if {**found[0], "name": ""} == {**found[1], "name": ""}:
+        raise ValueError(
+            f"tasks.{task}: search and data.eval are the same source, so that learning rates would be chosen on what "
+            "is reported: give two splits"
+        )
+    return found

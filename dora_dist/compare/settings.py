@@ -1,0 +1,115 @@
+"""The configuration of a comparison: one YAML, as strict as that of a run."""
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+from dora_dist.compare.methods import BUILT_IN, Method, methods_of
+from dora_dist.config import parse_strictly
+from dora_dist.training_section import require
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
+
+
+@dataclass(kw_only=True)
+class AdaLoraSettings:
+    """What is AdaLoRA's own; its ranks, scale and phases are those of the other methods.
+
+    Args:
+        orth_reg_weight: of the orthogonal regularizer, once per optimizer step (PEFT's default).
+        beta1: smoothing of the sensitivity (PEFT's default).
+        beta2: smoothing of the uncertainty (PEFT's default).
+        interval: optimizer steps between two allocations; null for pruning.interval of the run.
+    """
+
+    orth_reg_weight: float = 0.5
+    beta1: float = 0.85
+    beta2: float = 0.85
+    interval: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.orth_reg_weight >= 0, "adalora.orth_reg_weight", self.orth_reg_weight, "be at least 0")
+        for name in ("beta1", "beta2"):
+            require(0 < getattr(self, name) < 1, f"adalora.{name}", getattr(self, name), "lie in (0, 1)")
+        require(self.interval is None or self.interval >= 1, "adalora.interval", self.interval, "be at least 1")
+
+
+@dataclass(kw_only=True)
+class CompareConfig:
+    """Compare methods on the same data, order, steps, base and final number of adapter parameters.
+
+    Args:
+        output_dir: folder of the comparison: cells, table, pictures.
+        run: a run as for dora_dist.train, common to all cells.
+        tasks: name of a task and what is its own: sections of a run on top of the common ones, where data.eval is the
+            split that is reported; search, the split that learning rates are chosen on; metric, the held-out figure
+            (loss by default); better: lower or higher (lower for losses, higher for others by default).
+        methods: names of built-in methods, or {name: {from: a built-in one, adapter: ..., pruning: ...}}.
+        budgets: target ranks.
+        seeds: of data order, adapter start and dropout; the same for all methods, whose results are paired by them.
+        learning_rates: the grid, the same for all methods.
+        search_seeds: how many of the seeds, from the first, the learning rate is chosen on.
+        baseline: method that the others are compared with, seed by seed.
+        alpha_over_rank: factor of the adapter's output, alpha / initial rank, the same for all methods.
+        adalora: see the group below.
+    """
+
+    output_dir: str
+    run: dict[str, Any]
+    tasks: dict[str, dict[str, Any]]
+    budgets: list[int]
+    seeds: list[int]
+    learning_rates: list[float]
+    methods: list[str | dict[str, Any]] = field(default_factory=lambda: list(BUILT_IN))
+    search_seeds: int = 1
+    baseline: str = "lora"
+    alpha_over_rank: float = 2.0
+    adalora: AdaLoraSettings = field(default_factory=AdaLoraSettings)
+
+    def __post_init__(self) -> None:
+        require(bool(self.output_dir.strip()), "output_dir", repr(self.output_dir), "name a folder")
+        self.output_dir = os.path.expanduser(self.output_dir)
+        for name in ("tasks", "methods", "budgets", "seeds", "learning_rates"):
+            values = getattr(self, name)
+            require(len(values) > 0, name, values, "not be empty")
+            keys = [next(iter(value)) if isinstance(value, dict) and value else value for value in values]
+            require(len(set(keys)) == len(keys), name, keys, "hold each entry once")
+        for value in self.budgets:
+            require(value >= 1, "budgets", self.budgets, "be ranks of at least 1")
+        for value in self.learning_rates:
+            require(value > 0, "learning_rates", self.learning_rates, "be positive")
+        most = len(self.seeds)
+        require(1 <= self.search_seeds <= most, "search_seeds", self.search_seeds, f"lie between 1 and {most} (seeds)")
+        require(self.alpha_over_rank > 0, "alpha_over_rank", self.alpha_over_rank, "be positive")
+        for name in (*self.tasks, *self.built_methods()):
+            good = NAME.fullmatch(name) is not None
+            require(
+                good, "a name of a task or method", repr(name), "be letters, digits and _.+-, for it names a folder"
+            )
+        names = ", ".join(self.built_methods())
+        require(self.baseline in self.built_methods(), "baseline", repr(self.baseline), f"be one of methods: {names}")
+
+    def built_methods(self) -> dict[str, Method]:
+        """The methods by name, in their order.
+
+        Raises:
+            ValueError: one is described in a way that cannot work.
+        """
+        return methods_of(self.methods)
+
+
+def parse_compare(arguments: Sequence[str] | None = None) -> CompareConfig:
+    """Read the configuration of a comparison from ``--config FILE`` and ``--key value`` on top of it.
+
+    Raises:
+        ValueError: as :func:`~dora_dist.config.parse_config` does.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action=ActionConfigFile)
+    parser.add_class_arguments(CompareConfig)
+    return CompareConfig(**parse_strictly(parser, sys.argv[1:] if arguments is None else arguments))

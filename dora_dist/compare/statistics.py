@@ -1,0 +1,76 @@
+"""Statistics over seeds: spread, and differences of what was run with the same seed."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+from scipy.stats import t
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Of one method.
+
+    Attributes:
+        number: of values.
+        mean: None without any.
+        deviation: sample standard deviation (divisor n - 1); None with fewer than two.
+    """
+
+    number: int
+    mean: float | None
+    deviation: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Mean of ``value - baseline`` over pairs, with Student's confidence interval and the p-value of the paired t test.
+
+    Attributes:
+        number: of pairs.
+        mean: None without any.
+        low: end of the interval of :data:`CONFIDENCE`; None with fewer than two pairs.
+        high: the other end.
+        p_value: two-sided; None with fewer than two pairs.
+    """
+
+    number: int
+    mean: float | None
+    low: float | None
+    high: float | None
+    p_value: float | None
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean and standard deviation."""
+    number = len(values)
+    return Spread(
+        number=number, mean=fmean(values) if number else None, deviation=stdev(values) if number > 1 else None
+    )
+
+
+def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Difference:
+    """Of values with the same place in both."""
+    differences = [value - other for value, other in zip(values, baseline, strict=True)]
+    number = len(differences)
+    if number < 2:
+        mean = differences[0] if number else None
+        return Difference(number=number, mean=mean, low=None, high=None, p_value=None)
+    mean, error = fmean(differences), stdev(differences) / math.sqrt(number)
+    half = float(t.ppf((1 + CONFIDENCE) / 2, number - 1)) * error
+    statistic = abs(mean) / error if error else (math.inf if mean else 0.0)
+    p_value = 2 * float(t.sf(statistic, number - 1))
+    return Difference(number=number, mean=mean, low=mean - half, high=mean + half, p_value=p_value)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for their number (Holm 1979), in the same order."""
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for place, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
