@@ -71,11 +71,11 @@ class Options:
     output: Path
 
     def settings(self) -> dict[str, Any]:
-        """What all cells of one result must have in common."""
-        left_out = ("patterns", "methods", "seeds", "output")
+        """What all cells of one result must have in common; it can grow in everything else."""
+        left_out = ("patterns", "methods", "seeds", "learning_rates", "output")
         found = {name: value for name, value in asdict(self).items() if name not in left_out}
         # The folder's name only: a result holds no paths of a machine.
-        return found | {"model": self.model and self.model.name, "learning_rates": list(self.learning_rates)}
+        return found | {"model": self.model and self.model.name}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -98,7 +98,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--search-seeds", type=int, default=1, metavar="N", help="on which learning rates are chosen; by default 1"
     )
     parser.add_argument(
-        "--learning-rates", nargs="+", type=float, default=[0.015, 0.03, 0.06], metavar="X", help="the grid of all"
+        "--learning-rates",
+        nargs="+",
+        type=float,
+        default=[0.015, 0.03, 0.06, 0.12],
+        metavar="X",
+        help="the grid of all methods; by default 0.015 to 0.12",
     )
     parser.add_argument("--target-rank", type=int, default=2, metavar="R", help="by default 2")
     parser.add_argument("--steps", type=int, default=150, metavar="N", help="of a run; by default 150")
