@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from dora_dist.planted.experiment import run_cells, summarize
     from dora_dist.planted.figure import draw
 
-    session = {"command": shlex.join(["python", "-m", "dora_dist.planted", *arguments]), **environment(PACKAGES)}
+    session = {"command": command_line(arguments), **environment(PACKAGES)}
     before = len(result["cells"])
     result["sessions"].append(session)
     run_cells(options, result, lambda: write_json(options.output, result), say)
@@ -43,6 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(aligned(table(result["rows"])))
     draw(result, options, options.output.with_suffix(".png"))
     say(f"wrote {options.output} and {options.output.with_suffix('.png')}")
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """How the result was made, without the folders of the machine it was made on."""
+    named = [Path(argument).name if Path(argument).is_absolute() else argument for argument in arguments]
+    return shlex.join(["python", "-m", "dora_dist.planted", *named])
 
 
 def read_result(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:

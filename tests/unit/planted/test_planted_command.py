@@ -45,6 +45,7 @@ def test_the_command_ends_with_all_figures_goes_on_and_refuses_other_settings(tm
     # Seed 0 searches the new method's rate; seed 1 has one cell a method.
     assert len(grown["cells"]) == 3 * 2 + 2 + 4
     assert len(grown["sessions"]) == 2
+    assert str(tmp_path) not in output.read_text()
     assert {row["divergence"]["number"] for row in grown["rows"]} == {2}
     for cell in grown["cells"]:
         if "score" in cell["at_final_event"]:
