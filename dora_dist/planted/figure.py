@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from dora_dist.planted.experiment import REPORTED, chosen_cells
 from dora_dist.planted.options import FIXED, ORACLE, UNIFORM, Options
@@ -47,8 +48,8 @@ def draw(result: Mapping[str, Any], options: Options, path: Path) -> None:
         cells = {method: chosen_cells(result, pattern, method, options) for method in options.methods}
         _dots(line[0], {m: [c["divergence"][REPORTED] for c in own] for m, own in cells.items()})
         line[0].set_xlim(left=0)
-        line[0].set_title(f"{pattern}: divergence at the end", fontsize=10)
-        line[0].set_xlabel("KL(teacher || student), nats a token; dots: seeds, bar: mean")
+        line[0].set_title(f"{pattern}: divergence at the end (bar: mean of the seeds)", fontsize=10)
+        line[0].set_xlabel("KL(teacher || student), nats a token")
         _dots(line[1], {m: [_overlap(c, truths) for c in own] for m, own in cells.items()})
         line[1].axvline(rows[UNIFORM]["overlap"]["mean"], color=COLORS[UNIFORM], linewidth=0.8, linestyle="--")
         line[1].set_xlim(0, 1.03)
@@ -65,6 +66,9 @@ def draw(result: Mapping[str, Any], options: Options, path: Path) -> None:
         line[2].set_xlabel("planted rank")
         line[3].axhline(1, color="#bbbbbb", linewidth=4, zorder=0)
         line[3].set_yscale("log")
+        line[3].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        line[3].yaxis.set_major_formatter("{x:g}")
+        line[3].yaxis.set_minor_formatter(NullFormatter())
         line[3].set_title("a layer's mean score at the final event / all layers'", fontsize=10)
         line[3].set_xlabel("planted rank")
         for axis in line:
