@@ -2,10 +2,10 @@
 
     python benchmarks/evidence_data.py SETS data/evidence
 
-SETS is a folder with e2e/{trainset,devset}.csv, gsm8k/{train,test}.jsonl, alpaca_data.json, and conversations or alpaca
-rows in multilingual/{en,fi,fr,zh}.jsonl or .json; .json may be packed with gzip. Rows are short enough for the small
-models that are compared on a CPU. Learning rates are chosen on search.jsonl; report.jsonl is for the figures. No row is
-in two splits, and E2E's two held-out splits share no meaning representation.
+SETS is a folder with e2e/{trainset,devset}.csv, gsm8k/{train,test}.jsonl, alpaca_data.json, glue/{CoLA,STS-B}/
+{train,dev}.tsv, and conversations or alpaca rows in multilingual/{en,fi,fr,zh}.jsonl or .json; .json may be packed with
+gzip. Rows are short enough for the small models that are compared on a CPU. Learning rates are chosen on search.jsonl;
+report.jsonl is for the figures. No row is in two splits, and E2E's two held-out splits share no meaning representation.
 """
 
 import argparse
@@ -29,13 +29,27 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     options = parser.parse_args()
     for name, read in SETS.items():
-        splits = read(options.sets)
+        splits = without_repetitions(read(options.sets))
         folder = options.output / name
         folder.mkdir(parents=True, exist_ok=True)
         for split, rows in splits.items():
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
         print(name, {split: len(rows) for split, rows in splits.items()})
+
+
+def without_repetitions(splits: dict[str, list[Row]]) -> dict[str, list[Row]]:
+    """Held-out rows that are also trained on are left out, and searched ones that are also reported."""
+    train, report = ({_key(row) for row in splits[name]} for name in ("train", "report"))
+    return {
+        "train": splits["train"],
+        "search": [row for row in splits["search"] if _key(row) not in train | report],
+        "report": [row for row in splits["report"] if _key(row) not in train],
+    }
+
+
+def _key(row: Row) -> tuple[str, ...]:
+    return tuple(text for name, text in row.items() if name != "label")
 
 
 def e2e(sets: Path) -> dict[str, list[Row]]:
@@ -75,9 +89,28 @@ def multilingual(sets: Path) -> dict[str, list[Row]]:
     for language in ("en", "fi", "fr", "zh"):
         path = next((sets / "multilingual").glob(f"{language}.json*"))
         rows = _json_lines(path) if path.suffix == ".jsonl" else _json(path)
-        by_language.append(_sample(_short([_exchange(row) for row in rows], 500), 160))
+        exchanges = {row["prompt"]: row for row in map(_exchange, rows)}  # some conversations begin alike
+        by_language.append(_sample(_short(list(exchanges.values()), 500), 160))
     parts = [_split(rows, 24) for rows in by_language]
     return {split: _sample([row for part in parts for row in part[split]], 10**6) for split in parts[0]}
+
+
+def cola(sets: Path) -> dict[str, list[Row]]:
+    """Acceptable sentences or not; the development set cut into halves."""
+    train, dev = (
+        [{"sentence1": line[3], "label": line[1]} for line in _tsv(sets / f"glue/CoLA/{split}.tsv")]
+        for split in ("train", "dev")
+    )
+    return _halves(train, dev)
+
+
+def stsb(sets: Path) -> dict[str, list[Row]]:
+    """Similarity of two sentences from 0 to 5; the development set cut into halves."""
+    train, dev = (
+        [{"sentence1": line[7], "sentence2": line[8], "label": line[9]} for line in lines[1:]]
+        for lines in (_tsv(sets / f"glue/STS-B/{split}.tsv") for split in ("train", "dev"))
+    )
+    return _halves(train, dev)
 
 
 SETS: dict[str, Callable[[Path], dict[str, list[Row]]]] = {
@@ -85,6 +118,8 @@ SETS: dict[str, Callable[[Path], dict[str, list[Row]]]] = {
     "gsm8k": gsm8k,
     "alpaca": alpaca,
     "multilingual": multilingual,
+    "cola": cola,
+    "stsb": stsb,
 }
 
 
@@ -109,6 +144,15 @@ def _sample(rows: list[Row], most: int) -> list[Row]:
 
 def _split(rows: list[Row], held_out: int) -> dict[str, list[Row]]:
     return {"train": rows[2 * held_out :], "search": rows[:held_out], "report": rows[held_out : 2 * held_out]}
+
+
+def _halves(train: list[Row], dev: list[Row]) -> dict[str, list[Row]]:
+    dev = _sample(dev, 10**6)
+    return {"train": train, "search": dev[::2], "report": dev[1::2]}
+
+
+def _tsv(path: Path) -> list[list[str]]:
+    return [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _csv(path: Path) -> list[Row]:

@@ -82,6 +82,11 @@ def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task: s
     Raises:
         ValueError: data that cannot be used, with file, row and field.
     """
+    if task != CAUSAL_LM and tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"the tokenizer has neither a padding nor an end-of-sequence token, and task {task} pads its batches: give "
+            "it one of them"
+        )
     found: dict[str, list[tuple[SourceConfig, Location, str]]] = {}
     for part, sources in (("train", config.train_sources()), ("eval", config.eval_sources())):
         found[part] = [(source, *_find(source, config, TASKS[task].formats)) for source in sources]

@@ -71,7 +71,7 @@ def tiny_summarizer(architecture: str = "bart", **changes: Any) -> PreTrainedMod
         sizes = {"d_model": 32, "max_position_embeddings": 64, "dropout": 0.0}
         for name, size in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 64)):
             sizes |= {f"{side}_{name}": size for side in sides}
-        config = BartConfig(**{**common, **sizes, "forced_eos_token_id": 2, **changes})
+        config = BartConfig(**{**common, **sizes, "forced_bos_token_id": 1, "forced_eos_token_id": 2, **changes})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForSeq2SeqLM.from_config(config).eval()
@@ -100,7 +100,7 @@ def save_tiny_encoder(folder: Path, architecture: str = "bert", **changes: Any) 
     return folder
 
 
-def pair_tokenizer(**special: str) -> PreTrainedTokenizerFast:
+def pair_tokenizer(**special: str | None) -> PreTrainedTokenizerFast:
     """One token a word; ``<s> A </s>``, and ``<s> A </s> B </s>`` with type 1 for the second sentence."""
     vocabulary = {token: number for number, token in enumerate([*SPECIAL, *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -112,13 +112,15 @@ def pair_tokenizer(**special: str) -> PreTrainedTokenizerFast:
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        cls_token="<s>",
-        sep_token="</s>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        mask_token="<mask>",
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-        **special,
+        **{
+            "cls_token": "<s>",
+            "sep_token": "</s>",
+            "pad_token": "<pad>",
+            "unk_token": "<unk>",
+            "mask_token": "<mask>",
+            **special,
+        },
     )
 
 
@@ -175,13 +177,13 @@ def write_questions(folder: Path, unanswerable: bool = False, **sections: Any) -
 
 
 def write_summaries(folder: Path, architecture: str = "bart", **sections: Any) -> Path:
-    """As :func:`write_classification`, for documents whose summary is their first words."""
+    """As :func:`write_classification`, for documents whose summary is one and the same word, and their first ones."""
     save_tiny_summarizer(folder / "model", architecture)
     data: dict[str, Any] = {"max_length": 40, "max_target_length": 12}
     for part, count, seed in (("train", 40, 1), ("eval", 9, 2)):
         source = random.Random(seed)
         texts = [[f"w{source.randrange(40)}" for _ in range(source.randint(3, 20))] for _ in range(count)]
-        rows = [{"document": " ".join(text), "summary": " ".join(text[: 1 + len(text) % 4])} for text in texts]
+        rows = [{"document": " ".join(text), "summary": " ".join(["w0", *text[: len(text) % 3]])} for text in texts]
         data[part] = write_rows(folder / f"{part}.jsonl", rows)
     evaluation = {"max_new_tokens": 8, **sections.pop("evaluation", {})}
     return write_run(folder, "seq2seq", data, evaluation=evaluation, **sections)

@@ -170,7 +170,7 @@ def test_a_setting_that_came_later_is_that_of_the_record_where_it_has_its_defaul
     older = {name: value for name, value in identity.items() if name != "pruning.budget_unit"}
     records.write_json(folder / IDENTITY, {"identity": older, "environment": ENVIRONMENT})
     check_identity(plan, cell, identity)
-    with pytest.raises(ValueError, match=r"made with pruning.budget_unit 'components', but now it is 'parameters'"):
+    with pytest.raises(ValueError, match=r"made with pruning\.budget_unit 'components', but now it is 'parameters'"):
         check_identity(plan, cell, {**identity, "pruning.budget_unit": "parameters"})
     with pytest.raises(ValueError, match="made with examples of train 'x', but now it is 'y'"):
         check_identity(plan, cell, {**identity, "examples of train": "y"})

@@ -24,14 +24,14 @@ def encode(rows, tokenizer=None, **rules):
     return encoder({"place": places, "json": lines, "flaw": [""] * len(rows)})
 
 
-def prepare(folder, rows, held_out=(), **settings):
+def prepare(folder, rows, held_out=(), tokenizer=None, **settings):
     paths = {}
     for name, part in (("train", rows), ("eval", held_out)):
         if part:
             paths[name] = str(folder / f"{name}.jsonl")
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     config = DataConfig(**paths, cache_dir=str(folder / "cache"), workers=1, **settings)
-    return prepare_data(config, pair_tokenizer(), "sequence_classification")
+    return prepare_data(config, tokenizer or pair_tokenizer(), "sequence_classification")
 
 
 def test_sentences_and_pairs_are_encoded_as_the_tokenizer_does_it():
@@ -154,3 +154,8 @@ def test_a_batch_is_padded_on_the_right_and_has_a_label_a_row():
     assert batch["labels"].dtype == torch.int64
     assert batch["labels"].tolist() == [1, 0]
     assert "token_type_ids" not in LabelledCollator(pair_tokenizer(), with_types=False)(rows)
+
+
+def test_a_tokenizer_that_cannot_pad_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="has neither a padding nor an end-of-sequence token, and task sequence_class"):
+        prepare(tmp_path, [PAIR, {**PAIR, "label": "no"}], tokenizer=pair_tokenizer(pad_token=None))

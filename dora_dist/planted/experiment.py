@@ -1,0 +1,207 @@
+"""All students of all truths, cell by cell, and what they say together."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dora_dist.command import ExpectedRunError
+from dora_dist.compare.statistics import paired_difference, spread
+from dora_dist.planted.options import ORACLE, UNIFORM, Options
+from dora_dist.planted.patterns import planted_ranks
+from dora_dist.planted.recovery import budget_overlap, idle_share, rank_correlation
+from dora_dist.planted.teacher import load_base, plant, sample_rows
+from dora_dist.planted.training import Truth, held_out_divergence, train_student
+from dora_dist.targets import resolve_targets
+
+SEARCH, REPORTED = "search", "reported"
+
+
+class DivergedError(ExpectedRunError):
+    """A student's loss is not a number."""
+
+
+def run_cells(options: Options, result: dict[str, Any], keep: Callable[[], None], tell: Callable[[str], None]) -> None:
+    """Train what the result has not got yet, and add it cell by cell.
+
+    On the first ``search_seeds`` seeds every method runs at every learning rate; on the others at the one with the
+    lowest divergence on the search split.
+
+    Args:
+        options: what to run.
+        result: ``layers``, ``truths`` and ``cells``; changed in place.
+        keep: called after every cell.
+        tell: takes a line of progress.
+
+    Raises:
+        DivergedError: a student's loss is not a number.
+        ValueError: the planted ranks do not fit the base.
+    """
+    for seed in range(options.seeds):
+        material = None
+        for pattern in options.patterns:
+            wanted = []
+            for method in options.methods:
+                searching = seed < options.search_seeds
+                for rate in options.learning_rates if searching else [chosen_rate(result, pattern, method, options)]:
+                    if not _has(result, pattern, method, rate, seed):
+                        wanted.append((method, rate))
+            if not wanted:
+                continue
+            material = material or make_material(options, seed)
+            truth = make_truth(options, pattern, seed, *material, result)
+            for method, rate in wanted:
+                outcome = train_student(truth, method, rate, options)
+                if not all(map(math.isfinite, outcome["divergence"].values())):
+                    raise DivergedError(
+                        f"{pattern}, {method}, seed {seed}: not finite at learning rate {rate:g}, lower it"
+                    )
+                cell = {"pattern": pattern, "method": method, "learning_rate": rate, "seed": seed}
+                # Lists in the order of ``layers``.
+                outcome["kept"] = [outcome["kept"][name] for name in result["layers"]]
+                outcome["at_final_event"] = {
+                    what: [values[name] for name in result["layers"]]
+                    for what, values in outcome["at_final_event"].items()
+                }
+                result["cells"].append(cell | outcome)
+                keep()
+                tell(
+                    f"{pattern}, seed {seed}, {method} at {rate:g}: divergence {outcome['divergence'][REPORTED]:.4f}, "
+                    f"{outcome['seconds']:.0f} s"
+                )
+
+
+def make_material(options: Options, seed: int) -> tuple[PreTrainedModel, Tensor]:
+    """What all truths of a seed share: base, and text of shape ``(rows, length)``."""
+    base = load_base(options.model, seed)
+    return base, sample_rows(base, 2 * options.held_out + options.steps * options.batch, options.length, seed)
+
+
+def make_truth(
+    options: Options, pattern: str, seed: int, base: PreTrainedModel, rows: Tensor, result: dict[str, Any]
+) -> Truth:
+    """Plant a teacher; described in ``result["truths"]``."""
+    names = resolve_targets(base, "all-linear")
+    result.setdefault("layers", {name: sum(base.get_submodule(name).weight.shape) for name in names})
+    ranks = planted_ranks(pattern, names, options.target_rank, seed, options.kind)
+    teacher, norms = plant(base, ranks, options.strength, options.decay, seed)
+    search, reported, train = rows.split([options.held_out, options.held_out, options.steps * options.batch])
+    described = {
+        "pattern": pattern,
+        "seed": seed,
+        "planted": [ranks[name] for name in names],
+        "update_norm": [norms[name] for name in names],
+        "base_divergence": held_out_divergence(teacher, base, reported),
+        "initial_rank": initial_rank(ranks, options.target_rank),
+    }
+    others = [truth for truth in result["truths"] if (truth["pattern"], truth["seed"]) != (pattern, seed)]
+    result["truths"] = [*others, described]
+    return Truth(
+        base=base,
+        teacher=teacher,
+        planted=ranks,
+        initial_rank=described["initial_rank"],
+        train=train,
+        held_out={SEARCH: search, REPORTED: reported},
+        seed=seed,
+    )
+
+
+def initial_rank(planted: Mapping[str, int], target_rank: int) -> int:
+    """Twice the target, or what the highest planted rank needs: a truth that cannot be reached would say nothing."""
+    return max(2 * target_rank, *planted.values())
+
+
+def chosen_rate(result: Mapping[str, Any], pattern: str, method: str, options: Options) -> float:
+    """The rate of the grid with the lowest mean divergence on the search split of the search seeds."""
+
+    def mean_divergence(rate: float) -> float:
+        cells = [
+            cell
+            for cell in result["cells"]
+            if (cell["pattern"], cell["method"], cell["learning_rate"]) == (pattern, method, rate)
+            and cell["seed"] < options.search_seeds
+        ]
+        assert len(cells) == options.search_seeds, f"{pattern}, {method}, {rate}: {len(cells)} search cells"
+        return sum(cell["divergence"][SEARCH] for cell in cells) / len(cells)
+
+    return min(options.learning_rates, key=mean_divergence)
+
+
+def chosen_cells(result: Mapping[str, Any], pattern: str, method: str, options: Options) -> list[Mapping[str, Any]]:
+    """Of a method at its chosen rate, in the order of the seeds."""
+    rate = chosen_rate(result, pattern, method, options)
+    cells = [
+        cell
+        for cell in result["cells"]
+        if (cell["pattern"], cell["method"], cell["learning_rate"]) == (pattern, method, rate)
+        and cell["seed"] < options.seeds
+    ]
+    return sorted(cells, key=lambda cell: cell["seed"])
+
+
+def summarize(options: Options, result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row of figures for every pattern and method, at the chosen rates, on the reported split."""
+    rows = []
+    for pattern in options.patterns:
+        truths = {truth["seed"]: truth for truth in result["truths"] if truth["pattern"] == pattern}
+        chosen = {method: chosen_cells(result, pattern, method, options) for method in options.methods}
+        uniform = _divergences(chosen[UNIFORM])
+        for method, cells in chosen.items():
+            divergences = _divergences(cells)
+            row = {
+                "pattern": pattern,
+                "method": method,
+                "learning_rate": cells[0]["learning_rate"],
+                "rate_at_edge": cells[0]["learning_rate"] in (options.learning_rates[0], options.learning_rates[-1]),
+                "divergence": asdict(spread(divergences)),
+                "to_uniform": None if method == UNIFORM else asdict(paired_difference(divergences, uniform)),
+                **_recovery(cells, truths, result["layers"]),
+            }
+            if ORACLE in chosen:
+                oracle = _divergences(chosen[ORACLE])
+                gap = sum(uniform) - sum(oracle)
+                row["share_of_oracle_gain"] = (sum(uniform) - sum(divergences)) / gap if gap > 0 else None
+            rows.append(row)
+    return rows
+
+
+def _recovery(
+    cells: Sequence[Mapping[str, Any]], truths: Mapping[int, Mapping[str, Any]], layers: Mapping[str, int]
+) -> dict[str, Any]:
+    correlations, overlaps, idle, parameters = [], [], [], []
+    seen: dict[str, dict[str, list[float]]] = {}
+    for cell in cells:
+        planted = dict(zip(layers, truths[cell["seed"]]["planted"], strict=True))
+        kept = dict(zip(layers, cell["kept"], strict=True))
+        correlations.append(rank_correlation(kept, planted))
+        overlaps.append(budget_overlap(kept, planted))
+        idle.append(idle_share(kept, planted))
+        parameters.append(sum(rank * layers[name] for name, rank in kept.items()))
+        for what, values in cell["at_final_event"].items():
+            groups = seen.setdefault(what, {"idle": [], "planted": []})
+            for value, rank in zip(values, planted.values(), strict=True):
+                groups["planted" if rank else "idle"].append(value)
+    known = [value for value in correlations if value is not None]
+    return {
+        "correlation": asdict(spread(known)) if len(known) == len(cells) else None,
+        "overlap": asdict(spread(overlaps)),
+        "idle_share": asdict(spread(idle)),
+        "parameters": asdict(spread(parameters)),
+        "at_final_event": {
+            what: {group: asdict(spread(values)) for group, values in groups.items() if values}
+            for what, groups in seen.items()
+        },
+    }
+
+
+def _divergences(cells: Sequence[Mapping[str, Any]]) -> list[float]:
+    return [cell["divergence"][REPORTED] for cell in cells]
+
+
+def _has(result: Mapping[str, Any], pattern: str, method: str, rate: float, seed: int) -> bool:
+    key = (pattern, method, rate, seed)
+    return any((c["pattern"], c["method"], c["learning_rate"], c["seed"]) == key for c in result["cells"])

@@ -1,0 +1,117 @@
+"""The base, the teacher planted in it, and the text that both read."""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from dora_dist.benchmark.base import share
+
+RANDOM_SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 172,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+HEAD_FACTOR = 2.0
+"""Logits of standard deviation 2: a next token that is neither certain nor a matter of chance."""
+SAMPLED_AT_ONCE = 512
+
+
+def load_base(path: Path | None, seed: int) -> PreTrainedModel:
+    """A frozen causal language model in float32: from a folder, or a small LLaMA of random weights."""
+    if path is None:
+        base: PreTrainedModel = LlamaForCausalLM(LlamaConfig(**RANDOM_SIZES, tie_word_embeddings=False))
+        _randomize(base, seed)
+    else:
+        base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    base.config.use_cache = False
+    return base.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def _randomize(base: LlamaForCausalLM, seed: int) -> None:
+    """Weights with which every layer matters: each keeps the variance of its input. With transformers' own, so narrow
+    a model predicts next to nothing, and updates of the late layers are not seen in its output."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in base.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.normal_(0, module.in_features**-0.5, generator=generator)
+    base.model.embed_tokens.weight.normal_(0, 1, generator=generator)
+    base.lm_head.weight.mul_(HEAD_FACTOR)
+
+
+def plant(
+    base: PreTrainedModel, ranks: Mapping[str, int], strength: float, decay: bool, seed: int
+) -> tuple[PreTrainedModel, dict[str, float]]:
+    """A teacher: the base plus an update of exactly the given rank in every layer, random orthogonal directions.
+
+    Args:
+        base: stays as it is.
+        ranks: planted ranks by full name of the linear layer.
+        strength: Frobenius norm of a component relative to that of its layer's weight.
+        decay: singular values of a layer fall as 1, 1/2, 1/3, ... at the same norm of its whole update; else equal.
+        seed: of the directions.
+
+    Returns:
+        The teacher (layers of rank 0 share the base's weights), and the norm of each layer's update relative to that
+        of its weight.
+
+    Raises:
+        ValueError: a rank does not fit into its layer.
+    """
+    teacher = share(base)
+    norms = {}
+    for name, rank in ranks.items():
+        layer = teacher.get_submodule(name)
+        norms[name] = 0.0
+        if rank:
+            update = strength * layer.weight.norm() * _update(layer, name, rank, decay, seed)
+            norms[name] = float(update.norm() / layer.weight.norm())
+            layer.weight = nn.Parameter(layer.weight + update, requires_grad=False)
+    return teacher, norms
+
+
+def _update(layer: nn.Module, name: str, rank: int, decay: bool, seed: int) -> Tensor:
+    """Shape ``(out, in)``, Frobenius norm sqrt(rank)."""
+    smaller = min(layer.weight.shape)
+    if rank > smaller:
+        raise ValueError(
+            f"planted rank {rank} does not fit into {name}, {tuple(layer.weight.shape)}: lower --target-rank"
+        )
+    key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
+    left, right = (
+        torch.linalg.qr(torch.randn(size, rank, generator=generator, dtype=torch.float64)).Q
+        for size in layer.weight.shape
+    )
+    values = 1 / torch.arange(1, rank + 1, dtype=torch.float64) if decay else torch.ones(rank, dtype=torch.float64)
+    values *= math.sqrt(rank) / values.norm()
+    return (left * values @ right.T).to(layer.weight.dtype)
+
+
+@torch.no_grad()
+def sample_rows(base: PreTrainedModel, count: int, length: int, seed: int) -> Tensor:
+    """Texts that the base itself writes at temperature 1, shape ``(count, length)``, int64. They begin with its bos
+    token, or a random one where it has none."""
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary, bos = base.config.vocab_size, base.config.bos_token_id
+    first = torch.randint(vocabulary, (count, 1), generator=generator)
+    rows = first if bos is None else torch.full_like(first, bos)
+    return torch.cat([_continue(base, part, length, generator) for part in rows.split(SAMPLED_AT_ONCE)])
+
+
+def _continue(base: PreTrainedModel, rows: Tensor, length: int, generator: torch.Generator) -> Tensor:
+    cache = None
+    while rows.shape[1] < length:
+        outputs = base(input_ids=rows[:, -1:], past_key_values=cache, use_cache=True)
+        cache = outputs.past_key_values
+        probabilities = outputs.logits[:, -1].softmax(-1)
+        rows = torch.cat([rows, torch.multinomial(probabilities, 1, generator=generator)], 1)
+    return rows

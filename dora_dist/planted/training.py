@@ -1,0 +1,190 @@
+"""One student: real layers, the real controller and the trainer's settings, learning what the teacher predicts."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel, get_linear_schedule_with_warmup
+
+from dora_dist.adapter_config import DynamicLoraConfig
+from dora_dist.agreement import Agreement
+from dora_dist.benchmark.base import share
+from dora_dist.controller import DynamicRankController
+from dora_dist.criterion import GATE_SENSITIVITY, Criterion, GateSensitivity, SmoothedScores
+from dora_dist.importance import Components, weight_criterion
+from dora_dist.layer import DynamicLoraLinear
+from dora_dist.model import DynamicLoraModel, add_dynamic_lora
+from dora_dist.planted.options import FIXED, ORACLE, Options
+from dora_dist.schedule import BudgetSchedule
+
+WEIGHT_DECAY = 0.01
+MAX_NORM = 1.0
+LR_WARMUP = 0.06
+EQUILIBRIUM_WEIGHT = 0.1
+SMOOTHING = 0.9
+HELD_OUT_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a student is to learn, and what it is held against.
+
+    Args:
+        base: frozen.
+        teacher: frozen.
+        planted: ranks by layer.
+        initial_rank: components of each layer of a student with dynamic ranks.
+        train: rows of training in their order, shape ``(steps x batch, length)``.
+        held_out: rows by split.
+        seed: of the student's start.
+    """
+
+    base: PreTrainedModel
+    teacher: PreTrainedModel
+    planted: Mapping[str, int]
+    initial_rank: int
+    train: Tensor
+    held_out: Mapping[str, Tensor]
+    seed: int
+
+
+class Remembering:
+    """A criterion that remembers the scores of the latest event (some criteria begin anew after each).
+
+    Attributes:
+        used: shape ``(components of the model,)``, float64.
+    """
+
+    def __init__(self, inner: Criterion) -> None:
+        self._inner = inner
+        self.used = inner.scores.clone()
+
+    @property
+    def scores(self) -> Tensor:
+        return self._inner.scores
+
+    def update(self, layers: Sequence[Components], agreement: Agreement) -> None:
+        self._inner.update(layers, agreement)
+
+    def after_event(self) -> None:
+        self.used = self._inner.scores.clone()
+        self._inner.after_event()
+
+
+def train_student(truth: Truth, method: str, learning_rate: float, options: Options) -> dict[str, Any]:
+    """Train from the base and measure at the end of the run.
+
+    Returns:
+        Held-out divergences by split (nats a token), kept ranks by layer, what the final event chose from, and
+        seconds.
+    """
+    began = time.perf_counter()
+    student, controller = _build(truth, method, options)
+    norms: dict[str, float] = {}
+    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
+    schedule = get_linear_schedule_with_warmup(optimizer, round(LR_WARMUP * options.steps), options.steps)
+    student.train()
+    for step, rows in enumerate(truth.train.split(options.batch), 1):
+        loss = divergence(truth.teacher, student, rows)
+        penalty = controller.penalty() if controller is not None else None
+        if penalty is not None:
+            loss = loss + EQUILIBRIUM_WEIGHT * penalty
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
+        optimizer.step()
+        schedule.step()
+        if controller is not None:
+            if step == controller.schedule.final_step:
+                norms = update_norms(student)
+            controller.after_optimizer_step(step)
+        optimizer.zero_grad()
+    seen = {}
+    if controller is not None:
+        controller.finish()
+        seen = {"score": _mean_scores(controller), "update_norm": norms}
+    student.eval()
+    return {
+        "divergence": {
+            split: held_out_divergence(truth.teacher, student, rows) for split, rows in truth.held_out.items()
+        },
+        "kept": {name: int(layer.component_mask.sum()) for name, layer in student.adapted_layers().items()},
+        "at_final_event": seen,
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def divergence(teacher: PreTrainedModel, student: torch.nn.Module, rows: Tensor) -> Tensor:
+    """``KL(teacher || student)``, mean over all tokens of rows of shape ``(batch, length)``, in nats. Scalar."""
+    with torch.no_grad():
+        wanted = functional.log_softmax(teacher(input_ids=rows).logits, -1)
+    found = functional.log_softmax(student(input_ids=rows).logits, -1)
+    return functional.kl_div(found, wanted, log_target=True, reduction="sum") / rows.numel()
+
+
+def _build(truth: Truth, method: str, options: Options) -> tuple[DynamicLoraModel, DynamicRankController | None]:
+    """A student; without a controller where the ranks are fixed: the mask is then set at the start, so that such a
+    layer is plain LoRA of its rank (gates are 1 and stay so)."""
+    dynamic = method not in FIXED
+    adapter = DynamicLoraConfig(
+        target_rank=options.target_rank,
+        initial_rank=truth.initial_rank,
+        alpha=options.scale * truth.initial_rank,  # the scale of all methods, whatever their rank
+        dropout=0.0,
+        init=options.init if dynamic else "lora",
+        train_gates=dynamic,
+        seed=truth.seed,
+    )
+    student = add_dynamic_lora(share(truth.base), adapter)
+    layers = student.adapted_layers()
+    if not dynamic:
+        for name, layer in layers.items():
+            rank = truth.planted[name] if method == ORACLE else options.target_rank
+            layer.component_mask.copy_(torch.arange(truth.initial_rank) < rank)
+        return student, None
+    schedule = BudgetSchedule(
+        total_steps=options.steps,
+        num_layers=len(layers),
+        initial_rank=truth.initial_rank,
+        target_rank=options.target_rank,
+        interval=options.interval,
+    )
+    criterion = Remembering(_criterion(method, layers, truth.seed))
+    return student, DynamicRankController(layers, schedule, Agreement(), criterion=criterion)
+
+
+def _criterion(name: str, layers: Mapping[str, DynamicLoraLinear], seed: int) -> Criterion:
+    if name == GATE_SENSITIVITY:
+        return GateSensitivity([layer.gate for layer in layers.values()])
+    num_components = sum(layer.gate.numel() for layer in layers.values())
+    return SmoothedScores(weight_criterion(name, seed), SMOOTHING, num_components, torch.device("cpu"))
+
+
+@torch.no_grad()
+def held_out_divergence(teacher: PreTrainedModel, student: torch.nn.Module, rows: Tensor) -> float:
+    """:func:`divergence` over rows of any number."""
+    parts = rows.split(HELD_OUT_AT_ONCE)
+    return sum(divergence(teacher, student, part).item() * part.numel() for part in parts) / rows.numel()
+
+
+def _mean_scores(controller: DynamicRankController) -> dict[str, float]:
+    """What the final event chose by: mean over the components of each layer."""
+    assert isinstance(controller.criterion, Remembering)
+    sizes = [layer.gate.numel() for layer in controller.layers.values()]
+    return dict(
+        zip(controller.layers, (part.mean().item() for part in controller.criterion.used.split(sizes)), strict=True)
+    )
+
+
+@torch.no_grad()
+def update_norms(student: DynamicLoraModel) -> dict[str, float]:
+    """Layer -> Frobenius norm of its update relative to that of its weight."""
+    return {
+        name: (layer.scale * (layer.lora_b * layer.effective_gate()) @ layer.lora_a).norm().item()
+        / layer.base_layer.weight.norm().item()
+        for name, layer in student.adapted_layers().items()
+    }

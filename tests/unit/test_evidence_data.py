@@ -1,0 +1,61 @@
+"""The splits of the comparisons: nothing that is searched or reported on is trained on, or both."""
+
+import csv
+import json
+
+import evidence_data
+import pytest
+
+
+def write_csv(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([("mr", "ref"), *rows])
+
+
+def test_the_held_out_splits_of_e2e_share_no_meaning(tmp_path):
+    write_csv(tmp_path / "e2e/trainset.csv", [(f"name[T{n}]", "An inn.") for n in range(20)])
+    write_csv(tmp_path / "e2e/devset.csv", [(f"name[D{n % 7}]", f"Inn {n}.") for n in range(40)])
+    splits = evidence_data.e2e(tmp_path)
+    prompts = {name: {row["prompt"] for row in rows} for name, rows in splits.items()}
+    assert all(prompts.values())
+    assert not prompts["search"] & prompts["report"]
+    assert len(splits["search"]) + len(splits["report"]) == 40
+    assert splits == evidence_data.e2e(tmp_path)
+
+
+def test_a_development_set_is_cut_into_halves_and_quotes_are_text(tmp_path):
+    folder = tmp_path / "glue/CoLA"
+    folder.mkdir(parents=True)
+    (folder / "train.tsv").write_text('gj04\t1\t\t"Who" left?\n', encoding="utf-8")
+    (folder / "dev.tsv").write_text("".join(f"x\t{n % 2}\t*\tS{n}\n" for n in range(10)), encoding="utf-8")
+    splits = evidence_data.cola(tmp_path)
+    assert splits["train"] == [{"sentence1": '"Who" left?', "label": "1"}]
+    halves = [{row["sentence1"] for row in splits[name]} for name in ("search", "report")]
+    assert halves[0] | halves[1] == {f"S{n}" for n in range(10)}
+    assert not halves[0] & halves[1]
+
+
+@pytest.mark.parametrize("name", sorted(evidence_data.SETS))
+def test_no_row_is_in_two_splits_of_the_real_sets(name, shared, tmp_path):
+    """Where the project's data are at hand; E2E's csv files are in an archive there."""
+    data = shared / "data"
+    if name == "e2e":
+        pytest.skip("the archive is not unpacked here")
+    links = {
+        "gsm8k": data / "math/gsm8k",
+        "glue": data / "glue",
+        "alpaca_data.json.gz": data / "instruct/alpaca_data.json.gz",
+    }
+    languages = {"en": "en_best_replies", "fi": "fi_best_replies", "fr": "oasst_20230412_fr_top1"}
+    links |= {f"multilingual/{code}.jsonl": data / f"instruct/multilingual/{f}.jsonl" for code, f in languages.items()}
+    links["multilingual/zh.json.gz"] = data / "instruct/multilingual/alpaca_zh.json.gz"
+    (tmp_path / "multilingual").mkdir()
+    for link, target in links.items():
+        (tmp_path / link).symlink_to(target)
+    splits = evidence_data.without_repetitions(evidence_data.SETS[name](tmp_path))
+    seen = {split: {json.dumps({**row, "label": None}) for row in rows} for split, rows in splits.items()}
+    assert all(seen.values())
+    assert not seen["report"] & (seen["train"] | seen["search"])
+    assert not seen["search"] & seen["train"]
