@@ -162,7 +162,7 @@ def _kind_order(kind: str) -> tuple[int, str]:
     return (order.index(last) if last in order else len(order), kind)
 
 
-def _short(kinds: list[str]) -> list[str]:
+def short_kinds(kinds: list[str]) -> list[str]:
     """Last parts of the kinds' names, where they tell them apart."""
     short = [kind.rsplit(".", 1)[-1] for kind in kinds]
     return short if len(set(short)) == len(short) else kinds
@@ -170,7 +170,7 @@ def _short(kinds: list[str]) -> list[str]:
 
 def _rank_table(ranks: Mapping[str, int]) -> list[str]:
     blocks, kinds, grid = rank_grid(ranks)
-    titles = _short(kinds)
+    titles = short_kinds(kinds)
     widths = [max(len(title), 4) for title in titles]
     lines = ["  rank by layer  " + "  ".join(f"{t:>{w}}" for t, w in zip(titles, widths, strict=True)) + "   mean"]
     for block in blocks:
@@ -195,7 +195,7 @@ def draw_ranks(ranks: Mapping[str, int], initial_rank: int, path: Path) -> None:
     cell = 0.42 if len(blocks) <= 24 else 0.24
     figure, axes = plot.subplots(figsize=(2.2 + 0.85 * len(kinds), 1.6 + cell * len(blocks)), layout="constrained")
     image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, vmax=initial_rank)
-    axes.set_xticks(range(len(kinds)), _short(kinds), rotation=30, ha="right")
+    axes.set_xticks(range(len(kinds)), short_kinds(kinds), rotation=30, ha="right")
     axes.set_yticks(range(len(blocks)), blocks, fontsize=9 if cell > 0.3 else 7)
     axes.set_ylabel("layer")
     axes.set_title(f"components kept of {initial_rank}")

@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from dora_dist.report import rank_grid
+from dora_dist.report import rank_grid, short_kinds
 
 COMPARISON = "comparison.png"
 RANKS = "ranks.png"
@@ -138,7 +138,7 @@ def _draw_map(axis: Axes, group: Mapping[str, Any], top: float) -> Any:
     blocks, kinds, grid = rank_grid(group["mean_ranks"])
     values = [[grid.get((block, kind), float("nan")) for kind in kinds] for block in blocks]
     image = axis.imshow(values, aspect="auto", cmap="viridis", vmin=0, vmax=top)
-    names = [kind.rsplit(".", 1)[-1].removesuffix("_proj") for kind in kinds]
+    names = [kind.removesuffix("_proj") for kind in short_kinds(kinds)]
     axis.set_xticks(range(len(kinds)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
     axis.set_yticks(range(len(blocks)), blocks, fontsize=7)
     if len(blocks) * len(kinds) <= MOST_NUMBERED:
