@@ -16,7 +16,7 @@ from dora_dist.agreement import Agreement, digest_tensors
 from dora_dist.command import say
 from dora_dist.config import RunConfig
 from dora_dist.controller import DynamicRankController
-from dora_dist.criterion import GATE_SENSITIVITY, Criterion, GateSensitivity, SmoothedScores
+from dora_dist.criterion import criterion_of
 from dora_dist.data.batches import (
     ANSWER_SPANS,
     TARGETS,
@@ -32,7 +32,6 @@ from dora_dist.data.batches import (
 )
 from dora_dist.data.chat import stop_tokens
 from dora_dist.evaluation import AnswerEvaluator, Evaluator, check_packing
-from dora_dist.importance import weight_criterion
 from dora_dist.label_evaluation import LabelEvaluator
 from dora_dist.model import DynamicLoraForCausalLM, DynamicLoraModel, add_dynamic_lora
 from dora_dist.objective import RowLosses, class_losses, mean_over_tokens, span_losses, squared_errors
@@ -124,28 +123,20 @@ def build_controller(
     config: RunConfig, model: DynamicLoraModel, agreement: Agreement, schedule: BudgetSchedule
 ) -> DynamicRankController:
     """The method for this model and this budget."""
+    layers, pruning = model.adapted_layers(), config.pruning
+    gates = [layer.gate for layer in layers.values()]
     return DynamicRankController(
-        model.adapted_layers(),
+        layers,
         schedule,
         agreement,
-        criterion=build_criterion(config, model),
-        budget_unit=config.pruning.budget_unit,
-        min_rank=config.pruning.min_rank,
-        max_rank=config.pruning.max_rank,
-        regrow=config.pruning.regrow,
-        rebase=config.pruning.rebase,
+        criterion=criterion_of(pruning.importance, gates, pruning.smoothing, adapter_seed(config)),
+        budget_unit=pruning.budget_unit,
+        min_rank=pruning.min_rank,
+        max_rank=pruning.max_rank,
+        regrow=pruning.regrow,
+        rebase=pruning.rebase,
         head=model.head_parameters(),
     )
-
-
-def build_criterion(config: RunConfig, model: DynamicLoraModel) -> Criterion:
-    """What the components are judged by."""
-    gates = [layer.gate for layer in model.adapted_layers().values()]
-    name = config.pruning.importance
-    if name == GATE_SENSITIVITY:
-        return GateSensitivity(gates)
-    score = weight_criterion(name, adapter_seed(config))
-    return SmoothedScores(score, config.pruning.smoothing, sum(gate.numel() for gate in gates), gates[0].device)
 
 
 def build_evaluator(

@@ -231,17 +231,12 @@ class DynamicRankController:
             if not len(parts[1]):
                 continue
             flat = self.agreement.mean(torch.cat([part.flatten() for part in singular_components(*parts)]))
-            for parameter, part, new, dim in zip(
-                (layer.lora_a, layer.gate, layer.lora_b),
-                parts,
-                flat.split([part.numel() for part in parts]),
-                (0, 0, 1),
-                strict=True,
-            ):
-                values = torch.zeros_like(parameter, dtype=torch.float64)
-                values.index_copy_(dim, kept.nonzero().flatten(), new.view_as(part))
-                shape = [len(kept) if at == dim else 1 for at in range(parameter.ndim)]
-                write_entries(parameter, values, kept.view(shape).expand_as(parameter))
+            whole = (layer.lora_a, layer.gate, layer.lora_b)
+            masks = (kept.unsqueeze(1).expand_as(layer.lora_a), kept, kept.expand_as(layer.lora_b))
+            sizes = [part.numel() for part in parts]
+            for parameter, chosen, new in zip(whole, masks, flat.split(sizes), strict=True):
+                values = torch.zeros_like(parameter, dtype=torch.float64).masked_scatter_(chosen, new)
+                write_entries(parameter, values, chosen)
         self.criterion.rescore(self._components())
 
     def _update_scores(self) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_dist.agreement import Agreement
-from dora_dist.importance import Components, ScoreFunction, smooth
+from dora_dist.importance import Components, ScoreFunction, smooth, weight_criterion
 
 GATE_SENSITIVITY = "gate_sensitivity"
 
@@ -69,7 +69,7 @@ class GateSensitivity:
     the whole global batch: it is linear, so that the mean over the ranks of what each has summed over its micro-batches
     is the same on any number of ranks; the absolute value is taken after that. It is read by tensor hooks, before any
     engine shards or clips it (under DeepSpeed the optimizer steps inside ``backward``, where no gradient is left). One
-    flat tensor is reduced in every step. Steps that the ranks leave out, as a gradient is not finite, do not count.
+    flat tensor is reduced in every step. Steps in which a gate's gradient is not finite do not count.
 
     Args:
         gates: of all layers, shape ``(r,)`` each, in the order of the scores; they must be trained.
@@ -103,6 +103,24 @@ class GateSensitivity:
 
     def after_event(self) -> None:
         self.scores.zero_()
+
+
+def criterion_of(name: str, gates: Sequence[nn.Parameter], smoothing: float, seed: int) -> Criterion:
+    """The criterion of a name, at its start.
+
+    Args:
+        name: :data:`GATE_SENSITIVITY`, or one of :data:`~dora_dist.importance.WEIGHT_CRITERIA`.
+        gates: of all layers, shape ``(r,)`` each, in the order of the scores.
+        smoothing: of scores of weights.
+        seed: of the random ones.
+
+    Raises:
+        ValueError: there is no such criterion, or it needs gates that are trained.
+    """
+    if name == GATE_SENSITIVITY:
+        return GateSensitivity(gates)
+    num_components = sum(gate.numel() for gate in gates)
+    return SmoothedScores(weight_criterion(name, seed), smoothing, num_components, gates[0].device)
 
 
 def _adder(total: Tensor) -> Callable[[Tensor], None]:

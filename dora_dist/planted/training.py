@@ -14,9 +14,8 @@ from dora_dist.adapter_config import DynamicLoraConfig
 from dora_dist.agreement import Agreement
 from dora_dist.benchmark.base import share
 from dora_dist.controller import DynamicRankController
-from dora_dist.criterion import GATE_SENSITIVITY, Criterion, GateSensitivity, SmoothedScores
-from dora_dist.importance import Components, weight_criterion
-from dora_dist.layer import DynamicLoraLinear
+from dora_dist.criterion import Criterion, criterion_of
+from dora_dist.importance import Components
 from dora_dist.model import DynamicLoraModel, add_dynamic_lora
 from dora_dist.planted.options import FIXED, ORACLE, Options
 from dora_dist.schedule import BudgetSchedule
@@ -69,6 +68,9 @@ class Remembering:
 
     def update(self, layers: Sequence[Components], agreement: Agreement) -> None:
         self._inner.update(layers, agreement)
+
+    def rescore(self, layers: Sequence[Components]) -> None:
+        self._inner.rescore(layers)
 
     def after_event(self) -> None:
         self.used = self._inner.scores.clone()
@@ -153,15 +155,9 @@ def _build(truth: Truth, method: str, options: Options) -> tuple[DynamicLoraMode
         target_rank=options.target_rank,
         interval=options.interval,
     )
-    criterion = Remembering(_criterion(method, layers, truth.seed))
+    gates = [layer.gate for layer in layers.values()]
+    criterion = Remembering(criterion_of(method, gates, SMOOTHING, truth.seed))
     return student, DynamicRankController(layers, schedule, Agreement(), criterion=criterion)
-
-
-def _criterion(name: str, layers: Mapping[str, DynamicLoraLinear], seed: int) -> Criterion:
-    if name == GATE_SENSITIVITY:
-        return GateSensitivity([layer.gate for layer in layers.values()])
-    num_components = sum(layer.gate.numel() for layer in layers.values())
-    return SmoothedScores(weight_criterion(name, seed), SMOOTHING, num_components, torch.device("cpu"))
 
 
 @torch.no_grad()
