@@ -92,6 +92,22 @@ class Evaluator(ABC, Generic[Part]):
         """``loss``, ``examples`` and the rest of what a part says."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class OutcomeEvaluator(Evaluator[list[Any]]):
+    """Keeps an outcome of every example: a tuple that begins with its index.
+
+    Batches are whole ones of the source, shared out among the ranks, so that what is padded with what does not depend
+    on their number.
+    """
+
+    def share(self, examples: Dataset) -> list[range]:
+        return list(chunks(range(len(examples)), self.batch_size))[self.agreement.rank :: self.agreement.size]
+
+    def join(self, parts: Sequence[list[Any]]) -> list[Any]:
+        # In an order that does not depend on the number of ranks, as the sums of floating-point numbers do.
+        return sorted((outcome for part in parts for outcome in part), key=lambda outcome: outcome[:3])
+
+
 AnswerSums = tuple[float, int, int, int]
 """Sum of the losses, answer tokens, exact matches, examples."""
 

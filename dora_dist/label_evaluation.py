@@ -9,7 +9,7 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from dora_dist.data.batches import LabelledCollator, Reader
-from dora_dist.evaluation import Evaluator, chunks
+from dora_dist.evaluation import OutcomeEvaluator
 from dora_dist.metrics import CLASS_METRICS, NUMBER_METRICS
 from dora_dist.model import DynamicLoraModel
 from dora_dist.objective import RowLosses
@@ -19,11 +19,8 @@ Outcome = tuple[int, float, int | float, int | float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelEvaluator(Evaluator[list[Outcome]]):
+class LabelEvaluator(OutcomeEvaluator):
     """Of a model with one output for every class, or one output.
-
-    Batches are whole ones of the source, shared out among the ranks, so that what is padded with what does not depend
-    on their number.
 
     Args:
         reader: of an example.
@@ -39,9 +36,6 @@ class LabelEvaluator(Evaluator[list[Outcome]]):
     metrics: Sequence[str]
     regression: bool
 
-    def share(self, examples: Dataset) -> list[range]:
-        return list(chunks(range(len(examples)), self.batch_size))[self.agreement.rank :: self.agreement.size]
-
     def measure(self, model: DynamicLoraModel, examples: Dataset, share: list[range], progress: tqdm) -> list[Outcome]:
         outcomes: list[Outcome] = []
         for indices in share:
@@ -54,10 +48,6 @@ class LabelEvaluator(Evaluator[list[Outcome]]):
             outcomes += zip(indices, losses.tolist(), predicted.tolist(), labels.tolist(), strict=True)
             progress.update(len(indices))
         return outcomes
-
-    def join(self, parts: Sequence[list[Outcome]]) -> list[Outcome]:
-        # In an order that does not depend on the number of ranks, as the sums of floating-point numbers do.
-        return sorted(outcome for part in parts for outcome in part)
 
     def figures(self, part: list[Outcome]) -> dict[str, float]:
         losses = [loss for _, loss, _, _ in part]

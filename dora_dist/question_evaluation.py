@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from dora_dist.data.answers import ScoredWindow, best_answer, scored_window
 from dora_dist.data.batches import ANSWER_SPANS, LabelledCollator
-from dora_dist.evaluation import Evaluator, chunks
+from dora_dist.evaluation import OutcomeEvaluator, chunks
 from dora_dist.metrics import squad_scores
 from dora_dist.model import DynamicLoraModel
 from dora_dist.objective import span_losses
@@ -20,7 +20,7 @@ Outcome = tuple[int, float, int, float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuestionEvaluator(Evaluator[list[Outcome]]):
+class QuestionEvaluator(OutcomeEvaluator):
     """Of a model with start and end logits. The loss is the mean over all windows, the metrics over all questions, each
     of which is answered from all its windows.
 
@@ -67,9 +67,6 @@ class QuestionEvaluator(Evaluator[list[Outcome]]):
                 outcomes.append((group[asked[0]], math.fsum(losses[n] for n in asked), len(asked), *scores))
             progress.update(len(group))
         return outcomes
-
-    def join(self, parts: Sequence[list[Outcome]]) -> list[Outcome]:
-        return sorted(outcome for part in parts for outcome in part)
 
     def figures(self, part: list[Outcome]) -> dict[str, float]:
         _, losses, windows, exact_matches, f1_scores = zip(*part, strict=True)

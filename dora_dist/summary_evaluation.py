@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dora_dist.data.batches import TARGETS, TargetCollator
 from dora_dist.data.encode import IGNORED
-from dora_dist.evaluation import Evaluator, chunks
+from dora_dist.evaluation import OutcomeEvaluator
 from dora_dist.metrics import rouge_scores
 from dora_dist.model import DynamicLoraModel
 from dora_dist.objective import token_losses
@@ -21,7 +21,7 @@ Outcome = tuple[int, float, int, dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SummaryEvaluator(Evaluator[list[Outcome]]):
+class SummaryEvaluator(OutcomeEvaluator):
     """Of a model with an encoder and a decoder. The loss is the mean over all tokens of the summaries, ROUGE the mean
     over the documents, of what the model writes by itself beside the whole reference.
 
@@ -38,10 +38,6 @@ class SummaryEvaluator(Evaluator[list[Outcome]]):
     metrics: Sequence[str]
     max_new_tokens: int
     num_beams: int
-
-    def share(self, examples: Dataset) -> list[range]:
-        """Whole batches, so that what is padded with what does not depend on the ranks."""
-        return list(chunks(range(len(examples)), self.batch_size))[self.agreement.rank :: self.agreement.size]
 
     def measure(self, model: DynamicLoraModel, examples: Dataset, share: list[range], progress: tqdm) -> list[Outcome]:
         outcomes: list[Outcome] = []
@@ -72,9 +68,6 @@ class SummaryEvaluator(Evaluator[list[Outcome]]):
         )
         texts: list[str] = self.tokenizer.batch_decode(output, skip_special_tokens=True)
         return texts
-
-    def join(self, parts: Sequence[list[Outcome]]) -> list[Outcome]:
-        return sorted((outcome for part in parts for outcome in part), key=lambda outcome: outcome[:3])
 
     def figures(self, part: list[Outcome]) -> dict[str, float]:
         _, losses, tokens, scores = zip(*part, strict=True)

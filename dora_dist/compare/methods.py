@@ -43,7 +43,11 @@ BUILT_IN = {
             name=LORA,
             says="LoRA of one rank for all layers",
             uniform=True,
-            sections={"adapter": {"init": "lora", "train_gates": False}, "pruning": {"equilibrium_weight": 0.0}},
+            # Nothing of the method is left, whatever the comparison's run sets for the others.
+            sections={
+                "adapter": {"init": "lora", "train_gates": False},
+                "pruning": {"equilibrium_weight": 0.0, "importance": "frobenius", "rebase": False},
+            },
         ),
         Method(name=ADALORA, says="PEFT's AdaLoRA, one process", peer=True),
         Method(name=DYNAMIC, says="this method, as configured"),

@@ -195,3 +195,12 @@ def test_adalora_is_for_causal_language_models(plan_of):
 def test_adalora_needs_something_to_prune(plan_of):
     with pytest.raises(ValueError, match="AdaLoRA has nothing to prune"):
         plan_of(methods=["lora", {"flat": {"from": "adalora", "adapter": {"initial_rank": 4}}}])
+
+
+@pytest.mark.parametrize("pruning", [{"rebase": True}, {"importance": "gate_sensitivity"}])
+def test_the_baseline_is_plain_lora_whatever_is_set_for_all(plan_of, pruning):
+    """Singular components would be made of LoRA's at every event, and gates that are not trained have no sensitivity."""
+    plan = plan_of(run={**LEAST["run"], "pruning": pruning})
+    ours, lora = run_of(plan, "dynamic").pruning, run_of(plan, "lora").pruning
+    assert all(getattr(ours, name) == value for name, value in pruning.items())
+    assert (lora.rebase, lora.importance) == (False, "frobenius")
