@@ -2,7 +2,7 @@
 compared with.
 
 Pure functions on tensors: nothing here knows a model, a rank or a file. Another criterion is another
-function with the signature of :func:`score_layers`, and a name in :func:`weight_criterion`.
+function with the signature of :func:`score_layers`, and a name in :data:`WEIGHT_CRITERIA`.
 """
 
 import functools
@@ -16,8 +16,6 @@ Components = tuple[Tensor, Tensor, Tensor]
 """Of one layer: ``lora_a (r, in), gate (r,), lora_b (out, r)``."""
 ScoreFunction = Callable[[Sequence[Components]], Tensor]
 """Layers with the same number of components ``r`` -> scores ``(layers, r)``, higher is more important."""
-WEIGHT_CRITERIA = ("frobenius", "magnitude", "squared_magnitude", "random")
-"""Names of criteria that look at weights alone: the paper's, its numerator, the square of that, and chance."""
 SHORTEST_BLOCK, LONGEST_BLOCK = 64, 512
 """Entries of a vector that are multiplied at a time."""
 COPIED_AT_ONCE = 2**19
@@ -123,12 +121,18 @@ def weight_criterion(name: str, seed: int) -> ScoreFunction:
     Raises:
         ValueError: there is no such criterion.
     """
-    functions = dict(
-        zip(WEIGHT_CRITERIA, (score_layers, component_magnitudes, squared_magnitudes, random_scores(seed)), strict=True)
-    )
-    if name not in functions:
-        raise ValueError(f"importance is {name!r}, but must be one of {', '.join(functions)}")
-    return functions[name]
+    if name not in WEIGHT_CRITERIA:
+        raise ValueError(f"importance is {name!r}, but must be one of {', '.join(WEIGHT_CRITERIA)}")
+    return WEIGHT_CRITERIA[name](seed)
+
+
+WEIGHT_CRITERIA: dict[str, Callable[[int], ScoreFunction]] = {
+    "frobenius": lambda seed: score_layers,
+    "magnitude": lambda seed: component_magnitudes,
+    "squared_magnitude": lambda seed: squared_magnitudes,
+    "random": random_scores,
+}
+"""Criteria that look at weights alone, given a seed: the paper's, its numerator, the square of that, and chance."""
 
 
 def _grams(matrices: Sequence[Tensor]) -> Tensor:

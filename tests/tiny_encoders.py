@@ -5,8 +5,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+import tiny_run
 import torch
-import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
@@ -147,7 +147,7 @@ def write_classification(folder: Path, numbers: bool = False, **sections: Any) -
         for part, count, seed in (("train", 60, 1), ("eval", 21, 2))
     }
     data = {**tables, "labels": "regression" if numbers else "classes"}
-    return write_run(folder, "sequence_classification", data, **sections)
+    return write_task_run(folder, "sequence_classification", data, **sections)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -173,7 +173,7 @@ def write_questions(folder: Path, unanswerable: bool = False, **sections: Any) -
             answers = {"text": [] if has_none else [answer], "answer_start": [] if has_none else [start]}
             rows.append({"question": "w1" if has_none else "w0", "context": context, "answers": answers})
         data[part] = write_rows(folder / f"{part}.jsonl", rows)
-    return write_run(folder, "question_answering", data, **sections)
+    return write_task_run(folder, "question_answering", data, **sections)
 
 
 def write_summaries(folder: Path, architecture: str = "bart", **sections: Any) -> Path:
@@ -186,36 +186,13 @@ def write_summaries(folder: Path, architecture: str = "bart", **sections: Any) -
         rows = [{"document": " ".join(text), "summary": " ".join(["w0", *text[: len(text) % 3]])} for text in texts]
         data[part] = write_rows(folder / f"{part}.jsonl", rows)
     evaluation = {"max_new_tokens": 8, **sections.pop("evaluation", {})}
-    return write_run(folder, "seq2seq", data, evaluation=evaluation, **sections)
+    return write_task_run(folder, "seq2seq", data, evaluation=evaluation, **sections)
 
 
-def write_run(folder: Path, task: str, data: dict[str, Any], **sections: Any) -> Path:
-    """The configuration of a run of 12 steps of 8 examples in ``folder``, which has the model."""
-    config: dict[str, Any] = {
-        "output_dir": str(folder / "run"),
-        "task": task,
-        "seed": 3,
-        "model": {"path": str(folder / "model"), "quantization": "none"},
-        "data": {**data, "cache_dir": str(folder / "cache")},
-        "adapter": {"target_rank": 2, "initial_rank": 4, "dropout": 0.0, "alpha": 4},
-        "pruning": {"interval": 2},
-        "evaluation": {"before": False},
-        "checkpoint": {"keep_last": 20},
-        "training": {
-            "max_steps": 12,
-            "per_device_train_batch_size": 4,
-            "per_device_eval_batch_size": 4,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "save_steps": 1,
-            "report_to": "none",
-        },
-    }
-    for name, values in sections.items():
-        config[name] = {**config.get(name, {}), **values} if isinstance(values, dict) else values
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    return path
+def write_task_run(folder: Path, task: str, data: dict[str, Any], **sections: Any) -> Path:
+    """As :func:`tiny_run.write_run`, of a task and a model that is not quantized."""
+    own = {"task": task, "model": {"quantization": "none"}, "data": data}
+    return tiny_run.write_run(folder, {**own, "training": {"per_device_eval_batch_size": 4}}, sections)
 
 
 @torch.no_grad()

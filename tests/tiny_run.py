@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +52,20 @@ def write_rows(path: Path, count: int, seed: int) -> Path:
 def write_config(folder: Path, **sections: dict[str, Any]) -> Path:
     """Model, data and configuration of a run of 12 steps of 8 examples in ``folder``; events after steps 2, 4 and 6."""
     save_tiny_model(folder / "model")
+    data = {
+        "train": str(write_rows(folder / "train.jsonl", 50, seed=1)),
+        "eval": str(write_rows(folder / "eval.jsonl", 10, seed=2)),
+    }
+    return write_run(folder, {"data": data}, sections)
+
+
+def write_run(folder: Path, *layers: Mapping[str, Any]) -> Path:
+    """The configuration of such a run, of a model in ``folder``; later layers of sections win, key by key."""
     config: dict[str, Any] = {
         "output_dir": str(folder / "run"),
         "seed": 3,
         "model": {"path": str(folder / "model")},
-        "data": {
-            "train": str(write_rows(folder / "train.jsonl", 50, seed=1)),
-            "eval": str(write_rows(folder / "eval.jsonl", 10, seed=2)),
-            "cache_dir": str(folder / "cache"),
-        },
+        "data": {"cache_dir": str(folder / "cache")},
         "adapter": {"target_rank": 2, "initial_rank": 4, "dropout": 0.0, "alpha": 4},
         "pruning": {"interval": 2},
         "evaluation": {"before": False},
@@ -73,8 +79,9 @@ def write_config(folder: Path, **sections: dict[str, Any]) -> Path:
             "report_to": "none",
         },
     }
-    for name, values in sections.items():
-        config[name] = {**config.get(name, {}), **values} if isinstance(values, dict) else values
+    for sections in layers:
+        for name, values in sections.items():
+            config[name] = {**config.get(name, {}), **values} if isinstance(values, dict) else values
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return path

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dora_dist.command import ExpectedRunError
+from dora_dist.compare.selection import Choice, choose
 from dora_dist.compare.statistics import paired_difference, spread
 from dora_dist.planted.options import ORACLE, UNIFORM, Options
 from dora_dist.planted.patterns import planted_ranks
@@ -45,8 +46,10 @@ def run_cells(options: Options, result: dict[str, Any], keep: Callable[[], None]
         for pattern in options.patterns:
             wanted = []
             for method in options.methods:
-                searching = seed < options.search_seeds
-                for rate in options.learning_rates if searching else [chosen_rate(result, pattern, method, options)]:
+                rates = options.learning_rates
+                if seed >= options.search_seeds:
+                    rates = (chosen_rate(result, pattern, method, options).learning_rate,)
+                for rate in rates:
                     if not _has(result, pattern, method, rate, seed):
                         wanted.append((method, rate))
             if not wanted:
@@ -115,25 +118,22 @@ def initial_rank(planted: Mapping[str, int], target_rank: int) -> int:
     return max(2 * target_rank, *planted.values())
 
 
-def chosen_rate(result: Mapping[str, Any], pattern: str, method: str, options: Options) -> float:
+def chosen_rate(result: Mapping[str, Any], pattern: str, method: str, options: Options) -> Choice:
     """The rate of the grid with the lowest mean divergence on the search split of the search seeds."""
-
-    def mean_divergence(rate: float) -> float:
-        cells = [
-            cell
-            for cell in result["cells"]
-            if (cell["pattern"], cell["method"], cell["learning_rate"]) == (pattern, method, rate)
-            and cell["seed"] < options.search_seeds
-        ]
-        assert len(cells) == options.search_seeds, f"{pattern}, {method}, {rate}: {len(cells)} search cells"
-        return sum(cell["divergence"][SEARCH] for cell in cells) / len(cells)
-
-    return min(options.learning_rates, key=mean_divergence)
+    figures: dict[float, list[float]] = {rate: [] for rate in options.learning_rates}
+    for cell in result["cells"]:
+        searched = cell["seed"] < options.search_seeds and cell["learning_rate"] in figures
+        if searched and (cell["pattern"], cell["method"]) == (pattern, method):
+            figures[cell["learning_rate"]].append(cell["divergence"][SEARCH])
+    assert all(len(values) == options.search_seeds for values in figures.values()), (pattern, method, figures)
+    choice = choose(figures, lower_is_better=True)
+    assert choice is not None, "a student that diverges ends the experiment"
+    return choice
 
 
 def chosen_cells(result: Mapping[str, Any], pattern: str, method: str, options: Options) -> list[Mapping[str, Any]]:
     """Of a method at its chosen rate, in the order of the seeds."""
-    rate = chosen_rate(result, pattern, method, options)
+    rate = chosen_rate(result, pattern, method, options).learning_rate
     cells = [
         cell
         for cell in result["cells"]
@@ -156,7 +156,7 @@ def summarize(options: Options, result: Mapping[str, Any]) -> list[dict[str, Any
                 "pattern": pattern,
                 "method": method,
                 "learning_rate": cells[0]["learning_rate"],
-                "rate_at_edge": cells[0]["learning_rate"] in (options.learning_rates[0], options.learning_rates[-1]),
+                "rate_at_edge": chosen_rate(result, pattern, method, options).at_edge is not None,
                 "divergence": asdict(spread(divergences)),
                 "to_uniform": None if method == UNIFORM else asdict(paired_difference(divergences, uniform)),
                 **_recovery(cells, truths, result["layers"]),
