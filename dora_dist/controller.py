@@ -124,8 +124,10 @@ class DynamicRankController:
         self.step = step
         if finished:
             return None
-        self._update_scores()
-        if not self.schedule.is_prune_step(step):
+        event_is_due = self.schedule.is_prune_step(step)
+        if event_is_due or not self.rebase:  # what re-basing makes at an event is scored then, without the past
+            self._update_scores()
+        if not event_is_due:
             return None
         self.agreement.raise_together(self._failure or self._flaw_of_scores(), f"scoring components by step {step}")
         self.verify(f"the adapter before the pruning event of step {step}")
