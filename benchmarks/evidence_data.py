@@ -2,10 +2,11 @@
 
     python benchmarks/evidence_data.py SETS data/evidence
 
-SETS is a folder with e2e/{trainset,devset}.csv, gsm8k/{train,test}.jsonl, alpaca_data.json, glue/{CoLA,SST-2}/
-{train,dev}.tsv, and conversations or alpaca rows in multilingual/{en,fi,fr,zh}.jsonl or .json; .json may be packed with
-gzip. Rows are short enough for the small models that are compared on a CPU. Learning rates are chosen on search.jsonl;
-report.jsonl is for the figures. No row is in two splits, and E2E's two held-out splits share no meaning representation.
+SETS is a folder with e2e/{trainset,devset}.csv, gsm8k/{train,test}.jsonl, alpaca_data.json, {train,dev}.tsv of
+glue/{CoLA,MRPC,RTE,SST-2,STS-B}, and conversations or alpaca rows in multilingual/{en,fi,fr,zh}.jsonl or .json; .json
+may be packed with gzip. Rows are short enough for the small models that are compared on a CPU. Learning rates are
+chosen on search.jsonl; report.jsonl is for the figures. No row is in two splits, and E2E's two held-out splits share no
+meaning representation.
 """
 
 import argparse
@@ -96,16 +97,32 @@ def multilingual(sets: Path) -> dict[str, list[Row]]:
 
 
 def cola(sets: Path) -> dict[str, list[Row]]:
-    """Acceptable sentences or not; the development set cut into halves."""
+    """Acceptable sentences or not; reported is the whole development set."""
     train, dev = (
         [{"sentence1": line[3], "label": line[1]} for line in _tsv(sets / f"glue/CoLA/{split}.tsv")]
         for split in ("train", "dev")
     )
-    return _halves(train, dev)
+    return _dev_reported(train, dev)
+
+
+def mrpc(sets: Path) -> dict[str, list[Row]]:
+    """Pairs of sentences that say the same or do not; reported is the whole development set."""
+    return _dev_reported(*(_pairs(sets / f"glue/MRPC/{split}.tsv", 3, 4, 0) for split in ("train", "dev")))
+
+
+def rte(sets: Path) -> dict[str, list[Row]]:
+    """Pairs of sentences of which the first entails the second or does not; reported is the whole development set."""
+    return _dev_reported(*(_pairs(sets / f"glue/RTE/{split}.tsv", 1, 2, 3) for split in ("train", "dev")))
+
+
+def stsb(sets: Path) -> dict[str, list[Row]]:
+    """Pairs of sentences, and how alike they are, from 0 to 5; reported is the whole development set."""
+    return _dev_reported(*(_pairs(sets / f"glue/STS-B/{split}.tsv", 7, 8, 9) for split in ("train", "dev")))
 
 
 def sst2(sets: Path) -> dict[str, list[Row]]:
-    """Phrases that praise or do not; the development set cut into halves."""
+    """Phrases that praise or do not; the development set cut into halves, for phrases of the training data are parts of
+    one another."""
     train, dev = (
         [{"sentence1": line[0].strip(), "label": line[1]} for line in _tsv(sets / f"glue/SST-2/{split}.tsv")[1:]]
         for split in ("train", "dev")
@@ -119,7 +136,10 @@ SETS: dict[str, Callable[[Path], dict[str, list[Row]]]] = {
     "alpaca": alpaca,
     "multilingual": multilingual,
     "cola": cola,
+    "mrpc": mrpc,
+    "rte": rte,
     "sst2": sst2,
+    "stsb": stsb,
 }
 
 
@@ -146,9 +166,19 @@ def _split(rows: list[Row], held_out: int) -> dict[str, list[Row]]:
     return {"train": rows[2 * held_out :], "search": rows[:held_out], "report": rows[held_out : 2 * held_out]}
 
 
+def _dev_reported(train: list[Row], dev: list[Row]) -> dict[str, list[Row]]:
+    parts = _split(_sample(train, 10**6), HELD_OUT)
+    return {"train": parts["report"] + parts["train"], "search": parts["search"], "report": dev}
+
+
 def _halves(train: list[Row], dev: list[Row]) -> dict[str, list[Row]]:
     dev = _sample(dev, 10**6)
     return {"train": train, "search": dev[::2], "report": dev[1::2]}
+
+
+def _pairs(path: Path, first: int, second: int, label: int) -> list[Row]:
+    """Rows of a table with a header, by the numbers of its columns."""
+    return [{"sentence1": row[first], "sentence2": row[second], "label": row[label]} for row in _tsv(path)[1:]]
 
 
 def _tsv(path: Path) -> list[list[str]]:

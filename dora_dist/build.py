@@ -206,16 +206,10 @@ def build_trainer(
     notice: PreemptionNotice,
 ) -> DynamicLoraTrainer:
     """The loop."""
-    readers = {
-        CAUSAL_LM: TRAINED_TOKENS,
-        SEQUENCE_CLASSIFICATION: labelled(settled.data.labels),
-        QUESTION_ANSWERING: ANSWER_SPANS,
-        SEQ2SEQ: TARGETS,
-    }
     trainer = DynamicLoraTrainer(
         model=model,
         args=settled.arguments,
-        train_dataset=PlannedRows(settled.data.examples(), settled.plan, readers[config.task]),
+        train_dataset=planned_rows(config, settled),
         data_collator=build_collator(config, model, settled.tokenizer),
         compute_loss_func=mean_over_tokens if config.task == SEQ2SEQ else None,
         processing_class=settled.tokenizer,
@@ -239,6 +233,17 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer
+
+
+def planned_rows(config: RunConfig, settled: Settled) -> PlannedRows:
+    """What is trained on, in the order of training."""
+    readers = {
+        CAUSAL_LM: TRAINED_TOKENS,
+        SEQUENCE_CLASSIFICATION: labelled(settled.data.labels),
+        QUESTION_ANSWERING: ANSWER_SPANS,
+        SEQ2SEQ: TARGETS,
+    }
+    return PlannedRows(settled.data.examples(), settled.plan, readers[config.task])
 
 
 def row_losses(config: RunConfig) -> RowLosses | None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from tiny_encoders import save_tiny_encoder, write_pairs
 from tiny_run import save_tiny_model, write_rows
 
 
@@ -32,6 +33,33 @@ def write_comparison(folder: Path, **changes: Any) -> Path:
         "seeds": [1, 2],
         "learning_rates": [0.003, 0.01],
     }
+    return _write(folder, {**config, **changes})
+
+
+def write_classification_comparison(folder: Path, numbers: bool = False, **changes: Any) -> Path:
+    """As :func:`write_comparison`, of an encoder that learns which pairs begin alike, or how alike they are."""
+    path = write_comparison(folder)
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    # Its own dropout would make losses depend on how a batch is cut.
+    save_tiny_encoder(folder / "encoder", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    tables = {
+        name: {"path": str(write_pairs(folder / f"{name}.tsv", 30, seed, numbers)), "quotes": False}
+        for seed, name in enumerate(("train", "a", "b"))
+    }
+    config["run"] |= {
+        "task": "sequence_classification",
+        "model": {"path": str(folder / "encoder"), "quantization": "none"},
+        "data": {
+            "train": tables["train"],
+            "cache_dir": str(folder / "cache"),
+            "labels": "regression" if numbers else "classes",
+        },
+    }
+    config["tasks"] = {"echo": {"data": {"eval": tables["a"]}, "search": tables["b"]}}
+    return _write(folder, {**config, **changes})
+
+
+def _write(folder: Path, config: dict[str, Any]) -> Path:
     path = folder / "comparison.yaml"
-    path.write_text(yaml.safe_dump({**config, **changes}, sort_keys=False), encoding="utf-8")
+    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return path

@@ -1,4 +1,5 @@
-"""PEFT's AdaLoRA, trained by the stock Trainer on the data, steps and schedule of a run.
+"""PEFT's AdaLoRA, trained by the stock Trainer on the data, steps and schedule of a run: causal language models and
+sequence classification.
 
 One process without an engine: under ZeRO no callback of the Trainer can drive it (docs/method.md). What is AdaLoRA's
 own: sensitivity times uncertainty as importance, the cubic that begins fast, the orthogonal regularizer. Two things
@@ -7,7 +8,7 @@ once per optimizer step, and evaluation is of the task's loss alone.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +28,10 @@ from dora_dist.config import save_config
 from dora_dist.controller import NonFiniteAdapterError
 from dora_dist.events import PruneEvent
 from dora_dist.folding import write_lora_adapter
+from dora_dist.head import head_modules, read_in_own_dtype
 from dora_dist.preemption import PreemptionNotice
 from dora_dist.schedule import BudgetSchedule
+from dora_dist.tasks import TASKS
 
 if TYPE_CHECKING:
     from dora_dist.config import RunConfig
@@ -68,9 +71,18 @@ def train_adalora(config: "RunConfig", own: Mapping[str, Any], notice: Preemptio
     run_records.truncate_after(-1)
 
     accumulation = settled.arguments.gradient_accumulation_steps
-    base = build.load_base(config, device, settled.tokenizer)
+    base = build.load_base(config, device, settled.tokenizer, data.labels)
+    heads = head_modules(base)
+    # A mean over the rows of a micro-batch, with the regularizer in it, is divided by the accumulation steps by the
+    # Trainer; a sum over tokens by the tokens of all of them, so that only the regularizer is left to divide.
+    mean_of_rows = build.row_losses(config) is not None
     set_seed(settle.adapter_seed(config))
-    model = get_peft_model(base, peft_config(config, own, schedule, settled.layers, accumulation))
+    model = get_peft_model(
+        base, peft_config(config, own, schedule, settled.layers, heads, 1 if mean_of_rows else accumulation)
+    )
+    for head in trained_heads(model, heads).values():
+        head.float()
+        read_in_own_dtype(head)
     set_seed(config.seed)
     arguments = settled.arguments
     arguments.train_sampling_strategy = "sequential"
@@ -79,10 +91,12 @@ def train_adalora(config: "RunConfig", own: Mapping[str, Any], notice: Preemptio
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=build.PlannedRows(settled.data.examples(), settled.plan),
+        train_dataset=build.planned_rows(config, settled),
         data_collator=build.build_collator(config, model, settled.tokenizer),
         processing_class=settled.tokenizer,
     )
+    if mean_of_rows:
+        trainer.model_accepts_loss_kwargs = False  # see dora_dist/objective.py
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_AdaLoraCallback(model, run_records, notice))
@@ -108,16 +122,36 @@ def train_adalora(config: "RunConfig", own: Mapping[str, Any], notice: Preemptio
     evaluator = build.build_evaluator(config, settled, Agreement(device), model)
     assert evaluator is not None, "a cell has held-out data"
     run_records.metrics(steps, {f"eval_{name}": value for name, value in evaluator(TaskLoss(model)).items()})
-    write_lora_adapter(run / "adapter", factors, base.config.name_or_path or None)
+    write_lora_adapter(
+        run / "adapter",
+        factors,
+        base.config.name_or_path or None,
+        task_type=TASKS[config.task].peft_type,
+        head={name: dict(head.named_parameters()) for name, head in trained_heads(model, heads).items()},
+    )
     settled.tokenizer.save_pretrained(run / "adapter")
     print(report.finish_run(run), flush=True)
 
 
 def peft_config(
-    config: "RunConfig", own: Mapping[str, Any], schedule: BudgetSchedule, layers: list[str], accumulation: int
+    config: "RunConfig",
+    own: Mapping[str, Any],
+    schedule: BudgetSchedule,
+    layers: list[str],
+    heads: list[str],
+    regularizers: int,
 ) -> AdaLoraConfig:
     """AdaLoRA with the ranks, layers, scale and phases of a run: it begins to prune after the same warm-up, and ends
-    after the same step."""
+    after the same step.
+
+    Args:
+        config: of the run.
+        own: as of :func:`train_adalora`.
+        schedule: of the run.
+        layers: names of the modules to adapt.
+        heads: names of the modules to train as a whole.
+        regularizers: how many times the regularizer enters an optimizer step in full.
+    """
     return AdaLoraConfig(
         init_r=schedule.initial_rank,
         target_r=schedule.target_rank,
@@ -127,11 +161,12 @@ def peft_config(
         total_step=schedule.total_steps,
         beta1=own["beta1"],
         beta2=own["beta2"],
-        orth_reg_weight=own["orth_reg_weight"] / accumulation,  # PEFT adds it to the loss of every micro-batch
+        orth_reg_weight=own["orth_reg_weight"] / regularizers,  # PEFT adds it to the loss of every micro-batch
         lora_alpha=config.adapter.alpha,  # divided by init_r for the whole run
         lora_dropout=config.adapter.dropout,
         target_modules=layers,
-        task_type="CAUSAL_LM",
+        modules_to_save=list(heads) or None,  # PEFT adds names to it
+        task_type=TASKS[config.task].peft_type,
     )
 
 
@@ -189,6 +224,12 @@ class TaskLoss(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.base.device
+
+
+def trained_heads(model: PeftModel, names: Sequence[str]) -> dict[str, nn.Module]:
+    """What PEFT trains in place of these modules."""
+    base = model.get_base_model()
+    return {name: base.get_submodule(name).modules_to_save["default"] for name in names}
 
 
 def _layers(model: PeftModel) -> dict[str, AdaLoraLayer]:

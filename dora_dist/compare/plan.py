@@ -11,7 +11,7 @@ from typing import Any
 from dora_dist.compare.methods import Method
 from dora_dist.compare.settings import CompareConfig
 from dora_dist.config import RunConfig, config_of
-from dora_dist.tasks import CAUSAL_LM
+from dora_dist.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
 from dora_dist.training_section import nearest
 
 SEARCH = "search"
@@ -19,6 +19,8 @@ REPORTED = "reported"
 """Names of the two held-out sources in a cell's run."""
 LOSS = "loss"
 EXACT_MATCH = "exact_match"
+ADALORA_TASKS = (CAUSAL_LM, SEQUENCE_CLASSIFICATION)
+"""Tasks that :mod:`dora_dist.compare.peers` can train and measure."""
 TASK_KEYS = ("search", "metric", "better")
 OWNED = {
     "output_dir": "it is made of the names of the cell",
@@ -146,8 +148,9 @@ class Plan:
         try:
             config = config_of(self._values(group))
             start = config.adapter.start_rank
-            if self.method(group).peer and config.task != CAUSAL_LM:
-                raise ValueError(f"task is {config.task}, but AdaLoRA is compared on {CAUSAL_LM} only: leave it out")
+            if self.method(group).peer and config.task not in ADALORA_TASKS:
+                known = " and ".join(ADALORA_TASKS)
+                raise ValueError(f"task is {config.task}, but AdaLoRA is compared on {known} only: leave it out")
             if self.method(group).peer and start == group.budget:
                 raise ValueError(f"adapter.initial_rank is {start}, the budget, so that AdaLoRA has nothing to prune")
         except ValueError as error:

@@ -143,10 +143,10 @@ class Progress:
         return choose(figures, self.plan.lower_is_better(group.task))
 
     def known_cells(self) -> Iterator[Cell]:
-        """Cells of which it is certain that they are to be run: those of the search, then those at the chosen rates."""
+        """Cells of which it is certain that they are to be run, group by group, so that rows of the table are completed
+        one after another: those of the search, then those at the chosen rate."""
         for group in self.plan.groups:
             yield from self.plan.search_cells(group)
-        for group in self.plan.groups:
             if (choice := self.choice(group)) is not None:
                 searched = set(self.plan.search_cells(group))
                 reported = self.plan.reported_cells(group, choice.learning_rate)

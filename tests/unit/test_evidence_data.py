@@ -26,15 +26,31 @@ def test_the_held_out_splits_of_e2e_share_no_meaning(tmp_path):
 
 
 def test_a_development_set_is_cut_into_halves_and_quotes_are_text(tmp_path):
-    folder = tmp_path / "glue/CoLA"
+    folder = tmp_path / "glue/SST-2"
     folder.mkdir(parents=True)
-    (folder / "train.tsv").write_text('gj04\t1\t\t"Who" left?\n', encoding="utf-8")
-    (folder / "dev.tsv").write_text("".join(f"x\t{n % 2}\t*\tS{n}\n" for n in range(10)), encoding="utf-8")
-    splits = evidence_data.cola(tmp_path)
+    (folder / "train.tsv").write_text('sentence\tlabel\n"Who" left?\t1\n', encoding="utf-8")
+    rows = "".join(f"S{n}\t{n % 2}\n" for n in range(10))
+    (folder / "dev.tsv").write_text(f"sentence\tlabel\n{rows}", encoding="utf-8")
+    splits = evidence_data.sst2(tmp_path)
     assert splits["train"] == [{"sentence1": '"Who" left?', "label": "1"}]
     halves = [{row["sentence1"] for row in splits[name]} for name in ("search", "report")]
     assert halves[0] | halves[1] == {f"S{n}" for n in range(10)}
     assert not halves[0] & halves[1]
+
+
+def test_a_whole_development_set_is_reported_and_searched_is_a_part_of_the_training_data(tmp_path):
+    folder = tmp_path / "glue/STS-B"
+    folder.mkdir(parents=True)
+    for split, count in (("train", 700), ("dev", 5)):
+        rows = [f"{n}\t" + "x\t" * 6 + f"{split} {n}\tB {n}\t{n % 5}.0" for n in range(count)]
+        (folder / f"{split}.tsv").write_text("\n".join(["header", *rows]), encoding="utf-8")
+    splits = evidence_data.stsb(tmp_path)
+    assert splits["report"] == [
+        {"sentence1": f"dev {n}", "sentence2": f"B {n}", "label": f"{n % 5}.0"} for n in range(5)
+    ]
+    first = {name: {row["sentence1"] for row in splits[name]} for name in ("train", "search")}
+    assert {name: len(texts) for name, texts in first.items()} == {"train": 400, "search": 300}
+    assert first["train"] | first["search"] == {f"train {n}" for n in range(700)}
 
 
 @pytest.mark.parametrize("name", sorted(evidence_data.SETS))

@@ -187,7 +187,7 @@ def test_what_is_wrong_with_a_task_is_said(plan_of, task, message):
         plan_of(tasks={"one": task})
 
 
-def test_adalora_is_for_causal_language_models(plan_of):
+def test_adalora_is_for_tasks_that_it_can_be_measured_on(plan_of):
     with pytest.raises(ValueError, match="cells one rank 4 adalora: task is seq2seq, but AdaLoRA is compared on"):
         plan_of("--run.task", "seq2seq", methods=["lora", "adalora"])
 

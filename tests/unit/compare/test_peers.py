@@ -6,10 +6,13 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from comparison import write_comparison
+from comparison import write_classification_comparison, write_comparison
 from tiny_models import tokens
 from tiny_run import save_tiny_model
+from transformers import AutoModelForSequenceClassification
 
+from dora_dist import build, build_data
+from dora_dist.agreement import Agreement
 from dora_dist.backbone import load_backbone
 from dora_dist.command import ExpectedRunError
 from dora_dist.compare import peers
@@ -17,15 +20,17 @@ from dora_dist.compare.cell import run_cell
 from dora_dist.compare.outcome import LOG
 from dora_dist.compare.plan import Cell, Group, Plan
 from dora_dist.compare.settings import parse_compare
+from dora_dist.config import load_config
 from dora_dist.controller import NonFiniteAdapterError
 from dora_dist.schedule import BudgetSchedule
+from dora_dist.settle import settle
 
 RUN_CHANGES = ("--run.adapter.dropout", "0.0")
 
 
-def run_one(folder: Path, method: str, *overrides: str):
+def run_one(folder: Path, method: str, *overrides: str, write=write_comparison):
     """Run one cell; its plan, the cell, and the lines of its metrics."""
-    path = write_comparison(folder, methods=["lora", "adalora"])
+    path = write(folder, methods=["lora", "adalora"])
     plan = Plan(parse_compare(["--config", str(path), "--output_dir", str(folder / "out"), *RUN_CHANGES, *overrides]))
     cell = Cell(Group("echo", 2, method), 0.01, 1)
     assert run_cell(plan, cell, {}, {}) is None, (plan.cell_folder(cell) / LOG).read_text()
@@ -33,18 +38,28 @@ def run_one(folder: Path, method: str, *overrides: str):
     return plan, cell, [json.loads(line) for line in lines]
 
 
-@pytest.fixture(scope="module")
-def lora(tmp_path_factory):
-    return run_one(tmp_path_factory.mktemp("lora"), "lora")
+def write_regression_comparison(folder: Path, **changes):
+    return write_classification_comparison(folder, numbers=True, **changes)
+
+
+@pytest.fixture(scope="module", params=[write_comparison, write_classification_comparison, write_regression_comparison])
+def write(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def adalora(tmp_path_factory):
-    return run_one(tmp_path_factory.mktemp("adalora"), "adalora", "--adalora.orth_reg_weight", "0.0")
+def lora(tmp_path_factory, write):
+    return run_one(tmp_path_factory.mktemp("lora"), "lora", write=write)
+
+
+@pytest.fixture(scope="module")
+def adalora(tmp_path_factory, write):
+    return run_one(tmp_path_factory.mktemp("adalora"), "adalora", "--adalora.orth_reg_weight", "0.0", write=write)
 
 
 def test_without_its_regularizer_it_computes_the_loss_of_a_run_of_ours(lora, adalora):
-    """In the first step both adapters are 0, so that the losses are those of the base on the first batch."""
+    """In the first step both adapters are 0, so that the losses are those of the base, and of a head that starts alike,
+    on the first batch."""
     first, other = lora[2][0], adalora[2][0]
     assert (first["step"], other["step"]) == (1, 1)
     assert other["loss"] == pytest.approx(first["loss"], rel=1e-5)
@@ -53,7 +68,7 @@ def test_without_its_regularizer_it_computes_the_loss_of_a_run_of_ours(lora, ada
     )
 
 
-def test_the_regularizer_counts_once_a_step_whatever_the_accumulation(tmp_path, adalora):
+def test_the_regularizer_counts_once_a_step_whatever_the_accumulation(tmp_path, adalora, write):
     losses = []
     for number, (rows, accumulation) in enumerate(((8, 1), (2, 4))):
         training = (
@@ -62,7 +77,7 @@ def test_the_regularizer_counts_once_a_step_whatever_the_accumulation(tmp_path, 
             "--run.training.gradient_accumulation_steps",
             str(accumulation),
         )
-        _, _, lines = run_one(tmp_path / str(number), "adalora", *training)
+        _, _, lines = run_one(tmp_path / str(number), "adalora", *training, write=write)
         losses.append([line["loss"] for line in lines if "loss" in line])
     assert losses[0][0] > adalora[2][0]["loss"] + 0.1
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
@@ -70,10 +85,26 @@ def test_the_regularizer_counts_once_a_step_whatever_the_accumulation(tmp_path, 
 
 def test_it_prunes_to_its_budget_between_the_same_steps_as_ours(lora, adalora):
     kept = {line["step"]: line["components"] for line in adalora[2] if "components" in line}
-    final = BudgetSchedule(total_steps=12, num_layers=14, initial_rank=3, target_rank=2, interval=2).final_step
-    assert kept[1] == 14 * 3
-    assert kept[final] == kept[12] == 14 * 2
-    assert {line["step"] for line in adalora[2] if line.get("components") == 14 * 3} == {1}
+    layers = lora[2][0]["components"] // 2
+    final = BudgetSchedule(total_steps=12, num_layers=layers, initial_rank=3, target_rank=2, interval=2).final_step
+    assert kept[1] == layers * 3
+    assert kept[final] == kept[12] == layers * 2
+    assert {line["step"] for line in adalora[2] if line.get("components") == layers * 3} == {1}
+
+
+def test_it_is_measured_and_saved_with_the_head_that_it_has_trained(tmp_path):
+    """Read by stock PEFT, the adapter and its head give the losses that were reported."""
+    plan, cell, lines = run_one(tmp_path, "adalora", write=write_classification_comparison)
+    folder = plan.cell_folder(cell)
+    config = load_config(folder / "config.yaml")
+    tokenizer, data = build_data.read_data(config)
+    assert peft.PeftConfig.from_pretrained(folder / "adapter").modules_to_save == ["classifier"]
+    base = AutoModelForSequenceClassification.from_pretrained(config.model.path, num_labels=2)
+    stock = peft.PeftModel.from_pretrained(base, folder / "adapter").eval()
+    settled = settle(config, tokenizer, data)
+    evaluator = build.build_evaluator(config, settled, Agreement(), stock)
+    measured = {f"eval_{name}": value for name, value in evaluator(stock).items()}
+    assert measured == pytest.approx({name: value for name, value in lines[-1].items() if name != "step"}, rel=1e-5)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
