@@ -80,6 +80,7 @@ class _QuantizedInPieces(TorchDispatchMode):
                 pieces = args[0].split(max(1, PIECE_NUMEL // args[0].shape[-1]))
         if pieces is None or len(pieces) < 2:
             return func(*args, **(kwargs or {}))
+        _return_freed_memory()  # of the weights before, whose place may be too scattered for this one
         return _apply_in_pieces(func, pieces, args[1:])
 
 
