@@ -264,8 +264,16 @@ def parse_config(arguments: Sequence[str] | None = None) -> RunConfig:
     Raises:
         ValueError: unknown key (the nearest one is offered), wrong type, impossible value, unreadable file.
     """
-    parser = build_parser()
-    return RunConfig(**parse_strictly(parser, sys.argv[1:] if arguments is None else arguments))
+    arguments = sys.argv[1:] if arguments is None else arguments
+    for option in (word.partition("=")[0] for word in arguments if word.startswith("--training.")):
+        # The parser would put it into the place of the whole mapping, as text.
+        whole, dot, _ = option.removeprefix("--training.").partition(".")
+        if dot:
+            raise ValueError(
+                f"{option} is one entry of training.{whole}: give all of them in the file, or at once as "
+                f"--training.{whole} '{{name: value}}'"
+            )
+    return RunConfig(**parse_strictly(build_parser(), arguments))
 
 
 def parse_strictly(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:

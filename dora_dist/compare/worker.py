@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from filelock import FileLock, Timeout
 
 from dora_dist import build_data, settle, world
@@ -173,7 +174,8 @@ def work(plan: Plan, data: Mapping[str, TaskData], workers: int) -> None:
         PreemptedError: the process was told to stop.
     """
     progress = Progress(plan, since=time.time())
-    around = environment(PACKAGES)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    around = {**environment(PACKAGES), "gpu": gpu}
     seconds: list[float] = []
     (plan.folder / "locks").mkdir(parents=True, exist_ok=True)
     while open_cells := progress.open_cells():

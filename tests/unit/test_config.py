@@ -68,6 +68,17 @@ def test_the_command_line_wins_over_the_file(load):
     assert config.adapter.target_modules == ["q_proj"]
 
 
+@pytest.mark.parametrize("option", [["--training.lr_scheduler_kwargs.a", "5"], ["--training.lr_scheduler_kwargs.a=5"]])
+def test_one_entry_of_a_mapping_is_refused_where_it_would_take_the_place_of_all(load, option):
+    with pytest.raises(ValueError, match=r"a is one entry of training\.lr_scheduler_kwargs: give all of them"):
+        load("", *option)
+
+
+def test_a_mapping_can_be_given_at_once(load):
+    config = load("", "--training.lr_scheduler_kwargs", "{a: 5, b: 1.5}")
+    assert config.training["lr_scheduler_kwargs"] == {"a": 5, "b": 1.5}
+
+
 def test_a_command_line_alone_is_enough():
     config = parse_config(["--output_dir", "x", "--model.path", "m", "--data.train", "[a.json, b.json]"])
     assert config.data.train == ["a.json", "b.json"]
