@@ -18,7 +18,7 @@ from accelerate.utils import set_seed
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from peft.tuners.adalora import AdaLoraLayer
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dora_dist import build, build_data, records, report, resume, settle, world
@@ -57,33 +57,63 @@ def train_adalora(config: "RunConfig", own: Mapping[str, Any], notice: Preemptio
     tokenizer, data = build_data.read_data(config)
     device = world.connect("none", config.distributed.timeout_minutes).device
     settled = settle.settle(config, tokenizer, data)
-    run, schedule = Path(config.output_dir), settled.budget.schedule
+    run_records = _begin_records(config, settled, own)
+    if run_records is None:
+        say(f"{config.output_dir} holds a finished run with these settings")
+        return
+    base = build.load_base(config, device, tokenizer, data.labels)
+    heads = head_modules(base)
+    model = _add_adalora(config, settled, own, base, heads)
+    trainer = _build_trainer(config, settled, model)
+    trainer.add_callback(_AdaLoraCallback(model, run_records, notice))
+    began, steps = time.monotonic(), settled.arguments.max_steps
+    trainer.train()
+    if trainer.state.global_step < steps:
+        raise PreemptedError("preempted: PEFT's AdaLoRA begins anew when the same command is started again")
+    tokens = int(settled.plan.row_lengths(settled.mixture.lengths).sum())
+    run_records.metrics(steps, {"session_seconds": time.monotonic() - began, "session_tokens": tokens})
+    _write_result(config, settled, model, heads, run_records)
+    print(report.finish_run(Path(config.output_dir)), flush=True)
+
+
+def _begin_records(config: "RunConfig", settled: settle.Settled, own: Mapping[str, Any]) -> records.RunRecords | None:
+    """Records of a run that begins; None where its folder holds it finished."""
+    run = Path(config.output_dir)
     fingerprint = {**settled.fingerprint, **{f"adalora.{name}": value for name, value in own.items()}}
     earlier = resume.look(run, "auto")
     resume.check_settings(earlier, fingerprint)
     if earlier.finished:
-        say(f"{run} holds a finished run with these settings")
-        return
+        return None
     run_records = records.RunRecords(run, writes=True)
     described = {"settings": fingerprint, "data": settled.describe_data(), "processes": 1}
     run_records.write_json(records.RUN, {"versions": records.versions(), **described})
     save_config(config, run / records.CONFIG)
     run_records.truncate_after(-1)
+    return run_records
 
-    accumulation = settled.arguments.gradient_accumulation_steps
-    base = build.load_base(config, device, settled.tokenizer, data.labels)
-    heads = head_modules(base)
-    # A mean over the rows of a micro-batch, with the regularizer in it, is divided by the accumulation steps by the
-    # Trainer; a sum over tokens by the tokens of all of them, so that only the regularizer is left to divide.
-    mean_of_rows = build.row_losses(config) is not None
+
+def _is_mean_of_rows(config: "RunConfig") -> bool:
+    """Whether a micro-batch's loss is a mean over its rows, which the Trainer divides by the accumulation steps with
+    the regularizer in it; else it is a sum over tokens divided by those of the global batch."""
+    return build.row_losses(config) is not None
+
+
+def _add_adalora(
+    config: "RunConfig", settled: settle.Settled, own: Mapping[str, Any], base: PreTrainedModel, heads: list[str]
+) -> PeftModel:
+    """The base with AdaLoRA and the heads that it trains, in float32, started by the run's seed."""
+    regularizers = 1 if _is_mean_of_rows(config) else settled.arguments.gradient_accumulation_steps
     set_seed(settle.adapter_seed(config))
-    model = get_peft_model(
-        base, peft_config(config, own, schedule, settled.layers, heads, 1 if mean_of_rows else accumulation)
-    )
+    model = get_peft_model(base, peft_config(config, own, settled.budget.schedule, settled.layers, heads, regularizers))
     for head in trained_heads(model, heads).values():
         head.float()
         read_in_own_dtype(head)
     set_seed(config.seed)
+    return model
+
+
+def _build_trainer(config: "RunConfig", settled: settle.Settled, model: PeftModel) -> Trainer:
+    """The stock Trainer on the rows of a run in their order; it neither saves nor evaluates nor prints."""
     arguments = settled.arguments
     arguments.train_sampling_strategy = "sequential"
     arguments.save_strategy = "no"
@@ -95,18 +125,22 @@ def train_adalora(config: "RunConfig", own: Mapping[str, Any], notice: Preemptio
         data_collator=build.build_collator(config, model, settled.tokenizer),
         processing_class=settled.tokenizer,
     )
-    if mean_of_rows:
+    if _is_mean_of_rows(config):
         trainer.model_accepts_loss_kwargs = False  # see dora_dist/objective.py
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(_AdaLoraCallback(model, run_records, notice))
-    began = time.monotonic()
-    trainer.train()
-    if trainer.state.global_step < arguments.max_steps:
-        raise PreemptedError("preempted: PEFT's AdaLoRA begins anew when the same command is started again")
-    tokens = int(settled.plan.row_lengths(settled.mixture.lengths).sum())
-    steps = arguments.max_steps
-    run_records.metrics(steps, {"session_seconds": time.monotonic() - began, "session_tokens": tokens})
+    return trainer
+
+
+def _write_result(
+    config: "RunConfig",
+    settled: settle.Settled,
+    model: PeftModel,
+    heads: list[str],
+    run_records: records.RunRecords,
+) -> None:
+    """Check, measure and save what was trained."""
+    schedule, base = settled.budget.schedule, model.get_base_model()
     kept = kept_triplets(model)
     factors = folded_triplets(model, kept)
     check_result(factors, schedule)
@@ -119,18 +153,19 @@ def train_adalora(config: "RunConfig", own: Mapping[str, Any], notice: Preemptio
         num_parameters=sum(a.numel() + b.numel() for a, b in factors.values()),
     )
     run_records.event(event)
-    evaluator = build.build_evaluator(config, settled, Agreement(device), model)
+    evaluator = build.build_evaluator(config, settled, Agreement(base.device), model)
     assert evaluator is not None, "a cell has held-out data"
-    run_records.metrics(steps, {f"eval_{name}": value for name, value in evaluator(TaskLoss(model)).items()})
+    measured = {f"eval_{name}": value for name, value in evaluator(TaskLoss(model)).items()}
+    run_records.metrics(settled.arguments.max_steps, measured)
+    adapter = Path(config.output_dir) / "adapter"
     write_lora_adapter(
-        run / "adapter",
+        adapter,
         factors,
         base.config.name_or_path or None,
         task_type=TASKS[config.task].peft_type,
         head={name: dict(head.named_parameters()) for name, head in trained_heads(model, heads).items()},
     )
-    settled.tokenizer.save_pretrained(run / "adapter")
-    print(report.finish_run(run), flush=True)
+    settled.tokenizer.save_pretrained(adapter)
 
 
 def peft_config(
