@@ -167,8 +167,8 @@ def _split(rows: list[Row], held_out: int) -> dict[str, list[Row]]:
 
 
 def _dev_reported(train: list[Row], dev: list[Row]) -> dict[str, list[Row]]:
-    parts = _split(_sample(train, 10**6), HELD_OUT)
-    return {"train": parts["report"] + parts["train"], "search": parts["search"], "report": dev}
+    train = _sample(train, 10**6)
+    return {"train": train[HELD_OUT:], "search": train[:HELD_OUT], "report": dev}
 
 
 def _halves(train: list[Row], dev: list[Row]) -> dict[str, list[Row]]:
