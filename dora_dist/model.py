@@ -45,11 +45,11 @@ class DynamicLoraModel(PeftModel):
 
     def adapted_layers(self) -> dict[str, DynamicLoraLinear]:
         """Name of the module in the base model -> adapted layer, in the order of the names."""
-        return dict(sorted(self._named(DynamicLoraLinear)))
+        return dict(sorted(_named(self, DynamicLoraLinear)))
 
     def heads(self) -> dict[str, nn.Module]:
-        """Name of the module in the base model -> what is trained in its place, as a whole."""
-        return {name: wrapper.modules_to_save[ADAPTER_NAME] for name, wrapper in self._named(ModulesToSaveWrapper)}
+        """See :func:`trained_heads`."""
+        return trained_heads(self)
 
     def head_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters of the :meth:`heads` by their names in the base model; empty where only the adapter is trained."""
@@ -58,11 +58,6 @@ class DynamicLoraModel(PeftModel):
             for module, head in self.heads().items()
             for name, parameter in head.named_parameters()
         }
-
-    def _named(self, kind: type[Module]) -> Iterator[tuple[str, Module]]:
-        for name, module in self.named_modules():
-            if isinstance(module, kind):
-                yield name.removeprefix(KEY_PREFIX), module
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Parameters and mask of the adapter, and the head that is trained."""
@@ -210,23 +205,43 @@ def add_dynamic_lora(model: nn.Module, config: DynamicLoraConfig) -> DynamicLora
     for name, layer in layers.items():
         layer.initialize(config.init, config.seed or 0, name, dtype)
         layer.gate.requires_grad_(config.train_gates)
-    _check_heads(heads, peft_model)
-    for head in peft_model.heads().values():
-        head.to(dtype)
-        read_in_own_dtype(head)
+    prepare_heads(peft_model, heads, dtype)
     fuse_gated_mlps(peft_model)
     share_inputs(peft_model)
     return peft_model
 
 
-def _check_heads(wanted: Sequence[str], model: DynamicLoraModel) -> None:
-    """PEFT finds modules to train by how their names end."""
-    found = list(model.heads())
-    if sorted(found) != sorted(wanted):
+def trained_heads(model: PeftModel) -> dict[str, nn.Module]:
+    """Name of the module in the base model -> what PEFT trains in its place, as a whole."""
+    return {name: wrapper.modules_to_save[ADAPTER_NAME] for name, wrapper in _named(model, ModulesToSaveWrapper)}
+
+
+def prepare_heads(model: PeftModel, wanted: Sequence[str], dtype: torch.dtype) -> None:
+    """Give the heads that are trained their dtype, whatever the base computes in.
+
+    Args:
+        model: of PEFT, with any adapter.
+        wanted: names of the modules that are its head, and are to be trained.
+        dtype: of their parameters.
+
+    Raises:
+        ValueError: PEFT, which finds modules to train by how their names end, would train others.
+    """
+    heads = trained_heads(model)
+    if sorted(heads) != sorted(wanted):
         raise ValueError(
             f"the head of {type(model.get_base_model()).__name__} is {', '.join(wanted)}, but PEFT would train "
-            f"{', '.join(found)} as a whole: such a model cannot be tuned here"
+            f"{', '.join(heads)} as a whole: such a model cannot be tuned here"
         )
+    for head in heads.values():
+        head.to(dtype)
+        read_in_own_dtype(head)
+
+
+def _named(model: nn.Module, kind: type[Module]) -> Iterator[tuple[str, Module]]:
+    for name, module in model.named_modules():
+        if isinstance(module, kind):
+            yield name.removeprefix(KEY_PREFIX), module
 
 
 def _check_all_adapted(wanted: Sequence[str], adapted: dict[str, DynamicLoraLinear]) -> None:

@@ -8,7 +8,7 @@ once per optimizer step, and evaluation is of the task's loss alone.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,8 @@ from dora_dist.config import save_config
 from dora_dist.controller import NonFiniteAdapterError
 from dora_dist.events import PruneEvent
 from dora_dist.folding import write_lora_adapter
-from dora_dist.head import head_modules, read_in_own_dtype
+from dora_dist.head import head_modules
+from dora_dist.model import prepare_heads, trained_heads
 from dora_dist.preemption import PreemptionNotice
 from dora_dist.schedule import BudgetSchedule
 from dora_dist.tasks import TASKS
@@ -62,8 +63,7 @@ def train_adalora(config: "RunConfig", own: Mapping[str, Any], notice: Preemptio
         say(f"{config.output_dir} holds a finished run with these settings")
         return
     base = build.load_base(config, device, tokenizer, data.labels)
-    heads = head_modules(base)
-    model = _add_adalora(config, settled, own, base, heads)
+    model = _add_adalora(config, settled, own, base)
     trainer = _build_trainer(config, settled, model)
     trainer.add_callback(_AdaLoraCallback(model, run_records, notice))
     began, steps = time.monotonic(), settled.arguments.max_steps
@@ -72,7 +72,7 @@ def train_adalora(config: "RunConfig", own: Mapping[str, Any], notice: Preemptio
         raise PreemptedError("preempted: PEFT's AdaLoRA begins anew when the same command is started again")
     tokens = int(settled.plan.row_lengths(settled.mixture.lengths).sum())
     run_records.metrics(steps, {"session_seconds": time.monotonic() - began, "session_tokens": tokens})
-    _write_result(config, settled, model, heads, run_records)
+    _write_result(config, settled, model, run_records)
     print(report.finish_run(Path(config.output_dir)), flush=True)
 
 
@@ -99,15 +99,14 @@ def _is_mean_of_rows(config: "RunConfig") -> bool:
 
 
 def _add_adalora(
-    config: "RunConfig", settled: settle.Settled, own: Mapping[str, Any], base: PreTrainedModel, heads: list[str]
+    config: "RunConfig", settled: settle.Settled, own: Mapping[str, Any], base: PreTrainedModel
 ) -> PeftModel:
     """The base with AdaLoRA and the heads that it trains, in float32, started by the run's seed."""
+    heads = head_modules(base)
     regularizers = 1 if _is_mean_of_rows(config) else settled.arguments.gradient_accumulation_steps
     set_seed(settle.adapter_seed(config))
     model = get_peft_model(base, peft_config(config, own, settled.budget.schedule, settled.layers, heads, regularizers))
-    for head in trained_heads(model, heads).values():
-        head.float()
-        read_in_own_dtype(head)
+    prepare_heads(model, heads, torch.float32)
     set_seed(config.seed)
     return model
 
@@ -136,7 +135,6 @@ def _write_result(
     config: "RunConfig",
     settled: settle.Settled,
     model: PeftModel,
-    heads: list[str],
     run_records: records.RunRecords,
 ) -> None:
     """Check, measure and save what was trained."""
@@ -163,7 +161,7 @@ def _write_result(
         factors,
         base.config.name_or_path or None,
         task_type=TASKS[config.task].peft_type,
-        head={name: dict(head.named_parameters()) for name, head in trained_heads(model, heads).items()},
+        head={name: dict(head.named_parameters()) for name, head in trained_heads(model).items()},
     )
     settled.tokenizer.save_pretrained(adapter)
 
@@ -259,12 +257,6 @@ class TaskLoss(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.base.device
-
-
-def trained_heads(model: PeftModel, names: Sequence[str]) -> dict[str, nn.Module]:
-    """What PEFT trains in place of these modules."""
-    base = model.get_base_model()
-    return {name: base.get_submodule(name).modules_to_save["default"] for name in names}
 
 
 def _layers(model: PeftModel) -> dict[str, AdaLoraLayer]:

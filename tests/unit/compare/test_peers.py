@@ -1,5 +1,6 @@
 """PEFT's AdaLoRA beside this project's runs: the same loss on the same data, its own rules, a result that is whole."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import peft
 import pytest
 import torch
 from comparison import write_classification_comparison, write_comparison
+from tiny_encoders import tiny_classifier
 from tiny_models import tokens
 from tiny_run import save_tiny_model
 from transformers import AutoModelForSequenceClassification
@@ -22,6 +24,7 @@ from dora_dist.compare.plan import Cell, Group, Plan
 from dora_dist.compare.settings import parse_compare
 from dora_dist.config import load_config
 from dora_dist.controller import NonFiniteAdapterError
+from dora_dist.model import prepare_heads
 from dora_dist.schedule import BudgetSchedule
 from dora_dist.settle import settle
 
@@ -125,6 +128,17 @@ def test_what_is_saved_is_what_was_trained(tmp_path, quantization):
         plain = load_backbone(str(base), quantization, torch.float32)(input_ids=tokens()).logits
     assert (trained - plain).abs().max() > 1e-3
     torch.testing.assert_close(saved, trained, rtol=0, atol=1e-4 * float((trained - plain).abs().max()))
+
+
+def test_a_module_that_peft_would_train_beside_the_head_is_an_error():
+    """It looks for names that end in ``score``; what it trained there would be missing in what is saved."""
+    base = tiny_classifier()
+    base.bert.score = torch.nn.Linear(4, 4)
+    schedule = BudgetSchedule(total_steps=6, num_layers=12, initial_rank=4, target_rank=2, interval=1)
+    config = dataclasses.replace(_config(schedule), task_type="SEQ_CLS", target_modules=["query"])
+    model = peft.get_peft_model(base, config)
+    with pytest.raises(ValueError, match=r"is classifier, but PEFT would train .*bert\.score"):
+        prepare_heads(model, ["classifier"], torch.float32)
 
 
 def test_evaluation_is_of_the_task_alone(tmp_path):
