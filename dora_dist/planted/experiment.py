@@ -48,7 +48,7 @@ def run_cells(options: Options, result: dict[str, Any], keep: Callable[[], None]
             for method in options.methods:
                 rates = options.learning_rates
                 if seed >= options.search_seeds:
-                    rates = (chosen_rate(result, pattern, method, options).learning_rate,)
+                    rates = (choice_of(result, pattern, method, options).learning_rate,)
                 for rate in rates:
                     if not _has(result, pattern, method, rate, seed):
                         wanted.append((method, rate))
@@ -118,8 +118,8 @@ def initial_rank(planted: Mapping[str, int], target_rank: int) -> int:
     return max(2 * target_rank, *planted.values())
 
 
-def chosen_rate(result: Mapping[str, Any], pattern: str, method: str, options: Options) -> Choice:
-    """The rate of the grid with the lowest mean divergence on the search split of the search seeds."""
+def choice_of(result: Mapping[str, Any], pattern: str, method: str, options: Options) -> Choice:
+    """Which rate of the grid: that with the lowest mean divergence on the search split of the search seeds."""
     figures: dict[float, list[float]] = {rate: [] for rate in options.learning_rates}
     for cell in result["cells"]:
         searched = cell["seed"] < options.search_seeds and cell["learning_rate"] in figures
@@ -133,7 +133,7 @@ def chosen_rate(result: Mapping[str, Any], pattern: str, method: str, options: O
 
 def chosen_cells(result: Mapping[str, Any], pattern: str, method: str, options: Options) -> list[Mapping[str, Any]]:
     """Of a method at its chosen rate, in the order of the seeds."""
-    rate = chosen_rate(result, pattern, method, options).learning_rate
+    rate = choice_of(result, pattern, method, options).learning_rate
     cells = [
         cell
         for cell in result["cells"]
@@ -156,7 +156,7 @@ def summarize(options: Options, result: Mapping[str, Any]) -> list[dict[str, Any
                 "pattern": pattern,
                 "method": method,
                 "learning_rate": cells[0]["learning_rate"],
-                "rate_at_edge": chosen_rate(result, pattern, method, options).at_edge is not None,
+                "rate_at_edge": choice_of(result, pattern, method, options).at_edge is not None,
                 "divergence": asdict(spread(divergences)),
                 "to_uniform": None if method == UNIFORM else asdict(paired_difference(divergences, uniform)),
                 **_recovery(cells, truths, result["layers"]),

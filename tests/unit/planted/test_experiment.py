@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dora_dist.planted.experiment import chosen_rate, initial_rank, summarize
+from dora_dist.planted.experiment import choice_of, initial_rank, summarize
 from dora_dist.planted.options import build_parser, resolve
 
 LAYERS = {"a": 10, "b": 20, "c": 30}
@@ -47,7 +47,7 @@ def result():
 
 
 def test_learning_rates_are_chosen_on_the_search_split_of_the_search_seeds(result):
-    chosen = [chosen_rate(result, "half", method, options()).learning_rate for method in KEPT]
+    chosen = [choice_of(result, "half", method, options()).learning_rate for method in KEPT]
     assert chosen == [0.02, 0.01, 0.02]
 
 
