@@ -34,14 +34,14 @@ def load(loader: str, folder: str, quantization: str, dtype: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from dora_dist import backbone, loading
-    from dora_dist.quantization import quantization_config
+    from dora_dist.base_model import lean_loading, load
+    from dora_dist.base_model.quantization import quantization_config
 
     compute = getattr(torch, dtype)
     if loader == "ours":
-        return backbone.load_backbone(folder, quantization, compute)
-    read = loading._files_read(mapped=False) if "read" in loader else contextlib.nullcontext()
-    pieces = loading._QuantizedInPieces() if "pieces" in loader else contextlib.nullcontext()
+        return load.load_backbone(folder, quantization, compute)
+    read = lean_loading._files_read(mapped=False) if "read" in loader else contextlib.nullcontext()
+    pieces = lean_loading._QuantizedInPieces() if "pieces" in loader else contextlib.nullcontext()
     with read, pieces:
         return AutoModelForCausalLM.from_pretrained(
             folder,
@@ -106,7 +106,7 @@ def main() -> None:
         return
     from many_shards import save_many_shards, size_of_shards
 
-    from dora_dist.benchmark.record import environment
+    from dora_dist.console.provenance import environment
 
     runs, where = [], environment(PACKAGES)
     with tempfile.TemporaryDirectory() as temporary:

@@ -20,9 +20,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dora_dist import DynamicLoraConfig, add_dynamic_lora
+from dora_dist.adapter.model import DynamicLoraModel
 from dora_dist.benchmark.peak import rise_of_allocator
-from dora_dist.benchmark.record import environment
-from dora_dist.model import DynamicLoraModel
+from dora_dist.console.provenance import environment
 
 HIDDEN, ROWS, LENGTH = 512, 4, 256
 CASES = ((131072, 0.0, 2), (131072, 0.5, 2), (32768, 0.0, 3), (4096, 0.0, 9), (512, 0.0, 25))

@@ -29,9 +29,9 @@ PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "trl")
 
 def time_ours(rows: Path, tokenizer_path: str) -> dict[str, float]:
     """Seconds of reading, checking, encoding and writing."""
-    from dora_dist.backbone import load_tokenizer
-    from dora_dist.build_data import prepare_data
-    from dora_dist.data_section import DataConfig
+    from dora_dist.base_model.load import load_tokenizer
+    from dora_dist.config.data import DataConfig
+    from dora_dist.setup.run_data import prepare_data
 
     tokenizer = load_tokenizer(tokenizer_path)
     with tempfile.TemporaryDirectory() as cache:
@@ -48,9 +48,9 @@ def time_trl(rows: Path, tokenizer_path: str) -> dict[str, float]:
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    from dora_dist.backbone import load_tokenizer
-    from dora_dist.data.read import read_file
-    from dora_dist.data.rows import FORMATS
+    from dora_dist.base_model.load import load_tokenizer
+    from dora_dist.data.reading.files import read_file
+    from dora_dist.data.reading.row_formats import FORMATS
 
     datasets.disable_caching()
     tokenizer = load_tokenizer(tokenizer_path)
@@ -72,7 +72,7 @@ def time_trl(rows: Path, tokenizer_path: str) -> dict[str, float]:
 
 def parse_pair(parse: Any, text: str) -> dict[str, str] | None:
     """A row as TRL takes it; None for one that neither would be given."""
-    from dora_dist.data.rows import RowFlaw
+    from dora_dist.data.reading.row_formats import RowFlaw
 
     try:
         pair = parse(json.loads(text)).as_pair()

@@ -23,12 +23,12 @@ from scale_model import Shape
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dora_dist.agreement import Agreement, digest_tensors
-from dora_dist.allocation import select_components
-from dora_dist.controller import DynamicRankController
-from dora_dist.importance import component_scores
-from dora_dist.layer import DynamicLoraLinear
-from dora_dist.schedule import BudgetSchedule
+from dora_dist.adapter.layer import DynamicLoraLinear
+from dora_dist.distributed.agreement import Agreement, digest_tensors
+from dora_dist.method.allocation import select_components
+from dora_dist.method.importance import component_scores
+from dora_dist.method.schedule import BudgetSchedule
+from dora_dist.training.controller import DynamicRankController
 
 INITIAL_RANK, TARGET_RANK = 12, 8
 REDUCED = (224 * 12, 560 * 12, 882 * 12, 100_000, 1_000_000)

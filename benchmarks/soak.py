@@ -109,7 +109,7 @@ class Soak:
         """Seconds of a step: the quickest fifth, so that the run does not end before its time."""
         run = self.output / "calibration"
         self.run_whole(self.arguments(run, CALIBRATION_STEPS, CALIBRATION_STEPS), run)
-        from dora_dist.records import read_lines
+        from dora_dist.runs.records import read_lines
 
         lines = [line for line in read_lines(run / "metrics.jsonl") if "seconds_per_step" in line]
         return statistics.quantiles([line["seconds_per_step"] for line in lines[10:]], n=5)[0]
@@ -180,7 +180,7 @@ class Soak:
 
 def wait_for_save(session: Session, delay: float) -> bool:
     """Wait until ``delay`` seconds after a checkpoint folder has appeared; False if the session ended first."""
-    from dora_dist import checkpoint
+    from dora_dist.runs import checkpoint
 
     newest = checkpoint.checkpoints(session.run)[-1:]
     while checkpoint.checkpoints(session.run)[-1:] == newest:
@@ -204,7 +204,7 @@ def resumed_step(log: Path) -> int:
 
 def has_unfinished_checkpoint(run: Path) -> bool:
     """Whether a kill has left a folder that a resume must pass over."""
-    from dora_dist import checkpoint
+    from dora_dist.runs import checkpoint
 
     return any(not (folder / checkpoint.MANIFEST).exists() for folder in checkpoint.checkpoints(run))
 

@@ -4,12 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dora_dist.adapter_config import DynamicLoraConfig as DynamicLoraConfig
-    from dora_dist.model import add_dynamic_lora as add_dynamic_lora
+    from dora_dist.adapter.model import add_dynamic_lora as add_dynamic_lora
+    from dora_dist.config.adapter import DynamicLoraConfig as DynamicLoraConfig
 
 __version__ = "0.1.0"
 __all__ = ["DynamicLoraConfig", "add_dynamic_lora"]
-_HOME = {"DynamicLoraConfig": "dora_dist.adapter_config", "add_dynamic_lora": "dora_dist.model"}
+_HOME = {"DynamicLoraConfig": "dora_dist.config.adapter", "add_dynamic_lora": "dora_dist.adapter.model"}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,15 +13,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dora_dist.command import run_command
-from dora_dist.config import RunConfig, load_config
-from dora_dist.launch import check_world_size, world_size_of
-from dora_dist.quiet import quiet_libraries
-from dora_dist.tasks import CAUSAL_LM
-from dora_dist.training_section import training_argument, whole_number
+from dora_dist.config.run import RunConfig, load_config
+from dora_dist.config.tasks import CAUSAL_LM
+from dora_dist.config.training import training_argument, whole_number
+from dora_dist.console.command import run_command
+from dora_dist.console.library_warnings import quiet_libraries
+from dora_dist.distributed.launcher import check_world_size, world_size_of
 
 if TYPE_CHECKING:
-    from dora_dist.memory import Optimizer, StepMemory
+    from dora_dist.memory.step import Optimizer, StepMemory
 
 GIB = 2**30
 CONTEXT_BYTES = GIB
@@ -108,12 +108,12 @@ def estimate_memory(config: RunConfig, world_size: int, device: str = "cuda") ->
     """
     import torch
 
-    from dora_dist.activations import Adapter, Batch
-    from dora_dist.backbone import load_skeleton
-    from dora_dist.chunked_loss import obstacle
-    from dora_dist.memory import step_memory
-    from dora_dist.model_shape import read_shape
-    from dora_dist.targets import resolve_targets
+    from dora_dist.adapter.targets import resolve_targets
+    from dora_dist.base_model.chunked_loss import obstacle
+    from dora_dist.base_model.load import load_skeleton
+    from dora_dist.base_model.shape import read_shape
+    from dora_dist.memory.activations import Adapter, Batch
+    from dora_dist.memory.step import step_memory
 
     if config.task != CAUSAL_LM:
         raise ValueError(f"task is {config.task}, but memory can be estimated for {CAUSAL_LM} only")
@@ -185,7 +185,7 @@ def _attention(implementation: str) -> Any:
 
 
 def _optimizer(config: RunConfig, world_size: int, device: str, accumulation: int) -> "Optimizer":
-    from dora_dist.memory import Optimizer
+    from dora_dist.memory.step import Optimizer
 
     name = str(training_argument(config.training, "optim"))
     moments = 2

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dora_dist.command import run_command, say
-from dora_dist.data.rows import ROLES
-from dora_dist.quiet import quiet_libraries
+from dora_dist.console.command import run_command, say
+from dora_dist.console.library_warnings import quiet_libraries
+from dora_dist.data.reading.row_formats import ROLES
 
 LEAST_WIDTH = 80
 """Columns of a terminal from which two answers fit side by side."""
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     questions = collect_questions(options.prompt, options.input, options.raw)
     # Heavy imports wait until the arguments have been found to be sound.
-    from dora_dist.trained import open_run
+    from dora_dist.runs.trained_run import open_run
 
     trained = open_run(options.run, options.checkpoint)
     if trained.formats == {"prompt_completion"} and options.prompt is not None and not options.raw:
@@ -97,7 +97,7 @@ class Question:
         Raises:
             ValueError: a conversation for a run that knows none.
         """
-        from dora_dist.data.rows import Instruction, alpaca_prompt
+        from dora_dist.data.reading.row_formats import Instruction, alpaca_prompt
 
         if self.raw:
             return self.text
@@ -110,7 +110,7 @@ class Question:
 
     def ids(self, tokenizer: Any, chat: bool) -> list[int]:
         """The token ids of :meth:`prompt`, as in training."""
-        from dora_dist.data.encode import encode_prompts
+        from dora_dist.data.encoding.encoder import encode_prompts
 
         prompt = self.prompt(tokenizer, chat)
         if chat and not self.raw:  # the template writes the start token itself
@@ -186,15 +186,15 @@ def answer_twice(trained: Any, questions: Iterable[Question], max_new_tokens: in
     """Prompt, answer of the base, answer of the adapter: one model in memory, with the adapter switched off and on.
 
     Args:
-        trained: the :class:`~dora_dist.trained.TrainedRun`.
+        trained: the :class:`~dora_dist.runs.trained_run.TrainedRun`.
         questions: what is asked.
         max_new_tokens: longest answer, in tokens.
     """
     from peft import PeftModel
 
-    from dora_dist.data.chat import stop_tokens
-    from dora_dist.evaluation import generate_answers
-    from dora_dist.trained import default_device
+    from dora_dist.data.encoding.chat import stop_tokens
+    from dora_dist.evaluation.evaluator import generate_answers
+    from dora_dist.runs.trained_run import default_device
 
     device = default_device()
     tokenizer = trained.load_tokenizer()

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_dist.command import run_command, say
-from dora_dist.config import load_config
-from dora_dist.quiet import quiet_libraries
-from dora_dist.table import aligned
+from dora_dist.config.run import load_config
+from dora_dist.console.command import run_command, say
+from dora_dist.console.library_warnings import quiet_libraries
+from dora_dist.console.text import aligned
 
 if TYPE_CHECKING:
-    from dora_dist.data.sources import PreparedSource
+    from dora_dist.data.cache import PreparedSource
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,9 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options, overrides = build_parser().parse_known_args(arguments)
     config = load_config(options.config, overrides)
     # Heavy imports wait until the configuration has been found to be sound.
-    from dora_dist import build_data
+    from dora_dist.setup import run_data
 
-    _, data = build_data.read_data(config)
+    _, data = run_data.read_data(config)
     for remark in data.remarks():
         say(remark)
     print(render("training data", data.train))

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dora_dist import records
-from dora_dist.command import run_command
+from dora_dist.console.command import run_command
+from dora_dist.runs import records
 
 RANK_PICTURE = "ranks.png"
 PROGRESS_PICTURE = "progress.png"

@@ -1,6 +1,6 @@
 """The entry point: ``accelerate launch --config_file launch/X.yaml -m dora_dist.train --config configs/Y.yaml``.
 
-:func:`train` reads in build order; every part is made in :mod:`dora_dist.build` and handed to the next.
+:func:`train` reads in build order; every part is made in :mod:`dora_dist.setup.build` and handed to the next.
 """
 
 import os
@@ -10,21 +10,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_dist.command import PreemptedError, attempt, run_command, say
-from dora_dist.config import parse_config, save_config
-from dora_dist.launch import check_launch
-from dora_dist.preemption import PreemptionNotice
-from dora_dist.quiet import quiet_libraries
+from dora_dist.config.run import parse_config, save_config
+from dora_dist.console.command import PreemptedError, attempt, run_command, say
+from dora_dist.console.library_warnings import quiet_libraries
+from dora_dist.distributed.launcher import check_launch
+from dora_dist.distributed.preemption import PreemptionNotice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from dora_dist.agreement import Agreement
-    from dora_dist.config import RunConfig
-    from dora_dist.model import DynamicLoraModel
-    from dora_dist.resume import Earlier
-    from dora_dist.settle import Settled
-    from dora_dist.watch import Watch
+    from dora_dist.adapter.model import DynamicLoraModel
+    from dora_dist.config.run import RunConfig
+    from dora_dist.distributed.agreement import Agreement
+    from dora_dist.distributed.heartbeat import Watch
+    from dora_dist.runs.resume import Earlier
+    from dora_dist.setup.resolve import Settled
 
 DRY_RUN = "--dry-run"
 
@@ -45,8 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if launched:
         check_launch(config.distributed.engine, os.environ)
     with PreemptionNotice() as notice:
-        from dora_dist.meeting import meet  # heavy imports wait until the configuration has been found to be sound
-        from dora_dist.watch import Watch
+        from dora_dist.distributed.heartbeat import Watch
+        from dora_dist.distributed.rendezvous import meet
 
         meeting = meet(60 * config.distributed.join_minutes, "distributed.join_minutes") if launched else None
         with Watch(meeting, config.distributed.silent_seconds) as watch:
@@ -63,13 +63,16 @@ def train(config: "RunConfig", notice: PreemptionNotice, watch: "Watch", launche
         launched: whether the processes that the engine needs are there.
         dry_run: say what the run would be, and end.
     """
-    from dora_dist import build, build_data, records, report, resume, settle, world
-    from dora_dist.agreement import Agreement
+    from dora_dist import report
+    from dora_dist.distributed import world
+    from dora_dist.distributed.agreement import Agreement
+    from dora_dist.runs import records, resume
+    from dora_dist.setup import build, resolve, run_data
 
     # Before the ranks join one process group: those that wait for the one that encodes wait for a file, not in a
     # collective.
     watch.note("preparing data")
-    read_data = attempt(lambda: build_data.read_data(config))
+    read_data = attempt(lambda: run_data.read_data(config))
     watch.note("joining the process group")
     state = world.connect(config.distributed.engine if launched else "none", config.distributed.timeout_minutes)
     agreement = Agreement(state.device, watch)
@@ -77,7 +80,7 @@ def train(config: "RunConfig", notice: PreemptionNotice, watch: "Watch", launche
 
     earlier = resume.Earlier(folder=run) if dry_run else look_into(run, config, agreement)
     with agreement.together("preparing data and settings"):
-        settled = settle.settle(config, *read_data(), resume.accumulation(earlier, config, agreement.size))
+        settled = resolve.settle(config, *read_data(), resume.accumulation(earlier, config, agreement.size))
         resume.check_settings(earlier, settled.fingerprint)
     for remark in settled.data.remarks():
         say(remark)
@@ -153,11 +156,11 @@ def stop_before_training(notice: PreemptionNotice, agreement: "Agreement") -> No
 
 def print_dry_run(config: "RunConfig", settled: "Settled", agreement: "Agreement") -> None:
     """Say on the first rank what the run would do."""
-    from dora_dist import dry_run
+    from dora_dist.setup import describe
 
     with agreement.together("estimating"):
         if agreement.rank == 0:
-            print(dry_run.describe(config, settled, agreement.size), flush=True)
+            print(describe.describe(config, settled, agreement.size), flush=True)
     agreement.close()
 
 
@@ -167,7 +170,7 @@ def look_into(run: Path, config: "RunConfig", agreement: "Agreement") -> "Earlie
     Raises:
         ValueError: what is there cannot be used.
     """
-    from dora_dist import resume
+    from dora_dist.runs import resume
 
     earlier = None
     with agreement.together(f"looking into {run}"):

@@ -6,8 +6,8 @@ import torch
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from torch import nn
 
-from dora_dist.layer import DynamicLoraLinear
-from dora_dist.quantization import forbid_inference_packing
+from dora_dist.adapter.layer import DynamicLoraLinear
+from dora_dist.base_model.quantization import forbid_inference_packing
 
 IN, OUT, RANK = 64, 32, 6
 ALPHA = 8.0

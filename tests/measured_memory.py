@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from dora_dist import add_dynamic_lora
-from dora_dist.backbone import load_backbone, resolve_compute_dtype
+from dora_dist.adapter.model import DynamicLoraModel
+from dora_dist.base_model.load import load_backbone, resolve_compute_dtype
 from dora_dist.benchmark.peak import PeakMeter
-from dora_dist.config import RunConfig, load_config
-from dora_dist.model import DynamicLoraModel
-from dora_dist.regularizer import equilibrium_penalty
-from dora_dist.world import use_gloo_only
+from dora_dist.config.run import RunConfig, load_config
+from dora_dist.distributed.world import use_gloo_only
+from dora_dist.method.regularizer import equilibrium_penalty
 
 
 def save_model(folder: Path, config: PreTrainedConfig) -> None:

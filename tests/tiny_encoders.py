@@ -24,7 +24,7 @@ from transformers import (
     T5Config,
 )
 
-from dora_dist.model import DynamicLoraModel
+from dora_dist.adapter.model import DynamicLoraModel
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
 WORDS = [f"w{number}" for number in range(40)] + ['"', "entailment"]

@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from dora_dist import DynamicLoraConfig, add_dynamic_lora
-from dora_dist.model import DynamicLoraModel
-from dora_dist.quantization import quantization_config
+from dora_dist.adapter.model import DynamicLoraModel
+from dora_dist.base_model.quantization import quantization_config
 
 VOCABULARY = 96
 ARCHITECTURES: dict[str, type[PreTrainedConfig]] = {

@@ -12,11 +12,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from dora_dist import export, records
-from dora_dist.backbone import load_backbone
-from dora_dist.config import DynamicLoraConfig, ModelConfig, RunConfig, save_config
-from dora_dist.data_section import DataConfig
-from dora_dist.model import DynamicLoraModel, add_dynamic_lora
+from dora_dist.adapter.model import DynamicLoraModel, add_dynamic_lora
+from dora_dist.base_model.load import load_backbone
+from dora_dist.config.data import DataConfig
+from dora_dist.config.run import DynamicLoraConfig, ModelConfig, RunConfig, save_config
+from dora_dist.export import __main__ as export
+from dora_dist.runs import records
 
 VOCABULARY = 128
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")

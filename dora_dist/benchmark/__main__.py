@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from dora_dist.benchmark.options import Options, build_parser, check_device, resolve
-from dora_dist.command import run_command, say
-from dora_dist.quiet import quiet_libraries
-from dora_dist.records import write_json
-from dora_dist.table import aligned
+from dora_dist.console.command import run_command, say
+from dora_dist.console.library_warnings import quiet_libraries
+from dora_dist.console.text import aligned
+from dora_dist.runs.records import write_json
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     quiet_libraries()
     check_device(options.device)
-    from dora_dist.benchmark.record import describe
+    from dora_dist.console.provenance import describe
 
     environment = describe(options, arguments)
     options.output.mkdir(parents=True, exist_ok=True)
@@ -36,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     import torch
 
-    from dora_dist.agreement import Agreement
-    from dora_dist.world import join_at_file
+    from dora_dist.distributed.agreement import Agreement
+    from dora_dist.distributed.world import join_at_file
 
     with tempfile.TemporaryDirectory() as folder:
         device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _comparison(options: Options, environment: dict[str, Any], agreement: Any) -> None:
     from dora_dist.benchmark.comparison import compare, comparison_rows, method_lines
-    from dora_dist.benchmark.figure import draw_comparison
+    from dora_dist.benchmark.pictures import draw_comparison
     from dora_dist.benchmark.shapes import FLOPS_FORMULA
 
     records: list[dict[str, Any]] = []
@@ -77,8 +77,8 @@ def _comparison(options: Options, environment: dict[str, Any], agreement: Any) -
 
 
 def _growth(options: Options, environment: dict[str, Any], agreement: Any) -> None:
-    from dora_dist.benchmark.figure import draw_growth
     from dora_dist.benchmark.growth import growth_rows, measure_growth
+    from dora_dist.benchmark.pictures import draw_growth
 
     result = {"environment": environment, **measure_growth(options, agreement)}
     print(aligned(growth_rows(result)))

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from dora_dist.adapter_config import DynamicLoraConfig
-from dora_dist.agreement import Agreement
-from dora_dist.benchmark.base import share
+from dora_dist.adapter.model import add_dynamic_lora
 from dora_dist.benchmark.options import ADALORA, DYNAMIC, FLOOR, LORA, PRUNED, Options
-from dora_dist.controller import DynamicRankController
-from dora_dist.model import add_dynamic_lora
-from dora_dist.schedule import BudgetSchedule
+from dora_dist.benchmark.synthetic_base import share
+from dora_dist.config.adapter import DynamicLoraConfig
+from dora_dist.distributed.agreement import Agreement
+from dora_dist.method.schedule import BudgetSchedule
+from dora_dist.training.controller import DynamicRankController
 
 ALPHA = 8.0
 LEARNING_RATE = 1e-4
@@ -106,10 +106,10 @@ class AdaLora(Contestant):
 
 
 class Dynamic(Contestant):
-    """As :class:`~dora_dist.trainer.DynamicLoraTrainer` drives the method.
+    """As :class:`~dora_dist.training.trainer.DynamicLoraTrainer` drives the method.
 
     Args:
-        model: of :func:`~dora_dist.model.add_dynamic_lora`.
+        model: of :func:`~dora_dist.adapter.model.add_dynamic_lora`.
         agreement: over the ranks.
         schedule: of the budget.
         autocast: see :class:`Contestant`.

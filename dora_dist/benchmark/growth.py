@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from dora_dist.agreement import Agreement
+from dora_dist.benchmark.growth_point import measure_point
 from dora_dist.benchmark.options import ADALORA, Options
-from dora_dist.benchmark.point import measure_point
-from dora_dist.benchmark.process import POINT, run_rank
+from dora_dist.benchmark.rank_process import POINT, run_rank
 from dora_dist.benchmark.shapes import Shape, llama_like
+from dora_dist.distributed.agreement import Agreement
 
 LAYERS, HIDDEN, RANKS = (2, 4, 8, 16), (256, 512, 1024, 2048), (4, 8, 12, 16, 32, 64)
 QUICK_LAYERS, QUICK_HIDDEN, QUICK_RANKS = (1, 2), (64, 128), (4, 8)

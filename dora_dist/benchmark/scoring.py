@@ -11,8 +11,8 @@ from dora_dist.benchmark.clock import clock
 from dora_dist.benchmark.options import Options
 from dora_dist.benchmark.peak import rise_on
 from dora_dist.benchmark.shapes import NAMED
-from dora_dist.command import say
-from dora_dist.importance import component_scores, score_layers
+from dora_dist.console.command import say
+from dora_dist.method.importance import component_scores, score_layers
 
 Layer = tuple[Tensor, Tensor, Tensor]
 """lora_a ``(r, in)``, gate ``(r,)``, lora_b ``(out, r)``."""

@@ -6,11 +6,11 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from dora_dist.command import PREEMPTED, ExpectedRunError, PreemptedError, run_command
 from dora_dist.compare.launching import WORKER, become_worker, run_workers, visible_gpus
 from dora_dist.compare.plan import Plan
 from dora_dist.compare.settings import parse_compare
-from dora_dist.quiet import quiet_libraries
+from dora_dist.console.command import PREEMPTED, ExpectedRunError, PreemptedError, run_command
+from dora_dist.console.library_warnings import quiet_libraries
 
 DESCRIPTION = """Run methods x seeds x tasks as CONFIG says, and compare. Finished cells are skipped and
 interrupted ones resumed, so that the same command goes on. Any number of workers may share the work, also started
@@ -90,14 +90,14 @@ def finish(plan: Plan, own: Sequence[str]) -> None:
     Raises:
         CellsMissingError: the results are not complete.
     """
-    from dora_dist.compare import figure, results
+    from dora_dist.compare import pictures, results
     from dora_dist.compare.worker import check_recorded
 
     notes = check_recorded(plan)
     found = results.gather(plan, notes, shlex.join(["python", "-m", "dora_dist.compare", *own]))
     table = results.write_results(plan, found)
-    figure.draw_comparison(found, plan.folder / figure.COMPARISON)
-    figure.draw_rank_maps(found, plan.folder / figure.RANKS)
+    pictures.draw_comparison(found, plan.folder / pictures.COMPARISON)
+    pictures.draw_rank_maps(found, plan.folder / pictures.RANKS)
     print(f"\n{table.read_text(encoding='utf-8')}\n{table}", flush=True)
     if not found["complete"]:
         rows = sum(bool(group["missing"]) for group in found["groups"])

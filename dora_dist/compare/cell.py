@@ -13,15 +13,16 @@ from typing import Any
 
 import torch
 
-from dora_dist import checkpoint, records, train
-from dora_dist.command import PreemptedError
+from dora_dist import train
+from dora_dist.compare.adalora import train_adalora
 from dora_dist.compare.outcome import FAILURE, IDENTITY, LOG, record_failure
-from dora_dist.compare.peers import train_adalora
 from dora_dist.compare.plan import Cell, Plan
-from dora_dist.controller import NonFiniteAdapterError
-from dora_dist.preemption import PreemptionNotice
-from dora_dist.skipping import NonFiniteLossError
-from dora_dist.watch import Watch
+from dora_dist.console.command import PreemptedError
+from dora_dist.distributed.heartbeat import Watch
+from dora_dist.distributed.preemption import PreemptionNotice
+from dora_dist.runs import checkpoint, records
+from dora_dist.training.controller import NonFiniteAdapterError
+from dora_dist.training.skipped_steps import NonFiniteLossError
 
 DIVERGED = (NonFiniteLossError, NonFiniteAdapterError)
 

@@ -12,11 +12,12 @@ from typing import Any
 
 from safetensors import safe_open
 
-from dora_dist import records, report
+from dora_dist import report
+from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS
 from dora_dist.compare.plan import REPORTED, SEARCH, Cell, Plan
-from dora_dist.config import ModelConfig, RunConfig
-from dora_dist.data_section import DataConfig
-from dora_dist.folding import ADAPTER_WEIGHTS
+from dora_dist.config.data import DataConfig
+from dora_dist.config.run import ModelConfig, RunConfig
+from dora_dist.runs import records
 
 IDENTITY = "cell.json"
 FAILURE = "failure.json"

@@ -10,9 +10,9 @@ from typing import Any
 
 from dora_dist.compare.methods import Method
 from dora_dist.compare.settings import CompareConfig
-from dora_dist.config import RunConfig, config_of
-from dora_dist.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
-from dora_dist.training_section import nearest
+from dora_dist.config.run import RunConfig, config_of
+from dora_dist.config.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
+from dora_dist.config.training import nearest
 
 SEARCH = "search"
 REPORTED = "reported"
@@ -20,7 +20,7 @@ REPORTED = "reported"
 LOSS = "loss"
 EXACT_MATCH = "exact_match"
 ADALORA_TASKS = (CAUSAL_LM, SEQUENCE_CLASSIFICATION)
-"""Tasks that :mod:`dora_dist.compare.peers` can train and measure."""
+"""Tasks that :mod:`dora_dist.compare.adalora` can train and measure."""
 TASK_KEYS = ("search", "metric", "better")
 OWNED = {
     "output_dir": "it is made of the names of the cell",

@@ -8,12 +8,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dora_dist import records
 from dora_dist.compare.outcome import Outcome, training_settings
 from dora_dist.compare.plan import Group, Plan
 from dora_dist.compare.selection import Choice
-from dora_dist.compare.statistics import CONFIDENCE, holm, paired_difference, spread
 from dora_dist.compare.worker import Progress
+from dora_dist.evaluation.seeds import CONFIDENCE, holm, paired_difference, spread
+from dora_dist.runs import records
 
 RESULTS = "results.json"
 TABLE = "results.md"

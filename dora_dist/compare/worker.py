@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from dora_dist import build_data, settle, world
-from dora_dist.benchmark.record import environment
 from dora_dist.compare.cell import run_cell
 from dora_dist.compare.outcome import Outcome, check_identity, identity_of, read_failure, read_outcome
 from dora_dist.compare.plan import REPORTED, SEARCH, Cell, Group, Plan
 from dora_dist.compare.selection import Choice, choose
-from dora_dist.records import read_json, write_json
+from dora_dist.console.provenance import environment
+from dora_dist.distributed import world
+from dora_dist.runs.records import read_json, write_json
+from dora_dist.setup import resolve, run_data
 
 DATA = "data.json"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "numpy")
@@ -52,10 +53,10 @@ def prepare(plan: Plan) -> dict[str, TaskData]:
     for task in plan.config.tasks:
         groups = [group for group in plan.groups if group.task == task]
         configs = [plan.run_config(plan.search_cells(group)[0]) for group in groups]
-        tokenizer, data = build_data.read_data(configs[0])
+        tokenizer, data = run_data.read_data(configs[0])
         for group, config in zip(groups, configs, strict=True):
             try:
-                settle.settle(config, tokenizer, data)
+                resolve.settle(config, tokenizer, data)
             except ValueError as error:
                 raise ValueError(f"cells {group}: {error}") from None
         found[task] = _task_data(task, data)
@@ -90,7 +91,7 @@ def _check_identities(plan: Plan, data: Mapping[str, TaskData]) -> None:
         check_identity(plan, cell, identity_of(plan, cell, data[cell.group.task].digests))
 
 
-def _task_data(task: str, data: build_data.RunData) -> TaskData:
+def _task_data(task: str, data: run_data.RunData) -> TaskData:
     sources = {source.name: source for source in data.evaluation}
     search, reported = sources[SEARCH], sources[REPORTED]
     shared = int(np.isin(search.keys(), reported.keys()).sum())

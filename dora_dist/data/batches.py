@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils import data
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerBase
 
-from dora_dist.data.encode import IGNORED, labels_of
+from dora_dist.data.encoding.encoder import IGNORED, labels_of
 from dora_dist.data.plan import TrainingPlan
 
 Example = dict[str, Any]
@@ -39,7 +39,7 @@ TRAINED_TOKENS = Reader(("input_ids", "spans"), as_example)
 
 
 def labelled(labels: Sequence[str] | None) -> Reader:
-    """Of rows of :class:`~dora_dist.data.labelled.LabelledEncoder`.
+    """Of rows of :class:`~dora_dist.data.encoding.classification.LabelledEncoder`.
 
     Args:
         labels: names of the classes in the order of their numbers; None where labels are numbers themselves.
@@ -62,10 +62,11 @@ def _answer_span(row: Mapping[str, Any]) -> Example:
 
 
 ANSWER_SPANS = Reader(("input_ids", "token_type_ids", "start", "end"), _answer_span)
-"""Of rows of :class:`~dora_dist.data.answers.QuestionEncoder`: the labels are the answer's first and last token."""
+"""Of rows of :class:`~dora_dist.data.encoding.questions.QuestionEncoder`: the labels are the answer's first and last
+token."""
 
 TARGETS = Reader(("input_ids", "labels"), dict)
-"""Of rows of :class:`~dora_dist.data.summaries.SummaryEncoder`."""
+"""Of rows of :class:`~dora_dist.data.encoding.summaries.SummaryEncoder`."""
 
 
 class PlannedRows(data.Dataset[list[Example]]):

@@ -16,12 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from dora_dist.command import ExpectedRunError, attempt, run_command, say
-from dora_dist.quiet import quiet_libraries
+from dora_dist.console.command import ExpectedRunError, attempt, run_command, say
+from dora_dist.console.library_warnings import quiet_libraries
 
 if TYPE_CHECKING:
-    from dora_dist.agreement import Agreement
-    from dora_dist.config import RunConfig
+    from dora_dist.config.run import RunConfig
+    from dora_dist.distributed.agreement import Agreement
     from dora_dist.doctor.facts import Problem, RankFacts
 
 TIMEOUT_SECONDS = 120.0
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def read_config(path: Path | None, overrides: Sequence[str]) -> "RunConfig | None":
     """The configuration of the run to prepare for, if there is one."""
     # Here, so that an environment in which something is missing is told without a traceback.
-    from dora_dist.config import load_config
+    from dora_dist.config.run import load_config
 
     return load_config(path, overrides) if path else None
 
@@ -104,8 +104,8 @@ def examine(config_of: "Callable[[], RunConfig | None]", output: Path | None, ti
     # Heavy imports wait until the command line has been found to be sound.
     from dora_dist.doctor import report
     from dora_dist.doctor.device_findings import device_problems
-    from dora_dist.doctor.examination import examine_rank, join
     from dora_dist.doctor.findings import node_problems, software_problems, world_problems
+    from dora_dist.doctor.inspection import examine_rank, join
     from dora_dist.doctor.network import measure_network
     from dora_dist.doctor.shared_findings import network_problems
 
@@ -140,8 +140,8 @@ def examine_folder(
 ) -> "list[Problem]":
     """Try the checkpoint folder on all ranks and print what came out; see :func:`examine`."""
     from dora_dist.doctor import report
-    from dora_dist.doctor.examination import checkpoint_bytes
     from dora_dist.doctor.grouping import by_node
+    from dora_dist.doctor.inspection import checkpoint_bytes
     from dora_dist.doctor.shared_findings import storage_problems
     from dora_dist.doctor.storage import check_storage
 

@@ -70,7 +70,7 @@ def check_matmul(device: torch.device, dtype: torch.dtype) -> tuple[float, float
 def check_layer(device: torch.device, dtype: torch.dtype, quantization: str) -> tuple[float, float]:
     """Quantize a linear layer; compare output and input gradient with its dequantized weight, and that with the
     original. The largest of the three errors, as a share of what it may be, and 1."""
-    from dora_dist.quantization import dequantized_weight
+    from dora_dist.base_model.quantization import dequantized_weight
 
     weight = _random(OUT_FEATURES, IN_FEATURES)
     layer = _quantized(weight, device, dtype, quantization)
@@ -92,7 +92,7 @@ def _quantized(weight: Tensor, device: torch.device, dtype: torch.dtype, quantiz
     # Here, so that a bitsandbytes that cannot be loaded is a finding and not the end.
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
-    from dora_dist.quantization import forbid_inference_packing
+    from dora_dist.base_model.quantization import forbid_inference_packing
 
     out_features, in_features = weight.shape
     if quantization == "nf4":

@@ -63,7 +63,7 @@ class RankFacts:
         gpus: that this rank uses; all that it sees, if it runs alone.
         visible_gpus: number of those that it sees.
         checks: of arithmetic, on its devices.
-        launch: what :func:`~dora_dist.launch.check_launch` has to say, or None.
+        launch: what :func:`~dora_dist.distributed.launcher.check_launch` has to say, or None.
         model: why the configured model cannot be found here, or None.
     """
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
+from dora_dist.console.text import ranges
 from dora_dist.doctor.facts import Problem, RankFacts
-from dora_dist.table import ranges
 
 FEW_NODES = 4
 """As many are named; of more, the number is enough."""

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 
-from dora_dist.agreement import Agreement
+from dora_dist.distributed.agreement import Agreement
 from dora_dist.doctor.facts import NetworkFacts
 
 Result = TypeVar("Result")
@@ -38,7 +38,7 @@ def measure_network(agreement: Agreement) -> NetworkFacts | None:
 
     Args:
         agreement: whose gather does not need what is measured here
-            (:class:`~dora_dist.agreement.StoreAgreement`), so that a rank on which it fails can say so.
+            (:class:`~dora_dist.distributed.agreement.StoreAgreement`), so that a rank on which it fails can say so.
     """
     backend = agreement.backend
     if backend is None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from dora_dist.agreement import Agreement
+from dora_dist.distributed.agreement import Agreement
 from dora_dist.doctor.facts import StorageFacts
 
 MIB = 2**20

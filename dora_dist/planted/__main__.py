@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dora_dist.command import run_command, say
+from dora_dist.console.command import run_command, say
+from dora_dist.console.library_warnings import quiet_libraries
+from dora_dist.console.text import aligned
 from dora_dist.planted.options import build_parser, resolve
-from dora_dist.quiet import quiet_libraries
-from dora_dist.records import write_json
-from dora_dist.table import aligned
+from dora_dist.runs.records import write_json
 
 PACKAGES = ("torch", "transformers", "peft", "scipy")
 
@@ -28,9 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result = read_result(options.output, options.settings())
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     quiet_libraries()
-    from dora_dist.benchmark.record import environment
+    from dora_dist.console.provenance import environment
     from dora_dist.planted.experiment import run_cells, summarize
-    from dora_dist.planted.figure import draw
+    from dora_dist.planted.pictures import draw
 
     session = {"command": command_line(arguments), **environment(PACKAGES)}
     before = len(result["cells"])

@@ -8,15 +8,15 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dora_dist.command import ExpectedRunError
+from dora_dist.adapter.targets import resolve_targets
 from dora_dist.compare.selection import Choice, choose
-from dora_dist.compare.statistics import paired_difference, spread
+from dora_dist.console.command import ExpectedRunError
+from dora_dist.evaluation.seeds import paired_difference, spread
 from dora_dist.planted.options import ORACLE, UNIFORM, Options
 from dora_dist.planted.patterns import planted_ranks
 from dora_dist.planted.recovery import budget_overlap, idle_share, rank_correlation
 from dora_dist.planted.teacher import load_base, plant, sample_rows
 from dora_dist.planted.training import Truth, held_out_divergence, train_student
-from dora_dist.targets import resolve_targets
 
 SEARCH, REPORTED = "search", "reported"
 

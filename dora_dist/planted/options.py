@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dora_dist.adapter_config import INITS
+from dora_dist.config.adapter import INITS
 from dora_dist.planted.patterns import DEFAULT_KIND, PATTERNS
 
 UNIFORM = "uniform"

@@ -10,15 +10,15 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
-from dora_dist.adapter_config import DynamicLoraConfig
-from dora_dist.agreement import Agreement
-from dora_dist.benchmark.base import share
-from dora_dist.controller import DynamicRankController
-from dora_dist.criterion import Criterion, criterion_of
-from dora_dist.importance import Components
-from dora_dist.model import DynamicLoraModel, add_dynamic_lora
+from dora_dist.adapter.model import DynamicLoraModel, add_dynamic_lora
+from dora_dist.benchmark.synthetic_base import share
+from dora_dist.config.adapter import DynamicLoraConfig
+from dora_dist.distributed.agreement import Agreement
+from dora_dist.method.importance import Components
+from dora_dist.method.schedule import BudgetSchedule
 from dora_dist.planted.options import FIXED, ORACLE, Options
-from dora_dist.schedule import BudgetSchedule
+from dora_dist.training.controller import DynamicRankController
+from dora_dist.training.criterion import Criterion, criterion_of
 
 WEIGHT_DECAY = 0.01
 MAX_NORM = 1.0

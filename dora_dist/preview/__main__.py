@@ -12,14 +12,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dora_dist.command import run_command, say
-from dora_dist.config import load_config
-from dora_dist.launch import world_size_of
-from dora_dist.preview.choice import FEW, Choice
+from dora_dist.config.run import load_config
+from dora_dist.console.command import run_command, say
+from dora_dist.console.library_warnings import quiet_libraries
+from dora_dist.distributed.launcher import world_size_of
 from dora_dist.preview.contents import build_preview
 from dora_dist.preview.page import build_page
+from dora_dist.preview.selection import FEW, Choice
 from dora_dist.preview.terminal import render
-from dora_dist.quiet import quiet_libraries
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -5,16 +5,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dora_dist.config import RunConfig
-from dora_dist.launch import check_world_size
-from dora_dist.preview.choice import Choice, Pool, build_pool, choose_examples
-from dora_dist.preview.course import Course, build_course
-from dora_dist.preview.figures import Bin, bins_of, describe_lengths, left_out, table_of
+from dora_dist.config.run import RunConfig
+from dora_dist.config.tasks import CAUSAL_LM
+from dora_dist.distributed.launcher import check_world_size
+from dora_dist.preview.selection import Choice, Pool, build_pool, choose_examples
+from dora_dist.preview.tables import Bin, bins_of, describe_lengths, left_out, table_of
 from dora_dist.preview.tokens import Piece, split_tokens
-from dora_dist.tasks import CAUSAL_LM
+from dora_dist.preview.training_order import Course, build_course
 
 if TYPE_CHECKING:
-    from dora_dist.build_data import RunData
+    from dora_dist.setup.run_data import RunData
 
 UNLIMITED = 2**31 - 1
 """For data.max_length, to look at examples that are too long for the real one."""
@@ -80,7 +80,7 @@ def build_preview(config: RunConfig, choice: Choice, world_size: int) -> Preview
     """
     import numpy as np
 
-    from dora_dist.build_data import build_mixture
+    from dora_dist.setup.run_data import build_mixture
 
     check_world_size(world_size, config.distributed.engine)
     limit = config.data.max_length
@@ -111,7 +111,7 @@ def _read(config: RunConfig) -> tuple[RunConfig, Any, "RunData", str]:
     Examples that are too long stop a training under ``data.overlong: error``, and are what one wants to see then: all
     are encoded again without a limit, in the cache too.
     """
-    from dora_dist.build_data import read_data
+    from dora_dist.setup.run_data import read_data
 
     if config.task != CAUSAL_LM:
         raise ValueError(f"task is {config.task}, but the preview shows the trained tokens of {CAUSAL_LM} only")
@@ -143,7 +143,7 @@ def _show(tokenizer: Any, pool: Pool, index: int, course: Course | None, limit: 
     """One example, title and tokens."""
     import numpy as np
 
-    from dora_dist.data.encode import IGNORED, labels_of
+    from dora_dist.data.encoding.encoder import IGNORED, labels_of
 
     first = pool.first()
     number = int(np.searchsorted(first, index, side="right")) - 1

@@ -10,13 +10,13 @@ import torch.distributed as dist
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from dora_dist.agreement import Agreement, StoreAgreement, digest_tensors
-from dora_dist.controller import DynamicRankController
-from dora_dist.criterion import SmoothedScores
-from dora_dist.engine import zero_entries
-from dora_dist.importance import Components, ScoreFunction, score_layers
-from dora_dist.layer import DynamicLoraLinear
-from dora_dist.schedule import BudgetSchedule
+from dora_dist.adapter.layer import DynamicLoraLinear
+from dora_dist.distributed.agreement import Agreement, StoreAgreement, digest_tensors
+from dora_dist.distributed.engine import zero_entries
+from dora_dist.method.importance import Components, ScoreFunction, score_layers
+from dora_dist.method.schedule import BudgetSchedule
+from dora_dist.training.controller import DynamicRankController
+from dora_dist.training.criterion import SmoothedScores
 
 NAMES = ("blocks.0.up", "blocks.0.down", "blocks.1.up")
 RANK, TARGET = 6, 4
@@ -147,7 +147,7 @@ def check_world_of_one() -> None:
     """The Trainer believes in one process while the group has more: ranks would train on the same data."""
     from types import SimpleNamespace
 
-    from dora_dist.world import check_world
+    from dora_dist.distributed.world import check_world
 
     trainer = SimpleNamespace(args=SimpleNamespace(world_size=1), accelerator=SimpleNamespace(num_processes=1))
     check_world(Agreement(), trainer)
@@ -157,7 +157,7 @@ def check_same_data() -> None:
     """Every rank is given the same first batch."""
     from types import SimpleNamespace
 
-    from dora_dist.world import _check_data_differs
+    from dora_dist.distributed.world import _check_data_differs
 
     _check_data_differs(Agreement(), SimpleNamespace(batch_sampler=[[3, 1, 2]]))
 
@@ -221,7 +221,7 @@ def skip_under_engine(engine: str, model_folder: str, bad: str | None) -> dict[s
         model_folder: of the base.
         bad: ``loss`` (times NaN), ``gradient`` (one infinite element) or None.
     """
-    from dora_dist.engine import SkippedSteps
+    from dora_dist.distributed.engine import SkippedSteps
 
     model = _tiny_adapted(model_folder)
     step = _make_step(engine, model)
@@ -243,7 +243,7 @@ def skip_under_engine(engine: str, model_folder: str, bad: str | None) -> dict[s
 
 def save_optimizer(model_folder: str, folder: str, steps: int, engine: str = "zero2") -> dict[str, Tensor]:
     """Train a little under ZeRO-2 and save the optimizer's state; returns it, gathered."""
-    from dora_dist.shards import OptimizerShards
+    from dora_dist.training.optimizer_shards import OptimizerShards
 
     model = _tiny_adapted(model_folder)
     step = _make_step(engine, model)
@@ -256,7 +256,7 @@ def save_optimizer(model_folder: str, folder: str, steps: int, engine: str = "ze
 
 def load_optimizer(model_folder: str, folder: str, engine: str = "zero2") -> dict[str, Any]:
     """Load it into a fresh engine."""
-    from dora_dist.shards import OptimizerShards
+    from dora_dist.training.optimizer_shards import OptimizerShards
 
     model = _tiny_adapted(model_folder)
     step = _make_step(engine, model)
@@ -269,7 +269,7 @@ def load_optimizer(model_folder: str, folder: str, engine: str = "zero2") -> dic
 
 def check_odd_optimizer(model_folder: str) -> None:
     """An optimizer that keeps a state of 8 bits."""
-    from dora_dist.shards import OptimizerShards
+    from dora_dist.training.optimizer_shards import OptimizerShards
 
     model = _tiny_adapted(model_folder)
     step = _make_step("zero2", model)
@@ -295,7 +295,7 @@ def _whole_states(trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
 def _tiny_adapted(model_folder: str) -> Any:
     """A tiny NF4 Llama with an adapter whose every component has an effect, the same on every rank."""
     from dora_dist import DynamicLoraConfig, add_dynamic_lora
-    from dora_dist.backbone import load_backbone
+    from dora_dist.base_model.load import load_backbone
 
     config = DynamicLoraConfig(target_rank=2, initial_rank=4, dropout=0.0, alpha=8)
     model = add_dynamic_lora(load_backbone(model_folder), config)
@@ -310,7 +310,7 @@ def _make_step(engine: str, model: nn.Module) -> Any:
     if engine.startswith("zero2"):
         import deepspeed
 
-        from dora_dist.world import use_gloo_only
+        from dora_dist.distributed.world import use_gloo_only
 
         os.environ["MASTER_PORT"] = "29500"
         use_gloo_only()
@@ -392,7 +392,7 @@ def load_and_watch(tiny: str, folder: str, quantization: str, dtype: str, hoard:
     from process_memory import MemoryWatch
     from safetensors.torch import load_file
 
-    from dora_dist.backbone import load_backbone
+    from dora_dist.base_model.load import load_backbone
 
     load_backbone(tiny, quantization, getattr(torch, dtype))
     dist.barrier()
@@ -406,7 +406,7 @@ def load_and_watch(tiny: str, folder: str, quantization: str, dtype: str, hoard:
 
 def load_where_one_is_broken(folder: str, broken: str) -> None:
     """The last rank's base has a flaw."""
-    from dora_dist.backbone import load_backbone
+    from dora_dist.base_model.load import load_backbone
 
     agreement = Agreement()
     with agreement.together("loading the model"):

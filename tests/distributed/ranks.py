@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "dora_dist.build", "dora_dist.report", "deepspeed", "rank_functions"])
+_CONTEXT.set_forkserver_preload(["torch", "dora_dist.setup.build", "dora_dist.report", "deepspeed", "rank_functions"])
 
 
 @dataclass(frozen=True)

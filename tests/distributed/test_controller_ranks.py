@@ -7,7 +7,7 @@ import rank_functions
 import torch
 from ranks import run_ranks
 
-from dora_dist.allocation import select_components
+from dora_dist.method.allocation import select_components
 
 NODE = platform.node()
 

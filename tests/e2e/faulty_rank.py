@@ -24,8 +24,8 @@ def faulty_rank(rank: int, world_size: int, arguments: list[str], port: int, log
 
 
 def _break_at_places(mine: dict[str, Any]) -> None:
-    from dora_dist.controller import DynamicRankController as Controller
-    from dora_dist.trainer import DynamicLoraTrainer as Trainer
+    from dora_dist.training.controller import DynamicRankController as Controller
+    from dora_dist.training.trainer import DynamicLoraTrainer as Trainer
 
     compute_loss, verify, save = Trainer.compute_loss, Controller.verify, Trainer._save_optimizer_and_scheduler
 

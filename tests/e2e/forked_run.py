@@ -30,7 +30,7 @@ def train_rank(rank: int, world_size: int, arguments: list[str], port: int, log:
     with open(f"{log}-{rank}", "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    from dora_dist.command import run_command
+    from dora_dist.console.command import run_command
     from dora_dist.train import main
 
     sys.stdout.reconfigure(line_buffering=True)

@@ -15,9 +15,9 @@ import torch
 from commands import REPOSITORY, run
 from comparison import write_comparison
 
-from dora_dist.backbone import load_backbone
-from dora_dist.checkpoint import checkpoints
-from dora_dist.command import PREEMPTED
+from dora_dist.base_model.load import load_backbone
+from dora_dist.console.command import PREEMPTED
+from dora_dist.runs.checkpoint import checkpoints
 
 pytestmark = pytest.mark.timeout(900)
 COMMAND = ("python", "-m", "dora_dist.compare")

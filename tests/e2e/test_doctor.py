@@ -39,7 +39,7 @@ def doctor_rank(rank, started, arguments_of, port, log, world_size=None):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.__stdout__ = sys.stdout
-    from dora_dist.command import run_command
+    from dora_dist.console.command import run_command
     from dora_dist.doctor.__main__ import main
 
     run_command(lambda: main(arguments_of[rank]))

@@ -15,7 +15,7 @@ from ranks import wait_for_ranks
 from same_run import assert_same_run
 from tiny_run import write_config
 
-from dora_dist import checkpoint
+from dora_dist.runs import checkpoint
 
 KILLS = 10
 

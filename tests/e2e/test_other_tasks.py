@@ -12,7 +12,7 @@ from same_run import assert_invariant, assert_same_run, evaluation_of, stopped_a
 from tiny_encoders import save_tiny_encoder, write_questions, write_summaries
 from transformers import AutoModelForQuestionAnswering, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from dora_dist.metrics import rouge_scores, squad_scores
+from dora_dist.evaluation.metrics import rouge_scores, squad_scores
 
 WITHOUT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 

@@ -6,8 +6,8 @@ import torch
 from commands import run
 from safetensors.torch import load_file
 
-from dora_dist.checkpoint import checkpoints
-from dora_dist.folding import read_lora_adapter
+from dora_dist.adapter.plain_lora import read_lora_adapter
+from dora_dist.runs.checkpoint import checkpoints
 
 
 def test_checkpoints_hold_the_adapter_and_nothing_of_the_base(reference):

@@ -16,8 +16,8 @@ from ranks import wait_for_ranks
 from same_run import assert_same_run
 from tiny_run import write_config
 
-from dora_dist import checkpoint
-from dora_dist.command import PREEMPTED
+from dora_dist.console.command import PREEMPTED
+from dora_dist.runs import checkpoint
 
 LAST = 20
 
@@ -29,8 +29,8 @@ def signalled_rank(rank, world_size, arguments, port, log, signals):
         signals: of every rank: place -> names of the signals, where a place is ``load``, the number of a step, or
             ``save N`` for the moments before and after the writing of a checkpoint.
     """
-    from dora_dist import build
-    from dora_dist.trainer import DynamicLoraTrainer as Trainer
+    from dora_dist.setup import build
+    from dora_dist.training.trainer import DynamicLoraTrainer as Trainer
 
     mine = signals.get(rank, {})
 

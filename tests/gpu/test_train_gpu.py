@@ -7,7 +7,7 @@ import torch
 from commands import run
 from tiny_run import write_config
 
-from dora_dist.importance import component_scores
+from dora_dist.method.importance import component_scores
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 

@@ -11,7 +11,7 @@ from repository import REPOSITORY
 from same_run import assert_same_run
 from tiny_run import write_config
 
-from dora_dist import checkpoint
+from dora_dist.runs import checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 LAST = 100

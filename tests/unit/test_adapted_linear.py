@@ -7,8 +7,8 @@ from base_layers import IN, OUT, RANK, make_base
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dora_dist.adapted_linear import Layer, Settings, adapted_linears
-from dora_dist.quantization import check_known_linear
+from dora_dist.adapter.linear_operation import Layer, Settings, adapted_linears
+from dora_dist.base_model.quantization import check_known_linear
 
 SCALE = 2 / 3
 KEPT = {"all": None, "some": [0, 3, 4], "one": [5], "none": []}

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dora_dist.allocation import select_components, select_within_budget
+from dora_dist.method.allocation import select_components, select_within_budget
 
 # Few different values, so that ties are the rule.
 TIED = st.sampled_from([0.0, 0.25, 0.5, 1.0])

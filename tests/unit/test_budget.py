@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dora_dist.budget import Budget, component_costs
-from dora_dist.schedule import BudgetSchedule
+from dora_dist.method.budget import Budget, component_costs
+from dora_dist.method.schedule import BudgetSchedule
 
 SHAPES = {"q": (8, 8), "down": (24, 8), "up": (8, 24)}
 

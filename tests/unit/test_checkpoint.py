@@ -4,10 +4,10 @@ import pytest
 import torch
 from tiny_models import adapt, shake, tiny_model
 
-from dora_dist import checkpoint
-from dora_dist.agreement import Agreement
-from dora_dist.controller import DynamicRankController
-from dora_dist.schedule import BudgetSchedule
+from dora_dist.distributed.agreement import Agreement
+from dora_dist.method.schedule import BudgetSchedule
+from dora_dist.runs import checkpoint
+from dora_dist.training.controller import DynamicRankController
 
 
 def make_checkpoint(run, step, sealed=True):

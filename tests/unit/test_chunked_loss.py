@@ -10,12 +10,19 @@ from torch import nn
 from torch.nn import functional
 from transformers import CohereConfig, Gemma2Config, GraniteConfig, MixtralConfig, PhiConfig
 
-from dora_dist import chunked_loss
-from dora_dist.backbone import load_backbone
+from dora_dist.base_model import chunked_loss
+from dora_dist.base_model.chunked_loss import (
+    CHUNK_BYTES,
+    IGNORED,
+    DeferredLogits,
+    chunk_length,
+    chunked_cross_entropy,
+    obstacle,
+)
+from dora_dist.base_model.load import load_backbone
 from dora_dist.benchmark.peak import rise_of_allocator
-from dora_dist.build import load_model
-from dora_dist.chunked_loss import CHUNK_BYTES, IGNORED, DeferredLogits, chunk_length, chunked_cross_entropy, obstacle
-from dora_dist.config import load_config
+from dora_dist.config.run import load_config
+from dora_dist.setup.build import load_model
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6}
 """Of a loss and of gradients, relative to the largest."""

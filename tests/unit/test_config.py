@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from repository import REPOSITORY
 
-from dora_dist.adapter_config import DynamicLoraConfig
-from dora_dist.config import RunConfig, load_config, parse_config, save_config
-from dora_dist.tasks import metrics_of
-from dora_dist.training_section import (
+from dora_dist.config.adapter import DynamicLoraConfig
+from dora_dist.config.run import RunConfig, load_config, parse_config, save_config
+from dora_dist.config.tasks import metrics_of
+from dora_dist.config.training import (
     DEFAULT_TRAINING_ARGUMENTS,
     OWNED_TRAINING_ARGUMENTS,
     check_training_section,

@@ -4,11 +4,11 @@ import pytest
 import torch
 from tiny_models import adapt, shake, tiny_model
 
-from dora_dist.agreement import Agreement
-from dora_dist.controller import BudgetMissedError, DynamicRankController, NonFiniteAdapterError
-from dora_dist.criterion import SmoothedScores
-from dora_dist.importance import score_layers
-from dora_dist.schedule import BudgetSchedule
+from dora_dist.distributed.agreement import Agreement
+from dora_dist.method.importance import score_layers
+from dora_dist.method.schedule import BudgetSchedule
+from dora_dist.training.controller import BudgetMissedError, DynamicRankController, NonFiniteAdapterError
+from dora_dist.training.criterion import SmoothedScores
 
 
 def make_controller(total_steps=10, target_rank=2, **options):

@@ -4,11 +4,11 @@ import pytest
 import torch
 from tiny_models import adapt, loss_and_gradients, shake, tiny_model, tokens
 
-from dora_dist.agreement import Agreement, RankFailedError
-from dora_dist.controller import DynamicRankController
-from dora_dist.criterion import GateSensitivity, SmoothedScores
-from dora_dist.importance import component_magnitudes
-from dora_dist.schedule import BudgetSchedule
+from dora_dist.distributed.agreement import Agreement, RankFailedError
+from dora_dist.method.importance import component_magnitudes
+from dora_dist.method.schedule import BudgetSchedule
+from dora_dist.training.controller import DynamicRankController
+from dora_dist.training.criterion import GateSensitivity, SmoothedScores
 
 
 @pytest.fixture

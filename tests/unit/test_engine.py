@@ -4,7 +4,7 @@ import torch
 from deepspeed.utils.tensor_fragment import fragment_address, tensor_fragment
 from torch import nn
 
-from dora_dist.engine import engine_of, zero_entries
+from dora_dist.distributed.engine import engine_of, zero_entries
 
 
 def test_zeroing_entries_of_a_bfloat16_parameter_leaves_the_rest_of_the_master_copy_alone():

@@ -12,7 +12,7 @@ from measured_memory import measure_peak, measure_zero_peak, save_model
 from ranks import run_ranks
 from transformers import Gemma2Config, LlamaConfig, Qwen3Config
 
-from dora_dist.config import load_config
+from dora_dist.config.run import load_config
 from dora_dist.estimate import as_json, estimate_memory, format_bytes, main, render
 
 GIB = 2**30

@@ -25,9 +25,10 @@ from trained_run import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from dora_dist import checkpoint, export, records
-from dora_dist.backbone import load_backbone
-from dora_dist.folding import ADAPTER_WEIGHTS, read_lora_adapter
+from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS, read_lora_adapter
+from dora_dist.base_model.load import load_backbone
+from dora_dist.export import __main__ as export
+from dora_dist.runs import checkpoint, records
 
 NUM_MODULES = 14
 

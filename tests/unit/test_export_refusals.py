@@ -12,11 +12,13 @@ from torch import Tensor
 from trained_run import TrainedFolder, make_base, make_run, one_thread, run_export
 from transformers import LlamaForCausalLM
 
-from dora_dist import export, formats, merge, records
-from dora_dist.command import ExpectedRunError
-from dora_dist.folding import ADAPTER_WEIGHTS
-from dora_dist.model import DynamicLoraModel
-from dora_dist.verify import Reference
+from dora_dist.adapter.model import DynamicLoraModel
+from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS
+from dora_dist.console.command import ExpectedRunError
+from dora_dist.export import __main__ as export
+from dora_dist.export import formats, merge
+from dora_dist.export.verification import Reference
+from dora_dist.runs import records
 
 NUM_MODULES = 14
 FORMATS = ("peft", "uniform", "merged")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dora_dist.folding import ADAPTER_WEIGHTS, fold_components, pad_rank, write_lora_adapter
+from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS, fold_components, pad_rank, write_lora_adapter
 
 
 def draw_layer(gate: list[float], dtype: torch.dtype = torch.float32):

@@ -10,9 +10,9 @@ from transformers.models.gemma.modeling_gemma import GemmaMLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
-from dora_dist.gated_mlp import fuse_gated_mlps
-from dora_dist.layer import DynamicLoraLinear
-from dora_dist.model_shape import is_gated_mlp
+from dora_dist.adapter.gated_mlp import fuse_gated_mlps
+from dora_dist.adapter.layer import DynamicLoraLinear
+from dora_dist.base_model.shape import is_gated_mlp
 
 HIDDEN, INNER, RANK = 64, 128, 6
 SIZES = {"hidden_size": HIDDEN, "intermediate_size": INNER}

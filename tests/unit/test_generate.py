@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from trained_run import TrainedFolder, character_tokenizer, make_base, make_run, one_thread
 
-from dora_dist import generate, records
-from dora_dist.backbone import load_backbone
-from dora_dist.data.chat import choose_template
-from dora_dist.data.encode import encode_prompts
-from dora_dist.data.rows import alpaca_prompt
-from dora_dist.evaluation import generate_answers
+from dora_dist import generate
+from dora_dist.base_model.load import load_backbone
+from dora_dist.data.encoding.chat import choose_template
+from dora_dist.data.encoding.encoder import encode_prompts
+from dora_dist.data.reading.row_formats import alpaca_prompt
+from dora_dist.evaluation.evaluator import generate_answers
+from dora_dist.runs import records
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dora_dist.adapter.layer import DynamicLoraLinear
 from dora_dist.allocation import select_components
 from dora_dist.importance import component_scores, smooth
-from dora_dist.layer import DynamicLoraLinear
 from dora_dist.regularizer import equilibrium_penalty
 from dora_dist.schedule import BudgetSchedule
 

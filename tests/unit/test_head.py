@@ -17,15 +17,15 @@ from tiny_models import adapt, shake, tiny_model, trainable
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from dora_dist.backbone import HeadStart, load_backbone, load_skeleton
-from dora_dist.head import head_modules, start_parameters, task_of
-from dora_dist.model import (
+from dora_dist.adapter.model import (
     DynamicLoraForCausalLM,
     DynamicLoraForQuestionAnswering,
     DynamicLoraForSeq2SeqLM,
     DynamicLoraForSequenceClassification,
 )
-from dora_dist.targets import resolve_targets
+from dora_dist.adapter.targets import resolve_targets
+from dora_dist.base_model.head import head_modules, start_parameters, task_of
+from dora_dist.base_model.load import HeadStart, load_backbone, load_skeleton
 
 HEADS = {
     "bert": ["classifier.bias", "classifier.weight"],

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dora_dist.importance import (
+from dora_dist.method.importance import (
     component_magnitudes,
     component_scores,
     score_layers,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dora_dist.launch import check_launch, check_world_size, world_size_of
+from dora_dist.distributed.launcher import check_launch, check_world_size, world_size_of
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
 DDP_CPU = {"ACCELERATE_USE_CPU": "true", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}

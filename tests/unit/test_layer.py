@@ -5,8 +5,8 @@ import torch
 from base_layers import ALPHA, IN, RANK, adapt_layer, make_base
 from torch import Tensor, nn
 
-from dora_dist.layer import DynamicLoraLinear
-from dora_dist.quantization import dequantized_weight
+from dora_dist.adapter.layer import DynamicLoraLinear
+from dora_dist.base_model.quantization import dequantized_weight
 
 
 def make_layer(kind: str = "plain", **options) -> DynamicLoraLinear:

@@ -158,7 +158,7 @@ SOURCES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py")) if 
 
 
 def imports(name: str) -> set[str]:
-    """Full names of all that a module imports, anywhere in it: ``torch``, ``dora_dist.layer``."""
+    """Full names of all that a module imports, anywhere in it: ``torch``, ``dora_dist.adapter.layer``."""
     found = set()
     for node in ast.walk(ast.parse(SOURCES[name].read_text())):
         if isinstance(node, ast.Import):

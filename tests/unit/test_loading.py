@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, GPT2Config, modeling_utils
 
-from dora_dist import loading
-from dora_dist.backbone import load_backbone
-from dora_dist.quantization import quantization_config
+from dora_dist.base_model import lean_loading
+from dora_dist.base_model.load import load_backbone
+from dora_dist.base_model.quantization import quantization_config
 
 SHARD = "60KB"
 
@@ -54,7 +54,7 @@ def assert_same(model, other):
 def pieces(request, monkeypatch):
     """Tiny weights are smaller than a piece; 192 elements divide no weight and no row of them."""
     if request.param == "pieces":
-        monkeypatch.setattr(loading, "PIECE_NUMEL", 192)
+        monkeypatch.setattr(lean_loading, "PIECE_NUMEL", 192)
 
 
 def save(folder, architecture="llama", dtype=torch.bfloat16, shard="1GB", **changes):
@@ -111,7 +111,7 @@ def test_a_piece_of_a_large_weight_is_not_rounded_differently():
     weight = torch.randn(1000, 1001, generator=torch.Generator().manual_seed(0))
     packed, absmax = torch.ops.bitsandbytes.quantize_4bit.default(weight, 64, "nf4", torch.uint8)
     codes, scales, _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(weight.half())
-    with loading._QuantizedInPieces():
+    with lean_loading._QuantizedInPieces():
         again = torch.ops.bitsandbytes.quantize_4bit.default(weight, 64, "nf4", torch.uint8)
         rows = torch.ops.bitsandbytes.int8_vectorwise_quant.default(weight.half())
     assert torch.equal(packed, again[0])
@@ -121,11 +121,11 @@ def test_a_piece_of_a_large_weight_is_not_rounded_differently():
 
 
 def test_outliers_of_a_whole_weight_stay_a_matter_of_the_whole_weight(monkeypatch):
-    monkeypatch.setattr(loading, "PIECE_NUMEL", 64)
+    monkeypatch.setattr(lean_loading, "PIECE_NUMEL", 64)
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)).half()
     weight[20, 3] = 50
     expected = torch.ops.bitsandbytes.int8_vectorwise_quant.default(weight.clone(), 6.0)
-    with loading._QuantizedInPieces():
+    with lean_loading._QuantizedInPieces():
         found = torch.ops.bitsandbytes.int8_vectorwise_quant.default(weight.clone(), 6.0)
     assert expected[2].tolist() == found[2].tolist() == [3]
     assert torch.equal(expected[0], found[0])

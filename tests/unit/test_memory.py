@@ -9,11 +9,11 @@ from repository import REPOSITORY
 from tiny_models import adapt, tiny_model, trainable
 from torch import nn
 
-from dora_dist.activations import Adapter, Batch, block_memory
-from dora_dist.backbone import load_backbone, load_skeleton
-from dora_dist.memory import Optimizer, base_parts, chunked_loss_memory, loss_memory, step_memory
-from dora_dist.model_shape import read_shape
-from dora_dist.targets import resolve_targets
+from dora_dist.adapter.targets import resolve_targets
+from dora_dist.base_model.load import load_backbone, load_skeleton
+from dora_dist.base_model.shape import read_shape
+from dora_dist.memory.activations import Adapter, Batch, block_memory
+from dora_dist.memory.step import Optimizer, base_parts, chunked_loss_memory, loss_memory, step_memory
 
 
 def shape_of(folder, targets="all-linear"):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_dist.metrics import (
+from dora_dist.evaluation.metrics import (
     CLASS_METRICS,
     NUMBER_METRICS,
     accuracy,

@@ -20,9 +20,9 @@ from tiny_models import (
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from dora_dist.folding import ADAPTER_WEIGHTS
-from dora_dist.layer import DynamicLoraLinear
-from dora_dist.model import DynamicLoraModel
+from dora_dist.adapter.layer import DynamicLoraLinear
+from dora_dist.adapter.model import DynamicLoraModel
+from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_encoders import tiny_classifier, tiny_reader, tiny_summarizer
 
-from dora_dist.data.encode import IGNORED
-from dora_dist.objective import class_losses, mean_over_tokens, span_losses, squared_errors, token_losses
+from dora_dist.base_model.losses import class_losses, mean_over_tokens, span_losses, squared_errors, token_losses
+from dora_dist.data.encoding.encoder import IGNORED
 
 
 @pytest.mark.parametrize("architecture", ["bert", "roberta", "llama"])

@@ -10,10 +10,10 @@ import pytest
 from repository import REPOSITORY
 from transformers import TrainerControl
 
-from dora_dist.agreement import Agreement
-from dora_dist.command import PREEMPTED, PreemptedError
-from dora_dist.preemption import SIGNALS, PreemptionNotice
-from dora_dist.trainer import DynamicLoraTrainer
+from dora_dist.console.command import PREEMPTED, PreemptedError
+from dora_dist.distributed.agreement import Agreement
+from dora_dist.distributed.preemption import SIGNALS, PreemptionNotice
+from dora_dist.training.trainer import DynamicLoraTrainer
 
 
 @pytest.fixture(autouse=True)

@@ -12,12 +12,12 @@ from byte_tokenizer import byte_tokenizer
 from repository import REPOSITORY
 from tiny_run import write_config, write_rows
 
-from dora_dist import build_data
-from dora_dist.config import load_config
+from dora_dist.config.run import load_config
 from dora_dist.preview.__main__ import _in_colour, main
-from dora_dist.preview.choice import Choice
 from dora_dist.preview.contents import build_preview
+from dora_dist.preview.selection import Choice
 from dora_dist.preview.terminal import BOLD, RESET, SHADES
+from dora_dist.setup import run_data
 
 BYTES = byte_tokenizer("chatml")
 
@@ -82,8 +82,8 @@ def test_the_first_examples_of_the_training_with_trained_tokens_in_brackets(conf
 
 def test_the_examples_are_those_of_the_plan(config):
     loaded = load_config(config)
-    _, data = build_data.read_data(loaded)
-    order = build_data.build_mixture(loaded.data, data.train, loaded.seed).plan(12, 4).examples
+    _, data = run_data.read_data(loaded)
+    order = run_data.build_mixture(loaded.data, data.train, loaded.seed).plan(12, 4).examples
     expected = [data.train[0].dataset[int(index)]["place"] for index in order[:5]]
     examples = build_preview(loaded, Choice(number=5), 1).examples
     assert [example.title.split(": ")[0] for example in examples] == [f"train, {place}" for place in expected]
@@ -263,13 +263,13 @@ def test_the_page_says_the_same(chats, capsys, tmp_path):
 
 
 def test_what_libraries_print_is_not_in_the_preview(config, capsys, monkeypatch):
-    read_data = build_data.read_data
+    read_data = run_data.read_data
 
     def talkative(*arguments):
         print("greetings from a library")
         return read_data(*arguments)
 
-    monkeypatch.setattr(build_data, "read_data", talkative)
+    monkeypatch.setattr(run_data, "read_data", talkative)
     main([str(config)])
     said = capsys.readouterr()
     assert "greetings" in said.err

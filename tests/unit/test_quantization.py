@@ -5,7 +5,7 @@ from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from tiny_models import adapt, loss_and_gradients, quantized_model, shake, tiny_model, tokens
 from torch import nn
 
-from dora_dist.quantization import dequantized_weight, forbid_inference_packing, quantization_config
+from dora_dist.base_model.quantization import dequantized_weight, forbid_inference_packing, quantization_config
 
 packing_cpu = pytest.mark.skipif(
     not bnb_functional.has_avx512bf16(), reason="bitsandbytes repacks 4-bit weights on CPUs with AVX512-BF16 only"

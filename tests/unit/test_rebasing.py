@@ -4,12 +4,12 @@ import pytest
 import torch
 from tiny_models import adapt, logits, shake, tiny_model
 
-from dora_dist.agreement import Agreement
-from dora_dist.controller import DynamicRankController
-from dora_dist.criterion import GateSensitivity, SmoothedScores
-from dora_dist.importance import squared_magnitudes
-from dora_dist.rebasing import singular_components
-from dora_dist.schedule import BudgetSchedule
+from dora_dist.distributed.agreement import Agreement
+from dora_dist.method.importance import squared_magnitudes
+from dora_dist.method.rebasing import singular_components
+from dora_dist.method.schedule import BudgetSchedule
+from dora_dist.training.controller import DynamicRankController
+from dora_dist.training.criterion import GateSensitivity, SmoothedScores
 
 
 def components(rank=4, inputs=9, outputs=7, dtype=torch.float64):

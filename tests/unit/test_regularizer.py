@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dora_dist.regularizer import equilibrium_penalty
+from dora_dist.method.regularizer import equilibrium_penalty
 
 SHAPES = [(3, 16, 8), (5, 7, 21), (1, 2, 2)]  # rank, in, out; ranks differ, so that a mean of means would be wrong
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from tiny_models import PROJECTIONS
 
-from dora_dist import records, report
+from dora_dist import report
+from dora_dist.runs import records
 
 PARENTS = dict.fromkeys(PROJECTIONS[:4], "self_attn") | dict.fromkeys(PROJECTIONS[4:], "mlp")
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from dora_dist import resume
-from dora_dist.config import ModelConfig, RunConfig
-from dora_dist.data_section import DataConfig
-from dora_dist.records import RUN, SUMMARY, write_json
-from dora_dist.resume import Earlier
+from dora_dist.config.data import DataConfig
+from dora_dist.config.run import ModelConfig, RunConfig
+from dora_dist.runs import resume
+from dora_dist.runs.records import RUN, SUMMARY, write_json
+from dora_dist.runs.resume import Earlier
 
 FOLDER = Path("runs/x/checkpoint-5")
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dora_dist.schedule import BudgetSchedule
+from dora_dist.method.schedule import BudgetSchedule
 
 
 def make(total_steps: int = 1000, **changes) -> BudgetSchedule:

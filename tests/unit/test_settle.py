@@ -10,11 +10,11 @@ from tiny_encoders import save_tiny_encoder, write_classification
 from tiny_run import tiny_tokenizer, write_config, write_rows
 from transformers import AutoModel
 
-from dora_dist import build, build_data, settle
-from dora_dist.backbone import load_skeleton
-from dora_dist.config import load_config
-from dora_dist.tasks import SEQUENCE_CLASSIFICATION as CLASSIFICATION
-from dora_dist.training_section import DEFAULT_TRAINING_ARGUMENTS, OWNED_TRAINING_ARGUMENTS
+from dora_dist.base_model.load import load_skeleton
+from dora_dist.config.run import load_config
+from dora_dist.config.tasks import SEQUENCE_CLASSIFICATION as CLASSIFICATION
+from dora_dist.config.training import DEFAULT_TRAINING_ARGUMENTS, OWNED_TRAINING_ARGUMENTS
+from dora_dist.setup import build, resolve, run_data
 
 
 @pytest.fixture(autouse=True)
@@ -33,11 +33,11 @@ def load(config, *overrides):
 
 
 def settled(settings):
-    return settle.settle(settings, *build_data.read_data(settings))
+    return resolve.settle(settings, *run_data.read_data(settings))
 
 
 def mixture_of(num_examples):
-    return build_data.Mixture(
+    return run_data.Mixture(
         members=[np.arange(num_examples)],
         counts=[num_examples],
         lengths=np.full(num_examples, 8),
@@ -69,7 +69,7 @@ def test_a_method_that_cannot_work_is_refused_without_reading_weights(config, ov
     settings = load(config, *overrides)
     (config.parent / "model" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=message):
-        settle.check_method(settings, load_skeleton(settings.model.path), settings.training["max_steps"])
+        resolve.check_method(settings, load_skeleton(settings.model.path), settings.training["max_steps"])
 
 
 @pytest.mark.parametrize(
@@ -83,12 +83,12 @@ def test_a_method_that_cannot_work_is_refused_without_reading_weights(config, ov
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the messages are those of a machine without a GPU")
 def test_training_settings_that_cannot_work_are_refused(config, overrides, message):
     with pytest.raises(ValueError, match=message):
-        settle.training_arguments(load(config, *overrides), mixture_of(50))
+        resolve.training_arguments(load(config, *overrides), mixture_of(50))
 
 
 def test_evaluation_during_training_needs_held_out_data(config):
     with pytest.raises(ValueError, match=r"eval_strategy is steps, but data\.eval is not set"):
-        settle.training_arguments(
+        resolve.training_arguments(
             load(config, "--training.eval_strategy", "steps", "--data.eval", "null"), mixture_of(50)
         )
 
@@ -96,9 +96,9 @@ def test_evaluation_during_training_needs_held_out_data(config):
 def test_what_the_program_sets_is_refused_in_the_configuration(config, monkeypatch):
     """Otherwise a user who sets it gets an error about a keyword given twice."""
     seen = {}
-    monkeypatch.setattr(settle, "TrainingArguments", lambda **values: seen.update(values) or pytest.skip.Exception)
+    monkeypatch.setattr(resolve, "TrainingArguments", lambda **values: seen.update(values) or pytest.skip.Exception)
     with pytest.raises(AttributeError):
-        settle.training_arguments(load(config), mixture_of(50))
+        resolve.training_arguments(load(config), mixture_of(50))
     given = {*DEFAULT_TRAINING_ARGUMENTS, *load(config).training, "dataloader_pin_memory"}
     assert set(seen) - given <= set(OWNED_TRAINING_ARGUMENTS)
 
@@ -154,7 +154,7 @@ def test_epochs_are_counted_in_rows(config):
     assert packed.arguments.max_steps < 40
     assert packed.plan.num_rows == packed.arguments.max_steps * 4
     assert packed.plan.row_lengths(packed.mixture.lengths).max() <= 64
-    assert settle.count_steps(settled(load(config, *one)).mixture, -1, 6, global_batch=20) == 15
+    assert resolve.count_steps(settled(load(config, *one)).mixture, -1, 6, global_batch=20) == 15
 
 
 def test_weights_and_repetitions_of_sources_reach_the_plan(config):
@@ -211,7 +211,7 @@ def test_an_example_beyond_the_models_context_is_refused(config):
 def test_roberta_has_fewer_positions_than_its_configuration_says(tmp_path):
     for architecture, context in (("bert", 64), ("roberta", 63), ("llama", 64)):
         skeleton = load_skeleton(str(save_tiny_encoder(tmp_path / architecture, architecture)), task=CLASSIFICATION)
-        assert settle.context_of(skeleton) == context
+        assert resolve.context_of(skeleton) == context
     model = AutoModel.from_pretrained(tmp_path / "roberta")
     model(input_ids=torch.full((1, 63), 7))
     with pytest.raises((IndexError, RuntimeError), match="out of"):

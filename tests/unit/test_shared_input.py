@@ -7,8 +7,8 @@ import torch
 from base_layers import IN, adapt_layer, make_base
 from torch import Tensor, nn
 
-from dora_dist.layer import DynamicLoraLinear
-from dora_dist.shared_input import share_inputs
+from dora_dist.adapter.layer import DynamicLoraLinear
+from dora_dist.adapter.shared_input import share_inputs
 
 
 class Attention(nn.Module):

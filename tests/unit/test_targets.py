@@ -3,7 +3,7 @@ from bitsandbytes.nn import Linear4bit
 from tiny_models import PROJECTIONS, tiny_model
 from torch import nn
 
-from dora_dist.targets import resolve_targets
+from dora_dist.adapter.targets import resolve_targets
 
 
 def endings(names: list[str]) -> set[str]:

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from dora_dist.agreement import Agreement
-from dora_dist.benchmark.base import build_base, random_rows
 from dora_dist.benchmark.comparison import start, time_in_turns
 from dora_dist.benchmark.contestants import build, check_gradients, check_same_start
 from dora_dist.benchmark.options import ADALORA, CONTESTANTS, DYNAMIC, FLOOR, LORA, PRUNED, build_parser, resolve
 from dora_dist.benchmark.peak import PeakMeter
 from dora_dist.benchmark.scoring import dense_scores, measure_accuracy, random_layer
 from dora_dist.benchmark.shapes import parse_shape
-from dora_dist.importance import component_scores
+from dora_dist.benchmark.synthetic_base import build_base, random_rows
+from dora_dist.distributed.agreement import Agreement
+from dora_dist.method.importance import component_scores
 
 CPU = torch.device("cpu")
 SHAPE = replace(parse_shape("8b-tiny"), sequence=16, vocabulary=128)

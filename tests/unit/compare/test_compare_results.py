@@ -7,12 +7,12 @@ import pytest
 import torch
 from comparison import write_comparison
 
-from dora_dist import records
+from dora_dist.adapter.plain_lora import write_lora_adapter
 from dora_dist.compare.outcome import IDENTITY, check_identity, identity_of, record_failure, training_seconds
 from dora_dist.compare.plan import Cell, Group, Plan
 from dora_dist.compare.results import format_table, gather
 from dora_dist.compare.settings import parse_compare
-from dora_dist.folding import write_lora_adapter
+from dora_dist.runs import records
 
 ENVIRONMENT = {"began": "2024-05-01T00:00:00Z", "commit": "abc", "dirty": False}
 RANKS = {"model.layers.0.q_proj": 2, "model.layers.1.q_proj": 2}

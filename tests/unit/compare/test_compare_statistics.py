@@ -5,7 +5,7 @@ import math
 import pytest
 from scipy import stats
 
-from dora_dist.compare.statistics import holm, paired_difference, spread
+from dora_dist.evaluation.seeds import holm, paired_difference, spread
 
 
 def test_spread_divides_by_one_less():

@@ -13,20 +13,20 @@ from tiny_models import tokens
 from tiny_run import save_tiny_model
 from transformers import AutoModelForSequenceClassification
 
-from dora_dist import build, build_data
-from dora_dist.agreement import Agreement
-from dora_dist.backbone import load_backbone
-from dora_dist.command import ExpectedRunError
-from dora_dist.compare import peers
+from dora_dist.adapter.model import prepare_heads
+from dora_dist.base_model.load import load_backbone
+from dora_dist.compare import adalora
 from dora_dist.compare.cell import run_cell
 from dora_dist.compare.outcome import LOG
 from dora_dist.compare.plan import Cell, Group, Plan
 from dora_dist.compare.settings import parse_compare
-from dora_dist.config import load_config
-from dora_dist.controller import NonFiniteAdapterError
-from dora_dist.model import prepare_heads
-from dora_dist.schedule import BudgetSchedule
-from dora_dist.settle import settle
+from dora_dist.config.run import load_config
+from dora_dist.console.command import ExpectedRunError
+from dora_dist.distributed.agreement import Agreement
+from dora_dist.method.schedule import BudgetSchedule
+from dora_dist.setup import build, run_data
+from dora_dist.setup.resolve import settle
+from dora_dist.training.controller import NonFiniteAdapterError
 
 RUN_CHANGES = ("--run.adapter.dropout", "0.0")
 
@@ -56,22 +56,22 @@ def lora(tmp_path_factory, write):
 
 
 @pytest.fixture(scope="module")
-def adalora(tmp_path_factory, write):
+def adalora_run(tmp_path_factory, write):
     return run_one(tmp_path_factory.mktemp("adalora"), "adalora", "--adalora.orth_reg_weight", "0.0", write=write)
 
 
-def test_without_its_regularizer_it_computes_the_loss_of_a_run_of_ours(lora, adalora):
+def test_without_its_regularizer_it_computes_the_loss_of_a_run_of_ours(lora, adalora_run):
     """In the first step both adapters are 0, so that the losses are those of the base, and of a head that starts alike,
     on the first batch."""
-    first, other = lora[2][0], adalora[2][0]
+    first, other = lora[2][0], adalora_run[2][0]
     assert (first["step"], other["step"]) == (1, 1)
     assert other["loss"] == pytest.approx(first["loss"], rel=1e-5)
-    assert [line["learning_rate"] for line in adalora[2] if "loss" in line] == pytest.approx(
+    assert [line["learning_rate"] for line in adalora_run[2] if "loss" in line] == pytest.approx(
         [line["learning_rate"] for line in lora[2] if "loss" in line]
     )
 
 
-def test_the_regularizer_counts_once_a_step_whatever_the_accumulation(tmp_path, adalora, write):
+def test_the_regularizer_counts_once_a_step_whatever_the_accumulation(tmp_path, adalora_run, write):
     losses = []
     for number, (rows, accumulation) in enumerate(((8, 1), (2, 4))):
         training = (
@@ -82,17 +82,17 @@ def test_the_regularizer_counts_once_a_step_whatever_the_accumulation(tmp_path, 
         )
         _, _, lines = run_one(tmp_path / str(number), "adalora", *training, write=write)
         losses.append([line["loss"] for line in lines if "loss" in line])
-    assert losses[0][0] > adalora[2][0]["loss"] + 0.1
+    assert losses[0][0] > adalora_run[2][0]["loss"] + 0.1
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-def test_it_prunes_to_its_budget_between_the_same_steps_as_ours(lora, adalora):
-    kept = {line["step"]: line["components"] for line in adalora[2] if "components" in line}
+def test_it_prunes_to_its_budget_between_the_same_steps_as_ours(lora, adalora_run):
+    kept = {line["step"]: line["components"] for line in adalora_run[2] if "components" in line}
     layers = lora[2][0]["components"] // 2
     final = BudgetSchedule(total_steps=12, num_layers=layers, initial_rank=3, target_rank=2, interval=2).final_step
     assert kept[1] == layers * 3
     assert kept[final] == kept[12] == layers * 2
-    assert {line["step"] for line in adalora[2] if line.get("components") == layers * 3} == {1}
+    assert {line["step"] for line in adalora_run[2] if line.get("components") == layers * 3} == {1}
 
 
 def test_it_is_measured_and_saved_with_the_head_that_it_has_trained(tmp_path):
@@ -100,7 +100,7 @@ def test_it_is_measured_and_saved_with_the_head_that_it_has_trained(tmp_path):
     plan, cell, lines = run_one(tmp_path, "adalora", write=write_classification_comparison)
     folder = plan.cell_folder(cell)
     config = load_config(folder / "config.yaml")
-    tokenizer, data = build_data.read_data(config)
+    tokenizer, data = run_data.read_data(config)
     assert peft.PeftConfig.from_pretrained(folder / "adapter").modules_to_save == ["classifier"]
     base = AutoModelForSequenceClassification.from_pretrained(config.model.path, num_labels=2)
     stock = peft.PeftModel.from_pretrained(base, folder / "adapter").eval()
@@ -116,12 +116,12 @@ def test_what_is_saved_is_what_was_trained(tmp_path, quantization):
     schedule = BudgetSchedule(total_steps=6, num_layers=14, initial_rank=4, target_rank=2, interval=1)
     model = peft.get_peft_model(load_backbone(str(base), quantization, torch.float32), _config(schedule))
     _train(model, 6)
-    kept = peers.kept_triplets(model)
-    factors = peers.folded_triplets(model, kept)
-    peers.check_result(factors, schedule)
+    kept = adalora.kept_triplets(model)
+    factors = adalora.folded_triplets(model, kept)
+    adalora.check_result(factors, schedule)
     assert sum(map(len, kept.values())) == 14 * 2
     assert len(set(map(len, kept.values()))) > 1
-    peers.write_lora_adapter(tmp_path / "adapter", factors, None)
+    adalora.write_lora_adapter(tmp_path / "adapter", factors, None)
     stock = peft.PeftModel.from_pretrained(load_backbone(str(base), quantization, torch.float32), tmp_path / "adapter")
     with torch.no_grad():
         trained, saved = model.eval()(input_ids=tokens()).logits, stock.eval()(input_ids=tokens()).logits
@@ -149,17 +149,17 @@ def test_evaluation_is_of_the_task_alone(tmp_path):
     with torch.no_grad():
         plain = load_backbone(str(base), "none", torch.float32)(**batch).loss
         assert model(**batch).loss > plain + 0.1
-        assert peers.TaskLoss(model)(**batch).loss == pytest.approx(float(plain), rel=1e-6)
+        assert adalora.TaskLoss(model)(**batch).loss == pytest.approx(float(plain), rel=1e-6)
 
 
 def test_an_adapter_that_is_none_is_refused():
     schedule = BudgetSchedule(total_steps=6, num_layers=1, initial_rank=4, target_rank=2, interval=1)
     good = torch.ones(2, 5), torch.ones(3, 2)
-    peers.check_result({"layer": good}, schedule)
+    adalora.check_result({"layer": good}, schedule)
     with pytest.raises(NonFiniteAdapterError, match="of layer is not finite"):
-        peers.check_result({"layer": (good[0] * torch.nan, good[1])}, schedule)
+        adalora.check_result({"layer": (good[0] * torch.nan, good[1])}, schedule)
     with pytest.raises(ExpectedRunError, match="kept 3 triplets instead of the budget 2"):
-        peers.check_result({"layer": (torch.ones(3, 5), torch.ones(3, 3))}, schedule)
+        adalora.check_result({"layer": (torch.ones(3, 5), torch.ones(3, 3))}, schedule)
 
 
 def _config(schedule: BudgetSchedule) -> peft.AdaLoraConfig:

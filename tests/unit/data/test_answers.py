@@ -13,11 +13,11 @@ from tiny_tokenizer import word_pair_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from dora_dist.data.answers import OUTSIDE, ContextWindows, ScoredWindow, Window, best_answer, scored_window
-from dora_dist.data.encode import EncodingRules
-from dora_dist.data.read import locate
-from dora_dist.data.rows import Question, RowFlaw
-from dora_dist.data.sources import LEFT_OUT, prepare_source
+from dora_dist.data.cache import LEFT_OUT, prepare_source
+from dora_dist.data.encoding.encoder import EncodingRules
+from dora_dist.data.encoding.questions import OUTSIDE, ContextWindows, ScoredWindow, Window, best_answer, scored_window
+from dora_dist.data.reading.files import locate
+from dora_dist.data.reading.row_formats import Question, RowFlaw
 
 CONTEXT = "Ann has a red ball. Bob, who runs, has 25 dogs and a blue-ish kite! Eve sleeps."
 QUESTION = "Who has a ball?"

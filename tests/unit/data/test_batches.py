@@ -8,9 +8,9 @@ from tiny_models import ARCHITECTURES, VOCABULARY, tiny_model
 from tiny_run import tiny_tokenizer
 
 from dora_dist.data.batches import FlattenedCollator, PackedCollator, PaddedCollator, PlannedRows
-from dora_dist.data.encode import IGNORED
+from dora_dist.data.encoding.encoder import IGNORED
 from dora_dist.data.plan import plan_packed
-from dora_dist.evaluation import check_packing
+from dora_dist.evaluation.evaluator import check_packing
 
 
 def rows_of(*lengths: int) -> Dataset:

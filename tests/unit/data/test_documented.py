@@ -8,12 +8,12 @@ from byte_tokenizer import byte_tokenizer
 from repository import REPOSITORY
 from tiny_tokenizer import word_pair_tokenizer
 
-from dora_dist.config import load_config
-from dora_dist.data.chat import choose_template
-from dora_dist.data.encode import Encoder, EncodingRules
-from dora_dist.data.rows import FORMATS, tell_format
-from dora_dist.data.sources import ENCODERS
-from dora_dist.tasks import TASKS
+from dora_dist.config.run import load_config
+from dora_dist.config.tasks import TASKS
+from dora_dist.data.cache import ENCODERS
+from dora_dist.data.encoding.chat import choose_template
+from dora_dist.data.encoding.encoder import Encoder, EncodingRules
+from dora_dist.data.reading.row_formats import FORMATS, tell_format
 
 TEXT = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8")
 EXAMPLES = dict(re.findall(r"^### (\w+)\n.*?```jsonl\n(.*?)```", TEXT, re.DOTALL | re.MULTILINE))

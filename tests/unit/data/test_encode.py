@@ -4,9 +4,9 @@ import pytest
 from byte_tokenizer import byte_tokenizer
 from tiny_tokenizer import word_tokenizer
 
-from dora_dist.data.chat import choose_template
-from dora_dist.data.encode import IGNORED, Encoder, EncodingRules, encode_prompts, labels_of, prompt_length
-from dora_dist.data.rows import alpaca_prompt
+from dora_dist.data.encoding.chat import choose_template
+from dora_dist.data.encoding.encoder import IGNORED, Encoder, EncodingRules, encode_prompts, labels_of, prompt_length
+from dora_dist.data.reading.row_formats import alpaca_prompt
 
 TEXT = "one two three four five"
 

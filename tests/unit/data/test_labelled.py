@@ -5,11 +5,11 @@ import torch
 from byte_tokenizer import byte_tokenizer
 from tiny_encoders import pair_tokenizer
 
-from dora_dist.build_data import prepare_data
+from dora_dist.config.data import DataConfig
 from dora_dist.data.batches import LabelledCollator, labelled
-from dora_dist.data.encode import EncodingRules, UnusableRowError
-from dora_dist.data.labelled import LabelledEncoder, class_names
-from dora_dist.data_section import DataConfig
+from dora_dist.data.encoding.classification import LabelledEncoder, class_names
+from dora_dist.data.encoding.encoder import EncodingRules, UnusableRowError
+from dora_dist.setup.run_data import prepare_data
 
 PAIR = {"sentence1": "w1 w2", "sentence2": "w3", "label": "yes"}
 SINGLE = {"sentence1": "w4", "label": 1}

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dora_dist.data.read import Location, RawRow, locate, read_file
+from dora_dist.data.reading.files import Location, RawRow, locate, read_file
 
 TEXTS = [
     "2024-01-01",

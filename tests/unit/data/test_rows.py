@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from dora_dist.data.rows import (
+from dora_dist.config.tasks import TASKS
+from dora_dist.data.reading.row_formats import (
     FORMATS,
     Chat,
     Document,
@@ -15,7 +16,6 @@ from dora_dist.data.rows import (
     rename_fields,
     tell_format,
 )
-from dora_dist.tasks import TASKS
 
 ALPACA = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
 PAIR = {"prompt": "1 and 2 is", "completion": " 3"}

@@ -19,12 +19,12 @@ from repository import REPOSITORY
 from tiny_run import tiny_tokenizer
 from tiny_tokenizer import word_tokenizer
 
-from dora_dist.build_data import RunData, prepare_data
-from dora_dist.data.chat import choose_template
-from dora_dist.data.encode import Encoder, EncodingRules
-from dora_dist.data.read import locate
-from dora_dist.data.sources import LEFT_OUT, MANIFEST, PreparedSource, prepare_source, tokenizer_digest
-from dora_dist.data_section import DataConfig
+from dora_dist.config.data import DataConfig
+from dora_dist.data.cache import LEFT_OUT, MANIFEST, PreparedSource, prepare_source, tokenizer_digest
+from dora_dist.data.encoding.chat import choose_template
+from dora_dist.data.encoding.encoder import Encoder, EncodingRules
+from dora_dist.data.reading.files import locate
+from dora_dist.setup.run_data import RunData, prepare_data
 
 PATIENCE_SECONDS = 60
 

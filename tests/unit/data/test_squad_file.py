@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from dora_dist.data.read import locate
-from dora_dist.data.rows import FORMATS, Question
+from dora_dist.data.reading.files import locate
+from dora_dist.data.reading.row_formats import FORMATS, Question
 
 ARTICLES = [
     {

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 from tiny_tokenizer import word_tokenizer
 
-from dora_dist.data.encode import EncodingRules
-from dora_dist.data.read import locate
-from dora_dist.data.sources import LEFT_OUT, PreparedSource, prepare_source
+from dora_dist.data.cache import LEFT_OUT, PreparedSource, prepare_source
+from dora_dist.data.encoding.encoder import EncodingRules
+from dora_dist.data.reading.files import locate
 
 DOCUMENT, SUMMARY = "Ann has a red ball and runs .", "Ann runs ."
 LONG = {"document": " ".join(["Ann"] * 20), "summary": SUMMARY}

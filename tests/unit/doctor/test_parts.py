@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dora_dist.agreement import Agreement
-from dora_dist.doctor import device, examination, node, storage
+from dora_dist.distributed.agreement import Agreement
+from dora_dist.doctor import device, inspection, node, storage
 from dora_dist.doctor.device import check_device
 
 CPU = torch.device("cpu")
@@ -69,7 +69,9 @@ def test_a_wrong_product_is_found(monkeypatch):
 
 
 def test_a_layer_that_computes_with_another_weight_is_found(monkeypatch):
-    monkeypatch.setattr("dora_dist.quantization.dequantized_weight", lambda layer: layer.weight.float() * 1.1)
+    monkeypatch.setattr(
+        "dora_dist.base_model.quantization.dequantized_weight", lambda layer: layer.weight.float() * 1.1
+    )
     (_, layer) = check_device(CPU, torch.float32, "none")
     assert "the result is off by" in layer.failure
 
@@ -180,5 +182,5 @@ def test_a_rename_that_does_not_replace_is_a_finding(tmp_path, monkeypatch):
 
 
 def test_a_rank_is_what_a_launcher_has_numbered():
-    assert examination.launched({"LOCAL_RANK": "0"})
-    assert not examination.launched({"WORLD_SIZE": "2"})
+    assert inspection.launched({"LOCAL_RANK": "0"})
+    assert not inspection.launched({"WORLD_SIZE": "2"})

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from dora_dist.adapter.targets import resolve_targets
 from dora_dist.planted.patterns import planted_ranks
 from dora_dist.planted.teacher import load_base, plant, sample_rows
-from dora_dist.targets import resolve_targets
 
 
 @pytest.fixture(scope="module")

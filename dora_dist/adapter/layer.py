@@ -1,0 +1,148 @@
+"""The adapted linear layer: a frozen linear map plus gated rank-one components.
+
+``y = W0 x + s * sum_i c_i b_i (a_i . x)`` (equation 6 of Mao et al., 2024), with ``s = alpha / initial_rank``.
+The layer knows tensors only: no rank of a process, no schedule, no configuration file.
+"""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+
+from dora_dist.adapter.linear_operation import Layer, Settings, adapted_linears
+from dora_dist.base_model.quantization import check_known_linear
+from dora_dist.config.adapter import INITS
+
+ADAPTER_NAME = "default"
+
+
+class DynamicLoraLinear(nn.Module, LoraLayer):
+    """A linear layer (plain, 4-bit or 8-bit) with ``r`` gated rank-one components.
+
+    PEFT constructs it through ``LoraConfig._register_custom_module``, which fixes the constructor's signature, and
+    finds its parameters by the names in ``adapter_layer_names``. Tensor shapes never change: ZeRO owns the storage.
+
+    Parameters (adapter dtype): ``lora_A`` weight ``(r, in)``, ``lora_B`` weight ``(out, r)``, ``lora_gate`` ``(r,)``.
+    Buffer: ``component_mask`` ``(r,)``, boolean because DeepSpeed casts floating point buffers. A component whose
+    mask is False contributes exactly nothing, whatever an optimizer does to its parameters.
+
+    ``shared`` computes the layer together with others that read the same tensor, where there are such.
+    """
+
+    adapter_layer_names = ("lora_A", "lora_B", "lora_gate")
+    component_mask: Tensor
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, *, config: Any, r: int, lora_alpha: float, **_: Any):
+        super().__init__()
+        if adapter_name != ADAPTER_NAME:
+            raise ValueError(f"one adapter per model, named {ADAPTER_NAME!r}; got {adapter_name!r}")
+        check_known_linear(base_layer)
+        LoraLayer.__init__(self, base_layer)
+        self.r[adapter_name] = r
+        self.lora_alpha[adapter_name] = lora_alpha
+        self.scaling[adapter_name] = lora_alpha / r
+        self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        device = base_layer.weight.device
+        self.lora_A[adapter_name] = nn.utils.skip_init(nn.Linear, self.in_features, r, bias=False, device=device)
+        self.lora_B[adapter_name] = nn.utils.skip_init(nn.Linear, r, self.out_features, bias=False, device=device)
+        self.lora_gate = nn.ParameterDict({adapter_name: torch.empty(r, device=device)})
+        self.register_buffer("component_mask", torch.ones(r, dtype=torch.bool, device=device))
+        self.shared: Callable[[DynamicLoraLinear, Tensor], Tensor] | None = None
+        self._kept: Tensor | None = None
+        self._kept_of: Tensor | None = None
+        self._kept_version = -1
+        self.set_adapter(adapter_name)
+
+    @property
+    def lora_a(self) -> nn.Parameter:
+        """Rows a_i, shape ``(r, in)``."""
+        return self.lora_A[ADAPTER_NAME].weight
+
+    @property
+    def lora_b(self) -> nn.Parameter:
+        """Columns b_i, shape ``(out, r)``."""
+        return self.lora_B[ADAPTER_NAME].weight
+
+    @property
+    def gate(self) -> nn.Parameter:
+        """Gates c_i, shape ``(r,)``."""
+        return self.lora_gate[ADAPTER_NAME]
+
+    @property
+    def scale(self) -> float:
+        """``s = alpha / r``, constant for the whole run."""
+        return self.scaling[ADAPTER_NAME]
+
+    def effective_gate(self) -> Tensor:
+        """Gates with masked components at exactly 0, shape ``(r,)``."""
+        if self.kept_components() is None:
+            return self.gate
+        return torch.where(self.component_mask, self.gate, torch.zeros_like(self.gate))
+
+    def kept_components(self) -> Tensor | None:
+        """Indices of the components that the mask leaves, shape ``(k,)``, int64; None where it leaves all.
+
+        Looked up when the mask has changed only: on a GPU, finding them makes the host wait for the device.
+        """
+        mask = self.component_mask
+        if self._kept_of is not mask or self._kept_version != mask._version:
+            self._kept = None if bool(mask.all()) else mask.nonzero().flatten()
+            self._kept_of, self._kept_version = mask, mask._version
+        return self._kept
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``(..., in) -> (..., out)`` in the base layer's output dtype."""
+        if self.disable_adapters:
+            return self.base_layer(x, *args, **kwargs)
+        if self.shared is not None:
+            return self.shared(self, x)
+        return adapted_linears(x, [self.tensors()])[0]
+
+    def computes_as(self, other: "DynamicLoraLinear") -> bool:
+        """Whether both multiply in the same dtypes, so that they can be computed together."""
+        kinds = [(type(one.base_layer), getattr(one.base_layer, "compute_dtype", None)) for one in (self, other)]
+        dtypes = [(one.lora_a.dtype, one.lora_b.dtype) for one in (self, other)]
+        return kinds[0] == kinds[1] and dtypes[0] == dtypes[1]
+
+    def tensors(self) -> Layer:
+        """The layer as it computes at this moment."""
+        dropout = self.lora_dropout[ADAPTER_NAME]
+        settings = Settings(
+            base=self.base_layer,
+            scale=self.scale,
+            kept=self.kept_components(),
+            dropout=dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0,
+        )
+        return Layer(self.lora_a, self.gate, self.lora_b, settings)
+
+    @torch.no_grad()
+    def initialize(self, init: str, seed: int, name: str, dtype: torch.dtype) -> None:
+        """Set the components to their start, at which the layer equals its base layer exactly.
+
+        The values depend on ``seed`` and the layer's ``name`` only: not on the global random state, the order of the
+        layers or the process.
+
+        Raises:
+            ValueError: ``init`` is not one of ``INITS``.
+        """
+        if init not in INITS:
+            raise ValueError(f"init is {init!r}, but must be one of {', '.join(INITS)}")
+        key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
+        lora_a = torch.empty(self.lora_a.shape)
+        lora_b = torch.zeros(self.lora_b.shape)
+        if init == "lora":
+            nn.init.kaiming_uniform_(lora_a, a=5**0.5, generator=generator)
+            gate = torch.ones(self.gate.shape)
+        else:
+            nn.init.kaiming_uniform_(lora_a, generator=generator)
+            nn.init.kaiming_uniform_(lora_b, generator=generator)
+            gate = torch.zeros(self.gate.shape)
+        for parameter, value in ((self.lora_a, lora_a), (self.lora_b, lora_b), (self.gate, gate)):
+            parameter.data = value.to(device=parameter.device, dtype=dtype)
+
+    def __repr__(self) -> str:
+        return "dynamic_lora." + super().__repr__()

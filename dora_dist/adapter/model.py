@@ -1,0 +1,249 @@
+"""Putting dynamic-rank components into a model, as a real PEFT model."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PeftModelForCausalLM,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+)
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from dora_dist.adapter.gated_mlp import fuse_gated_mlps
+from dora_dist.adapter.layer import ADAPTER_NAME, DynamicLoraLinear
+from dora_dist.adapter.plain_lora import KEY_PREFIX, fold_components, write_lora_adapter
+from dora_dist.adapter.shared_input import share_inputs
+from dora_dist.adapter.targets import resolve_targets
+from dora_dist.base_model.chunked_loss import ChunkedLoss, proved
+from dora_dist.base_model.head import head_modules, read_in_own_dtype, task_of
+from dora_dist.base_model.quantization import forbid_inference_packing
+from dora_dist.config.adapter import DynamicLoraConfig
+from dora_dist.config.tasks import CAUSAL_LM, QUESTION_ANSWERING, SEQ2SEQ, SEQUENCE_CLASSIFICATION, TASKS
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class DynamicLoraModel(PeftModel):
+    """A ``PeftModel`` whose layers are :class:`~dora_dist.adapter.layer.DynamicLoraLinear`; mixed into PEFT's class of
+    a task.
+
+    Two things differ from PEFT's classes, and both prevent silent errors: what it saves is folded to plain LoRA, and
+    its state dict holds what is trained only, so that no checkpoint carries the frozen base (whose quantization
+    constants are buffers to DeepSpeed, and would be copied into every one).
+    """
+
+    task: ClassVar[str]
+    leaves_out_logits = False
+
+    def adapted_layers(self) -> dict[str, DynamicLoraLinear]:
+        """Name of the module in the base model -> adapted layer, in the order of the names."""
+        return dict(sorted(_named(self, DynamicLoraLinear)))
+
+    def heads(self) -> dict[str, nn.Module]:
+        """See :func:`trained_heads`."""
+        return trained_heads(self)
+
+    def head_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters of the :meth:`heads` by their names in the base model; empty where only the adapter is trained."""
+        return {
+            f"{module}.{name}": parameter
+            for module, head in self.heads().items()
+            for name, parameter in head.named_parameters()
+        }
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Parameters and mask of the adapter, and the head that is trained."""
+        full = super().state_dict(*args, **kwargs)
+        return {
+            name: value
+            for name, value in full.items()
+            if ".lora_" in name or ".modules_to_save." in name or name.endswith(".component_mask")
+        }
+
+    def folded_factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Plain LoRA factors by module name; see :func:`dora_dist.adapter.plain_lora.fold_components`."""
+        return {
+            name: fold_components(layer.lora_a, layer.effective_gate(), layer.lora_b, layer.scale)
+            for name, layer in self.adapted_layers().items()
+        }
+
+    def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **_: Any) -> None:
+        """Write the adapter as plain LoRA that stock PEFT loads exactly, with the head; gates and masks are folded in.
+
+        Raises:
+            ValueError: no component has a non-zero gate.
+        """
+        if is_main_process:
+            write_lora_adapter(
+                Path(save_directory),
+                self.folded_factors(),
+                self.config.name_or_path or None,
+                task_type=TASKS[self.task].peft_type,
+                head={module: dict(head.named_parameters()) for module, head in self.heads().items()},
+            )
+
+
+class DynamicLoraForCausalLM(DynamicLoraModel, PeftModelForCausalLM):
+    """Of a causal language model, which may compute its loss without logits: :meth:`leave_out_logits`."""
+
+    task = CAUSAL_LM
+    _chunked_loss: ChunkedLoss | None = None
+    _loss_only = False
+
+    def leave_out_logits(self) -> str | None:
+        """From now on compute the loss without logits (:mod:`dora_dist.base_model.chunked_loss`) in training, where the
+        output's ``logits`` are None then; only if this is proved to be the model's own loss.
+
+        Returns:
+            Why it is not, so that nothing changes; None if it is.
+        """
+        self._chunked_loss, reason = proved(self.get_base_model())
+        return reason or None
+
+    @contextmanager
+    def loss_only(self) -> Iterator[None]:
+        """While it lasts, the loss is computed as in training, though the model is not in training mode."""
+        before, self._loss_only = self._loss_only, True
+        try:
+            yield
+        finally:
+            self._loss_only = before
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The parent's; see :meth:`leave_out_logits`."""
+        forward = partial(super().forward, input_ids, attention_mask, inputs_embeds, labels, **kwargs)
+        wanted = labels is not None and (self.training or self._loss_only)
+        if self._chunked_loss is None or not wanted or torch.compiler.is_compiling():
+            return forward()
+        with self._chunked_loss.deferred():
+            outputs = forward(return_dict=True)
+        outputs["logits"] = None
+        return outputs
+
+    @property
+    def leaves_out_logits(self) -> bool:
+        """Whether the loss is computed without logits in training."""
+        return self._chunked_loss is not None
+
+
+class DynamicLoraForSequenceClassification(DynamicLoraModel, PeftModelForSequenceClassification):
+    """Of a model with a head for classes or a number."""
+
+    task = SEQUENCE_CLASSIFICATION
+
+
+class DynamicLoraForQuestionAnswering(DynamicLoraModel, PeftModelForQuestionAnswering):
+    """Of a model with a head for the first and the last token of an answer."""
+
+    task = QUESTION_ANSWERING
+
+
+class DynamicLoraForSeq2SeqLM(DynamicLoraModel, PeftModelForSeq2SeqLM):
+    """Of a model with an encoder and a decoder, whose output head is a part of the frozen base."""
+
+    task = SEQ2SEQ
+
+
+MODELS: dict[str, type[DynamicLoraModel]] = {
+    model.task: model
+    for model in (
+        DynamicLoraForCausalLM,
+        DynamicLoraForSequenceClassification,
+        DynamicLoraForQuestionAnswering,
+        DynamicLoraForSeq2SeqLM,
+    )
+}
+
+
+def add_dynamic_lora(model: nn.Module, config: DynamicLoraConfig) -> DynamicLoraModel:
+    """Give the chosen linear layers of ``model`` gated rank-one components and freeze everything else but the head of
+    its task, where it has one.
+
+    The model is changed in place. The result is a real ``PeftModel``, of PEFT's class for what the model does: the
+    stock Trainer accepts it on a quantized base.
+
+    Args:
+        model: of transformers; its linear layers may be quantized by bitsandbytes (4 or 8 bit).
+        config: the adapter.
+
+    Raises:
+        ValueError: ``target_modules`` matches nothing, or a 4-bit weight has been repacked for inference.
+    """
+    names = resolve_targets(model, config.target_modules)
+    forbid_inference_packing(model)
+    task, heads = task_of(model), head_modules(model)
+    lora_config = LoraConfig(
+        r=config.start_rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=names,
+        modules_to_save=list(heads) or None,  # PEFT adds names to it
+        task_type=task.peft_type,
+        base_model_name_or_path=getattr(model, "name_or_path", None) or None,
+    )
+    # Covers bitsandbytes' quantized layers, which derive from nn.Linear.
+    lora_config._register_custom_module({nn.Linear: DynamicLoraLinear})
+    peft_model = MODELS[task.name](model, lora_config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
+    dtype = model.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    layers = peft_model.adapted_layers()
+    _check_all_adapted(names, layers)
+    for name, layer in layers.items():
+        layer.initialize(config.init, config.seed or 0, name, dtype)
+        layer.gate.requires_grad_(config.train_gates)
+    prepare_heads(peft_model, heads, dtype)
+    fuse_gated_mlps(peft_model)
+    share_inputs(peft_model)
+    return peft_model
+
+
+def trained_heads(model: PeftModel) -> dict[str, nn.Module]:
+    """Name of the module in the base model -> what PEFT trains in its place, as a whole."""
+    return {name: wrapper.modules_to_save[ADAPTER_NAME] for name, wrapper in _named(model, ModulesToSaveWrapper)}
+
+
+def prepare_heads(model: PeftModel, wanted: Sequence[str], dtype: torch.dtype) -> None:
+    """Give the heads that are trained their dtype, whatever the base computes in.
+
+    Args:
+        model: of PEFT, with any adapter.
+        wanted: names of the modules that are its head, and are to be trained.
+        dtype: of their parameters.
+
+    Raises:
+        ValueError: PEFT, which finds modules to train by how their names end, would train others.
+    """
+    heads = trained_heads(model)
+    if sorted(heads) != sorted(wanted):
+        raise ValueError(
+            f"the head of {type(model.get_base_model()).__name__} is {', '.join(wanted)}, but PEFT would train "
+            f"{', '.join(heads)} as a whole: such a model cannot be tuned here"
+        )
+    for head in heads.values():
+        head.to(dtype)
+        read_in_own_dtype(head)
+
+
+def _named(model: nn.Module, kind: type[Module]) -> Iterator[tuple[str, Module]]:
+    for name, module in model.named_modules():
+        if isinstance(module, kind):
+            yield name.removeprefix(KEY_PREFIX), module
+
+
+def _check_all_adapted(wanted: Sequence[str], adapted: dict[str, DynamicLoraLinear]) -> None:
+    assert list(adapted) == sorted(wanted), f"PEFT adapted {sorted(adapted)}, wanted {sorted(wanted)}"

@@ -1,0 +1,71 @@
+"""Adapted layers that one module calls with the same tensor, one after the other: the first call computes all.
+
+Attention reads its input three times, for q, k and v. Computed together, their components read it once, and the three
+parts of its gradient add up in place (:mod:`dora_dist.adapter.linear_operation`).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from dora_dist.adapter.layer import DynamicLoraLinear
+from dora_dist.adapter.linear_operation import adapted_linears
+
+READ_TOGETHER = ("q_proj", "k_proj", "v_proj")
+
+
+def share_inputs(model: nn.Module) -> None:
+    """Let the adapted q, k and v of every attention of a model be computed together, in place."""
+    for module in model.modules():
+        layers = [getattr(module, name, None) for name in READ_TOGETHER]
+        adapted = [layer for layer in layers if isinstance(layer, DynamicLoraLinear)]
+        alike = all(layer.in_features == adapted[0].in_features and layer.computes_as(adapted[0]) for layer in adapted)
+        if len(adapted) > 1 and alike:
+            SharedInput(adapted).attach(module)
+
+
+class SharedInput:
+    """Outputs of layers for one tensor, from the first call of one to the last, within one forward of their module.
+
+    A call with another tensor (cross-attention, whose keys are of another sequence), or outside of the module's
+    forward, is computed alone. Where outputs were left over, nothing is computed ahead any more.
+
+    Args:
+        layers: in the order in which they are called.
+    """
+
+    def __init__(self, layers: Sequence[DynamicLoraLinear]) -> None:
+        self._layers = list(layers)
+        self._open = False
+        self._input: Tensor | None = None
+        self._version = 0
+        self._outputs: dict[int, Tensor] = {}
+
+    def attach(self, module: nn.Module) -> None:
+        """Serve the layers of this module from now on."""
+        module.register_forward_pre_hook(self._begin)
+        module.register_forward_hook(self._end, always_call=True)
+        for layer in self._layers:
+            layer.shared = self
+
+    def __call__(self, layer: DynamicLoraLinear, x: Tensor) -> Tensor:
+        """Output of one of the layers."""
+        place = self._layers.index(layer)
+        if self._open and self._input is None:
+            self._input, self._version = x, x._version
+            outputs = adapted_linears(x, [one.tensors() for one in self._layers])
+            self._outputs = dict(enumerate(outputs))
+        if self._input is x and self._version == x._version and place in self._outputs:
+            return self._outputs.pop(place)
+        return adapted_linears(x, [layer.tensors()])[0]
+
+    def _begin(self, *_: Any) -> None:
+        self._open = True
+
+    def _end(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        """Nothing outlives the module's forward. It has no output where it ended with an exception."""
+        if self._outputs and output is not None:
+            for layer in self._layers:
+                layer.shared = None
+        self._open, self._input, self._outputs = False, None, {}

@@ -1,0 +1,1 @@
+"""The frozen model: reading, quantizing, describing it, and computing its loss."""

@@ -1,0 +1,195 @@
+"""Loading the frozen base model and its tokenizer."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from dora_dist.base_model.head import belongs_to, head_modules, start_parameters
+from dora_dist.base_model.lean_loading import check_loaded, lean_loading
+from dora_dist.base_model.quantization import forbid_inference_packing, quantization_config
+from dora_dist.config.tasks import CAUSAL_LM, TASKS
+
+
+def find_model(path: str) -> str:
+    """The model that a configuration names: a folder (``~`` expanded), or a name on the Hub as it is.
+
+    Raises:
+        ValueError: ``path`` looks like a local path and there is no ``config.json`` in it.
+    """
+    local = path.startswith((".", "/", "~")) or os.path.isdir(path)
+    if local and not (Path(path).expanduser() / "config.json").is_file():
+        raise ValueError(
+            f"model.path {path!r} holds no config.json: point it to a folder in the Hugging Face layout, or give the "
+            "name of a model on the Hub"
+        )
+    return str(Path(path).expanduser()) if local else path
+
+
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """Turn a failure to find or read a model into an error that names the key to mend.
+
+    Raises:
+        ValueError: instead of the ``OSError`` that transformers raises, for a name that is on no hub too, and of
+            the errors for a file of weights, or their index, that is cut off.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"model.path {path!r} cannot be read, neither as a folder (looked from {Path.cwd()}) nor from the Hub: "
+            f"{error}"
+        ) from None
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"the weights at model.path {path!r} cannot be read: {error}; copy or download the model again"
+        ) from None
+
+
+def resolve_compute_dtype(name: str) -> torch.dtype:
+    """``auto`` is bfloat16 on a GPU that has it, otherwise float32 (bfloat16 is far slower on most CPUs)."""
+    if name == "auto":
+        native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float32
+    return getattr(torch, name)
+
+
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer, with a padding token (the end-of-sequence token where it has none of its own)."""
+    with _reading(path):
+        tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(path), trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """transformers' configuration of the model.
+
+    Raises:
+        ValueError: the path is not usable.
+    """
+    with _reading(path):
+        return AutoConfig.from_pretrained(find_model(path), trust_remote_code=trust_remote_code)
+
+
+def load_skeleton(path: str, trust_remote_code: bool = False, task: str = CAUSAL_LM) -> PreTrainedModel:
+    """The model without weights (on the meta device): enough to find its layers, at no cost.
+
+    Raises:
+        ValueError: the path is not usable, or its architecture has no model for the task.
+    """
+    return _skeleton(load_model_config(path, trust_remote_code), path, trust_remote_code, task)
+
+
+def _skeleton(config: PreTrainedConfig, path: str, trust_remote_code: bool, task: str) -> PreTrainedModel:
+    model_class = getattr(transformers, TASKS[task].auto_class)
+    with torch.device("meta"):
+        try:
+            return model_class.from_config(config, trust_remote_code=trust_remote_code)
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+            raise ValueError(
+                f"the model at model.path {path!r} is a {config.model_type}, for which transformers has no "
+                f"{model_class.__name__}: task is {task}; take a model that can do it"
+            ) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadStart:
+    """What a head needs to know that is trained beside the adapter.
+
+    Attributes:
+        labels: names of the classes in the order of their numbers; None where its outputs are no classes.
+        num_outputs: where there are no classes: 1 for a number, 2 for start and end of an answer.
+        seed: of the values that the model's files do not have.
+    """
+
+    labels: Sequence[str] | None = None
+    num_outputs: int = 1
+    seed: int = 0
+
+    def configure(self, config: PreTrainedConfig) -> None:
+        """Write number and names of the outputs into the model's configuration."""
+        if self.labels is None:
+            config.num_labels = self.num_outputs
+            config.problem_type = "regression" if self.num_outputs == 1 else None
+        else:
+            config.id2label = dict(enumerate(self.labels))
+            config.label2id = {name: number for number, name in enumerate(self.labels)}
+            config.problem_type = "single_label_classification"
+
+
+def load_backbone(
+    path: str,
+    quantization: str = "nf4",
+    compute_dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+    task: str = CAUSAL_LM,
+    head: HeadStart | None = None,
+) -> PreTrainedModel:
+    """A model for a task, quantized while it is read, tensor by tensor, on one device, frozen.
+
+    Weights of its head that its files do not have, or have for another number of classes, start anew.
+
+    Args:
+        path: folder in the Hugging Face layout, or a name on the Hub.
+        quantization: ``nf4``, ``int8`` or ``none``; never of the head.
+        compute_dtype: of activations and of all weights that are not quantized.
+        device: where the whole model goes (every rank holds all of it).
+        attention: transformers' attention implementation; ``None`` for its default.
+        trust_remote_code: run model code that comes with the model.
+        task: one of :data:`~dora_dist.config.tasks.TASKS`.
+        head: of a task that trains one.
+
+    Raises:
+        ValueError: the path or the quantization is not usable, or the weights are not those that the model needs.
+    """
+    config = load_model_config(path, trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"the model at {path!r} is stored quantized; give the 16-bit model, it is quantized on loading"
+        )
+    heads: list[str] = []
+    if head is not None:
+        head.configure(config)
+        heads = head_modules(_skeleton(config, path, trust_remote_code, task))
+    unchanged = quantization == "none" and torch.device(device).type == "cpu" and config.dtype == compute_dtype
+    with _reading(path), lean_loading(shared=unchanged):
+        model, loading_info = getattr(transformers, TASKS[task].auto_class).from_pretrained(
+            find_model(path),
+            config=config,
+            quantization_config=quantization_config(quantization, compute_dtype, heads),
+            dtype=compute_dtype,
+            device_map={"": device},
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told better by check_loaded
+        )
+    wanting = [*loading_info["missing_keys"], *(name for name, *_ in loading_info["mismatched_keys"])]
+    fresh = {name for name in wanting if belongs_to(name, heads)}
+    check_loaded(model, path, loading_info, fresh)
+    if head is not None:
+        start_parameters(model, fresh, head.seed)
+    forbid_inference_packing(model)
+    model.config.use_cache = False
+    model.requires_grad_(False)
+    return model

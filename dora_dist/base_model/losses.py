@@ -1,0 +1,59 @@
+"""Losses of other tasks than causal language modelling: from the logits, whatever the model class would make of them.
+
+Left to transformers (5.23), they would be wrong: the Trainer takes a model that accepts ``**kwargs`` for one that
+divides its loss by ``num_items_in_batch``, and so neither divides by the accumulation steps nor leaves out the factor
+of the number of ranks, while these models' losses are means over the micro-batch.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dora_dist.data.encoding.encoder import IGNORED
+
+RowLosses = Callable[[Any, Mapping[str, Tensor]], Tensor]
+"""From a model's output and the batch with its ``labels`` to the loss of every row, ``(rows,)``, at least float32."""
+
+
+def class_losses(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Cross-entropy of ``outputs.logits`` ``(rows, classes)`` with ``labels`` ``(rows,)``, int64."""
+    return functional.cross_entropy(_precise(outputs.logits), batch["labels"], reduction="none")
+
+
+def squared_errors(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Of ``outputs.logits`` ``(rows, 1)`` from the numbers ``labels`` ``(rows,)``."""
+    return (_precise(outputs.logits).squeeze(1) - batch["labels"]).square()
+
+
+def span_losses(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Mean of the cross-entropies of ``outputs.start_logits`` and ``end_logits`` ``(rows, length)`` with the positions
+    ``labels`` ``(rows, 2)``. Padding is no place for an answer: otherwise the loss of a row would depend on the others
+    in its micro-batch."""
+    padding = batch["attention_mask"] == 0
+    start, end = (
+        functional.cross_entropy(
+            _precise(logits).masked_fill(padding, -torch.inf), batch["labels"][:, number], reduction="none"
+        )
+        for number, logits in enumerate((outputs.start_logits, outputs.end_logits))
+    )
+    return (start + end) / 2
+
+
+def token_losses(outputs: Any, labels: Tensor) -> Tensor:
+    """Cross-entropy of ``outputs.logits`` ``(rows, length, vocabulary)`` with ``labels``, which are not shifted; shape
+    ``(rows, length)``, 0 where a label is ignored."""
+    return functional.cross_entropy(
+        _precise(outputs.logits).transpose(1, 2), labels, reduction="none", ignore_index=IGNORED
+    )
+
+
+def mean_over_tokens(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int) -> Tensor:
+    """Sum of the :func:`token_losses` over the labels of the whole global batch, for the Trainer."""
+    return token_losses(outputs, labels).sum() / num_items_in_batch
+
+
+def _precise(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,0 +1,147 @@
+"""The sizes of a causal language model that decide how much memory it takes, read off its modules."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+QUERY_KEY_VALUE = ("q_proj", "k_proj", "v_proj")
+GATED_MLP = ("gate_proj", "up_proj", "down_proj")
+GATED_BLOCK = {*QUERY_KEY_VALUE, "o_proj", *GATED_MLP}
+"""Linear layers of a decoder layer that is built as Llama's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """A linear layer: its last name, its sizes, and whether it has components."""
+
+    kind: str
+    in_features: int
+    out_features: int
+    adapted: bool
+    is_head: bool = False
+
+    @property
+    def numel(self) -> int:
+        return self.in_features * self.out_features
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm:
+    """A normalization: its last name and the width of its weight."""
+
+    kind: str
+    width: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """A decoder layer: what gradient checkpointing recomputes as one."""
+
+    linears: tuple[Linear, ...]
+    norms: tuple[Norm, ...]
+    fused_mlp: bool = False
+    """Whether its MLP runs as one operation (:mod:`dora_dist.adapter.gated_mlp`)."""
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it is built as in Llama: attention by four projections, and a gated MLP."""
+        return len(self.linears) == len(GATED_BLOCK) and {linear.kind for linear in self.linears} == GATED_BLOCK
+
+    def linear(self, kind: str) -> Linear:
+        return next(linear for linear in self.linears if linear.kind == kind)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """What of a causal language model decides its memory; numbers of elements, not bytes."""
+
+    linears: tuple[Linear, ...]
+    blocks: tuple[Block, ...]
+    hidden_size: int
+    vocabulary: int
+    heads: int
+    embedding_numel: int
+    """Of input embedding and output head together; a tied one counts once."""
+    other_numel: int
+    """Of norms, biases and whatever else is not quantized."""
+    buffer_bytes: int
+
+
+def is_gated_mlp(module: nn.Module) -> bool:
+    """Whether a module computes ``down_proj(silu(gate_proj(x)) * up_proj(x))``, by the code of its ``forward``: that of
+    :class:`_GatedMlp`, as transformers' Llama has it and most models of this family have a copy of."""
+    from transformers.activations import SiLUActivation
+
+    code = getattr(type(module).forward, "__code__", None)
+    known = _GatedMlp.forward.__code__
+    parts = ("co_code", "co_names", "co_consts")
+    if code is None or any(getattr(code, part) != getattr(known, part) for part in parts):
+        return False
+    return isinstance(module.act_fn, nn.SiLU | SiLUActivation)
+
+
+class _GatedMlp(nn.Module):
+    def forward(self, x: "Tensor") -> "Tensor":
+        down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return down_proj
+
+
+def read_shape(skeleton: "PreTrainedModel", adapted: Sequence[str]) -> ModelShape:
+    """The shape of a transformers model.
+
+    Args:
+        skeleton: the causal language model, best on the meta device.
+        adapted: full names of the linear layers that get components.
+    """
+    names = set(adapted)
+    head, embedding = skeleton.get_output_embeddings(), skeleton.get_input_embeddings()
+    linears = {
+        name: Linear(
+            kind=name.rsplit(".", 1)[-1],
+            in_features=module.in_features,
+            out_features=module.out_features,
+            adapted=name in names,
+            is_head=module is head,
+        )
+        for name, module in skeleton.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    blocks = []
+    for name, module in _decoder_layers(skeleton):
+        inside = tuple(linear for path, linear in linears.items() if path.startswith(f"{name}."))
+        norms = tuple(
+            Norm(kind=path.rsplit(".", 1)[-1], width=part.weight.numel())
+            for path, part in module.named_modules()
+            if type(part).__name__.endswith("Norm") and getattr(part, "weight", None) is not None
+        )
+        gated = any(is_gated_mlp(part) for part in module.modules())
+        adapted_mlp = all(linear.adapted for linear in inside if linear.kind in GATED_MLP)
+        blocks.append(Block(inside, norms, fused_mlp=gated and adapted_mlp))
+    ends = {id(part.weight): part.weight.numel() for part in (embedding, head) if part is not None}
+    inner = sum(linear.numel for linear in linears.values() if not linear.is_head)
+    total = sum(parameter.numel() for parameter in skeleton.parameters())
+    return ModelShape(
+        linears=tuple(linears.values()),
+        blocks=tuple(blocks),
+        hidden_size=embedding.embedding_dim,
+        vocabulary=embedding.num_embeddings if head is None else head.out_features,
+        heads=getattr(skeleton.config.get_text_config(), "num_attention_heads", 1),
+        embedding_numel=sum(ends.values()),
+        other_numel=total - inner - sum(ends.values()),
+        buffer_bytes=sum(buffer.nbytes for buffer in skeleton.buffers()),
+    )
+
+
+def _decoder_layers(skeleton: "PreTrainedModel") -> list[tuple[str, nn.Module]]:
+    """The entries of the longest module list, by full name."""
+    lists = [(name, module) for name, module in skeleton.named_modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        return []
+    name, longest = max(lists, key=lambda entry: len(entry[1]))
+    return [(f"{name}.{number}", module) for number, module in enumerate(longest)]

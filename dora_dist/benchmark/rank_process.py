@@ -1,0 +1,32 @@
+"""A rank of a small world on this machine: what a spawned process runs. Light to import, for libraries that speak when
+they are imported are to be silenced before."""
+
+import json
+import os
+from pathlib import Path
+
+from dora_dist.benchmark.options import Options
+from dora_dist.benchmark.shapes import Shape
+from dora_dist.console.library_warnings import quiet_libraries
+
+POINT = "point.json"
+
+
+def run_rank(rank: int, size: int, threads: int, folder: Path, shape: Shape, options: Options) -> None:
+    """Measure together with the other ranks; the first one leaves the figures in :data:`POINT` of the folder."""
+    os.environ["RANK"] = str(rank)  # only the first one speaks
+    quiet_libraries()
+    import torch
+
+    from dora_dist.benchmark.growth_point import measure_point
+    from dora_dist.distributed.agreement import Agreement
+    from dora_dist.distributed.world import join_at_file
+
+    torch.set_num_threads(threads)
+    device = torch.device("cpu")
+    join_at_file(folder / "meeting", rank, size, device)
+    agreement = Agreement(device)
+    point = measure_point(size, shape, options, agreement, average=True)
+    if rank == 0:
+        (folder / POINT).write_text(json.dumps(point))
+    agreement.close()

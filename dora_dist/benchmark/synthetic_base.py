@@ -1,0 +1,90 @@
+"""The frozen base that all contestants share: a Llama of random weights, quantized to NF4 while it is made."""
+
+import copy
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from dora_dist.base_model.quantization import forbid_inference_packing, quantization_config
+from dora_dist.benchmark.shapes import Shape
+
+STANDARD_DEVIATION = 0.02
+
+
+def build_base(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int) -> LlamaForCausalLM:
+    """A quantized model, frozen. Weights are made and quantized layer by layer on the device: the model never exists
+    in 16 bits, and nothing is read.
+
+    Args:
+        shape: of the model.
+        device: where it goes.
+        dtype: of the computation and of what is not quantized (embedding, head, norms).
+        seed: of the weights.
+    """
+    config = LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_value_heads,
+        vocab_size=shape.vocabulary,
+        max_position_embeddings=max(shape.sequence, 2048),
+        use_cache=False,
+    )
+    quantization = quantization_config("nf4", dtype)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    replace_with_bnb_linear(model, modules_to_not_convert=["lm_head"], quantization_config=quantization)
+    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(device)
+    generator = torch.Generator(device).manual_seed(seed)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, _random(module, parameter, device, dtype, generator))
+    # As transformers leaves a model that it has quantized: PEFT looks for both.
+    model.config.quantization_config = quantization
+    model.is_loaded_in_4bit = model.is_quantized = True
+    model.requires_grad_(False)
+    forbid_inference_packing(model)
+    return model
+
+
+def _random(
+    module: nn.Module, parameter: Tensor, device: torch.device, dtype: torch.dtype, generator: torch.Generator
+) -> nn.Parameter:
+    """Weights of norms are 1, all others normally distributed, those of linear layers quantized."""
+    value = torch.ones(parameter.shape, device=device, dtype=dtype)
+    if value.ndim > 1:
+        value.normal_(0, STANDARD_DEVIATION, generator=generator)
+    if isinstance(module, Linear4bit):
+        weight = Params4bit(
+            value,
+            requires_grad=False,
+            quant_type=module.weight.quant_type,
+            compress_statistics=module.weight.compress_statistics,
+            quant_storage=module.weight.quant_storage,
+            module=module,
+        )
+        return weight.to(device)  # quantizes
+    return nn.Parameter(value, requires_grad=False)
+
+
+def share(base: LlamaForCausalLM) -> LlamaForCausalLM:
+    """Modules of their own, to be changed at will, over the same tensors."""
+    memo: dict[int, Any] = {}
+    for module in base.modules():
+        state = getattr(module, "quant_state", None)
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False), state):
+            memo[id(tensor)] = tensor
+    return copy.deepcopy(base, memo)
+
+
+def random_rows(shape: Shape, device: torch.device, seed: int, rank: int, number: int) -> Tensor:
+    """Tokens of a step by its number, shape ``(batch, sequence)``: the same for all contestants, others on each
+    rank."""
+    generator = torch.Generator().manual_seed((seed * 2**12 + rank) * 2**16 + number)
+    return torch.randint(0, shape.vocabulary, (shape.batch, shape.sequence), generator=generator).to(device)

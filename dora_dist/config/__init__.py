@@ -1,0 +1,1 @@
+"""What a user sets: plain, checked values, without torch."""

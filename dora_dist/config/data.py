@@ -1,0 +1,190 @@
+"""The ``data`` section: the sources of a run, how their rows are read, and in which shares they are mixed."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from dora_dist.config.training import nearest, require
+
+Format = Literal[
+    "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "classification", "squad", "summary"
+]
+
+
+@dataclass(kw_only=True)
+class SourceConfig:
+    """One source of examples, in a list of several, or with settings of its own.
+
+    Args:
+        path: file (JSON, JSONL, CSV, TSV, Parquet, Arrow; .gz too), glob of files, folder that Dataset.save_to_disk
+            wrote, or name on the Hub; or a list of files and globs.
+        name: for messages and metrics; by default made from the path.
+        format: how its rows are written; auto tells by the fields of the first ones.
+        fields: the format's name of a field and the rows' own, where they differ, such as {prompt: question}.
+        columns: names of the columns of a CSV or TSV file whose first line is a row already.
+        quotes: false where quotation marks in a CSV or TSV file are characters like others, as in GLUE's.
+        as_chat: put alpaca rows into the chat template too, instead of the plain headings of Alpaca.
+        subset: configuration of a data set on the Hub.
+        split: of a data set on the Hub, or of a folder with several.
+        revision: commit or tag of a data set on the Hub.
+        max_rows: read only the first so many rows; null for all.
+        max_examples: train on a random choice of so many examples at most; null for all.
+        weight: share of this source in the mixture, up to a common factor; for all sources or for none.
+        epochs: how many times its examples come in one pass over the mixture (1.5 is fine).
+    """
+
+    path: str | list[str]
+    name: str | None = None
+    format: Format = "auto"
+    fields: dict[str, str] = field(default_factory=dict)
+    columns: list[str] = field(default_factory=list)
+    quotes: bool = True
+    as_chat: bool = False
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    max_rows: int | None = None
+    max_examples: int | None = None
+    weight: float | None = None
+    epochs: float | None = None
+
+    def check(self, where: str) -> None:
+        """Refuse impossible values; called by the section that holds the source.
+
+        Raises:
+            ValueError: names the key.
+        """
+        for name in ("max_rows", "max_examples"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{where}.{name}", value, "be at least 1, or null for all")
+        for name in ("weight", "epochs"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{where}.{name}", value, "be positive")
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Instruction data: where it is, how its rows are read, and in which shares its sources are mixed.
+
+    Args:
+        train: file, glob, saved folder or Hub name to train on; or a list of several, each a path or a mapping with
+            settings of its own (path, name, format, fields, columns, quotes, as_chat, subset, split, revision,
+            max_rows, max_examples, weight, epochs).
+        eval: the same, held out, for evaluation, measured source by source; null for none.
+        format: how rows are written, for all sources that do not say it: messages (role, content), sharegpt
+            (conversations), alpaca (instruction, input, output), prompt_completion, text; for other tasks
+            classification (sentence1, sentence2, label), squad (question, context, answers), summary (document,
+            summary); auto tells by their fields.
+        labels: of the format classification: classes, or regression on numbers.
+        chat_template: auto (the tokenizer's own, a bundled one where it has none), one of llama3, chatml, gemma,
+            mistral, plain, or the path of a Jinja file.
+        train_on: assistant (every answer of a conversation), last (answer only), or everything.
+        max_length: longest example in tokens, prompt and answer together; of a document without its summary.
+        max_target_length: longest summary in tokens.
+        stride: tokens of a context that neighbouring windows share, where it is longer than max_length (squad).
+        overlong: what to do with longer ones: stop with an error, drop them and say how many, or truncate what
+            comes before the answer.
+        bad_rows: what to do with rows that cannot be used: stop with an error, or skip them and say how many.
+        batching: padded (one example a row), packed (several examples a row that do not see each other), or by_length
+            (one a row, those of similar length in one batch).
+        temperature: mix sources in proportion to size ** (1 / temperature); null for their sizes, weights or epochs.
+        cache_dir: folder for encoded data, shared by all runs that use the same.
+        workers: processes that encode; null for one per core, 8 at most.
+    """
+
+    train: str | dict[str, Any] | list[str | dict[str, Any]]
+    eval: str | dict[str, Any] | list[str | dict[str, Any]] | None = None
+    format: Format = "auto"
+    labels: Literal["classes", "regression"] = "classes"
+    chat_template: str = "auto"
+    train_on: Literal["assistant", "last", "everything"] = "assistant"
+    max_length: int = 2048
+    max_target_length: int = 128
+    stride: int = 128
+    overlong: Literal["error", "drop", "truncate"] = "error"
+    bad_rows: Literal["error", "skip"] = "error"
+    batching: Literal["padded", "packed", "by_length"] = "padded"
+    temperature: float | None = None
+    cache_dir: str = ".cache/data"
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.max_length >= 2, "data.max_length", self.max_length, "be at least 2")
+        require(self.max_target_length >= 2, "data.max_target_length", self.max_target_length, "be at least 2")
+        require(self.stride >= 0, "data.stride", self.stride, "be at least 0")
+        require(self.temperature is None or self.temperature > 0, "data.temperature", self.temperature, "be positive")
+        require(self.workers is None or self.workers >= 1, "data.workers", self.workers, "be at least 1")
+        for key, given in (("data.train", self.train), ("data.eval", self.eval)):
+            require(given not in ([], "", {}), key, given, "name a file, or several")
+        self.eval_sources()
+        self._check_shares()
+
+    def train_sources(self) -> list[SourceConfig]:
+        """The training sources, short forms spelled out.
+
+        Raises:
+            ValueError: a source is described in a way that cannot work.
+        """
+        return _sources(self.train, "data.train")
+
+    def eval_sources(self) -> list[SourceConfig]:
+        """The held-out sources, as in :meth:`train_sources`; empty for none."""
+        return [] if self.eval is None else _sources(self.eval, "data.eval")
+
+    def _check_shares(self) -> None:
+        sources = self.train_sources()
+        weighted = [source for source in sources if source.weight is not None]
+        repeated = [source for source in sources if source.epochs is not None]
+        given = [name for name, there in (("weight", weighted), ("epochs", repeated)) if there]
+        given += ["temperature"] if self.temperature is not None else []
+        if len(given) > 1:
+            raise ValueError(f"data has {' and '.join(given)}, but they are different ways to mix sources: keep one")
+        if weighted and len(weighted) < len(sources):
+            missing = next(source for source in sources if source.weight is None)
+            raise ValueError(
+                f"{len(weighted)} of {len(sources)} sources in data.train have a weight, but {missing.path} has none: "
+                "give it to all or to none"
+            )
+
+
+def _sources(given: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]], key: str) -> list[SourceConfig]:
+    entries = given if isinstance(given, list) else [given]
+    sources = [_source(entry, f"{key}[{number}]") for number, entry in enumerate(entries)]
+    names: list[str] = []
+    for source in sources:
+        name = source.name or _name_of(source.path)
+        if source.name is not None and source.name in names:
+            raise ValueError(f"two sources of {key} are called {name!r}: give them different names")
+        alike = sum(other == name or other.startswith(f"{name}-") for other in names)
+        names.append(f"{name}-{alike + 1}" if name in names else name)
+    return [dataclasses.replace(source, name=name) for source, name in zip(sources, names, strict=True)]
+
+
+def _source(entry: str | Mapping[str, Any], where: str) -> SourceConfig:
+    """One source, checked by itself: as a part of a union, its errors would be those of all the union's members."""
+    if isinstance(entry, str):
+        return SourceConfig(path=entry)
+    known = [field.name for field in dataclasses.fields(SourceConfig)]
+    for name in entry:
+        if name not in known:
+            raise ValueError(f"unknown key {where}.{name}{nearest(name, known)} (a source has {', '.join(known)})")
+    if "path" not in entry:
+        raise ValueError(f"{where} has no path: give the file, glob, saved folder or Hub name of the source")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(SourceConfig)
+    try:
+        source = SourceConfig(**parser.parse_object(dict(entry)).as_dict())
+    except ArgumentError as error:
+        raise ValueError(f"{where}: {error}") from None
+    source.check(where)
+    return source
+
+
+def _name_of(path: str | list[str]) -> str:
+    """``train.jsonl.gz`` -> ``train``."""
+    first = path if isinstance(path, str) else path[0]
+    return Path(first).name.split(".")[0].replace("*", "") or "data"

@@ -1,0 +1,367 @@
+"""The configuration of a run: one YAML, typed and strict, with ``--section.key value`` on top of it.
+
+Values that cannot work are refused here, before any process group, data or model is touched.
+"""
+
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+
+from dora_dist.config.adapter import DynamicLoraConfig
+from dora_dist.config.data import DataConfig
+from dora_dist.config.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TASKS, metrics_of
+from dora_dist.config.training import check_training_section, nearest, require
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The frozen base model.
+
+    Args:
+        path: folder in the Hugging Face layout, or name of a model on the Hub.
+        quantization: nf4 (4 bits, double quantization), int8, or none.
+        compute_dtype: of activations and unquantized weights; auto is bfloat16 on a GPU and float32 on a CPU.
+        attention: transformers' attention implementation, such as sdpa or flash_attention_2; null for its default.
+        trust_remote_code: run model code that comes with the model.
+    """
+
+    path: str
+    quantization: Literal["nf4", "int8", "none"] = "nf4"
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    attention: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(kw_only=True)
+class PruningConfig:
+    """When and how components are pruned (steps are optimizer steps).
+
+    Args:
+        warmup_fraction: share of the run before pruning begins.
+        final_fraction: share of the run after the last pruning event, with a fixed mask.
+        interval: steps between two events.
+        importance: by what components are judged: frobenius (the paper's share in the norm of their layer's update),
+            magnitude (their norm as it is), squared_magnitude (its square), gate_sensitivity (first-order effect on the
+            loss of removing them, summed over the steps since the last event), or random (to compare with).
+        budget_unit: what the budget counts: components (the paper's), or parameters, of which a component has as many
+            as its layer has inputs and outputs, so that the result has the parameters of a uniform rank target_rank.
+        smoothing: weight of the past in the smoothed scores, in [0, 1); gate_sensitivity is summed instead.
+        equilibrium_weight: weight of the Dimensional Equilibrium Modulator in the loss until the last event; 0 is off.
+        regrow: a component pruned before the last event may grow back (the paper's gentle pruning).
+        rebase: before an event, turn the components of each layer into the singular vectors of its update, which leaves
+            the model as it is, and judge those; smoothing is not used then.
+        min_rank: components that every layer keeps at least.
+        max_rank: components that any layer keeps at most in the end; null for no bound.
+    """
+
+    warmup_fraction: float = 0.15
+    final_fraction: float = 0.5
+    interval: int = 100
+    importance: Literal["frobenius", "magnitude", "squared_magnitude", "gate_sensitivity", "random"] = "frobenius"
+    budget_unit: Literal["components", "parameters"] = "components"
+    smoothing: float = 0.9
+    equilibrium_weight: float = 0.1
+    regrow: bool = True
+    rebase: bool = False
+    min_rank: int = 0
+    max_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("warmup_fraction", "final_fraction", "smoothing"):
+            require(0 <= getattr(self, name) < 1, f"pruning.{name}", getattr(self, name), "lie in [0, 1)")
+        total = self.warmup_fraction + self.final_fraction
+        require(total < 1, "pruning.warmup_fraction + pruning.final_fraction", total, "be less than 1")
+        require(self.interval >= 1, "pruning.interval", self.interval, "be at least 1")
+        require(self.equilibrium_weight >= 0, "pruning.equilibrium_weight", self.equilibrium_weight, "be at least 0")
+        summed = self.importance == "gate_sensitivity"
+        require(not (self.rebase and summed), "pruning.rebase", "true", "be false for the importance gate_sensitivity")
+        require(self.min_rank >= 0, "pruning.min_rank", self.min_rank, "be at least 0")
+        # What is pruned for good early could be needed to fill the final budget under the bound.
+        require(
+            self.regrow or self.max_rank is None, "pruning.max_rank", self.max_rank, "be null where regrow is false"
+        )
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """What is measured on the held-out data.
+
+    Args:
+        before: also evaluate before the first step.
+        exact_match: generate answers (greedily) and count those that equal the reference.
+        max_new_tokens: longest generated answer, in tokens.
+        max_examples: evaluate at most this many held-out examples; null for all.
+        num_beams: of generated summaries; 1 is greedy.
+        metrics: beside the loss. For classes: accuracy, matthews, f1 (of the second of two classes); for regression:
+            pearson, spearman; for answers: exact_match, f1; for summaries: rouge1, rouge2, rouge_l; null for the task's
+            own.
+    """
+
+    before: bool = True
+    exact_match: bool = False
+    max_new_tokens: int = 256
+    max_examples: int | None = None
+    num_beams: int = 1
+    metrics: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        require(self.max_new_tokens >= 1, "evaluation.max_new_tokens", self.max_new_tokens, "be at least 1")
+        require(self.num_beams >= 1, "evaluation.num_beams", self.num_beams, "be at least 1")
+        most = self.max_examples
+        require(most is None or most >= 1, "evaluation.max_examples", most, "be at least 1, or null for all")
+
+
+@dataclass(kw_only=True)
+class DistributedConfig:
+    """How the processes work together. The number of processes is the launcher's business.
+
+    Args:
+        engine: zero2 (DeepSpeed ZeRO stage 2), ddp, or none (one process, no engine). The program checks that the
+            launcher started just that.
+        timeout_minutes: how long a rank waits for the others in a collective before it gives up.
+        join_minutes: how long the ranks that have come wait for the others at the start.
+        silent_seconds: without a sign of life of a rank before the others end, naming it. A rank that is stopped, or
+            whose node is cut off, is found by this; one that is killed mostly at once.
+        max_skipped_steps: steps in a row that all ranks leave out because some rank's loss or gradient is not finite,
+            before the run ends; 0 to end it at the first one.
+    """
+
+    engine: Literal["zero2", "ddp", "none"] = "zero2"
+    timeout_minutes: float = 30.0
+    join_minutes: float = 10.0
+    silent_seconds: float = 60.0
+    max_skipped_steps: int = 3
+
+    def __post_init__(self) -> None:
+        require(self.timeout_minutes > 0, "distributed.timeout_minutes", self.timeout_minutes, "be positive")
+        require(self.join_minutes > 0, "distributed.join_minutes", self.join_minutes, "be positive")
+        # The signs come once a second, and a busy machine may delay some.
+        require(self.silent_seconds >= 5, "distributed.silent_seconds", self.silent_seconds, "be at least 5")
+        require(self.max_skipped_steps >= 0, "distributed.max_skipped_steps", self.max_skipped_steps, "be at least 0")
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """Checkpoints; how often is training.save_steps.
+
+    Args:
+        resume: auto (from the newest complete checkpoint in output_dir, if there is one), never, or the path of a
+            checkpoint.
+        keep_last: complete checkpoints to keep; older ones are deleted.
+    """
+
+    resume: str = "auto"
+    keep_last: int = 2
+
+    def __post_init__(self) -> None:
+        require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "be at least 1")
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Train a dynamic-rank LoRA adapter (Dynamic Low-Rank Adaptation, ACL 2024) on a frozen, quantized language model.
+
+    Args:
+        output_dir: folder of the run: checkpoints, adapter, metrics, pictures.
+        task: causal_lm (instruction tuning), sequence_classification (classes, or regression), question_answering
+            (parts of a text), or seq2seq (summaries, by an encoder and a decoder).
+        seed: of the data order, the adapter's start and dropout.
+        model: see the group below.
+        adapter: see the group below.
+        pruning: see the group below.
+        data: see the group below.
+        evaluation: see the group below.
+        distributed: see the group below.
+        checkpoint: see the group below.
+        training: what transformers.TrainingArguments knows, such as learning_rate, num_train_epochs or max_steps,
+            per_device_train_batch_size, gradient_accumulation_steps, gradient_checkpointing, logging_steps, save_steps.
+    """
+
+    output_dir: str
+    model: ModelConfig
+    data: DataConfig
+    task: Literal["causal_lm", "sequence_classification", "question_answering", "seq2seq"] = "causal_lm"
+    seed: int = 0
+    adapter: DynamicLoraConfig = field(default_factory=lambda: DynamicLoraConfig(dtype="auto"))
+    pruning: PruningConfig = field(default_factory=PruningConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require(bool(self.output_dir.strip()), "output_dir", repr(self.output_dir), "name a folder")
+        self.output_dir = os.path.expanduser(self.output_dir)
+        check_training_section(self.training)
+        self._check_task()
+        if self.evaluation.exact_match and self.data.eval is None:
+            raise ValueError("evaluation.exact_match is true, but there is no held-out data: set data.eval")
+        if self.pruning.importance == "gate_sensitivity" and not self.adapter.train_gates:
+            raise ValueError(
+                "pruning.importance is gate_sensitivity, which needs gradients of the gates, but adapter.train_gates "
+                "is false: set it to true, or choose another importance"
+            )
+        least, most, target = self.pruning.min_rank, self.pruning.max_rank, self.adapter.target_rank
+        if least > target or (most is not None and most < target):
+            raise ValueError(
+                f"adapter.target_rank {target} is the mean over the layers, so it must lie between "
+                f"pruning.min_rank {least} and pruning.max_rank {most}"
+            )
+
+    def _check_task(self) -> None:
+        data = self.data
+        metrics_of(self.task, data.labels, self.evaluation.metrics)
+        for name in (data.format, *(source.format for source in (*data.train_sources(), *data.eval_sources()))):
+            if name != "auto" and name not in TASKS[self.task].formats:
+                fitting = next(task.name for task in TASKS.values() if name in task.formats)
+                raise ValueError(
+                    f"the format {name} is for the task {fitting}, but task is {self.task}, with the formats "
+                    f"{', '.join(TASKS[self.task].formats)}"
+                )
+        if data.labels == "regression" and self.task != SEQUENCE_CLASSIFICATION:
+            raise ValueError(f"data.labels is regression, but task is {self.task}: set it to {SEQUENCE_CLASSIFICATION}")
+        if self.task == CAUSAL_LM:
+            return
+        for key, value, left_out in (
+            ("data.batching", data.batching, data.batching != "packed"),
+            ("data.train_on", data.train_on, data.train_on == "assistant"),
+            ("data.chat_template", data.chat_template, data.chat_template == "auto"),
+            ("evaluation.exact_match", "true", not self.evaluation.exact_match),
+        ):
+            if not left_out:
+                raise ValueError(f"{key} is {value}, which is for the task {CAUSAL_LM}, but task is {self.task}")
+
+
+def build_parser() -> ArgumentParser:
+    """The command line of ``dora_dist.train``: ``--config FILE`` and one option for every key."""
+    parser = ArgumentParser(
+        prog="dora_dist.train",
+        description="To start: accelerate launch --config_file launch/X.yaml -m dora_dist.train --config "
+        "configs/Y.yaml. Every key of the YAML can be overridden as --section.key value. --dry-run checks all that can "
+        "be checked without reading weights, and says what the run would do; it needs no launcher.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of the run, see configs/")
+    parser.add_class_arguments(RunConfig)
+    return parser
+
+
+def parse_config(arguments: Sequence[str] | None = None) -> RunConfig:
+    """Read the configuration from a command line.
+
+    Args:
+        arguments: such as ``["--config", "configs/x.yaml", "--adapter.target_rank", "4"]``; ``sys.argv`` by default.
+
+    Raises:
+        ValueError: unknown key (the nearest one is offered), wrong type, impossible value, unreadable file.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    for option in (word.partition("=")[0] for word in arguments if word.startswith("--training.")):
+        # The parser would put it into the place of the whole mapping, as text.
+        whole, dot, _ = option.removeprefix("--training.").partition(".")
+        if dot:
+            raise ValueError(
+                f"{option} is one entry of training.{whole}: give all of them in the file, or at once as "
+                f"--training.{whole} '{{name: value}}'"
+            )
+    return RunConfig(**parse_strictly(build_parser(), arguments))
+
+
+def parse_strictly(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
+    """Values of a command line with ``--config FILE``, without ``config`` itself.
+
+    Raises:
+        ValueError: see :func:`parse_config`.
+    """
+    for path in _config_files(arguments):
+        if not path.is_file():
+            raise ValueError(f"there is no file {path}: give a YAML file, see configs/")
+        _refuse_repeated_keys(path)
+    try:
+        parsed = parser.instantiate(parser.parse_args(arguments))
+    except ArgumentError as error:
+        raise ValueError(_explain(str(error), parser)) from None
+    return {name: value for name, value in parsed.items() if name != "config"}
+
+
+def config_of(values: Mapping[str, Any]) -> RunConfig:
+    """The configuration of a run that a program has put together, as strict as one from a file.
+
+    Args:
+        values: nested as in the YAML.
+
+    Raises:
+        ValueError: see :func:`parse_config`.
+    """
+    entries = {entry.name: entry.type for entry in dataclasses.fields(RunConfig)}
+    for name, value in values.items():
+        if name not in entries:  # the parser would let an empty section pass
+            raise ValueError(f"unknown key {name}{nearest(name, entries)}")
+        if (dataclasses.is_dataclass(entries[name]) or name == "training") and not isinstance(value, Mapping):
+            raise ValueError(f"{name} is {value!r}, but must be a section of the configuration of a run")
+    parser = build_parser()
+    try:
+        parsed = parser.instantiate(parser.parse_object(dict(values)))
+    except ArgumentError as error:
+        raise ValueError(_explain(str(error), parser)) from None
+    return RunConfig(**{name: value for name, value in parsed.items() if name != "config"})
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file with overrides on top; see :func:`parse_config`."""
+    return parse_config(["--config", str(path), *overrides])
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved configuration as YAML that :func:`load_config` reads back to an equal one."""
+    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
+
+
+def _config_files(arguments: Sequence[str]) -> list[Path]:
+    """Files that the command line gives as ``--config``."""
+    given = [after for option, after in pairwise(arguments) if option == "--config"]
+    given += [option.removeprefix("--config=") for option in arguments if option.startswith("--config=")]
+    return [Path(path) for path in given]
+
+
+def _refuse_repeated_keys(path: Path) -> None:
+    """YAML takes the last of several equal keys, and the others would be lost without a word."""
+
+    def check(node: yaml.Node | None, prefix: str) -> None:
+        if not isinstance(node, yaml.MappingNode):
+            return
+        seen: set[str] = set()
+        for key, value in node.value:
+            name = f"{prefix}{key.value}"
+            if name in seen:
+                raise ValueError(f"{path}, line {key.start_mark.line + 1}: the key {name} is there twice")
+            seen.add(name)
+            check(value, f"{name}.")
+
+    try:
+        check(yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader), "")
+    except yaml.YAMLError:
+        return  # the parser says what is wrong with it
+
+
+def _explain(message: str, parser: ArgumentParser) -> str:
+    """jsonargparse's message, with the nearest valid key where the key is unknown."""
+    keys = {key for key in vars(parser.get_defaults().as_flat()) if key != "config"}
+    unknown = re.search(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'", message)
+    if unknown:
+        key = f"{unknown['group']}.{unknown['key']}"
+        return f"unknown key {key}{nearest(key, keys)}"
+    unknown = re.search(r"unrecognized arguments: --([\w.]+)|Option '([\w.]+)' is not accepted", message)
+    if unknown:
+        key = unknown[1] or unknown[2]
+        return f"unknown key {key}{nearest(key, keys)}"
+    return message

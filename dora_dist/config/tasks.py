@@ -1,0 +1,111 @@
+"""What a model can be tuned for: the class of the model, the formats of its rows, and what is measured.
+
+Plain values, so that a command line is parsed without waiting for torch.
+"""
+
+from dataclasses import dataclass
+
+from dora_dist.config.training import nearest
+
+CAUSAL_LM = "causal_lm"
+SEQUENCE_CLASSIFICATION = "sequence_classification"
+QUESTION_ANSWERING = "question_answering"
+SEQ2SEQ = "seq2seq"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One of :data:`TASKS`.
+
+    Attributes:
+        name: value of the key ``task``.
+        auto_class: transformers' class that loads a model for it.
+        peft_type: PEFT's name of it.
+        class_ending: how names of transformers' classes for it end; empty where they have many endings.
+        trains_head: whether the model has a head of the task's own, which is trained.
+        formats: of rows, in the order in which they are told; see :data:`dora_dist.data.reading.row_formats.FORMATS`.
+        metrics: that can be asked for beside the loss.
+        default_metrics: those that are measured where nothing is said.
+    """
+
+    name: str
+    auto_class: str
+    peft_type: str
+    class_ending: str
+    trains_head: bool
+    formats: tuple[str, ...]
+    metrics: tuple[str, ...] = ()
+    default_metrics: tuple[str, ...] = ()
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            name=CAUSAL_LM,
+            auto_class="AutoModelForCausalLM",
+            peft_type="CAUSAL_LM",
+            class_ending="",
+            trains_head=False,
+            formats=("messages", "sharegpt", "alpaca", "prompt_completion", "text"),
+        ),
+        Task(
+            name=SEQUENCE_CLASSIFICATION,
+            auto_class="AutoModelForSequenceClassification",
+            peft_type="SEQ_CLS",
+            class_ending="ForSequenceClassification",
+            trains_head=True,
+            formats=("classification",),
+            metrics=("accuracy", "matthews", "f1"),
+            default_metrics=("accuracy", "matthews"),
+        ),
+        Task(
+            name=QUESTION_ANSWERING,
+            auto_class="AutoModelForQuestionAnswering",
+            peft_type="QUESTION_ANS",
+            class_ending="ForQuestionAnswering",
+            trains_head=True,
+            formats=("squad",),
+            metrics=("exact_match", "f1"),
+            default_metrics=("exact_match", "f1"),
+        ),
+        Task(
+            name=SEQ2SEQ,
+            auto_class="AutoModelForSeq2SeqLM",
+            peft_type="SEQ_2_SEQ_LM",
+            class_ending="",
+            trains_head=False,
+            formats=("summary",),
+            metrics=("rouge1", "rouge2", "rouge_l"),
+            default_metrics=("rouge1", "rouge2", "rouge_l"),
+        ),
+    )
+}
+REGRESSION_METRICS = ("pearson", "spearman")
+"""Of sequence classification with numbers for labels."""
+
+
+def metrics_of(task: str, labels: str, wanted: list[str] | None) -> tuple[str, ...]:
+    """Metrics that are measured beside the loss.
+
+    Args:
+        task: one of :data:`TASKS`.
+        labels: ``data.labels``.
+        wanted: ``evaluation.metrics``; None for the task's own.
+
+    Raises:
+        ValueError: one of them is not a metric of this task, or is there twice.
+    """
+    regression = labels == "regression"
+    known = REGRESSION_METRICS if regression else TASKS[task].metrics
+    if wanted is None:
+        return REGRESSION_METRICS if regression else TASKS[task].default_metrics
+    what = f"task {task} with data.labels regression" if regression else f"task {task}"
+    for number, name in enumerate(wanted):
+        if name not in known:
+            raise ValueError(
+                f"evaluation.metrics has {name!r}, but {what} has {', '.join(known) or 'none'}{nearest(name, known)}"
+            )
+        if name in wanted[:number]:
+            raise ValueError(f"evaluation.metrics has {name!r} twice")
+    return tuple(wanted)

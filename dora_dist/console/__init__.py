@@ -1,0 +1,1 @@
+"""What every command needs: errors and exit statuses, text, files, pictures."""

@@ -1,0 +1,117 @@
+"""How every command ends: errors that a user can mend, without a traceback."""
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+Result = TypeVar("Result")
+
+LINGER_SECONDS = 5.0
+PREEMPTED = 75
+"""Exit status of a run that stopped because it was told to, or because a rank was lost, and goes on when the same
+command is started again (EX_TEMPFAIL of sysexits.h)."""
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command's ``main`` and turn expected errors into a message and an exit status.
+
+    ``ValueError`` (something the user can mend) exits with 2; errors of the run itself that explain themselves
+    (disagreement or failure of ranks, missed budget, loss not finite) with 1. Anything else keeps its traceback, a
+    ``ValueError`` from inside another library too. A run that was preempted exits with :data:`PREEMPTED`.
+    """
+    try:
+        main()
+    except PreemptedError as end:
+        say(str(end))
+        _exit(PREEMPTED)
+    except KeyboardInterrupt:
+        say("interrupted")
+        _exit(INTERRUPTED)
+    except Exception as error:
+        own = isinstance(error, ExpectedRunError) or (isinstance(error, ValueError) and _raised_here(error))
+        if not own:
+            traceback.print_exc()
+        leave(error, getattr(error, "status", 2 if own and isinstance(error, ValueError) else 1))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Seen once under DDP: a thread of the process group aborted a rank whose work was done and written, in the
+        # interpreter's shutdown, and the launcher reported a failed run.
+        _exit(0)
+
+
+def attempt(work: Callable[[], Result]) -> Callable[[], Result]:
+    """Do something now; the function returned gives the result, or raises what went wrong, where it is called."""
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+
+        def fail() -> Result:
+            raise failure
+
+        return fail
+    return lambda: result
+
+
+def mark_common(error: Exception) -> Exception:
+    """Mark an error that all ranks raise together."""
+    error.__dict__["raised_on_all_ranks"] = True
+    return error
+
+
+def is_common(error: Exception) -> bool:
+    """Whether all ranks raise this error together, so that nobody has to be told of it."""
+    return isinstance(error, ExpectedRunError) or "raised_on_all_ranks" in error.__dict__
+
+
+def _raised_here(error: Exception) -> bool:
+    """Whether the innermost frame is this project's: then the message was written for the user."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1])
+
+
+class ExpectedRunError(RuntimeError):
+    """An error of a run whose message says all there is to say. With several ranks, all raise one together."""
+
+
+class PreemptedError(ExpectedRunError):
+    """The run was told to stop, and did so where the same command goes on. Raised on all ranks, with the same
+    message."""
+
+
+def leave(error: Exception, status: int) -> None:
+    """Say what went wrong and end this process, from whichever thread."""
+    rank = os.environ.get("RANK")
+    who = f"[rank {rank}] " if rank is not None else ""
+    # In one piece: ranks share the terminal.
+    sys.stderr.write(f"{who}error: {printable(str(error))}\n")
+    sys.stderr.flush()
+    sys.stdout.flush()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # The launcher ends all ranks as soon as one has gone: leave the others time to say what they found.
+        time.sleep(LINGER_SECONDS)
+    _exit(status)
+
+
+def _exit(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: threads of NCCL or gloo may wait for another rank in the interpreter's shutdown.
+    os._exit(status)
+
+
+def say(text: str, from_any_rank: bool = False) -> None:
+    """A remark for the log, once: from the first rank only, or from whichever rank alone does what it is about."""
+    if from_any_rank or os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"{printable(text)}\n")
+        sys.stderr.flush()
+
+
+def printable(text: str) -> str:
+    """The text with control characters written out: file names and data hold some, and a terminal would obey them."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

@@ -1,0 +1,360 @@
+"""Encoded data on disk: made once, by one process, and read by all.
+
+A folder of the cache holds one source under one set of rules. Its name contains a hash of all that its content
+depends on: the data's bytes, the tokenizer, the rules, this package's own code and the libraries' versions.
+"""
+
+import itertools
+import json
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, Features, disable_progress_bars, enable_progress_bars, load_from_disk
+from filelock import FileLock, Timeout
+from transformers import PreTrainedTokenizerBase
+
+from dora_dist.console.command import say
+from dora_dist.data.encoding.classification import LabelledEncoder
+from dora_dist.data.encoding.encoder import BOOKKEEPING, Encoder, EncodingRules, RowEncoder, Status, UnusableRowError
+from dora_dist.data.encoding.questions import QuestionEncoder
+from dora_dist.data.encoding.summaries import SummaryEncoder
+from dora_dist.data.reading.files import Location, RawRow
+
+MANIFEST = "prepared.json"
+LEFT_OUT = "left_out.jsonl"
+ROWS_AT_A_TIME = 1000
+LEAST_ROWS_PER_WORKER = 1000
+LEAST_TRAINED_SHARE = 0.01
+KEPT_BOOKKEEPING = ("removed", "key", "place")
+FIRST_ROWS = 20
+"""From how many rows the format of a source is told."""
+
+ENCODERS: dict[str, type[RowEncoder[Any, Any]]] = {
+    "classification": LabelledEncoder,
+    "squad": QuestionEncoder,
+    "summary": SummaryEncoder,
+}
+"""What makes examples of the rows of a format; :class:`~dora_dist.data.encoding.encoder.Encoder` of those that are not
+here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceCounts:
+    """What became of the rows of a source; nothing is left out without being counted here.
+
+    Attributes:
+        rows: that were read.
+        bad: rows that could not be used (``bad_rows: skip``).
+        overlong: examples that were dropped because they were longer than ``max_length``.
+        truncated: examples that were cut to fit.
+        removed_tokens: tokens that were cut off.
+        split: rows that became several examples: the chat template rewrites earlier turns, or a context is longer
+            than a window.
+        trimmed: conversations whose messages after the assistant's last were left out.
+        examples: that are left.
+        tokens: of the examples.
+        trained_tokens: tokens with a loss; all where the loss is not on tokens.
+    """
+
+    rows: int
+    bad: int
+    overlong: int
+    truncated: int
+    removed_tokens: int
+    split: int
+    trimmed: int
+    examples: int
+    tokens: int
+    trained_tokens: int
+
+    def remarks(self) -> list[str]:
+        """What a user should know, in words."""
+        said = {
+            f"skipped {self.bad} of {self.rows} rows that cannot be used": self.bad,
+            f"dropped {self.overlong} examples that do not fit into data.max_length": self.overlong,
+            f"truncated {self.truncated} examples by {self.removed_tokens} tokens in all": self.truncated,
+            f"made several examples of each of {self.split} rows (of every answer of a conversation, where the chat "
+            "template rewrites earlier turns; of every window of a long context)": self.split,
+            f"left out the messages after the assistant's last one in {self.trimmed} conversations": self.trimmed,
+        }
+        return [text for text, count in said.items() if count]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedSource:
+    """One source, ready to be read.
+
+    Attributes:
+        name: of the source.
+        folder: in the cache.
+        format: what the rows were read as.
+        dataset: memory-mapped; the columns of the format's encoder (:data:`ENCODERS`), ``removed``, ``key``, ``place``.
+        counts: what became of the rows.
+        digest: SHA-256 over all examples in their order.
+    """
+
+    name: str
+    folder: Path
+    format: str
+    dataset: Dataset
+    counts: SourceCounts
+    digest: str
+
+    def remarks(self) -> list[str]:
+        """:meth:`SourceCounts.remarks` with the source's name, and where the rows that were left out are listed."""
+        remarks = [f"{self.name}: {remark}" for remark in self.counts.remarks()]
+        if self.counts.bad or self.counts.overlong:
+            remarks.append(f"{self.name}: what was left out is listed in {self.folder / LEFT_OUT}")
+        return remarks
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of every example, int64, shape (examples,)."""
+        return list_lengths(self.dataset)
+
+    def keys(self) -> np.ndarray:
+        """Hash of every example, int64, shape (examples,)."""
+        return self.dataset.data.column("key").to_numpy()
+
+
+def list_lengths(dataset: Dataset, column: str = "input_ids") -> np.ndarray:
+    """Lengths of the lists in a column, without reading what is in them."""
+    chunks = dataset.data.column(column).chunks
+    return np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in chunks] or [[]]).astype(np.int64)
+
+
+def first_rows(location: Location) -> list[dict]:
+    """The first rows that can be read as objects at all, to tell the format by.
+
+    Raises:
+        ValueError: there are none.
+    """
+    rows, flaws = [], []
+    for raw in itertools.islice(location.rows(), FIRST_ROWS):
+        try:
+            row = json.loads(raw.json) if not raw.flaw else None
+        except (ValueError, RecursionError) as error:
+            row, raw = None, RawRow(raw.place, "", f"cannot be read as JSON: {error}")
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            flaws.append(f"{raw.place}: {raw.flaw or f'must be an object with named fields, got {raw.json[:80]}'}")
+    if not rows:
+        where = location.hub or ", ".join(map(str, location.files))
+        raise ValueError(flaws[0] if flaws else f"{where} has no rows")
+    return rows
+
+
+def prepare_source(
+    name: str, location: Location, rules: EncodingRules, tokenizer: PreTrainedTokenizerBase, cache: Path, workers: int
+) -> PreparedSource:
+    """The encoded source, from the cache, or made now.
+
+    One process makes it; others that ask for it at the same time wait for the file lock, outside of any collective.
+
+    Args:
+        name: of the source, for messages.
+        location: of its rows.
+        rules: how rows become examples.
+        tokenizer: of the model.
+        cache: folder of all prepared data.
+        workers: processes that encode.
+
+    Raises:
+        ValueError: the data cannot be used.
+    """
+    encoder = ENCODERS.get(rules.format, Encoder)(tokenizer, rules)
+    key = _cache_key(location, rules, tokenizer)
+    folder = cache / f"{_file_name(name)}-{key[:20]}"
+    if not (folder / MANIFEST).is_file():
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"data.cache_dir {cache} cannot be made: {error}; set it to a folder of yours") from None
+        with _locked(folder, name):
+            if not (folder / MANIFEST).is_file():
+                for left in cache.glob(f".{folder.name}.partial-*"):  # of a process that was killed
+                    shutil.rmtree(left, ignore_errors=True)
+                _prepare(name, location, encoder, folder, key, workers)
+    return _open(name, folder)
+
+
+@contextmanager
+def _locked(folder: Path, name: str) -> Iterator[None]:
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0.5)
+    except Timeout:
+        say(f"{name}: another process is preparing it; waiting")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _file_name(name: str) -> str:
+    return "".join(character if character.isalnum() or character in "-_." else "_" for character in name)[:60]
+
+
+def _cache_key(location: Location, rules: EncodingRules, tokenizer: PreTrainedTokenizerBase) -> str:
+    digest = sha256(location.digest().encode())
+    digest.update(json.dumps(asdict(rules), sort_keys=True).encode())
+    digest.update(tokenizer_digest(tokenizer).encode())
+    for source in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(source.read_bytes())
+    digest.update(repr([version(name) for name in ("transformers", "tokenizers", "datasets", "jinja2")]).encode())
+    return digest.hexdigest()
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of all that a tokenizer would save, without its chat template (the rules have the one that is used)."""
+    digest = sha256(type(tokenizer).__name__.encode())
+    with tempfile.TemporaryDirectory() as scratch:
+        for file in sorted(tokenizer.save_pretrained(scratch)):
+            if not file.endswith(".jinja"):
+                digest.update(Path(file).read_bytes())
+    return digest.hexdigest()
+
+
+def _prepare(
+    name: str, location: Location, encoder: RowEncoder[Any, Any], folder: Path, key: str, workers: int
+) -> None:
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.partial-", dir=folder.parent) as scratch:
+        work = Path(scratch)
+        rows = _store_rows(location, work / "rows.arrow")
+        if not len(rows):
+            raise ValueError(f"{name} has no rows")
+        workers = max(1, min(workers, len(rows) // LEAST_ROWS_PER_WORKER))
+        examples = _encode_rows(name, rows, encoder, work, key, workers)
+        finished = work / "finished"
+        status = examples.with_format("numpy")["status"][:]
+        kept = examples if (status == Status.KEPT).all() else examples.select(np.flatnonzero(status == Status.KEPT))
+        if not len(kept):
+            first = examples[0]
+            raise ValueError(f"{name}: none of {len(rows)} rows can be used; the first: {_reason(first)}")
+        with _progress_bars():
+            kept.select_columns([*encoder.columns, *KEPT_BOOKKEEPING]).save_to_disk(str(finished))
+        _list_left_out(examples, status, finished / LEFT_OUT)
+        content = {
+            "format": encoder.rules.format,
+            "digest": sha256(examples.with_format("numpy")["key"][:][status == Status.KEPT].tobytes()).hexdigest(),
+            "counts": asdict(_count(len(rows), examples, status)),
+            "rules": asdict(encoder.rules),
+        }
+        # The manifest comes last, and the folder appears under its name as a whole.
+        (finished / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        finished.rename(folder)
+
+
+def _reason(row: Mapping[str, Any]) -> str:
+    return f"{row['place']}: {row['note']}"
+
+
+def _list_left_out(examples: Dataset, status: np.ndarray, path: Path) -> None:
+    rows = examples.select_columns(["place", "status", "note"]).select(np.flatnonzero(status != Status.KEPT))
+    with path.open("w", encoding="utf-8") as stream:
+        for row in rows:
+            line = {"place": row["place"], "why": Status(row["status"]).name.lower(), "reason": row["note"]}
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _store_rows(location: Location, path: Path) -> Dataset:
+    """Rows as text in an Arrow file, so that workers can share them and memory does not limit their number."""
+    schema = pa.schema({"place": pa.string(), "json": pa.large_string(), "flaw": pa.string()})
+    rows = location.rows()
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        while chunk := list(itertools.islice(rows, ROWS_AT_A_TIME)):
+            writer.write_table(pa.Table.from_pylist([asdict(row) for row in chunk], schema=schema))
+    return Dataset.from_file(str(path))
+
+
+def _encode_rows(
+    name: str, rows: Dataset, encoder: RowEncoder[Any, Any], work: Path, key: str, workers: int
+) -> Dataset:
+    say(f"{name}: encoding {len(rows)} rows with {workers} worker{'s' * (workers > 1)}", from_any_rank=True)
+    try:
+        with _progress_bars():
+            return rows.map(
+                encoder,
+                batched=True,
+                batch_size=ROWS_AT_A_TIME,
+                num_proc=workers if workers > 1 else None,
+                remove_columns=rows.column_names,
+                features=Features({**encoder.columns, **BOOKKEEPING}),
+                cache_file_name=str(work / "examples.arrow"),
+                load_from_cache_file=False,
+                new_fingerprint=key[:32],
+                desc=f"encoding {name}",
+            )
+    except UnusableRowError as error:
+        # What a worker raises comes with the worker's traceback, which says nothing about the row.
+        raise ValueError(str(error)) from None
+
+
+@contextmanager
+def _progress_bars() -> Iterator[None]:
+    """datasets' own bars on a terminal, none in a log file."""
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+def _count(num_rows: int, examples: Dataset, status: np.ndarray) -> SourceCounts:
+    columns = examples.select_columns(["removed", "trimmed"]).with_format("numpy")[:]
+    places = Counter(examples["place"]) if len(examples) > num_rows else {}
+    tokens = int(list_lengths(examples).sum())
+    return SourceCounts(
+        rows=num_rows,
+        bad=int((status == Status.BAD).sum()),
+        overlong=int((status == Status.OVERLONG).sum()),
+        truncated=int((columns["removed"] > 0).sum()),
+        removed_tokens=int(columns["removed"].sum()),
+        split=sum(count > 1 for count in places.values()),
+        trimmed=int((columns["trimmed"] > 0).sum()),
+        examples=int((status == Status.KEPT).sum()),
+        tokens=tokens,
+        trained_tokens=_num_trained(examples) if "spans" in examples.column_names else tokens,
+    )
+
+
+def _num_trained(examples: Dataset) -> int:
+    """Labels over all examples, from the spans' flat values; the first position of an example has none."""
+    total = 0
+    for chunk in examples.data.column("spans").chunks:
+        edges = chunk.flatten().to_numpy().astype(np.int64)
+        total += int((edges[1::2] - edges[::2]).sum() - (edges[::2] == 0).sum())
+    return total
+
+
+def _open(name: str, folder: Path) -> PreparedSource:
+    content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    source = PreparedSource(
+        name=name,
+        folder=folder,
+        format=content["format"],
+        dataset=load_from_disk(str(folder)),
+        counts=SourceCounts(**content["counts"]),
+        digest=content["digest"],
+    )
+    trained, tokens = source.counts.trained_tokens, source.counts.tokens
+    if trained < LEAST_TRAINED_SHARE * tokens:
+        raise ValueError(
+            f"{name}: only {trained} of {tokens} tokens are answers to learn from, under {LEAST_TRAINED_SHARE:.0%}; "
+            "check that the answers are in the right field"
+        )
+    return source

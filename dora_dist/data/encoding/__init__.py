@@ -1,0 +1,1 @@
+"""From samples to token ids and the tokens that are trained."""

@@ -1,0 +1,224 @@
+"""Chat templates: which one, what it makes of a conversation, and which characters of it the assistant wrote."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from dora_dist.data.reading.row_formats import Chat, RowFlaw
+
+BUNDLED = Path(__file__).parent / "templates"
+FAMILIES = {
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "gemma": ("<start_of_turn>", "<end_of_turn>"),
+    "mistral": ("[INST]", "[/INST]"),
+    "plain": (),
+}
+"""Bundled templates, with the tokens that a tokenizer must know for each; the first that fits is taken."""
+
+NO_TEXT = "which would be no text to the model but the start or the end of something"
+PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+@dataclass(frozen=True)
+class ChosenTemplate:
+    """A Jinja template and where it comes from.
+
+    Attributes:
+        text: Jinja source.
+        origin: in words, for the log.
+        bundled: it stands in for one that the tokenizer does not have.
+    """
+
+    text: str
+    origin: str
+    bundled: bool = False
+
+
+def choose_template(tokenizer: PreTrainedTokenizerBase, wanted: str = "auto") -> ChosenTemplate:
+    """The tokenizer's own template, a bundled one where it has none, or the one asked for.
+
+    Args:
+        tokenizer: of the model.
+        wanted: ``auto``, a name of :data:`FAMILIES`, or the path of a Jinja file.
+
+    Raises:
+        ValueError: there is no such template, or the tokenizer lacks a token that it needs.
+    """
+    if wanted == "auto":
+        if tokenizer.chat_template:
+            return ChosenTemplate(tokenizer.get_chat_template(), "the tokenizer's own chat template")
+        known = tokenizer.get_vocab()
+        wanted = next(name for name, tokens in FAMILIES.items() if all(token in known for token in tokens))
+        return ChosenTemplate(
+            _bundled(wanted), f"the tokenizer has no chat template: taking the bundled one for {wanted}", bundled=True
+        )
+    if wanted in FAMILIES:
+        missing = [token for token in FAMILIES[wanted] if token not in tokenizer.get_vocab()]
+        if missing:
+            raise ValueError(
+                f"data.chat_template is {wanted}, but the tokenizer does not know {', '.join(missing)}: take a "
+                "template that fits the model, such as auto or plain"
+            )
+        return ChosenTemplate(_bundled(wanted), f"the bundled chat template for {wanted}")
+    path = Path(wanted).expanduser()
+    if not path.is_file():
+        raise ValueError(
+            f"data.chat_template is {wanted!r}, but must be auto, one of {', '.join(FAMILIES)}, or the path of a Jinja "
+            f"file (looked from {Path.cwd()})"
+        )
+    return ChosenTemplate(path.read_text(encoding="utf-8"), f"the chat template in {path}")
+
+
+def _bundled(name: str) -> str:
+    return (BUNDLED / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def control_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Matches the special tokens that stand for more than their text."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    longest_first = sorted(special, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+class ChatRenderer:
+    """Renders conversations and knows which characters are the assistant's.
+
+    The characters are those between two renderings, or inside the template's own ``{% generation %}`` marks where it
+    has them; the text of a message is never searched for.
+
+    Args:
+        tokenizer: fast (with offsets), for its special tokens.
+        template: Jinja source.
+
+    Raises:
+        ValueError: the template ends the assistant's turn without a control token, so that a model could not learn
+            where to stop, or it cannot be rendered at all.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"the tokenizer {type(tokenizer).__name__} cannot say which characters a token stands for, as chat "
+                "templates need: convert it to a fast one (tokenizer.json)"
+            )
+        self.tokenizer = tokenizer
+        self.template = template
+        self.marked = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+        self._control = control_pattern(tokenizer)
+        self.end_of_turn = self._find_end_of_turn()
+
+    def render(self, chat: Chat, length: int | None = None, prompt: bool = False) -> str:
+        """The conversation, or its first ``length`` messages, as text.
+
+        Args:
+            chat: the conversation.
+            length: messages to render; None for all.
+            prompt: end with what makes the assistant speak.
+
+        Raises:
+            RowFlaw: the template refuses these messages.
+        """
+        return self._render(chat.messages[:length], chat.tools, prompt)[0]
+
+    def spans(self, chat: Chat, last_only: bool = False) -> tuple[str, list[tuple[int, int]]] | None:
+        """The rendered conversation with start and end of the characters that the assistant wrote, turn by turn.
+
+        Args:
+            chat: the conversation; it ends with the assistant.
+            last_only: the last turn only.
+
+        Returns:
+            None where the template renders an earlier turn otherwise once more messages follow (it leaves out
+            thoughts, say), so that no single text has all turns as the model would see them.
+
+        Raises:
+            RowFlaw: the template refuses these messages, or a message holds a control token.
+        """
+        self._check_controls(chat)
+        text, marks = self._render(chat.messages, chat.tools, False)
+        answers = [number for number, message in enumerate(chat.messages) if message["role"] == "assistant"]
+        if self.marked:
+            if len(marks) != len(answers) or any(end <= start for start, end in marks):
+                raise RowFlaw("messages", "is rendered without {% generation %} marks around every assistant message")
+            return text, marks[-1:] if last_only else marks
+        spans = []
+        for number in answers[-1:] if last_only else answers:
+            before = self.render(chat, number, prompt=True)
+            after = text if number == len(chat.messages) - 1 else self.render(chat, number + 1)
+            if not (text.startswith(before) and text.startswith(after) and len(after) > len(before)):
+                if number == len(chat.messages) - 1:
+                    raise RowFlaw(
+                        "messages",
+                        "is rendered so that the assistant's last turn does not go on from the template's generation "
+                        "prompt: set data.chat_template to a template with {% generation %} marks",
+                    )
+                return None
+            spans.append((len(before), len(after)))
+        return text, spans
+
+    def last_span(self, chat: Chat) -> tuple[str, list[tuple[int, int]]]:
+        """:meth:`spans` of the last turn, which every template has."""
+        found = self.spans(chat, last_only=True)
+        assert found is not None
+        return found
+
+    def _render(
+        self, messages: Sequence[dict[str, Any]], tools: list[Any] | None, prompt: bool
+    ) -> tuple[str, list[tuple[int, int]]]:
+        try:
+            texts, marks = render_jinja_template(
+                conversations=[list(messages)],
+                tools=tools,
+                chat_template=self.template,
+                return_assistant_tokens_mask=self.marked,
+                add_generation_prompt=prompt,
+                **self.tokenizer.special_tokens_map,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise RowFlaw("messages", f"is refused by the chat template: {error}") from None
+        return texts[0], marks[0] if self.marked else []
+
+    def _check_controls(self, chat: Chat) -> None:
+        """A control token in a message would end a turn, or begin one, in the middle of a text."""
+        for number, message in enumerate(chat.messages):
+            for name, part in message.items():
+                text = part if isinstance(part, str) else json.dumps(part, ensure_ascii=False)
+                if name != "role" and (found := self._control.search(text)):
+                    raise RowFlaw(f"messages[{number}].{name}", f"holds the control token {found[0]!r}, {NO_TEXT}")
+        if found := self._control.search(json.dumps(chat.tools, ensure_ascii=False)):
+            raise RowFlaw("tools", f"holds the control token {found[0]!r}, {NO_TEXT}")
+
+    def _find_end_of_turn(self) -> int:
+        try:
+            text, spans = self.last_span(Chat(PROBE))
+        except RowFlaw as flaw:
+            raise ValueError(f"the chat template cannot be used: {flaw}") from None
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        added = self.tokenizer.added_tokens_decoder
+        ends = [
+            token
+            for token, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+            if end > spans[0][0] and token in added and not added[token].content.isspace()
+        ]
+        if not ends:
+            raise ValueError(
+                f"the chat template ends the assistant's turn without a control token ({text[-40:]!r}), so that the "
+                "model could not learn where to stop: set data.chat_template to one that does"
+            )
+        return ends[-1]
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[int]:
+    """Tokens that end an answer: the end token, and that of a turn where answers were trained in a chat template."""
+    ends = {tokenizer.eos_token_id}
+    if template is not None:
+        ends.add(ChatRenderer(tokenizer, template).end_of_turn)
+    return sorted(ends)

@@ -1,0 +1,279 @@
+"""Extractive question answering: windows over a context, the tokens of an answer in them, and answers from logits."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from datasets import List, Value
+from transformers import PreTrainedTokenizerBase
+
+from dora_dist.data.encoding.encoder import EncodingRules, RowEncoder, Status
+from dora_dist.data.reading.row_formats import Question, RowFlaw
+
+OUTSIDE = (-1, -1)
+"""In place of the characters of a token that is not of the context."""
+MAX_ANSWER_TOKENS = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A question with a part of its context, as the model is given it.
+
+    Attributes:
+        ids: token ids, with the tokenizer's own tokens around and between the two texts.
+        types: which text each token belongs to, where the model is told so; otherwise empty.
+        offsets: of every token, its first character in the context and the one after its last; :data:`OUTSIDE` for
+            tokens that are not of the context.
+        null: position of the token that stands for no answer (CLS).
+        start: position of the answer's first token; :attr:`null` where this window does not hold the whole answer.
+        end: position of its last token (included), or :attr:`null`.
+    """
+
+    ids: list[int]
+    types: list[int]
+    offsets: list[tuple[int, int]]
+    null: int
+    start: int
+    end: int
+
+
+class ContextWindows:
+    """Cuts contexts into windows that overlap, so that an answer is whole in at least one of them where it is not
+    longer than the overlap.
+
+    Args:
+        tokenizer: fast (it knows the characters of a token), with a CLS or start token.
+        max_length: longest window in tokens, with question and the tokenizer's own tokens.
+        stride: tokens of the context that neighbouring windows share (the ``stride`` of Hugging Face's tokenizers, not
+            BERT's ``doc_stride``, which counts from start to start).
+
+    Raises:
+        ValueError: the tokenizer cannot be used, or ``stride`` is negative.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int) -> None:
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"{type(tokenizer).__name__} does not know which characters a token stands for, which answers are "
+                "found by: question answering needs a model with a fast tokenizer (tokenizer.json)"
+            )
+        null_id = tokenizer.bos_token_id if tokenizer.cls_token_id is None else tokenizer.cls_token_id
+        if null_id is None:
+            raise ValueError("the tokenizer has neither a CLS nor a start token, which would stand for no answer")
+        if stride < 0:
+            raise ValueError(f"data.stride is {stride}, but must be at least 0")
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.stride = stride
+        self._null_id = null_id
+        self._with_types = "token_type_ids" in tokenizer.model_input_names
+
+    def __call__(self, question: Question) -> list[Window]:
+        """The windows of a question, in the order of the context; all of them together hold all of it.
+
+        Raises:
+            RowFlaw: the question leaves too little room, the context has no token, or the tokens of the answer are
+                not those of its text.
+        """
+        encoded = self.tokenizer(
+            question.question.strip(),
+            question.context,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=self._with_types,
+            verbose=False,
+        )
+        ids, types, offsets = encoded["input_ids"], encoded.get("token_type_ids", []), encoded["offset_mapping"]
+        of_context = [number for number, text in enumerate(encoded.sequence_ids()) if text == 1]
+        if not of_context:
+            raise RowFlaw("context", "has no token")
+        first, last = of_context[0], of_context[-1] + 1
+        room = self.max_length - (len(ids) - len(of_context))
+        if room <= self.stride:
+            raise RowFlaw(
+                "question",
+                f"leaves {max(room, 0)} of data.max_length {self.max_length} tokens to the context, of which "
+                f"neighbouring windows share {self.stride} (data.stride): it must leave more than that",
+            )
+        around = [*range(first), *range(last, len(ids))]
+        null_token = next((n for n in around if ids[n] == self._null_id), None)
+        if null_token is None:
+            name = self.tokenizer.convert_ids_to_tokens(self._null_id)
+            raise ValueError(
+                f"the tokenizer does not put {name!r}, which would stand for no answer, around a question and "
+                "its context"
+            )
+        answer = self._answer_tokens(question, offsets, first, last)
+        windows = []
+        for begin in range(first, last, room - self.stride):
+            stop = min(begin + room, last)
+            chosen = [*range(first), *range(begin, stop), *range(last, len(ids))]
+            inside = answer is not None and begin <= answer[0] and answer[1] < stop
+            start, end = answer if answer is not None and inside else (null_token, null_token)
+            windows.append(
+                Window(
+                    ids=[ids[n] for n in chosen],
+                    types=[types[n] for n in chosen] if types else [],
+                    offsets=[tuple(offsets[n]) if first <= n < last else OUTSIDE for n in chosen],
+                    null=chosen.index(null_token),
+                    start=chosen.index(start),
+                    end=chosen.index(end),
+                )
+            )
+            if stop == last:
+                break
+        return windows
+
+    def _answer_tokens(
+        self, question: Question, offsets: Sequence[tuple[int, int]], first: int, last: int
+    ) -> tuple[int, int] | None:
+        """First and last token of the answer to learn: all tokens that overlap it; None where there is no answer."""
+        if not question.answers:
+            return None
+        text, begin = question.answers[0].strip(), question.starts[0]
+        begin += len(question.answers[0]) - len(question.answers[0].lstrip())
+        inside = [n for n in range(first, last) if offsets[n][1] > begin and offsets[n][0] < begin + len(text)]
+        covered = question.context[offsets[inside[0]][0] : offsets[inside[-1]][1]] if inside else ""
+        if not inside or _letters(text) not in _letters(covered):
+            raise RowFlaw("answers.text[0]", f"is {text!r}, but its tokens stand for {covered!r}")
+        return inside[0], inside[-1]
+
+
+def _letters(text: str) -> str:
+    return "".join(filter(str.isalnum, text))
+
+
+@dataclass(frozen=True, slots=True)
+class AskedWindow:
+    """A window with the question that it is of."""
+
+    question: Question
+    window: Window
+
+
+class QuestionEncoder(RowEncoder[AskedWindow, AskedWindow]):
+    """Windows of questions, one example each; all windows of a row stand one after the other, under one ``place``.
+
+    Raises:
+        ValueError: see :class:`ContextWindows`.
+    """
+
+    columns: ClassVar[dict[str, Any]] = {
+        "input_ids": List(Value("int32")),
+        "token_type_ids": List(Value("int8")),
+        "offsets": List(Value("int32")),  # first and last of every token, one after the other
+        "null": Value("int32"),
+        "start": Value("int32"),
+        "end": Value("int32"),
+        "context": Value("string"),
+        "answers": List(Value("string")),
+    }
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rules: EncodingRules) -> None:
+        super().__init__(tokenizer, rules)
+        self._windows = ContextWindows(tokenizer, rules.max_length, rules.stride)
+
+    def _parts(self, sample: Question) -> list[AskedWindow]:
+        self._check_controls("question", sample.question)
+        self._check_controls("context", sample.context)
+        return [AskedWindow(sample, window) for window in self._windows(sample)]
+
+    def _encode(self, parts: Sequence[AskedWindow]) -> Sequence[AskedWindow]:
+        return parts
+
+    def _fit(self, part: AskedWindow, example: AskedWindow, place: str) -> tuple[AskedWindow | None, Status, str]:
+        return example, Status.KEPT, ""
+
+    def _content(self, example: AskedWindow | None) -> dict[str, Any]:
+        example = example or AskedWindow(Question("", "", (), ()), Window([], [], [], 0, 0, 0))
+        window = example.window
+        return {
+            "input_ids": window.ids,
+            "token_type_ids": window.types,
+            "offsets": [place for pair in window.offsets for place in pair],
+            "null": window.null,
+            "start": window.start,
+            "end": window.end,
+            "context": example.question.context,
+            "answers": list(example.question.answers),
+            "removed": 0,
+        }
+
+    def _hashed(self, content: Mapping[str, Any]) -> bytes:
+        ids = content["input_ids"]
+        return np.array([len(ids), *ids, content["start"], content["end"]], dtype=np.int64).tobytes()
+
+
+def scored_window(row: Mapping[str, Any], start_logits: Sequence[float], end_logits: Sequence[float]) -> "ScoredWindow":
+    """What a model says about a row of :class:`QuestionEncoder`."""
+    flat = row["offsets"]
+    return ScoredWindow(list(zip(flat[::2], flat[1::2], strict=True)), row["null"], start_logits, end_logits)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredWindow:
+    """What a model says about one window.
+
+    Attributes:
+        offsets: see :class:`Window`.
+        null: see there.
+        start_logits: of every position to be the answer's first token; there may be more of them than offsets, for
+            padding on the right.
+        end_logits: of every position to be its last.
+    """
+
+    offsets: Sequence[tuple[int, int]]
+    null: int
+    start_logits: Sequence[float]
+    end_logits: Sequence[float]
+
+
+def best_answer(
+    context: str,
+    windows: Sequence[ScoredWindow],
+    max_answer_tokens: int = MAX_ANSWER_TOKENS,
+    null_threshold: float | None = None,
+) -> str:
+    """The answer with the highest sum of start and end logit, over all spans of all windows of a question.
+
+    All spans are compared, of which the usual lists of the 20 best starts and ends are an approximation. The first one
+    wins where several are equal. Tokens of nothing but white space neither begin nor end an answer.
+
+    Args:
+        context: of the question.
+        windows: all of the question.
+        max_answer_tokens: longest answer.
+        null_threshold: None where every question has an answer. Otherwise the answer is empty where the score of no
+            answer (both logits of :attr:`ScoredWindow.null`, the lowest over the windows) is higher than the best
+            answer's by more than this: 0 in SQuAD v2.
+
+    Raises:
+        ValueError: there are no windows, too few logits for one, or some that are not finite.
+    """
+    if not windows:
+        raise ValueError("a question has no windows to find an answer in")
+    best, answer, null_score = -np.inf, "", np.inf
+    for window in windows:
+        starts, ends = _logits(window.start_logits, window), _logits(window.end_logits, window)
+        null_score = min(null_score, float(starts[window.null] + ends[window.null]))
+        able = np.array([a >= 0 and bool(context[a:b].strip()) for a, b in window.offsets])
+        scores = np.where(able, starts, -np.inf)[:, None] + np.where(able, ends, -np.inf)[None, :]
+        number = np.arange(len(able))
+        length = number[None, :] - number[:, None] + 1
+        scores[(length < 1) | (length > max_answer_tokens)] = -np.inf
+        start, end = divmod(int(np.argmax(scores)), len(able))
+        if scores[start, end] > best:
+            best = float(scores[start, end])
+            answer = context[window.offsets[start][0] : window.offsets[end][1]].strip()
+    return "" if null_threshold is not None and null_score - best > null_threshold else answer
+
+
+def _logits(values: Sequence[float], window: ScoredWindow) -> np.ndarray:
+    logits = np.asarray(values, dtype=np.float64)
+    if logits.ndim != 1 or len(logits) < len(window.offsets):
+        raise ValueError(f"logits have shape {logits.shape}, but the window has {len(window.offsets)} tokens")
+    logits = logits[: len(window.offsets)]
+    if not np.isfinite(logits).all():
+        raise ValueError("logits are not finite, so that no answer is the best")
+    return logits

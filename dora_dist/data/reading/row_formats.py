@@ -1,0 +1,387 @@
+"""The formats that rows are written in, and what is made of a row: a pair, a conversation, a question and so on."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dora_dist.config.tasks import CAUSAL_LM, TASKS
+
+ROLES = ("system", "user", "assistant", "tool")
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+MESSAGE_EXTRAS = ("tool_calls", "tool_call_id", "name", "reasoning_content")
+"""Fields of a message that are handed to the chat template as they are."""
+
+
+class RowFlaw(Exception):
+    """What is wrong with one row.
+
+    Args:
+        field: the field it is about; empty for the row as a whole.
+        reason: in words, with the value found.
+    """
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"field {field!r} {reason}" if field else f"the row {reason}")
+        self.field = field
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A prompt with the answer that is wanted; the loss is on the answer only.
+
+    Attributes:
+        prompt: everything the model is given.
+        completion: what it should answer.
+    """
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """An instruction with the answer that is wanted, before it is put into words for the model.
+
+    Attributes:
+        instruction: what to do.
+        context: what to do it with; may be empty.
+        completion: the answer.
+    """
+
+    instruction: str
+    context: str
+    completion: str
+
+    def as_pair(self) -> Pair:
+        """In the plain form that Alpaca made common."""
+        return Pair(alpaca_prompt(self.instruction, self.context), self.completion)
+
+    def as_chat(self) -> "Chat":
+        """As a conversation of one exchange."""
+        question = f"{self.instruction}\n\n{self.context}" if self.context else self.instruction
+        return Chat([{"role": "user", "content": question}, {"role": "assistant", "content": self.completion}])
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation that ends with the assistant.
+
+    Attributes:
+        messages: with ``role`` (one of :data:`ROLES`), ``content`` and perhaps some of :data:`MESSAGE_EXTRAS`.
+        tools: JSON schemas of the tools that the assistant may call, or None.
+        num_trimmed: messages after the last one of the assistant, which were left out.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None = None
+    num_trimmed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Plain text; the loss is on all of it."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question about a text, whose answers are parts of that text.
+
+    Attributes:
+        question: what is asked.
+        context: the text to find the answer in.
+        answers: the answers that count as right; the first is the one to learn. Empty where the text has no answer.
+        starts: of each answer, its first character in the context.
+    """
+
+    question: str
+    context: str
+    answers: tuple[str, ...]
+    starts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A text with the summary that is wanted.
+
+    Attributes:
+        document: what is given to the encoder.
+        summary: what the decoder should write.
+    """
+
+    document: str
+    summary: str
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """One sentence, or two, with the label that is wanted.
+
+    Attributes:
+        first: the sentence.
+        second: the other one of a pair, or None.
+        label: a class as it is written, or a number; see :func:`class_label` and :func:`number_label`.
+    """
+
+    first: str
+    second: str | None
+    label: str | int | float
+
+
+Sample = Pair | Instruction | Chat | Document
+
+
+def alpaca_prompt(instruction: str, context: str = "") -> str:
+    """The prompt of an instruction, in the plain form that Alpaca made common."""
+    middle = f"### Input:\n{context}\n\n" if context else ""
+    return f"### Instruction:\n{instruction}\n\n{middle}### Response:\n"
+
+
+def _text(row: Mapping[str, Any], field: str, optional: bool = False) -> str:
+    value = row.get(field)
+    if value is None and optional:
+        return ""
+    if not isinstance(value, str):
+        found = "is missing" if field not in row else f"must be text, got {_short(value)}"
+        raise RowFlaw(field, found)
+    return value
+
+
+def _wanted(row: Mapping[str, Any], field: str) -> str:
+    """Text to learn from."""
+    value = _text(row, field)
+    if not value.strip():
+        raise RowFlaw(field, "is empty, so that there is nothing to learn from it")
+    return value
+
+
+def _alpaca(row: Mapping[str, Any]) -> Sample:
+    return Instruction(_text(row, "instruction"), _text(row, "input", optional=True), _wanted(row, "output"))
+
+
+def _prompt_completion(row: Mapping[str, Any]) -> Sample:
+    return Pair(_text(row, "prompt"), _wanted(row, "completion"))
+
+
+def _document(row: Mapping[str, Any]) -> Sample:
+    return Document(_wanted(row, "text"))
+
+
+def _labelled(row: Mapping[str, Any]) -> Labelled:
+    second = None if row.get("sentence2") is None else _text(row, "sentence2")
+    label = row.get("label")
+    if not isinstance(label, str | int | float):
+        raise RowFlaw("label", "is missing" if "label" not in row else f"must be text or a number, got {_short(label)}")
+    return Labelled(_wanted(row, "sentence1"), second, label)
+
+
+def class_label(label: str | int | float) -> str:
+    """The name of a class: text without white space around it, or a whole number.
+
+    Raises:
+        RowFlaw: it is none.
+    """
+    if isinstance(label, float):
+        raise RowFlaw(
+            "label",
+            f"must name a class, by text or a whole number, got {label}; for numbers set data.labels to regression",
+        )
+    name = str(label).strip()
+    if not name:
+        raise RowFlaw("label", "is empty, so that there is nothing to learn from it")
+    return name
+
+
+def number_label(label: str | int | float) -> float:
+    """The number that a label is, or says.
+
+    Raises:
+        RowFlaw: it is none, or not finite.
+    """
+    try:
+        number = math.nan if isinstance(label, bool) else float(label)
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise RowFlaw("label", f"must be a number, got {_short(label)}; for classes set data.labels to classes")
+    return number
+
+
+def _messages(row: Mapping[str, Any]) -> Sample:
+    return _chat(row, "messages", "role", "content", {role: role for role in ROLES})
+
+
+def _sharegpt(row: Mapping[str, Any]) -> Sample:
+    messages, system = row.get("conversations"), _text(row, "system", optional=True)
+    if isinstance(messages, list) and messages and isinstance(messages[0], dict) and "role" in messages[0]:
+        return _chat(row, "conversations", "role", "content", {role: role for role in ROLES}, system)
+    return _chat(row, "conversations", "from", "value", SHAREGPT_ROLES, system)
+
+
+def _chat(
+    row: Mapping[str, Any], field: str, role_key: str, text_key: str, roles: Mapping[str, str], system: str = ""
+) -> Chat:
+    entries = row.get(field)
+    if not isinstance(entries, list) or not entries:
+        raise RowFlaw(field, f"must be a list of messages, got {_short(entries)}")
+    messages = [_message(entry, f"{field}[{n}]", role_key, text_key, roles) for n, entry in enumerate(entries)]
+    if system and messages[0]["role"] == "system":
+        raise RowFlaw("system", "is there beside a message of the system: keep one")
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
+        raise RowFlaw(field, "has no message of the assistant, so that there is nothing to learn from it")
+    return Chat(messages[: answers[-1] + 1], _tools(row), len(messages) - answers[-1] - 1)
+
+
+def _message(entry: Any, place: str, role_key: str, text_key: str, roles: Mapping[str, str]) -> dict[str, Any]:
+    if not isinstance(entry, dict):
+        raise RowFlaw(place, f"must be a message with {role_key} and {text_key}, got {_short(entry)}")
+    role = entry.get(role_key)
+    if not isinstance(role, str) or role not in roles:
+        raise RowFlaw(f"{place}.{role_key}", f"must be one of {', '.join(roles)}, got {_short(role)}")
+    message = {name: entry[name] for name in MESSAGE_EXTRAS if entry.get(name)}
+    calls = roles[role] == "assistant" and "tool_calls" in message
+    if not (calls and entry.get(text_key) is None):
+        text = entry.get(text_key)
+        if not isinstance(text, str):
+            raise RowFlaw(f"{place}.{text_key}", f"must be text, got {_short(text)}")
+        if roles[role] == "assistant" and not text.strip() and not calls:
+            raise RowFlaw(f"{place}.{text_key}", "is empty, so that there is nothing to learn from it")
+        message["content"] = text
+    return {"role": roles[role], **message}
+
+
+def _tools(row: Mapping[str, Any]) -> list[Any] | None:
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except json.JSONDecodeError as error:
+            raise RowFlaw("tools", f"must be a list of JSON schemas, and cannot be read as JSON: {error}") from None
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise RowFlaw("tools", f"must be a list of JSON schemas, got {_short(tools)}")
+    return tools or None
+
+
+def _squad(row: Mapping[str, Any]) -> Question:
+    """As the Hub has SQuAD: ``answers`` is ``{text: [...], answer_start: [...]}``, two empty lists for no answer.
+
+    An ``answer_start`` that is off by one would train nonsense without a word: every answer must stand where it is said
+    to stand.
+    """
+    question, context = _wanted(row, "question"), _wanted(row, "context")
+    answers = row.get("answers")
+    if not isinstance(answers, dict) or not all(isinstance(answers.get(n), list) for n in ("text", "answer_start")):
+        raise RowFlaw(
+            "answers", f"must be {{text: [...], answer_start: [...]}}, with empty lists for none, got {_short(answers)}"
+        )
+    texts, starts = answers["text"], answers["answer_start"]
+    if len(texts) != len(starts):
+        raise RowFlaw("answers", f"has {len(texts)} texts, but {len(starts)} starts: every answer needs both")
+    for number, (text, start) in enumerate(zip(texts, starts, strict=True)):
+        if not isinstance(text, str) or not text.strip():
+            raise RowFlaw(f"answers.text[{number}]", f"must be text that is not empty, got {_short(text)}")
+        if type(start) is not int or start < 0:
+            raise RowFlaw(f"answers.answer_start[{number}]", f"must be a number of at least 0, got {_short(start)}")
+        found = context[start : start + len(text)]
+        if found != text:
+            raise RowFlaw(
+                f"answers.answer_start[{number}]",
+                f"is {start}, but the context has {_short(found)} there, not the answer {_short(text)}",
+            )
+    return Question(question, context, tuple(texts), tuple(starts))
+
+
+def _summary(row: Mapping[str, Any]) -> Summary:
+    return Summary(_wanted(row, "document"), _wanted(row, "summary"))
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """A way to write rows.
+
+    Attributes:
+        required: fields by which it is told.
+        optional: fields that it also reads.
+        parse: from a row to a sample; raises :class:`RowFlaw`.
+    """
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    parse: Callable[[Mapping[str, Any]], Any]
+
+
+FORMATS = {
+    "messages": RowFormat(("messages",), ("tools",), _messages),
+    "sharegpt": RowFormat(("conversations",), ("system", "tools"), _sharegpt),
+    "alpaca": RowFormat(("instruction", "output"), ("input",), _alpaca),
+    "prompt_completion": RowFormat(("prompt", "completion"), (), _prompt_completion),
+    "text": RowFormat(("text",), (), _document),
+    "classification": RowFormat(("sentence1", "label"), ("sentence2",), _labelled),
+    "squad": RowFormat(("question", "context", "answers"), (), _squad),
+    "summary": RowFormat(("document", "summary"), (), _summary),
+}
+"""By name; where a row fits several of a task, the first one is meant."""
+
+
+def tell_format(
+    rows: Sequence[Mapping[str, Any]],
+    where: str,
+    fields: Mapping[str, str],
+    formats: Sequence[str] = TASKS[CAUSAL_LM].formats,
+) -> str:
+    """The format that the first rows of a source are written in.
+
+    Args:
+        rows: at least one.
+        where: the source, for the message.
+        fields: the format's name of a field -> the name that the rows have for it, where these differ.
+        formats: names of :data:`FORMATS` that it may be, those of the task.
+
+    Raises:
+        ValueError: the fields of the rows fit no format.
+    """
+    renamed = [rename_fields(row, fields) for row in rows]
+    for by_value in (True, False):  # a table has all its columns in every row, empty ones too
+        fields_found = [{name for name, value in row.items() if not by_value or value is not None} for row in renamed]
+        fitting = {name: sum(set(FORMATS[name].required) <= found for found in fields_found) for name in formats}
+        most = next((name for name, count in fitting.items() if 2 * count >= len(rows)), None)
+        if most or any(fitting.values()):
+            return most or max(fitting, key=fitting.__getitem__)
+    common = set.union(*map(set, renamed))
+    wanted = "; ".join(f"{name} needs {', '.join(FORMATS[name].required)}" for name in formats)
+    others = [name for name, layout in FORMATS.items() if name not in formats and set(layout.required) <= common]
+    example = "{sentence1: text}" if "classification" in formats else "{prompt: question, completion: answer}"
+    hint = f"; they would be {others[0]}, which is for another task" if others else ""
+    found = ", ".join(sorted(common)) or "that all of its first rows have: none"
+    raise ValueError(
+        f"{where}: the fields {found} fit no known format ({wanted}){hint}; name yours in the fields of the source, "
+        f"such as fields: {example}, and the columns of a table whose first line is no header"
+    )
+
+
+def rename_fields(row: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
+    """The row under the format's names; columns that were named in ``fields`` lose their own."""
+    taken = {*fields, *fields.values()}
+    renamed = {name: value for name, value in row.items() if name not in taken}
+    return renamed | {name: row[own] for name, own in fields.items() if own in row}
+
+
+def _short(value: object) -> str:
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

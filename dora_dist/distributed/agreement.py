@@ -1,0 +1,270 @@
+"""Agreement between ranks: the only file with collectives.
+
+Everything goes through :class:`Agreement`, which is the same object for one rank and for many. A rank that fails
+between two collectives reports its failure in the next one, so that all ranks raise and none waits for ever.
+"""
+
+import pickle
+import platform
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dora_dist.console.command import ExpectedRunError, mark_common
+from dora_dist.distributed.heartbeat import Watch
+
+POLL_SECONDS = 0.02
+"""Between two looks into a store."""
+
+
+class DisagreementError(ExpectedRunError):
+    """Ranks that must hold the same state do not. Raised on every rank, with the same message."""
+
+
+class RankFailedError(ExpectedRunError):
+    """At least one rank failed before a collective. Raised on every rank, with the same message."""
+
+
+class Agreement:
+    """Collectives over all data-parallel ranks (the default process group, or this process alone).
+
+    Args:
+        device: where tensors must live for the process group's backend: the GPU for NCCL, the CPU for gloo.
+        watch: over this run; it is told what the ranks are doing, and ends with the process group.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", watch: Watch | None = None) -> None:
+        self.distributed = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if self.distributed else 0
+        self.size = dist.get_world_size() if self.distributed else 1
+        self.device = torch.device(device)
+        self._watch = watch
+
+    def note(self, phase: str) -> None:
+        """Say what this rank is doing from now on, for messages about ranks that are gone."""
+        if self._watch is not None:
+            self._watch.note(phase)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, by rank, on every rank. Values must pickle; for small things only."""
+        if not self.distributed:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def mean(self, flat: Tensor) -> Tensor:
+        """Mean over the ranks of a tensor of the same shape everywhere; the same bits on every rank."""
+        if not self.distributed:
+            return flat.clone()
+        total = flat.to(self.device, copy=True)
+        dist.all_reduce(total)
+        return (total / self.size).to(flat.device)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; the same answer on every rank. One number, for use in every step."""
+        if not self.distributed:
+            return flag
+        highest = torch.tensor([flag], dtype=torch.int32, device=self.device)
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        return bool(highest)
+
+    def add_up(self, tensor: Tensor) -> None:
+        """Replace a tensor on :attr:`device` by its sum over the ranks, without a copy: for measuring the backend."""
+        if self.distributed:
+            dist.all_reduce(tensor)
+
+    @property
+    def backend(self) -> str | None:
+        """Of the process group, such as ``nccl``; None where there is none."""
+        return str(dist.get_backend()) if self.distributed else None
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.distributed:
+            # A gather rather than dist.barrier, which guesses a device under NCCL.
+            self.gather(None)
+
+    def close(self) -> None:
+        """Leave the process group at the end of a run, when all ranks have come here."""
+        self.note("the end of the run")
+        self.barrier()
+        if self._watch is not None:
+            self._watch.stop()
+            self.barrier()  # nobody leaves while somebody is watching
+        if self.distributed:
+            dist.destroy_process_group()
+
+    @contextmanager
+    def together(self, phase: str) -> Iterator[None]:
+        """A phase without collectives that all ranks leave together: well, or all with an error. Also a barrier.
+
+        Args:
+            phase: what the ranks are doing, for the message.
+
+        Raises:
+            RankFailedError: a rank has failed; names every failed rank with its failure.
+            Exception: this rank's own error, where all ranks failed in the same way (a wrong file name, say).
+        """
+        self.note(phase)
+        failure, cause = None, None
+        try:
+            yield
+        except Exception as error:
+            failure, cause = f"{type(error).__name__}: {error}", error
+        failures = self.gather(failure)
+        if cause is not None and failures.count(failure) == self.size:
+            raise mark_common(cause)
+        if cause is not None and not isinstance(cause, ValueError | ExpectedRunError):
+            traceback.print_exception(cause)
+        self._raise_failures(failures, phase)
+
+    def raise_together(self, failure: str | None, phase: str) -> None:
+        """Exchange failures; if any rank has one, raise on all.
+
+        Args:
+            failure: what went wrong on this rank, or None.
+            phase: what the ranks were doing, for the message.
+
+        Raises:
+            RankFailedError: names every failed rank with its failure.
+        """
+        self.note(phase)
+        self._raise_failures(self.gather(failure), phase)
+
+    def _raise_failures(self, by_rank: Sequence[str | None], phase: str) -> None:
+        failures = {rank: text for rank, text in enumerate(by_rank) if text is not None}
+        if failures:
+            nodes = self.gather(platform.node())
+            listed = "; ".join(f"rank {rank} ({nodes[rank]}): {text}" for rank, text in failures.items())
+            raise RankFailedError(f"{phase} failed on {len(failures)} of {self.size} ranks: {listed}")
+
+    def check_equal(self, digests: Mapping[str, bytes], what: str) -> None:
+        """Prove that all ranks hold the same state.
+
+        Ranks first compare one digest of everything; only where that differs do they exchange the parts, to name the
+        first part that differs.
+
+        Args:
+            digests: part (a layer, the budget, the step) -> digest of its bytes, in the same order on every rank.
+            what: what is compared and when, for the message.
+
+        Raises:
+            DisagreementError: names the groups of ranks that agree among themselves, and the first differing part.
+        """
+        self.note(f"comparing {what}")
+        whole = sha256(b"".join(name.encode() + digest for name, digest in digests.items())).digest()
+        groups = _group_ranks(self.gather(whole))
+        if len(groups) == 1:
+            return
+        parts = self.gather(dict(digests))
+        first = next((name for name in digests if len({part.get(name) for part in parts}) > 1), "the list of parts")
+        nodes = self.gather(platform.node())
+        listed = " against ".join(_name_ranks(group, nodes) for group in groups)
+        raise DisagreementError(
+            f"the ranks disagree on {what}: {listed}; first difference in {first}. The run cannot go on from here: "
+            "resume from the last complete checkpoint"
+        )
+
+
+class StoreAgreement(Agreement):
+    """An :class:`Agreement` whose gather, and all that is built on it, does without the backend's collectives.
+
+    Values go through the store at which the ranks met. So ranks can still tell each other what is wrong where NCCL
+    does not work, and those that do not answer are named. Slower than a collective: for a few small values.
+
+    Args:
+        device: as for :class:`Agreement`.
+        timeout_seconds: how long the slowest rank may take.
+    """
+
+    SLACK_SECONDS = 5.0
+    """What other ranks wait longer than rank 0, which tells them who is missing."""
+
+    def __init__(self, device: torch.device | str, timeout_seconds: float) -> None:
+        super().__init__(device)
+        self._timeout_seconds = timeout_seconds
+        self._gathers = 0
+        # torch has no public name for it; a second store would need a port of its own, open between all nodes.
+        store: Any = dist.distributed_c10d._get_default_store() if self.distributed else None
+        self._store = store
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, by rank, on every rank. Values must pickle; for small things only.
+
+        Raises:
+            RankFailedError: ranks did not answer in time; names them.
+        """
+        if self._store is None:
+            return [value]
+        self._gathers += 1
+        prefix = f"agreement/{self._gathers}"
+        end = time.monotonic() + self._timeout_seconds
+        missing: list[int] = [0]  # unless rank 0 answers
+        values: list[Any] = []
+        try:
+            self._store.set(f"{prefix}/{self.rank}", pickle.dumps(value))
+            if self.rank == 0:
+                missing, values = self._collect(prefix, end)
+                self._store.set(f"{prefix}/all", pickle.dumps((missing, values)))
+            elif self._arrives(f"{prefix}/all", end + self.SLACK_SECONDS):
+                missing, values = pickle.loads(self._store.get(f"{prefix}/all"))
+        except dist.DistError as error:
+            raise RankFailedError(f"the store at which the ranks met, which rank 0 keeps, has gone: {error}") from None
+        if missing:
+            named = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
+            raise RankFailedError(f"{named} of {self.size} did not answer within {self._timeout_seconds:g} s")
+        return values
+
+    def _collect(self, prefix: str, end: float) -> tuple[list[int], list[Any]]:
+        """Ranks that have left nothing under the prefix when the time is over, and what all have left otherwise."""
+        keys = [f"{prefix}/{rank}" for rank in range(self.size)]
+        missing = [rank for rank, key in enumerate(keys) if not self._arrives(key, end)]
+        return missing, [] if missing else [pickle.loads(self._store.get(key)) for key in keys]
+
+    def _arrives(self, key: str, end: float) -> bool:
+        """Wait for a key until a time; in short pieces, between which Ctrl-C is heard."""
+        while not self._store.check([key]):
+            if time.monotonic() > end:
+                return False
+            time.sleep(POLL_SECONDS)
+        return True
+
+    def close(self) -> None:
+        """Leave when all ranks have come here, rank 0 last: it may keep the store that others still read."""
+        if self._store is not None:
+            self._store.set(f"agreement/left/{self.rank}", pickle.dumps(None))
+            if self.rank == 0:
+                self._collect("agreement/left", time.monotonic() + self._timeout_seconds)
+
+
+def digest_tensors(*tensors: Tensor) -> bytes:
+    """SHA-256 over dtype, shape and bytes of tensors, wherever they live. 32 bytes."""
+    digest = sha256()
+    for tensor in tensors:
+        data = tensor.detach().cpu().contiguous()
+        digest.update(f"{data.dtype}{tuple(data.shape)}".encode())
+        digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.digest()
+
+
+def _name_ranks(ranks: Sequence[int], nodes: Sequence[str]) -> str:
+    """Numbers, and the node of a single rank."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]} ({nodes[ranks[0]]})"
+    return f"ranks {', '.join(map(str, ranks))}"
+
+
+def _group_ranks(digests: Sequence[bytes]) -> list[list[int]]:
+    """Ranks grouped by equal digests, the smallest group first: the odd one out is named first."""
+    groups: dict[bytes, list[int]] = {}
+    for rank, digest in enumerate(digests):
+        groups.setdefault(digest, []).append(rank)
+    return sorted(groups.values(), key=lambda group: (len(group), group))

@@ -1,0 +1,224 @@
+"""The watch over a run: which rank is gone, told on every other rank, instead of waiting for it.
+
+A rank that dies leaves the others in a collective, whose error (if it has one before its time-out) does not say who it
+was. So every rank has a thread that shows a sign of life at the meeting place once a second. When a rank fails, or
+rank 0 misses somebody's signs, there is a roll call: threads answer even where their rank hangs, and who does not
+answer is gone. Every rank then ends with the same verdict.
+"""
+
+import json
+import threading
+import time
+from types import TracebackType
+
+from dora_dist.console.command import PREEMPTED, ExpectedRunError, is_common, leave
+from dora_dist.distributed.rendezvous import POLL_SECONDS, Meeting, sign_of
+
+SIGN_SECONDS = 1.0
+"""Time between two signs of life."""
+ANSWER_SECONDS = 5.0
+"""Time for the answers to a roll call."""
+TAKING_SECONDS = 3.0
+"""Time for a rank's main thread to report the verdict, if it does not hang."""
+_ADVICE = "The same command goes on from the newest complete checkpoint"
+
+
+class RanksLostError(ExpectedRunError):
+    """A rank is gone, or failed where the others could not know. Raised on every other rank.
+
+    Attributes:
+        status: exit status: that of a run which goes on when it is started again where a rank is gone, 1 where one has
+            failed.
+    """
+
+    def __init__(self, message: str, gone: bool) -> None:
+        super().__init__(message)
+        self.status = PREEMPTED if gone else 1
+
+
+class Watch:
+    """Context in which this rank shows that it is alive, and learns of others that are not.
+
+    An exception that leaves the context is told to the other ranks; one that is the consequence of another rank's end
+    becomes a :class:`RanksLostError` that names that rank.
+
+    Args:
+        meeting: where the ranks have met; None for a rank that is alone, which nobody watches.
+        silent_seconds: without a sign of life before a rank counts as gone.
+
+    Attributes:
+        phase: what this rank is doing, for messages; to be set by whoever begins something.
+    """
+
+    def __init__(self, meeting: Meeting | None, silent_seconds: float) -> None:
+        self.phase = "starting"
+        self._meeting = meeting
+        self._silent_seconds = silent_seconds
+        self._wake = threading.Event()
+        self._stopped = False
+        self._failure: str | None = None
+        self._verdict = ""
+        self._is_cause = False
+        self._gone = False
+        self._done = threading.Event()
+        self._taken = False
+        self._lock = threading.Lock()
+        self._looked = time.monotonic()
+        self._signs: dict[int, tuple[bytes, float]] = {}
+        self._thread: threading.Thread | None = None
+
+    def note(self, phase: str) -> None:
+        """Say what this rank is doing from now on."""
+        self.phase = phase
+
+    def __enter__(self) -> "Watch":
+        if self._meeting is not None:
+            self._store = self._meeting.connect()  # the same store that meet() has just used
+            self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._thread is None or self._stopped:
+            return
+        if not isinstance(error, Exception) or is_common(error):
+            self.stop(None if error is None else f"{type(error).__name__}: {error}")
+            return
+        self._failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        self._wake.set()
+        self._done.wait(ANSWER_SECONDS + 2 * SIGN_SECONDS + TAKING_SECONDS)
+        if not self._take():
+            self._thread.join()  # it is ending this process
+        if self._verdict and not self._is_cause:
+            raise RanksLostError(self._verdict, self._gone) from None
+
+    def stop(self, last_words: str | None = None) -> None:
+        """Leave the watch, when all ranks are leaving; silence is no alarm from here on.
+
+        Args:
+            last_words: why, if not because the run is over.
+        """
+        if self._thread is None or self._stopped:
+            return
+        self._stopped = True
+        self._wake.set()
+        self._thread.join(timeout=2 * SIGN_SECONDS)
+        try:
+            if self._meeting is not None and not self._thread.is_alive():
+                self._store.set(f"left/{self._meeting.rank}", last_words or "the run is over")
+        except RuntimeError:
+            pass  # the store has gone with rank 0, which has left before
+
+    # The thread. ``self._store`` belongs to it until it has ended.
+
+    def _run(self) -> None:
+        assert self._meeting is not None
+        count = 0
+        try:
+            while not self._stopped:
+                self._wake.wait(SIGN_SECONDS)
+                if self._stopped:
+                    return
+                count += 1
+                self._sign(count)
+                reason = self._failure or self._missed()
+                if reason is not None:
+                    self._store.set("alarm", reason)
+                if reason is not None or self._store.check(["alarm"]):
+                    self._verdict = self._roll_call()
+                    break
+        except RuntimeError:
+            if self._stopped:
+                return
+            host, port = self._meeting.place
+            self._gone = True
+            self._verdict = (
+                f"rank 0, or what keeps the meeting place for it at {host}:{port}, is gone or cut off; this rank was "
+                f"in: {self.phase}. {_ADVICE}"
+            )
+        self._done.set()
+        end = time.monotonic() + TAKING_SECONDS
+        while not self._taken and time.monotonic() < end:
+            time.sleep(POLL_SECONDS)
+        if not self._stopped and self._take():
+            lost = RanksLostError(self._verdict, self._gone)
+            leave(lost, lost.status)
+
+    def _take(self) -> bool:
+        """Whether it falls to this thread, the first to ask, to report the verdict."""
+        with self._lock:
+            first, self._taken = not self._taken, True
+        return first
+
+    def _sign(self, count: int) -> None:
+        assert self._meeting is not None
+        self._store.set(sign_of(self._meeting.rank), f"{count} {self.phase}")
+
+    def _missed(self) -> str | None:
+        """The first rank that has shown no sign of life for too long. Rank 0 looks at all; all look at rank 0, whose
+        store a launcher may keep."""
+        assert self._meeting is not None
+        watched = range(self._meeting.size) if self._meeting.rank == 0 else [0]
+        now = time.monotonic()
+        if now - self._looked > 5 * SIGN_SECONDS:  # this rank was stopped itself: the others may have been too
+            self._signs.clear()
+        self._looked = now
+        for rank, sign in zip(watched, self._store.multi_get([sign_of(rank) for rank in watched]), strict=True):
+            seen, since = self._signs.get(rank, (b"", now))
+            if sign != seen:
+                self._signs[rank] = (sign, now)
+            elif now - since > self._silent_seconds:
+                return f"no sign of life of rank {rank} for {self._silent_seconds:g} s"
+        return None
+
+    def _roll_call(self) -> str:
+        """Answer, wait for the others' answers, and say what has happened. Rank 0 collects, so that all say the same;
+        if it does not, each rank does."""
+        assert self._meeting is not None
+        mine = {"order": self._store.add("answers", 1), "phase": self.phase, "failure": self._failure}
+        self._store.set(f"answer/{self._meeting.rank}", json.dumps(mine))
+        end = time.monotonic() + ANSWER_SECONDS
+        missing = list(range(self._meeting.size))
+        while missing and time.monotonic() < end:
+            if self._meeting.rank == 0:
+                missing = [rank for rank in missing if not self._store.check([f"answer/{rank}"])]
+            elif self._store.check(["verdict"]):
+                break
+            if missing:
+                time.sleep(POLL_SECONDS)
+        if self._meeting.rank != 0:
+            time.sleep(POLL_SECONDS)
+        if not self._store.check(["verdict"]):
+            missing = [rank for rank in range(self._meeting.size) if not self._store.check([f"answer/{rank}"])]
+            self._store.set("verdict", json.dumps(self._judge(missing)))
+        cause, self._gone, text = json.loads(self._store.get("verdict"))
+        self._is_cause = cause == self._meeting.rank
+        return f"{text}; this rank was in: {self.phase}. {_ADVICE}"
+
+    def _judge(self, missing: list[int]) -> tuple[int | None, bool, str]:
+        """The rank whose failure it was, if it is still there; whether some are gone; and what has happened."""
+        assert self._meeting is not None
+        if missing:
+            return None, True, "; ".join(self._last_of(rank) for rank in missing)
+        answers = {rank: json.loads(self._store.get(f"answer/{rank}")) for rank in range(self._meeting.size)}
+        failed = {rank: answer for rank, answer in answers.items() if answer["failure"]}
+        if not failed:
+            return None, True, self._store.get("alarm").decode()
+        late = [rank for rank in answers if rank not in failed]
+        if late and all("timed out" in answer["failure"].lower() for answer in failed.values()):
+            where = "; ".join(f"{self._name(rank)} was in: {answers[rank]['phase']}" for rank in late)
+            return None, False, f"a time-out ({next(iter(failed.values()))['failure']}), while {where}"
+        first = min(failed, key=lambda rank: failed[rank]["order"])
+        return first, False, f"{self._name(first)} failed in: {failed[first]['phase']}: {failed[first]['failure']}"
+
+    def _last_of(self, rank: int) -> str:
+        if self._store.check([f"left/{rank}"]):
+            return f"{self._name(rank)} has left: {self._store.get(f'left/{rank}').decode()}"
+        _, _, phase = self._store.get(sign_of(rank)).decode().partition(" ")
+        return f"{self._name(rank)} is gone (killed, or cut off); the last that was heard of it: {phase}"
+
+    def _name(self, rank: int) -> str:
+        assert self._meeting is not None
+        return f"rank {rank} ({self._meeting.node_of(self._store, rank)})"

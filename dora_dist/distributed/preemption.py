@@ -1,0 +1,87 @@
+"""SIGTERM and SIGUSR1: the notice that a run is about to lose its machines.
+
+A signal is recorded here and served by the program: in training at the end of the optimizer step, by one decision of
+all ranks and a complete checkpoint; before training at the next phase that all ranks end together. It is served late
+where a phase is long (data preparation, reading weights, an evaluation), since none of them is cut short. A run that
+has done its last step ends by itself. If the deadline comes first, the run is one that was killed: it goes on from the
+newest sealed checkpoint.
+
+What a batch script sees of :data:`~dora_dist.console.command.PREEMPTED`, as tried with torch 2.13 and accelerate 1.15:
+
+- a process that the script starts itself (``python``, or one ``srun`` task per rank) exits with it;
+- ``accelerate launch`` and ``torchrun`` exit with 1, whatever their ranks exit with. Their report names the status of
+  the ranks (``exitcode  : 75``) only where a rank was signalled and not they, so look for the line ``preempted at
+  step``. Told to restart ranks that fail (``--max_restarts``), they would do so with preempted ones (not tried);
+- a launcher that gets SIGTERM passes it on, kills the ranks that are left after 30 s, and exits with 1. Where a step
+  and a save take longer, a rank must be told instead of the launcher, and earlier;
+- SIGUSR1 kills a launcher, and leaves its ranks training without one, so send it to a rank. ``torchrun
+  --signals-to-handle SIGTERM,SIGUSR1`` passes it on as it does SIGTERM; ``accelerate launch`` has no such option.
+
+A rank that hangs, in a collective whose other end has died, does not end at the launcher's SIGTERM any more, but with
+the verdict of :mod:`dora_dist.distributed.heartbeat`.
+"""
+
+import os
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+from dora_dist.console.command import PreemptedError
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class PreemptionNotice:
+    """Context in which :data:`SIGNALS` are recorded instead of ending the process. For the main thread only.
+
+    It restores the former handlers when it is left, except by a :class:`~dora_dist.console.command.PreemptedError`:
+    then the signals are ignored from there on. A launcher that sees the first rank exit sends SIGTERM to the others,
+    which must not change their exit status.
+
+    Processes that are forked in it (those that read or encode data) are not part of the decision: SIGTERM ends them, as
+    their parent expects of it, and SIGUSR1, which a batch system may send to all processes of a job, does nothing.
+
+    Attributes:
+        received: name of the first signal, or None.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._repeated = False
+        self._former: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "PreemptionNotice":
+        self._former = {number: signal.signal(number, self._record) for number in SIGNALS}
+        os.register_at_fork(after_in_child=self._release_child)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, former in self._former.items():
+            signal.signal(number, signal.SIG_IGN if isinstance(error, PreemptedError) else former)
+        self._former = {}
+
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if self.received is None:
+            self.received = name
+            _write(
+                f"received {name}: stopping at the end of this step with a checkpoint, "
+                "unless training has not begun or is over"
+            )
+        elif not self._repeated:
+            self._repeated = True
+            _write(f"received {name} too: it changes nothing, {self.received} is being served")
+
+    def _release_child(self) -> None:
+        if self._former:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+def _write(text: str) -> None:
+    rank = os.environ.get("RANK")
+    who = f"[rank {rank}] " if rank is not None else ""
+    # Not sys.stderr: a handler may run in the middle of another write to it, which Python refuses.
+    os.write(2, f"{who}{text}\n".encode())

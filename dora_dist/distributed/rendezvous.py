@@ -1,0 +1,159 @@
+"""The place where the ranks of a run find each other, before and beside the process group.
+
+It is the key-value store of torch's rendezvous, under a prefix of its own. No collective takes part, so that a rank
+can ask it who is there while its collectives hang.
+"""
+
+import os
+import platform
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import PrefixStore, TCPStore
+
+from dora_dist.console.command import ExpectedRunError
+from dora_dist.console.text import ranges
+from dora_dist.distributed.launcher import world_size_of
+
+POLL_SECONDS = 0.2
+ANSWER_TIMEOUT = timedelta(seconds=20)
+"""How long the store may take for an answer once the ranks have met."""
+
+
+_KEPT: list[Any] = []
+"""The store, on the rank that keeps it, until its process ends: others may still read it."""
+
+
+class JoinError(ExpectedRunError):
+    """Not all ranks of the run have come. Raised on every rank that has."""
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where the ranks of a run have met.
+
+    Attributes:
+        rank: of this process.
+        size: of the world.
+        place: host and port of the store, which rank 0 (or its launcher) keeps.
+    """
+
+    rank: int
+    size: int
+    place: tuple[str, int]
+    _prefix: str
+
+    def connect(self) -> Any:
+        """A connection of its own to the store, for use by one thread.
+
+        Raises:
+            RuntimeError: the store cannot be reached.
+        """
+        host, port = self.place
+        client = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=ANSWER_TIMEOUT)
+        return PrefixStore(self._prefix, client)
+
+    def node_of(self, store: Any, rank: int) -> str:
+        """Host name of a rank."""
+        node: str = store.get(_joined(rank)).decode()
+        return node
+
+
+def meet(seconds: float, knob: str) -> Meeting | None:
+    """Wait until all ranks of the launch have come; None where this process is alone.
+
+    Args:
+        seconds: how long to wait.
+        knob: what the user sets it with, for messages.
+
+    Raises:
+        JoinError: some have not come in time, or rank 0 cannot be reached.
+    """
+    size = world_size_of(os.environ)
+    if size == 1:
+        return None
+    rank = int(os.environ["RANK"])
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # A launcher that restarts its ranks meets at the same place again. (Of several launchers, each counts for itself.)
+    prefix = f"dora_dist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    launcher_keeps_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() == "true"
+    keeps_it = rank == 0 and not launcher_keeps_it
+    try:
+        server = TCPStore(
+            host,
+            port,
+            is_master=keeps_it,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=seconds),
+            multi_tenant=True,  # the process group of this process will use the same one
+        )
+    except RuntimeError as error:
+        raise JoinError(_explain(error, rank, (host, port), keeps_it, f"{seconds:g} s ({knob})")) from None
+    store = PrefixStore(prefix, server)
+    store.set(_joined(rank), platform.node())
+    store.set(sign_of(rank), "0 starting")
+    missing = _wait_for_all(store, size, seconds) if rank == 0 else _ask(store, seconds)
+    if missing:
+        raise JoinError(
+            f"joining the world: {missing} did not come within {seconds:g} s ({knob}), where "
+            f"WORLD_SIZE is {size} and the meeting place {host}:{port}: look at the logs of the ranks or nodes that "
+            "are missing, and whether all have the same MASTER_ADDR and MASTER_PORT"
+        )
+    _KEPT.append(server)
+    return Meeting(rank, size, (host, port), prefix)
+
+
+def _wait_for_all(store: Any, size: int, seconds: float) -> str:
+    """On rank 0: wait, tell the others how it ended, and name the ranks that are missing."""
+    end = time.monotonic() + seconds
+    missing = list(range(size))
+    while missing and time.monotonic() < end:
+        missing = [rank for rank in missing if not store.check([_joined(rank)])]
+        if missing:
+            time.sleep(POLL_SECONDS)
+    here = [f"rank {rank} ({store.get(_joined(rank)).decode()})" for rank in range(size) if rank not in missing]
+    text = f"rank{'s' * (len(missing) > 1)} {ranges(missing)}" if missing else ""
+    if missing and len(here) <= 8:
+        text += f" (there are {', '.join(here)})"
+    store.set("met", text)
+    return text
+
+
+def _ask(store: Any, seconds: float) -> str:
+    """On the other ranks: how rank 0's waiting ended."""
+    # Rank 0 may have come last, and begins to wait then. In short pieces, between which signals are heard.
+    end = time.monotonic() + 2 * seconds
+    try:
+        while not store.check(["met"]):
+            if time.monotonic() > end:
+                return "rank 0"
+            time.sleep(POLL_SECONDS)
+        answer: str = store.get("met").decode()
+    except RuntimeError:
+        return "rank 0"
+    return answer
+
+
+def _explain(error: RuntimeError, rank: int, place: tuple[str, int], keeps_it: bool, waited: str) -> str:
+    host, port = place
+    reason = str(error).splitlines()[0]
+    if keeps_it and ("address already in use" in reason.lower() or "EADDRINUSE" in reason):
+        return (
+            f"joining the world: port {port} of {platform.node()} is in use: give another MASTER_PORT (accelerate "
+            "launch --main_process_port)"
+        )
+    return (
+        f"joining the world: rank {rank} ({platform.node()}) could not reach rank 0 at {host}:{port} within {waited}: "
+        f"{reason}"
+    )
+
+
+def sign_of(rank: int) -> str:
+    """Key of a rank's signs of life (:mod:`dora_dist.distributed.heartbeat`)."""
+    return f"sign/{rank}"
+
+
+def _joined(rank: int) -> str:
+    return f"joined/{rank}"

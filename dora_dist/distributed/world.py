@@ -1,0 +1,158 @@
+"""Joining the processes of a run, and proving that they really form the one world that was asked for.
+
+Each check stands for a way in which ranks can train alone, or under another engine than the configured one, while the
+log looks fine.
+"""
+
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+
+from dora_dist.distributed.agreement import Agreement
+from dora_dist.distributed.engine import engine_of
+
+
+def connect(engine: str, timeout_minutes: float) -> PartialState:
+    """Join the process group before ``TrainingArguments`` can set up another one.
+
+    Left to itself on a CPU, accelerate believes in a world of one per process under DeepSpeed, so that all ranks
+    train on the same data. The state made here is the one it then uses (``use_configured_state``).
+
+    Args:
+        engine: ``distributed.engine``, for which :func:`~dora_dist.distributed.launcher.check_launch` has passed.
+        timeout_minutes: how long a rank waits for the others in a collective.
+
+    Raises:
+        ValueError: DeepSpeed is told to use the CPU while accelerate sees GPUs.
+    """
+    gpus = torch.cuda.is_available()
+    if gpus and os.environ.get("DS_ACCELERATOR") == "cpu":
+        raise ValueError(
+            "DS_ACCELERATOR is cpu, but there are GPUs: unset it, or hide them with CUDA_VISIBLE_DEVICES=-1"
+        )
+    if engine == "zero2" and not gpus:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        use_gloo_only()
+    if engine == "none":
+        return PartialState()
+    timeout = timedelta(minutes=timeout_minutes)
+    if gpus:
+        return PartialState(timeout=timeout)
+    # accelerate knows DDP on CPUs as a forced CPU, and DeepSpeed on CPUs only without it.
+    return PartialState(cpu=engine == "ddp", backend="gloo", timeout=timeout)
+
+
+def join_at_file(meeting: Path, rank: int, size: int, device: torch.device) -> None:
+    """Join a process group of this machine without a launcher, for measuring.
+
+    Args:
+        meeting: a file that is not there yet, the same for all ranks.
+        rank: of this process.
+        size: number of ranks.
+        device: on which tensors are exchanged.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, init_method=meeting.as_uri(), rank=rank, world_size=size)
+
+
+def use_gloo_only() -> None:
+    """Do without DeepSpeed's shared-memory collectives for CPUs, which it compiles at the first start: they need a
+    compiler and Python's headers, and win nothing at the size of an adapter."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def check_world(agreement: Agreement, trainer: Any) -> None:
+    """Assert that everyone who counts processes counts the same.
+
+    Raises:
+        RankFailedError: they do not, on all ranks.
+    """
+    counts = {
+        "WORLD_SIZE": int(os.environ.get("WORLD_SIZE", "1")),
+        "the process group": agreement.size,
+        "TrainingArguments": trainer.args.world_size,
+        "accelerate": trainer.accelerator.num_processes,
+    }
+    failure = None
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{who} {count}" for who, count in counts.items())
+        failure = f"the number of processes is not the same everywhere: {listed}"
+    agreement.raise_together(failure, "joining the world")
+
+
+def check_prepared(agreement: Agreement, trainer: Any, engine: str, dtype: torch.dtype) -> None:
+    """Assert at step 0 that the engine is the one asked for, with the settings asked for, on different data per rank.
+
+    Args:
+        agreement: collectives over the ranks.
+        trainer: after its model has been wrapped.
+        engine: ``distributed.engine`` of the configuration.
+        dtype: what the adapter's parameters must have.
+
+    Raises:
+        RankFailedError: any of it does not hold, on all ranks.
+    """
+    wrapped = trainer.model_wrapped
+    failures = []
+    if engine_of(wrapped) != engine:
+        found = engine_of(wrapped)
+        hint = "; let the process see one GPU only (CUDA_VISIBLE_DEVICES)" if found == "dp" else ""
+        failures.append(f"distributed.engine is {engine}, but the model is wrapped by {found}{hint}")
+    elif engine == "zero2":
+        failures += _deepspeed_mismatches(wrapped, trainer.args)
+    wrong = {
+        name: p.dtype
+        for name, p in trainer.model.named_parameters()
+        if (".lora_" in name or ".modules_to_save." in name) and p.dtype != dtype
+    }
+    if wrong:
+        name, found = next(iter(wrong.items()))
+        failures.append(f"adapter.dtype is {dtype}, but {len(wrong)} adapter parameters such as {name} are {found}")
+    agreement.raise_together("; ".join(failures) or None, "preparing the engine")
+    _check_data_differs(agreement, trainer.callback_handler.train_dataloader)
+
+
+def set_engine_timeout(minutes: float) -> None:
+    """Let DeepSpeed's collectives wait as long as the others: it makes a process group of its own, with the time-out
+    of the backend. To be called once the engine is there."""
+    from deepspeed.utils import groups
+
+    timeout = timedelta(minutes=minutes)
+    # torch has no public way to change a time-out, and DeepSpeed none to choose it.
+    torch.distributed.distributed_c10d._set_pg_timeout(timeout, groups._get_data_parallel_group())
+
+
+def _deepspeed_mismatches(engine: nn.Module, arguments: Any) -> list[str]:
+    """Settings of the engine that are not what the Trainer believes."""
+    pairs = {
+        "gradient clipping": (engine.gradient_clipping(), arguments.max_grad_norm),
+        "gradient accumulation": (engine.gradient_accumulation_steps(), arguments.gradient_accumulation_steps),
+        "batch per process": (engine.train_micro_batch_size_per_gpu(), arguments.per_device_train_batch_size),
+        "bfloat16": (engine.bfloat16_enabled(), arguments.bf16),
+        "float16": (engine.fp16_enabled(), False),
+    }
+    return [
+        f"DeepSpeed's {name} is {found}, the Trainer's is {wanted} (write 'auto' in the DeepSpeed configuration)"
+        for name, (found, wanted) in pairs.items()
+        if found != wanted
+    ]
+
+
+def _check_data_differs(agreement: Agreement, dataloader: Any) -> None:
+    """Compare the indices of each rank's first batch; the order is a pure function, so looking costs nothing."""
+    first = tuple(next(iter(dataloader.batch_sampler)))
+    batches = agreement.gather(first)
+    failure = None
+    if len(set(batches)) < len(batches):
+        same = [rank for rank, batch in enumerate(batches) if batch == first]
+        failure = f"ranks {same} are given the same examples {list(first)}" if len(same) > 1 else None
+    agreement.raise_together(failure, "sharing the data")

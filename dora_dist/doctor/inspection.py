@@ -1,0 +1,153 @@
+"""Joining the ranks of a job as the trainer does, and collecting what each of them finds."""
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from dora_dist.base_model.load import find_model, load_skeleton, resolve_compute_dtype
+from dora_dist.console.command import ExpectedRunError
+from dora_dist.distributed.agreement import StoreAgreement
+from dora_dist.distributed.launcher import check_launch
+from dora_dist.distributed.rendezvous import meet
+from dora_dist.distributed.world import connect
+from dora_dist.doctor.device import check_device, describe_gpus
+from dora_dist.doctor.facts import RankFacts
+from dora_dist.doctor.node import node_facts
+
+if TYPE_CHECKING:
+    from dora_dist.config.run import RunConfig
+
+FLOAT32 = 4
+KEPT_COPIES = 3
+"""Of the adapter in a checkpoint, beside the optimizer's moments: our own file, ZeRO's float32 master copy, and the
+plain LoRA adapter, which is smaller once components have been pruned."""
+MOMENTS = 2
+"""Of Adam."""
+SLACK_SECONDS = 30.0
+"""What ranks wait for each other's words longer than for a collective: it may have to fail first."""
+
+
+def join(timeout_seconds: float) -> StoreAgreement:
+    """Join the process group as ``dora_dist.train`` would; alone without a launcher.
+
+    Raises:
+        ExpectedRunError: not all ranks have come.
+    """
+    # An all-reduce that hangs then raises after the time-out, instead of taking the process down.
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
+    engine = "zero2" if with_deepspeed(os.environ) else "ddp" if launched(os.environ) else "none"
+    if launched(os.environ):
+        meet(timeout_seconds, "--timeout")
+    try:
+        state = connect(engine, timeout_seconds / 60)
+    except RuntimeError as error:
+        wanted = os.environ.get("WORLD_SIZE", "?")
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+        raise ExpectedRunError(
+            f"this rank could not join the {wanted} of the job at MASTER_ADDR:MASTER_PORT {where} within "
+            f"{timeout_seconds:g} s, though all have come there: {said} Look for a firewall, and for the interface "
+            "that GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name; --timeout waits longer"
+        ) from None
+    assert state.device is not None
+    return StoreAgreement(state.device, timeout_seconds + SLACK_SECONDS)
+
+
+def launched(environment: Mapping[str, str]) -> bool:
+    """Whether this process is a rank, by what dora_dist.train goes by."""
+    return "LOCAL_RANK" in environment
+
+
+def with_deepspeed(environment: Mapping[str, str]) -> bool:
+    return environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def examine_rank(
+    agreement: StoreAgreement, config: "RunConfig | None", environment: Mapping[str, str]
+) -> list[RankFacts]:
+    """Look at every process, its node and its devices.
+
+    Args:
+        agreement: over all ranks.
+        config: of the run to prepare for, if there is one.
+        environment: as the launcher set it; joining the ranks sets variables of its own.
+
+    Returns:
+        Facts of all ranks, by rank, on every rank.
+
+    Raises:
+        RankFailedError: one could not be looked at.
+    """
+    with agreement.together("looking at the nodes"):
+        facts = node_facts(environment)
+        devices = _devices(agreement.device)
+        gpus = describe_gpus(devices)
+        name, quantization = (config.model.compute_dtype, config.model.quantization) if config else ("auto", "nf4")
+        checks = [
+            check for device in devices for check in check_device(device, resolve_compute_dtype(name), quantization)
+        ]
+        # After DeepSpeed's imports: some change it.
+        facts.update(threads=torch.get_num_threads(), cuda=torch.version.cuda, device=str(agreement.device))
+        facts.update(visible_gpus=torch.cuda.device_count() if torch.cuda.is_available() else 0)
+        facts.update(
+            launch=_launch_failure(config, environment), model=_model_failure(config), gpus=gpus, checks=tuple(checks)
+        )
+    clock = _clock(agreement)
+    return agreement.gather(RankFacts(rank=agreement.rank, clock=clock, **facts))
+
+
+def _clock(agreement: StoreAgreement) -> float:
+    """The time on this node's clock, asked on all ranks at about the same moment."""
+    agreement.barrier()
+    return time.time()
+
+
+def _devices(own: torch.device) -> Sequence[torch.device]:
+    """What this process looks at: its own device as a rank, all GPUs of the node alone."""
+    if own.type != "cuda" or launched(os.environ):
+        return [own]
+    return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+
+
+def _launch_failure(config: "RunConfig | None", environment: Mapping[str, str]) -> str | None:
+    """What dora_dist.train would say of this launch; nothing where no engine is known, or nothing is launched."""
+    engine = config.distributed.engine if config else "zero2" if with_deepspeed(environment) else None
+    if engine is None or not launched(environment):
+        return None
+    try:
+        check_launch(engine, environment)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _model_failure(config: "RunConfig | None") -> str | None:
+    """Why the model's folder cannot be found here; a name on the Hub is not looked up."""
+    if config is None:
+        return None
+    try:
+        find_model(config.model.path)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def checkpoint_bytes(config: "RunConfig") -> int | None:
+    """About what one checkpoint of the run takes; None where the model's configuration cannot be read.
+
+    The adapter at its start rank, all in float32, with Adam's moments.
+    """
+    from dora_dist.adapter.targets import resolve_targets
+    from dora_dist.base_model.shape import read_shape
+    from dora_dist.memory.activations import Adapter
+
+    try:
+        skeleton = load_skeleton(config.model.path, config.model.trust_remote_code, config.task)
+        shape = read_shape(skeleton, resolve_targets(skeleton, config.adapter.target_modules))
+    except ValueError:
+        return None
+    adapter = Adapter(rank=config.adapter.start_rank, bytes_per_element=FLOAT32, dropout=False)
+    return (KEPT_COPIES + MOMENTS) * FLOAT32 * adapter.numel(shape)

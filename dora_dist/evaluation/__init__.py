@@ -1,0 +1,1 @@
+"""Held-out figures: losses, metrics, generated answers."""

@@ -1,0 +1,116 @@
+"""Write the adapter of a run in a form that other programs load, and prove by logits that it computes what was trained.
+
+peft     the adapter as it is: every module with its own rank, exact in PEFT
+uniform  every module padded with zeros to one rank, modules without components too: for programs that know one rank
+         for all (vLLM) or divide alpha by each tensor's rank (llama.cpp); exact in PEFT as well
+merged   a plain 16-bit model without adapter: the base's weights, as the adapter was trained on them, plus its update
+"""
+
+import argparse
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from dora_dist.console.command import run_command
+from dora_dist.console.library_warnings import quiet_libraries
+
+FORMATS = ("peft", "uniform", "merged")
+UNIFORM_RANKS = (8, 16, 32, 64, 128, 256, 512)
+"""Ranks that vLLM takes as ``max_lora_rank`` and that are a power of two."""
+DTYPES = ("bfloat16", "float16", "float32")
+OWN_OPTIONS = {"base": "merged", "dtype": "merged", "rank": "uniform"}
+
+EPILOG = """\
+Nothing is written that has not been loaded back and compared with base and adapter of the run, in float32. This needs
+memory for the base, and for merged also for the whole model in float32 on the CPU. The base goes to the first GPU if
+there is one; with CUDA_VISIBLE_DEVICES= (empty) in front, everything stays on the CPU."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dora_dist.export",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run (output_dir of its configuration)")
+    parser.add_argument("--format", choices=FORMATS, required=True, help="see above")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write; RUN/export-FORMAT by default")
+    parser.add_argument("--checkpoint", metavar="NAME", help="such as checkpoint-120, instead of the final adapter")
+    parser.add_argument(
+        "--base",
+        choices=("quantized", "original"),
+        help="merged: the dequantized base that the adapter was trained on (default), or the one that was never "
+        "quantized, to which the adapter has not been fitted",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="merged: of the weights written; bfloat16 by default")
+    parser.add_argument(
+        "--rank",
+        type=int,
+        metavar="R",
+        help=f"uniform: one of {', '.join(map(str, UNIFORM_RANKS))}; by default the smallest that holds every module",
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Export one run as one format.
+
+    Raises:
+        ValueError: something that the user can mend.
+        ExpectedRunError: what was written does not compute what was trained; it has been removed again.
+    """
+    quiet_libraries()
+    options = build_parser().parse_args(arguments)
+    for name, owner in OWN_OPTIONS.items():
+        if getattr(options, name) is not None and options.format != owner:
+            raise ValueError(
+                f"--{name} is an option of --format {owner}, but --format is {options.format}: leave it out"
+            )
+    if options.rank is not None and options.rank not in UNIFORM_RANKS:
+        raise ValueError(f"--rank is {options.rank}, but must be one of {', '.join(map(str, UNIFORM_RANKS))}")
+    output = options.output or options.run / f"export-{options.format}"
+    if output.exists():
+        raise ValueError(f"{output} exists already: choose another folder with --output, or delete it")
+    # Heavy imports wait until the arguments have been found to be sound.
+    from dora_dist.export import formats
+    from dora_dist.runs.trained_run import open_run
+
+    trained = open_run(options.run, options.checkpoint)
+    with new_folder(output) as folder:
+        if options.format == "peft":
+            exported = formats.export_peft(trained, folder)
+        elif options.format == "uniform":
+            exported = formats.export_uniform(trained, folder, options.rank, UNIFORM_RANKS)
+        else:
+            original = options.base == "original"
+            exported = formats.export_merged(trained, folder, options.dtype or DTYPES[0], original)
+    print(describe(output, exported.content, exported.verification, exported.usage))
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``output`` at the end, or is removed if anything fails."""
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def describe(output: Path, content: str, verification: Sequence[str], usage: str) -> str:
+    """What is said at the end. ``{folder}`` in ``usage`` stands for the folder written."""
+    lines = [f"Wrote {output}", f"  {content}", "", "Verified by logits, loaded back and computed in float32"]
+    lines += [f"  {line}" for line in verification]
+    lines += ["", "How to load it"]
+    lines += [f"  {line}" for line in usage.replace("{folder}", str(output)).splitlines()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,265 @@
+"""What a decoder layer keeps for its backward, and what it needs beside that, in bytes: arithmetic on shapes.
+
+Read from the source of torch 2.13, transformers 5.23, bitsandbytes 0.50.2 and of our own layer: which tensors each
+operation saves, and which of them are the same tensor. tests/unit/test_estimate.py compares with an allocator.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from dora_dist.base_model.shape import QUERY_KEY_VALUE, Block, Linear, ModelShape, Norm
+
+FLOAT32 = 4
+NF4_BLOCK = 64
+"""Weights that share a constant."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """The adapter's numbers.
+
+    Args:
+        rank: components per layer at the start; storage never shrinks.
+        bytes_per_element: of its parameters and their gradients.
+        dropout: whether the components' input passes through dropout.
+        trained_gates: whether the gates have gradients.
+        penalty: whether the equilibrium penalty is on: its backward comes first, so that all gradients exist from then.
+    """
+
+    rank: int
+    bytes_per_element: int
+    dropout: bool
+    trained_gates: bool = True
+    penalty: bool = True
+
+    def numel(self, shape: ModelShape) -> int:
+        """Elements of all components."""
+        return sum(
+            self.rank * (linear.in_features + linear.out_features + 1) for linear in shape.linears if linear.adapted
+        )
+
+    def trained_numel(self, shape: ModelShape) -> int:
+        """Elements that have a gradient."""
+        frozen = 0 if self.trained_gates else self.rank
+        return self.numel(shape) - frozen * sum(linear.adapted for linear in shape.linears)
+
+    def nbytes(self, shape: ModelShape) -> int:
+        """Parameters and masks (a byte per component)."""
+        masks = self.rank * sum(linear.adapted for linear in shape.linears)
+        return self.bytes_per_element * self.numel(shape) + masks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One micro-batch on one device.
+
+    Args:
+        rows: examples.
+        length: tokens of each.
+        compute_bytes: per element of an activation.
+        attention: ``sdpa``, ``eager`` or ``flash``.
+        padded: rows differ in length, or hold several examples, so that attention needs a mask.
+        autocast: torch's autocast is on: float32 adapters compute on copies in the compute dtype.
+    """
+
+    rows: int
+    length: int
+    compute_bytes: int
+    attention: Literal["sdpa", "eager", "flash"] = "sdpa"
+    padded: bool = False
+    autocast: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockMemory:
+    """Activations of one decoder layer, in bytes.
+
+    Args:
+        saved: for its backward, its input (as the normalization keeps it) included.
+        input: of these, what the first layer of a model does not keep, as nothing below it is trained.
+        forward: needed beyond ``saved`` at the end of its forward, and so when it is recomputed.
+        backward: the most its backward needs beyond ``saved``.
+        dequantized: of ``backward``: the largest dequantized weight, where that is at the peak.
+    """
+
+    saved: int = 0
+    input: int = 0
+    forward: int = 0
+    backward: int = 0
+    dequantized: int = 0
+
+
+def block_memory(block: Block, shape: ModelShape, batch: Batch, adapter: Adapter, quantization: str) -> BlockMemory:
+    """Activations of a decoder layer. Where it is built unlike Llama's: by inputs and outputs of its linear layers."""
+    if not block.is_known:
+        return _unknown_block(block, batch, adapter, quantization)
+    kept = _KeptInputs(block, batch, adapter, quantization)
+    size = batch.compute_bytes
+    inner = batch.tokens * block.linear("gate_proj").out_features * size
+    gradient = batch.tokens * shape.hidden_size * size
+    norms = [_norm(norm, block, batch.tokens) for norm in block.norms]
+    attention, attention_backward = _attention(block, shape, batch)
+    # The other kernels keep their output anyway.
+    after_attention = kept.masks("o_proj") + (kept.shared("o_proj") if batch.attention == "eager" else 0)
+    product = kept.shared("down_proj")
+    # The activation function keeps the gate; its product with up, both factors. Fused, gate and up are all.
+    mlp = 2 * inner if block.fused_mlp else 3 * inner + product
+    mlp += kept.shared("gate_proj", "up_proj") + kept.masks("gate_proj", "up_proj", "down_proj")
+    attention += kept.shared(*QUERY_KEY_VALUE) + kept.masks(*QUERY_KEY_VALUE) + after_attention
+    low_rank = sum(_low_rank(linear, batch, adapter) for linear in block.linears)
+    down = block.linear("down_proj")
+    weight = _dequantized(down, quantization, size)
+    down_mask = kept.masks("down_proj")
+    # Beside gradients: activation and product, computed again.
+    again = 2 * inner if block.fused_mlp else 0
+    backward, dequantized = max(
+        # (in all, of that the dequantized weight) while down_proj makes the gradient of its input
+        (gradient + again + inner + weight, weight),
+        # while its components add theirs
+        (gradient + again + inner + _components_backward(down, batch, adapter), 0),
+        # the gradient of the product of gate and up, and those of the factors; nothing of down_proj is left
+        (gradient - down_mask + 3 * inner - (0 if block.fused_mlp else product), 0),
+        # attention; nothing of what came after it is left
+        (gradient - mlp - after_attention + attention_backward, 0),
+    )
+    return BlockMemory(
+        saved=sum(norms) + attention + mlp + low_rank,
+        input=sum(norms[:1]),
+        forward=_end_of_forward(block, shape, batch, adapter, kept),
+        backward=backward,
+        dequantized=dequantized,
+    )
+
+
+@dataclass(frozen=True)
+class _KeptInputs:
+    """What linear layers of one decoder layer keep of their inputs; asked by kinds that read the same tensor."""
+
+    block: Block
+    batch: Batch
+    adapter: Adapter
+    quantization: str
+
+    def shared(self, *kinds: str) -> int:
+        """The tensor itself, once, where one of them keeps it."""
+        linears = [self.block.linear(kind) for kind in kinds]
+        kept = any(linear.adapted for linear in linears) or self.quantization == "int8"
+        return self.batch.tokens * linears[0].in_features * self.batch.compute_bytes if kept else 0
+
+    def masks(self, *kinds: str) -> int:
+        """The dropout mask of each, a byte an entry."""
+        return sum(_dropout_mask(self.block.linear(kind), self.batch, self.adapter) for kind in kinds)
+
+
+def _end_of_forward(block: Block, shape: ModelShape, batch: Batch, adapter: Adapter, kept: _KeptInputs) -> int:
+    """What the MLP holds beside what is saved, while the components of down_proj compute."""
+    gate, down = block.linear("gate_proj"), block.linear("down_proj")
+    base_output = batch.tokens * shape.hidden_size * batch.compute_bytes
+    unsaved = 0
+    for kinds, linear in ((("gate_proj", "up_proj"), gate), (("down_proj",), down)):
+        if not kept.shared(*kinds) or (linear is down and block.fused_mlp):
+            unsaved += batch.tokens * linear.in_features * batch.compute_bytes
+    copies = _input_copies(down, batch, adapter) * batch.tokens * down.in_features
+    return base_output + unsaved + copies
+
+
+def _unknown_block(block: Block, batch: Batch, adapter: Adapter, quantization: str) -> BlockMemory:
+    tokens, size = batch.tokens, batch.compute_bytes
+    saved = sum(_norm(norm, block, tokens) for norm in block.norms)
+    for linear in block.linears:
+        saved += tokens * (linear.in_features + linear.out_features) * size
+        saved += _dropout_mask(linear, batch, adapter) + _low_rank(linear, batch, adapter)
+    weight = max((_dequantized(linear, quantization, size) for linear in block.linears), default=0)
+    widest = max((linear.out_features for linear in block.linears), default=0)
+    backward = 2 * tokens * widest * size + weight
+    return BlockMemory(saved=saved, input=0, forward=0, backward=backward, dequantized=weight)
+
+
+def _norm(norm: Norm, block: Block, tokens: int) -> int:
+    """A normalization keeps its input in float32 (in float32 that is the input itself) and a factor per vector."""
+    projection = {"q_norm": "q_proj", "k_norm": "k_proj"}.get(norm.kind)
+    width = block.linear(projection).out_features if projection and block.is_known else norm.width
+    return FLOAT32 * tokens * (width + width // norm.width)
+
+
+def _attention(block: Block, shape: ModelShape, batch: Batch) -> tuple[int, int]:
+    """Saved by attention between its projections, and needed by its backward beyond what the layer has saved."""
+    query, key, value = (block.linear(kind).out_features for kind in QUERY_KEY_VALUE)
+    tokens, size = batch.tokens, batch.compute_bytes
+    # With a mask, transformers repeats keys and values for every head (integrations/sdpa_attention.py).
+    repeated = batch.attention == "eager" or (batch.attention == "sdpa" and batch.padded)
+    keys, values = (query, query) if repeated else (key, value)
+    saved = tokens * (query + keys + values) * size
+    backward = tokens * (2 * query + keys + values) * size
+    square = batch.rows * batch.length**2
+    if batch.attention == "eager":
+        scores = shape.heads * square
+        copy = 0 if size == FLOAT32 else size * scores
+        # At the backward of the softmax: gradients of its output and input, of values, and of attention's output.
+        return saved + FLOAT32 * scores + copy, 2 * tokens * query * size + 2 * FLOAT32 * scores - copy
+    # The kernels keep their output, and a number per row of scores.
+    saved += tokens * query * size + FLOAT32 * tokens * shape.heads
+    if batch.attention == "sdpa" and batch.padded:
+        # torch turns the boolean mask into one to be added, in every layer anew, and keeps it for the backward.
+        saved += square * size
+    return saved, backward
+
+
+def kept_int8_inputs(block: Block, batch: Batch) -> int:
+    """Inputs of a decoder layer's linear layers without components, a tensor that several read counted once."""
+    together = dict.fromkeys(QUERY_KEY_VALUE, "attention") | dict.fromkeys(("gate_proj", "up_proj"), "mlp")
+    bare = [linear for linear in block.linears if not linear.adapted]
+    if not block.is_known:
+        return batch.tokens * sum(linear.in_features for linear in bare) * batch.compute_bytes
+    widths = {together.get(linear.kind, linear.kind): linear.in_features for linear in bare}
+    return batch.tokens * sum(widths.values()) * batch.compute_bytes
+
+
+def _computing_bytes(batch: Batch, adapter: Adapter) -> int:
+    return batch.compute_bytes if batch.autocast else adapter.bytes_per_element
+
+
+def _dropout_mask(linear: Linear, batch: Batch, adapter: Adapter) -> int:
+    return batch.tokens * linear.in_features if linear.adapted and adapter.dropout else 0
+
+
+def _low_rank(linear: Linear, batch: Batch, adapter: Adapter) -> int:
+    """The components' activations, their columns with gate and scale, and their rows where these are cast."""
+    if not linear.adapted:
+        return 0
+    size = _computing_bytes(batch, adapter)
+    cast = linear.in_features if size != adapter.bytes_per_element else 0
+    return adapter.rank * (batch.tokens + linear.out_features + cast) * size
+
+
+def _input_copies(linear: Linear, batch: Batch, adapter: Adapter) -> int:
+    """Bytes per entry of a layer's input that its components make of it for the moment: in their dtype, and dropped."""
+    if not linear.adapted:
+        return 0
+    size = _computing_bytes(batch, adapter)
+    return size * ((size != batch.compute_bytes) + adapter.dropout)
+
+
+def _components_backward(linear: Linear, batch: Batch, adapter: Adapter) -> int:
+    """Beside the gradients of output and input: both in the components' dtype, the input dropped again, and what the
+    components add to its gradient where they cannot do so in place."""
+    if not linear.adapted:
+        return 0
+    size = _computing_bytes(batch, adapter)
+    other = size != batch.compute_bytes
+    output = batch.tokens * linear.out_features * size * other
+    added = size * (adapter.dropout + (adapter.dropout or other))
+    return output + batch.tokens * linear.in_features * max(_input_copies(linear, batch, adapter), added)
+
+
+def _dequantized(linear: Linear, quantization: str, compute_bytes: int) -> int:
+    if quantization == "none":
+        return 0
+    # The constants of NF4 are dequantized first, into float32, and shifted into a copy.
+    constants = FLOAT32 * math.ceil(linear.numel / NF4_BLOCK) if quantization == "nf4" else 0
+    return linear.numel * compute_bytes + constants

@@ -1,0 +1,75 @@
+"""What the components of a model may cost over a run, counted in components or in parameters."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dora_dist.method.allocation import select_within_budget
+from dora_dist.method.schedule import BudgetSchedule
+
+COMPONENTS, PARAMETERS = "components", "parameters"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The schedule, applied to what is counted.
+
+    Counted in parameters, a component of a wide layer costs more than one of a narrow layer, and the kept components
+    cost together what a uniform rank of ``schedule.target_rank`` would, to within one component.
+
+    Args:
+        schedule: of the run.
+        costs: layer name -> what one component of it costs.
+    """
+
+    schedule: BudgetSchedule
+    costs: Mapping[str, int]
+
+    @property
+    def initial(self) -> int:
+        """Cost of all components at the start."""
+        return self.schedule.initial_rank * sum(self.costs.values())
+
+    @property
+    def final(self) -> int:
+        """What the components may cost that are kept by the final event."""
+        return self.schedule.target_rank * sum(self.costs.values())
+
+    def at(self, step: int) -> int:
+        """What the components may cost that an event at ``step`` keeps."""
+        return self.initial - self.schedule.removed(step, self.initial - self.final)
+
+    def spent(self, ranks: Mapping[str, int]) -> int:
+        """Cost of so many components of each layer."""
+        return sum(self.costs[name] * rank for name, rank in ranks.items())
+
+    def is_met_by(self, ranks: Mapping[str, int]) -> bool:
+        """Whether so many components of each layer are the final budget: no more, and less by no whole component."""
+        return 0 <= self.final - self.spent(ranks) < max(self.costs.values())
+
+    def select(
+        self,
+        scores: Mapping[str, Tensor],
+        step: int,
+        min_rank: int = 0,
+        max_rank: int | None = None,
+        eligible: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """What an event at ``step`` keeps; see :func:`~dora_dist.method.allocation.select_within_budget`."""
+        return select_within_budget(scores, self.costs, self.at(step), min_rank, max_rank, eligible)
+
+
+def component_costs(shapes: Mapping[str, tuple[int, int]], unit: str) -> dict[str, int]:
+    """What one component of each layer costs.
+
+    Args:
+        shapes: layer name -> inputs, outputs.
+        unit: ``components`` (1 each) or ``parameters`` (inputs plus outputs: the gate is folded away in the end).
+
+    Raises:
+        ValueError: the unit is neither.
+    """
+    if unit not in (COMPONENTS, PARAMETERS):
+        raise ValueError(f"budget_unit is {unit!r}, but must be {COMPONENTS} or {PARAMETERS}")
+    return {name: sum(shape) if unit == PARAMETERS else 1 for name, shape in shapes.items()}

@@ -1,0 +1,105 @@
+"""The budget over time: how many components the whole model has lost by a given step (equation 9).
+
+The form is the one of the authors' released code, which reaches its target; the printed equation does not.
+Every step here is an *optimizer* step, counted from 1.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetSchedule:
+    """Cubic pruning schedule between a warm-up and a final phase of constant budget.
+
+    With ``T = total_steps``, ``t = int(step - T * warmup_fraction)`` and
+    ``t_max = int(T * (1 - warmup_fraction - final_fraction))``, the number of components pruned by a step is
+    ``int(num_layers * (initial_rank - target_rank) * (t / t_max)**3)`` for ``0 <= t <= t_max``.
+
+    Args:
+        total_steps: optimizer steps of the whole run.
+        num_layers: adapted layers.
+        initial_rank: components of each layer at the start.
+        target_rank: components of each layer, on average, after the final event.
+        warmup_fraction: share of the steps before pruning may begin, in [0, 1).
+        final_fraction: share of the steps after the final event, in [0, 1).
+        interval: optimizer steps between two events.
+
+    Raises:
+        ValueError: a value is out of range, or the run is too short for the phases asked for.
+    """
+
+    total_steps: int
+    num_layers: int
+    initial_rank: int
+    target_rank: int
+    warmup_fraction: float = 0.15
+    final_fraction: float = 0.5
+    interval: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("total_steps", "num_layers", "target_rank", "interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
+        if self.initial_rank < self.target_rank:
+            raise ValueError(
+                f"initial_rank is {self.initial_rank}, below target_rank {self.target_rank}: pruning only removes "
+                "components, so raise initial_rank (the paper uses 1.5 x target_rank) or lower target_rank"
+            )
+        for name in ("warmup_fraction", "final_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must lie in [0, 1)")
+        if self._last < 1:
+            raise ValueError(
+                f"{self.total_steps} optimizer steps with warmup_fraction {self.warmup_fraction} and final_fraction "
+                f"{self.final_fraction} leave no step to prune in: lower the fractions (they must sum to less "
+                "than 1) or train for more steps"
+            )
+
+    @property
+    def num_components(self) -> int:
+        """Components of the whole model at the start."""
+        return self.num_layers * self.initial_rank
+
+    @property
+    def final_num_kept(self) -> int:
+        """Components of the whole model after the final event."""
+        return self.num_layers * self.target_rank
+
+    @property
+    def final_step(self) -> int:
+        """Optimizer step of the last event; the mask is fixed from then on."""
+        guess = int(self._last + self.total_steps * self.warmup_fraction)
+        return next(step for step in range(max(guess, 1), guess + 3) if self._position(step) == self._last)
+
+    @property
+    def prune_steps(self) -> list[int]:
+        """All steps at which :meth:`is_prune_step` holds, in order."""
+        return [step for step in range(1, self.final_step + 1) if self.is_prune_step(step)]
+
+    def num_pruned(self, step: int) -> int:
+        """Components of the whole model that an event at ``step`` leaves pruned.
+
+        Exact integer arithmetic: floating point could lose one component to rounding.
+        """
+        return self.removed(step, self.num_layers * (self.initial_rank - self.target_rank))
+
+    def removed(self, step: int, removable: int) -> int:
+        """Of ``removable`` units that are gone after the final event, how many an event at ``step`` leaves removed."""
+        position = min(max(self._position(step), 0), self._last)
+        return removable * position**3 // self._last**3
+
+    def is_prune_step(self, step: int) -> bool:
+        """Whether an event takes place after optimizer step ``step``."""
+        position = self._position(step)
+        if not 0 <= position <= self._last:
+            return False
+        return position % self.interval == 0 or position == self._last
+
+    @property
+    def _last(self) -> int:
+        return int(self.total_steps * (1 - self.warmup_fraction - self.final_fraction))
+
+    def _position(self, step: int) -> int:
+        """``t`` of the schedule. ``int`` truncates towards zero as in the authors' code, so that t = 0 may last
+        two steps, and nothing is due in either."""
+        return int(step - self.total_steps * self.warmup_fraction)

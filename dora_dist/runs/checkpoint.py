@@ -1,0 +1,303 @@
+"""Checkpoints that are complete or not used.
+
+The Trainer writes scheduler and random states, and the optimizer's where it is not ZeRO's (:mod:`dora_dist.training.optimizer_shards`);
+this file adds the state of the method, and, as the very last thing, a manifest with size and SHA-256 of every file. A
+folder without a manifest, or with a file that does not fit it, is never resumed from.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from dora_dist.training.controller import DynamicRankController
+from dora_dist.method.prune_event import PruneEvent
+from dora_dist.adapter.layer import DynamicLoraLinear
+from dora_dist.runs.records import read_json, write_json
+from dora_dist.training.optimizer_shards import shard_name
+
+MANIFEST = "complete.json"
+METHOD_TENSORS = "dynamic_lora.safetensors"
+METHOD_STATE = "dynamic_lora.json"
+HEAD = "head/"
+"""What the names of a head's parameters begin with among the tensors of the method."""
+ALMOST_NOTHING = 2**18
+"""Bytes."""
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Checkpoint folders of a run, complete or not, oldest step first."""
+    return sorted((path for path in run.glob("checkpoint-*") if path.is_dir() and _step(path) >= 0), key=_step)
+
+
+def _step(path: Path) -> int:
+    """Optimizer step of a checkpoint folder, -1 if its name is not one."""
+    match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+    return int(match[1]) if match else -1
+
+
+def _sealed(folders: Sequence[Path]) -> list[Path]:
+    """Those with a manifest: they have been complete, whatever has become of them since (see :func:`flaw_of`)."""
+    return [folder for folder in folders if (folder / MANIFEST).is_file()]
+
+
+def newest(run: Path) -> Path | None:
+    """The newest checkpoint that has been complete."""
+    complete = _sealed(checkpoints(run))
+    return complete[-1] if complete else None
+
+
+def save_method_state(
+    folder: Path, controller: DynamicRankController, fingerprint: Mapping[str, Any], processes: int
+) -> None:
+    """Write adapter (unfolded), head, masks, smoothed scores, events, the fingerprint of the method, and how many
+    processes wrote the checkpoint."""
+    tensors = controller.state_dict()
+    for name, layer in controller.layers.items():
+        tensors |= {f"{name}.{part}": value.detach().cpu().contiguous() for part, value in _parts(layer).items()}
+    tensors |= {f"{HEAD}{name}": value.detach().cpu().contiguous() for name, value in controller.head.items()}
+    save_file(tensors, folder / METHOD_TENSORS)
+    events = [asdict(event) for event in controller.events]
+    state = {"step": controller.step, "processes": processes, "fingerprint": fingerprint, "events": events}
+    write_json(folder / METHOD_STATE, state)
+
+
+def read_method_state(folder: Path) -> dict[str, Any]:
+    """``step``, ``processes``, ``fingerprint`` and ``events`` of a checkpoint."""
+    state: dict[str, Any] = read_json(folder / METHOD_STATE)
+    return state
+
+
+def load_adapter_parameters(folder: Path, controller: DynamicRankController) -> None:
+    """Set the parameters of adapter and head. The checkpoint holds the adapter unfolded beside the folded one for
+    PEFT."""
+    tensors = load_file(folder / METHOD_TENSORS)
+    for name, layer in controller.layers.items():
+        for part, parameter in _parts(layer).items():
+            parameter.data.copy_(tensors[f"{name}.{part}"])
+    for name, parameter in controller.head.items():
+        parameter.data.copy_(tensors[f"{HEAD}{name}"])
+
+
+def load_method_state(folder: Path, controller: DynamicRankController) -> None:
+    """Set masks, scores, step and events of the controller, and prove that all ranks loaded the same."""
+    state = read_method_state(folder)
+    events = [PruneEvent(**event) for event in state["events"]]
+    controller.load_state_dict(load_file(folder / METHOD_TENSORS), state["step"], events)
+
+
+def _parts(layer: DynamicLoraLinear) -> dict[str, Any]:
+    return {"lora_a": layer.lora_a, "gate": layer.gate, "lora_b": layer.lora_b}
+
+
+@contextmanager
+def plain_values_only(folder: Path | str | None) -> Iterator[None]:
+    """Where files of a checkpoint are read that torch opens with ``weights_only``: explain a refusal.
+
+    Raises:
+        ValueError: a file holds something else than tensors, numbers and containers of them. Nothing of it was run.
+    """
+    try:
+        yield
+    except UnpicklingError as error:
+        raise ValueError(
+            f"a file of {folder} holds other Python objects than tensors and numbers, which could run code and are not "
+            f"loaded: it was not written by this program ({str(error).partition(chr(10))[0]})"
+        ) from None
+
+
+@contextmanager
+def room_needed(folder: Path) -> Iterator[None]:
+    """Where a checkpoint is written: say so if it is the disk that is full, whoever noticed it.
+
+    Raises:
+        ValueError: there is no room.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(folder.parent).free
+        reason = str(error).partition("\n")[0]
+        # torch's writer does not pass the system's reason on.
+        if not re.search("no space left|quota", reason, re.IGNORECASE) and free >= ALMOST_NOTHING:
+            raise
+        raise ValueError(
+            f"no room for {folder} ({free / 2**20:.1f} MiB are free): {reason}. The checkpoints before it are "
+            "unharmed; make room, lower checkpoint.keep_last, or move the run's folder and set output_dir to it"
+        ) from None
+
+
+def check_shards(folder: Path, world_size: int, engine: str) -> None:
+    """Refuse to call a checkpoint complete that lacks the part of a rank.
+
+    Raises:
+        ValueError: a part is missing, which happens where nodes do not share the folder.
+    """
+    expected = [_random_state_name(rank, world_size) for rank in range(world_size)]
+    if engine == "zero2":
+        expected += [shard_name(rank) for rank in range(world_size)]
+    missing = [name for name in expected if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{folder} lacks {', '.join(missing)}: output_dir must be on a file system that all nodes share"
+        )
+
+
+def _random_state_name(rank: int, world_size: int) -> str:
+    """As the Trainer has it."""
+    return "rng_state.pth" if world_size == 1 else f"rng_state_{rank}.pth"
+
+
+def bring_to_disk(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Wait until files are on the disk, which is where a file system over a network says that it has no room for them.
+
+    Returns:
+        Size and SHA-256 of each.
+    """
+    files = {}
+    for name in names:
+        path = folder / name
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        files[name] = {"size": path.stat().st_size, "sha256": digest}
+    return files
+
+
+def files_of_rank(folder: Path, rank: int, world_size: int) -> list[str]:
+    """Names of the files that this rank alone writes into a checkpoint, and that are there."""
+    names = [_random_state_name(rank, world_size), shard_name(rank)]
+    return [name for name in names if (folder / name).is_file()]
+
+
+def seal(folder: Path, written: Mapping[str, dict[str, Any]] | None = None) -> None:
+    """Declare a checkpoint complete, after all ranks have written theirs: everything on disk, then the manifest.
+
+    Args:
+        folder: of the checkpoint.
+        written: what the ranks have written, as they see it themselves (:func:`bring_to_disk`).
+
+    Raises:
+        ValueError: this rank sees something else.
+    """
+    names = sorted(
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST
+    )
+    files = bring_to_disk(folder, names)
+    for name, expected in (written or {}).items():
+        if files.get(name) != expected:
+            raise ValueError(
+                f"{folder / name} is not here what the rank that wrote it sees ({files.get(name)}, not {expected}): "
+                "output_dir must be on a file system that all nodes share, and that shows closed files to all"
+            )
+    write_json(folder / MANIFEST, files)
+    for path in (folder / MANIFEST, folder, folder.parent):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def flaw_of(folder: Path) -> str | None:
+    """Why a checkpoint cannot be used, or None if it is complete and unharmed."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return "it was not completed"
+    try:
+        files = json.loads(manifest.read_text(encoding="utf-8"))
+    except ValueError:
+        return f"{MANIFEST} is not JSON"
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["size"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+                return f"{name} has changed since it was written (SHA-256 differs)"
+    return None
+
+
+def find_resumable(run: Path, resume: str) -> tuple[Path | None, list[str]]:
+    """The checkpoint to continue from, and remarks on the ones that were passed over.
+
+    Args:
+        run: folder of the run.
+        resume: ``auto``, ``never``, or the path of a checkpoint.
+
+    Raises:
+        ValueError: the given checkpoint cannot be used; checkpoints of another course of the run would be mixed with
+            the new ones; or all complete checkpoints have been damaged since.
+    """
+    existing = checkpoints(run)
+    sealed = _sealed(existing)
+    if resume == "never":
+        _refuse_to_mix(run, sealed, "checkpoint.resume is never")
+        return None, []
+    if resume != "auto":
+        path = Path(resume)
+        if not path.is_dir():
+            raise ValueError(f"checkpoint.resume {resume!r} is neither auto nor never nor a folder")
+        if flaw := flaw_of(path):
+            raise ValueError(f"cannot resume from {path}: {flaw}")
+        _refuse_to_mix(run, [other for other in sealed if _step(other) > _step(path)], f"checkpoint.resume is {path}")
+        return path, []
+    remarks = []
+    for path in reversed(existing):
+        flaw = flaw_of(path)
+        if flaw is None:
+            return path, remarks
+        remarks.append(f"passing over {path.name}: {flaw}")
+    if sealed:
+        raise ValueError(f"no checkpoint of {run} can be used ({'; '.join(remarks)}): delete them to start again")
+    return None, remarks
+
+
+def _refuse_to_mix(run: Path, others: Sequence[Path], reason: str) -> None:
+    if others:
+        raise ValueError(
+            f"{reason}, but {run} holds {', '.join(path.name for path in others)}, which the new run would mix "
+            "with its own: choose another output_dir, or delete them"
+        )
+
+
+def check_same_settings(folder: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Compare the settings of a run on disk with those of this one.
+
+    Raises:
+        ValueError: lists every difference.
+    """
+    current = json.loads(json.dumps(current))
+    differences = [
+        f"{name} was {saved.get(name)!r} and is now {current.get(name)!r}"
+        for name in sorted(saved.keys() | current.keys())
+        if saved.get(name) != current.get(name)
+    ]
+    if differences:
+        raise ValueError(
+            f"{folder} was written by a run with other settings: {'; '.join(differences)}. Restore them to "
+            "continue that run, or choose another output_dir to start a new one"
+        )
+
+
+def rotate(run: Path, keep_last: int) -> None:
+    """Delete all but the newest ``keep_last`` complete checkpoints, and incomplete ones older than the newest."""
+    existing = checkpoints(run)
+    complete = _sealed(existing)
+    for path in existing:
+        if complete and path not in complete[-keep_last:] and _step(path) < _step(complete[-1]):
+            # First the manifest, so that a deletion that is interrupted leaves nothing that looks complete.
+            (path / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True)  # what is left of it is no reason to end a healthy run

@@ -1,0 +1,155 @@
+"""A run on disk, opened for use: its adapter, its configuration, and the base as the adapter knows it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dora_dist.base_model import load
+from dora_dist.runs import records
+from dora_dist.runs.checkpoint import checkpoints, flaw_of
+from dora_dist.config.run import RunConfig, load_config
+from dora_dist.base_model.quantization import dequantized_weight
+from dora_dist.config.tasks import CAUSAL_LM, TASKS
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedRun:
+    """What a later command needs of a run.
+
+    Attributes:
+        folder: of the run.
+        adapter: folder with the adapter (plain LoRA) and the tokenizer.
+        config: resolved configuration of the run.
+        compute_dtype: the dtype that the base was read in before it was quantized.
+        chat: it was trained on conversations, in the chat template that is saved with the tokenizer.
+        formats: of the training data.
+    """
+
+    folder: Path
+    adapter: Path
+    config: RunConfig
+    compute_dtype: torch.dtype
+    chat: bool
+    formats: set[str]
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that was saved with the adapter."""
+        return load.load_tokenizer(str(self.adapter), self.config.model.trust_remote_code)
+
+    def load_base(self, device: torch.device | str, in_float32: bool) -> PreTrainedModel:
+        """The base with the weights that the adapter was trained against, read and quantized as they were then.
+
+        Args:
+            device: where the whole model goes.
+            in_float32: compute in float32; see :func:`compute_in_float32`.
+
+        Raises:
+            ValueError: the base cannot be found.
+        """
+        model = self._load(self.config.model.quantization, self.compute_dtype, device)
+        if in_float32:
+            compute_in_float32(model)
+        return model
+
+    def load_original(self, device: torch.device | str) -> PreTrainedModel:
+        """The base as it is stored, never quantized, in float32."""
+        return self._load("none", torch.float32, device)
+
+    def _load(self, quantization: str, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
+        settings = self.config.model
+        try:
+            return load.load_backbone(
+                settings.path, quantization, dtype, device, trust_remote_code=settings.trust_remote_code
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"the base of {self.folder} cannot be loaded: {error}; run this from the folder where the "
+                f"run was started, or correct model.path in "
+                f"{self.folder / records.CONFIG}"
+            ) from None
+
+
+def find_adapter(run: Path, checkpoint: str | None) -> Path:
+    """The folder of the final adapter, or of that in a checkpoint.
+
+    Raises:
+        ValueError: ``run`` is no run, has no final adapter, or has no such (complete) checkpoint.
+    """
+    if not (run / records.CONFIG).is_file():
+        raise ValueError(f"{run} is not the folder of a run: it has no {records.CONFIG}; give its output_dir")
+    known = ", ".join(path.name for path in checkpoints(run)) or "none yet"
+    if checkpoint is None:
+        adapter = run / "adapter"
+        if not (adapter / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{run} has no final adapter in adapter/: the run has not come to its end. Finish it with the command "
+                f"that started it, or take a checkpoint with --checkpoint NAME (there are: {known})"
+            )
+        return adapter
+    folder = run / checkpoint
+    if folder not in checkpoints(run):
+        raise ValueError(f"--checkpoint is {checkpoint!r}, but {run} has no such checkpoint (there are: {known})")
+    if flaw := flaw_of(folder):
+        raise ValueError(f"--checkpoint {checkpoint} cannot be used: {flaw} (there are: {known})")
+    return folder
+
+
+def open_run(run: Path, checkpoint: str | None = None) -> TrainedRun:
+    """Find the parts of a run.
+
+    Raises:
+        ValueError: the run, its adapter or its configuration cannot be used.
+    """
+    adapter = find_adapter(run, checkpoint)
+    config = load_config(run / records.CONFIG)
+    if config.task != CAUSAL_LM:
+        raise ValueError(
+            f"{run} was trained with task {config.task}, and this command is for {CAUSAL_LM}. Its adapter is plain "
+            f"LoRA: PeftModel.from_pretrained(base, {str(adapter)!r}), where base is of {TASKS[config.task].auto_class}"
+        )
+    dtype = load.resolve_compute_dtype(config.model.compute_dtype)
+    data: dict[str, Any] = {}
+    if (run / records.RUN).is_file():
+        recorded = records.read_json(run / records.RUN)
+        data = recorded.get("data", {})
+        # `auto` meant what it did on the machine of the run.
+        dtype = getattr(torch, recorded["settings"].get("model.compute_dtype", str(dtype)).removeprefix("torch."))
+    return TrainedRun(
+        folder=run,
+        adapter=adapter,
+        config=config,
+        compute_dtype=dtype,
+        chat=data.get("chat", False),
+        formats={source["format"] for source in data.get("train", [])} or {config.data.format},
+    )
+
+
+def default_device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compute_in_float32(model: PreTrainedModel) -> None:
+    """Let a model compute in float32 with the weights that it has, in place.
+
+    4-bit weights stay as they are, and are dequantized to float32 from now on. 8-bit layers become plain ones with the
+    dequantized weight, since LLM.int8 also rounds the activations, which no comparison of models could see through.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear8bitLt):
+            plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+            plain.weight = nn.Parameter(dequantized_weight(module), requires_grad=False)
+            plain.bias = module.bias
+            model.set_submodule(name, plain)
+        elif isinstance(module, Linear4bit):
+            module.compute_dtype = torch.float32
+            module.weight.quant_state.dtype = torch.float32
+    # Not model.float(): transformers refuses it on quantized models, and it is right about their codes.
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.float()

@@ -1,0 +1,281 @@
+"""From the configuration to the parts of a run. A configuration object goes no further than this file."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from dora_dist.adapter.model import DynamicLoraForCausalLM, DynamicLoraModel, add_dynamic_lora
+from dora_dist.base_model import load
+from dora_dist.base_model.losses import RowLosses, class_losses, mean_over_tokens, span_losses, squared_errors
+from dora_dist.config.run import RunConfig
+from dora_dist.config.tasks import CAUSAL_LM, QUESTION_ANSWERING, SEQ2SEQ, SEQUENCE_CLASSIFICATION, TASKS, metrics_of
+from dora_dist.console.command import say
+from dora_dist.data.batches import (
+    ANSWER_SPANS,
+    TARGETS,
+    TRAINED_TOKENS,
+    Collator,
+    FlattenedCollator,
+    LabelledCollator,
+    PackedCollator,
+    PaddedCollator,
+    PlannedRows,
+    TargetCollator,
+    labelled,
+)
+from dora_dist.data.encoding.chat import stop_tokens
+from dora_dist.distributed.agreement import Agreement, digest_tensors
+from dora_dist.distributed.preemption import PreemptionNotice
+from dora_dist.evaluation.evaluator import AnswerEvaluator, Evaluator, check_packing
+from dora_dist.evaluation.labels import LabelEvaluator
+from dora_dist.evaluation.questions import QuestionEvaluator, first_questions
+from dora_dist.evaluation.summaries import SummaryEvaluator
+from dora_dist.method.schedule import BudgetSchedule
+from dora_dist.runs.records import RunRecords
+from dora_dist.setup.resolve import Settled, adapter_seed
+from dora_dist.training.controller import DynamicRankController
+from dora_dist.training.criterion import criterion_of
+from dora_dist.training.skipped_steps import SkipPolicy
+from dora_dist.training.trainer import DynamicLoraTrainer
+
+
+def check_same_on_all_ranks(agreement: Agreement, settings: Mapping[str, Any], model: DynamicLoraModel) -> None:
+    """Prove that all ranks have the same settings, training data and base model (a sample of every adapted layer), and
+    compute the loss in the same way.
+
+    Raises:
+        DisagreementError: they do not; names the first setting or layer that differs.
+    """
+    facts = {**settings, "whether the loss is computed without logits": model.leaves_out_logits}
+    digests = {name: sha256(json.dumps(value).encode()).digest() for name, value in facts.items()}
+    for name, layer in model.adapted_layers().items():
+        digests[f"base weights of {name}"] = digest_tensors(layer.weight.detach().flatten()[:256])
+    agreement.check_equal(digests, "settings, data or base model")
+
+
+def load_base(
+    config: RunConfig, device: torch.device, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] | None = None
+) -> PreTrainedModel:
+    """The frozen base, and the head of its task at the start.
+
+    Args:
+        config: of the run.
+        device: where the whole model goes.
+        tokenizer: of the model.
+        labels: names of the classes in the order of their numbers, where the task has any.
+    """
+    dtype = load.resolve_compute_dtype(config.model.compute_dtype)
+    head = None
+    if TASKS[config.task].trains_head:
+        outputs = 2 if config.task == QUESTION_ANSWERING else 1
+        head = load.HeadStart(labels=labels, num_outputs=outputs, seed=adapter_seed(config))
+    base = load.load_backbone(
+        config.model.path,
+        quantization=config.model.quantization,
+        compute_dtype=dtype,
+        device=device,
+        attention=config.model.attention,
+        trust_remote_code=config.model.trust_remote_code,
+        task=config.task,
+        head=head,
+    )
+    set_special_tokens(base, tokenizer)
+    return base
+
+
+def load_model(
+    config: RunConfig, device: torch.device, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] | None = None
+) -> DynamicLoraModel:
+    """The frozen base with its adapter, and the head of its task, at the start; arguments as of :func:`load_base`."""
+    base = load_base(config, device, tokenizer, labels)
+    adapter = config.adapter
+    if adapter.dtype == "auto" and not config.distributed.engine.startswith("zero"):
+        # Only ZeRO keeps a float32 master copy of low-precision parameters.
+        adapter = dataclasses.replace(adapter, dtype="float32")
+    model = add_dynamic_lora(base, dataclasses.replace(adapter, seed=adapter_seed(config)))
+    if isinstance(model, DynamicLoraForCausalLM):
+        reason = model.leave_out_logits()
+        if reason is not None:
+            name = type(base).__name__
+            say(f"the loss of {name} takes the logits of all positions at once, and their memory: {reason}")
+    return model
+
+
+def set_special_tokens(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a model know its tokenizer's padding token, and if it generates, where texts start and end."""
+    if not base.can_generate():
+        base.config.pad_token_id = tokenizer.pad_token_id
+        return
+    for settings in (base.config, base.generation_config):
+        settings.pad_token_id = tokenizer.pad_token_id
+        settings.bos_token_id = tokenizer.bos_token_id
+        settings.eos_token_id = tokenizer.eos_token_id
+
+
+def build_controller(
+    config: RunConfig, model: DynamicLoraModel, agreement: Agreement, schedule: BudgetSchedule
+) -> DynamicRankController:
+    """The method for this model and this budget."""
+    layers, pruning = model.adapted_layers(), config.pruning
+    gates = [layer.gate for layer in layers.values()]
+    return DynamicRankController(
+        layers,
+        schedule,
+        agreement,
+        criterion=criterion_of(pruning.importance, gates, pruning.smoothing, adapter_seed(config)),
+        budget_unit=pruning.budget_unit,
+        min_rank=pruning.min_rank,
+        max_rank=pruning.max_rank,
+        regrow=pruning.regrow,
+        rebase=pruning.rebase,
+        head=model.head_parameters(),
+    )
+
+
+def build_evaluator(
+    config: RunConfig, settled: Settled, agreement: Agreement, model: DynamicLoraModel
+) -> Evaluator[Any] | None:
+    """The measurement on held-out data, or None where there is none."""
+    if not settled.data.evaluation:
+        return None
+    most = config.evaluation.max_examples
+    take = first_questions if config.task == QUESTION_ANSWERING else _first_examples
+    common: dict[str, Any] = {
+        "sources": {
+            source.name: source.dataset if most is None else take(source.dataset, most)
+            for source in settled.data.evaluation
+        },
+        "agreement": agreement,
+        "batch_size": settled.arguments.per_device_eval_batch_size,
+    }
+    if config.task == CAUSAL_LM:
+        return AnswerEvaluator(
+            **common,
+            tokenizer=settled.tokenizer,
+            exact_match=config.evaluation.exact_match,
+            max_new_tokens=config.evaluation.max_new_tokens,
+            stop=stop_tokens(settled.tokenizer, settled.data.template),
+        )
+    common |= {
+        "collate": build_collator(config, model, settled.tokenizer),
+        "metrics": metrics_of(config.task, config.data.labels, config.evaluation.metrics),
+    }
+    if config.task == QUESTION_ANSWERING:
+        return QuestionEvaluator(**common, with_no_answer=settled.data.some_have_no_answer())
+    if config.task == SEQ2SEQ:
+        return SummaryEvaluator(
+            **common,
+            tokenizer=settled.tokenizer,
+            max_new_tokens=config.evaluation.max_new_tokens,
+            num_beams=config.evaluation.num_beams,
+        )
+    return LabelEvaluator(
+        **common,
+        reader=labelled(settled.data.labels),
+        row_losses=row_losses(config),
+        regression=config.data.labels == "regression",
+    )
+
+
+def _first_examples(examples: Dataset, most: int) -> Dataset:
+    return examples.take(min(most, len(examples)))
+
+
+def tells_texts_apart(model: DynamicLoraModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether both the model and its tokenizer know which of two texts a token belongs to. Many tokenizers say so to
+    models that have no embedding for it."""
+    return "token_type_ids" in tokenizer.model_input_names and getattr(model.config, "type_vocab_size", 0) > 1
+
+
+def build_trainer(
+    config: RunConfig,
+    settled: Settled,
+    *,
+    model: DynamicLoraModel,
+    controller: DynamicRankController,
+    agreement: Agreement,
+    records: RunRecords,
+    evaluator: Evaluator[Any] | None,
+    notice: PreemptionNotice,
+) -> DynamicLoraTrainer:
+    """The loop."""
+    trainer = DynamicLoraTrainer(
+        model=model,
+        args=settled.arguments,
+        train_dataset=planned_rows(config, settled),
+        data_collator=build_collator(config, model, settled.tokenizer),
+        compute_loss_func=mean_over_tokens if config.task == SEQ2SEQ else None,
+        processing_class=settled.tokenizer,
+        controller=controller,
+        agreement=agreement,
+        records=records,
+        evaluator=evaluator,
+        notice=notice,
+        row_lengths=settled.plan.row_lengths(settled.mixture.lengths),
+        rows_per_epoch=settled.mixture.rows_per_epoch,
+        engine=config.distributed.engine,
+        timeout_minutes=config.distributed.timeout_minutes,
+        adapter_dtype=next(iter(controller.layers.values())).gate.dtype,
+        equilibrium_weight=config.pruning.equilibrium_weight,
+        keep_last=config.checkpoint.keep_last,
+        skip_policy=SkipPolicy(agreement, config.distributed.max_skipped_steps),
+        fingerprint=settled.fingerprint,
+        row_losses=row_losses(config),
+    )
+    # The trainer prints its own lines of progress.
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    return trainer
+
+
+def planned_rows(config: RunConfig, settled: Settled) -> PlannedRows:
+    """What is trained on, in the order of training."""
+    readers = {
+        CAUSAL_LM: TRAINED_TOKENS,
+        SEQUENCE_CLASSIFICATION: labelled(settled.data.labels),
+        QUESTION_ANSWERING: ANSWER_SPANS,
+        SEQ2SEQ: TARGETS,
+    }
+    return PlannedRows(settled.data.examples(), settled.plan, readers[config.task])
+
+
+def row_losses(config: RunConfig) -> RowLosses | None:
+    """The loss of a row, of tasks that have one target a row."""
+    if config.task == QUESTION_ANSWERING:
+        return span_losses
+    if config.task != SEQUENCE_CLASSIFICATION:
+        return None
+    return squared_errors if config.data.labels == "regression" else class_losses
+
+
+def build_collator(config: RunConfig, model: DynamicLoraModel, tokenizer: PreTrainedTokenizerBase) -> Collator:
+    """What makes batches of rows, for the task and the model's attention.
+
+    Raises:
+        ValueError: examples of one row would see each other in this model, or it cannot be given labels.
+    """
+    base = model.get_base_model()
+    if TASKS[config.task].trains_head:
+        return LabelledCollator(tokenizer, with_types=tells_texts_apart(model, tokenizer))
+    if config.task == SEQ2SEQ:
+        if not hasattr(base, "prepare_decoder_input_ids_from_labels"):
+            raise ValueError(
+                f"{type(base).__name__} does not say how its decoder's input is made of labels, as BART and T5 do: "
+                f"task {SEQ2SEQ} needs a model that does"
+            )
+        return TargetCollator(tokenizer, base.prepare_decoder_input_ids_from_labels)
+    if config.data.batching != "packed":
+        return PaddedCollator(tokenizer)
+    if "flash" in str(base.config._attn_implementation):
+        collator: Collator = FlattenedCollator()
+    else:
+        collator = PackedCollator(tokenizer)
+    check_packing(base, collator)
+    return collator

@@ -1,0 +1,42 @@
+"""What a run would do, found out without reading a weight: ``dora_dist.train --dry-run``."""
+
+import textwrap
+
+from dora_dist import estimate, prepare
+from dora_dist.config.run import RunConfig
+from dora_dist.config.tasks import CAUSAL_LM
+from dora_dist.method.budget import Budget
+from dora_dist.setup.resolve import Settled
+
+
+def describe(config: RunConfig, settled: Settled, world_size: int) -> str:
+    """The run in words: data, steps, budget and memory.
+
+    Args:
+        config: of the run.
+        settled: of the run.
+        world_size: processes that the steps were counted for.
+    """
+    data, mixture, plan = settled.data, settled.mixture, settled.plan
+    num_steps, layers = settled.arguments.max_steps, settled.layers
+    rows = plan.num_rows // num_steps
+    kinds = sorted({name.rsplit(".", 1)[-1] for name in layers})
+    what = "rows of packed examples" if mixture.batching == "packed" else "examples"
+    parts = [
+        f"model {config.model.path}: {len(layers)} adapted layers ({', '.join(kinds)})",
+        prepare.render("training data", data.train),
+        *([prepare.render("held-out data", data.evaluation)] if data.evaluation else []),
+        f"{num_steps} optimizer steps of {rows} {what} on {world_size} process{'es' * (world_size > 1)}, "
+        f"{plan.num_rows / mixture.rows_per_epoch:.2f} passes over the data; "
+        f"{settled.padding_share():.1%} of the computed tokens are padding",
+        _budget(settled.budget, config.pruning.budget_unit),
+        *([estimate.render(estimate.estimate_memory(config, world_size))] if config.task == CAUSAL_LM else []),
+        "Dry run: nothing was trained, and no weight was read.",
+    ]
+    return "\n\n".join(parts)
+
+
+def _budget(budget: Budget, unit: str) -> str:
+    events = [f"{step}: {budget.at(step):,}" for step in budget.schedule.prune_steps]
+    title = f"budget of {budget.initial:,} {unit}, pruned after steps (step: {unit} that are kept)"
+    return title + "\n" + textwrap.fill(", ".join(events), 110, initial_indent="  ", subsequent_indent="  ")

@@ -1,0 +1,305 @@
+"""What a run will be, decided from its configuration and its data before any weight is read."""
+
+import dataclasses
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from dora_dist.adapter.targets import resolve_targets
+from dora_dist.base_model import load
+from dora_dist.config.run import RunConfig
+from dora_dist.config.tasks import SEQUENCE_CLASSIFICATION
+from dora_dist.config.training import DEFAULT_TRAINING_ARGUMENTS, require
+from dora_dist.data.cache import list_lengths
+from dora_dist.data.plan import TrainingPlan
+from dora_dist.method.budget import Budget, component_costs
+from dora_dist.method.schedule import BudgetSchedule
+from dora_dist.setup.run_data import Mixture, RunData, build_mixture, describe_data
+from dora_dist.training.trainer import global_batch
+
+METHOD_ARGUMENTS = (
+    "learning_rate",
+    "optim",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "max_grad_norm",
+)
+"""Trainer settings that a resumed run must not change."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settled:
+    """All of a run that is decided before a weight is read.
+
+    Attributes:
+        tokenizer: of the model, with the chat template that conversations are rendered with.
+        data: all sources.
+        mixture: of the training sources.
+        arguments: the Trainer's settings; ``max_steps`` is the number of optimizer steps of the run.
+        plan: which rows are trained when.
+        layers: names of the layers that are adapted.
+        budget: over the run.
+        fingerprint: what a run that resumes from this one's checkpoints must have in common with it.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    data: RunData
+    mixture: Mixture
+    arguments: TrainingArguments
+    plan: TrainingPlan
+    layers: list[str]
+    budget: Budget
+    fingerprint: dict[str, Any]
+
+    def padding_share(self) -> float:
+        """Share of padding in all tokens that the run computes."""
+        return self.plan.padding_share(self.mixture.lengths, self.arguments.per_device_train_batch_size)
+
+    def describe_data(self) -> dict[str, Any]:
+        """What the run's record says about its data."""
+        return {**describe_data(self.data, self.mixture), "padding_share": self.padding_share()}
+
+
+def settle(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: RunData, accumulation: int | None = None
+) -> Settled:
+    """Decide all that can be decided without weights, and refuse what cannot work.
+
+    Args:
+        config: of the run.
+        tokenizer: of the model.
+        data: all sources.
+        accumulation: gradient accumulation steps; None for those of the configuration.
+
+    Raises:
+        ValueError: data, training section, targets or schedule cannot work together.
+    """
+    _check_answers(config, data)
+    mixture = build_mixture(config.data, data.train, config.seed)
+    arguments = training_arguments(config, mixture, accumulation)
+    plan = mixture.plan(arguments.max_steps, global_batch(arguments))
+    skeleton = load.load_skeleton(config.model.path, config.model.trust_remote_code, config.task)
+    layers, budget = check_method(config, skeleton, arguments.max_steps)
+    check_context(skeleton, data)
+    return Settled(
+        tokenizer=tokenizer,
+        data=data,
+        mixture=mixture,
+        arguments=arguments,
+        plan=plan,
+        layers=layers,
+        budget=budget,
+        fingerprint=fingerprint(config, arguments, data, plan),
+    )
+
+
+def _check_answers(config: RunConfig, data: RunData) -> None:
+    if "f1" in (config.evaluation.metrics or []) and data.labels is not None and len(data.labels) != 2:
+        raise ValueError(
+            f"evaluation.metrics has f1, which is of the second of two classes, but there are {len(data.labels)}: "
+            f"{', '.join(data.labels)}; leave it out"
+        )
+    for source in data.evaluation if config.evaluation.exact_match else []:
+        if source.format == "text" or config.data.train_on == "everything":
+            what = f"{source.name} is plain text" if source.format == "text" else "data.train_on is everything"
+            raise ValueError(f"evaluation.exact_match is true, but {what}, which has no answers to compare with")
+
+
+def training_arguments(config: RunConfig, mixture: Mixture, accumulation: int | None = None) -> TrainingArguments:
+    """The Trainer's settings, with ``max_steps`` resolved to the optimizer steps of the whole run.
+
+    Raises:
+        ValueError: a value of the training section is not one that ``TrainingArguments`` takes.
+    """
+    dtype = load.resolve_compute_dtype(config.model.compute_dtype)
+    gpus = torch.cuda.is_available()
+    if dtype is torch.bfloat16 and not gpus:
+        raise ValueError("model.compute_dtype is bfloat16, but there is no GPU: on CPUs train in float32")
+    values = {**DEFAULT_TRAINING_ARGUMENTS, **config.training}
+    if accumulation is not None:
+        values["gradient_accumulation_steps"] = accumulation
+    if values.get("gradient_checkpointing"):
+        # The reentrant kind would cut the gradient at the frozen embedding.
+        values.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
+    values.setdefault("dataloader_pin_memory", gpus)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(config.output_dir) / "tensorboard")
+    for name in ("save_strategy", "eval_strategy", "logging_strategy"):
+        if values.get(name) == "epoch":
+            raise ValueError(
+                f"training.{name} is epoch, but a run is one long sequence of steps without epoch boundaries: "
+                f"set it to steps, and {name.removesuffix('strategy')}steps to how many"
+            )
+    owned: dict[str, Any] = {
+        "output_dir": config.output_dir,
+        "seed": config.seed,
+        "bf16": dtype is torch.bfloat16,
+        "accelerator_config": {"use_configured_state": True},
+        "average_tokens_across_devices": True,
+        "ddp_broadcast_buffers": False,
+        "ddp_find_unused_parameters": False,
+        "remove_unused_columns": False,
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+    }
+    try:
+        arguments = TrainingArguments(**values, **owned)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"training: {error}") from None
+    if arguments.eval_strategy != "no" and config.data.eval is None:
+        raise ValueError(f"training.eval_strategy is {arguments.eval_strategy.value}, but data.eval is not set")
+    epochs = arguments.num_train_epochs
+    arguments.max_steps = count_steps(mixture, arguments.max_steps, epochs, global_batch(arguments))
+    return arguments
+
+
+def count_steps(mixture: Mixture, max_steps: int, epochs: float, global_batch: int) -> int:
+    """Optimizer steps of the run: ``max_steps`` where that is positive, otherwise those of the epochs.
+
+    Raises:
+        ValueError: one pass over the data does not fill one global batch.
+    """
+    rows = mixture.rows_per_epoch
+    if rows < global_batch:
+        what = "rows of packed examples" if mixture.batching == "packed" else "training examples"
+        raise ValueError(
+            f"{rows} {what} do not fill one global batch of {global_batch}: lower "
+            "training.per_device_train_batch_size or gradient_accumulation_steps, or use fewer processes"
+        )
+    return max_steps if max_steps > 0 else math.ceil(mixture.rows_of_epochs(epochs) / global_batch)
+
+
+def fingerprint(config: RunConfig, arguments: TrainingArguments, data: RunData, plan: TrainingPlan) -> dict[str, Any]:
+    """What all ranks of a run have in common, and a run with the one whose checkpoint it continues."""
+    adapter = {f"adapter.{name}": value for name, value in dataclasses.asdict(config.adapter).items()}
+    pruning = {f"pruning.{name}": value for name, value in dataclasses.asdict(config.pruning).items()}
+    adapter["adapter.seed"] = adapter_seed(config)
+    training = {f"training.{name}": _plain(getattr(arguments, name)) for name in METHOD_ARGUMENTS}
+    return {
+        **adapter,
+        **pruning,
+        **training,
+        **_labels(config, data),
+        "task": config.task,
+        "initial rank": config.adapter.start_rank,
+        "model.path": config.model.path,
+        "model.quantization": config.model.quantization,
+        "model.compute_dtype": str(load.resolve_compute_dtype(config.model.compute_dtype)),
+        "seed": config.seed,
+        "optimizer steps": arguments.max_steps,
+        "global batch": global_batch(arguments),
+        **{f"examples of {source.name}": f"{source.counts.examples}, {source.digest[:16]}" for source in data.train},
+        "data.batching": config.data.batching,
+        "data order": plan.digest()[:16],
+        "distributed.engine": config.distributed.engine,
+    }
+
+
+def _labels(config: RunConfig, data: RunData) -> dict[str, Any]:
+    """Which number stands for which label."""
+    return {"labels": data.labels or config.data.labels} if config.task == SEQUENCE_CLASSIFICATION else {}
+
+
+def adapter_seed(config: RunConfig) -> int:
+    """Seed of the adapter's start: its own, or that of the run."""
+    return config.seed if config.adapter.seed is None else config.adapter.seed
+
+
+def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int) -> tuple[list[str], Budget]:
+    """Try targets, schedule and bounds on the model's structure alone, before its weights are read.
+
+    Args:
+        config: of the run.
+        skeleton: the model without weights.
+        total_steps: optimizer steps of the run.
+
+    Returns:
+        Names of the layers that are adapted, and the budget over the run.
+
+    Raises:
+        ValueError: ``adapter.target_modules`` matches nothing, the run is too short to prune, or the bounds on the
+            ranks cannot be met.
+    """
+    under_zero = config.distributed.engine.startswith("zero")
+    dtype = str(load.resolve_compute_dtype(config.model.compute_dtype)).removeprefix("torch.")
+    if under_zero and config.adapter.dtype not in ("auto", dtype):
+        raise ValueError(
+            f"adapter.dtype is {config.adapter.dtype}, but DeepSpeed casts all parameters to the compute dtype {dtype} "
+            "(and keeps a float32 master copy): leave it at auto"
+        )
+    names = resolve_targets(skeleton, config.adapter.target_modules)
+    schedule = build_schedule(config, len(names), total_steps)
+    linears = {name: skeleton.get_submodule(name) for name in names}
+    shapes = {name: (linear.in_features, linear.out_features) for name, linear in linears.items()}
+    for name, shape in shapes.items() if config.pruning.rebase else ():
+        require(
+            schedule.initial_rank <= min(shape),
+            "adapter.initial_rank",
+            schedule.initial_rank,
+            f"be at most {min(shape)} where pruning.rebase is true: {name} is {shape[0]} x {shape[1]}",
+        )
+    budget = Budget(schedule, component_costs(shapes, config.pruning.budget_unit))
+    scores = {name: torch.zeros(schedule.initial_rank) for name in names}
+    budget.select(scores, schedule.final_step, config.pruning.min_rank, config.pruning.max_rank)
+    return names, budget
+
+
+def check_context(skeleton: PreTrainedModel, data: RunData) -> None:
+    """Refuse examples that are longer than the model's context, beyond which its positions mean nothing.
+
+    Raises:
+        ValueError: names the longest example's source.
+    """
+    context = context_of(skeleton)
+    for source in (*data.train, *data.evaluation):
+        columns = [name for name in ("input_ids", "labels") if name in source.dataset.column_names]
+        longest = max(int(list_lengths(source.dataset, name).max()) for name in columns)
+        if context is not None and longest > context:
+            raise ValueError(
+                f"the longest example of {source.name} has {longest} tokens, more than the model's context of "
+                f"{context} (max_position_embeddings): set data.max_length to {context} or less, and data.overlong to "
+                "drop or truncate (the same goes for data.max_target_length)"
+            )
+
+
+def context_of(skeleton: PreTrainedModel) -> int | None:
+    """Tokens of the longest row that the model has positions for; None where there is no bound.
+
+    Models of the RoBERTa family count from behind their padding token, so that some positions are never used.
+    """
+    context = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
+    for name, module in skeleton.named_modules():
+        unused = getattr(module, "padding_idx", None)
+        if context is not None and name.endswith("position_embeddings") and unused is not None:
+            return int(context - unused - 1)
+    return context
+
+
+def build_schedule(config: RunConfig, num_layers: int, total_steps: int) -> BudgetSchedule:
+    """The budget over the run.
+
+    Raises:
+        ValueError: the run is too short for the phases of the pruning section.
+    """
+    return BudgetSchedule(
+        total_steps=total_steps,
+        num_layers=num_layers,
+        initial_rank=config.adapter.start_rank,
+        target_rank=config.adapter.target_rank,
+        warmup_fraction=config.pruning.warmup_fraction,
+        final_fraction=config.pruning.final_fraction,
+        interval=config.pruning.interval,
+    )
+
+
+def _plain(value: Any) -> Any:
+    return value.value if hasattr(value, "value") else value

@@ -1,0 +1,310 @@
+"""From the ``data`` section to examples on disk and a plan of the training."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, concatenate_datasets
+from transformers import PreTrainedTokenizerBase
+
+from dora_dist.base_model import load
+from dora_dist.config.data import DataConfig, SourceConfig
+from dora_dist.config.run import RunConfig
+from dora_dist.config.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TASKS
+from dora_dist.config.training import nearest
+from dora_dist.data.cache import PreparedSource, first_rows, list_lengths, prepare_source
+from dora_dist.data.encoding.chat import ChosenTemplate, choose_template
+from dora_dist.data.encoding.classification import class_names
+from dora_dist.data.encoding.encoder import EncodingRules
+from dora_dist.data.mixture import cap_examples, example_order, pass_counts
+from dora_dist.data.plan import TrainingPlan, packed_to, plan_by_length, plan_packed, plan_padded
+from dora_dist.data.reading.files import Location, locate
+from dora_dist.data.reading.row_formats import FORMATS, tell_format
+
+MOST_WORKERS = 8
+MOST_NAMED = 20
+"""Labels that an error lists."""
+CHAT_FORMATS = ("messages", "sharegpt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """All data of a run.
+
+    Attributes:
+        train: training sources, in the order of the configuration.
+        evaluation: held-out sources.
+        template: chat template of the sources that have conversations, or None where none has.
+        overlap: of each held-out source, how many of its examples are also trained on.
+        notes: what a user should know of the data as a whole.
+        labels: names of the classes, in the order of their numbers; None where there are none.
+    """
+
+    train: list[PreparedSource]
+    evaluation: list[PreparedSource]
+    template: str | None
+    overlap: dict[str, int]
+    notes: list[str]
+    labels: list[str] | None = None
+
+    def remarks(self) -> list[str]:
+        """:attr:`notes`, and what a user should know of each source."""
+        held_out = [f"held-out {remark}" for source in self.evaluation for remark in source.remarks()]
+        return [*self.notes, *(remark for source in self.train for remark in source.remarks()), *held_out]
+
+    def examples(self) -> Dataset:
+        """The training examples of all sources, one source after the other."""
+        return concatenate_datasets([source.dataset for source in self.train])
+
+    def some_have_no_answer(self) -> bool:
+        """Of sources of questions: whether a text may have no answer, as in SQuAD v2."""
+        sources = (*self.train, *self.evaluation)
+        return any(bool((list_lengths(source.dataset, "answers") == 0).any()) for source in sources)
+
+
+def read_data(config: RunConfig) -> tuple[PreTrainedTokenizerBase, RunData]:
+    """The tokenizer of the model and all data of the run; see :func:`prepare_data`."""
+    load.find_model(config.model.path)
+    tokenizer = load.load_tokenizer(config.model.path, config.model.trust_remote_code)
+    return tokenizer, prepare_data(config.data, tokenizer, config.task)
+
+
+def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task: str = CAUSAL_LM) -> RunData:
+    """Read, check and encode all sources, or find them in the cache. Without any process group.
+
+    Sets the tokenizer's chat template to the one that conversations were rendered with, so that it is saved with the
+    adapter.
+
+    Raises:
+        ValueError: data that cannot be used, with file, row and field.
+    """
+    if task != CAUSAL_LM and tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"the tokenizer has neither a padding nor an end-of-sequence token, and task {task} pads its batches: give "
+            "it one of them"
+        )
+    found: dict[str, list[tuple[SourceConfig, Location, str]]] = {}
+    for part, sources in (("train", config.train_sources()), ("eval", config.eval_sources())):
+        found[part] = [(source, *_find(source, config, TASKS[task].formats)) for source in sources]
+    chats = [s for entries in found.values() for s, _, name in entries if name in CHAT_FORMATS or s.as_chat]
+    template = None
+    if chats or config.chat_template != "auto":  # a name that is wrong is refused in any case
+        template = choose_template(tokenizer, config.chat_template)
+    template = template if chats else None
+    prepared = {
+        part: [_prepared(config, *entry, tokenizer, template) for entry in entries] for part, entries in found.items()
+    }
+    if template is not None:
+        tokenizer.chat_template = template.text
+    seen = np.concatenate([source.keys() for source in prepared["train"]])
+    overlap = {source.name: int(np.isin(source.keys(), seen).sum()) for source in prepared["eval"]}
+    notes = [template.origin] if template is not None and template.bundled else []
+    return RunData(
+        train=prepared["train"],
+        evaluation=prepared["eval"],
+        template=None if template is None else template.text,
+        overlap=overlap,
+        notes=[*notes, *_warnings(prepared["train"], prepared["eval"], overlap)],
+        labels=find_classes(prepared["train"], prepared["eval"]) if has_classes(config, task) else None,
+    )
+
+
+def has_classes(config: DataConfig, task: str) -> bool:
+    """Whether the examples have labels that are classes."""
+    return task == SEQUENCE_CLASSIFICATION and config.labels == "classes"
+
+
+def find_classes(train: Sequence[PreparedSource], held_out: Sequence[PreparedSource]) -> list[str]:
+    """Names of the classes of the training data, in the order of their numbers.
+
+    Raises:
+        ValueError: there is one only, or the held-out data have others.
+    """
+    names = class_names(label for source in train for label in source.dataset.unique("label"))
+    if len(names) < 2:
+        raise ValueError(
+            f"all labels of the training data are {names[0]!r}, so that there is nothing to tell apart: check that the "
+            "labels are in the right field"
+        )
+    for source in held_out:
+        for label in class_names(source.dataset.unique("label")):
+            if label not in names:
+                row = source.dataset[source.dataset["label"][:].index(label)]
+                raise ValueError(
+                    f"{row['place']}: the label {label!r} of held-out data is not in the training data, whose labels "
+                    f"are {', '.join(names[:MOST_NAMED])}: give both the same labels"
+                )
+    return names
+
+
+def _warnings(
+    train: Sequence[PreparedSource], held_out: Sequence[PreparedSource], overlap: Mapping[str, int]
+) -> Iterator[str]:
+    for number, source in enumerate(train):
+        for other in train[:number]:
+            if other.digest == source.digest:
+                yield f"warning: {other.name} and {source.name} hold the same examples, which count twice"
+    for source in held_out:
+        if overlap[source.name]:
+            yield (
+                f"warning: {overlap[source.name]} of {source.counts.examples} held-out examples of {source.name} are "
+                "also trained on, so that its loss will look better than it is"
+            )
+
+
+def _find(source: SourceConfig, config: DataConfig, formats: Sequence[str]) -> tuple[Location, str]:
+    """Where a source is, and the format of its rows."""
+    location = locate(
+        source.path,
+        subset=source.subset,
+        split=source.split,
+        revision=source.revision,
+        limit=source.max_rows,
+        columns=tuple(source.columns),
+        quotes=source.quotes,
+    )
+    wanted = config.format if source.format == "auto" else source.format
+    if wanted == "auto":
+        _check_fields(source, formats)
+        wanted = tell_format(first_rows(location), str(source.name), source.fields, formats)
+    _check_fields(source, [wanted])
+    if source.as_chat and wanted != "alpaca":
+        raise ValueError(
+            f"as_chat is true for {source.name}, whose format is {wanted}, but it is for rows of the format alpaca"
+        )
+    return location, wanted
+
+
+def _check_fields(source: SourceConfig, formats: Sequence[str]) -> None:
+    names = {layout: (*FORMATS[layout].required, *FORMATS[layout].optional) for layout in formats}
+    known = {name for fields in names.values() for name in fields}
+    for name in source.fields:
+        if name not in known:
+            listed = "; ".join(f"{layout}: {', '.join(fields)}" for layout, fields in names.items())
+            raise ValueError(
+                f"{name} in the fields of {source.name} is no field of a format{nearest(name, known)} ({listed}); "
+                "write fields as (name of the format): (name in your rows)"
+            )
+
+
+def _prepared(
+    config: DataConfig,
+    source: SourceConfig,
+    location: Location,
+    row_format: str,
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChosenTemplate | None,
+) -> PreparedSource:
+    uses_chat = row_format in CHAT_FORMATS or source.as_chat
+    rules = EncodingRules(
+        format=row_format,
+        fields=source.fields,
+        as_chat=source.as_chat,
+        template=template.text if template is not None and uses_chat else None,
+        train_on=config.train_on,
+        max_length=config.max_length,
+        overlong=config.overlong,
+        bad_rows=config.bad_rows,
+        labels=config.labels,
+        stride=config.stride,
+        max_target_length=config.max_target_length,
+    )
+    workers = config.workers or min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+    return prepare_source(str(source.name), location, rules, tokenizer, Path(config.cache_dir).expanduser(), workers)
+
+
+def mixture_counts(config: DataConfig, sizes: Sequence[int]) -> list[int]:
+    """Examples of each training source in one pass over the mixture, given how many of each take part."""
+    sources = config.train_sources()
+    weights = [source.weight for source in sources if source.weight is not None]
+    repeated = any(source.epochs is not None for source in sources)
+    return pass_counts(
+        sizes,
+        weights=weights or None,
+        epochs=[1.0 if source.epochs is None else source.epochs for source in sources] if repeated else None,
+        temperature=config.temperature,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """The endless order of training examples, and how they are put into rows.
+
+    Attributes:
+        members: of each source, the indices of its examples that take part.
+        counts: examples of each source in a pass.
+        lengths: tokens of every example of all sources.
+        batching: ``padded``, ``packed`` or ``by_length``.
+        max_length: tokens of a packed row.
+        seed: of the run.
+    """
+
+    members: list[np.ndarray]
+    counts: list[int]
+    lengths: np.ndarray
+    batching: str
+    max_length: int
+    seed: int
+
+    def order(self, length: int) -> np.ndarray:
+        """The first examples."""
+        return example_order(self.members, self.counts, length, self.seed)
+
+    @cached_property
+    def rows_per_epoch(self) -> int:
+        """Rows that one pass over the mixture fills."""
+        return self.rows_of_epochs(1)
+
+    def rows_of_epochs(self, epochs: float) -> int:
+        """Rows that so many passes over the mixture fill."""
+        length = max(1, round(epochs * sum(self.counts)))
+        if self.batching == "packed":
+            return plan_packed(self.order(length), self.lengths, self.max_length, self.seed).num_rows
+        return length
+
+    def plan(self, num_steps: int, global_batch: int) -> TrainingPlan:
+        """The rows of a run of ``num_steps`` optimizer steps of ``global_batch`` rows."""
+        num_rows = num_steps * global_batch
+        if self.batching == "packed":
+            return packed_to(self.order, self.lengths, self.max_length, self.seed, num_rows)
+        if self.batching == "by_length":
+            return plan_by_length(self.order(num_rows), self.lengths, global_batch, self.seed)
+        return plan_padded(self.order(num_rows))
+
+
+def build_mixture(config: DataConfig, sources: Sequence[PreparedSource], seed: int) -> Mixture:
+    """The mixture that the configuration describes."""
+    members, first = [], 0
+    for number, (source, settings) in enumerate(zip(sources, config.train_sources(), strict=True)):
+        size = source.counts.examples
+        members.append(first + cap_examples(size, settings.max_examples, seed, number))
+        first += size
+    return Mixture(
+        members=members,
+        counts=mixture_counts(config, [len(indices) for indices in members]),
+        lengths=np.concatenate([source.lengths() for source in sources]),
+        batching=config.batching,
+        max_length=config.max_length,
+        seed=seed,
+    )
+
+
+def describe_data(data: RunData, mixture: Mixture) -> dict[str, Any]:
+    """What a run's record says about its data."""
+    trained = [{**_describe(source), "per_epoch": n} for source, n in zip(data.train, mixture.counts, strict=True)]
+    held_out = [{**_describe(source), "also_trained_on": data.overlap[source.name]} for source in data.evaluation]
+    return {
+        "chat": data.template is not None,
+        "train": trained,
+        "eval": held_out,
+        "batching": mixture.batching,
+        **({} if data.labels is None else {"labels": data.labels}),
+    }
+
+
+def _describe(source: PreparedSource) -> dict[str, Any]:
+    return {"name": source.name, "format": source.format, "digest": source.digest, **asdict(source.counts)}

@@ -1,0 +1,284 @@
+"""The method in motion: joins schedule, importance, agreement and selection, and owns all state of the method."""
+
+from collections.abc import Mapping
+from hashlib import sha256
+
+import torch
+from torch import Tensor, nn
+
+from dora_dist.adapter.layer import DynamicLoraLinear
+from dora_dist.console.command import ExpectedRunError
+from dora_dist.distributed.agreement import Agreement, digest_tensors
+from dora_dist.distributed.engine import write_entries, zero_entries
+from dora_dist.method.budget import COMPONENTS, Budget, component_costs
+from dora_dist.method.importance import Components, score_layers
+from dora_dist.method.prune_event import PruneEvent
+from dora_dist.method.rebasing import singular_components
+from dora_dist.method.regularizer import equilibrium_penalty
+from dora_dist.method.schedule import BudgetSchedule
+from dora_dist.training.criterion import Criterion, SmoothedScores
+
+
+class BudgetMissedError(ExpectedRunError):
+    """The run ended without the pruning that its configuration promised."""
+
+
+class NonFiniteAdapterError(ExpectedRunError):
+    """The adapter holds NaN or infinite values."""
+
+
+class DynamicRankController:
+    """Scores after every optimizer step, prunes when the schedule says so, and proves that all ranks agree.
+
+    Args:
+        layers: adapted layers by name; the same names on every rank.
+        schedule: the budget over time.
+        agreement: collectives over the ranks.
+        criterion: what makes the scores, of the components of ``layers`` in the order of their names; by default the
+            paper's, with its smoothing of 0.9.
+        budget_unit: what the budget counts: ``components``, or ``parameters``, of which a component of a wide layer
+            has more.
+        min_rank: components that every layer keeps at least.
+        max_rank: components that any layer keeps at most.
+        regrow: prune softly before the final event (the gate is set to 0 and may grow back), as the paper does;
+            otherwise pruned components stay out for good.
+        rebase: before an event selects, turn every layer's components into the singular vectors of its update
+            (:mod:`dora_dist.method.rebasing`), and score those as they are then, without the past.
+        head: parameters by name that are trained beside the adapter, of which the ranks prove that they agree too.
+
+    Raises:
+        ValueError: the bounds and the budgets of the schedule do not fit together.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, DynamicLoraLinear],
+        schedule: BudgetSchedule,
+        agreement: Agreement,
+        *,
+        criterion: Criterion | None = None,
+        budget_unit: str = COMPONENTS,
+        min_rank: int = 0,
+        max_rank: int | None = None,
+        regrow: bool = True,
+        rebase: bool = False,
+        head: Mapping[str, nn.Parameter] | None = None,
+    ) -> None:
+        self.layers = dict(sorted(layers.items()))
+        self.schedule = schedule
+        self.agreement = agreement
+        self.min_rank = min_rank
+        self.max_rank = max_rank
+        self.regrow = regrow
+        self.rebase = rebase
+        self.head = dict(sorted((head or {}).items()))
+        self.step = 0
+        self.events: list[PruneEvent] = []
+        self._sizes = [layer.gate.numel() for layer in self.layers.values()]
+        self._shapes = {name: (layer.in_features, layer.out_features) for name, layer in self.layers.items()}
+        self.budget = Budget(schedule, component_costs(self._shapes, budget_unit))
+        device = next(iter(self.layers.values())).gate.device
+        self.criterion = criterion or SmoothedScores(score_layers, 0.9, sum(self._sizes), device)
+        self._failure: str | None = None
+        if max_rank is not None and not regrow:
+            raise ValueError(
+                f"max_rank is {max_rank} and regrow is false: what is pruned for good early could be needed to fill "
+                "the final budget under the bound; set regrow to true, or max_rank to null"
+            )
+        if rebase:
+            self.criterion.rescore(self._components())
+        # Refuse bounds that cannot be met before the run; all other budgets lie above the final one.
+        self.budget.select(self.scores, schedule.final_step, min_rank, max_rank)
+
+    @property
+    def scores(self) -> dict[str, Tensor]:
+        """Layer -> scores, shape ``(r,)``, float64; local to this rank until an event averages them."""
+        return self._by_layer(self.criterion.scores)
+
+    @property
+    def finished_pruning(self) -> bool:
+        """Whether the final event has taken place, after which the mask is fixed and DEM is off."""
+        return self.step >= self.schedule.final_step
+
+    def penalty(self) -> Tensor | None:
+        """The Dimensional Equilibrium Modulator of all layers (scalar), or None once the mask is fixed."""
+        if self.finished_pruning:
+            return None
+        return equilibrium_penalty((layer.lora_a, layer.lora_b) for layer in self.layers.values())
+
+    def after_optimizer_step(self, step: int) -> PruneEvent | None:
+        """Score, smooth and, where due, prune. To be called once after every optimizer step, on every rank.
+
+        Args:
+            step: optimizer steps taken so far, counted from 1.
+
+        Returns:
+            The event, if there was one.
+
+        Raises:
+            RankFailedError: a rank could not score (non-finite values, out of memory), on all ranks at the next event.
+            DisagreementError: the ranks hold different adapters, on all ranks.
+        """
+        assert step == self.step + 1, f"step {step} after step {self.step}: each step must be seen exactly once"
+        finished = self.finished_pruning
+        self.step = step
+        if finished:
+            return None
+        event_is_due = self.schedule.is_prune_step(step)
+        if event_is_due or not self.rebase:  # what re-basing makes at an event is scored then, without the past
+            self._update_scores()
+        if not event_is_due:
+            return None
+        self.agreement.raise_together(self._failure or self._flaw_of_scores(), f"scoring components by step {step}")
+        self.verify(f"the adapter before the pruning event of step {step}")
+        if self.rebase:
+            self._rebase()
+        # One flat tensor, one all-reduce; from here on every rank computes from the reduced values only.
+        event = self._select(step, self._by_layer(self.agreement.mean(self.criterion.scores)))
+        self._apply(event)
+        self.criterion.after_event()
+        self.events.append(event)
+        return event
+
+    def verify(self, what: str) -> None:
+        """Prove that all ranks hold the same adapter, head, masks, budget and step.
+
+        Raises:
+            DisagreementError: they do not.
+        """
+        position = f"{self.step}/{self.budget}/{len(self.events)}"
+        digests = {"step and budget": sha256(position.encode()).digest()}
+        for name, layer in self.layers.items():
+            digests[name] = digest_tensors(layer.lora_a, layer.gate, layer.lora_b, layer.component_mask)
+        digests |= {f"{name} of the head": digest_tensors(parameter) for name, parameter in self.head.items()}
+        self.agreement.check_equal(digests, what)
+
+    def check_finite(self) -> None:
+        """Refuse an adapter that is no longer one.
+
+        Raises:
+            NonFiniteAdapterError: a parameter of the adapter or of the head is NaN or infinite.
+        """
+        for name, layer in self.layers.items():
+            for parameter in (layer.lora_a, layer.gate, layer.lora_b):
+                if not torch.isfinite(parameter).all():
+                    raise NonFiniteAdapterError(f"step {self.step}: the adapter of {name} is not finite")
+        for name, parameter in self.head.items():
+            if not torch.isfinite(parameter).all():
+                raise NonFiniteAdapterError(f"step {self.step}: {name} of the head is not finite")
+
+    def allocation_digest(self) -> str:
+        """Short fingerprint of which components are alive (gate not 0, mask set), for the log."""
+        alive = torch.cat([layer.effective_gate().detach().cpu() != 0 for layer in self.layers.values()])
+        return digest_tensors(alive).hex()[:16]
+
+    def finish(self) -> None:
+        """Check at the end of a run that the method did what its configuration promised.
+
+        Raises:
+            BudgetMissedError: the final event never came, or the kept components are not the budget.
+            DisagreementError: the ranks hold different adapters.
+        """
+        self.verify("the adapter at the end of the run")
+        kept = {name: int(layer.component_mask.sum()) for name, layer in self.layers.items()}
+        what = f"{sum(kept.values())} components (cost {self.budget.spent(kept)}) are left"
+        wanted = f"the budget {self.budget.final}"
+        if not self.events or not self.events[-1].final:
+            raise BudgetMissedError(
+                f"the run ended at step {self.step} before the final pruning event of step {self.schedule.final_step}: "
+                f"{what} instead of {wanted}"
+            )
+        if not self.budget.is_met_by(kept):
+            raise BudgetMissedError(f"{what} instead of {wanted}")
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Masks and scores by layer, as flat names; see :meth:`load_state_dict`."""
+        state = {f"{name}.component_mask": layer.component_mask.cpu() for name, layer in self.layers.items()}
+        # A copy: safetensors does not write parts of one tensor.
+        state |= {f"{name}.scores": scores.clone() for name, scores in self.scores.items()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor], step: int, events: list[PruneEvent]) -> None:
+        """Continue after ``step``, on every rank.
+
+        Raises:
+            RankFailedError: a rank could not load the state, on all ranks.
+            DisagreementError: the ranks loaded different states.
+        """
+        failure = None
+        try:
+            self.criterion.scores.copy_(torch.cat([state[f"{name}.scores"] for name in self.layers]))
+            for name, layer in self.layers.items():
+                layer.component_mask.copy_(state[f"{name}.component_mask"])
+        except (KeyError, RuntimeError) as error:
+            failure = f"the saved state does not fit the model: {error!r}"
+        self.agreement.raise_together(failure, "loading the state of the method")
+        self.step = step
+        self.events = list(events)
+        self.verify(f"the adapter resumed from step {step}")
+
+    def _by_layer(self, flat: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self.layers, flat.split(self._sizes), strict=True))
+
+    def _components(self) -> list[Components]:
+        return [(layer.lora_a, layer.effective_gate(), layer.lora_b) for layer in self.layers.values()]
+
+    @torch.no_grad()
+    def _rebase(self) -> None:
+        """The ranks hold the same components, and take the mean of what they make of them: kinds of processors differ
+        in the last bits of a decomposition."""
+        for layer in self.layers.values():
+            kept = layer.component_mask
+            parts = layer.lora_a[kept], layer.gate[kept], layer.lora_b[:, kept]
+            if not len(parts[1]):
+                continue
+            flat = self.agreement.mean(torch.cat([part.flatten() for part in singular_components(*parts)]))
+            whole = (layer.lora_a, layer.gate, layer.lora_b)
+            masks = (kept.unsqueeze(1).expand_as(layer.lora_a), kept, kept.expand_as(layer.lora_b))
+            sizes = [part.numel() for part in parts]
+            for parameter, chosen, new in zip(whole, masks, flat.split(sizes), strict=True):
+                values = torch.zeros_like(parameter, dtype=torch.float64).masked_scatter_(chosen, new)
+                write_entries(parameter, values, chosen)
+        self.criterion.rescore(self._components())
+
+    def _update_scores(self) -> None:
+        """Never raises: a failure is kept for the next exchange, where all ranks learn of it."""
+        try:
+            self.criterion.update(self._components(), self.agreement)
+        except Exception as error:
+            self._failure = self._failure or f"{type(error).__name__} after step {self.step}: {error}"
+
+    def _flaw_of_scores(self) -> str | None:
+        """A non-finite score stays in the average for ever, so that looking at events is enough."""
+        for name, scores in self.scores.items():
+            if not torch.isfinite(scores).all():
+                return f"layer {name} has non-finite scores {scores.tolist()}"
+        if self.budget.at(self.step) < self.budget.initial and not self.criterion.scores.any():
+            return "all scores are 0, so that there is nothing to select by: no step has changed the adapter"
+        return None
+
+    def _select(self, step: int, scores: dict[str, Tensor]) -> PruneEvent:
+        final = step == self.schedule.final_step
+        eligible = None if self.regrow else {name: layer.component_mask for name, layer in self.layers.items()}
+        keep = self.budget.select(scores, step, self.min_rank, self.max_rank if final else None, eligible)
+        kept = {name: mask.nonzero().flatten().tolist() for name, mask in keep.items()}
+        before = self.events[-1].kept if self.events else None
+        known = before is not None and not self.rebase  # otherwise there are other components every time
+        returned = sum(len(set(kept[name]) - set(before[name])) for name in kept) if known else 0
+        return PruneEvent(
+            step=step,
+            num_kept=sum(map(len, kept.values())),
+            kept=kept,
+            returned=returned,
+            final=final,
+            num_parameters=sum(len(indices) * sum(self._shapes[name]) for name, indices in kept.items()),
+        )
+
+    @torch.no_grad()
+    def _apply(self, event: PruneEvent) -> None:
+        for name, layer in self.layers.items():
+            keep = torch.zeros_like(layer.component_mask)
+            keep[event.kept[name]] = True
+            zero_entries(layer.gate, keep)
+            if event.final or not self.regrow:
+                layer.component_mask.copy_(keep)

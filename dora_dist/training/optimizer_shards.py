@@ -1,0 +1,140 @@
+"""The optimizer's state of a ZeRO run on disk, from which any number of ranks can go on.
+
+Every rank writes what it owns into a safetensors file of its own; the first rank writes an index of who owns which
+elements of which parameter. A rank that resumes owns other elements, and reads just those, from whichever files hold
+them. DeepSpeed's own checkpoints can be read by the number of ranks that wrote them only, are pickles, and need a
+conversion of their own to become universal ones (docs/log.md).
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dora_dist.distributed.agreement import Agreement
+from dora_dist.distributed.engine import MASTER, OwnedPart, optimizer_counters, owned_parts, prepare_optimizer_state
+from dora_dist.runs.records import read_json, write_json
+
+FOLDER = "optimizer"
+INDEX = "index.json"
+
+
+def shard_name(rank: int) -> str:
+    """File of a rank, in the checkpoint's folder."""
+    return f"{FOLDER}/rank-{rank:05d}.safetensors"
+
+
+class OptimizerShards:
+    """Saves and restores the state of ZeRO's optimizer.
+
+    Args:
+        wrapped: DeepSpeed's engine.
+        parameters: the trained parameters by name; the same names on every rank.
+        agreement: collectives over the ranks.
+    """
+
+    def __init__(self, wrapped: nn.Module, parameters: Mapping[str, nn.Parameter], agreement: Agreement) -> None:
+        self._wrapped = wrapped
+        self._parameters = parameters
+        self._rank = agreement.rank
+        parts = owned_parts(wrapped, parameters)
+        mine = {name: (part.start, part.tensors[MASTER].numel()) for name, part in parts.items()}
+        self._owners: dict[str, list[tuple[int, int, int]]] = {name: [] for name in parameters}
+        for rank, owned in enumerate(agreement.gather(mine)):
+            for name, (start, count) in owned.items():
+                self._owners[name].append((rank, start, count))
+        for name, parameter in parameters.items():
+            covered = sum(count for _, _, count in self._owners[name])
+            assert covered == parameter.numel(), f"{covered} of {parameter.numel()} elements of {name} have an owner"
+
+    def check(self) -> None:
+        """Refuse an optimizer whose state cannot be split among ranks, once it has taken a step. No collectives.
+
+        Raises:
+            ValueError: names the state.
+        """
+        owned_parts(self._wrapped, self._parameters)
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's part into a checkpoint's folder, and on the first rank the index. No collectives."""
+        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+        parts = owned_parts(self._wrapped, self._parameters)
+        tensors = {
+            f"{name}:{key}": tensor.cpu() for name, part in parts.items() for key, tensor in part.tensors.items()
+        }
+        save_file(tensors, folder / shard_name(self._rank))
+        if self._rank == 0:
+            counters = optimizer_counters(self._wrapped)
+            write_json(folder / FOLDER / INDEX, {"owners": self._owners, "counters": counters})
+
+    def load(self, folder: Path, step: int) -> None:
+        """Take over from a checkpoint, written by any number of ranks. No collectives.
+
+        Args:
+            folder: of the checkpoint.
+            step: optimizer steps taken by then.
+
+        Raises:
+            ValueError: it is not the state of these parameters.
+        """
+        index = read_json(folder / FOLDER / INDEX)
+        owners: dict[str, list[tuple[int, int, int]]] = index["owners"]
+        if owners.keys() != self._parameters.keys():
+            strange = sorted(owners.keys() ^ self._parameters.keys())
+            raise ValueError(
+                f"{folder / FOLDER} is of other parameters than this model's: {', '.join(strange[:3])} ..."
+            )
+        with _Files(folder) as files:
+            prepare_optimizer_state(self._wrapped, files.state_dtypes(), index["counters"], step)
+            for name, part in owned_parts(self._wrapped, self._parameters).items():
+                for key, target in part.tensors.items():
+                    _fill(target, part, files.pieces(f"{name}:{key}", owners[name]))
+
+
+class _Files:
+    """The shards of a checkpoint, each opened when it is first needed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._stack = ExitStack()
+        self._opened: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Files":
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        self._stack.close()
+
+    def _file(self, rank: int) -> Any:
+        if rank not in self._opened:
+            self._opened[rank] = self._stack.enter_context(safe_open(self._folder / shard_name(rank), "pt"))
+        return self._opened[rank]
+
+    def state_dtypes(self) -> dict[str, torch.dtype]:
+        """dtype of each tensor of the optimizer's state, the master copy left out."""
+        first = self._file(0)
+        found: dict[str, torch.dtype] = {}
+        for full in first.keys():  # noqa: SIM118 (not a dictionary)
+            key = full.rpartition(":")[2]
+            if key != MASTER and key not in found:
+                found[key] = first.get_tensor(full).dtype
+        return found
+
+    def pieces(self, name: str, owners: list[tuple[int, int, int]]) -> Iterator[tuple[int, int, Any]]:
+        """Where each piece of a tensor starts, how long it is, and what reads a range of it."""
+        for rank, start, count in owners:
+            yield start, count, lambda rank=rank: self._file(rank).get_slice(name)
+
+
+def _fill(target: Tensor, part: OwnedPart, pieces: Iterator[tuple[int, int, Any]]) -> None:
+    """Copy what ``pieces`` hold of the elements ``part.start`` and following into ``target``."""
+    end = part.start + target.numel()
+    for start, count, open_slice in pieces:
+        low, high = max(start, part.start), min(start + count, end)
+        if low < high:
+            target[low - part.start : high - part.start].copy_(open_slice()[low - start : high - start])

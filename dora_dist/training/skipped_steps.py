@@ -1,0 +1,96 @@
+"""Steps that all ranks leave out because the loss or a gradient of some rank was not finite."""
+
+import math
+import platform
+
+import torch
+from torch import Tensor
+
+from dora_dist.console.command import ExpectedRunError, say
+from dora_dist.distributed.agreement import Agreement
+
+
+class NonFiniteLossError(ExpectedRunError):
+    """Losses or gradients stayed NaN or infinite for longer than the run may go on without them."""
+
+
+class SkipPolicy:
+    """Counts the steps that were left out, says why, and ends the run after too many in a row.
+
+    The engine leaves a step out where the reduced gradients are not finite, which is the same decision on all ranks
+    (:class:`~dora_dist.distributed.engine.SkippedSteps`).
+
+    Args:
+        agreement: collectives over the ranks.
+        most: steps in a row that may be left out.
+
+    Attributes:
+        last: whether the last step was left out.
+    """
+
+    def __init__(self, agreement: Agreement, most: int) -> None:
+        self._agreement = agreement
+        self._most = most
+        self._losses: list[Tensor] = []
+        self._in_a_row = 0
+        self._since_log = 0
+
+    @property
+    def last(self) -> bool:
+        return self._in_a_row > 0
+
+    def begin_step(self) -> None:
+        """To be called before every optimizer step."""
+        self._losses.clear()
+
+    def guard(self, loss: Tensor) -> Tensor:
+        """The loss of a micro-batch, with gradients that are not finite where it is not finite itself: an infinite loss
+        can have finite ones."""
+        self._losses.append(loss.detach())
+        return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
+
+    def after_step(self, step: int, skipped: bool) -> str | None:
+        """Account for an optimizer step; to be called on every rank.
+
+        Args:
+            step: optimizer steps so far, this one included.
+            skipped: whether the engine has left it out, the same on every rank.
+
+        Returns:
+            Why it was left out, naming the ranks whose loss it was; None if it was taken.
+        """
+        if not skipped:
+            self._in_a_row = 0
+            return None
+        self._in_a_row += 1
+        self._since_log += 1
+        bad = [float(loss) for loss in self._losses if not math.isfinite(loss)]
+        by_rank = self._agreement.gather((platform.node(), bad[0] if bad else None))
+        named = [f"rank {rank} ({node}): loss {loss}" for rank, (node, loss) in enumerate(by_rank) if loss is not None]
+        why = "; ".join(named) or "gradients that are not finite, from finite losses"
+        say(f"step {step} was left out on all ranks: {why}")
+        return why
+
+    def forget_logged(self) -> int:
+        """Steps left out since the last call."""
+        count, self._since_log = self._since_log, 0
+        return count
+
+    def check(self, step: int, why: str, last_good: object) -> None:
+        """End the run after too many.
+
+        Args:
+            step: optimizer steps so far.
+            why: the last one was left out.
+            last_good: the newest complete checkpoint, or None.
+
+        Raises:
+            NonFiniteLossError: on all ranks.
+        """
+        if self._in_a_row > self._most:
+            raise NonFiniteLossError(
+                f"step {step}: {self._in_a_row} steps in a row were left out ({why}), and "
+                f"distributed.max_skipped_steps is {self._most}; the last good checkpoint: {last_good or 'none'}. "
+                "Lower training.learning_rate, or look at the data of these steps; where it is one rank each time, at "
+                "its machine"
+            )
