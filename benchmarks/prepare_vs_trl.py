@@ -72,7 +72,7 @@ def time_trl(rows: Path, tokenizer_path: str) -> dict[str, float]:
 
 def parse_pair(parse: Any, text: str) -> dict[str, str] | None:
     """A row as TRL takes it; None for one that neither would be given."""
-    from dora_dist.data.reading.row_formats import RowFlaw
+    from dora_dist.data.reading.samples import RowFlaw
 
     try:
         pair = parse(json.loads(text)).as_pair()

@@ -109,7 +109,7 @@ class Soak:
         """Seconds of a step: the quickest fifth, so that the run does not end before its time."""
         run = self.output / "calibration"
         self.run_whole(self.arguments(run, CALIBRATION_STEPS, CALIBRATION_STEPS), run)
-        from dora_dist.runs.records import read_lines
+        from dora_dist.console.files import read_lines
 
         lines = [line for line in read_lines(run / "metrics.jsonl") if "seconds_per_step" in line]
         return statistics.quantiles([line["seconds_per_step"] for line in lines[10:]], n=5)[0]

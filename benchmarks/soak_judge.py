@@ -66,7 +66,7 @@ def _tensor_differences(reference: Path, killed: Path) -> list[str]:
 def comparable_lines(run: Path) -> list[dict[str, Any]]:
     """Lines of ``metrics.jsonl`` without times, and without those that sum one session up, which differ by design:
     the Trainer's last line (its ``train_loss`` is of the steps since the resume) and the session's own."""
-    from dora_dist.runs.records import read_lines
+    from dora_dist.console.files import read_lines
 
     lines = [line for line in read_lines(run / "metrics.jsonl") if not SESSION_LINES & line.keys()]
     return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
@@ -112,7 +112,7 @@ def drift(peaks: Sequence[float]) -> float | None:
 
 def environment() -> dict[str, Any]:
     """What the result depends on besides the arguments."""
-    from dora_dist.runs.records import versions
+    from dora_dist.console.provenance import versions
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False)

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dora_dist.console.command import run_command, say
+from dora_dist.console.command import run_command
 from dora_dist.console.library_warnings import quiet_libraries
-from dora_dist.data.reading.row_formats import ROLES
+from dora_dist.console.text import say
+from dora_dist.data.reading.samples import ROLES
 
 LEAST_WIDTH = 80
 """Columns of a terminal from which two answers fit side by side."""
@@ -97,7 +98,7 @@ class Question:
         Raises:
             ValueError: a conversation for a run that knows none.
         """
-        from dora_dist.data.reading.row_formats import Instruction, alpaca_prompt
+        from dora_dist.data.reading.samples import Instruction, alpaca_prompt
 
         if self.raw:
             return self.text
@@ -110,7 +111,7 @@ class Question:
 
     def ids(self, tokenizer: Any, chat: bool) -> list[int]:
         """The token ids of :meth:`prompt`, as in training."""
-        from dora_dist.data.encoding.encoder import encode_prompts
+        from dora_dist.data.encoding.text import encode_prompts
 
         prompt = self.prompt(tokenizer, chat)
         if chat and not self.raw:  # the template writes the start token itself
@@ -193,7 +194,7 @@ def answer_twice(trained: Any, questions: Iterable[Question], max_new_tokens: in
     from peft import PeftModel
 
     from dora_dist.data.encoding.chat import stop_tokens
-    from dora_dist.evaluation.evaluator import generate_answers
+    from dora_dist.evaluation.answers import generate_answers
     from dora_dist.runs.trained_run import default_device
 
     device = default_device()

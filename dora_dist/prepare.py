@@ -7,15 +7,12 @@ run with the same ones read it from there. A run whose data is not prepared prep
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from dora_dist.config.run import load_config
-from dora_dist.console.command import run_command, say
+from dora_dist.config.parse import load_config
+from dora_dist.console.command import run_command
 from dora_dist.console.library_warnings import quiet_libraries
-from dora_dist.console.text import aligned
-
-if TYPE_CHECKING:
-    from dora_dist.data.cache import PreparedSource
+from dora_dist.console.text import say
+from dora_dist.data.prepared import render
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,28 +48,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(render("held-out data", data.evaluation))
     folders = sorted({str(source.folder) for source in (*data.train, *data.evaluation)})
     print("prepared in\n  " + "\n  ".join(folders))
-
-
-def render(title: str, sources: "Sequence[PreparedSource]") -> str:
-    """A table of sources: what was read, what is left, and how much of it is trained."""
-    header = (title, "format", "rows", "examples", "left out", "truncated", "tokens", "trained", "longest")
-    lines = [header]
-    for source in sources:
-        counts = source.counts
-        lines.append(
-            (
-                source.name,
-                source.format,
-                f"{counts.rows:,}",
-                f"{counts.examples:,}",
-                f"{counts.bad + counts.overlong:,}",
-                f"{counts.truncated:,}",
-                f"{counts.tokens:,}",
-                f"{counts.trained_tokens / counts.tokens:.1%}",
-                f"{int(source.lengths().max()):,}",
-            )
-        )
-    return aligned(lines)
 
 
 if __name__ == "__main__":

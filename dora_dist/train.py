@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_dist.config.run import parse_config, save_config
-from dora_dist.console.command import PreemptedError, attempt, run_command, say
+from dora_dist.config.parse import parse_config, save_config
+from dora_dist.console.command import attempt, run_command
+from dora_dist.console.errors import PreemptedError
 from dora_dist.console.library_warnings import quiet_libraries
+from dora_dist.console.text import say
 from dora_dist.distributed.launcher import check_launch
 from dora_dist.distributed.preemption import PreemptionNotice
 
@@ -63,11 +65,11 @@ def train(config: "RunConfig", notice: PreemptionNotice, watch: "Watch", launche
         launched: whether the processes that the engine needs are there.
         dry_run: say what the run would be, and end.
     """
-    from dora_dist import report
+    from dora_dist.console import provenance
     from dora_dist.distributed import world
     from dora_dist.distributed.agreement import Agreement
-    from dora_dist.runs import records, resume
-    from dora_dist.setup import build, resolve, run_data
+    from dora_dist.runs import records, resume, summary
+    from dora_dist.setup import build, resolve, run_data, tasks
 
     # Before the ranks join one process group: those that wait for the one that encodes wait for a file, not in a
     # collective.
@@ -102,7 +104,7 @@ def train(config: "RunConfig", notice: PreemptionNotice, watch: "Watch", launche
     stop_before_training(notice, agreement)
     build.check_same_on_all_ranks(agreement, settled.fingerprint, model)
     run_records = records.RunRecords(run, writes=state.is_main_process)
-    evaluator = build.build_evaluator(config, settled, agreement, model)
+    evaluator = tasks.build_evaluator(config, settled, agreement, model)
     trainer = build.build_trainer(
         config,
         settled,
@@ -118,7 +120,7 @@ def train(config: "RunConfig", notice: PreemptionNotice, watch: "Watch", launche
     with agreement.together(f"writing into {run}"):
         run_records.forget_end()
         described = {"settings": settled.fingerprint, "data": settled.describe_data(), "processes": agreement.size}
-        run_records.write_json(records.RUN, {"versions": records.versions(), **described})
+        run_records.write_json(records.RUN, {"versions": provenance.versions(), **described})
         if state.is_main_process:
             save_config(config, run / records.CONFIG)
         if earlier.checkpoint is None:
@@ -139,7 +141,7 @@ def train(config: "RunConfig", notice: PreemptionNotice, watch: "Watch", launche
     with agreement.together(f"writing the results into {run}"):
         if state.is_main_process:
             save_adapter(model, settled.tokenizer, run / "adapter")
-            print(report.finish_run(run), flush=True)
+            print(summary.finish_run(run), flush=True)
     agreement.close()
 
 

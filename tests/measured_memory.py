@@ -14,7 +14,8 @@ from dora_dist import add_dynamic_lora
 from dora_dist.adapter.model import DynamicLoraModel
 from dora_dist.base_model.load import load_backbone, resolve_compute_dtype
 from dora_dist.benchmark.peak import PeakMeter
-from dora_dist.config.run import RunConfig, load_config
+from dora_dist.config.parse import load_config
+from dora_dist.config.run import RunConfig
 from dora_dist.distributed.world import use_gloo_only
 from dora_dist.method.regularizer import equilibrium_penalty
 

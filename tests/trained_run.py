@@ -15,7 +15,9 @@ from transformers import PreTrainedTokenizerFast
 from dora_dist.adapter.model import DynamicLoraModel, add_dynamic_lora
 from dora_dist.base_model.load import load_backbone
 from dora_dist.config.data import DataConfig
-from dora_dist.config.run import DynamicLoraConfig, ModelConfig, RunConfig, save_config
+from dora_dist.config.parse import save_config
+from dora_dist.config.run import DynamicLoraConfig, ModelConfig, RunConfig
+from dora_dist.console import files
 from dora_dist.export import __main__ as export
 from dora_dist.runs import records
 
@@ -95,7 +97,7 @@ def make_run(
     change(model)
     folder.mkdir(parents=True)
     save_config(config, folder / records.CONFIG)
-    records.write_json(folder / records.RUN, {"settings": {"model.compute_dtype": str(dtype)}})
+    files.write_json(folder / records.RUN, {"settings": {"model.compute_dtype": str(dtype)}})
     save_adapter(model, folder / "adapter")
     return TrainedFolder(folder, base, model)
 

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dora_dist.data.encoding.encoder import IGNORED
-
 RowLosses = Callable[[Any, Mapping[str, Tensor]], Tensor]
 """From a model's output and the batch with its ``labels`` to the loss of every row, ``(rows,)``, at least float32."""
 
@@ -45,9 +43,7 @@ def span_losses(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
 def token_losses(outputs: Any, labels: Tensor) -> Tensor:
     """Cross-entropy of ``outputs.logits`` ``(rows, length, vocabulary)`` with ``labels``, which are not shifted; shape
     ``(rows, length)``, 0 where a label is ignored."""
-    return functional.cross_entropy(
-        _precise(outputs.logits).transpose(1, 2), labels, reduction="none", ignore_index=IGNORED
-    )
+    return functional.cross_entropy(_precise(outputs.logits).transpose(1, 2), labels, reduction="none")
 
 
 def mean_over_tokens(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int) -> Tensor:

@@ -1,17 +1,21 @@
 """The command: measure, print a table, keep JSON and picture."""
 
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dora_dist.benchmark.options import Options, build_parser, check_device, resolve
-from dora_dist.console.command import run_command, say
+from dora_dist.console.command import run_command
+from dora_dist.console.files import write_json
 from dora_dist.console.library_warnings import quiet_libraries
-from dora_dist.console.text import aligned
-from dora_dist.runs.records import write_json
+from dora_dist.console.provenance import environment
+from dora_dist.console.text import aligned, say
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -27,7 +31,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     quiet_libraries()
     check_device(options.device)
-    from dora_dist.console.provenance import describe
 
     environment = describe(options, arguments)
     options.output.mkdir(parents=True, exist_ok=True)
@@ -114,3 +117,23 @@ def _where(environment: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     run_command(main)
+
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "accelerate", "numpy")
+
+
+def describe(options: Options, arguments: Sequence[str]) -> dict[str, Any]:
+    """Environment and settings of a measurement by ``dora_dist.benchmark``, to be called before it."""
+    return {
+        "command": shlex.join(["python", "-m", "dora_dist.benchmark", *arguments]),
+        **environment(PACKAGES),
+        "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None,
+        "compute_dtype": options.compute_dtype,
+        "adapter_dtype": options.adapter_dtype,
+        "rank": options.rank,
+        "target_rank": options.target_rank,
+        "rounds": options.rounds,
+        "warmup": options.warmup,
+        "seed": options.seed,
+        "quick": options.quick,
+    }

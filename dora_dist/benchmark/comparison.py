@@ -11,14 +11,13 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from dora_dist.benchmark.clock import clock
 from dora_dist.benchmark.contestants import Contestant, Dynamic, Pruned, build, check_gradients, check_same_start
 from dora_dist.benchmark.options import DYNAMIC, FLOOR, LORA, PRUNED, Options
 from dora_dist.benchmark.paired import summarize, turns
-from dora_dist.benchmark.peak import PeakMeter
+from dora_dist.benchmark.peak import PeakMeter, clock
 from dora_dist.benchmark.shapes import Shape
 from dora_dist.benchmark.synthetic_base import build_base, random_rows
-from dora_dist.console.command import say
+from dora_dist.console.text import say
 from dora_dist.distributed.agreement import Agreement
 
 PROFILE_ROWS = 60

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from dora_dist.adapter.model import add_dynamic_lora
+from dora_dist.base_model.copies import share
 from dora_dist.benchmark.options import ADALORA, DYNAMIC, FLOOR, LORA, PRUNED, Options
-from dora_dist.benchmark.synthetic_base import share
 from dora_dist.config.adapter import DynamicLoraConfig
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.method.schedule import BudgetSchedule

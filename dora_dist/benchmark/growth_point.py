@@ -11,7 +11,7 @@ from dora_dist.benchmark.options import FLOOR, Options
 from dora_dist.benchmark.paired import adapter_share, spread
 from dora_dist.benchmark.shapes import Shape
 from dora_dist.benchmark.synthetic_base import build_base, random_rows
-from dora_dist.console.command import say
+from dora_dist.console.text import say
 from dora_dist.distributed.agreement import Agreement
 
 

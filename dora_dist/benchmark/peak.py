@@ -1,6 +1,7 @@
 """The peak memory of steps, in bytes: from the allocator's counters on a GPU, from its events on a CPU."""
 
 import gc
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -83,3 +84,14 @@ class PeakMeter:
             gc.collect()
             return torch.cuda.memory_allocated(self.device) - self._allocated
         return sum(size for address, size in live_storages().items() if address not in self._storages)
+
+
+def clock(device: torch.device) -> Callable[[], float]:
+    """A function that waits until the device has done what it was given, and reads the time."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return now

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_dist.benchmark.clock import clock
 from dora_dist.benchmark.options import Options
-from dora_dist.benchmark.peak import rise_on
+from dora_dist.benchmark.peak import clock, rise_on
 from dora_dist.benchmark.shapes import NAMED
-from dora_dist.console.command import say
+from dora_dist.console.text import say
 from dora_dist.method.importance import component_scores, score_layers
 
 Layer = tuple[Tensor, Tensor, Tensor]

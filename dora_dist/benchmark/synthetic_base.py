@@ -1,8 +1,5 @@
 """The frozen base that all contestants share: a Llama of random weights, quantized to NF4 while it is made."""
 
-import copy
-from typing import Any
-
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
@@ -71,16 +68,6 @@ def _random(
         )
         return weight.to(device)  # quantizes
     return nn.Parameter(value, requires_grad=False)
-
-
-def share(base: LlamaForCausalLM) -> LlamaForCausalLM:
-    """Modules of their own, to be changed at will, over the same tensors."""
-    memo: dict[int, Any] = {}
-    for module in base.modules():
-        state = getattr(module, "quant_state", None)
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False), state):
-            memo[id(tensor)] = tensor
-    return copy.deepcopy(base, memo)
 
 
 def random_rows(shape: Shape, device: torch.device, seed: int, rank: int, number: int) -> Tensor:

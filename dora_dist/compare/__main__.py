@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dora_dist.compare.launching import WORKER, become_worker, run_workers, visible_gpus
 from dora_dist.compare.plan import Plan
 from dora_dist.compare.settings import parse_compare
-from dora_dist.console.command import PREEMPTED, ExpectedRunError, PreemptedError, run_command
+from dora_dist.console.command import run_command
+from dora_dist.console.errors import PREEMPTED, ExpectedRunError, PreemptedError
 from dora_dist.console.library_warnings import quiet_libraries
 
 DESCRIPTION = """Run methods x seeds x tasks as CONFIG says, and compare. Finished cells are skipped and

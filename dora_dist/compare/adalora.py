@@ -21,20 +21,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from dora_dist import report
 from dora_dist.adapter.model import prepare_heads, trained_heads
 from dora_dist.adapter.plain_lora import write_lora_adapter
 from dora_dist.base_model.head import head_modules
-from dora_dist.config.run import save_config
+from dora_dist.config.parse import save_config
 from dora_dist.config.tasks import TASKS
-from dora_dist.console.command import ExpectedRunError, PreemptedError, say
+from dora_dist.console import provenance
+from dora_dist.console.errors import ExpectedRunError, PreemptedError
+from dora_dist.console.text import say
 from dora_dist.distributed import world
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.distributed.preemption import PreemptionNotice
 from dora_dist.method.prune_event import PruneEvent
 from dora_dist.method.schedule import BudgetSchedule
-from dora_dist.runs import records, resume
-from dora_dist.setup import build, resolve, run_data
+from dora_dist.runs import records, resume, summary
+from dora_dist.setup import build, fingerprint, resolve, run_data, tasks
 from dora_dist.training.controller import NonFiniteAdapterError
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def train_adalora(config: "RunConfig", own: Mapping[str, Any], notice: Preemptio
     tokens = int(settled.plan.row_lengths(settled.mixture.lengths).sum())
     run_records.metrics(steps, {"session_seconds": time.monotonic() - began, "session_tokens": tokens})
     _write_result(config, settled, model, run_records)
-    print(report.finish_run(Path(config.output_dir)), flush=True)
+    print(summary.finish_run(Path(config.output_dir)), flush=True)
 
 
 def _begin_records(config: "RunConfig", settled: resolve.Settled, own: Mapping[str, Any]) -> records.RunRecords | None:
@@ -89,7 +90,7 @@ def _begin_records(config: "RunConfig", settled: resolve.Settled, own: Mapping[s
         return None
     run_records = records.RunRecords(run, writes=True)
     described = {"settings": fingerprint, "data": settled.describe_data(), "processes": 1}
-    run_records.write_json(records.RUN, {"versions": records.versions(), **described})
+    run_records.write_json(records.RUN, {"versions": provenance.versions(), **described})
     save_config(config, run / records.CONFIG)
     run_records.truncate_after(-1)
     return run_records
@@ -98,7 +99,7 @@ def _begin_records(config: "RunConfig", settled: resolve.Settled, own: Mapping[s
 def _is_mean_of_rows(config: "RunConfig") -> bool:
     """Whether a micro-batch's loss is a mean over its rows, which the Trainer divides by the accumulation steps with
     the regularizer in it; else it is a sum over tokens divided by those of the global batch."""
-    return build.row_losses(config) is not None
+    return tasks.row_losses(config) is not None
 
 
 def _add_adalora(
@@ -107,7 +108,7 @@ def _add_adalora(
     """The base with AdaLoRA and the heads that it trains, in float32, started by the run's seed."""
     heads = head_modules(base)
     regularizers = 1 if _is_mean_of_rows(config) else settled.arguments.gradient_accumulation_steps
-    set_seed(resolve.adapter_seed(config))
+    set_seed(fingerprint.adapter_seed(config))
     model = get_peft_model(base, peft_config(config, own, settled.budget.schedule, settled.layers, heads, regularizers))
     prepare_heads(model, heads, torch.float32)
     set_seed(config.seed)
@@ -123,8 +124,8 @@ def _build_trainer(config: "RunConfig", settled: resolve.Settled, model: PeftMod
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=build.planned_rows(config, settled),
-        data_collator=build.build_collator(config, model, settled.tokenizer),
+        train_dataset=tasks.planned_rows(config, settled),
+        data_collator=tasks.build_collator(config, model, settled.tokenizer),
         processing_class=settled.tokenizer,
     )
     if _is_mean_of_rows(config):
@@ -154,7 +155,7 @@ def _write_result(
         num_parameters=sum(a.numel() + b.numel() for a, b in factors.values()),
     )
     run_records.event(event)
-    evaluator = build.build_evaluator(config, settled, Agreement(base.device), model)
+    evaluator = tasks.build_evaluator(config, settled, Agreement(base.device), model)
     assert evaluator is not None, "a cell has held-out data"
     measured = {f"eval_{name}": value for name, value in evaluator(TaskLoss(model)).items()}
     run_records.metrics(settled.arguments.max_steps, measured)

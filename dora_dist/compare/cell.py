@@ -17,10 +17,11 @@ from dora_dist import train
 from dora_dist.compare.adalora import train_adalora
 from dora_dist.compare.outcome import FAILURE, IDENTITY, LOG, record_failure
 from dora_dist.compare.plan import Cell, Plan
-from dora_dist.console.command import PreemptedError
+from dora_dist.console import files
+from dora_dist.console.errors import PreemptedError
 from dora_dist.distributed.heartbeat import Watch
 from dora_dist.distributed.preemption import PreemptionNotice
-from dora_dist.runs import checkpoint, records
+from dora_dist.runs import checkpoint
 from dora_dist.training.controller import NonFiniteAdapterError
 from dora_dist.training.skipped_steps import NonFiniteLossError
 
@@ -44,7 +45,7 @@ def run_cell(plan: Plan, cell: Cell, identity: Mapping[str, Any], environment: M
     """
     folder = plan.cell_folder(cell)
     folder.mkdir(parents=True, exist_ok=True)
-    records.write_json(folder / IDENTITY, {"identity": identity, "environment": environment})
+    files.write_json(folder / IDENTITY, {"identity": identity, "environment": environment})
     (folder / FAILURE).unlink(missing_ok=True)
     reason, diverged = None, False
     with output_into(folder / LOG):

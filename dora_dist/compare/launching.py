@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
-from dora_dist.console.command import PREEMPTED
+from dora_dist.console.errors import PREEMPTED
 
 WORKER = "--worker-of"
 """Option of the process that a worker is, with the number of workers."""
@@ -74,7 +74,7 @@ def run_workers(arguments: Sequence[str], workers: int, gpus: Sequence[str]) -> 
     """Start workers and wait for them. SIGTERM, SIGUSR1 and SIGINT are handed on.
 
     Returns:
-        The worst of their exit statuses; :data:`~dora_dist.console.command.PREEMPTED` where one was told to stop.
+        The worst of their exit statuses; :data:`~dora_dist.console.errors.PREEMPTED` where one was told to stop.
     """
     running = [
         subprocess.Popen(_command(arguments, workers), env=worker_environment(os.environ, number, workers, gpus))

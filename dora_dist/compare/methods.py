@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dora_dist.config.training import nearest
+from dora_dist.config.checks import nearest
 
 LORA = "lora"
 ADALORA = "adalora"

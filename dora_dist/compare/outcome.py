@@ -12,12 +12,13 @@ from typing import Any
 
 from safetensors import safe_open
 
-from dora_dist import report
 from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS
 from dora_dist.compare.plan import REPORTED, SEARCH, Cell, Plan
 from dora_dist.config.data import DataConfig
 from dora_dist.config.run import ModelConfig, RunConfig
+from dora_dist.console import files
 from dora_dist.runs import records
+from dora_dist.runs.summary import is_finished
 
 IDENTITY = "cell.json"
 FAILURE = "failure.json"
@@ -69,7 +70,7 @@ def read_outcome(plan: Plan, cell: Cell) -> Outcome | None:
     folder = plan.cell_folder(cell)
     failure = read_failure(folder)
     if failure is not None and failure["diverged"]:
-        recorded = records.read_json(folder / IDENTITY)
+        recorded = files.read_json(folder / IDENTITY)
         return Outcome(
             search=math.nan,
             reported=math.nan,
@@ -82,9 +83,9 @@ def read_outcome(plan: Plan, cell: Cell) -> Outcome | None:
             settings={},
             environment=recorded["environment"],
         )
-    if not report.is_finished(folder):
+    if not is_finished(folder):
         return None
-    summary = records.read_json(folder / records.SUMMARY)
+    summary = files.read_json(folder / records.SUMMARY)
     figures = {name: _figure(plan, cell, summary["after"] or {}, name) for name in (SEARCH, REPORTED)}
     parameters, widest = adapter_size(folder / "adapter")
     return Outcome(
@@ -94,9 +95,9 @@ def read_outcome(plan: Plan, cell: Cell) -> Outcome | None:
         ranks=summary["ranks"],
         initial_rank=summary["initial_rank"],
         steps=summary["steps"],
-        seconds=training_seconds(records.read_lines(folder / records.METRICS)),
-        settings=records.read_json(folder / records.RUN)["settings"],
-        environment=records.read_json(folder / IDENTITY)["environment"],
+        seconds=training_seconds(files.read_lines(folder / records.METRICS)),
+        settings=files.read_json(folder / records.RUN)["settings"],
+        environment=files.read_json(folder / IDENTITY)["environment"],
     )
 
 
@@ -139,12 +140,12 @@ def training_seconds(lines: Sequence[Mapping[str, Any]]) -> float:
 def read_failure(folder: Path) -> dict[str, Any] | None:
     """How the cell last failed: ``error``, ``diverged`` and ``when`` (seconds of the clock)."""
     path = folder / FAILURE
-    return records.read_json(path) if path.is_file() else None
+    return files.read_json(path) if path.is_file() else None
 
 
 def record_failure(folder: Path, error: str, diverged: bool) -> None:
     """Keep why a cell did not come to its end."""
-    records.write_json(folder / FAILURE, {"error": error, "diverged": diverged, "when": time.time()})
+    files.write_json(folder / FAILURE, {"error": error, "diverged": diverged, "when": time.time()})
 
 
 def identity_of(plan: Plan, cell: Cell, data: Mapping[str, str]) -> dict[str, Any]:
@@ -174,7 +175,7 @@ def check_identity(plan: Plan, cell: Cell, identity: Mapping[str, Any]) -> None:
     folder = plan.cell_folder(cell)
     if not (folder / IDENTITY).is_file():
         return
-    recorded = records.read_json(folder / IDENTITY)["identity"]
+    recorded = files.read_json(folder / IDENTITY)["identity"]
     identity = json.loads(json.dumps(identity))  # as it would have been recorded
     for name in {**recorded, **identity}:
         former = recorded.get(name, _defaults().get(name))  # a setting that came later had its default

@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from dora_dist.report import rank_grid, short_kinds
+from dora_dist.runs.pictures import rank_grid, short_kinds
 
 COMPARISON = "comparison.png"
 RANKS = "ranks.png"

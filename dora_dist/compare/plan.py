@@ -10,9 +10,10 @@ from typing import Any
 
 from dora_dist.compare.methods import Method
 from dora_dist.compare.settings import CompareConfig
-from dora_dist.config.run import RunConfig, config_of
+from dora_dist.config.checks import nearest
+from dora_dist.config.parse import config_of
+from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
-from dora_dist.config.training import nearest
 
 SEARCH = "search"
 REPORTED = "reported"

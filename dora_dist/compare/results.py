@@ -10,10 +10,9 @@ from typing import Any
 
 from dora_dist.compare.outcome import Outcome, training_settings
 from dora_dist.compare.plan import Group, Plan
-from dora_dist.compare.selection import Choice
 from dora_dist.compare.worker import Progress
-from dora_dist.evaluation.seeds import CONFIDENCE, holm, paired_difference, spread
-from dora_dist.runs import records
+from dora_dist.console import files
+from dora_dist.evaluation.seeds import CONFIDENCE, Choice, holm, paired_difference, spread
 
 RESULTS = "results.json"
 TABLE = "results.md"
@@ -277,7 +276,7 @@ def _remarks(results: Mapping[str, Any]) -> Iterator[str]:
 
 def write_results(plan: Plan, results: Mapping[str, Any]) -> Path:
     """Write both files; returns the path of the table."""
-    records.write_json(plan.folder / RESULTS, results)
+    files.write_json(plan.folder / RESULTS, results)
     table = plan.folder / TABLE
     temporary = table.with_suffix(".md.tmp")
     temporary.write_text(format_table(results), encoding="utf-8")

@@ -12,8 +12,8 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from dora_dist.compare.methods import BUILT_IN, Method, methods_of
-from dora_dist.config.run import parse_strictly
-from dora_dist.config.training import require
+from dora_dist.config.checks import require
+from dora_dist.config.parse import parse_strictly
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
@@ -109,7 +109,7 @@ def parse_compare(arguments: Sequence[str] | None = None) -> CompareConfig:
     """Read the configuration of a comparison from ``--config FILE`` and ``--key value`` on top of it.
 
     Raises:
-        ValueError: as :func:`~dora_dist.config.run.parse_config` does.
+        ValueError: as :func:`~dora_dist.config.parse.parse_config` does.
     """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile)

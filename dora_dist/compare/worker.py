@@ -16,10 +16,10 @@ from filelock import FileLock, Timeout
 from dora_dist.compare.cell import run_cell
 from dora_dist.compare.outcome import Outcome, check_identity, identity_of, read_failure, read_outcome
 from dora_dist.compare.plan import REPORTED, SEARCH, Cell, Group, Plan
-from dora_dist.compare.selection import Choice, choose
+from dora_dist.console.files import read_json, write_json
 from dora_dist.console.provenance import environment
 from dora_dist.distributed import world
-from dora_dist.runs.records import read_json, write_json
+from dora_dist.evaluation.seeds import Choice, choose
 from dora_dist.setup import resolve, run_data
 
 DATA = "data.json"

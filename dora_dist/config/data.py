@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from dora_dist.config.training import nearest, require
+from dora_dist.config.checks import nearest, require
 
 Format = Literal[
     "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "classification", "squad", "summary"

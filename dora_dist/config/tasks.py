@@ -5,7 +5,7 @@ Plain values, so that a command line is parsed without waiting for torch.
 
 from dataclasses import dataclass
 
-from dora_dist.config.training import nearest
+from dora_dist.config.checks import nearest
 
 CAUSAL_LM = "causal_lm"
 SEQUENCE_CLASSIFICATION = "sequence_classification"

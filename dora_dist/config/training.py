@@ -1,9 +1,9 @@
 """The ``training`` section: what of ``transformers.TrainingArguments`` is for the user to set, and what is not."""
 
 import dataclasses
-import difflib
-from collections.abc import Iterable
 from typing import Any
+
+from dora_dist.config.checks import nearest
 
 OWNED_TRAINING_ARGUMENTS = {
     "output_dir": "set output_dir at the top of the configuration",
@@ -101,18 +101,3 @@ def whole_number(training: dict[str, Any], name: str) -> int:
     if value < 1 and name != "max_steps":
         raise ValueError(f"training.{name} is {value!r}, but must be a whole number of at least 1")
     return value
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``; did you mean X?``, or nothing where no known name is near."""
-    known = sorted(known)
-    # The right key in the wrong section, before a similar one.
-    near = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
-    near = near or difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def require(holds: bool, name: str, value: object, rule: str) -> None:
-    """Raise a ``ValueError`` with name, value and rule where the rule does not hold."""
-    if not holds:
-        raise ValueError(f"{name} is {value}, but must {rule}")

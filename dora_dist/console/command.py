@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from dora_dist.console.errors import PREEMPTED, ExpectedRunError, PreemptedError
+from dora_dist.console.text import printable, say
+
 Result = TypeVar("Result")
 
 LINGER_SECONDS = 5.0
-PREEMPTED = 75
-"""Exit status of a run that stopped because it was told to, or because a rank was lost, and goes on when the same
-command is started again (EX_TEMPFAIL of sysexits.h)."""
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
@@ -58,30 +58,10 @@ def attempt(work: Callable[[], Result]) -> Callable[[], Result]:
     return lambda: result
 
 
-def mark_common(error: Exception) -> Exception:
-    """Mark an error that all ranks raise together."""
-    error.__dict__["raised_on_all_ranks"] = True
-    return error
-
-
-def is_common(error: Exception) -> bool:
-    """Whether all ranks raise this error together, so that nobody has to be told of it."""
-    return isinstance(error, ExpectedRunError) or "raised_on_all_ranks" in error.__dict__
-
-
 def _raised_here(error: Exception) -> bool:
     """Whether the innermost frame is this project's: then the message was written for the user."""
     frames = traceback.extract_tb(error.__traceback__)
     return Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1])
-
-
-class ExpectedRunError(RuntimeError):
-    """An error of a run whose message says all there is to say. With several ranks, all raise one together."""
-
-
-class PreemptedError(ExpectedRunError):
-    """The run was told to stop, and did so where the same command goes on. Raised on all ranks, with the same
-    message."""
 
 
 def leave(error: Exception, status: int) -> None:
@@ -103,15 +83,3 @@ def _exit(status: int) -> None:
     sys.stderr.flush()
     # Not sys.exit: threads of NCCL or gloo may wait for another rank in the interpreter's shutdown.
     os._exit(status)
-
-
-def say(text: str, from_any_rank: bool = False) -> None:
-    """A remark for the log, once: from the first rank only, or from whichever rank alone does what it is about."""
-    if from_any_rank or os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"{printable(text)}\n")
-        sys.stderr.flush()
-
-
-def printable(text: str) -> str:
-    """The text with control characters written out: file names and data hold some, and a terminal would obey them."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

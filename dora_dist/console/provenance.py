@@ -2,37 +2,17 @@
 
 import os
 import platform
-import shlex
 import subprocess
 import time
 from collections.abc import Sequence
+from importlib import metadata
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dora_dist.benchmark.options import Options
-
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "accelerate", "numpy")
 SOURCES = Path(__file__).parents[1]
-
-
-def describe(options: Options, arguments: Sequence[str]) -> dict[str, Any]:
-    """Environment and settings of a measurement by ``dora_dist.benchmark``, to be called before it."""
-    return {
-        "command": shlex.join(["python", "-m", "dora_dist.benchmark", *arguments]),
-        **environment(PACKAGES),
-        "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None,
-        "compute_dtype": options.compute_dtype,
-        "adapter_dtype": options.adapter_dtype,
-        "rank": options.rank,
-        "target_rank": options.target_rank,
-        "rounds": options.rounds,
-        "warmup": options.warmup,
-        "seed": options.seed,
-        "quick": options.quick,
-    }
 
 
 def environment(packages: Sequence[str]) -> dict[str, Any]:
@@ -65,3 +45,17 @@ def _cpu_model() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+PACKAGES = ("dora-dist", "torch", "deepspeed", "accelerate", "transformers", "peft", "bitsandbytes", "datasets")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -1,6 +1,10 @@
-"""Tables for people: what ``prepare``, the dry run and ``preview`` print of the sources."""
+"""What commands print: remarks, tables, numbers with units."""
 
+import os
+import sys
 from collections.abc import Sequence
+
+GIB = 2**30
 
 
 def aligned(rows: Sequence[Sequence[str]], num_words: int = 2) -> str:
@@ -26,3 +30,43 @@ def ranges(numbers: Sequence[int]) -> str:
         else:
             runs.append([number])
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def say(text: str, from_any_rank: bool = False) -> None:
+    """A remark for the log, once: from the first rank only, or from whichever rank alone does what it is about."""
+    if from_any_rank or os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"{printable(text)}\n")
+        sys.stderr.flush()
+
+
+def printable(text: str) -> str:
+    """The text with control characters written out: file names and data hold some, and a terminal would obey them."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def rate(bytes_per_second: float) -> str:
+    """As makers of networks and disks count: ``12.3 GB/s``, ``450 MB/s``."""
+    for unit, bytes_ in (("GB/s", 1e9), ("MB/s", 1e6)):
+        if bytes_per_second >= 0.9995 * bytes_:
+            return f"{_digits(bytes_per_second / bytes_)} {unit}"
+    return f"{_digits(bytes_per_second / 1e3)} kB/s"
+
+
+def duration(seconds: float) -> str:
+    """``350 us``, ``12.3 ms``, ``4.20 s``."""
+    for unit, length in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= 0.9995 * length:
+            return f"{_digits(seconds / length)} {unit}"
+    return f"{_digits(seconds / 1e-6)} us"
+
+
+def format_bytes(count: int) -> str:
+    """Three digits or so: ``5.31 GiB``, ``812 MiB``, ``20.1 KiB``."""
+    for unit, size in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= 0.9995 * size:
+            return f"{_digits(count / size)} {unit}"
+    return f"{count} B"
+
+
+def _digits(value: float) -> str:
+    return f"{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f}"

@@ -10,7 +10,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils import data
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerBase
 
-from dora_dist.data.encoding.encoder import IGNORED, labels_of
+from dora_dist.data.encoding.encoder import IGNORED
+from dora_dist.data.encoding.text import labels_of
 from dora_dist.data.plan import TrainingPlan
 
 Example = dict[str, Any]

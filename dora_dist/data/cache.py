@@ -12,7 +12,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -24,15 +24,16 @@ from datasets import Dataset, Features, disable_progress_bars, enable_progress_b
 from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
-from dora_dist.console.command import say
+from dora_dist.console.text import say
 from dora_dist.data.encoding.classification import LabelledEncoder
-from dora_dist.data.encoding.encoder import BOOKKEEPING, Encoder, EncodingRules, RowEncoder, Status, UnusableRowError
+from dora_dist.data.encoding.encoder import BOOKKEEPING, EncodingRules, RowEncoder, Status, UnusableRowError
 from dora_dist.data.encoding.questions import QuestionEncoder
 from dora_dist.data.encoding.summaries import SummaryEncoder
+from dora_dist.data.encoding.text import Encoder
+from dora_dist.data.prepared import LEFT_OUT, PreparedSource, SourceCounts, list_lengths
 from dora_dist.data.reading.files import Location, RawRow
 
 MANIFEST = "prepared.json"
-LEFT_OUT = "left_out.jsonl"
 ROWS_AT_A_TIME = 1000
 LEAST_ROWS_PER_WORKER = 1000
 LEAST_TRAINED_SHARE = 0.01
@@ -45,92 +46,8 @@ ENCODERS: dict[str, type[RowEncoder[Any, Any]]] = {
     "squad": QuestionEncoder,
     "summary": SummaryEncoder,
 }
-"""What makes examples of the rows of a format; :class:`~dora_dist.data.encoding.encoder.Encoder` of those that are not
+"""What makes examples of the rows of a format; :class:`~dora_dist.data.encoding.text.Encoder` of those that are not
 here."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceCounts:
-    """What became of the rows of a source; nothing is left out without being counted here.
-
-    Attributes:
-        rows: that were read.
-        bad: rows that could not be used (``bad_rows: skip``).
-        overlong: examples that were dropped because they were longer than ``max_length``.
-        truncated: examples that were cut to fit.
-        removed_tokens: tokens that were cut off.
-        split: rows that became several examples: the chat template rewrites earlier turns, or a context is longer
-            than a window.
-        trimmed: conversations whose messages after the assistant's last were left out.
-        examples: that are left.
-        tokens: of the examples.
-        trained_tokens: tokens with a loss; all where the loss is not on tokens.
-    """
-
-    rows: int
-    bad: int
-    overlong: int
-    truncated: int
-    removed_tokens: int
-    split: int
-    trimmed: int
-    examples: int
-    tokens: int
-    trained_tokens: int
-
-    def remarks(self) -> list[str]:
-        """What a user should know, in words."""
-        said = {
-            f"skipped {self.bad} of {self.rows} rows that cannot be used": self.bad,
-            f"dropped {self.overlong} examples that do not fit into data.max_length": self.overlong,
-            f"truncated {self.truncated} examples by {self.removed_tokens} tokens in all": self.truncated,
-            f"made several examples of each of {self.split} rows (of every answer of a conversation, where the chat "
-            "template rewrites earlier turns; of every window of a long context)": self.split,
-            f"left out the messages after the assistant's last one in {self.trimmed} conversations": self.trimmed,
-        }
-        return [text for text, count in said.items() if count]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreparedSource:
-    """One source, ready to be read.
-
-    Attributes:
-        name: of the source.
-        folder: in the cache.
-        format: what the rows were read as.
-        dataset: memory-mapped; the columns of the format's encoder (:data:`ENCODERS`), ``removed``, ``key``, ``place``.
-        counts: what became of the rows.
-        digest: SHA-256 over all examples in their order.
-    """
-
-    name: str
-    folder: Path
-    format: str
-    dataset: Dataset
-    counts: SourceCounts
-    digest: str
-
-    def remarks(self) -> list[str]:
-        """:meth:`SourceCounts.remarks` with the source's name, and where the rows that were left out are listed."""
-        remarks = [f"{self.name}: {remark}" for remark in self.counts.remarks()]
-        if self.counts.bad or self.counts.overlong:
-            remarks.append(f"{self.name}: what was left out is listed in {self.folder / LEFT_OUT}")
-        return remarks
-
-    def lengths(self) -> np.ndarray:
-        """Tokens of every example, int64, shape (examples,)."""
-        return list_lengths(self.dataset)
-
-    def keys(self) -> np.ndarray:
-        """Hash of every example, int64, shape (examples,)."""
-        return self.dataset.data.column("key").to_numpy()
-
-
-def list_lengths(dataset: Dataset, column: str = "input_ids") -> np.ndarray:
-    """Lengths of the lists in a column, without reading what is in them."""
-    chunks = dataset.data.column(column).chunks
-    return np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in chunks] or [[]]).astype(np.int64)
 
 
 def first_rows(location: Location) -> list[dict]:

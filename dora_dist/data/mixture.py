@@ -1,8 +1,12 @@
 """The order of training examples from one or several sources: a function of sizes, shares and seed only."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+
+from dora_dist.data.plan import TrainingPlan, packed_to, plan_by_length, plan_packed, plan_padded
 
 
 def pass_counts(
@@ -88,3 +92,49 @@ def _stream(indices: np.ndarray, length: int, seed: int, source: int) -> np.ndar
 
 def _generator(*key: int) -> np.random.Generator:
     return np.random.default_rng(key)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """The endless order of training examples, and how they are put into rows.
+
+    Attributes:
+        members: of each source, the indices of its examples that take part.
+        counts: examples of each source in a pass.
+        lengths: tokens of every example of all sources.
+        batching: ``padded``, ``packed`` or ``by_length``.
+        max_length: tokens of a packed row.
+        seed: of the run.
+    """
+
+    members: list[np.ndarray]
+    counts: list[int]
+    lengths: np.ndarray
+    batching: str
+    max_length: int
+    seed: int
+
+    def order(self, length: int) -> np.ndarray:
+        """The first examples."""
+        return example_order(self.members, self.counts, length, self.seed)
+
+    @cached_property
+    def rows_per_epoch(self) -> int:
+        """Rows that one pass over the mixture fills."""
+        return self.rows_of_epochs(1)
+
+    def rows_of_epochs(self, epochs: float) -> int:
+        """Rows that so many passes over the mixture fill."""
+        length = max(1, round(epochs * sum(self.counts)))
+        if self.batching == "packed":
+            return plan_packed(self.order(length), self.lengths, self.max_length, self.seed).num_rows
+        return length
+
+    def plan(self, num_steps: int, global_batch: int) -> TrainingPlan:
+        """The rows of a run of ``num_steps`` optimizer steps of ``global_batch`` rows."""
+        num_rows = num_steps * global_batch
+        if self.batching == "packed":
+            return packed_to(self.order, self.lengths, self.max_length, self.seed, num_rows)
+        if self.batching == "by_length":
+            return plan_by_length(self.order(num_rows), self.lengths, global_batch, self.seed)
+        return plan_padded(self.order(num_rows))

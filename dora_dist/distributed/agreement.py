@@ -4,9 +4,7 @@ Everything goes through :class:`Agreement`, which is the same object for one ran
 between two collectives reports its failure in the next one, so that all ranks raise and none waits for ever.
 """
 
-import pickle
 import platform
-import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dora_dist.console.command import ExpectedRunError, mark_common
+from dora_dist.console.errors import ExpectedRunError, mark_common
 from dora_dist.distributed.heartbeat import Watch
 
 POLL_SECONDS = 0.02
@@ -172,77 +170,6 @@ class Agreement:
             f"the ranks disagree on {what}: {listed}; first difference in {first}. The run cannot go on from here: "
             "resume from the last complete checkpoint"
         )
-
-
-class StoreAgreement(Agreement):
-    """An :class:`Agreement` whose gather, and all that is built on it, does without the backend's collectives.
-
-    Values go through the store at which the ranks met. So ranks can still tell each other what is wrong where NCCL
-    does not work, and those that do not answer are named. Slower than a collective: for a few small values.
-
-    Args:
-        device: as for :class:`Agreement`.
-        timeout_seconds: how long the slowest rank may take.
-    """
-
-    SLACK_SECONDS = 5.0
-    """What other ranks wait longer than rank 0, which tells them who is missing."""
-
-    def __init__(self, device: torch.device | str, timeout_seconds: float) -> None:
-        super().__init__(device)
-        self._timeout_seconds = timeout_seconds
-        self._gathers = 0
-        # torch has no public name for it; a second store would need a port of its own, open between all nodes.
-        store: Any = dist.distributed_c10d._get_default_store() if self.distributed else None
-        self._store = store
-
-    def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, by rank, on every rank. Values must pickle; for small things only.
-
-        Raises:
-            RankFailedError: ranks did not answer in time; names them.
-        """
-        if self._store is None:
-            return [value]
-        self._gathers += 1
-        prefix = f"agreement/{self._gathers}"
-        end = time.monotonic() + self._timeout_seconds
-        missing: list[int] = [0]  # unless rank 0 answers
-        values: list[Any] = []
-        try:
-            self._store.set(f"{prefix}/{self.rank}", pickle.dumps(value))
-            if self.rank == 0:
-                missing, values = self._collect(prefix, end)
-                self._store.set(f"{prefix}/all", pickle.dumps((missing, values)))
-            elif self._arrives(f"{prefix}/all", end + self.SLACK_SECONDS):
-                missing, values = pickle.loads(self._store.get(f"{prefix}/all"))
-        except dist.DistError as error:
-            raise RankFailedError(f"the store at which the ranks met, which rank 0 keeps, has gone: {error}") from None
-        if missing:
-            named = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
-            raise RankFailedError(f"{named} of {self.size} did not answer within {self._timeout_seconds:g} s")
-        return values
-
-    def _collect(self, prefix: str, end: float) -> tuple[list[int], list[Any]]:
-        """Ranks that have left nothing under the prefix when the time is over, and what all have left otherwise."""
-        keys = [f"{prefix}/{rank}" for rank in range(self.size)]
-        missing = [rank for rank, key in enumerate(keys) if not self._arrives(key, end)]
-        return missing, [] if missing else [pickle.loads(self._store.get(key)) for key in keys]
-
-    def _arrives(self, key: str, end: float) -> bool:
-        """Wait for a key until a time; in short pieces, between which Ctrl-C is heard."""
-        while not self._store.check([key]):
-            if time.monotonic() > end:
-                return False
-            time.sleep(POLL_SECONDS)
-        return True
-
-    def close(self) -> None:
-        """Leave when all ranks have come here, rank 0 last: it may keep the store that others still read."""
-        if self._store is not None:
-            self._store.set(f"agreement/left/{self.rank}", pickle.dumps(None))
-            if self.rank == 0:
-                self._collect("agreement/left", time.monotonic() + self._timeout_seconds)
 
 
 def digest_tensors(*tensors: Tensor) -> bytes:

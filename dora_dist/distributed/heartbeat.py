@@ -11,7 +11,8 @@ import threading
 import time
 from types import TracebackType
 
-from dora_dist.console.command import PREEMPTED, ExpectedRunError, is_common, leave
+from dora_dist.console.command import leave
+from dora_dist.console.errors import PREEMPTED, ExpectedRunError, is_common
 from dora_dist.distributed.rendezvous import POLL_SECONDS, Meeting, sign_of
 
 SIGN_SECONDS = 1.0

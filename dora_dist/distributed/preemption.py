@@ -6,7 +6,7 @@ where a phase is long (data preparation, reading weights, an evaluation), since 
 has done its last step ends by itself. If the deadline comes first, the run is one that was killed: it goes on from the
 newest sealed checkpoint.
 
-What a batch script sees of :data:`~dora_dist.console.command.PREEMPTED`, as tried with torch 2.13 and accelerate 1.15:
+What a batch script sees of :data:`~dora_dist.console.errors.PREEMPTED`, as tried with torch 2.13 and accelerate 1.15:
 
 - a process that the script starts itself (``python``, or one ``srun`` task per rank) exits with it;
 - ``accelerate launch`` and ``torchrun`` exit with 1, whatever their ranks exit with. Their report names the status of
@@ -26,7 +26,7 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
-from dora_dist.console.command import PreemptedError
+from dora_dist.console.errors import PreemptedError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -34,7 +34,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class PreemptionNotice:
     """Context in which :data:`SIGNALS` are recorded instead of ending the process. For the main thread only.
 
-    It restores the former handlers when it is left, except by a :class:`~dora_dist.console.command.PreemptedError`:
+    It restores the former handlers when it is left, except by a :class:`~dora_dist.console.errors.PreemptedError`:
     then the signals are ignored from there on. A launcher that sees the first rank exit sends SIGTERM to the others,
     which must not change their exit status.
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.distributed import PrefixStore, TCPStore
 
-from dora_dist.console.command import ExpectedRunError
+from dora_dist.console.errors import ExpectedRunError
 from dora_dist.console.text import ranges
 from dora_dist.distributed.launcher import world_size_of
 

@@ -16,8 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from dora_dist.console.command import ExpectedRunError, attempt, run_command, say
+from dora_dist.console.command import attempt, run_command
+from dora_dist.console.errors import ExpectedRunError
 from dora_dist.console.library_warnings import quiet_libraries
+from dora_dist.console.text import say
 
 if TYPE_CHECKING:
     from dora_dist.config.run import RunConfig
@@ -84,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def read_config(path: Path | None, overrides: Sequence[str]) -> "RunConfig | None":
     """The configuration of the run to prepare for, if there is one."""
     # Here, so that an environment in which something is missing is told without a traceback.
-    from dora_dist.config.run import load_config
+    from dora_dist.config.parse import load_config
 
     return load_config(path, overrides) if path else None
 

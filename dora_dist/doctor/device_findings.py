@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from functools import partial
 
-from dora_dist.console.text import ranges
+from dora_dist.console.text import format_bytes, ranges
 from dora_dist.doctor.facts import Problem, RankFacts
 from dora_dist.doctor.grouping import alike, by_node, listed, place
-from dora_dist.estimate import format_bytes
 
 HELD_SHARE = 0.1
 """Of a GPU's memory, others may hold so much: its display, a context, this process's own one."""

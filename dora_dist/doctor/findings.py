@@ -6,9 +6,9 @@ from functools import partial
 
 from packaging.requirements import Requirement
 
+from dora_dist.console.text import format_bytes
 from dora_dist.doctor.facts import Problem, RankFacts
 from dora_dist.doctor.grouping import alike, by_node, place
-from dora_dist.estimate import format_bytes
 
 GIB, MIB = 2**30, 2**20
 FEWEST_OPEN_FILES = 1024

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from dora_dist.base_model.load import find_model, load_skeleton, resolve_compute_dtype
-from dora_dist.console.command import ExpectedRunError
-from dora_dist.distributed.agreement import StoreAgreement
+from dora_dist.console.errors import ExpectedRunError
 from dora_dist.distributed.launcher import check_launch
 from dora_dist.distributed.rendezvous import meet
+from dora_dist.distributed.store_agreement import StoreAgreement
 from dora_dist.distributed.world import connect
 from dora_dist.doctor.device import check_device, describe_gpus
 from dora_dist.doctor.facts import RankFacts

@@ -37,8 +37,8 @@ def measure_network(agreement: Agreement) -> NetworkFacts | None:
     """Reduce tensors over all ranks; None where there is no process group.
 
     Args:
-        agreement: whose gather does not need what is measured here
-            (:class:`~dora_dist.distributed.agreement.StoreAgreement`), so that a rank on which it fails can say so.
+        agreement: a :class:`~dora_dist.distributed.store_agreement.StoreAgreement`, whose gather does not need what is
+            measured here, so that a rank on which it fails can say so.
     """
     backend = agreement.backend
     if backend is None:

@@ -5,12 +5,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from dora_dist.console.text import aligned, ranges
+from dora_dist.console.text import aligned, duration, format_bytes, ranges, rate
 from dora_dist.doctor.facts import Gpu, NetworkFacts, Problem, RankFacts, StorageFacts
 from dora_dist.doctor.grouping import by_node
 from dora_dist.doctor.shared_findings import bus_bandwidth
-from dora_dist.doctor.units import duration, rate
-from dora_dist.estimate import format_bytes
 
 WIDTH = 110
 FIRST = ("torch", "deepspeed", "accelerate", "transformers", "peft", "bitsandbytes", "datasets")

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from dora_dist.console.text import format_bytes
 from dora_dist.doctor.facts import NetworkFacts, Problem, RankFacts, StorageFacts
 from dora_dist.doctor.grouping import alike, place
-from dora_dist.estimate import format_bytes
 
 GIB, MIB = 2**30, 2**20
 LEAST_SPACE = GIB

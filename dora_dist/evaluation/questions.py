@@ -1,17 +1,18 @@
 """Held-out loss, exact match and F1 of extractive question answering, the same numbers on any number of ranks."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from tqdm import tqdm
 
 from dora_dist.adapter.model import DynamicLoraModel
 from dora_dist.base_model.losses import span_losses
 from dora_dist.data.batches import ANSWER_SPANS, LabelledCollator
-from dora_dist.data.encoding.questions import ScoredWindow, best_answer, scored_window
 from dora_dist.evaluation.evaluator import OutcomeEvaluator, chunks
 from dora_dist.evaluation.metrics import squad_scores
 
@@ -89,3 +90,80 @@ def first_questions(examples: Dataset, most: int) -> Dataset:
     """The windows of the first ``most`` questions, all of each."""
     questions = questions_of(examples)[:most]
     return examples.take(questions[-1].stop)
+
+
+MAX_ANSWER_TOKENS = 30
+
+
+def scored_window(row: Mapping[str, Any], start_logits: Sequence[float], end_logits: Sequence[float]) -> "ScoredWindow":
+    """What a model says about a row of :class:`QuestionEncoder`."""
+    flat = row["offsets"]
+    return ScoredWindow(list(zip(flat[::2], flat[1::2], strict=True)), row["null"], start_logits, end_logits)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredWindow:
+    """What a model says about one window.
+
+    Attributes:
+        offsets: see :class:`Window`.
+        null: see there.
+        start_logits: of every position to be the answer's first token; there may be more of them than offsets, for
+            padding on the right.
+        end_logits: of every position to be its last.
+    """
+
+    offsets: Sequence[tuple[int, int]]
+    null: int
+    start_logits: Sequence[float]
+    end_logits: Sequence[float]
+
+
+def best_answer(
+    context: str,
+    windows: Sequence[ScoredWindow],
+    max_answer_tokens: int = MAX_ANSWER_TOKENS,
+    null_threshold: float | None = None,
+) -> str:
+    """The answer with the highest sum of start and end logit, over all spans of all windows of a question.
+
+    All spans are compared, of which the usual lists of the 20 best starts and ends are an approximation. The first one
+    wins where several are equal. Tokens of nothing but white space neither begin nor end an answer.
+
+    Args:
+        context: of the question.
+        windows: all of the question.
+        max_answer_tokens: longest answer.
+        null_threshold: None where every question has an answer. Otherwise the answer is empty where the score of no
+            answer (both logits of :attr:`ScoredWindow.null`, the lowest over the windows) is higher than the best
+            answer's by more than this: 0 in SQuAD v2.
+
+    Raises:
+        ValueError: there are no windows, too few logits for one, or some that are not finite.
+    """
+    if not windows:
+        raise ValueError("a question has no windows to find an answer in")
+    best, answer, null_score = -np.inf, "", np.inf
+    for window in windows:
+        starts, ends = _logits(window.start_logits, window), _logits(window.end_logits, window)
+        null_score = min(null_score, float(starts[window.null] + ends[window.null]))
+        able = np.array([a >= 0 and bool(context[a:b].strip()) for a, b in window.offsets])
+        scores = np.where(able, starts, -np.inf)[:, None] + np.where(able, ends, -np.inf)[None, :]
+        number = np.arange(len(able))
+        length = number[None, :] - number[:, None] + 1
+        scores[(length < 1) | (length > max_answer_tokens)] = -np.inf
+        start, end = divmod(int(np.argmax(scores)), len(able))
+        if scores[start, end] > best:
+            best = float(scores[start, end])
+            answer = context[window.offsets[start][0] : window.offsets[end][1]].strip()
+    return "" if null_threshold is not None and null_score - best > null_threshold else answer
+
+
+def _logits(values: Sequence[float], window: ScoredWindow) -> np.ndarray:
+    logits = np.asarray(values, dtype=np.float64)
+    if logits.ndim != 1 or len(logits) < len(window.offsets):
+        raise ValueError(f"logits have shape {logits.shape}, but the window has {len(window.offsets)} tokens")
+    logits = logits[: len(window.offsets)]
+    if not np.isfinite(logits).all():
+        raise ValueError("logits are not finite, so that no answer is the best")
+    return logits

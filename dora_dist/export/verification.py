@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dora_dist.console.command import ExpectedRunError
+from dora_dist.console.errors import ExpectedRunError
 
 NUM_SEQUENCES = 4
 SEQUENCE_LENGTH = 32

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dora_dist.console.command import run_command, say
+from dora_dist.console.command import run_command
+from dora_dist.console.files import write_json
 from dora_dist.console.library_warnings import quiet_libraries
-from dora_dist.console.text import aligned
+from dora_dist.console.text import aligned, say
 from dora_dist.planted.options import build_parser, resolve
-from dora_dist.runs.records import write_json
 
 PACKAGES = ("torch", "transformers", "peft", "scipy")
 

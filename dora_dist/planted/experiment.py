@@ -9,9 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dora_dist.adapter.targets import resolve_targets
-from dora_dist.compare.selection import Choice, choose
-from dora_dist.console.command import ExpectedRunError
-from dora_dist.evaluation.seeds import paired_difference, spread
+from dora_dist.console.errors import ExpectedRunError
+from dora_dist.evaluation.seeds import Choice, choose, paired_difference, spread
 from dora_dist.planted.options import ORACLE, UNIFORM, Options
 from dora_dist.planted.patterns import planted_ranks
 from dora_dist.planted.recovery import budget_overlap, idle_share, rank_correlation

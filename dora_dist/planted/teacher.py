@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from dora_dist.benchmark.synthetic_base import share
+from dora_dist.base_model.copies import share
 
 RANDOM_SIZES = {
     "vocab_size": 512,

@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
 from dora_dist.adapter.model import DynamicLoraModel, add_dynamic_lora
-from dora_dist.benchmark.synthetic_base import share
+from dora_dist.base_model.copies import share
 from dora_dist.config.adapter import DynamicLoraConfig
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.method.importance import Components

@@ -12,9 +12,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dora_dist.config.run import load_config
-from dora_dist.console.command import run_command, say
+from dora_dist.config.parse import load_config
+from dora_dist.console.command import run_command
 from dora_dist.console.library_warnings import quiet_libraries
+from dora_dist.console.text import say
 from dora_dist.distributed.launcher import world_size_of
 from dora_dist.preview.contents import build_preview
 from dora_dist.preview.page import build_page

@@ -143,7 +143,8 @@ def _show(tokenizer: Any, pool: Pool, index: int, course: Course | None, limit: 
     """One example, title and tokens."""
     import numpy as np
 
-    from dora_dist.data.encoding.encoder import IGNORED, labels_of
+    from dora_dist.data.encoding.encoder import IGNORED
+    from dora_dist.data.encoding.text import labels_of
 
     first = pool.first()
     number = int(np.searchsorted(first, index, side="right")) - 1

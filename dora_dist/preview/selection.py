@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-    from dora_dist.data.cache import PreparedSource
-    from dora_dist.setup.run_data import Mixture, RunData
+    from dora_dist.data.mixture import Mixture
+    from dora_dist.data.prepared import PreparedSource
+    from dora_dist.setup.run_data import RunData
 
 FEW = 3
 """Examples that are shown, unless there are more sources."""

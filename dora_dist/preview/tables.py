@@ -10,7 +10,8 @@ from dora_dist.preview.selection import Pool
 if TYPE_CHECKING:
     import numpy as np
 
-    from dora_dist.setup.run_data import Mixture, RunData
+    from dora_dist.data.mixture import Mixture
+    from dora_dist.setup.run_data import RunData
 
 NUM_BINS = 10
 

@@ -11,7 +11,7 @@ from dora_dist.config.training import training_argument, whole_number
 if TYPE_CHECKING:
     import numpy as np
 
-    from dora_dist.setup.run_data import Mixture
+    from dora_dist.data.mixture import Mixture
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def build_course(config: RunConfig, mixture: "Mixture", world_size: int, flaw: s
     """The course of the training, with ``flaw`` as a reason for none."""
     import numpy as np
 
-    from dora_dist.setup.resolve import count_steps
+    from dora_dist.setup.training_arguments import count_steps
 
     rows_per_batch, accumulation, max_steps = (
         whole_number(config.training, name)

@@ -1,7 +1,7 @@
 """Checkpoints that are complete or not used.
 
-The Trainer writes scheduler and random states, and the optimizer's where it is not ZeRO's (:mod:`dora_dist.training.optimizer_shards`);
-this file adds the state of the method, and, as the very last thing, a manifest with size and SHA-256 of every file. A
+The Trainer writes scheduler and random states, :mod:`dora_dist.training.optimizer_shards` the optimizer's under ZeRO,
+:mod:`dora_dist.training.method_state` that of the method; this file adds, as the very last thing, a manifest with size and SHA-256 of every file. A
 folder without a manifest, or with a file that does not fit it, is never resumed from.
 """
 
@@ -12,25 +12,17 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from dora_dist.training.controller import DynamicRankController
-from dora_dist.method.prune_event import PruneEvent
-from dora_dist.adapter.layer import DynamicLoraLinear
-from dora_dist.runs.records import read_json, write_json
-from dora_dist.training.optimizer_shards import shard_name
+from dora_dist.console.files import read_json, write_json
 
 MANIFEST = "complete.json"
 METHOD_TENSORS = "dynamic_lora.safetensors"
 METHOD_STATE = "dynamic_lora.json"
-HEAD = "head/"
-"""What the names of a head's parameters begin with among the tensors of the method."""
 ALMOST_NOTHING = 2**18
 """Bytes."""
 
@@ -57,47 +49,10 @@ def newest(run: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def save_method_state(
-    folder: Path, controller: DynamicRankController, fingerprint: Mapping[str, Any], processes: int
-) -> None:
-    """Write adapter (unfolded), head, masks, smoothed scores, events, the fingerprint of the method, and how many
-    processes wrote the checkpoint."""
-    tensors = controller.state_dict()
-    for name, layer in controller.layers.items():
-        tensors |= {f"{name}.{part}": value.detach().cpu().contiguous() for part, value in _parts(layer).items()}
-    tensors |= {f"{HEAD}{name}": value.detach().cpu().contiguous() for name, value in controller.head.items()}
-    save_file(tensors, folder / METHOD_TENSORS)
-    events = [asdict(event) for event in controller.events]
-    state = {"step": controller.step, "processes": processes, "fingerprint": fingerprint, "events": events}
-    write_json(folder / METHOD_STATE, state)
-
-
 def read_method_state(folder: Path) -> dict[str, Any]:
     """``step``, ``processes``, ``fingerprint`` and ``events`` of a checkpoint."""
     state: dict[str, Any] = read_json(folder / METHOD_STATE)
     return state
-
-
-def load_adapter_parameters(folder: Path, controller: DynamicRankController) -> None:
-    """Set the parameters of adapter and head. The checkpoint holds the adapter unfolded beside the folded one for
-    PEFT."""
-    tensors = load_file(folder / METHOD_TENSORS)
-    for name, layer in controller.layers.items():
-        for part, parameter in _parts(layer).items():
-            parameter.data.copy_(tensors[f"{name}.{part}"])
-    for name, parameter in controller.head.items():
-        parameter.data.copy_(tensors[f"{HEAD}{name}"])
-
-
-def load_method_state(folder: Path, controller: DynamicRankController) -> None:
-    """Set masks, scores, step and events of the controller, and prove that all ranks loaded the same."""
-    state = read_method_state(folder)
-    events = [PruneEvent(**event) for event in state["events"]]
-    controller.load_state_dict(load_file(folder / METHOD_TENSORS), state["step"], events)
-
-
-def _parts(layer: DynamicLoraLinear) -> dict[str, Any]:
-    return {"lora_a": layer.lora_a, "gate": layer.gate, "lora_b": layer.lora_b}
 
 
 @contextmanager
@@ -301,3 +256,11 @@ def rotate(run: Path, keep_last: int) -> None:
             # First the manifest, so that a deletion that is interrupted leaves nothing that looks complete.
             (path / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(path, ignore_errors=True)  # what is left of it is no reason to end a healthy run
+
+
+def shard_name(rank: int) -> str:
+    """File of a rank, in the checkpoint's folder."""
+    return f"{FOLDER}/rank-{rank:05d}.safetensors"
+
+
+FOLDER = "optimizer"

@@ -1,13 +1,12 @@
 """The files of a run other than weights: what it was, what it measured, which components it kept."""
 
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from dora_dist.console.files import read_lines, write_json
 from dora_dist.method.prune_event import PruneEvent
 
 METRICS = "metrics.jsonl"
@@ -15,19 +14,6 @@ ALLOCATION = "allocation.jsonl"
 CONFIG = "config.yaml"
 RUN = "run.json"
 SUMMARY = "summary.json"
-
-PACKAGES = ("dora-dist", "torch", "deepspeed", "accelerate", "transformers", "peft", "bitsandbytes", "datasets")
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result depends on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 class RunRecords:
@@ -87,29 +73,15 @@ class RunRecords:
                 file.write(json.dumps(line) + "\n")
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file atomically."""
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
-def read_json(path: Path) -> Any:
-    """Content of a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of a JSONL record. A last line that a killed run left half-written is not counted."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
-
-
 def read_events(path: Path) -> list[PruneEvent]:
     """Pruning events of an ``allocation.jsonl``."""
     return [PruneEvent(**line) for line in read_lines(path)] if path.exists() else []
+
+
+def source_names(evaluation: Mapping[str, Any]) -> list[str]:
+    """Held-out sources with figures of their own, in their order."""
+    return [name.removesuffix("_loss") for name in evaluation if name.endswith("_loss")]
+
+
+def _evaluation(line: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}

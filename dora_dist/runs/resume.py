@@ -5,12 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dora_dist.runs import checkpoint
-from dora_dist.runs import records
-from dora_dist import report
 from dora_dist.config.run import RunConfig
-from dora_dist.runs.records import read_json
 from dora_dist.config.training import whole_number
+from dora_dist.console.files import read_json
+from dora_dist.runs import checkpoint, records, summary
 
 BATCH = "per_device_train_batch_size"
 ACCUMULATION = "gradient_accumulation_steps"
@@ -50,7 +48,7 @@ def look(run: Path, resume: str) -> Earlier:
         ValueError: what is there cannot be used, or is not a run's.
     """
     _refuse_foreign_folder(run)
-    if resume == "auto" and report.is_finished(run):
+    if resume == "auto" and summary.is_finished(run):
         recorded = read_json(run / records.RUN)
         return Earlier(folder=run, finished=True, processes=recorded.get("processes"), settings=recorded["settings"])
     found, remarks = checkpoint.find_resumable(run, resume)

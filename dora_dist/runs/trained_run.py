@@ -10,11 +10,13 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dora_dist.base_model import load
+from dora_dist.base_model.quantization import dequantized_weight
+from dora_dist.config.parse import load_config
+from dora_dist.config.run import RunConfig
+from dora_dist.config.tasks import CAUSAL_LM, TASKS
+from dora_dist.console import files
 from dora_dist.runs import records
 from dora_dist.runs.checkpoint import checkpoints, flaw_of
-from dora_dist.config.run import RunConfig, load_config
-from dora_dist.base_model.quantization import dequantized_weight
-from dora_dist.config.tasks import CAUSAL_LM, TASKS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +117,7 @@ def open_run(run: Path, checkpoint: str | None = None) -> TrainedRun:
     dtype = load.resolve_compute_dtype(config.model.compute_dtype)
     data: dict[str, Any] = {}
     if (run / records.RUN).is_file():
-        recorded = records.read_json(run / records.RUN)
+        recorded = files.read_json(run / records.RUN)
         data = recorded.get("data", {})
         # `auto` meant what it did on the machine of the run.
         dtype = getattr(torch, recorded["settings"].get("model.compute_dtype", str(dtype)).removeprefix("torch."))

@@ -2,9 +2,10 @@
 
 import textwrap
 
-from dora_dist import estimate, prepare
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import CAUSAL_LM
+from dora_dist.data import prepared
+from dora_dist.memory import estimate, table
 from dora_dist.method.budget import Budget
 from dora_dist.setup.resolve import Settled
 
@@ -24,13 +25,13 @@ def describe(config: RunConfig, settled: Settled, world_size: int) -> str:
     what = "rows of packed examples" if mixture.batching == "packed" else "examples"
     parts = [
         f"model {config.model.path}: {len(layers)} adapted layers ({', '.join(kinds)})",
-        prepare.render("training data", data.train),
-        *([prepare.render("held-out data", data.evaluation)] if data.evaluation else []),
+        prepared.render("training data", data.train),
+        *([prepared.render("held-out data", data.evaluation)] if data.evaluation else []),
         f"{num_steps} optimizer steps of {rows} {what} on {world_size} process{'es' * (world_size > 1)}, "
         f"{plan.num_rows / mixture.rows_per_epoch:.2f} passes over the data; "
         f"{settled.padding_share():.1%} of the computed tokens are padding",
         _budget(settled.budget, config.pruning.budget_unit),
-        *([estimate.render(estimate.estimate_memory(config, world_size))] if config.task == CAUSAL_LM else []),
+        *([table.render(estimate.estimate_memory(config, world_size))] if config.task == CAUSAL_LM else []),
         "Dry run: nothing was trained, and no weight was read.",
     ]
     return "\n\n".join(parts)

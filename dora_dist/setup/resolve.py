@@ -1,10 +1,6 @@
 """What a run will be, decided from its configuration and its data before any weight is read."""
 
-import dataclasses
-import math
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,29 +8,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from dora_dist.adapter.targets import resolve_targets
 from dora_dist.base_model import load
+from dora_dist.config.checks import require
 from dora_dist.config.run import RunConfig
-from dora_dist.config.tasks import SEQUENCE_CLASSIFICATION
-from dora_dist.config.training import DEFAULT_TRAINING_ARGUMENTS, require
-from dora_dist.data.cache import list_lengths
+from dora_dist.data.mixture import Mixture
 from dora_dist.data.plan import TrainingPlan
+from dora_dist.data.prepared import list_lengths
 from dora_dist.method.budget import Budget, component_costs
 from dora_dist.method.schedule import BudgetSchedule
-from dora_dist.setup.run_data import Mixture, RunData, build_mixture, describe_data
-from dora_dist.training.trainer import global_batch
-
-METHOD_ARGUMENTS = (
-    "learning_rate",
-    "optim",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "warmup_steps",
-    "max_grad_norm",
-)
-"""Trainer settings that a resumed run must not change."""
+from dora_dist.setup.fingerprint import fingerprint
+from dora_dist.setup.run_data import RunData, build_mixture, describe_data
+from dora_dist.setup.training_arguments import training_arguments
+from dora_dist.training.batch_size import global_batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,105 +97,6 @@ def _check_answers(config: RunConfig, data: RunData) -> None:
         if source.format == "text" or config.data.train_on == "everything":
             what = f"{source.name} is plain text" if source.format == "text" else "data.train_on is everything"
             raise ValueError(f"evaluation.exact_match is true, but {what}, which has no answers to compare with")
-
-
-def training_arguments(config: RunConfig, mixture: Mixture, accumulation: int | None = None) -> TrainingArguments:
-    """The Trainer's settings, with ``max_steps`` resolved to the optimizer steps of the whole run.
-
-    Raises:
-        ValueError: a value of the training section is not one that ``TrainingArguments`` takes.
-    """
-    dtype = load.resolve_compute_dtype(config.model.compute_dtype)
-    gpus = torch.cuda.is_available()
-    if dtype is torch.bfloat16 and not gpus:
-        raise ValueError("model.compute_dtype is bfloat16, but there is no GPU: on CPUs train in float32")
-    values = {**DEFAULT_TRAINING_ARGUMENTS, **config.training}
-    if accumulation is not None:
-        values["gradient_accumulation_steps"] = accumulation
-    if values.get("gradient_checkpointing"):
-        # The reentrant kind would cut the gradient at the frozen embedding.
-        values.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
-    values.setdefault("dataloader_pin_memory", gpus)
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(config.output_dir) / "tensorboard")
-    for name in ("save_strategy", "eval_strategy", "logging_strategy"):
-        if values.get(name) == "epoch":
-            raise ValueError(
-                f"training.{name} is epoch, but a run is one long sequence of steps without epoch boundaries: "
-                f"set it to steps, and {name.removesuffix('strategy')}steps to how many"
-            )
-    owned: dict[str, Any] = {
-        "output_dir": config.output_dir,
-        "seed": config.seed,
-        "bf16": dtype is torch.bfloat16,
-        "accelerator_config": {"use_configured_state": True},
-        "average_tokens_across_devices": True,
-        "ddp_broadcast_buffers": False,
-        "ddp_find_unused_parameters": False,
-        "remove_unused_columns": False,
-        "logging_nan_inf_filter": False,
-        "disable_tqdm": True,
-    }
-    try:
-        arguments = TrainingArguments(**values, **owned)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"training: {error}") from None
-    if arguments.eval_strategy != "no" and config.data.eval is None:
-        raise ValueError(f"training.eval_strategy is {arguments.eval_strategy.value}, but data.eval is not set")
-    epochs = arguments.num_train_epochs
-    arguments.max_steps = count_steps(mixture, arguments.max_steps, epochs, global_batch(arguments))
-    return arguments
-
-
-def count_steps(mixture: Mixture, max_steps: int, epochs: float, global_batch: int) -> int:
-    """Optimizer steps of the run: ``max_steps`` where that is positive, otherwise those of the epochs.
-
-    Raises:
-        ValueError: one pass over the data does not fill one global batch.
-    """
-    rows = mixture.rows_per_epoch
-    if rows < global_batch:
-        what = "rows of packed examples" if mixture.batching == "packed" else "training examples"
-        raise ValueError(
-            f"{rows} {what} do not fill one global batch of {global_batch}: lower "
-            "training.per_device_train_batch_size or gradient_accumulation_steps, or use fewer processes"
-        )
-    return max_steps if max_steps > 0 else math.ceil(mixture.rows_of_epochs(epochs) / global_batch)
-
-
-def fingerprint(config: RunConfig, arguments: TrainingArguments, data: RunData, plan: TrainingPlan) -> dict[str, Any]:
-    """What all ranks of a run have in common, and a run with the one whose checkpoint it continues."""
-    adapter = {f"adapter.{name}": value for name, value in dataclasses.asdict(config.adapter).items()}
-    pruning = {f"pruning.{name}": value for name, value in dataclasses.asdict(config.pruning).items()}
-    adapter["adapter.seed"] = adapter_seed(config)
-    training = {f"training.{name}": _plain(getattr(arguments, name)) for name in METHOD_ARGUMENTS}
-    return {
-        **adapter,
-        **pruning,
-        **training,
-        **_labels(config, data),
-        "task": config.task,
-        "initial rank": config.adapter.start_rank,
-        "model.path": config.model.path,
-        "model.quantization": config.model.quantization,
-        "model.compute_dtype": str(load.resolve_compute_dtype(config.model.compute_dtype)),
-        "seed": config.seed,
-        "optimizer steps": arguments.max_steps,
-        "global batch": global_batch(arguments),
-        **{f"examples of {source.name}": f"{source.counts.examples}, {source.digest[:16]}" for source in data.train},
-        "data.batching": config.data.batching,
-        "data order": plan.digest()[:16],
-        "distributed.engine": config.distributed.engine,
-    }
-
-
-def _labels(config: RunConfig, data: RunData) -> dict[str, Any]:
-    """Which number stands for which label."""
-    return {"labels": data.labels or config.data.labels} if config.task == SEQUENCE_CLASSIFICATION else {}
-
-
-def adapter_seed(config: RunConfig) -> int:
-    """Seed of the adapter's start: its own, or that of the run."""
-    return config.seed if config.adapter.seed is None else config.adapter.seed
 
 
 def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int) -> tuple[list[str], Budget]:
@@ -299,7 +184,3 @@ def build_schedule(config: RunConfig, num_layers: int, total_steps: int) -> Budg
         final_fraction=config.pruning.final_fraction,
         interval=config.pruning.interval,
     )
-
-
-def _plain(value: Any) -> Any:
-    return value.value if hasattr(value, "value") else value

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,16 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from dora_dist.base_model import load
+from dora_dist.config.checks import nearest
 from dora_dist.config.data import DataConfig, SourceConfig
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TASKS
-from dora_dist.config.training import nearest
-from dora_dist.data.cache import PreparedSource, first_rows, list_lengths, prepare_source
+from dora_dist.data.cache import first_rows, prepare_source
 from dora_dist.data.encoding.chat import ChosenTemplate, choose_template
 from dora_dist.data.encoding.classification import class_names
 from dora_dist.data.encoding.encoder import EncodingRules
-from dora_dist.data.mixture import cap_examples, example_order, pass_counts
-from dora_dist.data.plan import TrainingPlan, packed_to, plan_by_length, plan_packed, plan_padded
+from dora_dist.data.mixture import Mixture, cap_examples, pass_counts
+from dora_dist.data.prepared import PreparedSource, list_lengths
 from dora_dist.data.reading.files import Location, locate
 from dora_dist.data.reading.row_formats import FORMATS, tell_format
 
@@ -228,52 +227,6 @@ def mixture_counts(config: DataConfig, sizes: Sequence[int]) -> list[int]:
         epochs=[1.0 if source.epochs is None else source.epochs for source in sources] if repeated else None,
         temperature=config.temperature,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mixture:
-    """The endless order of training examples, and how they are put into rows.
-
-    Attributes:
-        members: of each source, the indices of its examples that take part.
-        counts: examples of each source in a pass.
-        lengths: tokens of every example of all sources.
-        batching: ``padded``, ``packed`` or ``by_length``.
-        max_length: tokens of a packed row.
-        seed: of the run.
-    """
-
-    members: list[np.ndarray]
-    counts: list[int]
-    lengths: np.ndarray
-    batching: str
-    max_length: int
-    seed: int
-
-    def order(self, length: int) -> np.ndarray:
-        """The first examples."""
-        return example_order(self.members, self.counts, length, self.seed)
-
-    @cached_property
-    def rows_per_epoch(self) -> int:
-        """Rows that one pass over the mixture fills."""
-        return self.rows_of_epochs(1)
-
-    def rows_of_epochs(self, epochs: float) -> int:
-        """Rows that so many passes over the mixture fill."""
-        length = max(1, round(epochs * sum(self.counts)))
-        if self.batching == "packed":
-            return plan_packed(self.order(length), self.lengths, self.max_length, self.seed).num_rows
-        return length
-
-    def plan(self, num_steps: int, global_batch: int) -> TrainingPlan:
-        """The rows of a run of ``num_steps`` optimizer steps of ``global_batch`` rows."""
-        num_rows = num_steps * global_batch
-        if self.batching == "packed":
-            return packed_to(self.order, self.lengths, self.max_length, self.seed, num_rows)
-        if self.batching == "by_length":
-            return plan_by_length(self.order(num_rows), self.lengths, global_batch, self.seed)
-        return plan_padded(self.order(num_rows))
 
 
 def build_mixture(config: DataConfig, sources: Sequence[PreparedSource], seed: int) -> Mixture:

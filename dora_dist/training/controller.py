@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_dist.adapter.layer import DynamicLoraLinear
-from dora_dist.console.command import ExpectedRunError
+from dora_dist.console.errors import ExpectedRunError
 from dora_dist.distributed.agreement import Agreement, digest_tensors
 from dora_dist.distributed.engine import write_entries, zero_entries
 from dora_dist.method.budget import COMPONENTS, Budget, component_costs

@@ -16,17 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dora_dist.console.files import read_json, write_json
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.distributed.engine import MASTER, OwnedPart, optimizer_counters, owned_parts, prepare_optimizer_state
-from dora_dist.runs.records import read_json, write_json
+from dora_dist.runs.checkpoint import FOLDER, shard_name
 
-FOLDER = "optimizer"
 INDEX = "index.json"
-
-
-def shard_name(rank: int) -> str:
-    """File of a rank, in the checkpoint's folder."""
-    return f"{FOLDER}/rank-{rank:05d}.safetensors"
 
 
 class OptimizerShards:

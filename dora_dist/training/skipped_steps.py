@@ -6,7 +6,8 @@ import platform
 import torch
 from torch import Tensor
 
-from dora_dist.console.command import ExpectedRunError, say
+from dora_dist.console.errors import ExpectedRunError
+from dora_dist.console.text import say
 from dora_dist.distributed.agreement import Agreement
 
 

@@ -12,11 +12,11 @@ import torch
 from accelerate.utils import set_seed
 from torch import nn
 from torch.utils.data import SequentialSampler
-from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainerControl
 from transformers.trainer import SCHEDULER_NAME
 
 from dora_dist.base_model.losses import RowLosses
-from dora_dist.console.command import say
+from dora_dist.console.text import say
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.distributed.engine import SkippedSteps
 from dora_dist.distributed.preemption import PreemptionNotice
@@ -25,17 +25,14 @@ from dora_dist.evaluation.evaluator import Evaluator
 from dora_dist.runs import checkpoint
 from dora_dist.runs.checkpoint import read_method_state
 from dora_dist.runs.records import RunRecords
+from dora_dist.training import method_state
+from dora_dist.training.batch_size import global_batch
 from dora_dist.training.controller import DynamicRankController
 from dora_dist.training.optimizer_shards import OptimizerShards
 from dora_dist.training.skipped_steps import SkipPolicy
 
 KEPT_LOGS = 20
 """Lines of the log in the Trainer's state, where :meth:`DynamicLoraTrainer.owes_evaluation` needs those of one step."""
-
-
-def global_batch(arguments: TrainingArguments) -> int:
-    """Rows of one optimizer step, over all ranks and micro-batches."""
-    return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
 
 
 class DynamicLoraTrainer(Trainer):
@@ -288,7 +285,7 @@ class DynamicLoraTrainer(Trainer):
         with self.agreement.together(f"writing {folder}"), checkpoint.room_needed(folder):
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
-                checkpoint.save_method_state(folder, self.controller, self.fingerprint, self.agreement.size)
+                method_state.save_method_state(folder, self.controller, self.fingerprint, self.agreement.size)
             mine = checkpoint.files_of_rank(folder, self.agreement.rank, self.agreement.size)
             written = checkpoint.bring_to_disk(folder, mine)
         by_rank = self.agreement.gather(written)
@@ -326,7 +323,7 @@ class DynamicLoraTrainer(Trainer):
     def _restore(self, folder: Path) -> None:
         assert self.shards is not None
         with self.agreement.together(f"loading {folder}"), checkpoint.plain_values_only(folder):
-            checkpoint.load_adapter_parameters(folder, self.controller)
+            method_state.load_adapter_parameters(folder, self.controller)
             self.shards.load(folder, read_method_state(folder)["step"])
             self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
             for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
@@ -348,7 +345,7 @@ class DynamicLoraTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """The adapter that a checkpoint holds for PEFT is folded; training goes on with the unfolded one."""
-        checkpoint.load_adapter_parameters(Path(resume_from_checkpoint), self.controller)
+        method_state.load_adapter_parameters(Path(resume_from_checkpoint), self.controller)
 
 
 class _MethodCallback(TrainerCallback):
@@ -360,7 +357,7 @@ class _MethodCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer
         if trainer.resumed_from is not None:
-            checkpoint.load_method_state(trainer.resumed_from, trainer.controller)
+            method_state.load_method_state(trainer.resumed_from, trainer.controller)
             trainer.records.truncate_after(state.global_step)
             trainer.records.replace_events(trainer.controller.events)
             if trainer.owes_evaluation():

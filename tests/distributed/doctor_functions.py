@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from dora_dist.distributed.agreement import StoreAgreement
+from dora_dist.distributed.store_agreement import StoreAgreement
 from dora_dist.doctor.facts import NetworkFacts, StorageFacts
 from dora_dist.doctor.network import measure_network
 from dora_dist.doctor.storage import check_storage

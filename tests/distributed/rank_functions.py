@@ -11,8 +11,9 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from dora_dist.adapter.layer import DynamicLoraLinear
-from dora_dist.distributed.agreement import Agreement, StoreAgreement, digest_tensors
+from dora_dist.distributed.agreement import Agreement, digest_tensors
 from dora_dist.distributed.engine import zero_entries
+from dora_dist.distributed.store_agreement import StoreAgreement
 from dora_dist.method.importance import Components, ScoreFunction, score_layers
 from dora_dist.method.schedule import BudgetSchedule
 from dora_dist.training.controller import DynamicRankController

@@ -7,7 +7,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny_run import save_tiny_model
 
-from dora_dist.runs.records import read_json, write_json
+from dora_dist.console.files import read_json, write_json
 
 
 @pytest.fixture(scope="module")

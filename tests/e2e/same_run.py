@@ -9,8 +9,8 @@ from commands import steps_of
 from forked_run import run_to_the_end
 from safetensors.torch import load_file
 
+from dora_dist.console.files import read_lines
 from dora_dist.runs.checkpoint import checkpoints
-from dora_dist.runs.records import read_lines
 
 RELATIVE = 2e-4
 COMPARED = ("loss", "grad_norm", "learning_rate", "equilibrium_penalty", "components", "allocation")

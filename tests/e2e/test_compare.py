@@ -16,7 +16,7 @@ from commands import REPOSITORY, run
 from comparison import write_comparison
 
 from dora_dist.base_model.load import load_backbone
-from dora_dist.console.command import PREEMPTED
+from dora_dist.console.errors import PREEMPTED
 from dora_dist.runs.checkpoint import checkpoints
 
 pytestmark = pytest.mark.timeout(900)

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from same_run import assert_same_run
 from tiny_run import write_config
 
-from dora_dist.console.command import PREEMPTED
+from dora_dist.console.errors import PREEMPTED
+from dora_dist.console.files import read_lines
 from dora_dist.runs import checkpoint
-from dora_dist.runs.records import read_lines
 
 NODE = platform.node()
 SMALL = ("--training.per_device_train_batch_size", "2")  # on four ranks, the global batch of two ranks

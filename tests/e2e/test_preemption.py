@@ -16,7 +16,7 @@ from ranks import wait_for_ranks
 from same_run import assert_same_run
 from tiny_run import write_config
 
-from dora_dist.console.command import PREEMPTED
+from dora_dist.console.errors import PREEMPTED
 from dora_dist.runs import checkpoint
 
 LAST = 20

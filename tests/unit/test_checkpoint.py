@@ -7,6 +7,7 @@ from tiny_models import adapt, shake, tiny_model
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.method.schedule import BudgetSchedule
 from dora_dist.runs import checkpoint
+from dora_dist.training import method_state
 from dora_dist.training.controller import DynamicRankController
 
 
@@ -114,7 +115,7 @@ def test_rotation_keeps_the_newest_complete_ones_and_never_the_only_one(tmp_path
 
 
 def test_a_changed_setting_is_named_with_both_values(tmp_path):
-    checkpoint.save_method_state(tmp_path, make_controller(), {"smoothing": 0.9, "steps": 10, "same": [1, 2]}, 2)
+    method_state.save_method_state(tmp_path, make_controller(), {"smoothing": 0.9, "steps": 10, "same": [1, 2]}, 2)
     saved = checkpoint.read_method_state(tmp_path)["fingerprint"]
     checkpoint.check_same_settings(tmp_path, saved, {"smoothing": 0.9, "steps": 10, "same": (1, 2)})
     with pytest.raises(ValueError, match=r"smoothing was 0.9 and is now 0.5; steps was 10 and is now 20\. Restore"):
@@ -126,12 +127,12 @@ def test_the_state_of_the_method_comes_back_bit_for_bit(tmp_path):
     for step in range(1, 6):
         saved.after_optimizer_step(step)
     assert saved.events[-1].final
-    checkpoint.save_method_state(tmp_path, saved, {}, 1)
+    method_state.save_method_state(tmp_path, saved, {}, 1)
     loaded = make_controller()
     for layer in loaded.layers.values():
         layer.lora_a.data.zero_()
-    checkpoint.load_adapter_parameters(tmp_path, loaded)
-    checkpoint.load_method_state(tmp_path, loaded)
+    method_state.load_adapter_parameters(tmp_path, loaded)
+    method_state.load_method_state(tmp_path, loaded)
     assert loaded.step == 5
     assert loaded.events == saved.events
     for name, layer in saved.layers.items():

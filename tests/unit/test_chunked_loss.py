@@ -21,7 +21,7 @@ from dora_dist.base_model.chunked_loss import (
 )
 from dora_dist.base_model.load import load_backbone
 from dora_dist.benchmark.peak import rise_of_allocator
-from dora_dist.config.run import load_config
+from dora_dist.config.parse import load_config
 from dora_dist.setup.build import load_model
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6}

@@ -6,7 +6,8 @@ import pytest
 from repository import REPOSITORY
 
 from dora_dist.config.adapter import DynamicLoraConfig
-from dora_dist.config.run import RunConfig, load_config, parse_config, save_config
+from dora_dist.config.parse import load_config, parse_config, save_config
+from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import metrics_of
 from dora_dist.config.training import (
     DEFAULT_TRAINING_ARGUMENTS,

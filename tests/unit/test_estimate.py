@@ -12,8 +12,11 @@ from measured_memory import measure_peak, measure_zero_peak, save_model
 from ranks import run_ranks
 from transformers import Gemma2Config, LlamaConfig, Qwen3Config
 
-from dora_dist.config.run import load_config
-from dora_dist.estimate import as_json, estimate_memory, format_bytes, main, render
+from dora_dist.config.parse import load_config
+from dora_dist.console.text import format_bytes
+from dora_dist.estimate import as_json, main
+from dora_dist.memory.estimate import estimate_memory
+from dora_dist.memory.table import render
 
 GIB = 2**30
 SHAPES = {

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 
 from dora_dist.adapter.model import DynamicLoraModel
 from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS
-from dora_dist.console.command import ExpectedRunError
+from dora_dist.console.errors import ExpectedRunError
 from dora_dist.export import __main__ as export
 from dora_dist.export import formats, merge
 from dora_dist.export.verification import Reference

@@ -13,9 +13,9 @@ from trained_run import TrainedFolder, character_tokenizer, make_base, make_run,
 from dora_dist import generate
 from dora_dist.base_model.load import load_backbone
 from dora_dist.data.encoding.chat import choose_template
-from dora_dist.data.encoding.encoder import encode_prompts
-from dora_dist.data.reading.row_formats import alpaca_prompt
-from dora_dist.evaluation.evaluator import generate_answers
+from dora_dist.data.encoding.text import encode_prompts
+from dora_dist.data.reading.samples import alpaca_prompt
+from dora_dist.evaluation.answers import generate_answers
 from dora_dist.runs import records
 
 

@@ -1,7 +1,9 @@
-"""The rule of dependency (DESIGN.md section 5), read from the source: arrows only go down."""
+"""The rooms of the package and the rule between them, read from the source: imports only go down."""
 
 import ast
+import importlib
 import re
+import subprocess
 import sys
 import tokenize
 from pathlib import Path
@@ -10,157 +12,42 @@ import pytest
 from repository import REPOSITORY
 
 PACKAGE = REPOSITORY / "dora_dist"
-
-# A module may import those below its own level only. A new module belongs here too: decide where it stands.
-LEVELS = [
-    {
-        "adapter_config",
-        "command",
-        "launch",
-        "loading",
-        "quiet",
-        "importance",
-        "schedule",
-        "training_section",
-        "allocation",
-        "chunked_loss",
-        "data.squad_file",
-        "regularizer",
-        "engine",
-        "events",
-        "folding",
-        "metrics",
-        "model_shape",
-        "planted",
-        "planted.patterns",
-        "planted.recovery",
-        "table",
-        "benchmark",
-        "benchmark.clock",
-        "compare",
-        "compare.selection",
-        "compare.statistics",
-        "benchmark.paired",
-        "benchmark.peak",
-        "benchmark.shapes",
-        "preview",
-        "preview.tokens",
-        "doctor",
-        "doctor.facts",
-        "doctor.node",
-        "doctor.units",
-    },
-    {"meeting", "tasks"},
-    {
-        "watch",
-        "activations",
-        "head",
-        "benchmark.options",
-        "compare.launching",
-        "compare.methods",
-        "data_section",
-        "preemption",
-        "quantization",
-        "data",
-        "data.rows",
-        "data.read",
-        "data.mixture",
-        "data.plan",
-        "doctor.grouping",
-        "planted.options",
-        "quickstart",
-        "quickstart.world",
-        "quickstart.backbone",
-    },
-    {
-        "adapted_linear",
-        "agreement",
-        "backbone",
-        "budget",
-        "rebasing",
-        "benchmark.base",
-        "benchmark.figure",
-        "benchmark.record",
-        "benchmark.scoring",
-        "config",
-        "data.chat",
-        "data.shorten",
-        "doctor.device",
-        "memory",
-        "merge",
-        "quickstart.text",
-        "targets",
-        "verify",
-    },
-    {"criterion", "layer", "planted.teacher"},
-    {"compare.settings", "gated_mlp", "shared_input"},
-    {
-        "controller",
-        "compare.plan",
-        "data.encode",
-        "doctor.network",
-        "doctor.storage",
-        "model",
-        "quickstart.folder",
-        "skipping",
-        "world",
-    },
-    {
-        "benchmark.contestants",
-        "data.batches",
-        "objective",
-        "data.answers",
-        "data.labelled",
-        "data.summaries",
-        "doctor.examination",
-        "planted.training",
-        "quickstart.__main__",
-        "records",
-    },
-    {"benchmark.comparison", "data.sources", "evaluation", "planted.experiment", "shards"},
-    {
-        "benchmark.point",
-        "build_data",
-        "checkpoint",
-        "label_evaluation",
-        "planted.figure",
-        "question_evaluation",
-        "summary_evaluation",
-        "report",
-    },
-    {"planted.__main__", "preview.choice"},
-    {"benchmark.process", "compare.figure", "compare.outcome", "preview.figures", "resume", "trained", "trainer"},
-    {"benchmark.growth", "settle", "formats"},
-    {"build", "preview.course"},
-    {"export", "generate", "prepare", "estimate", "benchmark.__main__", "compare.peers", "preview.contents"},
-    {
-        "dry_run",
-        "preview.page",
-        "preview.terminal",
-        "doctor.findings",
-        "doctor.device_findings",
-        "doctor.shared_findings",
-    },
-    {"preview.__main__", "train", "doctor.report"},
-    {"compare.cell", "doctor.__main__"},
-    {"compare.worker"},
-    {"compare.results"},
-    {"compare.__main__"},
+FACES = {"importance", "schedule", "allocation", "regularizer"}
+"""Public modules, whose code is in ``method/``."""
+COMMANDS = {"train", "prepare", "estimate", "generate", "report", "preview", "export", "doctor", "quickstart"}
+EXPERIMENTS = {"benchmark", "planted", "compare"}
+"""Commands that use the rest, and that nothing uses."""
+FLOORS = [
+    {"config", "console", "method"},
+    {"distributed", "base_model", "data"},
+    {"adapter", "runs"},
+    {"evaluation", "memory"},
+    {"training"},
+    {"setup"},
+    COMMANDS | (EXPERIMENTS - {"compare"}),
+    {"compare"},
 ]
-PURE = ["importance", "schedule", "allocation", "regularizer"]
+"""A room imports rooms of lower floors only, never one of its own floor."""
+LARGEST_ROOM = 15
 
 
 def module_name(path: Path) -> str:
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
 
 
-SOURCES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"}
+SOURCES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
 
 
-def imports(name: str) -> set[str]:
-    """Full names of all that a module imports, anywhere in it: ``torch``, ``dora_dist.adapter.layer``."""
+def room(name: str) -> str:
+    """The first part of a module's name: ``adapter`` of ``adapter.layer``."""
+    return name.split(".")[0]
+
+
+def imports(name: str, at_import_only: bool = False) -> set[str]:
+    """Full names of all that a module imports: ``torch``, ``dora_dist.adapter.layer``."""
     found = set()
-    for node in ast.walk(ast.parse(SOURCES[name].read_text())):
+    for node in TREES[name].body if at_import_only else ast.walk(TREES[name]):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -176,61 +63,98 @@ def own_imports(name: str) -> set[str]:
     return {full.removeprefix("dora_dist.") for full in imports(name) if full.startswith("dora_dist.")}
 
 
-def level(name: str) -> int:
-    matches = [number for number, names in enumerate(LEVELS) if name in names]
-    assert len(matches) == 1, f"give {name} one level in {Path(__file__).name}"
-    return matches[0]
+def floor(name: str) -> int:
+    (number,) = [number for number, rooms in enumerate(FLOORS) if name in rooms]
+    return number
 
 
-@pytest.mark.parametrize("name", SOURCES)
-def test_no_module_imports_one_above_it(name):
-    assert all(level(name) > level(other) for other in own_imports(name)), own_imports(name)
+def modules_of(*rooms: str) -> list[str]:
+    return [name for name in SOURCES if room(name) in rooms]
 
 
-@pytest.mark.parametrize("name", PURE)
+def test_the_top_level_holds_commands_rooms_and_public_modules_only():
+    there = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert there - {"__init__"} == set.union(*FLOORS) | FACES
+    assert all((folder / "__init__.py").is_file() for folder in {path.parent for path in SOURCES.values()})
+
+
+def test_no_room_is_a_shelf():
+    folders = {path.parent for path in SOURCES.values()} - {PACKAGE}
+    sizes = {folder: len([entry for entry in folder.iterdir() if entry.name != "__pycache__"]) for folder in folders}
+    assert max(sizes.values()) <= LARGEST_ROOM, sizes
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if room(name) not in FACES | {"__init__"}])
+def test_imports_go_down(name):
+    others = {room(other) for other in own_imports(name)} - {room(name), "__version__"}
+    assert all(floor(other) < floor(room(name)) for other in others), own_imports(name)
+
+
+def test_experiments_are_imported_by_nobody():
+    for name in SOURCES:
+        assert not {room(other) for other in own_imports(name)} & (EXPERIMENTS - {room(name)}), name
+
+
+def test_the_init_of_a_room_holds_a_docstring_and_nothing_else():
+    for name, path in SOURCES.items():
+        if path.name == "__init__.py" and path.parent != PACKAGE:
+            assert [type(node) for node in TREES[name].body] == [ast.Expr], name
+
+
+@pytest.mark.parametrize("name", modules_of("method"))
 def test_the_method_imports_torch_and_the_standard_library_only(name):
     roots = {full.split(".")[0] for full in imports(name)}
-    assert roots - set(sys.stdlib_module_names) <= {"torch"}
+    assert roots - set(sys.stdlib_module_names) <= {"torch", "dora_dist"}
+    assert {room(other) for other in own_imports(name)} <= {"method"}
     assert "torch.distributed" not in imports(name)
 
 
-def test_the_layer_knows_no_rank_no_schedule_and_no_configuration_of_a_run():
-    assert own_imports("layer") <= {"adapted_linear", "adapter_config", "quantization"}
-    assert own_imports("adapted_linear") <= {"quantization"}
-    assert own_imports("gated_mlp") | own_imports("shared_input") <= {
-        "adapted_linear",
-        "layer",
-        "model_shape",
-        "quantization",
-    }
-    for name in ("layer", "adapted_linear", "gated_mlp", "shared_input"):
-        assert not {full for full in imports(name) if full.startswith(("torch.distributed", "accelerate", "deepspeed"))}
+def test_a_configuration_is_read_without_torch():
+    code = "import sys; import dora_dist.config.parse; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, timeout=60)
 
 
-def test_a_configuration_stops_at_the_builder():
-    users = {name for name in SOURCES if "config" in own_imports(name)}
-    assert not users & {"controller", "trainer", "agreement", "model", "evaluation", "checkpoint", "records"}
+@pytest.mark.parametrize("name", sorted(FACES))
+def test_a_public_module_gives_what_the_method_defines(name):
+    face, code = (importlib.import_module(f"dora_dist.{where}{name}") for where in ("", "method."))
+    defined = {node.name for node in TREES[f"method.{name}"].body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    assert {public for public in defined if not public.startswith("_")} <= set(face.__all__)
+    assert all(getattr(face, public) is getattr(code, public) for public in face.__all__)
+
+
+def test_adapted_layers_know_no_rank_and_no_configuration_of_a_run():
+    for name in modules_of("adapter"):
+        roots = {full.split(".")[0] for full in imports(name)}
+        assert not roots & {"accelerate", "deepspeed"}, name
+        assert not {full for full in imports(name) if full.startswith("torch.distributed")}, name
+
+
+def test_a_configuration_stops_where_the_parts_of_a_run_are_built():
+    users = {name for name in SOURCES if "config.run" in own_imports(name)}
+    allowed = {"config", "setup", "runs"} | COMMANDS | EXPERIMENTS
+    assert {name for name in users if room(name) not in allowed} <= {"memory.estimate"}
 
 
 def test_only_agreement_uses_collectives():
     users = {name for name in SOURCES if any(full.startswith("torch.distributed") for full in imports(name))}
     users |= {name for name, path in SOURCES.items() if re.search(r"torch\.distributed\.|\bdist\.", path.read_text())}
-    assert "agreement" in users
-    assert users <= {"agreement", "world", "meeting"}
-    # The meeting place is a key-value store beside the process group: ranks can use it while collectives hang.
-    assert {full for full in imports("meeting") if full.startswith("torch")} == {"torch.distributed"}
-    assert not re.search(r"init_process_group|\bdist\.", SOURCES["meeting"].read_text())
-    if "world" in users:  # sets the process group up; whatever ranks tell each other goes through Agreement
-        collectives = r"\b(all_reduce|all_gather\w*|broadcast\w*|reduce|scatter\w*|gather_object|barrier|send|recv)\("
-        calls = re.findall(rf"(?:dist|torch\.distributed)\.{collectives}", SOURCES["world"].read_text())
-        assert not calls
+    assert "distributed.agreement" in users
+    assert users <= {f"distributed.{name}" for name in ("agreement", "store_agreement", "world", "rendezvous")}
+    # These two use a key-value store beside the process group: ranks can use it while collectives hang.
+    for name in ("distributed.store_agreement", "distributed.rendezvous"):
+        assert {full for full in imports(name) if full.startswith("torch")} <= {"torch", "torch.distributed"}
+        assert not re.search(r"init_process_group", SOURCES[name].read_text())
+    # World sets the process group up; whatever ranks tell each other goes through Agreement.
+    collectives = r"\b(all_reduce|all_gather\w*|broadcast\w*|reduce|scatter\w*|gather_object|barrier|send|recv)\("
+    for name in users - {"distributed.agreement"}:
+        assert not re.findall(rf"(?:dist|torch\.distributed)\.{collectives}", SOURCES[name].read_text())
 
 
 def test_only_the_engine_file_touches_deepspeeds_parameters():
     users = {
         name for name, path in SOURCES.items() if re.search(r"\bsafe_(set|get)_\w+|\b_hp_mapping", path.read_text())
     }
-    assert users == {"engine"}
+    assert users == {"distributed.engine"}
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=module_name)

@@ -10,7 +10,7 @@ from transformers import RobertaForQuestionAnswering as RobertaForAnswers
 from transformers import RobertaForSequenceClassification as RobertaForClasses
 
 from dora_dist.adapter.targets import resolve_targets
-from dora_dist.config.run import load_config
+from dora_dist.config.parse import load_config
 
 # Length, learning rate, batch, epochs, eta, interval.
 TABLE_8 = {

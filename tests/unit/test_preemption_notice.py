@@ -10,7 +10,7 @@ import pytest
 from repository import REPOSITORY
 from transformers import TrainerControl
 
-from dora_dist.console.command import PREEMPTED, PreemptedError
+from dora_dist.console.errors import PREEMPTED, PreemptedError
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.distributed.preemption import SIGNALS, PreemptionNotice
 from dora_dist.training.trainer import DynamicLoraTrainer

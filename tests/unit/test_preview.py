@@ -12,7 +12,7 @@ from byte_tokenizer import byte_tokenizer
 from repository import REPOSITORY
 from tiny_run import write_config, write_rows
 
-from dora_dist.config.run import load_config
+from dora_dist.config.parse import load_config
 from dora_dist.preview.__main__ import _in_colour, main
 from dora_dist.preview.contents import build_preview
 from dora_dist.preview.selection import Choice

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from tiny_models import PROJECTIONS
 
-from dora_dist import report
-from dora_dist.runs import records
+from dora_dist.console import files
+from dora_dist.runs import pictures, records
+from dora_dist.runs.summary import finish_run, format_summary, is_finished, summarize
 
 PARENTS = dict.fromkeys(PROJECTIONS[:4], "self_attn") | dict.fromkeys(PROJECTIONS[4:], "mlp")
 
@@ -35,7 +36,7 @@ def write_run(folder: Path, blocks: int = 2, *, final: bool = True, evaluated: b
         records.ALLOCATION: [event(10, full, False), event(20, ranks, final)],
     }.items():
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    records.write_json(folder / records.RUN, {"settings": {"initial rank": 6}})
+    files.write_json(folder / records.RUN, {"settings": {"initial rank": 6}})
     return ranks
 
 
@@ -56,21 +57,21 @@ def picture_size(path: Path) -> tuple[int, int]:
     ],
 )
 def test_a_name_is_split_into_block_and_kind(name, parts):
-    assert report.split_name(name) == parts
+    assert pictures.split_name(name) == parts
 
 
 def test_the_grid_holds_every_rank_with_blocks_by_number_and_kinds_in_computing_order():
     ranks = module_ranks(12) | {"projector": 4}
-    blocks, kinds, grid = report.rank_grid(ranks)
+    blocks, kinds, grid = pictures.rank_grid(ranks)
     assert blocks == [*map(str, range(12)), "-"]
     assert [kind.rsplit(".", 1)[-1] for kind in kinds] == [*PROJECTIONS, "projector"]
     assert len(grid) == len(ranks)
-    assert all(grid[report.split_name(name)] == rank for name, rank in ranks.items())
+    assert all(grid[pictures.split_name(name)] == rank for name, rank in ranks.items())
 
 
 @pytest.mark.parametrize("blocks", [2, 80])
 def test_the_rank_picture_has_a_size_to_look_at(tmp_path, blocks):
-    report.draw_ranks(module_ranks(blocks), 6, tmp_path / "ranks.png")
+    pictures.draw_ranks(module_ranks(blocks), 6, tmp_path / "ranks.png")
     width, height = picture_size(tmp_path / "ranks.png")
     assert 600 < width < 2500
     assert 200 < height < 4000
@@ -79,9 +80,9 @@ def test_the_rank_picture_has_a_size_to_look_at(tmp_path, blocks):
 
 def test_a_finished_run_is_summarized_from_its_files(tmp_path):
     ranks = write_run(tmp_path)
-    assert not report.is_finished(tmp_path)
-    text = report.finish_run(tmp_path)
-    assert report.is_finished(tmp_path)
+    assert not is_finished(tmp_path)
+    text = finish_run(tmp_path)
+    assert is_finished(tmp_path)
     kept = sum(ranks.values())
     for expected in ("30 optimizer steps", "2.5000 -> 1.2500  (40 examples)", "12.5% -> 50.0%", f"84 -> {kept}"):
         assert expected in text
@@ -89,20 +90,20 @@ def test_a_finished_run_is_summarized_from_its_files(tmp_path):
     assert "has not ended" not in text
     for kind in PROJECTIONS:
         assert kind in text
-    summary = records.read_json(tmp_path / records.SUMMARY)
+    summary = files.read_json(tmp_path / records.SUMMARY)
     assert summary["ranks"] == ranks
     assert summary["components_kept"] == kept
     assert summary["components_at_start"] == 84
     assert summary["before"]["loss"] == 2.5
     assert summary["after"] == {"loss": 1.25, "exact_match": 0.5, "examples": 40}
-    for name in (report.RANK_PICTURE, report.PROGRESS_PICTURE):
+    for name in (pictures.RANK_PICTURE, pictures.PROGRESS_PICTURE):
         assert min(picture_size(tmp_path / name)) > 200
         assert str(tmp_path / name) in text
 
 
 def test_the_rank_table_shows_every_rank_and_the_means(tmp_path):
     ranks = write_run(tmp_path)
-    lines = report.format_summary(report.summarize(tmp_path), tmp_path).splitlines()
+    lines = format_summary(summarize(tmp_path), tmp_path).splitlines()
     start = next(number for number, line in enumerate(lines) if "rank by layer" in line)
     for block in range(2):
         cells = [ranks[f"model.layers.{block}.{PARENTS[kind]}.{kind}"] for kind in PROJECTIONS]
@@ -112,10 +113,10 @@ def test_the_rank_table_shows_every_rank_and_the_means(tmp_path):
 
 def test_a_run_without_evaluation_or_final_event_says_so(tmp_path):
     write_run(tmp_path, final=False, evaluated=False)
-    text = report.finish_run(tmp_path)
+    text = finish_run(tmp_path)
     assert "pruning has not ended" in text
     assert "held-out" not in text
-    assert (tmp_path / report.PROGRESS_PICTURE).is_file()
+    assert (tmp_path / pictures.PROGRESS_PICTURE).is_file()
 
 
 @pytest.mark.parametrize("missing", [records.METRICS, records.ALLOCATION, records.RUN])
@@ -123,27 +124,27 @@ def test_a_folder_that_is_no_run_is_refused_with_what_is_missing(tmp_path, missi
     write_run(tmp_path)
     (tmp_path / missing).unlink()
     with pytest.raises(ValueError, match=f"has no {missing}"):
-        report.finish_run(tmp_path)
+        finish_run(tmp_path)
 
 
 def test_a_run_that_has_not_pruned_yet_is_refused(tmp_path):
     write_run(tmp_path)
     (tmp_path / records.ALLOCATION).write_text("")
     with pytest.raises(ValueError, match="no pruning event yet"):
-        report.finish_run(tmp_path)
+        finish_run(tmp_path)
 
 
 def test_records_after_a_step_can_be_forgotten_and_a_half_written_line_is_not_counted(tmp_path):
     write_run(tmp_path)
     with (tmp_path / records.METRICS).open("a") as file:
         file.write('{"step": 31, "lo')
-    assert [line["step"] for line in records.read_lines(tmp_path / records.METRICS)] == [0, 10, 20, 30, 30]
+    assert [line["step"] for line in files.read_lines(tmp_path / records.METRICS)] == [0, 10, 20, 30, 30]
     records.RunRecords(tmp_path, writes=False).truncate_after(10)
     assert len(records.read_events(tmp_path / records.ALLOCATION)) == 2
     run = records.RunRecords(tmp_path, writes=True)
     run.truncate_after(10)
     run.metrics(11, {"loss": 1.0})
-    assert [line["step"] for line in records.read_lines(tmp_path / records.METRICS)] == [0, 10, 11]
+    assert [line["step"] for line in files.read_lines(tmp_path / records.METRICS)] == [0, 10, 11]
     assert [event.step for event in records.read_events(tmp_path / records.ALLOCATION)] == [10]
 
 
@@ -158,7 +159,7 @@ def test_every_held_out_source_has_a_line_and_a_curve(tmp_path):
         lines.append(json.dumps(line) + "\n")
     with (tmp_path / records.METRICS).open("a") as file:
         file.writelines(lines)
-    text = report.finish_run(tmp_path)
+    text = finish_run(tmp_path)
     (second,) = (line for line in text.split("\n") if line.startswith("    mgsm_2 "))
     assert second == "    mgsm_2   loss 5.0000 -> 3.5000, exact match 10.0% -> 10.0%  (25 examples)"
     assert sum("mgsm_" in line for line in text.split("\n")) == 11

@@ -6,8 +6,9 @@ import pytest
 
 from dora_dist.config.data import DataConfig
 from dora_dist.config.run import ModelConfig, RunConfig
+from dora_dist.console.files import write_json
 from dora_dist.runs import resume
-from dora_dist.runs.records import RUN, SUMMARY, write_json
+from dora_dist.runs.records import RUN, SUMMARY
 from dora_dist.runs.resume import Earlier
 
 FOLDER = Path("runs/x/checkpoint-5")

@@ -11,10 +11,11 @@ from tiny_run import tiny_tokenizer, write_config, write_rows
 from transformers import AutoModel
 
 from dora_dist.base_model.load import load_skeleton
-from dora_dist.config.run import load_config
+from dora_dist.config.parse import load_config
 from dora_dist.config.tasks import SEQUENCE_CLASSIFICATION as CLASSIFICATION
 from dora_dist.config.training import DEFAULT_TRAINING_ARGUMENTS, OWNED_TRAINING_ARGUMENTS
-from dora_dist.setup import build, resolve, run_data
+from dora_dist.data import mixture
+from dora_dist.setup import build, resolve, run_data, training_arguments
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +38,7 @@ def settled(settings):
 
 
 def mixture_of(num_examples):
-    return run_data.Mixture(
+    return mixture.Mixture(
         members=[np.arange(num_examples)],
         counts=[num_examples],
         lengths=np.full(num_examples, 8),
@@ -83,12 +84,12 @@ def test_a_method_that_cannot_work_is_refused_without_reading_weights(config, ov
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the messages are those of a machine without a GPU")
 def test_training_settings_that_cannot_work_are_refused(config, overrides, message):
     with pytest.raises(ValueError, match=message):
-        resolve.training_arguments(load(config, *overrides), mixture_of(50))
+        training_arguments.training_arguments(load(config, *overrides), mixture_of(50))
 
 
 def test_evaluation_during_training_needs_held_out_data(config):
     with pytest.raises(ValueError, match=r"eval_strategy is steps, but data\.eval is not set"):
-        resolve.training_arguments(
+        training_arguments.training_arguments(
             load(config, "--training.eval_strategy", "steps", "--data.eval", "null"), mixture_of(50)
         )
 
@@ -98,7 +99,7 @@ def test_what_the_program_sets_is_refused_in_the_configuration(config, monkeypat
     seen = {}
     monkeypatch.setattr(resolve, "TrainingArguments", lambda **values: seen.update(values) or pytest.skip.Exception)
     with pytest.raises(AttributeError):
-        resolve.training_arguments(load(config), mixture_of(50))
+        training_arguments.training_arguments(load(config), mixture_of(50))
     given = {*DEFAULT_TRAINING_ARGUMENTS, *load(config).training, "dataloader_pin_memory"}
     assert set(seen) - given <= set(OWNED_TRAINING_ARGUMENTS)
 
@@ -154,7 +155,7 @@ def test_epochs_are_counted_in_rows(config):
     assert packed.arguments.max_steps < 40
     assert packed.plan.num_rows == packed.arguments.max_steps * 4
     assert packed.plan.row_lengths(packed.mixture.lengths).max() <= 64
-    assert resolve.count_steps(settled(load(config, *one)).mixture, -1, 6, global_batch=20) == 15
+    assert training_arguments.count_steps(settled(load(config, *one)).mixture, -1, 6, global_batch=20) == 15
 
 
 def test_weights_and_repetitions_of_sources_reach_the_plan(config):

@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from dora_dist.data.reading.row_formats import Chat, RowFlaw
+from dora_dist.data.reading.samples import Chat, RowFlaw
 
 BUNDLED = Path(__file__).parent / "templates"
 FAMILIES = {

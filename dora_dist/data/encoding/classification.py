@@ -9,7 +9,8 @@ from datasets import List, Value
 from transformers import PreTrainedTokenizerBase
 
 from dora_dist.data.encoding.encoder import EncodingRules, RowEncoder, Status
-from dora_dist.data.reading.row_formats import Labelled, class_label, number_label
+from dora_dist.data.reading.row_formats import class_label, number_label
+from dora_dist.data.reading.samples import Labelled
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from dora_dist.data.reading.row_formats import Chat, Instruction, Pair, Sample
+from dora_dist.data.reading.samples import Chat, Instruction, Pair, Sample
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from datasets import List, Value
 from transformers import PreTrainedTokenizerBase
 
 from dora_dist.data.encoding.encoder import IDS_ONLY, EncodingRules, RowEncoder, Status
-from dora_dist.data.reading.row_formats import Summary
+from dora_dist.data.reading.samples import Summary
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from dora_dist.compare.outcome import IDENTITY, check_identity, identity_of, rec
 from dora_dist.compare.plan import Cell, Group, Plan
 from dora_dist.compare.results import format_table, gather
 from dora_dist.compare.settings import parse_compare
+from dora_dist.console import files
 from dora_dist.runs import records
 
 ENVIRONMENT = {"began": "2024-05-01T00:00:00Z", "commit": "abc", "dirty": False}
@@ -32,13 +33,13 @@ def finish(
 ) -> None:
     folder = plan.cell_folder(cell)
     folder.mkdir(parents=True, exist_ok=True)
-    records.write_json(folder / IDENTITY, {"identity": {}, "environment": ENVIRONMENT})
+    files.write_json(folder / IDENTITY, {"identity": {}, "environment": ENVIRONMENT})
     after = {"search_loss": search, "reported_loss": reported}
     summary = {"after": after, "ranks": ranks, "initial_rank": 3, "steps": 12}
-    records.write_json(folder / records.SUMMARY, summary)
+    files.write_json(folder / records.SUMMARY, summary)
     (folder / records.METRICS).write_text('{"step": 12, "seconds_per_step": 0.5}\n')
     run_settings = {"data order": "same", "adapter.alpha": cell.group.method, "training.learning_rate": 1, **settings}
-    records.write_json(folder / records.RUN, {"settings": run_settings})
+    files.write_json(folder / records.RUN, {"settings": run_settings})
     factors = {name: (torch.ones(rank, 10), torch.ones(20, rank)) for name, rank in ranks.items()}
     write_lora_adapter(folder / "adapter", factors, None)
 
@@ -168,7 +169,7 @@ def test_a_setting_that_came_later_is_that_of_the_record_where_it_has_its_defaul
     folder = plan.cell_folder(cell)
     folder.mkdir(parents=True)
     older = {name: value for name, value in identity.items() if name != "pruning.budget_unit"}
-    records.write_json(folder / IDENTITY, {"identity": older, "environment": ENVIRONMENT})
+    files.write_json(folder / IDENTITY, {"identity": older, "environment": ENVIRONMENT})
     check_identity(plan, cell, identity)
     with pytest.raises(ValueError, match=r"made with pruning\.budget_unit 'components', but now it is 'parameters'"):
         check_identity(plan, cell, {**identity, "pruning.budget_unit": "parameters"})

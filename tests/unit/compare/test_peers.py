@@ -20,11 +20,11 @@ from dora_dist.compare.cell import run_cell
 from dora_dist.compare.outcome import LOG
 from dora_dist.compare.plan import Cell, Group, Plan
 from dora_dist.compare.settings import parse_compare
-from dora_dist.config.run import load_config
-from dora_dist.console.command import ExpectedRunError
+from dora_dist.config.parse import load_config
+from dora_dist.console.errors import ExpectedRunError
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.method.schedule import BudgetSchedule
-from dora_dist.setup import build, run_data
+from dora_dist.setup import run_data, tasks
 from dora_dist.setup.resolve import settle
 from dora_dist.training.controller import NonFiniteAdapterError
 
@@ -105,7 +105,7 @@ def test_it_is_measured_and_saved_with_the_head_that_it_has_trained(tmp_path):
     base = AutoModelForSequenceClassification.from_pretrained(config.model.path, num_labels=2)
     stock = peft.PeftModel.from_pretrained(base, folder / "adapter").eval()
     settled = settle(config, tokenizer, data)
-    evaluator = build.build_evaluator(config, settled, Agreement(), stock)
+    evaluator = tasks.build_evaluator(config, settled, Agreement(), stock)
     measured = {f"eval_{name}": value for name, value in evaluator(stock).items()}
     assert measured == pytest.approx({name: value for name, value in lines[-1].items() if name != "step"}, rel=1e-5)
 

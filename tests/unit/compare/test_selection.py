@@ -2,7 +2,7 @@
 
 import math
 
-from dora_dist.compare.selection import choose
+from dora_dist.evaluation.seeds import choose
 
 
 def test_the_best_mean_wins_whatever_single_seeds_say():

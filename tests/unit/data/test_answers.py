@@ -13,11 +13,13 @@ from tiny_tokenizer import word_pair_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from dora_dist.data.cache import LEFT_OUT, prepare_source
+from dora_dist.data.cache import prepare_source
 from dora_dist.data.encoding.encoder import EncodingRules
-from dora_dist.data.encoding.questions import OUTSIDE, ContextWindows, ScoredWindow, Window, best_answer, scored_window
+from dora_dist.data.encoding.questions import OUTSIDE, ContextWindows, Window
+from dora_dist.data.prepared import LEFT_OUT
 from dora_dist.data.reading.files import locate
-from dora_dist.data.reading.row_formats import Question, RowFlaw
+from dora_dist.data.reading.samples import Question, RowFlaw
+from dora_dist.evaluation.questions import ScoredWindow, best_answer, scored_window
 
 CONTEXT = "Ann has a red ball. Bob, who runs, has 25 dogs and a blue-ish kite! Eve sleeps."
 QUESTION = "Who has a ball?"

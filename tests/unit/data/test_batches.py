@@ -10,7 +10,7 @@ from tiny_run import tiny_tokenizer
 from dora_dist.data.batches import FlattenedCollator, PackedCollator, PaddedCollator, PlannedRows
 from dora_dist.data.encoding.encoder import IGNORED
 from dora_dist.data.plan import plan_packed
-from dora_dist.evaluation.evaluator import check_packing
+from dora_dist.evaluation.packing import check_packing
 
 
 def rows_of(*lengths: int) -> Dataset:

@@ -8,8 +8,9 @@ import pytest
 from byte_tokenizer import FAMILIES, byte_tokenizer
 
 from dora_dist.data.encoding.chat import ChatRenderer, choose_template, stop_tokens
-from dora_dist.data.encoding.encoder import IGNORED, Encoder, EncodingRules, labels_of
-from dora_dist.data.reading.row_formats import Chat, RowFlaw
+from dora_dist.data.encoding.encoder import IGNORED, EncodingRules
+from dora_dist.data.encoding.text import Encoder, labels_of
+from dora_dist.data.reading.samples import Chat, RowFlaw
 
 TURNS = [("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "ä2"), ("user", "q3"), ("assistant", "a3")]
 CONVERSATION = [{"role": role, "content": content} for role, content in TURNS]

@@ -8,11 +8,12 @@ from byte_tokenizer import byte_tokenizer
 from repository import REPOSITORY
 from tiny_tokenizer import word_pair_tokenizer
 
-from dora_dist.config.run import load_config
+from dora_dist.config.parse import load_config
 from dora_dist.config.tasks import TASKS
 from dora_dist.data.cache import ENCODERS
 from dora_dist.data.encoding.chat import choose_template
-from dora_dist.data.encoding.encoder import Encoder, EncodingRules
+from dora_dist.data.encoding.encoder import EncodingRules
+from dora_dist.data.encoding.text import Encoder
 from dora_dist.data.reading.row_formats import FORMATS, tell_format
 
 TEXT = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8")

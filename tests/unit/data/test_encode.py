@@ -5,8 +5,9 @@ from byte_tokenizer import byte_tokenizer
 from tiny_tokenizer import word_tokenizer
 
 from dora_dist.data.encoding.chat import choose_template
-from dora_dist.data.encoding.encoder import IGNORED, Encoder, EncodingRules, encode_prompts, labels_of, prompt_length
-from dora_dist.data.reading.row_formats import alpaca_prompt
+from dora_dist.data.encoding.encoder import IGNORED, EncodingRules
+from dora_dist.data.encoding.text import Encoder, encode_prompts, labels_of, prompt_length
+from dora_dist.data.reading.samples import alpaca_prompt
 
 TEXT = "one two three four five"
 

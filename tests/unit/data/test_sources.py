@@ -20,9 +20,11 @@ from tiny_run import tiny_tokenizer
 from tiny_tokenizer import word_tokenizer
 
 from dora_dist.config.data import DataConfig
-from dora_dist.data.cache import LEFT_OUT, MANIFEST, PreparedSource, prepare_source, tokenizer_digest
+from dora_dist.data.cache import MANIFEST, prepare_source, tokenizer_digest
 from dora_dist.data.encoding.chat import choose_template
-from dora_dist.data.encoding.encoder import Encoder, EncodingRules
+from dora_dist.data.encoding.encoder import EncodingRules
+from dora_dist.data.encoding.text import Encoder
+from dora_dist.data.prepared import LEFT_OUT, PreparedSource
 from dora_dist.data.reading.files import locate
 from dora_dist.setup.run_data import RunData, prepare_data
 

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 from tiny_tokenizer import word_tokenizer
 
-from dora_dist.data.cache import LEFT_OUT, PreparedSource, prepare_source
+from dora_dist.data.cache import prepare_source
 from dora_dist.data.encoding.encoder import EncodingRules
+from dora_dist.data.prepared import LEFT_OUT, PreparedSource
 from dora_dist.data.reading.files import locate
 
 DOCUMENT, SUMMARY = "Ann has a red ball and runs .", "Ann runs ."

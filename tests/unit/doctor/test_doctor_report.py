@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from doctor_facts import GIB, changed, gpu, job, storage
 
+from dora_dist.console.text import duration, rate
 from dora_dist.doctor import report
 from dora_dist.doctor.facts import NetworkFacts, Problem
 from dora_dist.doctor.grouping import place, ranges
-from dora_dist.doctor.units import duration, rate
 
 MIB = 2**20
 

@@ -1,0 +1,141 @@
+"""Reading a configuration: YAML files, command lines, and messages about what is wrong with them."""
+
+import dataclasses
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+
+from dora_dist.config.checks import nearest
+from dora_dist.config.run import RunConfig
+
+
+def build_parser() -> ArgumentParser:
+    """The command line of ``dora_dist.train``: ``--config FILE`` and one option for every key."""
+    parser = ArgumentParser(
+        prog="dora_dist.train",
+        description="To start: accelerate launch --config_file launch/X.yaml -m dora_dist.train --config "
+        "configs/Y.yaml. Every key of the YAML can be overridden as --section.key value. --dry-run checks all that can "
+        "be checked without reading weights, and says what the run would do; it needs no launcher.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of the run, see configs/")
+    parser.add_class_arguments(RunConfig)
+    return parser
+
+
+def parse_config(arguments: Sequence[str] | None = None) -> RunConfig:
+    """Read the configuration from a command line.
+
+    Args:
+        arguments: such as ``["--config", "configs/x.yaml", "--adapter.target_rank", "4"]``; ``sys.argv`` by default.
+
+    Raises:
+        ValueError: unknown key (the nearest one is offered), wrong type, impossible value, unreadable file.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    for option in (word.partition("=")[0] for word in arguments if word.startswith("--training.")):
+        # The parser would put it into the place of the whole mapping, as text.
+        whole, dot, _ = option.removeprefix("--training.").partition(".")
+        if dot:
+            raise ValueError(
+                f"{option} is one entry of training.{whole}: give all of them in the file, or at once as "
+                f"--training.{whole} '{{name: value}}'"
+            )
+    return RunConfig(**parse_strictly(build_parser(), arguments))
+
+
+def parse_strictly(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
+    """Values of a command line with ``--config FILE``, without ``config`` itself.
+
+    Raises:
+        ValueError: see :func:`parse_config`.
+    """
+    for path in _config_files(arguments):
+        if not path.is_file():
+            raise ValueError(f"there is no file {path}: give a YAML file, see configs/")
+        _refuse_repeated_keys(path)
+    try:
+        parsed = parser.instantiate(parser.parse_args(arguments))
+    except ArgumentError as error:
+        raise ValueError(_explain(str(error), parser)) from None
+    return {name: value for name, value in parsed.items() if name != "config"}
+
+
+def config_of(values: Mapping[str, Any]) -> RunConfig:
+    """The configuration of a run that a program has put together, as strict as one from a file.
+
+    Args:
+        values: nested as in the YAML.
+
+    Raises:
+        ValueError: see :func:`parse_config`.
+    """
+    entries = {entry.name: entry.type for entry in dataclasses.fields(RunConfig)}
+    for name, value in values.items():
+        if name not in entries:  # the parser would let an empty section pass
+            raise ValueError(f"unknown key {name}{nearest(name, entries)}")
+        if (dataclasses.is_dataclass(entries[name]) or name == "training") and not isinstance(value, Mapping):
+            raise ValueError(f"{name} is {value!r}, but must be a section of the configuration of a run")
+    parser = build_parser()
+    try:
+        parsed = parser.instantiate(parser.parse_object(dict(values)))
+    except ArgumentError as error:
+        raise ValueError(_explain(str(error), parser)) from None
+    return RunConfig(**{name: value for name, value in parsed.items() if name != "config"})
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file with overrides on top; see :func:`parse_config`."""
+    return parse_config(["--config", str(path), *overrides])
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved configuration as YAML that :func:`load_config` reads back to an equal one."""
+    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
+
+
+def _config_files(arguments: Sequence[str]) -> list[Path]:
+    """Files that the command line gives as ``--config``."""
+    given = [after for option, after in pairwise(arguments) if option == "--config"]
+    given += [option.removeprefix("--config=") for option in arguments if option.startswith("--config=")]
+    return [Path(path) for path in given]
+
+
+def _refuse_repeated_keys(path: Path) -> None:
+    """YAML takes the last of several equal keys, and the others would be lost without a word."""
+
+    def check(node: yaml.Node | None, prefix: str) -> None:
+        if not isinstance(node, yaml.MappingNode):
+            return
+        seen: set[str] = set()
+        for key, value in node.value:
+            name = f"{prefix}{key.value}"
+            if name in seen:
+                raise ValueError(f"{path}, line {key.start_mark.line + 1}: the key {name} is there twice")
+            seen.add(name)
+            check(value, f"{name}.")
+
+    try:
+        check(yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader), "")
+    except yaml.YAMLError:
+        return  # the parser says what is wrong with it
+
+
+def _explain(message: str, parser: ArgumentParser) -> str:
+    """jsonargparse's message, with the nearest valid key where the key is unknown."""
+    keys = {key for key in vars(parser.get_defaults().as_flat()) if key != "config"}
+    unknown = re.search(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'", message)
+    if unknown:
+        key = f"{unknown['group']}.{unknown['key']}"
+        return f"unknown key {key}{nearest(key, keys)}"
+    unknown = re.search(r"unrecognized arguments: --([\w.]+)|Option '([\w.]+)' is not accepted", message)
+    if unknown:
+        key = unknown[1] or unknown[2]
+        return f"unknown key {key}{nearest(key, keys)}"
+    return message

@@ -1,0 +1,25 @@
+"""Errors of a run that explain themselves, and the exit status of one that goes on."""
+
+PREEMPTED = 75
+"""Exit status of a run that stopped because it was told to, or because a rank was lost, and goes on when the same
+command is started again (EX_TEMPFAIL of sysexits.h)."""
+
+
+def mark_common(error: Exception) -> Exception:
+    """Mark an error that all ranks raise together."""
+    error.__dict__["raised_on_all_ranks"] = True
+    return error
+
+
+def is_common(error: Exception) -> bool:
+    """Whether all ranks raise this error together, so that nobody has to be told of it."""
+    return isinstance(error, ExpectedRunError) or "raised_on_all_ranks" in error.__dict__
+
+
+class ExpectedRunError(RuntimeError):
+    """An error of a run whose message says all there is to say. With several ranks, all raise one together."""
+
+
+class PreemptedError(ExpectedRunError):
+    """The run was told to stop, and did so where the same command goes on. Raised on all ranks, with the same
+    message."""

@@ -1,0 +1,232 @@
+"""Examples of causal language modelling: token ids and the spans that are trained."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+from datasets import List, Value
+from transformers import PreTrainedTokenizerBase
+
+from dora_dist.data.encoding.chat import ChatRenderer
+from dora_dist.data.encoding.encoder import IDS_ONLY, IGNORED, EncodingRules, RowEncoder, Status, UnusableRowError
+from dora_dist.data.encoding.shorten import Shortener
+from dora_dist.data.reading.samples import Chat, Document, Instruction, Pair, RowFlaw, Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One example.
+
+    Attributes:
+        ids: token ids.
+        spans: start and end (excluded) of every run of trained tokens, one after the other: ``[3, 7, 12, 15]``.
+        answer: the last answer as text, to compare a generated one with.
+        num_removed: tokens that were cut off to make it fit.
+    """
+
+    ids: list[int]
+    spans: list[int]
+    answer: str
+    num_removed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A sample on its way to an example.
+
+    Attributes:
+        sample: what is encoded.
+        text: a conversation as the template renders it.
+        characters: the assistant's in it.
+    """
+
+    sample: Sample
+    text: str = ""
+    characters: Sequence[tuple[int, int]] = ()
+
+
+def labels_of(ids: Sequence[int], spans: Sequence[int]) -> list[int]:
+    """Labels with :data:`IGNORED` outside the spans, and at the first position, which nothing predicts."""
+    labels = [IGNORED] * len(ids)
+    for start, end in zip(spans[::2], spans[1::2], strict=True):
+        labels[start:end] = ids[start:end]
+    labels[:1] = [IGNORED] * len(labels[:1])
+    return labels
+
+
+def prompt_length(spans: Sequence[int]) -> int:
+    """Tokens before the last run of trained ones: what the model is given when it must answer itself."""
+    return spans[-2]
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """Ids of plain prompts as in training: with the tokenizer's start token, without an end token."""
+    rows = tokenizer(list(prompts), add_special_tokens=True, **IDS_ONLY)["input_ids"]
+    return [_without_end(ids, tokenizer.eos_token_id) for ids in rows]
+
+
+def _without_end(ids: list[int], end: int | None) -> list[int]:
+    while ids and ids[-1] == end:
+        ids = ids[:-1]
+    return ids
+
+
+class Encoder(RowEncoder[_Part, Encoded]):
+    """Text for a causal language model, of which some tokens are trained.
+
+    Args:
+        tokenizer: with an end-of-sequence token.
+        rules: see there.
+
+    Raises:
+        ValueError: the tokenizer has no end token, or the chat template cannot be used.
+    """
+
+    columns: ClassVar[dict[str, Any]] = {
+        "input_ids": List(Value("int32")),
+        "spans": List(Value("int32")),
+        "answer": Value("string"),
+    }
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rules: EncodingRules) -> None:
+        super().__init__(tokenizer, rules)
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no end-of-sequence token, so the model could not learn where to stop")
+        self.renderer = ChatRenderer(tokenizer, rules.template) if rules.template is not None else None
+
+    def _content(self, example: Encoded | None) -> dict[str, Any]:
+        example = example or Encoded([], [], "")
+        return {
+            "input_ids": example.ids,
+            "spans": example.spans,
+            "answer": example.answer,
+            "removed": example.num_removed,
+        }
+
+    def _hashed(self, content: Mapping[str, Any]) -> bytes:
+        ids, spans = content["input_ids"], content["spans"]
+        return np.array([len(ids), *ids, *spans], dtype=np.int64).tobytes()
+
+    def _num_trimmed(self, part: _Part) -> int:
+        return part.sample.num_trimmed if isinstance(part.sample, Chat) else 0
+
+    def _parse(self, text: str, flaw: str) -> Sample:
+        sample: Sample = super()._parse(text, flaw)
+        if isinstance(sample, Instruction):
+            for name, part in (("instruction", sample.instruction), ("input", sample.context)):
+                self._check_controls(name, part)
+        if isinstance(sample, Instruction | Pair):
+            name = "output" if isinstance(sample, Instruction) else "completion"
+            answer = sample.completion.rstrip().removesuffix(self.tokenizer.eos_token)
+            if not answer.strip():
+                raise RowFlaw(name, "is nothing but the end token, so that there is nothing to learn from it")
+            self._check_controls(name, answer)
+        if isinstance(sample, Instruction):
+            return sample.as_chat() if self.rules.as_chat else sample
+        return sample
+
+    def _parts(self, sample: Sample) -> list[_Part]:
+        """A conversation is rendered; one whose earlier turns the template rewrites becomes a part for every answer."""
+        if not isinstance(sample, Chat):
+            return [_Part(sample)]
+        assert self.renderer is not None
+        rendered = self.renderer.spans(sample, last_only=self.rules.train_on != "assistant")
+        if rendered is not None:
+            return [_Part(sample, *rendered)]
+        ends = [number + 1 for number, message in enumerate(sample.messages) if message["role"] == "assistant"]
+        parts = [replace(sample, messages=sample.messages[:end]) for end in ends]
+        return [_Part(part, *self.renderer.last_span(part)) for part in parts]
+
+    def _encode(self, parts: Sequence[_Part]) -> list[Encoded]:
+        """Examples of parts of one kind, without a look at their length."""
+        if not parts:
+            return []
+        if parts[0].text:
+            return list(self._encode_chats(parts))
+        samples = [part.sample for part in parts]
+        if documents := [sample for sample in samples if isinstance(sample, Document)]:
+            return self._encode_documents(documents)
+        instructions = [sample.as_pair() if isinstance(sample, Instruction) else sample for sample in samples]
+        return self._encode_pairs([sample for sample in instructions if isinstance(sample, Pair)])
+
+    def _encode_pairs(self, pairs: Sequence[Pair]) -> list[Encoded]:
+        end = self.tokenizer.eos_token_id
+        prompts = encode_prompts(self.tokenizer, [pair.prompt for pair in pairs])
+        answers = self.tokenizer([pair.completion for pair in pairs], add_special_tokens=False, **IDS_ONLY)["input_ids"]
+        examples = []
+        for pair, prompt, answer in zip(pairs, prompts, answers, strict=True):
+            ids = prompt + _without_end(answer, end) + [end]
+            start = 0 if self.rules.train_on == "everything" else len(prompt)
+            text = pair.completion.rstrip().removesuffix(self.tokenizer.eos_token)  # as a generated answer is decoded
+            examples.append(Encoded(ids, [start, len(ids)], text))
+        return examples
+
+    def _encode_documents(self, documents: Sequence[Document]) -> list[Encoded]:
+        rows = encode_prompts(self.tokenizer, [document.text for document in documents])
+        rows = [[*ids, self.tokenizer.eos_token_id] for ids in rows]
+        return [Encoded(ids, [0, len(ids)], "") for ids in rows]
+
+    def _encode_chats(self, parts: Sequence[_Part]) -> Iterator[Encoded]:
+        encoded = self.tokenizer(
+            [part.text for part in parts], add_special_tokens=False, return_offsets_mapping=True, **IDS_ONLY
+        )
+        for part, ids, offsets in zip(parts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            assert isinstance(part.sample, Chat)
+            spans = [0, len(ids)]
+            if self.rules.train_on != "everything":
+                spans = self._token_spans(ids, offsets, part.characters)
+            yield Encoded(ids, spans, part.sample.messages[-1].get("content", ""))
+
+    def _token_spans(
+        self, ids: Sequence[int], offsets: Sequence[tuple[int, int]], characters: Sequence[tuple[int, int]]
+    ) -> list[int]:
+        """From characters to tokens: all that overlap, up to and with the token that ends the turn."""
+        assert self.renderer is not None
+        starts, ends = np.array(offsets, dtype=np.int64).T
+        spans: list[int] = []
+        for first, last in characters:
+            begin = int(np.searchsorted(ends, first, side="right"))
+            stop = int(np.searchsorted(starts, last, side="left"))
+            inside = [n for n in range(begin, min(stop + 1, len(ids))) if ids[n] == self.renderer.end_of_turn]
+            if not inside:
+                raise UnusableRowError(
+                    "the chat template ends some turns of the assistant without "
+                    f"{self.tokenizer.convert_ids_to_tokens(self.renderer.end_of_turn)!r}, which ends others: set "
+                    "data.chat_template to one that ends all alike"
+                )
+            spans += [begin, inside[-1] + 1]
+        return spans
+
+    def _fit(self, part: _Part, example: Encoded, place: str) -> tuple[Encoded | None, Status, str]:
+        """The example within ``max_length``, as the policy for longer ones wants it."""
+        most = self.rules.max_length
+        if len(example.ids) <= most:
+            return example, Status.KEPT, ""
+        note = self._too_long(len(example.ids), place)
+        if self.rules.overlong == "truncate":
+            shorter = self._shorten(part.sample, example)
+            if shorter is not None:
+                return shorter, Status.KEPT, ""
+            note += ", and the answer alone is too long"
+        return None, Status.OVERLONG, note
+
+    def _shorten(self, sample: Sample, example: Encoded) -> Encoded | None:
+        """Make an example fit by cutting what the model is given, never what it should learn to answer.
+
+        A document loses its end. A conversation first loses its oldest exchanges; then, as in a pair, the longest
+        text before the answer loses its middle, so that a question is kept at either end of a long context.
+        """
+        most, whole = self.rules.max_length, len(example.ids)
+        if isinstance(sample, Document):
+            return replace(example, ids=example.ids[:most], spans=[0, most], num_removed=whole - most)
+        while len(example.ids) > most:
+            shorter = Shortener(self.tokenizer).with_less(sample, len(example.ids) - most)
+            if shorter is None:
+                return None
+            sample = shorter
+            try:
+                (example,) = self._encode(self._parts(sample)[-1:])
+            except RowFlaw:
+                return None
+        return replace(example, num_removed=whole - len(example.ids))

@@ -1,0 +1,133 @@
+"""What a row says, whatever the file it came from looked like."""
+
+from dataclasses import dataclass
+from typing import Any
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class RowFlaw(Exception):
+    """What is wrong with one row.
+
+    Args:
+        field: the field it is about; empty for the row as a whole.
+        reason: in words, with the value found.
+    """
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"field {field!r} {reason}" if field else f"the row {reason}")
+        self.field = field
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A prompt with the answer that is wanted; the loss is on the answer only.
+
+    Attributes:
+        prompt: everything the model is given.
+        completion: what it should answer.
+    """
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """An instruction with the answer that is wanted, before it is put into words for the model.
+
+    Attributes:
+        instruction: what to do.
+        context: what to do it with; may be empty.
+        completion: the answer.
+    """
+
+    instruction: str
+    context: str
+    completion: str
+
+    def as_pair(self) -> Pair:
+        """In the plain form that Alpaca made common."""
+        return Pair(alpaca_prompt(self.instruction, self.context), self.completion)
+
+    def as_chat(self) -> "Chat":
+        """As a conversation of one exchange."""
+        question = f"{self.instruction}\n\n{self.context}" if self.context else self.instruction
+        return Chat([{"role": "user", "content": question}, {"role": "assistant", "content": self.completion}])
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation that ends with the assistant.
+
+    Attributes:
+        messages: with ``role`` (one of :data:`ROLES`), ``content`` and perhaps some of :data:`MESSAGE_EXTRAS`.
+        tools: JSON schemas of the tools that the assistant may call, or None.
+        num_trimmed: messages after the last one of the assistant, which were left out.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None = None
+    num_trimmed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Plain text; the loss is on all of it."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question about a text, whose answers are parts of that text.
+
+    Attributes:
+        question: what is asked.
+        context: the text to find the answer in.
+        answers: the answers that count as right; the first is the one to learn. Empty where the text has no answer.
+        starts: of each answer, its first character in the context.
+    """
+
+    question: str
+    context: str
+    answers: tuple[str, ...]
+    starts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A text with the summary that is wanted.
+
+    Attributes:
+        document: what is given to the encoder.
+        summary: what the decoder should write.
+    """
+
+    document: str
+    summary: str
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """One sentence, or two, with the label that is wanted.
+
+    Attributes:
+        first: the sentence.
+        second: the other one of a pair, or None.
+        label: a class as it is written, or a number; see :func:`class_label` and :func:`number_label`.
+    """
+
+    first: str
+    second: str | None
+    label: str | int | float
+
+
+Sample = Pair | Instruction | Chat | Document
+
+
+def alpaca_prompt(instruction: str, context: str = "") -> str:
+    """The prompt of an instruction, in the plain form that Alpaca made common."""
+    middle = f"### Input:\n{context}\n\n" if context else ""
+    return f"### Instruction:\n{instruction}\n\n{middle}### Response:\n"

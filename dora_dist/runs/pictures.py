@@ -1,0 +1,99 @@
+"""Pictures of a run: ranks by layer, losses and components over the steps."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dora_dist.console.plot import pyplot, save_picture
+from dora_dist.runs.records import _evaluation, source_names
+
+RANK_PICTURE = "ranks.png"
+
+
+PROGRESS_PICTURE = "progress.png"
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Block number and kind of a module: ``model.layers.3.self_attn.q_proj`` -> ``("3", "q_proj")``.
+
+    Kinds that share a last part (an encoder's ``attention.output.dense`` and ``output.dense``) keep what follows the
+    number; a module outside all blocks is block ``-``.
+    """
+    match = re.search(r"\.(\d+)\.(.+)$", name)
+    return (match[1], match[2]) if match else ("-", name)
+
+
+def rank_grid(ranks: Mapping[str, int]) -> tuple[list[str], list[str], dict[tuple[str, str], int]]:
+    """Blocks in order, kinds in order of their names' first appearance, and rank by (block, kind)."""
+    grid = {split_name(name): rank for name, rank in ranks.items()}
+    blocks = sorted({block for block, _ in grid}, key=lambda block: (block == "-", int(block) if block != "-" else 0))
+    kinds = sorted({kind for _, kind in grid}, key=_kind_order)
+    return blocks, kinds, grid
+
+
+def _kind_order(kind: str) -> tuple[int, str]:
+    """The order in which a block of a LLaMA-class model computes."""
+    order = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    last = kind.rsplit(".", 1)[-1]
+    return (order.index(last) if last in order else len(order), kind)
+
+
+def short_kinds(kinds: list[str]) -> list[str]:
+    """Last parts of the kinds' names, where they tell them apart."""
+    short = [kind.rsplit(".", 1)[-1] for kind in kinds]
+    return short if len(set(short)) == len(short) else kinds
+
+
+def draw_ranks(ranks: Mapping[str, int], initial_rank: int, path: Path) -> None:
+    """Heat map of the final ranks, layers x module kinds, with the number in every cell."""
+    plot = pyplot()
+    blocks, kinds, grid = rank_grid(ranks)
+    values = [[grid.get((block, kind), float("nan")) for kind in kinds] for block in blocks]
+    cell = 0.42 if len(blocks) <= 24 else 0.24
+    figure, axes = plot.subplots(figsize=(2.2 + 0.85 * len(kinds), 1.6 + cell * len(blocks)), layout="constrained")
+    image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, vmax=initial_rank)
+    axes.set_xticks(range(len(kinds)), short_kinds(kinds), rotation=30, ha="right")
+    axes.set_yticks(range(len(blocks)), blocks, fontsize=9 if cell > 0.3 else 7)
+    axes.set_ylabel("layer")
+    axes.set_title(f"components kept of {initial_rank}")
+    for row, block in enumerate(blocks):
+        for column, kind in enumerate(kinds):
+            rank = grid.get((block, kind))
+            if rank is not None:
+                colour = "black" if rank > 0.6 * initial_rank else "white"
+                axes.text(column, row, rank, ha="center", va="center", color=colour, fontsize=9 if cell > 0.3 else 7)
+    figure.colorbar(image, ax=axes, label="rank", fraction=0.05, pad=0.02)
+    save_picture(figure, path)
+
+
+def draw_progress(lines: list[dict[str, Any]], path: Path) -> None:
+    """Training and held-out loss over the steps, and the components left."""
+    plot = pyplot()
+    steps = [line for line in lines if "loss" in line]
+    evaluations = [line for line in lines if "eval_loss" in line]
+    figure, (top, bottom) = plot.subplots(2, 1, figsize=(7, 5), sharex=True, height_ratios=(2, 1), layout="constrained")
+    top.plot([line["step"] for line in steps], [line["loss"] for line in steps], label="training", color="#4477aa")
+    top.plot(
+        [line["step"] for line in evaluations],
+        [line["eval_loss"] for line in evaluations],
+        "o",
+        label="held-out",
+        color="#ee6677",
+    )
+    names = source_names(_evaluation(evaluations[-1])) if evaluations else []
+    for number, name in enumerate(names):
+        losses = [line[f"eval_{name}_loss"] for line in evaluations]
+        colour = plot.colormaps["turbo"]((number + 0.5) / len(names))
+        at = [line["step"] for line in evaluations]
+        top.plot(at, losses, ".--", linewidth=0.8, markersize=4, color=colour, label=name)
+    top.set_ylabel("loss")
+    top.set_yscale("log")
+    top.legend(frameon=False, ncols=2 if len(top.lines) > 6 else 1, fontsize=8 if len(top.lines) > 6 else None)
+    bottom.step([line["step"] for line in steps], [line["components"] for line in steps], where="post", color="#228833")
+    bottom.set_ylabel("components")
+    bottom.set_ylim(bottom=0)
+    bottom.set_xlabel("optimizer step")
+    for axes in (top, bottom):
+        axes.spines[["top", "right"]].set_visible(False)
+    save_picture(figure, path)

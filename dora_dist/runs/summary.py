@@ -1,0 +1,144 @@
+"""The summary of a run, from its files alone."""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dora_dist.console import files
+from dora_dist.runs import records
+from dora_dist.runs.pictures import PROGRESS_PICTURE, RANK_PICTURE, draw_progress, draw_ranks, rank_grid, short_kinds
+from dora_dist.runs.records import _evaluation, source_names
+
+METRIC_TITLES = {
+    "exact_match": "exact match",
+    "accuracy": "accuracy",
+    "matthews": "Matthews",
+    "f1": "F1",
+    "pearson": "Pearson",
+    "spearman": "Spearman",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rouge_l": "ROUGE-L",
+}
+"""Metrics beside the loss, in the order in which they are shown."""
+
+
+SHARES = ("exact_match", "accuracy")
+"""Those that are shown in percent."""
+
+
+def is_finished(run: Path) -> bool:
+    """Whether a run has come to its end, adapter included."""
+    return (run / records.SUMMARY).is_file()
+
+
+def finish_run(run: Path) -> str:
+    """Draw the pictures, write ``summary.json``, and return the summary as text.
+
+    Raises:
+        ValueError: the folder holds no records of a pruned run.
+    """
+    summary = summarize(run)
+    draw_ranks(summary["ranks"], summary["initial_rank"], run / RANK_PICTURE)
+    draw_progress(files.read_lines(run / records.METRICS), run / PROGRESS_PICTURE)
+    files.write_json(run / records.SUMMARY, summary)
+    return format_summary(summary, run)
+
+
+def summarize(run: Path) -> dict[str, Any]:
+    """The figures of a run, read from ``metrics.jsonl``, ``allocation.jsonl`` and ``run.json``."""
+    for name in (records.METRICS, records.ALLOCATION, records.RUN):
+        if not (run / name).is_file():
+            raise ValueError(f"{run} is not the folder of a run that has pruned: it has no {name}")
+    lines = files.read_lines(run / records.METRICS)
+    events = records.read_events(run / records.ALLOCATION)
+    if not events:
+        raise ValueError(f"{run / records.ALLOCATION} holds no pruning event yet")
+    settings = files.read_json(run / records.RUN)["settings"]
+    evaluations = [line for line in lines if "eval_loss" in line]
+    last_session = next((line for line in reversed(lines) if "session_seconds" in line), {})
+    ranks = events[-1].ranks
+    return {
+        "steps": lines[-1]["step"] if lines else 0,
+        "before": _evaluation(evaluations[0]) if evaluations and evaluations[0]["step"] == 0 else None,
+        "after": _evaluation(evaluations[-1]) if evaluations else None,
+        "initial_rank": settings["initial rank"],
+        "components_at_start": settings["initial rank"] * len(ranks),
+        "components_kept": events[-1].num_kept,
+        "parameters_kept": events[-1].num_parameters,
+        "final_event": events[-1].final,
+        "ranks": ranks,
+        "session_seconds": last_session.get("session_seconds"),
+        "session_tokens": last_session.get("session_tokens"),
+        "skipped_steps": sum("skipped" in line for line in lines),
+    }
+
+
+def _source_lines(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> list[str]:
+    names = source_names(after)
+    width = max(map(len, names), default=0)
+    lines = []
+    for name in names:
+        parts = [f"loss {_change(before, after, f'{name}_loss')}"]
+        parts += [
+            f"{title} {_change(before, after, f'{name}_{metric}')}"
+            for metric, title in METRIC_TITLES.items()
+            if f"{name}_{metric}" in after
+        ]
+        lines.append(f"    {name:<{width}}  {', '.join(parts)}  ({after[f'{name}_examples']} examples)")
+    return lines
+
+
+def _change(before: Mapping[str, Any] | None, after: Mapping[str, Any], name: str) -> str:
+    style = ".1%" if name.endswith(SHARES) else ".4f"
+    start = f"{before[name]:{style}} -> " if before else ""
+    return f"{start}{after[name]:{style}}"
+
+
+def format_summary(summary: Mapping[str, Any], run: Path) -> str:
+    """The summary as lines for a person."""
+    lines = [f"Run {run}, {summary['steps']} optimizer steps"]
+    before, after = summary["before"], summary["after"]
+    if after:
+        for name, title in {"loss": "held-out loss", **METRIC_TITLES}.items():
+            if name in after:
+                lines.append(f"  {title:<16} {_change(before, after, name)}  ({after['examples']} examples)")
+        lines += _source_lines(before, after)
+    kept, start = summary["components_kept"], summary["components_at_start"]
+    state = "" if summary["final_event"] else "  (pruning has not ended)"
+    parameters = summary["parameters_kept"]
+    size = "" if parameters is None else f" of {parameters:,} parameters"
+    lines.append(f"  {'components':<16} {start} -> {kept}{size}{state}")
+    if summary["session_seconds"]:
+        seconds, tokens = summary["session_seconds"], summary["session_tokens"]
+        lines.append(f"  {'training time':<16} {seconds:.0f} s, {tokens / seconds:.0f} tokens/s")
+    lines += ["", *_rank_table(summary["ranks"]), ""]
+    files = {
+        "adapter": run / "adapter",
+        "metrics": run / records.METRICS,
+        "rank picture": run / RANK_PICTURE,
+        "progress picture": run / PROGRESS_PICTURE,
+    }
+    lines += [f"  {title:<16} {path}" for title, path in files.items() if path.exists()]
+    return "\n".join(lines)
+
+
+def _rank_table(ranks: Mapping[str, int]) -> list[str]:
+    blocks, kinds, grid = rank_grid(ranks)
+    titles = short_kinds(kinds)
+    widths = [max(len(title), 4) for title in titles]
+    lines = ["  rank by layer  " + "  ".join(f"{t:>{w}}" for t, w in zip(titles, widths, strict=True)) + "   mean"]
+    for block in blocks:
+        cells = [grid.get((block, kind)) for kind in kinds]
+        present = [cell for cell in cells if cell is not None]
+        row = "  ".join(f"{'' if cell is None else cell:>{w}}" for cell, w in zip(cells, widths, strict=True))
+        lines.append(f"  {block:>13}  {row}  {statistics.mean(present):5.1f}")
+    by_kind: dict[str, list[int]] = defaultdict(list)
+    for (_, kind), rank in grid.items():
+        by_kind[kind].append(rank)
+    means = [statistics.mean(by_kind[kind]) for kind in kinds]
+    row = "  ".join(f"{mean:>{w}.1f}" for mean, w in zip(means, widths, strict=True))
+    lines.append(f"  {'mean':>13}  {row}  {statistics.mean(ranks.values()):5.1f}")
+    return lines

@@ -1,0 +1,78 @@
+"""The Trainer's settings of a run."""
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from dora_dist.base_model import load
+from dora_dist.config.run import RunConfig
+from dora_dist.config.training import DEFAULT_TRAINING_ARGUMENTS
+from dora_dist.data.mixture import Mixture
+from dora_dist.training.batch_size import global_batch
+
+
+def training_arguments(config: RunConfig, mixture: Mixture, accumulation: int | None = None) -> TrainingArguments:
+    """The Trainer's settings, with ``max_steps`` resolved to the optimizer steps of the whole run.
+
+    Raises:
+        ValueError: a value of the training section is not one that ``TrainingArguments`` takes.
+    """
+    dtype = load.resolve_compute_dtype(config.model.compute_dtype)
+    gpus = torch.cuda.is_available()
+    if dtype is torch.bfloat16 and not gpus:
+        raise ValueError("model.compute_dtype is bfloat16, but there is no GPU: on CPUs train in float32")
+    values = {**DEFAULT_TRAINING_ARGUMENTS, **config.training}
+    if accumulation is not None:
+        values["gradient_accumulation_steps"] = accumulation
+    if values.get("gradient_checkpointing"):
+        # The reentrant kind would cut the gradient at the frozen embedding.
+        values.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
+    values.setdefault("dataloader_pin_memory", gpus)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(config.output_dir) / "tensorboard")
+    for name in ("save_strategy", "eval_strategy", "logging_strategy"):
+        if values.get(name) == "epoch":
+            raise ValueError(
+                f"training.{name} is epoch, but a run is one long sequence of steps without epoch boundaries: "
+                f"set it to steps, and {name.removesuffix('strategy')}steps to how many"
+            )
+    owned: dict[str, Any] = {
+        "output_dir": config.output_dir,
+        "seed": config.seed,
+        "bf16": dtype is torch.bfloat16,
+        "accelerator_config": {"use_configured_state": True},
+        "average_tokens_across_devices": True,
+        "ddp_broadcast_buffers": False,
+        "ddp_find_unused_parameters": False,
+        "remove_unused_columns": False,
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+    }
+    try:
+        arguments = TrainingArguments(**values, **owned)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"training: {error}") from None
+    if arguments.eval_strategy != "no" and config.data.eval is None:
+        raise ValueError(f"training.eval_strategy is {arguments.eval_strategy.value}, but data.eval is not set")
+    epochs = arguments.num_train_epochs
+    arguments.max_steps = count_steps(mixture, arguments.max_steps, epochs, global_batch(arguments))
+    return arguments
+
+
+def count_steps(mixture: Mixture, max_steps: int, epochs: float, global_batch: int) -> int:
+    """Optimizer steps of the run: ``max_steps`` where that is positive, otherwise those of the epochs.
+
+    Raises:
+        ValueError: one pass over the data does not fill one global batch.
+    """
+    rows = mixture.rows_per_epoch
+    if rows < global_batch:
+        what = "rows of packed examples" if mixture.batching == "packed" else "training examples"
+        raise ValueError(
+            f"{rows} {what} do not fill one global batch of {global_batch}: lower "
+            "training.per_device_train_batch_size or gradient_accumulation_steps, or use fewer processes"
+        )
+    return max_steps if max_steps > 0 else math.ceil(mixture.rows_of_epochs(epochs) / global_batch)

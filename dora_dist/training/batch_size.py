@@ -1,0 +1,8 @@
+"""Rows of an optimizer step."""
+
+from transformers import TrainingArguments
+
+
+def global_batch(arguments: TrainingArguments) -> int:
+    """Rows of one optimizer step, over all ranks and micro-batches."""
+    return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
