@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from dora_dist.adapter.model import DynamicLoraModel
     from dora_dist.config.run import RunConfig
     from dora_dist.distributed.agreement import Agreement
-    from dora_dist.distributed.heartbeat import Watch
+    from dora_dist.distributed.heartbeat import HeartbeatMonitor
     from dora_dist.runs.resume import Earlier
-    from dora_dist.setup.resolve import Settled
+    from dora_dist.setup.resolve import ResolvedRun
 
 DRY_RUN = "--dry-run"
 
@@ -47,21 +47,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if launched:
         check_launch(config.distributed.engine, os.environ)
     with PreemptionNotice() as notice:
-        from dora_dist.distributed.heartbeat import Watch
-        from dora_dist.distributed.rendezvous import meet
+        from dora_dist.distributed.heartbeat import HeartbeatMonitor
+        from dora_dist.distributed.rendezvous import join_rendezvous
 
-        meeting = meet(60 * config.distributed.join_minutes, "distributed.join_minutes") if launched else None
-        with Watch(meeting, config.distributed.silent_seconds) as watch:
-            train(config, notice, watch, launched, dry_run)
+        rendezvous = (
+            join_rendezvous(60 * config.distributed.join_minutes, "distributed.join_minutes") if launched else None
+        )
+        with HeartbeatMonitor(rendezvous, config.distributed.silent_seconds) as monitor:
+            train(config, notice, monitor, launched, dry_run)
 
 
-def train(config: "RunConfig", notice: PreemptionNotice, watch: "Watch", launched: bool, dry_run: bool) -> None:
+def train(
+    config: "RunConfig", notice: PreemptionNotice, monitor: "HeartbeatMonitor", launched: bool, dry_run: bool
+) -> None:
     """The run, or what it would be.
 
     Args:
         config: of the run.
         notice: of this rank's preemption.
-        watch: over all ranks.
+        monitor: over all ranks.
         launched: whether the processes that the engine needs are there.
         dry_run: say what the run would be, and end.
     """
@@ -73,24 +77,24 @@ def train(config: "RunConfig", notice: PreemptionNotice, watch: "Watch", launche
 
     # Before the ranks join one process group: those that wait for the one that encodes wait for a file, not in a
     # collective.
-    watch.note("preparing data")
+    monitor.note("preparing data")
     read_data = attempt(lambda: run_data.read_data(config))
-    watch.note("joining the process group")
+    monitor.note("joining the process group")
     state = world.connect(config.distributed.engine if launched else "none", config.distributed.timeout_minutes)
-    agreement = Agreement(state.device, watch)
+    agreement = Agreement(state.device, monitor)
     run = Path(config.output_dir)
 
     earlier = resume.Earlier(folder=run) if dry_run else look_into(run, config, agreement)
     with agreement.together("preparing data and settings"):
-        settled = resolve.settle(config, *read_data(), resume.accumulation(earlier, config, agreement.size))
-        resume.check_settings(earlier, settled.fingerprint)
-    for remark in settled.data.remarks():
+        resolved = resolve.resolve_run(config, *read_data(), resume.accumulation(earlier, config, agreement.size))
+        resume.check_settings(earlier, resolved.fingerprint)
+    for remark in resolved.data.remarks():
         say(remark)
     stop_before_training(notice, agreement)
     if dry_run:
-        print_dry_run(config, settled, agreement)
+        print_dry_run(config, resolved, agreement)
         return
-    say(f"{config.data.batching} batches: {settled.padding_share():.1%} of the computed tokens are padding")
+    say(f"{config.data.batching} batches: {resolved.padding_share():.1%} of the computed tokens are padding")
     if earlier.finished:
         say(f"{run} holds a finished run with these settings; its adapter is {run / 'adapter'}")
         agreement.close()
@@ -99,15 +103,15 @@ def train(config: "RunConfig", notice: PreemptionNotice, watch: "Watch", launche
         say(remark)
 
     with agreement.together("loading the model"):
-        model = build.load_model(config, state.device, settled.tokenizer, settled.data.labels)
-        controller = build.build_controller(config, model, agreement, settled.budget.schedule)
+        model = build.load_model(config, state.device, resolved.tokenizer, resolved.data.labels)
+        controller = build.build_controller(config, model, agreement, resolved.budget.schedule)
     stop_before_training(notice, agreement)
-    build.check_same_on_all_ranks(agreement, settled.fingerprint, model)
+    build.check_same_on_all_ranks(agreement, resolved.fingerprint, model)
     run_records = records.RunRecords(run, writes=state.is_main_process)
-    evaluator = tasks.build_evaluator(config, settled, agreement, model)
+    evaluator = tasks.build_evaluator(config, resolved, agreement, model)
     trainer = build.build_trainer(
         config,
-        settled,
+        resolved,
         model=model,
         controller=controller,
         agreement=agreement,
@@ -119,7 +123,7 @@ def train(config: "RunConfig", notice: PreemptionNotice, watch: "Watch", launche
 
     with agreement.together(f"writing into {run}"):
         run_records.forget_end()
-        described = {"settings": settled.fingerprint, "data": settled.describe_data(), "processes": agreement.size}
+        described = {"settings": resolved.fingerprint, "data": resolved.describe_data(), "processes": agreement.size}
         run_records.write_json(records.RUN, {"versions": provenance.versions(), **described})
         if state.is_main_process:
             save_config(config, run / records.CONFIG)
@@ -136,11 +140,11 @@ def train(config: "RunConfig", notice: PreemptionNotice, watch: "Watch", launche
             f"preempted at step {step}: checkpoint-{step} is complete; start the same command again to go on"
         )
     controller.finish()
-    if evaluator and trainer.evaluated_step != settled.arguments.max_steps:
+    if evaluator and trainer.evaluated_step != resolved.arguments.max_steps:
         trainer.evaluate()
     with agreement.together(f"writing the results into {run}"):
         if state.is_main_process:
-            save_adapter(model, settled.tokenizer, run / "adapter")
+            save_adapter(model, resolved.tokenizer, run / "adapter")
             print(summary.finish_run(run), flush=True)
     agreement.close()
 
@@ -156,13 +160,13 @@ def stop_before_training(notice: PreemptionNotice, agreement: "Agreement") -> No
         raise PreemptedError("preempted before training: nothing to save; start the same command again to go on")
 
 
-def print_dry_run(config: "RunConfig", settled: "Settled", agreement: "Agreement") -> None:
+def print_dry_run(config: "RunConfig", resolved: "ResolvedRun", agreement: "Agreement") -> None:
     """Say on the first rank what the run would do."""
     from dora_dist.setup import describe
 
     with agreement.together("estimating"):
         if agreement.rank == 0:
-            print(describe.describe(config, settled, agreement.size), flush=True)
+            print(describe.describe(config, resolved, agreement.size), flush=True)
     agreement.close()
 
 

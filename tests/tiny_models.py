@@ -52,7 +52,7 @@ def tiny_model(architecture: str = "llama", seed: int = 0, **changes: object) ->
 
 
 def quantized_model(folder: Path, quantization: str) -> PreTrainedModel:
-    """The model saved in ``folder`` as transformers quantizes it, without what ``load_backbone`` does on top."""
+    """The model saved in ``folder`` as transformers quantizes it, without what ``load_base_model`` does on top."""
     return AutoModelForCausalLM.from_pretrained(
         folder,
         quantization_config=quantization_config(quantization, torch.float32),

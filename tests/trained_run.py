@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from dora_dist.adapter.model import DynamicLoraModel, add_dynamic_lora
-from dora_dist.base_model.load import load_backbone
+from dora_dist.base_model.load import load_base_model
 from dora_dist.config.data import DataConfig
 from dora_dist.config.parse import save_config
 from dora_dist.config.run import DynamicLoraConfig, ModelConfig, RunConfig
@@ -89,7 +89,7 @@ def make_run(
         data=DataConfig(train="nowhere.jsonl"),
     )
     dtype = getattr(torch, compute_dtype)
-    model = add_dynamic_lora(load_backbone(str(base), quantization, dtype), adapter)
+    model = add_dynamic_lora(load_base_model(str(base), quantization, dtype), adapter)
     shake(model)
     for number, (name, layer) in enumerate(model.adapted_layers().items()):
         kept = 0 if name == EMPTY_MODULE else 1 + number % INITIAL_RANK

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from dora_dist.adapter import linear_operation
 from dora_dist.adapter.layer import DynamicLoraLinear
-from dora_dist.adapter.linear_operation import Layer, Saved, Settings, unpack
+from dora_dist.adapter.linear_operation import LinearSettings, LinearTensors, SavedForBackward, unpack
 from dora_dist.base_model.shape import GATED_MLP, is_gated_mlp
 
 
@@ -47,12 +47,12 @@ def _is_watched(layer: nn.Module) -> bool:
     return any(map(bool, hooks))
 
 
-def gated_mlp(x: Tensor, gate: Layer, up: Layer, down: Layer) -> Tensor:
+def gated_mlp(x: Tensor, gate: LinearTensors, up: LinearTensors, down: LinearTensors) -> Tensor:
     """``down(silu(gate(x)) * up(x))``, differentiable once. Shape ``(..., in) -> (..., out)``."""
     layers = (gate, up, down)
     tensors = [tensor for layer in layers for tensor in layer[:3]]
     bridge, product, *down_saved = _UntilProduct.apply(x, [layer.settings for layer in layers], *tensors)
-    return _FromProduct.apply(bridge, product, down.settings, Saved(*down_saved))
+    return _FromProduct.apply(bridge, product, down.settings, SavedForBackward(*down_saved))
 
 
 class _UntilProduct(torch.autograd.Function):
@@ -63,8 +63,8 @@ class _UntilProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, settings: list[Settings], *tensors: Tensor) -> tuple[Tensor | None, ...]:
-        layers = [Layer(*tensors[3 * at : 3 * at + 3], one) for at, one in enumerate(settings)]
+    def forward(ctx: Any, x: Tensor, settings: list[LinearSettings], *tensors: Tensor) -> tuple[Tensor | None, ...]:
+        layers = [LinearTensors(*tensors[3 * at : 3 * at + 3], one) for at, one in enumerate(settings)]
         (gate, up), saved = linear_operation.forward(x, layers[:2])
         product = functional.silu(gate).mul_(up)
         (down_saved,) = linear_operation.read_input(product, layers[2:])
@@ -103,7 +103,7 @@ class _FromProduct(torch.autograd.Function):
     """The output of the MLP. Keeps nothing, and hands its gradient on to :class:`_UntilProduct`."""
 
     @staticmethod
-    def forward(ctx: Any, bridge: Tensor, product: Tensor, settings: Settings, saved: Saved) -> Tensor:
+    def forward(ctx: Any, bridge: Tensor, product: Tensor, settings: LinearSettings, saved: SavedForBackward) -> Tensor:
         return linear_operation.output_of(product, settings, saved)
 
     @staticmethod

@@ -12,7 +12,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from dora_dist.adapter.linear_operation import Layer, Settings, adapted_linears
+from dora_dist.adapter.linear_operation import LinearSettings, LinearTensors, adapted_linears
 from dora_dist.base_model.quantization import check_known_linear
 from dora_dist.config.adapter import INITS
 
@@ -107,16 +107,16 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
         dtypes = [(one.lora_a.dtype, one.lora_b.dtype) for one in (self, other)]
         return kinds[0] == kinds[1] and dtypes[0] == dtypes[1]
 
-    def tensors(self) -> Layer:
+    def tensors(self) -> LinearTensors:
         """The layer as it computes at this moment."""
         dropout = self.lora_dropout[ADAPTER_NAME]
-        settings = Settings(
+        settings = LinearSettings(
             base=self.base_layer,
             scale=self.scale,
             kept=self.kept_components(),
             dropout=dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0,
         )
-        return Layer(self.lora_a, self.gate, self.lora_b, settings)
+        return LinearTensors(self.lora_a, self.gate, self.lora_b, settings)
 
     @torch.no_grad()
     def initialize(self, init: str, seed: int, name: str, dtype: torch.dtype) -> None:

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from dora_dist.base_model.quantization import dequantized_weight, product_dtype
 
 
-class Settings(NamedTuple):
+class LinearSettings(NamedTuple):
     """What a layer computes with, beside tensors that have gradients."""
 
     base: nn.Module
@@ -30,16 +30,16 @@ class Settings(NamedTuple):
     """Probability with which an entry of ``x`` is dropped before the components, and before them only."""
 
 
-class Layer(NamedTuple):
+class LinearTensors(NamedTuple):
     """Rows ``a_i`` (r, in), ``c_i`` (r,), columns ``b_i`` (out, r), and the rest."""
 
     lora_a: Tensor
     gate: Tensor
     lora_b: Tensor
-    settings: Settings
+    settings: LinearSettings
 
 
-class Saved(NamedTuple):
+class SavedForBackward(NamedTuple):
     """What the forward of a layer leaves for its backward, beside the input."""
 
     gate: Tensor
@@ -55,7 +55,7 @@ class Saved(NamedTuple):
     """Of dropout, shape ``(tokens, in)``, a byte an entry."""
 
 
-def adapted_linears(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
+def adapted_linears(x: Tensor, layers: Sequence[LinearTensors]) -> tuple[Tensor, ...]:
     """Base layer plus components of every layer, differentiable once in ``x`` and the adapters' tensors.
 
     Components are computed in the adapter's dtype, or in that of autocast where it is on.
@@ -73,8 +73,8 @@ def adapted_linears(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
 
 class _AdaptedLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, settings: list[Settings], *tensors: Tensor) -> tuple[Tensor, ...]:
-        layers = [Layer(*tensors[3 * at : 3 * at + 3], one) for at, one in enumerate(settings)]
+    def forward(ctx: Any, x: Tensor, settings: list[LinearSettings], *tensors: Tensor) -> tuple[Tensor, ...]:
+        layers = [LinearTensors(*tensors[3 * at : 3 * at + 3], one) for at, one in enumerate(settings)]
         outputs, saved = forward(x, layers)
         ctx.settings = settings
         ctx.save_for_backward(x, *(tensor for one in saved for tensor in one))
@@ -90,19 +90,19 @@ class _AdaptedLinears(torch.autograd.Function):
         return grad_x, None, *gradients
 
 
-def unpack(tensors: Sequence[Tensor | None]) -> list[Saved]:
+def unpack(tensors: Sequence[Tensor | None]) -> list[SavedForBackward]:
     """What layers saved, from one flat list."""
-    size = len(Saved._fields)
-    return [Saved(*tensors[at : at + size]) for at in range(0, len(tensors), size)]
+    size = len(SavedForBackward._fields)
+    return [SavedForBackward(*tensors[at : at + size]) for at in range(0, len(tensors), size)]
 
 
-def forward(x: Tensor, layers: Sequence[Layer]) -> tuple[list[Tensor], list[Saved]]:
+def forward(x: Tensor, layers: Sequence[LinearTensors]) -> tuple[list[Tensor], list[SavedForBackward]]:
     """Outputs of :func:`adapted_linears`, and what :func:`backward` needs. Without autograd."""
     saved = read_input(x, layers)
     return [output_of(x, layer.settings, one) for layer, one in zip(layers, saved, strict=True)], saved
 
 
-def read_input(x: Tensor, layers: Sequence[Layer]) -> list[Saved]:
+def read_input(x: Tensor, layers: Sequence[LinearTensors]) -> list[SavedForBackward]:
     """What the components of layers make of their input: all that the backward needs, but no output yet."""
     dtype = _component_dtype(x, layers[0].lora_a)
     rows = _rows(x).to(dtype)
@@ -116,12 +116,12 @@ def read_input(x: Tensor, layers: Sequence[Layer]) -> list[Saved]:
     else:
         hidden = list((_stacked([a for a, _ in small]) @ rows.T).split([len(a) for a, _ in small]))
     return [
-        Saved(layer.gate, layer.lora_b, *matrices, inner, mask)
+        SavedForBackward(layer.gate, layer.lora_b, *matrices, inner, mask)
         for layer, matrices, inner, mask in zip(layers, small, hidden, masks, strict=True)
     ]
 
 
-def output_of(x: Tensor, settings: Settings, saved: Saved) -> Tensor:
+def output_of(x: Tensor, settings: LinearSettings, saved: SavedForBackward) -> Tensor:
     """Base layer plus components, shape ``(..., out)``."""
     output = settings.base(x)
     if len(saved.hidden):
@@ -132,8 +132,8 @@ def output_of(x: Tensor, settings: Settings, saved: Saved) -> Tensor:
 def backward(
     grad_outputs: Sequence[Tensor],
     x: Tensor,
-    saved: Sequence[Saved],
-    settings: Sequence[Settings],
+    saved: Sequence[SavedForBackward],
+    settings: Sequence[LinearSettings],
     needs_x: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
@@ -177,7 +177,7 @@ def backward(
     return None if grad_x is None else grad_x.to(x.dtype).view(x.shape), gradients
 
 
-def _base_gradient(grad_outputs: Sequence[Tensor], settings: Sequence[Settings]) -> Tensor:
+def _base_gradient(grad_outputs: Sequence[Tensor], settings: Sequence[LinearSettings]) -> Tensor:
     """Sum of ``grad_output @ W0`` over the layers, shape ``(tokens, in)``."""
     dtype = product_dtype(settings[0].base, grad_outputs[0])
     total = _rows(grad_outputs[0]).to(dtype) @ dequantized_weight(settings[0].base, dtype)
@@ -188,7 +188,7 @@ def _base_gradient(grad_outputs: Sequence[Tensor], settings: Sequence[Settings])
 
 
 def _column_gradients(
-    grad: Tensor, saved: Saved, settings: Settings, needs_gate: bool, needs_b: bool
+    grad: Tensor, saved: SavedForBackward, settings: LinearSettings, needs_gate: bool, needs_b: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Of ``gate`` and ``lora_b``: both follow from that of ``s c_i b_i``."""
     if not (needs_gate or needs_b):
@@ -227,8 +227,8 @@ def _spread(grad: Tensor, dim: int, kept: Tensor | None, shape: Sequence[int]) -
     return grad if kept is None else grad.new_zeros(shape).index_copy_(dim, kept, grad)
 
 
-def _small_matrices(layer: Layer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """See :class:`Saved`."""
+def _small_matrices(layer: LinearTensors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """See :class:`SavedForBackward`."""
     kept = layer.settings.kept
     columns = _kept(layer.lora_b, 1, kept) * (_kept(layer.gate, 0, kept) * layer.settings.scale)
     return _kept(layer.lora_a, 0, kept).to(dtype), columns.to(dtype)

@@ -135,7 +135,7 @@ class HeadStart:
             config.problem_type = "single_label_classification"
 
 
-def load_backbone(
+def load_base_model(
     path: str,
     quantization: str = "nf4",
     compute_dtype: torch.dtype = torch.float32,

@@ -61,35 +61,37 @@ def train_adalora(config: "RunConfig", own: Mapping[str, Any], notice: Preemptio
     """
     tokenizer, data = run_data.read_data(config)
     device = world.connect("none", config.distributed.timeout_minutes).device
-    settled = resolve.settle(config, tokenizer, data)
-    run_records = _begin_records(config, settled, own)
+    resolved = resolve.resolve_run(config, tokenizer, data)
+    run_records = _begin_records(config, resolved, own)
     if run_records is None:
         say(f"{config.output_dir} holds a finished run with these settings")
         return
     base = build.load_base(config, device, tokenizer, data.labels)
-    model = _add_adalora(config, settled, own, base)
-    trainer = _build_trainer(config, settled, model)
+    model = _add_adalora(config, resolved, own, base)
+    trainer = _build_trainer(config, resolved, model)
     trainer.add_callback(_AdaLoraCallback(model, run_records, notice))
-    began, steps = time.monotonic(), settled.arguments.max_steps
+    began, steps = time.monotonic(), resolved.arguments.max_steps
     trainer.train()
     if trainer.state.global_step < steps:
         raise PreemptedError("preempted: PEFT's AdaLoRA begins anew when the same command is started again")
-    tokens = int(settled.plan.row_lengths(settled.mixture.lengths).sum())
+    tokens = int(resolved.plan.row_lengths(resolved.mixture.lengths).sum())
     run_records.metrics(steps, {"session_seconds": time.monotonic() - began, "session_tokens": tokens})
-    _write_result(config, settled, model, run_records)
+    _write_result(config, resolved, model, run_records)
     print(summary.finish_run(Path(config.output_dir)), flush=True)
 
 
-def _begin_records(config: "RunConfig", settled: resolve.Settled, own: Mapping[str, Any]) -> records.RunRecords | None:
+def _begin_records(
+    config: "RunConfig", resolved: resolve.ResolvedRun, own: Mapping[str, Any]
+) -> records.RunRecords | None:
     """Records of a run that begins; None where its folder holds it finished."""
     run = Path(config.output_dir)
-    fingerprint = {**settled.fingerprint, **{f"adalora.{name}": value for name, value in own.items()}}
+    fingerprint = {**resolved.fingerprint, **{f"adalora.{name}": value for name, value in own.items()}}
     earlier = resume.look(run, "auto")
     resume.check_settings(earlier, fingerprint)
     if earlier.finished:
         return None
     run_records = records.RunRecords(run, writes=True)
-    described = {"settings": fingerprint, "data": settled.describe_data(), "processes": 1}
+    described = {"settings": fingerprint, "data": resolved.describe_data(), "processes": 1}
     run_records.write_json(records.RUN, {"versions": provenance.versions(), **described})
     save_config(config, run / records.CONFIG)
     run_records.truncate_after(-1)
@@ -103,30 +105,32 @@ def _is_mean_of_rows(config: "RunConfig") -> bool:
 
 
 def _add_adalora(
-    config: "RunConfig", settled: resolve.Settled, own: Mapping[str, Any], base: PreTrainedModel
+    config: "RunConfig", resolved: resolve.ResolvedRun, own: Mapping[str, Any], base: PreTrainedModel
 ) -> PeftModel:
     """The base with AdaLoRA and the heads that it trains, in float32, started by the run's seed."""
     heads = head_modules(base)
-    regularizers = 1 if _is_mean_of_rows(config) else settled.arguments.gradient_accumulation_steps
+    regularizers = 1 if _is_mean_of_rows(config) else resolved.arguments.gradient_accumulation_steps
     set_seed(fingerprint.adapter_seed(config))
-    model = get_peft_model(base, peft_config(config, own, settled.budget.schedule, settled.layers, heads, regularizers))
+    model = get_peft_model(
+        base, peft_config(config, own, resolved.budget.schedule, resolved.layers, heads, regularizers)
+    )
     prepare_heads(model, heads, torch.float32)
     set_seed(config.seed)
     return model
 
 
-def _build_trainer(config: "RunConfig", settled: resolve.Settled, model: PeftModel) -> Trainer:
+def _build_trainer(config: "RunConfig", resolved: resolve.ResolvedRun, model: PeftModel) -> Trainer:
     """The stock Trainer on the rows of a run in their order; it neither saves nor evaluates nor prints."""
-    arguments = settled.arguments
+    arguments = resolved.arguments
     arguments.train_sampling_strategy = "sequential"
     arguments.save_strategy = "no"
     arguments.eval_strategy = "no"
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=tasks.planned_rows(config, settled),
-        data_collator=tasks.build_collator(config, model, settled.tokenizer),
-        processing_class=settled.tokenizer,
+        train_dataset=tasks.planned_rows(config, resolved),
+        data_collator=tasks.build_collator(config, model, resolved.tokenizer),
+        processing_class=resolved.tokenizer,
     )
     if _is_mean_of_rows(config):
         trainer.model_accepts_loss_kwargs = False  # see dora_dist/objective.py
@@ -137,12 +141,12 @@ def _build_trainer(config: "RunConfig", settled: resolve.Settled, model: PeftMod
 
 def _write_result(
     config: "RunConfig",
-    settled: resolve.Settled,
+    resolved: resolve.ResolvedRun,
     model: PeftModel,
     run_records: records.RunRecords,
 ) -> None:
     """Check, measure and save what was trained."""
-    schedule, base = settled.budget.schedule, model.get_base_model()
+    schedule, base = resolved.budget.schedule, model.get_base_model()
     kept = kept_triplets(model)
     factors = folded_triplets(model, kept)
     check_result(factors, schedule)
@@ -155,10 +159,10 @@ def _write_result(
         num_parameters=sum(a.numel() + b.numel() for a, b in factors.values()),
     )
     run_records.event(event)
-    evaluator = tasks.build_evaluator(config, settled, Agreement(base.device), model)
+    evaluator = tasks.build_evaluator(config, resolved, Agreement(base.device), model)
     assert evaluator is not None, "a cell has held-out data"
     measured = {f"eval_{name}": value for name, value in evaluator(TaskLoss(model)).items()}
-    run_records.metrics(settled.arguments.max_steps, measured)
+    run_records.metrics(resolved.arguments.max_steps, measured)
     adapter = Path(config.output_dir) / "adapter"
     write_lora_adapter(
         adapter,
@@ -167,7 +171,7 @@ def _write_result(
         task_type=TASKS[config.task].peft_type,
         head={name: dict(head.named_parameters()) for name, head in trained_heads(model).items()},
     )
-    settled.tokenizer.save_pretrained(adapter)
+    resolved.tokenizer.save_pretrained(adapter)
 
 
 def peft_config(

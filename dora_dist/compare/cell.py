@@ -19,7 +19,7 @@ from dora_dist.compare.outcome import FAILURE, IDENTITY, LOG, record_failure
 from dora_dist.compare.plan import Cell, Plan
 from dora_dist.console import files
 from dora_dist.console.errors import PreemptedError
-from dora_dist.distributed.heartbeat import Watch
+from dora_dist.distributed.heartbeat import HeartbeatMonitor
 from dora_dist.distributed.preemption import PreemptionNotice
 from dora_dist.runs import checkpoint
 from dora_dist.training.controller import NonFiniteAdapterError
@@ -73,7 +73,7 @@ def _train(plan: Plan, cell: Cell) -> None:
         if plan.method(cell.group).peer:
             train_adalora(config, dataclasses.asdict(plan.config.adalora), notice)
             return
-        with Watch(None, config.distributed.silent_seconds) as watch:
+        with HeartbeatMonitor(None, config.distributed.silent_seconds) as watch:
             train.train(config, notice, watch, launched=True, dry_run=False)
 
 

@@ -28,7 +28,7 @@ MAY_DIFFER = ("output_dir", "data.cache_dir", "data.workers", "distributed", "ch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class CellResult:
     """A cell that has come to its end.
 
     Attributes:
@@ -61,7 +61,7 @@ class Outcome:
         return not (math.isfinite(self.search) and math.isfinite(self.reported))
 
 
-def read_outcome(plan: Plan, cell: Cell) -> Outcome | None:
+def read_outcome(plan: Plan, cell: Cell) -> CellResult | None:
     """What the cell's run has measured; None where it has not come to its end.
 
     Raises:
@@ -71,7 +71,7 @@ def read_outcome(plan: Plan, cell: Cell) -> Outcome | None:
     failure = read_failure(folder)
     if failure is not None and failure["diverged"]:
         recorded = files.read_json(folder / IDENTITY)
-        return Outcome(
+        return CellResult(
             search=math.nan,
             reported=math.nan,
             parameters=0,
@@ -88,7 +88,7 @@ def read_outcome(plan: Plan, cell: Cell) -> Outcome | None:
     summary = files.read_json(folder / records.SUMMARY)
     figures = {name: _figure(plan, cell, summary["after"] or {}, name) for name in (SEARCH, REPORTED)}
     parameters, widest = adapter_size(folder / "adapter")
-    return Outcome(
+    return CellResult(
         **figures,
         parameters=parameters,
         widest=widest,

@@ -8,11 +8,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dora_dist.compare.outcome import Outcome, training_settings
+from dora_dist.compare.outcome import CellResult, training_settings
 from dora_dist.compare.plan import Group, Plan
 from dora_dist.compare.worker import Progress
 from dora_dist.console import files
-from dora_dist.evaluation.seeds import CONFIDENCE, Choice, holm, paired_difference, spread
+from dora_dist.evaluation.seeds import CONFIDENCE, RateChoice, holm, paired_difference, spread
 
 RESULTS = "results.json"
 TABLE = "results.md"
@@ -54,7 +54,7 @@ def gather(plan: Plan, notes: Sequence[str], command: str) -> dict[str, Any]:
     }
 
 
-def _reported(plan: Plan, progress: Progress, group: Group, choice: Choice | None) -> dict[int, Outcome]:
+def _reported(plan: Plan, progress: Progress, group: Group, choice: RateChoice | None) -> dict[int, CellResult]:
     """Seed -> outcome, of the group's reported cells that have a finite figure."""
     if choice is None:
         return {}
@@ -62,7 +62,7 @@ def _reported(plan: Plan, progress: Progress, group: Group, choice: Choice | Non
     return {seed: outcome for seed, outcome in found.items() if outcome is not None and not outcome.diverged}
 
 
-def _check_same_conditions(plan: Plan, reported: Mapping[Group, Mapping[int, Outcome]]) -> None:
+def _check_same_conditions(plan: Plan, reported: Mapping[Group, Mapping[int, CellResult]]) -> None:
     """Methods are compared on one base, with the same data in the same order, and as many steps.
 
     Raises:
@@ -85,8 +85,8 @@ def _group(
     plan: Plan,
     progress: Progress,
     group: Group,
-    choice: Choice | None,
-    reported: Mapping[Group, Mapping[int, Outcome]],
+    choice: RateChoice | None,
+    reported: Mapping[Group, Mapping[int, CellResult]],
 ) -> dict[str, Any]:
     own = reported[group]
     reference = dataclasses.replace(group, method=plan.config.baseline)
@@ -128,7 +128,7 @@ def _group(
     }
 
 
-def _missing(plan: Plan, progress: Progress, group: Group, choice: Choice | None) -> Iterator[str]:
+def _missing(plan: Plan, progress: Progress, group: Group, choice: RateChoice | None) -> Iterator[str]:
     """What the group's row lacks, in words."""
     cells = plan.search_cells(group)
     if choice is not None:

@@ -14,12 +14,12 @@ import torch
 from filelock import FileLock, Timeout
 
 from dora_dist.compare.cell import run_cell
-from dora_dist.compare.outcome import Outcome, check_identity, identity_of, read_failure, read_outcome
+from dora_dist.compare.outcome import CellResult, check_identity, identity_of, read_failure, read_outcome
 from dora_dist.compare.plan import REPORTED, SEARCH, Cell, Group, Plan
 from dora_dist.console.files import read_json, write_json
 from dora_dist.console.provenance import environment
 from dora_dist.distributed import world
-from dora_dist.evaluation.seeds import Choice, choose
+from dora_dist.evaluation.seeds import RateChoice, choose
 from dora_dist.setup import resolve, run_data
 
 DATA = "data.json"
@@ -56,7 +56,7 @@ def prepare(plan: Plan) -> dict[str, TaskData]:
         tokenizer, data = run_data.read_data(configs[0])
         for group, config in zip(groups, configs, strict=True):
             try:
-                resolve.settle(config, tokenizer, data)
+                resolve.resolve_run(config, tokenizer, data)
             except ValueError as error:
                 raise ValueError(f"cells {group}: {error}") from None
         found[task] = _task_data(task, data)
@@ -121,9 +121,9 @@ class Progress:
     def __init__(self, plan: Plan, since: float = 0.0) -> None:
         self.plan = plan
         self._since = since
-        self._outcomes: dict[Cell, Outcome] = {}
+        self._outcomes: dict[Cell, CellResult] = {}
 
-    def outcome(self, cell: Cell) -> Outcome | None:
+    def outcome(self, cell: Cell) -> CellResult | None:
         """Of a finished cell, else None."""
         if cell not in self._outcomes and (found := read_outcome(self.plan, cell)) is not None:
             self._outcomes[cell] = found
@@ -134,7 +134,7 @@ class Progress:
         failure = read_failure(self.plan.cell_folder(cell))
         return failure["error"] if failure is not None and failure["when"] >= self._since else None
 
-    def choice(self, group: Group) -> Choice | None:
+    def choice(self, group: Group) -> RateChoice | None:
         """The group's learning rate, once all its search cells are finished; None before, or where all diverged."""
         figures: dict[float, list[float]] = {rate: [] for rate in self.plan.config.learning_rates}
         for cell in self.plan.search_cells(group):

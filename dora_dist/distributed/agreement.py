@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dora_dist.console.errors import ExpectedRunError, mark_common
-from dora_dist.distributed.heartbeat import Watch
+from dora_dist.distributed.heartbeat import HeartbeatMonitor
 
 POLL_SECONDS = 0.02
 """Between two looks into a store."""
@@ -35,20 +35,20 @@ class Agreement:
 
     Args:
         device: where tensors must live for the process group's backend: the GPU for NCCL, the CPU for gloo.
-        watch: over this run; it is told what the ranks are doing, and ends with the process group.
+        monitor: over this run; it is told what the ranks are doing, and ends with the process group.
     """
 
-    def __init__(self, device: torch.device | str = "cpu", watch: Watch | None = None) -> None:
+    def __init__(self, device: torch.device | str = "cpu", monitor: HeartbeatMonitor | None = None) -> None:
         self.distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if self.distributed else 0
         self.size = dist.get_world_size() if self.distributed else 1
         self.device = torch.device(device)
-        self._watch = watch
+        self._monitor = monitor
 
     def note(self, phase: str) -> None:
         """Say what this rank is doing from now on, for messages about ranks that are gone."""
-        if self._watch is not None:
-            self._watch.note(phase)
+        if self._monitor is not None:
+            self._monitor.note(phase)
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, by rank, on every rank. Values must pickle; for small things only."""
@@ -94,8 +94,8 @@ class Agreement:
         """Leave the process group at the end of a run, when all ranks have come here."""
         self.note("the end of the run")
         self.barrier()
-        if self._watch is not None:
-            self._watch.stop()
+        if self._monitor is not None:
+            self._monitor.stop()
             self.barrier()  # nobody leaves while somebody is watching
         if self.distributed:
             dist.destroy_process_group()

@@ -13,7 +13,7 @@ from types import TracebackType
 
 from dora_dist.console.command import leave
 from dora_dist.console.errors import PREEMPTED, ExpectedRunError, is_common
-from dora_dist.distributed.rendezvous import POLL_SECONDS, Meeting, sign_of
+from dora_dist.distributed.rendezvous import POLL_SECONDS, Rendezvous, beat_key
 
 SIGN_SECONDS = 1.0
 """Time between two signs of life."""
@@ -37,23 +37,23 @@ class RanksLostError(ExpectedRunError):
         self.status = PREEMPTED if gone else 1
 
 
-class Watch:
+class HeartbeatMonitor:
     """Context in which this rank shows that it is alive, and learns of others that are not.
 
     An exception that leaves the context is told to the other ranks; one that is the consequence of another rank's end
     becomes a :class:`RanksLostError` that names that rank.
 
     Args:
-        meeting: where the ranks have met; None for a rank that is alone, which nobody watches.
+        rendezvous: where the ranks have met; None for a rank that is alone, which nobody watches.
         silent_seconds: without a sign of life before a rank counts as gone.
 
     Attributes:
         phase: what this rank is doing, for messages; to be set by whoever begins something.
     """
 
-    def __init__(self, meeting: Meeting | None, silent_seconds: float) -> None:
+    def __init__(self, rendezvous: Rendezvous | None, silent_seconds: float) -> None:
         self.phase = "starting"
-        self._meeting = meeting
+        self._rendezvous = rendezvous
         self._silent_seconds = silent_seconds
         self._wake = threading.Event()
         self._stopped = False
@@ -72,10 +72,10 @@ class Watch:
         """Say what this rank is doing from now on."""
         self.phase = phase
 
-    def __enter__(self) -> "Watch":
-        if self._meeting is not None:
-            self._store = self._meeting.connect()  # the same store that meet() has just used
-            self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+    def __enter__(self) -> "HeartbeatMonitor":
+        if self._rendezvous is not None:
+            self._store = self._rendezvous.connect()  # the same store that join_rendezvous() has just used
+            self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
             self._thread.start()
         return self
 
@@ -107,15 +107,15 @@ class Watch:
         self._wake.set()
         self._thread.join(timeout=2 * SIGN_SECONDS)
         try:
-            if self._meeting is not None and not self._thread.is_alive():
-                self._store.set(f"left/{self._meeting.rank}", last_words or "the run is over")
+            if self._rendezvous is not None and not self._thread.is_alive():
+                self._store.set(f"left/{self._rendezvous.rank}", last_words or "the run is over")
         except RuntimeError:
             pass  # the store has gone with rank 0, which has left before
 
     # The thread. ``self._store`` belongs to it until it has ended.
 
     def _run(self) -> None:
-        assert self._meeting is not None
+        assert self._rendezvous is not None
         count = 0
         try:
             while not self._stopped:
@@ -133,7 +133,7 @@ class Watch:
         except RuntimeError:
             if self._stopped:
                 return
-            host, port = self._meeting.place
+            host, port = self._rendezvous.place
             self._gone = True
             self._verdict = (
                 f"rank 0, or what keeps the meeting place for it at {host}:{port}, is gone or cut off; this rank was "
@@ -154,19 +154,19 @@ class Watch:
         return first
 
     def _sign(self, count: int) -> None:
-        assert self._meeting is not None
-        self._store.set(sign_of(self._meeting.rank), f"{count} {self.phase}")
+        assert self._rendezvous is not None
+        self._store.set(beat_key(self._rendezvous.rank), f"{count} {self.phase}")
 
     def _missed(self) -> str | None:
         """The first rank that has shown no sign of life for too long. Rank 0 looks at all; all look at rank 0, whose
         store a launcher may keep."""
-        assert self._meeting is not None
-        watched = range(self._meeting.size) if self._meeting.rank == 0 else [0]
+        assert self._rendezvous is not None
+        watched = range(self._rendezvous.size) if self._rendezvous.rank == 0 else [0]
         now = time.monotonic()
         if now - self._looked > 5 * SIGN_SECONDS:  # this rank was stopped itself: the others may have been too
             self._signs.clear()
         self._looked = now
-        for rank, sign in zip(watched, self._store.multi_get([sign_of(rank) for rank in watched]), strict=True):
+        for rank, sign in zip(watched, self._store.multi_get([beat_key(rank) for rank in watched]), strict=True):
             seen, since = self._signs.get(rank, (b"", now))
             if sign != seen:
                 self._signs[rank] = (sign, now)
@@ -177,33 +177,33 @@ class Watch:
     def _roll_call(self) -> str:
         """Answer, wait for the others' answers, and say what has happened. Rank 0 collects, so that all say the same;
         if it does not, each rank does."""
-        assert self._meeting is not None
+        assert self._rendezvous is not None
         mine = {"order": self._store.add("answers", 1), "phase": self.phase, "failure": self._failure}
-        self._store.set(f"answer/{self._meeting.rank}", json.dumps(mine))
+        self._store.set(f"answer/{self._rendezvous.rank}", json.dumps(mine))
         end = time.monotonic() + ANSWER_SECONDS
-        missing = list(range(self._meeting.size))
+        missing = list(range(self._rendezvous.size))
         while missing and time.monotonic() < end:
-            if self._meeting.rank == 0:
+            if self._rendezvous.rank == 0:
                 missing = [rank for rank in missing if not self._store.check([f"answer/{rank}"])]
             elif self._store.check(["verdict"]):
                 break
             if missing:
                 time.sleep(POLL_SECONDS)
-        if self._meeting.rank != 0:
+        if self._rendezvous.rank != 0:
             time.sleep(POLL_SECONDS)
         if not self._store.check(["verdict"]):
-            missing = [rank for rank in range(self._meeting.size) if not self._store.check([f"answer/{rank}"])]
+            missing = [rank for rank in range(self._rendezvous.size) if not self._store.check([f"answer/{rank}"])]
             self._store.set("verdict", json.dumps(self._judge(missing)))
         cause, self._gone, text = json.loads(self._store.get("verdict"))
-        self._is_cause = cause == self._meeting.rank
+        self._is_cause = cause == self._rendezvous.rank
         return f"{text}; this rank was in: {self.phase}. {_ADVICE}"
 
     def _judge(self, missing: list[int]) -> tuple[int | None, bool, str]:
         """The rank whose failure it was, if it is still there; whether some are gone; and what has happened."""
-        assert self._meeting is not None
+        assert self._rendezvous is not None
         if missing:
             return None, True, "; ".join(self._last_of(rank) for rank in missing)
-        answers = {rank: json.loads(self._store.get(f"answer/{rank}")) for rank in range(self._meeting.size)}
+        answers = {rank: json.loads(self._store.get(f"answer/{rank}")) for rank in range(self._rendezvous.size)}
         failed = {rank: answer for rank, answer in answers.items() if answer["failure"]}
         if not failed:
             return None, True, self._store.get("alarm").decode()
@@ -217,9 +217,9 @@ class Watch:
     def _last_of(self, rank: int) -> str:
         if self._store.check([f"left/{rank}"]):
             return f"{self._name(rank)} has left: {self._store.get(f'left/{rank}').decode()}"
-        _, _, phase = self._store.get(sign_of(rank)).decode().partition(" ")
+        _, _, phase = self._store.get(beat_key(rank)).decode().partition(" ")
         return f"{self._name(rank)} is gone (killed, or cut off); the last that was heard of it: {phase}"
 
     def _name(self, rank: int) -> str:
-        assert self._meeting is not None
-        return f"rank {rank} ({self._meeting.node_of(self._store, rank)})"
+        assert self._rendezvous is not None
+        return f"rank {rank} ({self._rendezvous.node_of(self._store, rank)})"

@@ -31,7 +31,7 @@ class JoinError(ExpectedRunError):
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Rendezvous:
     """Where the ranks of a run have met.
 
     Attributes:
@@ -61,7 +61,7 @@ class Meeting:
         return node
 
 
-def meet(seconds: float, knob: str) -> Meeting | None:
+def join_rendezvous(seconds: float, knob: str) -> Rendezvous | None:
     """Wait until all ranks of the launch have come; None where this process is alone.
 
     Args:
@@ -93,7 +93,7 @@ def meet(seconds: float, knob: str) -> Meeting | None:
         raise JoinError(_explain(error, rank, (host, port), keeps_it, f"{seconds:g} s ({knob})")) from None
     store = PrefixStore(prefix, server)
     store.set(_joined(rank), platform.node())
-    store.set(sign_of(rank), "0 starting")
+    store.set(beat_key(rank), "0 starting")
     missing = _wait_for_all(store, size, seconds) if rank == 0 else _ask(store, seconds)
     if missing:
         raise JoinError(
@@ -102,7 +102,7 @@ def meet(seconds: float, knob: str) -> Meeting | None:
             "are missing, and whether all have the same MASTER_ADDR and MASTER_PORT"
         )
     _KEPT.append(server)
-    return Meeting(rank, size, (host, port), prefix)
+    return Rendezvous(rank, size, (host, port), prefix)
 
 
 def _wait_for_all(store: Any, size: int, seconds: float) -> str:
@@ -150,7 +150,7 @@ def _explain(error: RuntimeError, rank: int, place: tuple[str, int], keeps_it: b
     )
 
 
-def sign_of(rank: int) -> str:
+def beat_key(rank: int) -> str:
     """Key of a rank's signs of life (:mod:`dora_dist.distributed.heartbeat`)."""
     return f"sign/{rank}"
 

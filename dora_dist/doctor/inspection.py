@@ -10,7 +10,7 @@ import torch
 from dora_dist.base_model.load import find_model, load_skeleton, resolve_compute_dtype
 from dora_dist.console.errors import ExpectedRunError
 from dora_dist.distributed.launcher import check_launch
-from dora_dist.distributed.rendezvous import meet
+from dora_dist.distributed.rendezvous import join_rendezvous
 from dora_dist.distributed.store_agreement import StoreAgreement
 from dora_dist.distributed.world import connect
 from dora_dist.doctor.device import check_device, describe_gpus
@@ -40,7 +40,7 @@ def join(timeout_seconds: float) -> StoreAgreement:
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     engine = "zero2" if with_deepspeed(os.environ) else "ddp" if launched(os.environ) else "none"
     if launched(os.environ):
-        meet(timeout_seconds, "--timeout")
+        join_rendezvous(timeout_seconds, "--timeout")
     try:
         state = connect(engine, timeout_seconds / 60)
     except RuntimeError as error:

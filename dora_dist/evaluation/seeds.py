@@ -77,7 +77,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class RateChoice:
     """The learning rate of a group of cells.
 
     Attributes:
@@ -93,7 +93,7 @@ class Choice:
     searched: bool
 
 
-def choose(figures: Mapping[float, Sequence[float]], lower_is_better: bool) -> Choice | None:
+def choose(figures: Mapping[float, Sequence[float]], lower_is_better: bool) -> RateChoice | None:
     """The rate with the best mean, the lowest of several equal ones; None where all rates have diverged.
 
     Args:
@@ -108,4 +108,4 @@ def choose(figures: Mapping[float, Sequence[float]], lower_is_better: bool) -> C
     best = min(sane, key=lambda rate: (sane[rate] if lower_is_better else -sane[rate], rate))
     searched = len(means) > 1
     edge = {min(means): "lowest", max(means): "highest"}.get(best) if searched else None
-    return Choice(learning_rate=best, means=means, at_edge=edge, searched=searched)
+    return RateChoice(learning_rate=best, means=means, at_edge=edge, searched=searched)

@@ -100,7 +100,7 @@ class Optimizer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moment:
+class MemoryInstant:
     """What is in memory at one moment of a step, by part, in bytes."""
 
     name: str
@@ -128,11 +128,11 @@ class StepMemory:
     activations: int
     checkpointed_activations: int
     recomputed: int
-    moments: Sequence[Moment]
+    moments: Sequence[MemoryInstant]
     approximate: bool = False
 
     @property
-    def peak(self) -> Moment:
+    def peak(self) -> MemoryInstant:
         return max(self.moments, key=lambda moment: moment.total)
 
 
@@ -220,11 +220,11 @@ def step_memory(
     else:
         logits, at_loss = loss_memory(batch.tokens, shape.vocabulary), in_backward
     moments = (
-        Moment(
+        MemoryInstant(
             name=f"{'forward' if chunked_loss else 'backward'} of the loss",
             parts={**resident, **at_loss, "activations": kept + final_norm, "logits": logits},
         ),
-        Moment(
+        MemoryInstant(
             name="backward of a decoder layer" if checkpointing else "backward of the last decoder layer",
             parts={
                 **resident,
@@ -234,7 +234,7 @@ def step_memory(
                 "dequantized weight": dequantized,
             },
         ),
-        Moment(
+        MemoryInstant(
             name="optimizer step",
             parts={
                 **resident,

@@ -19,7 +19,7 @@ from dora_dist.console.text import say
 from dora_dist.distributed.launcher import world_size_of
 from dora_dist.preview.contents import build_preview
 from dora_dist.preview.page import build_page
-from dora_dist.preview.selection import FEW, Choice
+from dora_dist.preview.selection import FEW, ExampleSelection
 from dora_dist.preview.terminal import render
 
 
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.html is not None and (options.html.is_dir() or not options.html.parent.is_dir()):
         raise ValueError(f"--html is {options.html}, but must be a file in a folder that exists")
     world_size = options.world_size if options.world_size is not None else world_size_of(os.environ)
-    choice = Choice(
+    choice = ExampleSelection(
         number=options.examples,
         source=options.source,
         held_out=options.eval,

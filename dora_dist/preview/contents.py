@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import CAUSAL_LM
 from dora_dist.distributed.launcher import check_world_size
-from dora_dist.preview.selection import Choice, Pool, build_pool, choose_examples
+from dora_dist.preview.selection import ExampleSelection, Pool, build_pool, choose_examples
 from dora_dist.preview.tables import Bin, bins_of, describe_lengths, left_out, table_of
 from dora_dist.preview.tokens import Piece, split_tokens
-from dora_dist.preview.training_order import Course, build_course
+from dora_dist.preview.training_order import TrainingOrder, build_course
 
 if TYPE_CHECKING:
     from dora_dist.setup.run_data import RunData
@@ -67,7 +67,7 @@ class Preview:
         return f"{limit} is above all" if number == len(self.bins) - 1 and self.limit > entry.high else ""
 
 
-def build_preview(config: RunConfig, choice: Choice, world_size: int) -> Preview:
+def build_preview(config: RunConfig, choice: ExampleSelection, world_size: int) -> Preview:
     """Read the data and put together all that is shown.
 
     Args:
@@ -125,7 +125,7 @@ def _read(config: RunConfig) -> tuple[RunConfig, Any, "RunData", str]:
     return unlimited, *read_data(unlimited), flaw
 
 
-def _note(choice: Choice, examples: Sequence[ShownExample], num_sources: int) -> str:
+def _note(choice: ExampleSelection, examples: Sequence[ShownExample], num_sources: int) -> str:
     """Which examples are shown."""
     if not examples:
         return "no example was truncated"
@@ -139,7 +139,7 @@ def _note(choice: Choice, examples: Sequence[ShownExample], num_sources: int) ->
     return f"{len(examples)} example{'s' * (len(examples) > 1)}: {which}{hint}"
 
 
-def _show(tokenizer: Any, pool: Pool, index: int, course: Course | None, limit: int) -> ShownExample:
+def _show(tokenizer: Any, pool: Pool, index: int, course: TrainingOrder | None, limit: int) -> ShownExample:
     """One example, title and tokens."""
     import numpy as np
 

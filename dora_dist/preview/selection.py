@@ -16,7 +16,7 @@ FEW = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class ExampleSelection:
     """Which examples to look at.
 
     Attributes:
@@ -61,7 +61,7 @@ class Pool:
         return np.concatenate([of(source) for source in self.sources])
 
 
-def build_pool(data: "RunData", mixture: "Mixture", choice: Choice) -> Pool:
+def build_pool(data: "RunData", mixture: "Mixture", choice: ExampleSelection) -> Pool:
     """The sources of the choice.
 
     Raises:
@@ -82,7 +82,7 @@ def build_pool(data: "RunData", mixture: "Mixture", choice: Choice) -> Pool:
     return Pool(sources, chosen, [members[number] for number in chosen])
 
 
-def choose_examples(pool: Pool, training_order: "np.ndarray", choice: Choice) -> list[int]:
+def choose_examples(pool: Pool, training_order: "np.ndarray", choice: ExampleSelection) -> list[int]:
     """Indices of the examples to show, in the order in which they are shown.
 
     Args:

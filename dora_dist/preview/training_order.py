@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Course:
+class TrainingOrder:
     """What training sees when.
 
     Attributes:
@@ -29,7 +29,7 @@ class Course:
     remarks: Sequence[str]
 
 
-def build_course(config: RunConfig, mixture: "Mixture", world_size: int, flaw: str) -> Course:
+def build_course(config: RunConfig, mixture: "Mixture", world_size: int, flaw: str) -> TrainingOrder:
     """The course of the training, with ``flaw`` as a reason for none."""
     import numpy as np
 
@@ -49,7 +49,7 @@ def build_course(config: RunConfig, mixture: "Mixture", world_size: int, flaw: s
         flaw = str(error)
     if flaw:
         remark = f"no optimizer step: training would stop with the error: {flaw}"
-        return Course(mixture.order(sum(mixture.counts)), None, [remark])
+        return TrainingOrder(mixture.order(sum(mixture.counts)), None, [remark])
     plan = mixture.plan(num_steps, batch)
     padding = (
         f"padding: {plan.padding_share(mixture.lengths, rows_per_batch):.1%} of the computed tokens (data.batching "
@@ -59,7 +59,7 @@ def build_course(config: RunConfig, mixture: "Mixture", world_size: int, flaw: s
     divisor = f"({rows_per_batch} per device x {accumulation} accumulated x {processes})"
     count = _explain_steps(mixture, num_steps, batch, None if max_steps > 0 else epochs, divisor)
     step_of_row = np.repeat(np.arange(1, num_steps + 1), batch)
-    return Course(
+    return TrainingOrder(
         plan.examples,
         np.repeat(step_of_row, np.diff(plan.starts)),
         [padding, f"{count}; computed for {processes} (--world-size)"],

@@ -65,7 +65,7 @@ class TrainedRun:
     def _load(self, quantization: str, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
         settings = self.config.model
         try:
-            return load.load_backbone(
+            return load.load_base_model(
                 settings.path, quantization, dtype, device, trust_remote_code=settings.trust_remote_code
             )
         except ValueError as error:

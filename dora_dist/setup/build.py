@@ -22,7 +22,7 @@ from dora_dist.evaluation.evaluator import Evaluator
 from dora_dist.method.schedule import BudgetSchedule
 from dora_dist.runs.records import RunRecords
 from dora_dist.setup.fingerprint import adapter_seed
-from dora_dist.setup.resolve import Settled
+from dora_dist.setup.resolve import ResolvedRun
 from dora_dist.setup.tasks import build_collator, planned_rows, row_losses
 from dora_dist.training.controller import DynamicRankController
 from dora_dist.training.criterion import criterion_of
@@ -60,7 +60,7 @@ def load_base(
     if TASKS[config.task].trains_head:
         outputs = 2 if config.task == QUESTION_ANSWERING else 1
         head = load.HeadStart(labels=labels, num_outputs=outputs, seed=adapter_seed(config))
-    base = load.load_backbone(
+    base = load.load_base_model(
         config.model.path,
         quantization=config.model.quantization,
         compute_dtype=dtype,
@@ -125,7 +125,7 @@ def build_controller(
 
 def build_trainer(
     config: RunConfig,
-    settled: Settled,
+    resolved: ResolvedRun,
     *,
     model: DynamicLoraModel,
     controller: DynamicRankController,
@@ -137,25 +137,25 @@ def build_trainer(
     """The loop."""
     trainer = DynamicLoraTrainer(
         model=model,
-        args=settled.arguments,
-        train_dataset=planned_rows(config, settled),
-        data_collator=build_collator(config, model, settled.tokenizer),
+        args=resolved.arguments,
+        train_dataset=planned_rows(config, resolved),
+        data_collator=build_collator(config, model, resolved.tokenizer),
         compute_loss_func=mean_over_tokens if config.task == SEQ2SEQ else None,
-        processing_class=settled.tokenizer,
+        processing_class=resolved.tokenizer,
         controller=controller,
         agreement=agreement,
         records=records,
         evaluator=evaluator,
         notice=notice,
-        row_lengths=settled.plan.row_lengths(settled.mixture.lengths),
-        rows_per_epoch=settled.mixture.rows_per_epoch,
+        row_lengths=resolved.plan.row_lengths(resolved.mixture.lengths),
+        rows_per_epoch=resolved.mixture.rows_per_epoch,
         engine=config.distributed.engine,
         timeout_minutes=config.distributed.timeout_minutes,
         adapter_dtype=next(iter(controller.layers.values())).gate.dtype,
         equilibrium_weight=config.pruning.equilibrium_weight,
         keep_last=config.checkpoint.keep_last,
         skip_policy=SkipPolicy(agreement, config.distributed.max_skipped_steps),
-        fingerprint=settled.fingerprint,
+        fingerprint=resolved.fingerprint,
         row_losses=row_losses(config),
     )
     # The trainer prints its own lines of progress.

@@ -7,19 +7,19 @@ from dora_dist.config.tasks import CAUSAL_LM
 from dora_dist.data import prepared
 from dora_dist.memory import estimate, table
 from dora_dist.method.budget import Budget
-from dora_dist.setup.resolve import Settled
+from dora_dist.setup.resolve import ResolvedRun
 
 
-def describe(config: RunConfig, settled: Settled, world_size: int) -> str:
+def describe(config: RunConfig, resolved: ResolvedRun, world_size: int) -> str:
     """The run in words: data, steps, budget and memory.
 
     Args:
         config: of the run.
-        settled: of the run.
+        resolved: of the run.
         world_size: processes that the steps were counted for.
     """
-    data, mixture, plan = settled.data, settled.mixture, settled.plan
-    num_steps, layers = settled.arguments.max_steps, settled.layers
+    data, mixture, plan = resolved.data, resolved.mixture, resolved.plan
+    num_steps, layers = resolved.arguments.max_steps, resolved.layers
     rows = plan.num_rows // num_steps
     kinds = sorted({name.rsplit(".", 1)[-1] for name in layers})
     what = "rows of packed examples" if mixture.batching == "packed" else "examples"
@@ -29,8 +29,8 @@ def describe(config: RunConfig, settled: Settled, world_size: int) -> str:
         *([prepared.render("held-out data", data.evaluation)] if data.evaluation else []),
         f"{num_steps} optimizer steps of {rows} {what} on {world_size} process{'es' * (world_size > 1)}, "
         f"{plan.num_rows / mixture.rows_per_epoch:.2f} passes over the data; "
-        f"{settled.padding_share():.1%} of the computed tokens are padding",
-        _budget(settled.budget, config.pruning.budget_unit),
+        f"{resolved.padding_share():.1%} of the computed tokens are padding",
+        _budget(resolved.budget, config.pruning.budget_unit),
         *([table.render(estimate.estimate_memory(config, world_size))] if config.task == CAUSAL_LM else []),
         "Dry run: nothing was trained, and no weight was read.",
     ]

@@ -22,7 +22,7 @@ from dora_dist.training.batch_size import global_batch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settled:
+class ResolvedRun:
     """All of a run that is decided before a weight is read.
 
     Attributes:
@@ -54,9 +54,9 @@ class Settled:
         return {**describe_data(self.data, self.mixture), "padding_share": self.padding_share()}
 
 
-def settle(
+def resolve_run(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: RunData, accumulation: int | None = None
-) -> Settled:
+) -> ResolvedRun:
     """Decide all that can be decided without weights, and refuse what cannot work.
 
     Args:
@@ -75,7 +75,7 @@ def settle(
     skeleton = load.load_skeleton(config.model.path, config.model.trust_remote_code, config.task)
     layers, budget = check_method(config, skeleton, arguments.max_steps)
     check_context(skeleton, data)
-    return Settled(
+    return ResolvedRun(
         tokenizer=tokenizer,
         data=data,
         mixture=mixture,

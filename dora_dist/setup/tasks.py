@@ -30,49 +30,49 @@ from dora_dist.evaluation.labels import LabelEvaluator
 from dora_dist.evaluation.packing import check_packing
 from dora_dist.evaluation.questions import QuestionEvaluator, first_questions
 from dora_dist.evaluation.summaries import SummaryEvaluator
-from dora_dist.setup.resolve import Settled
+from dora_dist.setup.resolve import ResolvedRun
 
 
 def build_evaluator(
-    config: RunConfig, settled: Settled, agreement: Agreement, model: DynamicLoraModel
+    config: RunConfig, resolved: ResolvedRun, agreement: Agreement, model: DynamicLoraModel
 ) -> Evaluator[Any] | None:
     """The measurement on held-out data, or None where there is none."""
-    if not settled.data.evaluation:
+    if not resolved.data.evaluation:
         return None
     most = config.evaluation.max_examples
     take = first_questions if config.task == QUESTION_ANSWERING else _first_examples
     common: dict[str, Any] = {
         "sources": {
             source.name: source.dataset if most is None else take(source.dataset, most)
-            for source in settled.data.evaluation
+            for source in resolved.data.evaluation
         },
         "agreement": agreement,
-        "batch_size": settled.arguments.per_device_eval_batch_size,
+        "batch_size": resolved.arguments.per_device_eval_batch_size,
     }
     if config.task == CAUSAL_LM:
         return AnswerEvaluator(
             **common,
-            tokenizer=settled.tokenizer,
+            tokenizer=resolved.tokenizer,
             exact_match=config.evaluation.exact_match,
             max_new_tokens=config.evaluation.max_new_tokens,
-            stop=stop_tokens(settled.tokenizer, settled.data.template),
+            stop=stop_tokens(resolved.tokenizer, resolved.data.template),
         )
     common |= {
-        "collate": build_collator(config, model, settled.tokenizer),
+        "collate": build_collator(config, model, resolved.tokenizer),
         "metrics": metrics_of(config.task, config.data.labels, config.evaluation.metrics),
     }
     if config.task == QUESTION_ANSWERING:
-        return QuestionEvaluator(**common, with_no_answer=settled.data.some_have_no_answer())
+        return QuestionEvaluator(**common, with_no_answer=resolved.data.some_have_no_answer())
     if config.task == SEQ2SEQ:
         return SummaryEvaluator(
             **common,
-            tokenizer=settled.tokenizer,
+            tokenizer=resolved.tokenizer,
             max_new_tokens=config.evaluation.max_new_tokens,
             num_beams=config.evaluation.num_beams,
         )
     return LabelEvaluator(
         **common,
-        reader=labelled(settled.data.labels),
+        reader=labelled(resolved.data.labels),
         row_losses=row_losses(config),
         regression=config.data.labels == "regression",
     )
@@ -88,15 +88,15 @@ def tells_texts_apart(model: DynamicLoraModel, tokenizer: PreTrainedTokenizerBas
     return "token_type_ids" in tokenizer.model_input_names and getattr(model.config, "type_vocab_size", 0) > 1
 
 
-def planned_rows(config: RunConfig, settled: Settled) -> PlannedRows:
+def planned_rows(config: RunConfig, resolved: ResolvedRun) -> PlannedRows:
     """What is trained on, in the order of training."""
     readers = {
         CAUSAL_LM: TRAINED_TOKENS,
-        SEQUENCE_CLASSIFICATION: labelled(settled.data.labels),
+        SEQUENCE_CLASSIFICATION: labelled(resolved.data.labels),
         QUESTION_ANSWERING: ANSWER_SPANS,
         SEQ2SEQ: TARGETS,
     }
-    return PlannedRows(settled.data.examples(), settled.plan, readers[config.task])
+    return PlannedRows(resolved.data.examples(), resolved.plan, readers[config.task])
 
 
 def row_losses(config: RunConfig) -> RowLosses | None:

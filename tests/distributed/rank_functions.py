@@ -296,10 +296,10 @@ def _whole_states(trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
 def _tiny_adapted(model_folder: str) -> Any:
     """A tiny NF4 Llama with an adapter whose every component has an effect, the same on every rank."""
     from dora_dist import DynamicLoraConfig, add_dynamic_lora
-    from dora_dist.base_model.load import load_backbone
+    from dora_dist.base_model.load import load_base_model
 
     config = DynamicLoraConfig(target_rank=2, initial_rank=4, dropout=0.0, alpha=8)
-    model = add_dynamic_lora(load_backbone(model_folder), config)
+    model = add_dynamic_lora(load_base_model(model_folder), config)
     for layer in model.adapted_layers().values():
         nn.init.normal_(layer.lora_b, std=0.02, generator=torch.Generator().manual_seed(1))
     return model
@@ -393,22 +393,22 @@ def load_and_watch(tiny: str, folder: str, quantization: str, dtype: str, hoard:
     from process_memory import MemoryWatch
     from safetensors.torch import load_file
 
-    from dora_dist.base_model.load import load_backbone
+    from dora_dist.base_model.load import load_base_model
 
-    load_backbone(tiny, quantization, getattr(torch, dtype))
+    load_base_model(tiny, quantization, getattr(torch, dtype))
     dist.barrier()
-    with MemoryWatch() as watch:
+    with MemoryWatch() as monitor:
         files = sorted(Path(folder).glob("*.safetensors")) if hoard else []
         stored = [{name: value.clone() for name, value in load_file(path).items()} for path in files]
-        model = load_backbone(folder, quantization, getattr(torch, dtype))
+        model = load_base_model(folder, quantization, getattr(torch, dtype))
         del stored
-    return {"resident": watch.resident, "own": watch.anonymous, "kept": watch.kept, "model": size_of_model(model)}
+    return {"resident": monitor.resident, "own": monitor.anonymous, "kept": monitor.kept, "model": size_of_model(model)}
 
 
 def load_where_one_is_broken(folder: str, broken: str) -> None:
     """The last rank's base has a flaw."""
-    from dora_dist.base_model.load import load_backbone
+    from dora_dist.base_model.load import load_base_model
 
     agreement = Agreement()
     with agreement.together("loading the model"):
-        load_backbone(broken if agreement.rank == agreement.size - 1 else folder)
+        load_base_model(broken if agreement.rank == agreement.size - 1 else folder)

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "dora_dist.setup.build", "dora_dist.report", "deepspeed", "rank_functions"])
+_PRELOADED = ["torch", "dora_dist.setup.build", "dora_dist.runs.summary", "deepspeed", "rank_functions"]
+_CONTEXT.set_forkserver_preload(_PRELOADED)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RankOutcome:
     """What became of a rank: the value of its function, or the type and text of its exception."""
 
     value: Any = None
@@ -27,7 +28,7 @@ class Outcome:
     error: str | None = None
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 90) -> list[Outcome]:
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 90) -> list[RankOutcome]:
     """Run ``function(*args)`` on every rank of a gloo world; fail the test if a rank has not ended in time.
 
     Args:
@@ -88,15 +89,15 @@ def _joined(rank: int, world_size: int, folder: Path, function: Callable[..., An
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     try:
-        outcome = Outcome(value=function(*args))
+        outcome = RankOutcome(value=function(*args))
     except Exception as error:
         traceback.print_exc()
-        outcome = Outcome(error_type=type(error).__name__, error=str(error))
+        outcome = RankOutcome(error_type=type(error).__name__, error=str(error))
     torch.save(outcome, folder / f"outcome-{rank}")
     os._exit(0)  # a rank whose peer has failed could hang in the process group's destructor
 
 
-def _load(path: Path) -> Outcome:
+def _load(path: Path) -> RankOutcome:
     import torch
 
     return torch.load(path, weights_only=False)

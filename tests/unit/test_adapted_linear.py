@@ -7,7 +7,7 @@ from base_layers import IN, OUT, RANK, make_base
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dora_dist.adapter.linear_operation import Layer, Settings, adapted_linears
+from dora_dist.adapter.linear_operation import LinearSettings, LinearTensors, adapted_linears
 from dora_dist.base_model.quantization import check_known_linear
 
 SCALE = 2 / 3
@@ -22,11 +22,11 @@ def draw(dtype: torch.dtype = torch.float32, kind: str = "plain") -> tuple[nn.Mo
     return base, [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
 
 
-def adapted_linear(x: Tensor, lora_a: Tensor, gate: Tensor, lora_b: Tensor, settings: Settings) -> Tensor:
-    return adapted_linears(x, [Layer(lora_a, gate, lora_b, settings)])[0]
+def adapted_linear(x: Tensor, lora_a: Tensor, gate: Tensor, lora_b: Tensor, settings: LinearSettings) -> Tensor:
+    return adapted_linears(x, [LinearTensors(lora_a, gate, lora_b, settings)])[0]
 
 
-def by_autograd(x: Tensor, lora_a: Tensor, gate: Tensor, lora_b: Tensor, settings: Settings) -> Tensor:
+def by_autograd(x: Tensor, lora_a: Tensor, gate: Tensor, lora_b: Tensor, settings: LinearSettings) -> Tensor:
     if settings.kept is not None:
         lora_a, gate, lora_b = lora_a[settings.kept], gate[settings.kept], lora_b[:, settings.kept]
     rows = x
@@ -42,7 +42,7 @@ def results(function, base: nn.Module, inputs: list[Tensor], **options) -> list[
     """Output and gradients."""
     torch.manual_seed(5)
     x, *adapter = inputs
-    output = function(x, *adapter, Settings(base=base, scale=SCALE, **options))
+    output = function(x, *adapter, LinearSettings(base=base, scale=SCALE, **options))
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(output.dtype)
     return [output.detach(), *torch.autograd.grad((output * weights).sum(), inputs)]
 
@@ -99,7 +99,7 @@ def test_what_is_frozen_gets_no_gradient_and_changes_no_other(frozen):
     wanted = results(by_autograd, base, inputs)[1:]
     inputs[frozen].requires_grad_(False)
     x, *adapter = inputs
-    output = adapted_linear(x, *adapter, Settings(base=base, scale=SCALE))
+    output = adapted_linear(x, *adapter, LinearSettings(base=base, scale=SCALE))
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(output.dtype)
     (output * weights).sum().backward()
     for index, tensor in enumerate(inputs):
@@ -122,7 +122,7 @@ def test_gradient_checkpointing_drops_the_same_entries(dropout):
 
 def test_a_second_derivative_is_refused():
     base, inputs = draw(torch.float64)
-    output = adapted_linear(*inputs, Settings(base=base, scale=SCALE))
+    output = adapted_linear(*inputs, LinearSettings(base=base, scale=SCALE))
     (gradient,) = torch.autograd.grad(output.square().sum(), inputs[1], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
@@ -144,7 +144,7 @@ def test_nothing_of_the_inputs_size_is_kept_but_the_input():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        adapted_linear(*inputs, Settings(base=base, scale=SCALE, dropout=0.3))
+        adapted_linear(*inputs, LinearSettings(base=base, scale=SCALE, dropout=0.3))
     own = {tensor.data_ptr() for tensor in inputs}
     sizes = {(tensor.dtype, tensor.numel()) for tensor in kept if tensor.data_ptr() not in own}
     # a_i . x, s c_i b_i, and the mask of dropout, a byte an entry
@@ -175,7 +175,7 @@ def test_training_follows_the_formulas_trajectory():
         losses[function] = []
         for step in range(30):
             kept = None if step < 15 else torch.tensor([1, 2, 5])
-            settings = [Settings(base=one, scale=SCALE, kept=kept) for one in (base, second)]
+            settings = [LinearSettings(base=one, scale=SCALE, kept=kept) for one in (base, second)]
             hidden = torch.tanh(function(x.detach(), *adapter, settings[0]))
             loss = (function(hidden, *more, settings[1]) - 1).square().mean()
             optimizer.zero_grad()
@@ -193,9 +193,9 @@ def test_layers_that_read_one_tensor_are_as_each_alone(kept, dropout):
     _, (x, *first) = draw(torch.float64)
     second = [(tensor.detach() * 2).requires_grad_() for tensor in first]
     bases = [make_base(seed=seed).to(torch.float64) for seed in (0, 1)]
-    settings = [Settings(bases[0], SCALE, None if kept is None else torch.tensor(kept), dropout)]
-    settings += [Settings(bases[1], SCALE, None, dropout)]
-    layers = [Layer(*first, settings[0]), Layer(*second, settings[1])]
+    settings = [LinearSettings(bases[0], SCALE, None if kept is None else torch.tensor(kept), dropout)]
+    settings += [LinearSettings(bases[1], SCALE, None, dropout)]
+    layers = [LinearTensors(*first, settings[0]), LinearTensors(*second, settings[1])]
     found = {}
     for together in (True, False):
         torch.manual_seed(5)

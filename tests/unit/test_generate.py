@@ -11,7 +11,7 @@ import pytest
 from trained_run import TrainedFolder, character_tokenizer, make_base, make_run, one_thread
 
 from dora_dist import generate
-from dora_dist.base_model.load import load_backbone
+from dora_dist.base_model.load import load_base_model
 from dora_dist.data.encoding.chat import choose_template
 from dora_dist.data.encoding.text import encode_prompts
 from dora_dist.data.reading.samples import alpaca_prompt
@@ -38,7 +38,7 @@ def shown(prompt: str, base: str, adapted: str) -> str:
 def test_each_answer_comes_from_its_model(run: TrainedFolder, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = [alpaca_prompt(text, "a b") for text in ("Say it.", "And this?")]
     tokenizer = character_tokenizer()
-    alone = load_backbone(str(run.base))
+    alone = load_base_model(str(run.base))
     ids = encode_prompts(tokenizer, prompts)
     base, adapted = (
         [generate_answers(model, tokenizer, [row], 12, [tokenizer.eos_token_id])[0] for row in ids]
@@ -179,12 +179,12 @@ def test_width_is_that_of_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> No
     assert generate.terminal_width() == 132
 
 
-@pytest.mark.parametrize("module", ["generate", "export"])
+@pytest.mark.parametrize("module", ["generate", "export.__main__"])
 def test_help_does_not_wait_for_torch(module: str) -> None:
     program = (
         f"import sys; from dora_dist.{module} import build_parser\nprint(build_parser().format_help())\n"
         "assert not {'torch', 'transformers', 'peft', 'datasets'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
-    assert f"python -m dora_dist.{module}" in done.stdout
+    assert f"python -m dora_dist.{module.removesuffix('.__main__')}" in done.stdout
     assert "checkpoint-120" in done.stdout

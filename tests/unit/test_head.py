@@ -25,7 +25,7 @@ from dora_dist.adapter.model import (
 )
 from dora_dist.adapter.targets import resolve_targets
 from dora_dist.base_model.head import head_modules, start_parameters, task_of
-from dora_dist.base_model.load import HeadStart, load_backbone, load_skeleton
+from dora_dist.base_model.load import HeadStart, load_base_model, load_skeleton
 
 HEADS = {
     "bert": ["classifier.bias", "classifier.weight"],
@@ -37,7 +37,7 @@ ARCHITECTURES = pytest.mark.parametrize("architecture", HEADS)
 
 def load(folder, quantization="none", seed=0, labels=("no", "perhaps", "yes")):
     head = HeadStart(labels=labels, seed=seed)
-    return load_backbone(str(folder), quantization, task="sequence_classification", head=head)
+    return load_base_model(str(folder), quantization, task="sequence_classification", head=head)
 
 
 def test_the_task_is_told_by_the_model():

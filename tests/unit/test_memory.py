@@ -10,7 +10,7 @@ from tiny_models import adapt, tiny_model, trainable
 from torch import nn
 
 from dora_dist.adapter.targets import resolve_targets
-from dora_dist.base_model.load import load_backbone, load_skeleton
+from dora_dist.base_model.load import load_base_model, load_skeleton
 from dora_dist.base_model.shape import read_shape
 from dora_dist.memory.activations import Adapter, Batch, block_memory
 from dora_dist.memory.step import Optimizer, base_parts, chunked_loss_memory, loss_memory, step_memory
@@ -63,7 +63,7 @@ def test_the_base_takes_just_the_bytes_of_its_tensors(saved, quantization, tied,
     # Sizes at which blocks of 64 weights, and of 256 constants, are not full.
     folder = saved(tie_word_embeddings=tied, hidden_size=68, intermediate_size=130, attention_bias=True)
     parts = base_parts(shape_of(folder), quantization, dtype.itemsize)
-    assert list(parts.values()) == tensor_bytes(load_backbone(str(folder), quantization, dtype))
+    assert list(parts.values()) == tensor_bytes(load_base_model(str(folder), quantization, dtype))
     assert ("4-bit weights" in parts) == (quantization == "nf4")
 
 
@@ -71,7 +71,7 @@ def test_the_base_takes_just_the_bytes_of_its_tensors(saved, quantization, tied,
 def test_other_architectures_are_read_off_their_modules(saved, architecture):
     folder = saved(architecture)
     shape = shape_of(folder)
-    assert list(base_parts(shape, "nf4", 4).values()) == tensor_bytes(load_backbone(str(folder)))
+    assert list(base_parts(shape, "nf4", 4).values()) == tensor_bytes(load_base_model(str(folder)))
     assert len(shape.blocks) == 2
     assert all(block.is_known for block in shape.blocks)
     assert shape.heads == 4
@@ -82,7 +82,7 @@ def test_other_architectures_are_read_off_their_modules(saved, architecture):
 def test_the_adapter_takes_just_the_bytes_of_its_tensors(saved, targets, gates):
     folder = saved()
     adapter = Adapter(rank=3, bytes_per_element=4, dropout=False, trained_gates=gates)
-    model = adapt(load_backbone(str(folder)), target_modules=targets, initial_rank=3, train_gates=gates)
+    model = adapt(load_base_model(str(folder)), target_modules=targets, initial_rank=3, train_gates=gates)
     shape = shape_of(folder, targets)
     layers = model.adapted_layers().values()
     parameters = [entry for layer in layers for entry in (layer.lora_a, layer.lora_b, layer.gate)]
@@ -94,7 +94,7 @@ def test_the_adapter_takes_just_the_bytes_of_its_tensors(saved, targets, gates):
 
 def test_the_moments_are_those_of_the_real_optimizer(saved):
     folder = saved()
-    model = adapt(load_backbone(str(folder)), initial_rank=3)
+    model = adapt(load_base_model(str(folder)), initial_rank=3)
     parameters = list(trainable(model).values())
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)

@@ -87,7 +87,9 @@ def test_forked_processes_end_by_sigterm_and_ignore_sigusr1(number, status):
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_the_exit_status_tells_preemption_from_failure(rank):
-    program = "from dora_dist.command import *\ndef main(): raise PreemptedError('at step 3')\nrun_command(main)"
+    program = (
+        "from dora_dist.console.command import *\ndef main(): raise PreemptedError('at step 3')\nrun_command(main)"
+    )
     finished = subprocess.run(
         [sys.executable, "-c", program],
         cwd=REPOSITORY,

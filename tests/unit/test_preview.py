@@ -15,7 +15,7 @@ from tiny_run import write_config, write_rows
 from dora_dist.config.parse import load_config
 from dora_dist.preview.__main__ import _in_colour, main
 from dora_dist.preview.contents import build_preview
-from dora_dist.preview.selection import Choice
+from dora_dist.preview.selection import ExampleSelection
 from dora_dist.preview.terminal import BOLD, RESET, SHADES
 from dora_dist.setup import run_data
 
@@ -85,7 +85,7 @@ def test_the_examples_are_those_of_the_plan(config):
     _, data = run_data.read_data(loaded)
     order = run_data.build_mixture(loaded.data, data.train, loaded.seed).plan(12, 4).examples
     expected = [data.train[0].dataset[int(index)]["place"] for index in order[:5]]
-    examples = build_preview(loaded, Choice(number=5), 1).examples
+    examples = build_preview(loaded, ExampleSelection(number=5), 1).examples
     assert [example.title.split(": ")[0] for example in examples] == [f"train, {place}" for place in expected]
 
 

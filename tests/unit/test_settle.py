@@ -33,8 +33,8 @@ def load(config, *overrides):
     return load_config(config, ["--distributed.engine", "none", *overrides])
 
 
-def settled(settings):
-    return resolve.settle(settings, *run_data.read_data(settings))
+def resolved(settings):
+    return resolve.resolve_run(settings, *run_data.read_data(settings))
 
 
 def mixture_of(num_examples):
@@ -105,20 +105,20 @@ def test_what_the_program_sets_is_refused_in_the_configuration(config, monkeypat
 
 
 def test_the_fingerprint_knows_the_content_of_the_data(config):
-    before = settled(load(config)).fingerprint
+    before = resolved(load(config)).fingerprint
     rows = (config.parent / "train.jsonl").read_text().splitlines()
     changed = json.loads(rows[7])
     changed["output"] += " w3"
     rows[7] = json.dumps(changed)
     (config.parent / "train.jsonl").write_text("\n".join(rows))
-    after = settled(load(config)).fingerprint
+    after = resolved(load(config)).fingerprint
     assert {name for name in before if before[name] != after[name]} == {"examples of train"}, (
         "the order is one of numbers, and stays"
     )
 
 
 def test_dropped_examples_are_counted_and_said(config):
-    data = settled(load(config, "--data.max_length", "16", "--data.overlong", "drop")).data
+    data = resolved(load(config, "--data.max_length", "16", "--data.overlong", "drop")).data
     (source,) = data.train
     assert 0 < source.counts.overlong < 50
     assert source.counts.overlong + source.counts.examples == 50
@@ -132,47 +132,47 @@ def test_the_same_data_twice_is_said(config):
     rows = (config.parent / "train.jsonl").read_text()
     (config.parent / "again.jsonl").write_text(rows)
     sources = json.dumps([str(config.parent / "train.jsonl"), str(config.parent / "again.jsonl")])
-    (note,) = settled(load(config, "--data.train", sources)).data.notes
+    (note,) = resolved(load(config, "--data.train", sources)).data.notes
     assert note.startswith("warning: train and again hold the same examples")
 
 
 def test_a_chat_template_that_is_not_there_is_refused_also_where_no_row_needs_it(config):
     with pytest.raises(ValueError, match=r"data\.chat_template is 'chatmll', but must be auto, one of"):
-        settled(load(config, "--data.chat_template", "chatmll"))
+        resolved(load(config, "--data.chat_template", "chatmll"))
 
 
 def test_the_order_is_part_of_what_a_run_is_known_by(config):
-    before = settled(load(config)).fingerprint
+    before = resolved(load(config)).fingerprint
     for overrides in (["--data.batching", "packed", "--data.max_length", "64"], ["--data.batching", "by_length"]):
-        after = settled(load(config, *overrides)).fingerprint
+        after = resolved(load(config, *overrides)).fingerprint
         assert {name for name in before if before[name] != after[name]} == {"data.batching", "data order"}
 
 
 def test_epochs_are_counted_in_rows(config):
     one = ["--training.max_steps", "-1", "--training.num_train_epochs", "6"]
-    assert settled(load(config, *one)).arguments.max_steps == 75
-    packed = settled(load(config, *one, "--data.batching", "packed", "--data.max_length", "64"))
+    assert resolved(load(config, *one)).arguments.max_steps == 75
+    packed = resolved(load(config, *one, "--data.batching", "packed", "--data.max_length", "64"))
     assert packed.arguments.max_steps < 40
     assert packed.plan.num_rows == packed.arguments.max_steps * 4
     assert packed.plan.row_lengths(packed.mixture.lengths).max() <= 64
-    assert training_arguments.count_steps(settled(load(config, *one)).mixture, -1, 6, global_batch=20) == 15
+    assert training_arguments.count_steps(resolved(load(config, *one)).mixture, -1, 6, global_batch=20) == 15
 
 
 def test_weights_and_repetitions_of_sources_reach_the_plan(config):
     rows = config.parent / "train.jsonl"
     more = write_rows(config.parent / "more.jsonl", 10, seed=5)
     sources = [{"path": str(rows), "epochs": 0.2}, {"path": str(more), "epochs": 3}]
-    plan = settled(load(config, "--data.train", json.dumps(sources))).plan
+    plan = resolved(load(config, "--data.train", json.dumps(sources))).plan
     assert (plan.examples[:40] >= 50).sum() == 30
     capped = [{"path": str(rows), "max_examples": 7}, str(more)]
-    mixture = settled(load(config, "--data.train", json.dumps(capped))).mixture
+    mixture = resolved(load(config, "--data.train", json.dumps(capped))).mixture
     assert mixture.counts == [7, 10]
 
 
 def test_exact_match_on_plain_text_is_refused(config):
     (config.parent / "eval.jsonl").write_text('{"text": "w1 w2 w3"}\n')
     with pytest.raises(ValueError, match=r"exact_match is true, but eval is plain text, which has no answers"):
-        settled(load(config, "--evaluation.exact_match", "true"))
+        resolved(load(config, "--evaluation.exact_match", "true"))
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_exact_match_on_plain_text_is_refused(config):
 def test_a_field_that_the_format_does_not_have_is_refused(config, field, row_format, message):
     source = {"path": str(config.parent / "train.jsonl"), "fields": {field: "instruction"}, "format": row_format}
     with pytest.raises(ValueError, match=message):
-        settled(load(config, "--data.train", json.dumps([source])))
+        resolved(load(config, "--data.train", json.dumps([source])))
 
 
 def test_an_example_beyond_the_models_context_is_refused(config):
@@ -206,7 +206,7 @@ def test_an_example_beyond_the_models_context_is_refused(config):
         with pytest.raises(
             ValueError, match="longest example of long has 302 tokens, more than the model's context of 256"
         ):
-            settled(load(config, *overrides))
+            resolved(load(config, *overrides))
 
 
 def test_roberta_has_fewer_positions_than_its_configuration_says(tmp_path):
@@ -221,9 +221,9 @@ def test_roberta_has_fewer_positions_than_its_configuration_says(tmp_path):
 
 def test_f1_wants_two_classes_and_labels_belong_to_the_settings(tmp_path):
     config = write_classification(tmp_path)
-    assert settled(load(config)).fingerprint["labels"] == ["not_same", "same"]
-    assert settled(load(config, "--evaluation.metrics", "[f1]")).fingerprint["task"] == CLASSIFICATION
+    assert resolved(load(config)).fingerprint["labels"] == ["not_same", "same"]
+    assert resolved(load(config, "--evaluation.metrics", "[f1]")).fingerprint["task"] == CLASSIFICATION
     table = tmp_path / "train.tsv"
     table.write_text(table.read_text() + "60\tw1\tw2\tperhaps\n")
     with pytest.raises(ValueError, match="f1, which is of the second of two classes, but there are 3: not_same, per"):
-        settled(load(config, "--evaluation.metrics", "[f1]"))
+        resolved(load(config, "--evaluation.metrics", "[f1]"))

@@ -532,9 +532,10 @@ PREPARE_SLOWLY = """
 import json, sys, time
 from pathlib import Path
 from tiny_tokenizer import word_tokenizer
-from dora_dist.data.encode import Encoder, EncodingRules
-from dora_dist.data.read import locate
-from dora_dist.data.sources import prepare_source
+from dora_dist.data.encoding.encoder import EncodingRules
+from dora_dist.data.encoding.text import Encoder
+from dora_dist.data.reading.files import locate
+from dora_dist.data.cache import prepare_source
 
 calls, original = [], Encoder.__call__
 
