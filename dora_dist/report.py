@@ -4,16 +4,22 @@
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from dora_dist.console.command import run_command
 from dora_dist.runs.summary import finish_run
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the summary of a run, and draw its pictures.
+
+    Raises:
+        ValueError: the folder is not that of a run that has pruned.
+    """
     parser = argparse.ArgumentParser(prog="python -m dora_dist.report", description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run (output_dir of its configuration)")
-    print(finish_run(parser.parse_args().run))
+    print(finish_run(parser.parse_args(arguments).run))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The entry point: ``accelerate launch --config_file launch/X.yaml -m dora_dist.train --config configs/Y.yaml``.
 
-:func:`train` reads in build order; every part is made in :mod:`dora_dist.setup.build` and handed to the next.
+:func:`train` has the order in which things happen: decide, build, record, train, finish.
 """
 
 import os
@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_dist.config.parse import parse_config, save_config
-from dora_dist.console.command import attempt, run_command
+from dora_dist.config.parse import parse_config
+from dora_dist.console.command import capture, run_command
 from dora_dist.console.errors import PreemptedError
 from dora_dist.console.library_warnings import quiet_libraries
 from dora_dist.console.text import say
@@ -23,10 +23,13 @@ if TYPE_CHECKING:
 
     from dora_dist.adapter.model import DynamicLoraModel
     from dora_dist.config.run import RunConfig
+    from dora_dist.console.command import Captured
     from dora_dist.distributed.agreement import Agreement
     from dora_dist.distributed.heartbeat import HeartbeatMonitor
     from dora_dist.runs.resume import Earlier
     from dora_dist.setup.resolve import ResolvedRun
+    from dora_dist.setup.run_data import RunData
+    from dora_dist.training.trainer import DynamicLoraTrainer
 
 DRY_RUN = "--dry-run"
 
@@ -64,89 +67,131 @@ def train(
 
     Args:
         config: of the run.
-        notice: of this rank's preemption.
+        notice: whether this rank was told to stop.
         monitor: over all ranks.
         launched: whether the processes that the engine needs are there.
-        dry_run: say what the run would be, and end.
+        dry_run: print what the run would be, and end.
     """
-    from dora_dist.console import provenance
     from dora_dist.distributed import world
-    from dora_dist.distributed.agreement import Agreement
-    from dora_dist.runs import records, resume, summary
-    from dora_dist.setup import build, resolve, run_data, tasks
+    from dora_dist.runs import resume
+    from dora_dist.setup import run_data
 
+    run = Path(config.output_dir)
     # Before the ranks join one process group: those that wait for the one that encodes wait for a file, not in a
     # collective.
     monitor.note("preparing data")
-    read_data = attempt(lambda: run_data.read_data(config))
+    data = capture(run_data.read_data, config)
     monitor.note("joining the process group")
-    state = world.connect(config.distributed.engine if launched else "none", config.distributed.timeout_minutes)
-    agreement = Agreement(state.device, monitor)
-    run = Path(config.output_dir)
+    engine = config.distributed.engine if launched else "none"
+    with world.joined(engine, config.distributed.timeout_minutes, monitor) as agreement:
+        earlier = resume.Earlier(folder=run) if dry_run else look_into(run, config, agreement)
+        resolved = decide(config, data, earlier, agreement)
+        stop_before_training(notice, agreement)
+        if dry_run:
+            print_dry_run(config, resolved, agreement)
+        elif earlier.finished:
+            say(f"{run} holds a finished run with these settings; its adapter is {run / 'adapter'}")
+        else:
+            say(f"{config.data.batching} batches: {resolved.padding_share():.1%} of the computed tokens are padding")
+            for remark in resume.describe(earlier, config, agreement.size):
+                say(remark)
+            trainer = build_parts(config, resolved, agreement, notice)
+            record_start(config, resolved, earlier, trainer)
+            stop_before_training(notice, agreement)
+            trainer.train(resume_from_checkpoint=earlier.checkpoint)
+            if trainer.preempted:
+                step = trainer.state.global_step
+                raise PreemptedError(
+                    f"preempted at step {step}: checkpoint-{step} is complete; start the same command again to go on"
+                )
+            finish(run, resolved, trainer)
 
-    earlier = resume.Earlier(folder=run) if dry_run else look_into(run, config, agreement)
+
+def decide(
+    config: "RunConfig",
+    data: "Captured[tuple[PreTrainedTokenizerBase, RunData]]",
+    earlier: "Earlier",
+    agreement: "Agreement",
+) -> "ResolvedRun":
+    """All of the run that is decided before a weight is read, the same on every rank.
+
+    Raises:
+        ValueError: the configuration, the data, or what an earlier start has left cannot be used.
+    """
+    from dora_dist.runs import resume
+    from dora_dist.setup.resolve import resolve_run
+
     with agreement.together("preparing data and settings"):
-        resolved = resolve.resolve_run(config, *read_data(), resume.accumulation(earlier, config, agreement.size))
+        accumulation = resume.accumulation(earlier, config, agreement.size)
+        resolved = resolve_run(config, *data.result(), accumulation)
         resume.check_settings(earlier, resolved.fingerprint)
     for remark in resolved.data.remarks():
         say(remark)
-    stop_before_training(notice, agreement)
-    if dry_run:
-        print_dry_run(config, resolved, agreement)
-        return
-    say(f"{config.data.batching} batches: {resolved.padding_share():.1%} of the computed tokens are padding")
-    if earlier.finished:
-        say(f"{run} holds a finished run with these settings; its adapter is {run / 'adapter'}")
-        agreement.close()
-        return
-    for remark in resume.describe(earlier, config, agreement.size):
-        say(remark)
+    return resolved
+
+
+def build_parts(
+    config: "RunConfig", resolved: "ResolvedRun", agreement: "Agreement", notice: PreemptionNotice
+) -> "DynamicLoraTrainer":
+    """Model, controller, records, evaluator, and the trainer that has them all.
+
+    Raises:
+        PreemptedError: a rank was told to stop while the model was loaded.
+        ExpectedRunError: a rank could not load the model, or the ranks hold different ones.
+    """
+    from dora_dist.distributed.world import check_world
+    from dora_dist.runs.records import RunRecords
+    from dora_dist.setup import build, tasks
 
     with agreement.together("loading the model"):
-        model = build.load_model(config, state.device, resolved.tokenizer, resolved.data.labels)
+        model = build.load_model(config, agreement.device, resolved.tokenizer, resolved.data.labels)
         controller = build.build_controller(config, model, agreement, resolved.budget.schedule)
     stop_before_training(notice, agreement)
     build.check_same_on_all_ranks(agreement, resolved.fingerprint, model)
-    run_records = records.RunRecords(run, writes=state.is_main_process)
-    evaluator = tasks.build_evaluator(config, resolved, agreement, model)
     trainer = build.build_trainer(
         config,
         resolved,
         model=model,
         controller=controller,
         agreement=agreement,
-        records=run_records,
-        evaluator=evaluator,
+        records=RunRecords(Path(config.output_dir), writes=agreement.is_first),
+        evaluator=tasks.build_evaluator(config, resolved, agreement, model),
         notice=notice,
     )
-    world.check_world(agreement, trainer)
+    check_world(agreement, trainer)
+    return trainer
 
-    with agreement.together(f"writing into {run}"):
-        run_records.forget_end()
-        described = {"settings": resolved.fingerprint, "data": resolved.describe_data(), "processes": agreement.size}
-        run_records.write_json(records.RUN, {"versions": provenance.versions(), **described})
-        if state.is_main_process:
-            save_config(config, run / records.CONFIG)
-        if earlier.checkpoint is None:
-            run_records.truncate_after(-1)
-    if earlier.checkpoint is None and evaluator and config.evaluation.before:
+
+def record_start(
+    config: "RunConfig", resolved: "ResolvedRun", earlier: "Earlier", trainer: "DynamicLoraTrainer"
+) -> None:
+    """Write what the run is, and what its model can do before the first step, where that is asked for."""
+    agreement, records = trainer.agreement, trainer.records
+    begins = earlier.checkpoint is None
+    with agreement.together(f"writing into {config.output_dir}"):
+        records.forget_end()
+        records.describe_run(config, resolved.fingerprint, resolved.describe_data(), agreement.size)
+        if begins:
+            records.truncate_after(-1)
+    if begins and trainer.evaluator and config.evaluation.before:
         trainer.evaluate()
-    stop_before_training(notice, agreement)
-    trainer.train(resume_from_checkpoint=earlier.checkpoint)
-    if trainer.preempted:
-        agreement.close()
-        step = trainer.state.global_step
-        raise PreemptedError(
-            f"preempted at step {step}: checkpoint-{step} is complete; start the same command again to go on"
-        )
-    controller.finish()
-    if evaluator and trainer.evaluated_step != resolved.arguments.max_steps:
+
+
+def finish(run: Path, resolved: "ResolvedRun", trainer: "DynamicLoraTrainer") -> None:
+    """Check what the method promised, measure once more, and write adapter, summary and pictures.
+
+    Raises:
+        BudgetMissedError: the kept components are not the budget.
+    """
+    from dora_dist.runs import summary
+
+    trainer.controller.finish()
+    if trainer.evaluator and trainer.evaluated_step != resolved.arguments.max_steps:
         trainer.evaluate()
-    with agreement.together(f"writing the results into {run}"):
-        if state.is_main_process:
-            save_adapter(model, resolved.tokenizer, run / "adapter")
+    with trainer.agreement.together(f"writing the results into {run}"):
+        if trainer.agreement.is_first:
+            save_adapter(trainer.model, resolved.tokenizer, run / "adapter")
             print(summary.finish_run(run), flush=True)
-    agreement.close()
 
 
 def stop_before_training(notice: PreemptionNotice, agreement: "Agreement") -> None:
@@ -156,18 +201,16 @@ def stop_before_training(notice: PreemptionNotice, agreement: "Agreement") -> No
         PreemptedError: one was.
     """
     if agreement.any(notice.received is not None):
-        agreement.close()
         raise PreemptedError("preempted before training: nothing to save; start the same command again to go on")
 
 
 def print_dry_run(config: "RunConfig", resolved: "ResolvedRun", agreement: "Agreement") -> None:
-    """Say on the first rank what the run would do."""
-    from dora_dist.setup import describe
+    """Print on the first rank what the run would do."""
+    from dora_dist.setup.describe import describe
 
     with agreement.together("estimating"):
-        if agreement.rank == 0:
-            print(describe.describe(config, resolved, agreement.size), flush=True)
-    agreement.close()
+        if agreement.is_first:
+            print(describe(config, resolved, agreement.size), flush=True)
 
 
 def look_into(run: Path, config: "RunConfig", agreement: "Agreement") -> "Earlier":
@@ -180,7 +223,7 @@ def look_into(run: Path, config: "RunConfig", agreement: "Agreement") -> "Earlie
 
     earlier = None
     with agreement.together(f"looking into {run}"):
-        if agreement.rank == 0:
+        if agreement.is_first:
             earlier = resume.look(run, config.checkpoint.resume)
     return agreement.gather(earlier)[0]
 

@@ -12,6 +12,8 @@ from tiny_models import VOCABULARY, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from dora_dist.runs.fingerprint import Fingerprint
+
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 WORDS = ["Instruction", "Input", "Response", "###", ":", *(f"w{n}" for n in range(VOCABULARY - len(SPECIAL) - 5))]
 
@@ -57,6 +59,26 @@ def write_config(folder: Path, **sections: dict[str, Any]) -> Path:
         "eval": str(write_rows(folder / "eval.jsonl", 10, seed=2)),
     }
     return write_run(folder, {"data": data}, sections)
+
+
+def some_fingerprint(**changes: Any) -> Fingerprint:
+    """The fingerprint of no run in particular."""
+    values: dict[str, Any] = {
+        "task": "causal_lm",
+        "seed": 1,
+        "engine": "zero2",
+        "num_steps": 10,
+        "global_batch": 16,
+        "initial_rank": 6,
+        "batching": "padded",
+        "data_order": "same",
+        "model": {"path": "base", "quantization": "nf4", "compute_dtype": "torch.float32"},
+        "adapter": {"target_modules": ["q_proj"]},
+        "pruning": {"smoothing": 0.9},
+        "training": {"learning_rate": 1e-3},
+        "examples": {"train": "50, 0123456789abcdef"},
+    }
+    return Fingerprint(**{**values, **changes})
 
 
 def write_run(folder: Path, *layers: Mapping[str, Any]) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from tiny_models import shake, tiny_model
+from tiny_run import some_fingerprint
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -97,7 +98,8 @@ def make_run(
     change(model)
     folder.mkdir(parents=True)
     save_config(config, folder / records.CONFIG)
-    files.write_json(folder / records.RUN, {"settings": {"model.compute_dtype": str(dtype)}})
+    fingerprint = some_fingerprint(model={"path": str(base), "quantization": quantization, "compute_dtype": str(dtype)})
+    files.write_json(folder / records.RUN, {"settings": fingerprint.as_dict()})
     save_adapter(model, folder / "adapter")
     return TrainedFolder(folder, base, model)
 

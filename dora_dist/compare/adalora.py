@@ -7,6 +7,7 @@ are put right, so that the comparison is one of methods: the regularizer, which 
 once per optimizer step, and evaluation is of the task's loss alone.
 """
 
+import dataclasses
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -24,9 +25,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from dora_dist.adapter.model import prepare_heads, trained_heads
 from dora_dist.adapter.plain_lora import write_lora_adapter
 from dora_dist.base_model.head import head_modules
-from dora_dist.config.parse import save_config
 from dora_dist.config.tasks import TASKS
-from dora_dist.console import provenance
 from dora_dist.console.errors import ExpectedRunError, PreemptedError
 from dora_dist.console.text import say
 from dora_dist.distributed import world
@@ -35,7 +34,8 @@ from dora_dist.distributed.preemption import PreemptionNotice
 from dora_dist.method.prune_event import PruneEvent
 from dora_dist.method.schedule import BudgetSchedule
 from dora_dist.runs import records, resume, summary
-from dora_dist.setup import build, fingerprint, resolve, run_data, tasks
+from dora_dist.setup import build, resolve, run_data, tasks
+from dora_dist.setup.fingerprint import adapter_seed
 from dora_dist.training.controller import NonFiniteAdapterError
 
 if TYPE_CHECKING:
@@ -85,15 +85,14 @@ def _begin_records(
 ) -> records.RunRecords | None:
     """Records of a run that begins; None where its folder holds it finished."""
     run = Path(config.output_dir)
-    fingerprint = {**resolved.fingerprint, **{f"adalora.{name}": value for name, value in own.items()}}
+    others = {f"adalora.{name}": value for name, value in own.items()}
+    fingerprint = dataclasses.replace(resolved.fingerprint, others=others)
     earlier = resume.look(run, "auto")
     resume.check_settings(earlier, fingerprint)
     if earlier.finished:
         return None
     run_records = records.RunRecords(run, writes=True)
-    described = {"settings": fingerprint, "data": resolved.describe_data(), "processes": 1}
-    run_records.write_json(records.RUN, {"versions": provenance.versions(), **described})
-    save_config(config, run / records.CONFIG)
+    run_records.describe_run(config, fingerprint, resolved.describe_data(), processes=1)
     run_records.truncate_after(-1)
     return run_records
 
@@ -110,7 +109,7 @@ def _add_adalora(
     """The base with AdaLoRA and the heads that it trains, in float32, started by the run's seed."""
     heads = head_modules(base)
     regularizers = 1 if _is_mean_of_rows(config) else resolved.arguments.gradient_accumulation_steps
-    set_seed(fingerprint.adapter_seed(config))
+    set_seed(adapter_seed(config))
     model = get_peft_model(
         base, peft_config(config, own, resolved.budget.schedule, resolved.layers, heads, regularizers)
     )

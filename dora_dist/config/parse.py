@@ -12,6 +12,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
 from dora_dist.config.checks import nearest
+from dora_dist.config.format_version import FORMAT_VERSION, refuse_later_format
 from dora_dist.config.run import RunConfig
 
 
@@ -60,6 +61,7 @@ def parse_strictly(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str
         if not path.is_file():
             raise ValueError(f"there is no file {path}: give a YAML file, see configs/")
         _refuse_repeated_keys(path)
+        refuse_later_format(path)
     try:
         parsed = parser.instantiate(parser.parse_args(arguments))
     except ArgumentError as error:
@@ -97,7 +99,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Write the resolved configuration as YAML that :func:`load_config` reads back to an equal one."""
-    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
+    values = {**dataclasses.asdict(config), "format_version": FORMAT_VERSION}
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 
 def _config_files(arguments: Sequence[str]) -> list[Path]:

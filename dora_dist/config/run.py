@@ -10,6 +10,7 @@ from typing import Any, Literal
 from dora_dist.config.adapter import DynamicLoraConfig
 from dora_dist.config.checks import require
 from dora_dist.config.data import DataConfig
+from dora_dist.config.format_version import FORMAT_VERSION
 from dora_dist.config.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TASKS, metrics_of
 from dora_dist.config.training import check_training_section
 
@@ -176,6 +177,7 @@ class RunConfig:
         checkpoint: see the group below.
         training: what transformers.TrainingArguments knows, such as learning_rate, num_train_epochs or max_steps,
             per_device_train_batch_size, gradient_accumulation_steps, gradient_checkpointing, logging_steps, save_steps.
+        format_version: format of this file, which a run writes into its config.yaml; leave it out of your own.
     """
 
     output_dir: str
@@ -189,8 +191,11 @@ class RunConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     training: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
+        known = 1 <= self.format_version <= FORMAT_VERSION
+        require(known, "format_version", self.format_version, f"lie between 1 and {FORMAT_VERSION}: leave it out")
         require(bool(self.output_dir.strip()), "output_dir", repr(self.output_dir), "name a folder")
         self.output_dir = os.path.expanduser(self.output_dir)
         check_training_section(self.training)

@@ -5,8 +5,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from dora_dist.console.errors import PREEMPTED, ExpectedRunError, PreemptedError
 from dora_dist.console.text import printable, say
@@ -44,18 +45,30 @@ def run_command(main: Callable[[], None]) -> None:
         _exit(0)
 
 
-def attempt(work: Callable[[], Result]) -> Callable[[], Result]:
-    """Do something now; the function returned gives the result, or raises what went wrong, where it is called."""
+@dataclass(frozen=True)
+class Captured(Generic[Result]):
+    """What came of a call: its value, or the exception that it raised."""
+
+    _value: Result | None = None
+    _error: Exception | None = None
+
+    def result(self) -> Result:
+        """The value of the call.
+
+        Raises:
+            Exception: the one that the call raised.
+        """
+        if self._error is not None:
+            raise self._error
+        return cast(Result, self._value)
+
+
+def capture(function: Callable[..., Result], *arguments: Any) -> Captured[Result]:
+    """Call a function now, and keep its exception for where :meth:`Captured.result` is asked for."""
     try:
-        result = work()
+        return Captured(function(*arguments))
     except Exception as error:
-        failure = error
-
-        def fail() -> Result:
-            raise failure
-
-        return fail
-    return lambda: result
+        return Captured(None, error)
 
 
 def _raised_here(error: Exception) -> bool:

@@ -1,8 +1,9 @@
 """Messages of libraries that say nothing to a user of this one."""
 
 import logging
-import os
 import warnings
+
+from dora_dist.console.text import is_first_rank
 
 
 def quiet_libraries() -> None:
@@ -17,7 +18,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*(all_gather_into|reduce_scatter)_tensor.*")
     # accelerate 1.15 hands DDP's broadcast_buffers on to torch 2.13, which has renamed it.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*broadcast_buffers.*")
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_rank():
         # What all ranks would say, one rank says.
         from transformers.utils import logging as transformers_logging
 

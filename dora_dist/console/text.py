@@ -32,9 +32,18 @@ def ranges(numbers: Sequence[int]) -> str:
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
+def is_first_rank() -> bool:
+    """Whether this process is the first rank, as its launcher numbers them; True without a launcher.
+
+    For what happens outside of a process group; inside of one,
+    :attr:`~dora_dist.distributed.agreement.Agreement.is_first` says it.
+    """
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(text: str, from_any_rank: bool = False) -> None:
     """A remark for the log, once: from the first rank only, or from whichever rank alone does what it is about."""
-    if from_any_rank or os.environ.get("RANK", "0") == "0":
+    if from_any_rank or is_first_rank():
         sys.stderr.write(f"{printable(text)}\n")
         sys.stderr.flush()
 

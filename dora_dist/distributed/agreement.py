@@ -18,9 +18,6 @@ from torch import Tensor
 from dora_dist.console.errors import ExpectedRunError, mark_common
 from dora_dist.distributed.heartbeat import HeartbeatMonitor
 
-POLL_SECONDS = 0.02
-"""Between two looks into a store."""
-
 
 class DisagreementError(ExpectedRunError):
     """Ranks that must hold the same state do not. Raised on every rank, with the same message."""
@@ -44,6 +41,11 @@ class Agreement:
         self.size = dist.get_world_size() if self.distributed else 1
         self.device = torch.device(device)
         self._monitor = monitor
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the first rank, which alone writes what all have in common."""
+        return self.rank == 0
 
     def note(self, phase: str) -> None:
         """Say what this rank is doing from now on, for messages about ranks that are gone."""

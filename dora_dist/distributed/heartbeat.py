@@ -161,7 +161,7 @@ class HeartbeatMonitor:
         """The first rank that has shown no sign of life for too long. Rank 0 looks at all; all look at rank 0, whose
         store a launcher may keep."""
         assert self._rendezvous is not None
-        watched = range(self._rendezvous.size) if self._rendezvous.rank == 0 else [0]
+        watched = range(self._rendezvous.size) if self._rendezvous.is_first else [0]
         now = time.monotonic()
         if now - self._looked > 5 * SIGN_SECONDS:  # this rank was stopped itself: the others may have been too
             self._signs.clear()
@@ -183,13 +183,13 @@ class HeartbeatMonitor:
         end = time.monotonic() + ANSWER_SECONDS
         missing = list(range(self._rendezvous.size))
         while missing and time.monotonic() < end:
-            if self._rendezvous.rank == 0:
+            if self._rendezvous.is_first:
                 missing = [rank for rank in missing if not self._store.check([f"answer/{rank}"])]
             elif self._store.check(["verdict"]):
                 break
             if missing:
                 time.sleep(POLL_SECONDS)
-        if self._rendezvous.rank != 0:
+        if not self._rendezvous.is_first:
             time.sleep(POLL_SECONDS)
         if not self._store.check(["verdict"]):
             missing = [rank for rank in range(self._rendezvous.size) if not self._store.check([f"answer/{rank}"])]

@@ -45,6 +45,11 @@ class Rendezvous:
     place: tuple[str, int]
     _prefix: str
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the first rank, which collects what the others answer."""
+        return self.rank == 0
+
     def connect(self) -> Any:
         """A connection of its own to the store, for use by one thread.
 

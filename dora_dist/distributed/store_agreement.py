@@ -7,7 +7,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dora_dist.distributed.agreement import POLL_SECONDS, Agreement, RankFailedError
+from dora_dist.distributed.agreement import Agreement, RankFailedError
+
+POLL_SECONDS = 0.02
+"""Between two looks into a store."""
 
 
 class StoreAgreement(Agreement):
@@ -47,7 +50,7 @@ class StoreAgreement(Agreement):
         values: list[Any] = []
         try:
             self._store.set(f"{prefix}/{self.rank}", pickle.dumps(value))
-            if self.rank == 0:
+            if self.is_first:
                 missing, values = self._collect(prefix, end)
                 self._store.set(f"{prefix}/all", pickle.dumps((missing, values)))
             elif self._arrives(f"{prefix}/all", end + self.SLACK_SECONDS):
@@ -77,5 +80,5 @@ class StoreAgreement(Agreement):
         """Leave when all ranks have come here, rank 0 last: it may keep the store that others still read."""
         if self._store is not None:
             self._store.set(f"agreement/left/{self.rank}", pickle.dumps(None))
-            if self.rank == 0:
+            if self.is_first:
                 self._collect("agreement/left", time.monotonic() + self._timeout_seconds)

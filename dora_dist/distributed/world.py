@@ -5,6 +5,8 @@ log looks fine.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,32 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
+from dora_dist.console.errors import PreemptedError
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.distributed.engine import engine_of
+from dora_dist.distributed.heartbeat import HeartbeatMonitor
+
+
+@contextmanager
+def joined(engine: str, timeout_minutes: float, monitor: HeartbeatMonitor) -> Iterator[Agreement]:
+    """The process group of a run, from the moment that its ranks join it until all of them leave it together.
+
+    Ranks leave together when the block ends, also by a preemption, which all of them raise. After any other error
+    some rank may be stuck, so that nobody waits for the others.
+
+    Args:
+        engine: see :func:`connect`.
+        timeout_minutes: see :func:`connect`.
+        monitor: over the ranks; it stops when they leave.
+    """
+    state = connect(engine, timeout_minutes)
+    agreement = Agreement(state.device, monitor)
+    try:
+        yield agreement
+    except PreemptedError:
+        agreement.close()
+        raise
+    agreement.close()
 
 
 def connect(engine: str, timeout_minutes: float) -> PartialState:

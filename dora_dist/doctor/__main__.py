@@ -12,11 +12,10 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from dora_dist.console.command import attempt, run_command
+from dora_dist.console.command import capture, run_command
 from dora_dist.console.errors import ExpectedRunError
 from dora_dist.console.library_warnings import quiet_libraries
 from dora_dist.console.text import say
@@ -71,8 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # where libraries print
             quiet_libraries()
-            config = attempt(partial(read_config, options.config, overrides))
-            problems = examine(config, options.output, options.timeout)
+            config = capture(read_config, options.config, overrides)
+            problems = examine(config.result, options.output, options.timeout)
     except ImportError as error:
         raise ExpectedRunError(
             f"{error}: activate the environment of this project, or pip install -c launch/constraints.txt -e ."

@@ -33,7 +33,7 @@ def check_storage(folder: Path, node: str, agreement: Agreement, measures: bool)
     """
     name = agreement.gather(PREFIX + secrets.token_hex(4))[0]
     mine = f"{name}-{agreement.rank}"
-    with made(folder if agreement.rank == 0 else None) as failure:
+    with made(folder if agreement.is_first else None) as failure:
         with cleaned(folder, mine):
             facts = _look(folder, node, agreement, name, failure)
             able = measures and facts.failure is None and facts.free is not None
@@ -55,7 +55,7 @@ def _look(folder: Path, node: str, agreement: Agreement, name: str, failure: str
         failure: why rank 0 could not make the folder; None on all others.
     """
     token = folder / f"{name}-0-token"
-    if agreement.rank == 0 and failure is None:
+    if agreement.is_first and failure is None:
         failure = _failure_of(lambda: write_file(token, name))
     (of_first, *_) = agreement.gather(failure)
     if of_first is not None:

@@ -64,7 +64,7 @@ class Evaluator(ABC, Generic[Part]):
             desc="evaluating",
             unit="example",
             leave=False,
-            disable=None if self.agreement.rank == 0 else True,
+            disable=None if self.agreement.is_first else True,
         )
         with progress:
             return {name: self.measure(model, self.sources[name], share, progress) for name, share in shares.items()}

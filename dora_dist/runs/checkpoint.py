@@ -23,6 +23,8 @@ from dora_dist.console.files import read_json, write_json
 MANIFEST = "complete.json"
 METHOD_TENSORS = "dynamic_lora.safetensors"
 METHOD_STATE = "dynamic_lora.json"
+SHARDS = "optimizer"
+"""Folder of the optimizer's state under ZeRO."""
 ALMOST_NOTHING = 2**18
 """Bytes."""
 
@@ -50,7 +52,7 @@ def newest(run: Path) -> Path | None:
 
 
 def read_method_state(folder: Path) -> dict[str, Any]:
-    """``step``, ``processes``, ``fingerprint`` and ``events`` of a checkpoint."""
+    """``format``, ``step``, ``processes``, ``fingerprint`` and the events of a checkpoint."""
     state: dict[str, Any] = read_json(folder / METHOD_STATE)
     return state
 
@@ -111,6 +113,11 @@ def check_shards(folder: Path, world_size: int, engine: str) -> None:
 def _random_state_name(rank: int, world_size: int) -> str:
     """As the Trainer has it."""
     return "rng_state.pth" if world_size == 1 else f"rng_state_{rank}.pth"
+
+
+def shard_name(rank: int) -> str:
+    """File of a rank, in the checkpoint's folder."""
+    return f"{SHARDS}/rank-{rank:05d}.safetensors"
 
 
 def bring_to_disk(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -228,25 +235,6 @@ def _refuse_to_mix(run: Path, others: Sequence[Path], reason: str) -> None:
         )
 
 
-def check_same_settings(folder: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Compare the settings of a run on disk with those of this one.
-
-    Raises:
-        ValueError: lists every difference.
-    """
-    current = json.loads(json.dumps(current))
-    differences = [
-        f"{name} was {saved.get(name)!r} and is now {current.get(name)!r}"
-        for name in sorted(saved.keys() | current.keys())
-        if saved.get(name) != current.get(name)
-    ]
-    if differences:
-        raise ValueError(
-            f"{folder} was written by a run with other settings: {'; '.join(differences)}. Restore them to "
-            "continue that run, or choose another output_dir to start a new one"
-        )
-
-
 def rotate(run: Path, keep_last: int) -> None:
     """Delete all but the newest ``keep_last`` complete checkpoints, and incomplete ones older than the newest."""
     existing = checkpoints(run)
@@ -256,11 +244,3 @@ def rotate(run: Path, keep_last: int) -> None:
             # First the manifest, so that a deletion that is interrupted leaves nothing that looks complete.
             (path / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(path, ignore_errors=True)  # what is left of it is no reason to end a healthy run
-
-
-def shard_name(rank: int) -> str:
-    """File of a rank, in the checkpoint's folder."""
-    return f"{FOLDER}/rank-{rank:05d}.safetensors"
-
-
-FOLDER = "optimizer"

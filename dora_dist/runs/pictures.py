@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_dist.console.plot import pyplot, save_picture
-from dora_dist.runs.records import _evaluation, source_names
+from dora_dist.runs.records import evaluation_of, source_names
 
 RANK_PICTURE = "ranks.png"
 
@@ -81,7 +81,7 @@ def draw_progress(lines: list[dict[str, Any]], path: Path) -> None:
         label="held-out",
         color="#ee6677",
     )
-    names = source_names(_evaluation(evaluations[-1])) if evaluations else []
+    names = source_names(evaluation_of(evaluations[-1])) if evaluations else []
     for number, name in enumerate(names):
         losses = [line[f"eval_{name}_loss"] for line in evaluations]
         colour = plot.colormaps["turbo"]((number + 0.5) / len(names))

@@ -6,8 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dora_dist.console.files import read_lines, write_json
+from dora_dist.config.parse import save_config
+from dora_dist.config.run import RunConfig
+from dora_dist.console.files import read_json, read_lines, write_json
+from dora_dist.console.provenance import versions
 from dora_dist.method.prune_event import PruneEvent
+from dora_dist.runs.fingerprint import Fingerprint
 
 METRICS = "metrics.jsonl"
 ALLOCATION = "allocation.jsonl"
@@ -38,10 +42,20 @@ class RunRecords:
         """Append a pruning event to ``allocation.jsonl``."""
         self._append(ALLOCATION, asdict(event))
 
-    def write_json(self, name: str, content: Any) -> None:
-        """Write a JSON file as a whole: a reader sees the old or the new one, never a part."""
+    def describe_run(self, config: RunConfig, fingerprint: Fingerprint, data: Any, processes: int) -> None:
+        """Write ``run.json`` and ``config.yaml``, when a run starts or resumes.
+
+        Args:
+            config: of the run.
+            fingerprint: of the run.
+            data: what the record says about the data; plain JSON.
+            processes: number of ranks.
+        """
         if self.writes:
-            write_json(self.folder / name, content)
+            settings = fingerprint.as_dict()
+            about = {"versions": versions(), "settings": settings, "data": data, "processes": processes}
+            write_json(self.folder / RUN, about)
+            save_config(config, self.folder / CONFIG)
 
     def replace_events(self, events: Sequence[PruneEvent]) -> None:
         """Write ``allocation.jsonl`` anew, from the events that a checkpoint knows."""
@@ -73,6 +87,15 @@ class RunRecords:
                 file.write(json.dumps(line) + "\n")
 
 
+def read_fingerprint(run: Path) -> Fingerprint:
+    """The fingerprint that a run recorded.
+
+    Raises:
+        ValueError: a setting is missing.
+    """
+    return Fingerprint.from_dict(read_json(run / RUN)["settings"], run / RUN)
+
+
 def read_events(path: Path) -> list[PruneEvent]:
     """Pruning events of an ``allocation.jsonl``."""
     return [PruneEvent(**line) for line in read_lines(path)] if path.exists() else []
@@ -83,5 +106,5 @@ def source_names(evaluation: Mapping[str, Any]) -> list[str]:
     return [name.removesuffix("_loss") for name in evaluation if name.endswith("_loss")]
 
 
-def _evaluation(line: Mapping[str, Any]) -> dict[str, Any]:
+def evaluation_of(line: Mapping[str, Any]) -> dict[str, Any]:
     return {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}

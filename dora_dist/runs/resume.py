@@ -1,14 +1,14 @@
 """What an earlier start of a run has left in its folder, and how to go on from it, also with other ranks."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from dora_dist.config.format_version import FORMAT_VERSION, read_version
 from dora_dist.config.run import RunConfig
 from dora_dist.config.training import whole_number
 from dora_dist.console.files import read_json
 from dora_dist.runs import checkpoint, records, summary
+from dora_dist.runs.fingerprint import Fingerprint
 
 BATCH = "per_device_train_batch_size"
 ACCUMULATION = "gradient_accumulation_steps"
@@ -25,7 +25,8 @@ class Earlier:
         finished: the run has come to its end.
         checkpoint: to go on from, or None.
         processes: that wrote it.
-        settings: that it was written with; empty where there is nothing.
+        fingerprint: settings that it was written with; None where there is nothing.
+        version: format of the files that it wrote.
         remarks: for the log, on checkpoints that were passed over.
     """
 
@@ -33,7 +34,8 @@ class Earlier:
     finished: bool = False
     checkpoint: Path | None = None
     processes: int | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    fingerprint: Fingerprint | None = None
+    version: int = FORMAT_VERSION
     remarks: list[str] = field(default_factory=list)
 
 
@@ -49,22 +51,23 @@ def look(run: Path, resume: str) -> Earlier:
     """
     _refuse_foreign_folder(run)
     if resume == "auto" and summary.is_finished(run):
-        recorded = read_json(run / records.RUN)
-        return Earlier(folder=run, finished=True, processes=recorded.get("processes"), settings=recorded["settings"])
+        return Earlier(
+            folder=run,
+            finished=True,
+            processes=read_json(run / records.RUN).get("processes"),
+            fingerprint=records.read_fingerprint(run),
+            version=read_version(run / records.CONFIG),
+        )
     found, remarks = checkpoint.find_resumable(run, resume)
     if found is None:
         return Earlier(folder=run, remarks=remarks)
     state = checkpoint.read_method_state(found)
-    if "processes" not in state:
-        raise ValueError(
-            f"{found} was written by an older version of this program, which this one cannot go on from: finish the "
-            "run with that version, or choose another output_dir"
-        )
     return Earlier(
         folder=found,
         checkpoint=found,
         processes=state["processes"],
-        settings=state["fingerprint"],
+        fingerprint=Fingerprint.from_dict(state["fingerprint"], found / checkpoint.METHOD_STATE),
+        version=state.get("format", 1),
         remarks=remarks,
     )
 
@@ -93,9 +96,9 @@ def accumulation(earlier: Earlier, config: RunConfig, processes: int) -> int | N
     Raises:
         ValueError: there is none.
     """
-    if earlier.processes in (None, processes):
+    if earlier.fingerprint is None or earlier.processes in (None, processes):
         return None
-    wanted = earlier.settings["global batch"]
+    wanted = earlier.fingerprint.global_batch
     per_process = whole_number(config.training, BATCH)
     if wanted % (per_process * processes):
         fitting = [size for size in range(1, wanted + 1) if wanted % (size * processes) == 0]
@@ -111,14 +114,27 @@ def accumulation(earlier: Earlier, config: RunConfig, processes: int) -> int | N
     return int(wanted // (per_process * processes))
 
 
-def check_settings(earlier: Earlier, settings: Mapping[str, Any]) -> None:
-    """Refuse to go on under settings that mean another run.
+def check_settings(earlier: Earlier, fingerprint: Fingerprint) -> None:
+    """Refuse to resume files of an earlier version, or under settings that mean another run.
 
     Raises:
         ValueError: lists every difference.
     """
-    if earlier.settings:
-        checkpoint.check_same_settings(earlier.folder, earlier.settings, settings)
+    if earlier.fingerprint is None:
+        return
+    differences = earlier.fingerprint.differences(fingerprint)
+    if earlier.version != FORMAT_VERSION:
+        raise ValueError(
+            f"{earlier.folder} was written by an earlier version of dora-dist (format {earlier.version}; this version "
+            f"resumes format {FORMAT_VERSION} only). Settings that changed: {'; '.join(differences) or 'none'}. Finish "
+            "the run with that version, or choose another output_dir to start a new one; report, generate and export "
+            "still open the old one"
+        )
+    if differences:
+        raise ValueError(
+            f"{earlier.folder} was written by a run with other settings: {'; '.join(differences)}. Restore them to "
+            "continue that run, or choose another output_dir to start a new one"
+        )
 
 
 def describe(earlier: Earlier, config: RunConfig, processes: int) -> list[str]:
@@ -127,9 +143,9 @@ def describe(earlier: Earlier, config: RunConfig, processes: int) -> list[str]:
         return earlier.remarks
     remarks = [*earlier.remarks, f"resuming from {earlier.checkpoint}"]
     steps = accumulation(earlier, config, processes)
-    if steps is not None:
+    if earlier.fingerprint is not None and steps is not None:
         remarks.append(
             f"it was written by {earlier.processes} processes, and these are {processes}: training.{ACCUMULATION} is "
-            f"{steps} from here on, which keeps the global batch of {earlier.settings['global batch']}"
+            f"{steps} from here on, which keeps the global batch of {earlier.fingerprint.global_batch}"
         )
     return remarks

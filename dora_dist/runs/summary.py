@@ -9,7 +9,7 @@ from typing import Any
 from dora_dist.console import files
 from dora_dist.runs import records
 from dora_dist.runs.pictures import PROGRESS_PICTURE, RANK_PICTURE, draw_progress, draw_ranks, rank_grid, short_kinds
-from dora_dist.runs.records import _evaluation, source_names
+from dora_dist.runs.records import evaluation_of, source_names
 
 METRIC_TITLES = {
     "exact_match": "exact match",
@@ -56,16 +56,16 @@ def summarize(run: Path) -> dict[str, Any]:
     events = records.read_events(run / records.ALLOCATION)
     if not events:
         raise ValueError(f"{run / records.ALLOCATION} holds no pruning event yet")
-    settings = files.read_json(run / records.RUN)["settings"]
+    initial_rank = records.read_fingerprint(run).initial_rank
     evaluations = [line for line in lines if "eval_loss" in line]
     last_session = next((line for line in reversed(lines) if "session_seconds" in line), {})
     ranks = events[-1].ranks
     return {
         "steps": lines[-1]["step"] if lines else 0,
-        "before": _evaluation(evaluations[0]) if evaluations and evaluations[0]["step"] == 0 else None,
-        "after": _evaluation(evaluations[-1]) if evaluations else None,
-        "initial_rank": settings["initial rank"],
-        "components_at_start": settings["initial rank"] * len(ranks),
+        "before": evaluation_of(evaluations[0]) if evaluations and evaluations[0]["step"] == 0 else None,
+        "after": evaluation_of(evaluations[-1]) if evaluations else None,
+        "initial_rank": initial_rank,
+        "components_at_start": initial_rank * len(ranks),
         "components_kept": events[-1].num_kept,
         "parameters_kept": events[-1].num_parameters,
         "final_event": events[-1].final,

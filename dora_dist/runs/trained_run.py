@@ -120,7 +120,7 @@ def open_run(run: Path, checkpoint: str | None = None) -> TrainedRun:
         recorded = files.read_json(run / records.RUN)
         data = recorded.get("data", {})
         # `auto` meant what it did on the machine of the run.
-        dtype = getattr(torch, recorded["settings"].get("model.compute_dtype", str(dtype)).removeprefix("torch."))
+        dtype = getattr(torch, records.read_fingerprint(run).model["compute_dtype"].removeprefix("torch."))
     return TrainedRun(
         folder=run,
         adapter=adapter,

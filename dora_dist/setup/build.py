@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
 from typing import Any
 
@@ -20,6 +20,7 @@ from dora_dist.distributed.agreement import Agreement, digest_tensors
 from dora_dist.distributed.preemption import PreemptionNotice
 from dora_dist.evaluation.evaluator import Evaluator
 from dora_dist.method.schedule import BudgetSchedule
+from dora_dist.runs.fingerprint import Fingerprint
 from dora_dist.runs.records import RunRecords
 from dora_dist.setup.fingerprint import adapter_seed
 from dora_dist.setup.resolve import ResolvedRun
@@ -30,14 +31,14 @@ from dora_dist.training.skipped_steps import SkipPolicy
 from dora_dist.training.trainer import DynamicLoraTrainer
 
 
-def check_same_on_all_ranks(agreement: Agreement, settings: Mapping[str, Any], model: DynamicLoraModel) -> None:
+def check_same_on_all_ranks(agreement: Agreement, fingerprint: Fingerprint, model: DynamicLoraModel) -> None:
     """Prove that all ranks have the same settings, training data and base model (a sample of every adapted layer), and
     compute the loss in the same way.
 
     Raises:
         DisagreementError: they do not; names the first setting or layer that differs.
     """
-    facts = {**settings, "whether the loss is computed without logits": model.leaves_out_logits}
+    facts = {**fingerprint.as_dict(), "whether the loss is computed without logits": model.leaves_out_logits}
     digests = {name: sha256(json.dumps(value).encode()).digest() for name, value in facts.items()}
     for name, layer in model.adapted_layers().items():
         digests[f"base weights of {name}"] = digest_tensors(layer.weight.detach().flatten()[:256])

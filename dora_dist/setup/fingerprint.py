@@ -1,4 +1,4 @@
-"""What a run that resumes must have in common with the one it continues."""
+"""The fingerprint of a run that is being set up."""
 
 import dataclasses
 from typing import Any
@@ -9,6 +9,7 @@ from dora_dist.base_model import load
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import SEQUENCE_CLASSIFICATION
 from dora_dist.data.plan import TrainingPlan
+from dora_dist.runs.fingerprint import Fingerprint
 from dora_dist.setup.run_data import RunData
 from dora_dist.training.batch_size import global_batch
 
@@ -27,35 +28,28 @@ METHOD_ARGUMENTS = (
 """Trainer settings that a resumed run must not change."""
 
 
-def fingerprint(config: RunConfig, arguments: TrainingArguments, data: RunData, plan: TrainingPlan) -> dict[str, Any]:
-    """What all ranks of a run have in common, and a run with the one whose checkpoint it continues."""
-    adapter = {f"adapter.{name}": value for name, value in dataclasses.asdict(config.adapter).items()}
-    pruning = {f"pruning.{name}": value for name, value in dataclasses.asdict(config.pruning).items()}
-    adapter["adapter.seed"] = adapter_seed(config)
-    training = {f"training.{name}": _plain(getattr(arguments, name)) for name in METHOD_ARGUMENTS}
-    return {
-        **adapter,
-        **pruning,
-        **training,
-        **_labels(config, data),
-        "task": config.task,
-        "initial rank": config.adapter.start_rank,
-        "model.path": config.model.path,
-        "model.quantization": config.model.quantization,
-        "model.compute_dtype": str(load.resolve_compute_dtype(config.model.compute_dtype)),
-        "seed": config.seed,
-        "optimizer steps": arguments.max_steps,
-        "global batch": global_batch(arguments),
-        **{f"examples of {source.name}": f"{source.counts.examples}, {source.digest[:16]}" for source in data.train},
-        "data.batching": config.data.batching,
-        "data order": plan.digest()[:16],
-        "distributed.engine": config.distributed.engine,
-    }
-
-
-def _labels(config: RunConfig, data: RunData) -> dict[str, Any]:
-    """Which number stands for which label."""
-    return {"labels": data.labels or config.data.labels} if config.task == SEQUENCE_CLASSIFICATION else {}
+def fingerprint_of(config: RunConfig, arguments: TrainingArguments, data: RunData, plan: TrainingPlan) -> Fingerprint:
+    """The fingerprint of the run that is decided by these."""
+    return Fingerprint(
+        task=config.task,
+        seed=config.seed,
+        engine=config.distributed.engine,
+        num_steps=arguments.max_steps,
+        global_batch=global_batch(arguments),
+        initial_rank=config.adapter.start_rank,
+        batching=config.data.batching,
+        data_order=plan.digest()[:16],
+        model={
+            "path": config.model.path,
+            "quantization": config.model.quantization,
+            "compute_dtype": str(load.resolve_compute_dtype(config.model.compute_dtype)),
+        },
+        adapter={**dataclasses.asdict(config.adapter), "seed": adapter_seed(config)},
+        pruning=dataclasses.asdict(config.pruning),
+        training={name: _plain(getattr(arguments, name)) for name in METHOD_ARGUMENTS},
+        examples={source.name: f"{source.counts.examples}, {source.digest[:16]}" for source in data.train},
+        labels=data.labels or config.data.labels if config.task == SEQUENCE_CLASSIFICATION else None,
+    )
 
 
 def adapter_seed(config: RunConfig) -> int:

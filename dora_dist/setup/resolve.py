@@ -15,7 +15,8 @@ from dora_dist.data.plan import TrainingPlan
 from dora_dist.data.prepared import list_lengths
 from dora_dist.method.budget import Budget, component_costs
 from dora_dist.method.schedule import BudgetSchedule
-from dora_dist.setup.fingerprint import fingerprint
+from dora_dist.runs.fingerprint import Fingerprint
+from dora_dist.setup.fingerprint import fingerprint_of
 from dora_dist.setup.run_data import RunData, build_mixture, describe_data
 from dora_dist.setup.training_arguments import training_arguments
 from dora_dist.training.batch_size import global_batch
@@ -33,7 +34,7 @@ class ResolvedRun:
         plan: which rows are trained when.
         layers: names of the layers that are adapted.
         budget: over the run.
-        fingerprint: what a run that resumes from this one's checkpoints must have in common with it.
+        fingerprint: settings that a resumed run must not change.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -43,7 +44,7 @@ class ResolvedRun:
     plan: TrainingPlan
     layers: list[str]
     budget: Budget
-    fingerprint: dict[str, Any]
+    fingerprint: Fingerprint
 
     def padding_share(self) -> float:
         """Share of padding in all tokens that the run computes."""
@@ -83,7 +84,7 @@ def resolve_run(
         plan=plan,
         layers=layers,
         budget=budget,
-        fingerprint=fingerprint(config, arguments, data, plan),
+        fingerprint=fingerprint_of(config, arguments, data, plan),
     )
 
 

@@ -1,6 +1,5 @@
 """The state of the method in a checkpoint: adapter, head, masks, scores."""
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,11 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from dora_dist.adapter.layer import DynamicLoraLinear
+from dora_dist.config.format_version import FORMAT_VERSION
 from dora_dist.console.files import write_json
 from dora_dist.method.prune_event import PruneEvent
 from dora_dist.runs.checkpoint import METHOD_STATE, METHOD_TENSORS, read_method_state
+from dora_dist.runs.fingerprint import Fingerprint
 from dora_dist.training.controller import DynamicRankController
 
 HEAD = "head/"
@@ -18,7 +19,7 @@ HEAD = "head/"
 
 
 def save_method_state(
-    folder: Path, controller: DynamicRankController, fingerprint: Mapping[str, Any], processes: int
+    folder: Path, controller: DynamicRankController, fingerprint: Fingerprint, processes: int
 ) -> None:
     """Write adapter (unfolded), head, masks, smoothed scores, events, the fingerprint of the method, and how many
     processes wrote the checkpoint."""
@@ -28,7 +29,13 @@ def save_method_state(
     tensors |= {f"{HEAD}{name}": value.detach().cpu().contiguous() for name, value in controller.head.items()}
     save_file(tensors, folder / METHOD_TENSORS)
     events = [asdict(event) for event in controller.events]
-    state = {"step": controller.step, "processes": processes, "fingerprint": fingerprint, "events": events}
+    state = {
+        "format": FORMAT_VERSION,
+        "step": controller.step,
+        "processes": processes,
+        "fingerprint": fingerprint.as_dict(),
+        "events": events,
+    }
     write_json(folder / METHOD_STATE, state)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dora_dist.console.files import read_json, write_json
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.distributed.engine import MASTER, OwnedPart, optimizer_counters, owned_parts, prepare_optimizer_state
-from dora_dist.runs.checkpoint import FOLDER, shard_name
+from dora_dist.runs.checkpoint import SHARDS, shard_name
 
 INDEX = "index.json"
 
@@ -57,7 +57,7 @@ class OptimizerShards:
 
     def save(self, folder: Path) -> None:
         """Write this rank's part into a checkpoint's folder, and on the first rank the index. No collectives."""
-        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+        (folder / SHARDS).mkdir(parents=True, exist_ok=True)
         parts = owned_parts(self._wrapped, self._parameters)
         tensors = {
             f"{name}:{key}": tensor.cpu() for name, part in parts.items() for key, tensor in part.tensors.items()
@@ -65,7 +65,7 @@ class OptimizerShards:
         save_file(tensors, folder / shard_name(self._rank))
         if self._rank == 0:
             counters = optimizer_counters(self._wrapped)
-            write_json(folder / FOLDER / INDEX, {"owners": self._owners, "counters": counters})
+            write_json(folder / SHARDS / INDEX, {"owners": self._owners, "counters": counters})
 
     def load(self, folder: Path, step: int) -> None:
         """Take over from a checkpoint, written by any number of ranks. No collectives.
@@ -77,12 +77,12 @@ class OptimizerShards:
         Raises:
             ValueError: it is not the state of these parameters.
         """
-        index = read_json(folder / FOLDER / INDEX)
+        index = read_json(folder / SHARDS / INDEX)
         owners: dict[str, list[tuple[int, int, int]]] = index["owners"]
         if owners.keys() != self._parameters.keys():
             strange = sorted(owners.keys() ^ self._parameters.keys())
             raise ValueError(
-                f"{folder / FOLDER} is of other parameters than this model's: {', '.join(strange[:3])} ..."
+                f"{folder / SHARDS} is of other parameters than this model's: {', '.join(strange[:3])} ..."
             )
         with _Files(folder) as files:
             prepare_optimizer_state(self._wrapped, files.state_dtypes(), index["counters"], step)

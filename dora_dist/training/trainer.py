@@ -24,6 +24,7 @@ from dora_dist.distributed.world import check_prepared, set_engine_timeout
 from dora_dist.evaluation.evaluator import Evaluator
 from dora_dist.runs import checkpoint
 from dora_dist.runs.checkpoint import read_method_state
+from dora_dist.runs.fingerprint import Fingerprint
 from dora_dist.runs.records import RunRecords
 from dora_dist.training import method_state
 from dora_dist.training.batch_size import global_batch
@@ -52,7 +53,7 @@ class DynamicLoraTrainer(Trainer):
         equilibrium_weight: of the Dimensional Equilibrium Modulator in the loss.
         keep_last: complete checkpoints to keep.
         skip_policy: for steps whose loss or gradients are not finite.
-        fingerprint: what a run that resumes from this one's checkpoints must have in common with it.
+        fingerprint: settings that a resumed run must not change.
         row_losses: of a task with one target a row; None where the model's own loss is taken, over tokens.
 
     Attributes:
@@ -75,7 +76,7 @@ class DynamicLoraTrainer(Trainer):
         equilibrium_weight: float,
         keep_last: int,
         skip_policy: SkipPolicy,
-        fingerprint: Mapping[str, Any],
+        fingerprint: Fingerprint,
         row_losses: RowLosses | None = None,
         **kwargs: Any,
     ) -> None:

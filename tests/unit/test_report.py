@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from tiny_models import PROJECTIONS
+from tiny_run import some_fingerprint
 
 from dora_dist.console import files
 from dora_dist.runs import pictures, records
@@ -36,7 +37,7 @@ def write_run(folder: Path, blocks: int = 2, *, final: bool = True, evaluated: b
         records.ALLOCATION: [event(10, full, False), event(20, ranks, final)],
     }.items():
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    files.write_json(folder / records.RUN, {"settings": {"initial rank": 6}})
+    files.write_json(folder / records.RUN, {"settings": some_fingerprint(initial_rank=6).as_dict()})
     return ranks
 
 

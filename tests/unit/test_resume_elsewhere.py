@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import pytest
+from tiny_run import some_fingerprint
 
 from dora_dist.config.data import DataConfig
+from dora_dist.config.format_version import FORMAT_VERSION
 from dora_dist.config.run import ModelConfig, RunConfig
 from dora_dist.console.files import write_json
 from dora_dist.runs import resume
-from dora_dist.runs.records import RUN, SUMMARY
+from dora_dist.runs.records import CONFIG, RUN, SUMMARY
 from dora_dist.runs.resume import Earlier
 
 FOLDER = Path("runs/x/checkpoint-5")
@@ -19,7 +21,9 @@ def config(**training):
 
 
 def earlier(processes, batch):
-    return Earlier(folder=FOLDER, checkpoint=FOLDER, processes=processes, settings={"global batch": batch})
+    return Earlier(
+        folder=FOLDER, checkpoint=FOLDER, processes=processes, fingerprint=some_fingerprint(global_batch=batch)
+    )
 
 
 def test_the_configured_accumulation_holds_where_nothing_was_before_or_the_ranks_are_as_many():
@@ -52,24 +56,35 @@ def test_a_batch_that_cannot_be_had_is_refused_with_what_could(processes, per_pr
         resume.accumulation(earlier(2, 16), config(per_device_train_batch_size=per_process), processes)
 
 
-def finished_run(folder, **settings):
-    write_json(folder / RUN, {"settings": settings, "processes": 2})
+def finished_run(folder, version=FORMAT_VERSION, **changes):
+    write_json(folder / RUN, {"settings": some_fingerprint(**changes).as_dict(), "processes": 2})
     write_json(folder / SUMMARY, {})
+    (folder / CONFIG).write_text("{}" if version == 1 else f"format_version: {version}")
     return folder
 
 
 def test_a_finished_run_is_known_by_its_settings(tmp_path):
     assert not resume.look(tmp_path, "auto").finished
-    found = resume.look(finished_run(tmp_path, seed=1, targets=["q_proj"]), "auto")
+    found = resume.look(finished_run(tmp_path), "auto")
     assert found.finished
     assert found.processes == 2
-    resume.check_settings(found, {"seed": 1, "targets": ("q_proj",)})
+    resume.check_settings(found, some_fingerprint(adapter={"target_modules": ("q_proj",)}))
 
 
 def test_a_finished_run_is_not_taken_for_the_result_of_other_settings(tmp_path):
-    found = resume.look(finished_run(tmp_path, seed=1, steps=10), "auto")
-    with pytest.raises(ValueError, match=r"seed was 1 and is now 2; steps was 10 and is now 20\. Restore them"):
-        resume.check_settings(found, {"seed": 2, "steps": 20})
+    found = resume.look(finished_run(tmp_path), "auto")
+    with pytest.raises(
+        ValueError, match=r"settings: optimizer steps was 10 and is now 20; seed was 1 and is now 2\. R"
+    ):
+        resume.check_settings(found, some_fingerprint(seed=2, num_steps=20))
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_what_an_earlier_version_wrote_is_not_resumed_and_what_changed_is_said(tmp_path, seed):
+    found = resume.look(finished_run(tmp_path, version=1), "auto")
+    changed = "none" if seed == 1 else "seed was 1 and is now 2"
+    with pytest.raises(ValueError, match=rf"format 1; .*format {FORMAT_VERSION} only.* changed: {changed}\. Finish"):
+        resume.check_settings(found, some_fingerprint(seed=seed))
 
 
 @pytest.mark.parametrize("name", ["adapter", "config.yaml", "checkpoint-500"])

@@ -1,0 +1,110 @@
+"""The fingerprint of a run: what its ranks have in common, and what a resumed run has in common with its checkpoint."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+NAMES = {
+    "engine": "distributed.engine",
+    "num_steps": "optimizer steps",
+    "global_batch": "global batch",
+    "initial_rank": "initial rank",
+    "batching": "data.batching",
+    "data_order": "data order",
+}
+"""Field -> its name in files and messages, where the two differ."""
+PREFIXES = {
+    "model": "model.",
+    "adapter": "adapter.",
+    "pruning": "pruning.",
+    "training": "training.",
+    "examples": "examples of ",
+}
+"""Field that holds several settings -> what their names in files and messages begin with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fingerprint:
+    """All settings of a run that a resumed run must not change. All values are plain JSON.
+
+    Attributes:
+        task: key ``task`` of the configuration.
+        seed: key ``seed`` of the configuration.
+        engine: key ``distributed.engine`` of the configuration.
+        num_steps: optimizer steps of the whole run.
+        global_batch: rows of one optimizer step, over all ranks and micro-batches.
+        initial_rank: components of each adapted layer at the start.
+        batching: key ``data.batching`` of the configuration.
+        data_order: digest of the training plan.
+        model: path, quantization, compute dtype (resolved: never ``auto``).
+        adapter: the ``adapter`` section, with its seed resolved.
+        pruning: the ``pruning`` section.
+        training: the Trainer's settings that change the result.
+        examples: name of a training source -> number and digest of its examples.
+        labels: class names in the order of their numbers, or ``regression``; None for tasks without labels.
+        others: settings that belong to no field: those of another method, or of another version of this program.
+    """
+
+    task: str
+    seed: int
+    engine: str
+    num_steps: int
+    global_batch: int
+    initial_rank: int
+    batching: str
+    data_order: str
+    model: Mapping[str, Any]
+    adapter: Mapping[str, Any]
+    pruning: Mapping[str, Any]
+    training: Mapping[str, Any]
+    examples: Mapping[str, str]
+    labels: list[str] | str | None = None
+    others: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every setting by the name that files and messages give it."""
+        found: dict[str, Any] = {}
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            if entry.name in PREFIXES:
+                found |= {PREFIXES[entry.name] + name: setting for name, setting in value.items()}
+            elif entry.name == "others":
+                found |= value
+            elif entry.name != "labels" or value is not None:
+                found[NAMES.get(entry.name, entry.name)] = value
+        return found
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any], where: object) -> "Fingerprint":
+        """The fingerprint that :meth:`as_dict` wrote, by this version or an earlier one.
+
+        Args:
+            settings: name -> value.
+            where: the file, for the message.
+
+        Raises:
+            ValueError: a setting that every version has written is missing.
+        """
+        left = dict(settings)
+        values: dict[str, Any] = {}
+        for entry in dataclasses.fields(cls):
+            name = NAMES.get(entry.name, entry.name)
+            if prefix := PREFIXES.get(entry.name):
+                members = [key for key in left if key.startswith(prefix)]
+                values[entry.name] = {key.removeprefix(prefix): left.pop(key) for key in members}
+            elif name in left:
+                values[entry.name] = left.pop(name)
+            elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
+                raise ValueError(f"{where} does not say the setting {name!r}: it is damaged, or no run wrote it")
+        return cls(**values, others=left)
+
+    def differences(self, current: "Fingerprint") -> list[str]:
+        """What is different in another run, in words; empty if nothing is."""
+        before, now = (json.loads(json.dumps(run.as_dict())) for run in (self, current))
+        return [
+            f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
+            for name in sorted(before.keys() | now.keys())
+            if before.get(name) != now.get(name)
+        ]
