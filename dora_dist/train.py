@@ -3,6 +3,7 @@
 :func:`train` has the order in which things happen: decide, build, record, train, finish.
 """
 
+import argparse
 import os
 import shutil
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_dist.config.parse import parse_config
+from dora_dist.config.parse import parse_config, with_config_option
 from dora_dist.console.command import capture, run_command
 from dora_dist.console.errors import PreemptedError
 from dora_dist.console.library_warnings import quiet_libraries
@@ -34,8 +35,42 @@ if TYPE_CHECKING:
 DRY_RUN = "--dry-run"
 
 
+def start(arguments: Sequence[str]) -> None:
+    """``dora-dist train``: be a rank where a launcher has started this process; start the ranks otherwise.
+
+    Raises:
+        ValueError: something that the user can mend.
+        SystemExit: a rank that was started here has failed or was preempted; with its exit status.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--processes", type=int)
+    options, rest = parser.parse_known_args(arguments)
+    given = with_config_option(rest)
+    # Not SLURM_PROCID: a batch script has it too, and is no rank.
+    is_rank = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if is_rank or DRY_RUN in given or {"-h", "--help"} & set(given):
+        if options.processes is not None:
+            raise ValueError(f"--processes is {options.processes}, but this process {_why_alone(is_rank)}: leave it out")
+        main(given)
+        return
+    engine = parse_config(given).distributed.engine  # what is wrong with it is said before any rank is there
+    if engine == "none" and options.processes in (None, 1):
+        main(given)
+        return
+    from dora_dist.distributed.start_ranks import number_of_ranks, start_ranks
+
+    processes, gpus = number_of_ranks(engine, options.processes)
+    status = start_ranks(engine, processes, gpus, "dora_dist.train", given)
+    if status:
+        raise SystemExit(status)
+
+
+def _why_alone(is_rank: bool) -> str:
+    return "is a rank, which a launcher has started" if is_rank else "starts no ranks"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train as configured and write adapter, records and pictures into ``output_dir``.
+    """One rank: train as configured and write adapter, records and pictures into ``output_dir``.
 
     Raises:
         ValueError: something that the user can mend.
@@ -43,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         PreemptedError: a rank was told to stop before the last step.
     """
     quiet_libraries()
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = with_config_option(sys.argv[1:] if arguments is None else arguments)
     dry_run = DRY_RUN in arguments
     config = parse_config([argument for argument in arguments if argument != DRY_RUN])
     launched = "LOCAL_RANK" in os.environ or not dry_run  # a dry run needs no launcher

@@ -20,10 +20,3 @@ ensure_environment() {
     echo "$wanted" > "$stamp"
   fi
 }
-
-# threads_per_process PROCESSES: cores of this machine shared evenly.
-threads_per_process() {
-  local cores
-  cores=$(nproc)
-  echo $((cores > $1 ? cores / $1 : 1))
-}

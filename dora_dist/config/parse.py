@@ -19,15 +19,23 @@ from dora_dist.config.run import RunConfig
 def build_parser() -> ArgumentParser:
     """The command line of ``dora_dist.train``: ``--config FILE`` and one option for every key."""
     parser = ArgumentParser(
-        prog="dora_dist.train",
-        description="To start: accelerate launch --config_file launch/X.yaml -m dora_dist.train --config "
-        "configs/Y.yaml. Every key of the YAML can be overridden as --section.key value. --dry-run checks all that can "
-        "be checked without reading weights, and says what the run would do; it needs no launcher.",
+        prog="dora-dist train",
+        usage="%(prog)s CONFIG [--processes N] [--dry-run] [--section.key value ...]",
+        description="Dynamic Low-Rank Adaptation (ACL 2024), not weight-decomposed DoRA. Starts one rank for each GPU, "
+        "or --processes N; accelerate launch --config_file launch/X.yaml -m dora_dist.train --config CONFIG starts the "
+        "same ranks. Every key of the YAML can be overridden as --section.key value. --dry-run checks all that can be "
+        "checked without reading weights, and says what the run would do; it starts no ranks.",
         exit_on_error=False,
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of the run, see configs/")
     parser.add_class_arguments(RunConfig)
     return parser
+
+
+def with_config_option(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a command with ``--config FILE``, where the file may also be the first argument, by itself."""
+    as_first = bool(arguments) and not arguments[0].startswith("-")
+    return ["--config", *arguments] if as_first else list(arguments)
 
 
 def parse_config(arguments: Sequence[str] | None = None) -> RunConfig:

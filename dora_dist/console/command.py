@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
-from dora_dist.console.errors import PREEMPTED, ExpectedRunError, PreemptedError
-from dora_dist.console.text import printable, say
+from dora_dist.console.errors import PREEMPTED, ExpectedRunError, PreemptedError, is_common
+from dora_dist.console.notes import Note, leave_note
+from dora_dist.console.text import is_first_rank, printable, say
 
 Result = TypeVar("Result")
 
@@ -29,7 +30,8 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
     except PreemptedError as end:
-        say(str(end))
+        if not leave_note(Note(PREEMPTED, str(end))):
+            say(str(end))
         _exit(PREEMPTED)
     except KeyboardInterrupt:
         say("interrupted")
@@ -78,13 +80,18 @@ def _raised_here(error: Exception) -> bool:
 
 
 def leave(error: Exception, status: int) -> None:
-    """Say what went wrong and end this process, from whichever thread."""
-    rank = os.environ.get("RANK")
-    who = f"[rank {rank}] " if rank is not None else ""
-    # In one piece: ranks share the terminal.
-    sys.stderr.write(f"{who}error: {printable(str(error))}\n")
-    sys.stderr.flush()
+    """Say what went wrong and end this process, from whichever thread.
+
+    An error that all ranks raise together is printed by the first one; whoever started the ranks may print it instead
+    (:mod:`dora_dist.console.notes`).
+    """
+    message = f"error: {printable(str(error))}"
     sys.stdout.flush()
+    if not leave_note(Note(status, message)) and (is_first_rank() or not is_common(error)):
+        rank = os.environ.get("RANK")
+        # In one piece: ranks share the terminal.
+        sys.stderr.write(f"{message}\n" if rank is None else f"[rank {rank}] {message}\n")
+        sys.stderr.flush()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # The launcher ends all ranks as soon as one has gone: leave the others time to say what they found.
         time.sleep(LINGER_SECONDS)

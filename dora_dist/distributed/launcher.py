@@ -10,6 +10,14 @@ LAUNCH_HINT = {
 }
 
 
+LAUNCH_FILES = {
+    ("zero2", True): "zero2_gpu.yaml",
+    ("zero2", False): "zero2_cpu.yaml",
+    ("ddp", True): "ddp_gpu.yaml",
+}
+"""Engine and whether there are GPUs -> the file in ``launch/`` that accelerate starts the ranks of one machine with."""
+
+
 def check_launch(engine: str, environment: Mapping[str, str]) -> None:
     """Refuse a launch that cannot become the engine asked for.
 

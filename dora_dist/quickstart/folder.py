@@ -13,7 +13,6 @@ from pathlib import Path
 from dora_dist.quickstart.backbone import BackboneSettings, create_backbone
 from dora_dist.quickstart.text import instruction_rows, pretraining_documents
 
-DEFAULT_OUTPUT = Path(".cache/quickstart")
 STAMP_NAME = "quickstart.json"
 NUM_TRAIN_ROWS = 2000
 NUM_HELD_OUT_ROWS = 200

@@ -1,0 +1,65 @@
+"""One command for everything: ``dora-dist COMMAND``, the same as ``python -m dora_dist COMMAND``."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from dora_dist import __version__
+from dora_dist.config.checks import nearest
+from dora_dist.console.command import run_command
+
+COMMANDS = {
+    "quickstart": ("dora_dist.quickstart.__main__", "make a small model and data, and tune it: about two minutes on a CPU"),
+    "recipe": ("dora_dist.recipe", "list or print configurations to start from, or write the Slurm scripts"),
+    "prepare": ("dora_dist.prepare", "encode the data of a run once, in parallel"),
+    "preview": ("dora_dist.preview.__main__", "show examples token by token, as training will see them"),
+    "estimate": ("dora_dist.estimate", "memory per GPU, from the model's configuration alone"),
+    "doctor": ("dora_dist.doctor.__main__", "look at this machine or job: versions, GPUs, network, folder"),
+    "train": ("dora_dist.train:start", "train; starts its own ranks, one for each GPU"),
+    "report": ("dora_dist.report", "summary and pictures of a run, from its files"),
+    "generate": ("dora_dist.generate", "answers of the base and of the adapter, side by side"),
+    "export": ("dora_dist.export.__main__", "write the adapter for PEFT, for servers of one rank, or merged"),
+    "compare": ("dora_dist.compare.__main__", "methods x budgets x seeds on the same data: a table with intervals"),
+    "benchmark": ("dora_dist.benchmark.__main__", "speed and memory beside the frozen base and PEFT"),
+    "planted": ("dora_dist.planted.__main__", "does the method find ranks that are known?"),
+}
+"""Command -> module (and the function, where it is not ``main``) that takes its arguments, and what it does."""
+
+NOT_THE_OTHER = (
+    "Dynamic Low-Rank Adaptation (Mao et al., ACL 2024), not Weight-Decomposed DoRA, which PEFT calls use_dora."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command that the first argument names.
+
+    Raises:
+        ValueError: There is no such command.
+    """
+    name, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(usage())
+    elif name == "--version":
+        print(f"dora-dist {__version__}")
+    elif name in COMMANDS:
+        module, _, function = COMMANDS[name][0].partition(":")
+        getattr(import_module(module), function or "main")(rest)
+    else:
+        raise ValueError(f"{name!r} is no command{nearest(name, COMMANDS)} (dora-dist --help lists them)")
+
+
+def usage() -> str:
+    """All commands with what they do."""
+    lines = [f"  {name:<11} {what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: dora-dist COMMAND [arguments]", "", NOT_THE_OTHER, "", *lines, "", "dora-dist COMMAND --help says more."]
+    )
+
+
+def run() -> None:
+    """The console script."""
+    run_command(main)
+
+
+if __name__ == "__main__":
+    run()
