@@ -17,6 +17,7 @@ from transformers import (
 
 from dora_dist import DynamicLoraConfig, add_dynamic_lora
 from dora_dist.adapter.model import DynamicLoraModel
+from dora_dist.base_model.load import BaseModelSpec, load_base_model
 from dora_dist.base_model.quantization import quantization_config
 
 VOCABULARY = 96
@@ -59,6 +60,11 @@ def quantized_model(folder: Path, quantization: str) -> PreTrainedModel:
         dtype=torch.float32,
         device_map={"": "cpu"},
     )
+
+
+def load_base(folder: Path | str, quantization: str = "nf4", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The causal language model saved in ``folder``, as a run loads it."""
+    return load_base_model(BaseModelSpec(path=str(folder), quantization=quantization, compute_dtype=dtype))
 
 
 def adapt(base: nn.Module, **changes: object) -> DynamicLoraModel:

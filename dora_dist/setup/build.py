@@ -55,21 +55,11 @@ def load_base(
         tokenizer: of the model.
         labels: names of the classes in the order of their numbers, where the task has any.
     """
-    dtype = load.resolve_compute_dtype(config.model.compute_dtype)
     head = None
     if TASKS[config.task].trains_head:
         outputs = 2 if config.task == QUESTION_ANSWERING else 1
         head = load.HeadStart(labels=labels, num_outputs=outputs, seed=adapter_seed(config))
-    base = load.load_base_model(
-        config.model.path,
-        quantization=config.model.quantization,
-        compute_dtype=dtype,
-        device=device,
-        attention=config.model.attention,
-        trust_remote_code=config.model.trust_remote_code,
-        task=config.task,
-        head=head,
-    )
+    base = load.load_base_model(load.BaseModelSpec.of(config.model, config.task), device, head)
     set_special_tokens(base, tokenizer)
     return base
 

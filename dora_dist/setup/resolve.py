@@ -72,7 +72,7 @@ def resolve_run(
     mixture = build_mixture(config.data, data.train, config.seed)
     arguments = training_arguments(config, mixture, accumulation)
     plan = mixture.plan(arguments.max_steps, global_batch(arguments))
-    skeleton = load.load_skeleton(config.model.path, config.model.trust_remote_code, config.task)
+    skeleton = load.load_skeleton(load.BaseModelSpec.of(config.model, config.task))
     layers, budget = check_method(config, skeleton, arguments.max_steps)
     check_context(skeleton, data)
     return ResolvedRun(

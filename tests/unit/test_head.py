@@ -25,7 +25,7 @@ from dora_dist.adapter.model import (
 )
 from dora_dist.adapter.targets import resolve_targets
 from dora_dist.base_model.head import head_modules, start_parameters, task_of
-from dora_dist.base_model.load import HeadStart, load_base_model, load_skeleton
+from dora_dist.base_model.load import BaseModelSpec, HeadStart, load_base_model, load_skeleton
 
 HEADS = {
     "bert": ["classifier.bias", "classifier.weight"],
@@ -37,7 +37,8 @@ ARCHITECTURES = pytest.mark.parametrize("architecture", HEADS)
 
 def load(folder, quantization="none", seed=0, labels=("no", "perhaps", "yes")):
     head = HeadStart(labels=labels, seed=seed)
-    return load_base_model(str(folder), quantization, task="sequence_classification", head=head)
+    spec = BaseModelSpec(path=str(folder), task="sequence_classification", quantization=quantization)
+    return load_base_model(spec, head=head)
 
 
 def test_the_task_is_told_by_the_model():
@@ -162,7 +163,7 @@ def test_a_model_without_such_a_head_is_refused(tmp_path):
 
     ViTConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a vit, for which transformers has no AutoModelForSequenceClassification"):
-        load_skeleton(str(tmp_path), task="sequence_classification")
+        load_skeleton(BaseModelSpec(path=str(tmp_path), task="sequence_classification"))
 
 
 @pytest.mark.parametrize(("base", "head"), [(torch.bfloat16, "float32"), (torch.float32, "bfloat16")])

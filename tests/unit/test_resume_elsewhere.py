@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from dora_dist.config.data import DataConfig
-from dora_dist.config.run import ModelConfig, RunConfig
+from dora_dist.config.model import ModelConfig
+from dora_dist.config.run import RunConfig
 from dora_dist.console.files import write_json
 from dora_dist.runs import resume
 from dora_dist.runs.records import RUN, SUMMARY
