@@ -37,7 +37,11 @@ def check_same_on_all_ranks(agreement: Agreement, settings: Mapping[str, Any], m
     Raises:
         DisagreementError: they do not; names the first setting or layer that differs.
     """
-    facts = {**settings, "whether the loss is computed without logits": model.leaves_out_logits}
+    facts = {
+        **settings,
+        "model.fuse": model.fused,
+        "whether the loss is computed without logits": model.leaves_out_logits,
+    }
     digests = {name: sha256(json.dumps(value).encode()).digest() for name, value in facts.items()}
     for name, layer in model.adapted_layers().items():
         digests[f"base weights of {name}"] = digest_tensors(layer.weight.detach().flatten()[:256])
@@ -73,7 +77,7 @@ def load_model(
     if adapter.dtype == "auto" and not config.distributed.engine.startswith("zero"):
         # Only ZeRO keeps a float32 master copy of low-precision parameters.
         adapter = dataclasses.replace(adapter, dtype="float32")
-    model = add_dynamic_lora(base, dataclasses.replace(adapter, seed=adapter_seed(config)))
+    model = add_dynamic_lora(base, dataclasses.replace(adapter, seed=adapter_seed(config)), config.model.fuse)
     if isinstance(model, DynamicLoraForCausalLM):
         reason = model.leave_out_logits()
         if reason is not None:
