@@ -85,7 +85,7 @@ def measure_zero_peak(path: str, overrides: list[str]) -> int:
 def _load(config: RunConfig, adapter_dtype: str) -> DynamicLoraModel:
     """As ``build.load_model`` loads it, ready to train."""
     base = load_base_model(BaseModelSpec.of(config.model, config.task))
-    model = add_dynamic_lora(base, replace(config.adapter, dtype=adapter_dtype))
+    model = add_dynamic_lora(base, replace(config.adapter, dtype=adapter_dtype), config.model.fuse)
     model.leave_out_logits()
     if config.training.get("gradient_checkpointing"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

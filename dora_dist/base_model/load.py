@@ -124,7 +124,10 @@ def load_model_config(spec: BaseModelSpec) -> PreTrainedConfig:
         ValueError: the path is not usable.
     """
     with _reading(spec.path):
-        return AutoConfig.from_pretrained(find_model(spec.path), trust_remote_code=spec.trust_remote_code)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            find_model(spec.path), trust_remote_code=spec.trust_remote_code
+        )
+    return config
 
 
 def load_skeleton(spec: BaseModelSpec) -> PreTrainedModel:
@@ -139,7 +142,7 @@ def load_skeleton(spec: BaseModelSpec) -> PreTrainedModel:
 def _skeleton(spec: BaseModelSpec, config: PreTrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
         try:
-            return spec.auto_class.from_config(config, trust_remote_code=spec.trust_remote_code)
+            skeleton: PreTrainedModel = spec.auto_class.from_config(config, trust_remote_code=spec.trust_remote_code)
         except ValueError as error:
             if "Unrecognized configuration class" not in str(error):
                 raise
@@ -147,6 +150,7 @@ def _skeleton(spec: BaseModelSpec, config: PreTrainedConfig) -> PreTrainedModel:
                 f"the model at model.path {spec.path!r} is a {config.model_type}, for which transformers has no "
                 f"{spec.auto_class.__name__}: task is {spec.task}; take a model that can do it"
             ) from None
+    return skeleton
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +221,7 @@ def _read_weights(
     dtype = spec.compute_dtype
     unchanged = spec.quantization == "none" and torch.device(device).type == "cpu" and config.dtype == dtype
     with _reading(spec.path), lean_loading(shared=unchanged):
-        return spec.auto_class.from_pretrained(
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = spec.auto_class.from_pretrained(
             find_model(spec.path),
             config=config,
             quantization_config=quantization_config(spec.quantization, dtype, heads),
@@ -228,3 +232,4 @@ def _read_weights(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told better by check_loaded
         )
+    return loaded

@@ -118,7 +118,7 @@ def estimate_memory(config: RunConfig, world_size: int, device: str = "cuda") ->
         whole_number(config.training, name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
     )
     skeleton = load_skeleton(BaseModelSpec.of(config.model, config.task))
-    shape = read_shape(skeleton, resolve_targets(skeleton, config.adapter.target_modules))
+    shape = read_shape(skeleton, resolve_targets(skeleton, config.adapter.target_modules), config.model.fuse)
     compute = _dtype_of(config.model.compute_dtype, "bfloat16" if device == "cuda" else "float32")
     adapter_dtype = _dtype_of(config.adapter.dtype, compute if engine == "zero2" else "float32")
     compute_bytes, adapter_bytes = (getattr(torch, name).itemsize for name in (compute, adapter_dtype))
@@ -147,7 +147,7 @@ def estimate_memory(config: RunConfig, world_size: int, device: str = "cuda") ->
         batch=batch,
         adapter=adapter,
         optimizer=optimizer,
-        chunked_loss=obstacle(skeleton.requires_grad_(False)) is None,
+        chunked_loss=config.model.fuse and obstacle(skeleton.requires_grad_(False)) is None,
     )
     trained = adapter.trained_numel(shape)
     return MemoryEstimate(
