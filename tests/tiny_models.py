@@ -67,9 +67,10 @@ def load_base(folder: Path | str, quantization: str = "nf4", dtype: torch.dtype 
     return load_base_model(BaseModelSpec(path=str(folder), quantization=quantization, compute_dtype=dtype))
 
 
-def adapt(base: nn.Module, **changes: object) -> DynamicLoraModel:
+def adapt(base: nn.Module, fuse: bool = True, **changes: object) -> DynamicLoraModel:
     """With small ranks and no dropout, unless ``changes`` say otherwise."""
-    return add_dynamic_lora(base, DynamicLoraConfig(**{"target_rank": 2, "dropout": 0.0, "seed": 5, **changes}))
+    config = DynamicLoraConfig(**{"target_rank": 2, "dropout": 0.0, "seed": 5, **changes})
+    return add_dynamic_lora(base, config, fuse)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

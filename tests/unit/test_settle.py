@@ -106,6 +106,11 @@ def test_what_the_program_sets_is_refused_in_the_configuration(config, monkeypat
     assert set(seen) - given <= set(OWNED_TRAINING_ARGUMENTS)
 
 
+def test_a_resumed_run_may_turn_fused_operations_on_or_off(config):
+    fingerprints = [resolved(load(config, "--model.fuse", fuse)).fingerprint for fuse in ("true", "false")]
+    assert fingerprints[0] == fingerprints[1]
+
+
 def test_the_fingerprint_knows_the_content_of_the_data(config):
     before = resolved(load(config)).fingerprint
     rows = (config.parent / "train.jsonl").read_text().splitlines()
