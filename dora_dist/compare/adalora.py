@@ -113,7 +113,7 @@ def _add_adalora(
     model = get_peft_model(
         base, peft_config(config, own, resolved.budget.schedule, resolved.layers, heads, regularizers)
     )
-    prepare_heads(model, heads, torch.float32)
+    prepare_heads(model, heads, torch.float32, cast_inputs=config.model.fuse)
     set_seed(config.seed)
     return model
 

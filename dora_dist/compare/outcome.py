@@ -15,7 +15,8 @@ from safetensors import safe_open
 from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS
 from dora_dist.compare.plan import REPORTED, SEARCH, Cell, Plan
 from dora_dist.config.data import DataConfig
-from dora_dist.config.run import ModelConfig, RunConfig
+from dora_dist.config.model import ModelConfig
+from dora_dist.config.run import RunConfig
 from dora_dist.console import files
 from dora_dist.runs import records
 from dora_dist.runs.summary import is_finished

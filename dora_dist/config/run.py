@@ -11,27 +11,9 @@ from dora_dist.config.adapter import DynamicLoraConfig
 from dora_dist.config.checks import require
 from dora_dist.config.data import DataConfig
 from dora_dist.config.format_version import FORMAT_VERSION
+from dora_dist.config.model import ModelConfig
 from dora_dist.config.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TASKS, metrics_of
 from dora_dist.config.training import check_training_section
-
-
-@dataclass(kw_only=True)
-class ModelConfig:
-    """The frozen base model.
-
-    Args:
-        path: folder in the Hugging Face layout, or name of a model on the Hub.
-        quantization: nf4 (4 bits, double quantization), int8, or none.
-        compute_dtype: of activations and unquantized weights; auto is bfloat16 on a GPU and float32 on a CPU.
-        attention: transformers' attention implementation, such as sdpa or flash_attention_2; null for its default.
-        trust_remote_code: run model code that comes with the model.
-    """
-
-    path: str
-    quantization: Literal["nf4", "int8", "none"] = "nf4"
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    attention: str | None = None
-    trust_remote_code: bool = False
 
 
 @dataclass(kw_only=True)

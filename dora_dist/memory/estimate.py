@@ -103,7 +103,7 @@ def estimate_memory(config: RunConfig, world_size: int, device: str = "cuda") ->
 
     from dora_dist.adapter.targets import resolve_targets
     from dora_dist.base_model.chunked_loss import obstacle
-    from dora_dist.base_model.load import load_skeleton
+    from dora_dist.base_model.load import BaseModelSpec, load_skeleton
     from dora_dist.base_model.shape import read_shape
     from dora_dist.memory.activations import Adapter, Batch
     from dora_dist.memory.step import step_memory
@@ -117,8 +117,8 @@ def estimate_memory(config: RunConfig, world_size: int, device: str = "cuda") ->
     rows, accumulation = (
         whole_number(config.training, name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
     )
-    skeleton = load_skeleton(config.model.path, config.model.trust_remote_code)
-    shape = read_shape(skeleton, resolve_targets(skeleton, config.adapter.target_modules))
+    skeleton = load_skeleton(BaseModelSpec.of(config.model, config.task))
+    shape = read_shape(skeleton, resolve_targets(skeleton, config.adapter.target_modules), config.model.fuse)
     compute = _dtype_of(config.model.compute_dtype, "bfloat16" if device == "cuda" else "float32")
     adapter_dtype = _dtype_of(config.adapter.dtype, compute if engine == "zero2" else "float32")
     compute_bytes, adapter_bytes = (getattr(torch, name).itemsize for name in (compute, adapter_dtype))
@@ -147,7 +147,7 @@ def estimate_memory(config: RunConfig, world_size: int, device: str = "cuda") ->
         batch=batch,
         adapter=adapter,
         optimizer=optimizer,
-        chunked_loss=obstacle(skeleton.requires_grad_(False)) is None,
+        chunked_loss=config.model.fuse and obstacle(skeleton.requires_grad_(False)) is None,
     )
     trained = adapter.trained_numel(shape)
     return MemoryEstimate(

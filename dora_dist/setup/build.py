@@ -38,7 +38,11 @@ def check_same_on_all_ranks(agreement: Agreement, fingerprint: Fingerprint, mode
     Raises:
         DisagreementError: they do not; names the first setting or layer that differs.
     """
-    facts = {**fingerprint.as_dict(), "whether the loss is computed without logits": model.leaves_out_logits}
+    facts = {
+        **fingerprint.as_dict(),
+        "model.fuse": model.fused,
+        "whether the loss is computed without logits": model.leaves_out_logits,
+    }
     digests = {name: sha256(json.dumps(value).encode()).digest() for name, value in facts.items()}
     for name, layer in model.adapted_layers().items():
         digests[f"base weights of {name}"] = digest_tensors(layer.weight.detach().flatten()[:256])
@@ -56,21 +60,11 @@ def load_base(
         tokenizer: of the model.
         labels: names of the classes in the order of their numbers, where the task has any.
     """
-    dtype = load.resolve_compute_dtype(config.model.compute_dtype)
     head = None
     if TASKS[config.task].trains_head:
         outputs = 2 if config.task == QUESTION_ANSWERING else 1
         head = load.HeadStart(labels=labels, num_outputs=outputs, seed=adapter_seed(config))
-    base = load.load_base_model(
-        config.model.path,
-        quantization=config.model.quantization,
-        compute_dtype=dtype,
-        device=device,
-        attention=config.model.attention,
-        trust_remote_code=config.model.trust_remote_code,
-        task=config.task,
-        head=head,
-    )
+    base = load.load_base_model(load.BaseModelSpec.of(config.model, config.task), device, head)
     set_special_tokens(base, tokenizer)
     return base
 
@@ -84,7 +78,7 @@ def load_model(
     if adapter.dtype == "auto" and not config.distributed.engine.startswith("zero"):
         # Only ZeRO keeps a float32 master copy of low-precision parameters.
         adapter = dataclasses.replace(adapter, dtype="float32")
-    model = add_dynamic_lora(base, dataclasses.replace(adapter, seed=adapter_seed(config)))
+    model = add_dynamic_lora(base, dataclasses.replace(adapter, seed=adapter_seed(config)), config.model.fuse)
     if isinstance(model, DynamicLoraForCausalLM):
         reason = model.leave_out_logits()
         if reason is not None:

@@ -10,6 +10,7 @@ from dora_dist.adapter.targets import resolve_targets
 from dora_dist.base_model import load
 from dora_dist.config.checks import require
 from dora_dist.config.run import RunConfig
+from dora_dist.config.tasks import TASKS
 from dora_dist.data.mixture import Mixture
 from dora_dist.data.plan import TrainingPlan
 from dora_dist.data.prepared import list_lengths
@@ -73,7 +74,7 @@ def resolve_run(
     mixture = build_mixture(config.data, data.train, config.seed)
     arguments = training_arguments(config, mixture, accumulation)
     plan = mixture.plan(arguments.max_steps, global_batch(arguments))
-    skeleton = load.load_skeleton(config.model.path, config.model.trust_remote_code, config.task)
+    skeleton = load.load_skeleton(load.BaseModelSpec.of(config.model, config.task))
     layers, budget = check_method(config, skeleton, arguments.max_steps)
     check_context(skeleton, data)
     return ResolvedRun(
@@ -122,6 +123,7 @@ def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int)
             f"adapter.dtype is {config.adapter.dtype}, but DeepSpeed casts all parameters to the compute dtype {dtype} "
             "(and keeps a float32 master copy): leave it at auto"
         )
+    _check_head_dtype(config, dtype)
     names = resolve_targets(skeleton, config.adapter.target_modules)
     schedule = build_schedule(config, len(names), total_steps)
     linears = {name: skeleton.get_submodule(name) for name in names}
@@ -137,6 +139,18 @@ def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int)
     scores = {name: torch.zeros(schedule.initial_rank) for name in names}
     budget.select(scores, schedule.final_step, config.pruning.min_rank, config.pruning.max_rank)
     return names, budget
+
+
+def _check_head_dtype(config: RunConfig, compute_dtype: str) -> None:
+    """A trained head has the adapter's dtype. Without a cast of its own, it reads what the base computes, which torch's
+    autocast brings together with float32 weights, but not with others."""
+    if config.model.fuse or not TASKS[config.task].trains_head:
+        return
+    if config.adapter.dtype not in ("auto", "float32", compute_dtype):
+        raise ValueError(
+            f"adapter.dtype is {config.adapter.dtype}, but model.fuse is false, so that the head must read the compute "
+            f"dtype {compute_dtype} as it is: set adapter.dtype to auto, or model.fuse to true"
+        )
 
 
 def check_context(skeleton: PreTrainedModel, data: RunData) -> None:

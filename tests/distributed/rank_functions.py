@@ -295,11 +295,12 @@ def _whole_states(trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
 
 def _tiny_adapted(model_folder: str) -> Any:
     """A tiny NF4 Llama with an adapter whose every component has an effect, the same on every rank."""
+    from tiny_models import load_base
+
     from dora_dist import DynamicLoraConfig, add_dynamic_lora
-    from dora_dist.base_model.load import load_base_model
 
     config = DynamicLoraConfig(target_rank=2, initial_rank=4, dropout=0.0, alpha=8)
-    model = add_dynamic_lora(load_base_model(model_folder), config)
+    model = add_dynamic_lora(load_base(model_folder), config)
     for layer in model.adapted_layers().values():
         nn.init.normal_(layer.lora_b, std=0.02, generator=torch.Generator().manual_seed(1))
     return model
@@ -392,23 +393,22 @@ def load_and_watch(tiny: str, folder: str, quantization: str, dtype: str, hoard:
     from many_shards import size_of_model
     from process_memory import MemoryWatch
     from safetensors.torch import load_file
+    from tiny_models import load_base
 
-    from dora_dist.base_model.load import load_base_model
-
-    load_base_model(tiny, quantization, getattr(torch, dtype))
+    load_base(tiny, quantization, getattr(torch, dtype))
     dist.barrier()
     with MemoryWatch() as monitor:
         files = sorted(Path(folder).glob("*.safetensors")) if hoard else []
         stored = [{name: value.clone() for name, value in load_file(path).items()} for path in files]
-        model = load_base_model(folder, quantization, getattr(torch, dtype))
+        model = load_base(folder, quantization, getattr(torch, dtype))
         del stored
     return {"resident": monitor.resident, "own": monitor.anonymous, "kept": monitor.kept, "model": size_of_model(model)}
 
 
 def load_where_one_is_broken(folder: str, broken: str) -> None:
     """The last rank's base has a flaw."""
-    from dora_dist.base_model.load import load_base_model
+    from tiny_models import load_base
 
     agreement = Agreement()
     with agreement.together("loading the model"):
-        load_base_model(broken if agreement.rank == agreement.size - 1 else folder)
+        load_base(broken if agreement.rank == agreement.size - 1 else folder)

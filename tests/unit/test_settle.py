@@ -10,7 +10,7 @@ from tiny_encoders import save_tiny_encoder, write_classification
 from tiny_run import tiny_tokenizer, write_config, write_rows
 from transformers import AutoModel
 
-from dora_dist.base_model.load import load_skeleton
+from dora_dist.base_model.load import BaseModelSpec, load_skeleton
 from dora_dist.config.parse import load_config
 from dora_dist.config.tasks import SEQUENCE_CLASSIFICATION as CLASSIFICATION
 from dora_dist.config.training import DEFAULT_TRAINING_ARGUMENTS, OWNED_TRAINING_ARGUMENTS
@@ -70,7 +70,9 @@ def test_a_method_that_cannot_work_is_refused_without_reading_weights(config, ov
     settings = load(config, *overrides)
     (config.parent / "model" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=message):
-        resolve.check_method(settings, load_skeleton(settings.model.path), settings.training["max_steps"])
+        resolve.check_method(
+            settings, load_skeleton(BaseModelSpec(path=settings.model.path)), settings.training["max_steps"]
+        )
 
 
 @pytest.mark.parametrize(
@@ -104,6 +106,11 @@ def test_what_the_program_sets_is_refused_in_the_configuration(config, monkeypat
         training_arguments.training_arguments(load(config), mixture_of(50))
     given = {*DEFAULT_TRAINING_ARGUMENTS, *load(config).training, "dataloader_pin_memory"}
     assert set(seen) - given <= set(OWNED_TRAINING_ARGUMENTS)
+
+
+def test_a_resumed_run_may_turn_fused_operations_on_or_off(config):
+    fingerprints = [resolved(load(config, "--model.fuse", fuse)).fingerprint for fuse in ("true", "false")]
+    assert fingerprints[0] == fingerprints[1]
 
 
 def test_the_fingerprint_knows_the_content_of_the_data(config):
@@ -212,7 +219,8 @@ def test_an_example_beyond_the_models_context_is_refused(config):
 
 def test_roberta_has_fewer_positions_than_its_configuration_says(tmp_path):
     for architecture, context in (("bert", 64), ("roberta", 63), ("llama", 64)):
-        skeleton = load_skeleton(str(save_tiny_encoder(tmp_path / architecture, architecture)), task=CLASSIFICATION)
+        folder = save_tiny_encoder(tmp_path / architecture, architecture)
+        skeleton = load_skeleton(BaseModelSpec(path=str(folder), task=CLASSIFICATION))
         assert resolve.context_of(skeleton) == context
     model = AutoModel.from_pretrained(tmp_path / "roberta")
     model(input_ids=torch.full((1, 63), 7))
