@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 
 from dora_dist.base_model import load
 from dora_dist.config.run import RunConfig
-from dora_dist.config.tasks import SEQUENCE_CLASSIFICATION
+from dora_dist.config.tasks import TASKS
 from dora_dist.data.plan import TrainingPlan
 from dora_dist.setup.run_data import RunData
 from dora_dist.training.batch_size import global_batch
@@ -55,7 +55,7 @@ def fingerprint(config: RunConfig, arguments: TrainingArguments, data: RunData, 
 
 def _labels(config: RunConfig, data: RunData) -> dict[str, Any]:
     """Which number stands for which label."""
-    return {"labels": data.labels or config.data.labels} if config.task == SEQUENCE_CLASSIFICATION else {}
+    return {"labels": data.labels or config.data.labels} if TASKS[config.task].has_labels else {}
 
 
 def adapter_seed(config: RunConfig) -> int:

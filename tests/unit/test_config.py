@@ -286,7 +286,7 @@ def test_one_source_needs_no_list_and_is_saved_as_it_was_given(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("output_dir: x\nmodel: {path: m}\ndata:\n  train: {path: a.jsonl.gz, epochs: 2}\n")
     config = load_config(path)
-    (source,) = config.data.train_sources()
+    (source,) = config.data.train_sources
     assert (source.name, source.epochs) == ("a", 2.0)
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == config
@@ -295,7 +295,7 @@ def test_one_source_needs_no_list_and_is_saved_as_it_was_given(tmp_path):
 def test_sources_of_the_same_file_name_are_told_apart(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("output_dir: x\nmodel: {path: m}\ndata:\n  train: [a/x.jsonl, b/x.jsonl, c/x.jsonl]\n")
-    assert [source.name for source in load_config(path).data.train_sources()] == ["x", "x-2", "x-3"]
+    assert [source.name for source in load_config(path).data.train_sources] == ["x", "x-2", "x-3"]
 
 
 CLASSIFICATION = "task: sequence_classification\n"

@@ -8,7 +8,7 @@ import numpy as np
 from datasets import List, Value
 from transformers import PreTrainedTokenizerBase
 
-from dora_dist.data.encoding.encoder import EncodingRules, RowEncoder, Status
+from dora_dist.data.encoding.encoder import EncodingRules, RowEncoder, RowParser, Status
 from dora_dist.data.reading.samples import Question, RowFlaw
 
 OUTSIDE = (-1, -1)
@@ -169,8 +169,8 @@ class QuestionEncoder(RowEncoder[AskedWindow, AskedWindow]):
         "answers": List(Value("string")),
     }
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, rules: EncodingRules) -> None:
-        super().__init__(tokenizer, rules)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rules: EncodingRules, parse: RowParser) -> None:
+        super().__init__(tokenizer, rules, parse)
         self._windows = ContextWindows(tokenizer, rules.max_length, rules.stride)
 
     def _parts(self, sample: Question) -> list[AskedWindow]:
