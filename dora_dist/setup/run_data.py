@@ -161,7 +161,7 @@ def _find(source: SourceConfig, config: DataConfig, formats: Sequence[str]) -> t
         columns=tuple(source.columns),
         quotes=source.quotes,
     )
-    wanted = config.format if source.format == "auto" else source.format
+    wanted: str = config.format if source.format == "auto" else source.format
     if wanted == "auto":
         _check_fields(source, formats)
         wanted = tell_format(first_rows(location), str(source.name), source.fields, formats)
