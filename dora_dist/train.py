@@ -108,7 +108,8 @@ def train(
     stop_before_training(notice, agreement)
     build.check_same_on_all_ranks(agreement, resolved.fingerprint, model)
     run_records = records.RunRecords(run, writes=state.is_main_process)
-    evaluator = tasks.build_evaluator(config, resolved, agreement, model)
+    parts = tasks.TASK_PARTS[config.task]
+    evaluator = parts.evaluator(config, resolved, agreement, model) if resolved.data.evaluation else None
     trainer = build.build_trainer(
         config,
         resolved,

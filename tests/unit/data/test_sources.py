@@ -1,7 +1,9 @@
+import importlib.util
 import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -636,3 +638,22 @@ def test_the_folder_of_a_source_lies_in_the_cache_whatever_its_name_is(tmp_path,
     source = prepare_source(name, locate(str(path)), rules, tiny_tokenizer(), tmp_path / "cache", 1)
     assert source.folder.parent == tmp_path / "cache"
     assert source.folder.is_dir()
+
+
+@pytest.mark.parametrize("changed", ["encoding/questions.py", "reading/files.py", "row_formats.py", "cache.py"])
+def test_other_code_makes_other_data(tmp_path, changed):
+    """A changed encoder must not read what the former one has made, in whichever folder of the package it is."""
+    package = shutil.copytree(REPOSITORY / "dora_dist", tmp_path / "dora_dist")
+    rows = locate(str(write(tmp_path / "rows.jsonl", [PAIR])))
+
+    def key() -> str:
+        spec = importlib.util.spec_from_file_location("copied_cache", package / "data" / "cache.py")
+        copied = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(copied)
+        return copied._cache_key(rows, EncodingRules(format="prompt_completion"), tiny_tokenizer())
+
+    before = key()
+    assert key() == before
+    with (package / "data" / changed).open("a") as file:
+        file.write("# other\n")
+    assert key() != before
