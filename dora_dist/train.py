@@ -141,13 +141,15 @@ def build_parts(
     """
     from dora_dist.distributed.world import check_world
     from dora_dist.runs.records import RunRecords
-    from dora_dist.setup import build, tasks
+    from dora_dist.setup import build
+    from dora_dist.setup.tasks import TASK_PARTS
 
     with agreement.together("loading the model"):
         model = build.load_model(config, agreement.device, resolved.tokenizer, resolved.data.labels)
         controller = build.build_controller(config, model, agreement, resolved.budget.schedule)
     stop_before_training(notice, agreement)
     build.check_same_on_all_ranks(agreement, resolved.fingerprint, model)
+    parts = TASK_PARTS[config.task]
     trainer = build.build_trainer(
         config,
         resolved,
@@ -155,7 +157,7 @@ def build_parts(
         controller=controller,
         agreement=agreement,
         records=RunRecords(Path(config.output_dir), writes=agreement.is_first),
-        evaluator=tasks.build_evaluator(config, resolved, agreement, model),
+        evaluator=parts.evaluator(config, resolved, agreement, model) if resolved.data.evaluation else None,
         notice=notice,
     )
     check_world(agreement, trainer)

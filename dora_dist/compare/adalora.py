@@ -34,8 +34,9 @@ from dora_dist.distributed.preemption import PreemptionNotice
 from dora_dist.method.prune_event import PruneEvent
 from dora_dist.method.schedule import BudgetSchedule
 from dora_dist.runs import records, resume, summary
-from dora_dist.setup import build, resolve, run_data, tasks
+from dora_dist.setup import build, resolve, run_data
 from dora_dist.setup.fingerprint import adapter_seed
+from dora_dist.setup.tasks import TASK_PARTS
 from dora_dist.training.controller import NonFiniteAdapterError
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def _begin_records(
 def _is_mean_of_rows(config: "RunConfig") -> bool:
     """Whether a micro-batch's loss is a mean over its rows, which the Trainer divides by the accumulation steps with
     the regularizer in it; else it is a sum over tokens divided by those of the global batch."""
-    return tasks.row_losses(config) is not None
+    return TASK_PARTS[config.task].row_losses(config) is not None
 
 
 def _add_adalora(
@@ -120,15 +121,15 @@ def _add_adalora(
 
 def _build_trainer(config: "RunConfig", resolved: resolve.ResolvedRun, model: PeftModel) -> Trainer:
     """The stock Trainer on the rows of a run in their order; it neither saves nor evaluates nor prints."""
-    arguments = resolved.arguments
+    arguments, parts = resolved.arguments, TASK_PARTS[config.task]
     arguments.train_sampling_strategy = "sequential"
     arguments.save_strategy = "no"
     arguments.eval_strategy = "no"
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=tasks.planned_rows(config, resolved),
-        data_collator=tasks.build_collator(config, model, resolved.tokenizer),
+        train_dataset=parts.training_rows(resolved),
+        data_collator=parts.collator(config, model, resolved.tokenizer),
         processing_class=resolved.tokenizer,
     )
     if _is_mean_of_rows(config):
@@ -158,8 +159,7 @@ def _write_result(
         num_parameters=sum(a.numel() + b.numel() for a, b in factors.values()),
     )
     run_records.event(event)
-    evaluator = tasks.build_evaluator(config, resolved, Agreement(base.device), model)
-    assert evaluator is not None, "a cell has held-out data"
+    evaluator = TASK_PARTS[config.task].evaluator(config, resolved, Agreement(base.device), model)
     measured = {f"eval_{name}": value for name, value in evaluator(TaskLoss(model)).items()}
     run_records.metrics(resolved.arguments.max_steps, measured)
     adapter = Path(config.output_dir) / "adapter"

@@ -12,7 +12,7 @@ from dora_dist.config.checks import require
 from dora_dist.config.data import DataConfig
 from dora_dist.config.format_version import FORMAT_VERSION
 from dora_dist.config.model import ModelConfig
-from dora_dist.config.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TASKS, metrics_of
+from dora_dist.config.tasks import CAUSAL_LM, TASKS, TaskName, metrics_of
 from dora_dist.config.training import check_training_section
 
 
@@ -165,7 +165,7 @@ class RunConfig:
     output_dir: str
     model: ModelConfig
     data: DataConfig
-    task: Literal["causal_lm", "sequence_classification", "question_answering", "seq2seq"] = "causal_lm"
+    task: TaskName = "causal_lm"
     seed: int = 0
     adapter: DynamicLoraConfig = field(default_factory=lambda: DynamicLoraConfig(dtype="auto"))
     pruning: PruningConfig = field(default_factory=PruningConfig)
@@ -197,17 +197,18 @@ class RunConfig:
             )
 
     def _check_task(self) -> None:
-        data = self.data
+        task, data = TASKS[self.task], self.data
         metrics_of(self.task, data.labels, self.evaluation.metrics)
-        for name in (data.format, *(source.format for source in (*data.train_sources(), *data.eval_sources()))):
-            if name != "auto" and name not in TASKS[self.task].formats:
-                fitting = next(task.name for task in TASKS.values() if name in task.formats)
+        for name in (data.format, *(source.format for source in (*data.train_sources, *data.eval_sources))):
+            if name != "auto" and name not in task.formats:
+                fitting = next(other.name for other in TASKS.values() if name in other.formats)
                 raise ValueError(
                     f"the format {name} is for the task {fitting}, but task is {self.task}, with the formats "
-                    f"{', '.join(TASKS[self.task].formats)}"
+                    f"{', '.join(task.formats)}"
                 )
-        if data.labels == "regression" and self.task != SEQUENCE_CLASSIFICATION:
-            raise ValueError(f"data.labels is regression, but task is {self.task}: set it to {SEQUENCE_CLASSIFICATION}")
+        if data.labels == "regression" and not task.has_labels:
+            labelled = " or ".join(other.name for other in TASKS.values() if other.has_labels)
+            raise ValueError(f"data.labels is regression, but task is {self.task}: set it to {labelled}")
         if self.task == CAUSAL_LM:
             return
         for key, value, left_out in (

@@ -12,9 +12,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dora_dist.adapter.model import DynamicLoraForCausalLM, DynamicLoraModel, add_dynamic_lora
 from dora_dist.base_model import load
-from dora_dist.base_model.losses import mean_over_tokens
 from dora_dist.config.run import RunConfig
-from dora_dist.config.tasks import QUESTION_ANSWERING, SEQ2SEQ, TASKS
+from dora_dist.config.tasks import TASKS
 from dora_dist.console.text import say
 from dora_dist.distributed.agreement import Agreement, digest_tensors
 from dora_dist.distributed.preemption import PreemptionNotice
@@ -24,7 +23,7 @@ from dora_dist.runs.fingerprint import Fingerprint
 from dora_dist.runs.records import RunRecords
 from dora_dist.setup.fingerprint import adapter_seed
 from dora_dist.setup.resolve import ResolvedRun
-from dora_dist.setup.tasks import build_collator, planned_rows, row_losses
+from dora_dist.setup.tasks import TASK_PARTS
 from dora_dist.training.controller import DynamicRankController
 from dora_dist.training.criterion import criterion_of
 from dora_dist.training.skipped_steps import SkipPolicy
@@ -62,7 +61,7 @@ def load_base(
     """
     head = None
     if TASKS[config.task].trains_head:
-        outputs = 2 if config.task == QUESTION_ANSWERING else 1
+        outputs = TASK_PARTS[config.task].num_outputs
         head = load.HeadStart(labels=labels, num_outputs=outputs, seed=adapter_seed(config))
     base = load.load_base_model(load.BaseModelSpec.of(config.model, config.task), device, head)
     set_special_tokens(base, tokenizer)
@@ -130,12 +129,13 @@ def build_trainer(
     notice: PreemptionNotice,
 ) -> DynamicLoraTrainer:
     """The loop."""
+    parts = TASK_PARTS[config.task]
     trainer = DynamicLoraTrainer(
         model=model,
         args=resolved.arguments,
-        train_dataset=planned_rows(config, resolved),
-        data_collator=build_collator(config, model, resolved.tokenizer),
-        compute_loss_func=mean_over_tokens if config.task == SEQ2SEQ else None,
+        train_dataset=parts.training_rows(resolved),
+        data_collator=parts.collator(config, model, resolved.tokenizer),
+        compute_loss_func=parts.loss_over_tokens(),
         processing_class=resolved.tokenizer,
         controller=controller,
         agreement=agreement,
@@ -151,7 +151,7 @@ def build_trainer(
         keep_last=config.checkpoint.keep_last,
         skip_policy=SkipPolicy(agreement, config.distributed.max_skipped_steps),
         fingerprint=resolved.fingerprint,
-        row_losses=row_losses(config),
+        row_losses=parts.row_losses(config),
     )
     # The trainer prints its own lines of progress.
     trainer.remove_callback(PrinterCallback)

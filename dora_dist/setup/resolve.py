@@ -13,7 +13,6 @@ from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import TASKS
 from dora_dist.data.mixture import Mixture
 from dora_dist.data.plan import TrainingPlan
-from dora_dist.data.prepared import list_lengths
 from dora_dist.method.budget import Budget, component_costs
 from dora_dist.method.schedule import BudgetSchedule
 from dora_dist.runs.fingerprint import Fingerprint
@@ -162,7 +161,7 @@ def check_context(skeleton: PreTrainedModel, data: RunData) -> None:
     context = context_of(skeleton)
     for source in (*data.train, *data.evaluation):
         columns = [name for name in ("input_ids", "labels") if name in source.dataset.column_names]
-        longest = max(int(list_lengths(source.dataset, name).max()) for name in columns)
+        longest = max(int(source.lengths(name).max()) for name in columns)
         if context is not None and longest > context:
             raise ValueError(
                 f"the longest example of {source.name} has {longest} tokens, more than the model's context of "

@@ -23,8 +23,9 @@ from dora_dist.config.parse import load_config
 from dora_dist.console.errors import ExpectedRunError
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.method.schedule import BudgetSchedule
-from dora_dist.setup import run_data, tasks
+from dora_dist.setup import run_data
 from dora_dist.setup.resolve import resolve_run
+from dora_dist.setup.tasks import TASK_PARTS
 from dora_dist.training.controller import NonFiniteAdapterError
 
 RUN_CHANGES = ("--run.adapter.dropout", "0.0")
@@ -104,7 +105,7 @@ def test_it_is_measured_and_saved_with_the_head_that_it_has_trained(tmp_path):
     base = AutoModelForSequenceClassification.from_pretrained(config.model.path, num_labels=2)
     stock = peft.PeftModel.from_pretrained(base, folder / "adapter").eval()
     resolved = resolve_run(config, tokenizer, data)
-    evaluator = tasks.build_evaluator(config, resolved, Agreement(), stock)
+    evaluator = TASK_PARTS[config.task].evaluator(config, resolved, Agreement(), stock)
     measured = {f"eval_{name}": value for name, value in evaluator(stock).items()}
     assert measured == pytest.approx({name: value for name, value in lines[-1].items() if name != "step"}, rel=1e-5)
 
