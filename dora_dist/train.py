@@ -104,7 +104,7 @@ def train(
 
     with agreement.together("loading the model"):
         model = build.load_model(config, state.device, resolved.tokenizer, resolved.data.labels)
-        controller = build.build_controller(config, model, agreement, resolved.budget.schedule)
+        controller = build.build_controller(config, model, agreement, resolved.budget)
     stop_before_training(notice, agreement)
     build.check_same_on_all_ranks(agreement, resolved.fingerprint, model)
     run_records = records.RunRecords(run, writes=state.is_main_process)

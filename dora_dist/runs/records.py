@@ -1,8 +1,8 @@
 """The files of a run other than weights: what it was, what it measured, which components it kept."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,44 @@ ALLOCATION = "allocation.jsonl"
 CONFIG = "config.yaml"
 RUN = "run.json"
 SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedEvent:
+    """A pruning event as a line of ``allocation.jsonl``.
+
+    Attributes:
+        step: Optimizer step after which it took place.
+        num_kept: Number of components kept in the whole model.
+        kept: Layer -> indices of the components kept.
+        returned: Number of components kept that the event before had pruned.
+        final: Whether the mask is fixed from here on.
+        num_parameters: Entries of the kept components' vectors, over the whole model; None in older records.
+    """
+
+    step: int
+    num_kept: int
+    kept: Mapping[str, list[int]]
+    returned: int
+    final: bool
+    num_parameters: int | None = None
+
+    @classmethod
+    def of(cls, event: PruneEvent) -> "RecordedEvent":
+        """The line that records an event."""
+        return cls(
+            step=event.step,
+            num_kept=event.num_kept,
+            kept={name: mask.nonzero().flatten().tolist() for name, mask in event.kept.items()},
+            returned=event.returned,
+            final=event.final,
+            num_parameters=event.num_parameters,
+        )
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Layer -> number of components kept."""
+        return {name: len(indices) for name, indices in self.kept.items()}
 
 
 class RunRecords:
@@ -36,19 +74,24 @@ class RunRecords:
 
     def event(self, event: PruneEvent) -> None:
         """Append a pruning event to ``allocation.jsonl``."""
-        self._append(ALLOCATION, asdict(event))
+        self._append(ALLOCATION, asdict(RecordedEvent.of(event)))
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file as a whole: a reader sees the old or the new one, never a part."""
         if self.writes:
             write_json(self.folder / name, content)
 
-    def replace_events(self, events: Sequence[PruneEvent]) -> None:
-        """Write ``allocation.jsonl`` anew, from the events that a checkpoint knows."""
+    def save_events(self, checkpoint: Path) -> None:
+        """Copy the events so far into the folder of a checkpoint."""
         if self.writes:
-            (self.folder / ALLOCATION).write_text(
-                "".join(json.dumps(asdict(event)) + "\n" for event in events), encoding="utf-8"
-            )
+            _copy_events(self.folder, checkpoint)
+
+    def resume_from(self, checkpoint: Path, step: int) -> None:
+        """Forget what was recorded after the step of a checkpoint, and take the events from the checkpoint: the run's
+        own file may be damaged or missing, or the checkpoint may come from another run's folder."""
+        self.truncate_after(step)
+        if self.writes:
+            _copy_events(checkpoint, self.folder)
 
     def forget_end(self) -> None:
         """The run is going on: what was written when it had come to an end no longer holds."""
@@ -73,9 +116,15 @@ class RunRecords:
                 file.write(json.dumps(line) + "\n")
 
 
-def read_events(path: Path) -> list[PruneEvent]:
+def _copy_events(source: Path, target: Path) -> None:
+    """Give ``target`` the ``allocation.jsonl`` of ``source``, which has none before the first event."""
+    events = source / ALLOCATION
+    (target / ALLOCATION).write_bytes(events.read_bytes() if events.exists() else b"")
+
+
+def read_events(path: Path) -> list[RecordedEvent]:
     """Pruning events of an ``allocation.jsonl``."""
-    return [PruneEvent(**line) for line in read_lines(path)] if path.exists() else []
+    return [RecordedEvent(**line) for line in read_lines(path)] if path.exists() else []
 
 
 def source_names(evaluation: Mapping[str, Any]) -> list[str]:

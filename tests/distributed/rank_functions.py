@@ -14,6 +14,7 @@ from dora_dist.adapter.layer import DynamicLoraLinear
 from dora_dist.distributed.agreement import Agreement, digest_tensors
 from dora_dist.distributed.engine import zero_entries
 from dora_dist.distributed.store_agreement import StoreAgreement
+from dora_dist.method.budget import Budget
 from dora_dist.method.importance import Components, ScoreFunction, score_layers
 from dora_dist.method.schedule import BudgetSchedule
 from dora_dist.training.controller import DynamicRankController
@@ -47,7 +48,7 @@ def make_controller(layers: dict[str, DynamicLoraLinear], **options: Any) -> Dyn
         final_fraction=0.4,
         interval=2,
     )
-    return DynamicRankController(layers, schedule, Agreement(), **options)
+    return DynamicRankController(layers, Budget(schedule, dict.fromkeys(layers, 1)), Agreement(), **options)
 
 
 def smoothed(score: ScoreFunction) -> SmoothedScores:
