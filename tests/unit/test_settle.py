@@ -97,7 +97,9 @@ def test_evaluation_during_training_needs_held_out_data(config):
 def test_what_the_program_sets_is_refused_in_the_configuration(config, monkeypatch):
     """Otherwise a user who sets it gets an error about a keyword given twice."""
     seen = {}
-    monkeypatch.setattr(resolve, "TrainingArguments", lambda **values: seen.update(values) or pytest.skip.Exception)
+    monkeypatch.setattr(
+        training_arguments, "TrainingArguments", lambda **values: seen.update(values) or pytest.skip.Exception
+    )
     with pytest.raises(AttributeError):
         training_arguments.training_arguments(load(config), mixture_of(50))
     given = {*DEFAULT_TRAINING_ARGUMENTS, *load(config).training, "dataloader_pin_memory"}

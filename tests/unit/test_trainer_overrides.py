@@ -25,8 +25,8 @@ CALLS = {
 
 ADVICE = (
     "transformers has changed a private method that DynamicLoraTrainer relies on. Compare transformers/trainer.py with "
-    "the version that launch/constraints.txt pins: which method saves, prepares and restores now, with which arguments, "
-    "and in which order? Then change the overrides at the end of dora_dist/training/trainer.py and "
+    "the version that launch/constraints.txt pins: which method saves, prepares and restores now, with which "
+    "arguments, and in which order? Then change the overrides at the end of dora_dist/training/trainer.py and "
     "dora_dist/training/checkpointing.py, and this table; tests/e2e/test_resume.py tells whether it is right"
 )
 
