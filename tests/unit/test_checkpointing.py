@@ -8,9 +8,11 @@ import safetensors.torch
 import torch
 from test_checkpoint import make_controller
 
+from dora_dist.console import files
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.distributed.preemption import PreemptionNotice
 from dora_dist.runs import checkpoint, records
+from dora_dist.training import checkpointing
 from dora_dist.training.checkpointing import Checkpointer
 from dora_dist.training.parts import LoopSettings, TrainingParts
 from dora_dist.training.skipped_steps import SkipPolicy
@@ -141,9 +143,12 @@ def test_random_states_are_restored_on_as_many_ranks_and_seeded_on_others(saved,
     resumed.checkpointer.restore(folder)
     resumed.checkpointer.restore_random_states(1, lambda: loaded.append(True))
     assert loaded == [True]
-    drawn = []
-    for size in (2, 2, 3):
-        resumed.checkpointer._written_by = size
-        resumed.checkpointer.restore_random_states(size, lambda: pytest.fail("there is no state of this rank"))
-        drawn.append(torch.rand(()).item())
-    assert drawn[0] == drawn[1] != drawn[2]
+    seeds = []
+    monkeypatch.setattr(checkpointing, "set_seed", lambda seed, device_specific: seeds.append((seed, device_specific)))
+    state = files.read_json(folder / checkpoint.METHOD_STATE)
+    files.write_json(folder / checkpoint.METHOD_STATE, {**state, "processes": 2})
+    resumed.checkpointer.restore(folder)
+    for seed in (1, 1, 2):
+        resumed.checkpointer.restore_random_states(seed, lambda: pytest.fail("there is no state of this rank"))
+    assert seeds[0] == seeds[1] != seeds[2]
+    assert all(device_specific for _, device_specific in seeds)
