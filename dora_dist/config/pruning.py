@@ -85,7 +85,7 @@ class PruningConfig:
         require(
             not (self.rebase and summed), "pruning.rebase", "true", f"be false for the importance {GATE_SENSITIVITY}"
         )
-        self.selection()
+        self.selection()  # refuses bounds that contradict each other
 
     def selection(self) -> Selection:
         """The part that an event selects by.

@@ -82,16 +82,17 @@ class RunRecords:
             write_json(self.folder / name, content)
 
     def save_events(self, checkpoint: Path) -> None:
-        """Copy the events so far into the folder of a checkpoint."""
+        """Copy ``allocation.jsonl`` into the folder of a checkpoint; an empty file before the first event."""
         if self.writes:
-            _copy_events(self.folder, checkpoint)
+            events = self.folder / ALLOCATION
+            (checkpoint / ALLOCATION).write_bytes(events.read_bytes() if events.exists() else b"")
 
     def resume_from(self, checkpoint: Path, step: int) -> None:
         """Forget what was recorded after the step of a checkpoint, and take the events from the checkpoint: the run's
         own file may be damaged or missing, or the checkpoint may come from another run's folder."""
         self.truncate_after(step)
         if self.writes:
-            _copy_events(checkpoint, self.folder)
+            (self.folder / ALLOCATION).write_bytes((checkpoint / ALLOCATION).read_bytes())
 
     def forget_end(self) -> None:
         """The run is going on: what was written when it had come to an end no longer holds."""
@@ -114,12 +115,6 @@ class RunRecords:
         if self.writes:
             with (self.folder / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-
-
-def _copy_events(source: Path, target: Path) -> None:
-    """Give ``target`` the ``allocation.jsonl`` of ``source``, which has none before the first event."""
-    events = source / ALLOCATION
-    (target / ALLOCATION).write_bytes(events.read_bytes() if events.exists() else b"")
 
 
 def read_events(path: Path) -> list[RecordedEvent]:

@@ -105,7 +105,11 @@ class Checkpointer:
     def restore(self, folder: Path) -> None:
         """Take over from a checkpoint, which any number of ranks may have written; to be called on every rank, once.
 
-        The random states come later (:meth:`restore_random_states`).
+        By then the Trainer has read its own state, from which it knows which rows to skip. The random states come later
+        (:meth:`restore_random_states`).
+
+        Args:
+            folder: Folder of the checkpoint.
 
         Raises:
             ValueError: A file of the checkpoint does not fit this run; on all ranks.

@@ -241,7 +241,7 @@ class DynamicLoraTrainer(Trainer):
         return SequentialSampler(self.train_dataset)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        """Without a checkpoint: the Trainer reads DeepSpeed's format, and in another order under every engine."""
+        """No checkpoint is handed on: :meth:`Checkpointer.restore` reads it, in the same order for every engine."""
         return super()._prepare_for_training(max_steps, train_dataloader, None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
