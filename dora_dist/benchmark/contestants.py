@@ -15,6 +15,7 @@ from dora_dist.base_model.copies import share
 from dora_dist.benchmark.options import ADALORA, DYNAMIC, FLOOR, LORA, PRUNED, Options
 from dora_dist.config.adapter import DynamicLoraConfig
 from dora_dist.distributed.agreement import Agreement
+from dora_dist.method.budget import Budget
 from dora_dist.method.schedule import BudgetSchedule
 from dora_dist.training.controller import DynamicRankController
 
@@ -125,7 +126,8 @@ class Dynamic(Contestant):
         average: bool = False,
     ) -> None:
         super().__init__(model, agreement, autocast, average)
-        self.controller = DynamicRankController(model.adapted_layers(), schedule, agreement)
+        layers = model.adapted_layers()
+        self.controller = DynamicRankController(layers, Budget(schedule, dict.fromkeys(layers, 1)), agreement)
 
     def _backward(self, loss: Tensor) -> None:
         penalty = self.controller.penalty()

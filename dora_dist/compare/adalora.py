@@ -152,7 +152,6 @@ def _write_result(
     check_result(factors, schedule)
     event = PruneEvent(
         step=schedule.final_step,
-        num_kept=sum(map(len, kept.values())),
         kept=kept,
         returned=0,
         final=True,
@@ -235,7 +234,7 @@ class _AdaLoraCallback(TrainerCallback):
         if "loss" in values:  # with the regularizer, as the stock Trainer has it
             now, step = time.monotonic(), state.global_step
             values["seconds_per_step"] = (now - self._last[1]) / max(step - self._last[0], 1)
-            values["components"] = sum(map(len, kept_triplets(self._model).values()))
+            values["components"] = sum(int(mask.sum()) for mask in kept_triplets(self._model).values())
             self._last = (step, now)
         self._records.metrics(state.global_step, values)
 
@@ -273,17 +272,18 @@ def _layers(model: PeftModel) -> dict[str, AdaLoraLayer]:
     return dict(sorted(found.items()))
 
 
-def kept_triplets(model: PeftModel) -> dict[str, list[int]]:
-    """Layer -> indices of the triplets that AdaLoRA has not pruned, by its own record; all before its first event."""
+def kept_triplets(model: PeftModel) -> dict[str, Tensor]:
+    """Layer -> boolean mask, shape ``(r,)``, of the triplets that AdaLoRA has not pruned, by its own record; all before
+    its first event."""
     pattern = model.peft_config["default"].rank_pattern
     if pattern is None:
-        return {name: list(range(len(layer.lora_E["default"]))) for name, layer in _layers(model).items()}
+        return {name: torch.ones(len(layer.lora_E["default"])).bool() for name, layer in _layers(model).items()}
     masks = {name.split(".lora_E")[0]: mask for name, mask in pattern.items()}
-    return {name: [index for index, keep in enumerate(masks[name]) if keep] for name in _layers(model)}
+    return {name: torch.tensor(masks[name], dtype=torch.bool) for name in _layers(model)}
 
 
 @torch.no_grad()
-def folded_triplets(model: PeftModel, kept: Mapping[str, list[int]]) -> dict[str, tuple[Tensor, Tensor]]:
+def folded_triplets(model: PeftModel, kept: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """Plain LoRA factors ``(A (k, in), B (out, k))`` by layer: singular values and scale go into B."""
     factors = {}
     for name, layer in _layers(model).items():

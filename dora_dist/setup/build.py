@@ -18,7 +18,7 @@ from dora_dist.console.text import say
 from dora_dist.distributed.agreement import Agreement, digest_tensors
 from dora_dist.distributed.preemption import PreemptionNotice
 from dora_dist.evaluation.evaluator import Evaluator
-from dora_dist.method.schedule import BudgetSchedule
+from dora_dist.method.budget import Budget
 from dora_dist.runs.fingerprint import Fingerprint
 from dora_dist.runs.records import RunRecords
 from dora_dist.setup.fingerprint import adapter_seed
@@ -26,6 +26,7 @@ from dora_dist.setup.resolve import ResolvedRun
 from dora_dist.setup.tasks import TASK_PARTS
 from dora_dist.training.controller import DynamicRankController
 from dora_dist.training.criterion import criterion_of
+from dora_dist.training.parts import LoopSettings, TrainingParts, TrainingRows
 from dora_dist.training.skipped_steps import SkipPolicy
 from dora_dist.training.trainer import DynamicLoraTrainer
 
@@ -98,21 +99,17 @@ def set_special_tokens(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 
 def build_controller(
-    config: RunConfig, model: DynamicLoraModel, agreement: Agreement, schedule: BudgetSchedule
+    config: RunConfig, model: DynamicLoraModel, agreement: Agreement, budget: Budget
 ) -> DynamicRankController:
     """The method for this model and this budget."""
     layers, pruning = model.adapted_layers(), config.pruning
     gates = [layer.gate for layer in layers.values()]
     return DynamicRankController(
         layers,
-        schedule,
+        budget,
         agreement,
         criterion=criterion_of(pruning.importance, gates, pruning.smoothing, adapter_seed(config)),
-        budget_unit=pruning.budget_unit,
-        min_rank=pruning.min_rank,
-        max_rank=pruning.max_rank,
-        regrow=pruning.regrow,
-        rebase=pruning.rebase,
+        selection=pruning.selection(),
         head=model.head_parameters(),
     )
 
@@ -129,29 +126,36 @@ def build_trainer(
     notice: PreemptionNotice,
 ) -> DynamicLoraTrainer:
     """The loop."""
-    parts = TASK_PARTS[config.task]
-    trainer = DynamicLoraTrainer(
-        model=model,
-        args=resolved.arguments,
-        train_dataset=parts.training_rows(resolved),
-        data_collator=parts.collator(config, model, resolved.tokenizer),
-        compute_loss_func=parts.loss_over_tokens(),
-        processing_class=resolved.tokenizer,
+    task = TASK_PARTS[config.task]
+    parts = TrainingParts(
         controller=controller,
         agreement=agreement,
         records=records,
         evaluator=evaluator,
         notice=notice,
-        row_lengths=resolved.plan.row_lengths(resolved.mixture.lengths),
-        rows_per_epoch=resolved.mixture.rows_per_epoch,
+        skip_policy=SkipPolicy(agreement, config.distributed.max_skipped_steps),
+        row_losses=task.row_losses(config),
+    )
+    settings = LoopSettings(
         engine=config.distributed.engine,
         timeout_minutes=config.distributed.timeout_minutes,
         adapter_dtype=next(iter(controller.layers.values())).gate.dtype,
         equilibrium_weight=config.pruning.equilibrium_weight,
         keep_last=config.checkpoint.keep_last,
-        skip_policy=SkipPolicy(agreement, config.distributed.max_skipped_steps),
         fingerprint=resolved.fingerprint,
-        row_losses=parts.row_losses(config),
+    )
+    trainer = DynamicLoraTrainer(
+        parts=parts,
+        settings=settings,
+        rows=TrainingRows(
+            lengths=resolved.plan.row_lengths(resolved.mixture.lengths), per_epoch=resolved.mixture.rows_per_epoch
+        ),
+        model=model,
+        args=resolved.arguments,
+        train_dataset=task.training_rows(resolved),
+        data_collator=task.collator(config, model, resolved.tokenizer),
+        compute_loss_func=task.loss_over_tokens(),
+        processing_class=resolved.tokenizer,
     )
     # The trainer prints its own lines of progress.
     trainer.remove_callback(PrinterCallback)

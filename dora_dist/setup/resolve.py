@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from dora_dist.adapter.targets import resolve_targets
@@ -101,7 +100,7 @@ def _check_answers(config: RunConfig, data: RunData) -> None:
 
 
 def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int) -> tuple[list[str], Budget]:
-    """Try targets, schedule and bounds on the model's structure alone, before its weights are read.
+    """Try targets and schedule on the model's structure alone, before its weights are read.
 
     Args:
         config: of the run.
@@ -112,8 +111,7 @@ def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int)
         Names of the layers that are adapted, and the budget over the run.
 
     Raises:
-        ValueError: ``adapter.target_modules`` matches nothing, the run is too short to prune, or the bounds on the
-            ranks cannot be met.
+        ValueError: ``adapter.target_modules`` matches nothing, or the run is too short to prune.
     """
     under_zero = config.distributed.engine.startswith("zero")
     dtype = str(load.resolve_compute_dtype(config.model.compute_dtype)).removeprefix("torch.")
@@ -134,10 +132,7 @@ def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int)
             schedule.initial_rank,
             f"be at most {min(shape)} where pruning.rebase is true: {name} is {shape[0]} x {shape[1]}",
         )
-    budget = Budget(schedule, component_costs(shapes, config.pruning.budget_unit))
-    scores = {name: torch.zeros(schedule.initial_rank) for name in names}
-    budget.select(scores, schedule.final_step, config.pruning.min_rank, config.pruning.max_rank)
-    return names, budget
+    return names, Budget(schedule, component_costs(shapes, config.pruning.budget_unit))
 
 
 def _check_head_dtype(config: RunConfig, compute_dtype: str) -> None:

@@ -155,6 +155,18 @@ def test_owned_training_arguments_are_refused_when_loading(load):
         (["--pruning.interval", "0"], "pruning.interval is 0"),
         (["--pruning.equilibrium_weight", "-1"], "pruning.equilibrium_weight is -1"),
         (["--pruning.min_rank", "-1"], "pruning.min_rank is -1"),
+        (
+            ["--pruning.max_rank", "9", "--pruning.regrow", "false"],
+            "pruning.max_rank is 9 and regrow is false",
+        ),
+        (
+            ["--pruning.importance", "gate_sensitivity", "--pruning.rebase", "true"],
+            "pruning.rebase is true, but must be false for the importance gate_sensitivity",
+        ),
+        (
+            ["--pruning.importance", "gate_sensitivity", "--adapter.train_gates", "false"],
+            "importance is gate_sensitivity, which needs gradients of the gates, but adapter.train_gates is false",
+        ),
         (["--pruning.min_rank", "9"], "target_rank 8 .* pruning.min_rank 9"),
         (["--pruning.max_rank", "4"], "target_rank 8 .* pruning.max_rank 4"),
         (["--data.max_length", "1"], "data.max_length is 1"),
