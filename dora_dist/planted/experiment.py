@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from dora_dist.adapter.targets import resolve_targets
 from dora_dist.console.errors import ExpectedRunError
-from dora_dist.evaluation.seeds import Choice, choose, paired_difference, spread
+from dora_dist.evaluation.seeds import RateChoice, choose, paired_difference, spread
 from dora_dist.planted.options import ORACLE, UNIFORM, Options
 from dora_dist.planted.patterns import planted_ranks
 from dora_dist.planted.recovery import budget_overlap, idle_share, rank_correlation
@@ -117,7 +117,7 @@ def initial_rank(planted: Mapping[str, int], target_rank: int) -> int:
     return max(2 * target_rank, *planted.values())
 
 
-def choice_of(result: Mapping[str, Any], pattern: str, method: str, options: Options) -> Choice:
+def choice_of(result: Mapping[str, Any], pattern: str, method: str, options: Options) -> RateChoice:
     """Which rate of the grid: that with the lowest mean divergence on the search split of the search seeds."""
     figures: dict[float, list[float]] = {rate: [] for rate in options.learning_rates}
     for cell in result["cells"]:
