@@ -4,12 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from dora_dist.console.plot import pyplot, save_picture
 from dora_dist.runs.pictures import rank_grid, short_kinds
 
 COMPARISON = "comparison.png"
@@ -24,7 +21,7 @@ def draw_comparison(results: Mapping[str, Any], path: Path) -> None:
     """For every task and budget: each seed's figure a dot, and the paired difference to the baseline."""
     panels = _panels(results)
     heights = [0.9 + 0.34 * len(groups) for groups in panels]
-    figure, axes = plt.subplots(
+    figure, axes = pyplot().subplots(
         len(panels), 2, figsize=(11.5, 1.0 + sum(heights)), layout="constrained", squeeze=False, height_ratios=heights
     )
     for (left, right), groups in zip(axes, panels, strict=True):
@@ -36,8 +33,7 @@ def draw_comparison(results: Mapping[str, Any], path: Path) -> None:
         f"{_marks(results)}",
         fontsize=10,
     )
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
+    save_picture(figure, path)
 
 
 def _panels(results: Mapping[str, Any]) -> list[list[Mapping[str, Any]]]:
@@ -117,7 +113,7 @@ def draw_rank_maps(results: Mapping[str, Any], path: Path) -> None:
     blocks, kinds, _ = rank_grid(known[0]["mean_ranks"])
     columns = max(map(len, panels))
     size = (0.9 + columns * (0.5 + 0.36 * len(kinds)), 0.6 + len(panels) * (1.35 + 0.24 * len(blocks)))
-    figure, axes = plt.subplots(len(panels), columns, figsize=size, layout="constrained", squeeze=False)
+    figure, axes = pyplot().subplots(len(panels), columns, figsize=size, layout="constrained", squeeze=False)
     for row, groups in zip(axes, panels, strict=True):
         top = max((max(group["mean_ranks"].values()) for group in groups if group["mean_ranks"]), default=1)
         image = None
@@ -126,8 +122,7 @@ def draw_rank_maps(results: Mapping[str, Any], path: Path) -> None:
         row[0].set_ylabel(f"{groups[0]['task']}, rank {groups[0]['budget']}\nlayer")
         if image is not None:
             figure.colorbar(image, ax=row.tolist(), label="mean rank", fraction=0.02, pad=0.01)
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
+    save_picture(figure, path)
 
 
 def _draw_map(axis: Axes, group: Mapping[str, Any], top: float) -> Any:
