@@ -17,13 +17,12 @@ from dora_dist.compare.cell import run_cell
 from dora_dist.compare.outcome import CellResult, check_identity, identity_of, read_failure, read_outcome
 from dora_dist.compare.plan import REPORTED, SEARCH, Cell, Group, Plan
 from dora_dist.console.files import read_json, write_json
-from dora_dist.console.provenance import environment
+from dora_dist.console.provenance import COMPARE_PACKAGES, environment
 from dora_dist.distributed import world
 from dora_dist.evaluation.seeds import RateChoice, choose
 from dora_dist.setup import resolve, run_data
 
 DATA = "data.json"
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "numpy")
 POLL_SECONDS = 1.0
 MOST_SHARED = 0.05
 """Share of the search split's examples that may also be reported ones: natural data repeat themselves a little."""
@@ -176,7 +175,7 @@ def work(plan: Plan, data: Mapping[str, TaskData], workers: int) -> None:
     """
     progress = Progress(plan, since=time.time())
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    around = {**environment(PACKAGES), "gpu": gpu}
+    around = {**environment(COMPARE_PACKAGES), "gpu": gpu}
     seconds: list[float] = []
     (plan.folder / "locks").mkdir(parents=True, exist_ok=True)
     while open_cells := progress.open_cells():
