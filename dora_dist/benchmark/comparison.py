@@ -11,7 +11,15 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from dora_dist.benchmark.contestants import Contestant, Dynamic, Pruned, build, check_gradients, check_same_start
+from dora_dist.benchmark.contestants import (
+    Conditions,
+    Contestant,
+    Dynamic,
+    Pruned,
+    build,
+    check_gradients,
+    check_same_start,
+)
 from dora_dist.benchmark.options import DYNAMIC, FLOOR, LORA, PRUNED, Options
 from dora_dist.benchmark.paired import summarize, turns
 from dora_dist.benchmark.peak import PeakMeter, clock
@@ -38,14 +46,10 @@ def compare(shape: Shape, options: Options, agreement: Agreement) -> list[dict[s
     for checkpointing in shape.checkpointing:
         for dropout in options.dropouts:
             say(f"{shape.name}, checkpointing {'on' if checkpointing else 'off'}, dropout {dropout:g}")
-            make = partial(
-                build,
-                base=base,
-                options=options,
-                agreement=agreement,
-                checkpointing=checkpointing,
-                dropout=dropout,
+            conditions = Conditions(
+                base=base, options=options, agreement=agreement, checkpointing=checkpointing, dropout=dropout
             )
+            make = partial(build, conditions=conditions)
             rows = partial(random_rows, shape, device, options.seed, agreement.rank)
             peaks = {name: _peak(make, name, rows, meter) for name in options.contestants}
             contestants = start(make, options.contestants, rows)
