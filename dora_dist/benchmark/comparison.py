@@ -25,7 +25,7 @@ from dora_dist.benchmark.paired import summarize, turns
 from dora_dist.benchmark.peak import PeakMeter, clock
 from dora_dist.benchmark.shapes import Shape
 from dora_dist.benchmark.synthetic_base import build_base, random_rows
-from dora_dist.console.text import say
+from dora_dist.console.text import MIB, say
 from dora_dist.distributed.agreement import Agreement
 
 PROFILE_ROWS = 60
@@ -186,7 +186,7 @@ def comparison_rows(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             row += [f"{1e3 * figures['seconds']['median']:.1f}", f"{figures['tokens_per_second']:,.0f}"]
             row += [f"{ratio['median']:.3f}", f"{ratio['lower_quartile']:.3f}-{ratio['upper_quartile']:.3f}"]
             row += ["-" if own is None else f"{own:.2f}", "-" if floor is None else f"{floor['median']:.3f}"]
-            row += [f"{figures['peak_bytes'] / 2**20:.1f}", f"{figures['memory_ratio']:.3f}"]
+            row += [f"{figures['peak_bytes'] / MIB:.1f}", f"{figures['memory_ratio']:.3f}"]
             row += [f"{figures['model_tflops_per_second']:.3f}"]
             if with_share:
                 row.append(f"{figures['model_flops_utilisation']:.1%}")

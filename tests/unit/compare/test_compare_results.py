@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 from comparison import write_comparison
+from repository import REPOSITORY
 
 from dora_dist.adapter.plain_lora import write_lora_adapter
 from dora_dist.compare.cell_result import IDENTITY, check_identity, identity_of, record_failure, training_seconds
 from dora_dist.compare.plan import Cell, Group, Plan
-from dora_dist.compare.results import gather
+from dora_dist.compare.results import RESULTS, gather, write_results
 from dora_dist.compare.settings import parse_compare
 from dora_dist.compare.table import format_table
 from dora_dist.console import files
@@ -193,6 +194,23 @@ def test_an_empty_comparison_says_what_is_missing(plan_of):
     assert not results.complete
     assert all("not run yet" in line for group in results.groups for line in group.missing)
     assert format_table(results)
+
+
+def test_results_are_written_with_the_keys_of_those_that_were_recorded(plan_of, tmp_path):
+    plan = plan_of(seeds=[1, 2], learning_rates=[0.1])
+    fill(plan, {"lora": {0.1: [1.0, 2.0]}, "dynamic": {0.1: [1.5, 2.25]}})
+    write_results(gather(plan, [], "command"), tmp_path / RESULTS)
+    written = files.read_json(tmp_path / RESULTS)
+    recorded = files.read_json(REPOSITORY / "benchmarks" / "results" / "evidence" / "sst2" / RESULTS)
+    for ours, theirs in (
+        (written, recorded),
+        (written["config"], recorded["config"]),
+        (written["groups"][1], recorded["groups"][1]),
+        (written["groups"][1]["difference"], recorded["groups"][1]["difference"]),
+        (written["cells"][0], recorded["cells"][0]),
+    ):
+        assert list(ours) == list(theirs)
+    assert written["groups"][0]["difference"] is None
 
 
 def test_the_cells_paths_are_relative(plan_of, tmp_path):
