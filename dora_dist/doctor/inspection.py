@@ -65,7 +65,7 @@ def with_deepspeed(environment: Mapping[str, str]) -> bool:
     return environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
-def examine_rank(
+def inspect_rank(
     agreement: StoreAgreement, config: "RunConfig | None", environment: Mapping[str, str]
 ) -> list[RankFacts]:
     """Look at every process, its node and its devices.

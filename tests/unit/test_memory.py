@@ -13,7 +13,14 @@ from dora_dist.adapter.targets import resolve_targets
 from dora_dist.base_model.load import BaseModelSpec, load_skeleton
 from dora_dist.base_model.shape import read_shape
 from dora_dist.memory.activations import Adapter, Batch, block_memory
-from dora_dist.memory.step import Optimizer, base_parts, chunked_loss_memory, loss_memory, step_memory
+from dora_dist.memory.step import (
+    Optimizer,
+    TrainingStep,
+    base_parts,
+    chunked_loss_memory,
+    loss_memory,
+    step_memory,
+)
 
 
 def shape_of(folder, targets="all-linear"):
@@ -132,12 +139,14 @@ def test_the_reduction_bucket_is_that_of_the_launch_file():
 
 def step(shape, *, checkpointing=False, quantization="nf4", adapter=None, engine="zero2", world_size=1, **batch):
     return step_memory(
-        shape,
-        quantization=quantization,
-        batch=Batch(**{"rows": 4, "length": 64, "compute_bytes": 2, **batch}),
-        adapter=adapter or Adapter(rank=3, bytes_per_element=2, dropout=True),
-        optimizer=Optimizer(engine=engine, world_size=world_size),
-        checkpointing=checkpointing,
+        TrainingStep(
+            shape=shape,
+            quantization=quantization,
+            batch=Batch(**{"rows": 4, "length": 64, "compute_bytes": 2, **batch}),
+            adapter=adapter or Adapter(rank=3, bytes_per_element=2, dropout=True),
+            optimizer=Optimizer(engine=engine, world_size=world_size),
+            checkpointing=checkpointing,
+        )
     )
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 from dora_dist.adapter.model import prepare_heads
 from dora_dist.compare import adalora
 from dora_dist.compare.cell import run_cell
-from dora_dist.compare.outcome import LOG
+from dora_dist.compare.cell_result import LOG
 from dora_dist.compare.plan import Cell, Group, Plan
 from dora_dist.compare.settings import parse_compare
 from dora_dist.config.parse import load_config
