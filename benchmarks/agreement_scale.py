@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import scale_measure
 import torch
-from scale_figure import draw
 from scale_model import (
     LLAMA_8B,
     LLAMA_405B,
@@ -37,6 +36,7 @@ from scale_model import (
     step_seconds,
     verify_seconds,
 )
+from scale_picture import draw
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "numpy", "peft")

@@ -39,7 +39,8 @@ def load(loader: str, folder: str, quantization: str, dtype: str) -> Any:
 
     compute = getattr(torch, dtype)
     if loader == "ours":
-        return load.load_base_model(folder, quantization, compute)
+        spec = load.BaseModelSpec(path=folder, quantization=quantization, compute_dtype=compute)
+        return load.load_base_model(spec)
     read = lean_loading._files_read(mapped=False) if "read" in loader else contextlib.nullcontext()
     pieces = lean_loading._QuantizedInPieces() if "pieces" in loader else contextlib.nullcontext()
     with read, pieces:

@@ -50,7 +50,7 @@ def time_trl(rows: Path, tokenizer_path: str) -> dict[str, float]:
 
     from dora_dist.base_model.load import load_tokenizer
     from dora_dist.data.reading.files import read_file
-    from dora_dist.data.reading.row_formats import FORMATS
+    from dora_dist.data.row_formats import FORMATS
 
     datasets.disable_caching()
     tokenizer = load_tokenizer(tokenizer_path)

@@ -26,7 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dora_dist.adapter.layer import DynamicLoraLinear
 from dora_dist.distributed.agreement import Agreement, digest_tensors
 from dora_dist.method.allocation import select_components
+from dora_dist.method.budget import Budget
 from dora_dist.method.importance import component_scores
+from dora_dist.method.prune_event import PruneEvent
 from dora_dist.method.schedule import BudgetSchedule
 from dora_dist.training.controller import DynamicRankController
 
@@ -92,7 +94,7 @@ def make_controller(shape: Shape, dtype: torch.dtype, agreement: Agreement) -> D
             layer.gate.data += torch.arange(INITIAL_RANK) * 1e-2 + kind * 1e-3
             layers[f"model.layers.{number}.linear.{kind}"] = layer
     schedule = BudgetSchedule(10_000, len(layers), INITIAL_RANK, TARGET_RANK, 0.0, 0.5, 1)
-    return DynamicRankController(layers, schedule, agreement)
+    return DynamicRankController(layers, Budget(schedule, dict.fromkeys(layers, 1)), agreement)
 
 
 class Events:
@@ -191,9 +193,8 @@ def measure_alone(shape: Shape, dtype: torch.dtype, times: int) -> dict[str, Tim
     controller = make_controller(shape, dtype, Agreement())
     scores = {name: torch.rand(INITIAL_RANK, dtype=torch.float64) for name in controller.layers}
     keep = TARGET_RANK * len(scores)
-    kept = {name: list(range(TARGET_RANK)) for name in scores}
-    event = controller._select(1, scores)
-    event = type(event)(step=1, num_kept=keep, kept=kept, returned=0, final=False)
+    kept = {name: torch.arange(INITIAL_RANK) < TARGET_RANK for name in scores}
+    event = PruneEvent(step=1, kept=kept, returned=0, final=False, num_parameters=0)
     return {
         "verify": repeat(lambda: controller.verify("x"), times),
         "scoring": repeat(controller._update_scores, times),

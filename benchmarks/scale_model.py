@@ -15,7 +15,7 @@ FLOAT64 = 8
 SMALLEST_ELEMENT = 4
 """Bytes of the flag that is reduced in every step."""
 CHECKPOINT_PHASES = 4
-"""Phases of a checkpoint that all ranks leave together (``DynamicLoraTrainer._save_checkpoint``)."""
+"""Phases of a checkpoint that all ranks leave together (``Checkpointer.save``)."""
 DIGESTED_TENSORS = 4
 """Of a layer: A, gate, B and mask, each copied to the host by itself."""
 SYNCS_PER_LAYER = 6

@@ -9,17 +9,18 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dora_dist.config.parse import load_config
 from dora_dist.console.command import run_command
 from dora_dist.console.library_warnings import quiet_libraries
 from dora_dist.distributed.launcher import world_size_of
-from dora_dist.memory.estimate import DEVICES, MemoryEstimate, estimate_memory
-from dora_dist.memory.table import render
+
+if TYPE_CHECKING:
+    from dora_dist.memory.estimate import MemoryEstimate
 
 
-def as_json(estimate: MemoryEstimate) -> str:
+def as_json(estimate: "MemoryEstimate") -> str:
     """All numbers in bytes, with totals, as JSON."""
     figures: dict[str, Any] = dataclasses.asdict(estimate)
     for name, step in (("without", estimate.without), ("with_checkpointing", estimate.with_checkpointing)):
@@ -43,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--world-size", type=int, metavar="N", help="number of GPUs; by default WORLD_SIZE of the environment, or 1"
     )
-    parser.add_argument("--device", choices=DEVICES, default="cuda", help="what the run will be on (cuda)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what the run will be on (cuda)")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON, in bytes")
     return parser
 
@@ -52,12 +53,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the estimate.
 
     Raises:
-        ValueError: something that the user can mend.
+        ValueError: The configuration or an option is invalid.
     """
     quiet_libraries()
     options, overrides = build_parser().parse_known_args(arguments)
     world_size = options.world_size if options.world_size is not None else world_size_of(os.environ)
-    estimate = estimate_memory(load_config(options.config, overrides), world_size, options.device)
+    config = load_config(options.config, overrides)
+    # Heavy imports wait until the configuration has been found to be sound.
+    from dora_dist.memory.estimate import estimate_memory
+    from dora_dist.memory.table import render
+
+    estimate = estimate_memory(config, world_size, options.device)
     print(as_json(estimate) if options.json else render(estimate))
 
 

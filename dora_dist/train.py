@@ -176,13 +176,15 @@ def build_parts(
     """
     from dora_dist.distributed.world import check_world
     from dora_dist.runs.records import RunRecords
-    from dora_dist.setup import build, tasks
+    from dora_dist.setup import build
+    from dora_dist.setup.tasks import TASK_PARTS
 
     with agreement.together("loading the model"):
         model = build.load_model(config, agreement.device, resolved.tokenizer, resolved.data.labels)
-        controller = build.build_controller(config, model, agreement, resolved.budget.schedule)
+        controller = build.build_controller(config, model, agreement, resolved.budget)
     stop_before_training(notice, agreement)
     build.check_same_on_all_ranks(agreement, resolved.fingerprint, model)
+    task = TASK_PARTS[config.task]
     trainer = build.build_trainer(
         config,
         resolved,
@@ -190,7 +192,7 @@ def build_parts(
         controller=controller,
         agreement=agreement,
         records=RunRecords(Path(config.output_dir), writes=agreement.is_first),
-        evaluator=tasks.build_evaluator(config, resolved, agreement, model),
+        evaluator=task.evaluator(config, resolved, agreement, model) if resolved.data.evaluation else None,
         notice=notice,
     )
     check_world(agreement, trainer)
@@ -201,14 +203,14 @@ def record_start(
     config: "RunConfig", resolved: "ResolvedRun", earlier: "Earlier", trainer: "DynamicLoraTrainer"
 ) -> None:
     """Write what the run is, and what its model can do before the first step, where that is asked for."""
-    agreement, records = trainer.agreement, trainer.records
+    agreement, records = trainer.parts.agreement, trainer.parts.records
     begins = earlier.checkpoint is None
     with agreement.together(f"writing into {config.output_dir}"):
         records.forget_end()
         records.describe_run(config, resolved.fingerprint, resolved.describe_data(), agreement.size)
         if begins:
             records.truncate_after(-1)
-    if begins and trainer.evaluator and config.evaluation.before:
+    if begins and trainer.parts.evaluator and config.evaluation.before:
         trainer.evaluate()
 
 
@@ -220,11 +222,12 @@ def finish(run: Path, resolved: "ResolvedRun", trainer: "DynamicLoraTrainer") ->
     """
     from dora_dist.runs import summary
 
-    trainer.controller.finish()
-    if trainer.evaluator and trainer.evaluated_step != resolved.arguments.max_steps:
+    parts = trainer.parts
+    parts.controller.finish()
+    if parts.evaluator and trainer.evaluated_step != resolved.arguments.max_steps:
         trainer.evaluate()
-    with trainer.agreement.together(f"writing the results into {run}"):
-        if trainer.agreement.is_first:
+    with parts.agreement.together(f"writing the results into {run}"):
+        if parts.agreement.is_first:
             save_adapter(trainer.model, resolved.tokenizer, run / "adapter")
             print(summary.finish_run(run), flush=True)
 

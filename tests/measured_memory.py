@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from dora_dist import add_dynamic_lora
 from dora_dist.adapter.model import DynamicLoraModel
-from dora_dist.base_model.load import load_base_model, resolve_compute_dtype
+from dora_dist.base_model.load import BaseModelSpec, load_base_model
 from dora_dist.benchmark.peak import PeakMeter
 from dora_dist.config.parse import load_config
 from dora_dist.config.run import RunConfig
@@ -84,13 +84,8 @@ def measure_zero_peak(path: str, overrides: list[str]) -> int:
 
 def _load(config: RunConfig, adapter_dtype: str) -> DynamicLoraModel:
     """As ``build.load_model`` loads it, ready to train."""
-    base = load_base_model(
-        config.model.path,
-        quantization=config.model.quantization,
-        compute_dtype=resolve_compute_dtype(config.model.compute_dtype),
-        attention=config.model.attention,
-    )
-    model = add_dynamic_lora(base, replace(config.adapter, dtype=adapter_dtype))
+    base = load_base_model(BaseModelSpec.of(config.model, config.task))
+    model = add_dynamic_lora(base, replace(config.adapter, dtype=adapter_dtype), config.model.fuse)
     model.leave_out_logits()
     if config.training.get("gradient_checkpointing"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

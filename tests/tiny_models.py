@@ -17,6 +17,7 @@ from transformers import (
 
 from dora_dist import DynamicLoraConfig, add_dynamic_lora
 from dora_dist.adapter.model import DynamicLoraModel
+from dora_dist.base_model.load import BaseModelSpec, load_base_model
 from dora_dist.base_model.quantization import quantization_config
 
 VOCABULARY = 96
@@ -61,9 +62,15 @@ def quantized_model(folder: Path, quantization: str) -> PreTrainedModel:
     )
 
 
-def adapt(base: nn.Module, **changes: object) -> DynamicLoraModel:
+def load_base(folder: Path | str, quantization: str = "nf4", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The causal language model saved in ``folder``, as a run loads it."""
+    return load_base_model(BaseModelSpec(path=str(folder), quantization=quantization, compute_dtype=dtype))
+
+
+def adapt(base: nn.Module, fuse: bool = True, **changes: object) -> DynamicLoraModel:
     """With small ranks and no dropout, unless ``changes`` say otherwise."""
-    return add_dynamic_lora(base, DynamicLoraConfig(**{"target_rank": 2, "dropout": 0.0, "seed": 5, **changes}))
+    config = DynamicLoraConfig(**{"target_rank": 2, "dropout": 0.0, "seed": 5, **changes})
+    return add_dynamic_lora(base, config, fuse)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

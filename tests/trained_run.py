@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tiny_models import shake, tiny_model
+from tiny_models import load_base, shake, tiny_model
 from tiny_run import some_fingerprint
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from dora_dist.adapter.model import DynamicLoraModel, add_dynamic_lora
-from dora_dist.base_model.load import load_base_model
+from dora_dist.config.adapter import DynamicLoraConfig
 from dora_dist.config.data import DataConfig
+from dora_dist.config.model import ModelConfig
 from dora_dist.config.parse import save_config
-from dora_dist.config.run import DynamicLoraConfig, ModelConfig, RunConfig
+from dora_dist.config.run import RunConfig
 from dora_dist.console import files
 from dora_dist.export import __main__ as export
 from dora_dist.runs import records
@@ -90,7 +91,7 @@ def make_run(
         data=DataConfig(train="nowhere.jsonl"),
     )
     dtype = getattr(torch, compute_dtype)
-    model = add_dynamic_lora(load_base_model(str(base), quantization, dtype), adapter)
+    model = add_dynamic_lora(load_base(base, quantization, dtype), adapter)
     shake(model)
     for number, (name, layer) in enumerate(model.adapted_layers().items()):
         kept = 0 if name == EMPTY_MODULE else 1 + number % INITIAL_RANK

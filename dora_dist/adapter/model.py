@@ -4,17 +4,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from peft import (
-    LoraConfig,
-    PeftModel,
-    PeftModelForCausalLM,
-    PeftModelForQuestionAnswering,
-    PeftModelForSeq2SeqLM,
-    PeftModelForSequenceClassification,
-)
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftModel, PeftModelForCausalLM
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -27,7 +20,7 @@ from dora_dist.base_model.chunked_loss import ChunkedLoss, proved
 from dora_dist.base_model.head import head_modules, read_in_own_dtype, task_of
 from dora_dist.base_model.quantization import forbid_inference_packing
 from dora_dist.config.adapter import DynamicLoraConfig
-from dora_dist.config.tasks import CAUSAL_LM, QUESTION_ANSWERING, SEQ2SEQ, SEQUENCE_CLASSIFICATION, TASKS
+from dora_dist.config.tasks import CAUSAL_LM, TASKS, Task
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -39,9 +32,12 @@ class DynamicLoraModel(PeftModel):
     Two things differ from PEFT's classes, and both prevent silent errors: what it saves is folded to plain LoRA, and
     its state dict holds what is trained only, so that no checkpoint carries the frozen base (whose quantization
     constants are buffers to DeepSpeed, and would be copied into every one).
+
+    Attributes:
+        fused: modules of the base may be computed otherwise than by their own forward; see :func:`add_dynamic_lora`.
     """
 
-    task: ClassVar[str]
+    fused = True
     leaves_out_logits = False
 
     def adapted_layers(self) -> dict[str, DynamicLoraLinear]:
@@ -87,7 +83,7 @@ class DynamicLoraModel(PeftModel):
                 Path(save_directory),
                 self.folded_factors(),
                 self.config.name_or_path or None,
-                task_type=TASKS[self.task].peft_type,
+                task_type=task_of(self.get_base_model()).peft_type,
                 head={module: dict(head.named_parameters()) for module, head in self.heads().items()},
             )
 
@@ -95,23 +91,25 @@ class DynamicLoraModel(PeftModel):
 class DynamicLoraForCausalLM(DynamicLoraModel, PeftModelForCausalLM):
     """Of a causal language model, which may compute its loss without logits: :meth:`leave_out_logits`."""
 
-    task = CAUSAL_LM
     _chunked_loss: ChunkedLoss | None = None
     _loss_only = False
 
     def leave_out_logits(self) -> str | None:
         """From now on compute the loss without logits (:mod:`dora_dist.base_model.chunked_loss`) in training, where the
-        output's ``logits`` are None then; only if this is proved to be the model's own loss.
+        output's ``logits`` are None then; only if the model is ``fused``, and this is proved to be its own loss.
 
         Returns:
             Why it is not, so that nothing changes; None if it is.
         """
+        if not self.fused:
+            return "fuse is false"
         self._chunked_loss, reason = proved(self.get_base_model())
         return reason or None
 
     @contextmanager
     def loss_only(self) -> Iterator[None]:
-        """While it lasts, the loss is computed as in training, though the model is not in training mode."""
+        """While it lasts, the loss is computed as in training, though the model is not in training mode: without logits
+        after :meth:`leave_out_logits`, from logits otherwise."""
         before, self._loss_only = self._loss_only, True
         try:
             yield
@@ -142,36 +140,20 @@ class DynamicLoraForCausalLM(DynamicLoraModel, PeftModelForCausalLM):
         return self._chunked_loss is not None
 
 
-class DynamicLoraForSequenceClassification(DynamicLoraModel, PeftModelForSequenceClassification):
-    """Of a model with a head for classes or a number."""
-
-    task = SEQUENCE_CLASSIFICATION
-
-
-class DynamicLoraForQuestionAnswering(DynamicLoraModel, PeftModelForQuestionAnswering):
-    """Of a model with a head for the first and the last token of an answer."""
-
-    task = QUESTION_ANSWERING
+def _model_class(task: Task) -> type[DynamicLoraModel]:
+    """The class of adapted models for a task: :class:`DynamicLoraModel` mixed into PEFT's, named after it."""
+    if task.name == CAUSAL_LM:
+        return DynamicLoraForCausalLM
+    parent = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task.peft_type]
+    name = parent.__name__.replace("PeftModel", "DynamicLora")
+    return type(name, (DynamicLoraModel, parent), {"__module__": __name__, "__doc__": f"Adapted model: {task.name}."})
 
 
-class DynamicLoraForSeq2SeqLM(DynamicLoraModel, PeftModelForSeq2SeqLM):
-    """Of a model with an encoder and a decoder, whose output head is a part of the frozen base."""
-
-    task = SEQ2SEQ
+MODELS = {task.name: _model_class(task) for task in TASKS.values()}
+globals().update({model.__name__: model for model in MODELS.values()})  # where pickle looks for a class
 
 
-MODELS: dict[str, type[DynamicLoraModel]] = {
-    model.task: model
-    for model in (
-        DynamicLoraForCausalLM,
-        DynamicLoraForSequenceClassification,
-        DynamicLoraForQuestionAnswering,
-        DynamicLoraForSeq2SeqLM,
-    )
-}
-
-
-def add_dynamic_lora(model: nn.Module, config: DynamicLoraConfig) -> DynamicLoraModel:
+def add_dynamic_lora(model: nn.Module, config: DynamicLoraConfig, fuse: bool = True) -> DynamicLoraModel:
     """Give the chosen linear layers of ``model`` gated rank-one components and freeze everything else but the head of
     its task, where it has one.
 
@@ -181,6 +163,10 @@ def add_dynamic_lora(model: nn.Module, config: DynamicLoraConfig) -> DynamicLora
     Args:
         model: of transformers; its linear layers may be quantized by bitsandbytes (4 or 8 bit).
         config: the adapter.
+        fuse: compute gated MLPs as one operation, and q, k and v of an attention together; allow
+            :meth:`DynamicLoraForCausalLM.leave_out_logits`; cast what a trained head reads to the dtype of its
+            parameters. With False no forward is replaced and no hook is registered, to compare with: a head whose dtype
+            is not that of the base then needs autocast.
 
     Raises:
         ValueError: ``target_modules`` matches nothing, or a 4-bit weight has been repacked for inference.
@@ -206,9 +192,11 @@ def add_dynamic_lora(model: nn.Module, config: DynamicLoraConfig) -> DynamicLora
     for name, layer in layers.items():
         layer.initialize(config.init, config.seed or 0, name, dtype)
         layer.gate.requires_grad_(config.train_gates)
-    prepare_heads(peft_model, heads, dtype)
-    fuse_gated_mlps(peft_model)
-    share_inputs(peft_model)
+    prepare_heads(peft_model, heads, dtype, cast_inputs=fuse)
+    peft_model.fused = fuse
+    if fuse:
+        fuse_gated_mlps(peft_model)
+        share_inputs(peft_model)
     return peft_model
 
 
@@ -217,13 +205,15 @@ def trained_heads(model: PeftModel) -> dict[str, nn.Module]:
     return {name: wrapper.modules_to_save[ADAPTER_NAME] for name, wrapper in _named(model, ModulesToSaveWrapper)}
 
 
-def prepare_heads(model: PeftModel, wanted: Sequence[str], dtype: torch.dtype) -> None:
+def prepare_heads(model: PeftModel, wanted: Sequence[str], dtype: torch.dtype, cast_inputs: bool = True) -> None:
     """Give the heads that are trained their dtype, whatever the base computes in.
 
     Args:
         model: of PEFT, with any adapter.
         wanted: names of the modules that are its head, and are to be trained.
         dtype: of their parameters.
+        cast_inputs: let them cast what they read to this dtype; see
+            :func:`~dora_dist.base_model.head.read_in_own_dtype`.
 
     Raises:
         ValueError: PEFT, which finds modules to train by how their names end, would train others.
@@ -236,7 +226,8 @@ def prepare_heads(model: PeftModel, wanted: Sequence[str], dtype: torch.dtype) -
         )
     for head in heads.values():
         head.to(dtype)
-        read_in_own_dtype(head)
+        if cast_inputs:
+            read_in_own_dtype(head)
 
 
 def _named(model: nn.Module, kind: type[Module]) -> Iterator[tuple[str, Module]]:

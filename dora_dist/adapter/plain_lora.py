@@ -4,7 +4,7 @@ A loader that does not know gates would ignore them silently, so that nothing bu
 written as an adapter.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -75,13 +75,28 @@ def write_lora_adapter(
     ranks = {name: lora_a.shape[0] for name, (lora_a, _) in factors.items() if lora_a.shape[0]}
     if not ranks:
         raise ValueError("no component of any layer has a non-zero gate: there is no adapter to write")
+    head = head or {}
+    config = _lora_config(ranks, base_model, task_type, target_modules, head)
+    tensors = _named_tensors({name: factors[name] for name in ranks}, head)
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+def _lora_config(
+    ranks: Mapping[str, int],
+    base_model: str | None,
+    task_type: str,
+    target_modules: Sequence[str] | None,
+    head: Collection[str],
+) -> LoraConfig:
     widest = max(ranks.values())
     exceptions = {name: rank for name, rank in ranks.items() if rank != widest}
-    config = LoraConfig(
+    return LoraConfig(
         r=widest,
         lora_alpha=widest,
         target_modules=sorted(target_modules or ranks),
-        modules_to_save=sorted(head) if head else None,
+        modules_to_save=sorted(head) or None,
         rank_pattern=exceptions,
         alpha_pattern=dict(exceptions),
         lora_dropout=0.0,
@@ -89,19 +104,20 @@ def write_lora_adapter(
         base_model_name_or_path=base_model,
         inference_mode=True,
     )
+
+
+def _named_tensors(
+    factors: Mapping[str, tuple[Tensor, Tensor]], head: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Tensors by the names under which PEFT saves them."""
     tensors = {}
-    for name in sorted(ranks):
-        lora_a, lora_b = factors[name]
+    for name, (lora_a, lora_b) in sorted(factors.items()):
         tensors[f"{KEY_PREFIX}{name}.lora_A.weight"] = lora_a.contiguous()
         tensors[f"{KEY_PREFIX}{name}.lora_B.weight"] = lora_b.contiguous()
-    for module, parameters in (head or {}).items():
-        tensors |= {
-            f"{KEY_PREFIX}{module}.{name}": value.detach().float().cpu().contiguous()
-            for name, value in parameters.items()
-        }
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(str(folder))
-    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    for module, parameters in head.items():
+        for name, value in parameters.items():
+            tensors[f"{KEY_PREFIX}{module}.{name}"] = value.detach().float().cpu().contiguous()
+    return tensors
 
 
 def read_lora_adapter(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:

@@ -5,20 +5,21 @@ parts of its gradient add up in place (:mod:`dora_dist.adapter.linear_operation`
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
 
 from dora_dist.adapter.layer import DynamicLoraLinear
 from dora_dist.adapter.linear_operation import adapted_linears
-
-READ_TOGETHER = ("q_proj", "k_proj", "v_proj")
+from dora_dist.base_model.shape import QUERY_KEY_VALUE
+from dora_dist.console.text import say
 
 
 def share_inputs(model: nn.Module) -> None:
     """Let the adapted q, k and v of every attention of a model be computed together, in place."""
     for module in model.modules():
-        layers = [getattr(module, name, None) for name in READ_TOGETHER]
+        layers = [getattr(module, name, None) for name in QUERY_KEY_VALUE]
         adapted = [layer for layer in layers if isinstance(layer, DynamicLoraLinear)]
         alike = all(layer.in_features == adapted[0].in_features and layer.computes_as(adapted[0]) for layer in adapted)
         if len(adapted) > 1 and alike:
@@ -29,7 +30,7 @@ class SharedInput:
     """Outputs of layers for one tensor, from the first call of one to the last, within one forward of their module.
 
     A call with another tensor (cross-attention, whose keys are of another sequence), or outside of the module's
-    forward, is computed alone. Where outputs were left over, nothing is computed ahead any more.
+    forward, is computed alone. Where outputs were left over, nothing is computed ahead any more, and the log says so.
 
     Args:
         layers: in the order in which they are called.
@@ -68,4 +69,13 @@ class SharedInput:
         if self._outputs and output is not None:
             for layer in self._layers:
                 layer.shared = None
+            _say_given_up(type(module).__name__)
         self._open, self._input, self._outputs = False, None, {}
+
+
+@cache  # once for all layers of a model
+def _say_given_up(kind: str) -> None:
+    say(
+        f"a {kind} has called its {', '.join(QUERY_KEY_VALUE)} with different tensors, as cross-attention does: it "
+        "computes them one by one from now on, with the same result"
+    )

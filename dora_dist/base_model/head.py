@@ -83,8 +83,8 @@ def start_parameters(model: nn.Module, names: Collection[str], seed: int) -> Non
 
 
 def read_in_own_dtype(head: nn.Module) -> None:
-    """Let every layer of a head take its input in the dtype of its weight: the base may compute in 16 bits where the
-    head is kept in float32."""
+    """Register hooks that give every layer of a head its input in the dtype of its weight: the base may compute in 16
+    bits where the head is kept in float32. Autocast, where it is on, makes them unnecessary."""
 
     def cast(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 import transformers
@@ -21,6 +22,7 @@ from transformers import (
 from dora_dist.base_model.head import belongs_to, head_modules, start_parameters
 from dora_dist.base_model.lean_loading import check_loaded, lean_loading
 from dora_dist.base_model.quantization import forbid_inference_packing, quantization_config
+from dora_dist.config.model import ModelConfig
 from dora_dist.config.tasks import CAUSAL_LM, TASKS
 
 
@@ -77,37 +79,78 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     return tokenizer
 
 
-def load_model_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+@dataclass(frozen=True, kw_only=True)
+class BaseModelSpec:
+    """Which base model is read, and how.
+
+    Attributes:
+        path: folder in the Hugging Face layout, or a name on the Hub.
+        task: one of :data:`~dora_dist.config.tasks.TASKS`; decides the model class.
+        quantization: ``nf4``, ``int8`` or ``none``; the head is never quantized.
+        compute_dtype: dtype of activations and of all weights that are not quantized.
+        attention: transformers' attention implementation; ``None`` for the model's default.
+        trust_remote_code: run model code that comes with the model.
+    """
+
+    path: str
+    task: str = CAUSAL_LM
+    quantization: str = "nf4"
+    compute_dtype: torch.dtype = torch.float32
+    attention: str | None = None
+    trust_remote_code: bool = False
+
+    @classmethod
+    def of(cls, model: ModelConfig, task: str) -> Self:
+        """The base of a run, with ``compute_dtype`` resolved for this machine."""
+        return cls(
+            path=model.path,
+            task=task,
+            quantization=model.quantization,
+            compute_dtype=resolve_compute_dtype(model.compute_dtype),
+            attention=model.attention,
+            trust_remote_code=model.trust_remote_code,
+        )
+
+    @property
+    def auto_class(self) -> Any:
+        """transformers' class that loads a model for the task."""
+        return getattr(transformers, TASKS[self.task].auto_class)
+
+
+def load_model_config(spec: BaseModelSpec) -> PreTrainedConfig:
     """transformers' configuration of the model.
 
     Raises:
         ValueError: the path is not usable.
     """
-    with _reading(path):
-        return AutoConfig.from_pretrained(find_model(path), trust_remote_code=trust_remote_code)
+    with _reading(spec.path):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            find_model(spec.path), trust_remote_code=spec.trust_remote_code
+        )
+    return config
 
 
-def load_skeleton(path: str, trust_remote_code: bool = False, task: str = CAUSAL_LM) -> PreTrainedModel:
+def load_skeleton(spec: BaseModelSpec) -> PreTrainedModel:
     """The model without weights (on the meta device): enough to find its layers, at no cost.
 
     Raises:
         ValueError: the path is not usable, or its architecture has no model for the task.
     """
-    return _skeleton(load_model_config(path, trust_remote_code), path, trust_remote_code, task)
+    return _skeleton(spec, load_model_config(spec))
 
 
-def _skeleton(config: PreTrainedConfig, path: str, trust_remote_code: bool, task: str) -> PreTrainedModel:
-    model_class = getattr(transformers, TASKS[task].auto_class)
+def _skeleton(spec: BaseModelSpec, config: PreTrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
         try:
-            return model_class.from_config(config, trust_remote_code=trust_remote_code)
+            skeleton: PreTrainedModel = spec.auto_class.from_config(config, trust_remote_code=spec.trust_remote_code)
         except ValueError as error:
             if "Unrecognized configuration class" not in str(error):
                 raise
             raise ValueError(
-                f"the model at model.path {path!r} is a {config.model_type}, for which transformers has no "
-                f"{model_class.__name__}: task is {task}; take a model that can do it"
+                f"the model at model.path {spec.path!r} is a {config.model_type}, for which transformers has no "
+                f"{spec.auto_class.__name__}: task is {spec.task}; take a model that can do it"
             ) from None
+    return skeleton
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,60 +179,57 @@ class HeadStart:
 
 
 def load_base_model(
-    path: str,
-    quantization: str = "nf4",
-    compute_dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    attention: str | None = None,
-    trust_remote_code: bool = False,
-    task: str = CAUSAL_LM,
-    head: HeadStart | None = None,
+    spec: BaseModelSpec, device: torch.device | str = "cpu", head: HeadStart | None = None
 ) -> PreTrainedModel:
     """A model for a task, quantized while it is read, tensor by tensor, on one device, frozen.
 
     Weights of its head that its files do not have, or have for another number of classes, start anew.
 
     Args:
-        path: folder in the Hugging Face layout, or a name on the Hub.
-        quantization: ``nf4``, ``int8`` or ``none``; never of the head.
-        compute_dtype: of activations and of all weights that are not quantized.
+        spec: the model.
         device: where the whole model goes (every rank holds all of it).
-        attention: transformers' attention implementation; ``None`` for its default.
-        trust_remote_code: run model code that comes with the model.
-        task: one of :data:`~dora_dist.config.tasks.TASKS`.
-        head: of a task that trains one.
+        head: the start of the head, for a task that trains one.
 
     Raises:
         ValueError: the path or the quantization is not usable, or the weights are not those that the model needs.
     """
-    config = load_model_config(path, trust_remote_code)
+    config = load_model_config(spec)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
-            f"the model at {path!r} is stored quantized; give the 16-bit model, it is quantized on loading"
+            f"the model at {spec.path!r} is stored quantized; give the 16-bit model, it is quantized on loading"
         )
     heads: list[str] = []
     if head is not None:
         head.configure(config)
-        heads = head_modules(_skeleton(config, path, trust_remote_code, task))
-    unchanged = quantization == "none" and torch.device(device).type == "cpu" and config.dtype == compute_dtype
-    with _reading(path), lean_loading(shared=unchanged):
-        model, loading_info = getattr(transformers, TASKS[task].auto_class).from_pretrained(
-            find_model(path),
-            config=config,
-            quantization_config=quantization_config(quantization, compute_dtype, heads),
-            dtype=compute_dtype,
-            device_map={"": device},
-            attn_implementation=attention,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told better by check_loaded
-        )
+        heads = head_modules(_skeleton(spec, config))
+    model, loading_info = _read_weights(spec, config, device, heads)
     wanting = [*loading_info["missing_keys"], *(name for name, *_ in loading_info["mismatched_keys"])]
     fresh = {name for name in wanting if belongs_to(name, heads)}
-    check_loaded(model, path, loading_info, fresh)
+    check_loaded(model, spec.path, loading_info, fresh)
     if head is not None:
         start_parameters(model, fresh, head.seed)
     forbid_inference_packing(model)
     model.config.use_cache = False
     model.requires_grad_(False)
     return model
+
+
+def _read_weights(
+    spec: BaseModelSpec, config: PreTrainedConfig, device: torch.device | str, heads: Sequence[str]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, ``heads`` left unquantized, and what ``from_pretrained`` says of missing and mismatched weights."""
+    dtype = spec.compute_dtype
+    unchanged = spec.quantization == "none" and torch.device(device).type == "cpu" and config.dtype == dtype
+    with _reading(spec.path), lean_loading(shared=unchanged):
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = spec.auto_class.from_pretrained(
+            find_model(spec.path),
+            config=config,
+            quantization_config=quantization_config(spec.quantization, dtype, heads),
+            dtype=dtype,
+            device_map={"": device},
+            attn_implementation=spec.attention,
+            trust_remote_code=spec.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told better by check_loaded
+        )
+    return loaded

@@ -8,7 +8,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
-QUANTIZATIONS = ("nf4", "int8", "none")
+from dora_dist.config.model import QUANTIZATIONS
 
 
 def quantization_config(
@@ -17,12 +17,12 @@ def quantization_config(
     """The bitsandbytes configuration of a base: NF4 with double quantization (QLoRA's), LLM.int8, or none.
 
     Args:
-        quantization: one of :data:`QUANTIZATIONS`.
+        quantization: one of :data:`~dora_dist.config.model.QUANTIZATIONS`.
         compute_dtype: of 4-bit layers.
         leave_out: modules that stay as they are; where none is named, transformers leaves out the output head.
 
     Raises:
-        ValueError: the name is not one of :data:`QUANTIZATIONS`.
+        ValueError: ``quantization`` is none of these.
     """
     if quantization == "nf4":
         return BitsAndBytesConfig(

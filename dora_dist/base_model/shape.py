@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 QUERY_KEY_VALUE = ("q_proj", "k_proj", "v_proj")
+"""Layers that read one tensor; adapted ones are computed together (:mod:`dora_dist.adapter.shared_input`)."""
 GATED_MLP = ("gate_proj", "up_proj", "down_proj")
 GATED_BLOCK = {*QUERY_KEY_VALUE, "o_proj", *GATED_MLP}
 """Linear layers of a decoder layer that is built as Llama's."""
@@ -92,12 +93,13 @@ class _GatedMlp(nn.Module):
         return down_proj
 
 
-def read_shape(skeleton: "PreTrainedModel", adapted: Sequence[str]) -> ModelShape:
+def read_shape(skeleton: "PreTrainedModel", adapted: Sequence[str], fuse: bool = True) -> ModelShape:
     """The shape of a transformers model.
 
     Args:
         skeleton: the causal language model, best on the meta device.
         adapted: full names of the linear layers that get components.
+        fuse: gated MLPs run as one operation where they can.
     """
     names = set(adapted)
     head, embedding = skeleton.get_output_embeddings(), skeleton.get_input_embeddings()
@@ -122,7 +124,7 @@ def read_shape(skeleton: "PreTrainedModel", adapted: Sequence[str]) -> ModelShap
         )
         gated = any(is_gated_mlp(part) for part in module.modules())
         adapted_mlp = all(linear.adapted for linear in inside if linear.kind in GATED_MLP)
-        blocks.append(Block(inside, norms, fused_mlp=gated and adapted_mlp))
+        blocks.append(Block(inside, norms, fused_mlp=fuse and gated and adapted_mlp))
     ends = {id(part.weight): part.weight.numel() for part in (embedding, head) if part is not None}
     inner = sum(linear.numel for linear in linears.values() if not linear.is_head)
     total = sum(parameter.numel() for parameter in skeleton.parameters())

@@ -8,13 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dora_dist.benchmark.options import Options, build_parser, check_device, resolve
 from dora_dist.console.command import run_command
 from dora_dist.console.files import write_json
 from dora_dist.console.library_warnings import quiet_libraries
-from dora_dist.console.provenance import environment
 from dora_dist.console.text import aligned, say
 
 
@@ -27,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     parsed = build_parser().parse_args(arguments)
     options = resolve(parsed)
+    # Libraries read both when they are imported.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     quiet_libraries()
@@ -49,6 +47,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         work = _growth if parsed.growth else _comparison
         work(options, environment, agreement)
         agreement.close()
+
+
+def describe(options: Options, arguments: Sequence[str]) -> dict[str, Any]:
+    """Environment and settings of a measurement, to be called before it."""
+    import torch
+
+    from dora_dist.console.provenance import BENCHMARK_PACKAGES, environment
+
+    return {
+        "command": shlex.join(["python", "-m", "dora_dist.benchmark", *arguments]),
+        **environment(BENCHMARK_PACKAGES),
+        "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None,
+        "compute_dtype": options.compute_dtype,
+        "adapter_dtype": options.adapter_dtype,
+        "rank": options.rank,
+        "target_rank": options.target_rank,
+        "rounds": options.rounds,
+        "warmup": options.warmup,
+        "seed": options.seed,
+        "quick": options.quick,
+    }
 
 
 def _comparison(options: Options, environment: dict[str, Any], agreement: Any) -> None:
@@ -117,23 +136,3 @@ def _where(environment: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     run_command(main)
-
-
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "accelerate", "numpy")
-
-
-def describe(options: Options, arguments: Sequence[str]) -> dict[str, Any]:
-    """Environment and settings of a measurement by ``dora_dist.benchmark``, to be called before it."""
-    return {
-        "command": shlex.join(["python", "-m", "dora_dist.benchmark", *arguments]),
-        **environment(PACKAGES),
-        "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None,
-        "compute_dtype": options.compute_dtype,
-        "adapter_dtype": options.adapter_dtype,
-        "rank": options.rank,
-        "target_rank": options.target_rank,
-        "rounds": options.rounds,
-        "warmup": options.warmup,
-        "seed": options.seed,
-        "quick": options.quick,
-    }

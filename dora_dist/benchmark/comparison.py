@@ -11,13 +11,21 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from dora_dist.benchmark.contestants import Contestant, Dynamic, Pruned, build, check_gradients, check_same_start
+from dora_dist.benchmark.contestants import (
+    Conditions,
+    Contestant,
+    Dynamic,
+    Pruned,
+    build,
+    check_gradients,
+    check_same_start,
+)
 from dora_dist.benchmark.options import DYNAMIC, FLOOR, LORA, PRUNED, Options
 from dora_dist.benchmark.paired import summarize, turns
 from dora_dist.benchmark.peak import PeakMeter, clock
 from dora_dist.benchmark.shapes import Shape
 from dora_dist.benchmark.synthetic_base import build_base, random_rows
-from dora_dist.console.text import say
+from dora_dist.console.text import MIB, say
 from dora_dist.distributed.agreement import Agreement
 
 PROFILE_ROWS = 60
@@ -38,14 +46,10 @@ def compare(shape: Shape, options: Options, agreement: Agreement) -> list[dict[s
     for checkpointing in shape.checkpointing:
         for dropout in options.dropouts:
             say(f"{shape.name}, checkpointing {'on' if checkpointing else 'off'}, dropout {dropout:g}")
-            make = partial(
-                build,
-                base=base,
-                options=options,
-                agreement=agreement,
-                checkpointing=checkpointing,
-                dropout=dropout,
+            conditions = Conditions(
+                base=base, options=options, agreement=agreement, checkpointing=checkpointing, dropout=dropout
             )
+            make = partial(build, conditions=conditions)
             rows = partial(random_rows, shape, device, options.seed, agreement.rank)
             peaks = {name: _peak(make, name, rows, meter) for name in options.contestants}
             contestants = start(make, options.contestants, rows)
@@ -182,7 +186,7 @@ def comparison_rows(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             row += [f"{1e3 * figures['seconds']['median']:.1f}", f"{figures['tokens_per_second']:,.0f}"]
             row += [f"{ratio['median']:.3f}", f"{ratio['lower_quartile']:.3f}-{ratio['upper_quartile']:.3f}"]
             row += ["-" if own is None else f"{own:.2f}", "-" if floor is None else f"{floor['median']:.3f}"]
-            row += [f"{figures['peak_bytes'] / 2**20:.1f}", f"{figures['memory_ratio']:.3f}"]
+            row += [f"{figures['peak_bytes'] / MIB:.1f}", f"{figures['memory_ratio']:.3f}"]
             row += [f"{figures['model_tflops_per_second']:.3f}"]
             if with_share:
                 row.append(f"{figures['model_flops_utilisation']:.1%}")

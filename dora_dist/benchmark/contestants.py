@@ -3,18 +3,21 @@
 A step is forward with labels, backward, clipping, AdamW (fused, the Trainer's default) and ``zero_grad``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import peft
 import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from dora_dist.adapter.model import add_dynamic_lora
+from dora_dist.adapter.model import DynamicLoraModel, add_dynamic_lora
 from dora_dist.base_model.copies import share
 from dora_dist.benchmark.options import ADALORA, DYNAMIC, FLOOR, LORA, PRUNED, Options
 from dora_dist.config.adapter import DynamicLoraConfig
 from dora_dist.distributed.agreement import Agreement
+from dora_dist.method.budget import Budget
 from dora_dist.method.schedule import BudgetSchedule
 from dora_dist.training.controller import DynamicRankController
 
@@ -37,10 +40,11 @@ class Contestant:
     """A model that takes steps.
 
     Args:
-        model: with or without an adapter.
-        agreement: over the ranks.
-        autocast: dtype to compute in where the adapter has another one, or None.
-        average: average gradients over the ranks, as data-parallel training does: one all-reduce of one flat tensor.
+        model: The model, with or without an adapter.
+        agreement: Exchanges over the ranks.
+        autocast: Dtype to compute in where the adapter has another one, or None.
+        average: Whether gradients are averaged over the ranks, as data-parallel training does: in one all-reduce of one
+            flat tensor.
     """
 
     def __init__(
@@ -109,11 +113,11 @@ class Dynamic(Contestant):
     """As :class:`~dora_dist.training.trainer.DynamicLoraTrainer` drives the method.
 
     Args:
-        model: of :func:`~dora_dist.adapter.model.add_dynamic_lora`.
-        agreement: over the ranks.
-        schedule: of the budget.
-        autocast: see :class:`Contestant`.
-        average: see :class:`Contestant`.
+        model: The model with an adapter, as :func:`~dora_dist.adapter.model.add_dynamic_lora` makes it.
+        agreement: Exchanges over the ranks.
+        schedule: The schedule of the budget.
+        autocast: See :class:`Contestant`.
+        average: See :class:`Contestant`.
     """
 
     def __init__(
@@ -125,7 +129,8 @@ class Dynamic(Contestant):
         average: bool = False,
     ) -> None:
         super().__init__(model, agreement, autocast, average)
-        self.controller = DynamicRankController(model.adapted_layers(), schedule, agreement)
+        layers = model.adapted_layers()
+        self.controller = DynamicRankController(layers, Budget(schedule, dict.fromkeys(layers, 1)), agreement)
 
     def _backward(self, loss: Tensor) -> None:
         penalty = self.controller.penalty()
@@ -180,62 +185,149 @@ class Pruned(Dynamic):
         return [int(layer.component_mask.sum()) for layer in self.controller.layers.values()]
 
 
-def build(
-    name: str,
-    base: LlamaForCausalLM,
-    options: Options,
-    agreement: Agreement,
-    *,
-    checkpointing: bool = False,
-    dropout: float = 0.0,
-    average: bool = False,
-) -> Contestant:
-    """A contestant over the tensors of the base, not prepared yet.
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """What all contestants of a comparison have in common.
 
     Args:
-        name: of ``CONTESTANTS``.
-        base: shared with the others, never changed.
-        options: ranks, dtypes and seed.
-        agreement: over the ranks.
-        checkpointing: gradient checkpointing.
-        dropout: of the adapter.
-        average: see :class:`Contestant`.
+        base: The frozen base, whose tensors they share and never change.
+        options: Ranks, dtypes and seed.
+        agreement: Exchanges over the ranks.
+        checkpointing: Whether gradient checkpointing is on.
+        dropout: Dropout of the adapters.
+        average: See :class:`Contestant`.
     """
-    model = share(base)
-    adapter_dtype = getattr(torch, options.adapter_dtype)
-    autocast = None if adapter_dtype == base.dtype else base.dtype
-    torch.manual_seed(options.seed)
-    if name == FLOOR:
-        _let_gradients_begin(model)
-        wrapped: nn.Module = model
-    elif name in (LORA, ADALORA):
-        wrapped = peft.get_peft_model(model, _peft_config(name, options, dropout))
-        for parameter in wrapped.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(adapter_dtype)
-    else:
-        wrapped = add_dynamic_lora(
-            model,
-            DynamicLoraConfig(
-                initial_rank=options.rank,
-                target_rank=options.target_rank,
-                alpha=ALPHA,
-                dropout=dropout,
-                dtype=options.adapter_dtype,
-                seed=options.seed,
-            ),
-        )
-        reason = wrapped.leave_out_logits()  # as in every run
-        if reason is not None:
-            raise RuntimeError(f"the loss of the benchmark's model is not computed as in a run: {reason}")
-    if checkpointing:
+
+    base: LlamaForCausalLM
+    options: Options
+    agreement: Agreement
+    checkpointing: bool = False
+    dropout: float = 0.0
+    average: bool = False
+
+    @property
+    def adapter_dtype(self) -> torch.dtype:
+        """Dtype of the adapters' parameters."""
+        dtype: torch.dtype = getattr(torch, self.options.adapter_dtype)
+        return dtype
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """See :class:`Contestant`."""
+        return None if self.adapter_dtype == self.base.dtype else self.base.dtype
+
+
+def build(name: str, conditions: Conditions) -> Contestant:
+    """The contestant of this name (one of ``CONTESTANTS``), not prepared yet."""
+    model = share(conditions.base)
+    torch.manual_seed(conditions.options.seed)
+    contestant = BUILDERS[name](model, conditions)
+    if conditions.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    if name == ADALORA:
-        return AdaLora(wrapped, agreement, autocast, average)
-    if name in (DYNAMIC, PRUNED):
-        kind = Dynamic if name == DYNAMIC else Pruned
-        return kind(wrapped, agreement, _schedule(name, len(wrapped.adapted_layers()), options), autocast, average)
-    return Contestant(wrapped, agreement, autocast, average)
+    return contestant
+
+
+def _floor(model: LlamaForCausalLM, conditions: Conditions) -> Contestant:
+    _let_gradients_begin(model)
+    return Contestant(model, conditions.agreement, conditions.autocast, conditions.average)
+
+
+def _lora(model: LlamaForCausalLM, conditions: Conditions) -> Contestant:
+    config = peft.LoraConfig(r=conditions.options.rank, **_peft_settings(conditions))
+    return Contestant(
+        _with_peft(model, config, conditions), conditions.agreement, conditions.autocast, conditions.average
+    )
+
+
+def _adalora(model: LlamaForCausalLM, conditions: Conditions) -> AdaLora:
+    config = peft.AdaLoraConfig(
+        init_r=conditions.options.rank,
+        target_r=conditions.options.target_rank,
+        tinit=0,
+        tfinal=0,
+        total_step=ADALORA_STEPS,
+        **_peft_settings(conditions),
+    )
+    return AdaLora(_with_peft(model, config, conditions), conditions.agreement, conditions.autocast, conditions.average)
+
+
+def _dynamic(model: LlamaForCausalLM, conditions: Conditions) -> Dynamic:
+    adapted = _with_dynamic_lora(model, conditions)
+    schedule = BudgetSchedule(total_steps=ENDLESS, **_sizes(adapted, conditions))
+    return Dynamic(adapted, conditions.agreement, schedule, conditions.autocast, conditions.average)
+
+
+def _pruned(model: LlamaForCausalLM, conditions: Conditions) -> Pruned:
+    adapted = _with_dynamic_lora(model, conditions)
+    schedule = BudgetSchedule(
+        total_steps=2 * STEPS_TO_PRUNE,
+        warmup_fraction=0,
+        final_fraction=0.5,
+        interval=STEPS_TO_PRUNE,
+        **_sizes(adapted, conditions),
+    )
+    return Pruned(adapted, conditions.agreement, schedule, conditions.autocast, conditions.average)
+
+
+BUILDERS: Mapping[str, Callable[[LlamaForCausalLM, Conditions], Contestant]] = {
+    FLOOR: _floor,
+    LORA: _lora,
+    ADALORA: _adalora,
+    DYNAMIC: _dynamic,
+    PRUNED: _pruned,
+}
+
+
+def _peft_settings(conditions: Conditions) -> dict[str, Any]:
+    return {
+        "lora_alpha": ALPHA,
+        "lora_dropout": conditions.dropout,
+        "target_modules": "all-linear",
+        "task_type": "CAUSAL_LM",
+    }
+
+
+def _with_peft(model: LlamaForCausalLM, config: peft.LoraConfig, conditions: Conditions) -> nn.Module:
+    wrapped: nn.Module = peft.get_peft_model(model, config)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(conditions.adapter_dtype)
+    return wrapped
+
+
+def _with_dynamic_lora(model: LlamaForCausalLM, conditions: Conditions) -> DynamicLoraModel:
+    adapted = add_dynamic_lora(
+        model,
+        DynamicLoraConfig(
+            initial_rank=conditions.options.rank,
+            target_rank=conditions.options.target_rank,
+            alpha=ALPHA,
+            dropout=conditions.dropout,
+            dtype=conditions.options.adapter_dtype,
+            seed=conditions.options.seed,
+        ),
+    )
+    reason = adapted.leave_out_logits()  # as in every run
+    if reason is not None:
+        raise RuntimeError(f"the loss of the benchmark's model is not computed as in a run: {reason}")
+    return adapted
+
+
+def _sizes(adapted: DynamicLoraModel, conditions: Conditions) -> dict[str, int]:
+    return {
+        "num_layers": len(adapted.adapted_layers()),
+        "initial_rank": conditions.options.rank,
+        "target_rank": conditions.options.target_rank,
+    }
+
+
+def _let_gradients_begin(model: LlamaForCausalLM) -> None:
+    """Where they end for an adapter on every linear layer: at the outputs of the first projections. Begun at the
+    embedding, the floor would do work that no contestant does (the input gradients of q, k and v in the first layer:
+    a tenth of the step for two layers), and every contestant would look nearer to it."""
+    attention = model.model.layers[0].self_attn
+    for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+        projection.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
 
 
 def check_same_start(contestants: dict[str, Contestant], rows: Tensor) -> None:
@@ -266,34 +358,3 @@ def check_gradients(contestants: dict[str, Contestant], rows: Tensor) -> None:
                 "not 0"
             )
         contestant.model.zero_grad()
-
-
-def _peft_config(name: str, options: Options, dropout: float) -> peft.LoraConfig:
-    common = {
-        "lora_alpha": ALPHA,
-        "lora_dropout": dropout,
-        "target_modules": "all-linear",
-        "task_type": "CAUSAL_LM",
-    }
-    if name == LORA:
-        return peft.LoraConfig(r=options.rank, **common)
-    return peft.AdaLoraConfig(
-        init_r=options.rank, target_r=options.target_rank, tinit=0, tfinal=0, total_step=ADALORA_STEPS, **common
-    )
-
-
-def _schedule(name: str, num_layers: int, options: Options) -> BudgetSchedule:
-    sizes = {"num_layers": num_layers, "initial_rank": options.rank, "target_rank": options.target_rank}
-    if name == DYNAMIC:
-        return BudgetSchedule(total_steps=ENDLESS, **sizes)
-    steps = 2 * STEPS_TO_PRUNE
-    return BudgetSchedule(total_steps=steps, warmup_fraction=0, final_fraction=0.5, interval=STEPS_TO_PRUNE, **sizes)
-
-
-def _let_gradients_begin(model: LlamaForCausalLM) -> None:
-    """Where they end for an adapter on every linear layer: at the outputs of the first projections. Begun at the
-    embedding, the floor would do work that no contestant does (the input gradients of q, k and v in the first layer:
-    a tenth of the step for two layers), and every contestant would look nearer to it."""
-    attention = model.model.layers[0].self_attn
-    for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
-        projection.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))

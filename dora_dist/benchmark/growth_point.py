@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from dora_dist.benchmark.comparison import start, time_in_turns
-from dora_dist.benchmark.contestants import build
+from dora_dist.benchmark.contestants import Conditions, build
 from dora_dist.benchmark.options import FLOOR, Options
 from dora_dist.benchmark.paired import adapter_share, spread
 from dora_dist.benchmark.shapes import Shape
@@ -21,7 +21,8 @@ def measure_point(
     """Figures of all contestants, where one of the axes has the value."""
     say(f"{shape.name}, rank {options.rank}, {agreement.size} ranks")
     base = build_base(shape, agreement.device, getattr(torch, options.compute_dtype), options.seed)
-    make = partial(build, base=base, options=options, agreement=agreement, average=average)
+    conditions = Conditions(base=base, options=options, agreement=agreement, average=average)
+    make = partial(build, conditions=conditions)
     rows = partial(random_rows, shape, agreement.device, options.seed, agreement.rank)
     contestants = start(make, options.contestants, rows)
     mine = time_in_turns(contestants, rows, options.warmup, options.rounds, agreement.device)

@@ -4,13 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from dora_dist.benchmark.options import ADALORA, DYNAMIC, FLOOR, LORA, PRUNED
+from dora_dist.console.plot import pyplot, save_picture
 
 COLORS = {FLOOR: "#777777", LORA: "#b2182b", ADALORA: "#ef8a62", DYNAMIC: "#2166ac", PRUNED: "#1b7837"}
 MARKERS = {FLOOR: "|", LORA: "s", ADALORA: "D", DYNAMIC: "o", PRUNED: "^"}
@@ -20,7 +17,7 @@ AXES = {"layers": "decoder layers", "hidden": "width", "rank": "initial rank of 
 def draw_comparison(records: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     """Step time and peak memory of all contestants, as ratios to PEFT's LoRA, by shape."""
     names = list(records[0]["contestants"])
-    figure, axes = plt.subplots(
+    figure, axes = pyplot().subplots(
         1, 2, figsize=(13, 1.8 + 0.75 * len(records)), layout="constrained", sharey=True, squeeze=True
     )
     for axis, key, label in (
@@ -40,8 +37,7 @@ def draw_comparison(records: Sequence[Mapping[str, Any]], title: str, path: Path
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(names), frameon=False)
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save_picture(figure, path, dpi=130)
 
 
 def row_label(record: Mapping[str, Any]) -> str:
@@ -79,7 +75,7 @@ def _draw_ratios(axis: Axes, records: Sequence[Mapping[str, Any]], name: str, ke
 def draw_growth(record: Mapping[str, Any], title: str, path: Path) -> None:
     """Step time above, the adapter's share of it below, along each of the axes."""
     points = record["points"]
-    figure, axes = plt.subplots(2, len(points), figsize=(4 * len(points), 7), layout="constrained", sharex="col")
+    figure, axes = pyplot().subplots(2, len(points), figsize=(4 * len(points), 7), layout="constrained", sharex="col")
     for (upper, lower), (name, along) in zip(axes.T, points.items(), strict=True):
         values = [point["value"] for point in along]
         for contestant in along[0]["contestants"]:
@@ -103,8 +99,7 @@ def draw_growth(record: Mapping[str, Any], title: str, path: Path) -> None:
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save_picture(figure, path, dpi=130)
 
 
 def _draw_line(

@@ -10,7 +10,7 @@ from torch import Tensor
 from dora_dist.benchmark.options import Options
 from dora_dist.benchmark.peak import clock, rise_on
 from dora_dist.benchmark.shapes import NAMED
-from dora_dist.console.text import say
+from dora_dist.console.text import MIB, say
 from dora_dist.method.importance import component_scores, score_layers
 
 Layer = tuple[Tensor, Tensor, Tensor]
@@ -116,15 +116,14 @@ def _seconds(work: Callable[[], object], warmup: int, times: int, device: torch.
 
 def scoring_rows(record: dict[str, Any]) -> list[list[str]]:
     """For a table."""
-    mib = 2**20
     accuracy, largest = record["accuracy"], record["largest_allocation_bytes"]
     return [
         ["scoring of", "", "value"],
         [f"all {record['layers']} layers", "ms", f"{1e3 * record['seconds']:.1f}"],
         ["by the dense definition, extrapolated", "s", f"{record['dense_seconds_extrapolated']:.1f}"],
         ["dense to closed form", "x", f"{record['dense_to_closed']:,.0f}"],
-        ["largest allocation", "MiB", "-" if largest is None else f"{largest / mib:.2f}"],
-        ["peak above the parameters", "MiB", f"{record['peak_bytes'] / mib:.2f}"],
+        ["largest allocation", "MiB", "-" if largest is None else f"{largest / MIB:.2f}"],
+        ["peak above the parameters", "MiB", f"{record['peak_bytes'] / MIB:.2f}"],
         ["error, random components", "relative", f"{accuracy['random_closed_relative_error']:.1e}"],
         ["error, opposing components", "relative", f"{accuracy['opposing_closed_relative_error']:.1e}"],
         ["error, opposing, dense in float32", "relative", f"{accuracy['opposing_dense_float32_relative_error']:.1e}"],

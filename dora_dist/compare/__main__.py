@@ -31,9 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Do what the command line asks for.
 
     Raises:
-        ValueError: something that the user can mend.
-        CellsMissingError: a cell has failed.
-        PreemptedError: a worker was told to stop.
+        ValueError: The configuration or an option is invalid.
+        CellsMissingError: A cell has failed.
+        PreemptedError: A worker was told to stop.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="python -m dora_dist.compare", description=DESCRIPTION)
@@ -64,9 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _work(plan: Plan, workers: int) -> None:
-    from dora_dist.compare.worker import prepare, work
+    from dora_dist.compare.data import prepare
+    from dora_dist.compare.worker import Worker
 
-    work(plan, prepare(plan), workers)
+    Worker(plan, prepare(plan), workers).work()
 
 
 def _run(plan: Plan, own: Sequence[str], workers: int | None) -> None:
@@ -76,7 +77,7 @@ def _run(plan: Plan, own: Sequence[str], workers: int | None) -> None:
     if workers == 1 and len(gpus) < 2:
         _work(plan, 1)
     else:
-        from dora_dist.compare.worker import prepare
+        from dora_dist.compare.data import prepare
 
         prepare(plan)  # once, before all workers read it, and with one message where something is wrong
         status = run_workers(own, workers, gpus)
@@ -89,21 +90,23 @@ def finish(plan: Plan, own: Sequence[str]) -> None:
     """Write results and pictures, and print the table.
 
     Raises:
-        CellsMissingError: the results are not complete.
+        CellsMissingError: The results are not complete.
     """
-    from dora_dist.compare import pictures, results
-    from dora_dist.compare.worker import check_recorded
+    from dora_dist.compare import pictures, results, table
+    from dora_dist.compare.data import check_recorded
 
     notes = check_recorded(plan)
     found = results.gather(plan, notes, shlex.join(["python", "-m", "dora_dist.compare", *own]))
-    table = results.write_results(plan, found)
+    results.write_results(found, plan.folder / results.RESULTS)
+    written = plan.folder / table.TABLE
+    table.write_table(found, written)
     pictures.draw_comparison(found, plan.folder / pictures.COMPARISON)
     pictures.draw_rank_maps(found, plan.folder / pictures.RANKS)
-    print(f"\n{table.read_text(encoding='utf-8')}\n{table}", flush=True)
-    if not found["complete"]:
-        rows = sum(bool(group["missing"]) for group in found["groups"])
+    print(f"\n{written.read_text(encoding='utf-8')}\n{written}", flush=True)
+    if not found.complete:
+        rows = sum(bool(group.missing) for group in found.groups)
         raise CellsMissingError(
-            f"{rows} of {len(found['groups'])} rows of the table lack cells, see the end of {table}; start the same "
+            f"{rows} of {len(found.groups)} rows of the table lack cells, see the end of {written}; start the same "
             "command to run them"
         )
 

@@ -34,8 +34,9 @@ from dora_dist.distributed.preemption import PreemptionNotice
 from dora_dist.method.prune_event import PruneEvent
 from dora_dist.method.schedule import BudgetSchedule
 from dora_dist.runs import records, resume, summary
-from dora_dist.setup import build, resolve, run_data, tasks
+from dora_dist.setup import build, resolve, run_data
 from dora_dist.setup.fingerprint import adapter_seed
+from dora_dist.setup.tasks import TASK_PARTS
 from dora_dist.training.controller import NonFiniteAdapterError
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def _begin_records(
 def _is_mean_of_rows(config: "RunConfig") -> bool:
     """Whether a micro-batch's loss is a mean over its rows, which the Trainer divides by the accumulation steps with
     the regularizer in it; else it is a sum over tokens divided by those of the global batch."""
-    return tasks.row_losses(config) is not None
+    return TASK_PARTS[config.task].row_losses(config) is not None
 
 
 def _add_adalora(
@@ -113,22 +114,22 @@ def _add_adalora(
     model = get_peft_model(
         base, peft_config(config, own, resolved.budget.schedule, resolved.layers, heads, regularizers)
     )
-    prepare_heads(model, heads, torch.float32)
+    prepare_heads(model, heads, torch.float32, cast_inputs=config.model.fuse)
     set_seed(config.seed)
     return model
 
 
 def _build_trainer(config: "RunConfig", resolved: resolve.ResolvedRun, model: PeftModel) -> Trainer:
     """The stock Trainer on the rows of a run in their order; it neither saves nor evaluates nor prints."""
-    arguments = resolved.arguments
+    arguments, parts = resolved.arguments, TASK_PARTS[config.task]
     arguments.train_sampling_strategy = "sequential"
     arguments.save_strategy = "no"
     arguments.eval_strategy = "no"
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=tasks.planned_rows(config, resolved),
-        data_collator=tasks.build_collator(config, model, resolved.tokenizer),
+        train_dataset=parts.training_rows(resolved),
+        data_collator=parts.collator(config, model, resolved.tokenizer),
         processing_class=resolved.tokenizer,
     )
     if _is_mean_of_rows(config):
@@ -151,15 +152,13 @@ def _write_result(
     check_result(factors, schedule)
     event = PruneEvent(
         step=schedule.final_step,
-        num_kept=sum(map(len, kept.values())),
         kept=kept,
         returned=0,
         final=True,
         num_parameters=sum(a.numel() + b.numel() for a, b in factors.values()),
     )
     run_records.event(event)
-    evaluator = tasks.build_evaluator(config, resolved, Agreement(base.device), model)
-    assert evaluator is not None, "a cell has held-out data"
+    evaluator = TASK_PARTS[config.task].evaluator(config, resolved, Agreement(base.device), model)
     measured = {f"eval_{name}": value for name, value in evaluator(TaskLoss(model)).items()}
     run_records.metrics(resolved.arguments.max_steps, measured)
     adapter = Path(config.output_dir) / "adapter"
@@ -235,7 +234,7 @@ class _AdaLoraCallback(TrainerCallback):
         if "loss" in values:  # with the regularizer, as the stock Trainer has it
             now, step = time.monotonic(), state.global_step
             values["seconds_per_step"] = (now - self._last[1]) / max(step - self._last[0], 1)
-            values["components"] = sum(map(len, kept_triplets(self._model).values()))
+            values["components"] = sum(int(mask.sum()) for mask in kept_triplets(self._model).values())
             self._last = (step, now)
         self._records.metrics(state.global_step, values)
 
@@ -273,17 +272,18 @@ def _layers(model: PeftModel) -> dict[str, AdaLoraLayer]:
     return dict(sorted(found.items()))
 
 
-def kept_triplets(model: PeftModel) -> dict[str, list[int]]:
-    """Layer -> indices of the triplets that AdaLoRA has not pruned, by its own record; all before its first event."""
+def kept_triplets(model: PeftModel) -> dict[str, Tensor]:
+    """Layer -> boolean mask, shape ``(r,)``, of the triplets that AdaLoRA has not pruned, by its own record; all before
+    its first event."""
     pattern = model.peft_config["default"].rank_pattern
     if pattern is None:
-        return {name: list(range(len(layer.lora_E["default"]))) for name, layer in _layers(model).items()}
+        return {name: torch.ones(len(layer.lora_E["default"])).bool() for name, layer in _layers(model).items()}
     masks = {name.split(".lora_E")[0]: mask for name, mask in pattern.items()}
-    return {name: [index for index, keep in enumerate(masks[name]) if keep] for name in _layers(model)}
+    return {name: torch.tensor(masks[name], dtype=torch.bool) for name in _layers(model)}
 
 
 @torch.no_grad()
-def folded_triplets(model: PeftModel, kept: Mapping[str, list[int]]) -> dict[str, tuple[Tensor, Tensor]]:
+def folded_triplets(model: PeftModel, kept: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """Plain LoRA factors ``(A (k, in), B (out, k))`` by layer: singular values and scale go into B."""
     factors = {}
     for name, layer in _layers(model).items():

@@ -15,7 +15,7 @@ import torch
 
 from dora_dist import train
 from dora_dist.compare.adalora import train_adalora
-from dora_dist.compare.outcome import FAILURE, IDENTITY, LOG, record_failure
+from dora_dist.compare.cell_result import FAILURE, IDENTITY, LOG, record_failure
 from dora_dist.compare.plan import Cell, Plan
 from dora_dist.console import files
 from dora_dist.console.errors import PreemptedError

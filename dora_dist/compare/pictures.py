@@ -1,15 +1,13 @@
 """Pictures of a comparison."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from dora_dist.compare.results import ComparisonResults, GroupResult
+from dora_dist.console.plot import pyplot, save_picture
 from dora_dist.runs.pictures import rank_grid, short_kinds
 
 COMPARISON = "comparison.png"
@@ -20,85 +18,79 @@ MOST_NUMBERED = 400
 """Cells of a rank map that are numbered at most."""
 
 
-def draw_comparison(results: Mapping[str, Any], path: Path) -> None:
-    """For every task and budget: each seed's figure a dot, and the paired difference to the baseline."""
-    panels = _panels(results)
+def draw_comparison(results: ComparisonResults, path: Path) -> None:
+    """For every task and budget: a dot for every seed, and the paired difference to the baseline."""
+    panels = results.by_task_and_budget()
     heights = [0.9 + 0.34 * len(groups) for groups in panels]
-    figure, axes = plt.subplots(
+    figure, axes = pyplot().subplots(
         len(panels), 2, figsize=(11.5, 1.0 + sum(heights)), layout="constrained", squeeze=False, height_ratios=heights
     )
     for (left, right), groups in zip(axes, panels, strict=True):
-        _draw_values(left, groups, results["config"]["baseline"])
+        _draw_values(left, groups, results.config.baseline)
         _draw_differences(right, groups, results)
     figure.suptitle(
-        f"Every dot is a seed, every bar a mean. Right: paired by seed, with the {results['confidence']:.0%} "
+        f"Every dot is a seed, every bar a mean. Right: paired by seed, with the {results.confidence:.0%} "
         "confidence interval;\nblue: better than the baseline, orange: worse, grey: the interval holds 0"
         f"{_marks(results)}",
         fontsize=10,
     )
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
+    save_picture(figure, path)
 
 
-def _panels(results: Mapping[str, Any]) -> list[list[Mapping[str, Any]]]:
-    keys = {(group["task"], group["budget"]): None for group in results["groups"]}
-    return [[g for g in results["groups"] if (g["task"], g["budget"]) == key] for key in keys]
-
-
-def _draw_values(axis: Axes, groups: Sequence[Mapping[str, Any]], baseline: str) -> None:
+def _draw_values(axis: Axes, groups: Sequence[GroupResult], baseline: str) -> None:
     for row, group in enumerate(groups):
-        values = list(group["reported"].values())
+        values = list(group.reported.values())
         colour = _colour(group, baseline)
         axis.plot(values, [row] * len(values), "o", color=colour, alpha=0.55, markersize=5, markeredgewidth=0)
-        if group["mean"] is not None:
-            axis.plot([group["mean"]], [row], "|", color=colour, markersize=15, markeredgewidth=2)
+        if group.mean is not None:
+            axis.plot([group.mean], [row], "|", color=colour, markersize=15, markeredgewidth=2)
     first = groups[0]
-    arrow = "lower is better" if first["lower_is_better"] else "higher is better"
-    axis.set_title(f"{first['task']}, rank {first['budget']}", loc="left", fontsize=10, fontweight="bold")
-    axis.set_xlabel(f"{first['metric']} ({arrow})")
+    arrow = "lower is better" if first.lower_is_better else "higher is better"
+    axis.set_title(f"{first.task}, rank {first.budget}", loc="left", fontsize=10, fontweight="bold")
+    axis.set_xlabel(f"{first.metric} ({arrow})")
     axis.set_yticks(range(len(groups)), [_label(group) for group in groups])
     _finish(axis, len(groups))
 
 
-def _label(group: Mapping[str, Any]) -> str:
-    marks = " †" * group["parameters_differ"]
-    if group["learning_rate"] is None:
-        return f"{group['method']} (missing)"
-    edge = "!" if group["at_edge"] else ""
-    return f"{group['method']}{marks}  (lr {group['learning_rate']:g}{edge})"
+def _label(group: GroupResult) -> str:
+    marks = " †" * group.parameters_differ
+    if group.learning_rate is None:
+        return f"{group.method} (missing)"
+    edge = "!" if group.at_edge else ""
+    return f"{group.method}{marks}  (lr {group.learning_rate:g}{edge})"
 
 
-def _marks(results: Mapping[str, Any]) -> str:
+def _marks(results: ComparisonResults) -> str:
     """What the marks behind names mean, where there are some."""
-    meanings = {"at_edge": "! rate at the edge of the grid", "parameters_differ": "† other number of parameters"}
-    found = [meaning for key, meaning in meanings.items() if any(group[key] for group in results["groups"])]
-    return "".join(f"; {meaning}" for meaning in found)
+    edge = "; ! rate at the edge of the grid" if any(group.at_edge for group in results.groups) else ""
+    parameters = "; † other number of parameters" if any(group.parameters_differ for group in results.groups) else ""
+    return edge + parameters
 
 
-def _draw_differences(axis: Axes, groups: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> None:
-    baseline = results["config"]["baseline"]
+def _draw_differences(axis: Axes, groups: Sequence[GroupResult], results: ComparisonResults) -> None:
+    baseline = results.config.baseline
     axis.axvline(0, color=BASELINE, linewidth=0.9)
     for row, group in enumerate(groups):
-        difference = group["difference"]
-        if difference is None or difference["mean"] is None:
+        difference = group.difference
+        if difference is None or difference.mean is None:
             continue
         colour = _colour(group, baseline)
-        if difference["low"] is not None:
-            axis.plot([difference["low"], difference["high"]], [row, row], "-", color=colour, linewidth=2)
-        axis.plot([difference["mean"]], [row], "D", color=colour, markersize=5.5)
+        if difference.low is not None:
+            axis.plot([difference.low, difference.high], [row, row], "-", color=colour, linewidth=2)
+        axis.plot([difference.mean], [row], "D", color=colour, markersize=5.5)
     axis.set_xlabel(f"difference to {baseline}")
     axis.set_yticks(range(len(groups)), [])
     axis.margins(x=0.12)
     _finish(axis, len(groups))
 
 
-def _colour(group: Mapping[str, Any], baseline: str) -> str:
-    difference = group["difference"]
-    if group["method"] == baseline:
+def _colour(group: GroupResult, baseline: str) -> str:
+    difference = group.difference
+    if group.method == baseline:
         return BASELINE
-    if difference is None or difference["low"] is None or difference["low"] <= 0 <= difference["high"]:
+    if difference is None or difference.low is None or difference.low <= 0 <= difference.high:
         return UNDECIDED
-    return BETTER if (difference["mean"] < 0) == group["lower_is_better"] else WORSE
+    return BETTER if (difference.mean < 0) == group.lower_is_better else WORSE
 
 
 def _finish(axis: Axes, rows: int) -> None:
@@ -108,34 +100,33 @@ def _finish(axis: Axes, rows: int) -> None:
     axis.spines[["top", "right", "left"]].set_visible(False)
 
 
-def draw_rank_maps(results: Mapping[str, Any], path: Path) -> None:
+def draw_rank_maps(results: ComparisonResults, path: Path) -> None:
     """Mean final ranks, layers x module kinds: a column for every method, a row for every task and budget."""
-    panels = _panels(results)
-    known = [group for groups in panels for group in groups if group["mean_ranks"]]
+    panels = results.by_task_and_budget()
+    known = [group for groups in panels for group in groups if group.mean_ranks]
     if not known:
         return
-    blocks, kinds, _ = rank_grid(known[0]["mean_ranks"])
+    blocks, kinds, _ = rank_grid(known[0].mean_ranks)
     columns = max(map(len, panels))
     size = (0.9 + columns * (0.5 + 0.36 * len(kinds)), 0.6 + len(panels) * (1.35 + 0.24 * len(blocks)))
-    figure, axes = plt.subplots(len(panels), columns, figsize=size, layout="constrained", squeeze=False)
+    figure, axes = pyplot().subplots(len(panels), columns, figsize=size, layout="constrained", squeeze=False)
     for row, groups in zip(axes, panels, strict=True):
-        top = max((max(group["mean_ranks"].values()) for group in groups if group["mean_ranks"]), default=1)
+        top = max((max(group.mean_ranks.values()) for group in groups if group.mean_ranks), default=1)
         image = None
         for axis, group in zip(row, groups, strict=True):
             image = _draw_map(axis, group, top) or image
-        row[0].set_ylabel(f"{groups[0]['task']}, rank {groups[0]['budget']}\nlayer")
+        row[0].set_ylabel(f"{groups[0].task}, rank {groups[0].budget}\nlayer")
         if image is not None:
             figure.colorbar(image, ax=row.tolist(), label="mean rank", fraction=0.02, pad=0.01)
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
+    save_picture(figure, path)
 
 
-def _draw_map(axis: Axes, group: Mapping[str, Any], top: float) -> Any:
-    axis.set_title(group["method"], fontsize=9)
-    if not group["mean_ranks"]:
+def _draw_map(axis: Axes, group: GroupResult, top: float) -> Any:
+    axis.set_title(group.method, fontsize=9)
+    if not group.mean_ranks:
         axis.set_axis_off()
         return None
-    blocks, kinds, grid = rank_grid(group["mean_ranks"])
+    blocks, kinds, grid = rank_grid(group.mean_ranks)
     values = [[grid.get((block, kind), float("nan")) for kind in kinds] for block in blocks]
     image = axis.imshow(values, aspect="auto", cmap="viridis", vmin=0, vmax=top)
     names = [kind.removesuffix("_proj") for kind in short_kinds(kinds)]

@@ -1,77 +1,191 @@
-"""The results of a comparison, from the cells' folders alone: ``results.json``, and the table ``results.md``."""
+"""The results of a comparison, from the cells' folders alone: ``results.json``."""
 
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dora_dist.compare.outcome import CellResult, training_settings
+from dora_dist.compare.cell_result import CellResult, training_settings
 from dora_dist.compare.plan import Group, Plan
+from dora_dist.compare.settings import CompareConfig
 from dora_dist.compare.worker import Progress
 from dora_dist.console import files
-from dora_dist.evaluation.seeds import CONFIDENCE, RateChoice, holm, paired_difference, spread
+from dora_dist.evaluation.seeds import CONFIDENCE, Difference, RateChoice, holm, paired_difference, spread
 
 RESULTS = "results.json"
-TABLE = "results.md"
 
 
-def gather(plan: Plan, notes: Sequence[str], command: str) -> dict[str, Any]:
-    """All figures.
+@dataclass(frozen=True, kw_only=True)
+class GroupResult:
+    """A row of the table: what the cells of a group give together.
+
+    Attributes:
+        task: Name of the task.
+        budget: Target rank.
+        method: Name of the method.
+        metric: Name of the metric that is compared.
+        lower_is_better: Whether lower values of the metric are better.
+        learning_rate: The rate that was chosen; None before that, or where every rate has diverged.
+        search: Learning rate -> mean on the search split, None where a run diverged.
+        at_edge: ``lowest`` or ``highest`` where the chosen rate is that of the grid, else None.
+        searched: Whether there was more than one rate to choose from.
+        reported: Seed -> value on the reported split.
+        mean: Mean of these.
+        deviation: Their sample standard deviation; None with fewer than two.
+        difference: To the baseline, paired by seed; None for the baseline itself.
+        p_holm: The p-value of the difference, adjusted for all comparisons of the table; None where there is none.
+        parameters: Mean number of elements of the saved LoRA factors.
+        parameters_of_baseline: The same of the baseline.
+        parameters_differ: Whether the two differ by more than one component of the widest layer.
+        seconds: Mean seconds of training.
+        steps: Optimizer steps.
+        initial_rank: Components of a layer at the start.
+        mean_ranks: Layer -> mean number of components that are kept.
+        missing: What the row lacks, in words.
+    """
+
+    task: str
+    budget: int
+    method: str
+    metric: str
+    lower_is_better: bool
+    learning_rate: float | None
+    search: Mapping[str, float | None] | None
+    at_edge: str | None
+    searched: bool
+    reported: Mapping[int, float]
+    mean: float | None
+    deviation: float | None
+    difference: Difference | None
+    parameters: float | None
+    parameters_of_baseline: float | None
+    parameters_differ: bool
+    seconds: float | None
+    steps: int | None
+    initial_rank: int | None
+    mean_ranks: Mapping[str, float]
+    missing: Sequence[str]
+    p_holm: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The row as ``results.json`` holds it: ``p_holm`` is part of the difference."""
+        values = dataclasses.asdict(self)
+        p_holm = values.pop("p_holm")
+        if p_holm is not None:
+            values["difference"]["p_holm"] = p_holm
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonResults:
+    """The results of a comparison.
+
+    Attributes:
+        command: The command that makes this comparison.
+        written: When the results were gathered.
+        began: When the first cell was begun; None without any.
+        commits: Commits that the cells were run at.
+        dirty: Whether a cell was run from sources that were not committed.
+        config: The configuration of the comparison.
+        methods: Method -> what it is, in words.
+        confidence: Level of the confidence intervals.
+        comparisons: Number of differences to a baseline.
+        notes: Notes on the data.
+        complete: Whether no row lacks a cell.
+        groups: Rows of the table.
+        cells: The cells, as ``results.json`` holds them.
+    """
+
+    command: str
+    written: str
+    began: str | None
+    commits: Sequence[str]
+    dirty: bool
+    config: CompareConfig
+    methods: Mapping[str, str]
+    confidence: float
+    comparisons: int
+    notes: Sequence[str]
+    complete: bool
+    groups: Sequence[GroupResult]
+    cells: Sequence[Mapping[str, Any]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The content of ``results.json``."""
+        return {**dataclasses.asdict(self), "groups": [group.as_dict() for group in self.groups]}
+
+    def by_task_and_budget(self) -> list[list[GroupResult]]:
+        """The rows that are compared with each other, in the order of the table."""
+        panels: dict[tuple[str, int], list[GroupResult]] = {}
+        for group in self.groups:
+            panels.setdefault((group.task, group.budget), []).append(group)
+        return list(panels.values())
+
+
+def gather(plan: Plan, notes: Sequence[str], command: str) -> ComparisonResults:
+    """Read the results of all cells.
 
     Args:
-        plan: of the comparison.
-        notes: on the data, for the table.
-        command: that this comparison is made by.
+        plan: The comparison.
+        notes: Notes on the data, for the table.
+        command: The command that makes this comparison.
 
     Raises:
-        ValueError: cells that are compared were not run under the same conditions.
+        ValueError: Cells that are compared were not run under the same conditions.
     """
     progress = Progress(plan)
     choices = {group: progress.choice(group) for group in plan.groups}
     reported = {group: _reported(plan, progress, group, choices[group]) for group in plan.groups}
-    _check_same_conditions(plan, reported)
-    groups = [_group(plan, progress, group, choices[group], reported) for group in plan.groups]
-    _adjust(groups)
+    _check_same_conditions(reported)
+    groups = _with_adjusted_p_values(
+        [_group_result(plan, progress, group, choices[group], reported) for group in plan.groups]
+    )
     cells = list(_cells(plan, progress))
     environments = [cell["environment"] for cell in cells if cell["environment"]]
-    return {
-        "command": command,
-        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "began": min((environment["began"] for environment in environments), default=None),
-        "commits": sorted({str(environment["commit"]) for environment in environments}),
-        "dirty": any(environment["dirty"] for environment in environments),
-        "config": dataclasses.asdict(plan.config),
-        "methods": {name: method.says for name, method in plan.methods.items()},
-        "confidence": CONFIDENCE,
-        "comparisons": sum((group["difference"] or {}).get("mean") is not None for group in groups),
-        "notes": list(notes),
-        "complete": not any(group["missing"] for group in groups),
-        "groups": groups,
-        "cells": cells,
-    }
+    return ComparisonResults(
+        command=command,
+        written=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        began=min((environment["began"] for environment in environments), default=None),
+        commits=sorted({str(environment["commit"]) for environment in environments}),
+        dirty=any(environment["dirty"] for environment in environments),
+        config=plan.config,
+        methods={name: method.says for name, method in plan.methods.items()},
+        confidence=CONFIDENCE,
+        comparisons=sum(group.difference is not None and group.difference.mean is not None for group in groups),
+        notes=list(notes),
+        complete=not any(group.missing for group in groups),
+        groups=groups,
+        cells=cells,
+    )
+
+
+def write_results(results: ComparisonResults, path: Path) -> None:
+    """Write the results as JSON."""
+    files.write_json(path, results.as_dict())
 
 
 def _reported(plan: Plan, progress: Progress, group: Group, choice: RateChoice | None) -> dict[int, CellResult]:
-    """Seed -> outcome, of the group's reported cells that have a finite figure."""
+    """Seed -> result, of the group's reported cells that have not diverged."""
     if choice is None:
         return {}
-    found = {cell.seed: progress.outcome(cell) for cell in plan.reported_cells(group, choice.learning_rate)}
-    return {seed: outcome for seed, outcome in found.items() if outcome is not None and not outcome.diverged}
+    found = {cell.seed: progress.result(cell) for cell in plan.reported_cells(group, choice.learning_rate)}
+    return {seed: result for seed, result in found.items() if result is not None and not result.diverged}
 
 
-def _check_same_conditions(plan: Plan, reported: Mapping[Group, Mapping[int, CellResult]]) -> None:
+def _check_same_conditions(reported: Mapping[Group, Mapping[int, CellResult]]) -> None:
     """Methods are compared on one base, with the same data in the same order, and as many steps.
 
     Raises:
-        ValueError: two of them were not.
+        ValueError: Two of them were not.
     """
     first: dict[tuple[str, int], tuple[Group, Mapping[str, Any]]] = {}
-    for group, outcomes in reported.items():
-        for seed, outcome in outcomes.items():
-            settings = training_settings(outcome.settings)
+    for group, results in reported.items():
+        for seed, result in results.items():
+            settings = training_settings(result.settings)
             other, expected = first.setdefault((group.task, seed), (group, settings))
             for name in expected.keys() & settings.keys():
                 if settings[name] != expected[name]:
@@ -81,51 +195,53 @@ def _check_same_conditions(plan: Plan, reported: Mapping[Group, Mapping[int, Cel
                     )
 
 
-def _group(
+def _group_result(
     plan: Plan,
     progress: Progress,
     group: Group,
     choice: RateChoice | None,
     reported: Mapping[Group, Mapping[int, CellResult]],
-) -> dict[str, Any]:
-    own = reported[group]
-    reference = dataclasses.replace(group, method=plan.config.baseline)
-    base = reported[reference]
-    values = spread([outcome.reported for outcome in own.values()])
-    pairs = [seed for seed in own if seed in base]
-    difference = None
-    if group != reference:
-        difference = dataclasses.asdict(
-            paired_difference([own[seed].reported for seed in pairs], [base[seed].reported for seed in pairs])
-        )
-    parameters = _mean(outcome.parameters for outcome in own.values())
-    needed = _mean(outcome.parameters for outcome in base.values())
-    unequal = parameters is not None and needed is not None
-    return {
-        "task": group.task,
-        "budget": group.budget,
-        "method": group.method,
-        "metric": plan.metric(group.task),
-        "lower_is_better": plan.lower_is_better(group.task),
-        "learning_rate": None if choice is None else choice.learning_rate,
-        "search": None if choice is None else {f"{rate:g}": _finite(mean) for rate, mean in choice.means.items()},
-        "at_edge": None if choice is None else choice.at_edge,
-        "searched": choice is not None and choice.searched,
-        "reported": {seed: outcome.reported for seed, outcome in own.items()},
-        "mean": values.mean,
-        "deviation": values.deviation,
-        "difference": difference,
-        "parameters": parameters,
-        "parameters_of_baseline": needed,
-        "parameters_differ": bool(
-            unequal and abs(parameters - needed) > max(outcome.widest for outcome in base.values())
-        ),
-        "seconds": _mean(outcome.seconds for outcome in own.values()),
-        "steps": max((outcome.steps for outcome in own.values()), default=None),
-        "initial_rank": max((outcome.initial_rank for outcome in own.values()), default=None),
-        "mean_ranks": _mean_ranks([outcome.ranks for outcome in own.values()]),
-        "missing": list(_missing(plan, progress, group, choice)),
-    }
+) -> GroupResult:
+    baseline = dataclasses.replace(group, method=plan.config.baseline)
+    own, base = reported[group], reported[baseline]
+    values = spread([result.reported for result in own.values()])
+    return GroupResult(
+        task=group.task,
+        budget=group.budget,
+        method=group.method,
+        metric=plan.metric(group.task),
+        lower_is_better=plan.lower_is_better(group.task),
+        learning_rate=None if choice is None else choice.learning_rate,
+        search=None if choice is None else {f"{rate:g}": _finite(mean) for rate, mean in choice.means.items()},
+        at_edge=None if choice is None else choice.at_edge,
+        searched=choice is not None and choice.searched,
+        reported={seed: result.reported for seed, result in own.items()},
+        mean=values.mean,
+        deviation=values.deviation,
+        difference=None if group == baseline else _difference(own, base),
+        parameters=_mean(result.parameters for result in own.values()),
+        parameters_of_baseline=_mean(result.parameters for result in base.values()),
+        parameters_differ=_parameters_differ(own, base),
+        seconds=_mean(result.seconds for result in own.values()),
+        steps=max((result.steps for result in own.values()), default=None),
+        initial_rank=max((result.initial_rank for result in own.values()), default=None),
+        mean_ranks=_mean_ranks([result.ranks for result in own.values()]),
+        missing=list(_missing(plan, progress, group, choice)),
+    )
+
+
+def _difference(own: Mapping[int, CellResult], base: Mapping[int, CellResult]) -> Difference:
+    """To the baseline, over the seeds that both have."""
+    seeds = [seed for seed in own if seed in base]
+    return paired_difference([own[seed].reported for seed in seeds], [base[seed].reported for seed in seeds])
+
+
+def _parameters_differ(own: Mapping[int, CellResult], base: Mapping[int, CellResult]) -> bool:
+    """Whether the mean numbers differ by more than one component of the widest layer."""
+    if not own or not base:
+        return False
+    found, wanted = (fmean(result.parameters for result in results.values()) for results in (own, base))
+    return abs(found - wanted) > max(result.widest for result in base.values())
 
 
 def _missing(plan: Plan, progress: Progress, group: Group, choice: RateChoice | None) -> Iterator[str]:
@@ -135,8 +251,8 @@ def _missing(plan: Plan, progress: Progress, group: Group, choice: RateChoice | 
         cells = plan.reported_cells(group, choice.learning_rate)
     lacking = False
     for cell in cells:
-        outcome, failure = progress.outcome(cell), progress.failure(cell)
-        if outcome is None or (choice is not None and outcome.diverged):
+        result, failure = progress.result(cell), progress.failure(cell)
+        if result is None or (choice is not None and result.diverged):
             lacking = True
             yield f"{cell}: {failure or 'not run yet'}"
     if choice is None and not lacking:
@@ -145,7 +261,7 @@ def _missing(plan: Plan, progress: Progress, group: Group, choice: RateChoice | 
 
 def _cells(plan: Plan, progress: Progress) -> Iterator[dict[str, Any]]:
     for cell in progress.known_cells():
-        outcome, failure = progress.outcome(cell), progress.failure(cell)
+        result, failure = progress.result(cell), progress.failure(cell)
         yield {
             "folder": str(plan.cell_folder(cell).relative_to(plan.folder)),
             "task": cell.group.task,
@@ -153,24 +269,28 @@ def _cells(plan: Plan, progress: Progress) -> Iterator[dict[str, Any]]:
             "method": cell.group.method,
             "learning_rate": cell.learning_rate,
             "seed": cell.seed,
-            "search": None if outcome is None else _finite(outcome.search),
-            "reported": None if outcome is None else _finite(outcome.reported),
-            "parameters": None if outcome is None else outcome.parameters,
-            "seconds": None if outcome is None else _finite(outcome.seconds),
-            "ranks": None if outcome is None else outcome.ranks,
+            "search": None if result is None else _finite(result.search),
+            "reported": None if result is None else _finite(result.reported),
+            "parameters": None if result is None else result.parameters,
+            "seconds": None if result is None else _finite(result.seconds),
+            "ranks": None if result is None else result.ranks,
             "failure": failure,
-            "environment": None if outcome is None else outcome.environment,
+            "environment": None if result is None else result.environment,
         }
 
 
-def _adjust(groups: Sequence[dict[str, Any]]) -> None:
-    """Add the p-values adjusted for all comparisons of the table."""
-    tested = [group["difference"] for group in groups if (group["difference"] or {}).get("p_value") is not None]
-    for difference, adjusted in zip(tested, holm([one["p_value"] for one in tested]), strict=True):
-        difference["p_holm"] = adjusted
+def _with_adjusted_p_values(groups: Sequence[GroupResult]) -> list[GroupResult]:
+    """The rows with their p-values adjusted for all comparisons of the table."""
+    p_values = {
+        number: group.difference.p_value
+        for number, group in enumerate(groups)
+        if group.difference is not None and group.difference.p_value is not None
+    }
+    adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
+    return [dataclasses.replace(group, p_holm=adjusted.get(number)) for number, group in enumerate(groups)]
 
 
-def _mean(values: Iterator[float]) -> float | None:
+def _mean(values: Iterable[float]) -> float | None:
     found = list(values)
     return fmean(found) if found else None
 
@@ -181,104 +301,3 @@ def _finite(value: float) -> float | None:
 
 def _mean_ranks(ranks: Sequence[Mapping[str, int]]) -> dict[str, float]:
     return {name: fmean(one.get(name, 0) for one in ranks) for name in (ranks[0] if ranks else {})}
-
-
-def format_table(results: Mapping[str, Any]) -> str:
-    """The results as Markdown."""
-    parts = ["# Comparison", ""]
-    for task, budget in {(group["task"], group["budget"]): None for group in results["groups"]}:
-        groups = [group for group in results["groups"] if (group["task"], group["budget"]) == (task, budget)]
-        parts += [*_table(results, groups), ""]
-    parts += [f"- **{name}**: {says}" for name, says in results["methods"].items()]
-    parts += ["", *(f"- {note}" for note in _remarks(results)), ""]
-    missing = [line for group in results["groups"] for line in group["missing"]]
-    if missing:
-        parts += ["## Missing", "", *(f"- {' '.join(line.split())}" for line in missing), ""]
-    return "\n".join(parts)
-
-
-def _table(results: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> list[str]:
-    first, baseline = groups[0], results["config"]["baseline"]
-    sense = "lower" if first["lower_is_better"] else "higher"
-    head = [
-        "method",
-        "learning rate",
-        f"{first['metric']}, mean ± sd",
-        "seeds",
-        f"minus {baseline} [{results['confidence']:.0%} CI]",
-        "p (Holm)",
-        "parameters",
-        "training s",
-    ]
-    lines = [f"## {first['task']}, rank {first['budget']} ({first['metric']}, {sense} is better)", ""]
-    lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return lines + ["| " + " | ".join(_row(group, len(results["config"]["seeds"]))) + " |" for group in groups]
-
-
-def _row(group: Mapping[str, Any], seeds: int) -> list[str]:
-    rate, mean = group["learning_rate"], group["mean"]
-    edge = f" **({group['at_edge']} of the grid!)**" if group["at_edge"] else ""
-    sd = "n/a" if group["deviation"] is None else f"{group['deviation']:.4f}"
-    number = len(group["reported"])
-    return [
-        group["method"],
-        "missing" if rate is None else f"{rate:g}{edge}",
-        "missing" if mean is None else f"{mean:.4f} ± {sd}",
-        str(number) if number == seeds else f"**{number} of {seeds}**",
-        *_difference_cells(group["difference"]),
-        "" if group["parameters"] is None else f"{group['parameters']:,.0f}{' †' * group['parameters_differ']}",
-        "" if group["seconds"] is None else f"{group['seconds']:.0f}",
-    ]
-
-
-def _difference_cells(difference: Mapping[str, Any] | None) -> tuple[str, str]:
-    if difference is None:
-        return "", ""
-    if difference["mean"] is None:
-        return "n/a", "n/a"
-    if difference["low"] is None:
-        return f"{difference['mean']:+.4f} [n/a]", "n/a"
-    interval = f"{difference['mean']:+.4f} [{difference['low']:+.4f}, {difference['high']:+.4f}]"
-    return interval, f"{difference['p_value']:.3g} ({difference['p_holm']:.3g})"
-
-
-def _remarks(results: Mapping[str, Any]) -> Iterator[str]:
-    config, groups = results["config"], results["groups"]
-    rates = ", ".join(f"{rate:g}" for rate in config["learning_rates"])
-    if len(config["learning_rates"]) > 1:
-        yield (
-            f"The learning rate of every method was chosen from {rates} by the mean over {config['search_seeds']} of "
-            "the seeds on the split `search`, which is not the reported one. Figures are of the last step."
-        )
-    else:
-        yield f"The learning rate was not searched: it is {rates} for all methods. Figures are of the last step."
-    yield (
-        f"Differences are paired by seed; their intervals are Student's, the p-values those of the paired t test. "
-        f"{results['comparisons']} comparisons were made: the p-values in brackets are adjusted for that (Holm), the "
-        "intervals are not."
-    )
-    yield (
-        f"Parameters are the elements of the saved LoRA factors; gates and singular values are folded in. All adapters "
-        f"are scaled by alpha / initial rank = {config['alpha_over_rank']:g}."
-    )
-    if any(group["parameters_differ"] for group in groups):
-        yield f"† differs from {config['baseline']} by more than one component of the widest layer."
-    for group in groups:
-        if group["at_edge"]:
-            yield (
-                f"**{group['task']}, rank {group['budget']}, {group['method']}: the learning rate chosen is the "
-                f"{group['at_edge']} of the grid. A better one may lie beyond it: widen learning_rates.**"
-            )
-    yield from results["notes"]
-    if len(results["commits"]) > 1:
-        yield f"Cells are of several commits: {', '.join(results['commits'])}."
-
-
-def write_results(plan: Plan, results: Mapping[str, Any]) -> Path:
-    """Write both files; returns the path of the table."""
-    files.write_json(plan.folder / RESULTS, results)
-    table = plan.folder / TABLE
-    temporary = table.with_suffix(".md.tmp")
-    temporary.write_text(format_table(results), encoding="utf-8")
-    temporary.replace(table)
-    return table

@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 ALL_LINEAR = "all-linear"
-INITS = ("lora", "paper")
+Init = Literal["lora", "paper"]
+INITS: tuple[str, ...] = get_args(Init)
 """``lora``: a_i as LoRA's, b_i = 0, c_i = 1. ``paper``: a_i and b_i Kaiming-uniform, c_i = 0."""
-DTYPES = ("auto", "float32", "bfloat16", "float64")
+AdapterDtype = Literal["auto", "float32", "bfloat16", "float64"]
+DTYPES: tuple[str, ...] = get_args(AdapterDtype)
 
 
 @dataclass(kw_only=True)
@@ -34,8 +36,8 @@ class DynamicLoraConfig:
     alpha: float = 8.0
     dropout: float = 0.1
     target_modules: str | list[str] = ALL_LINEAR
-    init: Literal["lora", "paper"] = "lora"
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "float32"
+    init: Init = "lora"
+    dtype: AdapterDtype = "float32"
     train_gates: bool = True
     seed: int | None = None
 

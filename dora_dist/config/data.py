@@ -9,10 +9,9 @@ from typing import Any, Literal
 from jsonargparse import ArgumentError, ArgumentParser
 
 from dora_dist.config.checks import nearest, require
+from dora_dist.config.tasks import FormatName
 
-Format = Literal[
-    "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "classification", "squad", "summary"
-]
+Format = Literal["auto", FormatName]
 
 
 @dataclass(kw_only=True)
@@ -94,6 +93,10 @@ class DataConfig:
         temperature: mix sources in proportion to size ** (1 / temperature); null for their sizes, weights or epochs.
         cache_dir: folder for encoded data, shared by all runs that use the same.
         workers: processes that encode; null for one per core, 8 at most.
+
+    Attributes:
+        train_sources: what ``train`` describes, with short forms spelled out and a name for every source.
+        eval_sources: the same for ``eval``; empty where there is no held-out data.
     """
 
     train: str | dict[str, Any] | list[str | dict[str, Any]]
@@ -120,23 +123,13 @@ class DataConfig:
         require(self.workers is None or self.workers >= 1, "data.workers", self.workers, "be at least 1")
         for key, given in (("data.train", self.train), ("data.eval", self.eval)):
             require(given not in ([], "", {}), key, given, "name a file, or several")
-        self.eval_sources()
+        # No fields: what is saved, compared and asked for on the command line is the configuration as it was given.
+        self.eval_sources = [] if self.eval is None else _sources(self.eval, "data.eval")
+        self.train_sources = _sources(self.train, "data.train")
         self._check_shares()
 
-    def train_sources(self) -> list[SourceConfig]:
-        """The training sources, short forms spelled out.
-
-        Raises:
-            ValueError: a source is described in a way that cannot work.
-        """
-        return _sources(self.train, "data.train")
-
-    def eval_sources(self) -> list[SourceConfig]:
-        """The held-out sources, as in :meth:`train_sources`; empty for none."""
-        return [] if self.eval is None else _sources(self.eval, "data.eval")
-
     def _check_shares(self) -> None:
-        sources = self.train_sources()
+        sources = self.train_sources
         weighted = [source for source in sources if source.weight is not None]
         repeated = [source for source in sources if source.epochs is not None]
         given = [name for name, there in (("weight", weighted), ("epochs", repeated)) if there]

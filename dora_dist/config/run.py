@@ -11,77 +11,10 @@ from dora_dist.config.adapter import DynamicLoraConfig
 from dora_dist.config.checks import require
 from dora_dist.config.data import DataConfig
 from dora_dist.config.format_version import FORMAT_VERSION
-from dora_dist.config.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TASKS, metrics_of
+from dora_dist.config.model import ModelConfig
+from dora_dist.config.pruning import GATE_SENSITIVITY, PruningConfig
+from dora_dist.config.tasks import CAUSAL_LM, TASKS, TaskName, metrics_of
 from dora_dist.config.training import check_training_section
-
-
-@dataclass(kw_only=True)
-class ModelConfig:
-    """The frozen base model.
-
-    Args:
-        path: folder in the Hugging Face layout, or name of a model on the Hub.
-        quantization: nf4 (4 bits, double quantization), int8, or none.
-        compute_dtype: of activations and unquantized weights; auto is bfloat16 on a GPU and float32 on a CPU.
-        attention: transformers' attention implementation, such as sdpa or flash_attention_2; null for its default.
-        trust_remote_code: run model code that comes with the model.
-    """
-
-    path: str
-    quantization: Literal["nf4", "int8", "none"] = "nf4"
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    attention: str | None = None
-    trust_remote_code: bool = False
-
-
-@dataclass(kw_only=True)
-class PruningConfig:
-    """When and how components are pruned (steps are optimizer steps).
-
-    Args:
-        warmup_fraction: share of the run before pruning begins.
-        final_fraction: share of the run after the last pruning event, with a fixed mask.
-        interval: steps between two events.
-        importance: by what components are judged: frobenius (the paper's share in the norm of their layer's update),
-            magnitude (their norm as it is), squared_magnitude (its square), gate_sensitivity (first-order effect on the
-            loss of removing them, summed over the steps since the last event), or random (to compare with).
-        budget_unit: what the budget counts: components (the paper's), or parameters, of which a component has as many
-            as its layer has inputs and outputs, so that the result has the parameters of a uniform rank target_rank.
-        smoothing: weight of the past in the smoothed scores, in [0, 1); gate_sensitivity is summed instead.
-        equilibrium_weight: weight of the Dimensional Equilibrium Modulator in the loss until the last event; 0 is off.
-        regrow: a component pruned before the last event may grow back (the paper's gentle pruning).
-        rebase: before an event, turn the components of each layer into the singular vectors of its update, which leaves
-            the model as it is, and judge those; smoothing is not used then.
-        min_rank: components that every layer keeps at least.
-        max_rank: components that any layer keeps at most in the end; null for no bound.
-    """
-
-    warmup_fraction: float = 0.15
-    final_fraction: float = 0.5
-    interval: int = 100
-    importance: Literal["frobenius", "magnitude", "squared_magnitude", "gate_sensitivity", "random"] = "frobenius"
-    budget_unit: Literal["components", "parameters"] = "components"
-    smoothing: float = 0.9
-    equilibrium_weight: float = 0.1
-    regrow: bool = True
-    rebase: bool = False
-    min_rank: int = 0
-    max_rank: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("warmup_fraction", "final_fraction", "smoothing"):
-            require(0 <= getattr(self, name) < 1, f"pruning.{name}", getattr(self, name), "lie in [0, 1)")
-        total = self.warmup_fraction + self.final_fraction
-        require(total < 1, "pruning.warmup_fraction + pruning.final_fraction", total, "be less than 1")
-        require(self.interval >= 1, "pruning.interval", self.interval, "be at least 1")
-        require(self.equilibrium_weight >= 0, "pruning.equilibrium_weight", self.equilibrium_weight, "be at least 0")
-        summed = self.importance == "gate_sensitivity"
-        require(not (self.rebase and summed), "pruning.rebase", "true", "be false for the importance gate_sensitivity")
-        require(self.min_rank >= 0, "pruning.min_rank", self.min_rank, "be at least 0")
-        # What is pruned for good early could be needed to fill the final budget under the bound.
-        require(
-            self.regrow or self.max_rank is None, "pruning.max_rank", self.max_rank, "be null where regrow is false"
-        )
 
 
 @dataclass(kw_only=True)
@@ -183,7 +116,7 @@ class RunConfig:
     output_dir: str
     model: ModelConfig
     data: DataConfig
-    task: Literal["causal_lm", "sequence_classification", "question_answering", "seq2seq"] = "causal_lm"
+    task: TaskName = "causal_lm"
     seed: int = 0
     adapter: DynamicLoraConfig = field(default_factory=lambda: DynamicLoraConfig(dtype="auto"))
     pruning: PruningConfig = field(default_factory=PruningConfig)
@@ -202,10 +135,10 @@ class RunConfig:
         self._check_task()
         if self.evaluation.exact_match and self.data.eval is None:
             raise ValueError("evaluation.exact_match is true, but there is no held-out data: set data.eval")
-        if self.pruning.importance == "gate_sensitivity" and not self.adapter.train_gates:
+        if self.pruning.importance == GATE_SENSITIVITY and not self.adapter.train_gates:
             raise ValueError(
-                "pruning.importance is gate_sensitivity, which needs gradients of the gates, but adapter.train_gates "
-                "is false: set it to true, or choose another importance"
+                f"pruning.importance is {GATE_SENSITIVITY}, which needs gradients of the gates, but "
+                "adapter.train_gates is false: set it to true, or choose another importance"
             )
         least, most, target = self.pruning.min_rank, self.pruning.max_rank, self.adapter.target_rank
         if least > target or (most is not None and most < target):
@@ -215,17 +148,18 @@ class RunConfig:
             )
 
     def _check_task(self) -> None:
-        data = self.data
+        task, data = TASKS[self.task], self.data
         metrics_of(self.task, data.labels, self.evaluation.metrics)
-        for name in (data.format, *(source.format for source in (*data.train_sources(), *data.eval_sources()))):
-            if name != "auto" and name not in TASKS[self.task].formats:
-                fitting = next(task.name for task in TASKS.values() if name in task.formats)
+        for name in (data.format, *(source.format for source in (*data.train_sources, *data.eval_sources))):
+            if name != "auto" and name not in task.formats:
+                fitting = next(other.name for other in TASKS.values() if name in other.formats)
                 raise ValueError(
                     f"the format {name} is for the task {fitting}, but task is {self.task}, with the formats "
-                    f"{', '.join(TASKS[self.task].formats)}"
+                    f"{', '.join(task.formats)}"
                 )
-        if data.labels == "regression" and self.task != SEQUENCE_CLASSIFICATION:
-            raise ValueError(f"data.labels is regression, but task is {self.task}: set it to {SEQUENCE_CLASSIFICATION}")
+        if data.labels == "regression" and not task.has_labels:
+            labelled = " or ".join(other.name for other in TASKS.values() if other.has_labels)
+            raise ValueError(f"data.labels is regression, but task is {self.task}: set it to {labelled}")
         if self.task == CAUSAL_LM:
             return
         for key, value, left_out in (

@@ -1,16 +1,23 @@
 """What a model can be tuned for: the class of the model, the formats of its rows, and what is measured.
 
-Plain values, so that a command line is parsed without waiting for torch.
+Plain values, so that a command line is parsed without waiting for torch. What a run of a task is built from is in
+:mod:`dora_dist.setup.tasks`.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from dora_dist.config.checks import nearest
 
-CAUSAL_LM = "causal_lm"
-SEQUENCE_CLASSIFICATION = "sequence_classification"
-QUESTION_ANSWERING = "question_answering"
-SEQ2SEQ = "seq2seq"
+TaskName = Literal["causal_lm", "sequence_classification", "question_answering", "seq2seq"]
+FormatName = Literal[
+    "messages", "sharegpt", "alpaca", "prompt_completion", "text", "classification", "squad", "summary"
+]
+
+CAUSAL_LM: TaskName = "causal_lm"
+SEQUENCE_CLASSIFICATION: TaskName = "sequence_classification"
+QUESTION_ANSWERING: TaskName = "question_answering"
+SEQ2SEQ: TaskName = "seq2seq"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,22 +30,25 @@ class Task:
         peft_type: PEFT's name of it.
         class_ending: how names of transformers' classes for it end; empty where they have many endings.
         trains_head: whether the model has a head of the task's own, which is trained.
-        formats: of rows, in the order in which they are told; see :data:`dora_dist.data.reading.row_formats.FORMATS`.
-        metrics: that can be asked for beside the loss.
-        default_metrics: those that are measured where nothing is said.
+        has_labels: whether a row has one label, a class or a number as ``data.labels`` says.
+        formats: formats that its rows can have, tried in this order; see
+            :data:`~dora_dist.data.row_formats.FORMATS`.
+        metrics: those of :data:`METRICS` that ``evaluation.metrics`` can name.
+        default_metrics: those that are measured where ``evaluation.metrics`` is null.
     """
 
-    name: str
+    name: TaskName
     auto_class: str
     peft_type: str
     class_ending: str
     trains_head: bool
-    formats: tuple[str, ...]
+    has_labels: bool = False
+    formats: tuple[FormatName, ...]
     metrics: tuple[str, ...] = ()
     default_metrics: tuple[str, ...] = ()
 
 
-TASKS = {
+TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         Task(
@@ -55,6 +65,7 @@ TASKS = {
             peft_type="SEQ_CLS",
             class_ending="ForSequenceClassification",
             trains_head=True,
+            has_labels=True,
             formats=("classification",),
             metrics=("accuracy", "matthews", "f1"),
             default_metrics=("accuracy", "matthews"),
@@ -82,7 +93,34 @@ TASKS = {
     )
 }
 REGRESSION_METRICS = ("pearson", "spearman")
-"""Of sequence classification with numbers for labels."""
+"""Metrics of a task with labels where these are numbers."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is shown.
+
+    Attributes:
+        title: its name in a summary.
+        style: format of its value.
+    """
+
+    title: str
+    style: str = ".4f"
+
+
+METRICS = {
+    "exact_match": Metric("exact match", ".1%"),
+    "accuracy": Metric("accuracy", ".1%"),
+    "matthews": Metric("Matthews"),
+    "f1": Metric("F1"),
+    "pearson": Metric("Pearson"),
+    "spearman": Metric("Spearman"),
+    "rouge1": Metric("ROUGE-1"),
+    "rouge2": Metric("ROUGE-2"),
+    "rouge_l": Metric("ROUGE-L"),
+}
+"""What can be measured beside the loss, in the order in which it is shown."""
 
 
 def metrics_of(task: str, labels: str, wanted: list[str] | None) -> tuple[str, ...]:

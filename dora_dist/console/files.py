@@ -1,6 +1,7 @@
-"""JSON files and records of lines."""
+"""JSON files, records of lines, and source files."""
 
 import json
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -26,3 +27,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return lines
+
+
+def digest_sources(folder: Path) -> str:
+    """SHA-256 of the names and contents of all Python files in a folder and the folders below it."""
+    digest = sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return digest.hexdigest()

@@ -1,10 +1,14 @@
-"""Pictures: matplotlib without a screen."""
+"""Pictures are drawn with matplotlib, without a screen."""
 
 from pathlib import Path
 from typing import Any
 
+DOTS_PER_INCH = 140
+"""Resolution of a picture, unless its size asks for another one."""
+
 
 def pyplot() -> Any:
+    """``matplotlib.pyplot`` with a backend that needs no screen; imported here because it is heavy."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -13,6 +17,13 @@ def pyplot() -> Any:
     return pyplot
 
 
-def save_picture(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=140)
+def save_picture(figure: Any, path: Path, dpi: int = DOTS_PER_INCH) -> None:
+    """Write a matplotlib figure into a file and close it.
+
+    Args:
+        figure: The matplotlib figure.
+        path: The file; its suffix is the format.
+        dpi: Dots per inch.
+    """
+    figure.savefig(path, dpi=dpi)
     pyplot().close(figure)

@@ -1,4 +1,4 @@
-"""What a result is kept with: where, with what and from which sources it was measured."""
+"""What a result is recorded with: when, where, with which versions and from which sources it was made."""
 
 import os
 import platform
@@ -6,17 +6,25 @@ import subprocess
 import time
 from collections.abc import Sequence
 from importlib import metadata
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 SOURCES = Path(__file__).parents[1]
+"""The folder of this package, in whose repository the commit is looked up."""
+RUN_PACKAGES = ("dora-dist", "torch", "deepspeed", "accelerate", "transformers", "peft", "bitsandbytes", "datasets")
+"""Packages that the result of a training run depends on."""
+COMPARE_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "numpy")
+"""Packages that the cells of ``dora_dist.compare`` depend on; each of them is one process without DeepSpeed."""
+BENCHMARK_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "accelerate", "numpy")
+"""Packages that the measurements of ``dora_dist.benchmark`` depend on."""
+PLANTED_PACKAGES = ("torch", "transformers", "peft", "scipy")
+"""Packages that the results of ``dora_dist.planted`` depend on."""
 
 
 def environment(packages: Sequence[str]) -> dict[str, Any]:
-    """When, where, with which versions of packages and from which sources something is measured."""
+    """When, where, with which versions of the packages and from which sources something is measured."""
     return {
         "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": _git("rev-parse", "HEAD"),
@@ -26,8 +34,20 @@ def environment(packages: Sequence[str]) -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "os": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
+        "versions": {package: _version_of(package) for package in packages},
     }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a run depends on."""
+    return {"python": platform.python_version(), **{package: _version_of(package) for package in RUN_PACKAGES}}
+
+
+def _version_of(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _git(*arguments: str) -> str | None:
@@ -45,17 +65,3 @@ def _cpu_model() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-PACKAGES = ("dora-dist", "torch", "deepspeed", "accelerate", "transformers", "peft", "bitsandbytes", "datasets")
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result depends on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 
 
 def aligned(rows: Sequence[Sequence[str]], num_words: int = 2) -> str:
@@ -71,7 +71,7 @@ def duration(seconds: float) -> str:
 
 def format_bytes(count: int) -> str:
     """Three digits or so: ``5.31 GiB``, ``812 MiB``, ``20.1 KiB``."""
-    for unit, size in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
+    for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", 2**10)):
         if count >= 0.9995 * size:
             return f"{_digits(count / size)} {unit}"
     return f"{count} B"

@@ -24,14 +24,12 @@ from datasets import Dataset, Features, disable_progress_bars, enable_progress_b
 from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
+from dora_dist.console.files import digest_sources
 from dora_dist.console.text import say
-from dora_dist.data.encoding.classification import LabelledEncoder
 from dora_dist.data.encoding.encoder import BOOKKEEPING, EncodingRules, RowEncoder, Status, UnusableRowError
-from dora_dist.data.encoding.questions import QuestionEncoder
-from dora_dist.data.encoding.summaries import SummaryEncoder
-from dora_dist.data.encoding.text import Encoder
-from dora_dist.data.prepared import LEFT_OUT, PreparedSource, SourceCounts, list_lengths
+from dora_dist.data.prepared import LEFT_OUT, PreparedSource, SourceCounts, arrow_column, list_lengths
 from dora_dist.data.reading.files import Location, RawRow
+from dora_dist.data.row_formats import build_encoder
 
 MANIFEST = "prepared.json"
 ROWS_AT_A_TIME = 1000
@@ -40,14 +38,6 @@ LEAST_TRAINED_SHARE = 0.01
 KEPT_BOOKKEEPING = ("removed", "key", "place")
 FIRST_ROWS = 20
 """From how many rows the format of a source is told."""
-
-ENCODERS: dict[str, type[RowEncoder[Any, Any]]] = {
-    "classification": LabelledEncoder,
-    "squad": QuestionEncoder,
-    "summary": SummaryEncoder,
-}
-"""What makes examples of the rows of a format; :class:`~dora_dist.data.encoding.text.Encoder` of those that are not
-here."""
 
 
 def first_rows(location: Location) -> list[dict]:
@@ -90,7 +80,7 @@ def prepare_source(
     Raises:
         ValueError: the data cannot be used.
     """
-    encoder = ENCODERS.get(rules.format, Encoder)(tokenizer, rules)
+    encoder = build_encoder(tokenizer, rules)
     key = _cache_key(location, rules, tokenizer)
     folder = cache / f"{_file_name(name)}-{key[:20]}"
     if not (folder / MANIFEST).is_file():
@@ -128,8 +118,7 @@ def _cache_key(location: Location, rules: EncodingRules, tokenizer: PreTrainedTo
     digest = sha256(location.digest().encode())
     digest.update(json.dumps(asdict(rules), sort_keys=True).encode())
     digest.update(tokenizer_digest(tokenizer).encode())
-    for source in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(source.read_bytes())
+    digest.update(digest_sources(Path(__file__).parent).encode())
     digest.update(repr([version(name) for name in ("transformers", "tokenizers", "datasets", "jinja2")]).encode())
     return digest.hexdigest()
 
@@ -234,7 +223,7 @@ def _progress_bars() -> Iterator[None]:
 def _count(num_rows: int, examples: Dataset, status: np.ndarray) -> SourceCounts:
     columns = examples.select_columns(["removed", "trimmed"]).with_format("numpy")[:]
     places = Counter(examples["place"]) if len(examples) > num_rows else {}
-    tokens = int(list_lengths(examples).sum())
+    tokens = int(list_lengths(arrow_column(examples, "input_ids")).sum())
     return SourceCounts(
         rows=num_rows,
         bad=int((status == Status.BAD).sum()),
@@ -252,7 +241,7 @@ def _count(num_rows: int, examples: Dataset, status: np.ndarray) -> SourceCounts
 def _num_trained(examples: Dataset) -> int:
     """Labels over all examples, from the spans' flat values; the first position of an example has none."""
     total = 0
-    for chunk in examples.data.column("spans").chunks:
+    for chunk in arrow_column(examples, "spans").chunks:
         edges = chunk.flatten().to_numpy().astype(np.int64)
         total += int((edges[1::2] - edges[::2]).sum() - (edges[::2] == 0).sum())
     return total

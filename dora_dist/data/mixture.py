@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from dora_dist.data.plan import TrainingPlan, packed_to, plan_by_length, plan_packed, plan_padded
+from dora_dist.data.plan import PackedOrder, TrainingPlan, plan_by_length, plan_padded
 
 
 def pass_counts(
@@ -119,6 +119,10 @@ class Mixture:
         return example_order(self.members, self.counts, length, self.seed)
 
     @cached_property
+    def _packed(self) -> PackedOrder:
+        return PackedOrder(self.order, self.lengths, self.max_length, self.seed)
+
+    @property
     def rows_per_epoch(self) -> int:
         """Rows that one pass over the mixture fills."""
         return self.rows_of_epochs(1)
@@ -127,14 +131,14 @@ class Mixture:
         """Rows that so many passes over the mixture fill."""
         length = max(1, round(epochs * sum(self.counts)))
         if self.batching == "packed":
-            return plan_packed(self.order(length), self.lengths, self.max_length, self.seed).num_rows
+            return self._packed.num_rows(length)
         return length
 
     def plan(self, num_steps: int, global_batch: int) -> TrainingPlan:
         """The rows of a run of ``num_steps`` optimizer steps of ``global_batch`` rows."""
         num_rows = num_steps * global_batch
         if self.batching == "packed":
-            return packed_to(self.order, self.lengths, self.max_length, self.seed, num_rows)
+            return self._packed.plan(num_rows)
         if self.batching == "by_length":
             return plan_by_length(self.order(num_rows), self.lengths, global_batch, self.seed)
         return plan_padded(self.order(num_rows))

@@ -5,7 +5,7 @@ the number of ranks, of gradient accumulation, or of where a run was resumed.
 """
 
 import bisect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -93,44 +93,71 @@ def plan_by_length(order: np.ndarray, lengths: np.ndarray, global_batch: int, se
     return plan_padded(arranged)
 
 
-def plan_packed(order: np.ndarray, lengths: np.ndarray, capacity: int, seed: int) -> TrainingPlan:
-    """Several examples a row, of ``capacity`` tokens at most: best fit decreasing inside windows of the order.
+class PackedOrder:
+    """The endless order of examples, several of them in a row: best fit decreasing inside windows of the order.
+
+    Windows do not depend on each other. Each is packed once, however often it is asked for.
 
     Args:
-        order: indices of examples in training order.
+        order_of: the order of the examples.
         lengths: tokens of every example, none above ``capacity``.
         capacity: tokens of a row.
-        seed: of the order of the rows in a window.
+        seed: decides the order of the rows in a window.
     """
-    rows: list[list[int]] = []
-    for number, start in enumerate(range(0, len(order), PACKING_WINDOW)):
-        packed = _best_fit(order[start : start + PACKING_WINDOW], lengths, capacity)
-        rows += [packed[turn] for turn in np.random.default_rng((seed, 5, number)).permutation(len(packed))]
-    starts = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
-    return TrainingPlan(np.concatenate(rows).astype(np.int64), starts.astype(np.int64))
+
+    def __init__(self, order_of: OrderOfLength, lengths: np.ndarray, capacity: int, seed: int) -> None:
+        self._order_of = order_of
+        self._lengths = lengths
+        self._capacity = capacity
+        self._seed = seed
+        # By number and size: a window at whose end the order is cut off is packed differently from the full one.
+        self._packed: dict[tuple[int, int], TrainingPlan] = {}
+
+    def num_rows(self, num_examples: int) -> int:
+        """How many rows the first examples of the order fill."""
+        return sum(window.num_rows for window in self._windows(num_examples))
+
+    def plan(self, num_rows: int) -> TrainingPlan:
+        """The first rows, from as many full windows as they take."""
+        count = 1
+        while (found := self.num_rows(count * PACKING_WINDOW)) < num_rows:
+            count = max(count + 1, -(-count * num_rows // found))
+        return _joined(self._windows(count * PACKING_WINDOW)).first(num_rows)
+
+    def _windows(self, num_examples: int) -> list[TrainingPlan]:
+        starts = range(0, num_examples, PACKING_WINDOW)
+        keys = [(number, min(PACKING_WINDOW, num_examples - start)) for number, start in enumerate(starts)]
+        if missing := [key for key in keys if key not in self._packed]:
+            order = self._order_of(num_examples)
+            for number, size in missing:
+                start = number * PACKING_WINDOW
+                self._packed[number, size] = self._pack(number, order[start : start + size])
+        return [self._packed[key] for key in keys]
+
+    def _pack(self, number: int, examples: np.ndarray) -> TrainingPlan:
+        rows = _best_fit(examples, self._lengths, self._capacity)
+        turns = np.random.default_rng((self._seed, 5, number)).permutation(len(rows))
+        starts = np.cumsum([0, *(len(rows[turn]) for turn in turns)], dtype=np.int64)
+        return TrainingPlan(np.concatenate([rows[turn] for turn in turns]).astype(np.int64), starts)
+
+
+def _joined(plans: Sequence[TrainingPlan]) -> TrainingPlan:
+    """The rows of several plans, one plan after the other."""
+    sizes = np.concatenate([np.diff(plan.starts) for plan in plans])
+    return TrainingPlan(np.concatenate([plan.examples for plan in plans]), np.concatenate([[0], np.cumsum(sizes)]))
 
 
 def _best_fit(examples: np.ndarray, lengths: np.ndarray, capacity: int) -> list[list[int]]:
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # tokens left and number of the row, ascending
-    for example in examples[np.argsort(-lengths[examples], kind="stable")]:
-        length = int(lengths[example])
+    longest_first = examples[np.argsort(-lengths[examples], kind="stable")]
+    for example, length in zip(longest_first.tolist(), lengths[longest_first].tolist(), strict=True):
         fitting = bisect.bisect_left(room, (length, -1))
         if fitting < len(room):
             left, row = room.pop(fitting)
         else:
             left, row = capacity, len(rows)
             rows.append([])
-        rows[row].append(int(example))
+        rows[row].append(example)
         bisect.insort(room, (left - length, row))
     return rows
-
-
-def packed_to(order_of: OrderOfLength, lengths: np.ndarray, capacity: int, seed: int, num_rows: int) -> TrainingPlan:
-    """A packed plan of exactly ``num_rows`` rows, from as many examples as they take."""
-    windows = 1
-    while True:
-        plan = plan_packed(order_of(windows * PACKING_WINDOW), lengths, capacity, seed)
-        if plan.num_rows >= num_rows:
-            return plan.first(num_rows)
-        windows = max(windows + 1, -(-windows * num_rows // plan.num_rows))

@@ -3,16 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset
 
 from dora_dist.console.text import aligned
-
-if TYPE_CHECKING:
-    from dora_dist.data.prepared import PreparedSource
-
 
 LEFT_OUT = "left_out.jsonl"
 
@@ -67,7 +63,7 @@ class PreparedSource:
         name: of the source.
         folder: in the cache.
         format: what the rows were read as.
-        dataset: memory-mapped; the columns of the format's encoder (:data:`ENCODERS`), ``removed``, ``key``, ``place``.
+        dataset: memory-mapped; the columns of the format's encoder, ``removed``, ``key``, ``place``.
         counts: what became of the rows.
         digest: SHA-256 over all examples in their order.
     """
@@ -86,22 +82,32 @@ class PreparedSource:
             remarks.append(f"{self.name}: what was left out is listed in {self.folder / LEFT_OUT}")
         return remarks
 
-    def lengths(self) -> np.ndarray:
-        """Tokens of every example, int64, shape (examples,)."""
-        return list_lengths(self.dataset)
+    def column(self, name: str) -> pa.ChunkedArray:
+        """One column of the dataset; nothing of it is read before it is used."""
+        return arrow_column(self.dataset, name)
+
+    def lengths(self, column: str = "input_ids") -> np.ndarray:
+        """Number of entries of every example in a column of lists (by default its tokens), int64, shape (examples,)."""
+        return list_lengths(self.column(column))
 
     def keys(self) -> np.ndarray:
         """Hash of every example, int64, shape (examples,)."""
-        return self.dataset.data.column("key").to_numpy()
+        keys: np.ndarray = self.column("key").to_numpy()
+        return keys
 
 
-def list_lengths(dataset: Dataset, column: str = "input_ids") -> np.ndarray:
-    """Lengths of the lists in a column, without reading what is in them."""
-    chunks = dataset.data.column(column).chunks
-    return np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in chunks] or [[]]).astype(np.int64)
+def arrow_column(dataset: Dataset, name: str) -> pa.ChunkedArray:
+    """One column of the rows of a dataset, which may be a selection of those of its table."""
+    return dataset.select_columns([name]).with_format("arrow")[:].column(name)
 
 
-def render(title: str, sources: "Sequence[PreparedSource]") -> str:
+def list_lengths(column: pa.ChunkedArray) -> np.ndarray:
+    """Lengths of the lists in a column, without reading what is in them, int64, shape (rows,)."""
+    lengths = [np.diff(chunk.offsets.to_numpy()) for chunk in column.chunks]
+    return np.concatenate(lengths or [[]]).astype(np.int64)
+
+
+def render(title: str, sources: Sequence[PreparedSource]) -> str:
     """A table of sources: what was read, what is left, and how much of it is trained."""
     header = (title, "format", "rows", "examples", "left out", "truncated", "tokens", "trained", "longest")
     lines = [header]

@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with contextlib.redirect_stdout(sys.stderr):  # where libraries print
             quiet_libraries()
             config = capture(read_config, options.config, overrides)
-            problems = examine(config.result, options.output, options.timeout)
+            problems = inspect_job(config.result, options.output, options.timeout)
     except ImportError as error:
         raise ExpectedRunError(
             f"{error}: activate the environment of this project, or pip install -c launch/constraints.txt -e ."
@@ -94,8 +94,8 @@ def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def examine(config_of: "Callable[[], RunConfig | None]", output: Path | None, timeout: float) -> "list[Problem]":
-    """Look at everything, and print each section as soon as it is known.
+def inspect_job(config_of: "Callable[[], RunConfig | None]", output: Path | None, timeout: float) -> "list[Problem]":
+    """Inspect this machine or job, and print each section of the report as soon as it is known.
 
     Args:
         config_of: gives the configuration, or raises what is wrong with it.
@@ -106,7 +106,7 @@ def examine(config_of: "Callable[[], RunConfig | None]", output: Path | None, ti
     from dora_dist.doctor import report
     from dora_dist.doctor.device_findings import device_problems
     from dora_dist.doctor.findings import node_problems, software_problems, world_problems
-    from dora_dist.doctor.inspection import examine_rank, join
+    from dora_dist.doctor.inspection import inspect_rank, join
     from dora_dist.doctor.network import measure_network
     from dora_dist.doctor.shared_findings import network_problems
 
@@ -115,7 +115,7 @@ def examine(config_of: "Callable[[], RunConfig | None]", output: Path | None, ti
     agreement = join(timeout)
     with agreement.together("reading the configuration"):
         config = config_of()
-    ranks = examine_rank(agreement, config, environment)
+    ranks = inspect_rank(agreement, config, environment)
     tell(report.software_section(ranks))
     tell(report.nodes_section(ranks))
     tell(report.environment_section(ranks))
@@ -125,7 +125,7 @@ def examine(config_of: "Callable[[], RunConfig | None]", output: Path | None, ti
         *software_problems(ranks),
         *device_problems(ranks, config.model.compute_dtype if config else "auto"),
         *node_problems(ranks),
-        *examine_folder(agreement, ranks, config, output),
+        *inspect_folder(agreement, ranks, config, output),
     ]
     say("timing all-reduces ...")
     network = measure_network(agreement)
@@ -136,10 +136,10 @@ def examine(config_of: "Callable[[], RunConfig | None]", output: Path | None, ti
     return problems
 
 
-def examine_folder(
+def inspect_folder(
     agreement: "Agreement", ranks: "Sequence[RankFacts]", config: "RunConfig | None", output: Path | None
 ) -> "list[Problem]":
-    """Try the checkpoint folder on all ranks and print what came out; see :func:`examine`."""
+    """Try the checkpoint folder on all ranks and print what came out; see :func:`inspect_job`."""
     from dora_dist.doctor import report
     from dora_dist.doctor.grouping import by_node
     from dora_dist.doctor.inspection import checkpoint_bytes

@@ -6,11 +6,10 @@ from functools import partial
 
 from packaging.requirements import Requirement
 
-from dora_dist.console.text import format_bytes
+from dora_dist.console.text import GIB, MIB, format_bytes
 from dora_dist.doctor.facts import Problem, RankFacts
 from dora_dist.doctor.grouping import alike, by_node, place
 
-GIB, MIB = 2**30, 2**20
 FEWEST_OPEN_FILES = 1024
 SHM_PER_RANK = 128 * MIB
 LARGEST_SKEW = 5.0

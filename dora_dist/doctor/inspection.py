@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dora_dist.base_model.load import find_model, load_skeleton, resolve_compute_dtype
+from dora_dist.base_model.load import BaseModelSpec, find_model, load_skeleton, resolve_compute_dtype
 from dora_dist.console.errors import ExpectedRunError
 from dora_dist.distributed.launcher import check_launch
 from dora_dist.distributed.rendezvous import join_rendezvous
@@ -65,7 +65,7 @@ def with_deepspeed(environment: Mapping[str, str]) -> bool:
     return environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
-def examine_rank(
+def inspect_rank(
     agreement: StoreAgreement, config: "RunConfig | None", environment: Mapping[str, str]
 ) -> list[RankFacts]:
     """Look at every process, its node and its devices.
@@ -145,7 +145,7 @@ def checkpoint_bytes(config: "RunConfig") -> int | None:
     from dora_dist.memory.activations import Adapter
 
     try:
-        skeleton = load_skeleton(config.model.path, config.model.trust_remote_code, config.task)
+        skeleton = load_skeleton(BaseModelSpec.of(config.model, config.task))
         shape = read_shape(skeleton, resolve_targets(skeleton, config.adapter.target_modules))
     except ValueError:
         return None

@@ -6,12 +6,12 @@ from typing import TypeVar
 
 import torch
 
+from dora_dist.console.text import MIB
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.doctor.facts import NetworkFacts
 
 Result = TypeVar("Result")
 
-MIB = 2**20
 SIZES = {"nccl": (8, MIB, 64 * MIB, 256 * MIB), "gloo": (8, MIB, 16 * MIB)}
 """Bytes of the tensors that are reduced: the first shows the latency, the last the bandwidth."""
 OTHER_SIZES = (8, MIB)

@@ -6,12 +6,13 @@ import re
 import resource
 import socket
 from collections.abc import Mapping
-from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
+
+from dora_dist.console.files import digest_sources
 
 DISTRIBUTION = "dora-dist"
 SHOWN_PREFIXES = ("NCCL_", "TORCH_NCCL_", "GLOO_")
@@ -36,7 +37,7 @@ def node_facts(environment: Mapping[str, str]) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "below": below,
-        "source": source_digest(Path(__file__).parents[1]),
+        "source": digest_sources(Path(__file__).parents[1])[:8],
         "driver": driver_version(),
         "cores": tuple(sorted(os.sched_getaffinity(0))),
         "memory": memory_limit(),
@@ -72,14 +73,6 @@ def _version_of(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def source_digest(package: Path) -> str:
-    """Eight hexadecimal digits that stand for the source files of a package."""
-    digest = sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
-    return digest.hexdigest()[:8]
 
 
 def driver_version() -> str | None:

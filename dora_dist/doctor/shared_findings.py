@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dora_dist.console.text import format_bytes
+from dora_dist.console.text import GIB, MIB, format_bytes
 from dora_dist.doctor.facts import NetworkFacts, Problem, RankFacts, StorageFacts
 from dora_dist.doctor.grouping import alike, place
 
-GIB, MIB = 2**30, 2**20
 LEAST_SPACE = GIB
 """Free bytes without a configuration: about a checkpoint of a 7B model whose layers start with 16 components."""
 FEWEST_INODES = 1000

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from dora_dist.console.text import MIB
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.doctor.facts import StorageFacts
 
-MIB = 2**20
 FIRST_PIECE, MOST_BYTES = 4 * MIB, 256 * MIB
 MOST_SECONDS = 5.0
 LARGEST_SHARE = 4

@@ -81,7 +81,7 @@ class QuestionEvaluator(OutcomeEvaluator):
 
 def questions_of(examples: Dataset) -> list[range]:
     """The windows of every question, which stand one after the other."""
-    places = examples.data.column("place").to_pylist()
+    places = examples["place"][:]
     starts = [number for number, place in enumerate(places) if number == 0 or place != places[number - 1]]
     return [range(start, stop) for start, stop in zip(starts, [*starts[1:], len(places)], strict=True)]
 

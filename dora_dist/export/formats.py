@@ -1,4 +1,5 @@
-"""The forms in which a trained adapter leaves the house; each is loaded back and compared before it counts."""
+"""Export formats of a trained adapter. Each export is loaded back and compared with what was trained before it is
+reported as done."""
 
 import gc
 import shutil
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS, pad_rank, read_lora_adapter, write_lora_adapter
 from dora_dist.adapter.targets import resolve_targets
@@ -102,28 +103,11 @@ def export_merged(trained: TrainedRun, folder: Path, dtype: str, original: bool)
     Raises:
         ExpectedRunError: the result does not compute the same, or rounding loses the adapter.
     """
-    tokenizer = trained.load_tokenizer()
-    device = default_device()
-    base = trained.load_original(device) if original else trained.load_base(device, in_float32=True)
-    plain = trained.load_original("cpu")
-    merge_into(plain, base, read_lora_adapter(trained.adapter))
-    reference = _reference(trained, base)
-    del base
+    plain, reference = _merge(trained, original)
     merged = reference.check("the merged model", logits_of(plain, reference.tokens))
-
-    cast_parameters(plain, getattr(torch, dtype))
-    plain.config.use_cache = True
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(plain.generation_config, name, getattr(tokenizer, name))
-    plain.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    cast_parameters(plain, torch.float32)
-    rounded = logits_of(plain, reference.tokens)
+    rounded = _write_rounded(plain, folder, dtype, trained.load_tokenizer(), reference.tokens)
     del plain
-    loaded = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, trust_remote_code=trained.config.model.trust_remote_code
-    )
-    logits = logits_of(loaded, reference.tokens)
+    logits = _logits_of_written(folder, trained.config.model.trust_remote_code, reference.tokens)
     reread = reference.check("the model loaded back", logits, wanted=rounded)
     final = reference.check_rounded("the merged model", logits, dtype)
     kind = "the base as stored" if original else f"the base as trained on ({_quantization(trained)}), dequantized,"
@@ -136,6 +120,35 @@ def export_merged(trained: TrainedRun, folder: Path, dtype: str, original: bool)
         ],
         MERGED_USAGE,
     )
+
+
+def _merge(trained: TrainedRun, original: bool) -> tuple[PreTrainedModel, Reference]:
+    """The merged model in float32 on the CPU, and what it is compared with; the base itself is gone again."""
+    device = default_device()
+    base = trained.load_original(device) if original else trained.load_base(device, in_float32=True)
+    plain = trained.load_original("cpu")
+    merge_into(plain, base, read_lora_adapter(trained.adapter))
+    return plain, _reference(trained, base)
+
+
+def _write_rounded(
+    plain: PreTrainedModel, folder: Path, dtype: str, tokenizer: PreTrainedTokenizerBase, tokens: Tensor
+) -> Tensor:
+    """Round the weights to ``dtype`` and write them; returns the logits of the rounded ones, computed in float32."""
+    cast_parameters(plain, getattr(torch, dtype))
+    plain.config.use_cache = True
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(plain.generation_config, name, getattr(tokenizer, name))
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    cast_parameters(plain, torch.float32)
+    return logits_of(plain, tokens)
+
+
+def _logits_of_written(folder: Path, trust_remote_code: bool, tokens: Tensor) -> Tensor:
+    """Logits of the model as it is loaded back from its folder, computed in float32."""
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    return logits_of(loaded, tokens)
 
 
 def choose_rank(factors: Mapping[str, Factors], rank: int | None, ranks: Sequence[int]) -> int:

@@ -87,7 +87,7 @@ class Reference:
             )
         return found
 
-    def check_rounded(self, what: str, logits: Tensor, dtype: torch.dtype) -> Difference:
+    def check_rounded(self, what: str, logits: Tensor, dtype: str) -> Difference:
         """Hold logits of a model whose weights have been rounded to 16 bits to keeping the adapter's effect.
 
         Raises:

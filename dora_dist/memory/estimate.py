@@ -1,54 +1,50 @@
 """Memory per GPU of a run that is configured, before any weight is read."""
 
-import dataclasses
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
 
+import torch
+
+from dora_dist.adapter.targets import resolve_targets
+from dora_dist.base_model.chunked_loss import obstacle
+from dora_dist.base_model.load import BaseModelSpec, load_skeleton
+from dora_dist.base_model.shape import read_shape
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import CAUSAL_LM
 from dora_dist.config.training import training_argument, whole_number
 from dora_dist.distributed.launcher import check_world_size
-
-if TYPE_CHECKING:
-    from dora_dist.memory.step import Optimizer, StepMemory
-
+from dora_dist.memory.activations import Adapter, Batch
+from dora_dist.memory.step import Optimizer, StepMemory, TrainingStep, step_memory
 
 WORLD_SIZES = (1, 2, 4, 8, 16, 32)
-
-
+"""Numbers of ranks for which the shards of ZeRO are shown."""
 DEVICES = ("cuda", "cpu")
-
-
 SINGLE_MOMENT = ("lion", "rmsprop", "adagrad", "momentum")
-
-
+"""Parts of the names of optimizers that keep one tensor of state per parameter."""
 NO_MOMENT = ("sgd", "adafactor")
-
-
+"""Parts of the names of optimizers that keep none, or next to none."""
 OWN_KERNEL = ("fused", "bnb", "8bit", "paged")
-"""In names of optimizers that update in place, without scratch."""
+"""Parts of the names of optimizers that update in place, without scratch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """What a run takes on one device.
+    """Memory that a run takes on one device.
 
     Args:
-        model: path or name of the base.
-        quantization: of the base.
-        compute_dtype: of activations, resolved.
-        adapter_dtype: of the adapter's parameters, resolved.
+        model: Path or name of the base.
+        quantization: ``model.quantization``.
+        compute_dtype: Dtype of activations, with ``auto`` resolved.
+        adapter_dtype: Dtype of the adapter's parameters, with ``auto`` resolved.
         engine: ``distributed.engine``.
         device: ``cuda`` or ``cpu``.
-        world_size: number of ranks.
-        rows: examples of a micro-batch on one device.
-        length: tokens of a row, at most.
-        accumulation: micro-batches of an optimizer step.
-        checkpointing: whether the configuration has gradient checkpointing on.
-        without: memory without gradient checkpointing, in bytes.
-        with_checkpointing: memory with it, in bytes.
-        shards: number of ranks -> bytes that ZeRO leaves on each of them for master copy, moments and gradient shard
+        world_size: Number of ranks.
+        rows: Examples of a micro-batch on one device.
+        length: Tokens of a row, at most.
+        accumulation: Micro-batches of an optimizer step.
+        checkpointing: Whether the configuration has gradient checkpointing on.
+        without: Memory without gradient checkpointing.
+        with_checkpointing: Memory with it.
+        shards: Number of ranks -> bytes that ZeRO leaves on each of them for master copy, moments and gradient shard
             (empty for other engines).
     """
 
@@ -63,28 +59,28 @@ class MemoryEstimate:
     length: int
     accumulation: int
     checkpointing: bool
-    without: "StepMemory"
-    with_checkpointing: "StepMemory"
+    without: StepMemory
+    with_checkpointing: StepMemory
     shards: dict[int, int]
 
     @property
-    def configured(self) -> "StepMemory":
+    def configured(self) -> StepMemory:
         """Memory with gradient checkpointing as the configuration has it."""
         return self.with_checkpointing if self.checkpointing else self.without
 
     @property
     def peak_bytes(self) -> int:
-        """The most that is allocated at once, as configured."""
+        """The most bytes that are allocated at once, as configured."""
         return self.configured.peak.total
 
     @property
     def tokens_per_micro_batch(self) -> int:
-        """On one device, at most."""
+        """Tokens of a micro-batch on one device, at most."""
         return self.rows * self.length
 
     @property
     def tokens_per_step(self) -> int:
-        """Of an optimizer step, all ranks together, at most."""
+        """Tokens of an optimizer step on all ranks together, at most."""
         return self.tokens_per_micro_batch * self.accumulation * self.world_size
 
 
@@ -92,22 +88,13 @@ def estimate_memory(config: RunConfig, world_size: int, device: str = "cuda") ->
     """Memory per device of a run whose micro-batches are as large as they can be.
 
     Args:
-        config: of the run.
-        world_size: number of ranks.
-        device: what it will run on, ``cuda`` or ``cpu``; not what there is here.
+        config: The run's configuration.
+        world_size: Number of ranks.
+        device: What the run will be on, ``cuda`` or ``cpu``; this machine may have another one.
 
     Raises:
-        ValueError: the model cannot be found, ``adapter.target_modules`` matches nothing in it, or a number cannot be.
+        ValueError: The model cannot be found, ``adapter.target_modules`` matches nothing in it, or a number is invalid.
     """
-    import torch
-
-    from dora_dist.adapter.targets import resolve_targets
-    from dora_dist.base_model.chunked_loss import obstacle
-    from dora_dist.base_model.load import load_skeleton
-    from dora_dist.base_model.shape import read_shape
-    from dora_dist.memory.activations import Adapter, Batch
-    from dora_dist.memory.step import step_memory
-
     if config.task != CAUSAL_LM:
         raise ValueError(f"task is {config.task}, but memory can be estimated for {CAUSAL_LM} only")
     engine = config.distributed.engine
@@ -117,69 +104,75 @@ def estimate_memory(config: RunConfig, world_size: int, device: str = "cuda") ->
     rows, accumulation = (
         whole_number(config.training, name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
     )
-    skeleton = load_skeleton(config.model.path, config.model.trust_remote_code)
-    shape = read_shape(skeleton, resolve_targets(skeleton, config.adapter.target_modules))
-    compute = _dtype_of(config.model.compute_dtype, "bfloat16" if device == "cuda" else "float32")
-    adapter_dtype = _dtype_of(config.adapter.dtype, compute if engine == "zero2" else "float32")
-    compute_bytes, adapter_bytes = (getattr(torch, name).itemsize for name in (compute, adapter_dtype))
-    batch = Batch(
-        rows=rows,
-        length=config.data.max_length,
-        compute_bytes=compute_bytes,
-        attention=_attention(config.model.attention or skeleton.config._attn_implementation),
-        # The longest row is full, but not all are; packed rows have a mask of blocks.
-        padded=rows > 1 or config.data.batching == "packed",
-        # accelerate wraps the model in it, unless DeepSpeed has cast all parameters.
-        autocast=compute == "bfloat16" and engine != "zero2",
-    )
-    adapter = Adapter(
-        rank=config.adapter.start_rank,
-        bytes_per_element=adapter_bytes,
-        dropout=config.adapter.dropout > 0,
-        trained_gates=config.adapter.train_gates,
-        penalty=config.pruning.equilibrium_weight > 0,
-    )
-    optimizer = _optimizer(config, world_size, device, accumulation)
-    of_step = partial(
-        step_memory,
-        shape,
+    skeleton = load_skeleton(BaseModelSpec.of(config.model, config.task))
+    compute_dtype, adapter_dtype = _dtypes(config, device)
+    step = TrainingStep(
+        shape=read_shape(skeleton, resolve_targets(skeleton, config.adapter.target_modules), config.model.fuse),
         quantization=config.model.quantization,
-        batch=batch,
-        adapter=adapter,
-        optimizer=optimizer,
-        chunked_loss=obstacle(skeleton.requires_grad_(False)) is None,
+        batch=_batch(config, rows, compute_dtype, config.model.attention or skeleton.config._attn_implementation),
+        adapter=_adapter(config, adapter_dtype),
+        optimizer=_optimizer(config, world_size, device, accumulation),
+        checkpointing=bool(training_argument(config.training, "gradient_checkpointing")),
+        chunked_loss=config.model.fuse and obstacle(skeleton.requires_grad_(False)) is None,
     )
-    trained = adapter.trained_numel(shape)
     return MemoryEstimate(
         model=config.model.path,
-        quantization=config.model.quantization,
-        compute_dtype=compute,
+        quantization=step.quantization,
+        compute_dtype=compute_dtype,
         adapter_dtype=adapter_dtype,
         engine=engine,
         device=device,
         world_size=world_size,
         rows=rows,
-        length=batch.length,
+        length=step.batch.length,
         accumulation=accumulation,
-        checkpointing=bool(training_argument(config.training, "gradient_checkpointing")),
-        without=of_step(checkpointing=False),
-        with_checkpointing=of_step(checkpointing=True),
-        shards=_shards(optimizer, world_size, trained, adapter_bytes) if engine == "zero2" else {},
+        checkpointing=step.checkpointing,
+        without=step_memory(replace(step, checkpointing=False)),
+        with_checkpointing=step_memory(replace(step, checkpointing=True)),
+        shards=_shards(step) if step.optimizer.sharded else {},
     )
 
 
-def _dtype_of(name: str, automatic: str) -> str:
-    return automatic if name == "auto" else name
+def _dtypes(config: RunConfig, device: str) -> tuple[str, str]:
+    """Names of the compute dtype and of the adapter's, as a run on the device would resolve ``auto``."""
+    compute, adapter = config.model.compute_dtype, config.adapter.dtype
+    if compute == "auto":
+        compute = "bfloat16" if device == "cuda" else "float32"
+    if adapter == "auto":
+        adapter = compute if config.distributed.engine == "zero2" else "float32"
+    return compute, adapter
 
 
-def _attention(implementation: str) -> Any:
-    """The kind of attention; whatever is not known here keeps no square matrix, as flash attention."""
-    return implementation if implementation in ("sdpa", "eager") else "flash"
+def _bytes_of(dtype: str) -> int:
+    size: int = getattr(torch, dtype).itemsize
+    return size
 
 
-def _optimizer(config: RunConfig, world_size: int, device: str, accumulation: int) -> "Optimizer":
-    from dora_dist.memory.step import Optimizer
+def _batch(config: RunConfig, rows: int, compute_dtype: str, attention: str) -> Batch:
+    return Batch(
+        rows=rows,
+        length=config.data.max_length,
+        compute_bytes=_bytes_of(compute_dtype),
+        # Whatever is not known here keeps no square matrix, as flash attention.
+        attention="sdpa" if attention == "sdpa" else "eager" if attention == "eager" else "flash",
+        # The longest row is full, but not all are; packed rows have a mask of blocks.
+        padded=rows > 1 or config.data.batching == "packed",
+        # accelerate wraps the model in it, unless DeepSpeed has cast all parameters.
+        autocast=compute_dtype == "bfloat16" and config.distributed.engine != "zero2",
+    )
 
+
+def _adapter(config: RunConfig, dtype: str) -> Adapter:
+    return Adapter(
+        rank=config.adapter.start_rank,
+        bytes_per_element=_bytes_of(dtype),
+        dropout=config.adapter.dropout > 0,
+        trained_gates=config.adapter.train_gates,
+        penalty=config.pruning.equilibrium_weight > 0,
+    )
+
+
+def _optimizer(config: RunConfig, world_size: int, device: str, accumulation: int) -> Optimizer:
     name = str(training_argument(config.training, "optim"))
     moments = 2
     if any(part in name for part in SINGLE_MOMENT):
@@ -201,9 +194,11 @@ def _optimizer(config: RunConfig, world_size: int, device: str, accumulation: in
     )
 
 
-def _shards(optimizer: "Optimizer", world_size: int, trained: int, adapter_bytes: int) -> dict[int, int]:
+def _shards(step: TrainingStep) -> dict[int, int]:
+    """Number of ranks -> bytes of master copy, moments and gradient shard on each of them."""
+    trained, size = step.trained_numel, step.adapter.bytes_per_element
     found = {}
-    for size in sorted({*WORLD_SIZES, world_size}):
-        of_size = dataclasses.replace(optimizer, world_size=size)
-        found[size] = sum(of_size.parts(trained, adapter_bytes).values()) + adapter_bytes * of_size.shard_numel(trained)
+    for ranks in sorted({*WORLD_SIZES, step.optimizer.world_size}):
+        optimizer = replace(step.optimizer, world_size=ranks)
+        found[ranks] = sum(optimizer.parts(trained, size).values()) + size * optimizer.shard_numel(trained)
     return found

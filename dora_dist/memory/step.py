@@ -25,9 +25,9 @@ def base_parts(shape: ModelShape, quantization: str, compute_bytes: int) -> dict
     """Bytes of the frozen base by part.
 
     Args:
-        shape: of the model.
+        shape: The model's shape.
         quantization: ``nf4`` (double quantization), ``int8`` or ``none``; the output head is never quantized.
-        compute_bytes: per element of what is not quantized.
+        compute_bytes: Bytes per element of what is not quantized.
     """
     inner = [linear for linear in shape.linears if not linear.is_head]
     if quantization == "nf4":
@@ -58,12 +58,12 @@ class Optimizer:
 
     Args:
         engine: ``zero2``, ``ddp`` or ``none``.
-        world_size: number of ranks.
-        moments: tensors of state per trained element (2 for Adam).
-        moment_bytes: per element of one; None for the dtype that is optimized.
-        scratch: copies of what one rank optimizes, in flight during the step.
-        bucket_numel: elements of DeepSpeed's reduction buffer (``reduce_bucket_size``).
-        gradients_between: whether gradients of an earlier micro-batch are there when the next one begins.
+        world_size: Number of ranks.
+        moments: Tensors of state per trained element (2 for Adam).
+        moment_bytes: Bytes per element of such a tensor; None for those of the dtype that is optimized.
+        scratch: Copies of what one rank optimizes that the update needs.
+        bucket_numel: Elements of DeepSpeed's reduction buffer (``reduce_bucket_size``).
+        gradients_between: Whether gradients of an earlier micro-batch are there when the next one begins.
     """
 
     engine: Literal["zero2", "ddp", "none"]
@@ -74,9 +74,14 @@ class Optimizer:
     bucket_numel: int = 50_000_000
     gradients_between: bool = False
 
+    @property
+    def sharded(self) -> bool:
+        """Whether ZeRO spreads gradients and optimizer state over the ranks."""
+        return self.engine == "zero2"
+
     def shard_numel(self, numel: int) -> int:
         """Elements that one rank optimizes."""
-        if self.engine != "zero2":
+        if not self.sharded:
             return numel
         return ZERO_ALIGNMENT * math.ceil(numel / (ZERO_ALIGNMENT * self.world_size))
 
@@ -84,15 +89,14 @@ class Optimizer:
         """Bytes that stay between steps, by part.
 
         Args:
-            numel: trained elements of the whole adapter.
-            element_bytes: per element of the adapter.
+            numel: Trained elements of the whole adapter.
+            element_bytes: Bytes per element of the adapter.
         """
         shard = self.shard_numel(numel)
-        zero = self.engine == "zero2"
-        optimized = FLOAT32 if zero else element_bytes
+        optimized = FLOAT32 if self.sharded else element_bytes
         moments = shard * self.moments * (optimized if self.moment_bytes is None else self.moment_bytes)
         return {
-            "float32 master copy": shard * FLOAT32 if zero else 0,
+            "float32 master copy": shard * FLOAT32 if self.sharded else 0,
             "optimizer moments": moments,
             # DDP reduces in copies of the gradients, unless they are views of its buckets.
             "gradient buckets": numel * element_bytes if self.engine == "ddp" else 0,
@@ -100,8 +104,46 @@ class Optimizer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainingStep:
+    """What the memory of a training step depends on.
+
+    Args:
+        shape: The model's shape.
+        quantization: ``nf4``, ``int8`` or ``none``.
+        batch: One micro-batch on one device.
+        adapter: The adapter's numbers.
+        optimizer: The numbers of the optimizer and of the engine.
+        checkpointing: Whether gradient checkpointing is on.
+        chunked_loss: Whether the loss is computed without the logits of all positions.
+    """
+
+    shape: ModelShape
+    quantization: str
+    batch: Batch
+    adapter: Adapter
+    optimizer: Optimizer
+    checkpointing: bool
+    chunked_loss: bool = True
+
+    @property
+    def trained_numel(self) -> int:
+        """Elements of the adapter that have a gradient."""
+        return self.adapter.trained_numel(self.shape)
+
+    @property
+    def shard_numel(self) -> int:
+        """Elements of the adapter that one rank optimizes."""
+        return self.optimizer.shard_numel(self.trained_numel)
+
+    @property
+    def hidden_numel(self) -> int:
+        """Elements of the hidden states of the micro-batch."""
+        return self.batch.tokens * self.shape.hidden_size
+
+
+@dataclass(frozen=True, kw_only=True)
 class MemoryInstant:
-    """What is in memory at one moment of a step, by part, in bytes."""
+    """What is in memory at one instant of a step, by part, in bytes."""
 
     name: str
     parts: Mapping[str, int]
@@ -116,12 +158,12 @@ class StepMemory:
     """Memory of a training step, in bytes.
 
     Args:
-        resident: by part, all the time.
-        activations: kept for the backward without gradient checkpointing.
-        checkpointed_activations: kept for the backward with it.
-        recomputed: with gradient checkpointing, those of the one decoder layer that is being recomputed.
-        moments: that can be the peak.
-        approximate: the decoder layers are built unlike Llama's, so that their activations are a guess.
+        resident: What stays in memory all the time, by part.
+        activations: What the backward needs without gradient checkpointing.
+        checkpointed_activations: What the backward needs with it.
+        recomputed: With gradient checkpointing, the activations of the decoder layer that is being recomputed.
+        moments: The instants at which memory can be at its peak.
+        approximate: Whether the decoder layers are built unlike Llama's, so that their activations are a guess.
     """
 
     resident: Mapping[str, int]
@@ -156,100 +198,124 @@ def chunked_loss_memory(tokens: int, vocabulary: int, hidden_size: int, compute_
     return chunk * vocabulary * logits + (2 * tokens + chunk) * hidden_size * compute_bytes
 
 
-def step_memory(
-    shape: ModelShape,
-    *,
-    quantization: str,
-    batch: Batch,
-    adapter: Adapter,
-    optimizer: Optimizer,
-    checkpointing: bool,
-    chunked_loss: bool = True,
-) -> StepMemory:
-    """Memory of a training step: what stays, what comes and goes, and the moment at which that is most.
-
-    Args:
-        shape: of the model.
-        quantization: of the base.
-        batch: a micro-batch.
-        adapter: its numbers.
-        optimizer: its numbers, and the engine's.
-        checkpointing: gradient checkpointing is on.
-        chunked_loss: the loss is computed without the logits of all positions.
-    """
-    trained, size = adapter.trained_numel(shape), adapter.bytes_per_element
-    shard, scratch = optimizer.shard_numel(trained), optimizer.scratch
-    zero = optimizer.engine == "zero2"
+def step_memory(step: TrainingStep) -> StepMemory:
+    """Memory of a training step: what stays, what comes and goes, and the instants that can be the peak."""
     resident = {
-        **base_parts(shape, quantization, batch.compute_bytes),
-        "adapter": adapter.nbytes(shape),
-        **optimizer.parts(trained, size),
+        **base_parts(step.shape, step.quantization, step.batch.compute_bytes),
+        "adapter": step.adapter.nbytes(step.shape),
+        **step.optimizer.parts(step.trained_numel, step.adapter.bytes_per_element),
     }
-    blocks = [block_memory(block, shape, batch, adapter, quantization) for block in shape.blocks]
-    hidden = batch.tokens * shape.hidden_size
-    final_norm = FLOAT32 * (hidden + batch.tokens)
-    plain = sum(block.saved for block in blocks) - (blocks[0].input if blocks else 0)
-    # Checkpoints hold the boolean mask, which otherwise goes with the forward.
-    square = batch.rows * batch.length**2 if batch.padded and batch.attention == "sdpa" else 0
-    inputs = len(blocks) * hidden * batch.compute_bytes + square
-    if quantization == "int8":
-        # bitsandbytes keeps inputs of 8-bit layers where checkpointing does not see them (MatMul8bitLt's ctx.tensors).
-        inputs += sum(kept_int8_inputs(block, batch) for block in shape.blocks)
-    largest = max(blocks, key=lambda block: block.saved + block.backward, default=BlockMemory())
-    recomputed = largest.saved
-    temporaries, dequantized = largest.backward - largest.dequantized, largest.dequantized
-    forward = largest.forward + hidden * batch.compute_bytes  # and the gradient that has come down to it
-    if checkpointing and forward > largest.backward:
-        temporaries, dequantized = forward, 0
-    if batch.compute_bytes == FLOAT32:
-        recomputed -= FLOAT32 * hidden  # the checkpoint itself
-    kept = inputs if checkpointing else plain
-    # The penalty's wait for those of the task loss; ZeRO keeps what an earlier micro-batch has left as a shard.
-    early = adapter.penalty + (optimizer.gradients_between and not zero)
-    in_backward = {
-        "adapter gradients": size * trained * early,
-        # What earlier micro-batches left, and the buffer that DeepSpeed makes for every backward.
-        "gradient shard": size * shard if zero and optimizer.gradients_between else 0,
-        "ZeRO reduction bucket": size * optimizer.bucket_numel if zero else 0,
-    }
-    if chunked_loss:
-        logits = chunked_loss_memory(batch.tokens, shape.vocabulary, shape.hidden_size, batch.compute_bytes)
-        # In the forward: only earlier micro-batches have left gradients, and DeepSpeed has no buffer yet.
-        early = size * trained * (optimizer.gradients_between and not zero)
-        at_loss = {**in_backward, "adapter gradients": early, "ZeRO reduction bucket": 0}
-    else:
-        logits, at_loss = loss_memory(batch.tokens, shape.vocabulary), in_backward
-    moments = (
-        MemoryInstant(
-            name=f"{'forward' if chunked_loss else 'backward'} of the loss",
-            parts={**resident, **at_loss, "activations": kept + final_norm, "logits": logits},
-        ),
-        MemoryInstant(
-            name="backward of a decoder layer" if checkpointing else "backward of the last decoder layer",
-            parts={
-                **resident,
-                **in_backward,
-                "activations": kept + (recomputed if checkpointing else 0),
-                "temporaries": temporaries,
-                "dequantized weight": dequantized,
-            },
-        ),
-        MemoryInstant(
-            name="optimizer step",
-            parts={
-                **resident,
-                "adapter gradients": 0 if zero else size * trained,
-                # In float32; what it was made of is gone before the optimizer needs its scratch.
-                "gradient shard": FLOAT32 * shard if zero else 0,
-                "temporaries": shard * (max(scratch * FLOAT32, size) if zero else scratch * size),
-            },
-        ),
-    )
+    layers = decoder_memory(step)
     return StepMemory(
         resident=resident,
-        activations=plain,
-        checkpointed_activations=inputs,
-        recomputed=recomputed,
-        moments=moments,
-        approximate=not all(block.is_known for block in shape.blocks) or not shape.blocks,
+        activations=layers.kept,
+        checkpointed_activations=layers.checkpoints,
+        recomputed=layers.recomputed,
+        moments=(at_loss(step, resident, layers), in_backward(step, resident, layers), at_update(step, resident)),
+        approximate=not all(block.is_known for block in step.shape.blocks) or not step.shape.blocks,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderMemory:
+    """Activations of all decoder layers together, in bytes.
+
+    Args:
+        kept: What the backward needs without gradient checkpointing.
+        checkpoints: What the backward needs with it: the inputs of the layers.
+        recomputed: With gradient checkpointing, the activations of the layer that is being recomputed.
+        temporaries: The most that the backward of a layer needs beyond its activations, without ``dequantized``.
+        dequantized: The dequantized weight at that point.
+    """
+
+    kept: int
+    checkpoints: int
+    recomputed: int
+    temporaries: int
+    dequantized: int
+
+
+def decoder_memory(step: TrainingStep) -> DecoderMemory:
+    """Activations of the decoder layers, from those of each layer."""
+    shape, batch = step.shape, step.batch
+    blocks = [block_memory(block, shape, batch, step.adapter, step.quantization) for block in shape.blocks]
+    hidden_bytes = step.hidden_numel * batch.compute_bytes
+    # Checkpoints hold the boolean mask, which otherwise goes with the forward.
+    mask = batch.rows * batch.length**2 if batch.padded and batch.attention == "sdpa" else 0
+    checkpoints = len(blocks) * hidden_bytes + mask
+    if step.quantization == "int8":
+        # bitsandbytes keeps inputs of 8-bit layers where checkpointing does not see them (MatMul8bitLt's ctx.tensors).
+        checkpoints += sum(kept_int8_inputs(block, batch) for block in shape.blocks)
+    largest = max(blocks, key=lambda block: block.saved + block.backward, default=BlockMemory())
+    temporaries, dequantized = largest.backward - largest.dequantized, largest.dequantized
+    forward = largest.forward + hidden_bytes  # and the gradient that has come down to it
+    if step.checkpointing and forward > largest.backward:
+        temporaries, dequantized = forward, 0
+    return DecoderMemory(
+        kept=sum(block.saved for block in blocks) - (blocks[0].input if blocks else 0),
+        checkpoints=checkpoints,
+        # In float32, the checkpoint itself is the layer's input.
+        recomputed=largest.saved - (hidden_bytes if batch.compute_bytes == FLOAT32 else 0),
+        temporaries=temporaries,
+        dequantized=dequantized,
+    )
+
+
+def at_loss(step: TrainingStep, resident: Mapping[str, int], layers: DecoderMemory) -> MemoryInstant:
+    """The loss has its logits: in the forward if it is computed by chunks, in its backward otherwise."""
+    shape, batch = step.shape, step.batch
+    final_norm = FLOAT32 * (step.hidden_numel + batch.tokens)
+    if step.chunked_loss:
+        logits = chunked_loss_memory(batch.tokens, shape.vocabulary, shape.hidden_size, batch.compute_bytes)
+    else:
+        logits = loss_memory(batch.tokens, shape.vocabulary)
+    return MemoryInstant(
+        name=f"{'forward' if step.chunked_loss else 'backward'} of the loss",
+        parts={
+            **resident,
+            **_gradients(step, backward_has_begun=not step.chunked_loss),
+            "activations": (layers.checkpoints if step.checkpointing else layers.kept) + final_norm,
+            "logits": logits,
+        },
+    )
+
+
+def in_backward(step: TrainingStep, resident: Mapping[str, int], layers: DecoderMemory) -> MemoryInstant:
+    """The backward is in the decoder layer that needs most; all activations are still there."""
+    return MemoryInstant(
+        name="backward of a decoder layer" if step.checkpointing else "backward of the last decoder layer",
+        parts={
+            **resident,
+            **_gradients(step, backward_has_begun=True),
+            "activations": layers.checkpoints + layers.recomputed if step.checkpointing else layers.kept,
+            "temporaries": layers.temporaries,
+            "dequantized weight": layers.dequantized,
+        },
+    )
+
+
+def at_update(step: TrainingStep, resident: Mapping[str, int]) -> MemoryInstant:
+    """The optimizer updates the adapter; activations are gone."""
+    size, shard, scratch = step.adapter.bytes_per_element, step.shard_numel, step.optimizer.scratch
+    if step.optimizer.sharded:
+        # In float32; what it was made of is gone before the optimizer needs its scratch.
+        gradients = {"adapter gradients": 0, "gradient shard": FLOAT32 * shard}
+        temporaries = shard * max(scratch * FLOAT32, size)
+    else:
+        gradients = {"adapter gradients": size * step.trained_numel, "gradient shard": 0}
+        temporaries = shard * scratch * size
+    return MemoryInstant(name="optimizer step", parts={**resident, **gradients, "temporaries": temporaries})
+
+
+def _gradients(step: TrainingStep, *, backward_has_begun: bool) -> dict[str, int]:
+    """Gradients that are there before those of this micro-batch's task loss, and DeepSpeed's buffer, by part."""
+    size, optimizer = step.adapter.bytes_per_element, step.optimizer
+    # Those of the penalty wait for those of the task loss; ZeRO keeps what an earlier micro-batch left as a shard.
+    of_penalty = backward_has_begun and step.adapter.penalty
+    of_earlier = optimizer.gradients_between and not optimizer.sharded
+    return {
+        "adapter gradients": size * step.trained_numel * (of_penalty + of_earlier),
+        "gradient shard": size * step.shard_numel if optimizer.sharded and optimizer.gradients_between else 0,
+        # DeepSpeed makes it for every backward.
+        "ZeRO reduction bucket": size * optimizer.bucket_numel if optimizer.sharded and backward_has_begun else 0,
+    }

@@ -1,22 +1,17 @@
 """The table that ``estimate`` prints."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from dora_dist.memory.step import StepMemory
 from dora_dist.console.text import GIB, format_bytes
 from dora_dist.memory.estimate import MemoryEstimate
+from dora_dist.memory.step import StepMemory
 
 CONTEXT_BYTES = GIB
 """Left for what the allocator does not count: CUDA's context, its libraries, NCCL's buffers."""
-
-
 GPU_SIZES = (24, 40, 80)
-"""Of common GPUs, in GiB."""
-
-
+"""Memory of common GPUs, in GiB."""
 MARKS = (" *", " <")
+"""Ends of cells: the configured column, and the peak of a column."""
 
 
 def render(estimate: MemoryEstimate) -> str:
@@ -71,7 +66,7 @@ def _row(title: str, *cells: str) -> str:
     return f"  {title:<36}{''.join(f'{cell:>14}' for cell in padded)}".rstrip()
 
 
-def _fits(columns: Sequence["StepMemory"]) -> list[str]:
+def _fits(columns: Sequence[StepMemory]) -> list[str]:
     lines = [f"  fits (with {format_bytes(CONTEXT_BYTES)} left for CUDA and NCCL, and no fragmentation)"]
     for size in GPU_SIZES:
         cells = ["yes" if column.peak.total + CONTEXT_BYTES <= size * GIB else "no" for column in columns]

@@ -1,30 +1,35 @@
-"""What a pruning event was: recorded by a run, read by everything that looks at one."""
+"""What a pruning event selects."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class PruneEvent:
     """One pruning event, the same on every rank.
 
     Attributes:
-        step: optimizer step after which it took place.
-        num_kept: components of the whole model that were kept.
-        kept: layer -> indices of the components kept.
-        returned: components kept now that the event before had pruned.
-        final: whether the mask is fixed from here on.
-        num_parameters: entries of the kept components' vectors, over the whole model; None in older records.
+        step: Optimizer step after which it took place.
+        kept: Layer -> boolean mask, shape ``(r,)``, on the CPU; True where the component is kept.
+        returned: Number of components kept now that the event before had pruned.
+        final: Whether the mask is fixed from here on.
+        num_parameters: Entries of the kept components' vectors, over the whole model.
     """
 
     step: int
-    num_kept: int
-    kept: Mapping[str, list[int]]
+    kept: Mapping[str, Tensor]
     returned: int
     final: bool
-    num_parameters: int | None = None
+    num_parameters: int
 
     @property
     def ranks(self) -> dict[str, int]:
         """Layer -> number of components kept."""
-        return {name: len(indices) for name, indices in self.kept.items()}
+        return {name: int(mask.sum()) for name, mask in self.kept.items()}
+
+    @property
+    def num_kept(self) -> int:
+        """Number of components kept in the whole model."""
+        return sum(self.ranks.values())

@@ -14,8 +14,6 @@ from dora_dist.console.library_warnings import quiet_libraries
 from dora_dist.console.text import aligned, say
 from dora_dist.planted.options import build_parser, resolve
 
-PACKAGES = ("torch", "transformers", "peft", "scipy")
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what the options ask for, or what is left of it.
@@ -28,11 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result = read_result(options.output, options.settings())
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     quiet_libraries()
-    from dora_dist.console.provenance import environment
+    from dora_dist.console.provenance import PLANTED_PACKAGES, environment
     from dora_dist.planted.experiment import run_cells, summarize
     from dora_dist.planted.pictures import draw
 
-    session = {"command": command_line(arguments), **environment(PACKAGES)}
+    session = {"command": command_line(arguments), **environment(PLANTED_PACKAGES)}
     before = len(result["cells"])
     result["sessions"].append(session)
     run_cells(options, result, lambda: write_json(options.output, result), say)

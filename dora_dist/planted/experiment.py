@@ -1,5 +1,6 @@
 """All students of all truths, cell by cell, and what they say together."""
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 
 from dora_dist.adapter.targets import resolve_targets
 from dora_dist.console.errors import ExpectedRunError
-from dora_dist.evaluation.seeds import Choice, choose, paired_difference, spread
+from dora_dist.evaluation.seeds import RateChoice, choose, paired_difference, spread
 from dora_dist.planted.options import ORACLE, UNIFORM, Options
 from dora_dist.planted.patterns import planted_ranks
 from dora_dist.planted.recovery import budget_overlap, idle_share, rank_correlation
@@ -25,55 +26,79 @@ class DivergedError(ExpectedRunError):
 
 
 def run_cells(options: Options, result: dict[str, Any], keep: Callable[[], None], tell: Callable[[str], None]) -> None:
-    """Train what the result has not got yet, and add it cell by cell.
+    """Train the students that the result lacks, and add a cell for each.
 
-    On the first ``search_seeds`` seeds every method runs at every learning rate; on the others at the one with the
-    lowest divergence on the search split.
+    On the first ``search_seeds`` seeds every method is trained at every learning rate; on the others at the one with
+    the lowest divergence on the search split.
 
     Args:
-        options: what to run.
+        options: What to run.
         result: ``layers``, ``truths`` and ``cells``; changed in place.
-        keep: called after every cell.
-        tell: takes a line of progress.
+        keep: Called after every cell.
+        tell: Takes a line of progress.
 
     Raises:
-        DivergedError: a student's loss is not a number.
-        ValueError: the planted ranks do not fit the base.
+        DivergedError: A student's loss is not a number.
+        ValueError: The planted ranks do not fit the base.
     """
     for seed in range(options.seeds):
-        material = None
-        for pattern in options.patterns:
-            wanted = []
-            for method in options.methods:
-                rates = options.learning_rates
-                if seed >= options.search_seeds:
-                    rates = (choice_of(result, pattern, method, options).learning_rate,)
-                for rate in rates:
-                    if not _has(result, pattern, method, rate, seed):
-                        wanted.append((method, rate))
-            if not wanted:
-                continue
-            material = material or make_material(options, seed)
-            truth = make_truth(options, pattern, seed, *material, result)
-            for method, rate in wanted:
-                outcome = train_student(truth, method, rate, options)
-                if not all(map(math.isfinite, outcome["divergence"].values())):
-                    raise DivergedError(
-                        f"{pattern}, {method}, seed {seed}: not finite at learning rate {rate:g}, lower it"
-                    )
-                cell = {"pattern": pattern, "method": method, "learning_rate": rate, "seed": seed}
-                # Lists in the order of ``layers``.
-                outcome["kept"] = [outcome["kept"][name] for name in result["layers"]]
-                outcome["at_final_event"] = {
-                    what: [values[name] for name in result["layers"]]
-                    for what, values in outcome["at_final_event"].items()
-                }
-                result["cells"].append(cell | outcome)
+        # The rates of later seeds are chosen by the cells of earlier ones.
+        missing = missing_students(options, result, seed)
+        if not missing:
+            continue
+        base, rows = make_material(options, seed)
+        for pattern, students in missing.items():
+            truth = make_truth(options, pattern, seed, base, rows, result)
+            for method, rate in students:
+                cell = run_cell(options, pattern, truth, method, rate, list(result["layers"]))
+                result["cells"].append(cell)
                 keep()
                 tell(
-                    f"{pattern}, seed {seed}, {method} at {rate:g}: divergence {outcome['divergence'][REPORTED]:.4f}, "
-                    f"{outcome['seconds']:.0f} s"
+                    f"{pattern}, seed {seed}, {method} at {rate:g}: divergence {cell['divergence'][REPORTED]:.4f}, "
+                    f"{cell['seconds']:.0f} s"
                 )
+
+
+def missing_students(options: Options, result: Mapping[str, Any], seed: int) -> dict[str, list[tuple[str, float]]]:
+    """Pattern -> method and learning rate of every student that the result lacks for the seed.
+
+    Patterns that lack none are left out. Seeds that are not searched need the cells of those that are.
+    """
+    missing: dict[str, list[tuple[str, float]]] = {}
+    for pattern, method in itertools.product(options.patterns, options.methods):
+        rates = options.learning_rates
+        if seed >= options.search_seeds:
+            rates = (choice_of(result, pattern, method, options).learning_rate,)
+        for rate in rates:
+            if not _has(result, pattern, method, rate, seed):
+                missing.setdefault(pattern, []).append((method, rate))
+    return missing
+
+
+def run_cell(
+    options: Options, pattern: str, truth: Truth, method: str, learning_rate: float, layers: Sequence[str]
+) -> dict[str, Any]:
+    """Train a student and describe what it has learnt; figures by layer are lists in the order of ``layers``.
+
+    Raises:
+        DivergedError: The student's loss is not a number.
+    """
+    outcome = train_student(truth, method, learning_rate, options)
+    if not all(map(math.isfinite, outcome["divergence"].values())):
+        raise DivergedError(
+            f"{pattern}, {method}, seed {truth.seed}: not finite at learning rate {learning_rate:g}, lower it"
+        )
+    return {
+        "pattern": pattern,
+        "method": method,
+        "learning_rate": learning_rate,
+        "seed": truth.seed,
+        **outcome,
+        "kept": [outcome["kept"][name] for name in layers],
+        "at_final_event": {
+            what: [values[name] for name in layers] for what, values in outcome["at_final_event"].items()
+        },
+    }
 
 
 def make_material(options: Options, seed: int) -> tuple[PreTrainedModel, Tensor]:
@@ -117,7 +142,7 @@ def initial_rank(planted: Mapping[str, int], target_rank: int) -> int:
     return max(2 * target_rank, *planted.values())
 
 
-def choice_of(result: Mapping[str, Any], pattern: str, method: str, options: Options) -> Choice:
+def choice_of(result: Mapping[str, Any], pattern: str, method: str, options: Options) -> RateChoice:
     """Which rate of the grid: that with the lowest mean divergence on the search split of the search seeds."""
     figures: dict[float, list[float]] = {rate: [] for rate in options.learning_rates}
     for cell in result["cells"]:

@@ -5,13 +5,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from dora_dist.console.plot import pyplot, save_picture
 from dora_dist.planted.experiment import REPORTED, chosen_cells
 from dora_dist.planted.options import FIXED, ORACLE, UNIFORM, Options
 
@@ -39,7 +36,7 @@ MARKERS = {
 def draw(result: Mapping[str, Any], options: Options, path: Path) -> None:
     """A line of panels for every pattern: divergence, overlap, kept against planted ranks, scores against planted
     ranks."""
-    figure, axes = plt.subplots(
+    figure, axes = pyplot().subplots(
         len(options.patterns), 4, figsize=(17, 1 + 3.3 * len(options.patterns)), layout="constrained", squeeze=False
     )
     for line, pattern in zip(axes, options.patterns, strict=True):
@@ -81,8 +78,7 @@ def draw(result: Mapping[str, Any], options: Options, path: Path) -> None:
         f"Planted ranks, base: {base}, target rank {options.target_rank}, {options.steps} steps, {options.seeds} seeds",
         fontsize=12,
     )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_picture(figure, path, dpi=110)
 
 
 def _dots(axis: Axes, values: Mapping[str, Sequence[float]]) -> None:

@@ -14,6 +14,7 @@ from dora_dist.adapter.model import DynamicLoraModel, add_dynamic_lora
 from dora_dist.base_model.copies import share
 from dora_dist.config.adapter import DynamicLoraConfig
 from dora_dist.distributed.agreement import Agreement
+from dora_dist.method.budget import Budget
 from dora_dist.method.importance import Components
 from dora_dist.method.schedule import BudgetSchedule
 from dora_dist.planted.options import FIXED, ORACLE, Options
@@ -157,7 +158,8 @@ def _build(truth: Truth, method: str, options: Options) -> tuple[DynamicLoraMode
     )
     gates = [layer.gate for layer in layers.values()]
     criterion = Remembering(criterion_of(method, gates, SMOOTHING, truth.seed))
-    return student, DynamicRankController(layers, schedule, Agreement(), criterion=criterion)
+    budget = Budget(schedule, dict.fromkeys(layers, 1))
+    return student, DynamicRankController(layers, budget, Agreement(), criterion=criterion)
 
 
 @torch.no_grad()

@@ -93,7 +93,7 @@ def choose_examples(pool: Pool, training_order: "np.ndarray", choice: ExampleSel
     import numpy as np
 
     members = np.concatenate(pool.members)
-    removed = pool.column(lambda source: source.dataset.data.column("removed").to_numpy())
+    removed = pool.column(lambda source: source.column("removed").to_numpy())
     # Training first; what it never reaches can be asked for too.
     order = members if choice.held_out else np.concatenate([training_order, members])
     order = order[np.sort(np.unique(order, return_index=True)[1])]

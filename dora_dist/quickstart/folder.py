@@ -10,6 +10,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
+from dora_dist.console.files import digest_sources
 from dora_dist.quickstart.backbone import BackboneSettings, create_backbone
 from dora_dist.quickstart.text import instruction_rows, pretraining_documents
 
@@ -21,12 +22,9 @@ NUM_PROMPTS_FOR_TOKENIZER = 400
 
 def _fingerprint(seed: int, settings: BackboneSettings) -> str:
     """Hash of what the content depends on: this package's source, the settings, the libraries' versions."""
-    digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.read_bytes())
     versions = {name: version(name) for name in ("torch", "transformers", "sentencepiece")}
-    digest.update(json.dumps([seed, asdict(settings), versions]).encode())
-    return digest.hexdigest()
+    facts = [digest_sources(Path(__file__).parent), seed, asdict(settings), versions]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def _is_current(output: Path, fingerprint: str) -> bool:

@@ -1,8 +1,8 @@
 """The files of a run other than weights: what it was, what it measured, which components it kept."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,44 @@ ALLOCATION = "allocation.jsonl"
 CONFIG = "config.yaml"
 RUN = "run.json"
 SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedEvent:
+    """A pruning event as a line of ``allocation.jsonl``.
+
+    Attributes:
+        step: Optimizer step after which it took place.
+        num_kept: Number of components kept in the whole model.
+        kept: Layer -> indices of the components kept.
+        returned: Number of components kept that the event before had pruned.
+        final: Whether the mask is fixed from here on.
+        num_parameters: Entries of the kept components' vectors, over the whole model; None in older records.
+    """
+
+    step: int
+    num_kept: int
+    kept: Mapping[str, list[int]]
+    returned: int
+    final: bool
+    num_parameters: int | None = None
+
+    @classmethod
+    def of(cls, event: PruneEvent) -> "RecordedEvent":
+        """The line that records an event."""
+        return cls(
+            step=event.step,
+            num_kept=event.num_kept,
+            kept={name: mask.nonzero().flatten().tolist() for name, mask in event.kept.items()},
+            returned=event.returned,
+            final=event.final,
+            num_parameters=event.num_parameters,
+        )
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Layer -> number of components kept."""
+        return {name: len(indices) for name, indices in self.kept.items()}
 
 
 class RunRecords:
@@ -40,7 +78,7 @@ class RunRecords:
 
     def event(self, event: PruneEvent) -> None:
         """Append a pruning event to ``allocation.jsonl``."""
-        self._append(ALLOCATION, asdict(event))
+        self._append(ALLOCATION, asdict(RecordedEvent.of(event)))
 
     def describe_run(self, config: RunConfig, fingerprint: Fingerprint, data: Any, processes: int) -> None:
         """Write ``run.json`` and ``config.yaml``, when a run starts or resumes.
@@ -57,12 +95,18 @@ class RunRecords:
             write_json(self.folder / RUN, about)
             save_config(config, self.folder / CONFIG)
 
-    def replace_events(self, events: Sequence[PruneEvent]) -> None:
-        """Write ``allocation.jsonl`` anew, from the events that a checkpoint knows."""
+    def save_events(self, checkpoint: Path) -> None:
+        """Copy ``allocation.jsonl`` into the folder of a checkpoint; an empty file before the first event."""
         if self.writes:
-            (self.folder / ALLOCATION).write_text(
-                "".join(json.dumps(asdict(event)) + "\n" for event in events), encoding="utf-8"
-            )
+            events = self.folder / ALLOCATION
+            (checkpoint / ALLOCATION).write_bytes(events.read_bytes() if events.exists() else b"")
+
+    def resume_from(self, checkpoint: Path, step: int) -> None:
+        """Forget what was recorded after the step of a checkpoint, and take the events from the checkpoint: the run's
+        own file may be damaged or missing, or the checkpoint may come from another run's folder."""
+        self.truncate_after(step)
+        if self.writes:
+            (self.folder / ALLOCATION).write_bytes((checkpoint / ALLOCATION).read_bytes())
 
     def forget_end(self) -> None:
         """The run is going on: what was written when it had come to an end no longer holds."""
@@ -96,9 +140,9 @@ def read_fingerprint(run: Path) -> Fingerprint:
     return Fingerprint.from_dict(read_json(run / RUN)["settings"], run / RUN)
 
 
-def read_events(path: Path) -> list[PruneEvent]:
+def read_events(path: Path) -> list[RecordedEvent]:
     """Pruning events of an ``allocation.jsonl``."""
-    return [PruneEvent(**line) for line in read_lines(path)] if path.exists() else []
+    return [RecordedEvent(**line) for line in read_lines(path)] if path.exists() else []
 
 
 def source_names(evaluation: Mapping[str, Any]) -> list[str]:

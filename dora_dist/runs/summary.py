@@ -6,27 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dora_dist.config.tasks import METRICS, Metric
 from dora_dist.console import files
 from dora_dist.runs import records
 from dora_dist.runs.pictures import PROGRESS_PICTURE, RANK_PICTURE, draw_progress, draw_ranks, rank_grid, short_kinds
 from dora_dist.runs.records import evaluation_of, source_names
-
-METRIC_TITLES = {
-    "exact_match": "exact match",
-    "accuracy": "accuracy",
-    "matthews": "Matthews",
-    "f1": "F1",
-    "pearson": "Pearson",
-    "spearman": "Spearman",
-    "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2",
-    "rouge_l": "ROUGE-L",
-}
-"""Metrics beside the loss, in the order in which they are shown."""
-
-
-SHARES = ("exact_match", "accuracy")
-"""Those that are shown in percent."""
 
 
 def is_finished(run: Path) -> bool:
@@ -81,18 +65,16 @@ def _source_lines(before: Mapping[str, Any] | None, after: Mapping[str, Any]) ->
     width = max(map(len, names), default=0)
     lines = []
     for name in names:
-        parts = [f"loss {_change(before, after, f'{name}_loss')}"]
-        parts += [
-            f"{title} {_change(before, after, f'{name}_{metric}')}"
-            for metric, title in METRIC_TITLES.items()
-            if f"{name}_{metric}" in after
+        parts = [
+            f"{metric.title} {_change(before, after, f'{name}_{key}', metric.style)}"
+            for key, metric in {"loss": Metric("loss"), **METRICS}.items()
+            if f"{name}_{key}" in after
         ]
         lines.append(f"    {name:<{width}}  {', '.join(parts)}  ({after[f'{name}_examples']} examples)")
     return lines
 
 
-def _change(before: Mapping[str, Any] | None, after: Mapping[str, Any], name: str) -> str:
-    style = ".1%" if name.endswith(SHARES) else ".4f"
+def _change(before: Mapping[str, Any] | None, after: Mapping[str, Any], name: str, style: str) -> str:
     start = f"{before[name]:{style}} -> " if before else ""
     return f"{start}{after[name]:{style}}"
 
@@ -102,9 +84,10 @@ def format_summary(summary: Mapping[str, Any], run: Path) -> str:
     lines = [f"Run {run}, {summary['steps']} optimizer steps"]
     before, after = summary["before"], summary["after"]
     if after:
-        for name, title in {"loss": "held-out loss", **METRIC_TITLES}.items():
+        for name, metric in {"loss": Metric("held-out loss"), **METRICS}.items():
             if name in after:
-                lines.append(f"  {title:<16} {_change(before, after, name)}  ({after['examples']} examples)")
+                change = _change(before, after, name, metric.style)
+                lines.append(f"  {metric.title:<16} {change}  ({after['examples']} examples)")
         lines += _source_lines(before, after)
     kept, start = summary["components_kept"], summary["components_at_start"]
     state = "" if summary["final_event"] else "  (pruning has not ended)"

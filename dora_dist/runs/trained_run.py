@@ -63,11 +63,14 @@ class TrainedRun:
         return self._load("none", torch.float32, device)
 
     def _load(self, quantization: str, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
-        settings = self.config.model
+        spec = load.BaseModelSpec(
+            path=self.config.model.path,
+            quantization=quantization,
+            compute_dtype=dtype,
+            trust_remote_code=self.config.model.trust_remote_code,
+        )
         try:
-            return load.load_base_model(
-                settings.path, quantization, dtype, device, trust_remote_code=settings.trust_remote_code
-            )
+            return load.load_base_model(spec, device)
         except ValueError as error:
             raise ValueError(
                 f"the base of {self.folder} cannot be loaded: {error}; run this from the folder where the "

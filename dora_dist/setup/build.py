@@ -12,21 +12,21 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dora_dist.adapter.model import DynamicLoraForCausalLM, DynamicLoraModel, add_dynamic_lora
 from dora_dist.base_model import load
-from dora_dist.base_model.losses import mean_over_tokens
 from dora_dist.config.run import RunConfig
-from dora_dist.config.tasks import QUESTION_ANSWERING, SEQ2SEQ, TASKS
+from dora_dist.config.tasks import TASKS
 from dora_dist.console.text import say
 from dora_dist.distributed.agreement import Agreement, digest_tensors
 from dora_dist.distributed.preemption import PreemptionNotice
 from dora_dist.evaluation.evaluator import Evaluator
-from dora_dist.method.schedule import BudgetSchedule
+from dora_dist.method.budget import Budget
 from dora_dist.runs.fingerprint import Fingerprint
 from dora_dist.runs.records import RunRecords
 from dora_dist.setup.fingerprint import adapter_seed
 from dora_dist.setup.resolve import ResolvedRun
-from dora_dist.setup.tasks import build_collator, planned_rows, row_losses
+from dora_dist.setup.tasks import TASK_PARTS
 from dora_dist.training.controller import DynamicRankController
 from dora_dist.training.criterion import criterion_of
+from dora_dist.training.parts import LoopSettings, TrainingParts, TrainingRows
 from dora_dist.training.skipped_steps import SkipPolicy
 from dora_dist.training.trainer import DynamicLoraTrainer
 
@@ -38,7 +38,11 @@ def check_same_on_all_ranks(agreement: Agreement, fingerprint: Fingerprint, mode
     Raises:
         DisagreementError: they do not; names the first setting or layer that differs.
     """
-    facts = {**fingerprint.as_dict(), "whether the loss is computed without logits": model.leaves_out_logits}
+    facts = {
+        **fingerprint.as_dict(),
+        "model.fuse": model.fused,
+        "whether the loss is computed without logits": model.leaves_out_logits,
+    }
     digests = {name: sha256(json.dumps(value).encode()).digest() for name, value in facts.items()}
     for name, layer in model.adapted_layers().items():
         digests[f"base weights of {name}"] = digest_tensors(layer.weight.detach().flatten()[:256])
@@ -56,21 +60,11 @@ def load_base(
         tokenizer: of the model.
         labels: names of the classes in the order of their numbers, where the task has any.
     """
-    dtype = load.resolve_compute_dtype(config.model.compute_dtype)
     head = None
     if TASKS[config.task].trains_head:
-        outputs = 2 if config.task == QUESTION_ANSWERING else 1
+        outputs = TASK_PARTS[config.task].num_outputs
         head = load.HeadStart(labels=labels, num_outputs=outputs, seed=adapter_seed(config))
-    base = load.load_base_model(
-        config.model.path,
-        quantization=config.model.quantization,
-        compute_dtype=dtype,
-        device=device,
-        attention=config.model.attention,
-        trust_remote_code=config.model.trust_remote_code,
-        task=config.task,
-        head=head,
-    )
+    base = load.load_base_model(load.BaseModelSpec.of(config.model, config.task), device, head)
     set_special_tokens(base, tokenizer)
     return base
 
@@ -84,7 +78,7 @@ def load_model(
     if adapter.dtype == "auto" and not config.distributed.engine.startswith("zero"):
         # Only ZeRO keeps a float32 master copy of low-precision parameters.
         adapter = dataclasses.replace(adapter, dtype="float32")
-    model = add_dynamic_lora(base, dataclasses.replace(adapter, seed=adapter_seed(config)))
+    model = add_dynamic_lora(base, dataclasses.replace(adapter, seed=adapter_seed(config)), config.model.fuse)
     if isinstance(model, DynamicLoraForCausalLM):
         reason = model.leave_out_logits()
         if reason is not None:
@@ -105,21 +99,17 @@ def set_special_tokens(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 
 def build_controller(
-    config: RunConfig, model: DynamicLoraModel, agreement: Agreement, schedule: BudgetSchedule
+    config: RunConfig, model: DynamicLoraModel, agreement: Agreement, budget: Budget
 ) -> DynamicRankController:
     """The method for this model and this budget."""
     layers, pruning = model.adapted_layers(), config.pruning
     gates = [layer.gate for layer in layers.values()]
     return DynamicRankController(
         layers,
-        schedule,
+        budget,
         agreement,
         criterion=criterion_of(pruning.importance, gates, pruning.smoothing, adapter_seed(config)),
-        budget_unit=pruning.budget_unit,
-        min_rank=pruning.min_rank,
-        max_rank=pruning.max_rank,
-        regrow=pruning.regrow,
-        rebase=pruning.rebase,
+        selection=pruning.selection(),
         head=model.head_parameters(),
     )
 
@@ -136,28 +126,36 @@ def build_trainer(
     notice: PreemptionNotice,
 ) -> DynamicLoraTrainer:
     """The loop."""
-    trainer = DynamicLoraTrainer(
-        model=model,
-        args=resolved.arguments,
-        train_dataset=planned_rows(config, resolved),
-        data_collator=build_collator(config, model, resolved.tokenizer),
-        compute_loss_func=mean_over_tokens if config.task == SEQ2SEQ else None,
-        processing_class=resolved.tokenizer,
+    task = TASK_PARTS[config.task]
+    parts = TrainingParts(
         controller=controller,
         agreement=agreement,
         records=records,
         evaluator=evaluator,
         notice=notice,
-        row_lengths=resolved.plan.row_lengths(resolved.mixture.lengths),
-        rows_per_epoch=resolved.mixture.rows_per_epoch,
+        skip_policy=SkipPolicy(agreement, config.distributed.max_skipped_steps),
+        row_losses=task.row_losses(config),
+    )
+    settings = LoopSettings(
         engine=config.distributed.engine,
         timeout_minutes=config.distributed.timeout_minutes,
         adapter_dtype=next(iter(controller.layers.values())).gate.dtype,
         equilibrium_weight=config.pruning.equilibrium_weight,
         keep_last=config.checkpoint.keep_last,
-        skip_policy=SkipPolicy(agreement, config.distributed.max_skipped_steps),
         fingerprint=resolved.fingerprint,
-        row_losses=row_losses(config),
+    )
+    trainer = DynamicLoraTrainer(
+        parts=parts,
+        settings=settings,
+        rows=TrainingRows(
+            lengths=resolved.plan.row_lengths(resolved.mixture.lengths), per_epoch=resolved.mixture.rows_per_epoch
+        ),
+        model=model,
+        args=resolved.arguments,
+        train_dataset=task.training_rows(resolved),
+        data_collator=task.collator(config, model, resolved.tokenizer),
+        compute_loss_func=task.loss_over_tokens(),
+        processing_class=resolved.tokenizer,
     )
     # The trainer prints its own lines of progress.
     trainer.remove_callback(PrinterCallback)

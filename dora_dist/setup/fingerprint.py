@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 
 from dora_dist.base_model import load
 from dora_dist.config.run import RunConfig
-from dora_dist.config.tasks import SEQUENCE_CLASSIFICATION
+from dora_dist.config.tasks import TASKS
 from dora_dist.data.plan import TrainingPlan
 from dora_dist.runs.fingerprint import Fingerprint
 from dora_dist.setup.run_data import RunData
@@ -48,7 +48,7 @@ def fingerprint_of(config: RunConfig, arguments: TrainingArguments, data: RunDat
         pruning=dataclasses.asdict(config.pruning),
         training={name: _plain(getattr(arguments, name)) for name in METHOD_ARGUMENTS},
         examples={source.name: f"{source.counts.examples}, {source.digest[:16]}" for source in data.train},
-        labels=data.labels or config.data.labels if config.task == SEQUENCE_CLASSIFICATION else None,
+        labels=data.labels or config.data.labels if TASKS[config.task].has_labels else None,
     )
 
 

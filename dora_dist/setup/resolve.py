@@ -3,16 +3,15 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from dora_dist.adapter.targets import resolve_targets
 from dora_dist.base_model import load
 from dora_dist.config.checks import require
 from dora_dist.config.run import RunConfig
+from dora_dist.config.tasks import TASKS
 from dora_dist.data.mixture import Mixture
 from dora_dist.data.plan import TrainingPlan
-from dora_dist.data.prepared import list_lengths
 from dora_dist.method.budget import Budget, component_costs
 from dora_dist.method.schedule import BudgetSchedule
 from dora_dist.runs.fingerprint import Fingerprint
@@ -73,7 +72,7 @@ def resolve_run(
     mixture = build_mixture(config.data, data.train, config.seed)
     arguments = training_arguments(config, mixture, accumulation)
     plan = mixture.plan(arguments.max_steps, global_batch(arguments))
-    skeleton = load.load_skeleton(config.model.path, config.model.trust_remote_code, config.task)
+    skeleton = load.load_skeleton(load.BaseModelSpec.of(config.model, config.task))
     layers, budget = check_method(config, skeleton, arguments.max_steps)
     check_context(skeleton, data)
     return ResolvedRun(
@@ -101,7 +100,7 @@ def _check_answers(config: RunConfig, data: RunData) -> None:
 
 
 def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int) -> tuple[list[str], Budget]:
-    """Try targets, schedule and bounds on the model's structure alone, before its weights are read.
+    """Try targets and schedule on the model's structure alone, before its weights are read.
 
     Args:
         config: of the run.
@@ -112,8 +111,7 @@ def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int)
         Names of the layers that are adapted, and the budget over the run.
 
     Raises:
-        ValueError: ``adapter.target_modules`` matches nothing, the run is too short to prune, or the bounds on the
-            ranks cannot be met.
+        ValueError: ``adapter.target_modules`` matches nothing, or the run is too short to prune.
     """
     under_zero = config.distributed.engine.startswith("zero")
     dtype = str(load.resolve_compute_dtype(config.model.compute_dtype)).removeprefix("torch.")
@@ -122,6 +120,7 @@ def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int)
             f"adapter.dtype is {config.adapter.dtype}, but DeepSpeed casts all parameters to the compute dtype {dtype} "
             "(and keeps a float32 master copy): leave it at auto"
         )
+    _check_head_dtype(config, dtype)
     names = resolve_targets(skeleton, config.adapter.target_modules)
     schedule = build_schedule(config, len(names), total_steps)
     linears = {name: skeleton.get_submodule(name) for name in names}
@@ -133,10 +132,19 @@ def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int)
             schedule.initial_rank,
             f"be at most {min(shape)} where pruning.rebase is true: {name} is {shape[0]} x {shape[1]}",
         )
-    budget = Budget(schedule, component_costs(shapes, config.pruning.budget_unit))
-    scores = {name: torch.zeros(schedule.initial_rank) for name in names}
-    budget.select(scores, schedule.final_step, config.pruning.min_rank, config.pruning.max_rank)
-    return names, budget
+    return names, Budget(schedule, component_costs(shapes, config.pruning.budget_unit))
+
+
+def _check_head_dtype(config: RunConfig, compute_dtype: str) -> None:
+    """A trained head has the adapter's dtype. Without a cast of its own, it reads what the base computes, which torch's
+    autocast brings together with float32 weights, but not with others."""
+    if config.model.fuse or not TASKS[config.task].trains_head:
+        return
+    if config.adapter.dtype not in ("auto", "float32", compute_dtype):
+        raise ValueError(
+            f"adapter.dtype is {config.adapter.dtype}, but model.fuse is false, so that the head must read the compute "
+            f"dtype {compute_dtype} as it is: set adapter.dtype to auto, or model.fuse to true"
+        )
 
 
 def check_context(skeleton: PreTrainedModel, data: RunData) -> None:
@@ -148,7 +156,7 @@ def check_context(skeleton: PreTrainedModel, data: RunData) -> None:
     context = context_of(skeleton)
     for source in (*data.train, *data.evaluation):
         columns = [name for name in ("input_ids", "labels") if name in source.dataset.column_names]
-        longest = max(int(list_lengths(source.dataset, name).max()) for name in columns)
+        longest = max(int(source.lengths(name).max()) for name in columns)
         if context is not None and longest > context:
             raise ValueError(
                 f"the longest example of {source.name} has {longest} tokens, more than the model's context of "

@@ -14,20 +14,19 @@ from dora_dist.base_model import load
 from dora_dist.config.checks import nearest
 from dora_dist.config.data import DataConfig, SourceConfig
 from dora_dist.config.run import RunConfig
-from dora_dist.config.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TASKS
+from dora_dist.config.tasks import CAUSAL_LM, TASKS
 from dora_dist.data.cache import first_rows, prepare_source
 from dora_dist.data.encoding.chat import ChosenTemplate, choose_template
 from dora_dist.data.encoding.classification import class_names
 from dora_dist.data.encoding.encoder import EncodingRules
 from dora_dist.data.mixture import Mixture, cap_examples, pass_counts
-from dora_dist.data.prepared import PreparedSource, list_lengths
+from dora_dist.data.prepared import PreparedSource
 from dora_dist.data.reading.files import Location, locate
-from dora_dist.data.reading.row_formats import FORMATS, tell_format
+from dora_dist.data.row_formats import FORMATS, tell_format
 
 MOST_WORKERS = 8
 MOST_NAMED = 20
 """Labels that an error lists."""
-CHAT_FORMATS = ("messages", "sharegpt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +61,7 @@ class RunData:
     def some_have_no_answer(self) -> bool:
         """Of sources of questions: whether a text may have no answer, as in SQuAD v2."""
         sources = (*self.train, *self.evaluation)
-        return any(bool((list_lengths(source.dataset, "answers") == 0).any()) for source in sources)
+        return any(bool((source.lengths("answers") == 0).any()) for source in sources)
 
 
 def read_data(config: RunConfig) -> tuple[PreTrainedTokenizerBase, RunData]:
@@ -87,9 +86,9 @@ def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task: s
             "it one of them"
         )
     found: dict[str, list[tuple[SourceConfig, Location, str]]] = {}
-    for part, sources in (("train", config.train_sources()), ("eval", config.eval_sources())):
+    for part, sources in (("train", config.train_sources), ("eval", config.eval_sources)):
         found[part] = [(source, *_find(source, config, TASKS[task].formats)) for source in sources]
-    chats = [s for entries in found.values() for s, _, name in entries if name in CHAT_FORMATS or s.as_chat]
+    chats = [s for entries in found.values() for s, _, name in entries if FORMATS[name].is_chat or s.as_chat]
     template = None
     if chats or config.chat_template != "auto":  # a name that is wrong is refused in any case
         template = choose_template(tokenizer, config.chat_template)
@@ -102,19 +101,15 @@ def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task: s
     seen = np.concatenate([source.keys() for source in prepared["train"]])
     overlap = {source.name: int(np.isin(source.keys(), seen).sum()) for source in prepared["eval"]}
     notes = [template.origin] if template is not None and template.bundled else []
+    has_classes = TASKS[task].has_labels and config.labels == "classes"
     return RunData(
         train=prepared["train"],
         evaluation=prepared["eval"],
         template=None if template is None else template.text,
         overlap=overlap,
         notes=[*notes, *_warnings(prepared["train"], prepared["eval"], overlap)],
-        labels=find_classes(prepared["train"], prepared["eval"]) if has_classes(config, task) else None,
+        labels=find_classes(prepared["train"], prepared["eval"]) if has_classes else None,
     )
-
-
-def has_classes(config: DataConfig, task: str) -> bool:
-    """Whether the examples have labels that are classes."""
-    return task == SEQUENCE_CLASSIFICATION and config.labels == "classes"
 
 
 def find_classes(train: Sequence[PreparedSource], held_out: Sequence[PreparedSource]) -> list[str]:
@@ -123,14 +118,14 @@ def find_classes(train: Sequence[PreparedSource], held_out: Sequence[PreparedSou
     Raises:
         ValueError: there is one only, or the held-out data have others.
     """
-    names = class_names(label for source in train for label in source.dataset.unique("label"))
+    names = class_names(label for source in train for label in source.column("label").unique().to_pylist())
     if len(names) < 2:
         raise ValueError(
             f"all labels of the training data are {names[0]!r}, so that there is nothing to tell apart: check that the "
             "labels are in the right field"
         )
     for source in held_out:
-        for label in class_names(source.dataset.unique("label")):
+        for label in class_names(source.column("label").unique().to_pylist()):
             if label not in names:
                 row = source.dataset[source.dataset["label"][:].index(label)]
                 raise ValueError(
@@ -166,7 +161,7 @@ def _find(source: SourceConfig, config: DataConfig, formats: Sequence[str]) -> t
         columns=tuple(source.columns),
         quotes=source.quotes,
     )
-    wanted = config.format if source.format == "auto" else source.format
+    wanted: str = config.format if source.format == "auto" else source.format
     if wanted == "auto":
         _check_fields(source, formats)
         wanted = tell_format(first_rows(location), str(source.name), source.fields, formats)
@@ -198,7 +193,7 @@ def _prepared(
     tokenizer: PreTrainedTokenizerBase,
     template: ChosenTemplate | None,
 ) -> PreparedSource:
-    uses_chat = row_format in CHAT_FORMATS or source.as_chat
+    uses_chat = FORMATS[row_format].is_chat or source.as_chat
     rules = EncodingRules(
         format=row_format,
         fields=source.fields,
@@ -218,7 +213,7 @@ def _prepared(
 
 def mixture_counts(config: DataConfig, sizes: Sequence[int]) -> list[int]:
     """Examples of each training source in one pass over the mixture, given how many of each take part."""
-    sources = config.train_sources()
+    sources = config.train_sources
     weights = [source.weight for source in sources if source.weight is not None]
     repeated = any(source.epochs is not None for source in sources)
     return pass_counts(
@@ -232,7 +227,7 @@ def mixture_counts(config: DataConfig, sizes: Sequence[int]) -> list[int]:
 def build_mixture(config: DataConfig, sources: Sequence[PreparedSource], seed: int) -> Mixture:
     """The mixture that the configuration describes."""
     members, first = [], 0
-    for number, (source, settings) in enumerate(zip(sources, config.train_sources(), strict=True)):
+    for number, (source, settings) in enumerate(zip(sources, config.train_sources, strict=True)):
         size = source.counts.examples
         members.append(first + cap_examples(size, settings.max_examples, seed, number))
         first += size

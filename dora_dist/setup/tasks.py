@@ -1,14 +1,17 @@
-"""What differs between tasks."""
+"""What differs between tasks when a run is built. Names, formats and metrics are in :mod:`dora_dist.config.tasks`."""
 
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dora_dist.adapter.model import DynamicLoraModel
-from dora_dist.base_model.losses import RowLosses, class_losses, span_losses, squared_errors
+from dora_dist.base_model.losses import RowLosses, class_losses, mean_over_tokens, span_losses, squared_errors
 from dora_dist.config.run import RunConfig
-from dora_dist.config.tasks import CAUSAL_LM, QUESTION_ANSWERING, SEQ2SEQ, SEQUENCE_CLASSIFICATION, TASKS, metrics_of
+from dora_dist.config.tasks import CAUSAL_LM, QUESTION_ANSWERING, SEQ2SEQ, SEQUENCE_CLASSIFICATION, metrics_of
 from dora_dist.data.batches import (
     ANSWER_SPANS,
     TARGETS,
@@ -19,6 +22,7 @@ from dora_dist.data.batches import (
     PackedCollator,
     PaddedCollator,
     PlannedRows,
+    Reader,
     TargetCollator,
     labelled,
 )
@@ -31,104 +35,190 @@ from dora_dist.evaluation.packing import check_packing
 from dora_dist.evaluation.questions import QuestionEvaluator, first_questions
 from dora_dist.evaluation.summaries import SummaryEvaluator
 from dora_dist.setup.resolve import ResolvedRun
+from dora_dist.setup.run_data import RunData
 
 
-def build_evaluator(
-    config: RunConfig, resolved: ResolvedRun, agreement: Agreement, model: DynamicLoraModel
-) -> Evaluator[Any] | None:
-    """The measurement on held-out data, or None where there is none."""
-    if not resolved.data.evaluation:
+class TaskParts(ABC):
+    """The parts of a run that depend on its task; one subclass for each task.
+
+    Attributes:
+        num_outputs: outputs of the head, where it has none for classes.
+    """
+
+    num_outputs: ClassVar[int] = 1
+
+    @abstractmethod
+    def reader(self, data: RunData) -> Reader:
+        """Makes an example of a stored row."""
+
+    @abstractmethod
+    def collator(self, config: RunConfig, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> Collator:
+        """Makes a batch of examples.
+
+        Raises:
+            ValueError: the model cannot be trained on such batches.
+        """
+
+    @abstractmethod
+    def evaluator(
+        self, config: RunConfig, resolved: ResolvedRun, agreement: Agreement, model: PeftModel
+    ) -> Evaluator[Any]:
+        """Measures the model on the held-out data, of which there must be some."""
+
+    def row_losses(self, config: RunConfig) -> RowLosses | None:
+        """The loss of every row, where a row has one target; None where the loss is a mean over tokens."""
         return None
-    most = config.evaluation.max_examples
-    take = first_questions if config.task == QUESTION_ANSWERING else _first_examples
-    common: dict[str, Any] = {
-        "sources": {
-            source.name: source.dataset if most is None else take(source.dataset, most)
-            for source in resolved.data.evaluation
-        },
-        "agreement": agreement,
-        "batch_size": resolved.arguments.per_device_eval_batch_size,
-    }
-    if config.task == CAUSAL_LM:
+
+    def loss_over_tokens(self) -> Callable[..., Tensor] | None:
+        """The Trainer's ``compute_loss_func``; None where the loss is of rows, or the model computes it itself."""
+        return None
+
+    def training_rows(self, resolved: ResolvedRun) -> PlannedRows:
+        """All rows of the run in the order of training."""
+        return PlannedRows(resolved.data.examples(), resolved.plan, self.reader(resolved.data))
+
+    def _first_examples(self, examples: Dataset, most: int) -> Dataset:
+        """The examples that are evaluated where there are at most ``most``."""
+        return examples.take(min(most, len(examples)))
+
+    def _held_out(self, config: RunConfig, resolved: ResolvedRun, agreement: Agreement) -> dict[str, Any]:
+        """Arguments that evaluators of all tasks have."""
+        most = config.evaluation.max_examples
+        return {
+            "sources": {
+                source.name: source.dataset if most is None else self._first_examples(source.dataset, most)
+                for source in resolved.data.evaluation
+            },
+            "agreement": agreement,
+            "batch_size": resolved.arguments.per_device_eval_batch_size,
+        }
+
+
+class CausalLmParts(TaskParts):
+    """The model continues a text, and computes its loss itself."""
+
+    def reader(self, data: RunData) -> Reader:
+        return TRAINED_TOKENS
+
+    def collator(self, config: RunConfig, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> Collator:
+        """One example a row, or several, which must not see each other in this model."""
+        if config.data.batching != "packed":
+            return PaddedCollator(tokenizer)
+        base: Any = model.get_base_model()
+        if "flash" in str(base.config._attn_implementation):
+            collator: Collator = FlattenedCollator()
+        else:
+            collator = PackedCollator(tokenizer)
+        check_packing(base, collator)
+        return collator
+
+    def evaluator(
+        self, config: RunConfig, resolved: ResolvedRun, agreement: Agreement, model: PeftModel
+    ) -> AnswerEvaluator:
         return AnswerEvaluator(
-            **common,
+            **self._held_out(config, resolved, agreement),
             tokenizer=resolved.tokenizer,
             exact_match=config.evaluation.exact_match,
             max_new_tokens=config.evaluation.max_new_tokens,
             stop=stop_tokens(resolved.tokenizer, resolved.data.template),
         )
-    common |= {
-        "collate": build_collator(config, model, resolved.tokenizer),
-        "metrics": metrics_of(config.task, config.data.labels, config.evaluation.metrics),
-    }
-    if config.task == QUESTION_ANSWERING:
-        return QuestionEvaluator(**common, with_no_answer=resolved.data.some_have_no_answer())
-    if config.task == SEQ2SEQ:
-        return SummaryEvaluator(
-            **common,
-            tokenizer=resolved.tokenizer,
-            max_new_tokens=config.evaluation.max_new_tokens,
-            num_beams=config.evaluation.num_beams,
+
+
+def _labelled_collator(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> LabelledCollator:
+    """Batches for a model with a head. Many tokenizers tell two texts apart for models that have no embedding for it:
+    token types are given only where both know them."""
+    knows_types = getattr(model.config, "type_vocab_size", 0) > 1
+    return LabelledCollator(tokenizer, with_types=knows_types and "token_type_ids" in tokenizer.model_input_names)
+
+
+class SequenceClassificationParts(TaskParts):
+    """The head gives a row one output for every class, or a number."""
+
+    def reader(self, data: RunData) -> Reader:
+        return labelled(data.labels)
+
+    def collator(self, config: RunConfig, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> LabelledCollator:
+        return _labelled_collator(model, tokenizer)
+
+    def evaluator(
+        self, config: RunConfig, resolved: ResolvedRun, agreement: Agreement, model: PeftModel
+    ) -> LabelEvaluator:
+        return LabelEvaluator(
+            **self._held_out(config, resolved, agreement),
+            reader=self.reader(resolved.data),
+            collate=self.collator(config, model, resolved.tokenizer),
+            row_losses=self.row_losses(config),
+            metrics=metrics_of(config.task, config.data.labels, config.evaluation.metrics),
+            regression=config.data.labels == "regression",
         )
-    return LabelEvaluator(
-        **common,
-        reader=labelled(resolved.data.labels),
-        row_losses=row_losses(config),
-        regression=config.data.labels == "regression",
-    )
+
+    def row_losses(self, config: RunConfig) -> RowLosses:
+        return squared_errors if config.data.labels == "regression" else class_losses
 
 
-def _first_examples(examples: Dataset, most: int) -> Dataset:
-    return examples.take(min(most, len(examples)))
+class QuestionAnsweringParts(TaskParts):
+    """The head gives every token of a row two outputs: whether the answer starts there, and whether it ends there."""
 
+    num_outputs = 2
 
-def tells_texts_apart(model: DynamicLoraModel, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether both the model and its tokenizer know which of two texts a token belongs to. Many tokenizers say so to
-    models that have no embedding for it."""
-    return "token_type_ids" in tokenizer.model_input_names and getattr(model.config, "type_vocab_size", 0) > 1
+    def reader(self, data: RunData) -> Reader:
+        return ANSWER_SPANS
 
+    def collator(self, config: RunConfig, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> LabelledCollator:
+        return _labelled_collator(model, tokenizer)
 
-def planned_rows(config: RunConfig, resolved: ResolvedRun) -> PlannedRows:
-    """What is trained on, in the order of training."""
-    readers = {
-        CAUSAL_LM: TRAINED_TOKENS,
-        SEQUENCE_CLASSIFICATION: labelled(resolved.data.labels),
-        QUESTION_ANSWERING: ANSWER_SPANS,
-        SEQ2SEQ: TARGETS,
-    }
-    return PlannedRows(resolved.data.examples(), resolved.plan, readers[config.task])
+    def evaluator(
+        self, config: RunConfig, resolved: ResolvedRun, agreement: Agreement, model: PeftModel
+    ) -> QuestionEvaluator:
+        return QuestionEvaluator(
+            **self._held_out(config, resolved, agreement),
+            collate=self.collator(config, model, resolved.tokenizer),
+            metrics=metrics_of(config.task, config.data.labels, config.evaluation.metrics),
+            with_no_answer=resolved.data.some_have_no_answer(),
+        )
 
-
-def row_losses(config: RunConfig) -> RowLosses | None:
-    """The loss of a row, of tasks that have one target a row."""
-    if config.task == QUESTION_ANSWERING:
+    def row_losses(self, config: RunConfig) -> RowLosses:
         return span_losses
-    if config.task != SEQUENCE_CLASSIFICATION:
-        return None
-    return squared_errors if config.data.labels == "regression" else class_losses
+
+    def _first_examples(self, examples: Dataset, most: int) -> Dataset:
+        return first_questions(examples, most)
 
 
-def build_collator(config: RunConfig, model: DynamicLoraModel, tokenizer: PreTrainedTokenizerBase) -> Collator:
-    """What makes batches of rows, for the task and the model's attention.
+class Seq2SeqParts(TaskParts):
+    """The decoder writes a text about the one that the encoder reads."""
 
-    Raises:
-        ValueError: examples of one row would see each other in this model, or it cannot be given labels.
-    """
-    base = model.get_base_model()
-    if TASKS[config.task].trains_head:
-        return LabelledCollator(tokenizer, with_types=tells_texts_apart(model, tokenizer))
-    if config.task == SEQ2SEQ:
+    def reader(self, data: RunData) -> Reader:
+        return TARGETS
+
+    def collator(self, config: RunConfig, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> TargetCollator:
+        base: Any = model.get_base_model()
         if not hasattr(base, "prepare_decoder_input_ids_from_labels"):
             raise ValueError(
                 f"{type(base).__name__} does not say how its decoder's input is made of labels, as BART and T5 do: "
                 f"task {SEQ2SEQ} needs a model that does"
             )
         return TargetCollator(tokenizer, base.prepare_decoder_input_ids_from_labels)
-    if config.data.batching != "packed":
-        return PaddedCollator(tokenizer)
-    if "flash" in str(base.config._attn_implementation):
-        collator: Collator = FlattenedCollator()
-    else:
-        collator = PackedCollator(tokenizer)
-    check_packing(base, collator)
-    return collator
+
+    def evaluator(
+        self, config: RunConfig, resolved: ResolvedRun, agreement: Agreement, model: PeftModel
+    ) -> SummaryEvaluator:
+        return SummaryEvaluator(
+            **self._held_out(config, resolved, agreement),
+            tokenizer=resolved.tokenizer,
+            collate=self.collator(config, model, resolved.tokenizer),
+            metrics=metrics_of(config.task, config.data.labels, config.evaluation.metrics),
+            max_new_tokens=config.evaluation.max_new_tokens,
+            num_beams=config.evaluation.num_beams,
+        )
+
+    def loss_over_tokens(self) -> Callable[..., Tensor]:
+        return mean_over_tokens
+
+
+TASK_PARTS: dict[str, TaskParts] = {
+    CAUSAL_LM: CausalLmParts(),
+    SEQUENCE_CLASSIFICATION: SequenceClassificationParts(),
+    QUESTION_ANSWERING: QuestionAnsweringParts(),
+    SEQ2SEQ: Seq2SeqParts(),
+}
+"""The parts of every task of :data:`~dora_dist.config.tasks.TASKS`, by its name."""

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from dora_dist.adapter.layer import DynamicLoraLinear
+from dora_dist.config.pruning import Selection
 from dora_dist.console.errors import ExpectedRunError
 from dora_dist.distributed.agreement import Agreement, digest_tensors
 from dora_dist.distributed.engine import write_entries, zero_entries
-from dora_dist.method.budget import COMPONENTS, Budget, component_costs
+from dora_dist.method.budget import Budget
 from dora_dist.method.importance import Components, score_layers
 from dora_dist.method.prune_event import PruneEvent
 from dora_dist.method.rebasing import singular_components
 from dora_dist.method.regularizer import equilibrium_penalty
-from dora_dist.method.schedule import BudgetSchedule
 from dora_dist.training.criterion import Criterion, SmoothedScores
 
 
@@ -31,69 +31,61 @@ class DynamicRankController:
     """Scores after every optimizer step, prunes when the schedule says so, and proves that all ranks agree.
 
     Args:
-        layers: adapted layers by name; the same names on every rank.
-        schedule: the budget over time.
-        agreement: collectives over the ranks.
-        criterion: what makes the scores, of the components of ``layers`` in the order of their names; by default the
+        layers: Adapted layers by name; the same names on every rank.
+        budget: What the components of ``layers`` may cost over the run.
+        agreement: Collectives over the ranks.
+        criterion: What makes the scores, of the components of ``layers`` in the order of their names; by default the
             paper's, with its smoothing of 0.9.
-        budget_unit: what the budget counts: ``components``, or ``parameters``, of which a component of a wide layer
-            has more.
-        min_rank: components that every layer keeps at least.
-        max_rank: components that any layer keeps at most.
-        regrow: prune softly before the final event (the gate is set to 0 and may grow back), as the paper does;
-            otherwise pruned components stay out for good.
-        rebase: before an event selects, turn every layer's components into the singular vectors of its update
-            (:mod:`dora_dist.method.rebasing`), and score those as they are then, without the past.
-        head: parameters by name that are trained beside the adapter, of which the ranks prove that they agree too.
+        selection: How events select; by default without bounds, and with regrowth.
+        head: Parameters by name that are trained beside the adapter; the ranks prove that they agree on these too.
+
+    Attributes:
+        step: Optimizer steps seen so far.
+        kept: Layer -> boolean mask, shape ``(r,)``, on the CPU: the components that the latest event kept; all of them
+            before the first event.
+        failure: Why this rank could not score, or None. It ends the run on all ranks in the next exchange.
 
     Raises:
-        ValueError: the bounds and the budgets of the schedule do not fit together.
+        ValueError: The bounds of ``selection`` do not admit the final budget.
     """
 
     def __init__(
         self,
         layers: Mapping[str, DynamicLoraLinear],
-        schedule: BudgetSchedule,
+        budget: Budget,
         agreement: Agreement,
         *,
         criterion: Criterion | None = None,
-        budget_unit: str = COMPONENTS,
-        min_rank: int = 0,
-        max_rank: int | None = None,
-        regrow: bool = True,
-        rebase: bool = False,
+        selection: Selection | None = None,
         head: Mapping[str, nn.Parameter] | None = None,
     ) -> None:
         self.layers = dict(sorted(layers.items()))
-        self.schedule = schedule
+        self.budget = budget
+        self.schedule = budget.schedule
         self.agreement = agreement
-        self.min_rank = min_rank
-        self.max_rank = max_rank
-        self.regrow = regrow
-        self.rebase = rebase
+        self.selection = selection or Selection()
         self.head = dict(sorted((head or {}).items()))
         self.step = 0
-        self.events: list[PruneEvent] = []
-        self._sizes = [layer.gate.numel() for layer in self.layers.values()]
-        self._shapes = {name: (layer.in_features, layer.out_features) for name, layer in self.layers.items()}
-        self.budget = Budget(schedule, component_costs(self._shapes, budget_unit))
+        self.failure: str | None = None
+        sizes = {name: layer.gate.numel() for name, layer in self.layers.items()}
+        self.kept: Mapping[str, Tensor] = {name: torch.ones(size, dtype=torch.bool) for name, size in sizes.items()}
+        self._sizes = list(sizes.values())
         device = next(iter(self.layers.values())).gate.device
         self.criterion = criterion or SmoothedScores(score_layers, 0.9, sum(self._sizes), device)
-        self._failure: str | None = None
-        if max_rank is not None and not regrow:
-            raise ValueError(
-                f"max_rank is {max_rank} and regrow is false: what is pruned for good early could be needed to fill "
-                "the final budget under the bound; set regrow to true, or max_rank to null"
-            )
-        if rebase:
+        if self.selection.rebase:
             self.criterion.rescore(self._components())
         # Refuse bounds that cannot be met before the run; all other budgets lie above the final one.
-        self.budget.select(self.scores, schedule.final_step, min_rank, max_rank)
+        self.budget.select(self.scores, self.schedule.final_step, self.selection.min_rank, self.selection.max_rank)
 
     @property
     def scores(self) -> dict[str, Tensor]:
         """Layer -> scores, shape ``(r,)``, float64; local to this rank until an event averages them."""
         return self._by_layer(self.criterion.scores)
+
+    @property
+    def num_kept(self) -> int:
+        """Number of components that the latest event kept in the whole model."""
+        return sum(int(mask.sum()) for mask in self.kept.values())
 
     @property
     def finished_pruning(self) -> bool:
@@ -116,7 +108,8 @@ class DynamicRankController:
             The event, if there was one.
 
         Raises:
-            RankFailedError: a rank could not score (non-finite values, out of memory), on all ranks at the next event.
+            RankFailedError: At an event, on all ranks: a rank has failed to score (:attr:`failure`), or its scores are
+                not finite.
             DisagreementError: the ranks hold different adapters, on all ranks.
         """
         assert step == self.step + 1, f"step {step} after step {self.step}: each step must be seen exactly once"
@@ -125,19 +118,20 @@ class DynamicRankController:
         if finished:
             return None
         event_is_due = self.schedule.is_prune_step(step)
-        if event_is_due or not self.rebase:  # what re-basing makes at an event is scored then, without the past
+        # What re-basing makes at an event is scored then, without the past.
+        if event_is_due or not self.selection.rebase:
             self._update_scores()
         if not event_is_due:
             return None
-        self.agreement.raise_together(self._failure or self._flaw_of_scores(), f"scoring components by step {step}")
+        self.agreement.raise_together(self.failure or self._flaw_of_scores(), f"scoring components by step {step}")
         self.verify(f"the adapter before the pruning event of step {step}")
-        if self.rebase:
+        if self.selection.rebase:
             self._rebase()
         # One flat tensor, one all-reduce; from here on every rank computes from the reduced values only.
         event = self._select(step, self._by_layer(self.agreement.mean(self.criterion.scores)))
         self._apply(event)
         self.criterion.after_event()
-        self.events.append(event)
+        self.kept = event.kept
         return event
 
     def verify(self, what: str) -> None:
@@ -146,10 +140,11 @@ class DynamicRankController:
         Raises:
             DisagreementError: they do not.
         """
-        position = f"{self.step}/{self.budget}/{len(self.events)}"
+        position = f"{self.step}/{self.budget}"
         digests = {"step and budget": sha256(position.encode()).digest()}
         for name, layer in self.layers.items():
-            digests[name] = digest_tensors(layer.lora_a, layer.gate, layer.lora_b, layer.component_mask)
+            masks = (layer.component_mask, self.kept[name])
+            digests[name] = digest_tensors(layer.lora_a, layer.gate, layer.lora_b, *masks)
         digests |= {f"{name} of the head": digest_tensors(parameter) for name, parameter in self.head.items()}
         self.agreement.check_equal(digests, what)
 
@@ -183,7 +178,7 @@ class DynamicRankController:
         kept = {name: int(layer.component_mask.sum()) for name, layer in self.layers.items()}
         what = f"{sum(kept.values())} components (cost {self.budget.spent(kept)}) are left"
         wanted = f"the budget {self.budget.final}"
-        if not self.events or not self.events[-1].final:
+        if not self.finished_pruning:
             raise BudgetMissedError(
                 f"the run ended at step {self.step} before the final pruning event of step {self.schedule.final_step}: "
                 f"{what} instead of {wanted}"
@@ -192,13 +187,14 @@ class DynamicRankController:
             raise BudgetMissedError(f"{what} instead of {wanted}")
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Masks and scores by layer, as flat names; see :meth:`load_state_dict`."""
+        """Masks, scores and what the latest event kept, by layer, as flat names; see :meth:`load_state_dict`."""
         state = {f"{name}.component_mask": layer.component_mask.cpu() for name, layer in self.layers.items()}
-        # A copy: safetensors does not write parts of one tensor.
+        # Copies: safetensors does not write parts of one tensor.
         state |= {f"{name}.scores": scores.clone() for name, scores in self.scores.items()}
+        state |= {f"{name}.kept": mask.clone() for name, mask in self.kept.items()}
         return state
 
-    def load_state_dict(self, state: Mapping[str, Tensor], step: int, events: list[PruneEvent]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor], step: int) -> None:
         """Continue after ``step``, on every rank.
 
         Raises:
@@ -210,15 +206,15 @@ class DynamicRankController:
             self.criterion.scores.copy_(torch.cat([state[f"{name}.scores"] for name in self.layers]))
             for name, layer in self.layers.items():
                 layer.component_mask.copy_(state[f"{name}.component_mask"])
+            self.kept = {name: state[f"{name}.kept"] for name in self.layers}
         except (KeyError, RuntimeError) as error:
             failure = f"the saved state does not fit the model: {error!r}"
         self.agreement.raise_together(failure, "loading the state of the method")
         self.step = step
-        self.events = list(events)
         self.verify(f"the adapter resumed from step {step}")
 
     def _by_layer(self, flat: Tensor) -> dict[str, Tensor]:
-        return dict(zip(self.layers, flat.split(self._sizes), strict=True))
+        return dict(zip(self.layers, torch.split(flat, self._sizes), strict=True))
 
     def _components(self) -> list[Components]:
         return [(layer.lora_a, layer.effective_gate(), layer.lora_b) for layer in self.layers.values()]
@@ -236,17 +232,17 @@ class DynamicRankController:
             whole = (layer.lora_a, layer.gate, layer.lora_b)
             masks = (kept.unsqueeze(1).expand_as(layer.lora_a), kept, kept.expand_as(layer.lora_b))
             sizes = [part.numel() for part in parts]
-            for parameter, chosen, new in zip(whole, masks, flat.split(sizes), strict=True):
+            for parameter, chosen, new in zip(whole, masks, torch.split(flat, sizes), strict=True):
                 values = torch.zeros_like(parameter, dtype=torch.float64).masked_scatter_(chosen, new)
                 write_entries(parameter, values, chosen)
         self.criterion.rescore(self._components())
 
     def _update_scores(self) -> None:
-        """Never raises: a failure is kept for the next exchange, where all ranks learn of it."""
+        """Never raises: a failure is kept in :attr:`failure` for the next exchange, where all ranks learn of it."""
         try:
             self.criterion.update(self._components(), self.agreement)
         except Exception as error:
-            self._failure = self._failure or f"{type(error).__name__} after step {self.step}: {error}"
+            self.failure = self.failure or f"{type(error).__name__} after step {self.step}: {error}"
 
     def _flaw_of_scores(self) -> str | None:
         """A non-finite score stays in the average for ever, so that looking at events is enough."""
@@ -258,27 +254,25 @@ class DynamicRankController:
         return None
 
     def _select(self, step: int, scores: dict[str, Tensor]) -> PruneEvent:
-        final = step == self.schedule.final_step
-        eligible = None if self.regrow else {name: layer.component_mask for name, layer in self.layers.items()}
-        keep = self.budget.select(scores, step, self.min_rank, self.max_rank if final else None, eligible)
-        kept = {name: mask.nonzero().flatten().tolist() for name, mask in keep.items()}
-        before = self.events[-1].kept if self.events else None
-        known = before is not None and not self.rebase  # otherwise there are other components every time
-        returned = sum(len(set(kept[name]) - set(before[name])) for name in kept) if known else 0
+        final, selection = step == self.schedule.final_step, self.selection
+        eligible = None if selection.regrow else {name: layer.component_mask for name, layer in self.layers.items()}
+        most = selection.max_rank if final else None
+        kept = self.budget.select(scores, step, selection.min_rank, most, eligible)
+        # Re-basing makes other components at every event, of which none has been there before.
+        returned = 0 if selection.rebase else sum(int((kept[name] & ~self.kept[name]).sum()) for name in kept)
+        widths = {name: layer.lora_a.shape[1] + layer.lora_b.shape[0] for name, layer in self.layers.items()}
         return PruneEvent(
             step=step,
-            num_kept=sum(map(len, kept.values())),
             kept=kept,
             returned=returned,
             final=final,
-            num_parameters=sum(len(indices) * sum(self._shapes[name]) for name, indices in kept.items()),
+            num_parameters=sum(int(mask.sum()) * widths[name] for name, mask in kept.items()),
         )
 
     @torch.no_grad()
     def _apply(self, event: PruneEvent) -> None:
         for name, layer in self.layers.items():
-            keep = torch.zeros_like(layer.component_mask)
-            keep[event.kept[name]] = True
+            keep = event.kept[name].to(layer.gate.device)
             zero_entries(layer.gate, keep)
-            if event.final or not self.regrow:
+            if event.final or not self.selection.regrow:
                 layer.component_mask.copy_(keep)

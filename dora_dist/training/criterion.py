@@ -6,10 +6,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from dora_dist.config.pruning import GATE_SENSITIVITY
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.method.importance import Components, ScoreFunction, smooth, weight_criterion
-
-GATE_SENSITIVITY = "gate_sensitivity"
 
 
 class Criterion(Protocol):
@@ -73,14 +72,9 @@ class GateSensitivity:
 
     Args:
         gates: of all layers, shape ``(r,)`` each, in the order of the scores; they must be trained.
-
-    Raises:
-        ValueError: gates are not trained.
     """
 
     def __init__(self, gates: Sequence[nn.Parameter]) -> None:
-        if not all(gate.requires_grad for gate in gates):
-            raise ValueError(f"importance is {GATE_SENSITIVITY}, which needs gradients of the gates: set train_gates")
         sizes = [gate.numel() for gate in gates]
         self.scores = torch.zeros(sum(sizes), dtype=torch.float64, device=gates[0].device)
         self._gradient = torch.zeros(sum(sizes), dtype=torch.float32, device=gates[0].device)
@@ -109,13 +103,14 @@ def criterion_of(name: str, gates: Sequence[nn.Parameter], smoothing: float, see
     """The criterion of a name, at its start.
 
     Args:
-        name: :data:`GATE_SENSITIVITY`, or one of :data:`~dora_dist.method.importance.WEIGHT_CRITERIA`.
+        name: :data:`~dora_dist.config.pruning.GATE_SENSITIVITY`, or one of
+            :data:`~dora_dist.method.importance.WEIGHT_CRITERIA`.
         gates: of all layers, shape ``(r,)`` each, in the order of the scores.
         smoothing: of scores of weights.
         seed: of the random ones.
 
     Raises:
-        ValueError: there is no such criterion, or it needs gates that are trained.
+        ValueError: there is no such criterion.
     """
     if name == GATE_SENSITIVITY:
         return GateSensitivity(gates)

@@ -36,7 +36,7 @@ class OptimizerShards:
     def __init__(self, wrapped: nn.Module, parameters: Mapping[str, nn.Parameter], agreement: Agreement) -> None:
         self._wrapped = wrapped
         self._parameters = parameters
-        self._rank = agreement.rank
+        self._agreement = agreement
         parts = owned_parts(wrapped, parameters)
         mine = {name: (part.start, part.tensors[MASTER].numel()) for name, part in parts.items()}
         self._owners: dict[str, list[tuple[int, int, int]]] = {name: [] for name in parameters}
@@ -62,8 +62,8 @@ class OptimizerShards:
         tensors = {
             f"{name}:{key}": tensor.cpu() for name, part in parts.items() for key, tensor in part.tensors.items()
         }
-        save_file(tensors, folder / shard_name(self._rank))
-        if self._rank == 0:
+        save_file(tensors, folder / shard_name(self._agreement.rank))
+        if self._agreement.is_first:
             counters = optimizer_counters(self._wrapped)
             write_json(folder / SHARDS / INDEX, {"owners": self._owners, "counters": counters})
 

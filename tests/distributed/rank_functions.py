@@ -14,6 +14,7 @@ from dora_dist.adapter.layer import DynamicLoraLinear
 from dora_dist.distributed.agreement import Agreement, digest_tensors
 from dora_dist.distributed.engine import zero_entries
 from dora_dist.distributed.store_agreement import StoreAgreement
+from dora_dist.method.budget import Budget
 from dora_dist.method.importance import Components, ScoreFunction, score_layers
 from dora_dist.method.schedule import BudgetSchedule
 from dora_dist.training.controller import DynamicRankController
@@ -47,7 +48,7 @@ def make_controller(layers: dict[str, DynamicLoraLinear], **options: Any) -> Dyn
         final_fraction=0.4,
         interval=2,
     )
-    return DynamicRankController(layers, schedule, Agreement(), **options)
+    return DynamicRankController(layers, Budget(schedule, dict.fromkeys(layers, 1)), Agreement(), **options)
 
 
 def smoothed(score: ScoreFunction) -> SmoothedScores:
@@ -130,7 +131,28 @@ def prune_with_altered_mask(odd_rank: int) -> None:
 
 def prune_with_bad_scores(bad_rank: int, kind: str) -> None:
     """One rank has a NaN in its weights' scores, or fails while it scores; all are the same otherwise."""
+    controller = _controller_with_bad_scores(bad_rank, kind)
+    for step in range(1, 5):
+        controller.after_optimizer_step(step)
 
+
+def end_step_with_bad_scores(bad_rank: int) -> None:
+    """One rank fails while it scores step 1, after which no event is due; the end of that step in the Trainer."""
+    from types import SimpleNamespace
+
+    from transformers import TrainerControl
+
+    from dora_dist.training.trainer import DynamicLoraTrainer
+
+    controller = _controller_with_bad_scores(bad_rank, "raises")
+    notice = SimpleNamespace(received=None)
+    parts = SimpleNamespace(controller=controller, agreement=controller.agreement, notice=notice)
+    trainer = SimpleNamespace(parts=parts, state=SimpleNamespace(global_step=1, max_steps=10))
+    assert controller.after_optimizer_step(1) is None
+    DynamicLoraTrainer.stop_early(trainer, TrainerControl())
+
+
+def _controller_with_bad_scores(bad_rank: int, kind: str) -> DynamicRankController:
     def score(layers: Sequence[Components]) -> Tensor:
         scores = score_layers(layers)
         if dist.get_rank() == bad_rank:
@@ -139,9 +161,7 @@ def prune_with_bad_scores(bad_rank: int, kind: str) -> None:
             scores[0, 2] = float(kind)
         return scores
 
-    controller = make_controller(make_layers(), criterion=smoothed(score))
-    for step in range(1, 5):
-        controller.after_optimizer_step(step)
+    return make_controller(make_layers(), criterion=smoothed(score))
 
 
 def check_world_of_one() -> None:
@@ -295,11 +315,12 @@ def _whole_states(trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
 
 def _tiny_adapted(model_folder: str) -> Any:
     """A tiny NF4 Llama with an adapter whose every component has an effect, the same on every rank."""
+    from tiny_models import load_base
+
     from dora_dist import DynamicLoraConfig, add_dynamic_lora
-    from dora_dist.base_model.load import load_base_model
 
     config = DynamicLoraConfig(target_rank=2, initial_rank=4, dropout=0.0, alpha=8)
-    model = add_dynamic_lora(load_base_model(model_folder), config)
+    model = add_dynamic_lora(load_base(model_folder), config)
     for layer in model.adapted_layers().values():
         nn.init.normal_(layer.lora_b, std=0.02, generator=torch.Generator().manual_seed(1))
     return model
@@ -392,23 +413,22 @@ def load_and_watch(tiny: str, folder: str, quantization: str, dtype: str, hoard:
     from many_shards import size_of_model
     from process_memory import MemoryWatch
     from safetensors.torch import load_file
+    from tiny_models import load_base
 
-    from dora_dist.base_model.load import load_base_model
-
-    load_base_model(tiny, quantization, getattr(torch, dtype))
+    load_base(tiny, quantization, getattr(torch, dtype))
     dist.barrier()
     with MemoryWatch() as monitor:
         files = sorted(Path(folder).glob("*.safetensors")) if hoard else []
         stored = [{name: value.clone() for name, value in load_file(path).items()} for path in files]
-        model = load_base_model(folder, quantization, getattr(torch, dtype))
+        model = load_base(folder, quantization, getattr(torch, dtype))
         del stored
     return {"resident": monitor.resident, "own": monitor.anonymous, "kept": monitor.kept, "model": size_of_model(model)}
 
 
 def load_where_one_is_broken(folder: str, broken: str) -> None:
     """The last rank's base has a flaw."""
-    from dora_dist.base_model.load import load_base_model
+    from tiny_models import load_base
 
     agreement = Agreement()
     with agreement.together("loading the model"):
-        load_base_model(broken if agreement.rank == agreement.size - 1 else folder)
+        load_base(broken if agreement.rank == agreement.size - 1 else folder)

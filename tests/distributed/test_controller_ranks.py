@@ -26,7 +26,7 @@ def test_ranks_with_different_statistics_select_by_their_mean(world_size):
     for value in values:
         for name in names:
             assert torch.equal(value["masks"][name], expected[name])
-            assert value["kept"][name] == expected[name].nonzero().flatten().tolist()
+            assert torch.equal(value["kept"][name], expected[name])
             assert not value["gates"][name][~expected[name]].any()
 
 
@@ -55,6 +55,17 @@ def test_a_rank_that_cannot_score_makes_all_ranks_raise_and_is_named(world_size,
     for outcome in outcomes:
         assert f"failed on 1 of {world_size} ranks: rank {world_size - 1} ({NODE}): " in outcome.error
         assert reason in outcome.error
+
+
+@WORLDS
+def test_a_rank_that_fails_to_score_ends_all_ranks_after_that_step(world_size):
+    outcomes = run_ranks(rank_functions.end_step_with_bad_scores, world_size, world_size - 1)
+    assert {outcome.error_type for outcome in outcomes} == {"RankFailedError"}
+    assert len({outcome.error for outcome in outcomes}) == 1
+    assert outcomes[0].error == (
+        f"scoring components by step 1 failed on 1 of {world_size} ranks: rank {world_size - 1} ({NODE}): "
+        "MemoryError after step 1: no memory left on this rank"
+    )
 
 
 def test_a_rank_with_an_altered_head_is_named_on_all_ranks():

@@ -14,8 +14,8 @@ import pytest
 import torch
 from commands import REPOSITORY, run
 from comparison import write_comparison
+from tiny_models import load_base
 
-from dora_dist.base_model.load import load_base_model
 from dora_dist.console.errors import PREEMPTED
 from dora_dist.runs.checkpoint import checkpoints
 
@@ -86,7 +86,7 @@ def test_every_cell_leaves_a_plain_adapter_of_its_budget_and_no_checkpoints(comp
         run_folder = folder / "out" / cell["folder"]
         assert not checkpoints(run_folder)
         assert sum(cell["ranks"].values()) == 2 * len(cell["ranks"])
-        base = load_base_model(str(folder / "model"), "nf4", torch.float32)
+        base = load_base(folder / "model", "nf4", torch.float32)
         stock = peft.PeftModel.from_pretrained(base, run_folder / "adapter")
         assert cell["parameters"] == sum(p.numel() for name, p in stock.named_parameters() if "lora_" in name)
         if cell["method"] == "lora":

@@ -27,6 +27,7 @@ VARIANTS = {
         "zero2",
     ),
     "ddp": ((), 2, "ddp"),
+    "without fused operations": (("--model.fuse", "false"), 2, "zero2"),
     "gradient checkpointing": (("--training.gradient_checkpointing", "true"), 2, "zero2"),
 }
 

@@ -4,7 +4,7 @@ import pytest
 import tiny_models
 import torch
 from bitsandbytes.nn import Linear4bit
-from tiny_models import VOCABULARY, adapt, shake, tiny_model, tokens, trainable
+from tiny_models import VOCABULARY, adapt, load_base, shake, tiny_model, tokens, trainable
 from tiny_run import tiny_tokenizer
 from torch import nn
 from torch.nn import functional
@@ -19,7 +19,6 @@ from dora_dist.base_model.chunked_loss import (
     chunked_cross_entropy,
     obstacle,
 )
-from dora_dist.base_model.load import load_base_model
 from dora_dist.benchmark.peak import rise_of_allocator
 from dora_dist.config.parse import load_config
 from dora_dist.setup.build import load_model
@@ -173,7 +172,7 @@ def test_loss_and_gradients_of_a_model_in_float64(small_chunks, tied, kind, item
 @pytest.mark.parametrize(("architecture", "quantization"), [("llama", "nf4"), ("llama", "int8"), ("qwen3", "none")])
 def test_loss_and_gradients_of_a_quantized_model(tmp_path, small_chunks, architecture, quantization, kind):
     tiny_model(architecture).save_pretrained(tmp_path)
-    model = shake(adapt(load_base_model(str(tmp_path), quantization))).train()
+    model = shake(adapt(load_base(tmp_path, quantization))).train()
     batch, items = micro_batch(kind), torch.tensor(20)
     expected = model(**batch, num_items_in_batch=items).loss
     wanted = gradients_of(model, expected)
@@ -204,7 +203,7 @@ def test_a_trajectory_on_nf4_is_that_with_logits(tmp_path, small_chunks):
     tiny_model().save_pretrained(tmp_path)
     losses = []
     for without in (False, True):
-        model = shake(adapt(load_base_model(str(tmp_path)))).train()
+        model = shake(adapt(load_base(tmp_path))).train()
         if without:
             assert model.leave_out_logits() is None
         optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-2, eps=1e-5)

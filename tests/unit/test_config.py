@@ -1,11 +1,14 @@
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from repository import REPOSITORY
 
 from dora_dist.config.adapter import DynamicLoraConfig
+from dora_dist.config.data import DataConfig
 from dora_dist.config.parse import load_config, parse_config, save_config
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import metrics_of
@@ -152,6 +155,18 @@ def test_owned_training_arguments_are_refused_when_loading(load):
         (["--pruning.interval", "0"], "pruning.interval is 0"),
         (["--pruning.equilibrium_weight", "-1"], "pruning.equilibrium_weight is -1"),
         (["--pruning.min_rank", "-1"], "pruning.min_rank is -1"),
+        (
+            ["--pruning.max_rank", "9", "--pruning.regrow", "false"],
+            "pruning.max_rank is 9 and regrow is false",
+        ),
+        (
+            ["--pruning.importance", "gate_sensitivity", "--pruning.rebase", "true"],
+            "pruning.rebase is true, but must be false for the importance gate_sensitivity",
+        ),
+        (
+            ["--pruning.importance", "gate_sensitivity", "--adapter.train_gates", "false"],
+            "importance is gate_sensitivity, which needs gradients of the gates, but adapter.train_gates is false",
+        ),
         (["--pruning.min_rank", "9"], "target_rank 8 .* pruning.min_rank 9"),
         (["--pruning.max_rank", "4"], "target_rank 8 .* pruning.max_rank 4"),
         (["--data.max_length", "1"], "data.max_length is 1"),
@@ -286,16 +301,28 @@ def test_one_source_needs_no_list_and_is_saved_as_it_was_given(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("output_dir: x\nmodel: {path: m}\ndata:\n  train: {path: a.jsonl.gz, epochs: 2}\n")
     config = load_config(path)
-    (source,) = config.data.train_sources()
+    (source,) = config.data.train_sources
     assert (source.name, source.epochs) == ("a", 2.0)
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == config
+    saved = yaml.safe_load((tmp_path / "saved.yaml").read_text())["data"]
+    assert saved["train"] == {"path": "a.jsonl.gz", "epochs": 2}
+    assert saved["eval"] is None
+    assert not [key for key in saved if "sources" in key], "they follow from train and eval"
+    with pytest.raises(ValueError, match=r"unknown key data\.train_sources"):
+        load_config(path, ["--data.train_sources", "[b.jsonl]"])
+
+
+def test_other_sources_in_a_copy_of_a_section_are_parsed_anew(tmp_path):
+    section = DataConfig(train={"path": "a.jsonl"})
+    copy = dataclasses.replace(section, train=["b.jsonl"], max_length=9)
+    assert [source.path for source in (*section.train_sources, *copy.train_sources)] == ["a.jsonl", "b.jsonl"]
 
 
 def test_sources_of_the_same_file_name_are_told_apart(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("output_dir: x\nmodel: {path: m}\ndata:\n  train: [a/x.jsonl, b/x.jsonl, c/x.jsonl]\n")
-    assert [source.name for source in load_config(path).data.train_sources()] == ["x", "x-2", "x-3"]
+    assert [source.name for source in load_config(path).data.train_sources] == ["x", "x-2", "x-3"]
 
 
 CLASSIFICATION = "task: sequence_classification\n"

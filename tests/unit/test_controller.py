@@ -4,7 +4,9 @@ import pytest
 import torch
 from tiny_models import adapt, shake, tiny_model
 
+from dora_dist.config.pruning import Selection
 from dora_dist.distributed.agreement import Agreement
+from dora_dist.method.budget import Budget
 from dora_dist.method.importance import score_layers
 from dora_dist.method.schedule import BudgetSchedule
 from dora_dist.training.controller import BudgetMissedError, DynamicRankController, NonFiniteAdapterError
@@ -16,7 +18,8 @@ def make_controller(total_steps=10, target_rank=2, **options):
     schedule = BudgetSchedule(
         total_steps=total_steps, num_layers=len(layers), initial_rank=3, target_rank=target_rank, interval=2
     )
-    return DynamicRankController(layers, schedule, Agreement(), **options)
+    budget = Budget(schedule, dict.fromkeys(layers, 1))
+    return DynamicRankController(layers, budget, Agreement(), selection=Selection(**options))
 
 
 def test_a_run_that_ends_before_the_final_event_is_an_error():
@@ -41,11 +44,12 @@ def test_no_component_comes_back_without_regrowth_and_some_may_with_it():
         controller = make_controller(total_steps=40, target_rank=1, regrow=regrow)
         controller.criterion = SmoothedScores(score_layers, 0.0, 42, torch.device("cpu"))
         generator = torch.Generator().manual_seed(0)
+        returned = 0
         for step in range(1, 41):
             for layer in controller.layers.values():  # an optimizer that throws the gates about
                 layer.gate.data.copy_(torch.randn(3, generator=generator))
-            controller.after_optimizer_step(step)
-        returned = sum(event.returned for event in controller.events)
+            event = controller.after_optimizer_step(step)
+            returned += event.returned if event is not None else 0
         assert (returned > 0) == regrow
 
 
@@ -65,8 +69,8 @@ def test_the_penalty_ends_with_the_final_event():
     controller = make_controller()
     for step in range(1, 6):
         assert controller.penalty() is not None, step
-        controller.after_optimizer_step(step)
-    assert controller.events[-1].final
+        event = controller.after_optimizer_step(step)
+    assert event.final
     assert controller.penalty() is None
 
 

@@ -77,6 +77,13 @@ def test_the_peak_is_the_allocators(models, shape, checkpointing):
     check_against_the_allocator(config, 0.02)
 
 
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+@pytest.mark.parametrize("shape", ["wide", "words"])
+def test_the_peak_without_fused_operations(models, shape, checkpointing):
+    changes = ["--model.fuse", "false", "--training.gradient_checkpointing", checkpointing]
+    check_against_the_allocator(load_config(models(shape), changes), 0.02)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -90,6 +97,9 @@ def test_the_peak_is_the_allocators(models, shape, checkpointing):
         "--model.attention eager --training.gradient_checkpointing true",
         "--data.batching packed --training.per_device_train_batch_size 1",
         "--data.batching packed --training.gradient_checkpointing true",
+        "--model.fuse false",
+        "--model.fuse false --training.gradient_checkpointing true",
+        "--model.fuse false --model.compute_dtype bfloat16",
     ],
 )
 def test_the_peak_follows_what_is_configured(models, changes):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from tiny_models import load_base
 from torch import Tensor
 from trained_run import (
     EMPTY_MODULE,
@@ -26,7 +27,6 @@ from trained_run import (
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS, read_lora_adapter
-from dora_dist.base_model.load import load_base_model
 from dora_dist.export import __main__ as export
 from dora_dist.runs import checkpoint, records
 
@@ -56,7 +56,7 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 
 @torch.no_grad()
 def stock_adapter_logits(folder: Path, base: Path, quantization: str = "nf4") -> Tensor:
-    return PeftModel.from_pretrained(load_base_model(str(base), quantization), str(folder))(input_ids=probe()).logits
+    return PeftModel.from_pretrained(load_base(base, quantization), str(folder))(input_ids=probe()).logits
 
 
 @torch.no_grad()

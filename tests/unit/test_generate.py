@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tiny_models import load_base
 from trained_run import TrainedFolder, character_tokenizer, make_base, make_run, one_thread
 
 from dora_dist import generate
-from dora_dist.base_model.load import load_base_model
 from dora_dist.data.encoding.chat import choose_template
 from dora_dist.data.encoding.text import encode_prompts
 from dora_dist.data.reading.samples import alpaca_prompt
@@ -38,7 +38,7 @@ def shown(prompt: str, base: str, adapted: str) -> str:
 def test_each_answer_comes_from_its_model(run: TrainedFolder, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = [alpaca_prompt(text, "a b") for text in ("Say it.", "And this?")]
     tokenizer = character_tokenizer()
-    alone = load_base_model(str(run.base))
+    alone = load_base(run.base)
     ids = encode_prompts(tokenizer, prompts)
     base, adapted = (
         [generate_answers(model, tokenizer, [row], 12, [tokenizer.eos_token_id])[0] for row in ids]

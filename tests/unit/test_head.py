@@ -1,8 +1,16 @@
 import copy
+import pickle
+from functools import partial
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import (
+    PeftModel,
+    PeftModelForCausalLM,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+)
 from safetensors.torch import load_file, save_file
 from tiny_encoders import (
     encoder_config,
@@ -17,15 +25,11 @@ from tiny_models import adapt, shake, tiny_model, trainable
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from dora_dist.adapter.model import (
-    DynamicLoraForCausalLM,
-    DynamicLoraForQuestionAnswering,
-    DynamicLoraForSeq2SeqLM,
-    DynamicLoraForSequenceClassification,
-)
+from dora_dist.adapter.model import MODELS, DynamicLoraForCausalLM, DynamicLoraModel
 from dora_dist.adapter.targets import resolve_targets
 from dora_dist.base_model.head import head_modules, start_parameters, task_of
-from dora_dist.base_model.load import HeadStart, load_base_model, load_skeleton
+from dora_dist.base_model.load import BaseModelSpec, HeadStart, load_base_model, load_skeleton
+from dora_dist.config.tasks import TASKS
 
 HEADS = {
     "bert": ["classifier.bias", "classifier.weight"],
@@ -37,15 +41,39 @@ ARCHITECTURES = pytest.mark.parametrize("architecture", HEADS)
 
 def load(folder, quantization="none", seed=0, labels=("no", "perhaps", "yes")):
     head = HeadStart(labels=labels, seed=seed)
-    return load_base_model(str(folder), quantization, task="sequence_classification", head=head)
+    spec = BaseModelSpec(path=str(folder), task="sequence_classification", quantization=quantization)
+    return load_base_model(spec, head=head)
 
 
 def test_the_task_is_told_by_the_model():
     assert task_of(tiny_classifier("roberta")).name == "sequence_classification"
     assert task_of(tiny_model()).name == "causal_lm"
-    assert type(adapt(tiny_classifier())) is DynamicLoraForSequenceClassification
-    assert type(adapt(tiny_model())) is DynamicLoraForCausalLM
     assert head_modules(tiny_model()) == []
+
+
+@pytest.mark.parametrize(
+    ("make", "parent"),
+    [
+        (tiny_model, PeftModelForCausalLM),
+        (tiny_classifier, PeftModelForSequenceClassification),
+        (tiny_reader, PeftModelForQuestionAnswering),
+        (partial(tiny_summarizer, "bart"), PeftModelForSeq2SeqLM),
+    ],
+)
+def test_a_model_is_one_of_pefts_class_for_its_task_and_can_be_pickled(make, parent):
+    model = shake(adapt(make(), fuse=False))
+    assert isinstance(model, parent)
+    assert isinstance(model, DynamicLoraModel)
+    assert type(model).__name__ == parent.__name__.replace("PeftModel", "DynamicLora")
+    copied = pickle.loads(pickle.dumps(model))
+    assert type(copied) is type(model)
+    state = copied.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+
+
+def test_only_a_task_with_something_of_its_own_has_a_class_of_its_own():
+    assert MODELS["causal_lm"] is DynamicLoraForCausalLM
+    assert MODELS.keys() == TASKS.keys()
 
 
 def test_a_head_that_cannot_be_told_from_the_base_is_refused():
@@ -162,7 +190,7 @@ def test_a_model_without_such_a_head_is_refused(tmp_path):
 
     ViTConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a vit, for which transformers has no AutoModelForSequenceClassification"):
-        load_skeleton(str(tmp_path), task="sequence_classification")
+        load_skeleton(BaseModelSpec(path=str(tmp_path), task="sequence_classification"))
 
 
 @pytest.mark.parametrize(("base", "head"), [(torch.bfloat16, "float32"), (torch.float32, "bfloat16")])
@@ -188,7 +216,7 @@ def test_a_trained_head_is_that_of_a_plain_model():
 def test_a_head_for_answers_goes_through_stock_peft(tmp_path, architecture):
     base = tiny_reader(architecture)
     model = shake_head(shake(adapt(copy.deepcopy(base)))).eval()
-    assert type(model) is DynamicLoraForQuestionAnswering
+    assert isinstance(model, PeftModelForQuestionAnswering)
     assert sorted(model.head_parameters()) == ["qa_outputs.bias", "qa_outputs.weight"]
     model.save_pretrained(tmp_path)
     ids = torch.arange(12).reshape(2, 6) + 5
@@ -202,7 +230,7 @@ def test_a_head_for_answers_goes_through_stock_peft(tmp_path, architecture):
 def test_an_encoder_with_a_decoder_goes_through_stock_peft_and_keeps_its_output_head(tmp_path, architecture):
     base = tiny_summarizer(architecture)
     model = shake(adapt(copy.deepcopy(base))).eval()
-    assert type(model) is DynamicLoraForSeq2SeqLM
+    assert isinstance(model, PeftModelForSeq2SeqLM)
     assert not model.head_parameters()
     assert "lm_head" not in model.adapted_layers()
     model.save_pretrained(tmp_path)

@@ -5,11 +5,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_model
+from tiny_models import load_base, tiny_model
 from transformers import AutoModelForCausalLM, GPT2Config, modeling_utils
 
 from dora_dist.base_model import lean_loading
-from dora_dist.base_model.load import load_base_model
 from dora_dist.base_model.quantization import quantization_config
 
 SHARD = "60KB"
@@ -70,7 +69,7 @@ def save(folder, architecture="llama", dtype=torch.bfloat16, shard="1GB", **chan
 def test_the_bits_are_those_of_transformers(quantization, dtype, shard, tied, pieces, tmp_path):
     save(tmp_path, shard=shard, tie_word_embeddings=tied)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == SHARD)
-    model = load_base_model(str(tmp_path), quantization, dtype)
+    model = load_base(tmp_path, quantization, dtype)
     assert_same(model, plain(tmp_path, quantization, dtype))
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
 
@@ -79,14 +78,14 @@ def test_the_bits_are_those_of_transformers(quantization, dtype, shard, tied, pi
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_other_architectures_too(architecture, quantization, pieces, tmp_path):
     save(tmp_path, architecture, shard=SHARD)
-    assert_same(load_base_model(str(tmp_path), quantization), plain(tmp_path, quantization, torch.float32))
+    assert_same(load_base(tmp_path, quantization), plain(tmp_path, quantization, torch.float32))
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_transposed_weights_too(quantization, pieces, tmp_path):
     config = GPT2Config(vocab_size=96, n_positions=32, n_embd=64, n_layer=1, n_head=4)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    assert_same(load_base_model(str(tmp_path), quantization), plain(tmp_path, quantization, torch.float32))
+    assert_same(load_base(tmp_path, quantization), plain(tmp_path, quantization, torch.float32))
 
 
 def test_old_pickled_weights_too(pieces, tmp_path):
@@ -94,13 +93,13 @@ def test_old_pickled_weights_too(pieces, tmp_path):
     torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
     expected = plain(tmp_path, "nf4", torch.float32)
     (tmp_path / "model.safetensors").unlink()
-    assert_same(load_base_model(str(tmp_path)), expected)
+    assert_same(load_base(tmp_path), expected)
 
 
 def test_the_configurations_and_names_are_those_of_transformers(tmp_path):
     save(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.5, "do_sample": True}))
-    ours, theirs = load_base_model(str(tmp_path)), plain(tmp_path, "nf4", torch.float32)
+    ours, theirs = load_base(tmp_path), plain(tmp_path, "nf4", torch.float32)
     assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
     assert ours.name_or_path == theirs.name_or_path == str(tmp_path)
     assert {**ours.config.to_dict(), "use_cache": None} == {**theirs.config.to_dict(), "use_cache": None}
@@ -133,10 +132,10 @@ def test_outliers_of_a_whole_weight_stay_a_matter_of_the_whole_weight(monkeypatc
 
 def test_transformers_is_left_as_it_was(tmp_path):
     before = modeling_utils.safe_open
-    load_base_model(str(save(tmp_path / "whole")))
+    load_base(save(tmp_path / "whole"))
     (save(tmp_path / "broken") / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="is damaged"):
-        load_base_model(str(tmp_path / "broken"))
+        load_base(tmp_path / "broken")
     assert modeling_utils.safe_open is before
 
 
@@ -157,7 +156,7 @@ def test_a_missing_file_is_named(tmp_path):
     gone = sorted(tmp_path.glob("*.safetensors"))[1]
     gone.unlink()
     with pytest.raises(ValueError, match=f"model.path .* cannot be read.*{gone.name}"):
-        load_base_model(str(tmp_path))
+        load_base(tmp_path)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
@@ -167,14 +166,14 @@ def test_a_file_that_is_cut_off_is_named(left, quantization, tmp_path):
     cut = sorted(tmp_path.glob("*.safetensors"))[1]
     cut.write_bytes(cut.read_bytes()[:left])
     with pytest.raises(ValueError, match=f"model.path .* cannot be read: .*{cut.name} is damaged.*download .* again"):
-        load_base_model(str(tmp_path), quantization)
+        load_base(tmp_path, quantization)
 
 
 def test_an_index_that_is_cut_off_is_refused(tmp_path):
     index = save(tmp_path, shard=SHARD) / "model.safetensors.index.json"
     index.write_text(index.read_text()[:50])
     with pytest.raises(ValueError, match=r"the weights at model.path .* cannot be read: .*download the model again"):
-        load_base_model(str(tmp_path))
+        load_base(tmp_path)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
@@ -182,13 +181,13 @@ def test_an_index_that_is_cut_off_is_refused(tmp_path):
 def test_a_missing_weight_is_not_made_up(name, quantization, tmp_path):
     folder = change(save(tmp_path), lambda tensors: tensors.pop(name))
     with pytest.raises(ValueError, match=f"has no weights for {name}: .* copy or download"):
-        load_base_model(folder, quantization)
+        load_base(folder, quantization)
 
 
 def test_many_missing_weights_are_counted(tmp_path):
     folder = change(save(tmp_path), lambda tensors: [tensors.pop(name) for name in list(tensors) if ".1." in name])
     with pytest.raises(ValueError, match=r"has no weights for (model\.layers\.1\.\S+, ){4}\S+ and 4 more: "):
-        load_base_model(folder)
+        load_base(folder)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
@@ -198,17 +197,17 @@ def test_many_missing_weights_are_counted(tmp_path):
 def test_a_weight_of_another_shape_is_refused(name, shape, quantization, tmp_path):
     folder = change(save(tmp_path), lambda tensors: tensors.update({name: torch.zeros(shape)}))
     with pytest.raises(ValueError, match=rf"of another shape .*: {name} \({shape[0]}, {shape[1]}\) instead of "):
-        load_base_model(folder, quantization)
+        load_base(folder, quantization)
 
 
 def test_a_bias_that_the_configuration_does_not_know_is_refused(tmp_path):
     name = "model.layers.0.self_attn.q_proj.bias"
     folder = change(save(tmp_path), lambda tensors: tensors.update({name: torch.ones(64)}))
     with pytest.raises(ValueError, match=f"holds {name}, for which its config.json has no place"):
-        load_base_model(folder)
+        load_base(folder)
 
 
 def test_a_head_for_another_task_is_left_out(tmp_path):
-    expected = load_base_model(str(save(tmp_path / "before")))
+    expected = load_base(save(tmp_path / "before"))
     folder = change(save(tmp_path / "after"), lambda tensors: tensors.update({"v_head.weight": torch.ones(1, 64)}))
-    assert_same(load_base_model(folder), expected)
+    assert_same(load_base(folder), expected)

@@ -6,18 +6,25 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from repository import REPOSITORY
-from tiny_models import adapt, tiny_model, trainable
+from tiny_models import adapt, load_base, tiny_model, trainable
 from torch import nn
 
 from dora_dist.adapter.targets import resolve_targets
-from dora_dist.base_model.load import load_base_model, load_skeleton
+from dora_dist.base_model.load import BaseModelSpec, load_skeleton
 from dora_dist.base_model.shape import read_shape
 from dora_dist.memory.activations import Adapter, Batch, block_memory
-from dora_dist.memory.step import Optimizer, base_parts, chunked_loss_memory, loss_memory, step_memory
+from dora_dist.memory.step import (
+    Optimizer,
+    TrainingStep,
+    base_parts,
+    chunked_loss_memory,
+    loss_memory,
+    step_memory,
+)
 
 
 def shape_of(folder, targets="all-linear"):
-    skeleton = load_skeleton(str(folder))
+    skeleton = load_skeleton(BaseModelSpec(path=str(folder)))
     return read_shape(skeleton, resolve_targets(skeleton, targets))
 
 
@@ -63,7 +70,7 @@ def test_the_base_takes_just_the_bytes_of_its_tensors(saved, quantization, tied,
     # Sizes at which blocks of 64 weights, and of 256 constants, are not full.
     folder = saved(tie_word_embeddings=tied, hidden_size=68, intermediate_size=130, attention_bias=True)
     parts = base_parts(shape_of(folder), quantization, dtype.itemsize)
-    assert list(parts.values()) == tensor_bytes(load_base_model(str(folder), quantization, dtype))
+    assert list(parts.values()) == tensor_bytes(load_base(folder, quantization, dtype))
     assert ("4-bit weights" in parts) == (quantization == "nf4")
 
 
@@ -71,7 +78,7 @@ def test_the_base_takes_just_the_bytes_of_its_tensors(saved, quantization, tied,
 def test_other_architectures_are_read_off_their_modules(saved, architecture):
     folder = saved(architecture)
     shape = shape_of(folder)
-    assert list(base_parts(shape, "nf4", 4).values()) == tensor_bytes(load_base_model(str(folder)))
+    assert list(base_parts(shape, "nf4", 4).values()) == tensor_bytes(load_base(folder))
     assert len(shape.blocks) == 2
     assert all(block.is_known for block in shape.blocks)
     assert shape.heads == 4
@@ -82,7 +89,7 @@ def test_other_architectures_are_read_off_their_modules(saved, architecture):
 def test_the_adapter_takes_just_the_bytes_of_its_tensors(saved, targets, gates):
     folder = saved()
     adapter = Adapter(rank=3, bytes_per_element=4, dropout=False, trained_gates=gates)
-    model = adapt(load_base_model(str(folder)), target_modules=targets, initial_rank=3, train_gates=gates)
+    model = adapt(load_base(folder), target_modules=targets, initial_rank=3, train_gates=gates)
     shape = shape_of(folder, targets)
     layers = model.adapted_layers().values()
     parameters = [entry for layer in layers for entry in (layer.lora_a, layer.lora_b, layer.gate)]
@@ -94,7 +101,7 @@ def test_the_adapter_takes_just_the_bytes_of_its_tensors(saved, targets, gates):
 
 def test_the_moments_are_those_of_the_real_optimizer(saved):
     folder = saved()
-    model = adapt(load_base_model(str(folder)), initial_rank=3)
+    model = adapt(load_base(folder), initial_rank=3)
     parameters = list(trainable(model).values())
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
@@ -132,12 +139,14 @@ def test_the_reduction_bucket_is_that_of_the_launch_file():
 
 def step(shape, *, checkpointing=False, quantization="nf4", adapter=None, engine="zero2", world_size=1, **batch):
     return step_memory(
-        shape,
-        quantization=quantization,
-        batch=Batch(**{"rows": 4, "length": 64, "compute_bytes": 2, **batch}),
-        adapter=adapter or Adapter(rank=3, bytes_per_element=2, dropout=True),
-        optimizer=Optimizer(engine=engine, world_size=world_size),
-        checkpointing=checkpointing,
+        TrainingStep(
+            shape=shape,
+            quantization=quantization,
+            batch=Batch(**{"rows": 4, "length": 64, "compute_bytes": 2, **batch}),
+            adapter=adapter or Adapter(rank=3, bytes_per_element=2, dropout=True),
+            optimizer=Optimizer(engine=engine, world_size=world_size),
+            checkpointing=checkpointing,
+        )
     )
 
 
@@ -192,7 +201,7 @@ def test_a_loss_by_chunks_has_the_logits_of_one_chunk():
 
 def test_an_unknown_decoder_layer_is_guessed_and_said_to_be(saved):
     folder = saved()
-    skeleton = load_skeleton(str(folder))
+    skeleton = load_skeleton(BaseModelSpec(path=str(folder)))
     for layer in skeleton.model.layers:
         layer.mlp.extra = nn.Linear(64, 64, device="meta")
     shape = read_shape(skeleton, resolve_targets(skeleton, "all-linear"))

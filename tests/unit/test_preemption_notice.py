@@ -105,13 +105,16 @@ def test_the_exit_status_tells_preemption_from_failure(rank):
 @pytest.mark.parametrize("step", [3, 12], ids=["before the last step", "at the last step"])
 def test_training_stops_with_the_losses_so_far_logged_and_an_evaluation_put_off(step):
     trainer = SimpleNamespace(
-        agreement=Agreement(),
-        notice=SimpleNamespace(received="SIGTERM"),
+        parts=SimpleNamespace(
+            agreement=Agreement(),
+            notice=SimpleNamespace(received="SIGTERM"),
+            controller=SimpleNamespace(failure=None),
+        ),
         state=SimpleNamespace(global_step=step, max_steps=12),
         preempted=False,
     )
     control = TrainerControl(should_evaluate=True)
-    DynamicLoraTrainer.stop_if_preempted(trainer, control)
+    DynamicLoraTrainer.stop_early(trainer, control)
     stopped = step < 12
     assert trainer.preempted is stopped
     assert (control.should_log, control.should_save, control.should_training_stop) == (stopped,) * 3

@@ -4,7 +4,9 @@ import pytest
 import torch
 from tiny_models import adapt, logits, shake, tiny_model
 
+from dora_dist.config.pruning import Selection
 from dora_dist.distributed.agreement import Agreement
+from dora_dist.method.budget import Budget
 from dora_dist.method.importance import squared_magnitudes
 from dora_dist.method.rebasing import singular_components
 from dora_dist.method.schedule import BudgetSchedule
@@ -68,7 +70,8 @@ def test_more_components_than_singular_vectors_are_refused():
 def make_controller(layers, **options):
     schedule = BudgetSchedule(total_steps=10, num_layers=len(layers), initial_rank=4, target_rank=2, interval=2)
     criterion = SmoothedScores(squared_magnitudes, 0.9, 4 * len(layers), torch.device("cpu"))
-    return DynamicRankController(layers, schedule, Agreement(), criterion=criterion, rebase=True, **options)
+    budget, selection = Budget(schedule, dict.fromkeys(layers, 1)), Selection(rebase=True, **options)
+    return DynamicRankController(layers, budget, Agreement(), criterion=criterion, selection=selection)
 
 
 def test_an_event_that_prunes_nothing_leaves_the_model_as_it_is():
@@ -104,5 +107,6 @@ def test_sensitivity_cannot_judge_components_that_an_event_makes():
     layers = adapt(tiny_model(), initial_rank=4).adapted_layers()
     schedule = BudgetSchedule(total_steps=10, num_layers=len(layers), initial_rank=4, target_rank=2)
     criterion = GateSensitivity([layer.gate for layer in layers.values()])
+    budget, selection = Budget(schedule, dict.fromkeys(layers, 1)), Selection(rebase=True)
     with pytest.raises(ValueError, match="set rebase to false"):
-        DynamicRankController(layers, schedule, Agreement(), criterion=criterion, rebase=True)
+        DynamicRankController(layers, budget, Agreement(), criterion=criterion, selection=selection)

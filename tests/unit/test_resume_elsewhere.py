@@ -7,7 +7,8 @@ from tiny_run import some_fingerprint
 
 from dora_dist.config.data import DataConfig
 from dora_dist.config.format_version import FORMAT_VERSION
-from dora_dist.config.run import ModelConfig, RunConfig
+from dora_dist.config.model import ModelConfig
+from dora_dist.config.run import RunConfig
 from dora_dist.console.files import write_json
 from dora_dist.runs import resume
 from dora_dist.runs.records import CONFIG, RUN, SUMMARY

@@ -1,6 +1,7 @@
 """From a configuration to the parts of a run: what is refused before a model is read, and what a run is known by."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,11 +11,12 @@ from tiny_encoders import save_tiny_encoder, write_classification
 from tiny_run import tiny_tokenizer, write_config, write_rows
 from transformers import AutoModel
 
-from dora_dist.base_model.load import load_skeleton
+from dora_dist.base_model.load import BaseModelSpec, load_skeleton
+from dora_dist.config import data as data_config
 from dora_dist.config.parse import load_config
 from dora_dist.config.tasks import SEQUENCE_CLASSIFICATION as CLASSIFICATION
 from dora_dist.config.training import DEFAULT_TRAINING_ARGUMENTS, OWNED_TRAINING_ARGUMENTS
-from dora_dist.data import mixture
+from dora_dist.data import mixture, plan
 from dora_dist.setup import build, resolve, run_data, training_arguments
 
 
@@ -70,7 +72,9 @@ def test_a_method_that_cannot_work_is_refused_without_reading_weights(config, ov
     settings = load(config, *overrides)
     (config.parent / "model" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=message):
-        resolve.check_method(settings, load_skeleton(settings.model.path), settings.training["max_steps"])
+        resolve.check_method(
+            settings, load_skeleton(BaseModelSpec(path=settings.model.path)), settings.training["max_steps"]
+        )
 
 
 @pytest.mark.parametrize(
@@ -97,13 +101,16 @@ def test_evaluation_during_training_needs_held_out_data(config):
 def test_what_the_program_sets_is_refused_in_the_configuration(config, monkeypatch):
     """Otherwise a user who sets it gets an error about a keyword given twice."""
     seen = {}
-    monkeypatch.setattr(
-        training_arguments, "TrainingArguments", lambda **values: seen.update(values) or pytest.skip.Exception
-    )
+    monkeypatch.setattr(training_arguments, "TrainingArguments", seen.update)
     with pytest.raises(AttributeError):
         training_arguments.training_arguments(load(config), mixture_of(50))
     given = {*DEFAULT_TRAINING_ARGUMENTS, *load(config).training, "dataloader_pin_memory"}
     assert set(seen) - given <= set(OWNED_TRAINING_ARGUMENTS)
+
+
+def test_a_resumed_run_may_turn_fused_operations_on_or_off(config):
+    fingerprints = [resolved(load(config, "--model.fuse", fuse)).fingerprint for fuse in ("true", "false")]
+    assert fingerprints[0] == fingerprints[1]
 
 
 def test_the_fingerprint_knows_the_content_of_the_data(config):
@@ -159,6 +166,42 @@ def test_epochs_are_counted_in_rows(config):
     assert training_arguments.count_steps(resolved(load(config, *one)).mixture, -1, 6, global_batch=20) == 15
 
 
+@pytest.mark.parametrize(
+    ("key", "length"), [("max_steps", "12"), *(("num_train_epochs", epochs) for epochs in ("1", "3", "2.3"))]
+)
+def test_every_window_of_packed_examples_is_packed_once(config, monkeypatch, key, length):
+    packed, pack = Counter(), plan.PackedOrder._pack
+
+    def counted(self, number, examples):
+        packed[number, len(examples)] += 1
+        return pack(self, number, examples)
+
+    monkeypatch.setattr(plan.PackedOrder, "_pack", counted)
+    monkeypatch.setattr(plan, "PACKING_WINDOW", 16)
+    packing = ["--data.batching", "packed", "--data.max_length", "64", "--training.max_steps", "-1"]
+    found = resolved(load(config, *packing, f"--training.{key}", length))
+    assert found.padding_share() < 0.5
+    assert found.describe_data()["train"][0]["per_epoch"] == 50
+    full = [number for number, size in packed if size == 16]
+    assert sorted(full) == list(range(len(full)))
+    assert len(full) >= 3
+    assert set(packed.values()) == {1}
+
+
+def test_the_sources_are_parsed_once(config, monkeypatch):
+    parsed, parse = [], data_config._source
+
+    def counted(entry, where):
+        parsed.append(where)
+        return parse(entry, where)
+
+    monkeypatch.setattr(data_config, "_source", counted)
+    rows = [{"path": str(config.parent / "train.jsonl")}, str(write_rows(config.parent / "more.jsonl", 10, seed=5))]
+    found = resolved(load(config, "--data.train", json.dumps(rows)))
+    assert [source.name for source in found.data.train] == ["train", "more"]
+    assert sorted(parsed) == ["data.eval[0]", "data.train[0]", "data.train[1]"]
+
+
 def test_weights_and_repetitions_of_sources_reach_the_plan(config):
     rows = config.parent / "train.jsonl"
     more = write_rows(config.parent / "more.jsonl", 10, seed=5)
@@ -212,7 +255,8 @@ def test_an_example_beyond_the_models_context_is_refused(config):
 
 def test_roberta_has_fewer_positions_than_its_configuration_says(tmp_path):
     for architecture, context in (("bert", 64), ("roberta", 63), ("llama", 64)):
-        skeleton = load_skeleton(str(save_tiny_encoder(tmp_path / architecture, architecture)), task=CLASSIFICATION)
+        folder = save_tiny_encoder(tmp_path / architecture, architecture)
+        skeleton = load_skeleton(BaseModelSpec(path=str(folder), task=CLASSIFICATION))
         assert resolve.context_of(skeleton) == context
     model = AutoModel.from_pretrained(tmp_path / "roberta")
     model(input_ids=torch.full((1, 63), 7))

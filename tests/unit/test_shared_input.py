@@ -95,6 +95,22 @@ def test_cross_attention_is_right_and_is_no_longer_computed_ahead():
     assert not any(layer.shared is not None for layer in shared.layers())
 
 
+def test_that_nothing_is_computed_ahead_any_more_is_said_once(capfd):
+    class SaysSo(Attention):
+        pass
+
+    layers = nn.ModuleList([SaysSo(), SaysSo()])
+    share_inputs(layers)
+    for layer in layers:
+        layer(draw_x())
+    assert capfd.readouterr().err == ""
+    for layer in layers:
+        layer(draw_x(), draw_x(2))
+        layer(draw_x(), draw_x(2))
+    (said,) = capfd.readouterr().err.splitlines()
+    assert said.startswith("a SaysSo has called its q_proj, k_proj, v_proj with different tensors")
+
+
 def test_an_exception_in_the_middle_leaves_nothing_behind():
     attention, x = Attention(), draw_x()
     share_inputs(attention)

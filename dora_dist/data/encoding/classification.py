@@ -1,5 +1,6 @@
 """Sentences, or pairs of them, with a label each: examples of sequence classification and regression."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -8,9 +9,8 @@ import numpy as np
 from datasets import List, Value
 from transformers import PreTrainedTokenizerBase
 
-from dora_dist.data.encoding.encoder import EncodingRules, RowEncoder, Status
-from dora_dist.data.reading.row_formats import class_label, number_label
-from dora_dist.data.reading.samples import Labelled
+from dora_dist.data.encoding.encoder import EncodingRules, RowEncoder, RowParser, Status
+from dora_dist.data.reading.samples import Labelled, RowFlaw, shortened
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +43,8 @@ class LabelledEncoder(RowEncoder[Labelled, LabelledIds]):
         "label": Value("string"),
     }
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, rules: EncodingRules) -> None:
-        super().__init__(tokenizer, rules)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rules: EncodingRules, parse: RowParser) -> None:
+        super().__init__(tokenizer, rules, parse)
         own = tokenizer.num_special_tokens_to_add(pair=True)
         if rules.max_length <= own:
             raise ValueError(
@@ -105,6 +105,38 @@ class LabelledEncoder(RowEncoder[Labelled, LabelledIds]):
     def _hashed(self, content: Mapping[str, Any]) -> bytes:
         ids, types = content["input_ids"], content["token_type_ids"]
         return np.array([len(ids), *ids, *types], dtype=np.int64).tobytes() + content["label"].encode()
+
+
+def class_label(label: str | int | float) -> str:
+    """The name of a class: text without white space around it, or a whole number.
+
+    Raises:
+        RowFlaw: it is none.
+    """
+    if isinstance(label, float):
+        raise RowFlaw(
+            "label",
+            f"must name a class, by text or a whole number, got {label}; for numbers set data.labels to regression",
+        )
+    name = str(label).strip()
+    if not name:
+        raise RowFlaw("label", "is empty, so that there is nothing to learn from it")
+    return name
+
+
+def number_label(label: str | int | float) -> float:
+    """The number that a label is, or says.
+
+    Raises:
+        RowFlaw: it is none, or not finite.
+    """
+    try:
+        number = math.nan if isinstance(label, bool) else float(label)
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise RowFlaw("label", f"must be a number, got {shortened(label)}; for classes set data.labels to classes")
+    return number
 
 
 def class_names(labels: Iterable[str]) -> list[str]:

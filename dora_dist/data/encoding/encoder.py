@@ -3,7 +3,7 @@
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from hashlib import blake2b
@@ -13,8 +13,7 @@ from datasets import Value
 from transformers import PreTrainedTokenizerBase
 
 from dora_dist.data.encoding.chat import NO_TEXT, control_pattern
-from dora_dist.data.reading.row_formats import FORMATS, rename_fields
-from dora_dist.data.reading.samples import RowFlaw
+from dora_dist.data.reading.samples import RowFlaw, rename_fields
 
 IGNORED = -100
 """Label of a position without loss, as in PyTorch's cross-entropy."""
@@ -50,7 +49,7 @@ class EncodingRules:
     """All that decides, beside tokenizer and rows, what a row becomes.
 
     Attributes:
-        format: a name of :data:`~dora_dist.data.reading.row_formats.FORMATS`.
+        format: a name of :data:`~dora_dist.data.row_formats.FORMATS`.
         fields: the format's name of a field -> the rows' own, where they differ.
         as_chat: put alpaca rows into the chat template too.
         template: Jinja source, or None where no row needs one.
@@ -81,6 +80,8 @@ _HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 P = TypeVar("P")
 E = TypeVar("E")
+RowParser = Callable[[Mapping[str, Any]], Any]
+"""Makes a sample of a row whose fields have the format's names; raises :class:`RowFlaw`."""
 
 
 class RowEncoder(ABC, Generic[P, E]):
@@ -90,8 +91,9 @@ class RowEncoder(ABC, Generic[P, E]):
     each is made to fit.
 
     Args:
-        tokenizer: of the model.
-        rules: see there.
+        tokenizer: the model's.
+        rules: how rows become examples.
+        parse: makes the sample of a row that is written in the format ``rules.format``.
 
     Attributes:
         columns: what an example consists of, with the types of its columns; ``input_ids`` is one of them.
@@ -99,9 +101,10 @@ class RowEncoder(ABC, Generic[P, E]):
 
     columns: ClassVar[dict[str, Any]]
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, rules: EncodingRules) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rules: EncodingRules, parse: RowParser) -> None:
         self.tokenizer = tokenizer
         self.rules = rules
+        self._parse_row = parse
         self._control = control_pattern(tokenizer)
 
     def __call__(self, batch: Mapping[str, list[str]]) -> dict[str, list[Any]]:
@@ -201,7 +204,7 @@ class RowEncoder(ABC, Generic[P, E]):
         if not isinstance(row, dict):
             raise RowFlaw("", f"must be an object with named fields, got {text[:80]}")
         try:
-            return FORMATS[self.rules.format].parse(rename_fields(row, self.rules.fields))
+            return self._parse_row(rename_fields(row, self.rules.fields))
         except RowFlaw as error:
             raise RowFlaw(self.rules.fields.get(error.field, error.field), error.reason) from None
 

@@ -1,14 +1,14 @@
 """Extractive question answering: windows over a context, the tokens of an answer in them, and answers from logits."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 from datasets import List, Value
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from dora_dist.data.encoding.encoder import EncodingRules, RowEncoder, Status
+from dora_dist.data.encoding.encoder import EncodingRules, RowEncoder, RowParser, Status
 from dora_dist.data.reading.samples import Question, RowFlaw
 
 OUTSIDE = (-1, -1)
@@ -83,60 +83,97 @@ class ContextWindows:
             return_token_type_ids=self._with_types,
             verbose=False,
         )
-        ids, types, offsets = encoded["input_ids"], encoded.get("token_type_ids", []), encoded["offset_mapping"]
+        ids = encoded["input_ids"]
         of_context = [number for number, text in enumerate(encoded.sequence_ids()) if text == 1]
         if not of_context:
             raise RowFlaw("context", "has no token")
-        first, last = of_context[0], of_context[-1] + 1
-        room = self.max_length - (len(ids) - len(of_context))
+        context = range(of_context[0], of_context[-1] + 1)
+        around = [number for number in range(len(ids)) if number not in context]
+        room = self._room(len(around))
+        null = self._null_token({number: ids[number] for number in around})
+        answer = self._answer_tokens(question, encoded["offset_mapping"], context)
+        return [
+            _window(encoded, context, part, null, answer)
+            for part in _overlapping_parts(context, size=room, step=room - self.stride)
+        ]
+
+    def _room(self, num_around: int) -> int:
+        """Tokens of the context that a window holds, given those of the question and around the texts.
+
+        Raises:
+            RowFlaw: they are not more than neighbouring windows share.
+        """
+        room = self.max_length - num_around
         if room <= self.stride:
             raise RowFlaw(
                 "question",
                 f"leaves {max(room, 0)} of data.max_length {self.max_length} tokens to the context, of which "
                 f"neighbouring windows share {self.stride} (data.stride): it must leave more than that",
             )
-        around = [*range(first), *range(last, len(ids))]
-        null_token = next((n for n in around if ids[n] == self._null_id), None)
-        if null_token is None:
-            name = self.tokenizer.convert_ids_to_tokens(self._null_id)
-            raise ValueError(
-                f"the tokenizer does not put {name!r}, which would stand for no answer, around a question and "
-                "its context"
-            )
-        answer = self._answer_tokens(question, offsets, first, last)
-        windows = []
-        for begin in range(first, last, room - self.stride):
-            stop = min(begin + room, last)
-            chosen = [*range(first), *range(begin, stop), *range(last, len(ids))]
-            inside = answer is not None and begin <= answer[0] and answer[1] < stop
-            start, end = answer if answer is not None and inside else (null_token, null_token)
-            windows.append(
-                Window(
-                    ids=[ids[n] for n in chosen],
-                    types=[types[n] for n in chosen] if types else [],
-                    offsets=[tuple(offsets[n]) if first <= n < last else OUTSIDE for n in chosen],
-                    null=chosen.index(null_token),
-                    start=chosen.index(start),
-                    end=chosen.index(end),
-                )
-            )
-            if stop == last:
-                break
-        return windows
+        return room
+
+    def _null_token(self, around: Mapping[int, int]) -> int:
+        """Position of the token that stands for no answer.
+
+        Args:
+            around: the tokens that are not of the context, position -> id.
+
+        Raises:
+            ValueError: it is not among them.
+        """
+        for position, token in around.items():
+            if token == self._null_id:
+                return position
+        name = self.tokenizer.convert_ids_to_tokens(self._null_id)
+        raise ValueError(
+            f"the tokenizer does not put {name!r}, which would stand for no answer, around a question and its context"
+        )
 
     def _answer_tokens(
-        self, question: Question, offsets: Sequence[tuple[int, int]], first: int, last: int
+        self, question: Question, offsets: Sequence[tuple[int, int]], context: range
     ) -> tuple[int, int] | None:
         """First and last token of the answer to learn: all tokens that overlap it; None where there is no answer."""
         if not question.answers:
             return None
         text, begin = question.answers[0].strip(), question.starts[0]
         begin += len(question.answers[0]) - len(question.answers[0].lstrip())
-        inside = [n for n in range(first, last) if offsets[n][1] > begin and offsets[n][0] < begin + len(text)]
+        inside = [n for n in context if offsets[n][1] > begin and offsets[n][0] < begin + len(text)]
         covered = question.context[offsets[inside[0]][0] : offsets[inside[-1]][1]] if inside else ""
         if not inside or _letters(text) not in _letters(covered):
             raise RowFlaw("answers.text[0]", f"is {text!r}, but its tokens stand for {covered!r}")
         return inside[0], inside[-1]
+
+
+def _overlapping_parts(whole: range, size: int, step: int) -> Iterator[range]:
+    """Parts of ``size`` that begin every ``step``; the last one, which may be smaller, ends where the whole does."""
+    for begin in whole[::step]:
+        part = range(begin, min(begin + size, whole.stop))
+        yield part
+        if part.stop == whole.stop:
+            return
+
+
+def _window(encoded: BatchEncoding, context: range, part: range, null: int, answer: tuple[int, int] | None) -> Window:
+    """The window over one part of the context.
+
+    Args:
+        encoded: question and whole context.
+        context: positions of the context's tokens.
+        part: those of this window.
+        null: position of the token that stands for no answer.
+        answer: positions of the answer's first and last token; None where there is no answer.
+    """
+    ids, types, offsets = encoded["input_ids"], encoded.get("token_type_ids", []), encoded["offset_mapping"]
+    chosen = [*range(context.start), *part, *range(context.stop, len(ids))]
+    start, end = answer if answer is not None and answer[0] in part and answer[1] in part else (null, null)
+    return Window(
+        ids=[ids[n] for n in chosen],
+        types=[types[n] for n in chosen] if types else [],
+        offsets=[tuple(offsets[n]) if n in context else OUTSIDE for n in chosen],
+        null=chosen.index(null),
+        start=chosen.index(start),
+        end=chosen.index(end),
+    )
 
 
 def _letters(text: str) -> str:
@@ -169,8 +206,8 @@ class QuestionEncoder(RowEncoder[AskedWindow, AskedWindow]):
         "answers": List(Value("string")),
     }
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, rules: EncodingRules) -> None:
-        super().__init__(tokenizer, rules)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rules: EncodingRules, parse: RowParser) -> None:
+        super().__init__(tokenizer, rules, parse)
         self._windows = ContextWindows(tokenizer, rules.max_length, rules.stride)
 
     def _parts(self, sample: Question) -> list[AskedWindow]:

@@ -8,7 +8,7 @@ import numpy as np
 from datasets import List, Value
 from transformers import PreTrainedTokenizerBase
 
-from dora_dist.data.encoding.encoder import IDS_ONLY, EncodingRules, RowEncoder, Status
+from dora_dist.data.encoding.encoder import IDS_ONLY, EncodingRules, RowEncoder, RowParser, Status
 from dora_dist.data.reading.samples import Summary
 
 
@@ -45,8 +45,8 @@ class SummaryEncoder(RowEncoder[Summary, SummaryIds]):
         "answer": Value("string"),
     }
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, rules: EncodingRules) -> None:
-        super().__init__(tokenizer, rules)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rules: EncodingRules, parse: RowParser) -> None:
+        super().__init__(tokenizer, rules, parse)
         for rule in ("max_length", "max_target_length"):
             own = tokenizer.num_special_tokens_to_add(pair=False)
             if getattr(rules, rule) <= own:

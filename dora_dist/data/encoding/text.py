@@ -9,7 +9,15 @@ from datasets import List, Value
 from transformers import PreTrainedTokenizerBase
 
 from dora_dist.data.encoding.chat import ChatRenderer
-from dora_dist.data.encoding.encoder import IDS_ONLY, IGNORED, EncodingRules, RowEncoder, Status, UnusableRowError
+from dora_dist.data.encoding.encoder import (
+    IDS_ONLY,
+    IGNORED,
+    EncodingRules,
+    RowEncoder,
+    RowParser,
+    Status,
+    UnusableRowError,
+)
 from dora_dist.data.encoding.shorten import Shortener
 from dora_dist.data.reading.samples import Chat, Document, Instruction, Pair, RowFlaw, Sample
 
@@ -72,12 +80,13 @@ def _without_end(ids: list[int], end: int | None) -> list[int]:
     return ids
 
 
-class Encoder(RowEncoder[_Part, Encoded]):
+class TextEncoder(RowEncoder[_Part, Encoded]):
     """Text for a causal language model, of which some tokens are trained.
 
     Args:
         tokenizer: with an end-of-sequence token.
-        rules: see there.
+        rules: how rows become examples.
+        parse: see :class:`RowEncoder`.
 
     Raises:
         ValueError: the tokenizer has no end token, or the chat template cannot be used.
@@ -89,8 +98,8 @@ class Encoder(RowEncoder[_Part, Encoded]):
         "answer": Value("string"),
     }
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, rules: EncodingRules) -> None:
-        super().__init__(tokenizer, rules)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rules: EncodingRules, parse: RowParser) -> None:
+        super().__init__(tokenizer, rules, parse)
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end-of-sequence token, so the model could not learn where to stop")
         self.renderer = ChatRenderer(tokenizer, rules.template) if rules.template is not None else None

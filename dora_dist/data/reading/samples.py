@@ -1,5 +1,6 @@
 """What a row says, whatever the file it came from looked like."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,7 +117,8 @@ class Labelled:
     Attributes:
         first: the sentence.
         second: the other one of a pair, or None.
-        label: a class as it is written, or a number; see :func:`class_label` and :func:`number_label`.
+        label: a class as it is written, or a number; see
+            :mod:`dora_dist.data.encoding.classification`.
     """
 
     first: str
@@ -131,3 +133,16 @@ def alpaca_prompt(instruction: str, context: str = "") -> str:
     """The prompt of an instruction, in the plain form that Alpaca made common."""
     middle = f"### Input:\n{context}\n\n" if context else ""
     return f"### Instruction:\n{instruction}\n\n{middle}### Response:\n"
+
+
+def rename_fields(row: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
+    """The row under the format's names; columns that were named in ``fields`` lose their own."""
+    taken = {*fields, *fields.values()}
+    renamed = {name: value for name, value in row.items() if name not in taken}
+    return renamed | {name: row[own] for name, own in fields.items() if own in row}
+
+
+def shortened(value: object) -> str:
+    """A value as an error message shows it."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

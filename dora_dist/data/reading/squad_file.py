@@ -20,7 +20,7 @@ def is_squad_file(beginning: bytes) -> bool:
 
 def squad_rows(content: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
     """Place and row of every question, in order, as the Hub has them: see the format ``squad`` of
-    :data:`~dora_dist.data.reading.row_formats.FORMATS`. ``plausible_answers`` of unanswerable questions are not read.
+    :data:`~dora_dist.data.row_formats.FORMATS`. ``plausible_answers`` of unanswerable questions are not read.
 
     Raises:
         ValueError: the file is not nested as it should be.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dora_dist.benchmark.comparison import start, time_in_turns
-from dora_dist.benchmark.contestants import build, check_gradients, check_same_start
+from dora_dist.benchmark.contestants import Conditions, build, check_gradients, check_same_start
 from dora_dist.benchmark.options import ADALORA, CONTESTANTS, DYNAMIC, FLOOR, LORA, PRUNED, build_parser, resolve
 from dora_dist.benchmark.peak import PeakMeter
 from dora_dist.benchmark.scoring import dense_scores, measure_accuracy, random_layer
@@ -30,7 +30,10 @@ def base():
 
 @pytest.fixture
 def make(base):
-    return partial(build, base=base, options=OPTIONS, agreement=Agreement())
+    def make(name, **changes):
+        return build(name, Conditions(base=base, options=OPTIONS, agreement=Agreement(), **changes))
+
+    return make
 
 
 def test_all_contestants_stand_on_the_same_tensors_and_leave_them_as_they_are(base, make):

@@ -9,6 +9,7 @@ from repository import REPOSITORY
 
 from dora_dist.compare.plan import Cell, Group, Plan
 from dora_dist.compare.settings import parse_compare
+from dora_dist.config import data as data_config
 
 SHIPPED = sorted((REPOSITORY / "configs" / "compare").glob("*.yaml"))
 LEAST: dict[str, Any] = {
@@ -63,6 +64,21 @@ def test_a_cell_is_a_run_with_both_splits(plan_of):
     ]
     assert config.distributed.engine == "none"
     assert config.evaluation.before is False
+
+
+def test_the_sources_of_a_row_of_the_table_are_parsed_once_for_all_its_cells(plan_of, monkeypatch):
+    parsed, parse = [], data_config._source
+
+    def counted(entry, where):
+        parsed.append(where)
+        return parse(entry, where)
+
+    monkeypatch.setattr(data_config, "_source", counted)
+    plan = plan_of()
+    runs = [plan.run_config(cell) for cell in plan.possible_cells()]
+    assert len(runs) == 2 * 2 * 3
+    assert {tuple(source.name for source in run.data.eval_sources) for run in runs} == {("search", "reported")}
+    assert sorted(parsed) == sorted(2 * ["data.eval[0]", "data.eval[1]", "data.train[0]"])
 
 
 def test_methods_differ_in_adapter_and_pruning_only_and_have_one_scale(plan_of):

@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 from comparison import write_comparison
+from repository import REPOSITORY
 
 from dora_dist.adapter.plain_lora import write_lora_adapter
-from dora_dist.compare.outcome import IDENTITY, check_identity, identity_of, record_failure, training_seconds
+from dora_dist.compare.cell_result import IDENTITY, check_identity, identity_of, record_failure, training_seconds
 from dora_dist.compare.plan import Cell, Group, Plan
-from dora_dist.compare.results import format_table, gather
+from dora_dist.compare.results import RESULTS, gather, write_results
 from dora_dist.compare.settings import parse_compare
+from dora_dist.compare.table import format_table
 from dora_dist.console import files
 from dora_dist.runs import records
 
@@ -61,8 +63,8 @@ def test_a_complete_table(plan_of):
     plan = plan_of(seeds=[1, 2, 3], learning_rates=[0.1, 0.2, 0.3])
     fill(plan, {"lora": {0.1: [9], 0.2: [1, 2, 3], 0.3: [9]}, "dynamic": {0.1: [9], 0.2: [0.9, 1.8, 2.9], 0.3: [9]}})
     results = gather(plan, ["a note"], "command")
-    assert results["complete"]
-    assert results["comparisons"] == 1
+    assert results.complete
+    assert results.comparisons == 1
     table = format_table(results)
     assert row_of(table, "lora") == ["lora", "0.2", "2.0000 ± 1.0000", "3", "", "", "120", "6"]
     assert row_of(table, "dynamic")[4].startswith("-0.1333 [-0.27")
@@ -80,10 +82,10 @@ def test_two_seeds_of_three_are_not_passed_off_as_three(plan_of):
     record_failure(plan.cell_folder(cell), "OSError: disk\nfull", diverged=False)
     results = gather(plan, [], "command")
     table = format_table(results)
-    assert not results["complete"]
+    assert not results.complete
     assert row_of(table, "dynamic")[3] == "**2 of 3**"
     assert "- echo rank 2 dynamic, learning rate 0.2, seed 3: OSError: disk full" in table
-    assert results["groups"][1]["difference"]["number"] == 2
+    assert results.groups[1].difference.number == 2
     assert "was not searched" in table
 
 
@@ -130,18 +132,18 @@ def test_a_rate_that_diverged_is_out_and_a_reported_cell_that_did_is_missing(pla
     for cell in (Cell(group, 0.2, 1), Cell(group, 0.1, 2)):
         record_failure(plan.cell_folder(cell), "NonFiniteLossError: step 3", diverged=True)
     results = gather(plan, [], "command")
-    (lora,) = (group for group in results["groups"] if group["method"] == "lora")
-    assert lora["learning_rate"] == 0.1
-    assert lora["search"] == {"0.1": 1.0, "0.2": None}
-    assert lora["reported"] == {1: 1.0}
-    assert lora["missing"] == ["echo rank 2 lora, learning rate 0.1, seed 2: NonFiniteLossError: step 3"]
+    (lora,) = (group for group in results.groups if group.method == "lora")
+    assert lora.learning_rate == 0.1
+    assert lora.search == {"0.1": 1.0, "0.2": None}
+    assert lora.reported == {1: 1.0}
+    assert lora.missing == ["echo rank 2 lora, learning rate 0.1, seed 2: NonFiniteLossError: step 3"]
 
 
 def test_where_every_rate_diverged_it_says_so(plan_of):
     plan = plan_of(seeds=[1], learning_rates=[0.1, 0.2], methods=["lora"])
     fill(plan, {"lora": {0.1: [float("nan")], 0.2: [float("nan")]}})
     results = gather(plan, [], "command")
-    assert results["groups"][0]["missing"] == ["echo rank 2 lora: every learning rate has diverged"]
+    assert results.groups[0].missing == ["echo rank 2 lora: every learning rate has diverged"]
     assert row_of(format_table(results), "lora")[1:3] == ["missing", "missing"]
 
 
@@ -189,14 +191,31 @@ def test_training_seconds_are_those_of_all_sessions():
 
 def test_an_empty_comparison_says_what_is_missing(plan_of):
     results = gather(plan_of(), [], "command")
-    assert not results["complete"]
-    assert all("not run yet" in line for group in results["groups"] for line in group["missing"])
+    assert not results.complete
+    assert all("not run yet" in line for group in results.groups for line in group.missing)
     assert format_table(results)
+
+
+def test_results_are_written_with_the_keys_of_those_that_were_recorded(plan_of, tmp_path):
+    plan = plan_of(seeds=[1, 2], learning_rates=[0.1])
+    fill(plan, {"lora": {0.1: [1.0, 2.0]}, "dynamic": {0.1: [1.5, 2.25]}})
+    write_results(gather(plan, [], "command"), tmp_path / RESULTS)
+    written = files.read_json(tmp_path / RESULTS)
+    recorded = files.read_json(REPOSITORY / "benchmarks" / "results" / "evidence" / "sst2" / RESULTS)
+    for ours, theirs in (
+        (written, recorded),
+        (written["config"], recorded["config"]),
+        (written["groups"][1], recorded["groups"][1]),
+        (written["groups"][1]["difference"], recorded["groups"][1]["difference"]),
+        (written["cells"][0], recorded["cells"][0]),
+    ):
+        assert list(ours) == list(theirs)
+    assert written["groups"][0]["difference"] is None
 
 
 def test_the_cells_paths_are_relative(plan_of, tmp_path):
     plan = plan_of(seeds=[1], learning_rates=[0.1])
     fill(plan, {"lora": {0.1: [1.0]}})
-    for cell in gather(plan, [], "command")["cells"]:
+    for cell in gather(plan, [], "command").cells:
         assert not Path(cell["folder"]).is_absolute()
         assert str(tmp_path) not in cell["folder"]

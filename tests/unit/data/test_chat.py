@@ -9,8 +9,9 @@ from byte_tokenizer import FAMILIES, byte_tokenizer
 
 from dora_dist.data.encoding.chat import ChatRenderer, choose_template, stop_tokens
 from dora_dist.data.encoding.encoder import IGNORED, EncodingRules
-from dora_dist.data.encoding.text import Encoder, labels_of
+from dora_dist.data.encoding.text import labels_of
 from dora_dist.data.reading.samples import Chat, RowFlaw
+from dora_dist.data.row_formats import build_encoder
 
 TURNS = [("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "ä2"), ("user", "q3"), ("assistant", "a3")]
 CONVERSATION = [{"role": role, "content": content} for role, content in TURNS]
@@ -55,7 +56,7 @@ def without_marks(template: str) -> str:
 
 
 def encode(tokenizer, template: str, messages: list[dict], **rules) -> list[tuple[list[int], list[int]]]:
-    encoder = Encoder(tokenizer, EncodingRules(format="messages", template=template, **rules))
+    encoder = build_encoder(tokenizer, EncodingRules(format="messages", template=template, **rules))
     columns = encoder({"place": ["here"], "json": [json.dumps({"messages": messages})], "flaw": [""]})
     return list(zip(columns["input_ids"], columns["spans"], strict=True))
 

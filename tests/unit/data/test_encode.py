@@ -6,15 +6,16 @@ from tiny_tokenizer import word_tokenizer
 
 from dora_dist.data.encoding.chat import choose_template
 from dora_dist.data.encoding.encoder import IGNORED, EncodingRules
-from dora_dist.data.encoding.text import Encoder, encode_prompts, labels_of, prompt_length
+from dora_dist.data.encoding.text import encode_prompts, labels_of, prompt_length
 from dora_dist.data.reading.samples import alpaca_prompt
+from dora_dist.data.row_formats import build_encoder
 
 TEXT = "one two three four five"
 
 
 def encode(tokenizer, rows, **rules):
     rules = {"format": "prompt_completion", "max_length": 100, **rules}
-    encoder = Encoder(tokenizer, EncodingRules(**rules))
+    encoder = build_encoder(tokenizer, EncodingRules(**rules))
     return encoder(
         {
             "place": [f"row {number}" for number in range(1, len(rows) + 1)],
@@ -119,7 +120,7 @@ def test_a_prompt_may_hold_control_tokens_of_its_own():
 
 def test_a_tokenizer_without_an_end_is_refused():
     with pytest.raises(ValueError, match="no end-of-sequence token"):
-        Encoder(word_tokenizer(TEXT, eos_token=None), EncodingRules(format="text"))
+        build_encoder(word_tokenizer(TEXT, eos_token=None), EncodingRules(format="text"))
 
 
 def test_the_batch_size_changes_nothing():

@@ -7,8 +7,9 @@ from tiny_encoders import pair_tokenizer
 
 from dora_dist.config.data import DataConfig
 from dora_dist.data.batches import LabelledCollator, labelled
-from dora_dist.data.encoding.classification import LabelledEncoder, class_names
+from dora_dist.data.encoding.classification import class_names
 from dora_dist.data.encoding.encoder import EncodingRules, UnusableRowError
+from dora_dist.data.row_formats import build_encoder
 from dora_dist.setup.run_data import prepare_data
 
 PAIR = {"sentence1": "w1 w2", "sentence2": "w3", "label": "yes"}
@@ -16,7 +17,7 @@ SINGLE = {"sentence1": "w4", "label": 1}
 
 
 def encode(rows, tokenizer=None, **rules):
-    encoder = LabelledEncoder(
+    encoder = build_encoder(
         tokenizer or pair_tokenizer(), EncodingRules(**{"format": "classification", "max_length": 10, **rules})
     )
     lines = [json.dumps(row) for row in rows]

@@ -1,20 +1,36 @@
+import bisect
+from collections import Counter
+from unittest import mock
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dora_dist.data.mixture import example_order
-from dora_dist.data.plan import PACKING_WINDOW, packed_to, plan_by_length, plan_packed, plan_padded
+from dora_dist.data import plan as plans
+from dora_dist.data.mixture import Mixture, example_order
+from dora_dist.data.plan import PACKING_WINDOW, PackedOrder, TrainingPlan, plan_by_length, plan_padded
 
 LENGTHS = st.lists(st.integers(1, 64), min_size=1, max_size=200).map(np.array)
+
+
+def packed_order(lengths, capacity, seed):
+    members = [np.arange(len(lengths))]
+    return PackedOrder(lambda length: example_order(members, [len(lengths)], length, seed), lengths, capacity, seed)
+
+
+def all_packed(lengths, capacity, seed):
+    """Every example once, in one window."""
+    with mock.patch.object(plans, "PACKING_WINDOW", len(lengths)):
+        order = packed_order(lengths, capacity, seed)
+        return order.plan(order.num_rows(len(lengths)))
 
 
 @settings(max_examples=60, deadline=None)
 @given(LENGTHS, st.integers(64, 200), st.integers(0, 99))
 def test_packing_loses_and_doubles_nothing_and_no_row_is_too_long(lengths, capacity, seed):
-    order = np.random.default_rng(seed).permutation(len(lengths))
-    plan = plan_packed(order, lengths, capacity, seed)
-    assert sorted(plan.examples) == sorted(order)
+    plan = all_packed(lengths, capacity, seed)
+    assert sorted(plan.examples) == list(range(len(lengths)))
     assert plan.row_lengths(lengths).max() <= capacity
     assert plan.row_lengths(lengths).sum() == lengths.sum()
     assert [lengths[plan.row(n)].sum() for n in range(plan.num_rows)] == plan.row_lengths(lengths).tolist()
@@ -26,7 +42,7 @@ def test_packing_saves_most_of_the_padding():
     source = np.random.default_rng(0)
     lengths = source.integers(10, 200, 4000)
     order = source.permutation(4000)
-    padded, packed = plan_padded(order), plan_packed(order, lengths, 512, seed=0)
+    padded, packed = plan_padded(order), all_packed(lengths, 512, seed=0)
     assert padded.padding_share(lengths, 8) > 0.35
     assert packed.padding_share(lengths, 8) < 0.02
     by_length = plan_by_length(order, lengths, 32, seed=0)
@@ -35,19 +51,80 @@ def test_packing_saves_most_of_the_padding():
 
 @pytest.mark.parametrize("num_rows", [1, 700, 3000])
 def test_a_packed_plan_of_some_rows_begins_one_of_more(num_rows):
-    source = np.random.default_rng(1)
-    lengths = source.integers(10, 200, 2000)
-    members = [np.arange(2000)]
-
-    def order(length):
-        return example_order(members, [2000], length, seed=5)
-
-    plan = packed_to(order, lengths, 256, seed=5, num_rows=num_rows)
-    longer = packed_to(order, lengths, 256, seed=5, num_rows=num_rows + 900)
+    lengths = np.random.default_rng(1).integers(10, 200, 2000)
+    plan = packed_order(lengths, 256, seed=5).plan(num_rows)
+    longer = packed_order(lengths, 256, seed=5).plan(num_rows + 900)
     assert plan.num_rows == num_rows
     assert longer.first(num_rows).digest() == plan.digest()
     assert longer.digest() != plan.digest()
     assert PACKING_WINDOW < 4500, "else all of these would lie in one window"
+
+
+def packed_anew(order, lengths, capacity, seed, window):
+    """All of an order packed at once, and nothing kept."""
+    rows = []
+    for number, start in enumerate(range(0, len(order), window)):
+        examples = order[start : start + window]
+        found, room = [], []
+        for example in examples[np.argsort(-lengths[examples], kind="stable")]:
+            length = int(lengths[example])
+            fitting = bisect.bisect_left(room, (length, -1))
+            left, row = room.pop(fitting) if fitting < len(room) else (capacity, len(found))
+            if row == len(found):
+                found.append([])
+            found[row].append(int(example))
+            bisect.insort(room, (left - length, row))
+        rows += [found[turn] for turn in np.random.default_rng((seed, 5, number)).permutation(len(found))]
+    starts = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
+    return TrainingPlan(np.concatenate(rows).astype(np.int64), starts.astype(np.int64))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    LENGTHS,
+    st.integers(64, 200),
+    st.integers(0, 99),
+    st.sampled_from([1, 7, 16, 300]),
+    st.lists(st.tuples(st.booleans(), st.floats(0.01, 4)), min_size=1, max_size=5),
+)
+def test_what_is_kept_of_a_packing_changes_no_row_of_it(lengths, capacity, seed, window, requests):
+    """Whatever was asked for before, in whatever order: windows that are full, and ones that the end cuts off."""
+    size = len(lengths)
+    mixture = Mixture(
+        members=[np.arange(size)], counts=[size], lengths=lengths, batching="packed", max_length=capacity, seed=seed
+    )
+    with mock.patch.object(plans, "PACKING_WINDOW", window):
+        for wants_plan, epochs in requests:
+            anew = packed_anew(mixture.order(max(1, round(epochs * size))), lengths, capacity, seed, window)
+            if not wants_plan:
+                assert mixture.rows_of_epochs(epochs) == anew.num_rows
+                continue
+            enough = packed_anew(mixture.order(-(-5 * size // window) * window), lengths, capacity, seed, window)
+            plan = mixture.plan(anew.num_rows, 1)
+            assert plan.digest() == enough.first(anew.num_rows).digest()
+            assert (plan.examples.dtype, plan.starts.dtype) == (np.int64, np.int64)
+
+
+def test_every_window_is_packed_once(monkeypatch):
+    packed, pack = Counter(), PackedOrder._pack
+
+    def counted(self, number, examples):
+        packed[number, len(examples)] += 1
+        return pack(self, number, examples)
+
+    monkeypatch.setattr(PackedOrder, "_pack", counted)
+    monkeypatch.setattr(plans, "PACKING_WINDOW", 100)
+    lengths = np.random.default_rng(0).integers(1, 64, 250)
+    mixture = Mixture(
+        members=[np.arange(250)], counts=[250], lengths=lengths, batching="packed", max_length=128, seed=0
+    )
+    num_rows = mixture.rows_of_epochs(2.5)
+    assert mixture.rows_per_epoch < num_rows
+    mixture.plan(num_rows, 1)
+    mixture.plan(num_rows, 1)
+    assert mixture.rows_of_epochs(2.5) == num_rows
+    assert set(packed.values()) == {1}
+    assert {key for key in packed if key[1] < 100} == {(2, 50), (6, 25)}, "where one and 2.5 epochs end"
 
 
 @settings(max_examples=60, deadline=None)

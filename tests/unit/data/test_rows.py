@@ -3,8 +3,18 @@ import json
 import pytest
 
 from dora_dist.config.tasks import TASKS
-from dora_dist.data.reading.row_formats import FORMATS, rename_fields, tell_format
-from dora_dist.data.reading.samples import Chat, Document, Instruction, Pair, Question, RowFlaw, Summary, alpaca_prompt
+from dora_dist.data.reading.samples import (
+    Chat,
+    Document,
+    Instruction,
+    Pair,
+    Question,
+    RowFlaw,
+    Summary,
+    alpaca_prompt,
+    rename_fields,
+)
+from dora_dist.data.row_formats import FORMATS, tell_format
 
 ALPACA = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
 PAIR = {"prompt": "1 and 2 is", "completion": " 3"}

@@ -1,7 +1,9 @@
+import importlib.util
 import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -23,7 +25,7 @@ from dora_dist.config.data import DataConfig
 from dora_dist.data.cache import MANIFEST, prepare_source, tokenizer_digest
 from dora_dist.data.encoding.chat import choose_template
 from dora_dist.data.encoding.encoder import EncodingRules
-from dora_dist.data.encoding.text import Encoder
+from dora_dist.data.encoding.text import TextEncoder
 from dora_dist.data.prepared import LEFT_OUT, PreparedSource
 from dora_dist.data.reading.files import locate
 from dora_dist.setup.run_data import RunData, prepare_data
@@ -413,13 +415,13 @@ def test_an_example_written_in_another_format_overlaps_too(tmp_path):
 def encoded_batches(monkeypatch):
     """How many rows each call of the encoder was given."""
     calls: list[int] = []
-    original = Encoder.__call__
+    original = TextEncoder.__call__
 
     def counted(self, batch):
         calls.append(len(batch["json"]))
         return original(self, batch)
 
-    monkeypatch.setattr(Encoder, "__call__", counted)
+    monkeypatch.setattr(TextEncoder, "__call__", counted)
     return calls
 
 
@@ -503,10 +505,10 @@ def test_what_is_not_complete_is_made_again(tmp_path, encoded_batches, left):
 
 
 def _die_encoding(path: Path) -> None:
-    def die(self: Encoder, batch: Any) -> None:
+    def die(self: TextEncoder, batch: Any) -> None:
         os._exit(9)
 
-    Encoder.__call__ = die
+    TextEncoder.__call__ = die
     prepare(path, "prompt_completion")
 
 
@@ -533,18 +535,18 @@ import json, sys, time
 from pathlib import Path
 from tiny_tokenizer import word_tokenizer
 from dora_dist.data.encoding.encoder import EncodingRules
-from dora_dist.data.encoding.text import Encoder
+from dora_dist.data.encoding.text import TextEncoder
 from dora_dist.data.reading.files import locate
 from dora_dist.data.cache import prepare_source
 
-calls, original = [], Encoder.__call__
+calls, original = [], TextEncoder.__call__
 
 def slow(self, batch):
     calls.append(len(batch["json"]))
     time.sleep(1)
     return original(self, batch)
 
-Encoder.__call__ = slow
+TextEncoder.__call__ = slow
 print("ready", flush=True)
 sys.stdin.readline()
 rules = EncodingRules(format="prompt_completion")
@@ -636,3 +638,22 @@ def test_the_folder_of_a_source_lies_in_the_cache_whatever_its_name_is(tmp_path,
     source = prepare_source(name, locate(str(path)), rules, tiny_tokenizer(), tmp_path / "cache", 1)
     assert source.folder.parent == tmp_path / "cache"
     assert source.folder.is_dir()
+
+
+@pytest.mark.parametrize("changed", ["encoding/questions.py", "reading/files.py", "row_formats.py", "cache.py"])
+def test_other_code_makes_other_data(tmp_path, changed):
+    """A changed encoder must not read what the former one has made, in whichever folder of the package it is."""
+    package = shutil.copytree(REPOSITORY / "dora_dist", tmp_path / "dora_dist")
+    rows = locate(str(write(tmp_path / "rows.jsonl", [PAIR])))
+
+    def key() -> str:
+        spec = importlib.util.spec_from_file_location("copied_cache", package / "data" / "cache.py")
+        copied = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(copied)
+        return copied._cache_key(rows, EncodingRules(format="prompt_completion"), tiny_tokenizer())
+
+    before = key()
+    assert key() == before
+    with (package / "data" / changed).open("a") as file:
+        file.write("# other\n")
+    assert key() != before

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from dora_dist.data.reading.files import locate
-from dora_dist.data.reading.row_formats import FORMATS
 from dora_dist.data.reading.samples import Question
+from dora_dist.data.row_formats import FORMATS
 
 ARTICLES = [
     {

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dora_dist.console.files import digest_sources
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.doctor import device, inspection, node, storage
 from dora_dist.doctor.device import check_device
@@ -48,9 +49,9 @@ def test_the_driver_is_read_from_the_kernels_file(tmp_path, monkeypatch):
 
 def test_one_changed_byte_of_the_source_is_seen(tmp_path):
     (tmp_path / "module.py").write_text("a = 1\n")
-    before = node.source_digest(tmp_path)
+    before = digest_sources(tmp_path)
     (tmp_path / "module.py").write_text("a = 2\n")
-    assert node.source_digest(tmp_path) != before
+    assert digest_sources(tmp_path) != before
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])

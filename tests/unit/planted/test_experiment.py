@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dora_dist.planted.experiment import choice_of, initial_rank, summarize
+from dora_dist.planted.experiment import choice_of, initial_rank, missing_students, summarize
 from dora_dist.planted.options import build_parser, resolve
 
 LAYERS = {"a": 10, "b": 20, "c": 30}
@@ -49,6 +49,16 @@ def result():
 def test_learning_rates_are_chosen_on_the_search_split_of_the_search_seeds(result):
     chosen = [choice_of(result, "half", method, options()).learning_rate for method in KEPT]
     assert chosen == [0.02, 0.01, 0.02]
+
+
+def test_only_students_that_the_result_lacks_are_missing(result):
+    assert missing_students(options(), result, 0) == missing_students(options(), result, 1) == {}
+    lost = [one for one in result["cells"] if (one["method"], one["seed"]) == ("oracle", 1)]
+    result["cells"] = [one for one in result["cells"] if one not in lost]
+    # A seed that is not searched has one cell a method, at the rate that was chosen.
+    assert missing_students(options(), result, 1) == {"half": [("oracle", 0.02)]}
+    searched = missing_students(options("--patterns", "half", "one-kind"), result, 0)
+    assert searched == {"one-kind": [(method, rate) for method in KEPT for rate in RATES]}
 
 
 def test_a_summary_by_hand(result):

@@ -1,12 +1,18 @@
-"""The formats that rows are written in, and what is made of a row: a pair, a conversation, a question and so on."""
+"""The formats that rows are written in: the fields of each, what a row says, and what encodes it."""
 
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from dora_dist.config.tasks import CAUSAL_LM, TASKS
+from dora_dist.data.encoding.classification import LabelledEncoder
+from dora_dist.data.encoding.encoder import EncodingRules, RowEncoder, RowParser
+from dora_dist.data.encoding.questions import QuestionEncoder
+from dora_dist.data.encoding.summaries import SummaryEncoder
+from dora_dist.data.encoding.text import TextEncoder
 from dora_dist.data.reading.samples import (
     ROLES,
     Chat,
@@ -18,6 +24,8 @@ from dora_dist.data.reading.samples import (
     RowFlaw,
     Sample,
     Summary,
+    rename_fields,
+    shortened,
 )
 
 SHAREGPT_ROLES = {
@@ -39,7 +47,7 @@ def _text(row: Mapping[str, Any], field: str, optional: bool = False) -> str:
     if value is None and optional:
         return ""
     if not isinstance(value, str):
-        found = "is missing" if field not in row else f"must be text, got {_short(value)}"
+        found = "is missing" if field not in row else f"must be text, got {shortened(value)}"
         raise RowFlaw(field, found)
     return value
 
@@ -68,40 +76,10 @@ def _labelled(row: Mapping[str, Any]) -> Labelled:
     second = None if row.get("sentence2") is None else _text(row, "sentence2")
     label = row.get("label")
     if not isinstance(label, str | int | float):
-        raise RowFlaw("label", "is missing" if "label" not in row else f"must be text or a number, got {_short(label)}")
-    return Labelled(_wanted(row, "sentence1"), second, label)
-
-
-def class_label(label: str | int | float) -> str:
-    """The name of a class: text without white space around it, or a whole number.
-
-    Raises:
-        RowFlaw: it is none.
-    """
-    if isinstance(label, float):
         raise RowFlaw(
-            "label",
-            f"must name a class, by text or a whole number, got {label}; for numbers set data.labels to regression",
+            "label", "is missing" if "label" not in row else f"must be text or a number, got {shortened(label)}"
         )
-    name = str(label).strip()
-    if not name:
-        raise RowFlaw("label", "is empty, so that there is nothing to learn from it")
-    return name
-
-
-def number_label(label: str | int | float) -> float:
-    """The number that a label is, or says.
-
-    Raises:
-        RowFlaw: it is none, or not finite.
-    """
-    try:
-        number = math.nan if isinstance(label, bool) else float(label)
-    except (ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise RowFlaw("label", f"must be a number, got {_short(label)}; for classes set data.labels to classes")
-    return number
+    return Labelled(_wanted(row, "sentence1"), second, label)
 
 
 def _messages(row: Mapping[str, Any]) -> Sample:
@@ -120,7 +98,7 @@ def _chat(
 ) -> Chat:
     entries = row.get(field)
     if not isinstance(entries, list) or not entries:
-        raise RowFlaw(field, f"must be a list of messages, got {_short(entries)}")
+        raise RowFlaw(field, f"must be a list of messages, got {shortened(entries)}")
     messages = [_message(entry, f"{field}[{n}]", role_key, text_key, roles) for n, entry in enumerate(entries)]
     if system and messages[0]["role"] == "system":
         raise RowFlaw("system", "is there beside a message of the system: keep one")
@@ -134,16 +112,16 @@ def _chat(
 
 def _message(entry: Any, place: str, role_key: str, text_key: str, roles: Mapping[str, str]) -> dict[str, Any]:
     if not isinstance(entry, dict):
-        raise RowFlaw(place, f"must be a message with {role_key} and {text_key}, got {_short(entry)}")
+        raise RowFlaw(place, f"must be a message with {role_key} and {text_key}, got {shortened(entry)}")
     role = entry.get(role_key)
     if not isinstance(role, str) or role not in roles:
-        raise RowFlaw(f"{place}.{role_key}", f"must be one of {', '.join(roles)}, got {_short(role)}")
+        raise RowFlaw(f"{place}.{role_key}", f"must be one of {', '.join(roles)}, got {shortened(role)}")
     message = {name: entry[name] for name in MESSAGE_EXTRAS if entry.get(name)}
     calls = roles[role] == "assistant" and "tool_calls" in message
     if not (calls and entry.get(text_key) is None):
         text = entry.get(text_key)
         if not isinstance(text, str):
-            raise RowFlaw(f"{place}.{text_key}", f"must be text, got {_short(text)}")
+            raise RowFlaw(f"{place}.{text_key}", f"must be text, got {shortened(text)}")
         if roles[role] == "assistant" and not text.strip() and not calls:
             raise RowFlaw(f"{place}.{text_key}", "is empty, so that there is nothing to learn from it")
         message["content"] = text
@@ -158,7 +136,7 @@ def _tools(row: Mapping[str, Any]) -> list[Any] | None:
         except json.JSONDecodeError as error:
             raise RowFlaw("tools", f"must be a list of JSON schemas, and cannot be read as JSON: {error}") from None
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise RowFlaw("tools", f"must be a list of JSON schemas, got {_short(tools)}")
+        raise RowFlaw("tools", f"must be a list of JSON schemas, got {shortened(tools)}")
     return tools or None
 
 
@@ -172,21 +150,22 @@ def _squad(row: Mapping[str, Any]) -> Question:
     answers = row.get("answers")
     if not isinstance(answers, dict) or not all(isinstance(answers.get(n), list) for n in ("text", "answer_start")):
         raise RowFlaw(
-            "answers", f"must be {{text: [...], answer_start: [...]}}, with empty lists for none, got {_short(answers)}"
+            "answers",
+            f"must be {{text: [...], answer_start: [...]}}, with empty lists for none, got {shortened(answers)}",
         )
     texts, starts = answers["text"], answers["answer_start"]
     if len(texts) != len(starts):
         raise RowFlaw("answers", f"has {len(texts)} texts, but {len(starts)} starts: every answer needs both")
     for number, (text, start) in enumerate(zip(texts, starts, strict=True)):
         if not isinstance(text, str) or not text.strip():
-            raise RowFlaw(f"answers.text[{number}]", f"must be text that is not empty, got {_short(text)}")
+            raise RowFlaw(f"answers.text[{number}]", f"must be text that is not empty, got {shortened(text)}")
         if type(start) is not int or start < 0:
-            raise RowFlaw(f"answers.answer_start[{number}]", f"must be a number of at least 0, got {_short(start)}")
+            raise RowFlaw(f"answers.answer_start[{number}]", f"must be a number of at least 0, got {shortened(start)}")
         found = context[start : start + len(text)]
         if found != text:
             raise RowFlaw(
                 f"answers.answer_start[{number}]",
-                f"is {start}, but the context has {_short(found)} there, not the answer {_short(text)}",
+                f"is {start}, but the context has {shortened(found)} there, not the answer {shortened(text)}",
             )
     return Question(question, context, tuple(texts), tuple(starts))
 
@@ -195,32 +174,48 @@ def _summary(row: Mapping[str, Any]) -> Summary:
     return Summary(_wanted(row, "document"), _wanted(row, "summary"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RowFormat:
     """A way to write rows.
 
     Attributes:
-        required: fields by which it is told.
+        required: fields that a row must have; a format is detected by them.
         optional: fields that it also reads.
-        parse: from a row to a sample; raises :class:`RowFlaw`.
+        parse: makes a sample of a row; raises :class:`RowFlaw`.
+        encoder: makes examples of the samples.
+        is_chat: whether every row is a conversation, which needs a chat template.
     """
 
     required: tuple[str, ...]
-    optional: tuple[str, ...]
-    parse: Callable[[Mapping[str, Any]], Any]
+    optional: tuple[str, ...] = ()
+    parse: RowParser
+    encoder: type[RowEncoder[Any, Any]] = TextEncoder
+    is_chat: bool = False
 
 
-FORMATS = {
-    "messages": RowFormat(("messages",), ("tools",), _messages),
-    "sharegpt": RowFormat(("conversations",), ("system", "tools"), _sharegpt),
-    "alpaca": RowFormat(("instruction", "output"), ("input",), _alpaca),
-    "prompt_completion": RowFormat(("prompt", "completion"), (), _prompt_completion),
-    "text": RowFormat(("text",), (), _document),
-    "classification": RowFormat(("sentence1", "label"), ("sentence2",), _labelled),
-    "squad": RowFormat(("question", "context", "answers"), (), _squad),
-    "summary": RowFormat(("document", "summary"), (), _summary),
+FORMATS: dict[str, RowFormat] = {
+    "messages": RowFormat(required=("messages",), optional=("tools",), parse=_messages, is_chat=True),
+    "sharegpt": RowFormat(required=("conversations",), optional=("system", "tools"), parse=_sharegpt, is_chat=True),
+    "alpaca": RowFormat(required=("instruction", "output"), optional=("input",), parse=_alpaca),
+    "prompt_completion": RowFormat(required=("prompt", "completion"), parse=_prompt_completion),
+    "text": RowFormat(required=("text",), parse=_document),
+    "classification": RowFormat(
+        required=("sentence1", "label"), optional=("sentence2",), parse=_labelled, encoder=LabelledEncoder
+    ),
+    "squad": RowFormat(required=("question", "context", "answers"), parse=_squad, encoder=QuestionEncoder),
+    "summary": RowFormat(required=("document", "summary"), parse=_summary, encoder=SummaryEncoder),
 }
 """By name; where a row fits several of a task, the first one is meant."""
+
+
+def build_encoder(tokenizer: PreTrainedTokenizerBase, rules: EncodingRules) -> RowEncoder[Any, Any]:
+    """The encoder of rows that are written in the format ``rules.format``.
+
+    Raises:
+        ValueError: the tokenizer or the rules do not fit the format.
+    """
+    row_format = FORMATS[rules.format]
+    return row_format.encoder(tokenizer, rules, row_format.parse)
 
 
 def tell_format(
@@ -257,15 +252,3 @@ def tell_format(
         f"{where}: the fields {found} fit no known format ({wanted}){hint}; name yours in the fields of the source, "
         f"such as fields: {example}, and the columns of a table whose first line is no header"
     )
-
-
-def rename_fields(row: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
-    """The row under the format's names; columns that were named in ``fields`` lose their own."""
-    taken = {*fields, *fields.values()}
-    renamed = {name: value for name, value in row.items() if name not in taken}
-    return renamed | {name: row[own] for name, own in fields.items() if own in row}
-
-
-def _short(value: object) -> str:
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -4,11 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+
+from dora_dist.console.plot import pyplot, save_picture
 
 COLORS = {"8B": "#1b7837", "70B": "#2166ac", "405B": "#b2182b"}
 READERS = {
@@ -20,7 +18,7 @@ READERS = {
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
     """Seconds of events, of the question of every step, and of reading the base, over the number of ranks."""
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
+    figure, axes = pyplot().subplots(1, 3, figsize=(15, 4.8), layout="constrained")
     for axis in axes:
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
@@ -35,8 +33,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle("Modelled, not run: constants of GPUs, networks and file systems are assumptions (docs/scale.md)")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save_picture(figure, path, dpi=130)
 
 
 def _draw_events(axis: Axes, rows: list[Mapping[str, Any]]) -> None:

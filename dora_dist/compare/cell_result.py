@@ -15,7 +15,8 @@ from safetensors import safe_open
 from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS
 from dora_dist.compare.plan import REPORTED, SEARCH, Cell, Plan
 from dora_dist.config.data import DataConfig
-from dora_dist.config.run import ModelConfig, RunConfig
+from dora_dist.config.model import ModelConfig
+from dora_dist.config.run import RunConfig
 from dora_dist.console import files
 from dora_dist.runs import records
 from dora_dist.runs.summary import is_finished
@@ -61,7 +62,7 @@ class CellResult:
         return not (math.isfinite(self.search) and math.isfinite(self.reported))
 
 
-def read_outcome(plan: Plan, cell: Cell) -> CellResult | None:
+def read_result(plan: Plan, cell: Cell) -> CellResult | None:
     """What the cell's run has measured; None where it has not come to its end.
 
     Raises:
@@ -86,7 +87,7 @@ def read_outcome(plan: Plan, cell: Cell) -> CellResult | None:
     if not is_finished(folder):
         return None
     summary = files.read_json(folder / records.SUMMARY)
-    figures = {name: _figure(plan, cell, summary["after"] or {}, name) for name in (SEARCH, REPORTED)}
+    figures = {name: _measured(plan, cell, summary["after"] or {}, name) for name in (SEARCH, REPORTED)}
     parameters, widest = adapter_size(folder / "adapter")
     return CellResult(
         **figures,
@@ -101,7 +102,7 @@ def read_outcome(plan: Plan, cell: Cell) -> CellResult | None:
     )
 
 
-def _figure(plan: Plan, cell: Cell, after: Mapping[str, Any], source: str) -> float:
+def _measured(plan: Plan, cell: Cell, after: Mapping[str, Any], source: str) -> float:
     metric = plan.metric(cell.group.task)
     if f"{source}_{metric}" not in after:
         there = [name.removeprefix(f"{source}_") for name in after if name.startswith(f"{source}_")]
@@ -115,7 +116,8 @@ def _figure(plan: Plan, cell: Cell, after: Mapping[str, Any], source: str) -> fl
 def adapter_size(folder: Path) -> tuple[int, int]:
     """Elements of the LoRA factors in a saved adapter, and those of a component of its widest layer. Gates and singular
     values are folded in, and a head does not count."""
-    total, widths = 0, {}
+    total = 0
+    widths: dict[str, int] = {}
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as tensors:
         for name in tensors.keys():  # noqa: SIM118 - not a mapping
             for part, along in ((".lora_A.", 1), (".lora_B.", 0)):

@@ -1,0 +1,98 @@
+"""The data of a comparison: read and checked before any cell runs, and recorded beside the cells."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from dora_dist.compare.cell_result import check_identity, identity_of
+from dora_dist.compare.plan import REPORTED, SEARCH, Plan
+from dora_dist.console.files import read_json, write_json
+from dora_dist.distributed import world
+from dora_dist.setup import resolve, run_data
+
+DATA = "data.json"
+MOST_SHARED = 0.05
+"""Share of the search split's examples that may also be reported ones: natural data repeat themselves a little."""
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """What the comparison must know of a task's data.
+
+    Attributes:
+        digests: Source -> digest of its examples.
+        notes: Notes for the table.
+    """
+
+    digests: dict[str, str]
+    notes: list[str]
+
+
+def prepare(plan: Plan) -> dict[str, TaskData]:
+    """Read or find the data of all tasks, and try every group's targets, phases and budget on its model's structure.
+
+    Raises:
+        ValueError: something cannot work, or what is on disk was made otherwise.
+    """
+    world.connect("none", 1)  # which TrainingArguments wants to find
+    found: dict[str, TaskData] = {}
+    for task in plan.config.tasks:
+        groups = [group for group in plan.groups if group.task == task]
+        configs = [plan.run_config(plan.search_cells(group)[0]) for group in groups]
+        tokenizer, data = run_data.read_data(configs[0])
+        for group, config in zip(groups, configs, strict=True):
+            try:
+                resolve.resolve_run(config, tokenizer, data)
+            except ValueError as error:
+                raise ValueError(f"cells {group}: {error}") from None
+        found[task] = _task_data(task, data)
+    _check_identities(plan, found)
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    write_json(plan.folder / DATA, {task: dataclasses.asdict(data) for task, data in found.items()})
+    return found
+
+
+def check_recorded(plan: Plan) -> list[str]:
+    """Check that the cells on disk are those of this configuration, with the data that were there when they were run.
+
+    Returns:
+        Notes on the data.
+
+    Raises:
+        ValueError: they are not, or nothing has been run.
+    """
+    if not (plan.folder / DATA).is_file():
+        raise ValueError(f"{plan.folder} holds no comparison: start one without --report")
+    data = {
+        task: TaskData(**entry) for task, entry in read_json(plan.folder / DATA).items() if task in plan.config.tasks
+    }
+    if missing := [task for task in plan.config.tasks if task not in data]:
+        raise ValueError(f"{plan.folder} has nothing of the task {missing[0]}: start the comparison without --report")
+    _check_identities(plan, data)
+    return [note for task in plan.config.tasks for note in data[task].notes]
+
+
+def _check_identities(plan: Plan, data: Mapping[str, TaskData]) -> None:
+    for cell in plan.possible_cells():
+        check_identity(plan, cell, identity_of(plan, cell, data[cell.group.task].digests))
+
+
+def _task_data(task: str, data: run_data.RunData) -> TaskData:
+    sources = {source.name: source for source in data.evaluation}
+    search, reported = sources[SEARCH], sources[REPORTED]
+    shared = int(np.isin(search.keys(), reported.keys()).sum())
+    if shared > MOST_SHARED * search.counts.examples:
+        raise ValueError(
+            f"tasks.{task}: {shared} of {search.counts.examples} examples of search are also in data.eval, so that "
+            "learning rates would be chosen on what is reported: give two splits"
+        )
+    notes = [f"{shared} examples of the search split are also reported ones"] if shared else []
+    notes += [
+        f"{count} of {sources[name].counts.examples} examples of {name} are also trained on"
+        for name, count in data.overlap.items()
+        if count
+    ]
+    digests = {source.name: source.digest for source in (*data.train, *data.evaluation)}
+    return TaskData(digests, [f"{task}: {note}" for note in notes])

@@ -1,0 +1,107 @@
+"""The table of a comparison: ``results.md``."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from dora_dist.compare.results import ComparisonResults, GroupResult
+
+TABLE = "results.md"
+
+
+def write_table(results: ComparisonResults, path: Path) -> None:
+    """Write the results as Markdown, atomically."""
+    temporary = path.with_suffix(".md.tmp")
+    temporary.write_text(format_table(results), encoding="utf-8")
+    temporary.replace(path)
+
+
+def format_table(results: ComparisonResults) -> str:
+    """The results as Markdown."""
+    parts = ["# Comparison", ""]
+    for groups in results.by_task_and_budget():
+        parts += [*_table(results, groups), ""]
+    parts += [f"- **{name}**: {says}" for name, says in results.methods.items()]
+    parts += ["", *(f"- {note}" for note in _remarks(results)), ""]
+    missing = [line for group in results.groups for line in group.missing]
+    if missing:
+        parts += ["## Missing", "", *(f"- {' '.join(line.split())}" for line in missing), ""]
+    return "\n".join(parts)
+
+
+def _table(results: ComparisonResults, groups: Sequence[GroupResult]) -> list[str]:
+    first, baseline = groups[0], results.config.baseline
+    sense = "lower" if first.lower_is_better else "higher"
+    head = [
+        "method",
+        "learning rate",
+        f"{first.metric}, mean ± sd",
+        "seeds",
+        f"minus {baseline} [{results.confidence:.0%} CI]",
+        "p (Holm)",
+        "parameters",
+        "training s",
+    ]
+    lines = [f"## {first.task}, rank {first.budget} ({first.metric}, {sense} is better)", ""]
+    lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return lines + ["| " + " | ".join(_row(group, len(results.config.seeds))) + " |" for group in groups]
+
+
+def _row(group: GroupResult, seeds: int) -> list[str]:
+    rate, mean = group.learning_rate, group.mean
+    edge = f" **({group.at_edge} of the grid!)**" if group.at_edge else ""
+    sd = "n/a" if group.deviation is None else f"{group.deviation:.4f}"
+    number = len(group.reported)
+    return [
+        group.method,
+        "missing" if rate is None else f"{rate:g}{edge}",
+        "missing" if mean is None else f"{mean:.4f} ± {sd}",
+        str(number) if number == seeds else f"**{number} of {seeds}**",
+        *_difference_cells(group),
+        "" if group.parameters is None else f"{group.parameters:,.0f}{' †' * group.parameters_differ}",
+        "" if group.seconds is None else f"{group.seconds:.0f}",
+    ]
+
+
+def _difference_cells(group: GroupResult) -> tuple[str, str]:
+    """The difference with its interval, and the p-value with the adjusted one."""
+    difference = group.difference
+    if difference is None:
+        return "", ""
+    if difference.mean is None:
+        return "n/a", "n/a"
+    if difference.low is None:
+        return f"{difference.mean:+.4f} [n/a]", "n/a"
+    interval = f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
+    return interval, f"{difference.p_value:.3g} ({group.p_holm:.3g})"
+
+
+def _remarks(results: ComparisonResults) -> Iterator[str]:
+    config, groups = results.config, results.groups
+    rates = ", ".join(f"{rate:g}" for rate in config.learning_rates)
+    if len(config.learning_rates) > 1:
+        yield (
+            f"The learning rate of every method was chosen from {rates} by the mean over {config.search_seeds} of "
+            "the seeds on the split `search`, which is not the reported one. Figures are of the last step."
+        )
+    else:
+        yield f"The learning rate was not searched: it is {rates} for all methods. Figures are of the last step."
+    yield (
+        f"Differences are paired by seed; their intervals are Student's, the p-values those of the paired t test. "
+        f"{results.comparisons} comparisons were made: the p-values in brackets are adjusted for that (Holm), the "
+        "intervals are not."
+    )
+    yield (
+        f"Parameters are the elements of the saved LoRA factors; gates and singular values are folded in. All adapters "
+        f"are scaled by alpha / initial rank = {config.alpha_over_rank:g}."
+    )
+    if any(group.parameters_differ for group in groups):
+        yield f"† differs from {config.baseline} by more than one component of the widest layer."
+    for group in groups:
+        if group.at_edge:
+            yield (
+                f"**{group.task}, rank {group.budget}, {group.method}: the learning rate chosen is the "
+                f"{group.at_edge} of the grid. A better one may lie beyond it: widen learning_rates.**"
+            )
+    yield from results.notes
+    if len(results.commits) > 1:
+        yield f"Cells are of several commits: {', '.join(results.commits)}."

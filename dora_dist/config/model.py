@@ -1,0 +1,30 @@
+"""The configuration of the base model: plain values, without torch, which takes seconds to import."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Quantization = Literal["nf4", "int8", "none"]
+QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The frozen base model.
+
+    Args:
+        path: folder in the Hugging Face layout, or name of a model on the Hub.
+        quantization: nf4 (4 bits, double quantization), int8, or none.
+        compute_dtype: of activations and unquantized weights; auto is bfloat16 on a GPU and float32 on a CPU.
+        attention: transformers' attention implementation, such as sdpa or flash_attention_2; null for its default.
+        trust_remote_code: run model code that comes with the model.
+        fuse: compute a gated MLP as one operation, q, k and v of an attention together, the loss of a causal language
+            model without its logits, and cast what a trained head reads. With false, every module of the base runs its
+            own forward: slower, with more memory, equal up to rounding. A resumed run may change it.
+    """
+
+    path: str
+    quantization: Quantization = "nf4"
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    attention: str | None = None
+    trust_remote_code: bool = False
+    fuse: bool = True

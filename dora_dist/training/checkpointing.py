@@ -1,0 +1,163 @@
+"""Checkpoints of a run: what is written and read, in which order, and what all ranks do together.
+
+:mod:`dora_dist.runs.checkpoint` says what makes a checkpoint complete; this file fills it and reads it back.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils.random import set_seed
+from safetensors.torch import load_file
+from torch.optim.lr_scheduler import LRScheduler
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+
+from dora_dist.runs import checkpoint
+from dora_dist.training import method_state
+from dora_dist.training.optimizer_shards import OptimizerShards
+from dora_dist.training.parts import LoopSettings, TrainingParts
+
+
+class Checkpointer:
+    """Saves and restores a run whose model and optimizer the engine has prepared.
+
+    Args:
+        parts: The parts of the loop.
+        settings: The settings of the loop.
+        optimizer: The prepared optimizer.
+        scheduler: The schedule of its learning rate.
+        shards: The state of a ZeRO optimizer, of which every rank holds a part; None under the other engines, where
+            every rank holds all of it.
+    """
+
+    def __init__(
+        self,
+        parts: TrainingParts,
+        settings: LoopSettings,
+        optimizer: torch.optim.Optimizer,
+        scheduler: LRScheduler,
+        shards: OptimizerShards | None,
+    ) -> None:
+        self._controller = parts.controller
+        self._agreement = parts.agreement
+        self._records = parts.records
+        self._settings = settings
+        self._optimizer = optimizer
+        self._scheduler = scheduler
+        self._shards = shards
+        self._optimizer_checked = False
+        self._restored_from: Path | None = None
+        self._written_by: int | None = None
+
+    def check_optimizer_once(self) -> None:
+        """After the first step that was taken: refuse an optimizer whose state cannot be saved. In the first save it
+        would be found out much later.
+
+        Raises:
+            ValueError: Names the state; on all ranks.
+        """
+        if self._shards is not None and not self._optimizer_checked:
+            self._optimizer_checked = True
+            with self._agreement.together("looking at the optimizer's state"):
+                self._shards.check()
+
+    def save(self, step: int, write_trainer_files: Callable[[], None]) -> None:
+        """Write ``checkpoint-STEP`` and seal it when all ranks have written theirs; to be called on every rank.
+
+        Args:
+            step: Optimizer steps taken so far.
+            write_trainer_files: Writes the Trainer's own parts into the folder: the adapter folded for PEFT, the
+                random states of this rank, and the Trainer's state.
+
+        Raises:
+            DisagreementError: The ranks hold different adapters.
+            NonFiniteAdapterError: The adapter holds NaN or infinite values.
+            RankFailedError: A rank could not write its part. The checkpoint is then not complete.
+        """
+        run = self._records.folder
+        folder = run / f"checkpoint-{step}"
+        self._controller.verify(f"the adapter before the checkpoint of step {step}")
+        with self._agreement.together(f"preparing {folder}"):
+            self._controller.check_finite()
+            if self._agreement.is_first and folder.exists():
+                shutil.rmtree(folder)  # what an interrupted save left
+        with self._agreement.together(f"writing {folder}"), checkpoint.room_needed(folder):
+            write_trainer_files()
+            self._write_optimizer(folder)
+            if self._agreement.is_first:
+                torch.save(self._scheduler.state_dict(), folder / SCHEDULER_NAME)
+                method_state.save_method_state(
+                    folder, self._controller, self._settings.fingerprint, self._agreement.size
+                )
+            self._records.save_events(folder)
+            mine = checkpoint.files_of_rank(folder, self._agreement.rank, self._agreement.size)
+            on_disk = checkpoint.bring_to_disk(folder, mine)
+        by_rank = self._agreement.gather(on_disk)
+        with self._agreement.together(f"sealing {folder}"), checkpoint.room_needed(folder):
+            if self._agreement.is_first:
+                checkpoint.check_shards(folder, self._agreement.size, self._settings.engine)
+                checkpoint.seal(folder, {name: seen for files in by_rank for name, seen in files.items()})
+                checkpoint.rotate(run, self._settings.keep_last)
+
+    def restore(self, folder: Path) -> None:
+        """Take over from a checkpoint, which any number of ranks may have written; to be called on every rank, once.
+
+        By then the Trainer has read its own state, from which it knows which rows to skip. The random states come later
+        (:meth:`restore_random_states`).
+
+        Args:
+            folder: Folder of the checkpoint.
+
+        Raises:
+            ValueError: A file of the checkpoint does not fit this run; on all ranks.
+            RankFailedError: A rank could not read the checkpoint; on all ranks.
+            DisagreementError: The ranks read different states.
+        """
+        with self._agreement.together(f"loading {folder}"), checkpoint.plain_values_only(folder):
+            state = checkpoint.read_method_state(folder)
+            tensors = load_file(folder / checkpoint.METHOD_TENSORS)
+            method_state.load_parameters(tensors, self._controller)
+            self._read_optimizer(folder, state["step"])
+            self._scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+            for group, rate in zip(self._optimizer.param_groups, self._scheduler.get_last_lr(), strict=True):
+                group["lr"] = rate
+        self._controller.load_state_dict(tensors, state["step"])
+        with self._agreement.together(f"cutting the records back to step {state['step']}"):
+            self._records.resume_from(folder, state["step"])
+        self._restored_from, self._written_by = folder, state["processes"]
+
+    def restore_random_states(self, seed: int, load_trainer_states: Callable[[], None]) -> None:
+        """Restore this rank's random states; on another number of ranks than wrote the checkpoint, seed new ones from
+        seed, step and rank alone.
+
+        This is the last part of a restore: an evaluation, and the data loader when it starts, draw from the same
+        generators. No collectives.
+
+        Args:
+            seed: Seed of the run.
+            load_trainer_states: Loads the states that this rank has written.
+
+        Raises:
+            ValueError: The file holds other objects than tensors and numbers.
+        """
+        if self._written_by == self._agreement.size:
+            with checkpoint.plain_values_only(self._restored_from):
+                load_trainer_states()
+        else:
+            fresh = np.random.SeedSequence([seed, self._controller.step]).generate_state(1)[0]
+            set_seed(int(fresh) % 2**31, device_specific=True)
+
+    def _write_optimizer(self, folder: Path) -> None:
+        if self._shards is not None:
+            self._shards.save(folder)
+        elif self._agreement.is_first:
+            torch.save(self._optimizer.state_dict(), folder / OPTIMIZER_NAME)
+
+    def _read_optimizer(self, folder: Path, step: int) -> None:
+        if self._shards is not None:
+            self._shards.load(folder, step)
+        else:
+            state = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+            self._optimizer.load_state_dict(state)

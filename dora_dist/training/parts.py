@@ -1,0 +1,74 @@
+"""What the training loop is made of, beside what transformers' Trainer takes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dora_dist.base_model.losses import RowLosses
+from dora_dist.distributed.agreement import Agreement
+from dora_dist.distributed.preemption import PreemptionNotice
+from dora_dist.evaluation.evaluator import Evaluator
+from dora_dist.runs.fingerprint import Fingerprint
+from dora_dist.runs.records import RunRecords
+from dora_dist.training.controller import DynamicRankController
+from dora_dist.training.skipped_steps import SkipPolicy
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingParts:
+    """The objects that the loop works with.
+
+    Attributes:
+        controller: The method.
+        agreement: Collectives over the ranks.
+        records: The records of the run, whose folder also holds its checkpoints.
+        evaluator: Measures the model on held-out data; None without any.
+        notice: Set when this rank has been told to stop.
+        skip_policy: Decides about steps whose loss or gradients are not finite.
+        row_losses: Loss of every row, for a task with one target a row; None where the model's own loss is taken,
+            over tokens.
+    """
+
+    controller: DynamicRankController
+    agreement: Agreement
+    records: RunRecords
+    evaluator: Evaluator[Any] | None
+    notice: PreemptionNotice
+    skip_policy: SkipPolicy
+    row_losses: RowLosses | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """The values that the loop goes by.
+
+    Attributes:
+        engine: ``distributed.engine`` of the configuration.
+        timeout_minutes: How long a rank waits for the others in a collective of the engine.
+        adapter_dtype: The dtype that the adapter's parameters must have when training begins.
+        equilibrium_weight: Weight of the Dimensional Equilibrium Modulator in the loss.
+        keep_last: Number of complete checkpoints to keep.
+        fingerprint: Settings that a resumed run must not change.
+    """
+
+    engine: str
+    timeout_minutes: float
+    adapter_dtype: torch.dtype
+    equilibrium_weight: float
+    keep_last: int
+    fingerprint: Fingerprint
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainingRows:
+    """The size of the rows that are trained on, in the order of training.
+
+    Attributes:
+        lengths: Tokens of every row, shape ``(rows,)``.
+        per_epoch: Number of rows that one pass over the data fills.
+    """
+
+    lengths: np.ndarray
+    per_epoch: int

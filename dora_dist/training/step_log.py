@@ -1,0 +1,89 @@
+"""The log of optimizer steps: what a line of training says beside loss, gradient norm and learning rate."""
+
+import math
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dora_dist.training.controller import DynamicRankController
+from dora_dist.training.skipped_steps import SkipPolicy
+
+
+class StepLog:
+    """Completes the Trainer's lines of training, each of which covers the steps since the line before.
+
+    Args:
+        controller: The method.
+        skip_policy: Knows the steps that were left out since the last line.
+        equilibrium_weight: Weight of the equilibrium penalty in the loss.
+        device: Where the loss is computed.
+
+    Attributes:
+        penalty_sum: Scalar on ``device``; the sum of the penalties of the steps since the last line.
+    """
+
+    def __init__(
+        self,
+        controller: DynamicRankController,
+        skip_policy: SkipPolicy,
+        equilibrium_weight: float,
+        device: torch.device,
+    ) -> None:
+        self.penalty_sum: Tensor = torch.zeros((), device=device)
+        self._controller = controller
+        self._skip_policy = skip_policy
+        self._weight = equilibrium_weight
+        self._last_line = (0, time.monotonic())
+
+    def start_clock(self, step: int) -> None:
+        """Count steps and seconds from here on.
+
+        Args:
+            step: Optimizer steps taken so far.
+        """
+        self._last_line = (step, time.monotonic())
+
+    def complete(self, logs: dict[str, float], step: int) -> None:
+        """Turn the Trainer's means over all steps into means over the steps that were taken, and add the figures of
+        the method.
+
+        Args:
+            logs: The Trainer's line, changed in place. ``loss`` becomes the task loss without the penalty; it is
+                removed where every step was left out.
+            step: Optimizer steps taken so far.
+        """
+        last_step, last_time = self._last_line
+        steps = max(step - last_step, 1)
+        taken = steps - self._skip_policy.forget_logged()
+        if taken:
+            penalty = float(self.penalty_sum) / taken
+            logs["equilibrium_penalty"] = penalty
+            logs["loss"] = logs["loss"] * steps / taken - self._weight * penalty
+        else:
+            del logs["loss"]
+        self.penalty_sum.zero_()
+        if self._skip_policy.last:
+            logs.pop("grad_norm", None)  # it is that of the last step
+        logs["components"] = self._controller.num_kept
+        now = time.monotonic()
+        logs["seconds_per_step"] = (now - last_time) / steps
+        self._last_line = (step, now)
+
+    def progress(self, logs: Mapping[str, float], step: int, max_steps: int) -> str:
+        """A completed line for a person.
+
+        Args:
+            logs: As :meth:`complete` left it.
+            step: Optimizer steps taken so far.
+            max_steps: Optimizer steps of the run.
+        """
+        minutes_left = (max_steps - step) * logs["seconds_per_step"] / 60
+        loss, norm = (logs.get(name, math.nan) for name in ("loss", "grad_norm"))  # nan: no step was taken
+        return (
+            f"step {step:>{len(str(max_steps))}}/{max_steps}  loss {loss:.4f}  grad norm {norm:.3f}  "
+            f"lr {logs['learning_rate']:.2e}  "
+            f"components {logs['components']}/{self._controller.schedule.num_components}  "
+            f"{logs['seconds_per_step']:.2f} s/step  {minutes_left:.1f} min left"
+        )
