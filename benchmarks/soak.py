@@ -282,7 +282,9 @@ def main() -> None:
     options.reference = options.reference and options.reference.resolve()
     options.output.mkdir(parents=True)
     subprocess.run(
-        [sys.executable, "-m", "dora_dist.quickstart", "--output", ".cache/quickstart", "--prepare-only"], cwd=REPOSITORY, check=True
+        [sys.executable, "-m", "dora_dist.quickstart", "--output", ".cache/quickstart", "--prepare-only"],
+        cwd=REPOSITORY,
+        check=True,
     )
     soak = Soak(options.output, options.kill_every, options.seed)
     try:

@@ -9,7 +9,10 @@ from dora_dist.config.checks import nearest
 from dora_dist.console.command import run_command
 
 COMMANDS = {
-    "quickstart": ("dora_dist.quickstart.__main__", "make a small model and data, and tune it: about two minutes on a CPU"),
+    "quickstart": (
+        "dora_dist.quickstart.__main__",
+        "make a small model and data, and tune it: about two minutes on a CPU",
+    ),
     "recipe": ("dora_dist.recipe", "list or print configurations to start from, or write the Slurm scripts"),
     "prepare": ("dora_dist.prepare", "encode the data of a run once, in parallel"),
     "preview": ("dora_dist.preview.__main__", "show examples token by token, as training will see them"),
@@ -52,7 +55,15 @@ def usage() -> str:
     """All commands with what they do."""
     lines = [f"  {name:<11} {what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(
-        ["usage: dora-dist COMMAND [arguments]", "", NOT_THE_OTHER, "", *lines, "", "dora-dist COMMAND --help says more."]
+        [
+            "usage: dora-dist COMMAND [arguments]",
+            "",
+            NOT_THE_OTHER,
+            "",
+            *lines,
+            "",
+            "dora-dist COMMAND --help says more.",
+        ]
     )
 
 

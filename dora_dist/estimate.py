@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_dist.config.parse import load_config
+from dora_dist.console.arguments import CONFIG_HELP, with_config_option
 from dora_dist.console.command import run_command
 from dora_dist.console.library_warnings import quiet_libraries
 from dora_dist.distributed.launcher import world_size_of
@@ -34,13 +35,13 @@ def as_json(estimate: "MemoryEstimate") -> str:
 def build_parser() -> argparse.ArgumentParser:
     """The command line, without the overrides."""
     parser = argparse.ArgumentParser(
-        prog="python -m dora_dist.estimate",
+        prog="dora-dist estimate",
         usage="%(prog)s CONFIG [--section.key value ...] [--world-size N] [--device cuda|cpu] [--json]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of the run, see configs/")
+    parser.add_argument("--config", type=Path, required=True, metavar="CONFIG", help=CONFIG_HELP)
     parser.add_argument(
         "--world-size", type=int, metavar="N", help="number of GPUs; by default WORLD_SIZE of the environment, or 1"
     )
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ValueError: The configuration or an option is invalid.
     """
     quiet_libraries()
-    options, overrides = build_parser().parse_known_args(arguments)
+    options, overrides = build_parser().parse_known_args(with_config_option(arguments))
     world_size = options.world_size if options.world_size is not None else world_size_of(os.environ)
     config = load_config(options.config, overrides)
     # Heavy imports wait until the configuration has been found to be sound.

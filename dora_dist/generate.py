@@ -27,7 +27,7 @@ GAP = " | "
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m dora_dist.generate",
+        prog="dora-dist generate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dora_dist.config.parse import load_config
+from dora_dist.console.arguments import CONFIG_HELP, with_config_option
 from dora_dist.console.command import run_command
 from dora_dist.console.library_warnings import quiet_libraries
 from dora_dist.console.text import say
@@ -18,13 +19,14 @@ from dora_dist.data.prepared import render
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m dora_dist.prepare",
+        prog="dora-dist prepare",
+        usage="%(prog)s CONFIG [--section.key value ...]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Every key of the configuration can be overridden as --section.key value; data.workers says how many "
         "processes encode.",
     )
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of the run, see configs/")
+    parser.add_argument("--config", type=Path, required=True, metavar="CONFIG", help=CONFIG_HELP)
     return parser
 
 
@@ -35,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ValueError: something that the user can mend.
     """
     quiet_libraries()
-    options, overrides = build_parser().parse_known_args(arguments)
+    options, overrides = build_parser().parse_known_args(with_config_option(arguments))
     config = load_config(options.config, overrides)
     # Heavy imports wait until the configuration has been found to be sound.
     from dora_dist.setup import run_data

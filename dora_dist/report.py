@@ -1,6 +1,6 @@
 """What a run did, from its files alone: a summary to read, and pictures.
 
-``python -m dora_dist.report RUN`` prints the summary and draws the pictures again.
+``dora-dist report RUN`` prints the summary and draws the pictures again.
 """
 
 import argparse
@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         ValueError: the folder is not that of a run that has pruned.
     """
-    parser = argparse.ArgumentParser(prog="python -m dora_dist.report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="dora-dist report", description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run (output_dir of its configuration)")
     print(finish_run(parser.parse_args(arguments).run))
 

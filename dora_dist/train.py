@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_dist.config.parse import parse_config, with_config_option
+from dora_dist.config.parse import parse_config
+from dora_dist.console.arguments import with_config_option
 from dora_dist.console.command import capture, run_command
 from dora_dist.console.errors import PreemptedError
 from dora_dist.console.library_warnings import quiet_libraries
@@ -50,7 +51,9 @@ def start(arguments: Sequence[str]) -> None:
     is_rank = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if is_rank or DRY_RUN in given or {"-h", "--help"} & set(given):
         if options.processes is not None:
-            raise ValueError(f"--processes is {options.processes}, but this process {_why_alone(is_rank)}: leave it out")
+            raise ValueError(
+                f"--processes is {options.processes}, but this process {_why_alone(is_rank)}: leave it out"
+            )
         main(given)
         return
     engine = parse_config(given).distributed.engine  # what is wrong with it is said before any rank is there

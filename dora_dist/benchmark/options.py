@@ -68,7 +68,7 @@ class Options:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m dora_dist.benchmark",
+        prog="dora-dist benchmark",
         description="Step time and peak memory of this project beside the frozen base, PEFT's LoRA and PEFT's AdaLoRA: "
         "one process, one random base in NF4, the same rows, contestants in turns. Nothing is downloaded.",
         epilog="contestants: " + "; ".join(f"{name}: {text}" for name, text in CONTESTANTS.items()),

@@ -3,12 +3,12 @@
 import argparse
 import os
 import shlex
-import sys
 from collections.abc import Sequence
 
 from dora_dist.compare.launching import WORKER, become_worker, run_workers, visible_gpus
 from dora_dist.compare.plan import Plan
 from dora_dist.compare.settings import parse_compare
+from dora_dist.console.arguments import CONFIG_HELP, with_config_option
 from dora_dist.console.command import run_command
 from dora_dist.console.errors import PREEMPTED, ExpectedRunError, PreemptedError
 from dora_dist.console.library_warnings import quiet_libraries
@@ -35,14 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         CellsMissingError: A cell has failed.
         PreemptedError: A worker was told to stop.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(prog="python -m dora_dist.compare", description=DESCRIPTION)
-    parser.add_argument("config", metavar="CONFIG", help="YAML of the comparison, see configs/compare/")
+    parser = argparse.ArgumentParser(prog="dora-dist compare", description=DESCRIPTION)
+    parser.add_argument("--config", required=True, metavar="CONFIG", help=f"{CONFIG_HELP}: compare/...")
     parser.add_argument("--workers", type=int, help="processes of this machine; one per GPU by default, else one")
     parser.add_argument("--dry-run", action="store_true", help="print the cells, and end")
     parser.add_argument("--report", action="store_true", help="write table and pictures from what is there, and end")
     parser.add_argument(WORKER, dest="worker_of", type=int, help=argparse.SUPPRESS)
-    options, overrides = parser.parse_known_args(arguments)
+    options, overrides = parser.parse_known_args(with_config_option(arguments))
     if options.workers is not None and options.workers < 1:
         raise ValueError(f"--workers is {options.workers}, but must be at least 1")
     quiet_libraries()

@@ -27,15 +27,11 @@ def build_parser() -> ArgumentParser:
         "checked without reading weights, and says what the run would do; it starts no ranks.",
         exit_on_error=False,
     )
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of the run, see configs/")
+    parser.add_argument(
+        "--config", action=ActionConfigFile, help="YAML file of the run, which may also be the first argument by itself"
+    )
     parser.add_class_arguments(RunConfig)
     return parser
-
-
-def with_config_option(arguments: Sequence[str]) -> list[str]:
-    """The arguments of a command with ``--config FILE``, where the file may also be the first argument, by itself."""
-    as_first = bool(arguments) and not arguments[0].startswith("-")
-    return ["--config", *arguments] if as_first else list(arguments)
 
 
 def parse_config(arguments: Sequence[str] | None = None) -> RunConfig:

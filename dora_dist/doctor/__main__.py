@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from dora_dist.console.arguments import CONFIG_HELP, with_config_option
 from dora_dist.console.command import capture, run_command
 from dora_dist.console.errors import ExpectedRunError
 from dora_dist.console.library_warnings import quiet_libraries
@@ -31,13 +32,13 @@ TIMEOUT_SECONDS = 120.0
 def build_parser() -> argparse.ArgumentParser:
     """The command line, without the overrides."""
     parser = argparse.ArgumentParser(
-        prog="python -m dora_dist.doctor",
-        usage="%(prog)s [--config CONFIG [--section.key value ...]] [--output DIR] [--timeout SECONDS]",
+        prog="dora-dist doctor",
+        usage="%(prog)s [CONFIG [--section.key value ...]] [--output DIR] [--timeout SECONDS]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, metavar="CONFIG", help="YAML file of a run to prepare for, see configs/")
+    parser.add_argument("--config", type=Path, metavar="CONFIG", help=CONFIG_HELP)
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="folder for checkpoints; by default output_dir of the configuration"
     )
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ValueError: something that the user can mend in the command.
         ExpectedRunError: the ranks did not come together, or one of them failed.
     """
-    options, overrides = build_parser().parse_known_args(arguments)
+    options, overrides = build_parser().parse_known_args(with_config_option(arguments))
     if overrides and options.config is None:
         raise ValueError(f"{overrides[0]} is no option of the doctor, and keys of a run need its --config")
     if options.timeout <= 0:

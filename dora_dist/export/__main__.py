@@ -31,7 +31,7 @@ there is one; with CUDA_VISIBLE_DEVICES= (empty) in front, everything stays on t
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m dora_dist.export",
+        prog="dora-dist export",
         description=__doc__,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

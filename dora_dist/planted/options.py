@@ -81,7 +81,7 @@ class Options:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m dora_dist.planted",
+        prog="dora-dist planted",
         description="Plant updates of known ranks in a teacher, train students with fixed and dynamic ranks on its "
         "distribution, and say how well the kept ranks recover the planted ones. Goes on with what --output holds.",
         epilog="patterns: "

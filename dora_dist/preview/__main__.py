@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dora_dist.config.parse import load_config
+from dora_dist.console.arguments import CONFIG_HELP, with_config_option
 from dora_dist.console.command import run_command
 from dora_dist.console.library_warnings import quiet_libraries
 from dora_dist.console.text import say
@@ -26,13 +27,13 @@ from dora_dist.preview.terminal import render
 def build_parser() -> argparse.ArgumentParser:
     """The command line, without the overrides."""
     parser = argparse.ArgumentParser(
-        prog="python -m dora_dist.preview",
+        prog="dora-dist preview",
         usage="%(prog)s CONFIG [--section.key value ...] [options]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of the run, see configs/")
+    parser.add_argument("--config", type=Path, required=True, metavar="CONFIG", help=CONFIG_HELP)
     parser.add_argument(
         "--examples",
         type=int,
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ValueError: something that the user can mend.
     """
     quiet_libraries()
-    options, overrides = build_parser().parse_known_args(arguments)
+    options, overrides = build_parser().parse_known_args(with_config_option(arguments))
     if options.examples is not None and options.examples < 1:
         raise ValueError(f"--examples is {options.examples}, but must be at least 1")
     if options.html is not None and (options.html.is_dir() or not options.html.parent.is_dir()):

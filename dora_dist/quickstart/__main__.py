@@ -41,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     options, overrides = build_parser().parse_known_args(arguments)
     if options.prepare_only and overrides:
-        raise ValueError(f"{overrides[0]} is a key of the run, but --prepare-only does not train: leave one of them out")
+        raise ValueError(
+            f"{overrides[0]} is a key of the run, but --prepare-only does not train: leave one of them out"
+        )
     from dora_dist.quickstart.folder import ensure_quickstart
 
     ensure_quickstart(options.output, options.seed)

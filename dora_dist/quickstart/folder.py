@@ -64,7 +64,7 @@ def _replace(output: Path, finished: Path) -> None:
         os.rename(finished, output)
 
 
-def ensure_quickstart(output: Path = DEFAULT_OUTPUT, seed: int = 0, settings: BackboneSettings | None = None) -> Path:
+def ensure_quickstart(output: Path, seed: int = 0, settings: BackboneSettings | None = None) -> Path:
     """Make `output` hold backbone/, train.jsonl, heldout.jsonl and search.jsonl for this seed, and return it.
 
     Nothing is done where the stamp file says that they are there already. Raises ValueError where `output`

@@ -183,7 +183,7 @@ class RowEncoder(ABC, Generic[P, E]):
         if self.rules.overlong == "error":
             raise UnusableRowError(
                 f"{place} has {note}: raise it, or set data.overlong to drop or truncate (what the tokens are: "
-                "python -m dora_dist.preview)"
+                "dora-dist preview)"
             )
         return note
 
