@@ -7,6 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 from test_checkpoint import make_controller
+from tiny_run import some_fingerprint
 
 from dora_dist.console import files
 from dora_dist.distributed.agreement import Agreement
@@ -41,7 +42,7 @@ class Loop:
             adapter_dtype=torch.float32,
             equilibrium_weight=0.1,
             keep_last=2,
-            fingerprint={"seed": 1},
+            fingerprint=some_fingerprint(),
         )
         self.parameters = [layer.lora_b for layer in self.controller.layers.values()]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.1)

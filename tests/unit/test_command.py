@@ -7,9 +7,10 @@ import pytest
 from repository import REPOSITORY
 
 from dora_dist.console.command import capture
+from dora_dist.console.files import digest_sources
 from dora_dist.console.provenance import environment
 from dora_dist.data.encoding import chat
-from dora_dist.doctor.node import node_facts, source_digest
+from dora_dist.doctor.node import node_facts
 
 
 def ended(work: str) -> subprocess.CompletedProcess[str]:
@@ -53,5 +54,5 @@ def test_what_is_read_beside_the_sources_is_found_from_its_room():
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
     expected = commit.stdout.strip() if commit.returncode == 0 else None  # an unpacked archive
     assert environment(["torch"])["commit"] == expected
-    assert node_facts({})["source"] == source_digest(REPOSITORY / "dora_dist")
+    assert node_facts({})["source"] == digest_sources(REPOSITORY / "dora_dist")[:8]
     assert {path.stem for path in chat.BUNDLED.glob("*.jinja")} >= {"chatml", "llama3", "plain"}

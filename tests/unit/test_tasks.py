@@ -106,7 +106,7 @@ def test_a_new_task_needs_no_change_elsewhere(stars):
     tokenizer, data = run_data.read_data(stars)
     assert [source.format for source in (*data.train, *data.evaluation)] == ["review", "review"]
     resolved = resolve.resolve_run(stars, tokenizer, data)
-    assert resolved.fingerprint["task"] == "stars"
+    assert resolved.fingerprint.task == "stars"
     model = build.load_model(stars, torch.device("cpu"), tokenizer, data.labels)
     parts = TASK_PARTS[stars.task]
     (example,) = parts.training_rows(resolved)[0]
