@@ -13,7 +13,7 @@ COMMANDS = {
         "dora_dist.quickstart.__main__",
         "make a small model and data, and tune it: about two minutes on a CPU",
     ),
-    "recipe": ("dora_dist.recipe", "list or print configurations to start from, or write the Slurm scripts"),
+    "recipe": ("dora_dist.setup.recipe", "list or print configurations to start from, or write the Slurm scripts"),
     "prepare": ("dora_dist.prepare", "encode the data of a run once, in parallel"),
     "preview": ("dora_dist.preview.__main__", "show examples token by token, as training will see them"),
     "estimate": ("dora_dist.estimate", "memory per GPU, from the model's configuration alone"),

@@ -13,7 +13,6 @@ from dora_dist.console.arguments import CONFIG_HELP, with_config_option
 from dora_dist.console.command import run_command
 from dora_dist.console.library_warnings import quiet_libraries
 from dora_dist.console.text import say
-from dora_dist.data.prepared import render
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options, overrides = build_parser().parse_known_args(with_config_option(arguments))
     config = load_config(options.config, overrides)
     # Heavy imports wait until the configuration has been found to be sound.
+    from dora_dist.data.prepared import render
     from dora_dist.setup import run_data
 
     _, data = run_data.read_data(config)

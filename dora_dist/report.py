@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dora_dist.console.command import run_command
-from dora_dist.runs.summary import finish_run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -19,7 +18,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(prog="dora-dist report", description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run (output_dir of its configuration)")
-    print(finish_run(parser.parse_args(arguments).run))
+    run = parser.parse_args(arguments).run
+    from dora_dist.runs.summary import finish_run  # matplotlib and torch are heavy imports
+
+    print(finish_run(run))
 
 
 if __name__ == "__main__":

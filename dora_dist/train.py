@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from dora_dist.config.parse import parse_config
 from dora_dist.console.arguments import with_config_option
 from dora_dist.console.command import capture, run_command
-from dora_dist.console.errors import PreemptedError
+from dora_dist.console.errors import PreemptedError, mark_common
 from dora_dist.console.library_warnings import quiet_libraries
 from dora_dist.console.text import say
 from dora_dist.distributed.launcher import check_launch
@@ -83,10 +83,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quiet_libraries()
     arguments = with_config_option(sys.argv[1:] if arguments is None else arguments)
     dry_run = DRY_RUN in arguments
-    config = parse_config([argument for argument in arguments if argument != DRY_RUN])
     launched = "LOCAL_RANK" in os.environ or not dry_run  # a dry run needs no launcher
-    if launched:
-        check_launch(config.distributed.engine, os.environ)
+    try:
+        config = parse_config([argument for argument in arguments if argument != DRY_RUN])
+        if launched:
+            check_launch(config.distributed.engine, os.environ)
+    except ValueError as error:
+        raise mark_common(error) from None  # the ranks of a node read the same command line
     with PreemptionNotice() as notice:
         from dora_dist.distributed.heartbeat import HeartbeatMonitor
         from dora_dist.distributed.rendezvous import join_rendezvous

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
-from dora_dist.console.errors import PREEMPTED, ExpectedRunError, PreemptedError, is_common
+from dora_dist.console.errors import PREEMPTED, ExpectedRunError, PreemptedError, is_same_everywhere
 from dora_dist.console.notes import Note, leave_note
-from dora_dist.console.text import is_first_rank, printable, say
+from dora_dist.console.text import printable, say
 
 Result = TypeVar("Result")
 
@@ -82,12 +82,13 @@ def _raised_here(error: Exception) -> bool:
 def leave(error: Exception, status: int) -> None:
     """Say what went wrong and end this process, from whichever thread.
 
-    An error that all ranks raise together is printed by the first one; whoever started the ranks may print it instead
-    (:mod:`dora_dist.console.notes`).
+    What all ranks say with the same words is printed by the first one of each node. Whoever started the ranks may print
+    it instead (:mod:`dora_dist.console.notes`).
     """
     message = f"error: {printable(str(error))}"
     sys.stdout.flush()
-    if not leave_note(Note(status, message)) and (is_first_rank() or not is_common(error)):
+    is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not leave_note(Note(status, message)) and (is_first_here or not is_same_everywhere(error)):
         rank = os.environ.get("RANK")
         # In one piece: ranks share the terminal.
         sys.stderr.write(f"{message}\n" if rank is None else f"[rank {rank}] {message}\n")

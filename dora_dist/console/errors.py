@@ -16,8 +16,19 @@ def is_common(error: Exception) -> bool:
     return isinstance(error, ExpectedRunError) or "raised_on_all_ranks" in error.__dict__
 
 
+def is_same_everywhere(error: Exception) -> bool:
+    """Whether all ranks raise this error with the same message, so that one of them can print it for all."""
+    return getattr(error, "same_everywhere", "raised_on_all_ranks" in error.__dict__)
+
+
 class ExpectedRunError(RuntimeError):
-    """An error of a run whose message says all there is to say. With several ranks, all raise one together."""
+    """An error of a run whose message says all there is to say. With several ranks, all raise one together.
+
+    Attributes:
+        same_everywhere: The message is the same on all ranks.
+    """
+
+    same_everywhere = True
 
 
 class PreemptedError(ExpectedRunError):

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dora_dist.config.checks import nearest
-from dora_dist.console.command import run_command
 from dora_dist.console.shipped import shipped
 
 SUBMITTED = ("slurm", "launch")
@@ -78,7 +77,3 @@ def write_slurm(folder: Path) -> None:
     for name in SUBMITTED:
         shutil.copytree(shipped(name), folder / name, ignore=shutil.ignore_patterns("site.sh", "__pycache__"))
     print(f"written: {folder}. Submit from there: cd {folder} && sbatch slurm/one_node.sbatch --config my.yaml")
-
-
-if __name__ == "__main__":
-    run_command(main)
