@@ -33,17 +33,17 @@ def number_of_ranks(engine: str, wanted: int | None) -> tuple[int, int]:
     Raises:
         ValueError: That many cannot work together.
     """
+    if wanted is not None and wanted < 1:
+        raise ValueError(f"--processes is {wanted}, but must be at least 1")
+    if wanted is not None and wanted > 1 and engine == "none":
+        raise ValueError(
+            f"--processes is {wanted}, but distributed.engine is none, which is one process: set it to zero2 or ddp"
+        )
     import torch
 
     gpus = torch.cuda.device_count()
     if wanted is None:
         return gpus or RANKS_ON_CPUS, gpus
-    if wanted < 1:
-        raise ValueError(f"--processes is {wanted}, but must be at least 1")
-    if engine == "none" and wanted > 1:
-        raise ValueError(
-            f"--processes is {wanted}, but distributed.engine is none, which is one process: set it to zero2 or ddp"
-        )
     if 0 < gpus < wanted:
         raise ValueError(f"--processes is {wanted}, but this machine has {gpus} GPUs, and each rank needs one")
     return wanted, gpus

@@ -65,7 +65,7 @@ def test_it_is_told_to_stop_and_ends_with_the_status_of_a_run_that_goes_on(confi
 
 
 @pytest.mark.parametrize("name", ["RANK", "SLURM_PROCID"])
-def test_a_batch_script_is_no_rank(config, name, tmp_path):
-    """Only RANK and WORLD_SIZE together make one; a run of one process would refuse the launch."""
-    finished = train(config, "--processes", "0", "--output_dir", str(tmp_path), **{name: "0"})
-    assert finished.output == "error: --processes is 0, but must be at least 1\n"
+def test_a_batch_script_is_no_rank(config, name):
+    """Only RANK and WORLD_SIZE together make one, which would refuse to start ranks of its own."""
+    finished = train(config, "--processes", "0", **{name: "0"})
+    assert finished.output.endswith("error: --processes is 0, but must be at least 1\n")
