@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if launched:
             check_launch(config.distributed.engine, os.environ)
     except ValueError as error:
-        raise mark_common(error) from None  # the ranks of a node read the same command line
+        raise mark_common(error) from None  # the ranks of a node have the same command line and launcher
     with PreemptionNotice() as notice:
         from dora_dist.distributed.heartbeat import HeartbeatMonitor
         from dora_dist.distributed.rendezvous import join_rendezvous
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def train(
     config: "RunConfig", notice: PreemptionNotice, monitor: "HeartbeatMonitor", launched: bool, dry_run: bool
 ) -> None:
-    """The run, or what it would be.
+    """Run the training, or with ``dry_run`` print what it would do.
 
     Args:
         config: of the run.

@@ -1,7 +1,7 @@
 # Sourced by the batch scripts of this folder, on the first node of the job: one srun, and what its end means.
 # shellcheck shell=bash
 
-PREEMPTED=75 # exit status of a run that goes on when it is started again: dora_dist/console/command.py
+PREEMPTED=75 # exit status of a run that goes on when it is started again: dora_dist/console/errors.py
 FIRST_PORT=${DORA_FIRST_PORT:-10240} # above those of Slurm; the last is below the ephemeral ones (32768 and up)
 PORTS_PER_JOB=16
 JOBS_WITH_OWN_PORTS=1400

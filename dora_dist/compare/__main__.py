@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dora_dist.compare.launching import WORKER, become_worker, run_workers, visible_gpus
 from dora_dist.compare.plan import Plan
 from dora_dist.compare.settings import parse_compare
-from dora_dist.console.arguments import CONFIG_HELP, with_config_option
+from dora_dist.console.arguments import with_config_option
 from dora_dist.console.command import run_command
 from dora_dist.console.errors import PREEMPTED, ExpectedRunError, PreemptedError
 from dora_dist.console.library_warnings import quiet_libraries
+from dora_dist.console.text import is_first_rank
 
 DESCRIPTION = """Run methods x seeds x tasks as CONFIG says, and compare. Finished cells are skipped and
 interrupted ones resumed, so that the same command goes on. Any number of workers may share the work, also started
@@ -36,7 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         PreemptedError: A worker was told to stop.
     """
     parser = argparse.ArgumentParser(prog="dora-dist compare", description=DESCRIPTION)
-    parser.add_argument("--config", required=True, metavar="CONFIG", help=f"{CONFIG_HELP}: compare/...")
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="CONFIG",
+        help="YAML file of the comparison, which may also be the first argument by itself; recipes are under compare/",
+    )
     parser.add_argument("--workers", type=int, help="processes of this machine; one per GPU by default, else one")
     parser.add_argument("--dry-run", action="store_true", help="print the cells, and end")
     parser.add_argument("--report", action="store_true", help="write table and pictures from what is there, and end")
@@ -56,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if os.environ.get(REPORTING) == "true":
             finish(plan, own)
     elif "LOCAL_RANK" in os.environ:
-        os.environ[REPORTING] = str(os.environ.get("RANK", "0") == "0").lower()
+        os.environ[REPORTING] = str(is_first_rank()).lower()
         become_worker(own)
     else:
         _run(plan, own, options.workers)

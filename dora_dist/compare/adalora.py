@@ -133,7 +133,7 @@ def _build_trainer(config: "RunConfig", resolved: resolve.ResolvedRun, model: Pe
         processing_class=resolved.tokenizer,
     )
     if _is_mean_of_rows(config):
-        trainer.model_accepts_loss_kwargs = False  # see dora_dist/objective.py
+        trainer.model_accepts_loss_kwargs = False  # see dora_dist/base_model/losses.py
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer

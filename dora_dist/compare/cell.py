@@ -73,8 +73,8 @@ def _train(plan: Plan, cell: Cell) -> None:
         if plan.method(cell.group).peer:
             train_adalora(config, dataclasses.asdict(plan.config.adalora), notice)
             return
-        with HeartbeatMonitor(None, config.distributed.silent_seconds) as watch:
-            train.train(config, notice, watch, launched=True, dry_run=False)
+        with HeartbeatMonitor(None, config.distributed.silent_seconds) as monitor:
+            train.train(config, notice, monitor, launched=True, dry_run=False)
 
 
 @contextmanager

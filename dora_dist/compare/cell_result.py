@@ -19,12 +19,13 @@ from dora_dist.config.model import ModelConfig
 from dora_dist.config.run import RunConfig
 from dora_dist.console import files
 from dora_dist.runs import records
+from dora_dist.runs.fingerprint import Fingerprint
 from dora_dist.runs.summary import is_finished
 
 IDENTITY = "cell.json"
 FAILURE = "failure.json"
 LOG = "log.txt"
-MAY_DIFFER = ("output_dir", "data.cache_dir", "data.workers", "distributed", "checkpoint")
+MAY_DIFFER = ("output_dir", "format_version", "data.cache_dir", "data.workers", "distributed", "checkpoint")
 """Of a cell's configuration, without changing its results."""
 
 
@@ -209,9 +210,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def training_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Of a run's recorded settings, those that methods to be compared must have in common."""
-    own = ("adapter.", "pruning.", "adalora.")
-    return {
-        name: value
-        for name, value in settings.items()
-        if not name.startswith(own) and name not in ("initial rank", "training.learning_rate")
-    }
+    run = Fingerprint.from_dict(settings, records.RUN)
+    training = {name: value for name, value in run.training.items() if name != "learning_rate"}
+    common = dataclasses.replace(run, initial_rank=0, adapter={}, pruning={}, training=training, others={})
+    return common.as_dict()

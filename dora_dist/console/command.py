@@ -34,7 +34,8 @@ def run_command(main: Callable[[], None]) -> None:
             say(str(end))
         _exit(PREEMPTED)
     except KeyboardInterrupt:
-        say("interrupted")
+        if not leave_note(Note(INTERRUPTED, "interrupted")):
+            say("interrupted")
         _exit(INTERRUPTED)
     except Exception as error:
         own = isinstance(error, ExpectedRunError) or (isinstance(error, ValueError) and _raised_here(error))

@@ -6,6 +6,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from dora_dist.console.files import write_json
+
 NOTES = "DORA_DIST_NOTES"
 """Environment variable: folder for the notes of ``dora-dist train``'s ranks. Where it is set, the ranks leave it to
 their starter to print how they ended."""
@@ -27,21 +29,21 @@ class Note:
 
 
 def leave_note(note: Note) -> bool:
-    """Leave a note for whoever started this process.
+    """Leave a note for whoever started this process. Never raises: the process is about to end.
 
     Returns:
         Whether the starter prints it.
     """
-    if path := os.environ.get(ERROR_FILE):
-        # torch 2.13, distributed.elastic.multiprocessing.errors: what its summary shows is the "call stack".
-        extra = {"py_callstack": note.message, "timestamp": str(int(time.time()))}
-        content = {"message": {"message": note.message, "extraInfo": extra}}
-        Path(path).write_text(json.dumps(content), encoding="utf-8")
-    folder = os.environ.get(NOTES)
-    if not folder:
+    try:
+        if path := os.environ.get(ERROR_FILE):
+            # torch 2.13, distributed.elastic.multiprocessing.errors: what its summary shows is the "call stack".
+            extra = {"py_callstack": note.message, "timestamp": str(int(time.time()))}
+            write_json(Path(path), {"message": {"message": note.message, "extraInfo": extra}})
+        if not (folder := os.environ.get(NOTES)):
+            return False
+        write_json(Path(folder) / f"{os.environ['RANK']}.json", asdict(note))
+    except (OSError, KeyError):  # a full disk, say
         return False
-    path_of_rank = Path(folder) / f"{os.environ['RANK']}.json"
-    path_of_rank.write_text(json.dumps(asdict(note)), encoding="utf-8")
     return True
 
 

@@ -144,7 +144,7 @@ class Agreement:
         if failures:
             nodes = self.gather(platform.node())
             listed = "; ".join(f"rank {rank} ({nodes[rank]}): {text}" for rank, text in failures.items())
-            raise RankFailedError(f"{phase} failed on {len(failures)} of {self.size} ranks: {listed}")
+            raise mark_common(RankFailedError(f"{phase} failed on {len(failures)} of {self.size} ranks: {listed}"))
 
     def check_equal(self, digests: Mapping[str, bytes], what: str) -> None:
         """Prove that all ranks hold the same state.
@@ -168,10 +168,11 @@ class Agreement:
         first = next((name for name in digests if len({part.get(name) for part in parts}) > 1), "the list of parts")
         nodes = self.gather(platform.node())
         listed = " against ".join(_name_ranks(group, nodes) for group in groups)
-        raise DisagreementError(
+        message = (
             f"the ranks disagree on {what}: {listed}; first difference in {first}. The run cannot go on from here: "
             "resume from the last complete checkpoint"
         )
+        raise mark_common(DisagreementError(message))
 
 
 def digest_tensors(*tensors: Tensor) -> bytes:

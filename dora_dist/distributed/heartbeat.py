@@ -32,8 +32,6 @@ class RanksLostError(ExpectedRunError):
             failed.
     """
 
-    same_everywhere = False  # it says what this rank was doing, and rank 0 may be the one that is gone
-
     def __init__(self, message: str, gone: bool) -> None:
         super().__init__(message)
         self.status = PREEMPTED if gone else 1

@@ -84,7 +84,8 @@ def join_rendezvous(seconds: float, knob: str) -> Rendezvous | None:
     # A launcher that restarts its ranks meets at the same place again. (Of several launchers, each counts for itself.)
     prefix = f"dora_dist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     launcher_keeps_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() == "true"
-    keeps_it = rank == 0 and not launcher_keeps_it
+    found = Rendezvous(rank, size, (host, port), prefix)
+    keeps_it = found.is_first and not launcher_keeps_it
     try:
         server = TCPStore(
             host,
@@ -99,7 +100,7 @@ def join_rendezvous(seconds: float, knob: str) -> Rendezvous | None:
     store = PrefixStore(prefix, server)
     store.set(_joined(rank), platform.node())
     store.set(beat_key(rank), "0 starting")
-    missing = _wait_for_all(store, size, seconds) if rank == 0 else _ask(store, seconds)
+    missing = _wait_for_all(store, size, seconds) if found.is_first else _ask(store, seconds)
     if missing:
         raise JoinError(
             f"joining the world: {missing} did not come within {seconds:g} s ({knob}), where "
@@ -107,7 +108,7 @@ def join_rendezvous(seconds: float, knob: str) -> Rendezvous | None:
             "are missing, and whether all have the same MASTER_ADDR and MASTER_PORT"
         )
     _KEPT.append(server)
-    return Rendezvous(rank, size, (host, port), prefix)
+    return found
 
 
 def _wait_for_all(store: Any, size: int, seconds: float) -> str:

@@ -19,7 +19,7 @@ from dora_dist.console.arguments import CONFIG_HELP, with_config_option
 from dora_dist.console.command import capture, run_command
 from dora_dist.console.errors import ExpectedRunError
 from dora_dist.console.library_warnings import quiet_libraries
-from dora_dist.console.text import say
+from dora_dist.console.text import is_first_rank, say
 
 if TYPE_CHECKING:
     from dora_dist.config.run import RunConfig
@@ -163,7 +163,7 @@ def inspect_folder(
 
 def tell(text: str) -> None:
     """Print a section, from the first rank only."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_rank():
         print(text, file=sys.__stdout__, flush=True)
 
 

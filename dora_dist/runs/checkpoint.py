@@ -1,8 +1,8 @@
 """Checkpoints that are complete or not used.
 
-The Trainer writes scheduler and random states, :mod:`dora_dist.training.optimizer_shards` the optimizer's under ZeRO,
-:mod:`dora_dist.training.method_state` that of the method; this file adds, as the very last thing, a manifest with size
-and SHA-256 of every file. A folder without a manifest, or with a file that does not fit it, is never resumed from.
+:mod:`dora_dist.training.checkpointing` writes and reads what is in them. This file adds, as the very last thing, a
+manifest with size and SHA-256 of every file. A folder without a manifest, or with a file that does not fit it, is never
+resumed from.
 """
 
 import hashlib
@@ -52,7 +52,7 @@ def newest(run: Path) -> Path | None:
 
 
 def read_method_state(folder: Path) -> dict[str, Any]:
-    """``format``, ``step``, ``processes``, ``fingerprint`` and the events of a checkpoint."""
+    """``format``, ``step``, ``processes`` and ``fingerprint`` of a checkpoint."""
     state: dict[str, Any] = read_json(folder / METHOD_STATE)
     return state
 

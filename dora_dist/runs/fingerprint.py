@@ -97,7 +97,7 @@ class Fingerprint:
             elif name in left:
                 values[entry.name] = left.pop(name)
             elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
-                raise ValueError(f"{where} does not say the setting {name!r}: it is damaged, or no run wrote it")
+                raise ValueError(f"{where} lacks the setting {name!r}: the file is damaged, or no run wrote it")
         return cls(**values, others=left)
 
     def differences(self, current: "Fingerprint") -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from dora_dist.config.parse import save_config
 from dora_dist.config.run import RunConfig
-from dora_dist.console.files import read_json, read_lines, write_json
+from dora_dist.console.files import read_json, read_lines, write_json, write_text
 from dora_dist.console.provenance import versions
 from dora_dist.method.prune_event import PruneEvent
 from dora_dist.runs.fingerprint import Fingerprint
@@ -69,6 +69,7 @@ class RunRecords:
     def __init__(self, folder: Path, writes: bool) -> None:
         self.folder = folder
         self.writes = writes
+        self._events: list[str] = []
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -78,7 +79,9 @@ class RunRecords:
 
     def event(self, event: PruneEvent) -> None:
         """Append a pruning event to ``allocation.jsonl``."""
-        self._append(ALLOCATION, asdict(RecordedEvent.of(event)))
+        line = asdict(RecordedEvent.of(event))
+        self._events.append(json.dumps(line))
+        self._append(ALLOCATION, line)
 
     def describe_run(self, config: RunConfig, fingerprint: Fingerprint, data: Any, processes: int) -> None:
         """Write ``run.json`` and ``config.yaml``, when a run starts or resumes.
@@ -96,17 +99,19 @@ class RunRecords:
             save_config(config, self.folder / CONFIG)
 
     def save_events(self, checkpoint: Path) -> None:
-        """Copy ``allocation.jsonl`` into the folder of a checkpoint; an empty file before the first event."""
+        """Write all events so far into the folder of a checkpoint, as ``allocation.jsonl``: not a copy of the run's own
+        file, which somebody may have deleted or damaged while the run goes on."""
         if self.writes:
-            events = self.folder / ALLOCATION
-            (checkpoint / ALLOCATION).write_bytes(events.read_bytes() if events.exists() else b"")
+            write_text(checkpoint / ALLOCATION, "".join(f"{line}\n" for line in self._events))
 
     def resume_from(self, checkpoint: Path, step: int) -> None:
         """Forget what was recorded after the step of a checkpoint, and take the events from the checkpoint: the run's
         own file may be damaged or missing, or the checkpoint may come from another run's folder."""
         self.truncate_after(step)
         if self.writes:
-            (self.folder / ALLOCATION).write_bytes((checkpoint / ALLOCATION).read_bytes())
+            text = (checkpoint / ALLOCATION).read_text(encoding="utf-8")
+            self._events = text.splitlines()
+            write_text(self.folder / ALLOCATION, text)
 
     def forget_end(self) -> None:
         """The run is going on: what was written when it had come to an end no longer holds."""
@@ -121,9 +126,7 @@ class RunRecords:
             path = self.folder / name
             if path.exists():
                 kept = [line for line in read_lines(path) if line["step"] <= step]
-                temporary = path.with_suffix(".tmp")
-                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-                temporary.replace(path)
+                write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         if self.writes:

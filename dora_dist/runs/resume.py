@@ -21,7 +21,7 @@ class Earlier:
     """An earlier start of a run, as its folder shows it.
 
     Attributes:
-        folder: what ``settings`` were found in.
+        folder: what ``fingerprint`` was found in.
         finished: the run has come to its end.
         checkpoint: to go on from, or None.
         processes: that wrote it.
@@ -56,7 +56,7 @@ def look(run: Path, resume: str) -> Earlier:
             finished=True,
             processes=read_json(run / records.RUN).get("processes"),
             fingerprint=records.read_fingerprint(run),
-            version=read_version(run / records.CONFIG),
+            version=read_version(run / records.CONFIG) if (run / records.CONFIG).is_file() else 1,
         )
     found, remarks = checkpoint.find_resumable(run, resume)
     if found is None:
@@ -65,7 +65,7 @@ def look(run: Path, resume: str) -> Earlier:
     return Earlier(
         folder=found,
         checkpoint=found,
-        processes=state["processes"],
+        processes=state.get("processes"),
         fingerprint=Fingerprint.from_dict(state["fingerprint"], found / checkpoint.METHOD_STATE),
         version=state.get("format", 1),
         remarks=remarks,
@@ -123,7 +123,12 @@ def check_settings(earlier: Earlier, fingerprint: Fingerprint) -> None:
     if earlier.fingerprint is None:
         return
     differences = earlier.fingerprint.differences(fingerprint)
-    if earlier.version != FORMAT_VERSION:
+    if earlier.version > FORMAT_VERSION:
+        raise ValueError(
+            f"{earlier.folder} was written by a later version of dora-dist (format {earlier.version}; this version "
+            f"resumes format {FORMAT_VERSION} only): update dora-dist, or choose another output_dir"
+        )
+    if earlier.version < FORMAT_VERSION:
         raise ValueError(
             f"{earlier.folder} was written by an earlier version of dora-dist (format {earlier.version}; this version "
             f"resumes format {FORMAT_VERSION} only). Settings that changed: {'; '.join(differences) or 'none'}. Finish "

@@ -52,8 +52,8 @@ class Checkpointer:
         self._written_by: int | None = None
 
     def check_optimizer_once(self) -> None:
-        """After the first step that was taken: refuse an optimizer whose state cannot be saved. In the first save it
-        would be found out much later.
+        """Refuse an optimizer whose state cannot be saved, after the first step that was taken: the first save, which
+        would find it too, comes much later.
 
         Raises:
             ValueError: Names the state; on all ranks.

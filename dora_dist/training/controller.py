@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dora_dist.adapter.layer import DynamicLoraLinear
 from dora_dist.config.pruning import Selection
-from dora_dist.console.errors import ExpectedRunError
+from dora_dist.console.errors import ExpectedRunError, mark_common
 from dora_dist.distributed.agreement import Agreement, digest_tensors
 from dora_dist.distributed.engine import write_entries, zero_entries
 from dora_dist.method.budget import Budget
@@ -179,12 +179,10 @@ class DynamicRankController:
         what = f"{sum(kept.values())} components (cost {self.budget.spent(kept)}) are left"
         wanted = f"the budget {self.budget.final}"
         if not self.finished_pruning:
-            raise BudgetMissedError(
-                f"the run ended at step {self.step} before the final pruning event of step {self.schedule.final_step}: "
-                f"{what} instead of {wanted}"
-            )
+            early = f"the run ended at step {self.step} before the final pruning event of step"
+            raise mark_common(BudgetMissedError(f"{early} {self.schedule.final_step}: {what} instead of {wanted}"))
         if not self.budget.is_met_by(kept):
-            raise BudgetMissedError(f"{what} instead of {wanted}")
+            raise mark_common(BudgetMissedError(f"{what} instead of {wanted}"))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Masks, scores and what the latest event kept, by layer, as flat names; see :meth:`load_state_dict`."""

@@ -42,7 +42,7 @@ class TrainingParts:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopSettings:
-    """The values that the loop goes by.
+    """Settings of the training loop.
 
     Attributes:
         engine: ``distributed.engine`` of the configuration.

@@ -6,7 +6,7 @@ import platform
 import torch
 from torch import Tensor
 
-from dora_dist.console.errors import ExpectedRunError
+from dora_dist.console.errors import ExpectedRunError, mark_common
 from dora_dist.console.text import say
 from dora_dist.distributed.agreement import Agreement
 
@@ -89,9 +89,10 @@ class SkipPolicy:
             NonFiniteLossError: on all ranks.
         """
         if self._in_a_row > self._most:
-            raise NonFiniteLossError(
+            message = (
                 f"step {step}: {self._in_a_row} steps in a row were left out ({why}), and "
                 f"distributed.max_skipped_steps is {self._most}; the last good checkpoint: {last_good or 'none'}. "
                 "Lower training.learning_rate, or look at the data of these steps; where it is one rank each time, at "
                 "its machine"
             )
+            raise mark_common(NonFiniteLossError(message))

@@ -33,7 +33,7 @@ class DynamicLoraTrainer(Trainer):
 
     Args:
         parts: The objects that the loop works with.
-        settings: The values that the loop goes by.
+        settings: Settings of the loop.
         rows: The size of the rows of ``train_dataset``, whose order is that of training.
         kwargs: Arguments of the Trainer.
 

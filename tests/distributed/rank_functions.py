@@ -417,12 +417,12 @@ def load_and_watch(tiny: str, folder: str, quantization: str, dtype: str, hoard:
 
     load_base(tiny, quantization, getattr(torch, dtype))
     dist.barrier()
-    with MemoryWatch() as monitor:
+    with MemoryWatch() as watch:
         files = sorted(Path(folder).glob("*.safetensors")) if hoard else []
         stored = [{name: value.clone() for name, value in load_file(path).items()} for path in files]
         model = load_base(folder, quantization, getattr(torch, dtype))
         del stored
-    return {"resident": monitor.resident, "own": monitor.anonymous, "kept": monitor.kept, "model": size_of_model(model)}
+    return {"resident": watch.resident, "own": watch.anonymous, "kept": watch.kept, "model": size_of_model(model)}
 
 
 def load_where_one_is_broken(folder: str, broken: str) -> None:

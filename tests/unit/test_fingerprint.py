@@ -42,5 +42,5 @@ def test_a_setting_of_a_section_that_only_one_version_has_is_a_difference():
 def test_a_damaged_record_is_refused_with_the_setting_that_is_missing():
     settings = some_fingerprint().as_dict()
     del settings["global batch"]
-    with pytest.raises(ValueError, match=r"runs/x/run.json does not say the setting 'global batch'"):
+    with pytest.raises(ValueError, match=r"runs/x/run.json lacks the setting 'global batch'"):
         Fingerprint.from_dict(settings, RUN)

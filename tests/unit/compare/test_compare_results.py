@@ -7,6 +7,7 @@ import pytest
 import torch
 from comparison import write_comparison
 from repository import REPOSITORY
+from tiny_run import some_fingerprint
 
 from dora_dist.adapter.plain_lora import write_lora_adapter
 from dora_dist.compare.cell_result import IDENTITY, check_identity, identity_of, record_failure, training_seconds
@@ -40,8 +41,8 @@ def finish(
     summary = {"after": after, "ranks": ranks, "initial_rank": 3, "steps": 12}
     files.write_json(folder / records.SUMMARY, summary)
     (folder / records.METRICS).write_text('{"step": 12, "seconds_per_step": 0.5}\n')
-    run_settings = {"data order": "same", "adapter.alpha": cell.group.method, "training.learning_rate": 1, **settings}
-    files.write_json(folder / records.RUN, {"settings": run_settings})
+    run_settings = some_fingerprint(adapter={"alpha": cell.group.method}).as_dict()
+    files.write_json(folder / records.RUN, {"settings": {**run_settings, **settings}})
     factors = {name: (torch.ones(rank, 10), torch.ones(20, rank)) for name, rank in ranks.items()}
     write_lora_adapter(folder / "adapter", factors, None)
 
