@@ -138,6 +138,17 @@ def test_the_events_come_from_the_checkpoint_whatever_became_of_the_records(save
     assert (run / records.ALLOCATION).read_text() == events
 
 
+def test_a_checkpoint_has_all_events_though_their_file_was_deleted_while_the_run_went_on(tmp_path):
+    loop = Loop(tmp_path / "run")
+    loop.train(1, 2)
+    before = (loop.run / records.ALLOCATION).read_text()
+    (loop.run / records.ALLOCATION).unlink()
+    loop.train(3, STEP)
+    after = (loop.save(STEP) / records.ALLOCATION).read_text()
+    assert before
+    assert after == before + (loop.run / records.ALLOCATION).read_text()
+
+
 def test_random_states_are_restored_on_as_many_ranks_and_seeded_on_others(saved, monkeypatch):
     loop, folder = saved
     resumed, loaded = Loop(loop.run), []

@@ -88,6 +88,12 @@ def test_what_an_earlier_version_wrote_is_not_resumed_and_what_changed_is_said(t
         resume.check_settings(found, some_fingerprint(seed=seed))
 
 
+def test_what_a_later_version_wrote_is_not_resumed_and_not_called_earlier(tmp_path):
+    found = resume.look(finished_run(tmp_path, version=FORMAT_VERSION + 1), "auto")
+    with pytest.raises(ValueError, match=rf"later version of dora-dist \(format {FORMAT_VERSION + 1}; .* update dora"):
+        resume.check_settings(found, some_fingerprint())
+
+
 @pytest.mark.parametrize("name", ["adapter", "config.yaml", "checkpoint-500"])
 def test_a_folder_that_is_not_a_runs_is_not_written_into(tmp_path, name):
     (tmp_path / name).mkdir()
