@@ -1,6 +1,7 @@
 """From nothing to a tuned adapter: a small model and its data, training under ZeRO-2, summary."""
 
 import argparse
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,18 +45,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ValueError(
             f"{overrides[0]} is a key of the run, but --prepare-only does not train: leave one of them out"
         )
+    from dora_dist.distributed.start_ranks import number_of_ranks
+
+    processes, gpus = number_of_ranks("zero2", None)
+    if not gpus:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what transformers imports of DeepSpeed warns without it
     from dora_dist.quickstart.folder import ensure_quickstart
 
     ensure_quickstart(options.output, options.seed)
     if not options.prepare_only:
-        train(options.output, overrides)
+        train(options.output, processes, gpus, overrides)
 
 
-def train(folder: Path, overrides: Sequence[str]) -> None:
-    """Tune the model in ``folder`` into a new folder beside it."""
-    from dora_dist.distributed.start_ranks import number_of_ranks, start_ranks
+def train(folder: Path, processes: int, gpus: int, overrides: Sequence[str]) -> None:
+    """Tune the model in ``folder`` into a new folder beside it, on that many ranks."""
+    from dora_dist.distributed.start_ranks import start_ranks
 
-    processes, gpus = number_of_ranks("zero2", None)
     values = {
         "model.path": folder / "backbone",
         "data.train": folder / "train.jsonl",
