@@ -43,7 +43,9 @@ def start(arguments: Sequence[str]) -> None:
         ValueError: something that the user can mend.
         SystemExit: a rank that was started here has failed or was preempted; with its exit status.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="dora-dist train", usage="%(prog)s CONFIG [--processes N] ...", add_help=False, allow_abbrev=False
+    )
     parser.add_argument("--processes", type=int)
     options, rest = parser.parse_known_args(arguments)
     given = with_config_option(rest)
@@ -131,7 +133,7 @@ def train(
         if dry_run:
             print_dry_run(config, resolved, agreement)
         elif earlier.finished:
-            say(f"{run} holds a finished run with these settings; its adapter is {run / 'adapter'}")
+            say(f"{run} holds a finished run with these settings; {describe_adapter(run / 'adapter')}")
         else:
             say(f"{config.data.batching} batches: {resolved.padding_share():.1%} of the computed tokens are padding")
             for remark in resume.describe(earlier, config, agreement.size):
@@ -265,11 +267,24 @@ def look_into(run: Path, config: "RunConfig", agreement: "Agreement") -> "Earlie
     """
     from dora_dist.runs import resume
 
-    earlier = None
+    earlier, flaw = None, None
     with agreement.together(f"looking into {run}"):
         if agreement.is_first:
-            earlier = resume.look(run, config.checkpoint.resume)
-    return agreement.gather(earlier)[0]
+            try:
+                earlier = resume.look(run, config.checkpoint.resume)
+            except ValueError as error:
+                flaw = str(error)
+    earlier, flaw = agreement.gather((earlier, flaw))[0]
+    if flaw is not None:
+        raise mark_common(ValueError(flaw))
+    return earlier
+
+
+def describe_adapter(folder: Path) -> str:
+    """Where the adapter of a finished run is, or how to make it again."""
+    if folder.is_dir():
+        return f"its adapter is {folder}"
+    return f"its adapter is gone: dora-dist export {folder.parent} --checkpoint NAME makes one of a checkpoint"
 
 
 def save_adapter(model: "DynamicLoraModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:

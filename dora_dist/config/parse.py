@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
@@ -52,6 +52,8 @@ def parse_config(arguments: Sequence[str] | None = None) -> RunConfig:
                 f"{option} is one entry of training.{whole}: give all of them in the file, or at once as "
                 f"--training.{whole} '{{name: value}}'"
             )
+    for path in filter(Path.is_file, _config_files(arguments)):
+        _refuse_nulls(path)
     return RunConfig(**parse_strictly(build_parser(), arguments))
 
 
@@ -63,7 +65,8 @@ def parse_strictly(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str
     """
     for path in _config_files(arguments):
         if not path.is_file():
-            raise ValueError(f"there is no file {path}: give a YAML file, see configs/")
+            what = f"{path} is a folder" if path.is_dir() else f"there is no file {path}"
+            raise ValueError(f"{what}: give a YAML file (dora-dist recipe prints some to start from)")
         _refuse_repeated_keys(path)
         refuse_later_format(path)
     try:
@@ -130,6 +133,24 @@ def _refuse_repeated_keys(path: Path) -> None:
 
     try:
         check(yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader), "")
+    except yaml.YAMLError:
+        return  # the parser says what is wrong with it
+
+
+def _refuse_nulls(path: Path) -> None:
+    """A key without a value is null, which the parser takes for any key of a file."""
+
+    def check(values: object, section: type, prefix: str) -> None:
+        hints = get_type_hints(section)
+        for name, value in values.items() if isinstance(values, dict) else ():
+            hint = hints.get(name)
+            if hint is not None and value is None and type(None) not in get_args(hint):
+                raise ValueError(f"{path}: {prefix}{name} is null, but must have a value: leave it out for its default")
+            if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+                check(value, hint, f"{name}.")
+
+    try:
+        check(yaml.safe_load(path.read_text(encoding="utf-8")), RunConfig, "")
     except yaml.YAMLError:
         return  # the parser says what is wrong with it
 

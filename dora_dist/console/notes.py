@@ -9,8 +9,8 @@ from pathlib import Path
 from dora_dist.console.files import write_json
 
 NOTES = "DORA_DIST_NOTES"
-"""Environment variable: folder for the notes of ``dora-dist train``'s ranks. Where it is set, the ranks leave it to
-their starter to print how they ended."""
+"""Environment variable: process number of ``dora-dist train`` and folder for the notes of its ranks. While that process
+is there, the ranks leave it to it to print how they ended."""
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """Environment variable: file that torch's launcher (``torchrun``, ``accelerate launch``) quotes in its last words."""
 
@@ -39,7 +39,8 @@ def leave_note(note: Note) -> bool:
             # torch 2.13, distributed.elastic.multiprocessing.errors: what its summary shows is the "call stack".
             extra = {"py_callstack": note.message, "timestamp": str(int(time.time()))}
             write_json(Path(path), {"message": {"message": note.message, "extraInfo": extra}})
-        if not (folder := os.environ.get(NOTES)):
+        starter, _, folder = os.environ.get(NOTES, "").partition(" ")
+        if not folder or os.getppid() != int(starter):
             return False
         write_json(Path(folder) / f"{os.environ['RANK']}.json", asdict(note))
     except (OSError, KeyError):  # a full disk, say

@@ -79,7 +79,10 @@ def start_ranks(engine: str, processes: int, gpus: int, module: str, arguments: 
 
 def _variables(engine: str, processes: int, gpus: int, folder: str) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0))
-    found = {NOTES: folder, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // processes)))}
+    found = {
+        NOTES: f"{os.getpid()} {folder}",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // processes))),
+    }
     if not gpus:
         found |= {"ACCELERATE_USE_CPU": "true"} if engine == "ddp" else {"DS_ACCELERATOR": "cpu"}
     return found

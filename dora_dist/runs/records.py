@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dora_dist.config.format_version import FORMAT_VERSION
 from dora_dist.config.parse import save_config
 from dora_dist.config.run import RunConfig
 from dora_dist.console.files import read_json, read_lines, write_json, write_text
@@ -94,7 +95,13 @@ class RunRecords:
         """
         if self.writes:
             settings = fingerprint.as_dict()
-            about = {"versions": versions(), "settings": settings, "data": data, "processes": processes}
+            about = {
+                "format": FORMAT_VERSION,
+                "versions": versions(),
+                "settings": settings,
+                "data": data,
+                "processes": processes,
+            }
             write_json(self.folder / RUN, about)
             save_config(config, self.folder / CONFIG)
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dora_dist.config.format_version import FORMAT_VERSION, read_version
+from dora_dist.config.format_version import FORMAT_VERSION
 from dora_dist.config.run import RunConfig
 from dora_dist.config.training import whole_number
 from dora_dist.console.files import read_json
@@ -50,13 +50,14 @@ def look(run: Path, resume: str) -> Earlier:
         ValueError: what is there cannot be used, or is not a run's.
     """
     _refuse_foreign_folder(run)
-    if resume == "auto" and summary.is_finished(run):
+    if resume == "auto" and summary.is_finished(run) and (run / records.RUN).is_file():
+        recorded = read_json(run / records.RUN)
         return Earlier(
             folder=run,
             finished=True,
-            processes=read_json(run / records.RUN).get("processes"),
+            processes=recorded.get("processes"),
             fingerprint=records.read_fingerprint(run),
-            version=read_version(run / records.CONFIG) if (run / records.CONFIG).is_file() else 1,
+            version=recorded.get("format", 1),
         )
     found, remarks = checkpoint.find_resumable(run, resume)
     if found is None:

@@ -118,6 +118,26 @@ def test_an_unknown_or_misplaced_key_is_refused_with_the_nearest_valid_one(load,
             load(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("yaml", "key"),
+    [
+        ("adapter:\n", "adapter"),
+        ("training:\n", "training"),
+        ("seed:\n", "seed"),
+        ("pruning:\n  interval:\n", "pruning.interval"),
+        ("format_version: null\n", "format_version"),
+    ],
+)
+def test_a_key_without_a_value_is_refused(load, yaml, key):
+    with pytest.raises(ValueError, match=rf"run\.yaml: {key} is null, but must have a value: leave it out"):
+        load(yaml)
+
+
+def test_a_key_that_may_be_null_may_be_null(load):
+    config = load("pruning:\n  max_rank: null\nadapter:\n  seed:\nevaluation:\n  max_examples: null\n")
+    assert (config.pruning.max_rank, config.adapter.seed, config.evaluation.max_examples) == (None, None, None)
+
+
 @pytest.mark.parametrize(("name", "nearest"), [("learning_rte", "learning_rate"), ("warmup_step", "warmup_steps")])
 def test_an_unknown_training_argument_is_refused_with_the_nearest_valid_one(load, name, nearest):
     for arguments in ((f"training:\n  {name}: 1\n",), ("", f"--training.{name}", "1")):

@@ -11,7 +11,7 @@ from dora_dist.config.model import ModelConfig
 from dora_dist.config.run import RunConfig
 from dora_dist.console.files import write_json
 from dora_dist.runs import resume
-from dora_dist.runs.records import CONFIG, RUN, SUMMARY
+from dora_dist.runs.records import RUN, SUMMARY
 from dora_dist.runs.resume import Earlier
 
 FOLDER = Path("runs/x/checkpoint-5")
@@ -58,9 +58,9 @@ def test_a_batch_that_cannot_be_had_is_refused_with_what_could(processes, per_pr
 
 
 def finished_run(folder, version=FORMAT_VERSION, **changes):
-    write_json(folder / RUN, {"settings": some_fingerprint(**changes).as_dict(), "processes": 2})
+    about = {} if version == 1 else {"format": version}
+    write_json(folder / RUN, {**about, "settings": some_fingerprint(**changes).as_dict(), "processes": 2})
     write_json(folder / SUMMARY, {})
-    (folder / CONFIG).write_text("{}" if version == 1 else f"format_version: {version}")
     return folder
 
 
@@ -70,6 +70,12 @@ def test_a_finished_run_is_known_by_its_settings(tmp_path):
     assert found.finished
     assert found.processes == 2
     resume.check_settings(found, some_fingerprint(adapter={"target_modules": ("q_proj",)}))
+
+
+def test_a_finished_run_that_has_lost_its_record_is_not_taken_for_one(tmp_path):
+    (finished_run(tmp_path) / RUN).unlink()
+    with pytest.raises(ValueError, match=r"holds summary.json, but neither run.json nor a complete checkpoint"):
+        resume.look(tmp_path, "auto")
 
 
 def test_a_finished_run_is_not_taken_for_the_result_of_other_settings(tmp_path):
