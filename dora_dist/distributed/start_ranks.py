@@ -96,7 +96,7 @@ def _launch(engine: str, processes: int, gpus: int, module: str, arguments: Sequ
         # accelerate 1.15 starts several ranks on CPUs through MPI only.
         from torch.distributed.run import main
 
-        main(["--nproc_per_node", str(processes), "--master_port", "0", "--module", module, *arguments])
+        main(["--standalone", "--nproc_per_node", str(processes), "--module", module, *arguments])
         return
     from accelerate.commands.launch import launch_command, launch_command_parser
 

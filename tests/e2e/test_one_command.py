@@ -1,5 +1,6 @@
 """``dora-dist train``: it starts its own ranks, and what they have to say is said once."""
 
+import json
 import os
 import signal
 import subprocess
@@ -62,6 +63,14 @@ def test_it_is_told_to_stop_and_ends_with_the_status_of_a_run_that_goes_on(confi
     assert process.returncode == PREEMPTED, said
     assert said.splitlines()[-1].startswith("preempted at step ")
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("engine", ["ddp", "none"])
+def test_other_engines_are_started_too(config, engine, tmp_path):
+    finished = train(config, "--distributed.engine", engine, "--output_dir", str(tmp_path / "run"))
+    assert finished.status == 0, finished.output
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert about["processes"] == (2 if engine == "ddp" else 1)
 
 
 @pytest.mark.parametrize("name", ["RANK", "SLURM_PROCID"])
