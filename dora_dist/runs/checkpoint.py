@@ -216,7 +216,7 @@ def find_resumable(run: Path, resume: str) -> tuple[Path | None, list[str]]:
             raise ValueError(f"cannot resume from {path}: {flaw}")
         _refuse_to_mix(run, [other for other in sealed if _step(other) > _step(path)], f"checkpoint.resume is {path}")
         return path, []
-    remarks = []
+    remarks: list[str] = []
     for path in reversed(existing):
         flaw = flaw_of(path)
         if flaw is None:
