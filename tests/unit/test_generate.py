@@ -186,5 +186,5 @@ def test_help_does_not_wait_for_torch(module: str) -> None:
         "assert not {'torch', 'transformers', 'peft', 'datasets'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
-    assert f"python -m dora_dist.{module.removesuffix('.__main__')}" in done.stdout
+    assert f"usage: dora-dist {module.removesuffix('.__main__')}" in done.stdout
     assert "checkpoint-120" in done.stdout
