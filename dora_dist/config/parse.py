@@ -52,13 +52,16 @@ def parse_config(arguments: Sequence[str] | None = None) -> RunConfig:
                 f"{option} is one entry of training.{whole}: give all of them in the file, or at once as "
                 f"--training.{whole} '{{name: value}}'"
             )
-    for path in filter(Path.is_file, _config_files(arguments)):
-        _refuse_nulls(path)
-    return RunConfig(**parse_strictly(build_parser(), arguments))
+    return RunConfig(**parse_strictly(build_parser(), arguments, RunConfig))
 
 
-def parse_strictly(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
+def parse_strictly(parser: ArgumentParser, arguments: Sequence[str], section: type | None = None) -> dict[str, Any]:
     """Values of a command line with ``--config FILE``, without ``config`` itself.
+
+    Args:
+        parser: of the command.
+        arguments: of the command line.
+        section: dataclass that the files describe, whose keys are then refused where they are null and must not be.
 
     Raises:
         ValueError: see :func:`parse_config`.
@@ -69,6 +72,8 @@ def parse_strictly(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str
             raise ValueError(f"{what}: give a YAML file (dora-dist recipe prints some to start from)")
         _refuse_repeated_keys(path)
         refuse_later_format(path)
+        if section is not None:
+            _refuse_nulls(path, section)
     try:
         parsed = parser.instantiate(parser.parse_args(arguments))
     except ArgumentError as error:
@@ -137,7 +142,7 @@ def _refuse_repeated_keys(path: Path) -> None:
         return  # the parser says what is wrong with it
 
 
-def _refuse_nulls(path: Path) -> None:
+def _refuse_nulls(path: Path, section: type) -> None:
     """A key without a value is null, which the parser takes for any key of a file."""
 
     def check(values: object, section: type, prefix: str) -> None:
@@ -150,7 +155,7 @@ def _refuse_nulls(path: Path) -> None:
                 check(value, hint, f"{name}.")
 
     try:
-        check(yaml.safe_load(path.read_text(encoding="utf-8")), RunConfig, "")
+        check(yaml.safe_load(path.read_text(encoding="utf-8")), section, "")
     except yaml.YAMLError:
         return  # the parser says what is wrong with it
 

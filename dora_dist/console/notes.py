@@ -43,7 +43,7 @@ def leave_note(note: Note) -> bool:
         if not folder or os.getppid() != int(starter):
             return False
         write_json(Path(folder) / f"{os.environ['RANK']}.json", asdict(note))
-    except (OSError, KeyError):  # a full disk, say
+    except (OSError, KeyError, ValueError):  # a full disk, say
         return False
     return True
 

@@ -76,12 +76,12 @@ class RunRecords:
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
         """Append a line to ``metrics.jsonl``."""
-        self._append(METRICS, {"step": step, **values})
+        self._append(METRICS, json.dumps({"step": step, **values}))
 
     def event(self, event: PruneEvent) -> None:
         """Append a pruning event to ``allocation.jsonl``."""
-        line = asdict(RecordedEvent.of(event))
-        self._events.append(json.dumps(line))
+        line = json.dumps(asdict(RecordedEvent.of(event)))
+        self._events.append(line)
         self._append(ALLOCATION, line)
 
     def describe_run(self, config: RunConfig, fingerprint: Fingerprint, data: Any, processes: int) -> None:
@@ -135,10 +135,10 @@ class RunRecords:
                 kept = [line for line in read_lines(path) if line["step"] <= step]
                 write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
-    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+    def _append(self, name: str, line: str) -> None:
         if self.writes:
             with (self.folder / name).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(f"{line}\n")
 
 
 def read_fingerprint(run: Path) -> Fingerprint:

@@ -83,6 +83,6 @@ def test_its_configuration_starts_a_run_of_this_version(run):
 
 def test_a_configuration_of_a_later_version_is_refused_before_its_keys(tmp_path):
     path = tmp_path / "config.yaml"
-    path.write_text(f"output_dir: x\nformat_version: {FORMAT_VERSION + 1}\nbrand_new: 3\n")
+    path.write_text(f"output_dir: x\nformat_version: {FORMAT_VERSION + 1}\nbrand_new: 3\nseed: null\n")
     with pytest.raises(ValueError, match=f"format_version {FORMAT_VERSION + 1}.*reads formats up to {FORMAT_VERSION}"):
         load_config(path)
