@@ -8,11 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads would onl
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-from hypothesis import settings
 from repository import REPOSITORY
-
-settings.register_profile("shared machine", deadline=None)
-settings.load_profile("shared machine")
 
 
 @pytest.fixture(scope="session")
