@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads would onl
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-from repository import REPOSITORY
+from support.repository import REPOSITORY
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """What a decoder layer keeps for its backward, and what it needs beside that, in bytes: arithmetic on shapes.
 
 Read from the source of torch 2.13, transformers 5.23, bitsandbytes 0.50.2 and of our own layer: which tensors each
-operation saves, and which of them are the same tensor. tests/unit/test_estimate.py compares with an allocator.
+operation saves, and which of them are the same tensor. tests/unit/memory/test_estimate.py compares with an allocator.
 """
 
 import math

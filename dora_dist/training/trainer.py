@@ -1,6 +1,6 @@
 """transformers' Trainer with the method hooked in; everything it decides is decided elsewhere.
 
-The private methods of the Trainer that are overridden here are pinned by ``tests/unit/test_trainer_overrides.py``.
+``tests/unit/training/test_trainer_overrides.py`` pins the private methods of the Trainer that are overridden here.
 """
 
 import time

@@ -3,9 +3,9 @@
 import platform
 
 import pytest
-import rank_functions
 import torch
-from ranks import run_ranks
+from support import rank_functions
+from support.ranks import run_ranks
 
 from dora_dist.method.allocation import select_components
 

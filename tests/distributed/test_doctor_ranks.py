@@ -2,9 +2,9 @@
 
 import os
 
-import doctor_functions
 import pytest
-from ranks import run_ranks
+from support import doctor_functions
+from support.ranks import run_ranks
 
 MIB = 2**20
 

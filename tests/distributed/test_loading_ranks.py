@@ -1,11 +1,11 @@
 """Two ranks load a base at the same time: each takes what it takes once quantized and one file, not its 16 bits."""
 
 import pytest
-import rank_functions
 from many_shards import save_many_shards, size_of_shards
-from ranks import run_ranks
 from safetensors.torch import load_file, save_file
-from tiny_run import save_tiny_model
+from support import rank_functions
+from support.ranks import run_ranks
+from support.tiny_run import save_tiny_model
 
 MB = 10**6
 SLACK = 1.2

@@ -1,10 +1,10 @@
 """Soft prune, regrowth and the hard mask under every engine, read from parameter, master copy and output."""
 
 import pytest
-import rank_functions
 import torch
-from ranks import run_ranks
-from tiny_run import save_tiny_model
+from support import rank_functions
+from support.ranks import run_ranks
+from support.tiny_run import save_tiny_model
 
 PRUNED = torch.tensor([False, True, False, True])
 

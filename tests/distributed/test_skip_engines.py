@@ -1,10 +1,10 @@
 """A step with a loss or gradient that is not finite on one rank is left out on all ranks, under every engine."""
 
 import pytest
-import rank_functions
 import torch
-from ranks import run_ranks
-from tiny_run import save_tiny_model
+from support import rank_functions
+from support.ranks import run_ranks
+from support.tiny_run import save_tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import train
-from tiny_run import write_config, write_rows
+from support.commands import train
+from support.tiny_run import write_config, write_rows
 
 
 @dataclass(frozen=True)

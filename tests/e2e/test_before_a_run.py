@@ -3,8 +3,8 @@
 import json
 import re
 
-from commands import ZERO2, run
-from tiny_run import write_config, write_rows
+from support.commands import ZERO2, run
+from support.tiny_run import write_config, write_rows
 
 
 def test_prepared_data_is_read_by_the_run(tmp_path):

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import run, steps_of, train
-from forked_run import log_of, run_to_the_end, start_run
 from peft import PeftModel
-from ranks import wait_for_ranks
 from safetensors.torch import load_file
-from same_run import assert_invariant, assert_same_run, stopped_at
 from sklearn.metrics import accuracy_score, matthews_corrcoef
-from tiny_encoders import save_tiny_encoder, write_classification
+from support.commands import run, steps_of, train
+from support.forked_run import log_of, run_to_the_end, start_run
+from support.ranks import wait_for_ranks
+from support.same_run import assert_invariant, assert_same_run, stopped_at
+from support.tiny_encoders import save_tiny_encoder, write_classification
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-from commands import REPOSITORY, run
-from comparison import write_comparison
-from tiny_models import load_base
+from support.commands import run
+from support.comparison import write_comparison
+from support.repository import REPOSITORY
+from support.tiny_models import load_base
 
 from dora_dist.console.errors import PREEMPTED
 from dora_dist.runs.checkpoint import checkpoints

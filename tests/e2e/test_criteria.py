@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from commands import steps_of, train
-from same_run import assert_same_run
-from tiny_run import write_config
+from support.commands import steps_of, train
+from support.same_run import assert_same_run
+from support.tiny_run import write_config
 
 SENSITIVITY = ("--pruning.importance", "gate_sensitivity", "--pruning.budget_unit", "parameters")
 RELATIVE = 2e-4

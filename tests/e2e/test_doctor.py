@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import ZERO2, run
-from forked_run import free_port
-from ranks import rank_environment, start_ranks, wait_for_ranks
-from tiny_run import write_config
+from support.commands import ZERO2, run
+from support.forked_run import free_port
+from support.ranks import rank_environment, start_ranks, wait_for_ranks
+from support.tiny_run import write_config
 
 NODE = platform.node()
 

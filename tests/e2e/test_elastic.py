@@ -9,11 +9,11 @@ import shutil
 
 import pytest
 import torch
-from commands import ZERO2, run, steps_of, train
-from forked_run import log_of, run_to_the_end, runs_left_alone, start_run
-from ranks import wait_for_ranks
 from safetensors.torch import load_file
-from tiny_run import write_config
+from support.commands import ZERO2, run, steps_of, train
+from support.forked_run import log_of, run_to_the_end, runs_left_alone, start_run
+from support.ranks import wait_for_ranks
+from support.tiny_run import write_config
 
 RELATIVE = 2e-4
 ACCUMULATION = {1: "4", 2: "2", 4: "1"}  # batches of 2 on each rank

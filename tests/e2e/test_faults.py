@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from faulty_rank import faulty_rank
-from forked_run import free_port, log_of, run_to_the_end, runs_left_alone, start_run, train_rank
-from ranks import start_ranks, wait_for_ranks
 from safetensors.torch import load_file
-from same_run import assert_same_run
-from tiny_run import write_config
+from support.faulty_rank import faulty_rank
+from support.forked_run import free_port, log_of, run_to_the_end, runs_left_alone, start_run, train_rank
+from support.ranks import start_ranks, wait_for_ranks
+from support.same_run import assert_same_run
+from support.tiny_run import write_config
 
 from dora_dist.console.errors import PREEMPTED
 from dora_dist.console.files import read_lines

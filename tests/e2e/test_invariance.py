@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import steps_of, train
+from support.commands import steps_of, train
 
 RELATIVE = 2e-4
 

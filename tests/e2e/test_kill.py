@@ -10,10 +10,10 @@ import signal
 import time
 from pathlib import Path
 
-from forked_run import log_of, start_run
-from ranks import wait_for_ranks
-from same_run import assert_same_run
-from tiny_run import write_config
+from support.forked_run import log_of, start_run
+from support.ranks import wait_for_ranks
+from support.same_run import assert_same_run
+from support.tiny_run import write_config
 
 from dora_dist.runs import checkpoint
 

@@ -6,8 +6,9 @@ import signal
 import subprocess
 
 import pytest
-from commands import BIN, REPOSITORY, run
-from tiny_run import write_config
+from support.commands import BIN, run
+from support.repository import REPOSITORY
+from support.tiny_run import write_config
 
 from dora_dist.console.errors import PREEMPTED
 

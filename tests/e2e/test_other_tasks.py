@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked_run import log_of, run_to_the_end, start_run
 from peft import PeftModel
-from ranks import wait_for_ranks
-from same_run import assert_invariant, assert_same_run, evaluation_of, stopped_at
-from tiny_encoders import save_tiny_encoder, write_questions, write_summaries
+from support.forked_run import log_of, run_to_the_end, start_run
+from support.ranks import wait_for_ranks
+from support.same_run import assert_invariant, assert_same_run, evaluation_of, stopped_at
+from support.tiny_encoders import save_tiny_encoder, write_questions, write_summaries
 from transformers import AutoModelForQuestionAnswering, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from dora_dist.evaluation.metrics import rouge_scores, squad_scores

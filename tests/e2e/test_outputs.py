@@ -3,8 +3,8 @@
 import json
 
 import torch
-from commands import run
 from safetensors.torch import load_file
+from support.commands import run
 
 from dora_dist.adapter.plain_lora import read_lora_adapter
 from dora_dist.runs.checkpoint import checkpoints

@@ -10,11 +10,11 @@ import signal
 import time
 
 import pytest
-from commands import steps_of
-from forked_run import RANKS, log_of, run_to_the_end, start_run, train_rank
-from ranks import wait_for_ranks
-from same_run import assert_same_run
-from tiny_run import write_config
+from support.commands import steps_of
+from support.forked_run import RANKS, log_of, run_to_the_end, start_run, train_rank
+from support.ranks import wait_for_ranks
+from support.same_run import assert_same_run
+from support.tiny_run import write_config
 
 from dora_dist.console.errors import PREEMPTED
 from dora_dist.runs import checkpoint

@@ -4,7 +4,8 @@ import json
 import re
 
 import pytest
-from commands import REPOSITORY, run
+from support.commands import run
+from support.repository import REPOSITORY
 
 
 @pytest.mark.timeout(900)

@@ -5,10 +5,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from commands import run
-from forked_run import log_of, start_run
-from ranks import wait_for_ranks
-from tiny_run import write_config
+from support.commands import run
+from support.forked_run import log_of, start_run
+from support.ranks import wait_for_ranks
+from support.tiny_run import write_config
 
 MGSM = "bn de en es fr ja ru sw te th zh".split()
 

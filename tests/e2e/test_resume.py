@@ -1,10 +1,10 @@
 """A run that was stopped and resumed is the run that was never stopped, bit for bit."""
 
 import pytest
-from commands import ZERO2, run, train
-from forked_run import log_of, start_run
-from ranks import wait_for_ranks
-from same_run import assert_same_run, stopped_at
+from support.commands import ZERO2, run, train
+from support.forked_run import log_of, start_run
+from support.ranks import wait_for_ranks
+from support.same_run import assert_same_run, stopped_at
 
 
 @pytest.mark.parametrize("step", [3, 5, 9], ids=["before the first prune", "between prunes", "after the last prune"])

@@ -10,8 +10,8 @@ import venv
 import zipfile
 
 import pytest
-from commands import REPOSITORY
-from tiny_run import write_config
+from support.repository import REPOSITORY
+from support.tiny_run import write_config
 
 
 @pytest.fixture(scope="module")

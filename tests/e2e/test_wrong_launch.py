@@ -1,8 +1,8 @@
 """Every launch that would train something else than was asked for ends in an error, in time."""
 
 import pytest
-from commands import ZERO2, run
-from tiny_run import write_config
+from support.commands import ZERO2, run
+from support.tiny_run import write_config
 
 
 @pytest.fixture(scope="module")

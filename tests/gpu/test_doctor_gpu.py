@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from commands import run
+from support.commands import run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from commands import run
-from tiny_run import write_config
+from support.commands import run
+from support.tiny_run import write_config
 
 from dora_dist.method.importance import component_scores
 

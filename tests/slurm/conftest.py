@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, UnavailableError, check_available, remove_stale
-from repository import REPOSITORY
+from support.cluster import Cluster, UnavailableError, check_available, remove_stale
+from support.repository import REPOSITORY
 
 
 @pytest.fixture(scope="session")

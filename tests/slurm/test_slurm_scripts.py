@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from cluster import wait_for
-from repository import REPOSITORY
+from support.cluster import wait_for
+from support.repository import REPOSITORY
 
 pytestmark = pytest.mark.timeout(120)
 SCRIPTS = sorted(p for p in (REPOSITORY / "slurm").iterdir() if p.suffix in (".sh", ".sbatch") and p.name != "site.sh")
@@ -197,6 +197,6 @@ def test_slurm_would_take_the_script_as_it_is(script, cluster):
 def test_shellcheck_finds_nothing():
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")
-    others = [REPOSITORY / "tests" / "slurm" / "machine.sh", *sorted((REPOSITORY / "launch").glob("*.sh"))]
+    others = [REPOSITORY / "tests" / "support" / "machine.sh", *sorted((REPOSITORY / "launch").glob("*.sh"))]
     finished = subprocess.run(["shellcheck", "-x", *SCRIPTS, *others], cwd=REPOSITORY, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stdout

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from cluster import wait_for
-from commands import steps_of
-from repository import REPOSITORY
-from same_run import assert_same_run
-from tiny_run import write_config
+from support.cluster import wait_for
+from support.commands import steps_of
+from support.repository import REPOSITORY
+from support.same_run import assert_same_run
+from support.tiny_run import write_config
 
 from dora_dist.runs import checkpoint
 

@@ -9,7 +9,7 @@ import tokenize
 from pathlib import Path
 
 import pytest
-from repository import REPOSITORY
+from support.repository import REPOSITORY
 
 PACKAGE = REPOSITORY / "dora_dist"
 FACES = {"importance", "schedule", "allocation", "regularizer"}

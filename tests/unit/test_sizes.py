@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
-from repository import REPOSITORY
+from support.repository import REPOSITORY
 
 PACKAGE = REPOSITORY / "dora_dist"
 LONGEST_FUNCTION = 60

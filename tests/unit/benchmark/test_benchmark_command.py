@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from repository import REPOSITORY
+from support.repository import REPOSITORY
 
 PNG = b"\x89PNG"
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
-from repository import REPOSITORY
+from support.repository import REPOSITORY
 
 from dora_dist.compare.plan import Cell, Group, Plan
 from dora_dist.compare.settings import parse_compare

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from comparison import write_comparison
-from repository import REPOSITORY
-from tiny_run import some_fingerprint
+from support.comparison import write_comparison
+from support.repository import REPOSITORY
+from support.tiny_run import some_fingerprint
 
 from dora_dist.adapter.plain_lora import write_lora_adapter
 from dora_dist.compare.cell_result import IDENTITY, check_identity, identity_of, record_failure, training_seconds

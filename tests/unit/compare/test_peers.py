@@ -7,10 +7,10 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from comparison import write_classification_comparison, write_comparison
-from tiny_encoders import tiny_classifier
-from tiny_models import load_base, tokens
-from tiny_run import save_tiny_model
+from support.comparison import write_classification_comparison, write_comparison
+from support.tiny_encoders import tiny_classifier
+from support.tiny_models import load_base, tokens
+from support.tiny_run import save_tiny_model
 from transformers import AutoModelForSequenceClassification
 
 from dora_dist.adapter.model import prepare_heads

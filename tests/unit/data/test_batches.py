@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from byte_tokenizer import byte_tokenizer
 from datasets import Dataset
-from tiny_models import ARCHITECTURES, VOCABULARY, tiny_model
-from tiny_run import tiny_tokenizer
+from support.byte_tokenizer import byte_tokenizer
+from support.tiny_models import ARCHITECTURES, VOCABULARY, tiny_model
+from support.tiny_run import tiny_tokenizer
 
 from dora_dist.data.batches import FlattenedCollator, PackedCollator, PaddedCollator, PlannedRows
 from dora_dist.data.encoding.encoder import IGNORED

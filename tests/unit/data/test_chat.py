@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from byte_tokenizer import FAMILIES, byte_tokenizer
+from support.byte_tokenizer import FAMILIES, byte_tokenizer
 
 from dora_dist.data.encoding.chat import ChatRenderer, choose_template, stop_tokens
 from dora_dist.data.encoding.encoder import IGNORED, EncodingRules

@@ -4,9 +4,9 @@ import json
 import re
 
 import pytest
-from byte_tokenizer import byte_tokenizer
-from repository import REPOSITORY
-from tiny_tokenizer import word_pair_tokenizer
+from support.byte_tokenizer import byte_tokenizer
+from support.repository import REPOSITORY
+from support.tiny_tokenizer import word_pair_tokenizer
 
 from dora_dist.config.parse import load_config
 from dora_dist.config.tasks import CAUSAL_LM, TASKS

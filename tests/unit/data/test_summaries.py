@@ -3,7 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_tokenizer import word_tokenizer
+from support.tiny_tokenizer import word_tokenizer
 
 from dora_dist.data.cache import prepare_source
 from dora_dist.data.encoding.encoder import EncodingRules

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from doctor_facts import GIB, changed, gpu, job, storage
+from support.doctor_facts import GIB, changed, gpu, job, storage
 
 from dora_dist.console.text import duration, rate
 from dora_dist.doctor import report

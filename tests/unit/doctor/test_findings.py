@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from doctor_facts import GIB, VERSIONS, changed, gpu, job, storage
+from support.doctor_facts import GIB, VERSIONS, changed, gpu, job, storage
 
 from dora_dist.doctor.device_findings import device_problems
 from dora_dist.doctor.facts import Check, NetworkFacts

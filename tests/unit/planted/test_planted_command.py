@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from repository import REPOSITORY
+from support.repository import REPOSITORY
 
 PNG = b"\x89PNG"
 TINY = "--steps 12 --interval 2 --batch 2 --length 4 --held-out 4 --target-rank 1 --patterns half".split()

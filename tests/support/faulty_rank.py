@@ -1,0 +1,73 @@
+"""A rank of ``dora_dist.train`` in which something breaks, at an exact place of the program."""
+
+import multiprocessing
+import os
+import signal
+import time
+from typing import Any
+
+from support.forked_run import train_rank
+
+Faults = dict[int, dict[str, Any]]
+"""Rank -> fault -> where. ``kill``, ``stop``, ``hang``, ``raise`` (a ``kind``) and ``worker`` (kill the data workers)
+take a place: ``forward N``, ``event N`` or ``save N``, with N the optimizer step; ``loss`` takes steps and values."""
+
+
+def faulty_rank(rank: int, world_size: int, arguments: list[str], port: int, log: str, faults: Faults) -> None:
+    """One rank; what breaks on it is in ``faults``."""
+    mine = faults.get(rank, {})
+    if mine:
+        _break_at_places(mine)
+    if "loss" in mine:
+        _spoil_loss(mine["loss"])
+    train_rank(rank, world_size, arguments, port, log)
+
+
+def _break_at_places(mine: dict[str, Any]) -> None:
+    from dora_dist.training.controller import DynamicRankController as Controller
+    from dora_dist.training.trainer import DynamicLoraTrainer as Trainer
+
+    compute_loss, verify, save = Trainer.compute_loss, Controller.verify, Trainer._save_optimizer_and_scheduler
+
+    def arrive(place: str) -> None:
+        if mine.get("kill") == place:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if mine.get("stop") == place:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if mine.get("worker") == place:
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, signal.SIGKILL)
+        if mine.get("raise") == place:
+            kind = {"RuntimeError": RuntimeError, "ValueError": ValueError}[mine["kind"]]
+            raise kind("something of this rank's own")
+        if mine.get("hang") == place:
+            time.sleep(1000)
+
+    def computing(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        arrive(f"forward {trainer.state.global_step + 1}")
+        return compute_loss(trainer, *args, **kwargs)
+
+    def verifying(controller: Any, what: str) -> None:
+        if "event" in what:
+            arrive(f"event {controller.step}")
+        verify(controller, what)
+
+    def saving(trainer: Any, folder: str) -> None:
+        save(trainer, folder)
+        arrive(f"save {trainer.state.global_step}")
+
+    Trainer.compute_loss, Controller.verify, Trainer._save_optimizer_and_scheduler = computing, verifying, saving
+
+
+def _spoil_loss(values: dict[int, float]) -> None:
+    from transformers import Trainer
+
+    compute_loss = Trainer.compute_loss
+
+    def computing(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        loss, outputs = compute_loss(trainer, *args, **kwargs)
+        value = values.get(trainer.state.global_step + 1)
+        # An infinite loss whose gradients are finite, which no look at gradients would find.
+        return (loss if value is None else loss + value), outputs
+
+    Trainer.compute_loss = computing

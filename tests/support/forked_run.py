@@ -1,0 +1,99 @@
+"""The entry point's ``main`` on two real ranks under ZeRO-2, from a fork server with the imports behind it.
+
+What the launcher does is to set a few variables; here a test does it, and saves the quarter of a minute that the
+imports of launcher and ranks take. Tests of the command itself use ``commands.py``.
+"""
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from support.ranks import rank_environment, start_ranks, wait_for_ranks
+
+RANKS = 2
+
+
+def train_rank(rank: int, world_size: int, arguments: list[str], port: int, log: str) -> None:
+    """One rank of ``accelerate launch -m dora_dist.train``, its output in a file."""
+    rank_environment(
+        rank,
+        world_size,
+        MASTER_PORT=str(port),
+        ACCELERATE_USE_DEEPSPEED="true",
+        ACCELERATE_DEEPSPEED_ZERO_STAGE="2",
+        HF_HUB_OFFLINE="1",
+    )
+    with open(f"{log}-{rank}", "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    from dora_dist.console.command import run_command
+    from dora_dist.train import main
+
+    sys.stdout.reconfigure(line_buffering=True)
+    run_command(lambda: main(arguments))
+
+
+def start_run(
+    config: Path,
+    output: Path,
+    log: Path,
+    *overrides: str,
+    ranks: int = RANKS,
+    target: Callable[..., None] = train_rank,
+    more: tuple[Any, ...] = (),
+) -> list[Any]:
+    """Start all ranks; their output goes into files beside ``log``.
+
+    Args:
+        config: YAML of the run.
+        output: its folder.
+        log: prefix of the files with the ranks' output.
+        overrides: further arguments of the command line.
+        ranks: how many.
+        target: what a rank runs, with the arguments of :func:`train_rank`.
+        more: further arguments of ``target``.
+    """
+    arguments = ["--config", str(config), "--output_dir", str(output), *overrides]
+    return start_ranks(target, ranks, arguments, free_port(), str(log), *more)
+
+
+def run_to_the_end(config: Path, output: Path, log: Path, *overrides: str, ranks: int = RANKS) -> str:
+    """A run that must succeed; returns what it printed."""
+    processes = start_run(config, output, log, *overrides, ranks=ranks)
+    wait_for_ranks(processes, timeout=120)
+    text = log_of(log, ranks)
+    assert [process.exitcode for process in processes] == [0] * ranks, text
+    return text
+
+
+def runs_left_alone(config: Path, overrides: Callable[[int], tuple[str, ...]]) -> Callable[[int], Path]:
+    """Number of ranks -> the folder of a run on them that was never interrupted, made when it is first asked for.
+
+    Args:
+        config: YAML of the runs, which are put beside it.
+        overrides: number of ranks -> further arguments of the command line.
+    """
+
+    @cache
+    def of(ranks: int) -> Path:
+        output = config.parent / f"whole-{ranks}"
+        run_to_the_end(config, output, config.parent / f"whole-{ranks}.log", *overrides(ranks), ranks=ranks)
+        return output
+
+    return of
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def log_of(log: Path, ranks: int = RANKS) -> str:
+    """What all ranks have printed."""
+    return "\n".join(Path(f"{log}-{rank}").read_text() for rank in range(ranks))

@@ -1,0 +1,113 @@
+"""The peak memory of training steps on a CPU, in bytes: what ``torch.cuda.max_memory_allocated`` is on a GPU."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from dora_dist import add_dynamic_lora
+from dora_dist.adapter.model import DynamicLoraModel
+from dora_dist.base_model.load import BaseModelSpec, load_base_model
+from dora_dist.benchmark.peak import PeakMeter
+from dora_dist.config.parse import load_config
+from dora_dist.config.run import RunConfig
+from dora_dist.distributed.world import use_gloo_only
+from dora_dist.method.regularizer import equilibrium_penalty
+from support.repository import REPOSITORY
+
+
+def save_model(folder: Path, config: PreTrainedConfig) -> None:
+    """A random model of this configuration, in the ordinary layout."""
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+def measure_peak(config: RunConfig) -> int:
+    """Peak of the second optimizer step of a run on one CPU, the resident tensors included.
+
+    The step is the trainer's (``training_step`` of transformers and ``compute_loss`` of this project): forward with
+    labels and ``num_items_in_batch``, equilibrium penalty, backward, gradient clipping, AdamW.
+    """
+    meter = PeakMeter()
+    model = _load(config, "float32")
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters)
+    # As accelerate wraps the forward where the compute dtype is bfloat16.
+    autocast = model.dtype is torch.bfloat16
+
+    def step() -> None:
+        for _ in range(config.training.get("gradient_accumulation_steps", 1)):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = _loss(model, model, config)
+            loss.backward()
+            del loss
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return meter.of_second(step)
+
+
+def measure_zero_peak(path: str, overrides: list[str]) -> int:
+    """The same under DeepSpeed as launch/zero2.json configures it, on one rank of a world that has been joined."""
+    import deepspeed
+
+    use_gloo_only()
+    config = load_config(path, overrides)
+    meter = PeakMeter()
+    model = _load(config, "auto")
+    settings: dict[str, Any] = json.loads((REPOSITORY / "launch" / "zero2.json").read_text())
+    rows, accumulation = _rows(config), config.training.get("gradient_accumulation_steps", 1)
+    settings |= {
+        "bf16": {"enabled": model.dtype is torch.bfloat16},
+        "gradient_clipping": 1.0,
+        "gradient_accumulation_steps": accumulation,
+        "train_micro_batch_size_per_gpu": rows,
+        "train_batch_size": rows * accumulation * torch.distributed.get_world_size(),
+        "zero_allow_untested_optimizer": True,
+    }
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+
+    def step() -> None:
+        for _ in range(accumulation):
+            loss = _loss(engine, model, config)
+            engine.backward(loss)
+            del loss
+            engine.step()
+
+    return meter.of_second(step)
+
+
+def _load(config: RunConfig, adapter_dtype: str) -> DynamicLoraModel:
+    """As ``build.load_model`` loads it, ready to train."""
+    base = load_base_model(BaseModelSpec.of(config.model, config.task))
+    model = add_dynamic_lora(base, replace(config.adapter, dtype=adapter_dtype), config.model.fuse)
+    model.leave_out_logits()
+    if config.training.get("gradient_checkpointing"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+def _rows(config: RunConfig) -> int:
+    return config.training["per_device_train_batch_size"]
+
+
+def _loss(wrapped: nn.Module, model: DynamicLoraModel, config: RunConfig) -> Tensor:
+    """Of a batch whose rows are all as long as can be, but one that is a token shorter, or has two examples in every
+    row: attention needs a mask."""
+    ids = torch.randint(0, model.config.vocab_size, (_rows(config), config.data.max_length))
+    if config.data.batching == "packed":
+        shape = {"position_ids": torch.arange(config.data.max_length // 2).repeat(_rows(config), 2)}
+    else:
+        shape = {"attention_mask": torch.ones_like(ids)}
+        shape["attention_mask"][1:2, -1] = 0
+    loss = wrapped(input_ids=ids, labels=ids, **shape, num_items_in_batch=torch.tensor(ids.numel())).loss
+    weight = config.pruning.equilibrium_weight
+    if weight:
+        layers = model.adapted_layers().values()
+        loss = loss + weight * equilibrium_penalty((layer.lora_a, layer.lora_b) for layer in layers).to(loss.dtype)
+    return loss

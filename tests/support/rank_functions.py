@@ -1,0 +1,434 @@
+"""What ranks run in the tests of this folder (importable, so that a fresh process finds it)."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from dora_dist.adapter.layer import DynamicLoraLinear
+from dora_dist.distributed.agreement import Agreement, digest_tensors
+from dora_dist.distributed.engine import zero_entries
+from dora_dist.distributed.store_agreement import StoreAgreement
+from dora_dist.method.budget import Budget
+from dora_dist.method.importance import Components, ScoreFunction, score_layers
+from dora_dist.method.schedule import BudgetSchedule
+from dora_dist.training.controller import DynamicRankController
+from dora_dist.training.criterion import SmoothedScores
+
+NAMES = ("blocks.0.up", "blocks.0.down", "blocks.1.up")
+RANK, TARGET = 6, 4
+
+
+def make_layers(seed: int = 0) -> dict[str, DynamicLoraLinear]:
+    """Three small layers with random components, the same on every rank."""
+    layers = {}
+    for name in NAMES:
+        base = nn.Linear(8, 12, bias=False)
+        layer = DynamicLoraLinear(base, "default", config=LoraConfig(), r=RANK, lora_alpha=RANK)
+        layer.initialize("paper", seed, name, torch.float32)
+        with torch.no_grad():
+            layer.gate.copy_(torch.linspace(0.5, 1.5, RANK))
+        layers[name] = layer
+    return layers
+
+
+def make_controller(layers: dict[str, DynamicLoraLinear], **options: Any) -> DynamicRankController:
+    """Ten optimizer steps, events at steps 2, 4 and 6, the last one final."""
+    schedule = BudgetSchedule(
+        total_steps=10,
+        num_layers=len(layers),
+        initial_rank=RANK,
+        target_rank=TARGET,
+        warmup_fraction=0.2,
+        final_fraction=0.4,
+        interval=2,
+    )
+    return DynamicRankController(layers, Budget(schedule, dict.fromkeys(layers, 1)), Agreement(), **options)
+
+
+def smoothed(score: ScoreFunction) -> SmoothedScores:
+    """The paper's smoothing of another score of :func:`make_layers`."""
+    return SmoothedScores(score, 0.9, RANK * len(NAMES), torch.device("cpu"))
+
+
+def agreement_mean() -> tuple[Tensor, Tensor]:
+    """A tensor that differs by rank, and its mean over the ranks."""
+    torch.manual_seed(dist.get_rank())
+    mine = torch.randn(1000, dtype=torch.float64)
+    return mine, Agreement().mean(mine)
+
+
+def agreement_failure(failing: int) -> None:
+    agreement = Agreement()
+    agreement.raise_together("out of memory" if agreement.rank == failing else None, "scoring")
+
+
+def agreement_digests(odd_rank: int) -> None:
+    agreement = Agreement()
+    value = torch.ones(3) * (2 if agreement.rank == odd_rank else 1)
+    agreement.check_equal({"first": b"same", "second": digest_tensors(value)}, "the test state")
+
+
+def phase_that_fails(failing: list[int]) -> None:
+    agreement = Agreement()
+    with agreement.together("reading"):
+        if agreement.rank in failing:
+            raise OSError("no such file")
+
+
+def prune_with_different_statistics() -> dict[str, Any]:
+    """Each rank scores with a factor pattern of its own; returns what it fed and what was selected."""
+    rank = dist.get_rank()
+
+    def skewed(layers: Sequence[Components]) -> Tensor:
+        generator = torch.Generator().manual_seed(rank)
+        return score_layers(layers) * (0.2 + torch.rand(len(layers), RANK, generator=generator).double())
+
+    layers = make_layers()
+    controller = make_controller(layers, criterion=smoothed(skewed))
+    events = [controller.after_optimizer_step(step) for step in range(1, 7)]
+    local = {name: scores.clone() for name, scores in controller.scores.items()}
+    return {
+        "local": local,
+        "kept": events[-1].kept,
+        "masks": {name: layer.component_mask.clone() for name, layer in layers.items()},
+        "gates": {name: layer.gate.detach().clone() for name, layer in layers.items()},
+    }
+
+
+def prune_with_altered_adapter(odd_rank: int) -> None:
+    layers = make_layers()
+    controller = make_controller(layers)
+    controller.after_optimizer_step(1)
+    if dist.get_rank() == odd_rank:
+        layers["blocks.0.up"].lora_b.data[0, 0] += 1e-3
+    controller.after_optimizer_step(2)
+
+
+def verify_altered_head(odd_rank: int) -> None:
+    head = {f"classifier.{kind}": nn.Parameter(torch.zeros(3)) for kind in ("bias", "weight")}
+    controller = make_controller(make_layers(), head=head)
+    controller.verify("the adapter at the start")
+    if dist.get_rank() == odd_rank:
+        head["classifier.weight"].data[1] = 1e-3
+    controller.verify("the adapter before the checkpoint")
+
+
+def prune_with_altered_mask(odd_rank: int) -> None:
+    layers = make_layers()
+    controller = make_controller(layers)
+    for step in range(1, 11):
+        controller.after_optimizer_step(step)
+    if dist.get_rank() == odd_rank:
+        layers["blocks.1.up"].component_mask.logical_not_()
+    controller.finish()
+
+
+def prune_with_bad_scores(bad_rank: int, kind: str) -> None:
+    """One rank has a NaN in its weights' scores, or fails while it scores; all are the same otherwise."""
+    controller = _controller_with_bad_scores(bad_rank, kind)
+    for step in range(1, 5):
+        controller.after_optimizer_step(step)
+
+
+def end_step_with_bad_scores(bad_rank: int) -> None:
+    """One rank fails while it scores step 1, after which no event is due; the end of that step in the Trainer."""
+    from types import SimpleNamespace
+
+    from transformers import TrainerControl
+
+    from dora_dist.training.trainer import DynamicLoraTrainer
+
+    controller = _controller_with_bad_scores(bad_rank, "raises")
+    notice = SimpleNamespace(received=None)
+    parts = SimpleNamespace(controller=controller, agreement=controller.agreement, notice=notice)
+    trainer = SimpleNamespace(parts=parts, state=SimpleNamespace(global_step=1, max_steps=10))
+    assert controller.after_optimizer_step(1) is None
+    DynamicLoraTrainer.stop_early(trainer, TrainerControl())
+
+
+def _controller_with_bad_scores(bad_rank: int, kind: str) -> DynamicRankController:
+    def score(layers: Sequence[Components]) -> Tensor:
+        scores = score_layers(layers)
+        if dist.get_rank() == bad_rank:
+            if kind == "raises":
+                raise MemoryError("no memory left on this rank")
+            scores[0, 2] = float(kind)
+        return scores
+
+    return make_controller(make_layers(), criterion=smoothed(score))
+
+
+def check_world_of_one() -> None:
+    """The Trainer believes in one process while the group has more: ranks would train on the same data."""
+    from types import SimpleNamespace
+
+    from dora_dist.distributed.world import check_world
+
+    trainer = SimpleNamespace(args=SimpleNamespace(world_size=1), accelerator=SimpleNamespace(num_processes=1))
+    check_world(Agreement(), trainer)
+
+
+def check_same_data() -> None:
+    """Every rank is given the same first batch."""
+    from types import SimpleNamespace
+
+    from dora_dist.distributed.world import _check_data_differs
+
+    _check_data_differs(Agreement(), SimpleNamespace(batch_sampler=[[3, 1, 2]]))
+
+
+def prune_under_engine(engine: str, model_folder: str) -> dict[str, Any]:
+    """Train a tiny NF4 Llama under an engine, prune softly, go on, prune for good, go on; report what is seen."""
+    model = _tiny_adapted(model_folder)
+    layers = model.adapted_layers()
+    step = _make_step(engine, model)
+    batches = torch.Generator().manual_seed(dist.get_rank())
+    layer = next(iter(layers.values()))
+    pruned = torch.tensor([False, True, False, True])
+    seen: dict[str, Any] = {}
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            step(torch.randint(4, 90, (2, 12), generator=batches))
+
+    train(3)
+    # In place alone: what a naive pruning would do.
+    layer.gate.data[pruned] = 0
+    train(1)
+    seen["naive"] = layer.gate.detach().clone()
+    # The soft prune: parameter and master copy.
+    zero_entries(layer.gate, ~pruned)
+    seen["soft_live"], seen["soft_master"] = layer.gate.detach().clone(), read_master(layer.gate).clone()
+    train(1)
+    seen["regrown"] = layer.gate.detach().clone()
+    # The hard mask.
+    zero_entries(layer.gate, ~pruned)
+    layer.component_mask.copy_(~pruned)
+    train(3)
+    x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        model.eval()
+        seen["output"] = layer(x)
+        kept = ~pruned
+        delta = (x @ layer.lora_a[kept].T * (layer.gate[kept] * layer.scale)) @ layer.lora_b[:, kept].T
+        seen["expected"] = layer.base_layer(x) + delta
+        seen["hard_live"], seen["hard_master"] = layer.gate.detach().clone(), read_master(layer.gate).clone()
+        layer.gate[pruned] = 1e3
+        seen["output_with_huge_gates"] = layer(x)
+    seen["engine"] = type(step.model).__name__
+    return seen
+
+
+def read_master(parameter: nn.Parameter) -> Tensor:
+    """What the optimizer will step from: ZeRO's float32 master copy (a collective), otherwise the parameter."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    master = safe_get_full_fp32_param(parameter)
+    return parameter.detach() if master is None else master
+
+
+def skip_under_engine(engine: str, model_folder: str, bad: str | None) -> dict[str, Any]:
+    """Train under an engine with a step in the middle in which the last rank's loss, or a gradient of it, is bad;
+    report what the optimizer changed in that step and around it.
+
+    Args:
+        engine: ``none``, ``ddp``, ``zero2`` or ``zero2 in bfloat16``.
+        model_folder: of the base.
+        bad: ``loss`` (times NaN), ``gradient`` (one infinite element) or None.
+    """
+    from dora_dist.distributed.engine import SkippedSteps
+
+    model = _tiny_adapted(model_folder)
+    step = _make_step(engine, model)
+    skipped = SkippedSteps(step.model, step.optimizer)
+    batches = torch.Generator().manual_seed(dist.get_rank())
+    watched = next(iter(model.adapted_layers().values())).lora_b
+    spoils = dist.get_rank() == dist.get_world_size() - 1
+    seen = []
+    for number in range(4):
+        before = watched.detach().clone()
+        now = bad if number == 2 and spoils else None
+        handle = watched.register_hook(lambda gradient: gradient + torch.inf) if now == "gradient" else None
+        step(torch.randint(4, 90, (2, 12), generator=batches), torch.nan if now == "loss" else 1.0)
+        if handle:
+            handle.remove()
+        seen.append((skipped.last(), not torch.equal(before, watched)))
+    return {"seen": seen, "weights": watched.detach().clone()}
+
+
+def save_optimizer(model_folder: str, folder: str, steps: int, engine: str = "zero2") -> dict[str, Tensor]:
+    """Train a little under ZeRO-2 and save the optimizer's state; returns it, gathered."""
+    from dora_dist.training.optimizer_shards import OptimizerShards
+
+    model = _tiny_adapted(model_folder)
+    step = _make_step(engine, model)
+    for number in range(steps):
+        step(torch.randint(4, 90, (2, 12), generator=torch.Generator().manual_seed(number)))
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    OptimizerShards(step.model, trained, Agreement()).save(Path(folder))
+    return _whole_states(trained)
+
+
+def load_optimizer(model_folder: str, folder: str, engine: str = "zero2") -> dict[str, Any]:
+    """Load it into a fresh engine."""
+    from dora_dist.training.optimizer_shards import OptimizerShards
+
+    model = _tiny_adapted(model_folder)
+    step = _make_step(engine, model)
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    OptimizerShards(step.model, trained, Agreement()).load(Path(folder), 3)
+    counts = [float(state["step"]) for state in step.model.optimizer.optimizer.state.values()]
+    step.model.optimizer._lazy_init_hp_params_optimizer_state()
+    return {"states": _whole_states(trained), "counts": counts, "steps": step.model.global_steps}
+
+
+def check_odd_optimizer(model_folder: str) -> None:
+    """An optimizer that keeps a state of 8 bits."""
+    from dora_dist.training.optimizer_shards import OptimizerShards
+
+    model = _tiny_adapted(model_folder)
+    step = _make_step("zero2", model)
+    step(torch.randint(4, 90, (2, 12)))
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    for state in step.model.optimizer.optimizer.state.values():
+        state["state1"] = torch.zeros(state["exp_avg"].numel(), dtype=torch.uint8)
+    OptimizerShards(step.model, trained, Agreement()).check()
+
+
+def _whole_states(trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """All of every parameter's state, gathered by DeepSpeed's own functions (collectives)."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    whole = {}
+    for name, parameter in trained.items():
+        whole[f"{name}:master"] = safe_get_full_fp32_param(parameter)
+        for key in ("exp_avg", "exp_avg_sq"):
+            whole[f"{name}:{key}"] = safe_get_full_optimizer_state(parameter, key)
+    return whole
+
+
+def _tiny_adapted(model_folder: str) -> Any:
+    """A tiny NF4 Llama with an adapter whose every component has an effect, the same on every rank."""
+    from dora_dist import DynamicLoraConfig, add_dynamic_lora
+    from support.tiny_models import load_base
+
+    config = DynamicLoraConfig(target_rank=2, initial_rank=4, dropout=0.0, alpha=8)
+    model = add_dynamic_lora(load_base(model_folder), config)
+    for layer in model.adapted_layers().values():
+        nn.init.normal_(layer.lora_b, std=0.02, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+def _make_step(engine: str, model: nn.Module) -> Any:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.01)
+    if engine.startswith("zero2"):
+        import deepspeed
+
+        from dora_dist.distributed.world import use_gloo_only
+
+        os.environ["MASTER_PORT"] = "29500"
+        use_gloo_only()
+        wrapped, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config={
+                "train_micro_batch_size_per_gpu": 2,
+                "zero_optimization": {"stage": 2},
+                "zero_allow_untested_optimizer": True,
+                "gradient_clipping": 1.0,
+                "bf16": {"enabled": engine == "zero2 in bfloat16"},
+            },
+        )
+
+        def step(ids: Tensor, factor: float = 1.0) -> None:
+            wrapped.backward(wrapped(input_ids=ids, labels=ids).loss * factor)
+            wrapped.step()
+
+    else:
+        wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if engine == "ddp" else model
+
+        def step(ids: Tensor, factor: float = 1.0) -> None:
+            optimizer.zero_grad()
+            (wrapped(input_ids=ids, labels=ids).loss * factor).backward()
+            optimizer.step()
+
+    step.model, step.optimizer = wrapped, optimizer
+    return step
+
+
+def agreement_any(flagged: list[int]) -> bool:
+    agreement = Agreement()
+    return agreement.any(agreement.rank in flagged)
+
+
+def agreement_sum() -> Tensor:
+    """What add_up makes of a tensor that differs by rank."""
+    agreement = Agreement()
+    tensor = torch.arange(4, dtype=torch.float32) * (agreement.rank + 1)
+    agreement.add_up(tensor)
+    return tensor
+
+
+def store_gathers() -> list[list[Any]]:
+    """Two gathers through the store, one after the other, and a phase that all ranks pass."""
+    agreement = StoreAgreement("cpu", timeout_seconds=30)
+    gathered = [agreement.gather(("first", agreement.rank)), agreement.gather(agreement.backend)]
+    with agreement.together("resting"):
+        pass
+    agreement.close()
+    return gathered
+
+
+def store_gather_without(absent: list[int]) -> None:
+    agreement = StoreAgreement("cpu", timeout_seconds=0.5)
+    if agreement.rank not in absent:
+        agreement.gather(agreement.rank)
+
+
+def store_phase_that_fails(failing: int) -> None:
+    agreement = StoreAgreement("cpu", timeout_seconds=30)
+    with agreement.together("looking"):
+        if agreement.rank == failing:
+            raise OSError("no such file")
+
+
+def load_and_watch(tiny: str, folder: str, quantization: str, dtype: str, hoard: bool) -> dict[str, int]:
+    """What loading a base takes on this rank while the others load it too, in bytes.
+
+    Args:
+        tiny: another base, loaded before, so that what is imported on first use is not counted.
+        folder: of the base.
+        quantization: of the base.
+        dtype: to compute in.
+        hoard: also hold all weights as they are stored, as a loader would that reads first and quantizes then.
+    """
+    from many_shards import size_of_model
+    from process_memory import MemoryWatch
+    from safetensors.torch import load_file
+
+    from support.tiny_models import load_base
+
+    load_base(tiny, quantization, getattr(torch, dtype))
+    dist.barrier()
+    with MemoryWatch() as watch:
+        files = sorted(Path(folder).glob("*.safetensors")) if hoard else []
+        stored = [{name: value.clone() for name, value in load_file(path).items()} for path in files]
+        model = load_base(folder, quantization, getattr(torch, dtype))
+        del stored
+    return {"resident": watch.resident, "own": watch.anonymous, "kept": watch.kept, "model": size_of_model(model)}
+
+
+def load_where_one_is_broken(folder: str, broken: str) -> None:
+    """The last rank's base has a flaw."""
+    from support.tiny_models import load_base
+
+    agreement = Agreement()
+    with agreement.together("loading the model"):
+        load_base(broken if agreement.rank == agreement.size - 1 else folder)

@@ -1,0 +1,76 @@
+"""What "the same run" means: an interrupted run that went on, against one that was left alone."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from dora_dist.console.files import read_lines
+from dora_dist.runs.checkpoint import checkpoints
+from support.commands import steps_of
+from support.forked_run import run_to_the_end
+
+RELATIVE = 2e-4
+COMPARED = ("loss", "grad_norm", "learning_rate", "equilibrium_penalty", "components", "allocation")
+
+
+def stopped_at(step: int, finished: Path, folder: Path) -> Path:
+    """A run folder inside ``folder``, as it was when the run ``finished`` had come to ``step``."""
+    stopped = folder / "run"
+    stopped.mkdir()
+    shutil.copytree(finished / f"checkpoint-{step}", stopped / f"checkpoint-{step}")
+    # The records go on a little further than the checkpoint, as those of a killed run do.
+    for name in ("metrics.jsonl", "allocation.jsonl"):
+        lines = (finished / name).read_text().splitlines(keepends=True)
+        kept = [line for line in lines if json.loads(line)["step"] <= step + 1]
+        (stopped / name).write_text("".join(kept) + '{"step": 99, "lo')
+    return stopped
+
+
+def assert_same_run(expected: Path, found: Path) -> None:
+    """Adapter, state of the method, optimizer state, training lines, evaluations and events are equal bit for bit."""
+    last = checkpoints(expected)[-1].name
+    files = ["adapter/adapter_model.safetensors", f"{last}/dynamic_lora.safetensors"]
+    files += [str(path.relative_to(expected)) for path in (expected / last).glob("optimizer/rank-*")]
+    for name in files:
+        old, new = load_file(expected / name), load_file(found / name)
+        assert old.keys() == new.keys()
+        assert all(old[key].equal(new[key]) for key in old), name
+    lines = [[[line[key] for key in COMPARED] for line in steps_of(folder)] for folder in (expected, found)]
+    assert lines[0] == lines[1]
+    evaluations = [
+        [line for line in read_lines(folder / "metrics.jsonl") if "eval_loss" in line] for folder in (expected, found)
+    ]
+    assert evaluations[0] == evaluations[1]
+    assert (expected / "allocation.jsonl").read_text() == (found / "allocation.jsonl").read_text()
+
+
+def evaluation_of(run_folder: Path) -> dict[str, float]:
+    """The last one."""
+    return [line for line in read_lines(run_folder / "metrics.jsonl") if "eval_loss" in line][-1]
+
+
+def assert_invariant(config: Path, folder: Path, exact: tuple[str, ...]) -> None:
+    """Two ranks, one rank, and one that accumulates take the same course; metrics in ``exact`` are equal at its end.
+
+    Tolerances are those of docs/numerics.md: float32 sums in another order, over twelve steps.
+    """
+    runs = []
+    for ranks, rows, accumulation in ((2, 4, 1), (1, 8, 1), (1, 2, 4)):
+        runs.append(folder / f"run-{rows}")
+        options = ("--training.per_device_train_batch_size", str(rows))
+        options += ("--training.gradient_accumulation_steps", str(accumulation))
+        run_to_the_end(config, runs[-1], folder / f"log-{rows}", *options, ranks=ranks)
+    for steps in zip(*map(steps_of, runs), strict=True):
+        for name, tolerance in (("loss", RELATIVE), ("grad_norm", 10 * RELATIVE)):
+            assert [step[name] for step in steps] == pytest.approx([steps[0][name]] * 3, rel=tolerance)
+        assert len({step["allocation"] for step in steps}) == 1
+    # A factor that is lost may hide in a step's tolerance, but not in the mean.
+    means = [sum(step["loss"] for step in steps_of(run)) for run in runs]
+    assert means == pytest.approx([means[0]] * 3, rel=RELATIVE / 2)
+    evaluations = [evaluation_of(run) for run in runs]
+    assert [one["eval_loss"] for one in evaluations] == pytest.approx([evaluations[0]["eval_loss"]] * 3, rel=RELATIVE)
+    for name in exact:
+        assert len({one[f"eval_{name}"] for one in evaluations}) == 1, name

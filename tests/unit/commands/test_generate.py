@@ -1,0 +1,190 @@
+"""Base and adapter side by side: which prompts are asked, which model answers, and how it is shown."""
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.tiny_models import load_base
+from support.trained_run import TrainedFolder, character_tokenizer, make_base, make_run, one_thread
+
+from dora_dist import generate
+from dora_dist.data.encoding.chat import choose_template
+from dora_dist.data.encoding.text import encode_prompts
+from dora_dist.data.reading.samples import alpaca_prompt
+from dora_dist.evaluation.answers import generate_answers
+from dora_dist.runs import records
+
+
+@pytest.fixture(scope="module", autouse=True)
+def single_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> TrainedFolder:
+    folder = tmp_path_factory.mktemp("generate")
+    return make_run(folder / "run", make_base(folder / "base"))
+
+
+def shown(prompt: str, base: str, adapted: str) -> str:
+    return generate.render(prompt, base, adapted, None) + "\n"
+
+
+def test_each_answer_comes_from_its_model(run: TrainedFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = [alpaca_prompt(text, "a b") for text in ("Say it.", "And this?")]
+    tokenizer = character_tokenizer()
+    alone = load_base(run.base)
+    ids = encode_prompts(tokenizer, prompts)
+    base, adapted = (
+        [generate_answers(model, tokenizer, [row], 12, [tokenizer.eos_token_id])[0] for row in ids]
+        for model in (alone, run.model.eval())
+    )
+    assert base != adapted, "the adapter changes the answers, or this test shows nothing"
+    generate.main(
+        [str(run.folder), "--prompt", "Say it.", "And this?", "--input", "a b", "--max-new-tokens", "12"],
+    )
+    expected = "".join(map(shown, prompts, base, adapted))
+    assert capsys.readouterr().out == expected
+
+
+def test_lines_from_standard_input(
+    run: TrainedFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("One\n\nTwo\n"))
+    generate.main([str(run.folder), "--max-new-tokens", "2"])
+    output = capsys.readouterr().out
+    assert output.count("--- adapter\n") == 2
+    assert output.index("One") < output.index("Two")
+
+
+def collect(lines: str, raw: bool, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    return [question.prompt(None, chat=False) for question in generate.collect_questions(None, None, raw)]
+
+
+def test_lines_may_be_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"instruction": "Do", "input": "x", "output": "ignored"}, {"instruction": "Do", "input": None}]
+    lines = "\n".join(json.dumps(row) for row in [*rows, {"prompt": "As it is:"}]) + "\nplain\r\n"
+    rendered = [alpaca_prompt("Do", "x"), alpaca_prompt("Do"), "As it is:"]
+    assert collect(lines, False, monkeypatch) == [*rendered, alpaca_prompt("plain")]
+    assert collect(lines, True, monkeypatch) == [*rendered, "plain"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("", "standard input has no lines"),
+        ("\n  \n", "standard input has no lines"),
+        ("fine\n{not json\n", "line 2 of standard input begins with { and is not JSON"),
+        ('{"question": "why"}', "line 1 .*in the field prompt or in the field instruction"),
+        ('{"prompt": "a", "instruction": "b"}', "either in the field prompt or"),
+        ('{"instruction": 3}', "must have text"),
+        ('{"instruction": "b", "input": ["c"]}', "must have text"),
+        ('{"messages": [{"role": "user"}]}', "a list of messages, each with role .system, user, assistant, tool. and"),
+        ('{"messages": [{"role": "bot", "content": "a"}]}', "a list of messages, each with role"),
+    ],
+)
+def test_lines_that_cannot_be_used(lines: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=message):
+        collect(lines, False, monkeypatch)
+
+
+def test_raw_prompts_are_left_alone() -> None:
+    raw, rendered = generate.collect_questions([" a\n"], None, True), generate.collect_questions(["a"], "b", False)
+    assert [question.prompt(None, chat=False) for question in raw] == [" a\n"]
+    assert [question.prompt(None, chat=False) for question in rendered] == [alpaca_prompt("a", "b")]
+
+
+def test_a_run_on_conversations_is_asked_in_its_chat_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = choose_template(tokenizer, "plain").text
+    conversation = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Ho"},
+        {"role": "user", "content": "And?"},
+    ]
+    lines = ["Do it", json.dumps({"instruction": "Do", "input": "x"}), json.dumps({"messages": conversation})]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    questions = list(generate.collect_questions(None, None, False))
+    end = "\n\n### Response:\n"
+    assert [question.prompt(tokenizer, chat=True) for question in questions] == [
+        f"<s>### Instruction:\nDo it{end}",
+        f"<s>### Instruction:\nDo\n\nx{end}",
+        f"<s>### Instruction:\nHi{end}Ho</s>\n### Instruction:\nAnd?{end}",
+    ]
+    assert questions[0].ids(tokenizer, chat=True).count(tokenizer.bos_token_id) == 1
+    with pytest.raises(ValueError, match="not trained in a chat template"):
+        questions[2].prompt(tokenizer, chat=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens is 0, but must be at least 1"),
+        (["--prompt", "a", " "], "--prompt number 2 is ' ', but must have some text"),
+        (["--input", "x"], "--input is 'x', but it belongs to the instructions of --prompt"),
+        (["--prompt", "a", "--input", "x", "--raw"], "leave out --raw"),
+        (["--prompt", "a", "--checkpoint", "checkpoint-9"], r"--checkpoint is 'checkpoint-9'.*there are: none yet"),
+    ],
+)
+def test_options_that_do_not_fit(run: TrainedFolder, options: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate.main([str(run.folder), *options])
+
+
+def test_folder_that_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not the folder of a run"):
+        generate.main([str(tmp_path), "--prompt", "a"])
+
+
+def test_run_trained_on_whole_prompts(run: TrainedFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    config = run.folder / records.CONFIG
+    text = config.read_text()
+    config.write_text(text.replace("format: auto", "format: prompt_completion"))
+    try:
+        generate.main([str(run.folder), "--prompt", "a", "--max-new-tokens", "1"])
+    finally:
+        config.write_text(text)
+    assert "--raw" in capsys.readouterr().err
+
+
+def test_side_by_side_in_a_wide_terminal() -> None:
+    base = "the base has much to say about this matter and goes on and on\n\nand ends"
+    text = generate.render("The prompt", base, "short", 80)
+    lines = text.split("\n")
+    assert max(map(len, lines)) == 80
+    assert lines[:2] == ["The prompt", ""]
+    left, right = zip(*(line.split(" | ") for line in lines[2:5]), strict=True)
+    assert [cell.rstrip() for cell in left] == ["base", "-" * 38, "the base has much to say about this"]
+    assert right == ("adapter", "-" * 38, "short")
+    assert "and ends" in text
+
+
+def test_one_below_the_other_where_it_is_narrow() -> None:
+    expected = "--- prompt\np\n--- base\nx  y\n--- adapter\nz\n"
+    assert generate.render("p\n", " x  y ", "z\x1b\x07", 79) == expected
+    assert generate.render("p\n", " x  y ", "z\x1b\x07", None) == expected
+
+
+def test_width_is_that_of_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "132")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
+    assert generate.terminal_width() is None
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert generate.terminal_width() == 132
+
+
+@pytest.mark.parametrize("module", ["generate", "export.__main__"])
+def test_help_does_not_wait_for_torch(module: str) -> None:
+    program = (
+        f"import sys; from dora_dist.{module} import build_parser\nprint(build_parser().format_help())\n"
+        "assert not {'torch', 'transformers', 'peft', 'datasets'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert f"usage: dora-dist {module.removesuffix('.__main__')}" in done.stdout
+    assert "checkpoint-120" in done.stdout

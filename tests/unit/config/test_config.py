@@ -1,0 +1,392 @@
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from support.repository import REPOSITORY
+
+from dora_dist.config.adapter import DynamicLoraConfig
+from dora_dist.config.data import DataConfig
+from dora_dist.config.parse import load_config, parse_config, save_config
+from dora_dist.config.run import RunConfig
+from dora_dist.config.tasks import metrics_of
+from dora_dist.config.training import (
+    DEFAULT_TRAINING_ARGUMENTS,
+    OWNED_TRAINING_ARGUMENTS,
+    check_training_section,
+    training_argument,
+    whole_number,
+)
+
+LEAST = "output_dir: runs/x\nmodel:\n  path: some/model\ndata:\n  train: rows.jsonl\n"
+SHIPPED = sorted(path for path in (REPOSITORY / "configs").rglob("*.yaml") if path.parent.name != "compare")
+
+
+@pytest.fixture
+def load(tmp_path: Path):
+    """``load(yaml, *overrides)``: the configuration of the least YAML with ``yaml`` added."""
+
+    def load(added: str = "", *overrides: str) -> RunConfig:
+        path = tmp_path / "run.yaml"
+        path.write_text(LEAST + added)
+        return load_config(path, overrides)
+
+    return load
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_every_shipped_configuration_loads(path):
+    config = load_config(path)
+    assert config.output_dir
+    assert config.adapter.start_rank >= config.adapter.target_rank
+
+
+def test_the_quickstart_configuration_is_shipped():
+    assert REPOSITORY / "configs" / "quickstart.yaml" in SHIPPED
+
+
+def test_what_is_not_given_has_the_defaults_of_the_paper(load):
+    config = load()
+    assert (config.adapter.target_rank, config.adapter.start_rank, config.adapter.alpha) == (8, 12, 8)
+    assert (config.adapter.dropout, config.adapter.init, config.adapter.dtype) == (0.1, "lora", "auto")
+    pruning = config.pruning
+    assert (pruning.warmup_fraction, pruning.final_fraction, pruning.interval) == (0.15, 0.5, 100)
+    assert (pruning.smoothing, pruning.equilibrium_weight, pruning.regrow) == (0.9, 0.1, True)
+    assert config.model.quantization == "nf4"
+    assert config.distributed.engine == "zero2"
+    training = DEFAULT_TRAINING_ARGUMENTS
+    assert (training["weight_decay"], training["max_grad_norm"], training["warmup_steps"]) == (0.01, 1.0, 0.06)
+    check_training_section(training)
+
+
+def test_the_command_line_wins_over_the_file(load):
+    added = "adapter:\n  target_rank: 4\n  alpha: 2\ntraining:\n  learning_rate: 1e-4\n  max_steps: 5\n"
+    config = load(
+        added, "--adapter.target_rank", "16", "--training.max_steps=9", "--adapter.target_modules", "[q_proj]"
+    )
+    assert config.adapter.target_rank == 16
+    assert config.adapter.alpha == 2
+    assert config.training == {"learning_rate": 1e-4, "max_steps": 9}
+    assert config.adapter.target_modules == ["q_proj"]
+
+
+@pytest.mark.parametrize("option", [["--training.lr_scheduler_kwargs.a", "5"], ["--training.lr_scheduler_kwargs.a=5"]])
+def test_one_entry_of_a_mapping_is_refused_where_it_would_take_the_place_of_all(load, option):
+    with pytest.raises(ValueError, match=r"a is one entry of training\.lr_scheduler_kwargs: give all of them"):
+        load("", *option)
+
+
+def test_a_mapping_can_be_given_at_once(load):
+    config = load("", "--training.lr_scheduler_kwargs", "{a: 5, b: 1.5}")
+    assert config.training["lr_scheduler_kwargs"] == {"a": 5, "b": 1.5}
+
+
+def test_a_command_line_alone_is_enough():
+    config = parse_config(["--output_dir", "x", "--model.path", "m", "--data.train", "[a.json, b.json]"])
+    assert config.data.train == ["a.json", "b.json"]
+
+
+def test_a_saved_configuration_loads_as_an_equal_one(load, tmp_path):
+    config = load(
+        "seed: 7\nadapter:\n  initial_rank: 20\n  target_modules: [q_proj, v_proj]\npruning:\n  max_rank: 9\n"
+        "training:\n  learning_rate: 1e-5\n  gradient_checkpointing_kwargs:\n    use_reentrant: false\n"
+    )
+    assert config.training["learning_rate"] == 1e-5
+    save_config(config, tmp_path / "saved.yaml")
+    again = load_config(tmp_path / "saved.yaml")
+    assert again == config
+    assert again != load()
+
+
+@pytest.mark.parametrize(
+    ("yaml", "key", "nearest"),
+    [
+        ("adapter:\n  target_rnak: 4\n", "adapter.target_rnak", "adapter.target_rank"),
+        ("pruning:\n  intervall: 4\n", "pruning.intervall", "pruning.interval"),
+        ("sead: 4\n", "sead", "seed"),
+        ("adaptor:\n  target_rank: 4\n", "adaptor.target_rank", "adapter.target_rank"),
+        ("pruning:\n  target_rank: 4\n", "pruning.target_rank", "adapter.target_rank"),
+        ("target_rank: 4\n", "target_rank", "adapter.target_rank"),
+    ],
+)
+def test_an_unknown_or_misplaced_key_is_refused_with_the_nearest_valid_one(load, yaml, key, nearest):
+    option = ["--" + key, "4"]
+    for arguments in ((yaml,), ("", *option), ("", "=".join(option))):
+        with pytest.raises(ValueError, match=f"^unknown key {key}; did you mean {nearest}\\?$"):
+            load(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("yaml", "key"),
+    [
+        ("adapter:\n", "adapter"),
+        ("training:\n", "training"),
+        ("seed:\n", "seed"),
+        ("pruning:\n  interval:\n", "pruning.interval"),
+        ("format_version: null\n", "format_version"),
+    ],
+)
+def test_a_key_without_a_value_is_refused(load, yaml, key):
+    with pytest.raises(ValueError, match=rf"run\.yaml: {key} is null, but must have a value: leave it out"):
+        load(yaml)
+
+
+def test_a_key_that_may_be_null_may_be_null(load):
+    config = load("pruning:\n  max_rank: null\nadapter:\n  seed:\nevaluation:\n  max_examples: null\n")
+    assert (config.pruning.max_rank, config.adapter.seed, config.evaluation.max_examples) == (None, None, None)
+
+
+@pytest.mark.parametrize(("name", "nearest"), [("learning_rte", "learning_rate"), ("warmup_step", "warmup_steps")])
+def test_an_unknown_training_argument_is_refused_with_the_nearest_valid_one(load, name, nearest):
+    for arguments in ((f"training:\n  {name}: 1\n",), ("", f"--training.{name}", "1")):
+        with pytest.raises(ValueError, match=f"training.{name} .* did you mean {nearest}"):
+            load(*arguments)
+
+
+@pytest.mark.parametrize("name", sorted(OWNED_TRAINING_ARGUMENTS))
+def test_a_training_argument_that_the_program_sets_is_refused_with_the_reason(name):
+    with pytest.raises(ValueError, match=f"training.{name} is set by the program") as refusal:
+        check_training_section({name: True})
+    assert OWNED_TRAINING_ARGUMENTS[name] in str(refusal.value)
+
+
+def test_owned_training_arguments_are_refused_when_loading(load):
+    with pytest.raises(ValueError, match=r"training\.bf16 .* set model\.compute_dtype"):
+        load("", "--training.bf16", "true")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--adapter.target_rank", "0"], "target_rank is 0, but must be at least 1"),
+        (["--adapter.target_rank", "four"], "adapter.target_rank.*four"),
+        (["--adapter.initial_rank", "4"], "initial_rank is 4, below target_rank 8"),
+        (["--adapter.dropout", "1.0"], "dropout is 1.0"),
+        (["--adapter.alpha", "0"], "alpha is 0"),
+        (["--adapter.init", "pissa"], "adapter.init.*pissa"),
+        (["--adapter.dtype", "float16"], "adapter.dtype.*float16"),
+        (["--adapter.init", "paper", "--adapter.train_gates", "false"], "init 'paper'.*train_gates"),
+        (["--model.quantization", "fp4"], "model.quantization.*fp4"),
+        (["--pruning.smoothing", "1.0"], "pruning.smoothing is 1.0"),
+        (["--pruning.warmup_fraction", "-0.1"], "pruning.warmup_fraction is -0.1"),
+        (["--pruning.final_fraction", "0.9"], r"warmup_fraction \+ pruning.final_fraction is 1.05"),
+        (["--pruning.interval", "0"], "pruning.interval is 0"),
+        (["--pruning.equilibrium_weight", "-1"], "pruning.equilibrium_weight is -1"),
+        (["--pruning.min_rank", "-1"], "pruning.min_rank is -1"),
+        (
+            ["--pruning.max_rank", "9", "--pruning.regrow", "false"],
+            "pruning.max_rank is 9 and regrow is false",
+        ),
+        (
+            ["--pruning.importance", "gate_sensitivity", "--pruning.rebase", "true"],
+            "pruning.rebase is true, but must be false for the importance gate_sensitivity",
+        ),
+        (
+            ["--pruning.importance", "gate_sensitivity", "--adapter.train_gates", "false"],
+            "importance is gate_sensitivity, which needs gradients of the gates, but adapter.train_gates is false",
+        ),
+        (["--pruning.min_rank", "9"], "target_rank 8 .* pruning.min_rank 9"),
+        (["--pruning.max_rank", "4"], "target_rank 8 .* pruning.max_rank 4"),
+        (["--data.max_length", "1"], "data.max_length is 1"),
+        (["--data.overlong", "cut"], "data.overlong.*cut"),
+        (["--evaluation.exact_match", "true"], "set data.eval"),
+        (["--evaluation.max_new_tokens", "0"], "evaluation.max_new_tokens is 0"),
+        (["--evaluation.max_examples", "0"], "evaluation.max_examples is 0"),
+        (["--distributed.engine", "zero3"], "distributed.engine.*zero3"),
+        (["--distributed.timeout_minutes", "0"], "distributed.timeout_minutes is 0"),
+        (["--distributed.join_minutes", "0"], "distributed.join_minutes is 0"),
+        (["--distributed.silent_seconds", "1"], "distributed.silent_seconds is 1.*at least 5"),
+        (["--distributed.max_skipped_steps", "-1"], "distributed.max_skipped_steps is -1"),
+        (["--checkpoint.keep_last", "0"], "checkpoint.keep_last is 0"),
+        (["--seed", "1.5"], "seed.*1.5"),
+    ],
+)
+def test_an_impossible_value_is_refused_with_value_and_knob(load, overrides, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        load("", *overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("output_dir: x\nmodel:\n  path: m\n", "data.train"),
+        ("output_dir: x\ndata:\n  train: t\n", "model.path"),
+        ("output_dir: [x\n", "config"),
+    ],
+)
+def test_an_incomplete_or_broken_file_is_refused(tmp_path, text, message):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_config(tmp_path / "run.yaml")
+
+
+def test_a_missing_file_is_refused_with_its_name(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere\.yaml"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize(("target", "start"), [(1, 2), (2, 3), (3, 5), (8, 12), (16, 24)])
+def test_the_initial_rank_is_one_and_a_half_times_the_target_rounded_up(target, start):
+    assert DynamicLoraConfig(target_rank=target).start_rank == start
+
+
+def test_help_lists_every_section_without_starting_anything():
+    command = [sys.executable, "-m", "dora_dist.train", "--help"]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    for option in ("--config", "--adapter.target_rank", "--pruning.interval", "--data.train", "--model.path"):
+        assert option in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("learning_rate", "fast", "a number"),
+        ("max_steps", "1e3 steps", "a whole number"),
+        ("do_train", "yes", "true or false"),
+    ],
+)
+def test_training_arguments_of_a_wrong_type_are_refused(name, value, rule):
+    with pytest.raises(ValueError, match=f"training.{name} is '{value}', but must be {rule}"):
+        check_training_section({name: value})
+
+
+@pytest.mark.parametrize("value", [12.0, 12.5, True])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "max_steps",
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+        "eval_accumulation_steps",
+        "dataloader_num_workers",
+        "dataloader_prefetch_factor",
+    ],
+)
+def test_training_arguments_that_are_no_whole_numbers_are_refused(name, value):
+    check_training_section({name: 12})
+    with pytest.raises(ValueError, match=f"training.{name} is {value}, but must be a whole number"):
+        check_training_section({name: value})
+
+
+def test_numbers_of_steps_that_may_be_fractions_or_none_are_taken():
+    check_training_section({"logging_steps": 0.1, "save_steps": 12.0, "eval_steps": 0.5, "warmup_steps": 0.06})
+    check_training_section({"eval_accumulation_steps": None})
+
+
+def test_a_training_argument_is_the_users_before_ours_before_the_librarys():
+    assert training_argument({"weight_decay": 0.5}, "weight_decay") == 0.5
+    assert training_argument({}, "weight_decay") == DEFAULT_TRAINING_ARGUMENTS["weight_decay"]
+    assert training_argument({}, "gradient_accumulation_steps") == 1
+
+
+def test_only_max_steps_may_be_less_than_one():
+    assert whole_number({}, "max_steps") == -1
+    assert whole_number({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps") == 4
+    with pytest.raises(ValueError, match="per_device_train_batch_size is 0, but must be a whole number of at least 1"):
+        whole_number({"per_device_train_batch_size": 0}, "per_device_train_batch_size")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "{path: a, wieght: 2}",
+            r"^unknown key data\.train\[1\]\.wieght; did you mean weight\? \(a source has path, name",
+        ),
+        ("{name: a}", r"^data\.train\[1\] has no path"),
+        ("{path: a, format: alpcaa}", r"^data\.train\[1\]: .*format.*alpcaa"),
+        ("{path: a, max_rows: 0}", r"^data\.train\[1\]\.max_rows is 0, but must be at least 1"),
+        ("{path: a, weight: -1}", r"^data\.train\[1\]\.weight is -1\.0, but must be positive"),
+        ("{path: a, weight: 1}", r"1 of 2 sources in data\.train have a weight, but first\.jsonl has none"),
+        ("{path: a, weight: 1, epochs: 2}", "data has weight and epochs, but they are different ways to mix sources"),
+        ("{path: a, name: first}", None),
+    ],
+)
+def test_a_source_that_cannot_be_is_refused_by_its_place(tmp_path, source, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"output_dir: x\nmodel: {{path: m}}\ndata:\n  train:\n    - first.jsonl\n    - {source}\n")
+    if message is None:
+        with pytest.raises(ValueError, match=r"two sources of data\.train are called 'first'"):
+            load_config(path)
+        return
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        load_config(path)
+
+
+def test_one_source_needs_no_list_and_is_saved_as_it_was_given(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("output_dir: x\nmodel: {path: m}\ndata:\n  train: {path: a.jsonl.gz, epochs: 2}\n")
+    config = load_config(path)
+    (source,) = config.data.train_sources
+    assert (source.name, source.epochs) == ("a", 2.0)
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+    saved = yaml.safe_load((tmp_path / "saved.yaml").read_text())["data"]
+    assert saved["train"] == {"path": "a.jsonl.gz", "epochs": 2}
+    assert saved["eval"] is None
+    assert not [key for key in saved if "sources" in key], "they follow from train and eval"
+    with pytest.raises(ValueError, match=r"unknown key data\.train_sources"):
+        load_config(path, ["--data.train_sources", "[b.jsonl]"])
+
+
+def test_other_sources_in_a_copy_of_a_section_are_parsed_anew(tmp_path):
+    section = DataConfig(train={"path": "a.jsonl"})
+    copy = dataclasses.replace(section, train=["b.jsonl"], max_length=9)
+    assert [source.path for source in (*section.train_sources, *copy.train_sources)] == ["a.jsonl", "b.jsonl"]
+
+
+def test_sources_of_the_same_file_name_are_told_apart(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("output_dir: x\nmodel: {path: m}\ndata:\n  train: [a/x.jsonl, b/x.jsonl, c/x.jsonl]\n")
+    assert [source.name for source in load_config(path).data.train_sources] == ["x", "x-2", "x-3"]
+
+
+CLASSIFICATION = "task: sequence_classification\n"
+
+
+@pytest.mark.parametrize(
+    ("yaml", "options", "message"),
+    [
+        ("task: classification\n", (), "task"),
+        (
+            "",
+            ("--data.format", "classification"),
+            "classification is for the task sequence_classification, but task is",
+        ),
+        (CLASSIFICATION, ("--data.format", "text"), "text is for the task causal_lm, but task is sequence_class"),
+        ("", ("--data.labels", "regression"), "data.labels is regression, but task is causal_lm"),
+        (CLASSIFICATION, ("--data.batching", "packed"), "data.batching is packed, which is for the task causal_lm"),
+        (CLASSIFICATION, ("--data.train_on", "last"), "data.train_on is last, which is for the task causal_lm"),
+        (
+            CLASSIFICATION,
+            ("--data.eval", "x", "--evaluation.exact_match", "true"),
+            "evaluation.exact_match is true, which",
+        ),
+        (
+            CLASSIFICATION,
+            ("--evaluation.metrics", "[accurcy]"),
+            "'accurcy', but .* has accuracy, .*did you mean accuracy",
+        ),
+        (CLASSIFICATION, ("--evaluation.metrics", "[f1, f1]"), "'f1' twice"),
+        (
+            CLASSIFICATION,
+            ("--evaluation.metrics", "[matthews]", "--data.labels", "regression"),
+            "'matthews', but task sequence_classification with data.labels regression has pearson, spearman",
+        ),
+        ("", ("--evaluation.metrics", "[accuracy]"), "'accuracy', but task causal_lm has none"),
+    ],
+)
+def test_what_a_task_cannot_have_is_refused(load, yaml, options, message):
+    with pytest.raises(ValueError, match=message):
+        load(yaml, *options)
+
+
+def test_metrics_are_those_of_the_task_unless_chosen():
+    assert metrics_of("sequence_classification", "classes", None) == ("accuracy", "matthews")
+    assert metrics_of("sequence_classification", "regression", None) == ("pearson", "spearman")
+    assert metrics_of("sequence_classification", "classes", ["f1"]) == ("f1",)
+    assert metrics_of("causal_lm", "classes", None) == ()

@@ -1,0 +1,248 @@
+"""Exports: what each format holds, that it computes what was trained, and that nothing else is ever left on disk."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from support.tiny_models import load_base
+from support.trained_run import (
+    EMPTY_MODULE,
+    INITIAL_RANK,
+    TrainedFolder,
+    make_base,
+    make_run,
+    one_thread,
+    probe,
+    run_export,
+    save_adapter,
+)
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS, read_lora_adapter
+from dora_dist.export import __main__ as export
+from dora_dist.runs import checkpoint, records
+
+NUM_MODULES = 14
+
+
+@pytest.fixture(scope="module", autouse=True)
+def single_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, base: Path) -> TrainedFolder:
+    return make_run(tmp_path_factory.mktemp("runs") / "run", base)
+
+
+def distance(found: Tensor, wanted: Tensor) -> float:
+    """Largest difference over the largest wanted value."""
+    return ((found - wanted).abs().max() / wanted.abs().max()).item()
+
+
+@torch.no_grad()
+def stock_adapter_logits(folder: Path, base: Path, quantization: str = "nf4") -> Tensor:
+    return PeftModel.from_pretrained(load_base(base, quantization), str(folder))(input_ids=probe()).logits
+
+
+@torch.no_grad()
+def stock_logits(folder: Path) -> Tensor:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(input_ids=probe()).logits
+
+
+def adapter_config(folder: Path) -> dict[str, object]:
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+def left_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_peft_is_the_adapter_as_it_is(run: TrainedFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = run_export(run, tmp_path / "out", "--format", "peft")
+    for name in ("adapter_config.json", ADAPTER_WEIGHTS):
+        assert (output / name).read_bytes() == (run.folder / "adapter" / name).read_bytes()
+    assert distance(stock_adapter_logits(output, run.base), run.logits()) < 1e-5
+    assert AutoTokenizer.from_pretrained(output).decode([1]) == "<s>"
+    said = capsys.readouterr().out
+    assert f"Wrote {output}" in said
+    assert "largest difference 0.00e+00" in said
+    assert str(run.base) in said
+    assert left_in(tmp_path) == ["out"]
+
+
+def test_default_output_is_in_the_run(run: TrainedFolder) -> None:
+    export.main([str(run.folder), "--format", "peft"])
+    assert (run.folder / "export-peft" / ADAPTER_WEIGHTS).is_file()
+    with pytest.raises(ValueError, match=r"export-peft exists already.*--output"):
+        export.main([str(run.folder), "--format", "peft"])
+
+
+@pytest.mark.parametrize(("options", "rank"), [((), 8), (("--rank", "16"), 16)])
+def test_uniform_has_one_rank_everywhere(
+    run: TrainedFolder, tmp_path: Path, options: tuple[str, ...], rank: int
+) -> None:
+    output = run_export(run, tmp_path / "out", "--format", "uniform", *options)
+    factors = read_lora_adapter(output)
+    assert len(factors) == NUM_MODULES
+    assert {a.shape[0] for a, _ in factors.values()} == {b.shape[1] for _, b in factors.values()} == {rank}
+    assert not any(part.any() for part in factors[EMPTY_MODULE])
+    config = adapter_config(output)
+    assert (config["r"], config["lora_alpha"]) == (rank, rank)
+    assert not config["rank_pattern"]
+    assert not config["alpha_pattern"]
+    expected = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert set(config["target_modules"]) == expected
+    assert distance(stock_adapter_logits(output, run.base), run.logits()) < 1e-5
+
+
+def test_uniform_applied_without_peft(run: TrainedFolder, tmp_path: Path) -> None:
+    """As vLLM (lora_alpha / r of the configuration) and llama.cpp (lora_alpha / rank of the tensor) do."""
+    output = run_export(run, tmp_path / "out", "--format", "uniform")
+    config, tensors = adapter_config(output), load_file(output / ADAPTER_WEIGHTS)
+    for name, layer in run.model.adapted_layers().items():
+        lora_a, lora_b = (tensors[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+        wanted = layer.scale * layer.lora_b @ torch.diag(layer.effective_gate()) @ layer.lora_a
+        for scale in (config["lora_alpha"] / config["r"], config["lora_alpha"] / lora_a.shape[0]):
+            torch.testing.assert_close(scale * lora_b @ lora_a, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_uniform_keeps_full_names_where_endings_would_say_too_much(base: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", base, target_modules=r"model\.layers\.0\..*(q|up)_proj")
+    output = run_export(run, tmp_path / "out", "--format", "uniform")
+    names = ["model.layers.0.mlp.up_proj", "model.layers.0.self_attn.q_proj"]
+    assert sorted(adapter_config(output)["target_modules"]) == names
+    assert distance(stock_adapter_logits(output, base), run.logits()) < 1e-5
+
+
+def test_merged_is_a_plain_model(run: TrainedFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = run_export(run, tmp_path / "out", "--format", "merged")
+    config = json.loads((output / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert (config["dtype"], config["use_cache"]) == ("bfloat16", True)
+    assert not list(output.glob("adapter*"))
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert type(model) is LlamaForCausalLM
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.generation_config.eos_token_id == AutoTokenizer.from_pretrained(output).eos_token_id == 2
+    # Rounding to 8 significant bits, and no more than that: far nearer to what was trained than the base is.
+    assert distance(stock_logits(output), run.logits()) < 2**-6
+    assert "as bfloat16" in capsys.readouterr().out
+
+
+def test_merged_in_float32_is_exact(run: TrainedFolder, tmp_path: Path) -> None:
+    output = run_export(run, tmp_path / "out", "--format", "merged", "--dtype", "float32")
+    assert distance(stock_logits(output), run.logits()) < 1e-5
+
+
+def test_merged_into_the_original_base(run: TrainedFolder, tmp_path: Path) -> None:
+    output = run_export(run, tmp_path / "out", "--format", "merged", "--dtype", "float32", "--base", "original")
+    wanted = stock_adapter_logits(run.folder / "adapter", run.base, "none")
+    assert distance(stock_logits(output), wanted) < 1e-5
+    assert distance(stock_logits(output), run.logits()) > 1e-3, "NF4 makes a difference, or this test shows nothing"
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma"])
+def test_merged_where_embeddings_are_tied(architecture: str, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", architecture, tie_word_embeddings=True)
+    run = make_run(tmp_path / "run", base)
+    output = run_export(run, tmp_path / "out", "--format", "merged", "--dtype", "float32")
+    assert distance(stock_logits(output), run.logits()) < 1e-5
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_other_bases(base: Path, tmp_path: Path, quantization: str) -> None:
+    run = make_run(tmp_path / "run", base, quantization=quantization)
+    # LLM.int8 rounds the activations too, so that the live model itself is not exact.
+    tolerance = 1e-5 if quantization == "none" else 0.05
+    for kind in ("peft", "uniform"):
+        output = run_export(run, tmp_path / kind, "--format", kind)
+        assert distance(stock_adapter_logits(output, base, quantization), run.logits()) < tolerance
+    output = run_export(run, tmp_path / "merged", "--format", "merged", "--dtype", "float32")
+    assert distance(stock_logits(output), run.logits()) < tolerance
+
+
+def test_a_run_in_bfloat16_on_another_machine(base: Path, tmp_path: Path) -> None:
+    """The base is rounded to bfloat16 before it is quantized, as it was in the run, though `auto` is float32 here."""
+    run = make_run(tmp_path / "run", base, compute_dtype="bfloat16")
+    output = run_export(run, tmp_path / "out", "--format", "merged", "--dtype", "float32")
+    head = load_file(output / "model.safetensors")["lm_head.weight"]
+    stored = load_file(base / "model.safetensors")["lm_head.weight"]
+    torch.testing.assert_close(head, stored.bfloat16().float(), rtol=0, atol=0)
+    assert not torch.equal(head, stored)
+
+
+def test_checkpoint_instead_of_the_final_adapter(run: TrainedFolder, tmp_path: Path) -> None:
+    unfinished = TrainedFolder(tmp_path / "run", run.base, run.model)
+    unfinished.folder.mkdir()
+    for name in (records.CONFIG, records.RUN):
+        shutil.copy(run.folder / name, unfinished.folder)
+    for step in (3, 12):
+        save_adapter(run.model, unfinished.folder / f"checkpoint-{step}")
+    checkpoint.seal(unfinished.folder / "checkpoint-12")
+    with pytest.raises(ValueError, match=r"not come to its end.*--checkpoint NAME.*checkpoint-3, checkpoint-12"):
+        run_export(unfinished, tmp_path / "out", "--format", "peft")
+    with pytest.raises(ValueError, match=r"checkpoint-3 cannot be used: it was not completed"):
+        run_export(unfinished, tmp_path / "out", "--format", "peft", "--checkpoint", "checkpoint-3")
+    with pytest.raises(ValueError, match=r"'last'.*no such checkpoint.*checkpoint-12"):
+        run_export(unfinished, tmp_path / "out", "--format", "peft", "--checkpoint", "last")
+    output = run_export(unfinished, tmp_path / "out", "--format", "peft", "--checkpoint", "checkpoint-12")
+    assert distance(stock_adapter_logits(output, run.base), run.logits()) < 1e-5
+
+
+STOCK_PROGRAM = """
+import sys
+import torch
+torch.set_num_threads(1)
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+base, adapter, tokens, output = sys.argv[1:]
+settings = BitsAndBytesConfig(
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+)
+model = AutoModelForCausalLM.from_pretrained(
+    base, quantization_config=settings, dtype=torch.float32, device_map={"": "cpu"}
+)
+for module in model.modules():
+    if isinstance(module, Linear4bit):
+        module.support_avx512bf16_for_cpu = False
+model = PeftModel.from_pretrained(model, adapter)
+with torch.no_grad():
+    torch.save(model(input_ids=torch.load(tokens)).logits, output)
+assert not any(name.split(".")[0] == "dora_dist" for name in sys.modules)
+"""
+
+
+def test_stock_process_loads_the_adapter(run: TrainedFolder, tmp_path: Path) -> None:
+    """A process that has never heard of this package gets the same logits from the adapter of a run."""
+    torch.save(probe(), tmp_path / "tokens.pt")
+    paths = [run.base, run.folder / "adapter", tmp_path / "tokens.pt", tmp_path / "logits.pt"]
+    subprocess.run([sys.executable, "-c", STOCK_PROGRAM, *map(str, paths)], cwd=tmp_path, check=True, timeout=120)
+    logits = torch.load(tmp_path / "logits.pt")
+    assert distance(logits, run.logits()) < 1e-5
+    with run.model.disable_adapter(), torch.no_grad():
+        alone = run.model(input_ids=probe()).logits
+    assert distance(alone, run.logits()) > 0.1, "the adapter does much, or this test shows nothing"
+
+
+def test_ranks_of_the_run_are_uneven(run: TrainedFolder) -> None:
+    ranks = {name: lora_a.shape[0] for name, (lora_a, _) in read_lora_adapter(run.folder / "adapter").items()}
+    assert set(ranks.values()) == set(range(1, INITIAL_RANK + 1))
+    assert EMPTY_MODULE not in ranks
+    assert len(ranks) == NUM_MODULES - 1

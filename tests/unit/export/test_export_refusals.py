@@ -1,0 +1,172 @@
+"""Exports that are refused: what is asked for cannot be had, or what was written does not compute what was trained."""
+
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.trained_run import TrainedFolder, make_base, make_run, one_thread, run_export
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from dora_dist.adapter.model import DynamicLoraModel
+from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS
+from dora_dist.console.errors import ExpectedRunError
+from dora_dist.export import __main__ as export
+from dora_dist.export import formats, merge
+from dora_dist.export.verification import Reference
+from dora_dist.runs import records
+
+NUM_MODULES = 14
+FORMATS = ("peft", "uniform", "merged")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def single_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, base: Path) -> TrainedFolder:
+    return make_run(tmp_path_factory.mktemp("runs") / "run", base)
+
+
+def left_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--format", "uniform", "--rank", "12"], "--rank is 12, but must be one of 8, 16, 32"),
+        (["--format", "peft", "--rank", "8"], "--rank is an option of --format uniform"),
+        (["--format", "uniform", "--dtype", "float32"], "--dtype is an option of --format merged"),
+        (["--format", "peft", "--base", "original"], "--base is an option of --format merged"),
+    ],
+)
+def test_options_that_do_not_fit(run: TrainedFolder, tmp_path: Path, options: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_export(run, tmp_path / "out", *options)
+    assert left_in(tmp_path) == []
+
+
+def test_rank_smaller_than_the_widest_module() -> None:
+    factors = {"narrow": (torch.zeros(2, 4), torch.zeros(4, 2)), "wide": (torch.zeros(9, 4), torch.zeros(4, 9))}
+    assert formats.choose_rank(factors, None, export.UNIFORM_RANKS) == 16
+    with pytest.raises(ValueError, match="--rank is 8, but wide has rank 9"):
+        formats.choose_rank(factors, 8, export.UNIFORM_RANKS)
+
+
+def test_folder_that_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"not the folder of a run: it has no config\.yaml"):
+        export.main([str(tmp_path), "--format", "peft"])
+
+
+def test_base_that_has_moved(run: TrainedFolder, tmp_path: Path) -> None:
+    moved = TrainedFolder(shutil.copytree(run.folder, tmp_path / "run"), run.base, run.model)
+    config = moved.folder / records.CONFIG
+    for path, message in (("./gone", "model.path './gone'"), ("models/gone", r"'models/gone'.*looked from")):
+        text = (run.folder / records.CONFIG).read_text()
+        config.write_text(text.replace(str(run.base), path))
+        with pytest.raises(ValueError, match=message):
+            run_export(moved, tmp_path / "out", "--format", "peft")
+    assert left_in(tmp_path) == ["run"]
+
+
+def test_merge_that_forgets_a_layer_is_refused(
+    run: TrainedFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def forgetful(source: torch.nn.Module, factors: object) -> Tensor:
+        calls.append(factors)
+        return merged_weight(source, None if len(calls) == 3 else factors)
+
+    merged_weight = merge.merged_weight
+    monkeypatch.setattr(merge, "merged_weight", forgetful)
+    with pytest.raises(ExpectedRunError, match=r"the merged model does not compute.*largest difference.*allowed"):
+        run_export(run, tmp_path / "out", "--format", "merged")
+    assert len(calls) == NUM_MODULES + 1
+    assert left_in(tmp_path) == []
+
+
+def test_merged_file_that_is_harmed_is_refused(
+    run: TrainedFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = LlamaForCausalLM.save_pretrained
+
+    def harmful(model: LlamaForCausalLM, folder: Path) -> None:
+        weight = model.model.layers[0].mlp.up_proj.weight
+        kept = weight.data
+        weight.data = kept.roll(1)
+        save(model, folder)
+        weight.data = kept
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", harmful)
+    with pytest.raises(ExpectedRunError, match="the model loaded back does not compute"):
+        run_export(run, tmp_path / "out", "--format", "merged")
+    assert left_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["peft", "uniform"])
+def test_adapter_that_is_harmed_is_refused(
+    run: TrainedFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    def zero_one_tensor(folder: Path) -> None:
+        tensors = load_file(folder / ADAPTER_WEIGHTS)
+        tensors["base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"].zero_()
+        save_file(tensors, folder / ADAPTER_WEIGHTS)
+
+    check = formats._check_adapter
+
+    def harmed_before_check(trained: object, folder: Path, reference: Reference) -> object:
+        zero_one_tensor(folder)
+        return check(trained, folder, reference)
+
+    monkeypatch.setattr(formats, "_check_adapter", harmed_before_check)
+    with pytest.raises(ExpectedRunError, match="the adapter written does not compute"):
+        run_export(run, tmp_path / "out", "--format", kind)
+    assert left_in(tmp_path) == []
+
+
+def test_adapter_too_weak_for_16_bits(base: Path, tmp_path: Path) -> None:
+    def weaken(model: DynamicLoraModel) -> None:
+        for layer in model.adapted_layers().values():
+            layer.gate.data.mul_(1e-5)
+
+    run = make_run(tmp_path / "run", base, change=weaken)
+    with pytest.raises(ExpectedRunError, match=r"rounding the weights to bfloat16.*--dtype float32"):
+        run_export(run, tmp_path / "out", "--format", "merged")
+    assert left_in(tmp_path) == ["run"]
+    run_export(run, tmp_path / "out", "--format", "merged", "--dtype", "float32")
+
+
+def test_adapter_of_zeros_is_refused(run: TrainedFolder, tmp_path: Path) -> None:
+    """The silent failure that looks like a finished run: a loader finds all tensors, and they do nothing."""
+    empty = TrainedFolder(shutil.copytree(run.folder, tmp_path / "run"), run.base, run.model)
+    weights = empty.folder / "adapter" / ADAPTER_WEIGHTS
+    save_file({name: torch.zeros_like(value) for name, value in load_file(weights).items()}, weights)
+    for kind in FORMATS:
+        with pytest.raises(ExpectedRunError, match="changes no logit"):
+            run_export(empty, tmp_path / "out", "--format", kind)
+    assert left_in(tmp_path) == ["run"]
+
+
+def test_logits_that_are_not_finite_are_refused() -> None:
+    reference = Reference(torch.zeros(1, 2), torch.ones(1, 2, 3), torch.zeros(1, 2, 3))
+    logits = torch.ones(1, 2, 3)
+    assert reference.check("it", logits).largest == 0
+    logits[0, 1, 2] = math.nan
+    with pytest.raises(ExpectedRunError, match="nan"):
+        reference.check("it", logits)
+    with pytest.raises(ExpectedRunError, match="nan"):
+        reference.check_rounded("it", logits, torch.bfloat16)

@@ -1,0 +1,225 @@
+"""The arithmetic of memory, against the tensors of real models."""
+
+import json
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from support.repository import REPOSITORY
+from support.tiny_models import adapt, load_base, tiny_model, trainable
+from torch import nn
+
+from dora_dist.adapter.targets import resolve_targets
+from dora_dist.base_model.load import BaseModelSpec, load_skeleton
+from dora_dist.base_model.shape import read_shape
+from dora_dist.memory.activations import Adapter, Batch, block_memory
+from dora_dist.memory.step import (
+    Optimizer,
+    TrainingStep,
+    base_parts,
+    chunked_loss_memory,
+    loss_memory,
+    step_memory,
+)
+
+
+def shape_of(folder, targets="all-linear"):
+    skeleton = load_skeleton(BaseModelSpec(path=str(folder)))
+    return read_shape(skeleton, resolve_targets(skeleton, targets))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Save a tiny model and give its folder."""
+
+    def save(architecture="llama", **changes):
+        tiny_model(architecture, **changes).save_pretrained(tmp_path)
+        return tmp_path
+
+    return save
+
+
+def tensor_bytes(model):
+    """Bytes of all tensors of a loaded base, by the same parts."""
+    weights = constants = 0
+    quantized = {}
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            state = module.weight.quant_state
+            parts = (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+        elif isinstance(module, Linear8bitLt):
+            parts = (module.weight.SCB,)
+        else:
+            continue
+        quantized[id(module.weight)] = module.weight
+        constants += sum(part.nbytes for part in parts)
+    ends = {id(part.weight): part.weight for part in (model.get_input_embeddings(), model.get_output_embeddings())}
+    others = {id(entry): entry for entry in (*model.parameters(), *model.buffers())}
+    if not quantized:
+        linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        quantized = {id(module.weight): module.weight for module in linears if id(module.weight) not in ends}
+    weights = sum(weight.nbytes for weight in quantized.values())
+    rest = [entry for key, entry in others.items() if key not in quantized and key not in ends]
+    return [weights, constants, sum(weight.nbytes for weight in ends.values()), sum(entry.nbytes for entry in rest)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+def test_the_base_takes_just_the_bytes_of_its_tensors(saved, quantization, tied, dtype):
+    # Sizes at which blocks of 64 weights, and of 256 constants, are not full.
+    folder = saved(tie_word_embeddings=tied, hidden_size=68, intermediate_size=130, attention_bias=True)
+    parts = base_parts(shape_of(folder), quantization, dtype.itemsize)
+    assert list(parts.values()) == tensor_bytes(load_base(folder, quantization, dtype))
+    assert ("4-bit weights" in parts) == (quantization == "nf4")
+
+
+@pytest.mark.parametrize("architecture", ["mistral", "qwen3", "gemma"])
+def test_other_architectures_are_read_off_their_modules(saved, architecture):
+    folder = saved(architecture)
+    shape = shape_of(folder)
+    assert list(base_parts(shape, "nf4", 4).values()) == tensor_bytes(load_base(folder))
+    assert len(shape.blocks) == 2
+    assert all(block.is_known for block in shape.blocks)
+    assert shape.heads == 4
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
+@pytest.mark.parametrize("gates", [True, False])
+def test_the_adapter_takes_just_the_bytes_of_its_tensors(saved, targets, gates):
+    folder = saved()
+    adapter = Adapter(rank=3, bytes_per_element=4, dropout=False, trained_gates=gates)
+    model = adapt(load_base(folder), target_modules=targets, initial_rank=3, train_gates=gates)
+    shape = shape_of(folder, targets)
+    layers = model.adapted_layers().values()
+    parameters = [entry for layer in layers for entry in (layer.lora_a, layer.lora_b, layer.gate)]
+    assert adapter.numel(shape) == sum(parameter.numel() for parameter in parameters)
+    assert adapter.trained_numel(shape) == sum(parameter.numel() for parameter in trainable(model).values())
+    masks = sum(layer.component_mask.nbytes for layer in layers)
+    assert adapter.nbytes(shape) == masks + sum(parameter.nbytes for parameter in parameters)
+
+
+def test_the_moments_are_those_of_the_real_optimizer(saved):
+    folder = saved()
+    model = adapt(load_base(folder), initial_rank=3)
+    parameters = list(trainable(model).values())
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = torch.optim.AdamW(parameters)
+    optimizer.step()
+    states = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
+    numel = sum(parameter.numel() for parameter in parameters)
+    parts = Optimizer(engine="none", world_size=1).parts(numel, 4)
+    assert parts["optimizer moments"] == sum(state.nbytes for state in states)
+    assert sum(parts.values()) == parts["optimizer moments"]
+
+
+def test_zero_shards_are_padded_to_two_elements_a_rank():
+    """By hand: 1001 elements on 4 ranks are 1008 with padding, 252 a rank."""
+    optimizer = Optimizer(engine="zero2", world_size=4)
+    assert optimizer.shard_numel(1001) == 252
+    parts = optimizer.parts(1001, 2)
+    assert parts == {"float32 master copy": 1008, "optimizer moments": 2016, "gradient buckets": 0}
+    sizes = [Optimizer(engine="zero2", world_size=size).shard_numel(1_000_000) for size in (1, 2, 4, 8)]
+    assert sizes == [1_000_000, 500_000, 250_000, 125_000]
+
+
+def test_ddp_keeps_everything_on_every_rank():
+    parts = Optimizer(engine="ddp", world_size=8).parts(1000, 4)
+    assert parts == {"float32 master copy": 0, "optimizer moments": 8000, "gradient buckets": 4000}
+
+
+def test_the_reduction_bucket_is_that_of_the_launch_file():
+    launched = json.loads((REPOSITORY / "launch" / "zero2.json").read_text())["zero_optimization"]
+    assert Optimizer(engine="zero2", world_size=1).bucket_numel == launched["reduce_bucket_size"]
+    # A second buffer, and gradients that are not copied into one at all, are not counted.
+    assert launched["overlap_comm"] is False
+    assert launched["contiguous_gradients"] is True
+
+
+def step(shape, *, checkpointing=False, quantization="nf4", adapter=None, engine="zero2", world_size=1, **batch):
+    return step_memory(
+        TrainingStep(
+            shape=shape,
+            quantization=quantization,
+            batch=Batch(**{"rows": 4, "length": 64, "compute_bytes": 2, **batch}),
+            adapter=adapter or Adapter(rank=3, bytes_per_element=2, dropout=True),
+            optimizer=Optimizer(engine=engine, world_size=world_size),
+            checkpointing=checkpointing,
+        )
+    )
+
+
+def test_activations_grow_with_tokens_and_scores_with_their_square(saved):
+    shape = shape_of(saved())
+    # A layer's columns with gate and scale are kept whatever the tokens are: rank 3, two bytes.
+    columns = 3 * 2 * sum(linear.out_features for linear in shape.linears if linear.adapted)
+    once = step(shape)
+    for doubled in (step(shape, rows=8), step(shape, length=128)):
+        assert doubled.activations - columns == 2 * (once.activations - columns)
+    eager, longer_eager = (step(shape, length=length, attention="eager") for length in (64, 128))
+    # Two layers, four heads; the softmax in float32 and its copy in bfloat16.
+    scores = 2 * 4 * 4 * 64**2 * (4 + 2)
+    assert longer_eager.activations - 2 * eager.activations == 2 * scores - columns
+    assert step(shape, padded=True).activations > once.activations
+
+
+def test_checkpointing_keeps_inputs_of_layers_only_unless_the_base_hides_its_own(saved):
+    shape = shape_of(saved())
+    assert step(shape).checkpointed_activations == 2 * 4 * 64 * 64 * 2
+    # bitsandbytes' 8-bit layers keep theirs where checkpointing does not see them, unless they have components.
+    assert step(shape, quantization="int8").checkpointed_activations == step(shape).checkpointed_activations
+    bare = shape_of(saved(), ["o_proj"])
+    assert step(bare, quantization="int8").checkpointed_activations > 4 * step(bare).checkpointed_activations
+    assert step(shape, checkpointing=True).peak.total < step(shape).peak.total
+
+
+def test_the_peak_is_one_moment_and_not_the_sum(saved):
+    found = step(shape_of(saved()), checkpointing=True)
+    assert found.peak.total == max(moment.total for moment in found.moments)
+    assert "logits" not in found.moments[1].parts
+    assert "activations" not in found.moments[2].parts
+
+
+def test_more_ranks_leave_less_on_each(saved):
+    shape = shape_of(saved())
+    resident = [sum(step(shape, world_size=size).resident.values()) for size in (1, 2, 4)]
+    assert resident == sorted(resident, reverse=True)
+    assert len(set(resident)) == 3
+
+
+def test_logits_are_three_float32_tensors_of_the_vocabulary():
+    assert loss_memory(tokens=1024, vocabulary=1000) == 3 * 4 * 1024 * 1000
+
+
+def test_a_loss_by_chunks_has_the_logits_of_one_chunk():
+    sizes = {"vocabulary": 131072, "hidden_size": 64}
+    assert chunked_loss_memory(1024, compute_bytes=4, **sizes) == 4 * 256 * 131072 + (2 * 1024 + 256) * 64 * 4
+    assert chunked_loss_memory(1024, compute_bytes=2, **sizes) == 6 * 256 * 131072 + (2 * 1024 + 256) * 64 * 2
+    assert chunked_loss_memory(10, compute_bytes=4, **sizes) == 4 * 10 * 131072 + 3 * 10 * 64 * 4
+
+
+def test_an_unknown_decoder_layer_is_guessed_and_said_to_be(saved):
+    folder = saved()
+    skeleton = load_skeleton(BaseModelSpec(path=str(folder)))
+    for layer in skeleton.model.layers:
+        layer.mlp.extra = nn.Linear(64, 64, device="meta")
+    shape = read_shape(skeleton, resolve_targets(skeleton, "all-linear"))
+    guess, known = step(shape), step(shape_of(folder))
+    assert guess.approximate
+    assert not known.approximate
+    assert 0.5 < guess.activations / known.activations < 2
+
+
+def test_a_layer_without_adapters_keeps_no_inputs_for_them(saved):
+    folder = saved()
+    adapter = Adapter(rank=3, bytes_per_element=4, dropout=True)
+    batch = Batch(rows=1, length=16, compute_bytes=4)
+    all_linear, one = (shape_of(folder, targets) for targets in ("all-linear", ["v_proj"]))
+    sizes = [block_memory(shape.blocks[0], shape, batch, adapter, "nf4").saved for shape in (all_linear, one)]
+    widths = 64 + 64 + 64 + 64 + 64 + 128  # inputs of q, k, o, gate, up and down: a byte an entry for dropout
+    # Kept inputs: of gate and up together; v shares with q and k, attention keeps that of o, the fused MLP makes that
+    # of down again, and the activation too, which the MLP of bare layers keeps.
+    inputs = 64 - 128
+    columns = 3 * 4 * sum(linear.out_features for linear in all_linear.blocks[0].linears if linear.kind != "v_proj")
+    assert sizes[0] - sizes[1] == 16 * (inputs * 4 + widths + 6 * 3 * 4) + columns

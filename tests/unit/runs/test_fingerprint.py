@@ -1,0 +1,46 @@
+"""The fingerprint of a run: its names on disk, and what it says of differences."""
+
+import json
+from pathlib import Path
+
+import pytest
+from support.tiny_run import some_fingerprint
+
+from dora_dist.runs.fingerprint import Fingerprint
+
+RUN = Path("runs/x/run.json")
+
+
+@pytest.mark.parametrize("labels", [None, ["no", "yes"], "regression"])
+def test_what_is_written_is_read_back(labels):
+    written = some_fingerprint(labels=labels, others={"adalora.beta1": 0.85})
+    assert Fingerprint.from_dict(json.loads(json.dumps(written.as_dict())), RUN) == written
+
+
+def test_settings_have_the_names_that_a_user_knows():
+    names = some_fingerprint(labels=["no", "yes"]).as_dict()
+    assert {"optimizer steps", "global batch", "distributed.engine", "data.batching", "model.path"} <= names.keys()
+    assert {
+        "adapter.target_modules",
+        "pruning.smoothing",
+        "training.learning_rate",
+        "examples of train",
+    } <= names.keys()
+
+
+def test_a_setting_of_another_version_is_kept_and_is_a_difference():
+    later = Fingerprint.from_dict({**some_fingerprint().as_dict(), "new.key": 3}, RUN)
+    assert later.others == {"new.key": 3}
+    assert later.differences(some_fingerprint()) == ["new.key was 3 and is now None"]
+
+
+def test_a_setting_of_a_section_that_only_one_version_has_is_a_difference():
+    earlier, now = some_fingerprint(pruning={}), some_fingerprint(pruning={"smoothing": 0.9})
+    assert earlier.differences(now) == ["pruning.smoothing was None and is now 0.9"]
+
+
+def test_a_damaged_record_is_refused_with_the_setting_that_is_missing():
+    settings = some_fingerprint().as_dict()
+    del settings["global batch"]
+    with pytest.raises(ValueError, match=r"runs/x/run.json lacks the setting 'global batch'"):
+        Fingerprint.from_dict(settings, RUN)

@@ -1,0 +1,166 @@
+import json
+import struct
+from pathlib import Path
+
+import pytest
+from support.tiny_models import PROJECTIONS
+from support.tiny_run import some_fingerprint
+
+from dora_dist.console import files
+from dora_dist.runs import pictures, records
+from dora_dist.runs.summary import finish_run, format_summary, is_finished, summarize
+
+PARENTS = dict.fromkeys(PROJECTIONS[:4], "self_attn") | dict.fromkeys(PROJECTIONS[4:], "mlp")
+
+
+def module_ranks(blocks: int, initial_rank: int = 6) -> dict[str, int]:
+    """Ranks from 0 to the initial one, in the alphabetical order of the names, as a run records them."""
+    names = sorted(f"model.layers.{b}.{PARENTS[kind]}.{kind}" for b in range(blocks) for kind in PROJECTIONS)
+    return {name: number % (initial_rank + 1) for number, name in enumerate(names)}
+
+
+def event(step: int, ranks: dict[str, int], final: bool) -> dict:
+    kept = {name: list(range(rank)) for name, rank in ranks.items()}
+    return {"step": step, "num_kept": sum(ranks.values()), "kept": kept, "returned": 0, "final": final}
+
+
+def write_run(folder: Path, blocks: int = 2, *, final: bool = True, evaluated: bool = True) -> dict[str, int]:
+    ranks = module_ranks(blocks)
+    metrics = [{"step": step, "loss": 3.0 / step, "components": 84 - step} for step in (10, 20, 30)]
+    if evaluated:
+        metrics.insert(0, {"step": 0, "eval_loss": 2.5, "eval_exact_match": 0.125, "eval_examples": 40})
+        metrics.append({"step": 30, "eval_loss": 1.25, "eval_exact_match": 0.5, "eval_examples": 40})
+    metrics[-1] |= {"session_seconds": 8.0, "session_tokens": 4000}
+    full = dict.fromkeys(ranks, 6)
+    for name, lines in {
+        records.METRICS: metrics,
+        records.ALLOCATION: [event(10, full, False), event(20, ranks, final)],
+    }.items():
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    files.write_json(folder / records.RUN, {"settings": some_fingerprint(initial_rank=6).as_dict()})
+    return ranks
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", data[16:24])
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("model.layers.3.self_attn.q_proj", ("3", "self_attn.q_proj")),
+        ("model.layers.11.mlp.up_proj", ("11", "mlp.up_proj")),
+        ("encoder.layer.0.attention.output.dense", ("0", "attention.output.dense")),
+        ("encoder.layer.0.output.dense", ("0", "output.dense")),
+        ("classifier", ("-", "classifier")),
+    ],
+)
+def test_a_name_is_split_into_block_and_kind(name, parts):
+    assert pictures.split_name(name) == parts
+
+
+def test_the_grid_holds_every_rank_with_blocks_by_number_and_kinds_in_computing_order():
+    ranks = module_ranks(12) | {"projector": 4}
+    blocks, kinds, grid = pictures.rank_grid(ranks)
+    assert blocks == [*map(str, range(12)), "-"]
+    assert [kind.rsplit(".", 1)[-1] for kind in kinds] == [*PROJECTIONS, "projector"]
+    assert len(grid) == len(ranks)
+    assert all(grid[pictures.split_name(name)] == rank for name, rank in ranks.items())
+
+
+@pytest.mark.parametrize("blocks", [2, 80])
+def test_the_rank_picture_has_a_size_to_look_at(tmp_path, blocks):
+    pictures.draw_ranks(module_ranks(blocks), 6, tmp_path / "ranks.png")
+    width, height = picture_size(tmp_path / "ranks.png")
+    assert 600 < width < 2500
+    assert 200 < height < 4000
+    assert 5_000 < (tmp_path / "ranks.png").stat().st_size < 2_000_000
+
+
+def test_a_finished_run_is_summarized_from_its_files(tmp_path):
+    ranks = write_run(tmp_path)
+    assert not is_finished(tmp_path)
+    text = finish_run(tmp_path)
+    assert is_finished(tmp_path)
+    kept = sum(ranks.values())
+    for expected in ("30 optimizer steps", "2.5000 -> 1.2500  (40 examples)", "12.5% -> 50.0%", f"84 -> {kept}"):
+        assert expected in text
+    assert "8 s, 500 tokens/s" in text
+    assert "has not ended" not in text
+    for kind in PROJECTIONS:
+        assert kind in text
+    summary = files.read_json(tmp_path / records.SUMMARY)
+    assert summary["ranks"] == ranks
+    assert summary["components_kept"] == kept
+    assert summary["components_at_start"] == 84
+    assert summary["before"]["loss"] == 2.5
+    assert summary["after"] == {"loss": 1.25, "exact_match": 0.5, "examples": 40}
+    for name in (pictures.RANK_PICTURE, pictures.PROGRESS_PICTURE):
+        assert min(picture_size(tmp_path / name)) > 200
+        assert str(tmp_path / name) in text
+
+
+def test_the_rank_table_shows_every_rank_and_the_means(tmp_path):
+    ranks = write_run(tmp_path)
+    lines = format_summary(summarize(tmp_path), tmp_path).splitlines()
+    start = next(number for number, line in enumerate(lines) if "rank by layer" in line)
+    for block in range(2):
+        cells = [ranks[f"model.layers.{block}.{PARENTS[kind]}.{kind}"] for kind in PROJECTIONS]
+        assert lines[start + 1 + block].split() == [str(block), *map(str, cells), f"{sum(cells) / 7:.1f}"]
+    assert lines[start + 3].split()[-1] == f"{sum(ranks.values()) / 14:.1f}"
+
+
+def test_a_run_without_evaluation_or_final_event_says_so(tmp_path):
+    write_run(tmp_path, final=False, evaluated=False)
+    text = finish_run(tmp_path)
+    assert "pruning has not ended" in text
+    assert "held-out" not in text
+    assert (tmp_path / pictures.PROGRESS_PICTURE).is_file()
+
+
+@pytest.mark.parametrize("missing", [records.METRICS, records.ALLOCATION, records.RUN])
+def test_a_folder_that_is_no_run_is_refused_with_what_is_missing(tmp_path, missing):
+    write_run(tmp_path)
+    (tmp_path / missing).unlink()
+    with pytest.raises(ValueError, match=f"has no {missing}"):
+        finish_run(tmp_path)
+
+
+def test_a_run_that_has_not_pruned_yet_is_refused(tmp_path):
+    write_run(tmp_path)
+    (tmp_path / records.ALLOCATION).write_text("")
+    with pytest.raises(ValueError, match="no pruning event yet"):
+        finish_run(tmp_path)
+
+
+def test_records_after_a_step_can_be_forgotten_and_a_half_written_line_is_not_counted(tmp_path):
+    write_run(tmp_path)
+    with (tmp_path / records.METRICS).open("a") as file:
+        file.write('{"step": 31, "lo')
+    assert [line["step"] for line in files.read_lines(tmp_path / records.METRICS)] == [0, 10, 20, 30, 30]
+    records.RunRecords(tmp_path, writes=False).truncate_after(10)
+    assert len(records.read_events(tmp_path / records.ALLOCATION)) == 2
+    run = records.RunRecords(tmp_path, writes=True)
+    run.truncate_after(10)
+    run.metrics(11, {"loss": 1.0})
+    assert [line["step"] for line in files.read_lines(tmp_path / records.METRICS)] == [0, 10, 11]
+    assert [event.step for event in records.read_events(tmp_path / records.ALLOCATION)] == [10]
+
+
+def test_every_held_out_source_has_a_line_and_a_curve(tmp_path):
+    write_run(tmp_path, evaluated=False)
+    lines = []
+    for step, loss in ((0, 3.0), (30, 1.5)):
+        line = {"step": step, "eval_loss": loss, "eval_examples": 250, "eval_exact_match": 0.1}
+        for number in range(11):
+            line |= {f"eval_mgsm_{number}_loss": loss + number, f"eval_mgsm_{number}_examples": 25}
+            line |= {f"eval_mgsm_{number}_exact_match": number / 20}
+        lines.append(json.dumps(line) + "\n")
+    with (tmp_path / records.METRICS).open("a") as file:
+        file.writelines(lines)
+    text = finish_run(tmp_path)
+    (second,) = (line for line in text.split("\n") if line.startswith("    mgsm_2 "))
+    assert second == "    mgsm_2   loss 5.0000 -> 3.5000, exact match 10.0% -> 10.0%  (25 examples)"
+    assert sum("mgsm_" in line for line in text.split("\n")) == 11

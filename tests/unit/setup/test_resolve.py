@@ -1,0 +1,274 @@
+"""From a configuration to the parts of a run: what is refused before a model is read, and what a run is known by."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from accelerate import PartialState
+from support.tiny_encoders import save_tiny_encoder, write_classification
+from support.tiny_run import tiny_tokenizer, write_config, write_rows
+from transformers import AutoModel
+
+from dora_dist.base_model.load import BaseModelSpec, load_skeleton
+from dora_dist.config import data as data_config
+from dora_dist.config.parse import load_config
+from dora_dist.config.tasks import SEQUENCE_CLASSIFICATION as CLASSIFICATION
+from dora_dist.config.training import DEFAULT_TRAINING_ARGUMENTS, OWNED_TRAINING_ARGUMENTS
+from dora_dist.data import mixture, plan
+from dora_dist.setup import build, resolve, run_data, training_arguments
+
+
+@pytest.fixture(autouse=True)
+def one_process():
+    """The process state that the entry point sets up first."""
+    PartialState()
+
+
+@pytest.fixture
+def config(tmp_path):
+    return write_config(tmp_path)
+
+
+def load(config, *overrides):
+    return load_config(config, ["--distributed.engine", "none", *overrides])
+
+
+def resolved(settings):
+    return resolve.resolve_run(settings, *run_data.read_data(settings))
+
+
+def mixture_of(num_examples):
+    return mixture.Mixture(
+        members=[np.arange(num_examples)],
+        counts=[num_examples],
+        lengths=np.full(num_examples, 8),
+        batching="padded",
+        max_length=64,
+        seed=0,
+    )
+
+
+def test_the_seed_of_the_run_is_the_seed_of_the_adapter_unless_it_has_its_own(config):
+    models = {
+        seeds: build.load_model(load(config, *seeds), torch.device("cpu"), tiny_tokenizer())
+        for seeds in [("--seed", "7"), ("--seed", "8"), ("--seed", "8", "--adapter.seed", "7")]
+    }
+    first, second, third = (next(iter(model.adapted_layers().values())).lora_a for model in models.values())
+    assert torch.equal(first, third)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--adapter.target_modules", "[nonsense]"], "matches no linear layer; there are .*down_proj"),
+        (["--training.max_steps", "2"], "2 optimizer steps with warmup_fraction 0.15"),
+        (["--distributed.engine", "zero2", "--adapter.dtype", "bfloat16"], "adapter.dtype is bfloat16, but DeepSpeed"),
+    ],
+)
+def test_a_method_that_cannot_work_is_refused_without_reading_weights(config, overrides, message):
+    settings = load(config, *overrides)
+    (config.parent / "model" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=message):
+        resolve.check_method(
+            settings, load_skeleton(BaseModelSpec(path=settings.model.path)), settings.training["max_steps"]
+        )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--training.save_strategy", "epoch"], "save_strategy is epoch, .*save_steps"),
+        (["--training.per_device_train_batch_size", "51"], "50 training examples do not fill one global batch of 51"),
+        (["--model.compute_dtype", "bfloat16"], "there is no GPU"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the messages are those of a machine without a GPU")
+def test_training_settings_that_cannot_work_are_refused(config, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        training_arguments.training_arguments(load(config, *overrides), mixture_of(50))
+
+
+def test_evaluation_during_training_needs_held_out_data(config):
+    with pytest.raises(ValueError, match=r"eval_strategy is steps, but data\.eval is not set"):
+        training_arguments.training_arguments(
+            load(config, "--training.eval_strategy", "steps", "--data.eval", "null"), mixture_of(50)
+        )
+
+
+def test_what_the_program_sets_is_refused_in_the_configuration(config, monkeypatch):
+    """Otherwise a user who sets it gets an error about a keyword given twice."""
+    seen = {}
+    monkeypatch.setattr(training_arguments, "TrainingArguments", seen.update)
+    with pytest.raises(AttributeError):
+        training_arguments.training_arguments(load(config), mixture_of(50))
+    given = {*DEFAULT_TRAINING_ARGUMENTS, *load(config).training, "dataloader_pin_memory"}
+    assert set(seen) - given <= set(OWNED_TRAINING_ARGUMENTS)
+
+
+def test_a_resumed_run_may_turn_fused_operations_on_or_off(config):
+    fingerprints = [resolved(load(config, "--model.fuse", fuse)).fingerprint for fuse in ("true", "false")]
+    assert fingerprints[0] == fingerprints[1]
+
+
+def test_the_fingerprint_knows_the_content_of_the_data(config):
+    before = resolved(load(config)).fingerprint
+    rows = (config.parent / "train.jsonl").read_text().splitlines()
+    changed = json.loads(rows[7])
+    changed["output"] += " w3"
+    rows[7] = json.dumps(changed)
+    (config.parent / "train.jsonl").write_text("\n".join(rows))
+    after = resolved(load(config)).fingerprint
+    (difference,) = before.differences(after)  # the order is one of numbers, and stays
+    assert difference.startswith("examples of train was ")
+
+
+def test_dropped_examples_are_counted_and_said(config):
+    data = resolved(load(config, "--data.max_length", "16", "--data.overlong", "drop")).data
+    (source,) = data.train
+    assert 0 < source.counts.overlong < 50
+    assert source.counts.overlong + source.counts.examples == 50
+    assert data.remarks()[:2] == [
+        f"train: dropped {source.counts.overlong} examples that do not fit into data.max_length",
+        f"train: what was left out is listed in {source.folder}/left_out.jsonl",
+    ]
+
+
+def test_the_same_data_twice_is_said(config):
+    rows = (config.parent / "train.jsonl").read_text()
+    (config.parent / "again.jsonl").write_text(rows)
+    sources = json.dumps([str(config.parent / "train.jsonl"), str(config.parent / "again.jsonl")])
+    (note,) = resolved(load(config, "--data.train", sources)).data.notes
+    assert note.startswith("warning: train and again hold the same examples")
+
+
+def test_a_chat_template_that_is_not_there_is_refused_also_where_no_row_needs_it(config):
+    with pytest.raises(ValueError, match=r"data\.chat_template is 'chatmll', but must be auto, one of"):
+        resolved(load(config, "--data.chat_template", "chatmll"))
+
+
+def test_the_order_is_part_of_what_a_run_is_known_by(config):
+    before = resolved(load(config)).fingerprint
+    for overrides in (["--data.batching", "packed", "--data.max_length", "64"], ["--data.batching", "by_length"]):
+        after = resolved(load(config, *overrides)).fingerprint
+        assert [text.partition(" was ")[0] for text in before.differences(after)] == ["data order", "data.batching"]
+
+
+def test_epochs_are_counted_in_rows(config):
+    one = ["--training.max_steps", "-1", "--training.num_train_epochs", "6"]
+    assert resolved(load(config, *one)).arguments.max_steps == 75
+    packed = resolved(load(config, *one, "--data.batching", "packed", "--data.max_length", "64"))
+    assert packed.arguments.max_steps < 40
+    assert packed.plan.num_rows == packed.arguments.max_steps * 4
+    assert packed.plan.row_lengths(packed.mixture.lengths).max() <= 64
+    assert training_arguments.count_steps(resolved(load(config, *one)).mixture, -1, 6, global_batch=20) == 15
+
+
+@pytest.mark.parametrize(
+    ("key", "length"), [("max_steps", "12"), *(("num_train_epochs", epochs) for epochs in ("1", "3", "2.3"))]
+)
+def test_every_window_of_packed_examples_is_packed_once(config, monkeypatch, key, length):
+    packed, pack = Counter(), plan.PackedOrder._pack
+
+    def counted(self, number, examples):
+        packed[number, len(examples)] += 1
+        return pack(self, number, examples)
+
+    monkeypatch.setattr(plan.PackedOrder, "_pack", counted)
+    monkeypatch.setattr(plan, "PACKING_WINDOW", 16)
+    packing = ["--data.batching", "packed", "--data.max_length", "64", "--training.max_steps", "-1"]
+    found = resolved(load(config, *packing, f"--training.{key}", length))
+    assert found.padding_share() < 0.5
+    assert found.describe_data()["train"][0]["per_epoch"] == 50
+    full = [number for number, size in packed if size == 16]
+    assert sorted(full) == list(range(len(full)))
+    assert len(full) >= 3
+    assert set(packed.values()) == {1}
+
+
+def test_the_sources_are_parsed_once(config, monkeypatch):
+    parsed, parse = [], data_config._source
+
+    def counted(entry, where):
+        parsed.append(where)
+        return parse(entry, where)
+
+    monkeypatch.setattr(data_config, "_source", counted)
+    rows = [{"path": str(config.parent / "train.jsonl")}, str(write_rows(config.parent / "more.jsonl", 10, seed=5))]
+    found = resolved(load(config, "--data.train", json.dumps(rows)))
+    assert [source.name for source in found.data.train] == ["train", "more"]
+    assert sorted(parsed) == ["data.eval[0]", "data.train[0]", "data.train[1]"]
+
+
+def test_weights_and_repetitions_of_sources_reach_the_plan(config):
+    rows = config.parent / "train.jsonl"
+    more = write_rows(config.parent / "more.jsonl", 10, seed=5)
+    sources = [{"path": str(rows), "epochs": 0.2}, {"path": str(more), "epochs": 3}]
+    plan = resolved(load(config, "--data.train", json.dumps(sources))).plan
+    assert (plan.examples[:40] >= 50).sum() == 30
+    capped = [{"path": str(rows), "max_examples": 7}, str(more)]
+    mixture = resolved(load(config, "--data.train", json.dumps(capped))).mixture
+    assert mixture.counts == [7, 10]
+
+
+def test_exact_match_on_plain_text_is_refused(config):
+    (config.parent / "eval.jsonl").write_text('{"text": "w1 w2 w3"}\n')
+    with pytest.raises(ValueError, match=r"exact_match is true, but eval is plain text, which has no answers"):
+        resolved(load(config, "--evaluation.exact_match", "true"))
+
+
+@pytest.mark.parametrize(
+    ("field", "row_format", "message"),
+    [
+        (
+            "instrution",
+            "auto",
+            r"instrution in the fields of train is no .*; did you mean instruction\? .*sharegpt: conv",
+        ),
+        (
+            "prompt",
+            "alpaca",
+            r"prompt in the fields of train is no field of a format \(alpaca: instruction, output, in",
+        ),
+    ],
+)
+def test_a_field_that_the_format_does_not_have_is_refused(config, field, row_format, message):
+    source = {"path": str(config.parent / "train.jsonl"), "fields": {field: "instruction"}, "format": row_format}
+    with pytest.raises(ValueError, match=message):
+        resolved(load(config, "--data.train", json.dumps([source])))
+
+
+def test_an_example_beyond_the_models_context_is_refused(config):
+    words = " ".join(["w1"] * 300)
+    (config.parent / "long.jsonl").write_text(json.dumps({"prompt": "w1", "completion": words}) + "\n")
+    for part in ("train", "eval"):
+        sources = {"train": str(config.parent / "train.jsonl"), "eval": "null"}
+        sources[part] = json.dumps([str(config.parent / "train.jsonl"), str(config.parent / "long.jsonl")])
+        overrides = [f"--data.{name}={value}" for name, value in sources.items()]
+        with pytest.raises(
+            ValueError, match="longest example of long has 302 tokens, more than the model's context of 256"
+        ):
+            resolved(load(config, *overrides))
+
+
+def test_roberta_has_fewer_positions_than_its_configuration_says(tmp_path):
+    for architecture, context in (("bert", 64), ("roberta", 63), ("llama", 64)):
+        folder = save_tiny_encoder(tmp_path / architecture, architecture)
+        skeleton = load_skeleton(BaseModelSpec(path=str(folder), task=CLASSIFICATION))
+        assert resolve.context_of(skeleton) == context
+    model = AutoModel.from_pretrained(tmp_path / "roberta")
+    model(input_ids=torch.full((1, 63), 7))
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        model(input_ids=torch.full((1, 64), 7))
+
+
+def test_f1_wants_two_classes_and_labels_belong_to_the_settings(tmp_path):
+    config = write_classification(tmp_path)
+    assert resolved(load(config)).fingerprint.labels == ["not_same", "same"]
+    assert resolved(load(config, "--evaluation.metrics", "[f1]")).fingerprint.task == CLASSIFICATION
+    table = tmp_path / "train.tsv"
+    table.write_text(table.read_text() + "60\tw1\tw2\tperhaps\n")
+    with pytest.raises(ValueError, match="f1, which is of the second of two classes, but there are 3: not_same, per"):
+        resolved(load(config, "--evaluation.metrics", "[f1]"))

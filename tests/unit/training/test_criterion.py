@@ -1,0 +1,126 @@
+"""What components are judged by while training runs."""
+
+import pytest
+import torch
+from support.tiny_models import adapt, loss_and_gradients, shake, tiny_model, tokens
+
+from dora_dist.distributed.agreement import Agreement, RankFailedError
+from dora_dist.method.budget import PARAMETERS, Budget, component_costs
+from dora_dist.method.importance import component_magnitudes
+from dora_dist.method.schedule import BudgetSchedule
+from dora_dist.training.controller import DynamicRankController
+from dora_dist.training.criterion import GateSensitivity, SmoothedScores
+
+
+@pytest.fixture
+def model():
+    model = shake(adapt(tiny_model(), initial_rank=3))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.double()
+    return model.train()
+
+
+def parts(model):
+    return [(layer.lora_a, layer.gate, layer.lora_b) for layer in model.adapted_layers().values()]
+
+
+def gates_of(model):
+    return [layer.gate for layer in model.adapted_layers().values()]
+
+
+def test_sensitivity_is_gate_times_gradient_of_the_whole_step_summed_over_steps(model):
+    gates = gates_of(model)
+    criterion = GateSensitivity(gates)
+    expected = torch.zeros_like(criterion.scores)
+    for step in range(3):
+        gradient = torch.zeros_like(expected)
+        for micro_batch in range(2):
+            model.zero_grad()
+            ids = tokens(seed=10 * step + micro_batch)
+            model(input_ids=ids, labels=ids).loss.backward()
+            gradient += torch.cat([gate.grad for gate in gates])
+        expected += (torch.cat(gates).detach() * gradient).abs()
+        criterion.update(parts(model), Agreement())
+        for gate in gates:  # as an optimizer would
+            gate.data -= 0.01 * gate.grad
+    torch.testing.assert_close(criterion.scores, expected, rtol=1e-5, atol=1e-9)
+    criterion.after_event()
+    assert not criterion.scores.any()
+
+
+def test_it_is_the_first_order_effect_of_removing_a_component(model):
+    gates = gates_of(model)
+    criterion = GateSensitivity(gates)
+    ids = tokens()
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    criterion.update(parts(model), Agreement())
+    layer, component, share = 4, 1, 0.01
+    gate = gates[layer].data[component].clone()
+    losses = []
+    for factor in (1 + share, 1 - share):  # the loss is float32 in transformers, so that the share cannot be tiny
+        gates[layer].data[component] = factor * gate
+        losses.append(float(model(input_ids=ids, labels=ids).loss.detach()))
+    effect = abs(losses[0] - losses[1]) / (2 * share)
+    assert effect == pytest.approx(float(criterion.scores[3 * layer + component]), rel=5e-3)
+
+
+def test_the_hooks_do_not_change_the_gradients(model):
+    _, expected = loss_and_gradients(model)
+    GateSensitivity(gates_of(model))
+    for _ in range(2):
+        _, found = loss_and_gradients(model)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_step_whose_gradient_is_not_finite_does_not_count(model):
+    criterion = GateSensitivity(gates_of(model))
+    ids = tokens()
+    (model(input_ids=ids, labels=ids).loss * torch.inf).backward()
+    criterion.update(parts(model), Agreement())
+    assert not criterion.scores.any()
+    model(input_ids=ids, labels=ids).loss.backward()
+    criterion.update(parts(model), Agreement())
+    assert torch.isfinite(criterion.scores).all()
+    assert criterion.scores.any()
+
+
+def test_scores_of_weights_are_smoothed_from_0(model):
+    criterion = SmoothedScores(component_magnitudes, 0.75, 42, torch.device("cpu"))
+    now = component_magnitudes(parts(model)).flatten()
+    criterion.update(parts(model), Agreement())
+    torch.testing.assert_close(criterion.scores, 0.25 * now)
+    criterion.update(parts(model), Agreement())
+    torch.testing.assert_close(criterion.scores, (0.75 * 0.25 + 0.25) * now)
+
+
+@pytest.mark.parametrize("importance", ["sensitivity", "weights"])
+def test_an_event_without_anything_to_select_by_ends_the_run(importance):
+    """Steps that were all left out, say: a selection would be by the names of the layers alone."""
+    model = adapt(tiny_model(), initial_rank=3)  # b is 0, and stays so
+    layers = model.adapted_layers()
+    schedule = BudgetSchedule(total_steps=10, num_layers=len(layers), initial_rank=3, target_rank=2, interval=2)
+    criterion = GateSensitivity([layer.gate for layer in layers.values()]) if importance == "sensitivity" else None
+    budget = Budget(schedule, dict.fromkeys(layers, 1))
+    controller = DynamicRankController(layers, budget, Agreement(), criterion=criterion)
+    controller.after_optimizer_step(1)
+    controller.after_optimizer_step(2)
+    controller.after_optimizer_step(3)
+    with pytest.raises(RankFailedError, match="all scores are 0"):
+        controller.after_optimizer_step(4)
+
+
+def test_a_budget_in_parameters_is_met_by_the_run_to_within_one_component():
+    layers = shake(adapt(tiny_model(), initial_rank=3)).adapted_layers()
+    schedule = BudgetSchedule(total_steps=10, num_layers=len(layers), initial_rank=3, target_rank=2, interval=2)
+    shapes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
+    controller = DynamicRankController(layers, Budget(schedule, component_costs(shapes, PARAMETERS)), Agreement())
+    events = [controller.after_optimizer_step(step) for step in range(1, 11)]
+    controller.finish()
+    last = [event for event in events if event is not None][-1]
+    widths = [layer.in_features + layer.out_features for layer in layers.values()]
+    kept = [int(layer.component_mask.sum()) for layer in layers.values()]
+    spent = sum(rank * width for rank, width in zip(kept, widths, strict=True))
+    assert 0 <= 2 * sum(widths) - spent < max(widths)
+    assert last.num_parameters == spent
+    assert last.num_kept == sum(kept)
