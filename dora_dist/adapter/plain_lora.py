@@ -12,6 +12,8 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dora_dist.adapter.card import write_card
+
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
 
@@ -56,7 +58,7 @@ def write_lora_adapter(
     target_modules: Sequence[str] | None = None,
     head: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
-    """Write plain LoRA factors as an adapter folder that stock PEFT loads exactly.
+    """Write plain LoRA factors as an adapter folder that stock PEFT loads exactly, with its model card.
 
     PEFT needs for that: targets that match just the modules given, a rank of its own for every module with
     ``alpha == rank``, and modules of rank 0 left out. Where all modules have one rank, no patterns are written.
@@ -81,6 +83,7 @@ def write_lora_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    write_card(folder, ranks, base_model)
 
 
 def _lora_config(

@@ -1,16 +1,15 @@
-"""Criteria other than the paper's, and a budget in parameters, through the real command."""
+"""Criteria other than the paper's, and a budget in parameters."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
-from support.commands import steps_of, train
-from support.same_run import assert_same_run
+from support.commands import steps_of
+from support.forked_run import run_to_the_end
+from support.same_run import RELATIVE, assert_same_course, assert_same_run, stopped_at
 from support.tiny_run import write_config
 
 SENSITIVITY = ("--pruning.importance", "gate_sensitivity", "--pruning.budget_unit", "parameters")
-RELATIVE = 2e-4
 
 
 @pytest.fixture(scope="module")
@@ -18,16 +17,12 @@ def sensitive(tmp_path_factory) -> Path:
     """A run of two ranks under ZeRO-2, without dropout, a checkpoint after every step."""
     folder = tmp_path_factory.mktemp("sensitive")
     config = write_config(folder)
-    train(config, *SENSITIVITY)
+    run_to_the_end(config, folder / "run", folder / "log", *SENSITIVITY)
     return config
 
 
-def last_event(run: Path) -> dict:
-    return json.loads((run / "allocation.jsonl").read_text().splitlines()[-1])
-
-
 @pytest.mark.parametrize(
-    ("overrides", "processes", "engine"),
+    ("overrides", "ranks", "engine"),
     [
         (("--training.per_device_train_batch_size", "2", "--training.gradient_accumulation_steps", "4"), 1, "none"),
         ((), 2, "ddp"),
@@ -35,30 +30,28 @@ def last_event(run: Path) -> dict:
     ids=["one process, accumulating", "ddp"],
 )
 def test_sensitivity_does_not_depend_on_world_size_engine_or_accumulation(
-    sensitive, tmp_path, overrides, processes, engine
+    sensitive, tmp_path, overrides, ranks, engine
 ):
     run = tmp_path / "run"
-    train(sensitive, *SENSITIVITY, *overrides, "--output_dir", str(run), processes=processes, engine=engine)
+    run_to_the_end(sensitive, run, tmp_path / "log", *SENSITIVITY, *overrides, ranks=ranks, engine=engine)
     reference = sensitive.parent / "run"
-    for old, new in zip(steps_of(reference), steps_of(run), strict=True):
-        assert new["loss"] == pytest.approx(old["loss"], rel=RELATIVE)
-        assert new["allocation"] == old["allocation"]
-    assert last_event(run)["kept"] == last_event(reference)["kept"]
+    assert_same_course(reference, run)
     # Scores are not equal to those of a rank's own part of the batch: the weights of an event lie in the checkpoint.
     tensors = [folder / "checkpoint-5/dynamic_lora.safetensors" for folder in (reference, run)]
     assert_close(*tensors)
 
 
-@pytest.mark.parametrize(("processes", "engine"), [(1, "none"), (2, "ddp")])
-def test_rebasing_reaches_the_master_copy_and_does_not_depend_on_the_engine(sensitive, tmp_path, processes, engine):
+def test_rebasing_reaches_the_master_copy_and_does_not_depend_on_the_engine(sensitive, tmp_path):
     rebased = ("--pruning.importance", "squared_magnitude", "--pruning.rebase", "true")
-    runs = tmp_path / "zero2", tmp_path / engine
-    train(sensitive, *rebased, "--output_dir", str(runs[0]))
-    batch = ("--training.per_device_train_batch_size", str(8 // processes))
-    train(sensitive, *rebased, *batch, "--output_dir", str(runs[1]), processes=processes, engine=engine)
-    for old, new in zip(*map(steps_of, runs), strict=True):
-        assert new["loss"] == pytest.approx(old["loss"], rel=10 * RELATIVE)
-        assert new["allocation"] == old["allocation"]
+    runs = []
+    for engine, ranks in (("zero2", 2), ("none", 1), ("ddp", 2)):
+        runs.append(tmp_path / engine)
+        batch = ("--training.per_device_train_batch_size", str(8 // ranks))
+        run_to_the_end(sensitive, runs[-1], tmp_path / f"log-{engine}", *rebased, *batch, ranks=ranks, engine=engine)
+    for run in runs[1:]:
+        for old, new in zip(steps_of(runs[0]), steps_of(run), strict=True):
+            assert new["loss"] == pytest.approx(old["loss"], rel=10 * RELATIVE)
+            assert new["allocation"] == old["allocation"]
 
 
 def assert_close(expected: Path, found: Path) -> None:
@@ -74,13 +67,8 @@ def assert_close(expected: Path, found: Path) -> None:
 
 def test_a_resumed_run_has_the_sums_since_the_last_event(sensitive, tmp_path):
     reference = sensitive.parent / "run"
-    resumed = tmp_path / "run"
-    resumed.mkdir()
-    shutil.copytree(reference / "checkpoint-5", resumed / "checkpoint-5")  # events are after steps 4 and 6
-    for name in ("metrics.jsonl", "allocation.jsonl"):
-        lines = (reference / name).read_text().splitlines(keepends=True)
-        (resumed / name).write_text("".join(line for line in lines if json.loads(line)["step"] <= 5))
-    train(sensitive, *SENSITIVITY, "--output_dir", str(resumed))
+    resumed = stopped_at(5, reference, tmp_path)  # events are after steps 4 and 6
+    run_to_the_end(sensitive, resumed, tmp_path / "log", *SENSITIVITY)
     assert_same_run(reference, resumed)
 
 

@@ -1,4 +1,4 @@
-"""The entry point's ``main`` on two real ranks under ZeRO-2, from a fork server with the imports behind it.
+"""The entry point's ``main`` on real ranks, from a fork server with the imports behind it.
 
 What the launcher does is to set a few variables; here a test does it, and saves the quarter of a minute that the
 imports of launcher and ranks take. Tests of the command itself use ``commands.py``.
@@ -15,26 +15,26 @@ from typing import Any
 from support.ranks import rank_environment, start_ranks, wait_for_ranks
 
 RANKS = 2
+LAUNCHED_AS = {
+    "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "ddp": {"ACCELERATE_USE_CPU": "true"},
+    "none": {},
+}
+"""Engine -> what its launcher puts into the environment."""
 
 
-def train_rank(rank: int, world_size: int, arguments: list[str], port: int, log: str) -> None:
+def train_rank(rank: int, world_size: int, arguments: list[str], port: int, log: str, engine: str = "zero2") -> None:
     """One rank of ``accelerate launch -m dora_dist.train``, its output in a file."""
-    rank_environment(
-        rank,
-        world_size,
-        MASTER_PORT=str(port),
-        ACCELERATE_USE_DEEPSPEED="true",
-        ACCELERATE_DEEPSPEED_ZERO_STAGE="2",
-        HF_HUB_OFFLINE="1",
-    )
+    rank_environment(rank, world_size, MASTER_PORT=str(port), HF_HUB_OFFLINE="1", **LAUNCHED_AS[engine])
     with open(f"{log}-{rank}", "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    from dora_dist.console.command import run_command
+    from dora_dist.console import command
     from dora_dist.train import main
 
+    command.LINGER_SECONDS = 0.0  # no launcher ends a rank here because another has gone
     sys.stdout.reconfigure(line_buffering=True)
-    run_command(lambda: main(arguments))
+    command.run_command(lambda: main(arguments))
 
 
 def start_run(
@@ -61,9 +61,12 @@ def start_run(
     return start_ranks(target, ranks, arguments, free_port(), str(log), *more)
 
 
-def run_to_the_end(config: Path, output: Path, log: Path, *overrides: str, ranks: int = RANKS) -> str:
+def run_to_the_end(
+    config: Path, output: Path, log: Path, *overrides: str, ranks: int = RANKS, engine: str = "zero2"
+) -> str:
     """A run that must succeed; returns what it printed."""
-    processes = start_run(config, output, log, *overrides, ranks=ranks)
+    overrides = ("--distributed.engine", engine, *overrides)
+    processes = start_run(config, output, log, *overrides, ranks=ranks, more=(engine,))
     wait_for_ranks(processes, timeout=120)
     text = log_of(log, ranks)
     assert [process.exitcode for process in processes] == [0] * ranks, text

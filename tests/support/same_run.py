@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import pytest
 from safetensors.torch import load_file
 
 from dora_dist.console.files import read_lines
@@ -52,25 +51,40 @@ def evaluation_of(run_folder: Path) -> dict[str, float]:
     return [line for line in read_lines(run_folder / "metrics.jsonl") if "eval_loss" in line][-1]
 
 
-def assert_invariant(config: Path, folder: Path, exact: tuple[str, ...]) -> None:
-    """Two ranks, one rank, and one that accumulates take the same course; metrics in ``exact`` are equal at its end.
+def assert_same_course(expected: Path, found: Path, gradient_tolerance: float = RELATIVE) -> None:
+    """Two runs whose numbers are added up in another order: the same masks, and losses that differ by rounding only.
 
     Tolerances are those of docs/numerics.md: float32 sums in another order, over twelve steps.
     """
+    old, new = steps_of(expected), steps_of(found)
+    assert [line["step"] for line in new] == [line["step"] for line in old]
+    for key in ("loss", "grad_norm", "equilibrium_penalty"):
+        tolerance = gradient_tolerance if key == "grad_norm" else RELATIVE
+        residuals = [(b[key] - a[key]) / (abs(a[key]) + 1e-9) for a, b in zip(old, new, strict=True)]
+        assert max(map(abs, residuals)) < tolerance, (key, residuals)
+        # A dropped factor shows in the mean even where every single step is within the tolerance.
+        assert abs(sum(residuals) / len(residuals)) < tolerance / 2, (key, residuals)
+    for key in ("allocation", "learning_rate", "components"):
+        assert [line[key] for line in new] == [line[key] for line in old], key
+    assert len({line["allocation"] for line in new}) >= 3, "nothing was pruned: the masks prove nothing"
+    events = [read_lines(folder / "allocation.jsonl") for folder in (expected, found)]
+    assert [event["kept"] for event in events[0]] == [event["kept"] for event in events[1]]
+    before, after = evaluation_of(expected), evaluation_of(found)
+    assert before.keys() == after.keys()
+    for key in before:
+        if key.endswith("loss"):
+            assert abs(after[key] - before[key]) <= RELATIVE * abs(before[key]), key
+
+
+def assert_invariant(config: Path, folder: Path, exact: tuple[str, ...]) -> None:
+    """Two ranks, one rank, and one that accumulates take the same course; metrics in ``exact`` are equal at its end."""
     runs = []
     for ranks, rows, accumulation in ((2, 4, 1), (1, 8, 1), (1, 2, 4)):
         runs.append(folder / f"run-{rows}")
         options = ("--training.per_device_train_batch_size", str(rows))
         options += ("--training.gradient_accumulation_steps", str(accumulation))
         run_to_the_end(config, runs[-1], folder / f"log-{rows}", *options, ranks=ranks)
-    for steps in zip(*map(steps_of, runs), strict=True):
-        for name, tolerance in (("loss", RELATIVE), ("grad_norm", 10 * RELATIVE)):
-            assert [step[name] for step in steps] == pytest.approx([steps[0][name]] * 3, rel=tolerance)
-        assert len({step["allocation"] for step in steps}) == 1
-    # A factor that is lost may hide in a step's tolerance, but not in the mean.
-    means = [sum(step["loss"] for step in steps_of(run)) for run in runs]
-    assert means == pytest.approx([means[0]] * 3, rel=RELATIVE / 2)
-    evaluations = [evaluation_of(run) for run in runs]
-    assert [one["eval_loss"] for one in evaluations] == pytest.approx([evaluations[0]["eval_loss"]] * 3, rel=RELATIVE)
-    for name in exact:
-        assert len({one[f"eval_{name}"] for one in evaluations}) == 1, name
+    for other in runs[1:]:
+        assert_same_course(runs[0], other, gradient_tolerance=10 * RELATIVE)
+        for name in exact:
+            assert evaluation_of(other)[f"eval_{name}"] == evaluation_of(runs[0])[f"eval_{name}"], name

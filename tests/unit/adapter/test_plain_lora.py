@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS, fold_components, pad_rank, write_lora_adapter
@@ -62,6 +63,15 @@ def test_a_written_adapter_names_a_rank_for_every_module_and_leaves_out_rank_zer
         "base_model.model.layers.0.q_proj.lora_A.weight": (3, 10),
         "base_model.model.layers.0.q_proj.lora_B.weight": (6, 3),
     }
+
+
+def test_its_card_names_base_budget_and_what_it_is_not(tmp_path: Path):
+    factors = {name: (torch.ones(rank, 4), torch.ones(3, rank)) for name, rank in (("a", 2), ("b", 5), ("c", 0))}
+    write_lora_adapter(tmp_path, factors, base_model="org/base")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert (card.data.base_model, card.data.library_name) == ("org/base", "peft")
+    assert "7 rank-one components in 2 modules, ranks 2 to 5" in card.text
+    assert "This is not weight-decomposed DoRA" in card.text
 
 
 def test_an_adapter_without_any_component_is_refused(tmp_path: Path):

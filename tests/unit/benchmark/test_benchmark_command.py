@@ -58,7 +58,7 @@ def test_scoring_writes_its_figures(tmp_path):
     assert result["accuracy"]["opposing_closed_relative_error"] < 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.full("benchmark")
 def test_growth_has_all_axes_and_real_ranks(tmp_path):
     done = benchmark("--quick", "--growth", "--output", tmp_path)
     assert done.returncode == 0, done.stderr

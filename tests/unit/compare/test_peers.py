@@ -45,7 +45,13 @@ def write_regression_comparison(folder: Path, **changes):
     return write_classification_comparison(folder, numbers=True, **changes)
 
 
-@pytest.fixture(scope="module", params=[write_comparison, write_classification_comparison, write_regression_comparison])
+ALSO = [write_classification_comparison, write_regression_comparison]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[write_comparison, *(pytest.param(write, marks=pytest.mark.full("compare")) for write in ALSO)],
+)
 def write(request):
     return request.param
 

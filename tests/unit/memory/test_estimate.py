@@ -19,6 +19,7 @@ from dora_dist.memory.estimate import estimate_memory
 from dora_dist.memory.table import render
 
 GIB = 2**30
+FULL = pytest.mark.full("memory")
 SHAPES = {
     # Activations of the MLP, logits, grouped queries with long rows.
     "wide": ({"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "vocab_size": 2048}, 4, 256),
@@ -28,6 +29,19 @@ SHAPES = {
     "words": ({"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 65536}, 4, 256),
     "small": ({"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "vocab_size": 512}, 4, 128),
 }
+MORE_CHANGES = (
+    "--model.compute_dtype bfloat16 --training.gradient_checkpointing true",
+    "--model.quantization int8",
+    "--model.quantization int8 --training.gradient_checkpointing true",
+    "--model.quantization none --adapter.target_modules [q_proj,v_proj]",
+    "--model.attention eager --training.gradient_accumulation_steps 2",
+    "--model.attention eager --training.gradient_checkpointing true",
+    "--data.batching packed --training.per_device_train_batch_size 1",
+    "--data.batching packed --training.gradient_checkpointing true",
+    "--model.fuse false",
+    "--model.fuse false --training.gradient_checkpointing true",
+    "--model.fuse false --model.compute_dtype bfloat16",
+)
 HEADS = {"grouped": (4, 2), "small": (8, 2)}
 
 
@@ -69,14 +83,21 @@ def check_against_the_allocator(config, tolerance):
     assert abs(estimated / measured - 1) <= tolerance
 
 
-@pytest.mark.parametrize("checkpointing", ["false", "true"])
-@pytest.mark.parametrize("shape", ["wide", "vocabulary", "grouped", "words"])
+@pytest.mark.parametrize(
+    ("shape", "checkpointing"),
+    [
+        ("grouped", "false"),
+        pytest.param("grouped", "true", marks=FULL),
+        *[pytest.param(shape, on, marks=FULL) for shape in ("wide", "vocabulary", "words") for on in ("false", "true")],
+    ],
+)
 def test_the_peak_is_the_allocators(models, shape, checkpointing):
     """Required within 10 %; within 2 % is what the arithmetic reaches, and a forgotten tensor would break."""
     config = load_config(models(shape), ["--training.gradient_checkpointing", checkpointing])
     check_against_the_allocator(config, 0.02)
 
 
+@FULL
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 @pytest.mark.parametrize("shape", ["wide", "words"])
 def test_the_peak_without_fused_operations(models, shape, checkpointing):
@@ -89,27 +110,19 @@ def test_the_peak_without_fused_operations(models, shape, checkpointing):
     [
         "--adapter.dropout 0 --training.gradient_checkpointing true",
         "--model.compute_dtype bfloat16",
-        "--model.compute_dtype bfloat16 --training.gradient_checkpointing true",
-        "--model.quantization int8",
-        "--model.quantization int8 --training.gradient_checkpointing true",
-        "--model.quantization none --adapter.target_modules [q_proj,v_proj]",
-        "--model.attention eager --training.gradient_accumulation_steps 2",
-        "--model.attention eager --training.gradient_checkpointing true",
-        "--data.batching packed --training.per_device_train_batch_size 1",
-        "--data.batching packed --training.gradient_checkpointing true",
-        "--model.fuse false",
-        "--model.fuse false --training.gradient_checkpointing true",
-        "--model.fuse false --model.compute_dtype bfloat16",
+        *(pytest.param(changes, marks=FULL) for changes in MORE_CHANGES),
     ],
 )
 def test_the_peak_follows_what_is_configured(models, changes):
     check_against_the_allocator(load_config(models("small"), changes.split()), 0.05)
 
 
+@FULL
 def test_the_peak_of_another_architecture(models):
     check_against_the_allocator(load_config(models("small", Qwen3Config)), 0.02)
 
 
+@FULL
 def test_the_peak_of_chunks_of_logits_in_bfloat16(models):
     check_against_the_allocator(load_config(models("words"), ["--model.compute_dtype", "bfloat16"]), 0.02)
 
@@ -120,6 +133,7 @@ def test_a_model_that_needs_its_logits_has_them_in_its_peak(models):
     assert estimate.configured.peak.parts["logits"] == 3 * 4 * 1024 * 65536
 
 
+@FULL
 @pytest.mark.parametrize(("rank", "accumulation"), [(8, 1), (96, 2)])
 def test_the_peak_on_two_ranks_of_real_deepspeed(models, rank, accumulation):
     changes = f"""--distributed.engine zero2 --model.compute_dtype bfloat16 --adapter.target_rank {rank}

@@ -19,6 +19,7 @@ def planted(*arguments):
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=200)
 
 
+@pytest.mark.full("benchmark")
 def test_the_command_ends_with_all_figures_goes_on_and_refuses_other_settings(tmp_path):
     output = tmp_path / "planted.json"
     fixed = [*TINY, "--learning-rates", "0.01", "0.03", "--output", output]
