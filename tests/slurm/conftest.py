@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from support.cluster import Cluster, UnavailableError, check_available, remove_stale
 from support.repository import REPOSITORY
+from support.wheel import build_wheel, install_wheel, run_installed
 
 
 @pytest.fixture(scope="session")
@@ -36,15 +37,27 @@ def site(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def submit(cluster, site) -> Callable[..., str]:
-    """``submit(script, options, arguments, **environment)``: the number of the job."""
+def wheel_folder(site, tmp_path_factory) -> Path:
+    """A folder that ``dora-dist recipe --slurm`` has made, outside of the checkout, whose site has the wheel only."""
+    folder = tmp_path_factory.mktemp("wheel")
+    programs = install_wheel(build_wheel(folder / "dist")[0], folder / "environment")
+    run_installed(programs, folder, "recipe", "--slurm", "jobs")
+    (folder / "site.sh").write_text(f'export PATH={programs}:$PATH\nexport DORA_LOGS="{site.parent}/logs"\n')
+    return folder
 
-    def submitted(script: str, options: list[str], arguments: list[str], **environment: str) -> str:
+
+@pytest.fixture(scope="session")
+def submit(cluster, site) -> Callable[..., str]:
+    """``submit(script, options, arguments, folder, **environment)``: the number of the job."""
+
+    def submitted(
+        script: str, options: list[str], arguments: list[str], folder: Path = REPOSITORY, **environment: str
+    ) -> str:
         output = f"--output={site.parent}/job-%j.out"
         fixed = {"DORA_SITE": str(site), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
         return cluster.sbatch(
             *("--cpus-per-task=1", output, *options, f"slurm/{script}", *arguments),
-            cwd=REPOSITORY,
+            cwd=folder,
             **{**fixed, **environment},
         )
 

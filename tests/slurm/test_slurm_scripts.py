@@ -10,7 +10,7 @@ import pytest
 from support.cluster import wait_for
 from support.repository import REPOSITORY
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.full("slurm"), pytest.mark.timeout(120)]
 SCRIPTS = sorted(p for p in (REPOSITORY / "slurm").iterdir() if p.suffix in (".sh", ".sbatch") and p.name != "site.sh")
 BATCH = ["one_node.sbatch", "many_nodes.sbatch", "array.sbatch", "preemptible.sbatch"]
 ONE_RANK = ["--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1"]

@@ -13,7 +13,7 @@ from support.tiny_run import write_config
 
 from dora_dist.runs import checkpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.full("slurm"), pytest.mark.timeout(240)]
 LAST = 100
 TWO_RANKS = ["--nodes=1", "--nodelist=node1", "--ntasks-per-node=2", "--gpus-per-node=2"]
 
@@ -27,8 +27,11 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(cluster, submit, printed, tmp_path_factory):
-    """The same run on one node and on two, and an array of two learning rates, all started at once."""
+def runs(cluster, submit, printed, wheel_folder, tmp_path_factory):
+    """The same run on one node and on two, and an array of two learning rates, all started at once.
+
+    The job on two nodes is submitted from outside of the checkout, and has the wheel.
+    """
     folder = tmp_path_factory.mktemp("slurm")
     config = write_config(
         folder, adapter={"dropout": 0.1}, pruning={"interval": 10}, training={"max_steps": LAST, "save_steps": 20}
@@ -42,7 +45,11 @@ def runs(cluster, submit, printed, tmp_path_factory):
     jobs = {
         "one node": start("one_node.sbatch", TWO_RANKS, "--output_dir", str(folder / "one")),
         "two nodes": start(
-            "many_nodes.sbatch", ["--ntasks-per-node=1", "--gpus-per-node=1"], "--output_dir", str(folder / "two")
+            "many_nodes.sbatch",
+            ["--ntasks-per-node=1", "--gpus-per-node=1"],
+            *("--output_dir", str(folder / "two")),
+            folder=wheel_folder / "jobs",
+            DORA_SITE=str(wheel_folder / "site.sh"),
         ),
         "array": start(
             "array.sbatch",
