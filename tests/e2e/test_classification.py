@@ -1,4 +1,4 @@
-"""Sequence classification through the real command: a tiny BERT, tables as GLUE has them, two ranks under ZeRO-2."""
+"""Sequence classification: a tiny BERT, tables as GLUE has them, two ranks under ZeRO-2."""
 
 import json
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, matthews_corrcoef
-from support.commands import run, steps_of, train
-from support.forked_run import log_of, run_to_the_end, start_run
+from support.commands import steps_of
+from support.forked_run import log_of, run_forked, run_to_the_end, start_run
 from support.ranks import wait_for_ranks
 from support.same_run import assert_invariant, assert_same_run, stopped_at
 from support.tiny_encoders import save_tiny_encoder, write_classification
@@ -28,7 +28,7 @@ class Classification:
 def classification(tmp_path_factory) -> Classification:
     folder = tmp_path_factory.mktemp("classification")
     config = write_classification(folder)
-    return Classification(config, folder / "run", train(config).output)
+    return Classification(config, folder / "run", run_to_the_end(config, folder / "run", folder / "log"))
 
 
 def held_out(folder: Path) -> list[list[str]]:
@@ -103,15 +103,13 @@ def test_commands_for_causal_models_say_so(classification, command):
         "generate": (str(classification.run), "--prompt", "w1"),
         "export": (str(classification.run), "--format", "merged"),
     }.get(command, (str(classification.config),))
-    finished = run("python", "-m", f"dora_dist.{command}", *arguments)
+    finished = run_forked(command, *arguments)
     assert finished.status != 0
     assert "task sequence_classification" in finished.output.replace("task is", "task")
     assert "Traceback" not in finished.output
 
 
 def test_a_dry_run_says_what_it_would_be(classification, tmp_path):
-    finished = run(
-        "python", "-m", "dora_dist.train", "--config", str(classification.config), "--dry-run", "--output_dir", "new"
-    )
+    finished = run_forked("train", "--config", str(classification.config), "--dry-run", "--output_dir", "new")
     assert finished.status == 0, finished.output
     assert "13 adapted layers" in finished.output

@@ -10,9 +10,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.commands import ZERO2, run, train
-from support.forked_run import log_of, run_to_the_end, runs_left_alone, start_run
-from support.ranks import wait_for_ranks
+from support.forked_run import run_that_fails, run_to_the_end, runs_left_alone
 from support.same_run import assert_same_course
 from support.tiny_run import write_config
 
@@ -68,13 +66,9 @@ def test_a_run_goes_on_with_another_number_of_ranks(before, after, step, config,
     assert len(list((output / "checkpoint-12" / "optimizer").glob("rank-*"))) == after
 
 
-def test_through_the_real_command(config, whole, tmp_path):
-    output = interrupted_at(5, whole(2), tmp_path / "run")
-    finished = train(config, "--output_dir", str(output), processes=1)
-    assert "it was written by 2 processes, and these are 1" in finished.output
-    assert_same_end(whole(2), output)
-    again = train(config, "--output_dir", str(output), processes=2)
-    assert "holds a finished run with these settings" in again.output
+def test_a_finished_run_is_left_alone_by_another_number_of_ranks(config, whole, tmp_path):
+    text = run_to_the_end(config, whole(2), tmp_path / "log", *accumulate(1), ranks=1)
+    assert "holds a finished run with these settings" in text
 
 
 def test_twice_there_and_back_is_the_same_run_still(config, whole, tmp_path):
@@ -90,17 +84,12 @@ def test_twice_there_and_back_is_the_same_run_still(config, whole, tmp_path):
 
 def test_a_global_batch_that_cannot_be_had_is_refused_with_what_could(config, whole, tmp_path):
     output = interrupted_at(5, whole(2), tmp_path / "run")
-    processes = start_run(config, output, tmp_path / "log", ranks=3)
-    wait_for_ranks(processes, timeout=60)
-    text = log_of(tmp_path / "log", 3)
-    assert [process.exitcode for process in processes] == [2] * 3, text
+    status, text = run_that_fails(config, output, tmp_path / "log", ranks=3)
+    assert status == 2, text
     assert "was written by 2 processes with a global batch of 8, which 3 processes" in text
     assert "use a number of processes that divides it" in text
-    finished = run(
-        *ZERO2,
-        *("--num_processes", "1", "-m", "dora_dist.train", "--config", str(config), "--output_dir", str(output)),
-        *("--training.per_device_train_batch_size", "3"),
-    )
-    assert finished.status != 0
-    assert "set training.per_device_train_batch_size to one of 1, 2, 4, 8" in finished.output
-    assert "Traceback" not in finished.output.split("error:")[0]
+    three = ("--training.per_device_train_batch_size", "3")
+    status, text = run_that_fails(config, output, tmp_path / "log-one", *three, ranks=1)
+    assert status == 2, text
+    assert "set training.per_device_train_batch_size to one of 1, 2, 4, 8" in text
+    assert "Traceback" not in text

@@ -4,7 +4,7 @@ import json
 
 import torch
 from safetensors.torch import load_file
-from support.commands import run
+from support.forked_run import run_forked
 
 from dora_dist.adapter.plain_lora import read_lora_adapter
 from dora_dist.runs.checkpoint import checkpoints
@@ -50,7 +50,7 @@ def test_the_records_are_complete(reference):
 def test_the_report_is_drawn_again_from_the_files(reference):
     before = (reference.run / "summary.json").read_text()
     (reference.run / "ranks.png").unlink()
-    finished = run("python", "-m", "dora_dist.report", str(reference.run), timeout=120)
+    finished = run_forked("report", str(reference.run), timeout=120)
     assert finished.status == 0, finished.output
     assert (reference.run / "ranks.png").exists()
     assert (reference.run / "summary.json").read_text() == before
@@ -58,15 +58,15 @@ def test_the_report_is_drawn_again_from_the_files(reference):
 
 
 def test_the_exported_adapter_of_a_checkpoint_is_verified(reference, tmp_path):
-    command = ("python", "-m", "dora_dist.export", str(reference.run), "--format", "uniform")
-    finished = run(*command, "--checkpoint", "checkpoint-5", "--output", str(tmp_path / "uniform"), timeout=180)
+    command = ("export", str(reference.run), "--format", "uniform")
+    finished = run_forked(*command, "--checkpoint", "checkpoint-5", "--output", str(tmp_path / "uniform"), timeout=180)
     assert finished.status == 0, finished.output
     assert "largest difference" in finished.output
     assert json.loads((tmp_path / "uniform" / "adapter_config.json").read_text())["r"] == 8
 
 
 def test_answers_of_base_and_adapter_are_shown(reference):
-    finished = run("python", "-m", "dora_dist.generate", str(reference.run), "--prompt", "w1 w2", "--input", "w5 w6")
+    finished = run_forked("generate", str(reference.run), "--prompt", "w1 w2", "--input", "w5 w6")
     assert finished.status == 0, finished.output
     assert "base" in finished.output
     assert "adapter" in finished.output

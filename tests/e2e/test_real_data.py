@@ -5,8 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from support.commands import run
-from support.forked_run import log_of, start_run
+from support.forked_run import log_of, run_forked, start_run
 from support.ranks import wait_for_ranks
 from support.tiny_run import write_config
 
@@ -95,7 +94,7 @@ def check_languages(recorded: dict, steps: list[dict], log: str) -> None:
 def test_rows_without_a_known_format_are_refused_with_their_fields(shared, tmp_path):
     path = str(shared / "data/instruct/multilingual/seed_tasks_vigogne.jsonl")
     config = write_config(tmp_path, data={"train": path})
-    finished = run("python", "-m", "dora_dist.prepare", str(config))
+    finished = run_forked("prepare", str(config))
     assert finished.status == 2
     assert "the fields id, instances, instruction," in finished.output
     assert "Traceback" not in finished.output

@@ -1,9 +1,8 @@
 """A run that was stopped and resumed is the run that was never stopped, bit for bit."""
 
 import pytest
-from support.commands import ZERO2, run, train
-from support.forked_run import log_of, start_run
-from support.ranks import wait_for_ranks
+from support.commands import train
+from support.forked_run import run_that_fails, run_to_the_end
 from support.same_run import assert_same_run, stopped_at
 
 
@@ -13,26 +12,21 @@ def test_resume_is_bit_for_bit(step, reference, tmp_path):
     if step == 5:
         output = train(reference.config, "--output_dir", str(resumed)).output
     else:
-        wait_for_ranks(start_run(reference.config, resumed, tmp_path / "log"), timeout=120)
-        output = log_of(tmp_path / "log")
+        output = run_to_the_end(reference.config, resumed, tmp_path / "log")
     assert f"resuming from {resumed}/checkpoint-{step}" in output
     assert_same_run(reference.run, resumed)
 
 
 def test_another_method_is_not_continued(reference, tmp_path):
     resumed = stopped_at(5, reference.run, tmp_path)
-    finished = run(
-        *ZERO2,
-        *("-m", "dora_dist.train", "--config", str(reference.config), "--output_dir", str(resumed)),
-        *("--pruning.smoothing", "0.5"),
-    )
-    assert finished.status != 0
-    assert "pruning.smoothing was 0.9 and is now 0.5" in finished.output
-    assert 'Traceback (most recent call last):\n  File "<frozen runpy>' not in finished.output
+    status, text = run_that_fails(reference.config, resumed, tmp_path / "log", "--pruning.smoothing", "0.5")
+    assert status == 2
+    assert "pruning.smoothing was 0.9 and is now 0.5" in text
+    assert "Traceback" not in text
 
 
-def test_a_finished_run_is_left_alone(reference):
+def test_a_finished_run_is_left_alone(reference, tmp_path):
     before = (reference.run / "metrics.jsonl").read_text()
-    finished = train(reference.config)
-    assert f"{reference.run} holds a finished run" in finished.output
+    output = run_to_the_end(reference.config, reference.run, tmp_path / "log")
+    assert f"{reference.run} holds a finished run" in output
     assert (reference.run / "metrics.jsonl").read_text() == before

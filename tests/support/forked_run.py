@@ -1,4 +1,4 @@
-"""The entry point's ``main`` on real ranks, from a fork server with the imports behind it.
+"""The entry point's ``main`` on real ranks, and other commands, from a fork server with the imports behind it.
 
 What the launcher does is to set a few variables; here a test does it, and saves the quarter of a minute that the
 imports of launcher and ranks take. Tests of the command itself use ``commands.py``.
@@ -7,12 +7,15 @@ imports of launcher and ranks take. Tests of the command itself use ``commands.p
 import os
 import socket
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from support.commands import Finished
 from support.ranks import rank_environment, start_ranks, wait_for_ranks
+from support.repository import REPOSITORY
 
 RANKS = 2
 LAUNCHED_AS = {
@@ -26,15 +29,40 @@ LAUNCHED_AS = {
 def train_rank(rank: int, world_size: int, arguments: list[str], port: int, log: str, engine: str = "zero2") -> None:
     """One rank of ``accelerate launch -m dora_dist.train``, its output in a file."""
     rank_environment(rank, world_size, MASTER_PORT=str(port), HF_HUB_OFFLINE="1", **LAUNCHED_AS[engine])
-    with open(f"{log}-{rank}", "a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    _print_into(f"{log}-{rank}")
     from dora_dist.console import command
     from dora_dist.train import main
 
     command.LINGER_SECONDS = 0.0  # no launcher ends a rank here because another has gone
-    sys.stdout.reconfigure(line_buffering=True)
     command.run_command(lambda: main(arguments))
+
+
+def run_forked(*arguments: str, timeout: float = 120, **environment: str) -> Finished:
+    """``dora-dist`` with these arguments, in a process of its own; exit status and what was printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        (process,) = start_ranks(_command, 1, list(map(str, arguments)), str(log), environment)
+        wait_for_ranks([process], timeout)
+        return Finished(process.exitcode, log.read_text())
+
+
+def _command(_: int, __: int, arguments: list[str], log: str, environment: dict[str, str]) -> None:
+    os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="-1")
+    os.environ.update(environment)
+    os.chdir(REPOSITORY)
+    _print_into(log)
+    sys.argv = ["dora-dist", *arguments]
+    from dora_dist.__main__ import run
+
+    run()
+
+
+def _print_into(log: str) -> None:
+    """Send what this process prints into a file, line by line."""
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)
 
 
 def start_run(
@@ -71,6 +99,16 @@ def run_to_the_end(
     text = log_of(log, ranks)
     assert [process.exitcode for process in processes] == [0] * ranks, text
     return text
+
+
+def run_that_fails(config: Path, output: Path, log: Path, *overrides: str, ranks: int = RANKS) -> tuple[int, str]:
+    """A run whose ranks must all end with the same exit status, not 0; that status, and what they printed."""
+    processes = start_run(config, output, log, *overrides, ranks=ranks)
+    wait_for_ranks(processes, timeout=120)
+    text = log_of(log, ranks)
+    (status,) = {process.exitcode for process in processes}
+    assert status != 0, text
+    return status, text
 
 
 def runs_left_alone(config: Path, overrides: Callable[[int], tuple[str, ...]]) -> Callable[[int], Path]:
