@@ -150,6 +150,11 @@ def input_embedding(model: "PreTrainedModel") -> nn.Embedding:
     return cast(nn.Embedding, model.get_input_embeddings())
 
 
+def linear_layer(model: nn.Module, name: str) -> nn.Linear:
+    """A linear layer, quantized or not, by its full name. torch's type is that of every part: a module."""
+    return cast(nn.Linear, model.get_submodule(name))
+
+
 def _decoder_layers(skeleton: "PreTrainedModel") -> list[tuple[str, nn.Module]]:
     """The entries of the longest module list, by full name."""
     lists = [(name, module) for name, module in skeleton.named_modules() if isinstance(module, nn.ModuleList)]
