@@ -52,9 +52,10 @@ def gated_mlp(x: Tensor, gate: LinearTensors, up: LinearTensors, down: LinearTen
     layers = (gate, up, down)
     tensors = [tensor for layer in layers for tensor in layer[:3]]
     settings = [layer.settings for layer in layers]
-    bridge, product, *down_saved = _UntilProduct.apply(x, settings, *tensors)  # type: ignore[no-untyped-call]  # torch has no types for it
+    # torch has no types for `apply`.
+    bridge, product, *down_saved = _UntilProduct.apply(x, settings, *tensors)  # type: ignore[no-untyped-call]
     saved = SavedForBackward(*down_saved)
-    output: Tensor = _FromProduct.apply(bridge, product, down.settings, saved)  # type: ignore[no-untyped-call]  # torch has no types for it
+    output: Tensor = _FromProduct.apply(bridge, product, down.settings, saved)  # type: ignore[no-untyped-call]
     return output
 
 

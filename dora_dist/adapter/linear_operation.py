@@ -69,7 +69,8 @@ def adapted_linears(x: Tensor, layers: Sequence[LinearTensors]) -> tuple[Tensor,
     """
     tensors = [tensor for layer in layers for tensor in layer[:3]]
     settings = [layer.settings for layer in layers]
-    outputs: tuple[Tensor, ...] = _AdaptedLinears.apply(x, settings, *tensors)  # type: ignore[no-untyped-call]  # torch has no types for it
+    # torch has no types for `apply`.
+    outputs: tuple[Tensor, ...] = _AdaptedLinears.apply(x, settings, *tensors)  # type: ignore[no-untyped-call]
     return outputs
 
 

@@ -57,7 +57,8 @@ def chunked_cross_entropy(
         ignored: target of positions that do not count.
     """
     arguments = (hidden, weight, bias, targets, items, ignored)
-    loss: Tensor = _ChunkedCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]  # torch has no types for it
+    # torch has no types for `apply`.
+    loss: Tensor = _ChunkedCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
     return loss
 
 

@@ -33,7 +33,8 @@ def lean_loading(shared: bool) -> Iterator[None]:
     Args:
         shared: weights are used from the file as they are; ranks of a node then share its pages.
     """
-    with _files_read(mapped=shared), _QuantizedInPieces():  # type: ignore[no-untyped-call]  # torch has no types for it
+    # torch has no types for the constructor.
+    with _files_read(mapped=shared), _QuantizedInPieces():  # type: ignore[no-untyped-call]
         yield
     _return_freed_memory()
 
