@@ -107,7 +107,8 @@ class Question:
         if not chat:
             return alpaca_prompt(self.text, self.context)
         messages = self.messages or Instruction(self.text, self.context, "").as_chat().messages[:-1]
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return text
 
     def ids(self, tokenizer: Any, chat: bool) -> list[int]:
         """The token ids of :meth:`prompt`, as in training."""
@@ -115,7 +116,8 @@ class Question:
 
         prompt = self.prompt(tokenizer, chat)
         if chat and not self.raw:  # the template writes the start token itself
-            return tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            return ids
         return encode_prompts(tokenizer, [prompt])[0]
 
 

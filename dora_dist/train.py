@@ -274,7 +274,8 @@ def look_into(run: Path, config: "RunConfig", agreement: "Agreement") -> "Earlie
                 earlier = resume.look(run, config.checkpoint.resume)
             except ValueError as error:
                 flaw = str(error)
-    earlier, flaw = agreement.gather((earlier, flaw))[0]
+    of_first: tuple[Earlier, str | None] = agreement.gather((earlier, flaw))[0]
+    earlier, flaw = of_first
     if flaw is not None:
         raise mark_common(ValueError(flaw))
     return earlier

@@ -22,24 +22,24 @@ from dora_dist.base_model.shape import GATED_MLP, is_gated_mlp
 def fuse_gated_mlps(model: nn.Module) -> None:
     """Let the gated MLPs of a model whose three layers are all adapted run as one operation, in place."""
     for module in model.modules():
-        if is_gated_mlp(module) and _can_be_fused(module):
+        if is_gated_mlp(module) and _layers(module) is not None:
             module.forward = MethodType(_forward, module)
 
 
-def _layers(mlp: nn.Module) -> list[nn.Module]:
-    return [getattr(mlp, name) for name in GATED_MLP]
-
-
-def _can_be_fused(mlp: nn.Module) -> bool:
-    gate, up, down = _layers(mlp)
-    return all(isinstance(layer, DynamicLoraLinear) for layer in (gate, up, down)) and gate.computes_as(up)
+def _layers(mlp: nn.Module) -> list[DynamicLoraLinear] | None:
+    """Gate, up and down where all are adapted and can be computed as one; None otherwise."""
+    layers = [getattr(mlp, name) for name in GATED_MLP]
+    adapted = [layer for layer in layers if isinstance(layer, DynamicLoraLinear)]
+    return adapted if len(adapted) == len(layers) and adapted[0].computes_as(adapted[1]) else None
 
 
 def _forward(mlp: nn.Module, x: Tensor) -> Tensor:
     # What a layer on its own would do, or tell others, has to happen; and layers may have been replaced.
-    if not _can_be_fused(mlp) or any(layer.disable_adapters or _is_watched(layer) for layer in _layers(mlp)):
-        return type(mlp).forward(mlp, x)
-    return gated_mlp(x, *(layer.tensors() for layer in _layers(mlp)))
+    layers = _layers(mlp)
+    if layers is None or any(layer.disable_adapters or _is_watched(layer) for layer in layers):
+        alone: Tensor = type(mlp).forward(mlp, x)
+        return alone
+    return gated_mlp(x, *(layer.tensors() for layer in layers))
 
 
 def _is_watched(layer: nn.Module) -> bool:
@@ -51,8 +51,12 @@ def gated_mlp(x: Tensor, gate: LinearTensors, up: LinearTensors, down: LinearTen
     """``down(silu(gate(x)) * up(x))``, differentiable once. Shape ``(..., in) -> (..., out)``."""
     layers = (gate, up, down)
     tensors = [tensor for layer in layers for tensor in layer[:3]]
-    bridge, product, *down_saved = _UntilProduct.apply(x, [layer.settings for layer in layers], *tensors)
-    return _FromProduct.apply(bridge, product, down.settings, SavedForBackward(*down_saved))
+    settings = [layer.settings for layer in layers]
+    # torch has no types for `apply`.
+    bridge, product, *down_saved = _UntilProduct.apply(x, settings, *tensors)  # type: ignore[no-untyped-call]
+    saved = SavedForBackward(*down_saved)
+    output: Tensor = _FromProduct.apply(bridge, product, down.settings, saved)  # type: ignore[no-untyped-call]
+    return output
 
 
 class _UntilProduct(torch.autograd.Function):
@@ -64,7 +68,7 @@ class _UntilProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, settings: list[LinearSettings], *tensors: Tensor) -> tuple[Tensor | None, ...]:
-        layers = [LinearTensors(*tensors[3 * at : 3 * at + 3], one) for at, one in enumerate(settings)]
+        layers = linear_operation.layers_of(tensors, settings)
         (gate, up), saved = linear_operation.forward(x, layers[:2])
         product = functional.silu(gate).mul_(up)
         (down_saved,) = linear_operation.read_input(product, layers[2:])
@@ -89,6 +93,7 @@ class _UntilProduct(torch.autograd.Function):
         grad_product, down_gradients = linear_operation.backward(
             [grad_output], activation * up, saved[2:], ctx.settings[2:], True, needs[6:]
         )
+        assert grad_product is not None
         grad_up = activation.mul_(grad_product)
         grad_gate = torch.ops.aten.silu_backward(grad_product.mul_(up), gate)
         del activation, grad_product

@@ -6,7 +6,7 @@ The layer knows tensors only: no rank of a process, no schedule, no configuratio
 
 import hashlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -33,9 +33,10 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
     """
 
     adapter_layer_names = ("lora_A", "lora_B", "lora_gate")
+    base_layer: nn.Linear
     component_mask: Tensor
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, *, config: Any, r: int, lora_alpha: float, **_: Any):
+    def __init__(self, base_layer: nn.Linear, adapter_name: str, *, config: Any, r: int, lora_alpha: float, **_: Any):
         super().__init__()
         if adapter_name != ADAPTER_NAME:
             raise ValueError(f"one adapter per model, named {ADAPTER_NAME!r}; got {adapter_name!r}")
@@ -59,22 +60,24 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
     @property
     def lora_a(self) -> nn.Parameter:
         """Rows a_i, shape ``(r, in)``."""
-        return self.lora_A[ADAPTER_NAME].weight
+        return _weight(self.lora_A)
 
     @property
     def lora_b(self) -> nn.Parameter:
         """Columns b_i, shape ``(out, r)``."""
-        return self.lora_B[ADAPTER_NAME].weight
+        return _weight(self.lora_B)
 
     @property
     def gate(self) -> nn.Parameter:
         """Gates c_i, shape ``(r,)``."""
-        return self.lora_gate[ADAPTER_NAME]
+        gate: nn.Parameter = self.lora_gate[ADAPTER_NAME]
+        return gate
 
     @property
     def scale(self) -> float:
         """``s = alpha / r``, constant for the whole run."""
-        return self.scaling[ADAPTER_NAME]
+        scale: float = self.scaling[ADAPTER_NAME]
+        return scale
 
     def effective_gate(self) -> Tensor:
         """Gates with masked components at exactly 0, shape ``(r,)``."""
@@ -96,7 +99,8 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``(..., in) -> (..., out)`` in the base layer's output dtype."""
         if self.disable_adapters:
-            return self.base_layer(x, *args, **kwargs)
+            output: Tensor = self.base_layer(x, *args, **kwargs)
+            return output
         if self.shared is not None:
             return self.shared(self, x)
         return adapted_linears(x, [self.tensors()])[0]
@@ -146,3 +150,8 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
 
     def __repr__(self) -> str:
         return "dynamic_lora." + super().__repr__()
+
+
+def _weight(linears: nn.ModuleDict) -> nn.Parameter:
+    # torch's types do not say what a ModuleDict holds, nor that a linear layer's weight is a parameter.
+    return cast(nn.Parameter, linears[ADAPTER_NAME].weight)

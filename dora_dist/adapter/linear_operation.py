@@ -19,7 +19,7 @@ from dora_dist.base_model.quantization import dequantized_weight, product_dtype
 class LinearSettings(NamedTuple):
     """What a layer computes with, beside tensors that have gradients."""
 
-    base: nn.Module
+    base: nn.Linear
     """A frozen linear layer that :func:`dora_dist.base_model.quantization.dequantized_weight` knows."""
     scale: float
     """``s``."""
@@ -68,13 +68,16 @@ def adapted_linears(x: Tensor, layers: Sequence[LinearTensors]) -> tuple[Tensor,
         For each, shape ``(..., out)`` in the base layer's output dtype.
     """
     tensors = [tensor for layer in layers for tensor in layer[:3]]
-    return _AdaptedLinears.apply(x, [layer.settings for layer in layers], *tensors)
+    settings = [layer.settings for layer in layers]
+    # torch has no types for `apply`.
+    outputs: tuple[Tensor, ...] = _AdaptedLinears.apply(x, settings, *tensors)  # type: ignore[no-untyped-call]
+    return outputs
 
 
 class _AdaptedLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, settings: list[LinearSettings], *tensors: Tensor) -> tuple[Tensor, ...]:
-        layers = [LinearTensors(*tensors[3 * at : 3 * at + 3], one) for at, one in enumerate(settings)]
+        layers = layers_of(tensors, settings)
         outputs, saved = forward(x, layers)
         ctx.settings = settings
         ctx.save_for_backward(x, *(tensor for one in saved for tensor in one))
@@ -90,10 +93,16 @@ class _AdaptedLinears(torch.autograd.Function):
         return grad_x, None, *gradients
 
 
+def layers_of(tensors: Sequence[Tensor], settings: Sequence[LinearSettings]) -> list[LinearTensors]:
+    """Layers from one flat list of their tensors, three of each."""
+    parts = zip(tensors[::3], tensors[1::3], tensors[2::3], settings, strict=True)
+    return [LinearTensors(lora_a, gate, lora_b, one) for lora_a, gate, lora_b, one in parts]
+
+
 def unpack(tensors: Sequence[Tensor | None]) -> list[SavedForBackward]:
     """What layers saved, from one flat list."""
     size = len(SavedForBackward._fields)
-    return [SavedForBackward(*tensors[at : at + size]) for at in range(0, len(tensors), size)]
+    return [SavedForBackward._make(tensors[at : at + size]) for at in range(0, len(tensors), size)]
 
 
 def forward(x: Tensor, layers: Sequence[LinearTensors]) -> tuple[list[Tensor], list[SavedForBackward]]:
@@ -123,7 +132,7 @@ def read_input(x: Tensor, layers: Sequence[LinearTensors]) -> list[SavedForBackw
 
 def output_of(x: Tensor, settings: LinearSettings, saved: SavedForBackward) -> Tensor:
     """Base layer plus components, shape ``(..., out)``."""
-    output = settings.base(x)
+    output: Tensor = settings.base(x)
     if len(saved.hidden):
         _add_product(output.view(-1, output.shape[-1]), saved.hidden.T, saved.small_b.T.contiguous())
     return output
@@ -160,16 +169,17 @@ def backward(
         # (k, tokens), with the factor by which dropout scales what it leaves.
         grad_hidden.append((one.small_b.T / (1 - layer.dropout)) @ grad.T)
     rows = _rows(x).to(dtype)
-    if all(one.mask is None for one in saved):
+    masks = [one.mask for one in saved if one.mask is not None]
+    if not masks:
         together = _stacked(grad_hidden)
         small_gradients = (together @ rows).split([len(inner) for inner in grad_hidden])
         if grad_x is not None and len(together):
             _add_product(grad_x, together.T, _stacked([one.small_a for one in saved]))
     else:
-        small_gradients = tuple(inner @ (rows * one.mask) for inner, one in zip(grad_hidden, saved, strict=True))
-        for inner, one in zip(grad_hidden, saved, strict=True):
+        small_gradients = tuple(inner @ (rows * mask) for inner, mask in zip(grad_hidden, masks, strict=True))
+        for inner, one, mask in zip(grad_hidden, saved, masks, strict=True):
             if grad_x is not None and len(inner):
-                grad_x.add_((inner.T @ one.small_a).mul_(one.mask))
+                grad_x.add_((inner.T @ one.small_a).mul_(mask))
     for at, (small, one, layer) in enumerate(zip(small_gradients, saved, settings, strict=True)):
         if needs[3 * at]:
             shape = (len(one.gate), x.shape[-1])

@@ -4,12 +4,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftModel, PeftModelForCausalLM
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dora_dist.adapter.gated_mlp import fuse_gated_mlps
 from dora_dist.adapter.layer import ADAPTER_NAME, DynamicLoraLinear
@@ -38,7 +39,16 @@ class DynamicLoraModel(PeftModel):
     """
 
     fused = True
-    leaves_out_logits = False
+
+    if TYPE_CHECKING:
+
+        def get_base_model(self) -> PreTrainedModel:
+            """PEFT's own, of which its types say only that it is a module."""
+
+    @property
+    def leaves_out_logits(self) -> bool:
+        """Whether the loss is computed without logits in training."""
+        return False
 
     def adapted_layers(self) -> dict[str, DynamicLoraLinear]:
         """Name of the module in the base model -> adapted layer, in the order of the names."""
@@ -56,7 +66,8 @@ class DynamicLoraModel(PeftModel):
             for name, parameter in head.named_parameters()
         }
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    # torch's type says that the dictionary given is the one handed back; this is a part of it.
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Parameters and mask of the adapter, and the head that is trained."""
         full = super().state_dict(*args, **kwargs)
         return {
@@ -72,7 +83,7 @@ class DynamicLoraModel(PeftModel):
             for name, layer in self.adapted_layers().items()
         }
 
-    def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **_: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, *_: Any, is_main_process: bool = True, **__: Any) -> None:
         """Write the adapter as plain LoRA that stock PEFT loads exactly, with the head; gates and masks are folded in.
 
         Raises:
@@ -122,10 +133,11 @@ class DynamicLoraForCausalLM(DynamicLoraModel, PeftModelForCausalLM):
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        *args: Any,
         **kwargs: Any,
     ) -> Any:
         """The parent's; see :meth:`leave_out_logits`."""
-        forward = partial(super().forward, input_ids, attention_mask, inputs_embeds, labels, **kwargs)
+        forward = partial(super().forward, input_ids, attention_mask, inputs_embeds, labels, *args, **kwargs)
         wanted = labels is not None and (self.training or self._loss_only)
         if self._chunked_loss is None or not wanted or torch.compiler.is_compiling():
             return forward()
@@ -153,7 +165,7 @@ MODELS = {task.name: _model_class(task) for task in TASKS.values()}
 globals().update({model.__name__: model for model in MODELS.values()})  # where pickle looks for a class
 
 
-def add_dynamic_lora(model: nn.Module, config: DynamicLoraConfig, fuse: bool = True) -> DynamicLoraModel:
+def add_dynamic_lora(model: PreTrainedModel, config: DynamicLoraConfig, fuse: bool = True) -> DynamicLoraModel:
     """Give the chosen linear layers of ``model`` gated rank-one components and freeze everything else but the head of
     its task, where it has one.
 
@@ -176,7 +188,7 @@ def add_dynamic_lora(model: nn.Module, config: DynamicLoraConfig, fuse: bool = T
     task, heads = task_of(model), head_modules(model)
     lora_config = LoraConfig(
         r=config.start_rank,
-        lora_alpha=config.alpha,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT multiplies by it; its type is an int
         lora_dropout=config.dropout,
         target_modules=names,
         modules_to_save=list(heads) or None,  # PEFT adds names to it
@@ -186,7 +198,7 @@ def add_dynamic_lora(model: nn.Module, config: DynamicLoraConfig, fuse: bool = T
     # Covers bitsandbytes' quantized layers, which derive from nn.Linear.
     lora_config._register_custom_module({nn.Linear: DynamicLoraLinear})
     peft_model = MODELS[task.name](model, lora_config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
-    dtype = model.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    dtype: torch.dtype = model.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     layers = peft_model.adapted_layers()
     _check_all_adapted(names, layers)
     for name, layer in layers.items():

@@ -1,7 +1,7 @@
 """Which linear layers of a model get components."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -22,7 +22,8 @@ def resolve_targets(model: nn.Module, target_modules: str | Sequence[str]) -> li
         ValueError: the specification, or an entry of the list, matches no linear layer; the message lists what
             there is.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output_embeddings = getattr(model, "get_output_embeddings", None)
+    head = None if output_embeddings is None else output_embeddings()
     trained = head_modules(model)
     linears = {
         name: module
@@ -44,7 +45,7 @@ def resolve_targets(model: nn.Module, target_modules: str | Sequence[str]) -> li
     return _non_empty(sorted(chosen), target_modules, linears)
 
 
-def _non_empty(names: list[str], specification: object, linears: dict[str, nn.Module]) -> list[str]:
+def _non_empty(names: list[str], specification: object, linears: Mapping[str, nn.Module]) -> list[str]:
     if names:
         return names
     endings = sorted({name.rsplit(".", 1)[-1] for name in linears})

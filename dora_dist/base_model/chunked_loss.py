@@ -20,6 +20,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from dora_dist.base_model.shape import input_embedding
+
 IGNORED = -100
 CHUNK_BYTES = 2**27
 """Of the float32 logits of a chunk. With 128k words 256 positions: enough of them that a GPU does not wait for the
@@ -54,7 +56,10 @@ def chunked_cross_entropy(
         items: what the sum is divided by, before anything is rounded to the dtype of ``hidden``.
         ignored: target of positions that do not count.
     """
-    return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, items, ignored)
+    arguments = (hidden, weight, bias, targets, items, ignored)
+    # torch has no types for `apply`.
+    loss: Tensor = _ChunkedCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
+    return loss
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -235,15 +240,15 @@ def proved(model: PreTrainedModel) -> tuple[ChunkedLoss | None, str]:
         model.train(was_training)
     tolerance = TOLERANCE.get(model.dtype, LOW_PRECISION_TOLERANCE)
     for name, ours, models in zip(("loss", "gradient"), found, own, strict=True):
-        error = float((ours.double() - models.double()).norm() / models.double().norm())
-        if not error <= tolerance:
-            return None, f"without them its {name} differs by {error:.2g}"
+        difference = float((ours.double() - models.double()).norm() / models.double().norm())
+        if not difference <= tolerance:
+            return None, f"without them its {name} differs by {difference:.2g}"
     return chunked, ""
 
 
 def _loss_and_gradient(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """On two short rows with ignored labels: the loss, and its gradient with respect to the head's input."""
-    embedding = model.get_input_embeddings().weight
+    embedding = input_embedding(model).weight
     ids = (7 * torch.arange(16, device=embedding.device) + 3).remainder(embedding.shape[0]).view(2, 8)
     labels = ids.clone()
     labels[0, :3] = labels[1, 6:] = IGNORED

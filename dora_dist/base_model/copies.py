@@ -1,12 +1,14 @@
 """Copies of a base that share its frozen tensors."""
 
 import copy
-from typing import Any
+from typing import Any, TypeVar
 
-from transformers import LlamaForCausalLM
+from torch import nn
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
-def share(base: LlamaForCausalLM) -> LlamaForCausalLM:
+def share(base: Model) -> Model:
     """Modules of their own, to be changed at will, over the same tensors."""
     memo: dict[int, Any] = {}
     for module in base.modules():

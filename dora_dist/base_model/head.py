@@ -87,8 +87,10 @@ def read_in_own_dtype(head: nn.Module) -> None:
     bits where the head is kept in float32. Autocast, where it is on, makes them unnecessary."""
 
     def cast(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        weight = module.weight
+        assert isinstance(weight, nn.Parameter)
         return tuple(
-            value.to(module.weight.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+            value.to(weight.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
             for value in inputs
         )
 

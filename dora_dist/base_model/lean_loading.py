@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import modeling_utils
 
+from dora_dist.base_model.quantization import quantized_weight
+
 PIECE_NUMEL = 2**17
 """Elements that are quantized at a time on a CPU; a multiple of every block size. Scratch is 13 bytes for each."""
 NAMED = 5
@@ -31,7 +33,8 @@ def lean_loading(shared: bool) -> Iterator[None]:
     Args:
         shared: weights are used from the file as they are; ranks of a node then share its pages.
     """
-    with _files_read(mapped=shared), _QuantizedInPieces():
+    # torch has no types for the constructor.
+    with _files_read(mapped=shared), _QuantizedInPieces():  # type: ignore[no-untyped-call]
         yield
     _return_freed_memory()
 
@@ -155,7 +158,7 @@ def _wrong_quantized_shapes(model: nn.Module) -> list[str]:
     found = []
     for name, module in model.named_modules():
         if isinstance(module, Linear4bit):
-            shape = tuple(module.weight.quant_state.shape)
+            shape = tuple(quantized_weight(module).quant_state.shape)
         elif isinstance(module, Linear8bitLt):
             shape = tuple(module.weight.shape)
         else:

@@ -1,10 +1,11 @@
 """What this project needs to know about bitsandbytes: how a base is quantized, and how to read it back."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from bitsandbytes import functional as bnb_functional
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
@@ -60,25 +61,34 @@ def forbid_inference_packing(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def dequantized_weight(module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantized_weight(module: nn.Linear, dtype: torch.dtype = torch.float32) -> Tensor:
     """Weight ``(out, in)`` that a linear layer computes with, in ``dtype``: dequantized where it is quantized."""
     if isinstance(module, Linear4bit):
-        return bnb_functional.dequantize_4bit(module.weight.data, module.weight.quant_state).to(dtype)
+        weight = quantized_weight(module)
+        return bnb_functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
     if isinstance(module, Linear8bitLt):
         state = module.state
         # Before the first forward the codes and scales are with the parameter, afterwards with the layer's state.
-        codes = module.weight.CB if state.CB is None else state.CB
-        scales = module.weight.SCB if state.SCB is None else state.SCB
-        codes = module.weight.data if codes is None else codes
-        return bnb_functional.int8_vectorwise_dequant(codes, scales).to(dtype)
+        parameter = cast(Int8Params, module.weight)
+        codes = parameter.CB if state.CB is None else state.CB
+        scales = parameter.SCB if state.SCB is None else state.SCB
+        codes = parameter.data if codes is None else codes
+        dequantized: Tensor = bnb_functional.int8_vectorwise_dequant(codes, scales)
+        return dequantized.to(dtype)
     return module.weight.to(dtype)
+
+
+def quantized_weight(module: Linear4bit) -> Params4bit:
+    """The weight of a 4-bit layer, of whose types bitsandbytes says only that it is a tensor."""
+    return cast(Params4bit, module.weight)
 
 
 def product_dtype(module: nn.Module, output: Tensor) -> torch.dtype:
     """The dtype in which a linear layer has multiplied to get this output, and multiplies in its backward; a gradient
     of the output tells as well."""
     if isinstance(module, Linear4bit) and module.compute_dtype is not None:
-        return module.compute_dtype
+        dtype: torch.dtype = module.compute_dtype
+        return dtype
     return output.dtype
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
@@ -88,8 +88,13 @@ def is_gated_mlp(module: nn.Module) -> bool:
 
 
 class _GatedMlp(nn.Module):
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    down_proj: nn.Linear
+    act_fn: nn.Module
+
     def forward(self, x: "Tensor") -> "Tensor":
-        down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        down_proj: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
         return down_proj
 
 
@@ -102,7 +107,7 @@ def read_shape(skeleton: "PreTrainedModel", adapted: Sequence[str], fuse: bool =
         fuse: gated MLPs run as one operation where they can.
     """
     names = set(adapted)
-    head, embedding = skeleton.get_output_embeddings(), skeleton.get_input_embeddings()
+    head, embedding = skeleton.get_output_embeddings(), input_embedding(skeleton)
     linears = {
         name: Linear(
             kind=name.rsplit(".", 1)[-1],
@@ -138,6 +143,16 @@ def read_shape(skeleton: "PreTrainedModel", adapted: Sequence[str], fuse: bool =
         other_numel=total - inner - sum(ends.values()),
         buffer_bytes=sum(buffer.nbytes for buffer in skeleton.buffers()),
     )
+
+
+def input_embedding(model: "PreTrainedModel") -> nn.Embedding:
+    """Of a language model. transformers' type is that of every model: a module."""
+    return cast(nn.Embedding, model.get_input_embeddings())
+
+
+def linear_layer(model: nn.Module, name: str) -> nn.Linear:
+    """A linear layer, quantized or not, by its full name. torch's type is that of every part: a module."""
+    return cast(nn.Linear, model.get_submodule(name))
 
 
 def _decoder_layers(skeleton: "PreTrainedModel") -> list[tuple[str, nn.Module]]:

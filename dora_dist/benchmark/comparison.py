@@ -166,7 +166,8 @@ def _profile(contestant: Contestant, batch: Tensor, device: torch.device) -> str
         contestant.step(batch)
         clock(device)()
     key = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
-    return profiler.key_averages().table(sort_by=key, row_limit=PROFILE_ROWS, max_name_column_width=60)
+    table: str = profiler.key_averages().table(sort_by=key, row_limit=PROFILE_ROWS, max_name_column_width=60)
+    return table
 
 
 def comparison_rows(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:

@@ -5,7 +5,7 @@ A step is forward with labels, backward, clipping, AdamW (fused, the Trainer's d
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import peft
 import torch
@@ -65,7 +65,8 @@ class Contestant:
     def loss(self, rows: Tensor) -> Tensor:
         """Of rows of shape ``(batch, sequence)``, each token being a label."""
         with torch.autocast(rows.device.type, self._autocast, enabled=self._autocast is not None):
-            return self.model(input_ids=rows, labels=rows).loss
+            loss: Tensor = self.model(input_ids=rows, labels=rows).loss
+        return loss
 
     def prepare(self, rows: Callable[[int], Tensor]) -> None:
         """Whatever precedes the first step that is measured; rows by their number."""
@@ -106,7 +107,7 @@ class AdaLora(Contestant):
     """As PEFT's documentation has the loop: the update between the optimizer's step and ``zero_grad``."""
 
     def _after_update(self) -> None:
-        self.model.base_model.update_and_allocate(self.steps)
+        cast(peft.AdaLoraModel, self.model.base_model).update_and_allocate(self.steps)
 
 
 class Dynamic(Contestant):
@@ -122,7 +123,7 @@ class Dynamic(Contestant):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: DynamicLoraModel,
         agreement: Agreement,
         schedule: BudgetSchedule,
         autocast: torch.dtype | None = None,
@@ -162,6 +163,7 @@ class Dynamic(Contestant):
         agreement = now()
         self.agreement.any(False)
         end = now()
+        assert self.optimizer is not None
         self.optimizer.zero_grad()
         return {
             "penalty, forward": task - forward,

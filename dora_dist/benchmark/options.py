@@ -4,8 +4,10 @@ import argparse
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from dora_dist.benchmark.shapes import Shape, parse_shape
+from dora_dist.config.adapter import AdapterDtype
 
 FLOOR = "floor"
 LORA = "peft-lora"
@@ -57,7 +59,7 @@ class Options:
     target_rank: int
     device: str
     compute_dtype: str
-    adapter_dtype: str
+    adapter_dtype: AdapterDtype
     peak_tflops: float | None
     profile: str | None
     seed: int
@@ -126,8 +128,10 @@ def resolve(parsed: argparse.Namespace) -> Options:
         raise ValueError(f"--device is {parsed.device}, but --growth measures processes that share the cores of a CPU")
     contestants = _contestants(parsed)
     shapes = tuple(_shape(name, parsed) for name in names)
-    compute = parsed.compute_dtype or ("bfloat16" if parsed.device == "cuda" else "float32")
-    adapter = parsed.adapter_dtype or compute
+    compute: Literal["float32", "bfloat16"] = parsed.compute_dtype or (
+        "bfloat16" if parsed.device == "cuda" else "float32"
+    )
+    adapter: AdapterDtype = parsed.adapter_dtype or compute
     if (compute, adapter) == ("float32", "bfloat16"):
         raise ValueError("--adapter-dtype is bfloat16, but must be float32 on a base that computes in float32")
     return Options(

@@ -77,7 +77,8 @@ class PeakMeter:
         resident = self._resident()
         with rise_on(self.device) as found:
             step()
-        return resident + found.peak
+        rise: int = found.peak
+        return resident + rise
 
     def _resident(self) -> int:
         if self.device.type == "cuda":

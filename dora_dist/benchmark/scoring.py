@@ -70,7 +70,9 @@ def random_layer(out: int, width: int, rank: int, generator: torch.Generator) ->
 def dense_scores(lora_a: Tensor, gate: Tensor, lora_b: Tensor, eps: float = 1e-8) -> Tensor:
     """Equation 7 by its definition, as the authors' code has it: one tensor ``(r, out, in)`` of all components."""
     components = (lora_b.T * gate[:, None])[:, :, None] * lora_a[:, None, :]
-    return components.flatten(1).norm(dim=1) / (components.sum(0).norm() + eps)
+    whole: Tensor = components.sum(0).norm() + eps
+    norms: Tensor = components.flatten(1).norm(dim=1)
+    return norms / whole
 
 
 def measure_accuracy(out: int, width: int, rank: int, generator: torch.Generator) -> dict[str, Any]:
@@ -88,7 +90,7 @@ def measure_accuracy(out: int, width: int, rank: int, generator: torch.Generator
     gate[2 * half :] = 0
     found: dict[str, Any] = {"layer": [out, width], "opposing_difference": OPPOSING}
     for name, layer in (("random", plain), ("opposing", (lora_a, gate, lora_b))):
-        exact = dense_scores(*(tensor.double() for tensor in layer))
+        exact = dense_scores(layer[0].double(), layer[1].double(), layer[2].double())
         nonzero = exact != 0
         for kind, scores in (("closed", component_scores(*layer)), ("dense_float32", dense_scores(*layer))):
             error = ((scores.double() - exact).abs() / exact)[nonzero].max()

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from dora_dist.base_model.quantization import forbid_inference_packing, quantization_config
+from dora_dist.base_model.quantization import forbid_inference_packing, quantization_config, quantized_weight
 from dora_dist.benchmark.shapes import Shape
 
 STANDARD_DEVIATION = 0.02
@@ -42,9 +42,9 @@ def build_base(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, name, _random(module, parameter, device, dtype, generator))
-    # As transformers leaves a model that it has quantized: PEFT looks for both.
+    # As transformers leaves a model that it has quantized: PEFT looks for both. torch's types know no such attributes.
     model.config.quantization_config = quantization
-    model.is_loaded_in_4bit = model.is_quantized = True
+    model.is_loaded_in_4bit = model.is_quantized = True  # type: ignore[assignment]
     model.requires_grad_(False)
     forbid_inference_packing(model)
     return model
@@ -58,15 +58,17 @@ def _random(
     if value.ndim > 1:
         value.normal_(0, STANDARD_DEVIATION, generator=generator)
     if isinstance(module, Linear4bit):
+        former = quantized_weight(module)
         weight = Params4bit(
             value,
             requires_grad=False,
-            quant_type=module.weight.quant_type,
-            compress_statistics=module.weight.compress_statistics,
-            quant_storage=module.weight.quant_storage,
+            quant_type=former.quant_type,
+            compress_statistics=former.compress_statistics,
+            quant_storage=former.quant_storage,
             module=module,
         )
-        return weight.to(device)  # quantizes
+        # It quantizes. bitsandbytes' types of it are those of a tensor.
+        return weight.to(device)  # type: ignore[misc]
     return nn.Parameter(value, requires_grad=False)
 
 

@@ -12,11 +12,11 @@ import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils import set_seed
-from peft import AdaLoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, AdaLoraModel, PeftModel, get_peft_model
 from peft.tuners.adalora import AdaLoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
@@ -67,6 +67,7 @@ def train_adalora(config: "RunConfig", own: Mapping[str, Any], notice: Preemptio
     if run_records is None:
         say(f"{config.output_dir} holds a finished run with these settings")
         return
+    assert device is not None
     base = build.load_base(config, device, tokenizer, data.labels)
     model = _add_adalora(config, resolved, own, base)
     trainer = _build_trainer(config, resolved, model)
@@ -146,7 +147,7 @@ def _write_result(
     run_records: records.RunRecords,
 ) -> None:
     """Check, measure and save what was trained."""
-    schedule, base = resolved.budget.schedule, model.get_base_model()
+    schedule, base = resolved.budget.schedule, _base_of(model)
     kept = kept_triplets(model)
     factors = folded_triplets(model, kept)
     check_result(factors, schedule)
@@ -201,7 +202,8 @@ def peft_config(
         beta1=own["beta1"],
         beta2=own["beta2"],
         orth_reg_weight=own["orth_reg_weight"] / regularizers,  # PEFT adds it to the loss of every micro-batch
-        lora_alpha=config.adapter.alpha,  # divided by init_r for the whole run
+        # Divided by init_r for the whole run. PEFT multiplies by it; its type is an int.
+        lora_alpha=config.adapter.alpha,  # type: ignore[arg-type]
         lora_dropout=config.adapter.dropout,
         target_modules=layers,
         modules_to_save=list(heads) or None,  # PEFT adds names to it
@@ -222,14 +224,14 @@ class _AdaLoraCallback(TrainerCallback):
         self._last = (0, time.monotonic())
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._model.base_model.update_and_allocate(state.global_step + 1)
+        cast(AdaLoraModel, self._model.base_model).update_and_allocate(state.global_step + 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._notice.received is not None and state.global_step < state.max_steps:
             control.should_training_stop = True
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **_: Any) -> None:
-        values = dict(logs)
+    def on_log(self, args: Any, state: Any, control: Any, **event: Any) -> None:
+        values: dict[str, float] = dict(event["logs"])
         values.pop("train_loss", None)
         if "loss" in values:  # with the regularizer, as the stock Trainer has it
             now, step = time.monotonic(), state.global_step
@@ -248,7 +250,7 @@ class TaskLoss(nn.Module):
 
     def __init__(self, model: PeftModel) -> None:
         super().__init__()
-        self.base = model.get_base_model()
+        self.base = _base_of(model)
 
     def forward(self, **batch: Any) -> Any:
         return self.base(**batch)
@@ -258,11 +260,18 @@ class TaskLoss(nn.Module):
         return nullcontext()
 
     def generate(self, **arguments: Any) -> Tensor:
-        return self.base.generate(**arguments)
+        # transformers' type is that of every model, of which some do not generate.
+        output: Tensor = self.base.generate(**arguments)  # type: ignore[operator]
+        return output
 
     @property
     def device(self) -> torch.device:
         return self.base.device
+
+
+def _base_of(model: PeftModel) -> PreTrainedModel:
+    # PEFT's type is that of every base: a module.
+    return cast(PreTrainedModel, model.get_base_model())
 
 
 def _layers(model: PeftModel) -> dict[str, AdaLoraLayer]:
@@ -275,7 +284,7 @@ def _layers(model: PeftModel) -> dict[str, AdaLoraLayer]:
 def kept_triplets(model: PeftModel) -> dict[str, Tensor]:
     """Layer -> boolean mask, shape ``(r,)``, of the triplets that AdaLoRA has not pruned, by its own record; all before
     its first event."""
-    pattern = model.peft_config["default"].rank_pattern
+    pattern = cast(AdaLoraConfig, model.peft_config["default"]).rank_pattern
     if pattern is None:
         return {name: torch.ones(len(layer.lora_E["default"])).bool() for name, layer in _layers(model).items()}
     masks = {name.split(".lora_E")[0]: mask for name, mask in pattern.items()}

@@ -75,7 +75,7 @@ def _draw_differences(axis: Axes, groups: Sequence[GroupResult], results: Compar
         if difference is None or difference.mean is None:
             continue
         colour = _colour(group, baseline)
-        if difference.low is not None:
+        if difference.low is not None and difference.high is not None:
             axis.plot([difference.low, difference.high], [row, row], "-", color=colour, linewidth=2)
         axis.plot([difference.mean], [row], "D", color=colour, markersize=5.5)
     axis.set_xlabel(f"difference to {baseline}")
@@ -88,7 +88,9 @@ def _colour(group: GroupResult, baseline: str) -> str:
     difference = group.difference
     if group.method == baseline:
         return BASELINE
-    if difference is None or difference.low is None or difference.low <= 0 <= difference.high:
+    if difference is None or difference.mean is None or difference.low is None or difference.high is None:
+        return UNDECIDED
+    if difference.low <= 0 <= difference.high:
         return UNDECIDED
     return BETTER if (difference.mean < 0) == group.lower_is_better else WORSE
 

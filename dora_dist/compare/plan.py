@@ -201,8 +201,10 @@ def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
     for layer in layers:
         for key, value in layer.items():
             former = values.get(key)
-            both = isinstance(former, Mapping) and isinstance(value, Mapping)
-            values[key] = {**former, **value} if both else copy.deepcopy(value)
+            if isinstance(former, Mapping) and isinstance(value, Mapping):
+                values[key] = {**former, **value}
+            else:
+                values[key] = copy.deepcopy(value)
     return values
 
 

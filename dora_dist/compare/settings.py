@@ -83,8 +83,8 @@ class CompareConfig:
             require(len(set(keys)) == len(keys), name, keys, "hold each entry once")
         for value in self.budgets:
             require(value >= 1, "budgets", self.budgets, "be ranks of at least 1")
-        for value in self.learning_rates:
-            require(value > 0, "learning_rates", self.learning_rates, "be positive")
+        for rate in self.learning_rates:
+            require(rate > 0, "learning_rates", self.learning_rates, "be positive")
         most = len(self.seeds)
         require(1 <= self.search_seeds <= most, "search_seeds", self.search_seeds, f"lie between 1 and {most} (seeds)")
         require(self.alpha_over_rank > 0, "alpha_over_rank", self.alpha_over_rank, "be positive")
@@ -131,8 +131,9 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
         if not word.startswith(("--run.", "--tasks.")):
             plain.append(word)
             continue
-        key, equals, value = word.removeprefix("--").partition("=")
-        if not equals and (value := next(words, None)) is None:
+        key, equals, rest = word.removeprefix("--").partition("=")
+        value = rest if equals else next(words, None)
+        if value is None:
             raise ValueError(f"--{key} has no value")
         nested.append((key, value))
     return plain, nested

@@ -97,7 +97,7 @@ def whole_number(training: dict[str, Any], name: str) -> int:
     Raises:
         ValueError: it is less.
     """
-    value = training_argument(training, name)
+    value: int = training_argument(training, name)
     if value < 1 and name != "max_steps":
         raise ValueError(f"training.{name} is {value!r}, but must be a whole number of at least 1")
     return value

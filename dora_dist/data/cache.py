@@ -40,7 +40,7 @@ FIRST_ROWS = 20
 """From how many rows the format of a source is told."""
 
 
-def first_rows(location: Location) -> list[dict]:
+def first_rows(location: Location) -> list[dict[str, Any]]:
     """The first rows that can be read as objects at all, to tell the format by.
 
     Raises:
@@ -192,13 +192,14 @@ def _encode_rows(
     say(f"{name}: encoding {len(rows)} rows with {workers} worker{'s' * (workers > 1)}", from_any_rank=True)
     try:
         with _progress_bars():
-            return rows.map(
+            mapped: Dataset = rows.map(
                 encoder,
                 batched=True,
                 batch_size=ROWS_AT_A_TIME,
                 num_proc=workers if workers > 1 else None,
                 remove_columns=rows.column_names,
-                features=Features({**encoder.columns, **BOOKKEEPING}),
+                # datasets' type of it takes what stands first for the object itself.
+                features=Features({**encoder.columns, **BOOKKEEPING}),  # type: ignore[arg-type]
                 cache_file_name=str(work / "examples.arrow"),
                 load_from_cache_file=False,
                 new_fingerprint=key[:32],
@@ -207,6 +208,7 @@ def _encode_rows(
     except UnusableRowError as error:
         # What a worker raises comes with the worker's traceback, which says nothing about the row.
         raise ValueError(str(error)) from None
+    return mapped
 
 
 @contextmanager
@@ -249,11 +251,13 @@ def _num_trained(examples: Dataset) -> int:
 
 def _open(name: str, folder: Path) -> PreparedSource:
     content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    dataset = load_from_disk(str(folder))
+    assert isinstance(dataset, Dataset)
     source = PreparedSource(
         name=name,
         folder=folder,
         format=content["format"],
-        dataset=load_from_disk(str(folder)),
+        dataset=dataset,
         counts=SourceCounts(**content["counts"]),
         digest=content["digest"],
     )

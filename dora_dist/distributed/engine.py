@@ -2,10 +2,59 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+
+
+class ZeroOptimizer(Protocol):
+    """What is used here of DeepSpeed's ZeRO optimizer, which has no types."""
+
+    single_partition_of_fp32_groups: Sequence[Tensor]
+    optimizer: torch.optim.Optimizer
+    check_grad_overflow: bool
+    overflow: bool
+
+
+class DeepSpeedEngine(Protocol):
+    """What is used of DeepSpeed's engine, whose types say of these only that each is a tensor or a module."""
+
+    optimizer: ZeroOptimizer
+    global_steps: int
+
+    def zero_optimization_stage(self) -> int: ...
+    def gradient_clipping(self) -> float: ...
+    def gradient_accumulation_steps(self) -> int: ...
+    def train_micro_batch_size_per_gpu(self) -> int: ...
+    def bfloat16_enabled(self) -> bool: ...
+    def fp16_enabled(self) -> bool: ...
+
+
+class FragmentAddress(Protocol):
+    """Where a part of a flat tensor lies."""
+
+    start: int
+    numel: int
+
+
+class FragmentMapping(Protocol):
+    """What of a parameter is this rank's (``lp``), and where its master copy lies (``hp``)."""
+
+    param_group_index: int
+    lp_fragment_address: FragmentAddress
+    hp_fragment_address: FragmentAddress
+
+
+class LinkedParameter(Protocol):
+    """What DeepSpeed adds to a parameter; None where this rank owns nothing of it."""
+
+    _hp_mapping: FragmentMapping | None
+
+
+def deepspeed_of(wrapped: nn.Module) -> DeepSpeedEngine:
+    """A model wrapped by DeepSpeed, as what it is."""
+    return cast(DeepSpeedEngine, wrapped)
 
 
 def engine_of(wrapped: nn.Module) -> str:
@@ -14,7 +63,7 @@ def engine_of(wrapped: nn.Module) -> str:
     if isinstance(wrapped, nn.DataParallel):
         return "dp"
     if type(wrapped).__name__ == "DeepSpeedEngine":
-        return f"zero{wrapped.zero_optimization_stage()}"
+        return f"zero{deepspeed_of(wrapped).zero_optimization_stage()}"
     return "ddp" if isinstance(wrapped, nn.parallel.DistributedDataParallel) else "none"
 
 
@@ -76,9 +125,10 @@ def owned_parts(wrapped: nn.Module, parameters: Mapping[str, nn.Parameter]) -> d
     Raises:
         ValueError: the optimizer keeps a state that is not one number per element of the parameter.
     """
-    zero, parts = wrapped.optimizer, {}
+    zero = deepspeed_of(wrapped).optimizer
+    parts: dict[str, OwnedPart] = {}
     for name, parameter in parameters.items():
-        mapping = parameter._hp_mapping
+        mapping = cast(LinkedParameter, parameter)._hp_mapping
         if mapping is None:
             continue
         flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
@@ -103,7 +153,7 @@ def _elementwise(state: Mapping[str, object], flat: Tensor) -> dict[str, Tensor]
 
 def optimizer_counters(wrapped: nn.Module) -> list[dict[str, dict[str, object]]]:
     """What ZeRO's optimizer counts (Adam's ``step``), by parameter group, as plain values: the same on every rank."""
-    zero, groups = wrapped.optimizer, []
+    zero, groups = deepspeed_of(wrapped).optimizer, []
     for flat in zero.single_partition_of_fp32_groups:
         counters: dict[str, dict[str, object]] = {}
         for key, value in zero.optimizer.state.get(flat, {}).items():
@@ -130,7 +180,8 @@ def prepare_optimizer_state(
         counters: as :func:`optimizer_counters` returned them.
         step: optimizer steps taken so far.
     """
-    zero = wrapped.optimizer
+    engine = deepspeed_of(wrapped)
+    zero = engine.optimizer
     for flat, counted in zip(zero.single_partition_of_fp32_groups, counters, strict=True):
         state: dict[str, object] = {key: torch.zeros_like(flat, dtype=dtype) for key, dtype in dtypes.items()}
         for key, saved in counted.items():
@@ -140,7 +191,7 @@ def prepare_optimizer_state(
             else:
                 state[key] = saved["value"]
         zero.optimizer.state[flat] = state
-    wrapped.global_steps = step
+    engine.global_steps = step
 
 
 class SkippedSteps:
@@ -156,7 +207,7 @@ class SkippedSteps:
     """
 
     def __init__(self, wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self._zero = wrapped.optimizer if engine_of(wrapped).startswith("zero") else None
+        self._zero = deepspeed_of(wrapped).optimizer if engine_of(wrapped).startswith("zero") else None
         self._dropped = False
         if self._zero is not None:
             self._zero.check_grad_overflow = True

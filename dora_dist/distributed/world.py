@@ -17,7 +17,7 @@ from torch import nn
 
 from dora_dist.console.errors import PreemptedError
 from dora_dist.distributed.agreement import Agreement
-from dora_dist.distributed.engine import engine_of
+from dora_dist.distributed.engine import deepspeed_of, engine_of
 from dora_dist.distributed.heartbeat import HeartbeatMonitor
 
 
@@ -34,6 +34,7 @@ def joined(engine: str, timeout_minutes: float, monitor: HeartbeatMonitor) -> It
         monitor: over the ranks; it stops when they leave.
     """
     state = connect(engine, timeout_minutes)
+    assert state.device is not None
     agreement = Agreement(state.device, monitor)
     try:
         yield agreement
@@ -157,8 +158,9 @@ def set_engine_timeout(minutes: float) -> None:
     torch.distributed.distributed_c10d._set_pg_timeout(timeout, groups._get_data_parallel_group())
 
 
-def _deepspeed_mismatches(engine: nn.Module, arguments: Any) -> list[str]:
+def _deepspeed_mismatches(wrapped: nn.Module, arguments: Any) -> list[str]:
     """Settings of the engine that are not what the Trainer believes."""
+    engine = deepspeed_of(wrapped)
     pairs = {
         "gradient clipping": (engine.gradient_clipping(), arguments.max_grad_norm),
         "gradient accumulation": (engine.gradient_accumulation_steps(), arguments.gradient_accumulation_steps),

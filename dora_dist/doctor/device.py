@@ -88,7 +88,7 @@ def check_layer(device: torch.device, dtype: torch.dtype, quantization: str) -> 
     return max(errors), 1.0
 
 
-def _quantized(weight: Tensor, device: torch.device, dtype: torch.dtype, quantization: str) -> nn.Module:
+def _quantized(weight: Tensor, device: torch.device, dtype: torch.dtype, quantization: str) -> nn.Linear:
     # Here, so that a bitsandbytes that cannot be loaded is a finding and not the end.
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
@@ -96,7 +96,7 @@ def _quantized(weight: Tensor, device: torch.device, dtype: torch.dtype, quantiz
 
     out_features, in_features = weight.shape
     if quantization == "nf4":
-        layer: nn.Module = Linear4bit(  # type: ignore[no-untyped-call]
+        layer: nn.Linear = Linear4bit(
             in_features, out_features, bias=False, compute_dtype=dtype, compress_statistics=True, quant_type="nf4"
         )
     elif quantization == "int8":

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dora_dist.adapter.model import DynamicLoraForCausalLM
 from dora_dist.data.batches import PaddedCollator, as_example
@@ -73,7 +74,7 @@ class AnswerEvaluator(Evaluator[AnswerSums]):
 
 @torch.no_grad()
 def generate_answers(
-    model: PreTrainedModel,
+    model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
@@ -101,4 +102,5 @@ def generate_answers(
         pad_token_id=pad,
         eos_token_id=list(stop),
     )
-    return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+    texts: list[str] = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+    return texts

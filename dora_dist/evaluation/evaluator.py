@@ -7,9 +7,9 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from datasets import Dataset
+from torch import nn
 from tqdm import tqdm
 
-from dora_dist.adapter.model import DynamicLoraModel
 from dora_dist.distributed.agreement import Agreement
 
 Part = TypeVar("Part")
@@ -32,7 +32,7 @@ class Evaluator(ABC, Generic[Part]):
     batch_size: int
 
     @torch.no_grad()
-    def __call__(self, model: DynamicLoraModel) -> dict[str, float]:
+    def __call__(self, model: nn.Module) -> dict[str, float]:
         """``loss``, ``examples`` and what else is measured over all sources, and where there are several,
         ``NAME_loss`` and so on of each; the same on every rank.
 
@@ -57,7 +57,7 @@ class Evaluator(ABC, Generic[Part]):
                 result |= {f"{name}_{key}": value for key, value in self.figures(part).items()}
         return result
 
-    def _local_parts(self, model: DynamicLoraModel) -> dict[str, Part]:
+    def _local_parts(self, model: nn.Module) -> dict[str, Part]:
         shares = {name: self.share(examples) for name, examples in self.sources.items()}
         progress = tqdm(
             total=sum(len(indices) for share in shares.values() for indices in share),

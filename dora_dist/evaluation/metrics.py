@@ -175,4 +175,4 @@ def rouge_scores(prediction: str, reference: str) -> dict[str, float]:
 def _rouge_scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(list(ROUGE_METRICS.values()), use_stemmer=True)  # type: ignore[no-untyped-call]
+    return RougeScorer(list(ROUGE_METRICS.values()), use_stemmer=True)

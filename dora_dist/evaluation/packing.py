@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dora_dist.base_model.shape import input_embedding
 from dora_dist.data.batches import Collator
 
 LEAST_SEPARATION = 0.05
@@ -28,12 +29,13 @@ def check_packing(model: PreTrainedModel, collate: Collator) -> None:
     """
     was_training = model.training
     model.eval()
-    size = model.get_input_embeddings().weight.shape[0]
+    size = input_embedding(model).weight.shape[0]
     first, second = ([(7 * n + shift) % size for n in range(6)] for shift in (3, 5))
 
     def end(batch: Mapping[str, Tensor | int]) -> Tensor:
         moved = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}
-        return model(**moved).logits[0, -len(second) :].float()
+        logits: Tensor = model(**moved).logits
+        return logits[0, -len(second) :].float()
 
     def example(ids: list[int]) -> dict[str, list[int]]:
         return {"input_ids": ids, "labels": ids}

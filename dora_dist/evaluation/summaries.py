@@ -59,7 +59,7 @@ class SummaryEvaluator(OutcomeEvaluator):
         return outcomes
 
     def _generate(self, model: DynamicLoraModel, batch: dict[str, Any]) -> list[str]:
-        output = model.generate(
+        output = model.generate(  # type: ignore[no-untyped-call]  # PEFT has no types for it
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             do_sample=False,

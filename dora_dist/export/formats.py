@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS, pad_rank, read_lora_adapter, write_lora_adapter
 from dora_dist.adapter.targets import resolve_targets
+from dora_dist.base_model.shape import linear_layer
 from dora_dist.export.merge import cast_parameters, merge_into
 from dora_dist.export.verification import Difference, Reference, logits_of, make_reference
 from dora_dist.runs.trained_run import TrainedRun, default_device
@@ -177,7 +178,7 @@ def short_targets(model: nn.Module, names: Sequence[str]) -> list[str]:
 
 
 def _no_components(model: nn.Module, name: str) -> Factors:
-    layer = model.get_submodule(name)
+    layer = linear_layer(model, name)
     return torch.zeros(0, layer.in_features), torch.zeros(layer.out_features, 0)
 
 

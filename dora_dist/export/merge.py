@@ -27,7 +27,7 @@ def merge_into(plain: nn.Module, base: nn.Module, factors: Mapping[str, tuple[Te
             parameter.copy_(value)
 
 
-def merged_weight(source: nn.Module, factors: tuple[Tensor, Tensor] | None) -> Tensor:
+def merged_weight(source: nn.Linear, factors: tuple[Tensor, Tensor] | None) -> Tensor:
     """``W + B A`` in float32, shape ``(out, in)``; W alone for a layer without adapter."""
     weight = dequantized_weight(source)
     if factors is None:

@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dora_dist.base_model.shape import input_embedding
 from dora_dist.console.errors import ExpectedRunError
 
 NUM_SEQUENCES = 4
@@ -105,7 +106,7 @@ class Reference:
 
 def probe_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Tensor:
     """The same token sequences for the same vocabulary, special tokens left out, shape ``(sequences, length)``."""
-    size = min(len(tokenizer), model.get_input_embeddings().num_embeddings)
+    size = min(len(tokenizer), input_embedding(model).num_embeddings)
     ordinary = torch.tensor(sorted(set(range(size)) - set(tokenizer.all_special_ids)))
     length = min(SEQUENCE_LENGTH, getattr(model.config, "max_position_embeddings", SEQUENCE_LENGTH))
     chosen = torch.randint(len(ordinary), (NUM_SEQUENCES, length), generator=torch.Generator().manual_seed(0))
@@ -118,7 +119,8 @@ def logits_of(model: torch.nn.Module, tokens: Tensor) -> Tensor:
     model.eval()
     device = next(model.parameters()).device
     ids = tokens.to(device)
-    return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float().cpu()
+    logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    return logits.float().cpu()
 
 
 def make_reference(base: PreTrainedModel, adapter: Path, tokenizer: PreTrainedTokenizerBase) -> Reference:

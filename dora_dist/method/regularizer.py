@@ -29,6 +29,7 @@ def equilibrium_penalty(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     for lora_a, lora_b in zip(tensors[::2], tensors[1::2], strict=True):
         if lora_a.shape[1] < 2 or lora_b.shape[0] < 2:
             raise ValueError(f"the variance needs two entries; got {tuple(lora_a.shape)}, {tuple(lora_b.shape)}")
+    # torch has no types for `apply`.
     penalty: Tensor = _Penalty.apply(*tensors)  # type: ignore[no-untyped-call]
     return penalty
 

@@ -58,7 +58,7 @@ def read_result(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     if not path.exists():
         return {"settings": dict(settings), "sessions": [], "truths": [], "cells": []}
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         theirs = result["settings"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--output is {path}, which is no result of this command ({error!r}): name another") from None

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dora_dist.adapter.targets import resolve_targets
+from dora_dist.base_model.shape import linear_layer
 from dora_dist.console.errors import ExpectedRunError
 from dora_dist.evaluation.seeds import RateChoice, choose, paired_difference, spread
 from dora_dist.planted.options import ORACLE, UNIFORM, Options
@@ -112,11 +113,11 @@ def make_truth(
 ) -> Truth:
     """Plant a teacher; described in ``result["truths"]``."""
     names = resolve_targets(base, "all-linear")
-    result.setdefault("layers", {name: sum(base.get_submodule(name).weight.shape) for name in names})
+    result.setdefault("layers", {name: sum(linear_layer(base, name).weight.shape) for name in names})
     ranks = planted_ranks(pattern, names, options.target_rank, seed, options.kind)
     teacher, norms = plant(base, ranks, options.strength, options.decay, seed)
     search, reported, train = rows.split([options.held_out, options.held_out, options.steps * options.batch])
-    described = {
+    described: dict[str, Any] = {
         "pattern": pattern,
         "seed": seed,
         "planted": [ranks[name] for name in names],

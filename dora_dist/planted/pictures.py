@@ -98,7 +98,8 @@ def _line(axis: Axes, method: str, points: Mapping[int, float]) -> None:
 
 def _overlap(cell: Mapping[str, Any], truths: Mapping[int, Mapping[str, Any]]) -> float:
     planted = truths[cell["seed"]]["planted"]
-    return sum(map(min, cell["kept"], planted)) / sum(planted)
+    shared: float = sum(map(min, cell["kept"], planted)) / sum(planted)
+    return shared
 
 
 def _by_planted(

@@ -4,14 +4,16 @@ import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from dora_dist.base_model.copies import share
+from dora_dist.base_model.shape import linear_layer
 
-RANDOM_SIZES = {
+RANDOM_SIZES: Mapping[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 64,
     "intermediate_size": 172,
@@ -27,12 +29,15 @@ SAMPLED_AT_ONCE = 512
 def load_base(path: Path | None, seed: int) -> PreTrainedModel:
     """A frozen causal language model in float32: from a folder, or a small LLaMA of random weights."""
     if path is None:
-        base: PreTrainedModel = LlamaForCausalLM(LlamaConfig(**RANDOM_SIZES, tie_word_embeddings=False))
-        _randomize(base, seed)
+        small = LlamaForCausalLM(LlamaConfig(**RANDOM_SIZES, tie_word_embeddings=False))
+        _randomize(small, seed)
+        base: PreTrainedModel = small
     else:
         base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     base.config.use_cache = False
-    return base.requires_grad_(False).eval()
+    base.requires_grad_(False)
+    base.eval()
+    return base
 
 
 @torch.no_grad()
@@ -69,7 +74,7 @@ def plant(
     teacher = share(base)
     norms = {}
     for name, rank in ranks.items():
-        layer = teacher.get_submodule(name)
+        layer = linear_layer(teacher, name)
         norms[name] = 0.0
         if rank:
             update = strength * layer.weight.norm() * _update(layer, name, rank, decay, seed)
@@ -78,7 +83,7 @@ def plant(
     return teacher, norms
 
 
-def _update(layer: nn.Module, name: str, rank: int, decay: bool, seed: int) -> Tensor:
+def _update(layer: nn.Linear, name: str, rank: int, decay: bool, seed: int) -> Tensor:
     """Shape ``(out, in)``, Frobenius norm sqrt(rank)."""
     smaller = min(layer.weight.shape)
     if rank > smaller:
@@ -93,7 +98,8 @@ def _update(layer: nn.Module, name: str, rank: int, decay: bool, seed: int) -> T
     )
     values = 1 / torch.arange(1, rank + 1, dtype=torch.float64) if decay else torch.ones(rank, dtype=torch.float64)
     values *= math.sqrt(rank) / values.norm()
-    return (left * values @ right.T).to(layer.weight.dtype)
+    update: Tensor = left * values @ right.T
+    return update.to(layer.weight.dtype)
 
 
 @torch.no_grad()

@@ -166,7 +166,8 @@ def _build(truth: Truth, method: str, options: Options) -> tuple[DynamicLoraMode
 def held_out_divergence(teacher: PreTrainedModel, student: torch.nn.Module, rows: Tensor) -> float:
     """:func:`divergence` over rows of any number."""
     parts = rows.split(HELD_OUT_AT_ONCE)
-    return sum(divergence(teacher, student, part).item() * part.numel() for part in parts) / rows.numel()
+    total: float = sum(divergence(teacher, student, part).item() * part.numel() for part in parts)
+    return total / rows.numel()
 
 
 def _mean_scores(controller: DynamicRankController) -> dict[str, float]:

@@ -104,9 +104,11 @@ def choose_examples(pool: Pool, training_order: "np.ndarray", choice: ExampleSel
         lengths = pool.column(lambda source: source.lengths()) + removed
         order = order[np.argsort(-lengths[order], kind="stable")]
     if choice.longest or choice.truncated:
-        return order[: choice.number or FEW].tolist()
+        chosen: list[int] = order[: choice.number or FEW].tolist()
+        return chosen
     number = choice.number or max(FEW, len(pool.chosen))
     source_of = np.searchsorted(pool.first(), order, side="right")
     firsts = np.sort(np.unique(source_of, return_index=True)[1])
     others = np.setdiff1d(np.arange(len(order)), firsts)
-    return order[np.sort(np.concatenate([firsts, others])[:number])].tolist()
+    spread: list[int] = order[np.sort(np.concatenate([firsts, others])[:number])].tolist()
+    return spread

@@ -84,7 +84,8 @@ def _next_text(
     begin = context[0] if context else first
 
     def decode(end: int) -> str:
-        return tokenizer.decode(ids[begin:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text: str = tokenizer.decode(ids[begin:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
 
     before = decode(first) if begin < first else ""
     for end in range(first + 1, min(first + MOST_TOKENS, len(ids)) + 1):

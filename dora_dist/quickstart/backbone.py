@@ -69,7 +69,7 @@ def train_tokenizer(documents: Iterable[str], folder: Path, vocabulary: int) -> 
             minloglevel=2,
         )
     # Despite its documentation, transformers 5.23 does not add bos to a bare sentencepiece model unless told.
-    tokenizer = LlamaTokenizer.from_pretrained(folder, pad_token="<pad>", add_bos_token=True)
+    tokenizer: LlamaTokenizer = LlamaTokenizer.from_pretrained(folder, pad_token="<pad>", add_bos_token=True)
     tokenizer.save_pretrained(folder)
     return tokenizer
 
@@ -79,7 +79,8 @@ def encode_documents(documents: Sequence[str], model_file: Path) -> list[list[in
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
-    return processor.encode(list(documents), add_bos=True, add_eos=True)
+    encoded: list[list[int]] = processor.encode(list(documents), add_bos=True, add_eos=True)
+    return encoded
 
 
 def padded_batches(encoded: Sequence[list[int]], batch: int) -> "Iterator[tuple[torch.Tensor, torch.Tensor]]":

@@ -3,10 +3,13 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dora_dist.console.plot import pyplot, save_picture
 from dora_dist.runs.records import evaluation_of, source_names
+
+Rank = TypeVar("Rank", int, float)
+"""Of one run, or the mean of several."""
 
 RANK_PICTURE = "ranks.png"
 
@@ -24,7 +27,7 @@ def split_name(name: str) -> tuple[str, str]:
     return (match[1], match[2]) if match else ("-", name)
 
 
-def rank_grid(ranks: Mapping[str, int]) -> tuple[list[str], list[str], dict[tuple[str, str], int]]:
+def rank_grid(ranks: Mapping[str, Rank]) -> tuple[list[str], list[str], dict[tuple[str, str], Rank]]:
     """Blocks in order, kinds in order of their names' first appearance, and rank by (block, kind)."""
     grid = {split_name(name): rank for name, rank in ranks.items()}
     blocks = sorted({block for block, _ in grid}, key=lambda block: (block == "-", int(block) if block != "-" else 0))

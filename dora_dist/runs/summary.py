@@ -42,7 +42,7 @@ def summarize(run: Path) -> dict[str, Any]:
         raise ValueError(f"{run / records.ALLOCATION} holds no pruning event yet")
     initial_rank = records.read_fingerprint(run).initial_rank
     evaluations = [line for line in lines if "eval_loss" in line]
-    last_session = next((line for line in reversed(lines) if "session_seconds" in line), {})
+    last_session: Mapping[str, Any] = next((line for line in reversed(lines) if "session_seconds" in line), {})
     ranks = events[-1].ranks
     return {
         "steps": lines[-1]["step"] if lines else 0,

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dora_dist.base_model import load
-from dora_dist.base_model.quantization import dequantized_weight
+from dora_dist.base_model.quantization import dequantized_weight, quantized_weight
 from dora_dist.config.parse import load_config
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import CAUSAL_LM, TASKS
@@ -153,7 +153,7 @@ def compute_in_float32(model: PreTrainedModel) -> None:
             model.set_submodule(name, plain)
         elif isinstance(module, Linear4bit):
             module.compute_dtype = torch.float32
-            module.weight.quant_state.dtype = torch.float32
+            quantized_weight(module).quant_state.dtype = torch.float32
     # Not model.float(): transformers refuses it on quantized models, and it is right about their codes.
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():

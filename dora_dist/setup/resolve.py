@@ -7,6 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from dora_dist.adapter.targets import resolve_targets
 from dora_dist.base_model import load
+from dora_dist.base_model.shape import linear_layer
 from dora_dist.config.checks import require
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import TASKS
@@ -123,7 +124,7 @@ def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int)
     _check_head_dtype(config, dtype)
     names = resolve_targets(skeleton, config.adapter.target_modules)
     schedule = build_schedule(config, len(names), total_steps)
-    linears = {name: skeleton.get_submodule(name) for name in names}
+    linears = {name: linear_layer(skeleton, name) for name in names}
     shapes = {name: (linear.in_features, linear.out_features) for name, linear in linears.items()}
     for name, shape in shapes.items() if config.pruning.rebase else ():
         require(

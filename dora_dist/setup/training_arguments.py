@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import IntervalStrategy, TrainingArguments
 
 from dora_dist.base_model import load
 from dora_dist.config.run import RunConfig
@@ -56,7 +56,9 @@ def training_arguments(config: RunConfig, mixture: Mixture, accumulation: int | 
     except (TypeError, ValueError) as error:
         raise ValueError(f"training: {error}") from None
     if arguments.eval_strategy != "no" and config.data.eval is None:
-        raise ValueError(f"training.eval_strategy is {arguments.eval_strategy.value}, but data.eval is not set")
+        raise ValueError(
+            f"training.eval_strategy is {IntervalStrategy(arguments.eval_strategy).value}, but data.eval is not set"
+        )
     epochs = arguments.num_train_epochs
     arguments.max_steps = count_steps(mixture, arguments.max_steps, epochs, global_batch(arguments))
     return arguments

@@ -5,4 +5,5 @@ from transformers import TrainingArguments
 
 def global_batch(arguments: TrainingArguments) -> int:
     """Rows of one optimizer step, over all ranks and micro-batches."""
-    return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    rows: int = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    return rows

@@ -19,7 +19,8 @@ class Criterion(Protocol):
             an event selects by. All of the criterion's state, which checkpoints keep.
     """
 
-    scores: Tensor
+    @property
+    def scores(self) -> Tensor: ...
 
     def update(self, layers: Sequence[Components], agreement: Agreement) -> None:
         """Look at the components once after every optimizer step until the final event, on every rank together. May
@@ -80,7 +81,7 @@ class GateSensitivity:
         self._gradient = torch.zeros(sum(sizes), dtype=torch.float32, device=gates[0].device)
         # The hooks hold views of one flat tensor, so that nothing has to be gathered.
         for gate, part in zip(gates, torch.split(self._gradient, sizes), strict=True):
-            gate.register_hook(_adder(part))  # type: ignore[no-untyped-call]
+            gate.register_hook(_adder(part))
 
     @torch.no_grad()
     def update(self, layers: Sequence[Components], agreement: Agreement) -> None:

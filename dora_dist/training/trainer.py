@@ -4,16 +4,20 @@
 """
 
 import time
+from collections.abc import Sized
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils.random import set_seed
 from torch import nn
 from torch.utils.data import SequentialSampler
-from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainerControl
+from transformers import DefaultFlowCallback, PreTrainedModel, Trainer, TrainerCallback, TrainerControl
+from transformers.trainer_utils import TrainOutput
 
+from dora_dist.adapter.model import DynamicLoraModel
 from dora_dist.console.text import say
 from dora_dist.distributed.engine import SkippedSteps
 from dora_dist.distributed.world import check_prepared, set_engine_timeout
@@ -45,10 +49,14 @@ class DynamicLoraTrainer(Trainer):
         ValueError: The model cannot be trained with the same result on any number of ranks.
     """
 
+    model: DynamicLoraModel
+
     def __init__(self, *, parts: TrainingParts, settings: LoopSettings, rows: TrainingRows, **kwargs: Any) -> None:
         evaluator = parts.evaluator
         # Of its own evaluation, which :meth:`evaluate` replaces, the Trainer only wants to know that there are data.
-        super().__init__(eval_dataset=None if evaluator is None else evaluator.sources, **kwargs)
+        sources = None if evaluator is None else evaluator.sources
+        # transformers' type has no mapping of datasets of this kind.
+        super().__init__(eval_dataset=sources, **kwargs)  # type: ignore[arg-type]
         self.parts = parts
         self.settings = settings
         self.rows = rows
@@ -76,12 +84,13 @@ class DynamicLoraTrainer(Trainer):
                 "that its loss would depend on the number of ranks and on gradient accumulation"
             )
 
-    def train(self, resume_from_checkpoint: str | Path | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | Path | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        assert resume_from_checkpoint is not True, "a path is wanted: which checkpoint to use is decided elsewhere"
         self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         # Dropout of its own on every rank; a resumed run restores each rank's generators from its checkpoint.
         set_seed(self.args.seed, device_specific=True)
         started = time.monotonic()
-        result = super().train(resume_from_checkpoint=str(self._resumed_from) if self._resumed_from else None, **kwargs)
+        result = super().train(str(self._resumed_from) if self._resumed_from else None, *args, **kwargs)
         first, last = (step * global_batch(self.args) for step in (self._first_step, self.state.global_step))
         tokens = int(self.rows.lengths[first:last].sum())
         seconds = time.monotonic() - started
@@ -92,7 +101,9 @@ class DynamicLoraTrainer(Trainer):
         """One parameter group: the Trainer would add an empty one for parameters without weight decay, over which
         DeepSpeed's step stumbles under torch 2.13 (a strict zip over groups)."""
         if self.optimizer is None:
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            # The Trainer takes models of PEFT too, which the type leaves out.
+            adapted = cast(PreTrainedModel, self.model)
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, adapted)
             parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             self.optimizer = optimizer_class(
                 [{"params": parameters, "weight_decay": self.args.weight_decay}], **options
@@ -155,6 +166,8 @@ class DynamicLoraTrainer(Trainer):
         """
         parts, settings, shards = self.parts, self.settings, None
         check_prepared(parts.agreement, self, settings.engine, settings.adapter_dtype)
+        assert isinstance(self.optimizer, AcceleratedOptimizer)
+        assert self.lr_scheduler is not None
         self.skipped_steps = SkippedSteps(self.model_wrapped, self.optimizer.optimizer)
         if self.is_deepspeed_enabled:
             set_engine_timeout(settings.timeout_minutes)
@@ -206,8 +219,10 @@ class DynamicLoraTrainer(Trainer):
         for total, before in zip((self._tr_loss, self.step_log.penalty_sum), self._sums_before, strict=True):
             total.copy_(before)
         if self.accelerator.optimizer_step_was_skipped:
+            assert self.lr_scheduler is not None
             self.lr_scheduler.step()  # which the Trainer leaves out, under DeepSpeed only: a step is a step
         self.parts.records.metrics(step, {"skipped": why})
+        assert self.args.output_dir is not None
         self.parts.skip_policy.check(step, why, checkpoint.newest(Path(self.args.output_dir)))
 
     def stop_early(self, control: TrainerControl) -> None:
@@ -238,11 +253,12 @@ class DynamicLoraTrainer(Trainer):
         return due and self.state.global_step not in done
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)
+        return SequentialSampler(cast(Sized, self.train_dataset))  # of a number of rows that is known
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """No checkpoint is handed on: :meth:`Checkpointer.restore` reads it, in the same order for every engine."""
-        return super()._prepare_for_training(max_steps, train_dataloader, None)
+        # transformers has no types for it.
+        return super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[no-untyped-call]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Left to :meth:`Checkpointer.restore`: the adapter that the Trainer would read is folded for PEFT."""

@@ -173,17 +173,21 @@ class ChatRenderer:
     def _render(
         self, messages: Sequence[dict[str, Any]], tools: list[Any] | None, prompt: bool
     ) -> tuple[str, list[tuple[int, int]]]:
+        names: dict[str, Any] = self.tokenizer.special_tokens_map
         try:
-            texts, marks = render_jinja_template(
+            rendered: Any = render_jinja_template(  # a pair, though transformers says a text
                 conversations=[list(messages)],
                 tools=tools,
                 chat_template=self.template,
                 return_assistant_tokens_mask=self.marked,
                 add_generation_prompt=prompt,
-                **self.tokenizer.special_tokens_map,
+                **names,
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise RowFlaw("messages", f"is refused by the chat template: {error}") from None
+        texts: list[str]
+        marks: list[list[tuple[int, int]]]
+        texts, marks = rendered
         return texts[0], marks[0] if self.marked else []
 
     def _check_controls(self, chat: Chat) -> None:
@@ -203,7 +207,7 @@ class ChatRenderer:
             raise ValueError(f"the chat template cannot be used: {flaw}") from None
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         added = self.tokenizer.added_tokens_decoder
-        ends = [
+        ends: list[int] = [
             token
             for token, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
             if end > spans[0][0] and token in added and not added[token].content.isspace()

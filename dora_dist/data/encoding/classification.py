@@ -104,7 +104,8 @@ class LabelledEncoder(RowEncoder[Labelled, LabelledIds]):
 
     def _hashed(self, content: Mapping[str, Any]) -> bytes:
         ids, types = content["input_ids"], content["token_type_ids"]
-        return np.array([len(ids), *ids, *types], dtype=np.int64).tobytes() + content["label"].encode()
+        label: str = content["label"]
+        return np.array([len(ids), *ids, *types], dtype=np.int64).tobytes() + label.encode()
 
 
 def class_label(label: str | int | float) -> str:

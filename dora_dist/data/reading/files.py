@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import fsspec
 import pyarrow as pa
@@ -183,7 +183,9 @@ def _saved(folder: Path, split: str) -> Iterable[dict[str, Any]]:
     if not isinstance(saved, DatasetDict):
         return saved
     if split not in saved:
-        raise ValueError(f"{folder} has no split {split!r}, but {', '.join(saved)}: set the split of the source")
+        raise ValueError(
+            f"{folder} has no split {split!r}, but {', '.join(map(str, saved))}: set the split of the source"
+        )
     return saved[split]
 
 
@@ -191,7 +193,7 @@ def _table(file: Path, separator: str, columns: Sequence[str], quotes: bool) -> 
     """A table as it is written: pandas makes numbers and dates of texts, nothing of ``NA``, shifts lines with too many
     fields and fills up those with too few."""
     csv.field_size_limit(1 << 31)
-    quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
 
     def opened() -> Any:
         return fsspec.open(str(file), "rt", compression="infer", encoding="utf-8-sig", newline="")
