@@ -11,7 +11,7 @@ ensure_environment "[dev]"
 if [ -z "${VERSIONS:-}" ]; then
   ruff check .
   ruff format --check .
-  mypy
+  mypy --num-workers auto
 fi
 export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
 if [ $# -eq 0 ]; then

@@ -10,6 +10,8 @@ from support.tiny_run import save_tiny_model
 MB = 10**6
 SLACK = 1.2
 
+FULL = pytest.mark.full("memory")
+
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
@@ -30,7 +32,10 @@ def load(tiny, model, quantization, dtype="float32", hoard=False):
     return [outcome.value for outcome in outcomes]
 
 
-@pytest.mark.parametrize(("quantization", "dtype"), [("nf4", "float32"), ("nf4", "bfloat16"), ("int8", "float32")])
+@pytest.mark.parametrize(
+    ("quantization", "dtype"),
+    [("nf4", "float32"), pytest.param("nf4", "bfloat16", marks=FULL), pytest.param("int8", "float32", marks=FULL)],
+)
 def test_the_peak_is_the_quantized_base_and_one_file(quantization, dtype, tiny, model):
     shards = size_of_shards(model)
     for rank in load(tiny, model, quantization, dtype):
@@ -42,6 +47,7 @@ def test_the_peak_is_the_quantized_base_and_one_file(quantization, dtype, tiny, 
         assert rank["kept"] <= rank["model"] + 10 * MB
 
 
+@FULL
 def test_a_loader_that_holds_all_16_bits_would_be_noticed(tiny, model):
     shards = size_of_shards(model)
     for rank in load(tiny, model, "nf4", hoard=True):

@@ -77,6 +77,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits_with_its_head(classific
     assert_same_run(classification.run, resumed)
 
 
+@pytest.mark.full("tasks")
 def test_the_course_does_not_depend_on_ranks_or_accumulation(tmp_path):
     """Without dropout, which the base has too."""
     config = write_classification(tmp_path)
@@ -84,6 +85,7 @@ def test_the_course_does_not_depend_on_ranks_or_accumulation(tmp_path):
     assert_invariant(config, tmp_path, ("accuracy",))
 
 
+@pytest.mark.full("tasks")
 def test_regression_on_a_quantized_base(tmp_path):
     config = write_classification(tmp_path, numbers=True, model={"quantization": "nf4"})
     output = run_to_the_end(config, tmp_path / "run", tmp_path / "log")

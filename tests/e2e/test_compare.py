@@ -1,4 +1,4 @@
-"""Comparisons by the real command: shared by workers, killed and started again, with a cell that fails."""
+"""Comparisons: shared by workers, killed and started again, with a cell that fails."""
 
 import json
 import os
@@ -14,6 +14,7 @@ import pytest
 import torch
 from support.commands import run
 from support.comparison import write_comparison
+from support.forked_run import run_forked
 from support.repository import REPOSITORY
 from support.tiny_models import load_base
 
@@ -21,7 +22,7 @@ from dora_dist.console.errors import PREEMPTED
 from dora_dist.runs.checkpoint import checkpoints
 
 pytestmark = pytest.mark.timeout(900)
-COMMAND = ("python", "-m", "dora_dist.compare")
+FULL = pytest.mark.full("compare")
 ONE_CELL = {"methods": ["dynamic"], "baseline": "dynamic", "seeds": [1], "learning_rates": [0.01]}
 
 
@@ -39,7 +40,7 @@ def compared(tmp_path_factory):
     """A comparison by two workers: its configuration and what the command printed."""
     folder = tmp_path_factory.mktemp("compared")
     config = write_comparison(folder, methods=["lora", "adalora", "dynamic"])
-    finished = run(*COMMAND, str(config), "--workers", "2", timeout=800)
+    finished = run_forked("compare", str(config), "--workers", "2", timeout=800)
     assert finished.status == 0, finished.output
     return config, finished.output
 
@@ -98,10 +99,10 @@ def test_what_is_finished_is_not_run_again_and_reported_from_its_files(compared)
     config, _ = compared
     written = {path: path.stat().st_mtime_ns for path in config.parent.glob("out/cells/**/metrics.jsonl")}
     before = results_of(config.parent / "out")
-    finished = run(*COMMAND, str(config), timeout=200)
+    finished = run_forked("compare", str(config), timeout=200)
     assert finished.status == 0, finished.output
     assert not [line for line in finished.output.splitlines() if line.startswith("[")]
-    again = run(*COMMAND, str(config), "--report")
+    again = run_forked("compare", str(config), "--report")
     assert again.status == 0, again.output
     assert {path: path.stat().st_mtime_ns for path in written} == written
     after = results_of(config.parent / "out")
@@ -110,7 +111,7 @@ def test_what_is_finished_is_not_run_again_and_reported_from_its_files(compared)
 
 def test_cells_made_otherwise_are_not_taken_for_those_asked_for(compared):
     for way in ("--report", "--workers=1"):
-        finished = run(*COMMAND, str(compared[0]), way, "--run.pruning.interval", "3")
+        finished = run_forked("compare", str(compared[0]), way, "--run.pruning.interval", "3")
         assert finished.status == 2
         assert "was made with pruning.interval 2, but now it is 3" in finished.output
         assert "Traceback" not in finished.output
@@ -122,15 +123,16 @@ def test_other_held_out_data_are_noticed(compared, tmp_path):
     rows = config.parent / "a.jsonl"
     kept = rows.read_text()
     rows.write_text("".join(kept.splitlines(keepends=True)[:-1]))
-    finished = run(*COMMAND, str(config))
+    finished = run_forked("compare", str(config))
     rows.write_text(kept)
     assert finished.status == 2
     assert "was made with examples of reported" in finished.output
 
 
+@FULL
 def test_told_to_stop_and_then_killed_a_comparison_ends_with_the_same_figures(tmp_path):
     config = write_comparison(tmp_path, **ONE_CELL)
-    whole = run(*COMMAND, str(config), "--output_dir", str(tmp_path / "whole"))
+    whole = run_forked("compare", str(config), "--output_dir", str(tmp_path / "whole"))
     assert whole.status == 0, whole.output
 
     cell = tmp_path / "out" / "cells" / "echo" / "rank2" / "dynamic" / "lr0.01" / "seed1"
@@ -142,7 +144,7 @@ def test_told_to_stop_and_then_killed_a_comparison_ends_with_the_same_figures(tm
     killed.wait()
     assert not (cell / "summary.json").exists()
 
-    resumed = run(*COMMAND, str(config))
+    resumed = run_forked("compare", str(config))
     assert resumed.status == 0, resumed.output
     assert (cell / "log.txt").read_text().count("resuming from") == 2
     first, second = results_of(tmp_path / "whole"), results_of(tmp_path / "out")
@@ -153,7 +155,7 @@ def test_told_to_stop_and_then_killed_a_comparison_ends_with_the_same_figures(tm
 def start_until(config: Path, cell: Path, step: int) -> subprocess.Popen:
     """A comparison by two workers that has just written a checkpoint of this step or a later one in the cell."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
-    command = [sys.executable, *COMMAND[1:], str(config), "--workers", "2"]
+    command = [sys.executable, "-m", "dora_dist", "compare", str(config), "--workers", "2"]
     process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, start_new_session=True)
     end = time.monotonic() + 240
     while not any(int(folder.name.rsplit("-", 1)[1]) >= step for folder in checkpoints(cell)):
@@ -163,6 +165,7 @@ def start_until(config: Path, cell: Path, step: int) -> subprocess.Popen:
     return process
 
 
+@FULL
 def test_a_cell_that_fails_is_reported_and_the_ranks_of_a_launcher_run_the_others(tmp_path):
     config = write_comparison(tmp_path, seeds=[1], learning_rates=[0.01])
     stranger = tmp_path / "out" / "cells" / "echo" / "rank2" / "dynamic" / "lr0.01" / "seed1" / "adapter"
@@ -181,7 +184,7 @@ def test_a_cell_that_fails_is_reported_and_the_ranks_of_a_launcher_run_the_other
     assert missing in table
 
     stranger.rmdir()
-    mended = run(*COMMAND, str(config))
+    mended = run_forked("compare", str(config))
     assert mended.status == 0, mended.output
     assert len([line for line in mended.output.splitlines() if line.startswith("[")]) == 1
     difference = group_of(results_of(tmp_path / "out"), "dynamic")["difference"]

@@ -41,6 +41,7 @@ def test_sensitivity_does_not_depend_on_world_size_engine_or_accumulation(
     assert_close(*tensors)
 
 
+@pytest.mark.full("ranks")
 def test_rebasing_reaches_the_master_copy_and_does_not_depend_on_the_engine(sensitive, tmp_path):
     rebased = ("--pruning.importance", "squared_magnitude", "--pruning.rebase", "true")
     runs = []

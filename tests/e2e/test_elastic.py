@@ -14,6 +14,7 @@ from support.forked_run import run_that_fails, run_to_the_end, runs_left_alone
 from support.same_run import assert_same_course
 from support.tiny_run import write_config
 
+FULL = pytest.mark.full("ranks")
 ACCUMULATION = {1: "4", 2: "2", 4: "1"}  # batches of 2 on each rank
 
 
@@ -51,7 +52,10 @@ def assert_same_end(expected, found):
             torch.testing.assert_close(states[1][name], value, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize(("before", "after", "step"), [(2, 1, 5), (1, 2, 3), (2, 4, 9), (4, 2, 5)])
+@pytest.mark.parametrize(
+    ("before", "after", "step"),
+    [(2, 1, 5), (1, 2, 3), pytest.param(2, 4, 9, marks=FULL), pytest.param(4, 2, 5, marks=FULL)],
+)
 def test_a_run_goes_on_with_another_number_of_ranks(before, after, step, config, whole, tmp_path):
     source = whole(before)
     output = interrupted_at(step, source, tmp_path / "run")
@@ -71,6 +75,7 @@ def test_a_finished_run_is_left_alone_by_another_number_of_ranks(config, whole, 
     assert "holds a finished run with these settings" in text
 
 
+@FULL
 def test_twice_there_and_back_is_the_same_run_still(config, whole, tmp_path):
     output = interrupted_at(3, whole(2), tmp_path / "run")
     run_to_the_end(config, output, tmp_path / "four", ranks=4)

@@ -26,6 +26,7 @@ from dora_dist.console.files import read_lines
 from dora_dist.runs import checkpoint
 
 NODE = platform.node()
+FULL = pytest.mark.full("faults")
 SMALL = ("--training.per_device_train_batch_size", "2")  # on four ranks, the global batch of two ranks
 
 
@@ -69,7 +70,15 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize(("place", "victim"), [*((place, 1) for place in PLACES), ("forward 5", 0)])
+@pytest.mark.parametrize(
+    ("place", "victim"),
+    [
+        ("save 5", 1),
+        pytest.param("forward 5", 1, marks=FULL),
+        pytest.param("event 4", 1, marks=FULL),
+        pytest.param("forward 5", 0, marks=FULL),
+    ],
+)
 def test_a_rank_that_is_killed_is_named_on_the_others(place, victim, config, whole, tmp_path):
     codes, text = broken_run(config, tmp_path / "run", tmp_path / "log", {victim: {"kill": place}})
     survivor = 1 - victim
@@ -83,6 +92,7 @@ def test_a_rank_that_is_killed_is_named_on_the_others(place, victim, config, who
     assert_goes_on(config, tmp_path / "run", tmp_path / "log", whole)
 
 
+@FULL
 def test_of_four_ranks_the_one_that_is_gone_is_named_and_nobody_else(config, whole, tmp_path):
     codes, text = broken_run(config, tmp_path / "run", tmp_path / "log", {2: {"kill": "forward 5"}}, *SMALL, ranks=4)
     assert codes == [PREEMPTED, PREEMPTED, -9, PREEMPTED], text
@@ -94,6 +104,7 @@ def test_of_four_ranks_the_one_that_is_gone_is_named_and_nobody_else(config, who
     assert "resuming from" in run_to_the_end(config, tmp_path / "run", tmp_path / "log", ranks=2)
 
 
+@FULL
 def test_a_rank_that_is_stopped_is_named_after_the_time_allowed(config, whole, tmp_path):
     codes, text = broken_run(config, tmp_path / "run", tmp_path / "log", {1: {"stop": "event 4"}})
     assert codes == [PREEMPTED, -9], text
@@ -101,7 +112,7 @@ def test_a_rank_that_is_stopped_is_named_after_the_time_allowed(config, whole, t
     assert_goes_on(config, tmp_path / "run", tmp_path / "log", whole)
 
 
-@pytest.mark.parametrize("place", ["forward 5", "event 4"])
+@pytest.mark.parametrize("place", ["forward 5", pytest.param("event 4", marks=FULL)])
 def test_a_rank_that_hangs_is_named_after_the_time_out(place, config, whole, tmp_path):
     impatient = ("--distributed.timeout_minutes", "0.1")
     codes, text = broken_run(config, tmp_path / "run", tmp_path / "log", {1: {"hang": place}}, *impatient)
@@ -113,7 +124,7 @@ def test_a_rank_that_hangs_is_named_after_the_time_out(place, config, whole, tmp
     assert_goes_on(config, tmp_path / "run", tmp_path / "log", whole)
 
 
-@pytest.mark.parametrize(("kind", "odd"), [("RuntimeError", 1), ("ValueError", 0)])
+@pytest.mark.parametrize(("kind", "odd"), [("RuntimeError", 1), pytest.param("ValueError", 0, marks=FULL)])
 def test_an_error_of_one_rank_is_told_by_the_others_too(kind, odd, config, whole, tmp_path):
     codes, text = broken_run(config, tmp_path / "run", tmp_path / "log", {odd: {"raise": "forward 5", "kind": kind}})
     assert codes == [1, 1], text
@@ -124,6 +135,7 @@ def test_an_error_of_one_rank_is_told_by_the_others_too(kind, odd, config, whole
     assert_goes_on(config, tmp_path / "run", tmp_path / "log", whole)
 
 
+@FULL
 def test_a_data_worker_that_dies(config, whole, tmp_path):
     workers = ("--training.dataloader_num_workers", "1")
     codes, text = broken_run(config, tmp_path / "run", tmp_path / "log", {1: {"worker": "forward 5"}}, *workers)
@@ -174,7 +186,7 @@ def test_too_many_in_a_row_end_the_run_at_its_last_good_checkpoint(config, whole
     ("name", "harm", "message"),
     [
         ("optimizer/rank-00001.safetensors", "flip", "has changed since it was written"),
-        ("dynamic_lora.safetensors", "truncate", "bytes instead of"),
+        pytest.param("dynamic_lora.safetensors", "truncate", "bytes instead of", marks=FULL),
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over(name, harm, message, config, whole, tmp_path):
@@ -224,7 +236,7 @@ def test_a_disk_that_is_full_during_a_save(config, whole, small_disk, tmp_path):
     ("present", "message"),
     [
         (0, "joining the world: rank 1 (there are rank 0 ({node})) did not come"),
-        (1, "rank 1 ({node}) could not reach rank 0"),
+        pytest.param(1, "rank 1 ({node}) could not reach rank 0", marks=FULL),
     ],
 )
 def test_a_rendezvous_with_a_missing_rank_ends(present, message, config, tmp_path):
@@ -249,7 +261,7 @@ class Planted:
         return (Path.touch, (self.path,))
 
 
-@pytest.mark.parametrize("name", ["scheduler.pt", "rng_state_0.pth"])
+@pytest.mark.parametrize("name", ["scheduler.pt", pytest.param("rng_state_0.pth", marks=FULL)])
 def test_a_checkpoint_that_would_run_code_is_refused(name, config, whole, tmp_path):
     run, planted = tmp_path / "run", tmp_path / "planted"
     run.mkdir()

@@ -25,7 +25,13 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+IN_FAST_LANE = ("one rank, accumulating 4 x 2", "ddp", "gradient checkpointing")
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [v if v in IN_FAST_LANE else pytest.param(v, marks=pytest.mark.full("ranks")) for v in VARIANTS],
+)
 def test_the_trajectory_does_not_depend_on_how_it_is_computed(variant, plain_reference, tmp_path):
     overrides, ranks, engine = VARIANTS[variant]
     run = tmp_path / "run"

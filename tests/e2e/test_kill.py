@@ -10,12 +10,15 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
 from support.forked_run import log_of, start_run
 from support.ranks import wait_for_ranks
 from support.same_run import assert_same_run
 from support.tiny_run import write_config
 
 from dora_dist.runs import checkpoint
+
+pytestmark = pytest.mark.full("faults")
 
 KILLS = 10
 

@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 from support.commands import BIN, run
+from support.forked_run import run_forked
 from support.repository import REPOSITORY
 from support.tiny_run import write_config
 
@@ -42,6 +43,7 @@ def test_an_error_of_the_command_line_is_said_before_any_rank_is_started(config)
     )
 
 
+@pytest.mark.full("faults")
 def test_it_is_told_to_stop_and_ends_with_the_status_of_a_run_that_goes_on(config, tmp_path):
     command = [BIN / "python", "-m", "dora_dist", "train", config, "--output_dir", tmp_path / "run"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "-1", "OMP_NUM_THREADS": "1"}
@@ -66,6 +68,7 @@ def test_it_is_told_to_stop_and_ends_with_the_status_of_a_run_that_goes_on(confi
     assert "Traceback" not in said
 
 
+@pytest.mark.full("install")
 @pytest.mark.parametrize("engine", ["ddp", "none"])
 def test_other_engines_are_started_too(config, engine, tmp_path):
     finished = train(config, "--distributed.engine", engine, "--output_dir", str(tmp_path / "run"))
@@ -77,5 +80,5 @@ def test_other_engines_are_started_too(config, engine, tmp_path):
 @pytest.mark.parametrize("name", ["RANK", "SLURM_PROCID"])
 def test_a_batch_script_is_no_rank(config, name):
     """Only RANK and WORLD_SIZE together make one, which would refuse to start ranks of its own."""
-    finished = train(config, "--processes", "0", **{name: "0"})
+    finished = run_forked("train", str(config), "--processes", "0", **{name: "0"})
     assert finished.output.endswith("error: --processes is 0, but must be at least 1\n")

@@ -105,7 +105,7 @@ def test_stock_peft_writes_the_summaries_that_were_measured(summaries):
     assert saved["modules_to_save"] is None
 
 
-@pytest.mark.parametrize("kind", ["questions", "summaries"])
+@pytest.mark.parametrize("kind", ["questions", pytest.param("summaries", marks=pytest.mark.full("tasks"))])
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(kind, request, tmp_path):
     config = request.getfixturevalue(kind)
     resumed = stopped_at(5, config.parent / "run", tmp_path)
@@ -114,18 +114,21 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(kind, request, tmp_path
     assert_same_run(config.parent / "run", resumed)
 
 
+@pytest.mark.full("tasks")
 def test_the_course_of_question_answering_does_not_depend_on_ranks_or_accumulation(tmp_path):
     config = write_questions(tmp_path)
     save_tiny_encoder(tmp_path / "model", **WITHOUT_DROPOUT)
     assert_invariant(config, tmp_path, ("exact_match", "f1"))
 
 
+@pytest.mark.full("tasks")
 @pytest.mark.parametrize("architecture", ["bart", "t5"])
 def test_the_course_of_summaries_does_not_depend_on_ranks_or_accumulation(architecture, tmp_path):
     config = write_summaries(tmp_path, architecture, evaluation={"num_beams": 2})
     assert_invariant(config, tmp_path, ("rouge1",))
 
 
+@pytest.mark.full("tasks")
 def test_questions_are_counted_and_not_windows(questions, tmp_path):
     """Also where only some of them are evaluated."""
     options = ("--evaluation.max_examples", "4", "--training.max_steps", "8")

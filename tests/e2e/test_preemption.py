@@ -108,6 +108,7 @@ def test_signals_at_every_stage_end_in_the_run_that_was_left_alone(whole, tmp_pa
     assert_same_run(whole.parent / "run", run)
 
 
+@pytest.mark.full("faults")
 def test_signals_from_outside_again_and_again(whole, tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
     processes = start_run(whole, run, log)

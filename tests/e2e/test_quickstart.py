@@ -8,6 +8,7 @@ from support.commands import run
 from support.repository import REPOSITORY
 
 
+@pytest.mark.full("install")
 @pytest.mark.timeout(900)
 def test_the_quickstart_learns_its_task_within_the_budget():
     finished = run("bash", "launch/quickstart.sh", timeout=840, OMP_NUM_THREADS="", DS_ACCELERATOR="")

@@ -9,6 +9,7 @@ from support.forked_run import log_of, run_forked, start_run
 from support.ranks import wait_for_ranks
 from support.tiny_run import write_config
 
+pytestmark = pytest.mark.full("data")
 MGSM = "bn de en es fr ja ru sw te th zh".split()
 
 

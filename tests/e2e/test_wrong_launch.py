@@ -4,6 +4,8 @@ import pytest
 from support.commands import ZERO2, run
 from support.tiny_run import write_config
 
+FULL = pytest.mark.full("install")
+
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory):
@@ -22,6 +24,7 @@ def assert_refused(finished, message):
     assert all(message in line for line in quoted)
 
 
+@FULL
 def test_a_forced_cpu_under_which_accelerate_trains_with_plain_ddp(arguments):
     finished = run(*ZERO2, *arguments, ACCELERATE_USE_CPU="1", timeout=120)
     assert_refused(finished, "ACCELERATE_USE_CPU is set")
@@ -32,11 +35,13 @@ def test_a_launch_without_deepspeed(arguments):
     assert_refused(finished, "this process was not launched with DeepSpeed")
 
 
+@FULL
 def test_ddp_on_cpus_that_accelerate_would_take_for_worlds_of_one(arguments):
     finished = run("torchrun", "--nproc_per_node", "2", *arguments, "--distributed.engine", "ddp", timeout=120)
     assert_refused(finished, "each process for a world of its own")
 
 
+@FULL
 def test_accelerate_itself_refuses_a_cpu_launch_of_deepspeed(arguments):
     """If this fails, such a launch may have become possible, or silently something else."""
     finished = run(*ZERO2, "--cpu", *arguments, timeout=120)
@@ -44,6 +49,7 @@ def test_accelerate_itself_refuses_a_cpu_launch_of_deepspeed(arguments):
     assert "step " not in finished.output
 
 
+@FULL
 def test_zero_stage_that_was_not_asked_for(arguments):
     launch = ("accelerate", "launch", "--use_deepspeed", "--zero_stage", "1", "--num_machines", "1")
     more = ("--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0")

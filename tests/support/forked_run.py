@@ -33,7 +33,7 @@ def train_rank(rank: int, world_size: int, arguments: list[str], port: int, log:
     from dora_dist.console import command
     from dora_dist.train import main
 
-    command.LINGER_SECONDS = 0.0  # no launcher ends a rank here because another has gone
+    command.LINGER_SECONDS = 1.0  # no launcher ends the others here; they still read from rank 0's store why it ends
     command.run_command(lambda: main(arguments))
 
 

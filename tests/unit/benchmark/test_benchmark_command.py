@@ -1,26 +1,20 @@
 """``python -m dora_dist.benchmark`` as a command, tiny."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
-from support.repository import REPOSITORY
+from support.forked_run import run_forked
 
 PNG = b"\x89PNG"
 
 
 def benchmark(*arguments):
-    """The command, in a process of its own."""
-    command = [sys.executable, "-m", "dora_dist.benchmark", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1", "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=200)
+    return run_forked("benchmark", *arguments, timeout=200)
 
 
 def test_the_comparison_writes_a_table_a_picture_and_all_figures(tmp_path):
     done = benchmark("--quick", "--checkpointing", "off", "--profile", "dynamic", "--output", tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.output
     result = json.loads((tmp_path / "benchmark.json").read_text())
     environment = result["environment"]
     assert environment["command"].startswith("python -m dora_dist.benchmark --quick")
@@ -46,12 +40,12 @@ def test_the_comparison_writes_a_table_a_picture_and_all_figures(tmp_path):
     assert (tmp_path / "benchmark.png").read_bytes().startswith(PNG)
     assert "aten::" in (tmp_path / "profile_64x2_dynamic.txt").read_text()
     for name in contestants:
-        assert name in done.stdout
+        assert name in done.output
 
 
 def test_scoring_writes_its_figures(tmp_path):
     done = benchmark("--quick", "--scoring", "--output", tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.output
     result = json.loads((tmp_path / "scoring.json").read_text())
     assert result["layers"] == sum(one["layers"] for one in result["dense_by_shape"]) == 14
     assert result["largest_allocation_bytes"] > 0
@@ -61,7 +55,7 @@ def test_scoring_writes_its_figures(tmp_path):
 @pytest.mark.full("benchmark")
 def test_growth_has_all_axes_and_real_ranks(tmp_path):
     done = benchmark("--quick", "--growth", "--output", tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.output
     points = json.loads((tmp_path / "growth.json").read_text())["points"]
     assert list(points) == ["layers", "hidden", "rank", "world"]
     assert [point["world"] for point in points["world"]][:2] == [1, 2]
@@ -74,6 +68,6 @@ def test_growth_has_all_axes_and_real_ranks(tmp_path):
 @pytest.mark.parametrize("arguments", ["--shapes 500x8", "--device cuda", "--rank 4"])
 def test_what_cannot_be_ends_with_a_message_and_status_2(arguments, tmp_path):
     done = benchmark(*arguments.split(), "--output", tmp_path / "results")
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {arguments.split()[0]}")
+    assert done.status == 2
+    assert done.output.startswith(f"error: {arguments.split()[0]}")
     assert not (tmp_path / "results").exists()

@@ -1,22 +1,16 @@
 """``python -m dora_dist.planted`` as a command, tiny."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
-from support.repository import REPOSITORY
+from support.forked_run import run_forked
 
 PNG = b"\x89PNG"
 TINY = "--steps 12 --interval 2 --batch 2 --length 4 --held-out 4 --target-rank 1 --patterns half".split()
 
 
 def planted(*arguments):
-    """The command, in a process of its own."""
-    command = [sys.executable, "-m", "dora_dist.planted", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1", "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=200)
+    return run_forked("planted", *arguments, timeout=200)
 
 
 @pytest.mark.full("benchmark")
@@ -24,7 +18,7 @@ def test_the_command_ends_with_all_figures_goes_on_and_refuses_other_settings(tm
     output = tmp_path / "planted.json"
     fixed = [*TINY, "--learning-rates", "0.01", "0.03", "--output", output]
     done = planted(*fixed, "--seeds", 1, "--methods", "uniform", "frobenius", "oracle")
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.output
     result = json.loads(output.read_text())
     assert len(result["cells"]) == 3 * 2
     budget = len(result["layers"])
@@ -40,7 +34,7 @@ def test_the_command_ends_with_all_figures_goes_on_and_refuses_other_settings(tm
     assert output.with_suffix(".png").read_bytes().startswith(PNG)
 
     more = planted(*fixed, "--seeds", 2, "--methods", "uniform", "frobenius", "oracle", "gate_sensitivity")
-    assert more.returncode == 0, more.stderr
+    assert more.status == 0, more.output
     grown = json.loads(output.read_text())
     assert grown["cells"][: len(result["cells"])] == result["cells"]
     # Seed 0 searches the new method's rate; seed 1 has one cell a method.
@@ -53,8 +47,8 @@ def test_the_command_ends_with_all_figures_goes_on_and_refuses_other_settings(tm
             assert any(score > 0 for score in cell["at_final_event"]["score"])
 
     other = planted(*fixed, "--seeds", 1, "--strength", 0.3)
-    assert other.returncode == 2
-    assert "whose strength is 0.2 and not 0.3" in other.stderr
+    assert other.status == 2
+    assert "whose strength is 0.2 and not 0.3" in other.output
     assert json.loads(output.read_text()) == grown
 
 
@@ -64,6 +58,6 @@ def test_the_command_ends_with_all_figures_goes_on_and_refuses_other_settings(tm
 )
 def test_what_cannot_be_ends_with_a_message_and_status_2(arguments, tmp_path):
     done = planted(*arguments.split(), "--output", tmp_path / "planted.json")
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {arguments.split()[0]}")
+    assert done.status == 2
+    assert done.output.startswith(f"error: {arguments.split()[0]}")
     assert not (tmp_path / "planted.json").exists()
