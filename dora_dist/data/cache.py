@@ -234,6 +234,7 @@ def _count(num_rows: int, examples: Dataset, status: np.ndarray) -> SourceCounts
         removed_tokens=int(columns["removed"].sum()),
         split=sum(count > 1 for count in places.values()),
         trimmed=int((columns["trimmed"] > 0).sum()),
+        unread=dict(sorted(Counter(name for names in examples["unread"] for name in names.split(",") if name).items())),
         examples=int((status == Status.KEPT).sum()),
         tokens=tokens,
         trained_tokens=_num_trained(examples) if "spans" in examples.column_names else tokens,

@@ -25,7 +25,8 @@ class SourceCounts:
         removed_tokens: tokens that were cut off.
         split: rows that became several examples: the chat template rewrites earlier turns, or a context is longer
             than a window.
-        trimmed: conversations whose messages after the assistant's last were left out.
+        trimmed: conversations whose messages after the last answer that is trained were left out.
+        unread: field of messages that is not read -> conversations that have it.
         examples: that are left.
         tokens: of the examples.
         trained_tokens: tokens with a loss; all where the loss is not on tokens.
@@ -38,19 +39,22 @@ class SourceCounts:
     removed_tokens: int
     split: int
     trimmed: int
+    unread: dict[str, int]
     examples: int
     tokens: int
     trained_tokens: int
 
     def remarks(self) -> list[str]:
         """What a user should know, in words."""
+        unread = ", ".join(f"{name} ({count})" for name, count in self.unread.items())
         said = {
             f"skipped {self.bad} of {self.rows} rows that cannot be used": self.bad,
             f"dropped {self.overlong} examples that do not fit into data.max_length": self.overlong,
             f"truncated {self.truncated} examples by {self.removed_tokens} tokens in all": self.truncated,
             f"made several examples of each of {self.split} rows (of every answer of a conversation, where the chat "
             "template rewrites earlier turns; of every window of a long context)": self.split,
-            f"left out the messages after the assistant's last one in {self.trimmed} conversations": self.trimmed,
+            f"left out the messages after the last trained answer in {self.trimmed} conversations": self.trimmed,
+            f"fields of messages that are not read (conversations that have them): {unread}": len(self.unread),
         }
         return [text for text, count in said.items() if count]
 

@@ -15,6 +15,8 @@ from dora_dist.data.encoding.summaries import SummaryEncoder
 from dora_dist.data.encoding.text import TextEncoder
 from dora_dist.data.reading.samples import (
     ROLES,
+    THOUGHTS,
+    UNTRAINED,
     Chat,
     Document,
     Instruction,
@@ -38,8 +40,19 @@ SHAREGPT_ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
-MESSAGE_EXTRAS = ("tool_calls", "tool_call_id", "name", "reasoning_content")
+MESSAGE_EXTRAS = ("tool_call_id", "name")
 """Fields of a message that are handed to the chat template as they are."""
+THOUGHT_FIELDS = (THOUGHTS, "thinking", "reasoning")
+WEIGHT_FIELDS = ("weight", "train", "trainable", "loss")
+"""Fields of an answer that say whether it is trained."""
+MESSAGE_FIELDS = {*MESSAGE_EXTRAS, *THOUGHT_FIELDS, *WEIGHT_FIELDS, "tool_calls"}
+REFUSED_MESSAGE_FIELDS = (
+    *("function_call", "functions", "image", "images", "audio", "audios", "video", "videos"),
+    *("prefix", "mask", "masked", "loss_mask"),
+)
+"""Fields of a message that mean something which is not read."""
+CONTEXT_FIELDS = ("system", "history", "tools", "functions", "image", "images", "audio", "audios", "video", "videos")
+"""Fields of a row that the model would be given: where a format does not read one, a row that has it is refused."""
 
 
 def _text(row: Mapping[str, Any], field: str, optional: bool = False) -> str:
@@ -61,7 +74,17 @@ def _wanted(row: Mapping[str, Any], field: str) -> str:
 
 
 def _alpaca(row: Mapping[str, Any]) -> Sample:
-    return Instruction(_text(row, "instruction"), _text(row, "input", optional=True), _wanted(row, "output"))
+    history = row.get("history") or []
+    pairs = [tuple(entry) if isinstance(entry, list | tuple) else () for entry in history]
+    if not isinstance(history, list) or not all(len(p) == 2 and all(isinstance(t, str) for t in p) for p in pairs):
+        raise RowFlaw("history", f"must be a list of [instruction, answer], got {shortened(history)}")
+    return Instruction(
+        _text(row, "instruction"),
+        _text(row, "input", optional=True),
+        _wanted(row, "output"),
+        _text(row, "system", optional=True),
+        tuple((asked, answered) for asked, answered in pairs),
+    )
 
 
 def _prompt_completion(row: Mapping[str, Any]) -> Sample:
@@ -83,7 +106,8 @@ def _labelled(row: Mapping[str, Any]) -> Labelled:
 
 
 def _messages(row: Mapping[str, Any]) -> Sample:
-    return _chat(row, "messages", "role", "content", {role: role for role in ROLES})
+    system = _text(row, "system", optional=True)
+    return _chat(row, "messages", "role", "content", {role: role for role in ROLES}, system)
 
 
 def _sharegpt(row: Mapping[str, Any]) -> Sample:
@@ -104,10 +128,13 @@ def _chat(
         raise RowFlaw("system", "is there beside a message of the system: keep one")
     if system:
         messages.insert(0, {"role": "system", "content": system})
-    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    answers = Chat(messages).answers()
     if not answers:
-        raise RowFlaw(field, "has no message of the assistant, so that there is nothing to learn from it")
-    return Chat(messages[: answers[-1] + 1], _tools(row), len(messages) - answers[-1] - 1)
+        raise RowFlaw(field, "has no message of the assistant to train, so that there is nothing to learn from it")
+    unread = {name for entry in entries for name, value in entry.items() if value is not None}
+    unread -= MESSAGE_FIELDS | {role_key, text_key}
+    end = answers[-1] + 1
+    return Chat(messages[:end], _tools(row), len(messages) - end, tuple(sorted(unread)))
 
 
 def _message(entry: Any, place: str, role_key: str, text_key: str, roles: Mapping[str, str]) -> dict[str, Any]:
@@ -116,16 +143,57 @@ def _message(entry: Any, place: str, role_key: str, text_key: str, roles: Mappin
     role = entry.get(role_key)
     if not isinstance(role, str) or role not in roles:
         raise RowFlaw(f"{place}.{role_key}", f"must be one of {', '.join(roles)}, got {shortened(role)}")
-    message = {name: entry[name] for name in MESSAGE_EXTRAS if entry.get(name)}
-    calls = roles[role] == "assistant" and "tool_calls" in message
-    if not (calls and entry.get(text_key) is None):
-        text = entry.get(text_key)
-        if not isinstance(text, str):
-            raise RowFlaw(f"{place}.{text_key}", f"must be text, got {shortened(text)}")
-        if roles[role] == "assistant" and not text.strip() and not calls:
-            raise RowFlaw(f"{place}.{text_key}", "is empty, so that there is nothing to learn from it")
-        message["content"] = text
-    return {"role": roles[role], **message}
+    for name in REFUSED_MESSAGE_FIELDS:
+        if entry.get(name):
+            raise RowFlaw(f"{place}.{name}", "is not read, so that it would be lost: leave it out of the rows")
+    message = {"role": roles[role], **{name: entry[name] for name in MESSAGE_EXTRAS if entry.get(name)}}
+    if calls := entry.get("tool_calls"):
+        message["tool_calls"] = _calls(calls, f"{place}.tool_calls")
+    if thoughts := next((entry[name] for name in THOUGHT_FIELDS if entry.get(name)), None):
+        message[THOUGHTS] = thoughts
+    is_answer = message["role"] == "assistant"
+    if is_answer and not _is_trained(entry, place):
+        message[UNTRAINED] = True
+    text = entry.get(text_key)
+    if is_answer and calls and not text:
+        return message
+    if not isinstance(text, str):
+        raise RowFlaw(f"{place}.{text_key}", f"must be text, got {shortened(text)}")
+    if is_answer and not text.strip() and UNTRAINED not in message:
+        raise RowFlaw(f"{place}.{text_key}", "is empty, so that there is nothing to learn from it")
+    return {**message, "content": text}
+
+
+def _is_trained(entry: Mapping[str, Any], place: str) -> bool:
+    for name in WEIGHT_FIELDS:
+        value = entry.get(name)
+        if value not in (None, 0, 1):
+            raise RowFlaw(f"{place}.{name}", f"must be 0 or 1, true or false, got {shortened(value)}")
+    return not any(entry.get(name) == 0 for name in WEIGHT_FIELDS)
+
+
+def _calls(calls: Any, place: str) -> list[dict[str, Any]]:
+    """Calls of tools in one form: ``arguments`` as an object, whether they were one or JSON text."""
+    if not isinstance(calls, list):
+        raise RowFlaw(place, f"must be a list of calls, got {shortened(calls)}")
+    found = []
+    for number, call in enumerate(calls):
+        here = f"{place}[{number}]"
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise RowFlaw(here, f"must be a call with a name and arguments, got {shortened(call)}")
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments) if arguments.strip() else {}
+            except json.JSONDecodeError as error:
+                raise RowFlaw(f"{here}.arguments", f"cannot be read as JSON: {error}") from None
+        arguments = {} if arguments is None else arguments
+        if not isinstance(arguments, dict):
+            raise RowFlaw(f"{here}.arguments", f"must be an object with named values, got {shortened(arguments)}")
+        others = {name: call[name] for name in ("id", "type") if call.get(name)}
+        found.append({"type": "function", **others, "function": {"name": function["name"], "arguments": arguments}})
+    return found
 
 
 def _tools(row: Mapping[str, Any]) -> list[Any] | None:
@@ -192,11 +260,18 @@ class RowFormat:
     encoder: type[RowEncoder[Any, Any]] = TextEncoder
     is_chat: bool = False
 
+    @property
+    def lost_fields(self) -> list[str]:
+        """Fields that the model would be given in other formats, and that this one does not read."""
+        if self.encoder is not TextEncoder or self.parse is _document:
+            return []
+        return [name for name in CONTEXT_FIELDS if name not in self.optional]
+
 
 FORMATS: dict[str, RowFormat] = {
-    "messages": RowFormat(required=("messages",), optional=("tools",), parse=_messages, is_chat=True),
+    "messages": RowFormat(required=("messages",), optional=("system", "tools"), parse=_messages, is_chat=True),
     "sharegpt": RowFormat(required=("conversations",), optional=("system", "tools"), parse=_sharegpt, is_chat=True),
-    "alpaca": RowFormat(required=("instruction", "output"), optional=("input",), parse=_alpaca),
+    "alpaca": RowFormat(required=("instruction", "output"), optional=("input", "system", "history"), parse=_alpaca),
     "prompt_completion": RowFormat(required=("prompt", "completion"), parse=_prompt_completion),
     "text": RowFormat(required=("text",), parse=_document),
     "classification": RowFormat(
@@ -215,7 +290,16 @@ def build_encoder(tokenizer: PreTrainedTokenizerBase, rules: EncodingRules) -> R
         ValueError: the tokenizer or the rules do not fit the format.
     """
     row_format = FORMATS[rules.format]
-    return row_format.encoder(tokenizer, rules, row_format.parse)
+
+    def parse(row: Mapping[str, Any]) -> Any:
+        for name in row_format.lost_fields:
+            if row.get(name):
+                raise RowFlaw(
+                    name, f"is not read in rows of the format {rules.format}, so that it would be lost: leave it out"
+                )
+        return row_format.parse(row)
+
+    return row_format.encoder(tokenizer, rules, parse)
 
 
 def tell_format(

@@ -24,7 +24,8 @@ class AnswerEvaluator(Evaluator[AnswerSums]):
     """Of a causal language model.
 
     The loss is the mean over all answer tokens of the data (not a mean of means), so that it depends neither on batch
-    size nor on world size. Exact match compares greedily generated answers with the reference, white space stripped.
+    size nor on world size. Exact match compares greedily generated answers with the trained ones, both as their tokens
+    are decoded, white space stripped: what a template writes before an answer's text belongs to both.
 
     Args:
         tokenizer: the model's.

@@ -52,7 +52,7 @@ def table_of(pool: Pool, data: "RunData", mixture: "Mixture | None") -> list[tup
         sources = [pool.sources[number] for number in numbers]
         total = Counter[str]()
         for source in sources:
-            total.update(dataclasses.asdict(source.counts))
+            total.update({name: n for name, n in dataclasses.asdict(source.counts).items() if isinstance(n, int)})
         if mixture is None:
             last = (f"{sum(data.overlap[source.name] for source in sources):,}",)
         else:

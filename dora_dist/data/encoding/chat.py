@@ -1,9 +1,12 @@
 """Chat templates: which one, what it makes of a conversation, and which characters of it the assistant wrote."""
 
+import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from dora_dist.data.reading.samples import Chat, RowFlaw
+from dora_dist.data.encoding.proof import LEFT_OUT, ContentProof
+from dora_dist.data.reading.samples import THOUGHTS, UNTRAINED, Chat, RowFlaw
 
 BUNDLED = Path(__file__).parent / "templates"
 FAMILIES = {
@@ -25,6 +29,7 @@ FAMILIES = {
 
 NO_TEXT = "which would be no text to the model but the start or the end of something"
 PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+PROBE_WORD = "qzword"
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,12 @@ def _bundled(name: str) -> str:
     return (BUNDLED / f"{name}.jinja").read_text(encoding="utf-8")
 
 
+def _with_arguments(call: Mapping[str, Any], as_text: bool) -> dict[str, Any]:
+    function = call["function"]
+    arguments = json.dumps(function["arguments"], ensure_ascii=False) if as_text else function["arguments"]
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
 def control_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """Matches the special tokens that stand for more than their text."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -88,11 +99,24 @@ def control_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
+@dataclass(frozen=True)
+class CallStyle:
+    """How a template wants calls of tools.
+
+    Attributes:
+        as_text: arguments as JSON text instead of an object.
+        empty: the content beside calls: None, or a text.
+    """
+
+    as_text: bool
+    empty: str | None
+
+
 class ChatRenderer:
     """Renders conversations and knows which characters are the assistant's.
 
-    The characters are those between two renderings, or inside the template's own ``{% generation %}`` marks where it
-    has them; the text of a message is never searched for.
+    An answer begins where the rendering of all before it, with the generation prompt, ends: there generation begins,
+    too. So a template's own ``{% generation %}`` marks decide nothing, and the text of a message is never searched for.
 
     Args:
         tokenizer: fast (with offsets), for its special tokens.
@@ -111,8 +135,8 @@ class ChatRenderer:
             )
         self.tokenizer = tokenizer
         self.template = template
-        self.marked = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
         self._control = control_pattern(tokenizer)
+        self._proof = ContentProof(self.render)
         self.end_of_turn = self._find_end_of_turn()
 
     def render(self, chat: Chat, length: int | None = None, prompt: bool = False) -> str:
@@ -126,31 +150,29 @@ class ChatRenderer:
         Raises:
             RowFlaw: the template refuses these messages.
         """
-        return self._render(chat.messages[:length], chat.tools, prompt)[0]
+        messages = [self._as_template_reads(message) for message in chat.messages[:length]]
+        return self._render(messages, chat.tools, prompt)
 
     def spans(self, chat: Chat, last_only: bool = False) -> tuple[str, list[tuple[int, int]]] | None:
-        """The rendered conversation with start and end of the characters that the assistant wrote, turn by turn.
+        """The rendered conversation with start and end of the characters of every answer that is trained.
 
         Args:
-            chat: the conversation; it ends with the assistant.
-            last_only: the last turn only.
+            chat: the conversation.
+            last_only: the last answer only.
 
         Returns:
             None where the template renders an earlier turn otherwise once more messages follow (it leaves out
             thoughts, say), so that no single text has all turns as the model would see them.
 
         Raises:
-            RowFlaw: the template refuses these messages, or a message holds a control token.
+            RowFlaw: the template refuses these messages or leaves out a part of them, or a message holds a control
+                token.
         """
         self._check_controls(chat)
-        text, marks = self._render(chat.messages, chat.tools, False)
-        answers = [number for number, message in enumerate(chat.messages) if message["role"] == "assistant"]
-        if self.marked:
-            if len(marks) != len(answers) or any(end <= start for start, end in marks):
-                raise RowFlaw("messages", "is rendered without {% generation %} marks around every assistant message")
-            return text, marks[-1:] if last_only else marks
+        text = self.render(chat)
+        answers = chat.answers()[-1:] if last_only else chat.answers()
         spans = []
-        for number in answers[-1:] if last_only else answers:
+        for number in answers:
             before = self.render(chat, number, prompt=True)
             after = text if number == len(chat.messages) - 1 else self.render(chat, number + 1)
             if not (text.startswith(before) and text.startswith(after) and len(after) > len(before)):
@@ -158,10 +180,12 @@ class ChatRenderer:
                     raise RowFlaw(
                         "messages",
                         "is rendered so that the assistant's last turn does not go on from the template's generation "
-                        "prompt: set data.chat_template to a template with {% generation %} marks",
+                        "prompt: give the answer what that prompt begins (a thought, say), or set data.chat_template "
+                        "to another template",
                     )
                 return None
             spans.append((len(before), len(after)))
+        self._proof.check(chat, text, answers)
         return text, spans
 
     def last_span(self, chat: Chat) -> tuple[str, list[tuple[int, int]]]:
@@ -170,25 +194,56 @@ class ChatRenderer:
         assert found is not None
         return found
 
-    def _render(
-        self, messages: Sequence[dict[str, Any]], tools: list[Any] | None, prompt: bool
-    ) -> tuple[str, list[tuple[int, int]]]:
+    def _as_template_reads(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A message under the names and in the forms that this template reads."""
+        read = {name: value for name, value in message.items() if name not in (THOUGHTS, UNTRAINED, "tool_calls")}
+        if THOUGHTS in message:
+            read[self._thoughts_key] = message[THOUGHTS]
+        if "tool_calls" in message:
+            style = self._call_style
+            if style is None:
+                raise RowFlaw("messages", f"holds calls of tools: this {LEFT_OUT}")
+            read["tool_calls"] = [_with_arguments(call, style.as_text) for call in message["tool_calls"]]
+            read.setdefault("content", style.empty)
+        return read
+
+    @cached_property
+    def _thoughts_key(self) -> str:
+        for key in (THOUGHTS, "thinking", "reasoning"):
+            with suppress(RowFlaw):
+                if PROBE_WORD in self._render([PROBE[0], {**PROBE[1], key: PROBE_WORD}], None, False):
+                    return key
+        return THOUGHTS
+
+    @cached_property
+    def _call_style(self) -> CallStyle | None:
+        """The first way in which a call survives: neither escaped, nor as Python writes it; None where it does not."""
+        arguments = {PROBE_WORD: "qzvalue", "qzmore": {"qzinner": [True]}}
+        call = {"type": "function", "id": "qz1234567", "function": {"name": "qzname", "arguments": arguments}}
+        function = {"name": "qzname", "description": "d", "parameters": {"type": "object", "properties": {}}}
+        for as_text, empty in itertools.product((False, True), (None, "")):
+            answer = {"role": "assistant", "content": empty, "tool_calls": [_with_arguments(call, as_text)]}
+            with suppress(RowFlaw):
+                text = self._render([PROBE[0], answer], [{"type": "function", "function": function}], False)
+                is_there = all(word in text for word in ("qzname", PROBE_WORD, "qzvalue", "qzinner"))
+                if is_there and not any(spoilt in text for spoilt in ("'qzinner'", '\\"qzinner', "True", "None")):
+                    return CallStyle(as_text, empty)
+        return None
+
+    def _render(self, messages: Sequence[dict[str, Any]], tools: list[Any] | None, prompt: bool) -> str:
         names: dict[str, Any] = self.tokenizer.special_tokens_map
         try:
             rendered: Any = render_jinja_template(  # a pair, though transformers says a text
                 conversations=[list(messages)],
                 tools=tools,
                 chat_template=self.template,
-                return_assistant_tokens_mask=self.marked,
                 add_generation_prompt=prompt,
                 **names,
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise RowFlaw("messages", f"is refused by the chat template: {error}") from None
-        texts: list[str]
-        marks: list[list[tuple[int, int]]]
-        texts, marks = rendered
-        return texts[0], marks[0] if self.marked else []
+        texts: list[str] = rendered[0]
+        return texts[0]
 
     def _check_controls(self, chat: Chat) -> None:
         """A control token in a message would end a turn, or begin one, in the middle of a text."""

@@ -28,6 +28,7 @@ BOOKKEEPING = {
     "status": Value("int8"),
     "note": Value("string"),
     "trimmed": Value("int32"),
+    "unread": Value("string"),
 }
 """Columns that examples of every kind have beside their own."""
 
@@ -116,7 +117,7 @@ class RowEncoder(ABC, Generic[P, E]):
         Returns:
             Columns of examples, with one line too for each row that became none: :attr:`columns`, and ``removed``
             (tokens that were cut off), ``key`` (a hash of the example), ``place``, ``status``, ``note``, ``trimmed``
-            (messages left out after the assistant's last).
+            (messages left out after the last that is trained), ``unread`` (fields that are not read, with commas).
 
         Raises:
             UnusableRowError: a row cannot be used, under the policy ``error``.
@@ -127,15 +128,18 @@ class RowEncoder(ABC, Generic[P, E]):
             try:
                 found += [(place, part) for part in self._parts(self._parse(text, flaw))]
             except RowFlaw as error:
-                if self.rules.bad_rows == "error":
-                    raise UnusableRowError(f"{place}: {error}; mend it, or set data.bad_rows to skip") from None
+                self._check_policy(error, place)
                 found.append((place, error))
         encoded = iter(self._encode([part for _, part in found if not isinstance(part, RowFlaw)]))
         for place, part in found:
-            if isinstance(part, RowFlaw):
-                example, status, note = None, Status.BAD, str(part)
-            else:
-                example, status, note = self._fit(part, next(encoded), place)
+            example, status, note = None, Status.BAD, str(part)
+            if not isinstance(part, RowFlaw):
+                made = next(encoded)
+                if isinstance(made, RowFlaw):
+                    self._check_policy(made, place)
+                    note = str(made)
+                else:
+                    example, status, note = self._fit(part, made, place)
             content = self._content(example)
             for name, value in content.items():
                 columns[name].append(value)
@@ -144,7 +148,12 @@ class RowEncoder(ABC, Generic[P, E]):
             columns["status"].append(int(status))
             columns["note"].append(note)
             columns["trimmed"].append(0 if isinstance(part, RowFlaw) else self._num_trimmed(part))
+            columns["unread"].append("" if isinstance(part, RowFlaw) else ",".join(self._unread(part)))
         return columns
+
+    def _check_policy(self, flaw: RowFlaw, place: str) -> None:
+        if self.rules.bad_rows == "error":
+            raise UnusableRowError(f"{place}: {flaw}; mend it, or set data.bad_rows to skip") from None
 
     @abstractmethod
     def _parts(self, sample: Any) -> list[P]:
@@ -155,8 +164,8 @@ class RowEncoder(ABC, Generic[P, E]):
         """
 
     @abstractmethod
-    def _encode(self, parts: Sequence[P]) -> Sequence[E]:
-        """Examples of parts, without a look at their length."""
+    def _encode(self, parts: Sequence[P]) -> Sequence[E | RowFlaw]:
+        """Examples of parts, or what is wrong with one, without a look at their length."""
 
     @abstractmethod
     def _fit(self, part: P, example: E, place: str) -> tuple[E | None, Status, str]:
@@ -172,6 +181,9 @@ class RowEncoder(ABC, Generic[P, E]):
 
     def _num_trimmed(self, part: P) -> int:
         return 0
+
+    def _unread(self, part: P) -> Sequence[str]:
+        return ()
 
     def _too_long(self, length: int, place: str, rule: str = "max_length") -> str:
         """Note on an example that is longer than a rule allows.

@@ -1,6 +1,7 @@
 """Making what the model is given shorter, so that the answer fits."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -26,7 +27,8 @@ class Shortener:
             for part in sorted(("context", "instruction"), key=lambda part: -len(getattr(sample, part))):
                 shorter = self._cut_middle(getattr(sample, part), excess)
                 if shorter is not None:
-                    return replace(sample, **{part: shorter})
+                    changed: dict[str, Any] = {part: shorter}
+                    return replace(sample, **changed)
             return None
         assert isinstance(sample, Chat)
         users = [number for number, message in enumerate(sample.messages) if message["role"] == "user"]

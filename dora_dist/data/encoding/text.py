@@ -1,5 +1,7 @@
 """Examples of causal language modelling: token ids and the spans that are trained."""
 
+import bisect
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -16,10 +18,9 @@ from dora_dist.data.encoding.encoder import (
     RowEncoder,
     RowParser,
     Status,
-    UnusableRowError,
 )
 from dora_dist.data.encoding.shorten import Shortener
-from dora_dist.data.reading.samples import Chat, Document, Instruction, Pair, RowFlaw, Sample
+from dora_dist.data.reading.samples import UNTRAINED, Chat, Document, Instruction, Pair, RowFlaw, Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +29,9 @@ class Encoded:
 
     Attributes:
         ids: token ids.
-        spans: start and end (excluded) of every run of trained tokens, one after the other: ``[3, 7, 12, 15]``.
-        answer: the last answer as text, to compare a generated one with.
+        spans: start and end (excluded) of every run of trained tokens, one after the other: ``[3, 7, 12, 15]``. The
+            last run is the last answer, also where what is before it is trained too: ``[0, 12, 12, 15]``.
+        answer: the last answer as its tokens are decoded, to compare a generated one with.
         num_removed: tokens that were cut off to make it fit.
     """
 
@@ -80,6 +82,12 @@ def _without_end(ids: list[int], end: int | None) -> list[int]:
     return ids
 
 
+def _is_inside_a_token(offsets: Sequence[tuple[int, int]], place: int) -> bool:
+    """Whether a token covers the characters on both sides of a place."""
+    number = bisect.bisect_right(offsets, place, key=lambda offset: offset[1])
+    return number < len(offsets) and offsets[number][0] < place
+
+
 class TextEncoder(RowEncoder[_Part, Encoded]):
     """Text for a causal language model, of which some tokens are trained.
 
@@ -120,6 +128,9 @@ class TextEncoder(RowEncoder[_Part, Encoded]):
     def _num_trimmed(self, part: _Part) -> int:
         return part.sample.num_trimmed if isinstance(part.sample, Chat) else 0
 
+    def _unread(self, part: _Part) -> Sequence[str]:
+        return part.sample.unread if isinstance(part.sample, Chat) else ()
+
     def _parse(self, text: str, flaw: str) -> Sample:
         sample: Sample = super()._parse(text, flaw)
         if isinstance(sample, Instruction):
@@ -132,6 +143,9 @@ class TextEncoder(RowEncoder[_Part, Encoded]):
                 raise RowFlaw(name, "is nothing but the end token, so that there is nothing to learn from it")
             self._check_controls(name, answer)
         if isinstance(sample, Instruction):
+            for name in ("system", "history"):
+                if getattr(sample, name) and not self.rules.as_chat:
+                    raise RowFlaw(name, "has no place under Alpaca's headings: set as_chat: true")
             return sample.as_chat() if self.rules.as_chat else sample
         return sample
 
@@ -140,14 +154,15 @@ class TextEncoder(RowEncoder[_Part, Encoded]):
         if not isinstance(sample, Chat):
             return [_Part(sample)]
         assert self.renderer is not None
+        if self.rules.train_on == "everything" and any(UNTRAINED in message for message in sample.messages):
+            raise RowFlaw("messages", "holds an answer that is not to be trained, but data.train_on is everything")
         rendered = self.renderer.spans(sample, last_only=self.rules.train_on != "assistant")
         if rendered is not None:
             return [_Part(sample, *rendered)]
-        ends = [number + 1 for number, message in enumerate(sample.messages) if message["role"] == "assistant"]
-        parts = [replace(sample, messages=sample.messages[:end]) for end in ends]
+        parts = [replace(sample, messages=sample.messages[: number + 1]) for number in sample.answers()]
         return [_Part(part, *self.renderer.last_span(part)) for part in parts]
 
-    def _encode(self, parts: Sequence[_Part]) -> list[Encoded]:
+    def _encode(self, parts: Sequence[_Part]) -> list[Encoded | RowFlaw]:
         """Examples of parts of one kind, without a look at their length."""
         if not parts:
             return []
@@ -159,33 +174,67 @@ class TextEncoder(RowEncoder[_Part, Encoded]):
         instructions = [sample.as_pair() if isinstance(sample, Instruction) else sample for sample in samples]
         return self._encode_pairs([sample for sample in instructions if isinstance(sample, Pair)])
 
-    def _encode_pairs(self, pairs: Sequence[Pair]) -> list[Encoded]:
+    def _encode_pairs(self, pairs: Sequence[Pair]) -> list[Encoded | RowFlaw]:
         end = self.tokenizer.eos_token_id
         prompts = encode_prompts(self.tokenizer, [pair.prompt for pair in pairs])
         answers = self.tokenizer([pair.completion for pair in pairs], add_special_tokens=False, **IDS_ONLY)["input_ids"]
-        examples = []
-        for pair, prompt, answer in zip(pairs, prompts, answers, strict=True):
-            ids = prompt + _without_end(answer, end) + [end]
-            start = 0 if self.rules.train_on == "everything" else len(prompt)
-            text = pair.completion.rstrip().removesuffix(self.tokenizer.eos_token)  # as a generated answer is decoded
-            examples.append(Encoded(ids, [start, len(ids)], text))
-        return examples
+        rows = [[*_without_end(answer, end), end] for answer in answers]
+        return [
+            Encoded(prompt + answer, self._trained([len(prompt), len(prompt) + len(answer)]), self._decoded(answer))
+            for prompt, answer in zip(prompts, rows, strict=True)
+        ]
 
-    def _encode_documents(self, documents: Sequence[Document]) -> list[Encoded]:
+    def _trained(self, spans: list[int]) -> list[int]:
+        """Spans of answers, or of everything up to the last of them and that one."""
+        return [0, spans[-2], *spans[-2:]] if self.rules.train_on == "everything" else spans
+
+    def _decoded(self, answer: list[int]) -> str:
+        return str(self.tokenizer.decode(answer, skip_special_tokens=True))
+
+    def _encode_documents(self, documents: Sequence[Document]) -> list[Encoded | RowFlaw]:
         rows = encode_prompts(self.tokenizer, [document.text for document in documents])
         rows = [[*ids, self.tokenizer.eos_token_id] for ids in rows]
         return [Encoded(ids, [0, len(ids)], "") for ids in rows]
 
-    def _encode_chats(self, parts: Sequence[_Part]) -> Iterator[Encoded]:
+    def _encode_chats(self, parts: Sequence[_Part]) -> Iterator[Encoded | RowFlaw]:
         encoded = self.tokenizer(
             [part.text for part in parts], add_special_tokens=False, return_offsets_mapping=True, **IDS_ONLY
         )
         for part, ids, offsets in zip(parts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            assert isinstance(part.sample, Chat)
-            spans = [0, len(ids)]
-            if self.rules.train_on != "everything":
+            try:
+                if any(_is_inside_a_token(offsets, start) for start, _ in part.characters):
+                    ids, offsets = self._encode_apart(part, ids)
                 spans = self._token_spans(ids, offsets, part.characters)
-            yield Encoded(ids, spans, part.sample.messages[-1].get("content", ""))
+            except RowFlaw as flaw:
+                yield flaw
+                continue
+            answer = self._decoded(ids[spans[-2] : spans[-1]])
+            if self.rules.train_on == "everything":
+                spans[-1] = len(ids)
+            yield Encoded(ids, self._trained(spans), answer)
+
+    def _encode_apart(self, part: _Part, together: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Tokens and offsets of a conversation of which a token covers the border between a prompt and its answer: what
+        is given is encoded as it will be when it is given alone.
+
+        Raises:
+            RowFlaw: encoded apart it is another text.
+        """
+        borders = [0, *(start for start, _ in part.characters), len(part.text)]
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        for first, last in itertools.pairwise(borders):
+            piece = part.text[first:last]
+            encoded = self.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True, **IDS_ONLY)
+            ids += encoded["input_ids"]
+            offsets += [(first + start, first + end) for start, end in encoded["offset_mapping"]]
+        if self.tokenizer.decode(ids) != self.tokenizer.decode(together):
+            raise RowFlaw(
+                "messages",
+                "begins an answer with characters that the tokenizer joins with what stands before it, and cannot "
+                "write apart",
+            )
+        return ids, offsets
 
     def _token_spans(
         self, ids: Sequence[int], offsets: Sequence[tuple[int, int]], characters: Sequence[tuple[int, int]]
@@ -199,10 +248,11 @@ class TextEncoder(RowEncoder[_Part, Encoded]):
             stop = int(np.searchsorted(starts, last, side="left"))
             inside = [n for n in range(begin, min(stop + 1, len(ids))) if ids[n] == self.renderer.end_of_turn]
             if not inside:
-                raise UnusableRowError(
-                    "the chat template ends some turns of the assistant without "
+                raise RowFlaw(
+                    "messages",
+                    "is rendered with a turn of the assistant that ends without "
                     f"{self.tokenizer.convert_ids_to_tokens(self.renderer.end_of_turn)!r}, which ends others: set "
-                    "data.chat_template to one that ends all alike"
+                    "data.chat_template to one that ends all alike",
                 )
             spans += [begin, inside[-1] + 1]
         return spans
@@ -235,7 +285,10 @@ class TextEncoder(RowEncoder[_Part, Encoded]):
                 return None
             sample = shorter
             try:
-                (example,) = self._encode(self._parts(sample)[-1:])
+                (shorter_example,) = self._encode(self._parts(sample)[-1:])
             except RowFlaw:
                 return None
+            if isinstance(shorter_example, RowFlaw):
+                return None
+            example = shorter_example
         return replace(example, num_removed=whole - len(example.ids))

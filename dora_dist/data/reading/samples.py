@@ -5,6 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
+THOUGHTS = "reasoning_content"
+"""Key of a message's thoughts, whatever the rows and the template call them."""
+UNTRAINED = "untrained"
+"""Key of an answer that is given, but not trained."""
 
 
 class RowFlaw(Exception):
@@ -42,35 +46,49 @@ class Instruction:
         instruction: what to do.
         context: what to do it with; may be empty.
         completion: the answer.
+        system: what the model is told before all; may be empty.
+        history: earlier instructions with their answers.
     """
 
     instruction: str
     context: str
     completion: str
+    system: str = ""
+    history: tuple[tuple[str, str], ...] = ()
 
     def as_pair(self) -> Pair:
         """In the plain form that Alpaca made common."""
         return Pair(alpaca_prompt(self.instruction, self.context), self.completion)
 
     def as_chat(self) -> "Chat":
-        """As a conversation of one exchange."""
+        """As a conversation; its last exchange is the instruction with its answer."""
         question = f"{self.instruction}\n\n{self.context}" if self.context else self.instruction
-        return Chat([{"role": "user", "content": question}, {"role": "assistant", "content": self.completion}])
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        for asked, answered in (*self.history, (question, self.completion)):
+            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        return Chat(messages)
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A conversation that ends with the assistant.
+    """A conversation that ends with an answer of the assistant which is trained.
 
     Attributes:
-        messages: with ``role`` (one of :data:`ROLES`), ``content`` and perhaps some of :data:`MESSAGE_EXTRAS`.
+        messages: with ``role`` (one of :data:`ROLES`) and ``content``, or ``tool_calls`` (as ``{function: {name,
+            arguments: object}}``), and perhaps :data:`THOUGHTS`, :data:`UNTRAINED`, ``tool_call_id`` and ``name``.
         tools: JSON schemas of the tools that the assistant may call, or None.
-        num_trimmed: messages after the last one of the assistant, which were left out.
+        num_trimmed: messages after the last one that is trained, which were left out.
+        unread: fields of messages that are not read.
     """
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None = None
     num_trimmed: int = 0
+    unread: tuple[str, ...] = ()
+
+    def answers(self) -> list[int]:
+        """Numbers of the messages that are trained."""
+        return [n for n, m in enumerate(self.messages) if m["role"] == "assistant" and not m.get(UNTRAINED)]
 
 
 @dataclass(frozen=True, slots=True)

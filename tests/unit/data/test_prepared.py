@@ -249,7 +249,7 @@ def test_the_same_rows_give_the_same_examples_from_every_kind_of_file(tmp_path, 
     source = prepare(tmp_path / name, "alpaca", tokenizer)
     assert source.digest == expected.digest
     assert source.dataset["input_ids"][:] == expected.dataset["input_ids"][:]
-    assert source.dataset["answer"][:] == texts
+    assert source.dataset["answer"][:] == expected.dataset["answer"][:]
     assert source.counts == expected.counts
 
 

@@ -22,7 +22,7 @@ TEXT = {"text": "1 and 2 is 3"}
 QUESTION, ANSWER = {"role": "user", "content": "1 and 2?"}, {"role": "assistant", "content": "3"}
 MESSAGES = {"messages": [QUESTION, ANSWER]}
 SHAREGPT = {"conversations": [{"from": "human", "value": "1 and 2?"}, {"from": "gpt", "value": "3"}]}
-CALL = {"function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
 SQUAD = {
     "question": "Who has a ball?",
     "context": "Ann has a ball. Ann runs.",
@@ -311,7 +311,7 @@ def test_messages_after_the_last_answer_are_left_out_and_counted(num_after, afte
 def test_an_answer_may_be_a_call_of_a_tool_with_or_without_text(content):
     calling = {"role": "assistant", "tool_calls": [CALL], **content}
     sample = parse("messages", {"messages": [QUESTION, calling, message("tool", "3", tool_call_id="1"), ANSWER]})
-    text = {name: value for name, value in content.items() if value is not None}
+    text = {name: value for name, value in content.items() if value}
     assert sample.messages[1] == {"role": "assistant", "tool_calls": [CALL], **text}
     assert sample.messages[2] == message("tool", "3", tool_call_id="1")
 

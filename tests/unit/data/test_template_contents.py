@@ -1,0 +1,303 @@
+"""What a row says is in its rendering, and what is trained is what generation is asked for; else the row is refused."""
+
+import json
+
+import pytest
+from support.byte_tokenizer import byte_tokenizer
+from tokenizers import models
+
+from dora_dist.data.encoding.encoder import EncodingRules, Status
+from dora_dist.data.row_formats import build_encoder
+
+TURN = "<|im_start|>{{ m.role }}\n%s<|im_end|>\n"
+LOOP = "{%% for m in messages %%}%s{%% endfor %%}{%% if add_generation_prompt %%}<|im_start|>assistant\n%s{%% endif %%}"
+TOOLS_AS_JSON = "{% if tools %}{% for t in tools %}{{ t | tojson }}\n{% endfor %}{% endif %}"
+THOUGHT = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+
+
+def chatml(body: str, before: str = "", prompt: str = "") -> str:
+    return before + LOOP % (TURN % body, prompt)
+
+
+def calls(arguments: str) -> str:
+    return "{% for c in m.tool_calls or [] %}[{{ c.function.name }} " + arguments + "]{% endfor %}"
+
+
+CONTENT = "{{ m.content or '' }}"
+PLAIN = chatml(CONTENT)
+TEMPLATES = {
+    "plain": PLAIN,
+    "trims": chatml("{{ (m.content or '') | trim }}"),
+    "marks": LOOP
+    % (
+        "{% if m.role == 'assistant' %}<|im_start|>assistant\n{% generation %}{{ m.content or '' }}<|im_end|>"
+        "{% endgeneration %}\n{% else %}" + TURN % CONTENT + "{% endif %}",
+        "",
+    ),
+    "marks around the header": LOOP
+    % (
+        "{% if m.role == 'assistant' %}{% generation %}<|im_start|>assistant\n{{ m.content or '' }}<|im_end|>\n"
+        "{% endgeneration %}{% else %}" + TURN % CONTENT + "{% endif %}",
+        "",
+    ),
+    "several marks": LOOP
+    % (
+        "{% if m.role == 'assistant' %}<|im_start|>assistant\n{% generation %}{{ m.content or '' }}{% endgeneration %}"
+        "{% generation %}<|im_end|>{% endgeneration %}\n{% else %}" + TURN % CONTENT + "{% endif %}",
+        "",
+    ),
+    "thoughts kept": chatml(THOUGHT + CONTENT),
+    "thoughts of the last only": chatml("{% if loop.last %}" + THOUGHT + "{% endif %}" + CONTENT),
+    "thoughts under another name": chatml("{% if m.thinking %}<think>{{ m.thinking }}</think>{% endif %}" + CONTENT),
+    "thoughts always written": chatml(
+        "{% if m.role == 'assistant' and loop.last %}<think>{{ m.reasoning_content or '' }}</think>{% endif %}"
+        + CONTENT
+    ),
+    "takes thoughts out of contents": chatml(
+        "{% if '</think>' in (m.content or '') and not loop.last %}{{ m.content.split('</think>')[-1] }}"
+        "{% else %}" + CONTENT + "{% endif %}"
+    ),
+    "arguments as JSON": chatml(CONTENT + calls("{{ c.function.arguments | tojson }}"), TOOLS_AS_JSON),
+    "arguments as text": chatml(CONTENT + calls("{{ c.function.arguments }}"), TOOLS_AS_JSON),
+    "arguments one by one": chatml(
+        CONTENT + calls("{% for k, v in c.function.arguments.items() %}{{ k }}={{ v | tojson }} {% endfor %}"),
+        "{% for t in tools or [] %}{{ t.function.name }}: {{ t.function.description }} "
+        "({{ t.function.parameters.properties | join(', ') }})\n{% endfor %}",
+    ),
+    "calls only without content": chatml(
+        "{% if m.content is none %}"
+        + calls("{{ c.function.arguments | tojson }}")
+        + "{% else %}{{ m.content }}{% endif %}",
+        TOOLS_AS_JSON,
+    ),
+    "system first only": LOOP % ("{% if m.role != 'system' or loop.first %}" + TURN % CONTENT + "{% endif %}", ""),
+    "no system": LOOP % ("{% if m.role != 'system' %}" + TURN % CONTENT + "{% endif %}", ""),
+    "prompt begins a thought": chatml(
+        "{% if m.role == 'assistant' %}<think>{{ m.reasoning_content or '' }}</think>{% endif %}" + CONTENT,
+        prompt="<think>",
+    ),
+}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "warmth",
+        "description": "of a town",
+        "parameters": {"type": "object", "properties": {"town": {"type": "string"}}, "required": ["town"]},
+    },
+}
+
+
+def user(text="q"):
+    return {"role": "user", "content": text}
+
+
+def answer(text="a", **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+def call(*towns, content=None, as_text=False):
+    arguments = [{"town": town} for town in towns]
+    return answer(
+        content,
+        tool_calls=[
+            {
+                "id": f"c{n}",
+                "type": "function",
+                "function": {"name": "warmth", "arguments": json.dumps(one) if as_text else one},
+            }
+            for n, one in enumerate(arguments)
+        ],
+    )
+
+
+CONVERSATIONS = {
+    "one turn": [user(), answer()],
+    "several turns": [user("q1"), answer("a1"), user("q2"), answer("a2")],
+    "system first": [{"role": "system", "content": "s"}, user(), answer()],
+    "system in the middle": [user("q1"), answer("a1"), {"role": "system", "content": "s"}, user("q2"), answer("a2")],
+    "ends with the user": [user("q1"), answer("a1"), user("q2")],
+    "begins with a line break": [user(), answer("\n\nBlue.")],
+    "begins with a space": [user(), answer(" Blue.")],
+    "a thought": [user(), answer("51", reasoning_content="30 and 21")],
+    "thoughts": [
+        user("q1"),
+        answer("51", reasoning_content="30 and 21"),
+        user("q2"),
+        answer("68", thinking="40 and 28"),
+    ],
+    "a thought earlier": [user("q1"), answer("51", reasoning_content="30 and 21"), user("q2"), answer("68")],
+    "a thought in the content": [user("q1"), answer("<think>t1</think>51"), user("q2"), answer("<think>t2</think>68")],
+    "one call": [user(), call("Turku")],
+    "a call as text": [user(), call("Turku", as_text=True)],
+    "parallel calls": [user(), call("Turku", "Oulu", content="Both.")],
+    "a call and its result": [user(), call("Turku"), {"role": "tool", "tool_call_id": "c0", "content": "12"}, answer()],
+    "a wrong answer": [user("q1"), answer("wrong", weight=0), user("q2"), answer("right", weight=1)],
+    "unicode": [user("Mitä? 語 🙂"), answer("Ä 語 🙂")],
+}
+
+
+def encode(template, messages, tokenizer=None, **rules):
+    tokenizer = tokenizer or byte_tokenizer("chatml")
+    encoder = build_encoder(tokenizer, EncodingRules(format="messages", template=template, bad_rows="skip", **rules))
+    row = {"messages": messages, "tools": [TOOL] if any("tool_calls" in m for m in messages) else None}
+    columns = encoder({"place": ["here"], "json": [json.dumps(row)], "flaw": [""]})
+    lines = zip(
+        columns["status"], columns["note"], columns["input_ids"], columns["spans"], columns["answer"], strict=True
+    )
+    return tokenizer, list(lines)
+
+
+def texts(value):
+    """All that a message says."""
+    if isinstance(value, dict):
+        return [text for name, part in value.items() for text in (name, *texts(part))]
+    return [str(value)]
+
+
+def trained_words(messages):
+    """Words of the answers that are trained: contents, thoughts, names and arguments of calls."""
+    words = []
+    for message in messages:
+        if message["role"] != "assistant" or message.get("weight") == 0:
+            continue
+        words += [message[key] for key in ("reasoning_content", "thinking") if key in message]
+        words += [message["content"].strip()] if message["content"] else []
+        for one in message.get("tool_calls", []):
+            arguments = one["function"]["arguments"]
+            words += ["warmth", *texts(json.loads(arguments) if isinstance(arguments, str) else arguments)]
+    return words
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_every_cell_is_right_or_refused(template, conversation):
+    messages = CONVERSATIONS[conversation]
+    tokenizer, examples = encode(TEMPLATES[template], messages, max_length=4000)
+    if any(status == Status.BAD for status, *_ in examples):
+        assert all(note for status, note, *_ in examples if status == Status.BAD)
+        assert (template, conversation) in REFUSED, examples[0][1]
+        return
+    assert (template, conversation) not in REFUSED
+    whole = "".join(tokenizer.decode(ids) for _, _, ids, _, _ in examples)
+    trained = [
+        tokenizer.decode(ids[start:end])
+        for _, _, ids, spans, _ in examples
+        for start, end in zip(spans[::2], spans[1::2], strict=True)
+    ]
+    for word in trained_words(messages):
+        assert any(word in text for text in trained), (word, trained)
+    given = messages[: max(n for n, m in enumerate(messages) if m["role"] == "assistant") + 1]
+    assert all(m["content"].strip() in whole for m in given if m["content"])
+    assert not any("wrong" in text for text in trained)
+    assert all(text.endswith("<|im_end|>") and "<|im_start|>" not in text for text in trained)
+    tokenizer.chat_template = TEMPLATES[template]
+    for _, _, ids, spans, reference in examples:
+        # A model that has learned it perfectly is asked as it is deployed, and generates what is compared with.
+        assert reference == tokenizer.decode(ids[spans[-2] : spans[-1]], skip_special_tokens=True)
+        prompt = tokenizer.decode(ids[: spans[-2]])
+        assert prompt.endswith("<|im_start|>assistant\n" + "<think>" * (template == "prompt begins a thought"))
+
+
+NO_CALLS = [name for name in TEMPLATES if not name.startswith(("arguments", "calls"))]
+NO_THOUGHTS = [name for name in TEMPLATES if not name.startswith(("thoughts", "prompt"))]
+CALLS = ("one call", "a call as text", "parallel calls", "a call and its result")
+REFUSED = {
+    *((template, conversation) for template in NO_CALLS for conversation in CALLS),
+    *((template, thought) for template in NO_THOUGHTS for thought in ("a thought", "thoughts", "a thought earlier")),
+    ("calls only without content", "parallel calls"),
+    ("system first only", "system in the middle"),
+    ("no system", "system first"),
+    ("no system", "system in the middle"),
+}
+
+
+@pytest.mark.parametrize("template", [name for name in TEMPLATES if name.startswith("arguments")])
+def test_arguments_as_text_and_as_an_object_give_the_same_tokens(template):
+    (one,), (other,) = (encode(TEMPLATES[template], CONVERSATIONS[name])[1] for name in ("one call", "a call as text"))
+    assert one == other
+    assert "\\" not in byte_tokenizer("chatml").decode(one[2])
+
+
+def merging_tokenizer():
+    """Joins two line breaks to one token, as those of most families do."""
+    tokenizer = byte_tokenizer("chatml")
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = {**backend["model"]["vocab"], "ĊĊ": 1000}
+    tokenizer.backend_tokenizer.model = models.BPE(vocab=vocabulary, merges=[("Ċ", "Ċ")])
+    return tokenizer
+
+
+def test_an_answer_that_begins_with_a_line_break_is_asked_for_in_the_tokens_of_the_deployed_prompt():
+    messages = CONVERSATIONS["begins with a line break"]
+    tokenizer, ((_, _, ids, spans, reference),) = encode(PLAIN, messages, merging_tokenizer())
+    together = tokenizer.encode(tokenizer.decode(ids), add_special_tokens=False)
+    assert together != ids, "the tokenizer joins nothing at this border: the test proves nothing"
+    prompt = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    assert ids[: spans[-2]] == tokenizer.encode(prompt, add_special_tokens=False)
+    assert tokenizer.decode(ids) == f"{prompt}\n\nBlue.<|im_end|>\n"
+    assert reference == "\n\nBlue."
+
+
+def test_a_turn_that_ends_otherwise_than_others_is_refused():
+    """Generation would have to stop at both."""
+    end = "{% if m.tool_calls %}<|endoftext|>{% else %}<|im_end|>{% endif %}\n"
+    body = CONTENT + calls("{{ c.function.arguments | tojson }}")
+    template = TOOLS_AS_JSON + LOOP % ("<|im_start|>{{ m.role }}\n" + body + end, "")
+    _, ((status, note, *_),) = encode(template, CONVERSATIONS["one call"])
+    assert status == Status.BAD
+    assert "ends without '<|im_end|>', which ends others" in note
+
+
+def test_a_text_that_the_template_takes_away_is_noticed_in_the_row_that_has_it():
+    template = chatml("{% if m.content.startswith('#') %}-{% else %}{{ m.content }}{% endif %}")
+    _, examples = encode(template, [user(), answer("#hidden")])
+    assert [(status, note) for status, note, *_ in examples] == [
+        (
+            Status.BAD,
+            "field 'messages[1].content' does not stand in its rendering: it is left out by the chat template, so that "
+            "it would be lost: leave it out of the rows, or set data.chat_template",
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "form", "message"),
+    [
+        ({"messages": [user(), answer()], "history": [["x", "y"]]}, "messages", "field 'history' is not read"),
+        ({"messages": [user(), answer(images=["x"])]}, "messages", r"field 'messages\[1\]\.images' is not read"),
+        ({"messages": [user(), answer(weight=0.5)]}, "messages", r"messages\[1\]\.weight' must be 0 or 1"),
+        ({"messages": [user(), answer(weight=0)]}, "messages", "has no message of the assistant to train"),
+        ({"prompt": "p", "completion": "c", "system": "s"}, "prompt_completion", "field 'system' is not read"),
+        ({"instruction": "i", "output": "o", "history": ["x"]}, "alpaca", "field 'history' must be a list of"),
+        ({"instruction": "i", "output": "o", "system": "s"}, "alpaca", "field 'system' has no place under"),
+    ],
+)
+def test_what_would_be_lost_is_refused(row, form, message):
+    encoder = build_encoder(byte_tokenizer("chatml"), EncodingRules(format=form, template=PLAIN))
+    with pytest.raises(ValueError, match=message):
+        encoder({"place": ["here"], "json": [json.dumps(row)], "flaw": [""]})
+
+
+@pytest.mark.parametrize(
+    ("row", "rules", "text"),
+    [
+        (
+            {"instruction": "Five?", "output": "25", "system": "Square.", "history": [["Four?", "16"]]},
+            {"format": "alpaca", "as_chat": True},
+            "<|im_start|>system\nSquare.<|im_end|>\n<|im_start|>user\nFour?<|im_end|>\n<|im_start|>assistant\n16"
+            "<|im_end|>\n<|im_start|>user\nFive?<|im_end|>\n<|im_start|>assistant\n25<|im_end|>\n",
+        ),
+        (
+            {"system": "Be kind.", "messages": [user(), answer(mood="glad")]},
+            {"format": "messages"},
+            "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nq<|im_end|>\n"
+            "<|im_start|>assistant\na<|im_end|>\n",
+        ),
+    ],
+)
+def test_system_and_history_of_a_row_are_read_and_other_fields_of_messages_counted(row, rules, text):
+    tokenizer = byte_tokenizer("chatml")
+    encoder = build_encoder(tokenizer, EncodingRules(template=PLAIN, **rules))
+    columns = encoder({"place": ["here"], "json": [json.dumps(row)], "flaw": [""]})
+    assert tokenizer.decode(columns["input_ids"][0]) == text
+    assert columns["unread"] == ["mood" if rules["format"] == "messages" else ""]
