@@ -259,7 +259,10 @@ class ChatRenderer:
         try:
             text, spans = self.last_span(Chat(PROBE))
         except RowFlaw as flaw:
-            raise ValueError(f"the chat template cannot be used: {flaw}") from None
+            try:  # a generation prompt may begin a thought, from which only an answer with one goes on
+                text, spans = self.last_span(Chat([PROBE[0], {**PROBE[1], THOUGHTS: "c"}]))
+            except RowFlaw:
+                raise ValueError(f"the chat template cannot be used: {flaw}") from None
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         added = self.tokenizer.added_tokens_decoder
         ends: list[int] = [

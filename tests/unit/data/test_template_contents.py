@@ -72,6 +72,9 @@ TEMPLATES = {
     ),
     "system first only": LOOP % ("{% if m.role != 'system' or loop.first %}" + TURN % CONTENT + "{% endif %}", ""),
     "no system": LOOP % ("{% if m.role != 'system' %}" + TURN % CONTENT + "{% endif %}", ""),
+    "prompt begins a thought that an answer without one lacks": chatml(
+        "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}" + CONTENT, prompt="<think>"
+    ),
     "prompt begins a thought": chatml(
         "{% if m.role == 'assistant' %}<think>{{ m.reasoning_content or '' }}</think>{% endif %}" + CONTENT,
         prompt="<think>",
@@ -184,8 +187,9 @@ def test_every_cell_is_right_or_refused(template, conversation):
         for _, _, ids, spans, _ in examples
         for start, end in zip(spans[::2], spans[1::2], strict=True)
     ]
+    begun = "<think>" * template.startswith("prompt begins")
     for word in trained_words(messages):
-        assert any(word in text for text in trained), (word, trained)
+        assert any(word in begun + text for text in trained), (word, trained)
     given = messages[: max(n for n, m in enumerate(messages) if m["role"] == "assistant") + 1]
     assert all(m["content"].strip() in whole for m in given if m["content"])
     assert not any("wrong" in text for text in trained)
@@ -195,13 +199,15 @@ def test_every_cell_is_right_or_refused(template, conversation):
         # A model that has learned it perfectly is asked as it is deployed, and generates what is compared with.
         assert reference == tokenizer.decode(ids[spans[-2] : spans[-1]], skip_special_tokens=True)
         prompt = tokenizer.decode(ids[: spans[-2]])
-        assert prompt.endswith("<|im_start|>assistant\n" + "<think>" * (template == "prompt begins a thought"))
+        assert prompt.endswith("<|im_start|>assistant\n" + begun)
 
 
 NO_CALLS = [name for name in TEMPLATES if not name.startswith(("arguments", "calls"))]
 NO_THOUGHTS = [name for name in TEMPLATES if not name.startswith(("thoughts", "prompt"))]
 CALLS = ("one call", "a call as text", "parallel calls", "a call and its result")
+WITHOUT_THOUGHT = set(CONVERSATIONS) - {"a thought", "thoughts", "a thought in the content"}
 REFUSED = {
+    *(("prompt begins a thought that an answer without one lacks", conversation) for conversation in WITHOUT_THOUGHT),
     *((template, conversation) for template in NO_CALLS for conversation in CALLS),
     *((template, thought) for template in NO_THOUGHTS for thought in ("a thought", "thoughts", "a thought earlier")),
     ("calls only without content", "parallel calls"),
