@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import Formatter
 from typing import Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser
@@ -26,7 +27,9 @@ class SourceConfig:
         fields: the format's name of a field and the rows' own, where they differ, such as {prompt: question}.
         columns: names of the columns of a CSV or TSV file whose first line is a row already.
         quotes: false where quotation marks in a CSV or TSV file are characters like others, as in GLUE's.
-        as_chat: put alpaca rows into the chat template too, instead of the plain headings of Alpaca.
+        as_chat: as data.as_chat, for this source.
+        prompt: as data.prompt, for this source.
+        system: as data.system, for this source.
         subset: configuration of a data set on the Hub.
         split: of a data set on the Hub, or of a folder with several.
         revision: commit or tag of a data set on the Hub.
@@ -42,7 +45,9 @@ class SourceConfig:
     fields: dict[str, str] = field(default_factory=dict)
     columns: list[str] = field(default_factory=list)
     quotes: bool = True
-    as_chat: bool = False
+    as_chat: bool | None = None
+    prompt: str | None = None
+    system: str | None = None
     subset: str | None = None
     split: str = "train"
     revision: str | None = None
@@ -63,6 +68,7 @@ class SourceConfig:
         for name in ("weight", "epochs"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{where}.{name}", value, "be positive")
+        _check_prompt(self.prompt, f"{where}.prompt")
 
 
 @dataclass(kw_only=True)
@@ -71,8 +77,8 @@ class DataConfig:
 
     Args:
         train: file, glob, saved folder or Hub name to train on; or a list of several, each a path or a mapping with
-            settings of its own (path, name, format, fields, columns, quotes, as_chat, subset, split, revision,
-            max_rows, max_examples, weight, epochs).
+            settings of its own (path, name, format, fields, columns, quotes, as_chat, prompt, system, subset, split,
+            revision, max_rows, max_examples, weight, epochs).
         eval: the same, held out, for evaluation, measured source by source; null for none.
         format: how rows are written, for all sources that do not say it: messages (role, content), sharegpt
             (conversations), alpaca (instruction, input, output), prompt_completion, text; for other tasks
@@ -81,6 +87,11 @@ class DataConfig:
         labels: of the format classification: classes, or regression on numbers.
         chat_template: auto (the tokenizer's own, a bundled one where it has none), one of llama3, chatml, gemma,
             mistral, plain, or the path of a Jinja file.
+        as_chat: put rows of alpaca and prompt_completion into the chat template; false for Alpaca's plain headings, and
+            for prompts as they are; null for true where the tokenizer has a chat template.
+        prompt: the prompt of rows of any fields, such as "Summarise:\n{dialogue}"; a name may be a path
+            (answers.text.0). The answer is the field completion (fields names yours).
+        system: message of the system for all conversations that have none.
         train_on: assistant (every answer of a conversation), last (answer only), or everything.
         max_length: longest example in tokens, prompt and answer together; of a document without its summary.
         max_target_length: longest summary in tokens.
@@ -104,6 +115,9 @@ class DataConfig:
     format: Format = "auto"
     labels: Literal["classes", "regression"] = "classes"
     chat_template: str = "auto"
+    as_chat: bool | None = None
+    prompt: str | None = None
+    system: str | None = None
     train_on: Literal["assistant", "last", "everything"] = "assistant"
     max_length: int = 2048
     max_target_length: int = 128
@@ -121,6 +135,7 @@ class DataConfig:
         require(self.stride >= 0, "data.stride", self.stride, "be at least 0")
         require(self.temperature is None or self.temperature > 0, "data.temperature", self.temperature, "be positive")
         require(self.workers is None or self.workers >= 1, "data.workers", self.workers, "be at least 1")
+        _check_prompt(self.prompt, "data.prompt")
         for key, given in (("data.train", self.train), ("data.eval", self.eval)):
             require(given not in ([], "", {}), key, given, "name a file, or several")
         # No fields: what is saved, compared and asked for on the command line is the configuration as it was given.
@@ -142,6 +157,18 @@ class DataConfig:
                 f"{len(weighted)} of {len(sources)} sources in data.train have a weight, but {missing.path} has none: "
                 "give it to all or to none"
             )
+
+
+def _check_prompt(prompt: str | None, key: str) -> None:
+    if prompt is None:
+        return
+    try:
+        parts = list(Formatter().parse(prompt))
+    except ValueError as error:
+        raise ValueError(f"{key} is {prompt!r}: {error}; write {{{{ and }}}} for braces that are text") from None
+    named = [name for _, name, spec, conversion in parts if name and not spec and not conversion]
+    if not named or len(named) < sum(name is not None for _, name, _, _ in parts):
+        raise ValueError(f"{key} is {prompt!r}, but must name fields of the rows in braces, such as {{dialogue}}")
 
 
 def _sources(given: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]], key: str) -> list[SourceConfig]:

@@ -252,6 +252,7 @@ class RowFormat:
         parse: makes a sample of a row; raises :class:`RowFlaw`.
         encoder: makes examples of the samples.
         is_chat: whether every row is a conversation, which needs a chat template.
+        may_be_chat: whether a row can be put into a chat template, too.
     """
 
     required: tuple[str, ...]
@@ -259,6 +260,7 @@ class RowFormat:
     parse: RowParser
     encoder: type[RowEncoder[Any, Any]] = TextEncoder
     is_chat: bool = False
+    may_be_chat: bool = False
 
     @property
     def lost_fields(self) -> list[str]:
@@ -271,8 +273,10 @@ class RowFormat:
 FORMATS: dict[str, RowFormat] = {
     "messages": RowFormat(required=("messages",), optional=("system", "tools"), parse=_messages, is_chat=True),
     "sharegpt": RowFormat(required=("conversations",), optional=("system", "tools"), parse=_sharegpt, is_chat=True),
-    "alpaca": RowFormat(required=("instruction", "output"), optional=("input", "system", "history"), parse=_alpaca),
-    "prompt_completion": RowFormat(required=("prompt", "completion"), parse=_prompt_completion),
+    "alpaca": RowFormat(
+        required=("instruction", "output"), optional=("input", "system", "history"), parse=_alpaca, may_be_chat=True
+    ),
+    "prompt_completion": RowFormat(required=("prompt", "completion"), parse=_prompt_completion, may_be_chat=True),
     "text": RowFormat(required=("text",), parse=_document),
     "classification": RowFormat(
         required=("sentence1", "label"), optional=("sentence2",), parse=_labelled, encoder=LabelledEncoder

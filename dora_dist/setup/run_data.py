@@ -85,22 +85,24 @@ def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task: s
             f"the tokenizer has neither a padding nor an end-of-sequence token, and task {task} pads its batches: give "
             "it one of them"
         )
-    found: dict[str, list[tuple[SourceConfig, Location, str]]] = {}
+    found: dict[str, list[_FoundSource]] = {}
     for part, sources in (("train", config.train_sources), ("eval", config.eval_sources)):
-        found[part] = [(source, *_find(source, config, TASKS[task].formats)) for source in sources]
-    chats = [s for entries in found.values() for s, _, name in entries if FORMATS[name].is_chat or s.as_chat]
+        found[part] = [_find(source, config, tokenizer, TASKS[task].formats) for source in sources]
+    _check_alike(found["train"], found["eval"])
+    notes = _unlike_what_is_served(found["train"], tokenizer)
+    chats = [source for entries in found.values() for source in entries if source.as_chat]
     template = None
     if chats or config.chat_template != "auto":  # a name that is wrong is refused in any case
         template = choose_template(tokenizer, config.chat_template)
     template = template if chats else None
     prepared = {
-        part: [_prepared(config, *entry, tokenizer, template) for entry in entries] for part, entries in found.items()
+        part: [_prepared(config, entry, tokenizer, template) for entry in entries] for part, entries in found.items()
     }
     if template is not None:
         tokenizer.chat_template = template.text
     seen = np.concatenate([source.keys() for source in prepared["train"]])
     overlap = {source.name: int(np.isin(source.keys(), seen).sum()) for source in prepared["eval"]}
-    notes = [template.origin] if template is not None and template.bundled else []
+    notes += [template.origin] if template is not None and template.bundled else []
     has_classes = TASKS[task].has_labels and config.labels == "classes"
     return RunData(
         train=prepared["train"],
@@ -150,8 +152,50 @@ def _warnings(
             )
 
 
-def _find(source: SourceConfig, config: DataConfig, formats: Sequence[str]) -> tuple[Location, str]:
-    """Where a source is, and the format of its rows."""
+@dataclass(frozen=True, kw_only=True)
+class _FoundSource:
+    """A source before it is read.
+
+    Attributes:
+        config: its settings.
+        location: of its rows.
+        format: how they are written.
+        as_chat: whether they are rendered in the chat template.
+    """
+
+    config: SourceConfig
+    location: Location
+    format: str
+    as_chat: bool
+
+
+def _check_alike(train: Sequence[_FoundSource], held_out: Sequence[_FoundSource]) -> None:
+    """Held-out data are rendered as some of the training data are; plain text is rendered in no way."""
+    trained = {source.as_chat for source in train if source.format != "text"}
+    for source in held_out:
+        if trained and source.format != "text" and source.as_chat not in trained:
+            ways = ("as plain prompts", "in the chat template")
+            raise ValueError(
+                f"the held-out source {source.config.name} is rendered {ways[source.as_chat]}, but the training data "
+                f"{ways[not source.as_chat]}: give both the same as_chat"
+            )
+
+
+def _unlike_what_is_served(train: Sequence[_FoundSource], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Servers put questions into the tokenizer's chat template."""
+    plain = [str(s.config.name) for s in train if FORMATS[s.format].may_be_chat and not s.as_chat]
+    if not plain or not tokenizer.chat_template:
+        return []
+    return [
+        f"{', '.join(plain)}: trained as plain prompts, though the tokenizer has a chat template: ask the adapter with "
+        "plain prompts (the completions of a server), or set data.as_chat: true"
+    ]
+
+
+def _find(
+    source: SourceConfig, config: DataConfig, tokenizer: PreTrainedTokenizerBase, formats: Sequence[str]
+) -> _FoundSource:
+    """Where a source is, the format of its rows, and whether they go into the chat template."""
     location = locate(
         source.path,
         subset=source.subset,
@@ -162,15 +206,34 @@ def _find(source: SourceConfig, config: DataConfig, formats: Sequence[str]) -> t
         quotes=source.quotes,
     )
     wanted: str = config.format if source.format == "auto" else source.format
+    prompt = config.prompt if source.prompt is None else source.prompt
+    if prompt is not None:
+        if wanted not in ("auto", "prompt_completion"):
+            raise ValueError(
+                f"{source.name} has a prompt of its own ({prompt!r}), but the format {wanted}: leave one of them out"
+            )
+        wanted = "prompt_completion"
     if wanted == "auto":
         _check_fields(source, formats)
         wanted = tell_format(first_rows(location), str(source.name), source.fields, formats)
     _check_fields(source, [wanted])
-    if source.as_chat and wanted != "alpaca":
+    return _FoundSource(
+        config=source, location=location, format=wanted, as_chat=_goes_into_chat(source, config, wanted, tokenizer)
+    )
+
+
+def _goes_into_chat(source: SourceConfig, config: DataConfig, name: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    layout = FORMATS[name]
+    if source.as_chat and not (layout.may_be_chat or layout.is_chat):
+        chats = " and ".join(other for other, form in FORMATS.items() if form.may_be_chat)
+        raise ValueError(f"as_chat is true for {source.name}, whose format is {name}, but it is for rows of {chats}")
+    asked = config.as_chat if source.as_chat is None else source.as_chat
+    as_chat = layout.is_chat or (layout.may_be_chat and (bool(tokenizer.chat_template) if asked is None else asked))
+    if not as_chat and (config.system if source.system is None else source.system):
         raise ValueError(
-            f"as_chat is true for {source.name}, whose format is {wanted}, but it is for rows of the format alpaca"
+            f"{source.name} has a system message, which plain prompts have no place for: set as_chat: true"
         )
-    return location, wanted
+    return as_chat
 
 
 def _check_fields(source: SourceConfig, formats: Sequence[str]) -> None:
@@ -186,19 +249,16 @@ def _check_fields(source: SourceConfig, formats: Sequence[str]) -> None:
 
 
 def _prepared(
-    config: DataConfig,
-    source: SourceConfig,
-    location: Location,
-    row_format: str,
-    tokenizer: PreTrainedTokenizerBase,
-    template: ChosenTemplate | None,
+    config: DataConfig, found: _FoundSource, tokenizer: PreTrainedTokenizerBase, template: ChosenTemplate | None
 ) -> PreparedSource:
-    uses_chat = FORMATS[row_format].is_chat or source.as_chat
+    source = found.config
     rules = EncodingRules(
-        format=row_format,
+        format=found.format,
         fields=source.fields,
-        as_chat=source.as_chat,
-        template=template.text if template is not None and uses_chat else None,
+        as_chat=found.as_chat,
+        prompt=config.prompt if source.prompt is None else source.prompt,
+        system=(config.system if source.system is None else source.system) or "",
+        template=template.text if template is not None and found.as_chat else None,
         train_on=config.train_on,
         max_length=config.max_length,
         overlong=config.overlong,
@@ -208,7 +268,9 @@ def _prepared(
         max_target_length=config.max_target_length,
     )
     workers = config.workers or min(len(os.sched_getaffinity(0)), MOST_WORKERS)
-    return prepare_source(str(source.name), location, rules, tokenizer, Path(config.cache_dir).expanduser(), workers)
+    return prepare_source(
+        str(source.name), found.location, rules, tokenizer, Path(config.cache_dir).expanduser(), workers
+    )
 
 
 def mixture_counts(config: DataConfig, sizes: Sequence[int]) -> list[int]:

@@ -13,7 +13,7 @@ from datasets import Value
 from transformers import PreTrainedTokenizerBase
 
 from dora_dist.data.encoding.chat import NO_TEXT, control_pattern
-from dora_dist.data.reading.samples import RowFlaw, rename_fields
+from dora_dist.data.reading.samples import RowFlaw, fill_prompt, rename_fields
 
 IGNORED = -100
 """Label of a position without loss, as in PyTorch's cross-entropy."""
@@ -52,7 +52,9 @@ class EncodingRules:
     Attributes:
         format: a name of :data:`~dora_dist.data.row_formats.FORMATS`.
         fields: the format's name of a field -> the rows' own, where they differ.
-        as_chat: put alpaca rows into the chat template too.
+        as_chat: put rows that are no conversations into the chat template too.
+        prompt: text with names of fields in braces, which is a row's prompt; None for the row's own.
+        system: message of the system for conversations that have none; empty for none.
         template: Jinja source, or None where no row needs one.
         train_on: ``assistant`` (all turns), ``last`` (turn) or ``everything``.
         max_length: longest example in tokens.
@@ -66,6 +68,8 @@ class EncodingRules:
     format: str
     fields: Mapping[str, str] = field(default_factory=dict)
     as_chat: bool = False
+    prompt: str | None = None
+    system: str = ""
     template: str | None = None
     train_on: str = "assistant"
     max_length: int = 2048
@@ -215,8 +219,12 @@ class RowEncoder(ABC, Generic[P, E]):
             raise RowFlaw("", "holds half of a surrogate pair, which is no text")
         if not isinstance(row, dict):
             raise RowFlaw("", f"must be an object with named fields, got {text[:80]}")
+        renamed = rename_fields(row, self.rules.fields)
+        if self.rules.prompt is not None:
+            answer = {name: renamed[name] for name in ("completion",) if name in renamed}
+            renamed = {"prompt": fill_prompt(self.rules.prompt, row), **answer}
         try:
-            return self._parse_row(rename_fields(row, self.rules.fields))
+            return self._parse_row(renamed)
         except RowFlaw as error:
             raise RowFlaw(self.rules.fields.get(error.field, error.field), error.reason) from None
 

@@ -146,7 +146,14 @@ class TextEncoder(RowEncoder[_Part, Encoded]):
             for name in ("system", "history"):
                 if getattr(sample, name) and not self.rules.as_chat:
                     raise RowFlaw(name, "has no place under Alpaca's headings: set as_chat: true")
-            return sample.as_chat() if self.rules.as_chat else sample
+        if isinstance(sample, Pair) and self.rules.as_chat and (found := self._control.search(sample.prompt)):
+            raise RowFlaw(
+                "prompt", f"holds the control token {found[0]!r}: set as_chat: false where prompts are rendered already"
+            )
+        if isinstance(sample, Instruction | Pair) and self.rules.as_chat:
+            sample = sample.as_chat()
+        if isinstance(sample, Chat) and self.rules.system and sample.messages[0]["role"] != "system":
+            return replace(sample, messages=[{"role": "system", "content": self.rules.system}, *sample.messages])
         return sample
 
     def _parts(self, sample: Sample) -> list[_Part]:

@@ -1,7 +1,9 @@
 """What a row says, whatever the file it came from looked like."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from string import Formatter
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -36,6 +38,10 @@ class Pair:
 
     prompt: str
     completion: str
+
+    def as_chat(self) -> "Chat":
+        """As a conversation of one exchange."""
+        return Instruction(self.prompt, "", self.completion).as_chat()
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +163,48 @@ def rename_fields(row: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str
     """The row under the format's names; columns that were named in ``fields`` lose their own."""
     taken = {*fields, *fields.values()}
     renamed = {name: value for name, value in row.items() if name not in taken}
-    return renamed | {name: row[own] for name, own in fields.items() if own in row}
+    for name, own in fields.items():
+        with suppress(KeyError):
+            renamed[name] = value_at(row, own)
+    return renamed
+
+
+def value_at(row: Mapping[str, Any], path: str) -> Any:
+    """The field of this name, or what is at a path such as ``answers.text.0``.
+
+    Raises:
+        KeyError: there is none.
+    """
+    if path in row:
+        return row[path]
+    value: Any = row
+    for key in path.split("."):
+        try:
+            value = value[int(key)] if isinstance(value, list) else value[key]
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise KeyError(path) from None
+    return value
+
+
+def fill_prompt(template: str, row: Mapping[str, Any]) -> str:
+    """A prompt with fields of a row in the place of their names in braces.
+
+    Raises:
+        RowFlaw: a field is missing, or neither text nor a number.
+    """
+    text = ""
+    for literal, name, _, _ in Formatter().parse(template):
+        text += literal
+        if name is None:
+            continue
+        try:
+            value = value_at(row, name)
+        except KeyError:
+            raise RowFlaw(name, f"is missing, which the prompt names; the row has {', '.join(sorted(row))}") from None
+        if not isinstance(value, str | int | float):
+            raise RowFlaw(name, f"must be text or a number for the prompt, got {shortened(value)}")
+        text += str(value)
+    return text
 
 
 def shortened(value: object) -> str:

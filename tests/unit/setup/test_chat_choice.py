@@ -1,0 +1,111 @@
+"""Which rows go into the chat template, with which prompt."""
+
+import json
+
+import pytest
+from support.byte_tokenizer import byte_tokenizer
+
+from dora_dist.config.data import DataConfig
+from dora_dist.data.encoding.chat import choose_template
+from dora_dist.setup.run_data import prepare_data
+
+ALPACA = {"instruction": "Add.", "input": "1 2", "output": "3"}
+PAIR = {"prompt": "1 + 2", "completion": "3"}
+DIALOGUE = {"dialogue": "A: hi", "answers": {"text": ["short", "other"]}, "id": 7}
+HEADINGS = "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n3<|im_end|>"
+
+
+def chat(question, answer, system=""):
+    turn = "<|im_start|>{}\n{}<|im_end|>\n"
+    before = turn.format("system", system) if system else ""
+    return before + turn.format("user", question) + turn.format("assistant", answer)
+
+
+def tokenizer_with_template():
+    tokenizer = byte_tokenizer("chatml")
+    tokenizer.chat_template = choose_template(tokenizer).text
+    return tokenizer
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    """``prepared(rows, tokenizer, **settings)``: the data of a run on these rows, and the first example as text."""
+
+    def made(rows, tokenizer, **settings):
+        for name, content in rows.items():
+            (tmp_path / f"{name}.jsonl").write_text(json.dumps(content) + "\n")
+        paths = {name: str(tmp_path / f"{name}.jsonl") for name in rows}
+        settings = {"train": paths["train"], "eval": paths.get("eval"), **settings}
+        data = prepare_data(DataConfig(cache_dir=str(tmp_path / "cache"), **settings), tokenizer)
+        return data, tokenizer.decode(data.train[0].dataset[0]["input_ids"])
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("row", "own", "settings", "text"),
+    [
+        (ALPACA, True, {}, chat("Add.\n\n1 2", "3")),
+        (ALPACA, True, {"as_chat": False}, HEADINGS),
+        (ALPACA, False, {}, HEADINGS),
+        (ALPACA, False, {"as_chat": True}, chat("Add.\n\n1 2", "3")),
+        (PAIR, True, {}, chat("1 + 2", "3")),
+        (PAIR, True, {"as_chat": False}, "1 + 23<|im_end|>"),
+        (PAIR, True, {"system": "Be kind."}, chat("1 + 2", "3", system="Be kind.")),
+        ({"text": "abc"}, True, {}, "abc<|im_end|>"),
+    ],
+)
+def test_rows_go_into_the_tokenizers_own_template_unless_told_otherwise(prepared, row, own, settings, text):
+    tokenizer = tokenizer_with_template() if own else byte_tokenizer("chatml")
+    data, found = prepared({"train": row}, tokenizer, **settings)
+    assert found == text
+    assert (data.template is not None) == text.startswith("<|im_start|>")
+    plainly_trained = own and settings.get("as_chat") is False
+    assert any("ask the adapter with plain prompts" in remark for remark in data.remarks()) == plainly_trained
+
+
+def test_held_out_data_in_another_form_than_the_training_data_are_refused(prepared, tmp_path):
+    held_out = {"path": str(tmp_path / "eval.jsonl"), "as_chat": False}
+    with pytest.raises(ValueError, match="source eval is rendered as plain prompts, but the training data in the chat"):
+        prepared({"train": ALPACA, "eval": ALPACA}, tokenizer_with_template(), eval=held_out)
+
+
+@pytest.mark.parametrize("as_chat", [True, False])
+def test_a_prompt_of_ones_own_is_made_of_any_fields(prepared, tmp_path, as_chat):
+    source = {
+        "path": str(tmp_path / "train.jsonl"),
+        "fields": {"completion": "answers.text.0"},
+        "prompt": "Summarise {{it}}:\n{dialogue} ({answers.text.1}, {id})",
+    }
+    _, text = prepared({"train": DIALOGUE}, byte_tokenizer("chatml"), train=source, as_chat=as_chat)
+    prompt = "Summarise {it}:\nA: hi (other, 7)"
+    assert text == (chat(prompt, "short") if as_chat else f"{prompt}short<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"prompt": "Summarise: {article}"},
+            "field 'article' is missing, which the prompt names; the row has answers, dia",
+        ),
+        ({"prompt": "Summarise: {answers}"}, "field 'answers' must be text or a number for the prompt"),
+        ({"prompt": "{dialogue}"}, "field 'completion' is missing"),
+        ({"prompt": "{dialogue}", "format": "alpaca"}, "has a prompt of its own .* but the format alpaca"),
+        ({"prompt": "{dialogue"}, "data.prompt is '{dialogue'.*write {{ and }}"),
+        ({"prompt": "Summarise."}, "must name fields of the rows in braces"),
+        (
+            {"prompt": "{dialogue}", "system": "s", "as_chat": False},
+            "a system message, which plain prompts have no place",
+        ),
+    ],
+)
+def test_a_prompt_that_cannot_be_made_is_refused(prepared, settings, message):
+    with pytest.raises(ValueError, match=message):
+        prepared({"train": DIALOGUE}, byte_tokenizer("chatml"), **settings)
+
+
+def test_a_prompt_that_is_rendered_already_is_refused_with_the_way_out(prepared):
+    row = {"prompt": "<|im_start|>user\nq", "completion": "a"}
+    with pytest.raises(ValueError, match="set as_chat: false where prompts are rendered already"):
+        prepared({"train": row}, tokenizer_with_template())
