@@ -88,7 +88,7 @@ class DataConfig:
         chat_template: auto (the tokenizer's own, a bundled one where it has none), one of llama3, chatml, gemma,
             mistral, plain, or the path of a Jinja file.
         as_chat: put rows of alpaca and prompt_completion into the chat template; false for Alpaca's plain headings, and
-            for prompts as they are; null for true where the tokenizer has a chat template.
+            for prompts as they are; null for true where the tokenizer has a chat template, or other sources need one.
         prompt: the prompt of rows of any fields, such as "Summarise:\n{dialogue}"; a name may be a path
             (answers.text.0). The answer is the field completion (fields names yours).
         system: message of the system for all conversations that have none.

@@ -85,9 +85,7 @@ def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task: s
             f"the tokenizer has neither a padding nor an end-of-sequence token, and task {task} pads its batches: give "
             "it one of them"
         )
-    found: dict[str, list[_FoundSource]] = {}
-    for part, sources in (("train", config.train_sources), ("eval", config.eval_sources)):
-        found[part] = [_find(source, config, tokenizer, TASKS[task].formats) for source in sources]
+    found = _find_sources(config, bool(tokenizer.chat_template), TASKS[task].formats)
     _check_alike(found["train"], found["eval"])
     notes = _unlike_what_is_served(found["train"], tokenizer)
     chats = [source for entries in found.values() for source in entries if source.as_chat]
@@ -192,10 +190,22 @@ def _unlike_what_is_served(train: Sequence[_FoundSource], tokenizer: PreTrainedT
     ]
 
 
-def _find(
-    source: SourceConfig, config: DataConfig, tokenizer: PreTrainedTokenizerBase, formats: Sequence[str]
-) -> _FoundSource:
-    """Where a source is, the format of its rows, and whether they go into the chat template."""
+def _find_sources(config: DataConfig, has_template: bool, formats: Sequence[str]) -> dict[str, list[_FoundSource]]:
+    """All sources; rows that may be conversations are, where there is a chat template or other rows need one."""
+    wanted = {"train": config.train_sources, "eval": config.eval_sources}
+    placed = {part: [(s, *_find(s, config, formats)) for s in sources] for part, sources in wanted.items()}
+    default = has_template or any(FORMATS[name].is_chat for entries in placed.values() for _, _, name in entries)
+    return {
+        part: [
+            _FoundSource(config=s, location=where, format=name, as_chat=_goes_into_chat(s, config, name, default))
+            for s, where, name in entries
+        ]
+        for part, entries in placed.items()
+    }
+
+
+def _find(source: SourceConfig, config: DataConfig, formats: Sequence[str]) -> tuple[Location, str]:
+    """Where a source is, and the format of its rows."""
     location = locate(
         source.path,
         subset=source.subset,
@@ -217,18 +227,16 @@ def _find(
         _check_fields(source, formats)
         wanted = tell_format(first_rows(location), str(source.name), source.fields, formats)
     _check_fields(source, [wanted])
-    return _FoundSource(
-        config=source, location=location, format=wanted, as_chat=_goes_into_chat(source, config, wanted, tokenizer)
-    )
+    return location, wanted
 
 
-def _goes_into_chat(source: SourceConfig, config: DataConfig, name: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+def _goes_into_chat(source: SourceConfig, config: DataConfig, name: str, default: bool) -> bool:
     layout = FORMATS[name]
     if source.as_chat and not (layout.may_be_chat or layout.is_chat):
         chats = " and ".join(other for other, form in FORMATS.items() if form.may_be_chat)
         raise ValueError(f"as_chat is true for {source.name}, whose format is {name}, but it is for rows of {chats}")
     asked = config.as_chat if source.as_chat is None else source.as_chat
-    as_chat = layout.is_chat or (layout.may_be_chat and (bool(tokenizer.chat_template) if asked is None else asked))
+    as_chat = layout.is_chat or (layout.may_be_chat and (default if asked is None else asked))
     if not as_chat and (config.system if source.system is None else source.system):
         raise ValueError(
             f"{source.name} has a system message, which plain prompts have no place for: set as_chat: true"
