@@ -27,6 +27,7 @@ class SourceConfig:
         fields: the format's name of a field and the rows' own, where they differ, such as {prompt: question}.
         columns: names of the columns of a CSV or TSV file whose first line is a row already.
         quotes: false where quotation marks in a CSV or TSV file are characters like others, as in GLUE's.
+        text: rows of a .txt file: lines (a document a line), or whole (the file).
         as_chat: as data.as_chat, for this source.
         prompt: as data.prompt, for this source.
         system: as data.system, for this source.
@@ -45,6 +46,7 @@ class SourceConfig:
     fields: dict[str, str] = field(default_factory=dict)
     columns: list[str] = field(default_factory=list)
     quotes: bool = True
+    text: Literal["lines", "whole"] | None = None
     as_chat: bool | None = None
     prompt: str | None = None
     system: str | None = None
@@ -77,8 +79,8 @@ class DataConfig:
 
     Args:
         train: file, glob, saved folder or Hub name to train on; or a list of several, each a path or a mapping with
-            settings of its own (path, name, format, fields, columns, quotes, as_chat, prompt, system, subset, split,
-            revision, max_rows, max_examples, weight, epochs).
+            settings of its own (path, name, format, fields, columns, quotes, text, as_chat, prompt, system, subset,
+            split, revision, max_rows, max_examples, weight, epochs).
         eval: the same, held out, for evaluation, measured source by source; null for none.
         format: how rows are written, for all sources that do not say it: messages (role, content), sharegpt
             (conversations), alpaca (instruction, input, output), prompt_completion, text; for other tasks

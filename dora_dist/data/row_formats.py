@@ -306,6 +306,19 @@ def build_encoder(tokenizer: PreTrainedTokenizerBase, rules: EncodingRules) -> R
     return row_format.encoder(tokenizer, rules, parse)
 
 
+def _check_one_format(fields_found: Sequence[set[str]], where: str, formats: Sequence[str]) -> None:
+    """Rows of two formats in turn would have every other row refused, for a field that it need not have."""
+    fits = [[name for name in formats if set(FORMATS[name].required) <= found] for found in fields_found]
+    known = [(number, names) for number, names in enumerate(fits, start=1) if names]
+    if not known or set.intersection(*(set(names) for _, names in known)):
+        return
+    first, other = known[0], next((n, names) for n, names in known if known[0][1][0] not in names)
+    raise ValueError(
+        f"{where}: row {first[0]} is written as {first[1][0]}, row {other[0]} as {other[1][0]}: give rows of each "
+        "format a source of their own, or set the format of the source and data.bad_rows to skip"
+    )
+
+
 def tell_format(
     rows: Sequence[Mapping[str, Any]],
     where: str,
@@ -327,6 +340,7 @@ def tell_format(
     for by_value in (True, False):  # a table has all its columns in every row, empty ones too
         fields_found = [{name for name, value in row.items() if not by_value or value is not None} for row in renamed]
         fitting = {name: sum(set(FORMATS[name].required) <= found for found in fields_found) for name in formats}
+        _check_one_format(fields_found, where, formats)
         most = next((name for name, count in fitting.items() if 2 * count >= len(rows)), None)
         if most or any(fitting.values()):
             return most or max(fitting, key=fitting.__getitem__)

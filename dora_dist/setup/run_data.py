@@ -214,6 +214,7 @@ def _find(source: SourceConfig, config: DataConfig, formats: Sequence[str]) -> t
         limit=source.max_rows,
         columns=tuple(source.columns),
         quotes=source.quotes,
+        text=source.text,
     )
     wanted: str = config.format if source.format == "auto" else source.format
     prompt = config.prompt if source.prompt is None else source.prompt

@@ -52,6 +52,7 @@ class Location:
         limit: rows to read at most, or None.
         columns: names of the columns of tables whose first line does not give them; empty where it does.
         quotes: whether a quotation mark at the start of a table's field encloses the field.
+        text: rows of a text file: ``lines`` or ``whole``; None where there are no such files.
     """
 
     files: tuple[Path, ...] = ()
@@ -62,6 +63,7 @@ class Location:
     limit: int | None = None
     columns: tuple[str, ...] = ()
     quotes: bool = True
+    text: str | None = None
 
     def rows(self) -> Iterator[RawRow]:
         """All rows in order, read as they are asked for.
@@ -70,7 +72,7 @@ class Location:
             ValueError: a file cannot be read as what its name or its first character says it is.
         """
         parts = (
-            (read_file(file, self.split, self.columns, self.quotes) for file in self.files)
+            (read_file(file, self.split, self.columns, self.quotes, self.text) for file in self.files)
             if self.files
             else (self._hub_rows(),)
         )
@@ -78,7 +80,9 @@ class Location:
 
     def digest(self) -> str:
         """SHA-256 of the content: of all bytes of local files, of the commit on the Hub."""
-        digest = sha256(repr((self.hub, self.subset, self.split, self.limit, self.columns, self.quotes)).encode())
+        digest = sha256(
+            repr((self.hub, self.subset, self.split, self.limit, self.columns, self.quotes, self.text)).encode()
+        )
         for file in self.files:
             for part in sorted(path for path in file.rglob("*") if path.is_file()) if file.is_dir() else [file]:
                 digest.update(repr(("".join(part.suffixes[-2:]).lower(), part.stat().st_size)).encode())
@@ -150,7 +154,9 @@ def _may_be_on_the_hub(pattern: str) -> bool:
     return not local and Path(pattern).suffix not in {".json", ".jsonl", ".gz", ".parquet", ".csv", ".tsv", ".arrow"}
 
 
-def read_file(file: Path, split: str = "train", columns: Sequence[str] = (), quotes: bool = True) -> Iterator[RawRow]:
+def read_file(
+    file: Path, split: str = "train", columns: Sequence[str] = (), quotes: bool = True, text: str | None = None
+) -> Iterator[RawRow]:
     """The rows of one file or saved folder.
 
     Args:
@@ -158,6 +164,7 @@ def read_file(file: Path, split: str = "train", columns: Sequence[str] = (), quo
         split: of a saved folder with several.
         columns: names of the columns of a table without a header line.
         quotes: whether a quotation mark at the start of a table's field encloses the field.
+        text: rows of a text file, ``lines`` (those that are not empty) or ``whole``, each with the field ``text``.
 
     Raises:
         ValueError: it cannot be read.
@@ -171,8 +178,26 @@ def read_file(file: Path, split: str = "train", columns: Sequence[str] = (), quo
         yield from _dumped(_arrow(file), str(file))
     elif kind in ("csv", "tsv"):
         yield from _table(file, "\t" if kind == "tsv" else ",", columns, quotes)
+    elif kind == "txt":
+        yield from _texts(file, text)
     else:
         yield from _json_rows(file)
+
+
+def _texts(file: Path, text: str | None) -> Iterator[RawRow]:
+    if text is None:
+        raise ValueError(
+            f"{file} is a text file: give its source text: lines (a document a line) or text: whole, or give rows as "
+            ".jsonl, .json, .csv, .tsv, .parquet or .arrow"
+        )
+    with _reading(file), fsspec.open(str(file), "rt", compression="infer", encoding="utf-8-sig") as stream:
+        if text == "whole":
+            yield RawRow(str(file), json.dumps({"text": stream.read()}, ensure_ascii=False))
+            return
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                content = json.dumps({"text": line.rstrip("\r\n")}, ensure_ascii=False)
+                yield RawRow(f"{file}, line {number}", content)
 
 
 def _saved(folder: Path, split: str) -> Iterable[dict[str, Any]]:

@@ -575,3 +575,15 @@ def test_every_row_of_glue_is_read_as_it_stands(shared, name, part):
     found = [json.loads(row.json) for row in locate(str(path), columns=tuple(columns), quotes=False).rows()]
     assert len(found) > 200
     assert found == [dict(zip(names, line, strict=True)) for line in lines]
+
+
+def test_a_text_file_is_read_by_line_or_as_a_whole_where_that_is_said(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text('one\n\n{"two"}\n', encoding="utf-8")
+    assert [(row.place, json.loads(row.json)) for row in read_file(path, text="lines")] == [
+        (f"{path}, line 1", {"text": "one"}),
+        (f"{path}, line 3", {"text": '{"two"}'}),
+    ]
+    assert [json.loads(row.json) for row in read_file(path, text="whole")] == [{"text": 'one\n\n{"two"}\n'}]
+    with pytest.raises(ValueError, match=r"is a text file: give its source text: lines .* or give rows as \.jsonl"):
+        list(read_file(path))

@@ -331,3 +331,13 @@ def test_tools_are_a_list_or_its_json(written):
 @pytest.mark.parametrize("tools", [None, "", " ", [], "[]", "null"])
 def test_no_tools_are_none(tools):
     assert parse("messages", {**MESSAGES, "tools": tools}).tools is None
+
+
+def test_rows_of_two_formats_in_turn_are_named():
+    alpaca, chat = {"instruction": "i", "output": "o"}, {"messages": [QUESTION, ANSWER]}
+    with pytest.raises(
+        ValueError, match="mixed: row 1 is written as alpaca, row 2 as messages: give rows of each format"
+    ):
+        tell_format([alpaca, chat, alpaca], "mixed", {})
+    assert tell_format([alpaca, {"instruction": "i"}, alpaca], "one has no answer", {}) == "alpaca"
+    assert tell_format([{**alpaca, **chat}, chat], "one is both", {}) == "messages"
