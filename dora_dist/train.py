@@ -237,7 +237,7 @@ def finish(run: Path, resolved: "ResolvedRun", trainer: "DynamicLoraTrainer") ->
     with parts.agreement.together(f"writing the results into {run}"):
         if parts.agreement.is_first:
             save_adapter(trainer.model, resolved.tokenizer, run / "adapter")
-            print(summary.finish_run(run), flush=True)
+            print(summary.finish_run(run), describe_size(run, resolved.fingerprint.task), sep="\n", flush=True)
 
 
 def stop_before_training(notice: PreemptionNotice, agreement: "Agreement") -> None:
@@ -288,8 +288,19 @@ def describe_adapter(folder: Path) -> str:
     return f"its adapter is gone: dora-dist export {folder.parent} --checkpoint NAME makes one of a checkpoint"
 
 
+def describe_size(run: Path, task: str) -> str:
+    """How large the adapter of a finished run is, padded to one rank, and how large it would be without padding."""
+    from dora_dist.adapter.plain_lora import adapter_bytes
+    from dora_dist.config.tasks import CAUSAL_LM
+    from dora_dist.console.text import format_bytes
+
+    padded, compact = map(format_bytes, adapter_bytes(run / "adapter"))
+    hint = f" (dora-dist export {run} --format compact)" if task == CAUSAL_LM else ""
+    return f"  {'adapter size':<16} {padded}, padded to one rank; {compact} with every module's own rank{hint}"
+
+
 def save_adapter(model: "DynamicLoraModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
-    """Write the adapter, folded to plain LoRA, with the tokenizer; ``folder`` is complete or not there."""
+    """Write the adapter, folded to plain LoRA of one rank, with the tokenizer; ``folder`` is complete or not there."""
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)

@@ -12,6 +12,7 @@ from support.tiny_run import save_tiny_model, write_rows
 from support.trained_run import one_thread
 
 from dora_dist import generate, report
+from dora_dist.adapter.plain_lora import read_lora_adapter
 from dora_dist.config.format_version import FORMAT_VERSION
 from dora_dist.config.parse import load_config
 from dora_dist.console.files import read_json
@@ -53,7 +54,7 @@ def test_it_generates(run, capsys):
     assert "--- adapter" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["peft", "uniform", "merged"])
+@pytest.mark.parametrize("kind", ["peft", "compact", "merged"])
 @pytest.mark.parametrize("checkpoint", [(), ("--checkpoint", "checkpoint-12")])
 def test_it_is_exported(run, kind, checkpoint):
     export.main([str(run), "--format", kind, "--output", "out", *checkpoint])
@@ -61,6 +62,17 @@ def test_it_is_exported(run, kind, checkpoint):
         base = open_run(run).load_base("cpu", in_float32=True)
         modules = PeftModel.from_pretrained(base, "out").peft_config["default"].target_modules
         assert len(modules) == len(read_json(run / records.SUMMARY)["ranks"])
+
+
+def test_its_adapter_of_mixed_ranks_is_read_with_the_scale_that_it_has(run):
+    """Of 73e868c: every module with its own rank in ``rank_pattern`` and ``alpha_pattern``."""
+    config = read_json(run / "adapter" / "adapter_config.json")
+    assert config["rank_pattern"]
+    ranks = {name: len(lora_a) for name, (lora_a, _) in read_lora_adapter(run / "adapter").items()}
+    assert ranks == {name: config["rank_pattern"].get(name, config["r"]) for name in ranks}
+    export.main([str(run), "--format", "peft", "--output", "out"])
+    now = read_json(Path("out") / "adapter_config.json")
+    assert (now["rank_pattern"], now["alpha_pattern"], now["r"]) == ({}, {}, 8)
 
 
 def test_it_is_not_resumed_and_the_settings_that_changed_are_named(run):
