@@ -136,6 +136,8 @@ def train(
             say(f"{run} holds a finished run with these settings; {describe_adapter(run / 'adapter')}")
         else:
             say(f"{config.data.batching} batches: {resolved.padding_share():.1%} of the computed tokens are padding")
+            if resolved.left_out:
+                say(resolved.left_out)
             for remark in resume.describe(earlier, config, agreement.size):
                 say(remark)
             trainer = build_parts(config, resolved, agreement, notice)
@@ -215,7 +217,7 @@ def record_start(
     begins = earlier.checkpoint is None
     with agreement.together(f"writing into {config.output_dir}"):
         records.forget_end()
-        records.describe_run(config, resolved.fingerprint, resolved.describe_data(), agreement.size)
+        records.describe_run(config, resolved.fingerprint, resolved.describe_data(), agreement.size, resolved.left_out)
         if begins:
             records.truncate_after(-1)
     if begins and trainer.parts.evaluator and config.evaluation.before:

@@ -13,7 +13,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from dora_dist.adapter.linear_operation import LinearSettings, LinearTensors, adapted_linears
-from dora_dist.base_model.quantization import check_known_linear
+from dora_dist.base_model.quantization import is_known_linear
 from dora_dist.config.adapter import INITS
 
 ADAPTER_NAME = "default"
@@ -40,7 +40,7 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
         super().__init__()
         if adapter_name != ADAPTER_NAME:
             raise ValueError(f"one adapter per model, named {ADAPTER_NAME!r}; got {adapter_name!r}")
-        check_known_linear(base_layer)
+        assert is_known_linear(base_layer), f"{type(base_layer)} computes in a way of its own"
         LoraLayer.__init__(self, base_layer)
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha

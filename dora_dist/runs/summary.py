@@ -54,6 +54,7 @@ def summarize(run: Path) -> dict[str, Any]:
         "parameters_kept": events[-1].num_parameters,
         "final_event": events[-1].final,
         "ranks": ranks,
+        "left_out": files.read_json(run / records.RUN).get("left_out"),
         "session_seconds": last_session.get("session_seconds"),
         "session_tokens": last_session.get("session_tokens"),
         "skipped_steps": sum("skipped" in line for line in lines),
@@ -94,6 +95,8 @@ def format_summary(summary: Mapping[str, Any], run: Path) -> str:
     parameters = summary["parameters_kept"]
     size = "" if parameters is None else f" of {parameters:,} parameters"
     lines.append(f"  {'components':<16} {start} -> {kept}{size}{state}")
+    if summary["left_out"]:
+        lines.append(f"  {'not adapted':<16} {summary['left_out']}")
     if summary["session_seconds"]:
         seconds, tokens = summary["session_seconds"], summary["session_tokens"]
         lines.append(f"  {'training time':<16} {seconds:.0f} s, {tokens / seconds:.0f} tokens/s")

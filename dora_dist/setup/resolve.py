@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from dora_dist.adapter.targets import resolve_targets
-from dora_dist.base_model import load
+from dora_dist.base_model import block_weights, load
 from dora_dist.base_model.shape import linear_layer
 from dora_dist.config.checks import require
 from dora_dist.config.run import RunConfig
@@ -33,6 +33,7 @@ class ResolvedRun:
         arguments: the Trainer's settings; ``max_steps`` is the number of optimizer steps of the run.
         plan: which rows are trained when.
         layers: names of the layers that are adapted.
+        left_out: what ``all-linear`` leaves out, in words; None where that is nothing, or the layers were named.
         budget: over the run.
         fingerprint: settings that a resumed run must not change.
     """
@@ -43,6 +44,7 @@ class ResolvedRun:
     arguments: TrainingArguments
     plan: TrainingPlan
     layers: list[str]
+    left_out: str | None
     budget: Budget
     fingerprint: Fingerprint
 
@@ -83,6 +85,7 @@ def resolve_run(
         arguments=arguments,
         plan=plan,
         layers=layers,
+        left_out=block_weights.describe_left_out(skeleton, config.adapter.target_modules, layers),
         budget=budget,
         fingerprint=fingerprint_of(config, arguments, data, plan),
     )
@@ -112,8 +115,10 @@ def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int)
         Names of the layers that are adapted, and the budget over the run.
 
     Raises:
-        ValueError: ``adapter.target_modules`` matches nothing, or the run is too short to prune.
+        ValueError: ``adapter.target_modules`` matches nothing, quantization would leave too much as it is, or the run
+            is too short to prune.
     """
+    block_weights.check_quantized(skeleton, config.model.quantization, config.model.allow_unquantized)
     under_zero = config.distributed.engine.startswith("zero")
     dtype = str(load.resolve_compute_dtype(config.model.compute_dtype)).removeprefix("torch.")
     if under_zero and config.adapter.dtype not in ("auto", dtype):

@@ -102,6 +102,15 @@ def test_a_finished_run_is_summarized_from_its_files(tmp_path):
         assert str(tmp_path / name) in text
 
 
+def test_what_was_left_out_is_in_the_summary(tmp_path):
+    write_run(tmp_path)
+    assert "not adapted" not in finish_run(tmp_path)
+    left_out = "all-linear leaves out 88.9% of the block weights: model.layers.*.mlp.experts.down_proj 88.9%"
+    recorded = files.read_json(tmp_path / records.RUN)
+    files.write_json(tmp_path / records.RUN, {**recorded, "left_out": left_out})
+    assert f"  not adapted      {left_out}\n" in finish_run(tmp_path)
+
+
 def test_the_rank_table_shows_every_rank_and_the_means(tmp_path):
     ranks = write_run(tmp_path)
     lines = format_summary(summarize(tmp_path), tmp_path).splitlines()
