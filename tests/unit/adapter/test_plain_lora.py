@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 
 from dora_dist.adapter.plain_lora import (
     ADAPTER_WEIGHTS,
@@ -120,6 +121,23 @@ def test_what_is_read_back_has_no_padding(tmp_path: Path):
     padded, compact = adapter_bytes(tmp_path)
     assert padded - compact == 4 * ((8 + 8) - (1 + 5)) * (10 + 6)
     assert padded == (tmp_path / ADAPTER_WEIGHTS).stat().st_size
+
+
+def test_an_adapter_of_an_earlier_version_is_read_with_the_rank_of_every_module(tmp_path: Path):
+    """They wrote ``rank_pattern`` and an equal ``alpha_pattern``, and B without a factor for it."""
+    present = {name: parts for name, parts in folded().items() if len(parts[0])}
+    pattern = {"layers.0.k_proj": 1}
+    config = LoraConfig(r=5, lora_alpha=5, target_modules=list(present), rank_pattern=pattern, alpha_pattern=pattern)
+    config.save_pretrained(str(tmp_path))
+    named = {
+        f"base_model.model.{name}.lora_{part}.weight": value
+        for name, parts in present.items()
+        for part, value in zip("AB", parts, strict=True)
+    }
+    save_file(named, tmp_path / ADAPTER_WEIGHTS)
+    for name, parts in read_lora_adapter(tmp_path).items():
+        assert all(torch.equal(found, wanted) for found, wanted in zip(parts, present.pop(name), strict=True))
+    assert not present
 
 
 def test_an_adapter_that_is_not_of_a_run_is_not_read(tmp_path: Path):

@@ -65,15 +65,12 @@ def test_it_is_exported(run, kind, checkpoint):
         assert len(modules) == len(read_json(run / records.SUMMARY)["ranks"])
 
 
-def test_its_adapter_of_mixed_ranks_is_read_with_the_scale_that_it_has(run):
-    """Of 73e868c: every module with its own rank in ``rank_pattern`` and ``alpha_pattern``."""
-    config = read_json(run / "adapter" / "adapter_config.json")
-    assert config["rank_pattern"]
+def test_its_adapter_has_the_ranks_of_its_records_and_is_padded_in_an_export(run):
     ranks = {name: len(lora_a) for name, (lora_a, _) in read_lora_adapter(run / "adapter").items()}
-    assert ranks == {name: config["rank_pattern"].get(name, config["r"]) for name in ranks}
+    assert ranks == read_json(run / records.SUMMARY)["ranks"]
     export.main([str(run), "--format", "peft", "--output", "out"])
-    now = read_json(Path("out") / "adapter_config.json")
-    assert (now["rank_pattern"], now["alpha_pattern"], now["r"]) == ({}, {}, 8)
+    assert {name: len(lora_a) for name, (lora_a, _) in read_lora_adapter(Path("out")).items()} == ranks
+    assert read_json(Path("out") / "adapter_config.json")["r"] == 8
 
 
 def test_it_is_not_resumed_and_the_settings_that_changed_are_named(run):
