@@ -195,9 +195,9 @@ def check_vocabulary(skeleton: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     for what, number in found.items():
         if number is not None and number >= rows:
             raise ValueError(
-                f"{what} is {names.get(number)!r} with the number {number}, but the model's embedding has {rows} rows (0 "
-                f"to {rows - 1}): tokenizer and weights at model.path do not belong together; take the tokenizer that "
-                "the weights came with, or a model whose embedding has been resized for it"
+                f"{what} is {names.get(number)!r} with the number {number}, but the model's embedding has {rows} rows "
+                f"(0 to {rows - 1}): tokenizer and weights at model.path do not belong together; take the tokenizer "
+                "that the weights came with, or a model whose embedding has been resized for it"
             )
     first = min(names)
     return [
