@@ -136,6 +136,8 @@ def train(
             say(f"{run} holds a finished run with these settings; {describe_adapter(run / 'adapter')}")
         else:
             say(f"{config.data.batching} batches: {resolved.padding_share():.1%} of the computed tokens are padding")
+            if resolved.left_out:
+                say(resolved.left_out)
             for remark in resume.describe(earlier, config, agreement.size):
                 say(remark)
             trainer = build_parts(config, resolved, agreement, notice)
@@ -215,7 +217,7 @@ def record_start(
     begins = earlier.checkpoint is None
     with agreement.together(f"writing into {config.output_dir}"):
         records.forget_end()
-        records.describe_run(config, resolved.fingerprint, resolved.describe_data(), agreement.size)
+        records.describe_run(config, resolved.fingerprint, resolved.describe_data(), agreement.size, resolved.left_out)
         if begins:
             records.truncate_after(-1)
     if begins and trainer.parts.evaluator and config.evaluation.before:
@@ -237,7 +239,7 @@ def finish(run: Path, resolved: "ResolvedRun", trainer: "DynamicLoraTrainer") ->
     with parts.agreement.together(f"writing the results into {run}"):
         if parts.agreement.is_first:
             save_adapter(trainer.model, resolved.tokenizer, run / "adapter")
-            print(summary.finish_run(run), flush=True)
+            print(summary.finish_run(run), describe_size(run, resolved.fingerprint.task), sep="\n", flush=True)
 
 
 def stop_before_training(notice: PreemptionNotice, agreement: "Agreement") -> None:
@@ -288,8 +290,19 @@ def describe_adapter(folder: Path) -> str:
     return f"its adapter is gone: dora-dist export {folder.parent} --checkpoint NAME makes one of a checkpoint"
 
 
+def describe_size(run: Path, task: str) -> str:
+    """How large the adapter of a finished run is, padded to one rank, and how large it would be without padding."""
+    from dora_dist.adapter.plain_lora import adapter_bytes
+    from dora_dist.config.tasks import CAUSAL_LM
+    from dora_dist.console.text import format_bytes
+
+    padded, compact = map(format_bytes, adapter_bytes(run / "adapter"))
+    hint = f" (dora-dist export {run} --format compact)" if task == CAUSAL_LM else ""
+    return f"  {'adapter size':<16} {padded}, padded to one rank; {compact} with every module's own rank{hint}"
+
+
 def save_adapter(model: "DynamicLoraModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
-    """Write the adapter, folded to plain LoRA, with the tokenizer; ``folder`` is complete or not there."""
+    """Write the adapter, folded to plain LoRA of one rank, with the tokenizer; ``folder`` is complete or not there."""
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)

@@ -13,7 +13,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from dora_dist.adapter.linear_operation import LinearSettings, LinearTensors, adapted_linears
-from dora_dist.base_model.quantization import check_known_linear
+from dora_dist.base_model.quantization import is_known_linear
 from dora_dist.config.adapter import INITS
 
 ADAPTER_NAME = "default"
@@ -29,7 +29,8 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
     Buffer: ``component_mask`` ``(r,)``, boolean because DeepSpeed casts floating point buffers. A component whose
     mask is False contributes exactly nothing, whatever an optimizer does to its parameters.
 
-    ``shared`` computes the layer together with others that read the same tensor, where there are such.
+    ``shared`` computes the layer together with others that read the same tensor, where there are such. ``on_gradient``,
+    where it is set, is called when a backward comes to the layer.
     """
 
     adapter_layer_names = ("lora_A", "lora_B", "lora_gate")
@@ -40,7 +41,7 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
         super().__init__()
         if adapter_name != ADAPTER_NAME:
             raise ValueError(f"one adapter per model, named {ADAPTER_NAME!r}; got {adapter_name!r}")
-        check_known_linear(base_layer)
+        assert is_known_linear(base_layer), f"{type(base_layer)} computes in a way of its own"
         LoraLayer.__init__(self, base_layer)
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
@@ -52,6 +53,7 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
         self.lora_gate = nn.ParameterDict({adapter_name: torch.empty(r, device=device)})
         self.register_buffer("component_mask", torch.ones(r, dtype=torch.bool, device=device))
         self.shared: Callable[[DynamicLoraLinear, Tensor], Tensor] | None = None
+        self.on_gradient: Callable[[], None] | None = None
         self._kept: Tensor | None = None
         self._kept_of: Tensor | None = None
         self._kept_version = -1
@@ -120,7 +122,16 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
             kept=self.kept_components(),
             dropout=dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0,
         )
-        return LinearTensors(self.lora_a, self.gate, self.lora_b, settings)
+        return LinearTensors(self.lora_a, self.gate, self._watched(self.lora_b), settings)
+
+    def _watched(self, lora_b: Tensor) -> Tensor:
+        """The parameter as this call reads it: its own gradient may come from elsewhere, such as a regularizer."""
+        on_gradient = self.on_gradient
+        if on_gradient is None or not (torch.is_grad_enabled() and lora_b.requires_grad):
+            return lora_b
+        view = lora_b.view_as(lora_b)
+        view.register_hook(lambda _: on_gradient())
+        return view
 
     @torch.no_grad()
     def initialize(self, init: str, seed: int, name: str, dtype: torch.dtype) -> None:

@@ -84,7 +84,8 @@ class DynamicLoraModel(PeftModel):
         }
 
     def save_pretrained(self, save_directory: str | Path, *_: Any, is_main_process: bool = True, **__: Any) -> None:
-        """Write the adapter as plain LoRA that stock PEFT loads exactly, with the head; gates and masks are folded in.
+        """Write the adapter as plain LoRA of one rank that PEFT, vLLM and llama.cpp load exactly, with the head; gates
+        and masks are folded in.
 
         Raises:
             ValueError: no component has a non-zero gate.

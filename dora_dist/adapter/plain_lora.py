@@ -2,13 +2,17 @@
 
 A loader that does not know gates would ignore them silently, so that nothing but folded tensors may ever be
 written as an adapter.
+
+What a user picks up has one rank for all modules, padded with zeros: vLLM ignores ``rank_pattern``, and llama.cpp
+divides one ``lora_alpha`` by the rank of each tensor and ignores ``alpha_pattern``.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -16,10 +20,12 @@ from dora_dist.adapter.card import write_card
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
+Factors = tuple[Tensor, Tensor]
+"""Of a layer: ``A (k, in)`` and ``B (out, k)``, whose product ``B A`` is the update."""
 
 
 @torch.no_grad()
-def fold_components(lora_a: Tensor, gate: Tensor, lora_b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def fold_components(lora_a: Tensor, gate: Tensor, lora_b: Tensor, scale: float) -> Factors:
     """Plain LoRA factors of one layer, at LoRA scale 1 (``r == lora_alpha``).
 
     Args:
@@ -38,7 +44,13 @@ def fold_components(lora_a: Tensor, gate: Tensor, lora_b: Tensor, scale: float) 
     return folded_a.cpu().contiguous(), folded_b.cpu().contiguous()
 
 
-def pad_rank(factors: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
+def common_rank(factors: Mapping[str, Factors]) -> int:
+    """The rank that an adapter is padded to: the first of 8, 16, 32, ... that holds every module. vLLM takes those."""
+    widest = max((lora_a.shape[0] for lora_a, _ in factors.values()), default=1)
+    return max(8, 1 << (widest - 1).bit_length())
+
+
+def pad_rank(factors: Factors, rank: int) -> Factors:
     """The same update with ``rank`` components, the added ones zero. Shapes ``(rank, in)``, ``(out, rank)``."""
     lora_a, lora_b = factors
     missing = rank - lora_a.shape[0]
@@ -50,58 +62,88 @@ def pad_rank(factors: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]
     )
 
 
+def without_padding(lora_a: Tensor, lora_b: Tensor) -> Factors:
+    """The same update without the components whose two vectors are zero."""
+    used = (lora_a != 0).any(1) | (lora_b != 0).any(0)
+    return lora_a[used].contiguous(), lora_b[:, used].contiguous()
+
+
 def write_lora_adapter(
     folder: Path,
-    factors: Mapping[str, tuple[Tensor, Tensor]],
+    factors: Mapping[str, Factors],
     base_model: str | None,
     task_type: str = "CAUSAL_LM",
-    target_modules: Sequence[str] | None = None,
     head: Mapping[str, Mapping[str, Tensor]] | None = None,
+    rank: int | None = None,
 ) -> None:
-    """Write plain LoRA factors as an adapter folder that stock PEFT loads exactly, with its model card.
+    """Write plain LoRA factors as an adapter folder that PEFT, vLLM and llama.cpp load exactly, with its model card.
 
-    PEFT needs for that: targets that match just the modules given, a rank of its own for every module with
-    ``alpha == rank``, and modules of rank 0 left out. Where all modules have one rank, no patterns are written.
+    Every module has the same rank, padded with zeros, and ``r == lora_alpha``. Modules of rank 0 are left out.
 
     Args:
         folder: created if missing.
         factors: module name -> ``(A (k, in), B (out, k))`` as of :func:`fold_components`.
         base_model: name or path of the base model, for ``base_model_name_or_path``.
         task_type: PEFT's task type.
-        target_modules: what to name as targets instead of the full names of all modules that have a rank.
         head: modules that were trained as a whole, by name, each with its parameters by their names in it.
+        rank: of every module; :func:`common_rank` by default.
 
     Raises:
         ValueError: every module has rank 0, so that there is no adapter to write.
     """
-    ranks = {name: lora_a.shape[0] for name, (lora_a, _) in factors.items() if lora_a.shape[0]}
-    if not ranks:
+    present = _with_components(factors)
+    rank = rank or common_rank(present)
+    padded = {name: pad_rank(parts, rank) for name, parts in present.items()}
+    config = _lora_config(padded, base_model, task_type, rank, sorted(head or {}))
+    _write(folder, config, _named_tensors(padded, head or {}))
+    write_card(folder, {name: lora_a.shape[0] for name, (lora_a, _) in present.items()}, base_model, rank)
+
+
+def write_compact_adapter(folder: Path, factors: Mapping[str, Factors], base_model: str | None) -> None:
+    """Write an adapter without padding: every module has its own rank.
+
+    One ``lora_alpha`` holds for all modules, and B carries ``rank / lora_alpha``: so PEFT (``lora_alpha`` over the rank
+    in ``rank_pattern``) and llama.cpp (over the rank of the tensor) compute the same. vLLM takes one rank only.
+
+    Args:
+        folder: created if missing.
+        factors: as of :func:`write_lora_adapter`.
+        base_model: name or path of the base model.
+
+    Raises:
+        ValueError: every module has rank 0.
+    """
+    present = _with_components(factors)
+    ranks = {name: lora_a.shape[0] for name, (lora_a, _) in present.items()}
+    alpha = max(ranks.values())
+    folded = {name: (lora_a, lora_b * (ranks[name] / alpha)) for name, (lora_a, lora_b) in present.items()}
+    config = _lora_config(folded, base_model, "CAUSAL_LM", alpha, [])
+    _write(folder, config, _named_tensors(folded, {}))
+    write_card(folder, ranks, base_model, None)
+
+
+def _with_components(factors: Mapping[str, Factors]) -> dict[str, Factors]:
+    present = {name: parts for name, parts in sorted(factors.items()) if parts[0].shape[0]}
+    if not present:
         raise ValueError("no component of any layer has a non-zero gate: there is no adapter to write")
-    head = head or {}
-    config = _lora_config(ranks, base_model, task_type, target_modules, head)
-    tensors = _named_tensors({name: factors[name] for name in ranks}, head)
+    return present
+
+
+def _write(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
-    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    write_card(folder, ranks, base_model)
+    save_file(dict(tensors), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
 def _lora_config(
-    ranks: Mapping[str, int],
-    base_model: str | None,
-    task_type: str,
-    target_modules: Sequence[str] | None,
-    head: Collection[str],
+    factors: Mapping[str, Factors], base_model: str | None, task_type: str, rank: int, heads: Sequence[str]
 ) -> LoraConfig:
-    widest = max(ranks.values())
-    exceptions = {name: rank for name, rank in ranks.items() if rank != widest}
     return LoraConfig(
-        r=widest,
-        lora_alpha=widest,
-        target_modules=sorted(target_modules or ranks),
-        modules_to_save=sorted(head) or None,
-        rank_pattern=exceptions,
-        alpha_pattern=dict(exceptions),
+        r=rank,
+        lora_alpha=rank,
+        target_modules=sorted(factors),
+        modules_to_save=list(heads) or None,
+        rank_pattern={name: len(lora_a) for name, (lora_a, _) in factors.items() if len(lora_a) != rank},
         lora_dropout=0.0,
         task_type=task_type,
         base_model_name_or_path=base_model,
@@ -109,12 +151,10 @@ def _lora_config(
     )
 
 
-def _named_tensors(
-    factors: Mapping[str, tuple[Tensor, Tensor]], head: Mapping[str, Mapping[str, Tensor]]
-) -> dict[str, Tensor]:
+def _named_tensors(factors: Mapping[str, Factors], head: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Tensors by the names under which PEFT saves them."""
     tensors = {}
-    for name, (lora_a, lora_b) in sorted(factors.items()):
+    for name, (lora_a, lora_b) in factors.items():
         tensors[f"{KEY_PREFIX}{name}.lora_A.weight"] = lora_a.contiguous()
         tensors[f"{KEY_PREFIX}{name}.lora_B.weight"] = lora_b.contiguous()
     for module, parameters in head.items():
@@ -123,8 +163,9 @@ def _named_tensors(
     return tensors
 
 
-def read_lora_adapter(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Plain LoRA factors of a folder that :func:`write_lora_adapter` wrote, by module name; a head is left out.
+def read_lora_adapter(folder: Path) -> dict[str, Factors]:
+    """Plain LoRA factors of a folder that :func:`write_lora_adapter` wrote, by module name; padding and a head are left
+    out. Earlier versions wrote every module with its own rank.
 
     Returns:
         Module name -> ``(A (k, in), B (out, k))``, where ``B A`` is the whole update. Modules of rank 0 are missing.
@@ -140,7 +181,15 @@ def read_lora_adapter(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
         )
     tensors = load_file(folder / ADAPTER_WEIGHTS)
     names = {key.removeprefix(KEY_PREFIX).rsplit(".lora_", 1)[0] for key in tensors if ".lora_" in key}
-    return {
-        name: (tensors[f"{KEY_PREFIX}{name}.lora_A.weight"], tensors[f"{KEY_PREFIX}{name}.lora_B.weight"])
-        for name in sorted(names)
-    }
+    parts = {name: [tensors[f"{KEY_PREFIX}{name}.lora_{part}.weight"] for part in "AB"] for name in sorted(names)}
+    factors = {name: without_padding(lora_a, lora_b) for name, (lora_a, lora_b) in parts.items()}
+    return {name: found for name, found in factors.items() if found[0].shape[0]}
+
+
+def adapter_bytes(folder: Path) -> tuple[int, int]:
+    """Bytes of the weights in a folder of :func:`write_lora_adapter`, as they are and without padding."""
+    size = (folder / ADAPTER_WEIGHTS).stat().st_size
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+        padded = sum(file.get_tensor(name).nbytes for name in file.keys() if ".lora_" in name)  # noqa: SIM118
+    used = sum(part.nbytes for factors in read_lora_adapter(folder).values() for part in factors)
+    return size, size - padded + used

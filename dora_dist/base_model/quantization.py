@@ -92,16 +92,8 @@ def product_dtype(module: nn.Module, output: Tensor) -> torch.dtype:
     return output.dtype
 
 
-def check_known_linear(module: nn.Module) -> None:
-    """Refuse a linear layer that computes in a way of its own, for its input gradient would not be ``grad @ weight``.
-
-    Raises:
-        ValueError: neither torch's linear layer nor one of bitsandbytes' quantized ones.
-    """
+def is_known_linear(module: nn.Module) -> bool:
+    """Whether a layer computes as torch's linear layer or one of bitsandbytes' quantized ones. The input gradient of
+    one that computes in a way of its own would not be ``grad @ weight``."""
     known = (nn.Linear.forward, Linear4bit.forward, Linear8bitLt.forward)
-    if getattr(type(module), "forward", None) not in known:
-        raise ValueError(
-            f"a layer to adapt is a {type(module).__module__}.{type(module).__qualname__}, which computes in a way of "
-            "its own: only torch.nn.Linear and bitsandbytes' Linear4bit and Linear8bitLt can be adapted; leave it out "
-            "of adapter.target_modules"
-        )
+    return getattr(type(module), "forward", None) in known

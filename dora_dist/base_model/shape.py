@@ -150,14 +150,33 @@ def input_embedding(model: "PreTrainedModel") -> nn.Embedding:
     return cast(nn.Embedding, model.get_input_embeddings())
 
 
+def text_decoder(model: nn.Module) -> str:
+    """Full name of the module that is the text decoder of a model that takes images or sound as well; empty where the
+    model is nothing else than text, with or without an encoder."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
+        return ""
+    if model.config.get_text_config(decoder=True) is model.config:
+        return ""
+    decoder = model.get_decoder()
+    names: dict[int, str] = {id(module): name for name, module in model.named_modules()}
+    return names[id(decoder)]
+
+
 def linear_layer(model: nn.Module, name: str) -> nn.Linear:
     """A linear layer, quantized or not, by its full name. torch's type is that of every part: a module."""
     return cast(nn.Linear, model.get_submodule(name))
 
 
 def _decoder_layers(skeleton: "PreTrainedModel") -> list[tuple[str, nn.Module]]:
-    """The entries of the longest module list, by full name."""
-    lists = [(name, module) for name, module in skeleton.named_modules() if isinstance(module, nn.ModuleList)]
+    """The entries of the longest module list, by full name; of the text decoder, where there is more than text."""
+    prefix = text_decoder(skeleton)
+    lists = [
+        (name, module)
+        for name, module in skeleton.named_modules()
+        if isinstance(module, nn.ModuleList) and name.startswith(prefix)
+    ]
     if not lists:
         return []
     name, longest = max(lists, key=lambda entry: len(entry[1]))

@@ -10,9 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
-from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS
+from dora_dist.adapter.plain_lora import read_lora_adapter
 from dora_dist.compare.plan import REPORTED, SEARCH, Cell, Plan
 from dora_dist.config.data import DataConfig
 from dora_dist.config.model import ModelConfig
@@ -116,18 +114,10 @@ def _measured(plan: Plan, cell: Cell, after: Mapping[str, Any], source: str) -> 
 
 def adapter_size(folder: Path) -> tuple[int, int]:
     """Elements of the LoRA factors in a saved adapter, and those of a component of its widest layer. Gates and singular
-    values are folded in, and a head does not count."""
-    total = 0
-    widths: dict[str, int] = {}
-    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118 - not a mapping
-            for part, along in ((".lora_A.", 1), (".lora_B.", 0)):
-                if part in name:
-                    shape = tensors.get_slice(name).get_shape()
-                    total += math.prod(shape)
-                    layer = name.split(part)[0]
-                    widths[layer] = widths.get(layer, 0) + shape[along]
-    return total, max(widths.values())
+    values are folded in; padding and a head do not count."""
+    factors = read_lora_adapter(folder).values()
+    total = sum(lora_a.numel() + lora_b.numel() for lora_a, lora_b in factors)
+    return total, max(lora_a.shape[1] + lora_b.shape[0] for lora_a, lora_b in factors)
 
 
 def training_seconds(lines: Sequence[Mapping[str, Any]]) -> float:

@@ -21,8 +21,8 @@ class DynamicLoraConfig:
         initial_rank: components per layer at the start; by default 1.5 times the target rank, rounded up (the paper's).
         alpha: the update is scaled by alpha / initial_rank for the whole run.
         dropout: on the input of the components, in [0, 1).
-        target_modules: all-linear (without the output head), a regular expression for full module names, or a list
-            of names or their last parts.
+        target_modules: all-linear (every linear layer of the text decoder that can be adapted, without the output
+            head), a regular expression for full module names, or a list of names or their last parts.
         init: lora (a_i as LoRA's, b_i = 0, c_i = 1) or paper (a_i, b_i Kaiming-uniform, c_i = 0); both start
             exactly as the base model.
         dtype: of the adapter's parameters: float32, bfloat16, float64, or auto for that of the base's unquantized

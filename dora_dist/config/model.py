@@ -17,6 +17,8 @@ class ModelConfig:
         compute_dtype: of activations and unquantized weights; auto is bfloat16 on a GPU and float32 on a CPU.
         attention: transformers' attention implementation, such as sdpa or flash_attention_2; null for its default.
         trust_remote_code: run model code that comes with the model.
+        allow_unquantized: quantize a model though more than a fifth of its block weights stays in 16 bits, as the
+            experts of most mixture-of-experts models do.
         fuse: compute a gated MLP as one operation, q, k and v of an attention together, the loss of a causal language
             model without its logits, and cast what a trained head reads. With false, every module of the base runs its
             own forward: slower, with more memory, equal up to rounding. A resumed run may change it.
@@ -27,4 +29,5 @@ class ModelConfig:
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     attention: str | None = None
     trust_remote_code: bool = False
+    allow_unquantized: bool = False
     fuse: bool = True

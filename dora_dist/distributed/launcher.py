@@ -1,6 +1,10 @@
-"""Whether processes and engine go together: those that the launcher started, from its environment variables alone."""
+"""Whether processes and engine go together: those that the launcher started, from its environment variables, and from
+the DeepSpeed file that they name."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 LAUNCH_HINT = {
     "zero2": "accelerate launch --config_file launch/zero2_cpu.yaml (or zero2_gpu.yaml) -m dora_dist.train ...",
@@ -39,6 +43,12 @@ def check_launch(engine: str, environment: Mapping[str, str]) -> None:
         )
     if engine == "zero2" and not deepspeed:
         raise ValueError(f"distributed.engine is zero2, but this process was not launched with DeepSpeed{hint}")
+    if engine == "zero2":
+        where, stage = _zero_stage(environment)
+        if str(stage) != "2":
+            raise ValueError(
+                f"distributed.engine is zero2, but {where} is {stage}, and only stage 2 is supported: set it to 2{hint}"
+            )
     if engine != "zero2" and deepspeed:
         raise ValueError(f"distributed.engine is {engine}, but this process was launched with DeepSpeed{hint}")
     if engine == "none" and processes > 1:
@@ -50,6 +60,29 @@ def check_launch(engine: str, environment: Mapping[str, str]) -> None:
             "distributed.engine is ddp on CPUs, but ACCELERATE_USE_CPU is not set, without which accelerate takes "
             f"each process for a world of its own{hint}"
         )
+
+
+def _zero_stage(environment: Mapping[str, str]) -> tuple[str, object]:
+    """Where the stage of ZeRO was set, and the stage, by the rules of accelerate 1.15: that of a file counts, whatever
+    the launcher was given beside it.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    of_launcher = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    path = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if path == "none":
+        return "the launcher's zero_stage", of_launcher
+    try:
+        settings: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the DeepSpeed file {path} (deepspeed_config_file of the launch file) cannot be read from {Path.cwd()}: "
+            f"{error}; start it with: {LAUNCH_HINT['zero2']}"
+        ) from None
+    section = settings.get("zero_optimization") if isinstance(settings, dict) else None
+    stage = section.get("stage", "missing") if isinstance(section, dict) else "missing"
+    return f"zero_optimization.stage in {path}", of_launcher if stage == "auto" else stage
 
 
 def world_size_of(environment: Mapping[str, str]) -> int:

@@ -1,8 +1,7 @@
 """Write the adapter of a run in a form that other programs load, and prove by logits that it computes what was trained.
 
-peft     the adapter as it is: every module with its own rank, exact in PEFT
-uniform  every module padded with zeros to one rank, modules without components too: for programs that know one rank
-         for all (vLLM) or divide alpha by each tensor's rank (llama.cpp); exact in PEFT as well
+peft     an adapter with one rank for all modules, padded with zeros, as in RUN/adapter: for PEFT, vLLM and llama.cpp
+compact  an adapter with every module's own rank, without padding: for PEFT and llama.cpp; vLLM does not take it
 merged   a plain 16-bit model without adapter: the base's weights, as the adapter was trained on them, plus its update
 """
 
@@ -16,11 +15,11 @@ from pathlib import Path
 from dora_dist.console.command import run_command
 from dora_dist.console.library_warnings import quiet_libraries
 
-FORMATS = ("peft", "uniform", "merged")
-UNIFORM_RANKS = (8, 16, 32, 64, 128, 256, 512)
+FORMATS = ("peft", "compact", "merged")
+RANKS = (8, 16, 32, 64, 128, 256, 512)
 """Ranks that vLLM takes as ``max_lora_rank`` and that are a power of two."""
 DTYPES = ("bfloat16", "float16", "float32")
-OWN_OPTIONS = {"base": "merged", "dtype": "merged", "rank": "uniform"}
+OWN_OPTIONS = {"base": "merged", "dtype": "merged", "rank": "peft"}
 
 EPILOG = """\
 Nothing is written that has not been loaded back and compared with base and adapter of the run, in float32. This needs
@@ -51,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--rank",
         type=int,
         metavar="R",
-        help=f"uniform: one of {', '.join(map(str, UNIFORM_RANKS))}; by default the smallest that holds every module",
+        help=f"peft: one of {', '.join(map(str, RANKS))}; by default the smallest that holds every module",
     )
     return parser
 
@@ -70,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ValueError(
                 f"--{name} is an option of --format {owner}, but --format is {options.format}: leave it out"
             )
-    if options.rank is not None and options.rank not in UNIFORM_RANKS:
-        raise ValueError(f"--rank is {options.rank}, but must be one of {', '.join(map(str, UNIFORM_RANKS))}")
+    if options.rank is not None and options.rank not in RANKS:
+        raise ValueError(f"--rank is {options.rank}, but must be one of {', '.join(map(str, RANKS))}")
     output = options.output or options.run / f"export-{options.format}"
     if output.exists():
         raise ValueError(f"{output} exists already: choose another folder with --output, or delete it")
@@ -82,9 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trained = open_run(options.run, options.checkpoint)
     with new_folder(output) as folder:
         if options.format == "peft":
-            exported = formats.export_peft(trained, folder)
-        elif options.format == "uniform":
-            exported = formats.export_uniform(trained, folder, options.rank, UNIFORM_RANKS)
+            exported = formats.export_peft(trained, folder, options.rank)
+        elif options.format == "compact":
+            exported = formats.export_compact(trained, folder)
         else:
             original = options.base == "original"
             exported = formats.export_merged(trained, folder, options.dtype or DTYPES[0], original)

@@ -2,32 +2,40 @@
 reported as done."""
 
 import gc
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS, pad_rank, read_lora_adapter, write_lora_adapter
-from dora_dist.adapter.targets import resolve_targets
-from dora_dist.base_model.shape import linear_layer
+from dora_dist.adapter.plain_lora import (
+    Factors,
+    common_rank,
+    read_lora_adapter,
+    write_compact_adapter,
+    write_lora_adapter,
+)
+from dora_dist.data.encoding.chat import stop_tokens
 from dora_dist.export.merge import cast_parameters, merge_into
-from dora_dist.export.verification import Difference, Reference, logits_of, make_reference
+from dora_dist.export.verification import Reference, logits_of, make_reference
 from dora_dist.runs.trained_run import TrainedRun, default_device
-
-Factors = tuple[Tensor, Tensor]
 
 PEFT_USAGE = """\
 from peft import PeftModel
 model = PeftModel.from_pretrained(base, "{folder}")     # base: BASE, {quantization}"""
-UNIFORM_USAGE = """\
-vllm serve BASE --enable-lora --max-lora-rank RANK --lora-modules NAME={folder}
-python convert_lora_to_gguf.py --base BASE {folder}     # of llama.cpp
-The adapter was trained on BASE with {quantization}: serve it so, or compare the answers."""
+LLAMA_CPP = "python convert_lora_to_gguf.py --base BASE {folder}     # of llama.cpp"
+SERVED_QUANTIZED = "The adapter was trained on BASE with {quantization}: serve it so, or compare the answers."
+SERVERS_USAGE = f"""\
+vllm serve BASE --enable-lora --max-lora-rank RANK --lora-modules NAME={{folder}}
+{LLAMA_CPP}
+{SERVED_QUANTIZED}"""
+COMPACT_USAGE = f"""\
+{LLAMA_CPP}
+vLLM does not take mixed ranks: give it the adapter of the run, or --format peft.
+{SERVED_QUANTIZED}"""
 MERGED_USAGE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{folder}")
@@ -44,49 +52,40 @@ class Exported:
     usage: str
 
 
-def export_peft(trained: TrainedRun, folder: Path) -> Exported:
-    """Copy the adapter as it is.
-
-    Raises:
-        ExpectedRunError: the copy does not compute the same.
-    """
-    reference = _reference(trained, trained.load_base(default_device(), in_float32=True))
-    for name in ("adapter_config.json", ADAPTER_WEIGHTS):
-        shutil.copyfile(trained.adapter / name, folder / name)
-    trained.load_tokenizer().save_pretrained(folder)
-    found = _check_adapter(trained, folder, reference)
-    ranks = [lora_a.shape[0] for lora_a, _ in read_lora_adapter(folder).values()]
-    content = f"LoRA adapter of {len(ranks)} modules with ranks from {min(ranks)} to {max(ranks)}"
-    return Exported(content, [str(found)], _with_base(PEFT_USAGE, trained))
-
-
-def export_uniform(trained: TrainedRun, folder: Path, rank: int | None, ranks: Sequence[int]) -> Exported:
+def export_peft(trained: TrainedRun, folder: Path, rank: int | None) -> Exported:
     """Write the adapter with every module padded to one rank.
 
     Args:
         trained: the run.
         folder: to write into.
-        rank: of every module, or None for the smallest of ``ranks`` that fits.
-        ranks: to choose from, in order.
+        rank: of every module, or None for the one of :func:`~dora_dist.adapter.plain_lora.common_rank`.
 
     Raises:
-        ValueError: ``rank`` is too small, or all of ``ranks`` are.
+        ValueError: ``rank`` is too small.
         ExpectedRunError: the result does not compute the same.
     """
     factors = read_lora_adapter(trained.adapter)
-    rank = choose_rank(factors, rank, ranks)
-    base = trained.load_base(default_device(), in_float32=True)
-    names = resolve_targets(base, trained.config.adapter.target_modules)
-    padded = {name: pad_rank(factors.get(name) or _no_components(base, name), rank) for name in names}
-    targets = short_targets(base, names)
-    reference = _reference(trained, base)
-    write_lora_adapter(folder, padded, trained.config.model.path, target_modules=targets)
-    trained.load_tokenizer().save_pretrained(folder)
-    found = _check_adapter(trained, folder, reference)
-    empty = len(padded) - len(factors)
-    content = f"LoRA adapter of {len(padded)} modules, all of rank {rank} ({empty} of them without a component)"
-    usage = _with_base(PEFT_USAGE + "\n" + UNIFORM_USAGE, trained).replace("RANK", str(rank))
-    return Exported(content, [str(found)], usage)
+    rank = choose_rank(factors, rank)
+    reference = _reference(trained, trained.load_base(default_device(), in_float32=True))
+    write_lora_adapter(folder, factors, trained.config.model.path, rank=rank)
+    content = f"LoRA adapter of {len(factors)} modules, all of rank {rank}"
+    usage = _with_base(PEFT_USAGE + "\n" + SERVERS_USAGE, trained).replace("RANK", str(rank))
+    return Exported(content, _check_adapter(trained, folder, reference), usage)
+
+
+def export_compact(trained: TrainedRun, folder: Path) -> Exported:
+    """Write the adapter with every module's own rank, without padding.
+
+    Raises:
+        ExpectedRunError: the result does not compute the same.
+    """
+    factors = read_lora_adapter(trained.adapter)
+    reference = _reference(trained, trained.load_base(default_device(), in_float32=True))
+    write_compact_adapter(folder, factors, trained.config.model.path)
+    ranks = [lora_a.shape[0] for lora_a, _ in factors.values()]
+    content = f"LoRA adapter of {len(ranks)} modules with ranks from {min(ranks)} to {max(ranks)}"
+    usage = _with_base(PEFT_USAGE + "\n" + COMPACT_USAGE, trained)
+    return Exported(content, _check_adapter(trained, folder, reference), usage)
 
 
 def export_merged(trained: TrainedRun, folder: Path, dtype: str, original: bool) -> Exported:
@@ -106,6 +105,7 @@ def export_merged(trained: TrainedRun, folder: Path, dtype: str, original: bool)
     """
     plain, reference = _merge(trained, original)
     merged = reference.check("the merged model", logits_of(plain, reference.tokens))
+    _set_special_tokens(plain, trained)
     rounded = _write_rounded(plain, folder, dtype, trained.load_tokenizer(), reference.tokens)
     del plain
     logits = _logits_of_written(folder, trained.config.model.trust_remote_code, reference.tokens)
@@ -132,14 +132,25 @@ def _merge(trained: TrainedRun, original: bool) -> tuple[PreTrainedModel, Refere
     return plain, _reference(trained, base)
 
 
+def _set_special_tokens(plain: PreTrainedModel, trained: TrainedRun) -> None:
+    """What the model stops at when it generates: all that its base stops at, and what ended an answer in training."""
+    tokenizer, settings = trained.load_tokenizer(), plain.generation_config
+    assert settings is not None
+    of_base = settings.eos_token_id
+    ends = {
+        *(of_base if isinstance(of_base, list) else [] if of_base is None else [of_base]),
+        *stop_tokens(tokenizer, tokenizer.get_chat_template() if trained.chat else None),
+    }
+    settings.eos_token_id = sorted(ends) if len(ends) > 1 else ends.pop()
+    settings.pad_token_id, settings.bos_token_id = tokenizer.pad_token_id, tokenizer.bos_token_id
+
+
 def _write_rounded(
     plain: PreTrainedModel, folder: Path, dtype: str, tokenizer: PreTrainedTokenizerBase, tokens: Tensor
 ) -> Tensor:
     """Round the weights to ``dtype`` and write them; returns the logits of the rounded ones, computed in float32."""
     cast_parameters(plain, getattr(torch, dtype))
     plain.config.use_cache = True
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(plain.generation_config, name, getattr(tokenizer, name))
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     cast_parameters(plain, torch.float32)
@@ -152,45 +163,33 @@ def _logits_of_written(folder: Path, trust_remote_code: bool, tokens: Tensor) ->
     return logits_of(loaded, tokens)
 
 
-def choose_rank(factors: Mapping[str, Factors], rank: int | None, ranks: Sequence[int]) -> int:
+def choose_rank(factors: Mapping[str, Factors], rank: int | None) -> int:
     """The rank to pad to.
 
     Raises:
-        ValueError: the widest module does not fit.
+        ValueError: a module does not fit.
     """
-    widest = max(factors, key=lambda name: factors[name][0].shape[0])
-    width = factors[widest][0].shape[0]
     if rank is None:
-        rank = next((choice for choice in ranks if choice >= width), ranks[-1])
-    if rank < width:
-        raise ValueError(
-            f"--rank is {rank}, but {widest} has rank {width}: it takes one of {', '.join(map(str, ranks))} that is "
-            "not smaller; pruning.max_rank bounds the rank of any module in training"
-        )
+        return common_rank(factors)
+    for name, (lora_a, _) in factors.items():
+        if lora_a.shape[0] > rank:
+            raise ValueError(
+                f"--rank is {rank}, but {name} has rank {lora_a.shape[0]}: give one that is not smaller; "
+                "pruning.max_rank bounds the rank of any module in training"
+            )
     return rank
-
-
-def short_targets(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Last parts of the names where they mean just these modules of the model, otherwise the names."""
-    endings = sorted({name.rsplit(".", 1)[-1] for name in names})
-    meant = {name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in endings}
-    return endings if meant == set(names) else sorted(names)
-
-
-def _no_components(model: nn.Module, name: str) -> Factors:
-    layer = linear_layer(model, name)
-    return torch.zeros(0, layer.in_features), torch.zeros(layer.out_features, 0)
 
 
 def _reference(trained: TrainedRun, base: PreTrainedModel) -> Reference:
     return make_reference(base, trained.adapter, trained.load_tokenizer())
 
 
-def _check_adapter(trained: TrainedRun, folder: Path, reference: Reference) -> Difference:
-    """Load an adapter folder in stock PEFT, on a base of its own, and compare."""
+def _check_adapter(trained: TrainedRun, folder: Path, reference: Reference) -> list[str]:
+    """Complete an adapter folder with the tokenizer, load it in stock PEFT, on a base of its own, and compare."""
+    trained.load_tokenizer().save_pretrained(folder)
     gc.collect()  # bitsandbytes' parameters and layers refer to each other, so the reference's base is still there
     model = PeftModel.from_pretrained(trained.load_base(default_device(), in_float32=True), str(folder))
-    return reference.check("the adapter written", logits_of(model, reference.tokens))
+    return [str(reference.check("the adapter written", logits_of(model, reference.tokens)))]
 
 
 def _quantization(trained: TrainedRun) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from dora_dist.adapter.targets import resolve_targets
+from dora_dist.base_model import block_weights
 from dora_dist.base_model.chunked_loss import obstacle
 from dora_dist.base_model.load import BaseModelSpec, load_skeleton
 from dora_dist.base_model.shape import read_shape
@@ -46,6 +47,7 @@ class MemoryEstimate:
         with_checkpointing: Memory with it.
         shards: Number of ranks -> bytes that ZeRO leaves on each of them for master copy, moments and gradient shard
             (empty for other engines).
+        left_out: What ``all-linear`` leaves out, in words; None where that is nothing, or the layers were named.
     """
 
     model: str
@@ -62,6 +64,7 @@ class MemoryEstimate:
     without: StepMemory
     with_checkpointing: StepMemory
     shards: dict[int, int]
+    left_out: str | None
 
     @property
     def configured(self) -> StepMemory:
@@ -93,7 +96,8 @@ def estimate_memory(config: RunConfig, world_size: int, device: str = "cuda") ->
         device: What the run will be on, ``cuda`` or ``cpu``; this machine may have another one.
 
     Raises:
-        ValueError: The model cannot be found, ``adapter.target_modules`` matches nothing in it, or a number is invalid.
+        ValueError: The model cannot be found, ``adapter.target_modules`` matches nothing in it, quantization would
+            leave too much of it as it is, or a number is invalid.
     """
     if config.task != CAUSAL_LM:
         raise ValueError(f"task is {config.task}, but memory can be estimated for {CAUSAL_LM} only")
@@ -105,9 +109,11 @@ def estimate_memory(config: RunConfig, world_size: int, device: str = "cuda") ->
         whole_number(config.training, name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
     )
     skeleton = load_skeleton(BaseModelSpec.of(config.model, config.task))
+    block_weights.check_quantized(skeleton, config.model.quantization, config.model.allow_unquantized)
+    adapted = resolve_targets(skeleton, config.adapter.target_modules)
     compute_dtype, adapter_dtype = _dtypes(config, device)
     step = TrainingStep(
-        shape=read_shape(skeleton, resolve_targets(skeleton, config.adapter.target_modules), config.model.fuse),
+        shape=read_shape(skeleton, adapted, config.model.fuse),
         quantization=config.model.quantization,
         batch=_batch(config, rows, compute_dtype, config.model.attention or skeleton.config._attn_implementation),
         adapter=_adapter(config, adapter_dtype),
@@ -130,6 +136,7 @@ def estimate_memory(config: RunConfig, world_size: int, device: str = "cuda") ->
         without=step_memory(replace(step, checkpointing=False)),
         with_checkpointing=step_memory(replace(step, checkpointing=True)),
         shards=_shards(step) if step.optimizer.sharded else {},
+        left_out=block_weights.describe_left_out(skeleton, config.adapter.target_modules, adapted),
     )
 
 

@@ -27,6 +27,7 @@ def render(estimate: MemoryEstimate) -> str:
         f"  at most {estimate.tokens_per_micro_batch:,} tokens per micro-batch ({estimate.rows} x {estimate.length:,}) "
         f"and {estimate.tokens_per_step:,} per optimizer step "
         f"(x {estimate.accumulation} accumulated x {estimate.world_size} {gpu}{plural})",
+        *([f"  {estimate.left_out}"] if estimate.left_out else []),
         "",
         _row("gradient checkpointing", *(("off", "on *") if estimate.checkpointing else ("off *", "on"))),
     ]

@@ -84,7 +84,9 @@ class RunRecords:
         self._events.append(line)
         self._append(ALLOCATION, line)
 
-    def describe_run(self, config: RunConfig, fingerprint: Fingerprint, data: Any, processes: int) -> None:
+    def describe_run(
+        self, config: RunConfig, fingerprint: Fingerprint, data: Any, processes: int, left_out: str | None = None
+    ) -> None:
         """Write ``run.json`` and ``config.yaml``, when a run starts or resumes.
 
         Args:
@@ -92,6 +94,7 @@ class RunRecords:
             fingerprint: of the run.
             data: what the record says about the data; plain JSON.
             processes: number of ranks.
+            left_out: what ``all-linear`` leaves out of the model, in words.
         """
         if self.writes:
             settings = fingerprint.as_dict()
@@ -101,6 +104,7 @@ class RunRecords:
                 "settings": settings,
                 "data": data,
                 "processes": processes,
+                "left_out": left_out,
             }
             write_json(self.folder / RUN, about)
             save_config(config, self.folder / CONFIG)

@@ -24,7 +24,8 @@ def describe(config: RunConfig, resolved: ResolvedRun, world_size: int) -> str:
     kinds = sorted({name.rsplit(".", 1)[-1] for name in layers})
     what = "rows of packed examples" if mixture.batching == "packed" else "examples"
     parts = [
-        f"model {config.model.path}: {len(layers)} adapted layers ({', '.join(kinds)})",
+        f"model {config.model.path}: {len(layers)} adapted layers ({', '.join(kinds)})"
+        + (f"\n  {resolved.left_out}" if resolved.left_out else ""),
         prepared.render("training data", data.train),
         *([prepared.render("held-out data", data.evaluation)] if data.evaluation else []),
         f"{num_steps} optimizer steps of {rows} {what} on {world_size} process{'es' * (world_size > 1)}, "

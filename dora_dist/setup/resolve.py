@@ -1,13 +1,13 @@
 """What a run will be, decided from its configuration and its data before any weight is read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from dora_dist.adapter.targets import resolve_targets
-from dora_dist.base_model import load
-from dora_dist.base_model.shape import linear_layer
+from dora_dist.base_model import block_weights, load
+from dora_dist.base_model.shape import input_embedding, linear_layer
 from dora_dist.config.checks import require
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import TASKS
@@ -33,6 +33,7 @@ class ResolvedRun:
         arguments: the Trainer's settings; ``max_steps`` is the number of optimizer steps of the run.
         plan: which rows are trained when.
         layers: names of the layers that are adapted.
+        left_out: what ``all-linear`` leaves out, in words; None where that is nothing, or the layers were named.
         budget: over the run.
         fingerprint: settings that a resumed run must not change.
     """
@@ -43,6 +44,7 @@ class ResolvedRun:
     arguments: TrainingArguments
     plan: TrainingPlan
     layers: list[str]
+    left_out: str | None
     budget: Budget
     fingerprint: Fingerprint
 
@@ -74,6 +76,7 @@ def resolve_run(
     arguments = training_arguments(config, mixture, accumulation)
     plan = mixture.plan(arguments.max_steps, global_batch(arguments))
     skeleton = load.load_skeleton(load.BaseModelSpec.of(config.model, config.task))
+    data = replace(data, notes=[*data.notes, *check_vocabulary(skeleton, tokenizer, data)])
     layers, budget = check_method(config, skeleton, arguments.max_steps)
     check_context(skeleton, data)
     return ResolvedRun(
@@ -83,6 +86,7 @@ def resolve_run(
         arguments=arguments,
         plan=plan,
         layers=layers,
+        left_out=block_weights.describe_left_out(skeleton, config.adapter.target_modules, layers),
         budget=budget,
         fingerprint=fingerprint_of(config, arguments, data, plan),
     )
@@ -112,8 +116,10 @@ def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int)
         Names of the layers that are adapted, and the budget over the run.
 
     Raises:
-        ValueError: ``adapter.target_modules`` matches nothing, or the run is too short to prune.
+        ValueError: ``adapter.target_modules`` matches nothing, quantization would leave too much as it is, or the run
+            is too short to prune.
     """
+    block_weights.check_quantized(skeleton, config.model.quantization, config.model.allow_unquantized)
     under_zero = config.distributed.engine.startswith("zero")
     dtype = str(load.resolve_compute_dtype(config.model.compute_dtype)).removeprefix("torch.")
     if under_zero and config.adapter.dtype not in ("auto", dtype):
@@ -164,6 +170,40 @@ def check_context(skeleton: PreTrainedModel, data: RunData) -> None:
                 f"{context} (max_position_embeddings): set data.max_length to {context} or less, and data.overlong to "
                 "drop or truncate (the same goes for data.max_target_length)"
             )
+
+
+def check_vocabulary(skeleton: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: RunData) -> list[str]:
+    """Refuse tokens for which the model's embedding has no row, where the data or the padding has them.
+
+    Some models are published with such a token, for images say, which no text has (Gemma 3 1B).
+
+    Returns:
+        A remark on tokens that could come up later, in a prompt.
+
+    Raises:
+        ValueError: names token, number and rows.
+    """
+    rows = input_embedding(skeleton).num_embeddings
+    names = {number: token for token, number in tokenizer.get_vocab().items() if number >= rows}
+    if not names:
+        return []
+    found = {"the padding token": tokenizer.pad_token_id}
+    for source in (*data.train, *data.evaluation):
+        for column in ("input_ids", "labels"):
+            if column in source.dataset.column_names:
+                found[f"a token in the data of {source.name}"] = source.largest(column)
+    for what, number in found.items():
+        if number is not None and number >= rows:
+            raise ValueError(
+                f"{what} is {names.get(number)!r} with the number {number}, but the model's embedding has {rows} rows "
+                f"(0 to {rows - 1}): tokenizer and weights at model.path do not belong together; take the tokenizer "
+                "that the weights came with, or a model whose embedding has been resized for it"
+            )
+    first = min(names)
+    return [
+        f"the tokenizer has {len(names)} tokens such as {names[first]!r} ({first}) for which the model's embedding, of "
+        f"{rows} rows, has none; no example has one, and no prompt may"
+    ]
 
 
 def context_of(skeleton: PreTrainedModel) -> int | None:

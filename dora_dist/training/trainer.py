@@ -24,6 +24,7 @@ from dora_dist.distributed.world import check_prepared, set_engine_timeout
 from dora_dist.runs import checkpoint
 from dora_dist.training.batch_size import global_batch
 from dora_dist.training.checkpointing import Checkpointer
+from dora_dist.training.gradient_watch import GradientWatch
 from dora_dist.training.optimizer_shards import OptimizerShards
 from dora_dist.training.parts import LoopSettings, TrainingParts, TrainingRows
 from dora_dist.training.step_log import StepLog
@@ -65,6 +66,7 @@ class DynamicLoraTrainer(Trainer):
         self.skipped_steps: SkippedSteps
         self.checkpointer: Checkpointer
         self.step_log = StepLog(parts.controller, parts.skip_policy, settings.equilibrium_weight, self.args.device)
+        self._gradient_watch: GradientWatch | None = None
         self._resumed_from: Path | None = None
         self._first_step = 0
         self._choose_loss_scale()
@@ -176,6 +178,7 @@ class DynamicLoraTrainer(Trainer):
         self.checkpointer = Checkpointer(parts, settings, self.optimizer, self.lr_scheduler, shards)
         if self._resumed_from is None:
             parts.controller.verify("the adapter at the start")
+            self._gradient_watch = GradientWatch(parts.controller.layers)
         else:
             self.checkpointer.restore(self._resumed_from)
             if self.owes_evaluation():
@@ -193,10 +196,14 @@ class DynamicLoraTrainer(Trainer):
         """What follows an optimizer step, before it is logged and saved.
 
         Raises:
+            ValueError: No gradient has come to a layer in the first step; on all ranks.
             NonFiniteLossError: Too many steps in a row were left out; on all ranks.
             RankFailedError: A rank has failed; on all ranks.
             DisagreementError: A pruning event was due and the ranks hold different adapters; on all ranks.
         """
+        if self._gradient_watch is not None:
+            self._gradient_watch.check(self.parts.agreement)
+            self._gradient_watch = None
         self.account_for_skipping()
         if not self.parts.skip_policy.last:
             self.checkpointer.check_optimizer_once()

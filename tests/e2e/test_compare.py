@@ -90,7 +90,16 @@ def test_every_cell_leaves_a_plain_adapter_of_its_budget_and_no_checkpoints(comp
         assert sum(cell["ranks"].values()) == 2 * len(cell["ranks"])
         base = load_base(folder / "model", "nf4", torch.float32)
         stock = peft.PeftModel.from_pretrained(base, run_folder / "adapter")
-        assert cell["parameters"] == sum(p.numel() for name, p in stock.named_parameters() if "lora_" in name)
+        loaded = {name: p for name, p in stock.named_parameters() if "lora_" in name}
+        assert {min(p.shape) for p in loaded.values()} == {8}  # the rank that all are padded to
+        components = {name: int((p.flatten(1) != 0).any(1).sum()) for name, p in loaded.items() if ".lora_A." in name}
+        assert sum(components.values()) == sum(cell["ranks"].values())
+        widths = {
+            name: p.shape[1] + loaded[name.replace(".lora_A.", ".lora_B.")].shape[0]
+            for name, p in loaded.items()
+            if ".lora_A." in name
+        }
+        assert cell["parameters"] == sum(components[name] * width for name, width in widths.items())
         if cell["method"] == "lora":
             assert set(cell["ranks"].values()) == {2}
 

@@ -1,7 +1,10 @@
 """Every launch that would train something else than was asked for ends in an error, in time."""
 
+import json
+
 import pytest
 from support.commands import ZERO2, run
+from support.repository import REPOSITORY
 from support.tiny_run import write_config
 
 FULL = pytest.mark.full("install")
@@ -54,7 +57,20 @@ def test_zero_stage_that_was_not_asked_for(arguments):
     launch = ("accelerate", "launch", "--use_deepspeed", "--zero_stage", "1", "--num_machines", "1")
     more = ("--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0")
     finished = run(*launch, *more, *arguments, timeout=180)
-    assert_refused(finished, "distributed.engine is zero2, but the model is wrapped by zero1")
+    assert_refused(finished, "distributed.engine is zero2, but the launcher's zero_stage is 1")
+
+
+def test_a_deepspeed_file_of_another_stage(arguments, tmp_path):
+    settings = json.loads((REPOSITORY / "launch" / "zero2.json").read_text())
+    settings["zero_optimization"]["stage"] = 3
+    (tmp_path / "zero3.json").write_text(json.dumps(settings))
+    launch = (
+        (REPOSITORY / "launch" / "zero2_cpu.yaml").read_text().replace("launch/zero2.json", f"{tmp_path}/zero3.json")
+    )
+    (tmp_path / "launch.yaml").write_text(launch)
+    command = ("accelerate", "launch", "--config_file", str(tmp_path / "launch.yaml"), "--main_process_port", "0")
+    finished = run(*command, *arguments, timeout=120)
+    assert_refused(finished, f"zero_optimization.stage in {tmp_path}/zero3.json is 3, and only stage 2 is supported")
 
 
 def test_the_error_of_a_wrong_configuration_is_one_line_without_traceback(arguments):

@@ -14,6 +14,7 @@ PARTS = {
     "faults": "what breaks on a cluster: ranks that die, hang or fail, disks, signals, kills during a save",
     "install": "the wheel, the quickstart, and other launchers",
     "memory": "the estimate of memory against the allocator",
+    "models": "every architecture against stock PEFT, quantized and not",
     "ranks": "other numbers of ranks, engines and batches: the same course",
     "slurm": "the batch scripts on a cluster of two nodes",
     "tasks": "classification, question answering, summaries",

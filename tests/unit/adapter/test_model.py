@@ -22,7 +22,7 @@ from transformers import Trainer, TrainingArguments
 
 from dora_dist.adapter.layer import DynamicLoraLinear
 from dora_dist.adapter.model import DynamicLoraModel
-from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS
+from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS, read_lora_adapter
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +243,9 @@ def test_stock_peft_loads_what_is_saved_with_equal_logits(tmp_path, architecture
     stock = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     assert not any(isinstance(module, DynamicLoraLinear) for module in stock.modules())
     loaded = {name: module.r["default"] for name, module in stock.named_modules() if hasattr(module, "lora_A")}
-    assert loaded == {f"base_model.model.{name}": rank for name, rank in ranks.items() if rank}
+    assert loaded == {f"base_model.model.{name}": 8 for name, rank in ranks.items() if rank}
+    found = {name: len(lora_a) for name, (lora_a, _) in read_lora_adapter(tmp_path / "adapter").items()}
+    assert found == {name: rank for name, rank in ranks.items() if rank}
     torch.testing.assert_close(logits(stock), logits(model), rtol=1e-5, atol=1e-5)
     assert (logits(model) - untouched).abs().max() > 0.1
 

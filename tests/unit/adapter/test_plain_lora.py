@@ -1,12 +1,24 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 
-from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS, fold_components, pad_rank, write_lora_adapter
+from dora_dist.adapter.plain_lora import (
+    ADAPTER_WEIGHTS,
+    Factors,
+    adapter_bytes,
+    common_rank,
+    fold_components,
+    pad_rank,
+    read_lora_adapter,
+    write_compact_adapter,
+    write_lora_adapter,
+)
 
 
 def draw_layer(gate: list[float], dtype: torch.dtype = torch.float32):
@@ -47,22 +59,91 @@ def test_padding_to_fewer_components_is_refused():
         pad_rank(fold_components(*draw_layer([1.0, 1.0, 1.0]), scale=1.0), 2)
 
 
-def test_a_written_adapter_names_a_rank_for_every_module_and_leaves_out_rank_zero(tmp_path: Path):
-    gates = {"layers.0.q_proj": [1.0, 2.0, 3.0], "layers.0.k_proj": [0.0, 2.0, 0.0], "layers.1.q_proj": [0.0, 0.0, 0.0]}
-    factors = {name: fold_components(*draw_layer(gate), scale=1.0) for name, gate in gates.items()}
-    write_lora_adapter(tmp_path / "new" / "adapter", factors, "some/base")
-    config = json.loads((tmp_path / "new" / "adapter" / "adapter_config.json").read_text())
+GATES = {
+    "layers.0.q_proj": [1.0, 2.0, 3.0, 4.0, 5.0],
+    "layers.0.k_proj": [0.0, 2.0, 0.0],
+    "layers.1.q_proj": [0.0, 0.0, 0.0],
+}
+
+
+def folded() -> dict[str, Factors]:
+    return {name: fold_components(*draw_layer(gate), scale=1.0) for name, gate in GATES.items()}
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items()}
+
+
+def test_a_written_adapter_has_one_rank_and_leaves_out_rank_zero(tmp_path: Path):
+    write_lora_adapter(tmp_path / "new" / "adapter", folded(), "some/base")
+    config = config_of(tmp_path / "new" / "adapter")
     assert sorted(config["target_modules"]) == ["layers.0.k_proj", "layers.0.q_proj"]
-    assert config["r"] == config["lora_alpha"] == 3
-    assert config["rank_pattern"] == config["alpha_pattern"] == {"layers.0.k_proj": 1}
+    assert config["r"] == config["lora_alpha"] == 8
+    assert not config["rank_pattern"]
+    assert not config["alpha_pattern"]
     assert config["base_model_name_or_path"] == "some/base"
-    tensors = load_file(tmp_path / "new" / "adapter" / ADAPTER_WEIGHTS)
-    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
-        "base_model.model.layers.0.k_proj.lora_A.weight": (1, 10),
-        "base_model.model.layers.0.k_proj.lora_B.weight": (6, 1),
-        "base_model.model.layers.0.q_proj.lora_A.weight": (3, 10),
-        "base_model.model.layers.0.q_proj.lora_B.weight": (6, 3),
+    assert shapes_of(tmp_path / "new" / "adapter") == {
+        "base_model.model.layers.0.k_proj.lora_A.weight": (8, 10),
+        "base_model.model.layers.0.k_proj.lora_B.weight": (6, 8),
+        "base_model.model.layers.0.q_proj.lora_A.weight": (8, 10),
+        "base_model.model.layers.0.q_proj.lora_B.weight": (6, 8),
     }
+
+
+@pytest.mark.parametrize(("widest", "rank"), [(1, 8), (8, 8), (9, 16), (17, 32), (64, 64), (513, 1024)])
+def test_the_rank_that_all_modules_get_is_the_next_that_servers_take(widest, rank):
+    assert common_rank({"a": (torch.ones(1, 2), torch.ones(2, 1)), "b": (torch.ones(widest, 2), None)}) == rank
+
+
+def test_a_compact_adapter_has_mixed_ranks_and_one_alpha_that_all_loaders_apply_alike(tmp_path: Path):
+    """PEFT divides alpha by the rank in ``rank_pattern``, llama.cpp by that of the tensor."""
+    write_compact_adapter(tmp_path, folded(), None)
+    config, tensors = config_of(tmp_path), load_file(tmp_path / ADAPTER_WEIGHTS)
+    assert (config["r"], config["lora_alpha"]) == (5, 5)
+    assert (config["rank_pattern"], config["alpha_pattern"]) == ({"layers.0.k_proj": 1}, {})
+    for name, (lora_a, lora_b) in folded().items():
+        if lora_a.shape[0]:
+            a, b = (tensors[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+            assert a.shape[0] == config["rank_pattern"].get(name, config["r"]) == lora_a.shape[0]
+            torch.testing.assert_close(config["lora_alpha"] / a.shape[0] * b @ a, lora_b @ lora_a)
+
+
+def test_what_is_read_back_has_no_padding(tmp_path: Path):
+    write_lora_adapter(tmp_path, folded(), None)
+    factors = read_lora_adapter(tmp_path)
+    assert {name: len(lora_a) for name, (lora_a, _) in factors.items()} == {"layers.0.k_proj": 1, "layers.0.q_proj": 5}
+    for name, parts in factors.items():
+        assert all(torch.equal(found, wanted) for found, wanted in zip(parts, folded()[name], strict=True))
+    padded, compact = adapter_bytes(tmp_path)
+    assert padded - compact == 4 * ((8 + 8) - (1 + 5)) * (10 + 6)
+    assert padded == (tmp_path / ADAPTER_WEIGHTS).stat().st_size
+
+
+def test_an_adapter_of_an_earlier_version_is_read_with_the_rank_of_every_module(tmp_path: Path):
+    """They wrote ``rank_pattern`` and an equal ``alpha_pattern``, and B without a factor for it."""
+    present = {name: parts for name, parts in folded().items() if len(parts[0])}
+    pattern = {"layers.0.k_proj": 1}
+    config = LoraConfig(r=5, lora_alpha=5, target_modules=list(present), rank_pattern=pattern, alpha_pattern=pattern)
+    config.save_pretrained(str(tmp_path))
+    named = {
+        f"base_model.model.{name}.lora_{part}.weight": value
+        for name, parts in present.items()
+        for part, value in zip("AB", parts, strict=True)
+    }
+    save_file(named, tmp_path / ADAPTER_WEIGHTS)
+    for name, parts in read_lora_adapter(tmp_path).items():
+        assert all(torch.equal(found, wanted) for found, wanted in zip(parts, present.pop(name), strict=True))
+    assert not present
+
+
+def test_an_adapter_that_is_not_of_a_run_is_not_read(tmp_path: Path):
+    write_compact_adapter(tmp_path, folded(), None)
+    with pytest.raises(ValueError, match="not the adapter of a run"):
+        read_lora_adapter(tmp_path)
 
 
 def test_its_card_names_base_budget_and_what_it_is_not(tmp_path: Path):
@@ -71,6 +152,7 @@ def test_its_card_names_base_budget_and_what_it_is_not(tmp_path: Path):
     card = ModelCard.load(tmp_path / "README.md")
     assert (card.data.base_model, card.data.library_name) == ("org/base", "peft")
     assert "7 rank-one components in 2 modules, ranks 2 to 5" in card.text
+    assert "padded with zeros to rank 8" in card.text
     assert "This is not weight-decomposed DoRA" in card.text
 
 

@@ -1,7 +1,9 @@
 import pytest
 from bitsandbytes.nn import Linear4bit
+from support.architectures import skeleton_of
+from support.tiny_encoders import tiny_summarizer
 from support.tiny_models import PROJECTIONS, tiny_model
-from torch import nn
+from torch import Tensor, nn
 
 from dora_dist.adapter.targets import resolve_targets
 
@@ -16,6 +18,30 @@ def test_all_linear_is_every_linear_layer_but_the_head(tied):
     assert names == sorted(names)
     assert len(names) == 2 * len(PROJECTIONS)
     assert endings(names) == set(PROJECTIONS)
+
+
+def test_all_linear_is_the_text_decoder_of_a_model_with_a_tower():
+    skeleton = skeleton_of("gemma3 with a tower")
+    names = resolve_targets(skeleton, "all-linear")
+    assert len(names) == 2 * len(PROJECTIONS)
+    assert all(name.startswith("model.language_model.layers.") for name in names)
+    assert resolve_targets(skeleton, r".*vision_tower.*\.0\.mlp\.fc1")  # may be named
+
+
+def test_all_linear_is_encoder_and_decoder_where_both_are_text():
+    stacks = {name.split(".")[1] for name in resolve_targets(tiny_summarizer("bart"), "all-linear")}
+    assert stacks == {"encoder", "decoder"}
+
+
+def test_a_layer_that_computes_in_a_way_of_its_own_is_left_out_and_refused_where_it_is_named():
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model = nn.ModuleDict({"plain": nn.Linear(2, 2), "own": Scaled(2, 2)})
+    assert resolve_targets(model, "all-linear") == ["plain"]
+    with pytest.raises(ValueError, match=r"takes own, which is a .*Scaled.*leave own out of adapter\.target_modules"):
+        resolve_targets(model, ["plain", "own"])
 
 
 def test_the_head_cannot_be_named_either():

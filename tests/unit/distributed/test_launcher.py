@@ -1,5 +1,7 @@
 """Launches that cannot become the engine asked for are refused from the environment alone."""
 
+import json
+
 import pytest
 
 from dora_dist.distributed.launcher import check_launch, check_world_size, world_size_of
@@ -31,6 +33,52 @@ def test_the_right_launch_passes(engine, environment):
 def test_a_wrong_launch_is_refused_with_the_right_command(engine, environment, message):
     with pytest.raises(ValueError, match="start it with: ") as caught:
         check_launch(engine, environment)
+    assert message in str(caught.value)
+
+
+def deepspeed_file(folder, content):
+    path = folder / "engine.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return {**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
+
+
+@pytest.mark.parametrize("stage", [2, "auto"])
+def test_a_deepspeed_file_of_stage_2_passes(tmp_path, stage):
+    """Whatever stage the launcher was given: accelerate takes that of the file."""
+    environment = deepspeed_file(tmp_path, {"zero_optimization": {"stage": stage}})
+    check_launch("zero2", environment)
+    if stage == 2:
+        check_launch("zero2", {**environment, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage in {path} is 3, and only stage 2"),
+        ({"zero_optimization": {"stage": 1}}, "zero_optimization.stage in {path} is 1, and only stage 2"),
+        ({"zero_optimization": {}}, "zero_optimization.stage in {path} is missing, and only stage 2"),
+        ({"bf16": {"enabled": "auto"}}, "zero_optimization.stage in {path} is missing, and only stage 2"),
+        ([2], "zero_optimization.stage in {path} is missing, and only stage 2"),
+        ("{stage: 2", "the DeepSpeed file {path} (deepspeed_config_file of the launch file) cannot be read"),
+    ],
+)
+def test_a_deepspeed_file_of_another_stage_is_refused_with_file_and_stage(tmp_path, content, message):
+    environment = deepspeed_file(tmp_path, content)
+    with pytest.raises(ValueError, match="start it with: ") as caught:
+        check_launch("zero2", {**environment, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"})
+    assert message.replace("{path}", str(tmp_path / "engine.json")) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "the launcher's zero_stage is 3, and only stage 2 is supported"),
+        ({"ACCELERATE_DEEPSPEED_CONFIG_FILE": "no/such.json"}, "the DeepSpeed file no/such.json"),
+    ],
+)
+def test_a_stage_of_the_launcher_and_a_file_that_is_not_there_are_refused(changes, message):
+    with pytest.raises(ValueError, match="start it with: ") as caught:
+        check_launch("zero2", {**DEEPSPEED, **changes})
     assert message in str(caught.value)
 
 

@@ -24,9 +24,10 @@ from support.trained_run import (
     save_adapter,
 )
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS, read_lora_adapter
+from dora_dist.console import files
 from dora_dist.export import __main__ as export
 from dora_dist.runs import checkpoint, records
 
@@ -74,13 +75,15 @@ def left_in(folder: Path) -> list[str]:
 
 def test_peft_is_the_adapter_as_it_is(run: TrainedFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = run_export(run, tmp_path / "out", "--format", "peft")
-    for name in ("adapter_config.json", ADAPTER_WEIGHTS):
-        assert (output / name).read_bytes() == (run.folder / "adapter" / name).read_bytes()
+    old, new = (load_file(folder / ADAPTER_WEIGHTS) for folder in (run.folder / "adapter", output))
+    assert old.keys() == new.keys()
+    assert all(torch.equal(new[name], tensor) for name, tensor in old.items())
     assert distance(stock_adapter_logits(output, run.base), run.logits()) < 1e-5
     assert AutoTokenizer.from_pretrained(output).decode([1]) == "<s>"
     said = capsys.readouterr().out
     assert f"Wrote {output}" in said
     assert "largest difference 0.00e+00" in said
+    assert "--max-lora-rank 8" in said
     assert str(run.base) in said
     assert left_in(tmp_path) == ["out"]
 
@@ -93,40 +96,46 @@ def test_default_output_is_in_the_run(run: TrainedFolder) -> None:
 
 
 @pytest.mark.parametrize(("options", "rank"), [((), 8), (("--rank", "16"), 16)])
-def test_uniform_has_one_rank_everywhere(
-    run: TrainedFolder, tmp_path: Path, options: tuple[str, ...], rank: int
-) -> None:
-    output = run_export(run, tmp_path / "out", "--format", "uniform", *options)
-    factors = read_lora_adapter(output)
-    assert len(factors) == NUM_MODULES
-    assert {a.shape[0] for a, _ in factors.values()} == {b.shape[1] for _, b in factors.values()} == {rank}
-    assert not any(part.any() for part in factors[EMPTY_MODULE])
+def test_peft_has_one_rank_everywhere(run: TrainedFolder, tmp_path: Path, options: tuple[str, ...], rank: int) -> None:
+    output = run_export(run, tmp_path / "out", "--format", "peft", *options)
+    shapes = {name: tuple(tensor.shape) for name, tensor in load_file(output / ADAPTER_WEIGHTS).items()}
+    assert len(shapes) == 2 * (NUM_MODULES - 1)
+    assert {shape[0 if ".lora_A." in name else 1] for name, shape in shapes.items()} == {rank}
+    assert not any(EMPTY_MODULE in name for name in shapes)
     config = adapter_config(output)
     assert (config["r"], config["lora_alpha"]) == (rank, rank)
     assert not config["rank_pattern"]
     assert not config["alpha_pattern"]
-    expected = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert set(config["target_modules"]) == expected
     assert distance(stock_adapter_logits(output, run.base), run.logits()) < 1e-5
 
 
-def test_uniform_applied_without_peft(run: TrainedFolder, tmp_path: Path) -> None:
-    """As vLLM (lora_alpha / r of the configuration) and llama.cpp (lora_alpha / rank of the tensor) do."""
-    output = run_export(run, tmp_path / "out", "--format", "uniform")
+@pytest.mark.parametrize("kind", ["adapter", "peft", "compact"])
+def test_adapters_applied_without_peft(run: TrainedFolder, tmp_path: Path, kind: str) -> None:
+    """As llama.cpp does (lora_alpha / rank of the tensor), and vLLM (lora_alpha / r, one rank only)."""
+    output = run.folder / kind if kind == "adapter" else run_export(run, tmp_path / "out", "--format", kind)
     config, tensors = adapter_config(output), load_file(output / ADAPTER_WEIGHTS)
     for name, layer in run.model.adapted_layers().items():
+        if name == EMPTY_MODULE:
+            continue
         lora_a, lora_b = (tensors[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
         wanted = layer.scale * layer.lora_b @ torch.diag(layer.effective_gate()) @ layer.lora_a
-        for scale in (config["lora_alpha"] / config["r"], config["lora_alpha"] / lora_a.shape[0]):
+        scales = [config["lora_alpha"] / lora_a.shape[0]]
+        scales += [] if kind == "compact" else [config["lora_alpha"] / config["r"]]
+        for scale in scales:
             torch.testing.assert_close(scale * lora_b @ lora_a, wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_uniform_keeps_full_names_where_endings_would_say_too_much(base: Path, tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", base, target_modules=r"model\.layers\.0\..*(q|up)_proj")
-    output = run_export(run, tmp_path / "out", "--format", "uniform")
-    names = ["model.layers.0.mlp.up_proj", "model.layers.0.self_attn.q_proj"]
-    assert sorted(adapter_config(output)["target_modules"]) == names
-    assert distance(stock_adapter_logits(output, base), run.logits()) < 1e-5
+def test_compact_has_mixed_ranks_and_says_who_does_not_take_them(
+    run: TrainedFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = run_export(run, tmp_path / "out", "--format", "compact")
+    assert "vLLM does not take mixed ranks" in capsys.readouterr().out
+    assert not adapter_config(output)["alpha_pattern"]
+    ranks = {a.shape[0] for name, a in load_file(output / ADAPTER_WEIGHTS).items() if ".lora_A." in name}
+    assert ranks == set(range(1, INITIAL_RANK + 1))
+    assert distance(stock_adapter_logits(output, run.base), run.logits()) < 1e-5
+    sizes = [(folder / ADAPTER_WEIGHTS).stat().st_size for folder in (output, run.folder / "adapter")]
+    assert sizes[0] < 0.6 * sizes[1]
 
 
 def test_merged_is_a_plain_model(run: TrainedFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,6 +151,41 @@ def test_merged_is_a_plain_model(run: TrainedFolder, tmp_path: Path, capsys: pyt
     # Rounding to 8 significant bits, and no more than that: far nearer to what was trained than the base is.
     assert distance(stock_logits(output), run.logits()) < 2**-6
     assert "as bfloat16" in capsys.readouterr().out
+
+
+CHAT = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("of_base", "chat", "ends"),
+    [
+        ([2, 9], True, [2, 9, 104]),
+        (9, True, [2, 9, 104]),
+        ([2, 9], False, [2, 9]),
+        (2, False, 2),
+        (None, True, [2, 104]),
+    ],
+)
+def test_merged_stops_where_its_base_does_and_where_a_turn_ended_in_training(
+    tmp_path: Path, of_base: object, chat: bool, ends: object
+) -> None:
+    base = make_base(tmp_path / "base")
+    run = make_run(tmp_path / "run", base)
+    settings = GenerationConfig.from_pretrained(base)
+    settings.eos_token_id = of_base
+    settings.save_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(run.folder / "adapter")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(run.folder / "adapter")
+    recorded = files.read_json(run.folder / records.RUN)
+    files.write_json(run.folder / records.RUN, {**recorded, "data": {"chat": chat}})
+    output = run_export(run, tmp_path / "out", "--format", "merged")
+    assert GenerationConfig.from_pretrained(output).eos_token_id == ends
+    assert AutoModelForCausalLM.from_pretrained(output).generation_config.eos_token_id == ends
 
 
 def test_merged_in_float32_is_exact(run: TrainedFolder, tmp_path: Path) -> None:
@@ -169,7 +213,7 @@ def test_other_bases(base: Path, tmp_path: Path, quantization: str) -> None:
     run = make_run(tmp_path / "run", base, quantization=quantization)
     # LLM.int8 rounds the activations too, so that the live model itself is not exact.
     tolerance = 1e-5 if quantization == "none" else 0.05
-    for kind in ("peft", "uniform"):
+    for kind in ("peft", "compact"):
         output = run_export(run, tmp_path / kind, "--format", kind)
         assert distance(stock_adapter_logits(output, base, quantization), run.logits()) < tolerance
     output = run_export(run, tmp_path / "merged", "--format", "merged", "--dtype", "float32")

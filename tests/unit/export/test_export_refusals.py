@@ -21,7 +21,7 @@ from dora_dist.export.verification import Reference
 from dora_dist.runs import records
 
 NUM_MODULES = 14
-FORMATS = ("peft", "uniform", "merged")
+FORMATS = ("peft", "compact", "merged")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,9 +47,9 @@ def left_in(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--format", "uniform", "--rank", "12"], "--rank is 12, but must be one of 8, 16, 32"),
-        (["--format", "peft", "--rank", "8"], "--rank is an option of --format uniform"),
-        (["--format", "uniform", "--dtype", "float32"], "--dtype is an option of --format merged"),
+        (["--format", "peft", "--rank", "12"], "--rank is 12, but must be one of 8, 16, 32"),
+        (["--format", "compact", "--rank", "8"], "--rank is an option of --format peft"),
+        (["--format", "peft", "--dtype", "float32"], "--dtype is an option of --format merged"),
         (["--format", "peft", "--base", "original"], "--base is an option of --format merged"),
     ],
 )
@@ -61,9 +61,9 @@ def test_options_that_do_not_fit(run: TrainedFolder, tmp_path: Path, options: li
 
 def test_rank_smaller_than_the_widest_module() -> None:
     factors = {"narrow": (torch.zeros(2, 4), torch.zeros(4, 2)), "wide": (torch.zeros(9, 4), torch.zeros(4, 9))}
-    assert formats.choose_rank(factors, None, export.UNIFORM_RANKS) == 16
+    assert formats.choose_rank(factors, None) == 16
     with pytest.raises(ValueError, match="--rank is 8, but wide has rank 9"):
-        formats.choose_rank(factors, 8, export.UNIFORM_RANKS)
+        formats.choose_rank(factors, 8)
 
 
 def test_folder_that_is_no_run(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_merged_file_that_is_harmed_is_refused(
     assert left_in(tmp_path) == []
 
 
-@pytest.mark.parametrize("kind", ["peft", "uniform"])
+@pytest.mark.parametrize("kind", ["peft", "compact"])
 def test_adapter_that_is_harmed_is_refused(
     run: TrainedFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:

@@ -12,6 +12,7 @@ from support.tiny_run import save_tiny_model, write_rows
 from support.trained_run import one_thread
 
 from dora_dist import generate, report
+from dora_dist.adapter.plain_lora import read_lora_adapter
 from dora_dist.config.format_version import FORMAT_VERSION
 from dora_dist.config.parse import load_config
 from dora_dist.console.files import read_json
@@ -44,7 +45,8 @@ def run(tmp_path, monkeypatch):
 def test_its_report_says_what_it_said_then(run, capsys):
     written = read_json(run / records.SUMMARY)
     report.main([str(run)])
-    assert read_json(run / records.SUMMARY) == written
+    now = read_json(run / records.SUMMARY)
+    assert {name: now[name] for name in written} == written
     assert f"{written['components_at_start']} -> {written['components_kept']}" in capsys.readouterr().out
 
 
@@ -53,7 +55,7 @@ def test_it_generates(run, capsys):
     assert "--- adapter" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["peft", "uniform", "merged"])
+@pytest.mark.parametrize("kind", ["peft", "compact", "merged"])
 @pytest.mark.parametrize("checkpoint", [(), ("--checkpoint", "checkpoint-12")])
 def test_it_is_exported(run, kind, checkpoint):
     export.main([str(run), "--format", kind, "--output", "out", *checkpoint])
@@ -61,6 +63,14 @@ def test_it_is_exported(run, kind, checkpoint):
         base = open_run(run).load_base("cpu", in_float32=True)
         modules = PeftModel.from_pretrained(base, "out").peft_config["default"].target_modules
         assert len(modules) == len(read_json(run / records.SUMMARY)["ranks"])
+
+
+def test_its_adapter_has_the_ranks_of_its_records_and_is_padded_in_an_export(run):
+    ranks = {name: len(lora_a) for name, (lora_a, _) in read_lora_adapter(run / "adapter").items()}
+    assert ranks == read_json(run / records.SUMMARY)["ranks"]
+    export.main([str(run), "--format", "peft", "--output", "out"])
+    assert {name: len(lora_a) for name, (lora_a, _) in read_lora_adapter(Path("out")).items()} == ranks
+    assert read_json(Path("out") / "adapter_config.json")["r"] == 8
 
 
 def test_it_is_not_resumed_and_the_settings_that_changed_are_named(run):

@@ -2,11 +2,13 @@
 
 import json
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
+from support.architectures import save_model
 from support.tiny_encoders import save_tiny_encoder, write_classification
 from support.tiny_run import tiny_tokenizer, write_config, write_rows
 from transformers import AutoModel
@@ -17,7 +19,10 @@ from dora_dist.config.parse import load_config
 from dora_dist.config.tasks import SEQUENCE_CLASSIFICATION as CLASSIFICATION
 from dora_dist.config.training import DEFAULT_TRAINING_ARGUMENTS, OWNED_TRAINING_ARGUMENTS
 from dora_dist.data import mixture, plan
+from dora_dist.memory.estimate import estimate_memory
+from dora_dist.memory.table import render
 from dora_dist.setup import build, resolve, run_data, training_arguments
+from dora_dist.setup.describe import describe
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +80,66 @@ def test_a_method_that_cannot_work_is_refused_without_reading_weights(config, ov
         resolve.check_method(
             settings, load_skeleton(BaseModelSpec(path=settings.model.path)), settings.training["max_steps"]
         )
+
+
+@pytest.fixture
+def experts(config):
+    """The configuration of a model with fused experts, without its weights."""
+    save_model("mixtral", config.parent / "model")
+    (config.parent / "model" / "model.safetensors").unlink()
+    return config
+
+
+def test_a_model_whose_experts_stay_in_16_bits_is_refused_in_the_dry_run_and_the_estimate(experts):
+    for decide in (resolved, partial(estimate_memory, world_size=1)):
+        with pytest.raises(ValueError, match=r"nf4, but 88\.9% of the block weights.*model\.allow_unquantized"):
+            decide(load(experts))
+
+
+@pytest.mark.parametrize("overrides", [["--model.allow_unquantized", "true"], ["--model.quantization", "none"]])
+def test_what_all_linear_leaves_out_is_said_in_the_dry_run_and_the_estimate(experts, overrides):
+    settings = load(experts, *overrides)
+    run, estimate = resolved(settings), estimate_memory(settings, 1)
+    assert run.left_out.startswith(
+        "all-linear leaves out 88.9% of the block weights: model.layers.*.mlp.experts.gate_up"
+    )
+    for text in (describe(settings, run, 1), render(estimate)):
+        assert run.left_out in text
+    named = load(experts, *overrides, "--adapter.target_modules", "[q_proj]")
+    assert resolved(named).left_out is None
+
+
+def with_tokens(config, **changes):
+    """Give the tokenizer two tokens for which the embedding has no row, and a special one perhaps."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["beyond", "farther"])
+    for name, token in changes.items():
+        setattr(tokenizer, name, token)
+    tokenizer.save_pretrained(config.parent / "model")
+
+
+def test_a_token_in_the_data_for_which_the_embedding_has_no_row_is_refused(config):
+    with_tokens(config)
+    for key in ("train", "eval"):
+        path = write_rows(config.parent / "other.jsonl", 5, seed=1)
+        path.write_text(path.read_text().replace("w1 w2", "w1 farther"))
+        with pytest.raises(ValueError, match=r"the data of other is 'farther' with the number 97, .* has 96 rows"):
+            resolved(load(config, f"--data.{key}", str(path)))
+
+
+def test_a_padding_token_for_which_the_embedding_has_no_row_is_refused(config):
+    with_tokens(config, pad_token="beyond")
+    with pytest.raises(
+        ValueError, match=r"the padding token is 'beyond' with the number 96, .* has 96 rows \(0 to 95\)"
+    ):
+        resolved(load(config))
+
+
+def test_tokens_without_a_row_that_nothing_uses_are_remarked(config):
+    assert not any("embedding" in remark for remark in resolved(load(config)).data.remarks())
+    with_tokens(config)
+    (remark,) = (remark for remark in resolved(load(config)).data.remarks() if "embedding" in remark)
+    assert "2 tokens such as 'beyond' (96)" in remark
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,99 @@
+"""The weights of a model's blocks: which of them are quantized, which are adapted, and what is neither.
+
+Block weights are the matrices (and stacks of them) in the numbered blocks of a model.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from dora_dist.base_model.head import belongs_to, head_modules
+from dora_dist.base_model.shape import text_decoder
+from dora_dist.config.adapter import ALL_LINEAR
+
+NUMBER = r"\.\d+(?=\.|$)"
+"""Of a block, in the name of a module in it."""
+MOST_UNQUANTIZED = 0.2
+"""Share of the block weights that may stay in 16 bits under quantization."""
+
+
+def _block_weights(model: nn.Module) -> Iterator[tuple[str, int]]:
+    """Full name and number of elements of every block weight, of a model that is not quantized."""
+    heads = head_modules(model)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) or belongs_to(name, heads):
+            continue
+        for part, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim >= 2 and re.search(NUMBER, name) and not part.endswith("bias"):
+                yield f"{name}.{part}", parameter.numel()
+
+
+def left_out(model: nn.Module, adapted: Collection[str]) -> dict[str, float]:
+    """Kind of weight -> its share of the block weights, largest first, for all that belong to no adapted layer.
+
+    A kind is a name with ``*`` for the number of the block. Parts beside the text decoder, such as a tower, are one
+    each.
+
+    Args:
+        model: best without weights, on the meta device.
+        adapted: full names of the adapted layers.
+    """
+    decoder = text_decoder(model)
+    beside = decoder.rpartition(".")[0]
+    kinds: Counter[str] = Counter()
+    total = 0
+    for name, size in _block_weights(model):
+        total += size
+        if name.rpartition(".")[0] not in adapted:
+            kind = re.sub(NUMBER, ".*", name).removesuffix(".weight")
+            if decoder and not belongs_to(name, [decoder]):
+                start = len(beside) + 1 if belongs_to(name, [beside]) else 0
+                kind = name[: start + name[start:].find(".")]
+            kinds[kind] += size
+    return {kind: size / total for kind, size in kinds.most_common()}
+
+
+def describe_left_out(model: nn.Module, target_modules: object, adapted: Collection[str]) -> str | None:
+    """What ``all-linear`` leaves out, in words; None where that is nothing, or where the layers were named."""
+    shares = left_out(model, adapted) if target_modules == ALL_LINEAR else {}
+    if not shares:
+        return None
+    listed = ", ".join(f"{kind} {_percent(share)}" for kind, share in shares.items())
+    return f"all-linear leaves out {_percent(sum(shares.values()))} of the block weights: {listed}"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}" if share >= 0.0005 else "<0.1%"
+
+
+def check_quantized(model: nn.Module, quantization: str, allow_unquantized: bool) -> None:
+    """Refuse to quantize a model of whose weights quantization would leave much as it is.
+
+    bitsandbytes quantizes layers of just the class ``torch.nn.Linear``, and transformers' ``Conv1D``. Experts that are
+    one stacked parameter, or linear layers of a class of their own, stay in 16 bits.
+
+    Args:
+        model: without weights.
+        quantization: ``model.quantization`` of the configuration.
+        allow_unquantized: ``model.allow_unquantized`` of the configuration.
+
+    Raises:
+        ValueError: names the share and the largest kinds.
+    """
+    if quantization == "none" or allow_unquantized:
+        return
+    quantized = {
+        name for name, module in model.named_modules() if type(module) is nn.Linear or isinstance(module, Conv1D)
+    }
+    kept = left_out(model, quantized)
+    share = sum(kept.values())
+    if share > MOST_UNQUANTIZED:
+        largest = ", ".join(f"{kind} {_percent(part)}" for kind, part in list(kept.items())[:3])
+        raise ValueError(
+            f"model.quantization is {quantization}, but {_percent(share)} of the block weights would stay in 16 bits "
+            f"(bitsandbytes quantizes linear layers only): {largest}. At most {MOST_UNQUANTIZED:.0%} may: set "
+            "model.allow_unquantized to true if there is memory for them (dora-dist estimate counts them)"
+        )
