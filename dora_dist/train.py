@@ -116,7 +116,7 @@ def train(
         dry_run: print what the run would be, and end.
     """
     from dora_dist.distributed import world
-    from dora_dist.runs import resume
+    from dora_dist.runs import claim, resume
     from dora_dist.setup import run_data
 
     run = Path(config.output_dir)
@@ -127,27 +127,47 @@ def train(
     monitor.note("joining the process group")
     engine = config.distributed.engine if launched else "none"
     with world.joined(engine, config.distributed.timeout_minutes, monitor) as agreement:
-        earlier = resume.Earlier(folder=run) if dry_run else look_into(run, config, agreement)
-        resolved = decide(config, data, earlier, agreement)
-        stop_before_training(notice, agreement)
         if dry_run:
-            print_dry_run(config, resolved, agreement)
-        elif earlier.finished:
-            say(f"{run} holds a finished run with these settings; {describe_adapter(run / 'adapter')}")
-        else:
-            say(f"{config.data.batching} batches: {resolved.padding_share():.1%} of the computed tokens are padding")
-            for remark in resume.describe(earlier, config, agreement.size):
-                say(remark)
-            trainer = build_parts(config, resolved, agreement, notice)
-            record_start(config, resolved, earlier, trainer)
-            stop_before_training(notice, agreement)
-            trainer.train(resume_from_checkpoint=earlier.checkpoint)
-            if trainer.preempted:
-                step = trainer.state.global_step
-                raise PreemptedError(
-                    f"preempted at step {step}: checkpoint-{step} is complete; start the same command again to go on"
-                )
-            finish(run, resolved, trainer)
+            print_dry_run(config, decide(config, data, resume.Earlier(folder=run), agreement), agreement)
+            return
+        agreement.of_first(f"looking into {run}", lambda: resume.refuse_foreign_folder(run))
+        with claim.held(run, agreement):
+            train_or_go_on(config, data, agreement, notice)
+
+
+def train_or_go_on(
+    config: "RunConfig",
+    data: "Captured[tuple[PreTrainedTokenizerBase, RunData]]",
+    agreement: "Agreement",
+    notice: PreemptionNotice,
+) -> None:
+    """The run, from what an earlier start has left in its folder to its end.
+
+    Raises:
+        PreemptedError: a rank was told to stop before the last step.
+    """
+    from dora_dist.runs import resume
+
+    run = Path(config.output_dir)
+    earlier = agreement.of_first(f"looking into {run}", lambda: resume.look(run, config.checkpoint.resume))
+    resolved = decide(config, data, earlier, agreement)
+    stop_before_training(notice, agreement)
+    if earlier.finished:
+        say(f"{run} holds a finished run with these settings; {describe_adapter(run / 'adapter')}")
+        return
+    say(f"{config.data.batching} batches: {resolved.padding_share():.1%} of the computed tokens are padding")
+    for remark in resume.describe(earlier, config, agreement.size):
+        say(remark)
+    trainer = build_parts(config, resolved, agreement, notice)
+    record_start(config, resolved, earlier, trainer)
+    stop_before_training(notice, agreement)
+    trainer.train(resume_from_checkpoint=earlier.checkpoint)
+    if trainer.preempted:
+        step = trainer.state.global_step
+        raise PreemptedError(
+            f"preempted at step {step}: checkpoint-{step} is complete; start the same command again to go on"
+        )
+    finish(run, resolved, trainer)
 
 
 def decide(
@@ -257,28 +277,6 @@ def print_dry_run(config: "RunConfig", resolved: "ResolvedRun", agreement: "Agre
     with agreement.together("estimating"):
         if agreement.is_first:
             print(describe(config, resolved, agreement.size), flush=True)
-
-
-def look_into(run: Path, config: "RunConfig", agreement: "Agreement") -> "Earlier":
-    """What an earlier start has left in ``run``, as the first rank sees it.
-
-    Raises:
-        ValueError: what is there cannot be used.
-    """
-    from dora_dist.runs import resume
-
-    earlier, flaw = None, None
-    with agreement.together(f"looking into {run}"):
-        if agreement.is_first:
-            try:
-                earlier = resume.look(run, config.checkpoint.resume)
-            except ValueError as error:
-                flaw = str(error)
-    of_first: tuple[Earlier, str | None] = agreement.gather((earlier, flaw))[0]
-    earlier, flaw = of_first
-    if flaw is not None:
-        raise mark_common(ValueError(flaw))
-    return earlier
 
 
 def describe_adapter(folder: Path) -> str:

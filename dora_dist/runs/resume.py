@@ -49,7 +49,7 @@ def look(run: Path, resume: str) -> Earlier:
     Raises:
         ValueError: what is there cannot be used, or is not a run's.
     """
-    _refuse_foreign_folder(run)
+    refuse_foreign_folder(run)
     if resume == "auto" and summary.is_finished(run) and (run / records.RUN).is_file():
         recorded = read_json(run / records.RUN)
         return Earlier(
@@ -73,8 +73,12 @@ def look(run: Path, resume: str) -> Earlier:
     )
 
 
-def _refuse_foreign_folder(run: Path) -> None:
-    """A run deletes and overwrites what has the names of its own files: only where an earlier start wrote them."""
+def refuse_foreign_folder(run: Path) -> None:
+    """A run deletes and overwrites what has the names of its own files: only where an earlier start wrote them.
+
+    Raises:
+        ValueError: something else wrote them.
+    """
     strangers = [name for name in WRITTEN if (run / name).exists() or (run / name).is_symlink()]
     strangers += [folder.name for folder in checkpoint.checkpoints(run)]
     known = (run / records.RUN).is_file() or checkpoint.newest(run) is not None
