@@ -14,7 +14,7 @@ from dora_dist.config.format_version import FORMAT_VERSION
 from dora_dist.config.model import ModelConfig
 from dora_dist.config.pruning import GATE_SENSITIVITY, PruningConfig
 from dora_dist.config.tasks import CAUSAL_LM, TASKS, TaskName, metrics_of
-from dora_dist.config.training import check_training_section
+from dora_dist.config.training import check_training_section, with_strategies
 
 
 @dataclass(kw_only=True)
@@ -131,6 +131,7 @@ class RunConfig:
         require(known, "format_version", self.format_version, f"lie between 1 and {FORMAT_VERSION}: leave it out")
         require(bool(self.output_dir.strip()), "output_dir", repr(self.output_dir), "name a folder")
         self.output_dir = os.path.expanduser(self.output_dir)
+        self.training = with_strategies(self.training)
         check_training_section(self.training)
         self._check_task()
         if self.evaluation.exact_match and self.data.eval is None:

@@ -44,6 +44,8 @@ OWNED_TRAINING_ARGUMENTS = {
     "optim_target_modules": "set adapter.target_modules",
 }
 
+STRATEGIES = ("save_strategy", "eval_strategy", "logging_strategy")
+
 DEFAULT_TRAINING_ARGUMENTS: dict[str, Any] = {
     "learning_rate": 1e-3,
     "optim": "adamw_torch",
@@ -54,6 +56,11 @@ DEFAULT_TRAINING_ARGUMENTS: dict[str, Any] = {
     "logging_steps": 10,
     "report_to": ["tensorboard"],
 }
+
+
+def with_strategies(training: dict[str, Any]) -> dict[str, Any]:
+    """The section with ``no`` where a strategy is false, which is what YAML takes an unquoted no for."""
+    return {name: "no" if value is False and name in STRATEGIES else value for name, value in training.items()}
 
 
 def check_training_section(training: dict[str, Any]) -> None:

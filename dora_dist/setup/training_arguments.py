@@ -10,7 +10,7 @@ from transformers import IntervalStrategy, TrainingArguments
 
 from dora_dist.base_model import load
 from dora_dist.config.run import RunConfig
-from dora_dist.config.training import DEFAULT_TRAINING_ARGUMENTS
+from dora_dist.config.training import DEFAULT_TRAINING_ARGUMENTS, STRATEGIES
 from dora_dist.data.mixture import Mixture
 from dora_dist.training.batch_size import global_batch
 
@@ -33,7 +33,7 @@ def training_arguments(config: RunConfig, mixture: Mixture, accumulation: int | 
         values.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
     values.setdefault("dataloader_pin_memory", gpus)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(config.output_dir) / "tensorboard")
-    for name in ("save_strategy", "eval_strategy", "logging_strategy"):
+    for name in STRATEGIES:
         if values.get(name) == "epoch":
             raise ValueError(
                 f"training.{name} is epoch, but a run is one long sequence of steps without epoch boundaries: "
