@@ -28,14 +28,16 @@ METHOD_ARGUMENTS = (
 """Trainer settings that a resumed run must not change."""
 
 
-def fingerprint_of(config: RunConfig, arguments: TrainingArguments, data: RunData, plan: TrainingPlan) -> Fingerprint:
+def fingerprint_of(
+    config: RunConfig, arguments: TrainingArguments, data: RunData, plan: TrainingPlan, ranks: int
+) -> Fingerprint:
     """The fingerprint of the run that is decided by these."""
     return Fingerprint(
         task=config.task,
         seed=config.seed,
         engine=config.distributed.engine,
         num_steps=arguments.max_steps,
-        global_batch=global_batch(arguments),
+        global_batch=global_batch(arguments, ranks),
         initial_rank=config.adapter.start_rank,
         batching=config.data.batching,
         data_order=plan.digest()[:16],

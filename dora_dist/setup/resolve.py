@@ -56,7 +56,11 @@ class ResolvedRun:
 
 
 def resolve_run(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: RunData, accumulation: int | None = None
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    data: RunData,
+    accumulation: int | None = None,
+    ranks: int = 1,
 ) -> ResolvedRun:
     """Decide all that can be decided without weights, and refuse what cannot work.
 
@@ -65,15 +69,18 @@ def resolve_run(
         tokenizer: of the model.
         data: all sources.
         accumulation: gradient accumulation steps; None for those of the configuration.
+        ranks: of the run.
 
     Raises:
         ValueError: data, training section, targets or schedule cannot work together.
     """
     _check_answers(config, data)
     mixture = build_mixture(config.data, data.train, config.seed)
-    arguments = training_arguments(config, mixture, accumulation)
-    plan = mixture.plan(arguments.max_steps, global_batch(arguments))
-    skeleton = load.load_skeleton(load.BaseModelSpec.of(config.model, config.task))
+    arguments = training_arguments(config, mixture, accumulation, ranks)
+    plan = mixture.plan(arguments.max_steps, global_batch(arguments, ranks))
+    spec = load.BaseModelSpec.of(config.model, config.task)
+    skeleton = load.load_skeleton(spec)
+    load.check_attention(spec, skeleton)
     layers, budget = check_method(config, skeleton, arguments.max_steps)
     check_context(skeleton, data)
     return ResolvedRun(
@@ -84,7 +91,7 @@ def resolve_run(
         plan=plan,
         layers=layers,
         budget=budget,
-        fingerprint=fingerprint_of(config, arguments, data, plan),
+        fingerprint=fingerprint_of(config, arguments, data, plan, ranks),
     )
 
 
