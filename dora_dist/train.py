@@ -227,7 +227,7 @@ def decide(
         accumulation = resume.accumulation(earlier, config, ranks)
         resolved = resolve_run(config, *data.result(), accumulation, ranks)
         resume.check_settings(earlier, resolved.fingerprint)
-    for remark in resolved.data.remarks():
+    for remark in resolved.remarks():
         say(remark)
     return resolved
 

@@ -78,7 +78,7 @@ def keep_text(parsed: Any, given: Mapping[str, Any], section: type) -> None:
             parsed[key] = value
         elif isinstance(value, str) and parsed[key] != value:
             hint = _hint_of(section, key)
-            if not _takes_text(hint):
+            if not _takes_text(hint, value):
                 wanted = "true or false" if hint is bool else "a number"
                 raise ValueError(f"{key} is the text {value!r}, but must be {wanted}: leave the quotation marks out")
             parsed[key] = value
@@ -99,9 +99,9 @@ def _hint_of(section: type, key: str) -> Any:
     return hint
 
 
-def _takes_text(hint: Any) -> bool:
+def _takes_text(hint: Any, text: str) -> bool:
     if get_origin(hint) in (Union, types.UnionType):
-        return any(map(_takes_text, get_args(hint)))
+        return any(_takes_text(member, text) for member in get_args(hint))
     if get_origin(hint) is Literal:
-        return any(isinstance(choice, str) for choice in get_args(hint))
+        return text in get_args(hint)
     return hint in (str, Any)

@@ -29,9 +29,9 @@ METHOD_ARGUMENTS = (
 
 
 def fingerprint_of(
-    config: RunConfig, arguments: TrainingArguments, data: RunData, plan: TrainingPlan, ranks: int
+    config: RunConfig, arguments: TrainingArguments, data: RunData, plan: TrainingPlan, ranks: int, interval: int
 ) -> Fingerprint:
-    """The fingerprint of the run that is decided by these."""
+    """The fingerprint of the run that is decided by these; ``interval`` is that of the schedule."""
     return Fingerprint(
         task=config.task,
         seed=config.seed,
@@ -47,7 +47,7 @@ def fingerprint_of(
             "compute_dtype": str(load.resolve_compute_dtype(config.model.compute_dtype)),
         },
         adapter={**dataclasses.asdict(config.adapter), "seed": adapter_seed(config)},
-        pruning=dataclasses.asdict(config.pruning),
+        pruning={**dataclasses.asdict(config.pruning), "interval": interval},
         training={name: _plain(getattr(arguments, name)) for name in METHOD_ARGUMENTS},
         examples={source.name: f"{source.counts.examples}, {source.digest[:16]}" for source in data.train},
         labels=data.labels or config.data.labels if TASKS[config.task].has_labels else None,
