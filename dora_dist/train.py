@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from dora_dist.console.command import capture, run_command
 from dora_dist.console.errors import PreemptedError, mark_common
 from dora_dist.console.library_warnings import quiet_libraries
 from dora_dist.console.text import say
-from dora_dist.distributed.launcher import check_launch
+from dora_dist.distributed.launcher import check_launch, check_world_size
 from dora_dist.distributed.preemption import PreemptionNotice
 
 if TYPE_CHECKING:
@@ -34,6 +35,17 @@ if TYPE_CHECKING:
     from dora_dist.training.trainer import DynamicLoraTrainer
 
 DRY_RUN = "--dry-run"
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What ``--dry-run`` asks for.
+
+    Attributes:
+        ranks: of the launch that is meant (``--world-size``); None for this one.
+    """
+
+    ranks: int | None = None
 
 
 def start(arguments: Sequence[str]) -> None:
@@ -58,6 +70,7 @@ def start(arguments: Sequence[str]) -> None:
             )
         main(given)
         return
+    given, _ = split_dry_run(given)
     engine = parse_config(given).distributed.engine  # what is wrong with it is said before any rank is there
     if engine == "none" and options.processes in (None, 1):
         main(given)
@@ -84,12 +97,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     quiet_libraries()
     arguments = with_config_option(sys.argv[1:] if arguments is None else arguments)
-    dry_run = DRY_RUN in arguments
-    launched = "LOCAL_RANK" in os.environ or not dry_run  # a dry run needs no launcher
     try:
-        config = parse_config([argument for argument in arguments if argument != DRY_RUN])
+        arguments, dry_run = split_dry_run(arguments)
+        launched = "LOCAL_RANK" in os.environ or dry_run is None  # a dry run needs no launcher
+        config = parse_config(arguments)
+        if dry_run is not None and dry_run.ranks is not None:
+            check_world_size(dry_run.ranks, config.distributed.engine)
         if launched:
             check_launch(config.distributed.engine, os.environ)
+        from dora_dist.runs.resume import refuse_foreign_folder
+
+        refuse_foreign_folder(Path(config.output_dir))
     except ValueError as error:
         raise mark_common(error) from None  # the ranks of a node have the same command line and launcher
     with PreemptionNotice() as notice:
@@ -103,8 +121,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
             train(config, notice, monitor, launched, dry_run)
 
 
+def split_dry_run(arguments: Sequence[str]) -> tuple[list[str], DryRun | None]:
+    """The arguments that are the configuration's, and the dry run that the others ask for.
+
+    Raises:
+        ValueError: ``--world-size`` is given for a run.
+    """
+    parser = argparse.ArgumentParser(prog="dora-dist train", add_help=False, allow_abbrev=False)
+    parser.add_argument(DRY_RUN, action="store_true")
+    parser.add_argument("--world-size", type=int)
+    options, rest = parser.parse_known_args(arguments)
+    if options.dry_run:
+        return rest, DryRun(options.world_size)
+    if options.world_size is not None:
+        raise ValueError(
+            f"--world-size is {options.world_size}, but it is for {DRY_RUN}: a run has as many ranks as are started "
+            "(--processes N, or the launcher's option)"
+        )
+    return rest, None
+
+
 def train(
-    config: "RunConfig", notice: PreemptionNotice, monitor: "HeartbeatMonitor", launched: bool, dry_run: bool
+    config: "RunConfig", notice: PreemptionNotice, monitor: "HeartbeatMonitor", launched: bool, dry_run: DryRun | None
 ) -> None:
     """Run the training, or with ``dry_run`` print what it would do.
 
@@ -113,10 +151,10 @@ def train(
         notice: whether this rank was told to stop.
         monitor: over all ranks.
         launched: whether the processes that the engine needs are there.
-        dry_run: print what the run would be, and end.
+        dry_run: print what the run would be, and end; None to train.
     """
     from dora_dist.distributed import world
-    from dora_dist.runs import resume
+    from dora_dist.runs import claim, resume
     from dora_dist.setup import run_data
 
     run = Path(config.output_dir)
@@ -127,29 +165,49 @@ def train(
     monitor.note("joining the process group")
     engine = config.distributed.engine if launched else "none"
     with world.joined(engine, config.distributed.timeout_minutes, monitor) as agreement:
-        earlier = resume.Earlier(folder=run) if dry_run else look_into(run, config, agreement)
-        resolved = decide(config, data, earlier, agreement)
-        stop_before_training(notice, agreement)
-        if dry_run:
-            print_dry_run(config, resolved, agreement)
-        elif earlier.finished:
-            say(f"{run} holds a finished run with these settings; {describe_adapter(run / 'adapter')}")
-        else:
-            say(f"{config.data.batching} batches: {resolved.padding_share():.1%} of the computed tokens are padding")
-            if resolved.left_out:
-                say(resolved.left_out)
-            for remark in resume.describe(earlier, config, agreement.size):
-                say(remark)
-            trainer = build_parts(config, resolved, agreement, notice)
-            record_start(config, resolved, earlier, trainer)
-            stop_before_training(notice, agreement)
-            trainer.train(resume_from_checkpoint=earlier.checkpoint)
-            if trainer.preempted:
-                step = trainer.state.global_step
-                raise PreemptedError(
-                    f"preempted at step {step}: checkpoint-{step} is complete; start the same command again to go on"
-                )
-            finish(run, resolved, trainer)
+        if dry_run is not None:
+            ranks = dry_run.ranks or agreement.size
+            print_dry_run(config, decide(config, data, resume.Earlier(folder=run), agreement, ranks), agreement, ranks)
+            return
+        with claim.held(run, agreement):
+            train_or_go_on(config, data, agreement, notice)
+
+
+def train_or_go_on(
+    config: "RunConfig",
+    data: "Captured[tuple[PreTrainedTokenizerBase, RunData]]",
+    agreement: "Agreement",
+    notice: PreemptionNotice,
+) -> None:
+    """The run, from what an earlier start has left in its folder to its end.
+
+    Raises:
+        PreemptedError: a rank was told to stop before the last step.
+    """
+    from dora_dist.runs import resume
+
+    run = Path(config.output_dir)
+    earlier = agreement.of_first(f"looking into {run}", lambda: resume.look(run, config.checkpoint.resume))
+    resolved = decide(config, data, earlier, agreement, agreement.size)
+    stop_before_training(notice, agreement)
+    if earlier.finished:
+        say(f"{run} holds a finished run with these settings; {describe_adapter(run / 'adapter')}")
+        return
+    say(f"{config.data.batching} batches: {resolved.padding_share():.1%} of the computed tokens are padding")
+    if resolved.left_out:
+        say(resolved.left_out)
+    for remark in resume.describe(earlier, config, agreement.size):
+        say(remark)
+    trainer = build_parts(config, resolved, agreement, notice)
+    record_start(config, resolved, earlier, trainer)
+    stop_before_training(notice, agreement)
+    trainer.train(resume_from_checkpoint=earlier.checkpoint)
+    if trainer.preempted:
+        step = trainer.state.global_step
+        raise PreemptedError(
+            f"preempted at step {step}: checkpoint-{step} is complete; start the same command again to go on"
+        )
+    finish(run, resolved, trainer)
 
 
 def decide(
@@ -157,6 +215,7 @@ def decide(
     data: "Captured[tuple[PreTrainedTokenizerBase, RunData]]",
     earlier: "Earlier",
     agreement: "Agreement",
+    ranks: int,
 ) -> "ResolvedRun":
     """All of the run that is decided before a weight is read, the same on every rank.
 
@@ -167,10 +226,10 @@ def decide(
     from dora_dist.setup.resolve import resolve_run
 
     with agreement.together("preparing data and settings"):
-        accumulation = resume.accumulation(earlier, config, agreement.size)
-        resolved = resolve_run(config, *data.result(), accumulation)
+        accumulation = resume.accumulation(earlier, config, ranks)
+        resolved = resolve_run(config, *data.result(), accumulation, ranks)
         resume.check_settings(earlier, resolved.fingerprint)
-    for remark in resolved.data.remarks():
+    for remark in resolved.remarks():
         say(remark)
     return resolved
 
@@ -252,35 +311,13 @@ def stop_before_training(notice: PreemptionNotice, agreement: "Agreement") -> No
         raise PreemptedError("preempted before training: nothing to save; start the same command again to go on")
 
 
-def print_dry_run(config: "RunConfig", resolved: "ResolvedRun", agreement: "Agreement") -> None:
+def print_dry_run(config: "RunConfig", resolved: "ResolvedRun", agreement: "Agreement", ranks: int) -> None:
     """Print on the first rank what the run would do."""
     from dora_dist.setup.describe import describe
 
     with agreement.together("estimating"):
         if agreement.is_first:
-            print(describe(config, resolved, agreement.size), flush=True)
-
-
-def look_into(run: Path, config: "RunConfig", agreement: "Agreement") -> "Earlier":
-    """What an earlier start has left in ``run``, as the first rank sees it.
-
-    Raises:
-        ValueError: what is there cannot be used.
-    """
-    from dora_dist.runs import resume
-
-    earlier, flaw = None, None
-    with agreement.together(f"looking into {run}"):
-        if agreement.is_first:
-            try:
-                earlier = resume.look(run, config.checkpoint.resume)
-            except ValueError as error:
-                flaw = str(error)
-    of_first: tuple[Earlier, str | None] = agreement.gather((earlier, flaw))[0]
-    earlier, flaw = of_first
-    if flaw is not None:
-        raise mark_common(ValueError(flaw))
-    return earlier
+            print(describe(config, resolved, ranks), flush=True)
 
 
 def describe_adapter(folder: Path) -> str:

@@ -71,10 +71,22 @@ def resolve_compute_dtype(name: str) -> torch.dtype:
     return dtype
 
 
+def _no_tokenizer(path: str, reason: str) -> ValueError:
+    return ValueError(
+        f"model.path {path!r} holds no tokenizer that can be read ({reason}): put the model's tokenizer files "
+        "(tokenizer.json, tokenizer_config.json) beside its weights"
+    )
+
+
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer, with a padding token (the end-of-sequence token where it has none of its own)."""
     with _reading(path):
-        tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(path), trust_remote_code=trust_remote_code)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(path), trust_remote_code=trust_remote_code)
+        except ValueError as error:
+            raise _no_tokenizer(path, str(error).partition(chr(10))[0]) from None
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # made of nothing, without its files
+        raise _no_tokenizer(path, "it knows no token but special ones")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -138,6 +150,23 @@ def load_skeleton(spec: BaseModelSpec) -> PreTrainedModel:
         ValueError: the path is not usable, or its architecture has no model for the task.
     """
     return _skeleton(spec, load_model_config(spec))
+
+
+def check_attention(spec: BaseModelSpec, skeleton: PreTrainedModel) -> None:
+    """Refuse an attention implementation that this machine or the model does not have.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if spec.attention is None:
+        return
+    try:
+        skeleton.set_attn_implementation(spec.attention)
+    except (ImportError, ValueError) as error:
+        raise ValueError(
+            f"model.attention is {spec.attention!r}, which cannot be used here: {str(error).partition(chr(10))[0]} "
+            "Install it, or set model.attention to sdpa or eager"
+        ) from None
 
 
 def _skeleton(spec: BaseModelSpec, config: PreTrainedConfig) -> PreTrainedModel:

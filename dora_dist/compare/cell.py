@@ -15,13 +15,14 @@ import torch
 
 from dora_dist import train
 from dora_dist.compare.adalora import train_adalora
-from dora_dist.compare.cell_result import FAILURE, IDENTITY, LOG, record_failure
+from dora_dist.compare.cell_result import record_failure
 from dora_dist.compare.plan import Cell, Plan
 from dora_dist.console import files
 from dora_dist.console.errors import PreemptedError
 from dora_dist.distributed.heartbeat import HeartbeatMonitor
 from dora_dist.distributed.preemption import PreemptionNotice
 from dora_dist.runs import checkpoint
+from dora_dist.runs.records import FAILURE, IDENTITY, LOG
 from dora_dist.training.controller import NonFiniteAdapterError
 from dora_dist.training.skipped_steps import NonFiniteLossError
 
@@ -74,7 +75,7 @@ def _train(plan: Plan, cell: Cell) -> None:
             train_adalora(config, dataclasses.asdict(plan.config.adalora), notice)
             return
         with HeartbeatMonitor(None, config.distributed.silent_seconds) as monitor:
-            train.train(config, notice, monitor, launched=True, dry_run=False)
+            train.train(config, notice, monitor, launched=True, dry_run=None)
 
 
 @contextmanager

@@ -18,11 +18,9 @@ from dora_dist.config.run import RunConfig
 from dora_dist.console import files
 from dora_dist.runs import records
 from dora_dist.runs.fingerprint import Fingerprint
+from dora_dist.runs.records import FAILURE, IDENTITY
 from dora_dist.runs.summary import is_finished
 
-IDENTITY = "cell.json"
-FAILURE = "failure.json"
-LOG = "log.txt"
 MAY_DIFFER = ("output_dir", "format_version", "data.cache_dir", "data.workers", "distributed", "checkpoint")
 """Of a cell's configuration, without changing its results."""
 

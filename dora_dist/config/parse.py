@@ -4,7 +4,6 @@ import dataclasses
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -13,6 +12,7 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
 from dora_dist.config.checks import nearest
 from dora_dist.config.format_version import FORMAT_VERSION, refuse_later_format
+from dora_dist.config.given import config_files, given_by, keep_text, values_of
 from dora_dist.config.run import RunConfig
 
 
@@ -20,11 +20,11 @@ def build_parser() -> ArgumentParser:
     """The command line of ``dora_dist.train``: ``--config FILE`` and one option for every key."""
     parser = ArgumentParser(
         prog="dora-dist train",
-        usage="%(prog)s CONFIG [--processes N] [--dry-run] [--section.key value ...]",
+        usage="%(prog)s CONFIG [--processes N] [--dry-run [--world-size N]] [--section.key value ...]",
         description="Dynamic Low-Rank Adaptation (ACL 2024), not weight-decomposed DoRA. Starts one rank for each GPU, "
         "or --processes N; accelerate launch --config_file launch/X.yaml -m dora_dist.train --config CONFIG starts the "
         "same ranks. Every key of the YAML can be overridden as --section.key value. --dry-run checks all that can be "
-        "checked without reading weights, and says what the run would do; it starts no ranks.",
+        "checked without reading weights, and says what the run would do, on --world-size N ranks; it starts none.",
         exit_on_error=False,
     )
     parser.add_argument(
@@ -55,30 +55,29 @@ def parse_config(arguments: Sequence[str] | None = None) -> RunConfig:
     return RunConfig(**parse_strictly(build_parser(), arguments, RunConfig))
 
 
-def parse_strictly(parser: ArgumentParser, arguments: Sequence[str], section: type | None = None) -> dict[str, Any]:
+def parse_strictly(parser: ArgumentParser, arguments: Sequence[str], section: type) -> dict[str, Any]:
     """Values of a command line with ``--config FILE``, without ``config`` itself.
 
     Args:
         parser: of the command.
         arguments: of the command line.
-        section: dataclass that the files describe, whose keys are then refused where they are null and must not be.
+        section: dataclass that the files describe; its keys are refused where they are null and must not be.
 
     Raises:
         ValueError: see :func:`parse_config`.
     """
-    for path in _config_files(arguments):
+    for path in config_files(arguments):
         if not path.is_file():
             what = f"{path} is a folder" if path.is_dir() else f"there is no file {path}"
             raise ValueError(f"{what}: give a YAML file (dora-dist recipe prints some to start from)")
         _refuse_repeated_keys(path)
         refuse_later_format(path)
-        if section is not None:
-            _refuse_nulls(path, section)
+        _refuse_nulls(path, section)
     try:
-        parsed = parser.instantiate(parser.parse_args(arguments))
+        parsed = parser.parse_args(arguments)
     except ArgumentError as error:
         raise ValueError(_explain(str(error), parser)) from None
-    return {name: value for name, value in parsed.items() if name != "config"}
+    return _instances(parsed, given_by(arguments, _keys(parser)), section)
 
 
 def config_of(values: Mapping[str, Any]) -> RunConfig:
@@ -98,10 +97,10 @@ def config_of(values: Mapping[str, Any]) -> RunConfig:
             raise ValueError(f"{name} is {value!r}, but must be a section of the configuration of a run")
     parser = build_parser()
     try:
-        parsed = parser.instantiate(parser.parse_object(dict(values)))
+        parsed = parser.parse_object(dict(values))
     except ArgumentError as error:
         raise ValueError(_explain(str(error), parser)) from None
-    return RunConfig(**{name: value for name, value in parsed.items() if name != "config"})
+    return RunConfig(**_instances(parsed, values_of(values, _keys(parser)), RunConfig))
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -115,11 +114,21 @@ def save_config(config: RunConfig, path: Path) -> None:
     path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 
-def _config_files(arguments: Sequence[str]) -> list[Path]:
-    """Files that the command line gives as ``--config``."""
-    given = [after for option, after in pairwise(arguments) if option == "--config"]
-    given += [option.removeprefix("--config=") for option in arguments if option.startswith("--config=")]
-    return [Path(path) for path in given]
+def _keys(parser: ArgumentParser) -> set[str]:
+    """Dotted names of all keys."""
+    return {key for key in vars(parser.get_defaults().as_flat()) if key != "config"}
+
+
+def _instances(parsed: Any, given: Mapping[str, Any], section: type) -> dict[str, Any]:
+    """The sections and values of a configuration, with text as it was given."""
+    keep_text(parsed, given, section)
+    hints = get_type_hints(section)
+    # Not parser.instantiate, which reads text in mappings as YAML once more (jsonargparse 4.53).
+    return {
+        name: hints[name](**value.as_dict()) if dataclasses.is_dataclass(hints[name]) else value
+        for name, value in vars(parsed).items()
+        if name != "config"
+    }
 
 
 def _refuse_repeated_keys(path: Path) -> None:
@@ -162,7 +171,7 @@ def _refuse_nulls(path: Path, section: type) -> None:
 
 def _explain(message: str, parser: ArgumentParser) -> str:
     """jsonargparse's message, with the nearest valid key where the key is unknown."""
-    keys = {key for key in vars(parser.get_defaults().as_flat()) if key != "config"}
+    keys = _keys(parser)
     unknown = re.search(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'", message)
     if unknown:
         key = f"{unknown['group']}.{unknown['key']}"
@@ -171,4 +180,9 @@ def _explain(message: str, parser: ArgumentParser) -> str:
     if unknown:
         key = unknown[1] or unknown[2]
         return f"unknown key {key}{nearest(key, keys)}"
+    other = re.search(r"\"([\w.]+)\":\s+Expected a <class 'str'>\. Got value: ([^\n]*)$", message)
+    if other:
+        name, value = other[1], other[2]
+        why = " (YAML takes no and off for false, yes and on for true)" if value in ("True", "False") else ""
+        return f"{name} is {value.lower() if why else value}, but must be text: put it in quotation marks{why}"
     return message

@@ -47,7 +47,7 @@ class PruningConfig:
     Args:
         warmup_fraction: share of the run before pruning begins.
         final_fraction: share of the run after the last pruning event, with a fixed mask.
-        interval: steps between two events.
+        interval: steps between two events; auto for a twentieth of those from the first event to the last.
         importance: by what components are judged: frobenius (the paper's share in the norm of their layer's update),
             magnitude (their norm as it is), squared_magnitude (its square), gate_sensitivity (first-order effect on the
             loss of removing them, summed over the steps since the last event), or random (to compare with).
@@ -64,7 +64,7 @@ class PruningConfig:
 
     warmup_fraction: float = 0.15
     final_fraction: float = 0.5
-    interval: int = 100
+    interval: int | Literal["auto"] = "auto"
     importance: Literal["frobenius", "magnitude", "squared_magnitude", "gate_sensitivity", "random"] = "frobenius"
     budget_unit: Literal["components", "parameters"] = "components"
     smoothing: float = 0.9
@@ -79,7 +79,8 @@ class PruningConfig:
             require(0 <= getattr(self, name) < 1, f"pruning.{name}", getattr(self, name), "lie in [0, 1)")
         total = self.warmup_fraction + self.final_fraction
         require(total < 1, "pruning.warmup_fraction + pruning.final_fraction", total, "be less than 1")
-        require(self.interval >= 1, "pruning.interval", self.interval, "be at least 1")
+        given = self.interval
+        require(given == "auto" or given >= 1, "pruning.interval", given, "be at least 1, or auto")
         require(self.equilibrium_weight >= 0, "pruning.equilibrium_weight", self.equilibrium_weight, "be at least 0")
         summed = self.importance == GATE_SENSITIVITY
         require(

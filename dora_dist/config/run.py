@@ -14,7 +14,10 @@ from dora_dist.config.format_version import FORMAT_VERSION
 from dora_dist.config.model import ModelConfig
 from dora_dist.config.pruning import GATE_SENSITIVITY, PruningConfig
 from dora_dist.config.tasks import CAUSAL_LM, TASKS, TaskName, metrics_of
-from dora_dist.config.training import check_training_section
+from dora_dist.config.training import check_training_section, with_strategies
+
+LARGEST_SEED = 2**32 - 1
+"""numpy takes no larger one."""
 
 
 @dataclass(kw_only=True)
@@ -131,6 +134,9 @@ class RunConfig:
         require(known, "format_version", self.format_version, f"lie between 1 and {FORMAT_VERSION}: leave it out")
         require(bool(self.output_dir.strip()), "output_dir", repr(self.output_dir), "name a folder")
         self.output_dir = os.path.expanduser(self.output_dir)
+        for name, seed in (("seed", self.seed), ("adapter.seed", self.adapter.seed)):
+            require(seed is None or 0 <= seed <= LARGEST_SEED, name, seed, f"lie between 0 and {LARGEST_SEED}")
+        self.training = with_strategies(self.training)
         check_training_section(self.training)
         self._check_task()
         if self.evaluation.exact_match and self.data.eval is None:

@@ -1,9 +1,10 @@
 """The ``training`` section: what of ``transformers.TrainingArguments`` is for the user to set, and what is not."""
 
 import dataclasses
+import math
 from typing import Any
 
-from dora_dist.config.checks import nearest
+from dora_dist.config.checks import nearest, require
 
 OWNED_TRAINING_ARGUMENTS = {
     "output_dir": "set output_dir at the top of the configuration",
@@ -44,6 +45,10 @@ OWNED_TRAINING_ARGUMENTS = {
     "optim_target_modules": "set adapter.target_modules",
 }
 
+NUMBERS_OF_ROWS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon", "num_train_epochs")
+STRATEGIES = ("save_strategy", "eval_strategy", "logging_strategy")
+
 DEFAULT_TRAINING_ARGUMENTS: dict[str, Any] = {
     "learning_rate": 1e-3,
     "optim": "adamw_torch",
@@ -54,6 +59,11 @@ DEFAULT_TRAINING_ARGUMENTS: dict[str, Any] = {
     "logging_steps": 10,
     "report_to": ["tensorboard"],
 }
+
+
+def with_strategies(training: dict[str, Any]) -> dict[str, Any]:
+    """The section with ``no`` where a strategy is false, which is what YAML takes an unquoted no for."""
+    return {name: "no" if value is False and name in STRATEGIES else value for name, value in training.items()}
 
 
 def check_training_section(training: dict[str, Any]) -> None:
@@ -81,6 +91,10 @@ def check_training_section(training: dict[str, Any]) -> None:
             raise ValueError(f"training.{name} is {value!r}, but must be a whole number")
         if isinstance(known[name], int | float) and not isinstance(value, int | float):
             raise ValueError(f"training.{name} is {value!r}, but must be a number")
+        if name in NUMBERS_OF_ROWS:
+            whole_number(training, name)
+        if name in NOT_NEGATIVE:
+            require(0 <= value < math.inf, f"training.{name}", value, "be at least 0, and finite")
 
 
 def training_argument(training: dict[str, Any], name: str) -> Any:

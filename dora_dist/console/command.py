@@ -80,11 +80,16 @@ def _raised_here(error: Exception) -> bool:
     return Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1])
 
 
-def leave(error: Exception, status: int) -> None:
+def leave(error: Exception, status: int, linger: bool = True) -> None:
     """Say what went wrong and end this process, from whichever thread.
 
     What all ranks say with the same words is printed by the first one of each node. Whoever started the ranks may print
     it instead (:mod:`dora_dist.console.notes`).
+
+    Args:
+        error: what went wrong.
+        status: exit status of this process.
+        linger: with several ranks, leave the others time to say what they have found.
     """
     message = f"error: {printable(str(error))}"
     sys.stdout.flush()
@@ -94,8 +99,8 @@ def leave(error: Exception, status: int) -> None:
         # In one piece: ranks share the terminal.
         sys.stderr.write(f"{message}\n" if rank is None else f"[rank {rank}] {message}\n")
         sys.stderr.flush()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # The launcher ends all ranks as soon as one has gone: leave the others time to say what they found.
+    if linger and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # The launcher ends all ranks as soon as one has gone.
         time.sleep(LINGER_SECONDS)
     _exit(status)
 

@@ -6,10 +6,10 @@ between two collectives reports its failure in the next one, so that all ranks r
 
 import platform
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from dora_dist.console.errors import ExpectedRunError, mark_common
 from dora_dist.distributed.heartbeat import HeartbeatMonitor
+
+Result = TypeVar("Result")
 
 
 class DisagreementError(ExpectedRunError):
@@ -125,6 +127,30 @@ class Agreement:
         if cause is not None and not isinstance(cause, ValueError | ExpectedRunError):
             traceback.print_exception(cause)
         self._raise_failures(failures, phase)
+
+    def of_first(self, phase: str, function: Callable[[], Result]) -> Result:
+        """What a function returns on the first rank, on every rank; for small values that pickle.
+
+        Args:
+            phase: what the first rank is doing, for the message.
+            function: called on the first rank only.
+
+        Raises:
+            ValueError: the function's own, with the same message on every rank.
+            RankFailedError: the function has failed in another way.
+        """
+        result, flaw = None, None
+        with self.together(phase):
+            if self.is_first:
+                try:
+                    result = function()
+                except ValueError as error:
+                    flaw = str(error)
+        of_first: tuple[Any, str | None] = self.gather((result, flaw))[0]
+        if of_first[1] is not None:
+            raise mark_common(ValueError(of_first[1]))
+        value: Result = of_first[0]
+        return value
 
     def raise_together(self, failure: str | None, phase: str) -> None:
         """Exchange failures; if any rank has one, raise on all.

@@ -6,6 +6,20 @@ Every step here is an *optimizer* step, counted from 1.
 
 from dataclasses import dataclass
 
+EVENTS = 20
+"""Events, or one more, that :func:`automatic_interval` gives."""
+
+
+def automatic_interval(total_steps: int, warmup_fraction: float, final_fraction: float) -> int:
+    """Optimizer steps between two events, so that a run of any length has about :data:`EVENTS` of them.
+
+    Args:
+        total_steps: optimizer steps of the whole run.
+        warmup_fraction: share of the steps before pruning may begin.
+        final_fraction: share of the steps after the final event.
+    """
+    return max(1, int(total_steps * (1 - warmup_fraction - final_fraction)) // EVENTS)
+
 
 @dataclass(frozen=True, slots=True)
 class BudgetSchedule:

@@ -19,6 +19,11 @@ ALLOCATION = "allocation.jsonl"
 CONFIG = "config.yaml"
 RUN = "run.json"
 SUMMARY = "summary.json"
+IDENTITY = "cell.json"
+FAILURE = "failure.json"
+LOG = "log.txt"
+OF_CELL = (IDENTITY, FAILURE, LOG)
+"""What a comparison puts beside the files of its cell's run."""
 
 
 @dataclass(frozen=True, kw_only=True)

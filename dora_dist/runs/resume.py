@@ -8,12 +8,13 @@ from dora_dist.config.run import RunConfig
 from dora_dist.config.training import whole_number
 from dora_dist.console.files import read_json
 from dora_dist.runs import checkpoint, records, summary
+from dora_dist.runs.claim import claims
 from dora_dist.runs.fingerprint import Fingerprint
 
 BATCH = "per_device_train_batch_size"
 ACCUMULATION = "gradient_accumulation_steps"
-WRITTEN = ("adapter", records.CONFIG, records.METRICS, records.ALLOCATION, records.SUMMARY)
-"""What a run writes into its folder, beside :data:`~dora_dist.runs.records.RUN` and checkpoints."""
+NAMED = 3
+"""Files of a foreign folder that a message names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ def look(run: Path, resume: str) -> Earlier:
     Raises:
         ValueError: what is there cannot be used, or is not a run's.
     """
-    _refuse_foreign_folder(run)
+    refuse_foreign_folder(run)
     if resume == "auto" and summary.is_finished(run) and (run / records.RUN).is_file():
         recorded = read_json(run / records.RUN)
         return Earlier(
@@ -73,15 +74,25 @@ def look(run: Path, resume: str) -> Earlier:
     )
 
 
-def _refuse_foreign_folder(run: Path) -> None:
-    """A run deletes and overwrites what has the names of its own files: only where an earlier start wrote them."""
-    strangers = [name for name in WRITTEN if (run / name).exists() or (run / name).is_symlink()]
-    strangers += [folder.name for folder in checkpoint.checkpoints(run)]
-    known = (run / records.RUN).is_file() or checkpoint.newest(run) is not None
-    if strangers and not known:
+def refuse_foreign_folder(run: Path) -> None:
+    """A run writes, overwrites and deletes in its folder: only in one that is new, empty or a run's. Hidden files, such
+    as ``.gitignore``, are no matter.
+
+    Raises:
+        ValueError: something else is there.
+    """
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"output_dir is {run}, which is a file: set output_dir to a folder")
+    if not run.is_dir() or (run / records.RUN).is_file() or checkpoint.newest(run) is not None:
+        return
+    # What the start of a run leaves that was ended in its first moments, and what a comparison writes beside it.
+    ours = {f"{records.RUN}.tmp", *records.OF_CELL, *(path.name for path in claims(run))}
+    strangers = sorted(path.name for path in run.iterdir() if path.name not in ours and not path.name.startswith("."))
+    if strangers:
+        more = f" and {len(strangers) - NAMED} more" if len(strangers) > NAMED else ""
         raise ValueError(
-            f"output_dir {run} holds {', '.join(strangers)}, but neither {records.RUN} nor a complete checkpoint: no "
-            "run of this program wrote them, and this one would overwrite them. Choose a new folder"
+            f"output_dir {run} holds {', '.join(strangers[:NAMED])}{more}, but neither {records.RUN} nor a complete "
+            "checkpoint: no run of this program wrote them. Set output_dir to a new folder, or an empty one"
         )
 
 

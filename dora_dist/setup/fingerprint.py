@@ -28,14 +28,16 @@ METHOD_ARGUMENTS = (
 """Trainer settings that a resumed run must not change."""
 
 
-def fingerprint_of(config: RunConfig, arguments: TrainingArguments, data: RunData, plan: TrainingPlan) -> Fingerprint:
-    """The fingerprint of the run that is decided by these."""
+def fingerprint_of(
+    config: RunConfig, arguments: TrainingArguments, data: RunData, plan: TrainingPlan, ranks: int, interval: int
+) -> Fingerprint:
+    """The fingerprint of the run that is decided by these; ``interval`` is that of the schedule."""
     return Fingerprint(
         task=config.task,
         seed=config.seed,
         engine=config.distributed.engine,
         num_steps=arguments.max_steps,
-        global_batch=global_batch(arguments),
+        global_batch=global_batch(arguments, ranks),
         initial_rank=config.adapter.start_rank,
         batching=config.data.batching,
         data_order=plan.digest()[:16],
@@ -45,7 +47,7 @@ def fingerprint_of(config: RunConfig, arguments: TrainingArguments, data: RunDat
             "compute_dtype": str(load.resolve_compute_dtype(config.model.compute_dtype)),
         },
         adapter={**dataclasses.asdict(config.adapter), "seed": adapter_seed(config)},
-        pruning=dataclasses.asdict(config.pruning),
+        pruning={**dataclasses.asdict(config.pruning), "interval": interval},
         training={name: _plain(getattr(arguments, name)) for name in METHOD_ARGUMENTS},
         examples={source.name: f"{source.counts.examples}, {source.digest[:16]}" for source in data.train},
         labels=data.labels or config.data.labels if TASKS[config.task].has_labels else None,

@@ -14,12 +14,15 @@ from dora_dist.config.tasks import TASKS
 from dora_dist.data.mixture import Mixture
 from dora_dist.data.plan import TrainingPlan
 from dora_dist.method.budget import Budget, component_costs
-from dora_dist.method.schedule import BudgetSchedule
+from dora_dist.method.schedule import BudgetSchedule, automatic_interval
 from dora_dist.runs.fingerprint import Fingerprint
 from dora_dist.setup.fingerprint import fingerprint_of
 from dora_dist.setup.run_data import RunData, build_mixture, describe_data
 from dora_dist.setup.training_arguments import training_arguments
 from dora_dist.training.batch_size import global_batch
+
+FEW_EVENTS = 5
+"""Pruning events below which a run is warned about."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +55,33 @@ class ResolvedRun:
         """Share of padding in all tokens that the run computes."""
         return self.plan.padding_share(self.mixture.lengths, self.arguments.per_device_train_batch_size)
 
+    def remarks(self) -> list[str]:
+        """What a user should know of the data, and of a schedule that hardly is one."""
+        schedule = self.budget.schedule
+        num_events = len(schedule.prune_steps)
+        if num_events >= FEW_EVENTS or schedule.initial_rank == schedule.target_rank:
+            return self.data.remarks()
+        fitting = automatic_interval(schedule.total_steps, schedule.warmup_fraction, schedule.final_fraction)
+        advice = (
+            f"set pruning.interval to auto, which is {fitting} here" if fitting < schedule.interval else "train longer"
+        )
+        return [
+            *self.data.remarks(),
+            f"warning: pruning.interval {schedule.interval} gives {num_events} pruning events in "
+            f"{schedule.total_steps} steps, so that each removes many components at once: {advice}",
+        ]
+
     def describe_data(self) -> dict[str, Any]:
         """What the run's record says about its data."""
         return {**describe_data(self.data, self.mixture), "padding_share": self.padding_share()}
 
 
 def resolve_run(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: RunData, accumulation: int | None = None
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    data: RunData,
+    accumulation: int | None = None,
+    ranks: int = 1,
 ) -> ResolvedRun:
     """Decide all that can be decided without weights, and refuse what cannot work.
 
@@ -67,15 +90,18 @@ def resolve_run(
         tokenizer: of the model.
         data: all sources.
         accumulation: gradient accumulation steps; None for those of the configuration.
+        ranks: of the run.
 
     Raises:
         ValueError: data, training section, targets or schedule cannot work together.
     """
     _check_answers(config, data)
     mixture = build_mixture(config.data, data.train, config.seed)
-    arguments = training_arguments(config, mixture, accumulation)
-    plan = mixture.plan(arguments.max_steps, global_batch(arguments))
-    skeleton = load.load_skeleton(load.BaseModelSpec.of(config.model, config.task))
+    arguments = training_arguments(config, mixture, accumulation, ranks)
+    plan = mixture.plan(arguments.max_steps, global_batch(arguments, ranks))
+    spec = load.BaseModelSpec.of(config.model, config.task)
+    skeleton = load.load_skeleton(spec)
+    load.check_attention(spec, skeleton)
     data = replace(data, notes=[*data.notes, *check_vocabulary(skeleton, tokenizer, data)])
     layers, budget = check_method(config, skeleton, arguments.max_steps)
     check_context(skeleton, data)
@@ -88,7 +114,7 @@ def resolve_run(
         layers=layers,
         left_out=block_weights.describe_left_out(skeleton, config.adapter.target_modules, layers),
         budget=budget,
-        fingerprint=fingerprint_of(config, arguments, data, plan),
+        fingerprint=fingerprint_of(config, arguments, data, plan, ranks, budget.schedule.interval),
     )
 
 
@@ -132,13 +158,15 @@ def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int)
     schedule = build_schedule(config, len(names), total_steps)
     linears = {name: linear_layer(skeleton, name) for name in names}
     shapes = {name: (linear.in_features, linear.out_features) for name, linear in linears.items()}
-    for name, shape in shapes.items() if config.pruning.rebase else ():
-        require(
-            schedule.initial_rank <= min(shape),
-            "adapter.initial_rank",
-            schedule.initial_rank,
-            f"be at most {min(shape)} where pruning.rebase is true: {name} is {shape[0]} x {shape[1]}",
-        )
+    narrowest = min(shapes, key=lambda name: min(shapes[name]))
+    most = min(shapes[narrowest])
+    require(
+        schedule.initial_rank <= most,
+        "adapter.initial_rank" + ("" if config.adapter.initial_rank else " (1.5 x adapter.target_rank by default)"),
+        schedule.initial_rank,
+        f"be at most {most}, the largest rank that the layer {narrowest} can have, which is "
+        f"{' x '.join(map(str, shapes[narrowest]))}; or leave that layer out of adapter.target_modules",
+    )
     return names, Budget(schedule, component_costs(shapes, config.pruning.budget_unit))
 
 
@@ -225,12 +253,15 @@ def build_schedule(config: RunConfig, num_layers: int, total_steps: int) -> Budg
     Raises:
         ValueError: the run is too short for the phases of the pruning section.
     """
+    pruning = config.pruning
     return BudgetSchedule(
         total_steps=total_steps,
         num_layers=num_layers,
         initial_rank=config.adapter.start_rank,
         target_rank=config.adapter.target_rank,
-        warmup_fraction=config.pruning.warmup_fraction,
-        final_fraction=config.pruning.final_fraction,
-        interval=config.pruning.interval,
+        warmup_fraction=pruning.warmup_fraction,
+        final_fraction=pruning.final_fraction,
+        interval=automatic_interval(total_steps, pruning.warmup_fraction, pruning.final_fraction)
+        if pruning.interval == "auto"
+        else pruning.interval,
     )

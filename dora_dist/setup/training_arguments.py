@@ -2,21 +2,34 @@
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import IntervalStrategy, TrainingArguments
+from transformers.integrations.integration_utils import (
+    get_available_reporting_integrations,
+    get_reporting_integration_callbacks,
+)
 
 from dora_dist.base_model import load
 from dora_dist.config.run import RunConfig
-from dora_dist.config.training import DEFAULT_TRAINING_ARGUMENTS
+from dora_dist.config.training import DEFAULT_TRAINING_ARGUMENTS, STRATEGIES
 from dora_dist.data.mixture import Mixture
 from dora_dist.training.batch_size import global_batch
 
 
-def training_arguments(config: RunConfig, mixture: Mixture, accumulation: int | None = None) -> TrainingArguments:
+def training_arguments(
+    config: RunConfig, mixture: Mixture, accumulation: int | None = None, ranks: int = 1
+) -> TrainingArguments:
     """The Trainer's settings, with ``max_steps`` resolved to the optimizer steps of the whole run.
+
+    Args:
+        config: of the run.
+        mixture: of its training sources.
+        accumulation: gradient accumulation steps; None for those of the configuration.
+        ranks: of the run.
 
     Raises:
         ValueError: a value of the training section is not one that ``TrainingArguments`` takes.
@@ -33,7 +46,7 @@ def training_arguments(config: RunConfig, mixture: Mixture, accumulation: int | 
         values.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
     values.setdefault("dataloader_pin_memory", gpus)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(config.output_dir) / "tensorboard")
-    for name in ("save_strategy", "eval_strategy", "logging_strategy"):
+    for name in STRATEGIES:
         if values.get(name) == "epoch":
             raise ValueError(
                 f"training.{name} is epoch, but a run is one long sequence of steps without epoch boundaries: "
@@ -55,13 +68,30 @@ def training_arguments(config: RunConfig, mixture: Mixture, accumulation: int | 
         arguments = TrainingArguments(**values, **owned)
     except (TypeError, ValueError) as error:
         raise ValueError(f"training: {error}") from None
+    _check_reporters(arguments.report_to or [])
     if arguments.eval_strategy != "no" and config.data.eval is None:
         raise ValueError(
             f"training.eval_strategy is {IntervalStrategy(arguments.eval_strategy).value}, but data.eval is not set"
         )
     epochs = arguments.num_train_epochs
-    arguments.max_steps = count_steps(mixture, arguments.max_steps, epochs, global_batch(arguments))
+    arguments.max_steps = count_steps(mixture, arguments.max_steps, epochs, global_batch(arguments, ranks))
     return arguments
+
+
+def _check_reporters(names: Sequence[str]) -> None:
+    """Refuse what the Trainer would not report to, as it finds out itself when the model has been loaded."""
+    available = get_available_reporting_integrations()
+    for name in names:
+        if name in available:
+            continue
+        try:
+            # The Trainer makes one of these too.
+            get_reporting_integration_callbacks([name])[0]()
+        except (ImportError, RuntimeError, ValueError, AssertionError) as error:
+            raise ValueError(
+                f"training.report_to has {name}, which cannot be used here: {error}. Install it, or set "
+                f"training.report_to to {', '.join([*available, 'none'])}"
+            ) from None
 
 
 def count_steps(mixture: Mixture, max_steps: int, epochs: float, global_batch: int) -> int:

@@ -90,10 +90,11 @@ class DynamicLoraTrainer(Trainer):
         assert resume_from_checkpoint is not True, "a path is wanted: which checkpoint to use is decided elsewhere"
         self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         # Dropout of its own on every rank; a resumed run restores each rank's generators from its checkpoint.
-        set_seed(self.args.seed, device_specific=True)
+        set_seed((self.args.seed + self.args.process_index) % 2**32)
         started = time.monotonic()
         result = super().train(str(self._resumed_from) if self._resumed_from else None, *args, **kwargs)
-        first, last = (step * global_batch(self.args) for step in (self._first_step, self.state.global_step))
+        rows = global_batch(self.args, self.args.world_size)
+        first, last = self._first_step * rows, self.state.global_step * rows
         tokens = int(self.rows.lengths[first:last].sum())
         seconds = time.monotonic() - started
         self.parts.records.metrics(self.state.global_step, {"session_seconds": seconds, "session_tokens": tokens})
@@ -146,7 +147,7 @@ class DynamicLoraTrainer(Trainer):
         step = self.state.global_step
         # The Trainer's summary at the end: in a run that was resumed, a sum since then over all steps.
         logs.pop("train_loss", None)
-        logs["epoch"] = step * global_batch(self.args) / self.rows.per_epoch
+        logs["epoch"] = step * global_batch(self.args, self.args.world_size) / self.rows.per_epoch
         # The Trainer overwrites it with the share of the run, which is one long epoch to it.
         self.state.epoch = logs["epoch"]
         extra: dict[str, Any] = {}

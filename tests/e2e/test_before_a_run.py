@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 
+import pytest
 from support.forked_run import run_forked, run_to_the_end
 from support.tiny_run import write_config, write_rows
 
@@ -69,3 +71,63 @@ def test_a_dry_run_refuses_what_a_run_would(tmp_path):
         assert finished.status == 2, finished.output
         assert message in finished.output
         assert "Traceback" not in finished.output
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("--training.report_to", "wandb"), "training.report_to has wandb, which cannot be used here: "),
+        (("--training.report_to", "[tensorboard, wnadb]"), "training.report_to has wnadb, which cannot be used here: "),
+        (("--model.attention", "flash_attention_2"), "model.attention is 'flash_attention_2', which cannot be used"),
+        (("--model.attention", "fast"), "model.attention is 'fast', which cannot be used here"),
+        (
+            ("--training.learning_rate", "-0.001"),
+            "training.learning_rate is -0.001, but must be at least 0",
+        ),
+        (("--training.weight_decay", "-1"), "training.weight_decay is -1, but must be at least 0, and finite"),
+        (("--training.gradient_accumulation_steps", "0"), "accumulation_steps is 0, but must be a whole number of at "),
+        (("--training.per_device_train_batch_size", "0"), "train_batch_size is 0, but must be a whole number of at "),
+        (("--seed", "-1"), "seed is -1, but must lie between 0 and 4294967295"),
+        (("--seed", "4294967296"), "seed is 4294967296, but must lie between 0 and 4294967295"),
+        (("--adapter.seed", "-1"), "adapter.seed is -1, but must lie between 0 and 4294967295"),
+        (("--output_dir", "{folder}/train.jsonl"), "train.jsonl, which is a file: set output_dir to a folder"),
+        (("--output_dir", "{folder}"), " holds bare, cache, eval.jsonl and 3 more, but neither run.json nor a "),
+        (("--model.path", "{folder}/bare"), "bare' holds no tokenizer that can be read ("),
+    ],
+)
+def test_a_dry_run_and_a_run_refuse_the_same_with_one_line(once, overrides, message):
+    overrides = [word.format(folder=once) for word in overrides]
+    for way in ((), ("--dry-run",)):
+        finished = run_forked("train", str(once / "run.yaml"), "--distributed.engine", "none", *way, *overrides)
+        assert finished.status == 2, finished.output
+        (line,) = (line for line in finished.output.splitlines() if line.startswith("error: "))
+        assert message in line
+        assert "Traceback" not in finished.output
+    assert not (once / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("refused")
+    write_config(folder)
+    (folder / "cache").mkdir()
+    (folder / "bare").mkdir()
+    shutil.copy(folder / "model" / "config.json", folder / "bare")
+    return folder
+
+
+def test_a_dry_run_counts_the_steps_of_the_launch_that_is_meant(tmp_path):
+    config = str(write_config(tmp_path, training={"max_steps": -1, "num_train_epochs": 4, "report_to": "none"}))
+    for ranks, steps in (("1", "50 optimizer steps of 4 examples on 1 process,"), ("4", "13 optimizer steps of 16 ")):
+        finished = run_forked("train", config, "--dry-run", "--world-size", ranks)
+        assert finished.status == 0, finished.output
+        assert steps in finished.output
+    assert "on 4 processes" in finished.output
+    for words, message in (
+        (("--dry-run", "--world-size", "0"), "--world-size is 0, but must be at least 1"),
+        (("--dry-run", "--world-size", "2", "--distributed.engine", "none"), "which is one process"),
+        (("--world-size", "2"), "--world-size is 2, but it is for --dry-run: a run has as many ranks as are started"),
+    ):
+        finished = run_forked("train", config, *words)
+        assert finished.status == 2, finished.output
+        assert f"error: {message}" in finished.output or message in finished.output.splitlines()[-1]

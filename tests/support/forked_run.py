@@ -31,9 +31,11 @@ def train_rank(rank: int, world_size: int, arguments: list[str], port: int, log:
     rank_environment(rank, world_size, MASTER_PORT=str(port), HF_HUB_OFFLINE="1", **LAUNCHED_AS[engine])
     _print_into(f"{log}-{rank}")
     from dora_dist.console import command
+    from dora_dist.runs import claim
     from dora_dist.train import main
 
     command.LINGER_SECONDS = 1.0  # no launcher ends the others here; they still read from rank 0's store why it ends
+    claim.BEAT_SECONDS = 1.0
     command.run_command(lambda: main(arguments))
 
 

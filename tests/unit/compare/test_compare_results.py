@@ -10,7 +10,7 @@ from support.repository import REPOSITORY
 from support.tiny_run import some_fingerprint
 
 from dora_dist.adapter.plain_lora import write_lora_adapter
-from dora_dist.compare.cell_result import IDENTITY, check_identity, identity_of, record_failure, training_seconds
+from dora_dist.compare.cell_result import check_identity, identity_of, record_failure, training_seconds
 from dora_dist.compare.plan import Cell, Group, Plan
 from dora_dist.compare.results import RESULTS, gather, write_results
 from dora_dist.compare.settings import parse_compare
@@ -36,7 +36,7 @@ def finish(
 ) -> None:
     folder = plan.cell_folder(cell)
     folder.mkdir(parents=True, exist_ok=True)
-    files.write_json(folder / IDENTITY, {"identity": {}, "environment": ENVIRONMENT})
+    files.write_json(folder / records.IDENTITY, {"identity": {}, "environment": ENVIRONMENT})
     after = {"search_loss": search, "reported_loss": reported}
     summary = {"after": after, "ranks": ranks, "initial_rank": 3, "steps": 12}
     files.write_json(folder / records.SUMMARY, summary)
@@ -172,7 +172,7 @@ def test_a_setting_that_came_later_is_that_of_the_record_where_it_has_its_defaul
     folder = plan.cell_folder(cell)
     folder.mkdir(parents=True)
     older = {name: value for name, value in identity.items() if name != "pruning.budget_unit"}
-    files.write_json(folder / IDENTITY, {"identity": older, "environment": ENVIRONMENT})
+    files.write_json(folder / records.IDENTITY, {"identity": older, "environment": ENVIRONMENT})
     check_identity(plan, cell, identity)
     with pytest.raises(ValueError, match=r"made with pruning\.budget_unit 'components', but now it is 'parameters'"):
         check_identity(plan, cell, {**identity, "pruning.budget_unit": "parameters"})

@@ -16,13 +16,13 @@ from transformers import AutoModelForSequenceClassification
 from dora_dist.adapter.model import prepare_heads
 from dora_dist.compare import adalora
 from dora_dist.compare.cell import run_cell
-from dora_dist.compare.cell_result import LOG
 from dora_dist.compare.plan import Cell, Group, Plan
 from dora_dist.compare.settings import parse_compare
 from dora_dist.config.parse import load_config
 from dora_dist.console.errors import ExpectedRunError
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.method.schedule import BudgetSchedule
+from dora_dist.runs.records import LOG
 from dora_dist.setup import run_data
 from dora_dist.setup.resolve import resolve_run
 from dora_dist.setup.tasks import TASK_PARTS

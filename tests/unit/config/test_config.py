@@ -52,7 +52,7 @@ def test_what_is_not_given_has_the_defaults_of_the_paper(load):
     assert (config.adapter.target_rank, config.adapter.start_rank, config.adapter.alpha) == (8, 12, 8)
     assert (config.adapter.dropout, config.adapter.init, config.adapter.dtype) == (0.1, "lora", "auto")
     pruning = config.pruning
-    assert (pruning.warmup_fraction, pruning.final_fraction, pruning.interval) == (0.15, 0.5, 100)
+    assert (pruning.warmup_fraction, pruning.final_fraction, pruning.interval) == (0.15, 0.5, "auto")
     assert (pruning.smoothing, pruning.equilibrium_weight, pruning.regrow) == (0.9, 0.1, True)
     assert config.model.quantization == "nf4"
     assert config.distributed.engine == "zero2"

@@ -11,7 +11,7 @@ from dora_dist.config.model import ModelConfig
 from dora_dist.config.run import RunConfig
 from dora_dist.console.files import write_json
 from dora_dist.runs import resume
-from dora_dist.runs.records import RUN, SUMMARY
+from dora_dist.runs.records import OF_CELL, RUN, SUMMARY
 from dora_dist.runs.resume import Earlier
 
 FOLDER = Path("runs/x/checkpoint-5")
@@ -109,7 +109,22 @@ def test_a_folder_that_is_not_a_runs_is_not_written_into(tmp_path, name):
     assert resume.look(tmp_path, "auto").checkpoint is None
 
 
-def test_a_folder_with_other_things_in_it_may_hold_a_run(tmp_path):
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "notes.txt").touch()
+def test_files_of_others_are_not_written_beside(tmp_path):
+    for name in ("a.txt", "b.txt", "c", "d"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=r"holds a\.txt, b\.txt, c and 1 more, but .* Set output_dir to a new"):
+        resume.look(tmp_path, "auto")
+    write_json(tmp_path / RUN, {"settings": {}})
+    assert resume.look(tmp_path, "auto").checkpoint is None
+
+
+def test_an_output_dir_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(ValueError, match="run, which is a file: set output_dir to a folder"):
+        resume.refuse_foreign_folder(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", [".gitignore", "claim-3.json", "run.json.tmp", *OF_CELL])
+def test_hidden_files_and_what_a_run_or_a_comparison_begins_with_are_no_matter(tmp_path, name):
+    (tmp_path / name).touch()
     assert resume.look(tmp_path, "auto").checkpoint is None

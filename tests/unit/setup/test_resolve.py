@@ -1,6 +1,7 @@
 """From a configuration to the parts of a run: what is refused before a model is read, and what a run is known by."""
 
 import json
+import re
 from collections import Counter
 from functools import partial
 
@@ -140,6 +141,48 @@ def test_tokens_without_a_row_that_nothing_uses_are_remarked(config):
     with_tokens(config)
     (remark,) = (remark for remark in resolved(load(config)).data.remarks() if "embedding" in remark)
     assert "2 tokens such as 'beyond' (96)" in remark
+
+
+@pytest.mark.parametrize(("steps", "interval", "events"), [(12, 1, 6), (100, 1, 36), (1000, 17, 22), (20000, 350, 21)])
+def test_an_automatic_interval_gives_runs_of_any_length_as_many_events(config, steps, interval, events):
+    run = resolved(load(config, "--pruning.interval", "auto", "--training.max_steps", str(steps)))
+    assert run.budget.schedule.interval == interval
+    assert len(run.budget.schedule.prune_steps) == events
+    assert run.fingerprint.pruning["interval"] == interval, "the number, not its name"
+    assert not [remark for remark in run.remarks() if "pruning.interval" in remark]
+    assert (
+        run.fingerprint
+        == resolved(load(config, "--pruning.interval", str(interval), "--training.max_steps", str(steps))).fingerprint
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "remark"),
+    [
+        (
+            ["--pruning.interval", "100", "--training.max_steps", "200"],
+            "interval 100 gives 2 .*to auto, which is 3 here",
+        ),
+        (["--pruning.interval", "1", "--training.max_steps", "5"], "interval 1 gives 2 .* at once: train longer"),
+        (["--pruning.interval", "100", "--training.max_steps", "200", "--adapter.initial_rank", "2"], None),
+    ],
+)
+def test_few_events_are_warned_about_where_something_is_pruned(config, overrides, remark):
+    found = [text for text in resolved(load(config, *overrides)).remarks() if "pruning events" in text]
+    assert len(found) == (remark is not None)
+    assert remark is None or re.search(remark, found[0])
+
+
+def test_a_rank_that_a_layer_cannot_have_is_refused_with_its_name_and_the_largest(config):
+    shapes = r"adapter\.initial_rank is 100, but must be at most (\d+), the largest rank that the layer (\S+) can have"
+    with pytest.raises(ValueError, match=shapes) as refusal:
+        resolved(load(config, "--adapter.initial_rank", "100"))
+    most, layer = re.search(shapes, str(refusal.value)).groups()
+    linear = load_skeleton(BaseModelSpec(path=str(config.parent / "model"))).get_submodule(layer)
+    assert min(linear.in_features, linear.out_features) == int(most)
+    assert resolved(load(config, "--adapter.initial_rank", most)).budget.schedule.initial_rank == int(most)
+    with pytest.raises(ValueError, match=r"initial_rank \(1\.5 x adapter\.target_rank by default\) is 150, but"):
+        resolved(load(config, "--adapter.target_rank", "100", "--adapter.initial_rank", "null"))
 
 
 @pytest.mark.parametrize(

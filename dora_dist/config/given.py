@@ -1,0 +1,107 @@
+"""What a configuration says in the words of its author.
+
+jsonargparse reads every text of a file as YAML a second time, so that ``"no"`` becomes false and ``"3"`` a number. Here
+is what keeps text that was written as text.
+"""
+
+import dataclasses
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from jsonargparse import get_loader
+
+TRAINING = "training"
+"""The section without a class of its own, whose keys the command line sets one by one."""
+
+
+def config_files(arguments: Sequence[str]) -> list[Path]:
+    """Files that a command line gives as ``--config``."""
+    return [Path(value) for option, value in _options(arguments) if option == "config"]
+
+
+def given_by(arguments: Sequence[str], keys: Iterable[str]) -> dict[str, Any]:
+    """Values of keys as a command line and its files have them, without the numbers and texts that it sets itself
+    outside of the section ``training``, which the parser leaves as they are.
+
+    Args:
+        arguments: of the command line; its files can be read.
+        keys: dotted names of all keys of the configuration.
+    """
+    keys = list(keys)
+    given: dict[str, Any] = {}
+    try:
+        for path in config_files(arguments):
+            given |= values_of(get_loader("yaml")(path.read_text(encoding="utf-8")), keys)
+        for option, value in _options(arguments):
+            if option == TRAINING or option.startswith(f"{TRAINING}."):
+                of_option = get_loader("yaml")(value)
+                name = option.removeprefix(TRAINING).removeprefix(".")
+                given[TRAINING] = {**(given.get(TRAINING) or {}), name: of_option} if name else of_option
+            elif option in keys and isinstance(of_option := get_loader("yaml")(value), dict | list):
+                given[option] = of_option
+            elif option != "config":
+                given = {key: value for key, value in given.items() if not f"{key}.".startswith(f"{option}.")}
+    except yaml.YAMLError:
+        return {}  # the parser says what is wrong with it
+    return given
+
+
+def values_of(nested: object, keys: Iterable[str]) -> dict[str, Any]:
+    """Dotted key -> its value, for those that are there."""
+    found = {}
+    for key in keys:
+        value = nested
+        for part in key.split("."):
+            value = value.get(part, dataclasses.MISSING) if isinstance(value, Mapping) else dataclasses.MISSING
+        if value is not dataclasses.MISSING:
+            found[key] = value
+    return found
+
+
+def keep_text(parsed: Any, given: Mapping[str, Any], section: type) -> None:
+    """Put what was given into the place of what the parser has made of it, where that is something else.
+
+    Args:
+        parsed: values by dotted key; changed.
+        given: see :func:`given_by`.
+        section: dataclass of the configuration.
+
+    Raises:
+        ValueError: a text is in the place of a number or a switch.
+    """
+    for key, value in given.items():
+        if isinstance(value, dict | list):
+            parsed[key] = value
+        elif isinstance(value, str) and parsed[key] != value:
+            hint = _hint_of(section, key)
+            if not _takes_text(hint, value):
+                wanted = "true or false" if hint is bool else "a number"
+                raise ValueError(f"{key} is the text {value!r}, but must be {wanted}: leave the quotation marks out")
+            parsed[key] = value
+
+
+def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Name and value of the options of a command line, as ``--name value`` or ``--name=value``."""
+    for word, after in pairwise([*arguments, ""]):
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            yield name.removeprefix("--"), value if equals else after
+
+
+def _hint_of(section: type, key: str) -> Any:
+    hint: Any = section
+    for part in key.split("."):
+        hint = get_type_hints(hint)[part]
+    return hint
+
+
+def _takes_text(hint: Any, text: str) -> bool:
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(_takes_text(member, text) for member in get_args(hint))
+    if get_origin(hint) is Literal:
+        return text in get_args(hint)
+    return hint in (str, Any)

@@ -1,0 +1,270 @@
+"""One run at a time in a folder: a second start of it is refused while the first one lives.
+
+The first rank writes ``claim-N.json`` into the folder before anything else: who it is, and a count that a thread raises
+every :data:`BEAT_SECONDS`. The claim with the highest number holds. Whoever takes over from a claim that nobody keeps
+up makes the next number, which the file system gives to one of several (``O_EXCL``). A claim is removed with the last
+thing that its run does; one that is left behind is taken over.
+"""
+
+import json
+import os
+import platform
+import re
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dora_dist.console.command import leave
+from dora_dist.console.errors import ExpectedRunError
+from dora_dist.console.text import say
+from dora_dist.distributed.agreement import Agreement
+
+BEAT_SECONDS = 10.0
+"""Time between two beats."""
+MISSED_BEATS = 3
+"""Beats that a newcomer must miss, one after another, before it takes over."""
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+@contextmanager
+def held(run: Path, agreement: Agreement) -> Iterator[None]:
+    """While the ranks write into the folder of a run: it is theirs alone.
+
+    Args:
+        run: the folder; made where it is not there.
+        agreement: over the ranks, of which the first one claims it.
+
+    Raises:
+        ValueError: another run is writing there, or this one cannot.
+    """
+    claim = Claim(run)
+    agreement.of_first(f"claiming {run}", claim.take)
+    try:
+        yield
+    finally:
+        claim.release()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """The process that holds a claim.
+
+    Attributes:
+        host: its node.
+        pid: number of the process there.
+        born: when it began, in ticks since the boot: another process may have its number later.
+        boot: the node's start that it began in.
+        pids: name space of the number.
+        job: of Slurm.
+        restart: how often Slurm has requeued the job.
+        since: date and time of the claim.
+    """
+
+    host: str
+    pid: int
+    born: str | None
+    boot: str | None
+    pids: str | None
+    job: str | None
+    restart: int
+    since: str
+
+    @classmethod
+    def here(cls, environment: Mapping[str, str]) -> "Holder":
+        """This process, with the variables that its launcher has set."""
+        return cls(
+            host=platform.node(),
+            pid=os.getpid(),
+            born=_birth(os.getpid()),
+            boot=_BOOT.read_text(encoding="utf-8").strip() if _BOOT.exists() else None,
+            pids=os.readlink("/proc/self/ns/pid") if os.path.lexists("/proc/self/ns/pid") else None,
+            job=environment.get("SLURM_JOB_ID"),
+            restart=int(environment.get("SLURM_RESTART_COUNT") or 0),
+            since=time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        )
+
+    def __str__(self) -> str:
+        job = "" if self.job is None else f", Slurm job {self.job}"
+        return f"process {self.pid} on {self.host}{job}, since {self.since}"
+
+    def end_seen_by(self, other: "Holder") -> str | None:
+        """How another process knows at once that this one is gone; None where it does not."""
+        if self.job is not None and self.job == other.job and self.restart < other.restart:
+            return f"Slurm has requeued job {self.job} since"
+        if self.host != other.host or self.boot is None or other.boot is None:
+            return None
+        if self.boot != other.boot:
+            return f"{self.host} was booted since"
+        if self.pids == other.pids and _birth(self.pid) != self.born:
+            return "it has ended"
+        return None
+
+
+def _birth(pid: int) -> str | None:
+    """When a process of this node began; None where there is none, or only what is left of it."""
+    try:
+        # The name of the command, in parentheses, may hold spaces and parentheses of its own.
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+class Claim:
+    """A claim on the folder of a run.
+
+    Args:
+        run: the folder.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+        self._path: Path | None = None
+        self._descriptor = -1
+        self._holder = Holder.here(os.environ)
+        self._made_folder = False
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._keep_up, name="claim", daemon=True)
+
+    def take(self) -> None:
+        """Claim the folder, from nobody or from a run that has ended without a word.
+
+        Raises:
+            ValueError: a run is alive there, or the folder cannot be written into.
+        """
+        try:
+            while not self._make(self._take_over(_newest(self._run)) + 1):
+                pass  # another newcomer was faster
+        except OSError as error:
+            raise ValueError(f"output_dir {self._run} cannot be written into: {error}") from None
+        self._thread.start()
+
+    def release(self) -> None:
+        """Give the folder back; nothing where it is not held."""
+        if self._path is None:
+            return
+        self._ended.set()
+        self._thread.join(timeout=BEAT_SECONDS)
+        with suppress(OSError):
+            if self._is_there():
+                self._path.unlink()
+            if self._made_folder:
+                self._run.rmdir()  # nothing was written
+        self._path = None
+        os.close(self._descriptor)
+
+    def _make(self, number: int) -> bool:
+        """Whether the claim of this number is now ours."""
+        if not self._run.is_dir():
+            self._run.mkdir(parents=True, exist_ok=True)
+            self._made_folder = True
+        path = self._run / f"claim-{number}.json"
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except (FileExistsError, FileNotFoundError):
+            return False
+        os.write(descriptor, self._content(0))
+        os.fsync(descriptor)
+        if _newest(self._run) != number:  # from a stale view of the folder: others have gone on
+            os.close(descriptor)
+            path.unlink(missing_ok=True)
+            return False
+        for older in range(number):
+            (self._run / f"claim-{older}.json").unlink(missing_ok=True)
+        self._path, self._descriptor = path, descriptor
+        return True
+
+    def _take_over(self, number: int) -> int:
+        """The number of a claim that does not hold any more.
+
+        Raises:
+            ValueError: it does.
+        """
+        path = self._run / f"claim-{number}.json"
+        before = _read(path)
+        if before is None:
+            return number
+        holder = _holder(before)
+        who = "another run" if holder is None else str(holder)
+        if holder is not None and (reason := holder.end_seen_by(self._holder)):
+            say(f"taking {self._run} over from {who}: {reason}")
+            return number
+        say(
+            f"{self._run} is claimed by {who}: looking for {MISSED_BEATS * BEAT_SECONDS:g} s whether it shows a sign "
+            "of life"
+        )
+        # By looks, not by this clock alone: a file system that answers late holds up the other one's beats too.
+        for _ in range(MISSED_BEATS):
+            time.sleep(BEAT_SECONDS)
+            now = _read(path)
+            if now is None:
+                return number  # it has come to its end meanwhile
+            if now != before:
+                raise ValueError(
+                    f"output_dir {self._run} is in use by another run: {_holder(now) or who}. Wait for its end, or set "
+                    "output_dir to another folder"
+                )
+        say(f"taking {self._run} over from {who}: it has shown no sign of life for {MISSED_BEATS} beats")
+        return number
+
+    def _content(self, count: int) -> bytes:
+        """Always of the same length, so that a beat replaces it in one piece."""
+        return json.dumps({**asdict(self._holder), "beat": f"{count:010d}"}).encode()
+
+    def _is_there(self) -> bool:
+        """Whether the file of the claim is the one that was made. Raises OSError where it is gone."""
+        assert self._path is not None
+        return os.path.samestat(os.stat(self._path), os.fstat(self._descriptor))
+
+    def _keep_up(self) -> None:
+        count = 0
+        while not self._ended.wait(BEAT_SECONDS):
+            count += 1
+            try:
+                # Into the open file: where another run has made a file of this name, that one is left alone.
+                os.pwrite(self._descriptor, self._content(count), 0)
+                os.fsync(self._descriptor)
+                lost = not self._is_there()
+            except FileNotFoundError:
+                lost = True
+            except OSError:
+                lost = False  # a disk that is full, say; the next beat may come through
+            if lost and not self._ended.is_set():
+                leave(
+                    ExpectedRunError(
+                        f"{self._path} is gone: another start of this run has taken {self._run} over, while this "
+                        "process was stopped or cut off. It ends at once, so that two do not write there"
+                    ),
+                    status=1,
+                    linger=False,
+                )
+
+
+def claims(run: Path) -> list[Path]:
+    """Files of claims in a folder."""
+    return [path for path in run.glob("claim-*.json") if re.fullmatch(r"claim-\d+\.json", path.name)]
+
+
+def _newest(run: Path) -> int:
+    """The highest number of a claim; 0 where there is none."""
+    return max((int(path.stem.removeprefix("claim-")) for path in claims(run)), default=0)
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def _holder(content: bytes) -> Holder | None:
+    """Who wrote a claim; None where it is not written yet, or not by a run."""
+    try:
+        values = json.loads(content)
+        values.pop("beat")
+        return Holder(**values)
+    except (ValueError, TypeError, AttributeError, KeyError):
+        return None
