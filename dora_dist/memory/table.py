@@ -8,7 +8,7 @@ from dora_dist.memory.step import StepMemory
 
 CONTEXT_BYTES = GIB
 """Left for what the allocator does not count: CUDA's context, its libraries, NCCL's buffers."""
-GPU_SIZES = (24, 40, 80)
+GPU_SIZES = (16, 24, 40, 48, 80, 96, 141, 192)
 """Memory of common GPUs, in GiB."""
 MARKS = (" *", " <")
 """Ends of cells: the configured column, and the peak of a column."""

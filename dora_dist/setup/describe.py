@@ -1,9 +1,13 @@
 """What a run would do, found out without reading a weight: ``dora_dist.train --dry-run``."""
 
 import textwrap
+from dataclasses import replace
+
+import numpy as np
 
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import CAUSAL_LM
+from dora_dist.console.text import format_bytes
 from dora_dist.data import prepared
 from dora_dist.memory import estimate, table
 from dora_dist.method.budget import Budget
@@ -32,10 +36,24 @@ def describe(config: RunConfig, resolved: ResolvedRun, world_size: int) -> str:
         f"{plan.num_rows / mixture.rows_per_epoch:.2f} passes over the data; "
         f"{resolved.padding_share():.1%} of the computed tokens are padding",
         _budget(resolved.budget, config.pruning.budget_unit),
-        *([table.render(estimate.estimate_memory(config, world_size))] if config.task == CAUSAL_LM else []),
+        *([_memory(config, resolved, world_size)] if config.task == CAUSAL_LM else []),
         "Dry run: nothing was trained, and no weight was read.",
     ]
     return "\n\n".join(parts)
+
+
+def _memory(config: RunConfig, resolved: ResolvedRun, world_size: int) -> str:
+    """The memory of the longest row that there is, and of a typical one; packed rows are all as long as can be."""
+
+    def of_rows(length: int) -> estimate.MemoryEstimate:
+        return estimate.estimate_memory(replace(config, data=replace(config.data, max_length=length)), world_size)
+
+    if config.data.batching == "packed":
+        return table.render(of_rows(config.data.max_length))
+    lengths = np.concatenate([source.lengths() for source in resolved.data.train])
+    longest, typical = int(lengths.max()), int(np.median(lengths))
+    peak = format_bytes(of_rows(max(typical, 2)).peak_bytes)
+    return f"{table.render(of_rows(longest))}\nRows of the median length, {typical:,} tokens: a peak of {peak}."
 
 
 def _budget(budget: Budget, unit: str) -> str:
