@@ -1,5 +1,5 @@
 """Public: the code is in :mod:`dora_dist.method.schedule`."""
 
-from dora_dist.method.schedule import BudgetSchedule
+from dora_dist.method.schedule import BudgetSchedule, automatic_interval
 
-__all__ = ["BudgetSchedule"]
+__all__ = ["BudgetSchedule", "automatic_interval"]
