@@ -14,14 +14,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the summary of a run, and draw its pictures.
 
     Raises:
-        ValueError: the folder is not that of a run that has pruned.
+        ValueError: the folder is not that of a run.
     """
     parser = argparse.ArgumentParser(prog="dora-dist report", description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run (output_dir of its configuration)")
     run = parser.parse_args(arguments).run
-    from dora_dist.runs.summary import finish_run  # matplotlib and torch are heavy imports
+    from dora_dist.runs.summary import report  # matplotlib and torch are heavy imports
 
-    print(finish_run(run))
+    print(report(run))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from dora_dist.config.parse import parse_config
 from dora_dist.console.arguments import with_config_option
 from dora_dist.console.command import capture, run_command
 from dora_dist.console.errors import PreemptedError, mark_common
+from dora_dist.console.files import follow_umask
 from dora_dist.console.library_warnings import quiet_libraries
 from dora_dist.console.text import say
 from dora_dist.distributed.launcher import check_launch, check_world_size
@@ -193,6 +194,9 @@ def train_or_go_on(
     if earlier.finished:
         say(f"{run} holds a finished run with these settings; {describe_adapter(run / 'adapter')}")
         return
+    from dora_dist.setup.describe import banner
+
+    say(banner(config, resolved, agreement.size))
     say(f"{config.data.batching} batches: {resolved.padding_share():.1%} of the computed tokens are padding")
     if resolved.left_out:
         say(resolved.left_out)
@@ -344,6 +348,7 @@ def save_adapter(model: "DynamicLoraModel", tokenizer: "PreTrainedTokenizerBase"
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
+    follow_umask(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 

@@ -4,10 +4,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftModel, PeftModelForCausalLM
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -99,6 +100,18 @@ class DynamicLoraModel(PeftModel):
                 head={module: dict(head.named_parameters()) for module, head in self.heads().items()},
             )
 
+    def merge_and_unload(self, *_: Any, **__: Any) -> NoReturn:
+        """PEFT's name for a merge, which knows nothing of gates and masks.
+
+        Raises:
+            ValueError: always; says what merges this model.
+        """
+        raise ValueError(
+            "merge_and_unload() does not merge gated components. Write them as plain LoRA with "
+            "save_pretrained(FOLDER), then PeftModel.from_pretrained(BASE, FOLDER).merge_and_unload(); of a run, "
+            "dora-dist export RUN --format merged does it and verifies it"
+        )
+
 
 class DynamicLoraForCausalLM(DynamicLoraModel, PeftModelForCausalLM):
     """Of a causal language model, which may compute its loss without logits: :meth:`leave_out_logits`."""
@@ -182,8 +195,19 @@ def add_dynamic_lora(model: PreTrainedModel, config: DynamicLoraConfig, fuse: bo
             is not that of the base then needs autocast.
 
     Raises:
-        ValueError: ``target_modules`` matches nothing, or a 4-bit weight has been repacked for inference.
+        ValueError: ``config`` is another method's, the model has an adapter, ``target_modules`` matches nothing, or
+            a 4-bit weight has been repacked for inference.
     """
+    if not isinstance(config, DynamicLoraConfig):
+        raise ValueError(
+            f"config is a {type(config).__name__}, but must be a DynamicLoraConfig: DynamicLoraConfig(target_rank=8, "
+            "alpha=8.0), say, where PEFT's LoraConfig has r and lora_alpha"
+        )
+    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            "the model has an adapter already: give add_dynamic_lora the model as transformers loads it, or go on with "
+            "the one that the first call has returned"
+        )
     names = resolve_targets(model, config.target_modules)
     forbid_inference_packing(model)
     task, heads = task_of(model), head_modules(model)

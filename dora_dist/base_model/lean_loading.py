@@ -22,43 +22,94 @@ from dora_dist.base_model.quantization import quantized_weight
 
 PIECE_NUMEL = 2**17
 """Elements that are quantized at a time on a CPU; a multiple of every block size. Scratch is 13 bytes for each."""
+CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NAMED = 5
 """Tensors that an error names."""
 
 
 @contextmanager
-def lean_loading(shared: bool) -> Iterator[None]:
+def lean_loading(shared: bool) -> Iterator[set[str]]:
     """``from_pretrained`` within this takes the memory of what it returns, and of about one tensor.
+
+    Gives the names of tensors in which a value was found that is not finite, when it has ended.
 
     Args:
         shared: weights are used from the file as they are; ranks of a node then share its pages.
     """
     # torch has no types for the constructor.
-    with _files_read(mapped=shared), _QuantizedInPieces():  # type: ignore[no-untyped-call]
-        yield
+    with _files_read(mapped=shared) as not_finite, _QuantizedInPieces():  # type: ignore[no-untyped-call]
+        yield not_finite
     _return_freed_memory()
 
 
 @contextmanager
-def _files_read(mapped: bool) -> Iterator[None]:
-    """Let transformers read each tensor when it needs it, instead of mapping all files into memory at once.
+def _files_read(mapped: bool) -> Iterator[set[str]]:
+    """Let transformers read each tensor when it needs it, instead of mapping all files into memory at once, and look at
+    each.
 
     Pages of a mapped file count as the process's own until the last tensor has been read. safetensors can do either;
     transformers has no option for it (5.23, ``_load_pretrained_model``), and this can go when it has.
     """
+    not_finite: set[str] = set()
     opened = getattr(modeling_utils, "safe_open", None)
     if opened is None:  # another transformers: loads the same, in more memory
-        yield
+        yield not_finite
         return
 
     def open_named(filename: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            return opened(filename, *args, **(kwargs if mapped else {**kwargs, "backend": "pread"}))
+            file = opened(filename, *args, **(kwargs if mapped else {**kwargs, "backend": "pread"}))
+            return _CheckedFile(file, not_finite)
         except SafetensorError as error:
             raise SafetensorError(f"{filename} is damaged: {error}") from None
 
     with mock.patch.object(modeling_utils, "safe_open", open_named):
-        yield
+        yield not_finite
+
+
+class _CheckedFile:
+    """A file of safetensors, whose tensors are looked at when they are read.
+
+    Args:
+        file: as ``safe_open`` gives it.
+        not_finite: names are added of tensors with a value that is not finite.
+    """
+
+    def __init__(self, file: Any, not_finite: set[str]) -> None:
+        self._file = file
+        self._not_finite = not_finite
+
+    def __enter__(self) -> "_CheckedFile":
+        self._file.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._file.__exit__(*error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def get_slice(self, name: str) -> Any:
+        return _CheckedSlice(self._file.get_slice(name), name, self._not_finite)
+
+
+class _CheckedSlice:
+    """A tensor of a :class:`_CheckedFile` that is read by indexing."""
+
+    def __init__(self, part: Any, name: str, not_finite: set[str]) -> None:
+        self._part = part
+        self._name = name
+        self._not_finite = not_finite
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._part, name)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        read: Tensor = self._part[index]
+        # The two ends of the values, without a second copy; NaN is both.
+        if read.dtype in CHECKED and read.numel() and not all(end.isfinite() for end in read.aminmax()):
+            self._not_finite.add(self._name)
+        return read
 
 
 def _return_freed_memory() -> None:
@@ -124,7 +175,7 @@ def check_loaded(model: nn.Module, path: str, loading_info: Mapping[str, Any], f
     missing = sorted(set(loading_info["missing_keys"]) - set(fresh))
     if missing:
         raise ValueError(
-            f"the model at model.path {path!r} has no weights for {_listed(missing)}: every weight that its "
+            f"the model at model.path {path!r} has no weights for {listed(missing)}: every weight that its "
             "config.json describes must be in its files; copy or download the model again, or give the model that "
             "this config.json belongs to"
         )
@@ -137,7 +188,7 @@ def check_loaded(model: nn.Module, path: str, loading_info: Mapping[str, Any], f
     if wrong:
         raise ValueError(
             f"the model at model.path {path!r} holds weights of another shape than its config.json says: "
-            f"{_listed(sorted(wrong))}; give the config.json that belongs to these files"
+            f"{listed(sorted(wrong))}; give the config.json that belongs to these files"
         )
     modules = dict(model.named_modules())
     # Not whatever is unexpected: a value head, or the images' part of a larger model, may well be left out.
@@ -148,7 +199,7 @@ def check_loaded(model: nn.Module, path: str, loading_info: Mapping[str, Any], f
     ]
     if homeless:
         raise ValueError(
-            f"the model at model.path {path!r} holds {_listed(homeless)}, for which its config.json has no place, so "
+            f"the model at model.path {path!r} holds {listed(homeless)}, for which its config.json has no place, so "
             "that they would be left out: give the config.json that belongs to these files (biases, for example, are "
             "switched on there)"
         )
@@ -168,6 +219,7 @@ def _wrong_quantized_shapes(model: nn.Module) -> list[str]:
     return found
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """Names, the first of them if they are many."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from dora_dist.base_model.head import belongs_to, head_modules, start_parameters
-from dora_dist.base_model.lean_loading import check_loaded, lean_loading
+from dora_dist.base_model.lean_loading import check_loaded, lean_loading, listed
 from dora_dist.base_model.quantization import forbid_inference_packing, quantization_config
 from dora_dist.config.model import ModelConfig
 from dora_dist.config.tasks import CAUSAL_LM, TASKS
@@ -34,11 +34,23 @@ def find_model(path: str) -> str:
     """
     local = path.startswith((".", "/", "~")) or os.path.isdir(path)
     if local and not (Path(path).expanduser() / "config.json").is_file():
+        _refuse_adapter(path)
         raise ValueError(
             f"model.path {path!r} holds no config.json: point it to a folder in the Hugging Face layout, or give the "
             "name of a model on the Hub"
         )
     return str(Path(path).expanduser()) if local else path
+
+
+def _refuse_adapter(path: str) -> None:
+    """Say whose adapter it is that was given for a model."""
+    settings = Path(path).expanduser() / "adapter_config.json"
+    if settings.is_file():
+        base = json.loads(settings.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        raise ValueError(
+            f"model.path {path!r} holds an adapter and no model{f'; its base is {base}' if base else ''}: set "
+            "model.path to the base, or export the adapter merged into it and give that folder"
+        )
 
 
 @contextmanager
@@ -250,7 +262,7 @@ def _read_weights(
     """The model, ``heads`` left unquantized, and what ``from_pretrained`` says of missing and mismatched weights."""
     dtype = spec.compute_dtype
     unchanged = spec.quantization == "none" and torch.device(device).type == "cpu" and config.dtype == dtype
-    with _reading(spec.path), lean_loading(shared=unchanged):
+    with _reading(spec.path), lean_loading(shared=unchanged) as not_finite:
         loaded: tuple[PreTrainedModel, dict[str, Any]] = spec.auto_class.from_pretrained(
             find_model(spec.path),
             config=config,
@@ -261,5 +273,10 @@ def _read_weights(
             trust_remote_code=spec.trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told better by check_loaded
+        )
+    if not_finite:
+        raise ValueError(
+            f"the model at model.path {spec.path!r} has values that are not finite (NaN or infinite) in "
+            f"{listed(sorted(not_finite))}: copy or download the model again"
         )
     return loaded

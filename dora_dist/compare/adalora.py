@@ -26,6 +26,7 @@ from dora_dist.adapter.model import prepare_heads, trained_heads
 from dora_dist.adapter.plain_lora import write_lora_adapter
 from dora_dist.base_model.head import head_modules
 from dora_dist.config.tasks import TASKS
+from dora_dist.console import files
 from dora_dist.console.errors import ExpectedRunError, PreemptedError
 from dora_dist.console.text import say
 from dora_dist.distributed import world
@@ -171,6 +172,7 @@ def _write_result(
         head={name: dict(head.named_parameters()) for name, head in trained_heads(model).items()},
     )
     resolved.tokenizer.save_pretrained(adapter)
+    files.follow_umask(adapter)
 
 
 def peft_config(

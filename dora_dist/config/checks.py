@@ -13,6 +13,33 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+ELSEWHERE = {
+    "adapter.target_rank": ("r", "lora_r", "lora_rank", "rank"),
+    "adapter.alpha": ("lora_alpha",),
+    "adapter.dropout": ("lora_dropout",),
+    "adapter.target_modules": ("lora_target", "lora_target_modules"),
+    "data.train": ("dataset", "datasets", "dataset_name", "data_path", "train_file", "train_data"),
+    "data.eval": ("eval_dataset", "validation_file", "val_file", "val_data"),
+    "data.max_length": ("cutoff_len", "max_seq_length", "max_seq_len", "sequence_len", "model_max_length"),
+    "data.chat_template": ("template", "prompt_template"),
+    "data.batching": ("packing", "sample_packing"),
+    "data.train_on": ("train_on_inputs", "train_on_prompt", "assistant_only_loss"),
+    "model.path": ("model_name_or_path", "name_or_path", "base_model", "model_name", "model_id"),
+    "model.quantization": ("load_in_4bit", "load_in_8bit", "quantization_bit"),
+    "model.attention": ("attn_implementation", "flash_attn", "flash_attention"),
+    "training.learning_rate": ("lr",),
+    "training.per_device_train_batch_size": ("batch_size", "micro_batch_size"),
+    "training.num_train_epochs": ("num_epochs", "epochs"),
+}
+"""Key of this program -> what other trainers call it."""
+
+
+def of_other_trainers(name: str) -> str:
+    """``; here it is X`` for a key that other trainers have under this name, or nothing."""
+    last = name.rsplit(".", 1)[-1]
+    return next((f"; here it is {key}" for key, names in ELSEWHERE.items() if last in names), "")
+
+
 def require(holds: bool, name: str, value: object, rule: str) -> None:
     """Raise a ``ValueError`` with name, value and rule where the rule does not hold."""
     if not holds:

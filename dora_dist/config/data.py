@@ -1,6 +1,7 @@
 """The ``data`` section: the sources of a run, how their rows are read, and in which shares they are mixed."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,8 @@ from dora_dist.config.checks import nearest, require
 from dora_dist.config.tasks import FormatName
 
 Format = Literal["auto", FormatName]
+MOST_FOLDERS = 8
+"""More folders than a path has between two sources of one name."""
 
 
 @dataclass(kw_only=True)
@@ -176,14 +179,15 @@ def _check_prompt(prompt: str | None, key: str) -> None:
 def _sources(given: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]], key: str) -> list[SourceConfig]:
     entries = given if isinstance(given, list) else [given]
     sources = [_source(entry, f"{key}[{number}]") for number, entry in enumerate(entries)]
-    names: list[str] = []
-    for source in sources:
-        name = source.name or _name_of(source.path)
-        if source.name is not None and source.name in names:
+    given_names = [source.name for source in sources if source.name is not None]
+    for name in given_names:
+        if given_names.count(name) > 1:
             raise ValueError(f"two sources of {key} are called {name!r}: give them different names")
-        alike = sum(other == name or other.startswith(f"{name}-") for other in names)
-        names.append(f"{name}-{alike + 1}" if name in names else name)
-    return [dataclasses.replace(source, name=name) for source, name in zip(sources, names, strict=True)]
+    names = given_names + _names_of([source.path for source in sources if source.name is None], given_names)
+    of_named, of_others = iter(names[: len(given_names)]), iter(names[len(given_names) :])
+    return [
+        dataclasses.replace(source, name=next(of_others if source.name is None else of_named)) for source in sources
+    ]
 
 
 def _source(entry: str | Mapping[str, Any], where: str) -> SourceConfig:
@@ -206,7 +210,32 @@ def _source(entry: str | Mapping[str, Any], where: str) -> SourceConfig:
     return source
 
 
-def _name_of(path: str | list[str]) -> str:
-    """``train.jsonl.gz`` -> ``train``."""
-    first = path if isinstance(path, str) else path[0]
-    return Path(first).name.split(".")[0].replace("*", "") or "data"
+def _names_of(paths: Sequence[str | list[str]], taken: Sequence[str]) -> list[str]:
+    """Names that tell sources apart, as short as they can be: those of files, with as many folders before them as it
+    takes; the same path again is numbered.
+
+    Args:
+        paths: of the sources.
+        taken: names that others have been given.
+    """
+    found: list[str] = []
+    for number, path in enumerate(paths):
+        others = [other for place, other in enumerate(paths) if place != number]
+        depths = (depth for depth in range(MOST_FOLDERS) if _name_of(path, depth) not in _names(others, depth, taken))
+        name = _name_of(path, next(depths, 0))
+        repeats = (f"{name}-{count}" for count in itertools.count(2))
+        earlier = [*taken, *found]
+        found.append(name if name not in earlier else next(new for new in repeats if new not in earlier))
+    return found
+
+
+def _names(paths: Sequence[str | list[str]], depth: int, taken: Sequence[str]) -> list[str]:
+    return [*taken, *(_name_of(path, depth) for path in paths)]
+
+
+def _name_of(path: str | list[str], depth: int) -> str:
+    """``a/train.jsonl.gz`` -> ``train``, or with a folder ``a/train``."""
+    first = Path(path if isinstance(path, str) else path[0])
+    name = first.name.split(".")[0].replace("*", "") or "data"
+    folders = [part for part in first.parts[:-1] if part not in ("/", ".", "..", "~")]
+    return "/".join([*folders[len(folders) - min(depth, len(folders)) :], name])

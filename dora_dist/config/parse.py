@@ -10,10 +10,11 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
-from dora_dist.config.checks import nearest
+from dora_dist.config.checks import nearest, of_other_trainers
 from dora_dist.config.format_version import FORMAT_VERSION, refuse_later_format
 from dora_dist.config.given import config_files, given_by, keep_text, values_of
 from dora_dist.config.run import RunConfig
+from dora_dist.config.training import owner_of
 
 
 def build_parser() -> ArgumentParser:
@@ -92,7 +93,7 @@ def config_of(values: Mapping[str, Any]) -> RunConfig:
     entries = {entry.name: entry.type for entry in dataclasses.fields(RunConfig)}
     for name, value in values.items():
         if name not in entries:  # the parser would let an empty section pass
-            raise ValueError(f"unknown key {name}{nearest(name, entries)}")
+            raise ValueError(f"unknown key {name}{_hint(name, set(entries))}")
         if (dataclasses.is_dataclass(entries[name]) or name == "training") and not isinstance(value, Mapping):
             raise ValueError(f"{name} is {value!r}, but must be a section of the configuration of a run")
     parser = build_parser()
@@ -169,17 +170,23 @@ def _refuse_nulls(path: Path, section: type) -> None:
         return  # the parser says what is wrong with it
 
 
+def _hint(key: str, keys: set[str]) -> str:
+    """What an unknown key is called here, where that is known."""
+    last = key.rsplit(".", 1)[-1]
+    return of_other_trainers(key) or owner_of(last) or nearest(key, keys)
+
+
 def _explain(message: str, parser: ArgumentParser) -> str:
     """jsonargparse's message, with the nearest valid key where the key is unknown."""
     keys = _keys(parser)
     unknown = re.search(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'", message)
     if unknown:
         key = f"{unknown['group']}.{unknown['key']}"
-        return f"unknown key {key}{nearest(key, keys)}"
+        return f"unknown key {key}{_hint(key, keys)}"
     unknown = re.search(r"unrecognized arguments: --([\w.]+)|Option '([\w.]+)' is not accepted", message)
     if unknown:
         key = unknown[1] or unknown[2]
-        return f"unknown key {key}{nearest(key, keys)}"
+        return f"unknown key {key}{_hint(key, keys)}"
     other = re.search(r"\"([\w.]+)\":\s+Expected a <class 'str'>\. Got value: ([^\n]*)$", message)
     if other:
         name, value = other[1], other[2]

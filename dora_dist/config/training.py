@@ -61,6 +61,16 @@ DEFAULT_TRAINING_ARGUMENTS: dict[str, Any] = {
 }
 
 
+def owner_of(name: str) -> str:
+    """``; here it is training.X`` or whose key it is, for a key that ``TrainingArguments`` have, or nothing."""
+    from transformers import TrainingArguments
+
+    if name in OWNED_TRAINING_ARGUMENTS:
+        return f" ({OWNED_TRAINING_ARGUMENTS[name]})"
+    known = {entry.name for entry in dataclasses.fields(TrainingArguments) if entry.init}
+    return f"; here it is training.{name}" if name in known else ""
+
+
 def with_strategies(training: dict[str, Any]) -> dict[str, Any]:
     """The section with ``no`` where a strategy is false, which is what YAML takes an unquoted no for."""
     return {name: "no" if value is False and name in STRATEGIES else value for name, value in training.items()}

@@ -34,6 +34,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def follow_umask(folder: Path) -> None:
+    """Let whoever may read a folder, which was made under the umask, read its files too. (safetensors 0.8 makes files
+    that their owner alone can read.)"""
+    readers = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(readers)
+
+
 def digest_sources(folder: Path) -> str:
     """SHA-256 of the names and contents of all Python files in a folder and the folders below it."""
     digest = sha256()

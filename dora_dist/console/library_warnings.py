@@ -1,6 +1,8 @@
 """Messages of libraries that say nothing to a user of this one."""
 
 import logging
+import os
+import sys
 import warnings
 
 from dora_dist.console.text import is_first_rank
@@ -18,9 +20,32 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*(all_gather_into|reduce_scatter)_tensor.*")
     # accelerate 1.15 hands DDP's broadcast_buffers on to torch 2.13, which has renamed it.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*broadcast_buffers.*")
+    # accelerate 1.15 compares its own setting, which the Trainer leaves at 1, with DeepSpeed's; check_prepared compares
+    # those that count.
+    logging.getLogger("accelerate.accelerator").addFilter(_is_no_known_mismatch)
+    if not (is_first_rank() and sys.stderr.isatty()):
+        _hide_progress_bars()
     if not is_first_rank():
         # What all ranks would say, one rank says.
         from transformers.utils import logging as transformers_logging
 
-        transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
+
+
+def _is_no_known_mismatch(record: logging.LogRecord) -> bool:
+    return "Gradient accumulation steps mismatch" not in record.getMessage()
+
+
+def _hide_progress_bars() -> None:
+    """Bars are for a terminal: in a log, each of their states is a line."""
+    # Variables for libraries that are not imported yet: --help and errors in a configuration do not wait for them.
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(name, "1")
+    if "transformers" in sys.modules:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+    if "datasets" in sys.modules:
+        from datasets.utils import disable_progress_bars
+
+        disable_progress_bars()

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dora_dist.console.command import run_command
+from dora_dist.console.files import follow_umask
 from dora_dist.console.library_warnings import quiet_libraries
 
 FORMATS = ("peft", "compact", "merged")
@@ -97,6 +98,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        follow_umask(temporary)
         temporary.rename(output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

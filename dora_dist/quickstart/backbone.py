@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dora_dist.console.files import follow_umask
+
 if TYPE_CHECKING:
     import torch
     from transformers import LlamaForCausalLM, LlamaTokenizer
@@ -175,3 +177,4 @@ def create_backbone(
     print(f"backbone: mean loss of the last tenth {loss:.3f} nats/token", flush=True)
     disable_progress_bar()  # for one small file
     model.save_pretrained(folder)
+    follow_umask(folder)

@@ -18,7 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from dora_dist.console.files import read_json, write_json
+from dora_dist.console.files import follow_umask, read_json, write_json
 
 MANIFEST = "complete.json"
 METHOD_TENSORS = "dynamic_lora.safetensors"
@@ -152,6 +152,7 @@ def seal(folder: Path, written: Mapping[str, dict[str, Any]] | None = None) -> N
     Raises:
         ValueError: this rank sees something else.
     """
+    follow_umask(folder)
     names = sorted(
         str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST
     )

@@ -1,7 +1,8 @@
 """Pictures of a run: ranks by layer, losses and components over the steps."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,23 @@ RANK_PICTURE = "ranks.png"
 
 
 PROGRESS_PICTURE = "progress.png"
+MOST_MARKED = 50
+"""Steps of a line that has a marker at each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Components of the whole model over a run.
+
+    Attributes:
+        start: at the start; None where it is not known yet.
+        left: step of an event -> components that it has left.
+        target: after the last event; None where the budget counts something else.
+    """
+
+    start: int | None
+    left: Mapping[int, int]
+    target: int | None
 
 
 def split_name(name: str) -> tuple[str, str, str]:
@@ -90,33 +108,54 @@ def draw_ranks(ranks: Mapping[str, int], initial_rank: int, path: Path) -> None:
     save_picture(figure, path)
 
 
-def draw_progress(lines: list[dict[str, Any]], path: Path) -> None:
-    """Training and held-out loss over the steps, and the components left."""
+def draw_progress(lines: Sequence[Mapping[str, Any]], budget: Budget, path: Path) -> None:
+    """Training and held-out loss over the steps, and the components that are left.
+
+    Args:
+        lines: of ``metrics.jsonl``.
+        budget: of the run.
+        path: of the picture.
+    """
     plot = pyplot()
-    steps = [line for line in lines if "loss" in line]
-    evaluations = [line for line in lines if "eval_loss" in line]
     figure, (top, bottom) = plot.subplots(2, 1, figsize=(7, 5), sharex=True, height_ratios=(2, 1), layout="constrained")
-    top.plot([line["step"] for line in steps], [line["loss"] for line in steps], label="training", color="#4477aa")
-    top.plot(
-        [line["step"] for line in evaluations],
-        [line["eval_loss"] for line in evaluations],
-        "o",
-        label="held-out",
-        color="#ee6677",
-    )
+    _draw_losses(top, lines, plot)
+    steps = [0, *budget.left]
+    left = [budget.start, *budget.left.values()]
+    last = max([steps[-1], *(line["step"] for line in lines)])
+    if budget.start is not None:
+        bottom.step([*steps, last], [*left, left[-1]], where="post", color="#228833")
+        bottom.plot(steps[1:], left[1:], "o", markersize=3, color="#228833")
+        bottom.set_ylim(0, 1.08 * budget.start)
+    if budget.target is not None:
+        bottom.axhline(budget.target, linestyle=":", color="#777777")
+        bottom.annotate(f"target {budget.target:,}", (last, budget.target), ha="right", va="bottom", fontsize=8)
+    bottom.set_ylabel("components")
+    bottom.set_xlabel("optimizer step")
+    bottom.set_xlim(0, 1.02 * max(last, 1))
+    bottom.xaxis.get_major_locator().set_params(integer=True)
+    for axes in (top, bottom):
+        axes.ticklabel_format(style="plain", useOffset=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    save_picture(figure, path)
+
+
+def _draw_losses(axes: Any, lines: Sequence[Mapping[str, Any]], plot: Any) -> None:
+    """Of training, and of the held-out data by source; a point has a marker, since a line of one point is not seen."""
+    trained = [line for line in lines if "loss" in line]
+    evaluations = [line for line in lines if "eval_loss" in line]
+    marker = "o" if len(trained) <= MOST_MARKED else None
+    if trained:
+        at, losses = [line["step"] for line in trained], [line["loss"] for line in trained]
+        axes.plot(at, losses, marker=marker, markersize=3, label="training", color="#4477aa")
+    at = [line["step"] for line in evaluations]
+    if evaluations:
+        axes.plot(at, [line["eval_loss"] for line in evaluations], "o", label="held-out", color="#ee6677")
     names = source_names(evaluation_of(evaluations[-1])) if evaluations else []
     for number, name in enumerate(names):
         losses = [line[f"eval_{name}_loss"] for line in evaluations]
         colour = plot.colormaps["turbo"]((number + 0.5) / len(names))
-        at = [line["step"] for line in evaluations]
-        top.plot(at, losses, ".--", linewidth=0.8, markersize=4, color=colour, label=name)
-    top.set_ylabel("loss")
-    top.set_yscale("log")
-    top.legend(frameon=False, ncols=2 if len(top.lines) > 6 else 1, fontsize=8 if len(top.lines) > 6 else None)
-    bottom.step([line["step"] for line in steps], [line["components"] for line in steps], where="post", color="#228833")
-    bottom.set_ylabel("components")
-    bottom.set_ylim(bottom=0)
-    bottom.set_xlabel("optimizer step")
-    for axes in (top, bottom):
-        axes.spines[["top", "right"]].set_visible(False)
-    save_picture(figure, path)
+        axes.plot(at, losses, ".--", linewidth=0.8, markersize=4, color=colour, label=name)
+    axes.set_ylabel("loss")
+    many = len(axes.lines) > 6
+    if axes.lines:
+        axes.legend(frameon=False, ncols=2 if many else 1, fontsize=8 if many else None)

@@ -9,7 +9,15 @@ from typing import Any
 from dora_dist.config.tasks import METRICS, Metric
 from dora_dist.console import files
 from dora_dist.runs import records
-from dora_dist.runs.pictures import PROGRESS_PICTURE, RANK_PICTURE, draw_progress, draw_ranks, rank_grid, short_kinds
+from dora_dist.runs.pictures import (
+    PROGRESS_PICTURE,
+    RANK_PICTURE,
+    Budget,
+    draw_progress,
+    draw_ranks,
+    rank_grid,
+    short_kinds,
+)
 from dora_dist.runs.records import evaluation_of, source_names
 
 
@@ -25,34 +33,72 @@ def finish_run(run: Path) -> str:
         ValueError: the folder holds no records of a pruned run.
     """
     summary = summarize(run)
-    draw_ranks(summary["ranks"], summary["initial_rank"], run / RANK_PICTURE)
-    draw_progress(files.read_lines(run / records.METRICS), run / PROGRESS_PICTURE)
+    if not summary["ranks"]:
+        raise ValueError(f"{run / records.ALLOCATION} holds no pruning event yet")
+    _draw(run, summary)
     files.write_json(run / records.SUMMARY, summary)
     return format_summary(summary, run)
 
 
-def summarize(run: Path) -> dict[str, Any]:
-    """The figures of a run, read from ``metrics.jsonl``, ``allocation.jsonl`` and ``run.json``."""
-    for name in (records.METRICS, records.ALLOCATION, records.RUN):
-        if not (run / name).is_file():
-            raise ValueError(f"{run} is not the folder of a run that has pruned: it has no {name}")
-    lines = files.read_lines(run / records.METRICS)
+def report(run: Path) -> str:
+    """Draw the pictures of what there is so far, and return the summary as text. The run may be going on: nothing is
+    written by which it would be taken for finished.
+
+    Raises:
+        ValueError: the folder is not that of a run.
+    """
+    summary = summarize(run)
+    _draw(run, summary)
+    return format_summary(summary, run)
+
+
+def _draw(run: Path, summary: Mapping[str, Any]) -> None:
+    fingerprint = records.read_fingerprint(run)
     events = records.read_events(run / records.ALLOCATION)
-    if not events:
-        raise ValueError(f"{run / records.ALLOCATION} holds no pruning event yet")
+    if summary["ranks"]:
+        draw_ranks(summary["ranks"], summary["initial_rank"], run / RANK_PICTURE)
+    in_components = fingerprint.pruning.get("budget_unit", "components") == "components"
+    target = fingerprint.adapter.get("target_rank") if in_components else None
+    budget = Budget(
+        start=summary["components_at_start"],
+        left={event.step: event.num_kept for event in events},
+        target=target * len(summary["ranks"]) if target is not None and events else None,
+    )
+    draw_progress(_metrics(run), budget, run / PROGRESS_PICTURE)
+
+
+def _metrics(run: Path) -> list[dict[str, Any]]:
+    path = run / records.METRICS
+    return files.read_lines(path) if path.is_file() else []
+
+
+def summarize(run: Path) -> dict[str, Any]:
+    """The figures of a run, read from ``metrics.jsonl``, ``allocation.jsonl`` and ``run.json``.
+
+    Raises:
+        ValueError: the folder is not that of a run.
+    """
+    if not run.is_dir():
+        raise ValueError(f"there is no folder {run}: give the output_dir of a run")
+    if not (run / records.RUN).is_file():
+        raise ValueError(f"{run} is not the folder of a run: it has no {records.RUN}; give the output_dir of a run")
+    lines = _metrics(run)
+    events = records.read_events(run / records.ALLOCATION)
     initial_rank = records.read_fingerprint(run).initial_rank
     evaluations = [line for line in lines if "eval_loss" in line]
     last_session: Mapping[str, Any] = next((line for line in reversed(lines) if "session_seconds" in line), {})
-    ranks = events[-1].ranks
+    ranks = events[-1].ranks if events else {}
+    # Before the first event nothing has been pruned.
+    unpruned = next((line["components"] for line in lines if "components" in line), None)
     return {
         "steps": lines[-1]["step"] if lines else 0,
         "before": evaluation_of(evaluations[0]) if evaluations and evaluations[0]["step"] == 0 else None,
         "after": evaluation_of(evaluations[-1]) if evaluations else None,
         "initial_rank": initial_rank,
-        "components_at_start": initial_rank * len(ranks),
-        "components_kept": events[-1].num_kept,
-        "parameters_kept": events[-1].num_parameters,
-        "final_event": events[-1].final,
+        "components_at_start": initial_rank * len(ranks) if events else unpruned,
+        "components_kept": events[-1].num_kept if events else unpruned,
+        "parameters_kept": events[-1].num_parameters if events else None,
+        "final_event": bool(events) and events[-1].final,
         "ranks": ranks,
         "left_out": files.read_json(run / records.RUN).get("left_out"),
         "session_seconds": last_session.get("session_seconds"),
@@ -94,13 +140,14 @@ def format_summary(summary: Mapping[str, Any], run: Path) -> str:
     state = "" if summary["final_event"] else "  (pruning has not ended)"
     parameters = summary["parameters_kept"]
     size = "" if parameters is None else f" of {parameters:,} parameters"
-    lines.append(f"  {'components':<16} {start} -> {kept}{size}{state}")
+    if start is not None:
+        lines.append(f"  {'components':<16} {start} -> {kept}{size}{state}")
     if summary["left_out"]:
         lines.append(f"  {'not adapted':<16} {summary['left_out']}")
     if summary["session_seconds"]:
         seconds, tokens = summary["session_seconds"], summary["session_tokens"]
         lines.append(f"  {'training time':<16} {seconds:.0f} s, {tokens / seconds:.0f} tokens/s")
-    lines += ["", *_rank_table(summary["ranks"]), ""]
+    lines += ["", *_rank_table(summary["ranks"]), ""] if summary["ranks"] else [""]
     files = {
         "adapter": run / "adapter",
         "metrics": run / records.METRICS,

@@ -56,6 +56,30 @@ def _memory(config: RunConfig, resolved: ResolvedRun, world_size: int) -> str:
     return f"{table.render(of_rows(longest))}\nRows of the median length, {typical:,} tokens: a peak of {peak}."
 
 
+def banner(config: RunConfig, resolved: ResolvedRun, ranks: int) -> str:
+    """What is about to be trained, on what, for how long and how large, where.
+
+    Args:
+        config: of the run.
+        resolved: of the run.
+        ranks: of the run.
+    """
+    data, schedule, adapter = resolved.data, resolved.budget.schedule, config.adapter
+    steps = resolved.arguments.max_steps
+    tokens = int(resolved.plan.row_lengths(resolved.mixture.lengths).sum()) // steps
+    sources = ", ".join(f"{source.counts.examples:,} of {source.name}" for source in data.train)
+    held_out = sum(source.counts.examples for source in data.evaluation)
+    lines = {
+        "model": f"{config.model.path} ({config.model.quantization}), {len(resolved.layers)} adapted layers",
+        "data": f"{sources}; {f'{held_out:,} held out' if held_out else 'none held out'}",
+        "steps": f"{steps:,} of about {tokens:,} tokens, on {ranks} rank{'s' * (ranks > 1)}",
+        "budget": f"{schedule.num_components:,} components, {schedule.final_num_kept:,} in the end: like LoRA of rank "
+        f"{adapter.target_rank}, scale {adapter.alpha / adapter.start_rank:.2f}",
+        "folder": config.output_dir,
+    }
+    return "\n".join(f"{name:<8}{line}" for name, line in lines.items())
+
+
 def _budget(budget: Budget, unit: str) -> str:
     events = [f"{step}: {budget.at(step):,}" for step in budget.schedule.prune_steps]
     title = f"budget of {budget.initial:,} {unit}, pruned after steps (step: {unit} that are kept)"

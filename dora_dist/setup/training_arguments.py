@@ -75,6 +75,8 @@ def training_arguments(
         )
     epochs = arguments.num_train_epochs
     arguments.max_steps = count_steps(mixture, arguments.max_steps, epochs, global_batch(arguments, ranks))
+    if "logging_steps" not in config.training:
+        arguments.logging_steps = max(1, min(DEFAULT_TRAINING_ARGUMENTS["logging_steps"], arguments.max_steps // 10))
     return arguments
 
 

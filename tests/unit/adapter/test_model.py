@@ -21,8 +21,9 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from dora_dist.adapter.layer import DynamicLoraLinear
-from dora_dist.adapter.model import DynamicLoraModel
+from dora_dist.adapter.model import DynamicLoraModel, add_dynamic_lora
 from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS, read_lora_adapter
+from dora_dist.config.adapter import DynamicLoraConfig
 
 
 @pytest.fixture(scope="module")
@@ -263,3 +264,16 @@ def test_an_adapter_without_effect_is_not_saved(tmp_path):
 def test_targets_that_match_nothing_are_refused():
     with pytest.raises(ValueError, match="'query' matches no linear layer"):
         adapt(tiny_model(), target_modules=["query"])
+
+
+def test_what_another_adapter_would_do_is_refused_with_what_to_do_instead():
+    model = adapt(tiny_model())
+    with pytest.raises(ValueError, match=r"merge_and_unload\(\) does not merge gated components\. .*save_pretrained"):
+        model.merge_and_unload()
+    for adapted in (model, model.get_base_model(), get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]))):
+        with pytest.raises(
+            ValueError, match="the model has an adapter already: give add_dynamic_lora the model as tra"
+        ):
+            add_dynamic_lora(adapted, DynamicLoraConfig(target_rank=2))
+    with pytest.raises(ValueError, match="config is a LoraConfig, but must be a DynamicLoraConfig: "):
+        add_dynamic_lora(tiny_model(), LoraConfig(r=8))

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,30 @@ def test_an_unknown_or_misplaced_key_is_refused_with_the_nearest_valid_one(load,
     option = ["--" + key, "4"]
     for arguments in ((yaml,), ("", *option), ("", "=".join(option))):
         with pytest.raises(ValueError, match=f"^unknown key {key}; did you mean {nearest}\\?$"):
+            load(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("key", "here"),
+    [
+        ("adapter.r", "; here it is adapter.target_rank"),
+        ("lora_r", "; here it is adapter.target_rank"),
+        ("lora_rank", "; here it is adapter.target_rank"),
+        ("adapter.lora_alpha", "; here it is adapter.alpha"),
+        ("cutoff_len", "; here it is data.max_length"),
+        ("data.max_seq_length", "; here it is data.max_length"),
+        ("model_name_or_path", "; here it is model.path"),
+        ("learning_rate", "; here it is training.learning_rate"),
+        ("num_train_epochs", "; here it is training.num_train_epochs"),
+        ("lr", "; here it is training.learning_rate"),
+        ("bf16", " (set model.compute_dtype)"),
+    ],
+)
+def test_a_key_of_another_trainer_is_refused_with_its_name_here(load, key, here):
+    section, _, name = key.rpartition(".")
+    file = f"{section}: {{{name}: 4}}\n" if section and section not in LEAST else None
+    for arguments in (("", f"--{key}", "4"), ("", f"--{key}=4"), *([(file,)] if file else [])):
+        with pytest.raises(ValueError, match=f"^unknown key {key}{re.escape(here)}$"):
             load(*arguments)
 
 
@@ -303,18 +328,18 @@ def test_only_max_steps_may_be_less_than_one():
         ("{path: a, weight: -1}", r"^data\.train\[1\]\.weight is -1\.0, but must be positive"),
         ("{path: a, weight: 1}", r"1 of 2 sources in data\.train have a weight, but first\.jsonl has none"),
         ("{path: a, weight: 1, epochs: 2}", "data has weight and epochs, but they are different ways to mix sources"),
-        ("{path: a, name: first}", None),
     ],
 )
 def test_a_source_that_cannot_be_is_refused_by_its_place(tmp_path, source, message):
     path = tmp_path / "run.yaml"
     path.write_text(f"output_dir: x\nmodel: {{path: m}}\ndata:\n  train:\n    - first.jsonl\n    - {source}\n")
-    if message is None:
-        with pytest.raises(ValueError, match=r"two sources of data\.train are called 'first'"):
-            load_config(path)
-        return
     with pytest.raises(ValueError, match=f"(?s){message}"):
         load_config(path)
+
+
+def test_two_sources_that_are_given_one_name_are_refused(load):
+    with pytest.raises(ValueError, match=r"two sources of data\.train are called 'first'"):
+        load("", "--data.train", "[{path: a, name: first}, {path: b, name: first}]")
 
 
 def test_one_source_needs_no_list_and_is_saved_as_it_was_given(tmp_path):
@@ -341,8 +366,18 @@ def test_other_sources_in_a_copy_of_a_section_are_parsed_anew(tmp_path):
 
 def test_sources_of_the_same_file_name_are_told_apart(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text("output_dir: x\nmodel: {path: m}\ndata:\n  train: [a/x.jsonl, b/x.jsonl, c/x.jsonl]\n")
-    assert [source.name for source in load_config(path).data.train_sources] == ["x", "x-2", "x-3"]
+    for files, names in (
+        (["a/x.jsonl", "b/x.jsonl.gz", "/data/c/x.csv"], ["a/x", "b/x", "c/x"]),
+        (["a/x.jsonl", "b/y.jsonl"], ["x", "y"]),
+        (["p/en/train/x.jsonl", "p/de/train/x.jsonl"], ["en/train/x", "de/train/x"]),
+        (["x.jsonl", "x.jsonl", "./x.jsonl"], ["x", "x-2", "x-3"]),
+        (["a/*.jsonl", "b/*.jsonl"], ["a/data", "b/data"]),
+        (["one/set", "two/set"], ["one/set", "two/set"]),
+        ([{"path": "a/x.jsonl", "name": "b/x"}, "b/x.jsonl", "c/x.jsonl"], ["b/x", "x", "c/x"]),
+    ):
+        sources = {"output_dir": "x", "model": {"path": "m"}, "data": {"train": files}}
+        path.write_text(yaml.safe_dump(sources))
+        assert [source.name for source in load_config(path).data.train_sources] == names
 
 
 CLASSIFICATION = "task: sequence_classification\n"

@@ -8,7 +8,7 @@ from support.tiny_run import some_fingerprint
 
 from dora_dist.console import files
 from dora_dist.runs import pictures, records
-from dora_dist.runs.summary import _rank_table, finish_run, format_summary, is_finished, summarize
+from dora_dist.runs.summary import _rank_table, finish_run, format_summary, is_finished, report, summarize
 
 PARENTS = dict.fromkeys(PROJECTIONS[:4], "self_attn") | dict.fromkeys(PROJECTIONS[4:], "mlp")
 
@@ -161,19 +161,70 @@ def test_a_run_without_evaluation_or_final_event_says_so(tmp_path):
     assert (tmp_path / pictures.PROGRESS_PICTURE).is_file()
 
 
-@pytest.mark.parametrize("missing", [records.METRICS, records.ALLOCATION, records.RUN])
-def test_a_folder_that_is_no_run_is_refused_with_what_is_missing(tmp_path, missing):
+def test_a_folder_that_is_no_run_is_refused_with_what_is_missing(tmp_path):
     write_run(tmp_path)
-    (tmp_path / missing).unlink()
-    with pytest.raises(ValueError, match=f"has no {missing}"):
-        finish_run(tmp_path)
+    (tmp_path / records.RUN).unlink()
+    for of_run in (finish_run, report):
+        with pytest.raises(ValueError, match=f"is not the folder of a run: it has no {records.RUN}"):
+            of_run(tmp_path)
+        with pytest.raises(ValueError, match=r"there is no folder .*elsewhere: give the output_dir of a run"):
+            of_run(tmp_path / "elsewhere")
 
 
-def test_a_run_that_has_not_pruned_yet_is_refused(tmp_path):
+def test_a_run_that_has_not_pruned_yet_cannot_end_but_is_reported(tmp_path):
     write_run(tmp_path)
     (tmp_path / records.ALLOCATION).write_text("")
     with pytest.raises(ValueError, match="no pruning event yet"):
         finish_run(tmp_path)
+    text = report(tmp_path)
+    assert "30 optimizer steps" in text
+    assert "components       74 -> 74  (pruning has not ended)" in text
+    assert not (tmp_path / pictures.RANK_PICTURE).exists()
+    assert min(picture_size(tmp_path / pictures.PROGRESS_PICTURE)) > 200
+
+
+@pytest.mark.parametrize("name", [records.METRICS, records.ALLOCATION])
+def test_a_run_without_a_record_is_reported_by_the_other_one(tmp_path, name):
+    write_run(tmp_path)
+    (tmp_path / name).unlink()
+    assert f"Run {tmp_path}, " in report(tmp_path)
+    assert (tmp_path / pictures.PROGRESS_PICTURE).is_file()
+
+
+def test_a_report_does_not_make_a_run_look_finished(tmp_path):
+    write_run(tmp_path, final=False)
+    assert "pruning has not ended" in report(tmp_path)
+    assert not is_finished(tmp_path)
+
+
+class Drawn:
+    """The axes of the last picture, as matplotlib has them."""
+
+    def __init__(self, monkeypatch):
+        monkeypatch.setattr(pictures, "save_picture", self.keep)
+
+    def keep(self, figure, path):
+        figure.canvas.draw()
+        self.top, self.bottom = figure.axes
+
+
+def test_one_point_is_seen_and_the_budget_falls_at_its_events(tmp_path, monkeypatch):
+    drawn = Drawn(monkeypatch)
+    lines = [{"step": 6, "loss": 4.0, "components": 3}, {"step": 6, "eval_loss": 5.0, "eval_examples": 3}]
+    pictures.draw_progress(lines, pictures.Budget(start=9, left={2: 9, 3: 5, 4: 3}, target=3), tmp_path / "x.png")
+    training, held_out = drawn.top.lines
+    assert (training.get_label(), training.get_marker(), list(training.get_xdata())) == ("training", "o", [6])
+    assert (held_out.get_label(), held_out.get_marker()) == ("held-out", "o")
+    budget, events, target = drawn.bottom.lines
+    assert list(zip(budget.get_xdata(), budget.get_ydata(), strict=True)) == [(0, 9), (2, 9), (3, 5), (4, 3), (6, 3)]
+    assert budget.get_drawstyle() == "steps-post"
+    assert list(events.get_xdata()) == [2, 3, 4]
+    assert set(target.get_ydata()) == {3}
+    for axes in (drawn.top.yaxis, drawn.bottom.xaxis):
+        labels = [label.get_text() for label in axes.get_ticklabels()]
+        assert labels
+        assert not [text for text in labels if "e" in text or "^" in text]
+    assert all(float(label.get_text()).is_integer() for label in drawn.bottom.xaxis.get_ticklabels())
 
 
 def test_records_after_a_step_can_be_forgotten_and_a_half_written_line_is_not_counted(tmp_path):
