@@ -90,6 +90,11 @@ class PreparedSource:
         """Number of entries of every example in a column of lists (by default its tokens), int64, shape (examples,)."""
         return list_lengths(self.column(column))
 
+    def largest(self, column: str) -> int:
+        """The largest number in a column of lists; -1 where all lists are empty."""
+        found = (chunk.flatten().to_numpy() for chunk in self.column(column).chunks)
+        return max((int(numbers.max()) for numbers in found if len(numbers)), default=-1)
+
     def keys(self) -> np.ndarray:
         """Hash of every example, int64, shape (examples,)."""
         keys: np.ndarray = self.column("key").to_numpy()

@@ -1,13 +1,13 @@
 """What a run will be, decided from its configuration and its data before any weight is read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from dora_dist.adapter.targets import resolve_targets
 from dora_dist.base_model import block_weights, load
-from dora_dist.base_model.shape import linear_layer
+from dora_dist.base_model.shape import input_embedding, linear_layer
 from dora_dist.config.checks import require
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import TASKS
@@ -76,6 +76,7 @@ def resolve_run(
     arguments = training_arguments(config, mixture, accumulation)
     plan = mixture.plan(arguments.max_steps, global_batch(arguments))
     skeleton = load.load_skeleton(load.BaseModelSpec.of(config.model, config.task))
+    data = replace(data, notes=[*data.notes, *check_vocabulary(skeleton, tokenizer, data)])
     layers, budget = check_method(config, skeleton, arguments.max_steps)
     check_context(skeleton, data)
     return ResolvedRun(
@@ -169,6 +170,40 @@ def check_context(skeleton: PreTrainedModel, data: RunData) -> None:
                 f"{context} (max_position_embeddings): set data.max_length to {context} or less, and data.overlong to "
                 "drop or truncate (the same goes for data.max_target_length)"
             )
+
+
+def check_vocabulary(skeleton: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: RunData) -> list[str]:
+    """Refuse tokens for which the model's embedding has no row, where the data or the padding has them.
+
+    Some models are published with such a token, for images say, which no text has (Gemma 3 1B).
+
+    Returns:
+        A remark on tokens that could come up later, in a prompt.
+
+    Raises:
+        ValueError: names token, number and rows.
+    """
+    rows = input_embedding(skeleton).num_embeddings
+    names = {number: token for token, number in tokenizer.get_vocab().items() if number >= rows}
+    if not names:
+        return []
+    found = {"the padding token": tokenizer.pad_token_id}
+    for source in (*data.train, *data.evaluation):
+        for column in ("input_ids", "labels"):
+            if column in source.dataset.column_names:
+                found[f"a token in the data of {source.name}"] = source.largest(column)
+    for what, number in found.items():
+        if number is not None and number >= rows:
+            raise ValueError(
+                f"{what} is {names.get(number)!r} with the number {number}, but the model's embedding has {rows} rows "
+                f"(0 to {rows - 1}): tokenizer and weights at model.path do not belong together; take the tokenizer "
+                "that the weights came with, or a model whose embedding has been resized for it"
+            )
+    first = min(names)
+    return [
+        f"the tokenizer has {len(names)} tokens such as {names[first]!r} ({first}) for which the model's embedding, of "
+        f"{rows} rows, has none; no example has one, and no prompt may"
+    ]
 
 
 def context_of(skeleton: PreTrainedModel) -> int | None:

@@ -109,6 +109,39 @@ def test_what_all_linear_leaves_out_is_said_in_the_dry_run_and_the_estimate(expe
     assert resolved(named).left_out is None
 
 
+def with_tokens(config, **changes):
+    """Give the tokenizer two tokens for which the embedding has no row, and a special one perhaps."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["beyond", "farther"])
+    for name, token in changes.items():
+        setattr(tokenizer, name, token)
+    tokenizer.save_pretrained(config.parent / "model")
+
+
+def test_a_token_in_the_data_for_which_the_embedding_has_no_row_is_refused(config):
+    with_tokens(config)
+    for key in ("train", "eval"):
+        path = write_rows(config.parent / "other.jsonl", 5, seed=1)
+        path.write_text(path.read_text().replace("w1 w2", "w1 farther"))
+        with pytest.raises(ValueError, match=r"the data of other is 'farther' with the number 97, .* has 96 rows"):
+            resolved(load(config, f"--data.{key}", str(path)))
+
+
+def test_a_padding_token_for_which_the_embedding_has_no_row_is_refused(config):
+    with_tokens(config, pad_token="beyond")
+    with pytest.raises(
+        ValueError, match=r"the padding token is 'beyond' with the number 96, .* has 96 rows \(0 to 95\)"
+    ):
+        resolved(load(config))
+
+
+def test_tokens_without_a_row_that_nothing_uses_are_remarked(config):
+    assert not any("embedding" in remark for remark in resolved(load(config)).data.remarks())
+    with_tokens(config)
+    (remark,) = (remark for remark in resolved(load(config)).data.remarks() if "embedding" in remark)
+    assert "2 tokens such as 'beyond' (96)" in remark
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
