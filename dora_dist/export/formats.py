@@ -18,6 +18,7 @@ from dora_dist.adapter.plain_lora import (
     write_compact_adapter,
     write_lora_adapter,
 )
+from dora_dist.data.encoding.chat import stop_tokens
 from dora_dist.export.merge import cast_parameters, merge_into
 from dora_dist.export.verification import Reference, logits_of, make_reference
 from dora_dist.runs.trained_run import TrainedRun, default_device
@@ -104,6 +105,7 @@ def export_merged(trained: TrainedRun, folder: Path, dtype: str, original: bool)
     """
     plain, reference = _merge(trained, original)
     merged = reference.check("the merged model", logits_of(plain, reference.tokens))
+    _set_special_tokens(plain, trained)
     rounded = _write_rounded(plain, folder, dtype, trained.load_tokenizer(), reference.tokens)
     del plain
     logits = _logits_of_written(folder, trained.config.model.trust_remote_code, reference.tokens)
@@ -130,14 +132,25 @@ def _merge(trained: TrainedRun, original: bool) -> tuple[PreTrainedModel, Refere
     return plain, _reference(trained, base)
 
 
+def _set_special_tokens(plain: PreTrainedModel, trained: TrainedRun) -> None:
+    """What the model stops at when it generates: all that its base stops at, and what ended an answer in training."""
+    tokenizer, settings = trained.load_tokenizer(), plain.generation_config
+    assert settings is not None
+    of_base = settings.eos_token_id
+    ends = {
+        *(of_base if isinstance(of_base, list) else [] if of_base is None else [of_base]),
+        *stop_tokens(tokenizer, tokenizer.get_chat_template() if trained.chat else None),
+    }
+    settings.eos_token_id = sorted(ends) if len(ends) > 1 else ends.pop()
+    settings.pad_token_id, settings.bos_token_id = tokenizer.pad_token_id, tokenizer.bos_token_id
+
+
 def _write_rounded(
     plain: PreTrainedModel, folder: Path, dtype: str, tokenizer: PreTrainedTokenizerBase, tokens: Tensor
 ) -> Tensor:
     """Round the weights to ``dtype`` and write them; returns the logits of the rounded ones, computed in float32."""
     cast_parameters(plain, getattr(torch, dtype))
     plain.config.use_cache = True
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(plain.generation_config, name, getattr(tokenizer, name))
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     cast_parameters(plain, torch.float32)

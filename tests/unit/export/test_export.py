@@ -24,9 +24,10 @@ from support.trained_run import (
     save_adapter,
 )
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS, read_lora_adapter
+from dora_dist.console import files
 from dora_dist.export import __main__ as export
 from dora_dist.runs import checkpoint, records
 
@@ -150,6 +151,41 @@ def test_merged_is_a_plain_model(run: TrainedFolder, tmp_path: Path, capsys: pyt
     # Rounding to 8 significant bits, and no more than that: far nearer to what was trained than the base is.
     assert distance(stock_logits(output), run.logits()) < 2**-6
     assert "as bfloat16" in capsys.readouterr().out
+
+
+CHAT = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("of_base", "chat", "ends"),
+    [
+        ([2, 9], True, [2, 9, 104]),
+        (9, True, [2, 9, 104]),
+        ([2, 9], False, [2, 9]),
+        (2, False, 2),
+        (None, True, [2, 104]),
+    ],
+)
+def test_merged_stops_where_its_base_does_and_where_a_turn_ended_in_training(
+    tmp_path: Path, of_base: object, chat: bool, ends: object
+) -> None:
+    base = make_base(tmp_path / "base")
+    run = make_run(tmp_path / "run", base)
+    settings = GenerationConfig.from_pretrained(base)
+    settings.eos_token_id = of_base
+    settings.save_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(run.folder / "adapter")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(run.folder / "adapter")
+    recorded = files.read_json(run.folder / records.RUN)
+    files.write_json(run.folder / records.RUN, {**recorded, "data": {"chat": chat}})
+    output = run_export(run, tmp_path / "out", "--format", "merged")
+    assert GenerationConfig.from_pretrained(output).eos_token_id == ends
+    assert AutoModelForCausalLM.from_pretrained(output).generation_config.eos_token_id == ends
 
 
 def test_merged_in_float32_is_exact(run: TrainedFolder, tmp_path: Path) -> None:
