@@ -1,7 +1,7 @@
 """Pictures of a run: ranks by layer, losses and components over the steps."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,22 +17,42 @@ RANK_PICTURE = "ranks.png"
 PROGRESS_PICTURE = "progress.png"
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """Block number and kind of a module: ``model.layers.3.self_attn.q_proj`` -> ``("3", "q_proj")``.
+def split_name(name: str) -> tuple[str, str, str]:
+    """Stack of blocks, block number and kind of a module: ``model.layers.3.self_attn.q_proj`` ->
+    ``("model.layers", "3", "self_attn.q_proj")``.
 
     Kinds that share a last part (an encoder's ``attention.output.dense`` and ``output.dense``) keep what follows the
     number; a module outside all blocks is block ``-``.
     """
-    match = re.search(r"\.(\d+)\.(.+)$", name)
-    return (match[1], match[2]) if match else ("-", name)
+    match = re.match(r"(.*?)\.(\d+)\.(.+)$", name)
+    return (match[1], match[2], match[3]) if match else ("", "-", name)
 
 
 def rank_grid(ranks: Mapping[str, Rank]) -> tuple[list[str], list[str], dict[tuple[str, str], Rank]]:
-    """Blocks in order, kinds in order of their names' first appearance, and rank by (block, kind)."""
-    grid = {split_name(name): rank for name, rank in ranks.items()}
-    blocks = sorted({block for block, _ in grid}, key=lambda block: (block == "-", int(block) if block != "-" else 0))
-    kinds = sorted({kind for _, kind in grid}, key=_kind_order)
-    return blocks, kinds, grid
+    """Blocks in order, kinds in order of their names' first appearance, and rank by (block, kind).
+
+    A block is known by its number; where a model has several stacks of blocks (encoder and decoder, a tower and text),
+    by stack and number.
+    """
+    parts = {name: split_name(name) for name in ranks}
+    stacks = _short_stacks({stack for stack, number, _ in parts.values() if number != "-"}) | {"": ""}
+    titles = {(stack, number): f"{stacks[stack]} {number}".strip() for stack, number, _ in parts.values()}
+    order = sorted(titles, key=lambda block: (block[1] == "-", block[0], int(block[1]) if block[1] != "-" else 0))
+    kinds = sorted({kind for _, _, kind in parts.values()}, key=_kind_order)
+    grid = {(titles[stack, number], kind): ranks[name] for name, (stack, number, kind) in parts.items()}
+    return [titles[block] for block in order], kinds, grid
+
+
+def _short_stacks(stacks: Collection[str]) -> dict[str, str]:
+    """Name of a stack -> the part of it that the others do not have: ``model.encoder.layers`` -> ``encoder``."""
+    paths = {stack: stack.split(".") for stack in sorted(stacks)}
+    shortest = min(map(len, paths.values()), default=0)
+    first = last = 0
+    while first < shortest and len({path[first] for path in paths.values()}) == 1:
+        first += 1
+    while first + last < shortest and len({path[-1 - last] for path in paths.values()}) == 1:
+        last += 1
+    return {stack: ".".join(path[first : len(path) - last]) for stack, path in paths.items()}
 
 
 def _kind_order(kind: str) -> tuple[int, str]:

@@ -115,16 +115,21 @@ def _rank_table(ranks: Mapping[str, int]) -> list[str]:
     blocks, kinds, grid = rank_grid(ranks)
     titles = short_kinds(kinds)
     widths = [max(len(title), 4) for title in titles]
-    lines = ["  rank by layer  " + "  ".join(f"{t:>{w}}" for t, w in zip(titles, widths, strict=True)) + "   mean"]
+    width = max(13, *map(len, blocks))
+    lines = [
+        f"  {'rank by layer':>{width}}  "
+        + "  ".join(f"{t:>{w}}" for t, w in zip(titles, widths, strict=True))
+        + "   mean"
+    ]
     for block in blocks:
         cells = [grid.get((block, kind)) for kind in kinds]
         present = [cell for cell in cells if cell is not None]
         row = "  ".join(f"{'' if cell is None else cell:>{w}}" for cell, w in zip(cells, widths, strict=True))
-        lines.append(f"  {block:>13}  {row}  {statistics.mean(present):5.1f}")
+        lines.append(f"  {block:>{width}}  {row}  {statistics.mean(present):5.1f}")
     by_kind: dict[str, list[int]] = defaultdict(list)
     for (_, kind), rank in grid.items():
         by_kind[kind].append(rank)
     means = [statistics.mean(by_kind[kind]) for kind in kinds]
     row = "  ".join(f"{mean:>{w}.1f}" for mean, w in zip(means, widths, strict=True))
-    lines.append(f"  {'mean':>13}  {row}  {statistics.mean(ranks.values()):5.1f}")
+    lines.append(f"  {'mean':>{width}}  {row}  {statistics.mean(ranks.values()):5.1f}")
     return lines

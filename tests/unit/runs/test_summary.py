@@ -8,7 +8,7 @@ from support.tiny_run import some_fingerprint
 
 from dora_dist.console import files
 from dora_dist.runs import pictures, records
-from dora_dist.runs.summary import finish_run, format_summary, is_finished, summarize
+from dora_dist.runs.summary import _rank_table, finish_run, format_summary, is_finished, summarize
 
 PARENTS = dict.fromkeys(PROJECTIONS[:4], "self_attn") | dict.fromkeys(PROJECTIONS[4:], "mlp")
 
@@ -50,14 +50,14 @@ def picture_size(path: Path) -> tuple[int, int]:
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
-        ("model.layers.3.self_attn.q_proj", ("3", "self_attn.q_proj")),
-        ("model.layers.11.mlp.up_proj", ("11", "mlp.up_proj")),
-        ("encoder.layer.0.attention.output.dense", ("0", "attention.output.dense")),
-        ("encoder.layer.0.output.dense", ("0", "output.dense")),
-        ("classifier", ("-", "classifier")),
+        ("model.layers.3.self_attn.q_proj", ("model.layers", "3", "self_attn.q_proj")),
+        ("model.layers.11.mlp.up_proj", ("model.layers", "11", "mlp.up_proj")),
+        ("encoder.layer.0.attention.output.dense", ("encoder.layer", "0", "attention.output.dense")),
+        ("decoder.block.2.layer.1.EncDecAttention.q", ("decoder.block", "2", "layer.1.EncDecAttention.q")),
+        ("classifier", ("", "-", "classifier")),
     ],
 )
-def test_a_name_is_split_into_block_and_kind(name, parts):
+def test_a_name_is_split_into_stack_block_and_kind(name, parts):
     assert pictures.split_name(name) == parts
 
 
@@ -67,7 +67,39 @@ def test_the_grid_holds_every_rank_with_blocks_by_number_and_kinds_in_computing_
     assert blocks == [*map(str, range(12)), "-"]
     assert [kind.rsplit(".", 1)[-1] for kind in kinds] == [*PROJECTIONS, "projector"]
     assert len(grid) == len(ranks)
-    assert all(grid[pictures.split_name(name)] == rank for name, rank in ranks.items())
+    assert all(grid[pictures.split_name(name)[1:]] == rank for name, rank in ranks.items())
+
+
+@pytest.mark.parametrize(
+    ("stacks", "titles"),
+    [
+        (("model.decoder.layers", "model.encoder.layers"), ("decoder", "encoder")),
+        (
+            ("model.language_model.layers", "model.vision_tower.encoder.layers"),
+            ("language_model", "vision_tower.encoder"),
+        ),
+        (("model.layers", "model.mtp.layers"), ("", "mtp")),
+        (("layers", "model.layers"), ("", "model")),
+    ],
+)
+def test_blocks_of_the_same_number_in_two_stacks_are_two_rows(tmp_path, stacks, titles):
+    ranks = {
+        f"{stack}.{number}.self_attn.{kind}": 10 * place + number
+        for place, stack in enumerate(stacks)
+        for number in range(11)
+        for kind in ("q_proj", "v_proj")
+    }
+    blocks, kinds, grid = pictures.rank_grid(ranks)
+    assert blocks == [f"{title} {number}".strip() for title in titles for number in range(11)]
+    assert kinds == ["self_attn.q_proj", "self_attn.v_proj"]
+    assert sorted(grid.values()) == sorted(ranks.values())
+    assert grid[f"{titles[1]} 7", kinds[0]] == 17
+    table = _rank_table(ranks)
+    assert table[12].split() == [*titles[1].split(), "0", "10", "10", "10.0"]
+    assert table[-1].split() == ["mean", "10.0", "10.0", "10.0"]
+    assert len({len(line) for line in table}) == 1
+    pictures.draw_ranks(ranks, 20, tmp_path / "ranks.png")
+    assert picture_size(tmp_path / "ranks.png")[1] > 800
 
 
 @pytest.mark.parametrize("blocks", [2, 80])
