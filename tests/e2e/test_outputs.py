@@ -38,6 +38,11 @@ def test_the_adapter_in_every_checkpoint_is_the_trained_one(reference):
             torch.testing.assert_close(found, update, rtol=1e-5, atol=1e-6)
 
 
+def test_the_end_of_a_run_says_how_large_its_adapter_is_with_and_without_padding(reference):
+    assert reference.output.count("  adapter size     ") == 1
+    assert f"(dora-dist export {reference.run} --format compact)" in reference.output
+
+
 def test_the_records_are_complete(reference):
     settings = json.loads((reference.run / "run.json").read_text())
     assert settings["settings"]["optimizer steps"] == 12

@@ -1,10 +1,16 @@
 """Parts of the entry point that need no run."""
 
+import re
+
+import pytest
 import torch
 from support.tiny_models import adapt, shake, tiny_model
 from support.tiny_run import tiny_tokenizer
 
-from dora_dist.train import save_adapter
+from dora_dist.train import describe_size, save_adapter
+
+COMPONENT_KIB = 2 * (128 + 96 + 96 + 128 + 192 + 192 + 192) * 4 / 1024
+"""Of one component of each layer of the tiny model, in float32."""
 
 
 def test_an_adapter_is_replaced_as_a_whole(tmp_path):
@@ -18,3 +24,12 @@ def test_an_adapter_is_replaced_as_a_whole(tmp_path):
     assert not (tmp_path / "adapter" / "stray").exists()
     assert {factors[0].shape[0] for factors in model.folded_factors().values()} == {1}
     assert torch.isfinite(next(iter(model.folded_factors().values()))[1]).all()
+
+
+def test_the_size_of_the_adapter_is_said_with_and_without_padding(tmp_path):
+    save_adapter(shake(adapt(tiny_model())), tiny_tokenizer(), tmp_path / "adapter")
+    line = describe_size(tmp_path, "causal_lm")
+    padded, compact = (float(size) for size in re.findall(r"([0-9.]+) KiB", line))
+    assert padded - compact == pytest.approx(COMPONENT_KIB * (8 - 3), abs=0.2)
+    assert f"dora-dist export {tmp_path} --format compact" in line
+    assert "export" not in describe_size(tmp_path, "sequence_classification")
