@@ -14,10 +14,10 @@ MOST_NAMED = 3
 
 
 class GradientWatch:
-    """Watches layers until :meth:`check`: such a layer would keep its start for the whole run, and count in the budget.
+    """Watches layers until :meth:`check`. One that the loss does not depend on would count in the budget for nothing.
 
-    The regularizer gives every component a gradient, and ZeRO keeps none in its place. So the layers tell themselves
-    when a gradient comes to their output.
+    Gradients of parameters do not tell: the regularizer gives one to every component, and ZeRO takes them away. So a
+    layer reports when the backward comes to it.
 
     Args:
         layers: by name, the same on every rank.
