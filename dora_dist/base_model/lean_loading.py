@@ -159,6 +159,23 @@ def _apply_in_pieces(func: Any, pieces: Sequence[Tensor], args: Sequence[Any]) -
     return tuple(joined)
 
 
+def find_mismatches(model: nn.Module, skeleton: nn.Module, loading_info: dict[str, Any]) -> None:
+    """Add weights of another shape to ``mismatched_keys``, and replace each by one of its shape, of any values.
+
+    transformers before 5.23 takes weights of any shape where it quantizes some. This can go, together with its call,
+    once they are not supported. Quantized weights are left to :func:`check_loaded`.
+    """
+    found = []
+    for name, expected in skeleton.named_parameters():
+        parent, _, own_name = name.rpartition(".")
+        module = model.get_submodule(parent)
+        loaded = getattr(module, own_name)
+        if not isinstance(module, Linear4bit | Linear8bitLt) and loaded.shape != expected.shape:
+            found.append((name, loaded.shape, expected.shape))
+            setattr(module, own_name, nn.Parameter(loaded.new_empty(expected.shape)))
+    loading_info["mismatched_keys"] = [*loading_info["mismatched_keys"], *found]
+
+
 def check_loaded(model: nn.Module, path: str, loading_info: Mapping[str, Any], fresh: Collection[str] = ()) -> None:
     """Refuse a model that is not the one in its files. transformers gives random values to what it does not find or
     cannot use, with a warning, and does not look at the shape of a weight that it quantizes.

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import torch
 import transformers
+from packaging.version import Version
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -20,7 +21,7 @@ from transformers import (
 )
 
 from dora_dist.base_model.head import belongs_to, head_modules, start_parameters
-from dora_dist.base_model.lean_loading import check_loaded, lean_loading, listed
+from dora_dist.base_model.lean_loading import check_loaded, find_mismatches, lean_loading, listed
 from dora_dist.base_model.quantization import forbid_inference_packing, quantization_config
 from dora_dist.config.model import ModelConfig
 from dora_dist.config.tasks import CAUSAL_LM, TASKS
@@ -279,4 +280,7 @@ def _read_weights(
             f"the model at model.path {spec.path!r} has values that are not finite (NaN or infinite) in "
             f"{listed(sorted(not_finite))}: copy or download the model again"
         )
+    if spec.quantization != "none" and Version(transformers.__version__) < Version("5.23"):
+        model, loading_info = loaded
+        find_mismatches(model, _skeleton(spec, config), loading_info)
     return loaded

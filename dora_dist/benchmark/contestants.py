@@ -225,7 +225,9 @@ def build(name: str, conditions: Conditions) -> Contestant:
     torch.manual_seed(conditions.options.seed)
     contestant = BUILDERS[name](model, conditions)
     if conditions.checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        # transformers before 5.23 has only the old name, which 5.23 deprecates and 6 is to remove.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return contestant
 
 

@@ -8,6 +8,7 @@ once per optimizer step, and evaluation is of the task's loss alone.
 """
 
 import dataclasses
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -203,7 +204,8 @@ def peft_config(
         total_step=schedule.total_steps,
         beta1=own["beta1"],
         beta2=own["beta2"],
-        orth_reg_weight=own["orth_reg_weight"] / regularizers,  # PEFT adds it to the loss of every micro-batch
+        # PEFT adds it to the loss of every micro-batch. PEFT before 0.20 refuses 0: in float32, this is 0.
+        orth_reg_weight=own["orth_reg_weight"] / regularizers or sys.float_info.min,
         # Divided by init_r for the whole run. PEFT multiplies by it; its type is an int.
         lora_alpha=config.adapter.alpha,  # type: ignore[arg-type]
         lora_dropout=config.adapter.dropout,

@@ -78,6 +78,9 @@ class DynamicLoraTrainer(Trainer):
             # The mean over the rows of a micro-batch, all of which have the same number of them, divided by the
             # accumulation steps like the penalty (in compute_loss); the ranks' mean is taken by the engine.
             self.model_accepts_loss_kwargs, self.loss_is_scaled_for_ga = False, True
+            if not hasattr(Trainer, "loss_is_scaled_for_ga"):
+                # transformers before 5.19 divides it once more where there is no such function, which is not called.
+                self.compute_loss_func = self.parts.row_losses
         elif self.compute_loss_func is not None:
             self.model_accepts_loss_kwargs = False  # the Trainer counts for the function, and must not tell the model
         elif not self.model_accepts_loss_kwargs:

@@ -160,15 +160,16 @@ def test_only_weights_of_the_head_may_be_missing(tmp_path):
         load(tmp_path)
 
 
-def test_a_head_that_the_files_have_is_taken_and_one_for_other_classes_starts_anew(tmp_path):
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_head_that_the_files_have_is_taken_and_one_for_other_classes_starts_anew(tmp_path, quantization):
     tiny_classifier("roberta").save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
-    same = load(tmp_path)
+    same = load(tmp_path, quantization)
     assert all(torch.equal(same.get_parameter(name), stored[name]) for name in HEADS["roberta"])
-    fewer = load(tmp_path, labels=("no", "yes"), seed=4)
+    fewer = load(tmp_path, quantization, labels=("no", "yes"), seed=4)
     assert torch.equal(fewer.classifier.dense.weight, stored["classifier.dense.weight"])
     assert fewer.classifier.out_proj.weight.shape == (2, 32)
-    anew = load(tmp_path, labels=("no", "yes"), seed=4)
+    anew = load(tmp_path, quantization, labels=("no", "yes"), seed=4)
     assert torch.equal(anew.classifier.out_proj.weight, fewer.classifier.out_proj.weight)
 
 

@@ -3,15 +3,11 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.tiny_models import adapt, shake, tiny_model
+from support.tiny_controller import make_controller
 from support.tiny_run import some_fingerprint
 
-from dora_dist.distributed.agreement import Agreement
-from dora_dist.method.budget import Budget
-from dora_dist.method.schedule import BudgetSchedule
 from dora_dist.runs import checkpoint
 from dora_dist.training import method_state
-from dora_dist.training.controller import DynamicRankController
 
 
 def make_checkpoint(run, step, sealed=True):
@@ -22,12 +18,6 @@ def make_checkpoint(run, step, sealed=True):
     if sealed:
         checkpoint.seal(folder)
     return folder
-
-
-def make_controller():
-    layers = shake(adapt(tiny_model())).adapted_layers()
-    schedule = BudgetSchedule(total_steps=10, num_layers=len(layers), initial_rank=3, target_rank=2, interval=2)
-    return DynamicRankController(layers, Budget(schedule, dict.fromkeys(layers, 1)), Agreement())
 
 
 def test_a_sealed_checkpoint_has_no_flaw(tmp_path):

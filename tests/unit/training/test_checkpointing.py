@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from support.tiny_controller import make_controller
 from support.tiny_run import some_fingerprint
-from test_checkpoint import make_controller
 
 from dora_dist.console import files
 from dora_dist.distributed.agreement import Agreement

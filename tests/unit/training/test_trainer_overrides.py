@@ -1,10 +1,14 @@
 """The private methods of transformers' Trainer that ours overrides."""
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
-from transformers import Trainer
+import torch
+from support.tiny_encoders import tiny_classifier
+from transformers import Trainer, TrainingArguments
 
+from dora_dist.base_model.losses import class_losses
 from dora_dist.training.trainer import DynamicLoraTrainer
 
 OVERRIDDEN = {
@@ -51,3 +55,13 @@ def test_the_trainer_calls_them_in_the_order_that_is_relied_on(name):
     for call in CALLS[name]:
         last = source.find(call, last + 1)
         assert last >= 0, f"Trainer.{name} does not call {call}...) in this order: {CALLS[name]}. {ADVICE}"
+
+
+def test_a_loss_that_is_divided_by_the_accumulation_steps_is_not_divided_again(tmp_path):
+    model = tiny_classifier("bert")
+    trainer = Trainer(model, TrainingArguments(tmp_path, use_cpu=True, report_to=[]))
+    trainer.parts = SimpleNamespace(row_losses=class_losses)
+    DynamicLoraTrainer._choose_loss_scale(trainer)
+    trainer.compute_loss = lambda model, *_, **__: 3 + 0 * model.classifier.weight.sum()
+    trainer.current_gradient_accumulation_steps = 4
+    assert trainer.training_step(model, {"input_ids": torch.tensor([[1]])}) == 3
