@@ -64,7 +64,7 @@ def banner(config: RunConfig, resolved: ResolvedRun, ranks: int) -> str:
         resolved: of the run.
         ranks: of the run.
     """
-    data, schedule, adapter = resolved.data, resolved.budget.schedule, config.adapter
+    data, budget, adapter = resolved.data, resolved.budget, config.adapter
     steps = resolved.arguments.max_steps
     tokens = int(resolved.plan.row_lengths(resolved.mixture.lengths).sum()) // steps
     sources = ", ".join(f"{source.counts.examples:,} of {source.name}" for source in data.train)
@@ -73,7 +73,7 @@ def banner(config: RunConfig, resolved: ResolvedRun, ranks: int) -> str:
         "model": f"{config.model.path} ({config.model.quantization}), {len(resolved.layers)} adapted layers",
         "data": f"{sources}; {f'{held_out:,} held out' if held_out else 'none held out'}",
         "steps": f"{steps:,} of about {tokens:,} tokens, on {ranks} rank{'s' * (ranks > 1)}",
-        "budget": f"{schedule.num_components:,} components, {schedule.final_num_kept:,} in the end: like LoRA of rank "
+        "budget": f"{budget.initial:,} {config.pruning.budget_unit}, {budget.final:,} in the end: like LoRA of rank "
         f"{adapter.target_rank}, scale {adapter.alpha / adapter.start_rank:.2f}",
         "folder": config.output_dir,
     }
