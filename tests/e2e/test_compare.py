@@ -21,8 +21,7 @@ from support.tiny_models import load_base
 from dora_dist.console.errors import PREEMPTED
 from dora_dist.runs.checkpoint import checkpoints
 
-pytestmark = pytest.mark.timeout(900)
-FULL = pytest.mark.full("compare")
+pytestmark = [pytest.mark.full("compare"), pytest.mark.timeout(900)]
 ONE_CELL = {"methods": ["dynamic"], "baseline": "dynamic", "seeds": [1], "learning_rates": [0.01]}
 
 
@@ -138,7 +137,6 @@ def test_other_held_out_data_are_noticed(compared, tmp_path):
     assert "was made with examples of reported" in finished.output
 
 
-@FULL
 def test_told_to_stop_and_then_killed_a_comparison_ends_with_the_same_figures(tmp_path):
     config = write_comparison(tmp_path, **ONE_CELL)
     whole = run_forked("compare", str(config), "--output_dir", str(tmp_path / "whole"))
@@ -174,7 +172,6 @@ def start_until(config: Path, cell: Path, step: int) -> subprocess.Popen:
     return process
 
 
-@FULL
 def test_a_cell_that_fails_is_reported_and_the_ranks_of_a_launcher_run_the_others(tmp_path):
     config = write_comparison(tmp_path, seeds=[1], learning_rates=[0.01])
     stranger = tmp_path / "out" / "cells" / "echo" / "rank2" / "dynamic" / "lr0.01" / "seed1" / "adapter"

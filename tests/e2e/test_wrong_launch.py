@@ -60,6 +60,7 @@ def test_zero_stage_that_was_not_asked_for(arguments):
     assert_refused(finished, "distributed.engine is zero2, but the launcher's zero_stage is 1")
 
 
+@FULL
 def test_a_deepspeed_file_of_another_stage(arguments, tmp_path):
     settings = json.loads((REPOSITORY / "launch" / "zero2.json").read_text())
     settings["zero_optimization"]["stage"] = 3
