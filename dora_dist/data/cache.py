@@ -7,7 +7,6 @@ depends on: the data's bytes, the tokenizer, the rules, this package's own code 
 import itertools
 import json
 import shutil
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, Features, disable_progress_bars, enable_progress_bars, load_from_disk
+from datasets import Dataset, Features, load_from_disk
 from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
@@ -149,8 +148,7 @@ def _prepare(
         if not len(kept):
             first = examples[0]
             raise ValueError(f"{name}: none of {len(rows)} rows can be used; the first: {_reason(first)}")
-        with _progress_bars():
-            kept.select_columns([*encoder.columns, *KEPT_BOOKKEEPING]).save_to_disk(str(finished))
+        kept.select_columns([*encoder.columns, *KEPT_BOOKKEEPING]).save_to_disk(str(finished))
         _list_left_out(examples, status, finished / LEFT_OUT)
         content = {
             "format": encoder.rules.format,
@@ -191,35 +189,23 @@ def _encode_rows(
 ) -> Dataset:
     say(f"{name}: encoding {len(rows)} rows with {workers} worker{'s' * (workers > 1)}", from_any_rank=True)
     try:
-        with _progress_bars():
-            mapped: Dataset = rows.map(
-                encoder,
-                batched=True,
-                batch_size=ROWS_AT_A_TIME,
-                num_proc=workers if workers > 1 else None,
-                remove_columns=rows.column_names,
-                # datasets' type of it takes what stands first for the object itself.
-                features=Features({**encoder.columns, **BOOKKEEPING}),  # type: ignore[arg-type]
-                cache_file_name=str(work / "examples.arrow"),
-                load_from_cache_file=False,
-                new_fingerprint=key[:32],
-                desc=f"encoding {name}",
-            )
+        mapped: Dataset = rows.map(
+            encoder,
+            batched=True,
+            batch_size=ROWS_AT_A_TIME,
+            num_proc=workers if workers > 1 else None,
+            remove_columns=rows.column_names,
+            # datasets' type of it takes what stands first for the object itself.
+            features=Features({**encoder.columns, **BOOKKEEPING}),  # type: ignore[arg-type]
+            cache_file_name=str(work / "examples.arrow"),
+            load_from_cache_file=False,
+            new_fingerprint=key[:32],
+            desc=f"encoding {name}",
+        )
     except UnusableRowError as error:
         # What a worker raises comes with the worker's traceback, which says nothing about the row.
         raise ValueError(str(error)) from None
     return mapped
-
-
-@contextmanager
-def _progress_bars() -> Iterator[None]:
-    """datasets' own bars on a terminal, none in a log file."""
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
 
 
 def _count(num_rows: int, examples: Dataset, status: np.ndarray) -> SourceCounts:
