@@ -2,8 +2,11 @@
 
 import copy
 
+import peft
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from support.architectures import ARCHITECTURES, save_model, skeleton_of
@@ -56,6 +59,8 @@ def close(found: Tensor, wanted: Tensor, relative: float) -> bool:
 def test_it_starts_as_its_base_and_has_the_logits_and_gradients_of_stock_peft(tmp_path, name, quantization):
     folder = save_model(name, tmp_path / "base")
     base = load_base(folder, quantization)
+    if Version(peft.__version__) < Version("0.21") and any("experts" in module for module, _ in base.named_modules()):
+        pytest.skip("PEFT 0.19 cannot load an adapter of a model with experts under transformers 5.8")
     alone = outputs(base)
     model = adapt(base, initial_rank=4, alpha=8)
     assert torch.equal(outputs(model), alone)
@@ -80,6 +85,8 @@ def test_it_starts_as_its_base_and_has_the_logits_and_gradients_of_stock_peft(tm
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 def test_what_all_linear_takes_is_known_without_weights(name):
+    if name == "deepseek_v2" and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("its router is a plain linear layer before transformers 5.23")
     skeleton = skeleton_of(name)
     if name in REFUSED:
         with pytest.raises(ValueError, match=REFUSED[name]):
