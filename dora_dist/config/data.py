@@ -183,11 +183,8 @@ def _sources(given: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]],
     for name in given_names:
         if given_names.count(name) > 1:
             raise ValueError(f"two sources of {key} are called {name!r}: give them different names")
-    names = given_names + _names_of([source.path for source in sources if source.name is None], given_names)
-    of_named, of_others = iter(names[: len(given_names)]), iter(names[len(given_names) :])
-    return [
-        dataclasses.replace(source, name=next(of_others if source.name is None else of_named)) for source in sources
-    ]
+    made = iter(_names_of([source.path for source in sources if source.name is None], given_names))
+    return [dataclasses.replace(s, name=next(made)) if s.name is None else s for s in sources]
 
 
 def _source(entry: str | Mapping[str, Any], where: str) -> SourceConfig:
