@@ -306,9 +306,13 @@ def build_encoder(tokenizer: PreTrainedTokenizerBase, rules: EncodingRules) -> R
     return row_format.encoder(tokenizer, rules, parse)
 
 
-def _check_one_format(fields_found: Sequence[set[str]], where: str, formats: Sequence[str]) -> None:
-    """Rows of two formats in turn would have every other row refused, for a field that it need not have."""
-    fits = [[name for name in formats if set(FORMATS[name].required) <= found] for found in fields_found]
+def _check_one_format(fits: Sequence[Sequence[str]], where: str) -> None:
+    """Rows of two formats in turn would have every other row refused, for a field that it need not have.
+
+    Args:
+        fits: formats that each row fits.
+        where: the source, for the message.
+    """
     known = [(number, names) for number, names in enumerate(fits, start=1) if names]
     if not known or set.intersection(*(set(names) for _, names in known)):
         return
@@ -339,8 +343,9 @@ def tell_format(
     renamed = [rename_fields(row, fields) for row in rows]
     for by_value in (True, False):  # a table has all its columns in every row, empty ones too
         fields_found = [{name for name, value in row.items() if not by_value or value is not None} for row in renamed]
-        fitting = {name: sum(set(FORMATS[name].required) <= found for found in fields_found) for name in formats}
-        _check_one_format(fields_found, where, formats)
+        fits = [[name for name in formats if set(FORMATS[name].required) <= found] for found in fields_found]
+        _check_one_format(fits, where)
+        fitting = {name: sum(name in names for names in fits) for name in formats}
         most = next((name for name, count in fitting.items() if 2 * count >= len(rows)), None)
         if most or any(fitting.values()):
             return most or max(fitting, key=fitting.__getitem__)
