@@ -6,17 +6,12 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from support import tiny_models
 from support.tiny_models import VOCABULARY
 from support.tiny_run import tiny_tokenizer
 
 SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
+    **tiny_models.SIZES,
     "max_position_embeddings": 256,
     "bos_token_id": 1,
     "eos_token_id": 2,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,21 +28,21 @@ ARCHITECTURES: dict[str, type[PreTrainedConfig]] = {
     "qwen3": Qwen3Config,
     "gemma": GemmaConfig,
 }
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+"""Of a decoder of two blocks."""
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def tiny_config(architecture: str = "llama", **changes: object) -> PreTrainedConfig:
-    sizes = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 64,
-        "use_cache": False,
-    }
+    sizes = {**SIZES, "max_position_embeddings": 64, "use_cache": False}
     return ARCHITECTURES[architecture](**{**sizes, **changes})
 
 

@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from support.trained_run import (
     TrainedFolder,
     make_base,
     make_run,
-    one_thread,
     probe,
     run_export,
     save_adapter,
@@ -32,22 +30,6 @@ from dora_dist.export import __main__ as export
 from dora_dist.runs import checkpoint, records
 
 NUM_MODULES = 14
-
-
-@pytest.fixture(scope="module", autouse=True)
-def single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_base(tmp_path_factory.mktemp("models") / "base")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, base: Path) -> TrainedFolder:
-    return make_run(tmp_path_factory.mktemp("runs") / "run", base)
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:

@@ -2,13 +2,12 @@
 
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.trained_run import TrainedFolder, make_base, make_run, one_thread, run_export
+from support.trained_run import TrainedFolder, make_run, run_export
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -22,22 +21,6 @@ from dora_dist.runs import records
 
 NUM_MODULES = 14
 FORMATS = ("peft", "compact", "merged")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_base(tmp_path_factory.mktemp("models") / "base")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, base: Path) -> TrainedFolder:
-    return make_run(tmp_path_factory.mktemp("runs") / "run", base)
 
 
 def left_in(folder: Path) -> list[str]:
