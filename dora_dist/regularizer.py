@@ -1,5 +1,5 @@
 """Public: the code is in :mod:`dora_dist.method.regularizer`."""
 
-from dora_dist.method.regularizer import equilibrium_penalty
+from dora_dist.method.regularizer import equilibrium_penalty, penalty_of_stacks
 
-__all__ = ["equilibrium_penalty"]
+__all__ = ["equilibrium_penalty", "penalty_of_stacks"]

@@ -14,16 +14,25 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from dora_dist.adapter import linear_operation
-from dora_dist.adapter.layer import DynamicLoraLinear
-from dora_dist.adapter.linear_operation import LinearSettings, LinearTensors, SavedForBackward, unpack
+from dora_dist.adapter.components import Components
+from dora_dist.adapter.layer import DynamicLoraLinear, components, frozen
+from dora_dist.adapter.linear_operation import Frozen, unpack
 from dora_dist.base_model.shape import GATED_MLP, is_gated_mlp
 
 
-def fuse_gated_mlps(model: nn.Module) -> None:
-    """Let the gated MLPs of a model whose three layers are all adapted run as one operation, in place."""
+def fuse_gated_mlps(model: nn.Module) -> list[list[DynamicLoraLinear]]:
+    """Let the gated MLPs of a model whose three layers are all adapted run as one operation, in place.
+
+    Returns:
+        Gate and up of each, which read one tensor.
+    """
+    groups = []
     for module in model.modules():
-        if is_gated_mlp(module) and _layers(module) is not None:
+        layers = _layers(module) if is_gated_mlp(module) else None
+        if layers is not None:
             module.forward = MethodType(_forward, module)
+            groups.append(layers[:2])
+    return groups
 
 
 def _layers(mlp: nn.Module) -> list[DynamicLoraLinear] | None:
@@ -39,7 +48,8 @@ def _forward(mlp: nn.Module, x: Tensor) -> Tensor:
     if layers is None or any(layer.disable_adapters or _is_watched(layer) for layer in layers):
         alone: Tensor = type(mlp).forward(mlp, x)
         return alone
-    return gated_mlp(x, *(layer.tensors() for layer in layers))
+    gate, up, down = layers
+    return gated_mlp(x, components([gate, up]), frozen([gate, up]), components([down]), frozen([down]))
 
 
 def _is_watched(layer: nn.Module) -> bool:
@@ -47,15 +57,23 @@ def _is_watched(layer: nn.Module) -> bool:
     return any(map(bool, hooks))
 
 
-def gated_mlp(x: Tensor, gate: LinearTensors, up: LinearTensors, down: LinearTensors) -> Tensor:
-    """``down(silu(gate(x)) * up(x))``, differentiable once. Shape ``(..., in) -> (..., out)``."""
-    layers = (gate, up, down)
-    tensors = [tensor for layer in layers for tensor in layer[:3]]
-    settings = [layer.settings for layer in layers]
+def gated_mlp(x: Tensor, outer: Components, outer_frozen: Frozen, down: Components, down_frozen: Frozen) -> Tensor:
+    """``down(silu(gate(x)) * up(x))``, differentiable once. Shape ``(..., in) -> (..., out)``.
+
+    Args:
+        x: the input.
+        outer: components of gate and up.
+        outer_frozen: the rest of gate and up.
+        down: components of down.
+        down_frozen: the rest of down.
+    """
     # torch has no types for `apply`.
-    bridge, product, *down_saved = _UntilProduct.apply(x, settings, *tensors)  # type: ignore[no-untyped-call]
-    saved = SavedForBackward(*down_saved)
-    output: Tensor = _FromProduct.apply(bridge, product, down.settings, saved)  # type: ignore[no-untyped-call]
+    bridge, product, hidden = _UntilProduct.apply(  # type: ignore[no-untyped-call]
+        x, outer_frozen, down_frozen, outer.rows, *outer.columns, down.rows, *down.columns
+    )
+    (base,), (columns,) = down_frozen.bases, down.columns
+    # The gradient of the columns is made in the backward of the other operation.
+    output: Tensor = _FromProduct.apply(bridge, product, base, hidden, columns.detach())  # type: ignore[no-untyped-call]
     return output
 
 
@@ -67,50 +85,49 @@ class _UntilProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, settings: list[LinearSettings], *tensors: Tensor) -> tuple[Tensor | None, ...]:
-        layers = linear_operation.layers_of(tensors, settings)
-        (gate, up), saved = linear_operation.forward(x, layers[:2])
+    def forward(
+        ctx: Any, x: Tensor, outer_frozen: Frozen, down_frozen: Frozen, rows: Tensor, *others: Tensor
+    ) -> tuple[Tensor, ...]:
+        *columns, down_rows, down_columns = others
+        (gate, up), saved = linear_operation.forward(x, Components(rows, tuple(columns)), outer_frozen)
         product = functional.silu(gate).mul_(up)
-        (down_saved,) = linear_operation.read_input(product, layers[2:])
-        # Stands for the output: the gradient of that one comes in as its gradient.
-        bridge = product.new_zeros(()).expand(*x.shape[:-1], settings[2].base.out_features)
-        ctx.settings = settings
-        ctx.save_for_backward(x, gate, up, *(tensor for one in (*saved, down_saved) for tensor in one))
-        # Detached: parameters are inputs here, which must not come out as outputs.
-        handed_on = (product, *(None if tensor is None else tensor.detach() for tensor in down_saved))
-        ctx.mark_non_differentiable(*(tensor for tensor in handed_on if tensor is not None))
+        down = linear_operation.read_input(product, Components(down_rows, (down_columns,)), down_frozen.dropout)
+        # Stands for the output, and is not read: the gradient of that one comes in as its gradient.
+        bridge = product.new_empty(()).expand(*x.shape[:-1], down_frozen.bases[0].out_features)
+        ctx.frozen = outer_frozen, down_frozen
+        ctx.num_saved = len(saved.flat())
+        ctx.save_for_backward(x, gate, up, *saved.flat(), *down.flat())
+        ctx.mark_non_differentiable(product, down.hidden)
         ctx.set_materialize_grads(False)  # there would be zeros for each of them
-        return bridge, *handed_on
+        return bridge, product, down.hidden
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, gate, up, *tensors = ctx.saved_tensors
-        saved = unpack(tensors)
-        needs_x, _, *needs = ctx.needs_input_grad
+        saved, saved_down = unpack(tensors[: ctx.num_saved]), unpack(tensors[ctx.num_saved :])
+        outer_frozen, down_frozen = ctx.frozen
+        needs_x, _, _, *needs = ctx.needs_input_grad
 
         activation = functional.silu(gate)
-        grad_product, down_gradients = linear_operation.backward(
-            [grad_output], activation * up, saved[2:], ctx.settings[2:], True, needs[6:]
-        )
+        down = linear_operation.backward([grad_output], activation * up, saved_down, down_frozen, True, needs[3:])
+        grad_product = down.x
         assert grad_product is not None
         grad_up = activation.mul_(grad_product)
         grad_gate = torch.ops.aten.silu_backward(grad_product.mul_(up), gate)
         del activation, grad_product
 
-        grad_x, gradients = linear_operation.backward(
-            [grad_gate, grad_up], x, saved[:2], ctx.settings[:2], needs_x, needs[:6]
-        )
-        return grad_x, None, *gradients, *down_gradients
+        outer = linear_operation.backward([grad_gate, grad_up], x, saved, outer_frozen, needs_x, needs[:3])
+        return outer.x, None, None, outer.rows, *outer.columns, down.rows, *down.columns
 
 
 class _FromProduct(torch.autograd.Function):
     """The output of the MLP. Keeps nothing, and hands its gradient on to :class:`_UntilProduct`."""
 
     @staticmethod
-    def forward(ctx: Any, bridge: Tensor, product: Tensor, settings: LinearSettings, saved: SavedForBackward) -> Tensor:
-        return linear_operation.output_of(product, settings, saved)
+    def forward(ctx: Any, bridge: Tensor, product: Tensor, base: nn.Linear, hidden: Tensor, columns: Tensor) -> Tensor:
+        return linear_operation.output_of(product, base, hidden, columns)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        return grad_output, None, None, None
+        return grad_output, None, None, None, None

@@ -5,14 +5,15 @@ The layer knows tensors only: no rank of a process, no schedule, no configuratio
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from dora_dist.adapter.linear_operation import LinearSettings, LinearTensors, adapted_linears
+from dora_dist.adapter.components import Components, GatheredComponents, components_of
+from dora_dist.adapter.linear_operation import Frozen, adapted_linears
 from dora_dist.base_model.quantization import is_known_linear
 from dora_dist.config.adapter import INITS
 
@@ -29,8 +30,9 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
     Buffer: ``component_mask`` ``(r,)``, boolean because DeepSpeed casts floating point buffers. A component whose
     mask is False contributes exactly nothing, whatever an optimizer does to its parameters.
 
-    ``shared`` computes the layer together with others that read the same tensor, where there are such. ``on_gradient``,
-    where it is set, is called when a backward comes to the layer.
+    ``shared`` computes the layer together with others that read the same tensor, where there are such. ``gathered`` makes
+    the components of all layers of the model at once, where it is set. ``on_gradient``, where it is set, is called when a
+    backward comes to the layer.
     """
 
     adapter_layer_names = ("lora_A", "lora_B", "lora_gate")
@@ -54,9 +56,7 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
         self.register_buffer("component_mask", torch.ones(r, dtype=torch.bool, device=device))
         self.shared: Callable[[DynamicLoraLinear, Tensor], Tensor] | None = None
         self.on_gradient: Callable[[], None] | None = None
-        self._kept: Tensor | None = None
-        self._kept_of: Tensor | None = None
-        self._kept_version = -1
+        self.gathered: GatheredComponents | None = None
         self.set_adapter(adapter_name)
 
     @property
@@ -83,20 +83,7 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
 
     def effective_gate(self) -> Tensor:
         """Gates with masked components at exactly 0, shape ``(r,)``."""
-        if self.kept_components() is None:
-            return self.gate
         return torch.where(self.component_mask, self.gate, torch.zeros_like(self.gate))
-
-    def kept_components(self) -> Tensor | None:
-        """Indices of the components that the mask leaves, shape ``(k,)``, int64; None where it leaves all.
-
-        Looked up when the mask has changed only: on a GPU, finding them makes the host wait for the device.
-        """
-        mask = self.component_mask
-        if self._kept_of is not mask or self._kept_version != mask._version:
-            self._kept = None if bool(mask.all()) else mask.nonzero().flatten()
-            self._kept_of, self._kept_version = mask, mask._version
-        return self._kept
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``(..., in) -> (..., out)`` in the base layer's output dtype."""
@@ -105,7 +92,7 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
             return output
         if self.shared is not None:
             return self.shared(self, x)
-        return adapted_linears(x, [self.tensors()])[0]
+        return adapted_linears(x, components([self]), frozen([self]))[0]
 
     def computes_as(self, other: "DynamicLoraLinear") -> bool:
         """Whether both multiply in the same dtypes, so that they can be computed together."""
@@ -113,25 +100,11 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
         dtypes = [(one.lora_a.dtype, one.lora_b.dtype) for one in (self, other)]
         return kinds[0] == kinds[1] and dtypes[0] == dtypes[1]
 
-    def tensors(self) -> LinearTensors:
-        """The layer as it computes at this moment."""
+    @property
+    def dropout(self) -> float:
+        """Probability with which an entry of the input is dropped before the components; 0 outside of training."""
         dropout = self.lora_dropout[ADAPTER_NAME]
-        settings = LinearSettings(
-            base=self.base_layer,
-            scale=self.scale,
-            kept=self.kept_components(),
-            dropout=dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0,
-        )
-        return LinearTensors(self.lora_a, self.gate, self._watched(self.lora_b), settings)
-
-    def _watched(self, lora_b: Tensor) -> Tensor:
-        """The parameter as this call reads it: its own gradient may come from elsewhere, such as a regularizer."""
-        on_gradient = self.on_gradient
-        if on_gradient is None or not (torch.is_grad_enabled() and lora_b.requires_grad):
-            return lora_b
-        view = lora_b.view_as(lora_b)
-        view.register_hook(lambda _: on_gradient())
-        return view
+        return dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
 
     @torch.no_grad()
     def initialize(self, init: str, seed: int, name: str, dtype: torch.dtype) -> None:
@@ -161,6 +134,21 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
 
     def __repr__(self) -> str:
         return "dynamic_lora." + super().__repr__()
+
+
+def components(layers: Sequence[DynamicLoraLinear]) -> Components:
+    """What layers that read one tensor compute with at this moment."""
+    found = components_of(layers, layers[0].gathered)
+    for layer, columns in zip(layers, found.columns, strict=True):
+        if layer.on_gradient is not None and columns.requires_grad:
+            # The layer's parameters may have a gradient from elsewhere, such as a regularizer; these have not.
+            columns.register_hook(lambda _, on_gradient=layer.on_gradient: on_gradient())
+    return found
+
+
+def frozen(layers: Sequence[DynamicLoraLinear]) -> Frozen:
+    """The rest of what they compute with."""
+    return Frozen(tuple(layer.base_layer for layer in layers), layers[0].dropout)
 
 
 def _weight(linears: nn.ModuleDict) -> nn.Parameter:

@@ -13,6 +13,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dora_dist.adapter.components import GatheredComponents
 from dora_dist.adapter.gated_mlp import fuse_gated_mlps
 from dora_dist.adapter.layer import ADAPTER_NAME, DynamicLoraLinear
 from dora_dist.adapter.plain_lora import KEY_PREFIX, fold_components, write_lora_adapter
@@ -189,8 +190,8 @@ def add_dynamic_lora(model: PreTrainedModel, config: DynamicLoraConfig, fuse: bo
     Args:
         model: of transformers; its linear layers may be quantized by bitsandbytes (4 or 8 bit).
         config: the adapter.
-        fuse: compute gated MLPs as one operation, and q, k and v of an attention together; allow
-            :meth:`DynamicLoraForCausalLM.leave_out_logits`; cast what a trained head reads to the dtype of its
+        fuse: compute gated MLPs as one operation, q, k and v of an attention together, and what all layers multiply
+            with at once; allow :meth:`DynamicLoraForCausalLM.leave_out_logits`; cast what a trained head reads to the dtype of its
             parameters. With False no forward is replaced and no hook is registered, to compare with: a head whose dtype
             is not that of the base then needs autocast.
 
@@ -232,9 +233,23 @@ def add_dynamic_lora(model: PreTrainedModel, config: DynamicLoraConfig, fuse: bo
     prepare_heads(peft_model, heads, dtype, cast_inputs=fuse)
     peft_model.fused = fuse
     if fuse:
-        fuse_gated_mlps(peft_model)
-        share_inputs(peft_model)
+        _gather_components(peft_model, [*fuse_gated_mlps(peft_model), *share_inputs(peft_model)])
     return peft_model
+
+
+def _gather_components(model: DynamicLoraModel, groups: Sequence[Sequence[DynamicLoraLinear]]) -> None:
+    """Let the components of all layers be made at once, in every forward of the base.
+
+    Args:
+        model: with its adapter.
+        groups: layers that read one tensor; all others read their own.
+    """
+    grouped = {layer for group in groups for layer in group}
+    layers = model.adapted_layers().values()
+    gathered = GatheredComponents([*groups, *([layer] for layer in layers if layer not in grouped)])
+    for layer in layers:
+        layer.gathered = gathered
+    gathered.attach(model.get_base_model())
 
 
 def trained_heads(model: PeftModel) -> dict[str, nn.Module]:

@@ -10,20 +10,27 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dora_dist.adapter.layer import DynamicLoraLinear
+from dora_dist.adapter.layer import DynamicLoraLinear, components, frozen
 from dora_dist.adapter.linear_operation import adapted_linears
 from dora_dist.base_model.shape import QUERY_KEY_VALUE
 from dora_dist.console.text import say
 
 
-def share_inputs(model: nn.Module) -> None:
-    """Let the adapted q, k and v of every attention of a model be computed together, in place."""
+def share_inputs(model: nn.Module) -> list[list[DynamicLoraLinear]]:
+    """Let the adapted q, k and v of every attention of a model be computed together, in place.
+
+    Returns:
+        The layers of each attention, which read one tensor.
+    """
+    groups = []
     for module in model.modules():
         layers = [getattr(module, name, None) for name in QUERY_KEY_VALUE]
         adapted = [layer for layer in layers if isinstance(layer, DynamicLoraLinear)]
         alike = all(layer.in_features == adapted[0].in_features and layer.computes_as(adapted[0]) for layer in adapted)
         if len(adapted) > 1 and alike:
             SharedInput(adapted).attach(module)
+            groups.append(adapted)
+    return groups
 
 
 class SharedInput:
@@ -55,11 +62,11 @@ class SharedInput:
         place = self._layers.index(layer)
         if self._open and self._input is None:
             self._input, self._version = x, x._version
-            outputs = adapted_linears(x, [one.tensors() for one in self._layers])
+            outputs = adapted_linears(x, components(self._layers), frozen(self._layers))
             self._outputs = dict(enumerate(outputs))
         if self._input is x and self._version == x._version and place in self._outputs:
             return self._outputs.pop(place)
-        return adapted_linears(x, [layer.tensors()])[0]
+        return adapted_linears(x, components([layer]), frozen([layer]))[0]
 
     def _begin(self, *_: Any) -> None:
         self._open = True

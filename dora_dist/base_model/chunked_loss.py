@@ -117,7 +117,7 @@ def _add_chunk(
     denominator = logits.exp_().sum(1, keepdim=True)
     if gradient is not None:
         logits /= denominator
-        logits.scatter_add_(1, target, -torch.ones_like(at_target))
+        logits.scatter_(1, target, -1, reduce="add")
         logits /= items
         gradient[chosen] = (logits.to(dtype) @ weight).to(gradient.dtype)
     return (denominator.log() - at_target).sum()

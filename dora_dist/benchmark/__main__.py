@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
         join_at_file(Path(folder) / "meeting", rank=0, size=1, device=device)
         agreement = Agreement(device)
-        work = _growth if parsed.growth else _comparison
+        work = _growth if parsed.growth else _operations if parsed.operations else _comparison
         work(options, environment, agreement)
         agreement.close()
 
@@ -107,6 +107,14 @@ def _growth(options: Options, environment: dict[str, Any], agreement: Any) -> No
     path = _keep(result, "growth", options)
     draw_growth(result, f"A step as the work grows\n{_where(environment)}", path)
     say(f"wrote {path}")
+
+
+def _operations(options: Options, environment: dict[str, Any], agreement: Any) -> None:
+    from dora_dist.benchmark.operations import count_operations, operation_rows
+
+    records = [record for shape in options.shapes for record in count_operations(shape, options, agreement)]
+    print(aligned(operation_rows(records), num_words=5))
+    _keep({"environment": environment, "records": records}, "operations", options)
 
 
 def _scoring(options: Options, environment: dict[str, Any]) -> None:

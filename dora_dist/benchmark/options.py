@@ -24,6 +24,8 @@ CONTESTANTS = {
 CHECKPOINTING = {"off": (False,), "on": (True,), "both": (False, True)}
 DTYPES = ("float32", "bfloat16")
 MOST_ROUNDS = 1000
+COUNTED_SHAPE, COUNTED_LAYERS = "8b-tiny", 4
+"""Whose operations are counted."""
 QUICK_SHAPE, QUICK_ROUNDS, QUICK_WARMUP = "64x2", 2, 1
 """For tests of the command: no figure of it means anything."""
 
@@ -81,6 +83,11 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--growth", action="store_true", help="measure steps against layers, width, rank and number of ranks instead"
     )
+    what.add_argument(
+        "--operations",
+        action="store_true",
+        help="count the operations of a step instead, by default of 8b-tiny with 4 layers",
+    )
     parser.add_argument(
         "--shapes",
         nargs="+",
@@ -94,6 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpointing", choices=CHECKPOINTING, help="by default both, for 8b on")
     parser.add_argument("--sequence", type=int, metavar="N", help="tokens of a row; by default 256, for 8b 2048")
     parser.add_argument("--batch", type=int, metavar="N", help="rows of a step; by default 4, for 8b 1")
+    parser.add_argument("--layers", type=int, metavar="N", help="decoder layers; by default those of the shape")
     parser.add_argument("--vocabulary", type=int, metavar="N", help="by default 4096, for 8b 128256")
     parser.add_argument("--rank", type=int, default=12, metavar="R", help="initial rank; by default 12")
     parser.add_argument("--target-rank", type=int, default=8, metavar="R", help="by default 8")
@@ -121,6 +129,8 @@ def resolve(parsed: argparse.Namespace) -> Options:
     """
     quick = parsed.quick
     names = parsed.shapes or ([QUICK_SHAPE] if quick else ["512x8", "1024x4", "2048x2"])
+    if parsed.operations and parsed.shapes is None:
+        names, parsed.layers = [COUNTED_SHAPE], parsed.layers or COUNTED_LAYERS
     rounds = parsed.rounds if parsed.rounds is not None else QUICK_ROUNDS if quick else 10 if parsed.growth else 20
     warmup = parsed.warmup if parsed.warmup is not None else QUICK_WARMUP if quick else 3
     _check_numbers(parsed, rounds, warmup)
@@ -184,8 +194,8 @@ def _check_numbers(parsed: argparse.Namespace, rounds: int, warmup: int) -> None
         )
     if parsed.peak_tflops is not None and not parsed.peak_tflops > 0:
         raise ValueError(f"--peak-tflops is {parsed.peak_tflops}, but must be positive")
-    for name in ("sequence", "batch", "vocabulary"):
-        least = 1 if name == "batch" else 2
+    for name in ("sequence", "batch", "layers", "vocabulary"):
+        least = 1 if name in ("batch", "layers") else 2
         value = getattr(parsed, name)
         if value is not None and value < least:
             raise ValueError(f"--{name} is {value}, but must be at least {least}")
@@ -206,7 +216,8 @@ def _contestants(parsed: argparse.Namespace) -> tuple[str, ...]:
 
 def _shape(name: str, parsed: argparse.Namespace) -> Shape:
     shape = parse_shape(name)
-    changes = {key: value for key in ("sequence", "batch", "vocabulary") if (value := getattr(parsed, key)) is not None}
+    keys = ("sequence", "batch", "layers", "vocabulary")
+    changes = {key: value for key in keys if (value := getattr(parsed, key)) is not None}
     if parsed.quick:
         changes = {"sequence": 16, "batch": 2, "vocabulary": 128} | changes
     if parsed.checkpointing is not None:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from dora_dist.method.stacking import in_order, stacked
+
 Components = tuple[Tensor, Tensor, Tensor]
 """Of one layer: ``lora_a (r, in), gate (r,), lora_b (out, r)``."""
 ScoreFunction = Callable[[Sequence[Components]], Tensor]
@@ -20,6 +22,8 @@ SHORTEST_BLOCK, LONGEST_BLOCK = 64, 512
 """Entries of a vector that are multiplied at a time."""
 COPIED_AT_ONCE = 2**19
 """Elements in float64: 4 MiB."""
+COPIED_AT_ONCE_ON_GPU = 2**24
+"""128 MiB: the adapter of an 8B model in a few pieces."""
 
 
 @torch.no_grad()
@@ -51,8 +55,8 @@ def component_scores(lora_a: Tensor, gate: Tensor, lora_b: Tensor, eps: float = 
 def score_layers(layers: Sequence[Components], eps: float = 1e-8) -> Tensor:
     """:func:`component_scores` of many layers with the same number of components, in fewer operations.
 
-    The Gram products of a few layers are made at a time, as all ``A`` and ``B`` together are too large to be copied
-    every step; all that follows is done for all layers at once.
+    Gram products are made of layers of one shape together, in pieces, as all ``A`` and ``B`` in float64 would take much
+    memory; all that follows is done for all layers at once.
 
     Returns:
         Scores of shape ``(layers, r)`` in the widest of the inputs' dtypes, but at least float32.
@@ -61,11 +65,11 @@ def score_layers(layers: Sequence[Components], eps: float = 1e-8) -> Tensor:
         ValueError: as for :func:`component_scores`, there are no layers, or their numbers of components differ.
     """
     _check_layers(layers)
-    gram = _grams([lora_a for lora_a, _, _ in layers]) * _grams([lora_b.T for _, _, lora_b in layers])
+    gram = _grams([lora_a for lora_a, _, _ in layers], 1) * _grams([lora_b for _, _, lora_b in layers], 0)
     gates = torch.stack([gate for _, gate, _ in layers]).double()
     norms = gates.abs() * gram.diagonal(dim1=1, dim2=2).sqrt()
-    squares = (gram * gates.unsqueeze(1) * gates.unsqueeze(2)).flatten(1).sum(1, keepdim=True)
-    scores: Tensor = norms / (squares.clamp(min=0).sqrt() + eps)
+    squares = (gram @ gates.unsqueeze(2)).squeeze(2).mul_(gates).sum(1, keepdim=True)
+    scores: Tensor = norms / (squares.clamp_(min=0).sqrt_() + eps)
     dtypes = {tensor.dtype for layer in layers for tensor in layer}
     return scores.to(functools.reduce(torch.promote_types, dtypes, torch.float32))
 
@@ -83,13 +87,8 @@ def component_magnitudes(layers: Sequence[Components]) -> Tensor:
         ValueError: as for :func:`score_layers`.
     """
     _check_layers(layers)
-    norms = [
-        gate.double().abs()
-        * vector_norm(lora_a, dim=1, dtype=torch.float64)
-        * vector_norm(lora_b, dim=0, dtype=torch.float64)
-        for lora_a, gate, lora_b in layers
-    ]
-    return torch.stack(norms)
+    gates = torch.stack([gate for _, gate, _ in layers]).double()
+    return gates.abs() * _lengths([lora_a for lora_a, _, _ in layers], 1) * _lengths([b for _, _, b in layers], 0)
 
 
 def squared_magnitudes(layers: Sequence[Components]) -> Tensor:
@@ -135,38 +134,39 @@ WEIGHT_CRITERIA: dict[str, Callable[[int], ScoreFunction]] = {
 """Criteria that look at weights alone, given a seed: the paper's, its numerator, the square of that, and chance."""
 
 
-def _grams(matrices: Sequence[Tensor]) -> Tensor:
-    """Products of all pairs of rows of each matrix, shape ``(matrices, r, r)``, float64.
+def _lengths(matrices: Sequence[Tensor], dim: int) -> Tensor:
+    """Norms of a matrix' vectors, shape ``(matrices, r)``, float64; arguments as of :func:`_grams`."""
+    return in_order(
+        [(vector_norm(stack, dim=1 + dim, dtype=torch.float64), places) for stack, places in stacked(matrices)]
+    )
 
-    Rows are cut into blocks, and a few matrices of one shape copied into float64 at a time: few operations for small
-    matrices, and for large ones copies that stay in the cache and blocks for all cores. A product of each whole matrix
-    takes twice the time.
+
+def _grams(matrices: Sequence[Tensor], dim: int) -> Tensor:
+    """Products of all pairs of a matrix' vectors, shape ``(matrices, r, r)``, float64.
+
+    Matrices of one shape are multiplied together; on a CPU as many at a time as stay in its cache. Vectors are cut into
+    blocks, so that there is work for all cores: a product of each whole matrix takes twice the time.
 
     Args:
-        matrices: shape ``(r, n)`` each, n of their own, contiguous or the transpose of a contiguous one.
+        matrices: with ``r`` vectors each, of lengths of their own.
+        dim: along which the entries of a vector lie: 1 for rows, 0 for columns.
     """
-    rank = matrices[0].shape[0]
-    grams = torch.empty(len(matrices), rank, rank, dtype=torch.float64, device=matrices[0].device)
-    by_shape: dict[torch.Size, list[int]] = {}
-    for index, matrix in enumerate(matrices):
-        by_shape.setdefault(matrix.shape, []).append(index)
+    device = matrices[0].device
+    most = max(COPIED_AT_ONCE if device.type == "cpu" else COPIED_AT_ONCE_ON_GPU, *(m.numel() for m in matrices))
     # One copy's memory for all: asked for anew, it would cost as much time as the products.
-    scratch = grams.new_empty(max(COPIED_AT_ONCE, max(matrix.numel() for matrix in matrices)))
-    for (_, length), indices in by_shape.items():
+    scratch = torch.empty(min(most, sum(m.numel() for m in matrices)), dtype=torch.float64, device=device)
+    found = []
+    for stack, places in stacked(matrices, most):
+        layers, rank, length = len(places), stack.shape[2 - dim], stack.shape[1 + dim]
         size = _block_size(length)
-        per_matrix = length // size
-        at_once = max(1, COPIED_AT_ONCE // (rank * length))
-        for start in range(0, len(indices), at_once):
-            chosen = indices[start : start + at_once]
-            blocks = scratch[: len(chosen) * rank * length].view(-1, size, rank).mT
-            if matrices[chosen[0]].stride(1) == 1:  # rows of A; the columns of B are copied as they lie, too
-                blocks = blocks.mT.view(-1, rank, size)
-            for place, index in enumerate(chosen):
-                rows = matrices[index].view(rank, per_matrix, size)
-                blocks[place * per_matrix : (place + 1) * per_matrix].copy_(rows.transpose(0, 1))
-            products = torch.bmm(blocks, blocks.mT)
-            grams[chosen] = products.view(len(chosen), per_matrix, rank, rank).sum(1)
-    return grams
+        if dim == 1:
+            blocks = stack.view(layers, rank, length // size, size).transpose(1, 2)
+        else:
+            blocks = stack.view(layers, length // size, size, rank)
+        wide = scratch[: stack.numel()].view(blocks.shape).copy_(blocks).flatten(0, 1)
+        products = torch.bmm(wide, wide.mT) if dim == 1 else torch.bmm(wide.mT, wide)
+        found.append((products.view(layers, -1, rank, rank).sum(1), places))
+    return in_order(found)
 
 
 def _block_size(length: int) -> int:

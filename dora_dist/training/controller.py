@@ -6,6 +6,7 @@ from hashlib import sha256
 import torch
 from torch import Tensor, nn
 
+from dora_dist.adapter.components import stacks_of
 from dora_dist.adapter.layer import DynamicLoraLinear
 from dora_dist.config.pruning import Selection
 from dora_dist.console.errors import ExpectedRunError, mark_common
@@ -15,7 +16,7 @@ from dora_dist.method.budget import Budget
 from dora_dist.method.importance import Components, score_layers
 from dora_dist.method.prune_event import PruneEvent
 from dora_dist.method.rebasing import singular_components
-from dora_dist.method.regularizer import equilibrium_penalty
+from dora_dist.method.regularizer import penalty_of_stacks
 from dora_dist.training.criterion import Criterion, SmoothedScores
 
 
@@ -93,10 +94,15 @@ class DynamicRankController:
         return self.step >= self.schedule.final_step
 
     def penalty(self) -> Tensor | None:
-        """The Dimensional Equilibrium Modulator of all layers (scalar), or None once the mask is fixed."""
+        """The Dimensional Equilibrium Modulator of all layers (scalar), or None once the mask is fixed.
+
+        To be differentiated together with the forward that went before, where there was one.
+        """
         if self.finished_pruning:
             return None
-        return equilibrium_penalty((layer.lora_a, layer.lora_b) for layer in self.layers.values())
+        layers = list(self.layers.values())
+        stacks = stacks_of(layers, layers[0].gathered)
+        return penalty_of_stacks(stacks.rows, stacks.columns)
 
     def after_optimizer_step(self, step: int) -> PruneEvent | None:
         """Score, smooth and, where due, prune. To be called once after every optimizer step, on every rank.
@@ -215,7 +221,10 @@ class DynamicRankController:
         return dict(zip(self.layers, torch.split(flat, self._sizes), strict=True))
 
     def _components(self) -> list[Components]:
-        return [(layer.lora_a, layer.effective_gate(), layer.lora_b) for layer in self.layers.values()]
+        layers = self.layers.values()
+        gates = torch.cat([layer.gate.detach() for layer in layers])
+        gates = gates.where(torch.cat([layer.component_mask for layer in layers]), 0).split(self._sizes)
+        return [(layer.lora_a, gate, layer.lora_b) for layer, gate in zip(layers, gates, strict=True)]
 
     @torch.no_grad()
     def _rebase(self) -> None:

@@ -1,6 +1,8 @@
 """Frozen linear layers of every kind, with and without components, for tests."""
 
+from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
@@ -50,3 +52,17 @@ def adapt_layer(
         with torch.no_grad():
             layer.gate.copy_(torch.linspace(-1, 2, rank))
     return layer
+
+
+def drop_the_same(layers: Sequence[nn.Module]) -> list[Any]:
+    """Let layers that are computed one after the other draw the same dropout, as they do where they are computed
+    together. Returns the handles of the hooks."""
+    states = []
+
+    def remember(*_: Any) -> None:
+        states[:] = [torch.get_rng_state()]
+
+    def repeat(*_: Any) -> None:
+        torch.set_rng_state(states[0])
+
+    return [layer.register_forward_pre_hook(repeat if at else remember) for at, layer in enumerate(layers)]

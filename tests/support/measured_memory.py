@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from dora_dist import add_dynamic_lora
+from dora_dist.adapter.components import stacks_of
 from dora_dist.adapter.model import DynamicLoraModel
 from dora_dist.base_model.load import BaseModelSpec, load_base_model
 from dora_dist.benchmark.peak import PeakMeter
 from dora_dist.config.parse import load_config
 from dora_dist.config.run import RunConfig
 from dora_dist.distributed.world import use_gloo_only
-from dora_dist.method.regularizer import equilibrium_penalty
+from dora_dist.method.regularizer import penalty_of_stacks
 from support.repository import REPOSITORY
 
 
@@ -108,6 +109,7 @@ def _loss(wrapped: nn.Module, model: DynamicLoraModel, config: RunConfig) -> Ten
     loss = wrapped(input_ids=ids, labels=ids, **shape, num_items_in_batch=torch.tensor(ids.numel())).loss
     weight = config.pruning.equilibrium_weight
     if weight:
-        layers = model.adapted_layers().values()
-        loss = loss + weight * equilibrium_penalty((layer.lora_a, layer.lora_b) for layer in layers).to(loss.dtype)
+        layers = list(model.adapted_layers().values())
+        stacks = stacks_of(layers, layers[0].gathered)
+        loss = loss + weight * penalty_of_stacks(stacks.rows, stacks.columns).to(loss.dtype)
     return loss

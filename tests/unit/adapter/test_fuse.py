@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from support.base_layers import drop_the_same
 from support.tiny_encoders import tiny_classifier, tiny_reader, tiny_summarizer, write_classification
 from support.tiny_models import adapt, load_base, loss_and_gradients, shake, tiny_model, tokens, trainable
 from support.tiny_run import tiny_tokenizer, write_config
@@ -55,6 +56,14 @@ def test_loss_and_gradients_are_the_same(tmp_path: Path, quantization: str, drop
         assert (model.leave_out_logits() is None) is model.fused
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        if not model.fused:
+            for parts in (
+                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+                ("mlp.gate_proj", "mlp.up_proj"),
+            ):
+                layers = model.adapted_layers()
+                for number in range(model.get_base_model().config.num_hidden_layers):
+                    drop_the_same([layers[f"model.layers.{number}.{part}"] for part in parts])
         torch.manual_seed(7)
         results.append(loss_and_gradients(model))
     (fused_loss, fused), (loss, gradients) = results

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.base_layers import adapt_layer, make_base
+from support.base_layers import adapt_layer, drop_the_same, make_base
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GemmaConfig, LlamaConfig, Qwen3Config
@@ -50,7 +50,12 @@ def results(mlp: nn.Module, forward, x: Tensor) -> list[Tensor]:
 
 
 def fused_and_not(mlp: nn.Module, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    return results(mlp, mlp, x), results(mlp, lambda rows: type(mlp).forward(mlp, rows), x)
+    fused = results(mlp, mlp, x)
+    hooks = drop_the_same([mlp.gate_proj, mlp.up_proj])
+    alone = results(mlp, lambda rows: type(mlp).forward(mlp, rows), x)
+    for hook in hooks:
+        hook.remove()
+    return fused, alone
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -1,5 +1,7 @@
 """The fused operation against the same formula left to autograd."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,10 +9,29 @@ from support.base_layers import IN, OUT, RANK, make_base
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dora_dist.adapter.linear_operation import LinearSettings, LinearTensors, adapted_linears
+from dora_dist.adapter.components import components_of
+from dora_dist.adapter.linear_operation import Frozen, adapted_linears
 
 SCALE = 2 / 3
-KEPT = {"all": None, "some": [0, 3, 4], "one": [5], "none": []}
+KEPT = {"all": list(range(RANK)), "some": [0, 3, 4], "one": [5], "none": []}
+
+
+@dataclass(eq=False)
+class Parameters:
+    """Those of a layer."""
+
+    lora_a: Tensor
+    gate: Tensor
+    lora_b: Tensor
+    component_mask: Tensor
+    scale: float = SCALE
+
+
+def mask_of(kept: list[int]) -> Tensor:
+    return torch.tensor([number in kept for number in range(RANK)])
+
+
+ALL = mask_of(KEPT["all"])
 
 
 def draw(dtype: torch.dtype = torch.float32, kind: str = "plain") -> tuple[nn.Module, list[Tensor]]:
@@ -21,27 +42,26 @@ def draw(dtype: torch.dtype = torch.float32, kind: str = "plain") -> tuple[nn.Mo
     return base, [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
 
 
-def adapted_linear(x: Tensor, lora_a: Tensor, gate: Tensor, lora_b: Tensor, settings: LinearSettings) -> Tensor:
-    return adapted_linears(x, [LinearTensors(lora_a, gate, lora_b, settings)])[0]
+def adapted_linear(x: Tensor, lora_a: Tensor, gate: Tensor, lora_b: Tensor, base, mask=ALL, dropout=0.0) -> Tensor:
+    components = components_of([Parameters(lora_a, gate, lora_b, mask)], None)
+    return adapted_linears(x, components, Frozen((base,), dropout))[0]
 
 
-def by_autograd(x: Tensor, lora_a: Tensor, gate: Tensor, lora_b: Tensor, settings: LinearSettings) -> Tensor:
-    if settings.kept is not None:
-        lora_a, gate, lora_b = lora_a[settings.kept], gate[settings.kept], lora_b[:, settings.kept]
+def by_autograd(x: Tensor, lora_a: Tensor, gate: Tensor, lora_b: Tensor, base, mask=ALL, dropout=0.0) -> Tensor:
+    lora_a, gate, lora_b = lora_a[mask], gate[mask], lora_b[:, mask]
     rows = x
-    if settings.dropout:
-        left = torch.native_dropout(torch.ones_like(x).flatten(0, 1), settings.dropout, True)[0]
+    if dropout:
+        left = torch.native_dropout(torch.ones_like(x).flatten(0, 1), dropout, True)[0]
         rows = x * left.view_as(x)
-    hidden = F.linear(rows.to(lora_a.dtype), lora_a) * (gate * settings.scale)
-    output = settings.base(x)
+    hidden = F.linear(rows.to(lora_a.dtype), lora_a) * (gate * SCALE)
+    output = base(x)
     return output + F.linear(hidden, lora_b).to(output.dtype)
 
 
 def results(function, base: nn.Module, inputs: list[Tensor], **options) -> list[Tensor]:
     """Output and gradients."""
     torch.manual_seed(5)
-    x, *adapter = inputs
-    output = function(x, *adapter, LinearSettings(base=base, scale=SCALE, **options))
+    output = function(*inputs, base, **options)
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(output.dtype)
     return [output.detach(), *torch.autograd.grad((output * weights).sum(), inputs)]
 
@@ -50,7 +70,7 @@ def results(function, base: nn.Module, inputs: list[Tensor], **options) -> list[
 @pytest.mark.parametrize("kept", KEPT)
 def test_output_and_gradients_are_those_of_the_formula(kept, dropout):
     base, inputs = draw(torch.float64)
-    options = {"kept": None if KEPT[kept] is None else torch.tensor(KEPT[kept], dtype=torch.int64), "dropout": dropout}
+    options = {"mask": mask_of(KEPT[kept]), "dropout": dropout}
     found, wanted = (results(function, base, inputs, **options) for function in (adapted_linear, by_autograd))
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
@@ -98,7 +118,7 @@ def test_what_is_frozen_gets_no_gradient_and_changes_no_other(frozen):
     wanted = results(by_autograd, base, inputs)[1:]
     inputs[frozen].requires_grad_(False)
     x, *adapter = inputs
-    output = adapted_linear(x, *adapter, LinearSettings(base=base, scale=SCALE))
+    output = adapted_linear(x, *adapter, base)
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(output.dtype)
     (output * weights).sum().backward()
     for index, tensor in enumerate(inputs):
@@ -112,8 +132,8 @@ def test_what_is_frozen_gets_no_gradient_and_changes_no_other(frozen):
 def test_gradient_checkpointing_drops_the_same_entries(dropout):
     base, inputs = draw(torch.float64)
 
-    def checkpointed(*arguments):
-        return checkpoint(adapted_linear, *arguments, use_reentrant=False)
+    def checkpointed(*arguments, **options):
+        return checkpoint(adapted_linear, *arguments, use_reentrant=False, **options)
 
     found, wanted = (results(function, base, inputs, dropout=dropout) for function in (checkpointed, adapted_linear))
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
@@ -121,7 +141,7 @@ def test_gradient_checkpointing_drops_the_same_entries(dropout):
 
 def test_a_second_derivative_is_refused():
     base, inputs = draw(torch.float64)
-    output = adapted_linear(*inputs, LinearSettings(base=base, scale=SCALE))
+    output = adapted_linear(*inputs, base)
     (gradient,) = torch.autograd.grad(output.square().sum(), inputs[1], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
@@ -143,11 +163,12 @@ def test_nothing_of_the_inputs_size_is_kept_but_the_input():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        adapted_linear(*inputs, LinearSettings(base=base, scale=SCALE, dropout=0.3))
+        adapted_linear(*inputs, base, dropout=0.3)
     own = {tensor.data_ptr() for tensor in inputs}
     sizes = {(tensor.dtype, tensor.numel()) for tensor in kept if tensor.data_ptr() not in own}
-    # a_i . x, s c_i b_i, and the mask of dropout, a byte an entry
-    assert sizes == {(torch.float32, 18 * RANK), (torch.float32, OUT * RANK), (torch.bool, 18 * IN)}
+    # a_i . x, the mask of dropout, a byte an entry, and what the components are made of
+    small = {(torch.float32, numel) for numel in (RANK, IN * RANK, OUT * RANK)}
+    assert sizes - small == {(torch.float32, 18 * RANK), (torch.bool, 18 * IN)}
 
 
 def test_training_follows_the_formulas_trajectory():
@@ -163,10 +184,9 @@ def test_training_follows_the_formulas_trajectory():
         optimizer = torch.optim.AdamW([*adapter, *more], lr=1e-2)
         losses[function] = []
         for step in range(30):
-            kept = None if step < 15 else torch.tensor([1, 2, 5])
-            settings = [LinearSettings(base=one, scale=SCALE, kept=kept) for one in (base, second)]
-            hidden = torch.tanh(function(x.detach(), *adapter, settings[0]))
-            loss = (function(hidden, *more, settings[1]) - 1).square().mean()
+            mask = ALL if step < 15 else mask_of([1, 2, 5])
+            hidden = torch.tanh(function(x.detach(), *adapter, base, mask))
+            loss = (function(hidden, *more, second, mask) - 1).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -175,20 +195,38 @@ def test_training_follows_the_formulas_trajectory():
     assert losses[adapted_linear][-1] < losses[adapted_linear][0]
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("kept", [None, [0, 3]])
-def test_layers_that_read_one_tensor_are_as_each_alone(kept, dropout):
+@pytest.mark.parametrize("kept", [KEPT["all"], [0, 3]])
+def test_layers_that_read_one_tensor_are_as_each_alone(kept):
     """Of which one has lost components; the gradient of the input is the sum."""
+    x, layers, bases, tensors = two_layers(kept)
+    together = adapted_linears(x, components_of(layers, None), Frozen(bases))
+    each = [adapted_linears(x, components_of([one], None), Frozen((base,)))[0] for one, base in zip(layers, bases)]
+    found, wanted = (
+        [*outputs, *torch.autograd.grad(sum((at + 2) * y.square().sum() for at, y in enumerate(outputs)), tensors)]
+        for outputs in (together, each)
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_layers_that_read_one_tensor_drop_the_same_entries():
+    x, layers, bases, tensors = two_layers([0, 3])
+    torch.manual_seed(5)
+    together = adapted_linears(x, components_of(layers, None), Frozen(bases, 0.4))
+    each = []
+    for one, base in zip(layers, bases, strict=True):
+        torch.manual_seed(5)
+        each.append(by_autograd(x, one.lora_a, one.gate, one.lora_b, base, one.component_mask, 0.4))
+    found, wanted = (
+        [*outputs, *torch.autograd.grad(sum((at + 2) * y.square().sum() for at, y in enumerate(outputs)), tensors)]
+        for outputs in (together, each)
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
+def two_layers(kept: list[int]):
+    """Input, parameters of two layers, their bases, and all that has gradients; float64."""
     _, (x, *first) = draw(torch.float64)
     second = [(tensor.detach() * 2).requires_grad_() for tensor in first]
-    bases = [make_base(seed=seed).to(torch.float64) for seed in (0, 1)]
-    settings = [LinearSettings(bases[0], SCALE, None if kept is None else torch.tensor(kept), dropout)]
-    settings += [LinearSettings(bases[1], SCALE, None, dropout)]
-    layers = [LinearTensors(*first, settings[0]), LinearTensors(*second, settings[1])]
-    found = {}
-    for together in (True, False):
-        torch.manual_seed(5)
-        outputs = adapted_linears(x, layers) if together else [adapted_linears(x, [layer])[0] for layer in layers]
-        loss = sum((output * (2 + at)).square().sum() for at, output in enumerate(outputs))
-        found[together] = [*outputs, *torch.autograd.grad(loss, [x, *first, *second])]
-    torch.testing.assert_close(found[True], found[False], rtol=1e-12, atol=1e-12)
+    layers = [Parameters(*first, mask_of(kept)), Parameters(*second, ALL)]
+    bases = tuple(make_base(seed=seed).to(torch.float64) for seed in (0, 1))
+    return x, layers, bases, [x, *first, *second]

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support.base_layers import IN, adapt_layer, make_base
+from support.base_layers import IN, adapt_layer, drop_the_same, make_base
 from torch import Tensor, nn
 
 from dora_dist.adapter.layer import DynamicLoraLinear
@@ -42,13 +42,20 @@ def shared_and_not(*inputs: Tensor, **options) -> tuple[Attention, list[Tensor],
     alone, shared = Attention(**options), Attention(**options)
     share_inputs(shared)
     assert shared.is_shared()
+    drop_the_same(alone.layers())
     return shared, results(shared, *inputs), results(alone, *inputs)
+
+
+def assert_same(found: list[Tensor], wanted: list[Tensor]) -> None:
+    """To float32's rounding, measured by the largest entry: others may be differences of large ones."""
+    for one, other in zip(found, wanted, strict=True):
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max()
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_together_is_as_each_alone(dropout):
     shared, found, wanted = shared_and_not(draw_x(), dropout=dropout)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert_same(found, wanted)
     assert shared.is_shared()
 
 
@@ -91,7 +98,7 @@ def test_the_same_tensor_with_other_values_is_computed_anew():
 
 def test_cross_attention_is_right_and_is_no_longer_computed_ahead():
     shared, found, wanted = shared_and_not(draw_x(), draw_x(2))
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert_same(found, wanted)
     assert not any(layer.shared is not None for layer in shared.layers())
 
 

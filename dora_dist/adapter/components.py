@@ -1,0 +1,233 @@
+"""Components of many layers as their products read them, made of all parameters at once.
+
+A layer reads its rows ``a_i`` and its columns ``s c_i b_i``, in the dtype of the computation and with those that a mask
+leaves out at 0. Made layer by layer, they take several small operations a layer, in every forward and in every
+recomputation, and on a GPU a step of one row waits for such launches. Here the parameters of all layers are copied side
+by side once a forward, and a few operations make what all layers read. Parameters stay where they are, since ZeRO owns
+their storage.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class AdaptedLayer(Protocol):
+    """What is read of a :class:`~dora_dist.adapter.layer.DynamicLoraLinear`."""
+
+    component_mask: Tensor
+
+    @property
+    def lora_a(self) -> nn.Parameter: ...
+    @property
+    def gate(self) -> nn.Parameter: ...
+    @property
+    def lora_b(self) -> nn.Parameter: ...
+    @property
+    def scale(self) -> float: ...
+
+
+class Stacks(NamedTuple):
+    """Parameters of layers side by side: copies, differentiable in the parameters."""
+
+    rows: tuple[Tensor, ...]
+    """Rows ``a_i`` of all layers of one input width, shape ``(components, in)``, for each such width."""
+    gates: Tensor
+    """Shape ``(components,)``, in the order of :attr:`columns`."""
+    columns: tuple[Tensor, ...]
+    """``lora_b`` of all layers of one shape, shape ``(layers, out, r)``, for each such shape."""
+
+
+class Components(NamedTuple):
+    """Of layers that read one tensor, in the dtype of the computation."""
+
+    rows: Tensor
+    """``a_i`` of all of them, shape ``(components, in)``."""
+    columns: tuple[Tensor, ...]
+    """``s c_i b_i`` of each, shape ``(r, out)``; exactly 0 where the mask leaves a component out."""
+
+
+class Layout:
+    """Which parameters lie side by side.
+
+    Args:
+        groups: layers that read one tensor.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[AdaptedLayer]]) -> None:
+        self.groups = groups
+        self._by_width: dict[int, list[int]] = {}
+        self._by_shape: dict[torch.Size, list[AdaptedLayer]] = {}
+        for number, group in enumerate(groups):
+            self._by_width.setdefault(group[0].lora_a.shape[1], []).append(number)
+            for layer in group:
+                self._by_shape.setdefault(layer.lora_b.shape, []).append(layer)
+        self._layers = [layer for layers in self._by_shape.values() for layer in layers]
+        self._masks: list[Tensor] = []
+        self._state: list[tuple[int, int, float]] = []
+        self._factors: Factors
+
+    @property
+    def component_dtype(self) -> torch.dtype:
+        """In which components are computed: that of the adapter, or that of autocast where it is on."""
+        kind = self._layers[0].gate.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self._layers[0].lora_a.dtype
+
+    def stack(self) -> Stacks:
+        """The parameters as they are now."""
+        columns = tuple(torch.stack([layer.lora_b for layer in layers]) for layers in self._by_shape.values())
+        for stack in columns:
+            if stack.requires_grad:
+                # It comes transposed; as it is, autograd would copy every layer's part on its own.
+                stack.register_hook(Tensor.contiguous)
+        rows = tuple(
+            torch.cat([layer.lora_a for number in numbers for layer in self.groups[number]])
+            for numbers in self._by_width.values()
+        )
+        return Stacks(rows, torch.cat([layer.gate for layer in self._layers]), columns)
+
+    def components(self, stacks: Stacks) -> list[Components]:
+        """Of every group."""
+        dtype, constants = self.component_dtype, self._current_factors()
+        rows: dict[int, Tensor] = {}
+        for numbers, stack, mask in zip(self._by_width.values(), stacks.rows, constants.masks, strict=True):
+            sizes = [sum(len(layer.gate) for layer in self.groups[number]) for number in numbers]
+            kept = stack if mask is None else stack * mask
+            rows |= zip(numbers, kept.to(dtype).split(sizes), strict=True)
+        scaled = (stacks.gates * constants.scales).to(stacks.gates.dtype)
+        factors = scaled.split([len(layers) * shape[1] for shape, layers in self._by_shape.items()])
+        columns: dict[AdaptedLayer, Tensor] = {}
+        for (shape, layers), stack, factor in zip(self._by_shape.items(), stacks.columns, factors, strict=True):
+            made = stack.mT.reshape(-1, shape[0]) * factor.unsqueeze(1)
+            columns |= zip(layers, made.to(dtype).split(shape[1]), strict=True)
+        return [
+            Components(rows[number], tuple(columns[layer] for layer in group))
+            for number, group in enumerate(self.groups)
+        ]
+
+    def _current_factors(self) -> "Factors":
+        """Made anew when a mask or a scale has changed only: the host of a GPU waits for what it reads from there, and for
+        what it copies."""
+        state = [(id(layer.component_mask), layer.component_mask._version, layer.scale) for layer in self._layers]
+        if state != self._state:
+            self._state = state
+            self._masks = [layer.component_mask for layer in self._layers]  # as long as they live, their ids are theirs
+            gate = self._layers[0].gate
+            wide = torch.promote_types(gate.dtype, torch.float32)
+            scales = [mask.to(wide) * layer.scale for mask, layer in zip(self._masks, self._layers, strict=True)]
+            masks: list[Tensor | None] = [None] * len(self._by_width)
+            if not torch.cat(self._masks).all():
+                for at, numbers in enumerate(self._by_width.values()):
+                    of_width = [layer.component_mask for number in numbers for layer in self.groups[number]]
+                    masks[at] = torch.cat(of_width).to(gate.dtype).unsqueeze(1)
+            self._factors = Factors(torch.cat(scales), masks)
+        return self._factors
+
+
+class Factors(NamedTuple):
+    """What components are multiplied with beside their gates. Constants between two events."""
+
+    scales: Tensor
+    """``s``, 0 for a masked component, shape ``(components,)``, in the order of the gates, in at least float32."""
+    masks: Sequence[Tensor | None]
+    """Of the rows of each input width, shape ``(components, 1)``; None where none is masked. With them a masked component
+    is 0 however large it is: its row times 0 stays finite, where its products need not."""
+
+
+class GatheredComponents:
+    """Components of all adapted layers of a model, made once in each of its forwards.
+
+    Gradient checkpointing, in its form that is not reentrant, computes layers again in the backward. They find there
+    what the forward has made, since nothing is made within a layer.
+
+    Args:
+        groups: layers that read one tensor; every adapted layer of the model is in one group.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[AdaptedLayer]]) -> None:
+        self._layout = Layout(groups)
+        self._place = {layer: (number, at) for number, group in enumerate(groups) for at, layer in enumerate(group)}
+        self._in_forward = False
+        self._stacks: Stacks | None = None
+        self._components: list[Components] | None = None
+        self._of_backward = -1
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to one forward: a tensor with a history cannot be copied."""
+        return {**vars(self), "_in_forward": False, "_stacks": None, "_components": None}
+
+    def attach(self, model: nn.Module) -> None:
+        """Serve the layers in the forwards of this model, and in their backwards."""
+        model.register_forward_pre_hook(self._begin)
+        model.register_forward_hook(self._end, always_call=True)
+
+    def stacks(self) -> Stacks:
+        """Parameters of all layers: those that the latest forward has read, until its backward; then as they are.
+
+        They may be differentiated together with that forward, which costs less than through the parameters.
+        """
+        return self._layout.stack() if self._stacks is None else self._stacks
+
+    def of(self, layers: Sequence[AdaptedLayer]) -> Components | None:
+        """Of layers that follow each other in one group, within a forward of the model and its backward; None
+        elsewhere."""
+        if not self._in_forward and not self._in_backward():
+            return None
+        assert self._components is not None
+        number, at = self._place[layers[0]]
+        whole, group = self._components[number], self._layout.groups[number]
+        if len(layers) == len(group):
+            return whole
+        sizes = [len(layer.gate) for layer in group]
+        start, end = sum(sizes[:at]), sum(sizes[: at + len(layers)])
+        return Components(whole.rows[start:end], whole.columns[at : at + len(layers)])
+
+    def _begin(self, *_: Any) -> None:
+        self._in_forward = True
+        self._stacks = stacks = self._layout.stack()
+        self._components = self._layout.components(stacks)
+        trained = _first_trained(stacks)
+        if trained is not None:
+            trained.register_hook(lambda _: self._forget(stacks))
+
+    def _end(self, *_: Any) -> None:
+        self._in_forward = False
+        if self._stacks is not None and _first_trained(self._stacks) is None:
+            self._forget(self._stacks)
+
+    def _forget(self, stacks: Stacks) -> None:
+        """Let go of what a forward has made, unless a later one has made its own."""
+        if self._stacks is stacks:
+            self._stacks = self._components = None
+
+    def _in_backward(self) -> bool:
+        """Whether a backward is running, which then finds components: those of the latest forward or, where that had its
+        backward, the same values made again. No gradient goes through what is computed again."""
+        backward = torch._C._current_graph_task_id()  # torch has no public name; its checkpointing asks for it too
+        if backward < 0:
+            return False
+        if self._stacks is None and (self._components is None or self._of_backward != backward):
+            with torch.no_grad():
+                self._components = self._layout.components(self._layout.stack())
+            self._of_backward = backward
+        return True
+
+
+def components_of(layers: Sequence[AdaptedLayer], gathered: GatheredComponents | None) -> Components:
+    """Of layers that read one tensor: those gathered for the whole model where it runs, their own elsewhere."""
+    found = None if gathered is None else gathered.of(layers)
+    if found is None:
+        layout = Layout([layers])
+        (found,) = layout.components(layout.stack())
+    return found
+
+
+def stacks_of(layers: Sequence[AdaptedLayer], gathered: GatheredComponents | None) -> Stacks:
+    """Parameters of all adapted layers of a model; see :meth:`GatheredComponents.stacks`."""
+    return Layout([[layer] for layer in layers]).stack() if gathered is None else gathered.stacks()
+
+
+def _first_trained(stacks: Stacks) -> Tensor | None:
+    return next((stack for stack in (*stacks.rows, stacks.gates, *stacks.columns) if stack.requires_grad), None)
