@@ -18,6 +18,7 @@ from dora_dist.console.command import capture, run_command
 from dora_dist.console.errors import PreemptedError, mark_common
 from dora_dist.console.files import follow_umask
 from dora_dist.console.library_warnings import quiet_libraries
+from dora_dist.console.phases import Phases
 from dora_dist.console.text import say
 from dora_dist.distributed.launcher import check_launch, check_world_size
 from dora_dist.distributed.preemption import PreemptionNotice
@@ -111,14 +112,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         refuse_foreign_folder(Path(config.output_dir))
     except ValueError as error:
         raise mark_common(error) from None  # the ranks of a node have the same command line and launcher
-    with PreemptionNotice() as notice:
+    with PreemptionNotice() as notice, Phases("starting") as phases:
         from dora_dist.distributed.heartbeat import HeartbeatMonitor
         from dora_dist.distributed.rendezvous import join_rendezvous
 
+        phases.phase = "waiting for all ranks to start"
         rendezvous = (
             join_rendezvous(60 * config.distributed.join_minutes, "distributed.join_minutes") if launched else None
         )
-        with HeartbeatMonitor(rendezvous, config.distributed.silent_seconds) as monitor:
+        with HeartbeatMonitor(rendezvous, config.distributed.silent_seconds, phases) as monitor:
             train(config, notice, monitor, launched, dry_run)
 
 
