@@ -167,7 +167,9 @@ class Agreement:
     def _exchange(self, failure: str | None, phase: str) -> list[str | None]:
         """The failures of all ranks, for which this one may wait long."""
         self.note(phase + " (done on this rank, which waits for the others)" * self.distributed)
-        return self.gather(failure)
+        failures = self.gather(failure)
+        self.note(phase)  # what follows may have no phase of its own
+        return failures
 
     def _raise_failures(self, by_rank: Sequence[str | None], phase: str) -> None:
         failures = {rank: text for rank, text in enumerate(by_rank) if text is not None}
