@@ -16,7 +16,7 @@ COMMANDS = {
     "recipe": ("dora_dist.setup.recipe", "list or print configurations to start from, or write the Slurm scripts"),
     "prepare": ("dora_dist.prepare", "encode the data of a run once, in parallel"),
     "preview": ("dora_dist.preview.__main__", "show examples token by token, as training will see them"),
-    "estimate": ("dora_dist.estimate", "memory per GPU, from the model's configuration alone"),
+    "estimate": ("dora_dist.estimate", "memory per GPU and time, from configuration and data alone"),
     "doctor": ("dora_dist.doctor.__main__", "look at this machine or job: versions, GPUs, network, folder"),
     "train": ("dora_dist.train:start", "train; starts its own ranks, one for each GPU"),
     "report": ("dora_dist.report", "summary and pictures of a run, from its files"),

@@ -16,6 +16,7 @@ from typing import Any
 
 from dora_dist.console.command import run_command
 from dora_dist.console.library_warnings import quiet_libraries
+from dora_dist.console.phases import Phases
 from dora_dist.console.text import say
 from dora_dist.data.reading.samples import ROLES
 
@@ -203,8 +204,9 @@ def answer_twice(trained: Any, questions: Iterable[Question], max_new_tokens: in
     tokenizer = trained.load_tokenizer()
     stop = stop_tokens(tokenizer, tokenizer.get_chat_template() if trained.chat else None)
     # bfloat16 is far slower than float32 on most CPUs.
-    base = trained.load_base(device, in_float32=device.type == "cpu")
-    model = PeftModel.from_pretrained(base, str(trained.adapter))
+    with Phases("loading the model"):
+        base = trained.load_base(device, in_float32=device.type == "cpu")
+        model = PeftModel.from_pretrained(base, str(trained.adapter))
     model.eval()
     for question in questions:
         ids = question.ids(tokenizer, trained.chat)

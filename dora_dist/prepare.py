@@ -12,6 +12,7 @@ from dora_dist.config.parse import load_config
 from dora_dist.console.arguments import CONFIG_HELP, with_config_option
 from dora_dist.console.command import run_command
 from dora_dist.console.library_warnings import quiet_libraries
+from dora_dist.console.phases import Phases
 from dora_dist.console.text import say
 
 
@@ -42,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from dora_dist.data.prepared import render
     from dora_dist.setup import run_data
 
-    _, data = run_data.read_data(config)
+    with Phases("preparing data"):
+        _, data = run_data.read_data(config)
     for remark in data.remarks():
         say(remark)
     print(render("training data", data.train))

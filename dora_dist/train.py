@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_dist.config.parse import parse_config
-from dora_dist.console.arguments import with_config_option
+from dora_dist.console.arguments import SPEED_OPTION, add_speed_option, speed_of, with_config_option
 from dora_dist.console.command import capture, run_command
 from dora_dist.console.errors import PreemptedError, mark_common
 from dora_dist.console.files import follow_umask
 from dora_dist.console.library_warnings import quiet_libraries
+from dora_dist.console.phases import Phases
 from dora_dist.console.text import say
 from dora_dist.distributed.launcher import check_launch, check_world_size
 from dora_dist.distributed.preemption import PreemptionNotice
@@ -44,9 +45,11 @@ class DryRun:
 
     Attributes:
         ranks: of the launch that is meant (``--world-size``); None for this one.
+        tokens_per_second: of all these ranks (``--tokens-per-second``); None for what the folder of the run shows.
     """
 
     ranks: int | None = None
+    tokens_per_second: float | None = None
 
 
 def start(arguments: Sequence[str]) -> None:
@@ -111,14 +114,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         refuse_foreign_folder(Path(config.output_dir))
     except ValueError as error:
         raise mark_common(error) from None  # the ranks of a node have the same command line and launcher
-    with PreemptionNotice() as notice:
+    with PreemptionNotice() as notice, Phases("starting") as phases:
         from dora_dist.distributed.heartbeat import HeartbeatMonitor
         from dora_dist.distributed.rendezvous import join_rendezvous
 
+        phases.phase = "waiting for all ranks to start"
         rendezvous = (
             join_rendezvous(60 * config.distributed.join_minutes, "distributed.join_minutes") if launched else None
         )
-        with HeartbeatMonitor(rendezvous, config.distributed.silent_seconds) as monitor:
+        with HeartbeatMonitor(rendezvous, config.distributed.silent_seconds, phases) as monitor:
             train(config, notice, monitor, launched, dry_run)
 
 
@@ -126,14 +130,21 @@ def split_dry_run(arguments: Sequence[str]) -> tuple[list[str], DryRun | None]:
     """The arguments that are the configuration's, and the dry run that the others ask for.
 
     Raises:
-        ValueError: ``--world-size`` is given for a run.
+        ValueError: an option of a dry run is given for a run, or is no number.
     """
     parser = argparse.ArgumentParser(prog="dora-dist train", add_help=False, allow_abbrev=False)
     parser.add_argument(DRY_RUN, action="store_true")
     parser.add_argument("--world-size", type=int)
+    add_speed_option(parser)
     options, rest = parser.parse_known_args(arguments)
+    speed = speed_of(options)
     if options.dry_run:
-        return rest, DryRun(options.world_size)
+        return rest, DryRun(options.world_size, speed)
+    if speed is not None:
+        raise ValueError(
+            f"{SPEED_OPTION} is {speed:g}, but it is for {DRY_RUN}, which estimates the time of a "
+            "run by it: leave it out"
+        )
     if options.world_size is not None:
         raise ValueError(
             f"--world-size is {options.world_size}, but it is for {DRY_RUN}: a run has as many ranks as are started "
@@ -155,7 +166,7 @@ def train(
         dry_run: print what the run would be, and end; None to train.
     """
     from dora_dist.distributed import world
-    from dora_dist.runs import claim, resume
+    from dora_dist.runs import claim
     from dora_dist.setup import run_data
 
     run = Path(config.output_dir)
@@ -167,8 +178,7 @@ def train(
     engine = config.distributed.engine if launched else "none"
     with world.joined(engine, config.distributed.timeout_minutes, monitor) as agreement:
         if dry_run is not None:
-            ranks = dry_run.ranks or agreement.size
-            print_dry_run(config, decide(config, data, resume.Earlier(folder=run), agreement, ranks), agreement, ranks)
+            print_dry_run(config, data, agreement, dry_run)
             return
         with claim.held(run, agreement):
             train_or_go_on(config, data, agreement, notice)
@@ -315,13 +325,22 @@ def stop_before_training(notice: PreemptionNotice, agreement: "Agreement") -> No
         raise PreemptedError("preempted before training: nothing to save; start the same command again to go on")
 
 
-def print_dry_run(config: "RunConfig", resolved: "ResolvedRun", agreement: "Agreement", ranks: int) -> None:
+def print_dry_run(
+    config: "RunConfig",
+    data: "Captured[tuple[PreTrainedTokenizerBase, RunData]]",
+    agreement: "Agreement",
+    dry_run: DryRun,
+) -> None:
     """Print on the first rank what the run would do."""
+    from dora_dist.runs import resume
+    from dora_dist.runs.speed import find_speed
     from dora_dist.setup.describe import describe
 
+    run, ranks = Path(config.output_dir), dry_run.ranks or agreement.size
+    resolved = decide(config, data, resume.Earlier(folder=run), agreement, ranks)
     with agreement.together("estimating"):
         if agreement.is_first:
-            print(describe(config, resolved, ranks), flush=True)
+            print(describe(config, resolved, ranks, find_speed(run, dry_run.tokens_per_second)), flush=True)
 
 
 def describe_adapter(folder: Path) -> str:

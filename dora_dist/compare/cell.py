@@ -19,6 +19,7 @@ from dora_dist.compare.cell_result import record_failure
 from dora_dist.compare.plan import Cell, Plan
 from dora_dist.console import files
 from dora_dist.console.errors import PreemptedError
+from dora_dist.console.phases import Phases
 from dora_dist.distributed.heartbeat import HeartbeatMonitor
 from dora_dist.distributed.preemption import PreemptionNotice
 from dora_dist.runs import checkpoint
@@ -74,7 +75,10 @@ def _train(plan: Plan, cell: Cell) -> None:
         if plan.method(cell.group).peer:
             train_adalora(config, dataclasses.asdict(plan.config.adalora), notice)
             return
-        with HeartbeatMonitor(None, config.distributed.silent_seconds) as monitor:
+        with (
+            Phases("starting") as phases,
+            HeartbeatMonitor(None, config.distributed.silent_seconds, phases) as monitor,
+        ):
             train.train(config, notice, monitor, launched=True, dry_run=None)
 
 

@@ -21,11 +21,13 @@ def build_parser() -> ArgumentParser:
     """The command line of ``dora_dist.train``: ``--config FILE`` and one option for every key."""
     parser = ArgumentParser(
         prog="dora-dist train",
-        usage="%(prog)s CONFIG [--processes N] [--dry-run [--world-size N]] [--section.key value ...]",
+        usage="%(prog)s CONFIG [--processes N] [--dry-run [--world-size N] [--tokens-per-second N]] "
+        "[--section.key value ...]",
         description="Dynamic Low-Rank Adaptation (ACL 2024), not weight-decomposed DoRA. Starts one rank for each GPU, "
         "or --processes N; accelerate launch --config_file launch/X.yaml -m dora_dist.train --config CONFIG starts the "
         "same ranks. Every key of the YAML can be overridden as --section.key value. --dry-run checks all that can be "
-        "checked without reading weights, and says what the run would do, on --world-size N ranks; it starts none.",
+        "checked without reading weights, and says what the run would do, on --world-size N ranks, and how long it "
+        "would take at --tokens-per-second N; it starts none.",
         exit_on_error=False,
     )
     parser.add_argument(

@@ -115,6 +115,18 @@ def training_argument(training: dict[str, Any], name: str) -> Any:
     return {**defaults, **DEFAULT_TRAINING_ARGUMENTS, **training}[name]
 
 
+def length_of_run(training: dict[str, Any]) -> tuple[int, float]:
+    """``max_steps``, which counts where it is positive, and the passes over the data, which count otherwise.
+
+    Raises:
+        ValueError: they give no run.
+    """
+    max_steps, epochs = whole_number(training, "max_steps"), training_argument(training, "num_train_epochs")
+    if max_steps <= 0 and not 0 < epochs < math.inf:
+        raise ValueError(f"training.num_train_epochs is {epochs}, but must be positive")
+    return max_steps, epochs
+
+
 def whole_number(training: dict[str, Any], name: str) -> int:
     """A number of a checked training section, of at least 1; ``max_steps`` may be less, which is none.
 

@@ -3,8 +3,10 @@
 import os
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 
 MIB, GIB = 2**20, 2**30
+_said = 0
 
 
 def aligned(rows: Sequence[Sequence[str]], num_words: int = 2) -> str:
@@ -43,9 +45,16 @@ def is_first_rank() -> bool:
 
 def say(text: str, from_any_rank: bool = False) -> None:
     """A remark for the log, once: from the first rank only, or from whichever rank alone does what it is about."""
+    global _said
     if from_any_rank or is_first_rank():
         sys.stderr.write(f"{printable(text)}\n")
         sys.stderr.flush()
+        _said += 1
+
+
+def num_said() -> int:
+    """Remarks that this process has written so far."""
+    return _said
 
 
 def printable(text: str) -> str:
@@ -67,6 +76,15 @@ def duration(seconds: float) -> str:
         if seconds >= 0.9995 * length:
             return f"{_digits(seconds / length)} {unit}"
     return f"{_digits(seconds / 1e-6)} us"
+
+
+def time_span(seconds: float) -> str:
+    """As a person would say it: ``40 s``, ``3 min 20 s``, ``3 h 20 min``, ``2 d 4 h``."""
+    for (large, length), (small, part) in pairwise({"d": 86_400, "h": 3_600, "min": 60, "s": 1}.items()):
+        if seconds >= length:
+            whole, rest = divmod(round(seconds / part), length // part)
+            return f"{whole:,} {large}" + f" {rest} {small}" * bool(rest)
+    return f"{seconds:.0f} s"
 
 
 def format_bytes(count: int) -> str:

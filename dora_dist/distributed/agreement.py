@@ -121,7 +121,7 @@ class Agreement:
             yield
         except Exception as error:
             failure, cause = f"{type(error).__name__}: {error}", error
-        failures = self.gather(failure)
+        failures = self._exchange(failure, phase)
         if cause is not None and failures.count(failure) == self.size:
             raise mark_common(cause)
         if cause is not None and not isinstance(cause, ValueError | ExpectedRunError):
@@ -162,8 +162,14 @@ class Agreement:
         Raises:
             RankFailedError: names every failed rank with its failure.
         """
-        self.note(phase)
-        self._raise_failures(self.gather(failure), phase)
+        self._raise_failures(self._exchange(failure, phase), phase)
+
+    def _exchange(self, failure: str | None, phase: str) -> list[str | None]:
+        """The failures of all ranks, for which this one may wait long."""
+        self.note(phase + " (done on this rank, which waits for the others)" * self.distributed)
+        failures = self.gather(failure)
+        self.note(phase)  # what follows may have no phase of its own
+        return failures
 
     def _raise_failures(self, by_rank: Sequence[str | None], phase: str) -> None:
         failures = {rank: text for rank, text in enumerate(by_rank) if text is not None}

@@ -13,6 +13,7 @@ from types import TracebackType
 
 from dora_dist.console.command import leave
 from dora_dist.console.errors import PREEMPTED, ExpectedRunError, is_common
+from dora_dist.console.phases import Phases
 from dora_dist.distributed.rendezvous import POLL_SECONDS, Rendezvous, beat_key
 
 SIGN_SECONDS = 1.0
@@ -46,13 +47,11 @@ class HeartbeatMonitor:
     Args:
         rendezvous: where the ranks have met; None for a rank that is alone, which nobody watches.
         silent_seconds: without a sign of life before a rank counts as gone.
-
-    Attributes:
-        phase: what this rank is doing, for messages; to be set by whoever begins something.
+        phases: of this rank, for messages.
     """
 
-    def __init__(self, rendezvous: Rendezvous | None, silent_seconds: float) -> None:
-        self.phase = "starting"
+    def __init__(self, rendezvous: Rendezvous | None, silent_seconds: float, phases: Phases) -> None:
+        self._phases = phases
         self._rendezvous = rendezvous
         self._silent_seconds = silent_seconds
         self._wake = threading.Event()
@@ -70,7 +69,7 @@ class HeartbeatMonitor:
 
     def note(self, phase: str) -> None:
         """Say what this rank is doing from now on."""
-        self.phase = phase
+        self._phases.phase = phase
 
     def __enter__(self) -> "HeartbeatMonitor":
         if self._rendezvous is not None:
@@ -137,7 +136,7 @@ class HeartbeatMonitor:
             self._gone = True
             self._verdict = (
                 f"rank 0, or what keeps the meeting place for it at {host}:{port}, is gone or cut off; this rank was "
-                f"in: {self.phase}. {_ADVICE}"
+                f"in: {self._phases.phase}. {_ADVICE}"
             )
         self._done.set()
         end = time.monotonic() + TAKING_SECONDS
@@ -155,7 +154,7 @@ class HeartbeatMonitor:
 
     def _sign(self, count: int) -> None:
         assert self._rendezvous is not None
-        self._store.set(beat_key(self._rendezvous.rank), f"{count} {self.phase}")
+        self._store.set(beat_key(self._rendezvous.rank), f"{count} {self._phases.phase}")
 
     def _missed(self) -> str | None:
         """The first rank that has shown no sign of life for too long. Rank 0 looks at all; all look at rank 0, whose
@@ -178,7 +177,7 @@ class HeartbeatMonitor:
         """Answer, wait for the others' answers, and say what has happened. Rank 0 collects, so that all say the same;
         if it does not, each rank does."""
         assert self._rendezvous is not None
-        mine = {"order": self._store.add("answers", 1), "phase": self.phase, "failure": self._failure}
+        mine = {"order": self._store.add("answers", 1), "phase": self._phases.phase, "failure": self._failure}
         self._store.set(f"answer/{self._rendezvous.rank}", json.dumps(mine))
         end = time.monotonic() + ANSWER_SECONDS
         missing = list(range(self._rendezvous.size))
@@ -196,7 +195,7 @@ class HeartbeatMonitor:
             self._store.set("verdict", json.dumps(self._judge(missing)))
         cause, self._gone, text = json.loads(self._store.get("verdict"))
         self._is_cause = cause == self._rendezvous.rank
-        return f"{text}; this rank was in: {self.phase}. {_ADVICE}"
+        return f"{text}; this rank was in: {self._phases.phase}. {_ADVICE}"
 
     def _judge(self, missing: list[int]) -> tuple[int | None, bool, str]:
         """The rank whose failure it was, if it is still there; whether some are gone; and what has happened."""

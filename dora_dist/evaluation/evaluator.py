@@ -39,6 +39,7 @@ class Evaluator(ABC, Generic[Part]):
         Raises:
             RankFailedError: a rank failed; on all ranks.
         """
+        self.agreement.note("evaluation")
         was_training = model.training
         model.eval()
         failure, local = None, {}

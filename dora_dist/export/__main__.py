@@ -15,6 +15,7 @@ from pathlib import Path
 from dora_dist.console.command import run_command
 from dora_dist.console.files import follow_umask
 from dora_dist.console.library_warnings import quiet_libraries
+from dora_dist.console.phases import Phases
 
 FORMATS = ("peft", "compact", "merged")
 RANKS = (8, 16, 32, 64, 128, 256, 512)
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from dora_dist.runs.trained_run import open_run
 
     trained = open_run(options.run, options.checkpoint)
-    with new_folder(output) as folder:
+    with Phases(f"exporting {options.run}"), new_folder(output) as folder:
         if options.format == "peft":
             exported = formats.export_peft(trained, folder, options.rank)
         elif options.format == "compact":

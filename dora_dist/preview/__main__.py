@@ -16,6 +16,7 @@ from dora_dist.config.parse import load_config
 from dora_dist.console.arguments import CONFIG_HELP, with_config_option
 from dora_dist.console.command import run_command
 from dora_dist.console.library_warnings import quiet_libraries
+from dora_dist.console.phases import Phases
 from dora_dist.console.text import say
 from dora_dist.distributed.launcher import world_size_of
 from dora_dist.preview.contents import build_preview
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     config = load_config(options.config, overrides)
     # Standard output is for the preview; libraries write there too (DeepSpeed, a tokenizer's own code).
-    with contextlib.redirect_stdout(sys.stderr):
+    with Phases("preparing data"), contextlib.redirect_stdout(sys.stderr):
         preview = build_preview(config, choice, world_size)
     if options.html is not None:
         options.html.write_text(build_page(preview), encoding="utf-8")

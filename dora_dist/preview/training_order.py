@@ -1,12 +1,11 @@
 """The course of a training: in which optimizer step it sees which example."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dora_dist.config.run import RunConfig
-from dora_dist.config.training import training_argument, whole_number
+from dora_dist.config.training import length_of_run, whole_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,13 +34,10 @@ def build_course(config: RunConfig, mixture: "Mixture", world_size: int, flaw: s
 
     from dora_dist.setup.training_arguments import count_steps
 
-    rows_per_batch, accumulation, max_steps = (
-        whole_number(config.training, name)
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps")
+    rows_per_batch, accumulation = (
+        whole_number(config.training, name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
     )
-    epochs = training_argument(config.training, "num_train_epochs")
-    if max_steps <= 0 and not 0 < epochs < math.inf:
-        raise ValueError(f"training.num_train_epochs is {epochs}, but must be positive")
+    max_steps, epochs = length_of_run(config.training)
     batch = rows_per_batch * accumulation * world_size
     try:
         num_steps = 0 if flaw else count_steps(mixture, max_steps, epochs, batch)

@@ -1,26 +1,24 @@
 """What a run would do, found out without reading a weight: ``dora_dist.train --dry-run``."""
 
 import textwrap
-from dataclasses import replace
-
-import numpy as np
 
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import CAUSAL_LM
-from dora_dist.console.text import format_bytes
 from dora_dist.data import prepared
-from dora_dist.memory import estimate, table
 from dora_dist.method.budget import Budget
+from dora_dist.runs.speed import Speed
+from dora_dist.setup.forecast import TimeForecast, forecast_memory
 from dora_dist.setup.resolve import ResolvedRun
 
 
-def describe(config: RunConfig, resolved: ResolvedRun, world_size: int) -> str:
-    """The run in words: data, steps, budget and memory.
+def describe(config: RunConfig, resolved: ResolvedRun, world_size: int, speed: Speed | None = None) -> str:
+    """The run in words: data, steps, budget, memory, and time where a speed is known.
 
     Args:
         config: of the run.
         resolved: of the run.
         world_size: processes that the steps were counted for.
+        speed: of the run; None where it is not known.
     """
     data, mixture, plan = resolved.data, resolved.mixture, resolved.plan
     num_steps, layers = resolved.arguments.max_steps, resolved.layers
@@ -36,24 +34,11 @@ def describe(config: RunConfig, resolved: ResolvedRun, world_size: int) -> str:
         f"{plan.num_rows / mixture.rows_per_epoch:.2f} passes over the data; "
         f"{resolved.padding_share():.1%} of the computed tokens are padding",
         _budget(resolved.budget, config.pruning.budget_unit),
-        *([_memory(config, resolved, world_size)] if config.task == CAUSAL_LM else []),
+        *([forecast_memory(config, world_size, "cuda", data.train).render()] if config.task == CAUSAL_LM else []),
+        *([TimeForecast(steps=num_steps, tokens=resolved.num_tokens, speed=speed).render()] if speed else []),
         "Dry run: nothing was trained, and no weight was read.",
     ]
     return "\n\n".join(parts)
-
-
-def _memory(config: RunConfig, resolved: ResolvedRun, world_size: int) -> str:
-    """The memory of the longest row that there is, and of a typical one; packed rows are all as long as can be."""
-
-    def of_rows(length: int) -> estimate.MemoryEstimate:
-        return estimate.estimate_memory(replace(config, data=replace(config.data, max_length=length)), world_size)
-
-    if config.data.batching == "packed":
-        return table.render(of_rows(config.data.max_length))
-    lengths = np.concatenate([source.lengths() for source in resolved.data.train])
-    longest, typical = int(lengths.max()), int(np.median(lengths))
-    peak = format_bytes(of_rows(max(typical, 2)).peak_bytes)
-    return f"{table.render(of_rows(longest))}\nRows of the median length, {typical:,} tokens: a peak of {peak}."
 
 
 def banner(config: RunConfig, resolved: ResolvedRun, ranks: int) -> str:
@@ -66,7 +51,7 @@ def banner(config: RunConfig, resolved: ResolvedRun, ranks: int) -> str:
     """
     data, budget, adapter = resolved.data, resolved.budget, config.adapter
     steps = resolved.arguments.max_steps
-    tokens = int(resolved.plan.row_lengths(resolved.mixture.lengths).sum()) // steps
+    tokens = resolved.num_tokens // steps
     sources = ", ".join(f"{source.counts.examples:,} of {source.name}" for source in data.train)
     held_out = sum(source.counts.examples for source in data.evaluation)
     lines = {

@@ -51,6 +51,11 @@ class ResolvedRun:
     budget: Budget
     fingerprint: Fingerprint
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all optimizer steps, without padding."""
+        return int(self.plan.row_lengths(self.mixture.lengths).sum())
+
     def padding_share(self) -> float:
         """Share of padding in all tokens that the run computes."""
         return self.plan.padding_share(self.mixture.lengths, self.arguments.per_device_train_batch_size)

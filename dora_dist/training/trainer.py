@@ -95,6 +95,7 @@ class DynamicLoraTrainer(Trainer):
         # Dropout of its own on every rank; a resumed run restores each rank's generators from its checkpoint.
         set_seed((self.args.seed + self.args.process_index) % 2**32)
         started = time.monotonic()
+        self.parts.agreement.note("starting the engine")
         result = super().train(str(self._resumed_from) if self._resumed_from else None, *args, **kwargs)
         rows = global_batch(self.args, self.args.world_size)
         first, last = self._first_step * rows, self.state.global_step * rows

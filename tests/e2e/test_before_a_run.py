@@ -50,6 +50,28 @@ def test_a_dry_run_needs_neither_weights_nor_launcher_and_writes_nothing(tmp_pat
     assert "(4 x 25)" in finished.output, "the longest row of the data, not data.max_length"
     assert "Rows of the median length, " in finished.output
     assert not (tmp_path / "run").exists()
+    estimated = run_forked("estimate", str(config))
+    assert estimated.status == 0, estimated.output
+    table = estimated.output[estimated.output.index("Memory per GPU") :].strip()
+    assert table in finished.output, "one estimate, by the same rows"
+
+
+def test_a_dry_run_says_how_long_the_run_would_take(tmp_path):
+    config = write_config(tmp_path, distributed={"engine": "none"})
+    dry_run = ("train", str(config), "--dry-run")
+    assert "Time: " not in run_forked(*dry_run).output, "no speed is known"
+    given = run_forked(*dry_run, "--world-size", "1", "--tokens-per-second", "0.5").output
+    said = re.search(
+        r"^Time: about .* for 12 optimizer steps of (\d+) tokens in all, at 0\.5 tokens/s", given, re.MULTILINE
+    )
+    assert said, given
+    assert said[0] in run_forked("estimate", str(config), "--tokens-per-second", "0.5").output
+    run_to_the_end(config, tmp_path / "run", tmp_path / "log", ranks=1, engine="none")
+    seen = run_forked(*dry_run).output
+    assert re.search(rf" {said[1]} tokens in all, at .* tokens/s \(seen in {tmp_path}/run, on 1 rank\)", seen), seen
+    refused = run_forked("train", str(config), "--tokens-per-second", "7")
+    assert refused.status == 2
+    assert "--tokens-per-second is 7, but it is for --dry-run, which estimates" in refused.output
 
 
 def test_a_dry_run_on_two_ranks_counts_them(tmp_path):

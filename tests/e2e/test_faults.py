@@ -135,6 +135,16 @@ def test_an_error_of_one_rank_is_told_by_the_others_too(kind, odd, config, whole
     assert_goes_on(config, tmp_path / "run", tmp_path / "log", whole)
 
 
+def test_a_rank_that_fails_to_evaluate_is_named_on_all_ranks(config, whole, tmp_path):
+    faults = {1: {"raise": "evaluation", "kind": "RuntimeError"}}
+    codes, text = broken_run(config, tmp_path / "run", tmp_path / "log", faults)
+    assert codes == [1, 1], text
+    told = f"error: evaluation failed on 1 of 2 ranks: rank 1 ({NODE}): RuntimeError: something of this rank's own"
+    assert told in text
+    assert "is gone" not in text
+    assert_goes_on(config, tmp_path / "run", tmp_path / "log", whole)
+
+
 @FULL
 def test_a_data_worker_that_dies(config, whole, tmp_path):
     workers = ("--training.dataloader_num_workers", "1")

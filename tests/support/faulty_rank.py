@@ -10,7 +10,8 @@ from support.forked_run import train_rank
 
 Faults = dict[int, dict[str, Any]]
 """Rank -> fault -> where. ``kill``, ``stop``, ``hang``, ``raise`` (a ``kind``) and ``worker`` (kill the data workers)
-take a place: ``forward N``, ``event N`` or ``save N``, with N the optimizer step; ``loss`` takes steps and values."""
+take a place: ``forward N``, ``event N`` or ``save N``, with N the optimizer step, or ``evaluation``; ``loss``
+takes steps and values."""
 
 
 def faulty_rank(rank: int, world_size: int, arguments: list[str], port: int, log: str, faults: Faults) -> None:
@@ -24,10 +25,12 @@ def faulty_rank(rank: int, world_size: int, arguments: list[str], port: int, log
 
 
 def _break_at_places(mine: dict[str, Any]) -> None:
+    from dora_dist.evaluation.evaluator import Evaluator
     from dora_dist.training.controller import DynamicRankController as Controller
     from dora_dist.training.trainer import DynamicLoraTrainer as Trainer
 
     compute_loss, verify, save = Trainer.compute_loss, Controller.verify, Trainer._save_optimizer_and_scheduler
+    measure_share = Evaluator._local_parts
 
     def arrive(place: str) -> None:
         if mine.get("kill") == place:
@@ -56,7 +59,12 @@ def _break_at_places(mine: dict[str, Any]) -> None:
         save(trainer, folder)
         arrive(f"save {trainer.state.global_step}")
 
+    def evaluating(evaluator: Any, model: Any) -> Any:
+        arrive("evaluation")
+        return measure_share(evaluator, model)
+
     Trainer.compute_loss, Controller.verify, Trainer._save_optimizer_and_scheduler = computing, verifying, saving
+    Evaluator._local_parts = evaluating
 
 
 def _spoil_loss(values: dict[int, float]) -> None:

@@ -82,6 +82,19 @@ def test_exactly_the_answers_and_their_ends_are_trained(family, marks):
     assert labels.count(end) == 3, "also where it is the padding token, as it is in some of these"
 
 
+@pytest.mark.parametrize("marks", [True, False], ids=["with the template's marks", "from renderings alone"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_words_of_an_answer_are_not_trained_where_others_say_them(family, marks):
+    """Whoever looks for an answer in the text finds it in the question, and roles of the template in the answer."""
+    tokenizer = byte_tokenizer(family)
+    template = choose_template(tokenizer).text
+    words = "user\nassistant\nmodel"
+    messages = [{**SYSTEM, "content": words}] + [{**message, "content": words} for message in CONVERSATION]
+    ((ids, spans),) = encode(tokenizer, template if marks else without_marks(template), messages)
+    expected = re.sub(r"Be kind\.|[qaä][123]", words, EXPECTED[family])
+    assert marked(tokenizer, ids, spans) == expected
+
+
 @pytest.mark.parametrize("marks", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_last_answer_only_or_everything(family, marks):

@@ -1,4 +1,4 @@
-"""``dora_dist.estimate``: against the allocator, and as a command."""
+"""The estimate against the allocator, and as a command without data (with data: ``unit/commands/test_estimate.py``)."""
 
 import json
 import os
@@ -17,6 +17,7 @@ from dora_dist.console.text import format_bytes
 from dora_dist.estimate import as_json, main
 from dora_dist.memory.estimate import estimate_memory
 from dora_dist.memory.table import render
+from dora_dist.setup.forecast import forecast_memory
 
 GIB = 2**30
 FULL = pytest.mark.full("memory")
@@ -215,12 +216,15 @@ def test_the_table_shows_parts_tokens_and_where_it_fits(eight_billion):
 
 
 def test_json_has_the_same_numbers(eight_billion):
-    estimate = estimate_memory(eight_billion[0], world_size=8)
-    figures = json.loads(as_json(estimate))
+    forecast = forecast_memory(eight_billion[0], 8, "cuda", None, "there are none")
+    estimate = forecast.most
+    figures = json.loads(as_json(forecast, None))
     assert figures["peak_bytes"] == figures["with_checkpointing"]["peak"]["bytes"] == estimate.peak_bytes
     assert figures["without"]["resident"] == dict(estimate.without.resident)
     assert figures["shards"] == {str(size): shard for size, shard in estimate.shards.items()}
     assert figures["tokens_per_step"] == estimate.tokens_per_step
+    assert figures["rows_are"] == "Rows of data.max_length, 2,048 tokens, for the data were not read: there are none."
+    assert figures["typical"] is figures["time"] is None
 
 
 def test_dtypes_are_those_that_a_run_would_have(models):

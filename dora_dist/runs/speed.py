@@ -1,0 +1,51 @@
+"""How fast a run goes: as somebody says, or as the records of an earlier start show."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from dora_dist.console.arguments import SPEED_OPTION
+from dora_dist.console.files import read_json, read_lines
+from dora_dist.runs.records import METRICS, RUN
+
+LATEST_LINES = 50
+"""Lines of the log that count: an earlier start may have had other ranks, and the first steps are slow."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of a run.
+
+    Attributes:
+        tokens_per_second: of all ranks together, without padding; evaluations and saves count as time.
+        origin: where it is from, in words.
+    """
+
+    tokens_per_second: float
+    origin: str
+
+
+def find_speed(run: Path, given: float | None) -> Speed | None:
+    """The speed that was given, or else the one seen in the folder of the run; None where there is neither.
+
+    Args:
+        run: folder of the run, which need not be there.
+        given: tokens per second of the command line, or None.
+    """
+    return _seen(run) if given is None else Speed(given, SPEED_OPTION)
+
+
+def _seen(run: Path) -> Speed | None:
+    """The speed over the latest logged steps of a run, which may be going on."""
+    if not ((run / METRICS).is_file() and (run / RUN).is_file()):
+        return None
+    lines = [line for line in read_lines(run / METRICS) if "seconds_per_step" in line]
+    if not lines:
+        return None
+    about = read_json(run / RUN)
+    per_pass = sum(source["per_epoch"] * source["tokens"] / source["examples"] for source in about["data"]["train"])
+    spans = list(pairwise([{"step": 0, "epoch": 0.0}, *lines]))[-LATEST_LINES:]
+    seconds = sum((line["step"] - before["step"]) * line["seconds_per_step"] for before, line in spans)
+    passes = lines[-1]["epoch"] - spans[0][0]["epoch"]
+    ranks = about["processes"]
+    return Speed(passes * per_pass / seconds, f"seen in {run}, on {ranks} rank{'s' * (ranks > 1)}")

@@ -1,0 +1,125 @@
+"""Memory and time of a run that has not begun, for ``estimate`` and the dry run alike."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from dora_dist.config.run import RunConfig
+from dora_dist.config.training import length_of_run
+from dora_dist.console.text import format_bytes, time_span
+from dora_dist.data.prepared import PreparedSource
+from dora_dist.memory import table
+from dora_dist.memory.estimate import MemoryEstimate, estimate_memory
+from dora_dist.runs.speed import Speed
+from dora_dist.setup.run_data import build_mixture
+from dora_dist.setup.training_arguments import count_steps
+
+SHORTEST = 2
+"""Tokens of a row that has a loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryForecast:
+    """Memory by the rows that a run has.
+
+    Attributes:
+        most: where all rows of a micro-batch are as long as can be.
+        typical: where they have the median length; None where all rows are as long, or the data are not known.
+        rows: which are as long as can be, in words.
+    """
+
+    most: MemoryEstimate
+    typical: MemoryEstimate | None
+    rows: str
+
+    def render(self) -> str:
+        """The table, and a line on the rows."""
+        lines = [table.render(self.most), self.rows]
+        if self.typical is not None:
+            peak = format_bytes(self.typical.peak_bytes)
+            lines.append(f"Rows of the median length, {self.typical.length:,} tokens: a peak of {peak}.")
+        return "\n".join(lines)
+
+
+def forecast_memory(
+    config: RunConfig, world_size: int, device: str, train: Sequence[PreparedSource] | None, unread: str = ""
+) -> MemoryForecast:
+    """Memory of the longest row that there is, and of a typical one.
+
+    Args:
+        config: of the run.
+        world_size: number of ranks.
+        device: see :func:`~dora_dist.memory.estimate.estimate_memory`.
+        train: training sources; None where they are not known.
+        unread: why they are not.
+
+    Raises:
+        ValueError: see :func:`~dora_dist.memory.estimate.estimate_memory`.
+    """
+
+    def of_rows(length: int) -> MemoryEstimate:
+        return estimate_memory(replace(config, data=replace(config.data, max_length=length)), world_size, device)
+
+    limit = config.data.max_length
+    if config.data.batching == "packed":
+        return MemoryForecast(
+            most=of_rows(limit), typical=None, rows=f"Rows are packed up to data.max_length, {limit:,} tokens."
+        )
+    if train is None:
+        rows = f"Rows of data.max_length, {limit:,} tokens, for the data were not read: {unread}."
+        return MemoryForecast(most=of_rows(limit), typical=None, rows=rows)
+    lengths = np.concatenate([source.lengths() for source in train])
+    longest, typical = (max(int(length), SHORTEST) for length in (lengths.max(), np.median(lengths)))
+    return MemoryForecast(
+        most=of_rows(longest), typical=of_rows(typical), rows=f"Rows of the longest example, {longest:,} tokens."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeForecast:
+    """How long a run takes at a known speed.
+
+    Attributes:
+        steps: optimizer steps of the run.
+        tokens: of all of them, without padding.
+        speed: of the run.
+    """
+
+    steps: int
+    tokens: int
+    speed: Speed
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run."""
+        return self.tokens / self.speed.tokens_per_second
+
+    def render(self) -> str:
+        """The time in words."""
+        speed = self.speed.tokens_per_second
+        return (
+            f"Time: about {time_span(self.seconds)} for {self.steps:,} optimizer steps of {self.tokens:,} tokens in "
+            f"all, at {speed:{',.0f' if speed >= 10 else '.2g'}} tokens/s ({self.speed.origin})."
+        )
+
+
+def forecast_time(
+    config: RunConfig, memory: MemoryEstimate, train: Sequence[PreparedSource], speed: Speed
+) -> TimeForecast:
+    """The time of a run on data that are known, whatever this machine has.
+
+    Args:
+        config: of the run.
+        memory: of the run, with its batches and ranks.
+        train: training sources.
+        speed: of the run.
+
+    Raises:
+        ValueError: the data do not fill one global batch.
+    """
+    mixture = build_mixture(config.data, train, config.seed)
+    batch = memory.rows * memory.accumulation * memory.world_size
+    steps = count_steps(mixture, *length_of_run(config.training), batch)
+    tokens = int(mixture.plan(steps, batch).row_lengths(mixture.lengths).sum())
+    return TimeForecast(steps=steps, tokens=tokens, speed=speed)
