@@ -108,8 +108,7 @@ class Layout:
         ]
 
     def _current_factors(self) -> "Factors":
-        """Made anew when a mask or a scale has changed only: the host of a GPU waits for what it reads from there, and for
-        what it copies."""
+        """Made anew when a mask or a scale has changed only: a GPU's host waits for what it reads from there or copies."""
         state = [(id(layer.component_mask), layer.component_mask._version, layer.scale) for layer in self._layers]
         if state != self._state:
             self._state = state
@@ -132,8 +131,8 @@ class Factors(NamedTuple):
     scales: Tensor
     """``s``, 0 for a masked component, shape ``(components,)``, in the order of the gates, in at least float32."""
     masks: Sequence[Tensor | None]
-    """Of the rows of each input width, shape ``(components, 1)``; None where none is masked. With them a masked component
-    is 0 however large it is: its row times 0 stays finite, where its products need not."""
+    """Of the rows of each input width, shape ``(components, 1)``; None where none is masked. With them a masked
+    component is 0 however large it is: its row times 0 stays finite, where its products need not."""
 
 
 class GatheredComponents:
@@ -203,8 +202,8 @@ class GatheredComponents:
             self._stacks = self._components = None
 
     def _in_backward(self) -> bool:
-        """Whether a backward is running, which then finds components: those of the latest forward or, where that had its
-        backward, the same values made again. No gradient goes through what is computed again."""
+        """Whether a backward is running, which then finds components: those of the latest forward or, where that had
+        its backward, the same values made again. No gradient goes through what is computed again."""
         backward = torch._C._current_graph_task_id()  # torch has no public name; its checkpointing asks for it too
         if backward < 0:
             return False

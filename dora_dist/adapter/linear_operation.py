@@ -47,7 +47,9 @@ class SavedForBackward(NamedTuple):
 
     def hidden_of_layers(self) -> tuple[Tensor, ...]:
         """:attr:`hidden` of each layer."""
-        return self.hidden.split([len(columns) for columns in self.columns])
+        # torch has no types for `split`.
+        parts: tuple[Tensor, ...] = self.hidden.split([len(columns) for columns in self.columns])  # type: ignore[no-untyped-call]
+        return parts
 
 
 class Gradients(NamedTuple):

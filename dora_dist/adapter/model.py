@@ -191,9 +191,9 @@ def add_dynamic_lora(model: PreTrainedModel, config: DynamicLoraConfig, fuse: bo
         model: of transformers; its linear layers may be quantized by bitsandbytes (4 or 8 bit).
         config: the adapter.
         fuse: compute gated MLPs as one operation, q, k and v of an attention together, and what all layers multiply
-            with at once; allow :meth:`DynamicLoraForCausalLM.leave_out_logits`; cast what a trained head reads to the dtype of its
-            parameters. With False no forward is replaced and no hook is registered, to compare with: a head whose dtype
-            is not that of the base then needs autocast.
+            with at once; allow :meth:`DynamicLoraForCausalLM.leave_out_logits`; cast what a trained head reads to the
+            dtype of its parameters. With False no forward is replaced and no hook is registered, to compare with: a
+            head whose dtype is not that of the base then needs autocast.
 
     Raises:
         ValueError: ``config`` is another method's, the model has an adapter, ``target_modules`` matches nothing, or

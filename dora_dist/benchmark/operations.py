@@ -5,11 +5,12 @@ and allocations left out. One operation may be several kernels on a GPU, or a pa
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dora_dist.benchmark.contestants import Conditions, Contestant, build
@@ -71,12 +72,13 @@ class Operations(TorchDispatchMode):
         }
 
 
-def count_step(contestant: Contestant, rows: Any) -> dict[str, Any]:
+def count_step(contestant: Contestant, rows: Callable[[int], Tensor]) -> dict[str, Any]:
     """Of one step; rows by their number."""
     contestant.prepare(rows)
     for number in range(WARMUP):
         contestant.step(rows(number))
-    with Operations() as found:
+    found = Operations()
+    with found:
         contestant.step(rows(WARMUP))
     return found.figures()
 

@@ -57,13 +57,10 @@ def test_loss_and_gradients_are_the_same(tmp_path: Path, quantization: str, drop
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if not model.fused:
-            for parts in (
-                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-                ("mlp.gate_proj", "mlp.up_proj"),
-            ):
-                layers = model.adapted_layers()
-                for number in range(model.get_base_model().config.num_hidden_layers):
-                    drop_the_same([layers[f"model.layers.{number}.{part}"] for part in parts])
+            for block in model.get_base_model().model.layers:
+                attention, mlp = block.self_attn, block.mlp
+                drop_the_same([attention.q_proj, attention.k_proj, attention.v_proj])
+                drop_the_same([mlp.gate_proj, mlp.up_proj])
         torch.manual_seed(7)
         results.append(loss_and_gradients(model))
     (fused_loss, fused), (loss, gradients) = results

@@ -200,7 +200,10 @@ def test_layers_that_read_one_tensor_are_as_each_alone(kept):
     """Of which one has lost components; the gradient of the input is the sum."""
     x, layers, bases, tensors = two_layers(kept)
     together = adapted_linears(x, components_of(layers, None), Frozen(bases))
-    each = [adapted_linears(x, components_of([one], None), Frozen((base,)))[0] for one, base in zip(layers, bases)]
+    each = [
+        adapted_linears(x, components_of([one], None), Frozen((base,)))[0]
+        for one, base in zip(layers, bases, strict=True)
+    ]
     found, wanted = (
         [*outputs, *torch.autograd.grad(sum((at + 2) * y.square().sum() for at, y in enumerate(outputs)), tensors)]
         for outputs in (together, each)
