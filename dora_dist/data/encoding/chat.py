@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from dora_dist.data.encoding.control_tokens import ControlTokens, control_tokens
 from dora_dist.data.encoding.proof import LEFT_OUT, ContentProof
 from dora_dist.data.reading.samples import THOUGHTS, UNTRAINED, Chat, RowFlaw
 
@@ -27,7 +27,6 @@ FAMILIES = {
 }
 """Bundled templates, with the tokens that a tokenizer must know for each; the first that fits is taken."""
 
-NO_TEXT = "which would be no text to the model but the start or the end of something"
 PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 PROBE_WORD = "qzword"
 
@@ -92,13 +91,6 @@ def _with_arguments(call: Mapping[str, Any], as_text: bool) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": arguments}}
 
 
-def control_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Matches the special tokens that stand for more than their text."""
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    longest_first = sorted(special, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
-
 @dataclass(frozen=True)
 class CallStyle:
     """How a template wants calls of tools.
@@ -121,13 +113,17 @@ class ChatRenderer:
     Args:
         tokenizer: fast (with offsets), for its special tokens.
         template: Jinja source.
+        controls: what becomes of control tokens in contents; by default there are none. Where they are text, a
+            rendering has those that the template writes under their names in ``controls.writer``.
 
     Raises:
         ValueError: the template ends the assistant's turn without a control token, so that a model could not learn
             where to stop, or it cannot be rendered at all.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: str, controls: ControlTokens | None = None
+    ) -> None:
         if not tokenizer.is_fast:
             raise ValueError(
                 f"the tokenizer {type(tokenizer).__name__} cannot say which characters a token stands for, as chat "
@@ -135,7 +131,7 @@ class ChatRenderer:
             )
         self.tokenizer = tokenizer
         self.template = template
-        self._control = control_pattern(tokenizer)
+        self._controls = control_tokens(tokenizer) if controls is None else controls
         self._proof = ContentProof(self.render)
         self.end_of_turn = self._find_end_of_turn()
 
@@ -165,10 +161,8 @@ class ChatRenderer:
             thoughts, say), so that no single text has all turns as the model would see them.
 
         Raises:
-            RowFlaw: the template refuses these messages or leaves out a part of them, or a message holds a control
-                token.
+            RowFlaw: the template refuses these messages or leaves out a part of them.
         """
-        self._check_controls(chat)
         text = self.render(chat)
         answers = chat.answers()[-1:] if last_only else chat.answers()
         spans = []
@@ -234,8 +228,8 @@ class ChatRenderer:
         names: dict[str, Any] = self.tokenizer.special_tokens_map
         try:
             rendered: Any = render_jinja_template(  # a pair, though transformers says a text
-                conversations=[list(messages)],
-                tools=tools,
+                conversations=[self._controls.exchanged(list(messages))],
+                tools=self._controls.exchanged(tools),
                 chat_template=self.template,
                 add_generation_prompt=prompt,
                 **names,
@@ -243,17 +237,7 @@ class ChatRenderer:
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise RowFlaw("messages", f"is refused by the chat template: {error}") from None
         texts: list[str] = rendered[0]
-        return texts[0]
-
-    def _check_controls(self, chat: Chat) -> None:
-        """A control token in a message would end a turn, or begin one, in the middle of a text."""
-        for number, message in enumerate(chat.messages):
-            for name, part in message.items():
-                text = part if isinstance(part, str) else json.dumps(part, ensure_ascii=False)
-                if name != "role" and (found := self._control.search(text)):
-                    raise RowFlaw(f"messages[{number}].{name}", f"holds the control token {found[0]!r}, {NO_TEXT}")
-        if found := self._control.search(json.dumps(chat.tools, ensure_ascii=False)):
-            raise RowFlaw("tools", f"holds the control token {found[0]!r}, {NO_TEXT}")
+        return self._controls.exchanged(texts[0])
 
     def _find_end_of_turn(self) -> int:
         try:
@@ -263,7 +247,7 @@ class ChatRenderer:
                 text, spans = self.last_span(Chat([PROBE[0], {**PROBE[1], THOUGHTS: "c"}]))
             except RowFlaw:
                 raise ValueError(f"the chat template cannot be used: {flaw}") from None
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = self._controls.writer(text, add_special_tokens=False, return_offsets_mapping=True)
         added = self.tokenizer.added_tokens_decoder
         ends: list[int] = [
             token
