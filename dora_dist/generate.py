@@ -68,8 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from dora_dist.runs.trained_run import open_run
 
     trained = open_run(options.run, options.checkpoint)
-    if trained.formats == {"prompt_completion"} and not trained.chat and options.prompt is not None and not options.raw:
-        say("this run was trained on whole prompts (format prompt_completion): --raw gives them as they are")
+    plain = not trained.chat and trained.formats <= {"prompt_completion", "text"}
+    if plain and options.prompt is not None and not options.raw:
+        formats = ", ".join(sorted(trained.formats))
+        say(f"this run was trained on texts as they are (format {formats}): --raw gives prompts so")
     answers = answer_twice(trained, questions, options.max_new_tokens or trained.config.evaluation.max_new_tokens)
     for prompt, base, adapted in answers:
         print(render(prompt, base, adapted, terminal_width()), flush=True)

@@ -118,6 +118,14 @@ class PreparedSource:
         found = (chunk.flatten().to_numpy() for chunk in self.column(column).chunks)
         return max((int(numbers.max()) for numbers in found if len(numbers)), default=-1)
 
+    def unprompted(self) -> np.ndarray:
+        """Indices of the examples whose last answer has nothing before it, int64, shape (found,)."""
+        starts = []
+        for chunk in self.column("spans").chunks:
+            ends = chunk.offsets.to_numpy()[1:] - chunk.offsets[0].as_py()
+            starts.append(chunk.flatten().to_numpy()[ends - 2])
+        return np.flatnonzero(np.concatenate(starts) == 0)
+
     def keys(self) -> np.ndarray:
         """Hash of every example, int64, shape (examples,)."""
         keys: np.ndarray = self.column("key").to_numpy()

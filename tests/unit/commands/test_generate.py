@@ -172,15 +172,18 @@ def test_folder_that_is_no_run(tmp_path: Path) -> None:
         generate.main([str(tmp_path), "--prompt", "a"])
 
 
-def test_run_trained_on_whole_prompts(run: TrainedFolder, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("trained_on", ["prompt_completion", "text"])
+def test_run_trained_on_texts_as_they_are(
+    run: TrainedFolder, capsys: pytest.CaptureFixture[str], trained_on: str
+) -> None:
     config = run.folder / records.CONFIG
     text = config.read_text()
-    config.write_text(text.replace("format: auto", "format: prompt_completion"))
+    config.write_text(text.replace("format: auto", f"format: {trained_on}"))
     try:
         generate.main([str(run.folder), "--prompt", "a", "--max-new-tokens", "1"])
     finally:
         config.write_text(text)
-    assert "--raw" in capsys.readouterr().err
+    assert f"(format {trained_on}): --raw gives" in capsys.readouterr().err
 
 
 def test_side_by_side_in_a_wide_terminal() -> None:
