@@ -137,8 +137,8 @@ def _check_answers(config: RunConfig, data: RunData) -> None:
         if len(unasked):
             raise ValueError(
                 f"evaluation.exact_match is true, but {len(unasked)} of {source.counts.examples} examples of "
-                f"{source.name} have an empty prompt (first {source.dataset[int(unasked[0])]['place']}), so that the model would be "
-                "asked nothing: give them a prompt, leave them out, or set it to false"
+                f"{source.name} have an empty prompt (first {source.dataset[int(unasked[0])]['place']}), so that the "
+                "model would be asked nothing: give them a prompt, leave them out, or set it to false"
             )
 
 

@@ -116,6 +116,10 @@ class ChatRenderer:
         controls: what becomes of control tokens in contents; by default there are none. Where they are text, a
             rendering has those that the template writes under their names in ``controls.writer``.
 
+    Attributes:
+        end_of_turn: the token that ends an answer.
+        ends: it, and where the template ends calls of tools by another token, that one.
+
     Raises:
         ValueError: the template ends the assistant's turn without a control token, so that a model could not learn
             where to stop, or it cannot be rendered at all.
@@ -134,6 +138,7 @@ class ChatRenderer:
         self._controls = control_tokens(tokenizer) if controls is None else controls
         self._proof = ContentProof(self.render)
         self.end_of_turn = self._find_end_of_turn()
+        self.ends = self._find_ends()
 
     def render(self, chat: Chat, length: int | None = None, prompt: bool = False) -> str:
         """The conversation, or its first ``length`` messages, as text.
@@ -241,30 +246,46 @@ class ChatRenderer:
 
     def _find_end_of_turn(self) -> int:
         try:
-            text, spans = self.last_span(Chat(PROBE))
+            text, found = self._controls_in_answer(Chat(PROBE))
         except RowFlaw as flaw:
             try:  # a generation prompt may begin a thought, from which only an answer with one goes on
-                text, spans = self.last_span(Chat([PROBE[0], {**PROBE[1], THOUGHTS: "c"}]))
+                text, found = self._controls_in_answer(Chat([PROBE[0], {**PROBE[1], THOUGHTS: "c"}]))
             except RowFlaw:
                 raise ValueError(f"the chat template cannot be used: {flaw}") from None
-        encoded = self._controls.writer(text, add_special_tokens=False, return_offsets_mapping=True)
-        added = self.tokenizer.added_tokens_decoder
-        ends: list[int] = [
-            token
-            for token, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-            if end > spans[0][0] and token in added and not added[token].content.isspace()
-        ]
-        if not ends:
+        if not found:
             raise ValueError(
                 f"the chat template ends the assistant's turn without a control token ({text[-40:]!r}), so that the "
                 "model could not learn where to stop: set data.chat_template to one that does"
             )
-        return ends[-1]
+        return found[-1]
+
+    def _find_ends(self) -> list[int]:
+        """What ends a turn, and what ends one with calls where that is another token, which stands nowhere else."""
+        call = {"type": "function", "id": "qz1234567", "function": {"name": "f", "arguments": {"x": "y"}}}
+        for calls in ([call, call], [call]):  # some templates take one at a time
+            with suppress(RowFlaw):
+                _, found = self._controls_in_answer(Chat([PROBE[0], {"role": "assistant", "tool_calls": calls}]))
+                alone = bool(found) and found.count(found[-1]) == 1 and self.end_of_turn not in found
+                return [self.end_of_turn, found[-1]] if alone else [self.end_of_turn]
+        return [self.end_of_turn]
+
+    def _controls_in_answer(self, chat: Chat) -> tuple[str, list[int]]:
+        """The rendering of a conversation, and the tokens of the last answer in it that the tokenizer's model does not
+        know, except white space.
+
+        Raises:
+            RowFlaw: the template refuses it.
+        """
+        text, spans = self.last_span(chat)
+        encoded = self._controls.writer(text, add_special_tokens=False, return_offsets_mapping=True)
+        added = self.tokenizer.added_tokens_decoder
+        return text, [
+            token
+            for token, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+            if end > spans[0][0] and token in added and not added[token].content.isspace()
+        ]
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[int]:
-    """Tokens that end an answer: the end token, and that of a turn where answers were trained in a chat template."""
-    ends = {tokenizer.eos_token_id}
-    if template is not None:
-        ends.add(ChatRenderer(tokenizer, template).end_of_turn)
-    return sorted(ends)
+    """Tokens that end an answer: the end token, and those of turns where answers were trained in a chat template."""
+    return sorted({tokenizer.eos_token_id, *([] if template is None else ChatRenderer(tokenizer, template).ends)})

@@ -292,13 +292,19 @@ class TextEncoder(RowEncoder[_Part, Encoded]):
         for first, last in characters:
             begin = int(np.searchsorted(ends, first, side="right"))
             stop = int(np.searchsorted(starts, last, side="left"))
-            inside = [n for n in range(begin, min(stop + 1, len(ids))) if ids[n] == self.renderer.end_of_turn]
+            inside = [n for n in range(begin, min(stop + 1, len(ids))) if ids[n] in self.renderer.ends]
             if not inside:
                 raise RowFlaw(
                     "messages",
                     "is rendered with a turn of the assistant that ends without "
                     f"{self.tokenizer.convert_ids_to_tokens(self.renderer.end_of_turn)!r}, which ends others: set "
                     "data.chat_template to one that ends all alike",
+                )
+            if len(early := [ids[n] for n in inside if n < stop]) > 1:
+                raise RowFlaw(
+                    "messages",
+                    f"is rendered with {self.tokenizer.convert_ids_to_tokens(early[0])!r} in the middle of an answer, "
+                    "where generation would stop: set data.chat_template to one that ends answers only with it",
                 )
             spans += [begin, inside[-1] + 1]
         return spans
