@@ -270,8 +270,8 @@ class ChatRenderer:
         return [self.end_of_turn]
 
     def _controls_in_answer(self, chat: Chat) -> tuple[str, list[int]]:
-        """The rendering of a conversation, and the tokens of the last answer in it that the tokenizer's model does not
-        know, except white space.
+        """The rendering of a conversation, and the added tokens of the last answer in it, except white space; none
+        where text follows the last of them.
 
         Raises:
             RowFlaw: the template refuses it.
@@ -279,11 +279,13 @@ class ChatRenderer:
         text, spans = self.last_span(chat)
         encoded = self._controls.writer(text, add_special_tokens=False, return_offsets_mapping=True)
         added = self.tokenizer.added_tokens_decoder
-        return text, [
-            token
+        found = [
+            (token, end)
             for token, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
             if end > spans[0][0] and token in added and not added[token].content.isspace()
         ]
+        is_end = bool(found) and not text[found[-1][1] :].strip()
+        return text, [token for token, _ in found] if is_end else []
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[int]:
