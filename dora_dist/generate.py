@@ -12,13 +12,16 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dora_dist.console.command import run_command
 from dora_dist.console.library_warnings import quiet_libraries
 from dora_dist.console.phases import Phases
 from dora_dist.console.text import say
 from dora_dist.data.reading.samples import ROLES
+
+if TYPE_CHECKING:
+    from dora_dist.data.encoding.control_tokens import ControlTokens
 
 LEAST_WIDTH = 80
 """Columns of a terminal from which two answers fit side by side."""
@@ -66,8 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from dora_dist.runs.trained_run import open_run
 
     trained = open_run(options.run, options.checkpoint)
-    if trained.formats == {"prompt_completion"} and not trained.chat and options.prompt is not None and not options.raw:
-        say("this run was trained on whole prompts (format prompt_completion): --raw gives them as they are")
+    plain = not trained.chat and trained.formats <= {"prompt_completion", "text"}
+    if plain and options.prompt is not None and not options.raw:
+        formats = ", ".join(sorted(trained.formats))
+        say(f"this run was trained on texts as they are (format {formats}): --raw gives prompts so")
     answers = answer_twice(trained, questions, options.max_new_tokens or trained.config.evaluation.max_new_tokens)
     for prompt, base, adapted in answers:
         print(render(prompt, base, adapted, terminal_width()), flush=True)
@@ -89,12 +94,13 @@ class Question:
     raw: bool = False
     messages: Sequence[Mapping[str, Any]] = ()
 
-    def prompt(self, tokenizer: Any, chat: bool) -> str:
+    def prompt(self, tokenizer: Any, chat: bool, controls: "ControlTokens | None" = None) -> str:
         """The prompt as text, as in training.
 
         Args:
             tokenizer: of the run.
             chat: the run was trained on conversations.
+            controls: what becomes of control tokens in texts, for a prompt that is to be encoded.
 
         Raises:
             ValueError: a conversation for a run that knows none.
@@ -108,18 +114,29 @@ class Question:
         if not chat:
             return alpaca_prompt(self.text, self.context)
         messages = self.messages or Instruction(self.text, self.context, "").as_chat().messages[:-1]
-        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        return text
+        messages = list(messages) if controls is None else controls.exchanged(list(messages))
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return text if controls is None else controls.exchanged(text)
 
-    def ids(self, tokenizer: Any, chat: bool) -> list[int]:
-        """The token ids of :meth:`prompt`, as in training."""
+    def ids(self, tokenizer: Any, chat: bool, controls: "ControlTokens") -> list[int]:
+        """The token ids of :meth:`prompt`, as in training.
+
+        Raises:
+            ValueError: a text holds a control token that training would have refused.
+        """
         from dora_dist.data.encoding.text import encode_prompts
 
-        prompt = self.prompt(tokenizer, chat)
+        texts = [self.text, self.context, json.dumps(list(self.messages), ensure_ascii=False)]
+        if (controls.as_text or not self.raw) and (found := controls.refused.search("\n".join(texts))):
+            raise ValueError(
+                f"a prompt holds the control token {found[0]!r}, {controls.reason}: leave it out"
+                + ", or give the whole prompt as it is, with --raw or in the field prompt" * (not controls.as_text)
+            )
+        prompt = self.prompt(tokenizer, chat, controls)
         if chat and not self.raw:  # the template writes the start token itself
-            ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            ids: list[int] = controls.writer(prompt, add_special_tokens=False)["input_ids"]
             return ids
-        return encode_prompts(tokenizer, [prompt])[0]
+        return encode_prompts(controls.writer, [prompt])[0]
 
 
 def collect_questions(texts: Sequence[str] | None, context: str | None, raw: bool) -> Iterable[Question]:
@@ -197,19 +214,24 @@ def answer_twice(trained: Any, questions: Iterable[Question], max_new_tokens: in
     from peft import PeftModel
 
     from dora_dist.data.encoding.chat import stop_tokens
+    from dora_dist.data.encoding.control_tokens import control_tokens
     from dora_dist.evaluation.answers import generate_answers
     from dora_dist.runs.trained_run import default_device
 
     device = default_device()
     tokenizer = trained.load_tokenizer()
     stop = stop_tokens(tokenizer, tokenizer.get_chat_template() if trained.chat else None)
+    controls = control_tokens(tokenizer, trained.config.data.control_tokens)
+    asked: Iterable[tuple[Question, list[int]]]
+    asked = ((question, question.ids(tokenizer, trained.chat, controls)) for question in questions)
+    if isinstance(questions, list):  # all is checked before the model is read, except what is typed line by line
+        asked = list(asked)
     # bfloat16 is far slower than float32 on most CPUs.
     with Phases("loading the model"):
         base = trained.load_base(device, in_float32=device.type == "cpu")
         model = PeftModel.from_pretrained(base, str(trained.adapter))
     model.eval()
-    for question in questions:
-        ids = question.ids(tokenizer, trained.chat)
+    for question, ids in asked:
         with model.disable_adapter():
             (before,) = generate_answers(model, tokenizer, [ids], max_new_tokens, stop)
         (after,) = generate_answers(model, tokenizer, [ids], max_new_tokens, stop)

@@ -104,6 +104,8 @@ class DataConfig:
         overlong: what to do with longer ones: stop with an error, drop them and say how many, or truncate what
             comes before the answer.
         bad_rows: what to do with rows that cannot be used: stop with an error, or skip them and say how many.
+        control_tokens: what to do with control tokens in the texts of rows (<|im_end|> in prose about it): refuse such
+            rows, or write them as text, tokenized like any other.
         batching: padded (one example a row), packed (several examples a row that do not see each other), or by_length
             (one a row, those of similar length in one batch).
         temperature: mix sources in proportion to size ** (1 / temperature); null for their sizes, weights or epochs.
@@ -129,6 +131,7 @@ class DataConfig:
     stride: int = 128
     overlong: Literal["error", "drop", "truncate"] = "error"
     bad_rows: Literal["error", "skip"] = "error"
+    control_tokens: Literal["refuse", "text"] = "refuse"
     batching: Literal["padded", "packed", "by_length"] = "padded"
     temperature: float | None = None
     cache_dir: str = ".cache/data"

@@ -25,7 +25,14 @@ from transformers import PreTrainedTokenizerBase
 
 from dora_dist.console.files import digest_sources
 from dora_dist.console.text import say
-from dora_dist.data.encoding.encoder import BOOKKEEPING, EncodingRules, RowEncoder, Status, UnusableRowError
+from dora_dist.data.encoding.encoder import (
+    BOOKKEEPING,
+    ControlTokensError,
+    EncodingRules,
+    RowEncoder,
+    Status,
+    UnusableRowError,
+)
 from dora_dist.data.prepared import LEFT_OUT, PreparedSource, SourceCounts, arrow_column, list_lengths
 from dora_dist.data.reading.files import Location, RawRow
 from dora_dist.data.row_formats import build_encoder
@@ -35,6 +42,8 @@ ROWS_AT_A_TIME = 1000
 LEAST_ROWS_PER_WORKER = 1000
 LEAST_TRAINED_SHARE = 0.01
 KEPT_BOOKKEEPING = ("removed", "key", "place")
+MOST_NAMED = 5
+"""Rows, or tokens, that an error or a remark lists."""
 FIRST_ROWS = 20
 """From how many rows the format of a source is told."""
 
@@ -144,6 +153,8 @@ def _prepare(
         examples = _encode_rows(name, rows, encoder, work, key, workers)
         finished = work / "finished"
         status = examples.with_format("numpy")["status"][:]
+        if encoder.rules.bad_rows == "error":
+            _refuse_controls(name, rows, examples.select(np.flatnonzero(status == Status.BAD)))
         kept = examples if (status == Status.KEPT).all() else examples.select(np.flatnonzero(status == Status.KEPT))
         if not len(kept):
             first = examples[0]
@@ -153,13 +164,31 @@ def _prepare(
         content = {
             "format": encoder.rules.format,
             "digest": sha256(examples.with_format("numpy")["key"][:][status == Status.KEPT].tobytes()).hexdigest(),
-            "counts": asdict(_count(len(rows), examples, status)),
+            "counts": asdict(_count(len(rows), examples, status, encoder.controls.as_text)),
             "rules": asdict(encoder.rules),
         }
         # The manifest comes last, and the folder appears under its name as a whole.
         (finished / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         finished.rename(folder)
+
+
+def _refuse_controls(name: str, rows: Dataset, bad: Dataset) -> None:
+    """Stop with all rows that hold control tokens; any other bad row has stopped the run already.
+
+    Raises:
+        ControlTokensError: there are some.
+    """
+    if not len(bad):
+        return
+    counts = Counter(token for tokens in bad["controls"] for token in tokens)
+    tokens = ", ".join(f"{token!r} in {count}" for token, count in counts.most_common(MOST_NAMED))
+    others = f" and {len(counts) - MOST_NAMED} more" * (len(counts) > MOST_NAMED)
+    first = "".join(f"\n  {_reason(row)}" for row in bad.take(min(MOST_NAMED, len(bad))))
+    more = f"\n  and {len(bad) - MOST_NAMED} more" * (len(bad) > MOST_NAMED)
+    raise ControlTokensError(
+        f"{name}: control tokens stand in the texts of {len(bad)} of {len(rows)} rows ({tokens}{others}):{first}{more}"
+    )
 
 
 def _reason(row: Mapping[str, Any]) -> str:
@@ -208,9 +237,12 @@ def _encode_rows(
     return mapped
 
 
-def _count(num_rows: int, examples: Dataset, status: np.ndarray) -> SourceCounts:
+def _count(num_rows: int, examples: Dataset, status: np.ndarray, controls_are_text: bool) -> SourceCounts:
     columns = examples.select_columns(["removed", "trimmed"]).with_format("numpy")[:]
     places = Counter(examples["place"]) if len(examples) > num_rows else {}
+    has_controls = (list_lengths(arrow_column(examples, "controls")) > 0) & (status == Status.KEPT)
+    held = {row["place"]: row["controls"] for row in examples.select(np.flatnonzero(has_controls))}
+    controls = dict(Counter(token for found in held.values() for token in found).most_common())
     tokens = int(list_lengths(arrow_column(examples, "input_ids")).sum())
     return SourceCounts(
         rows=num_rows,
@@ -221,6 +253,8 @@ def _count(num_rows: int, examples: Dataset, status: np.ndarray) -> SourceCounts
         split=sum(count > 1 for count in places.values()),
         trimmed=int((columns["trimmed"] > 0).sum()),
         unread=dict(sorted(Counter(name for names in examples["unread"] for name in names.split(",") if name).items())),
+        controls_as_text=controls if controls_are_text else {},
+        controls_in_text={} if controls_are_text else controls,
         examples=int((status == Status.KEPT).sum()),
         tokens=tokens,
         trained_tokens=_num_trained(examples) if "spans" in examples.column_names else tokens,

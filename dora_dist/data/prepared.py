@@ -1,6 +1,6 @@
 """An encoded source on disk."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,8 @@ from datasets import Dataset
 from dora_dist.console.text import aligned
 
 LEFT_OUT = "left_out.jsonl"
+MOST_LISTED = 20
+"""Names that a remark lists."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,8 @@ class SourceCounts:
             than a window.
         trimmed: conversations whose messages after the last answer that is trained were left out.
         unread: field of messages that is not read -> conversations that have it.
+        controls_as_text: control token -> rows that have it in a text, as plain text.
+        controls_in_text: control token -> rows that have it in a text that is taken as it is, as the control token.
         examples: that are left.
         tokens: of the examples.
         trained_tokens: tokens with a loss; all where the loss is not on tokens.
@@ -40,13 +44,14 @@ class SourceCounts:
     split: int
     trimmed: int
     unread: dict[str, int]
+    controls_as_text: dict[str, int]
+    controls_in_text: dict[str, int]
     examples: int
     tokens: int
     trained_tokens: int
 
     def remarks(self) -> list[str]:
         """What a user should know, in words."""
-        unread = ", ".join(f"{name} ({count})" for name, count in self.unread.items())
         said = {
             f"skipped {self.bad} of {self.rows} rows that cannot be used": self.bad,
             f"dropped {self.overlong} examples that do not fit into data.max_length": self.overlong,
@@ -54,9 +59,23 @@ class SourceCounts:
             f"made several examples of each of {self.split} rows (of every answer of a conversation, where the chat "
             "template rewrites earlier turns; of every window of a long context)": self.split,
             f"left out the messages after the last trained answer in {self.trimmed} conversations": self.trimmed,
-            f"fields of messages that are not read (conversations that have them): {unread}": len(self.unread),
+            f"fields of messages that are not read (conversations that have them): {_listed(self.unread)}": len(
+                self.unread
+            ),
+            "control tokens that are plain text (rows that have them; a server would take them for control tokens): "
+            + _listed(self.controls_as_text): len(self.controls_as_text),
+            "control tokens in documents and plain prompts, which stay control tokens (rows that have them): "
+            + f"{_listed(self.controls_in_text)}; data.control_tokens: text makes them text": len(
+                self.controls_in_text
+            ),
         }
         return [text for text, count in said.items() if count]
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    """The most frequent ones."""
+    named = [f"{name} ({count})" for name, count in counts.items()]
+    return ", ".join([*named[:MOST_LISTED], *[f"{len(named) - MOST_LISTED} more"] * (len(named) > MOST_LISTED)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +117,14 @@ class PreparedSource:
         """The largest number in a column of lists; -1 where all lists are empty."""
         found = (chunk.flatten().to_numpy() for chunk in self.column(column).chunks)
         return max((int(numbers.max()) for numbers in found if len(numbers)), default=-1)
+
+    def unprompted(self) -> np.ndarray:
+        """Indices of the examples whose last answer has nothing before it, int64, shape (found,)."""
+        starts = []
+        for chunk in self.column("spans").chunks:
+            ends = chunk.offsets.to_numpy()[1:] - chunk.offsets[0].as_py()
+            starts.append(chunk.flatten().to_numpy()[ends - 2])
+        return np.flatnonzero(np.concatenate(starts) == 0)
 
     def keys(self) -> np.ndarray:
         """Hash of every example, int64, shape (examples,)."""

@@ -49,7 +49,11 @@ def fingerprint_of(
         adapter={**dataclasses.asdict(config.adapter), "seed": adapter_seed(config)},
         pruning={**dataclasses.asdict(config.pruning), "interval": interval},
         training={name: _plain(getattr(arguments, name)) for name in METHOD_ARGUMENTS},
-        examples={source.name: f"{source.counts.examples}, {source.digest[:16]}" for source in data.train},
+        examples={
+            source.name: f"{source.counts.examples}, {source.digest[:16]}"
+            + ", control tokens as text" * (config.data.control_tokens == "text")
+            for source in data.train
+        },
         labels=data.labels or config.data.labels if TASKS[config.task].has_labels else None,
     )
 

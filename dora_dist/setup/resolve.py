@@ -132,7 +132,19 @@ def _check_answers(config: RunConfig, data: RunData) -> None:
     for source in data.evaluation if config.evaluation.exact_match else []:
         if source.format == "text" or config.data.train_on == "everything":
             what = f"{source.name} is plain text" if source.format == "text" else "data.train_on is everything"
-            raise ValueError(f"evaluation.exact_match is true, but {what}, which has no answers to compare with")
+            raise ValueError(
+                f"evaluation.exact_match is true, but {what}, which has no answers to compare with: set it to "
+                "false, or leave that out"
+            )
+        unasked = source.unprompted()
+        if config.evaluation.max_examples is not None:
+            unasked = unasked[unasked < config.evaluation.max_examples]
+        if len(unasked):
+            raise ValueError(
+                f"evaluation.exact_match is true, but {len(unasked)} of {source.counts.examples} examples of "
+                f"{source.name} have an empty prompt (first {source.dataset[int(unasked[0])]['place']}), so that the "
+                "model would be asked nothing: give them a prompt, leave them out, or set it to false"
+            )
 
 
 def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int) -> tuple[list[str], Budget]:

@@ -18,7 +18,7 @@ from dora_dist.config.tasks import CAUSAL_LM, TASKS
 from dora_dist.data.cache import first_rows, prepare_source
 from dora_dist.data.encoding.chat import ChosenTemplate, choose_template
 from dora_dist.data.encoding.classification import class_names
-from dora_dist.data.encoding.encoder import EncodingRules
+from dora_dist.data.encoding.encoder import ControlTokensError, EncodingRules
 from dora_dist.data.mixture import Mixture, cap_examples, pass_counts
 from dora_dist.data.prepared import PreparedSource
 from dora_dist.data.reading.files import Location, locate
@@ -93,9 +93,7 @@ def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task: s
     if chats or config.chat_template != "auto":  # a name that is wrong is refused in any case
         template = choose_template(tokenizer, config.chat_template)
     template = template if chats else None
-    prepared = {
-        part: [_prepared(config, entry, tokenizer, template) for entry in entries] for part, entries in found.items()
-    }
+    prepared = _prepare_all(config, found, tokenizer, template)
     if template is not None:
         tokenizer.chat_template = template.text
     seen = np.concatenate([source.keys() for source in prepared["train"]])
@@ -257,6 +255,36 @@ def _check_fields(source: SourceConfig, formats: Sequence[str]) -> None:
             )
 
 
+def _prepare_all(
+    config: DataConfig,
+    found: Mapping[str, Sequence[_FoundSource]],
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChosenTemplate | None,
+) -> dict[str, list[PreparedSource]]:
+    """All sources. Control tokens in the texts of several are told of together.
+
+    Raises:
+        ValueError: data that cannot be used.
+    """
+    prepared: dict[str, list[PreparedSource]] = {part: [] for part in found}
+    flaws = []
+    for part, entries in found.items():
+        for entry in entries:
+            try:
+                prepared[part].append(_prepared(config, entry, tokenizer, template))
+            except ControlTokensError as error:
+                flaws.append(str(error))
+    if not flaws:
+        return prepared
+    advice = (
+        "mend them, or set data.bad_rows to skip"
+        if config.control_tokens == "text"
+        else "mend them, set data.control_tokens to text to write these as plain text, or data.bad_rows to skip; "
+        "prompts that are rendered already need data.as_chat: false"
+    )
+    raise ValueError("\n".join([*flaws, advice]))
+
+
 def _prepared(
     config: DataConfig, found: _FoundSource, tokenizer: PreTrainedTokenizerBase, template: ChosenTemplate | None
 ) -> PreparedSource:
@@ -272,6 +300,7 @@ def _prepared(
         max_length=config.max_length,
         overlong=config.overlong,
         bad_rows=config.bad_rows,
+        control_tokens=config.control_tokens,
         labels=config.labels,
         stride=config.stride,
         max_target_length=config.max_target_length,

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from dora_dist.data.encoding.control_tokens import ControlTokens, control_tokens
 from dora_dist.data.encoding.proof import LEFT_OUT, ContentProof
 from dora_dist.data.reading.samples import THOUGHTS, UNTRAINED, Chat, RowFlaw
 
@@ -27,7 +27,6 @@ FAMILIES = {
 }
 """Bundled templates, with the tokens that a tokenizer must know for each; the first that fits is taken."""
 
-NO_TEXT = "which would be no text to the model but the start or the end of something"
 PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 PROBE_WORD = "qzword"
 
@@ -92,13 +91,6 @@ def _with_arguments(call: Mapping[str, Any], as_text: bool) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": arguments}}
 
 
-def control_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Matches the special tokens that stand for more than their text."""
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    longest_first = sorted(special, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
-
 @dataclass(frozen=True)
 class CallStyle:
     """How a template wants calls of tools.
@@ -121,13 +113,21 @@ class ChatRenderer:
     Args:
         tokenizer: fast (with offsets), for its special tokens.
         template: Jinja source.
+        controls: what becomes of control tokens in contents; by default there are none. Where they are text, a
+            rendering has those that the template writes under their names in ``controls.writer``.
+
+    Attributes:
+        end_of_turn: the token that ends an answer.
+        ends: it, and where the template ends calls of tools by another token, that one.
 
     Raises:
         ValueError: the template ends the assistant's turn without a control token, so that a model could not learn
             where to stop, or it cannot be rendered at all.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: str, controls: ControlTokens | None = None
+    ) -> None:
         if not tokenizer.is_fast:
             raise ValueError(
                 f"the tokenizer {type(tokenizer).__name__} cannot say which characters a token stands for, as chat "
@@ -135,9 +135,10 @@ class ChatRenderer:
             )
         self.tokenizer = tokenizer
         self.template = template
-        self._control = control_pattern(tokenizer)
+        self._controls = control_tokens(tokenizer) if controls is None else controls
         self._proof = ContentProof(self.render)
         self.end_of_turn = self._find_end_of_turn()
+        self.ends = self._find_ends()
 
     def render(self, chat: Chat, length: int | None = None, prompt: bool = False) -> str:
         """The conversation, or its first ``length`` messages, as text.
@@ -165,10 +166,8 @@ class ChatRenderer:
             thoughts, say), so that no single text has all turns as the model would see them.
 
         Raises:
-            RowFlaw: the template refuses these messages or leaves out a part of them, or a message holds a control
-                token.
+            RowFlaw: the template refuses these messages or leaves out a part of them.
         """
-        self._check_controls(chat)
         text = self.render(chat)
         answers = chat.answers()[-1:] if last_only else chat.answers()
         spans = []
@@ -234,8 +233,8 @@ class ChatRenderer:
         names: dict[str, Any] = self.tokenizer.special_tokens_map
         try:
             rendered: Any = render_jinja_template(  # a pair, though transformers says a text
-                conversations=[list(messages)],
-                tools=tools,
+                conversations=[self._controls.exchanged(list(messages))],
+                tools=self._controls.exchanged(tools),
                 chat_template=self.template,
                 add_generation_prompt=prompt,
                 **names,
@@ -243,44 +242,52 @@ class ChatRenderer:
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise RowFlaw("messages", f"is refused by the chat template: {error}") from None
         texts: list[str] = rendered[0]
-        return texts[0]
-
-    def _check_controls(self, chat: Chat) -> None:
-        """A control token in a message would end a turn, or begin one, in the middle of a text."""
-        for number, message in enumerate(chat.messages):
-            for name, part in message.items():
-                text = part if isinstance(part, str) else json.dumps(part, ensure_ascii=False)
-                if name != "role" and (found := self._control.search(text)):
-                    raise RowFlaw(f"messages[{number}].{name}", f"holds the control token {found[0]!r}, {NO_TEXT}")
-        if found := self._control.search(json.dumps(chat.tools, ensure_ascii=False)):
-            raise RowFlaw("tools", f"holds the control token {found[0]!r}, {NO_TEXT}")
+        return self._controls.exchanged(texts[0])
 
     def _find_end_of_turn(self) -> int:
         try:
-            text, spans = self.last_span(Chat(PROBE))
+            text, found = self._controls_in_answer(Chat(PROBE))
         except RowFlaw as flaw:
             try:  # a generation prompt may begin a thought, from which only an answer with one goes on
-                text, spans = self.last_span(Chat([PROBE[0], {**PROBE[1], THOUGHTS: "c"}]))
+                text, found = self._controls_in_answer(Chat([PROBE[0], {**PROBE[1], THOUGHTS: "c"}]))
             except RowFlaw:
                 raise ValueError(f"the chat template cannot be used: {flaw}") from None
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        added = self.tokenizer.added_tokens_decoder
-        ends: list[int] = [
-            token
-            for token, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-            if end > spans[0][0] and token in added and not added[token].content.isspace()
-        ]
-        if not ends:
+        if not found:
             raise ValueError(
                 f"the chat template ends the assistant's turn without a control token ({text[-40:]!r}), so that the "
                 "model could not learn where to stop: set data.chat_template to one that does"
             )
-        return ends[-1]
+        return found[-1]
+
+    def _find_ends(self) -> list[int]:
+        """What ends a turn, and what ends one with calls where that is another token, which stands nowhere else."""
+        call = {"type": "function", "id": "qz1234567", "function": {"name": "f", "arguments": {"x": "y"}}}
+        for calls in ([call, call], [call]):  # some templates take one at a time
+            with suppress(RowFlaw):
+                _, found = self._controls_in_answer(Chat([PROBE[0], {"role": "assistant", "tool_calls": calls}]))
+                alone = bool(found) and found.count(found[-1]) == 1 and self.end_of_turn not in found
+                return [self.end_of_turn, found[-1]] if alone else [self.end_of_turn]
+        return [self.end_of_turn]
+
+    def _controls_in_answer(self, chat: Chat) -> tuple[str, list[int]]:
+        """The rendering of a conversation, and the added tokens of the last answer in it, except white space; none
+        where text follows the last of them.
+
+        Raises:
+            RowFlaw: the template refuses it.
+        """
+        text, spans = self.last_span(chat)
+        encoded = self._controls.writer(text, add_special_tokens=False, return_offsets_mapping=True)
+        added = self.tokenizer.added_tokens_decoder
+        found = [
+            (token, end)
+            for token, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+            if end > spans[0][0] and token in added and not added[token].content.isspace()
+        ]
+        is_end = bool(found) and not text[found[-1][1] :].strip()
+        return text, [token for token, _ in found] if is_end else []
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[int]:
-    """Tokens that end an answer: the end token, and that of a turn where answers were trained in a chat template."""
-    ends = {tokenizer.eos_token_id}
-    if template is not None:
-        ends.add(ChatRenderer(tokenizer, template).end_of_turn)
-    return sorted(ends)
+    """Tokens that end an answer: the end token, and those of turns where answers were trained in a chat template."""
+    return sorted({tokenizer.eos_token_id, *([] if template is None else ChatRenderer(tokenizer, template).ends)})

@@ -53,9 +53,10 @@ class LabelledEncoder(RowEncoder[Labelled, LabelledIds]):
             )
         self._with_types = "token_type_ids" in tokenizer.model_input_names
 
+    def _texts(self, sample: Labelled) -> list[tuple[str, str]]:
+        return [("sentence1", sample.first), ("sentence2", sample.second or "")]
+
     def _parts(self, sample: Labelled) -> list[Labelled]:
-        self._check_controls("sentence1", sample.first)
-        self._check_controls("sentence2", sample.second or "")
         read = number_label if self.rules.labels == "regression" else class_label
         return [replace(sample, label=read(sample.label))]
 
@@ -69,7 +70,7 @@ class LabelledEncoder(RowEncoder[Labelled, LabelledIds]):
         return [examples[number] for number in range(len(parts))]
 
     def _tokenized(self, parts: Sequence[Labelled], paired: bool, **options: Any) -> Iterable[LabelledIds]:
-        encoded = self.tokenizer(
+        encoded = self.writer(
             [part.first for part in parts],
             [part.second for part in parts] if paired else None,
             return_attention_mask=False,

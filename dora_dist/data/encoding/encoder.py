@@ -3,16 +3,16 @@
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from hashlib import blake2b
 from typing import Any, ClassVar, Generic, TypeVar
 
-from datasets import Value
+from datasets import List, Value
 from transformers import PreTrainedTokenizerBase
 
-from dora_dist.data.encoding.chat import NO_TEXT, control_pattern
+from dora_dist.data.encoding.control_tokens import control_tokens
 from dora_dist.data.reading.samples import RowFlaw, fill_prompt, rename_fields
 
 IGNORED = -100
@@ -21,7 +21,7 @@ IGNORED = -100
 
 IDS_ONLY = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
 """A third of the time would go into masks that nobody reads; lengths are checked here, not by the tokenizer."""
-BOOKKEEPING = {
+BOOKKEEPING: dict[str, Any] = {
     "removed": Value("int32"),
     "key": Value("int64"),
     "place": Value("string"),
@@ -29,12 +29,31 @@ BOOKKEEPING = {
     "note": Value("string"),
     "trimmed": Value("int32"),
     "unread": Value("string"),
+    "controls": List(Value("string")),
 }
 """Columns that examples of every kind have beside their own."""
 
 
 class UnusableRowError(ValueError):
     """A row that cannot be used, under the policy ``error``."""
+
+
+class ControlTokensError(ValueError):
+    """Rows with control tokens in their texts, under the policy ``error``."""
+
+
+class ControlFlaw(RowFlaw):
+    """A row with control tokens in its texts, which may be one of many.
+
+    Args:
+        field: the first that has some.
+        reason: in words.
+        tokens: all that the row has.
+    """
+
+    def __init__(self, field: str, reason: str, tokens: list[str]) -> None:
+        super().__init__(field, reason)
+        self.tokens = tokens
 
 
 class Status(IntEnum):
@@ -60,6 +79,7 @@ class EncodingRules:
         max_length: longest example in tokens.
         overlong: ``error``, ``drop`` or ``truncate``.
         bad_rows: ``error`` or ``skip``.
+        control_tokens: ``refuse`` those in texts, or write them as ``text``.
         labels: ``classes`` or ``regression``.
         stride: tokens of a context that neighbouring windows share (questions).
         max_target_length: longest summary in tokens.
@@ -75,6 +95,7 @@ class EncodingRules:
     max_length: int = 2048
     overlong: str = "error"
     bad_rows: str = "error"
+    control_tokens: str = "refuse"
     labels: str = "classes"
     stride: int = 128
     max_target_length: int = 128
@@ -102,6 +123,11 @@ class RowEncoder(ABC, Generic[P, E]):
 
     Attributes:
         columns: what an example consists of, with the types of its columns; ``input_ids`` is one of them.
+        controls: what becomes of control tokens in texts.
+        writer: the tokenizer that texts are encoded with.
+
+    Raises:
+        ValueError: control tokens are to be text, and the tokenizer cannot do that.
     """
 
     columns: ClassVar[dict[str, Any]]
@@ -110,7 +136,8 @@ class RowEncoder(ABC, Generic[P, E]):
         self.tokenizer = tokenizer
         self.rules = rules
         self._parse_row = parse
-        self._control = control_pattern(tokenizer)
+        self.controls = control_tokens(tokenizer, rules.control_tokens)
+        self.writer = self.controls.writer
 
     def __call__(self, batch: Mapping[str, list[str]]) -> dict[str, list[Any]]:
         """Encode a batch of rows for ``Dataset.map(batched=True)``.
@@ -121,21 +148,27 @@ class RowEncoder(ABC, Generic[P, E]):
         Returns:
             Columns of examples, with one line too for each row that became none: :attr:`columns`, and ``removed``
             (tokens that were cut off), ``key`` (a hash of the example), ``place``, ``status``, ``note``, ``trimmed``
-            (messages left out after the last that is trained), ``unread`` (fields that are not read, with commas).
+            (messages left out after the last that is trained), ``unread`` (fields that are not read, with commas),
+            ``controls`` (control tokens in the row's texts). A row with control tokens that are refused has the status
+            of a bad one under both policies, so that all can be counted.
 
         Raises:
             UnusableRowError: a row cannot be used, under the policy ``error``.
         """
         columns: dict[str, list[Any]] = {name: [] for name in (*self.columns, *BOOKKEEPING)}
-        found: list[tuple[str, P | RowFlaw]] = []
+        found: list[tuple[str, list[str], P | RowFlaw]] = []
         for place, text, flaw in zip(batch["place"], batch["json"], batch["flaw"], strict=True):
             try:
-                found += [(place, part) for part in self._parts(self._parse(text, flaw))]
+                sample = self._parse(text, flaw)
+                controls = self._controls_in(sample)
+                found += [(place, controls, part) for part in self._parts(sample)]
+            except ControlFlaw as error:
+                found.append((place, error.tokens, error))
             except RowFlaw as error:
                 self._check_policy(error, place)
-                found.append((place, error))
-        encoded = iter(self._encode([part for _, part in found if not isinstance(part, RowFlaw)]))
-        for place, part in found:
+                found.append((place, [], error))
+        encoded = iter(self._encode([part for *_, part in found if not isinstance(part, RowFlaw)]))
+        for place, controls, part in found:
             example, status, note = None, Status.BAD, str(part)
             if not isinstance(part, RowFlaw):
                 made = next(encoded)
@@ -153,11 +186,20 @@ class RowEncoder(ABC, Generic[P, E]):
             columns["note"].append(note)
             columns["trimmed"].append(0 if isinstance(part, RowFlaw) else self._num_trimmed(part))
             columns["unread"].append("" if isinstance(part, RowFlaw) else ",".join(self._unread(part)))
+            columns["controls"].append(controls)
         return columns
 
     def _check_policy(self, flaw: RowFlaw, place: str) -> None:
         if self.rules.bad_rows == "error":
             raise UnusableRowError(f"{place}: {flaw}; mend it, or set data.bad_rows to skip") from None
+
+    @abstractmethod
+    def _texts(self, sample: Any) -> Iterable[tuple[str, str]]:
+        """Field and text of all that is text in a sample."""
+
+    def _rendered(self, sample: Any) -> Iterable[tuple[str, str]]:
+        """Field and text of what may hold control tokens on purpose, unless they are to be text."""
+        return ()
 
     @abstractmethod
     def _parts(self, sample: Any) -> list[P]:
@@ -228,9 +270,22 @@ class RowEncoder(ABC, Generic[P, E]):
         except RowFlaw as error:
             raise RowFlaw(self.rules.fields.get(error.field, error.field), error.reason) from None
 
-    def _check_controls(self, name: str, text: str) -> None:
-        if found := self._control.search(text):
-            raise RowFlaw(self.rules.fields.get(name, name), f"holds the control token {found[0]!r}, {NO_TEXT}")
+    def _controls_in(self, sample: Any) -> list[str]:
+        """Control tokens in the texts of a sample, each once.
+
+        Raises:
+            ControlFlaw: there are some which texts may not hold.
+        """
+        texts, rendered = list(self._texts(sample)), list(self._rendered(sample))
+        everything = [*texts, *rendered]
+        checked, allowed = (everything, everything) if self.controls.as_text else (texts, rendered)
+        refused = [(name, token) for name, text in checked for token in self.controls.refused.findall(text)]
+        if refused:
+            name, token = refused[0]
+            reason = f"holds the control token {token!r}, {self.controls.reason}"
+            tokens = list(dict.fromkeys(token for _, token in refused))
+            raise ControlFlaw(self.rules.fields.get(name, name), reason, tokens)
+        return list(dict.fromkeys(token for _, text in allowed for token in self.controls.known.findall(text)))
 
 
 def _key(content: bytes) -> int:

@@ -208,11 +208,12 @@ class QuestionEncoder(RowEncoder[AskedWindow, AskedWindow]):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, rules: EncodingRules, parse: RowParser) -> None:
         super().__init__(tokenizer, rules, parse)
-        self._windows = ContextWindows(tokenizer, rules.max_length, rules.stride)
+        self._windows = ContextWindows(self.writer, rules.max_length, rules.stride)
+
+    def _texts(self, sample: Question) -> list[tuple[str, str]]:
+        return [("question", sample.question), ("context", sample.context)]
 
     def _parts(self, sample: Question) -> list[AskedWindow]:
-        self._check_controls("question", sample.question)
-        self._check_controls("context", sample.context)
         return [AskedWindow(sample, window) for window in self._windows(sample)]
 
     def _encode(self, parts: Sequence[AskedWindow]) -> Sequence[AskedWindow]:

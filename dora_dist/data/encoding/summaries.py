@@ -61,22 +61,23 @@ class SummaryEncoder(RowEncoder[Summary, SummaryIds]):
                 "so that the model could not learn where to stop: take a model with an encoder and a decoder"
             )
 
+    def _texts(self, sample: Summary) -> list[tuple[str, str]]:
+        return [("document", sample.document), ("summary", sample.summary)]
+
     def _parts(self, sample: Summary) -> list[Summary]:
-        self._check_controls("document", sample.document)
-        self._check_controls("summary", sample.summary)
         return [Summary(sample.document.strip(), sample.summary.strip())]
 
     def _encode(self, parts: Sequence[Summary]) -> list[SummaryIds]:
         if not parts:
             return []
-        documents = self.tokenizer([part.document for part in parts], **IDS_ONLY)["input_ids"]
+        documents = self.writer([part.document for part in parts], **IDS_ONLY)["input_ids"]
         targets = self._targets([part.summary for part in parts])
         return [
             SummaryIds(ids, labels, part.summary) for part, ids, labels in zip(parts, documents, targets, strict=True)
         ]
 
     def _targets(self, summaries: Sequence[str], **options: Any) -> list[list[int]]:
-        targets: list[list[int]] = self.tokenizer(text_target=list(summaries), **IDS_ONLY, **options)["input_ids"]
+        targets: list[list[int]] = self.writer(text_target=list(summaries), **IDS_ONLY, **options)["input_ids"]
         return targets
 
     def _fit(self, part: Summary, example: SummaryIds, place: str) -> tuple[SummaryIds | None, Status, str]:
@@ -92,7 +93,7 @@ class SummaryEncoder(RowEncoder[Summary, SummaryIds]):
             return example, Status.KEPT, ""
         if self.rules.overlong == "drop":
             return None, Status.OVERLONG, "; ".join(notes)
-        ids = self.tokenizer(part.document, truncation=True, max_length=self.rules.max_length, **IDS_ONLY)["input_ids"]
+        ids = self.writer(part.document, truncation=True, max_length=self.rules.max_length, **IDS_ONLY)["input_ids"]
         (labels,) = self._targets([part.summary], truncation=True, max_length=self.rules.max_target_length)
         removed = len(example.ids) - len(ids) + len(example.labels) - len(labels)
         return SummaryIds(ids, labels, example.answer, removed), Status.KEPT, ""

@@ -2,7 +2,8 @@
 
 import bisect
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -97,7 +98,8 @@ class TextEncoder(RowEncoder[_Part, Encoded]):
         parse: see :class:`RowEncoder`.
 
     Raises:
-        ValueError: the tokenizer has no end token, or the chat template cannot be used.
+        ValueError: the tokenizer has no end token, the chat template cannot be used, or a text of the configuration
+            holds a control token where it is text.
     """
 
     columns: ClassVar[dict[str, Any]] = {
@@ -110,7 +112,22 @@ class TextEncoder(RowEncoder[_Part, Encoded]):
         super().__init__(tokenizer, rules, parse)
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end-of-sequence token, so the model could not learn where to stop")
-        self.renderer = ChatRenderer(tokenizer, rules.template) if rules.template is not None else None
+        self._check_own_texts()
+        self.renderer = ChatRenderer(tokenizer, rules.template, self.controls) if rules.template is not None else None
+
+    def _check_own_texts(self) -> None:
+        """Texts of the configuration that stand in every row; a plain prompt may hold control tokens, which are none
+        where they are to be text."""
+        rules, controls = self.rules, self.controls
+        advice = "leave it out, or set data.control_tokens to " + ("refuse" if controls.as_text else "text")
+        checked = [("system", rules.system, controls.refused, controls.reason)]
+        if rules.as_chat:
+            checked.append(("prompt", rules.prompt or "", controls.refused, controls.reason))
+        elif controls.as_text:
+            checked.append(("prompt", rules.prompt or "", controls.known, "which data.control_tokens: text makes text"))
+        for name, text, pattern, reason in checked:
+            if found := pattern.search(text):
+                raise ValueError(f"data.{name} is {text!r}, with the control token {found[0]!r}, {reason}: {advice}")
 
     def _content(self, example: Encoded | None) -> dict[str, Any]:
         example = example or Encoded([], [], "")
@@ -131,25 +148,46 @@ class TextEncoder(RowEncoder[_Part, Encoded]):
     def _unread(self, part: _Part) -> Sequence[str]:
         return part.sample.unread if isinstance(part.sample, Chat) else ()
 
-    def _parse(self, text: str, flaw: str) -> Sample:
-        sample: Sample = super()._parse(text, flaw)
-        if isinstance(sample, Instruction):
-            for name, part in (("instruction", sample.instruction), ("input", sample.context)):
-                self._check_controls(name, part)
-        if isinstance(sample, Instruction | Pair):
+    def _texts(self, sample: Sample) -> Iterable[tuple[str, str]]:
+        if isinstance(sample, Chat):
+            parts = [(f"messages[{n}].{name}", part) for n, m in enumerate(sample.messages) for name, part in m.items()]
+            for name, part in [*parts, ("tools", sample.tools)]:
+                if not name.endswith(".role"):
+                    yield name, part if isinstance(part, str) else json.dumps(part, ensure_ascii=False)
+        elif isinstance(sample, Instruction):
+            yield from (("instruction", sample.instruction), ("input", sample.context), ("system", sample.system))
+            yield from (("history", text) for exchange in sample.history for text in exchange)
+            yield "output", self._answer(sample)
+        elif isinstance(sample, Pair):
+            yield "completion", self._answer(sample)
+            if self.rules.as_chat:
+                yield "prompt", sample.prompt
+
+    def _rendered(self, sample: Sample) -> Iterable[tuple[str, str]]:
+        if isinstance(sample, Document):
+            yield "text", sample.text
+        elif isinstance(sample, Pair) and not self.rules.as_chat:
+            yield "prompt", sample.prompt
+
+    def _answer(self, sample: Instruction | Pair) -> str:
+        """The answer without the end token that it may have already, which would be text in a conversation."""
+        if self.controls.as_text or self.rules.as_chat:
+            return sample.completion
+        return sample.completion.rstrip().removesuffix(self.tokenizer.eos_token)
+
+    def _as_rendered(self, sample: Sample) -> Sample:
+        """The sample as a conversation, where it goes into the chat template, with the system message of all.
+
+        Raises:
+            RowFlaw: its answer is empty, or a part of it has no place.
+        """
+        if isinstance(sample, Instruction | Pair) and not self._answer(sample).strip():
             name = "output" if isinstance(sample, Instruction) else "completion"
-            answer = sample.completion.rstrip().removesuffix(self.tokenizer.eos_token)
-            if not answer.strip():
-                raise RowFlaw(name, "is nothing but the end token, so that there is nothing to learn from it")
-            self._check_controls(name, answer)
+            raise RowFlaw(name, "is nothing but the end token, so that there is nothing to learn from it")
         if isinstance(sample, Instruction):
             for name in ("system", "history"):
                 if getattr(sample, name) and not self.rules.as_chat:
                     raise RowFlaw(name, "has no place under Alpaca's headings: set as_chat: true")
-        if isinstance(sample, Pair) and self.rules.as_chat and (found := self._control.search(sample.prompt)):
-            raise RowFlaw(
-                "prompt", f"holds the control token {found[0]!r}: set as_chat: false where prompts are rendered already"
-            )
         if isinstance(sample, Instruction | Pair) and self.rules.as_chat:
             sample = sample.as_chat()
         if isinstance(sample, Chat) and self.rules.system and sample.messages[0]["role"] != "system":
@@ -158,6 +196,7 @@ class TextEncoder(RowEncoder[_Part, Encoded]):
 
     def _parts(self, sample: Sample) -> list[_Part]:
         """A conversation is rendered; one whose earlier turns the template rewrites becomes a part for every answer."""
+        sample = self._as_rendered(sample)
         if not isinstance(sample, Chat):
             return [_Part(sample)]
         assert self.renderer is not None
@@ -183,8 +222,8 @@ class TextEncoder(RowEncoder[_Part, Encoded]):
 
     def _encode_pairs(self, pairs: Sequence[Pair]) -> list[Encoded | RowFlaw]:
         end = self.tokenizer.eos_token_id
-        prompts = encode_prompts(self.tokenizer, [pair.prompt for pair in pairs])
-        answers = self.tokenizer([pair.completion for pair in pairs], add_special_tokens=False, **IDS_ONLY)["input_ids"]
+        prompts = encode_prompts(self.writer, [pair.prompt for pair in pairs])
+        answers = self.writer([pair.completion for pair in pairs], add_special_tokens=False, **IDS_ONLY)["input_ids"]
         rows = [[*_without_end(answer, end), end] for answer in answers]
         return [
             Encoded(prompt + answer, self._trained([len(prompt), len(prompt) + len(answer)]), self._decoded(answer))
@@ -199,12 +238,12 @@ class TextEncoder(RowEncoder[_Part, Encoded]):
         return str(self.tokenizer.decode(answer, skip_special_tokens=True))
 
     def _encode_documents(self, documents: Sequence[Document]) -> list[Encoded | RowFlaw]:
-        rows = encode_prompts(self.tokenizer, [document.text for document in documents])
+        rows = encode_prompts(self.writer, [document.text for document in documents])
         rows = [[*ids, self.tokenizer.eos_token_id] for ids in rows]
         return [Encoded(ids, [0, len(ids)], "") for ids in rows]
 
     def _encode_chats(self, parts: Sequence[_Part]) -> Iterator[Encoded | RowFlaw]:
-        encoded = self.tokenizer(
+        encoded = self.writer(
             [part.text for part in parts], add_special_tokens=False, return_offsets_mapping=True, **IDS_ONLY
         )
         for part, ids, offsets in zip(parts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
@@ -232,7 +271,7 @@ class TextEncoder(RowEncoder[_Part, Encoded]):
         offsets: list[tuple[int, int]] = []
         for first, last in itertools.pairwise(borders):
             piece = part.text[first:last]
-            encoded = self.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True, **IDS_ONLY)
+            encoded = self.writer(piece, add_special_tokens=False, return_offsets_mapping=True, **IDS_ONLY)
             ids += encoded["input_ids"]
             offsets += [(first + start, first + end) for start, end in encoded["offset_mapping"]]
         if self.tokenizer.decode(ids) != self.tokenizer.decode(together):
@@ -253,13 +292,19 @@ class TextEncoder(RowEncoder[_Part, Encoded]):
         for first, last in characters:
             begin = int(np.searchsorted(ends, first, side="right"))
             stop = int(np.searchsorted(starts, last, side="left"))
-            inside = [n for n in range(begin, min(stop + 1, len(ids))) if ids[n] == self.renderer.end_of_turn]
+            inside = [n for n in range(begin, min(stop + 1, len(ids))) if ids[n] in self.renderer.ends]
             if not inside:
                 raise RowFlaw(
                     "messages",
                     "is rendered with a turn of the assistant that ends without "
                     f"{self.tokenizer.convert_ids_to_tokens(self.renderer.end_of_turn)!r}, which ends others: set "
                     "data.chat_template to one that ends all alike",
+                )
+            if len(early := [ids[n] for n in inside if n < stop]) > 1:
+                raise RowFlaw(
+                    "messages",
+                    f"is rendered with {self.tokenizer.convert_ids_to_tokens(early[0])!r} in the middle of an answer, "
+                    "where generation would stop: set data.chat_template to one that ends answers only with it",
                 )
             spans += [begin, inside[-1] + 1]
         return spans
@@ -287,7 +332,7 @@ class TextEncoder(RowEncoder[_Part, Encoded]):
         if isinstance(sample, Document):
             return replace(example, ids=example.ids[:most], spans=[0, most], num_removed=whole - most)
         while len(example.ids) > most:
-            shorter = Shortener(self.tokenizer).with_less(sample, len(example.ids) - most)
+            shorter = Shortener(self.writer).with_less(sample, len(example.ids) - most)
             if shorter is None:
                 return None
             sample = shorter

@@ -13,8 +13,11 @@ from support.trained_run import TrainedFolder, character_tokenizer, make_base, m
 
 from dora_dist import generate
 from dora_dist.data.encoding.chat import choose_template
-from dora_dist.data.encoding.text import encode_prompts
+from dora_dist.data.encoding.control_tokens import control_tokens
+from dora_dist.data.encoding.encoder import EncodingRules
+from dora_dist.data.encoding.text import encode_prompts, prompt_length
 from dora_dist.data.reading.samples import alpaca_prompt
+from dora_dist.data.row_formats import build_encoder
 from dora_dist.evaluation.answers import generate_answers
 from dora_dist.runs import records
 
@@ -117,9 +120,35 @@ def test_a_run_on_conversations_is_asked_in_its_chat_template(monkeypatch: pytes
         f"<s>### Instruction:\nDo\n\nx{end}",
         f"<s>### Instruction:\nHi{end}Ho</s>\n### Instruction:\nAnd?{end}",
     ]
-    assert questions[0].ids(tokenizer, chat=True).count(tokenizer.bos_token_id) == 1
+    assert questions[0].ids(tokenizer, True, control_tokens(tokenizer)).count(tokenizer.bos_token_id) == 1
     with pytest.raises(ValueError, match="not trained in a chat template"):
         questions[2].prompt(tokenizer, chat=False)
+
+
+@pytest.mark.parametrize("chat", [True, False], ids=["in the template", "plain"])
+@pytest.mark.parametrize("row", [{"instruction": "What is </s>?", "input": "<s>"}, {"prompt": "What is </s>?"}])
+def test_control_tokens_in_a_question_are_what_they_were_in_training(row: dict[str, str], chat: bool) -> None:
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = choose_template(tokenizer, "plain").text
+    (question,) = generate.read_questions([json.dumps(row)], raw=False)
+    as_chat = chat and not question.raw
+    rules = EncodingRules(
+        format="prompt_completion" if question.raw else "alpaca",
+        as_chat=as_chat,
+        template=tokenizer.chat_template if as_chat else None,
+        control_tokens="text",
+    )
+    line = json.dumps({**row, "completion": "a", "output": "a"})
+    trained = build_encoder(tokenizer, rules)({"place": [""], "json": [line], "flaw": [""]})
+    prompt = trained["input_ids"][0][: prompt_length(trained["spans"][0])]
+    assert question.ids(tokenizer, chat, control_tokens(tokenizer, "text")) == prompt
+    assert prompt.count(tokenizer.eos_token_id) == 0, "the answer has the first one"
+    refusing = control_tokens(tokenizer)
+    if question.raw:
+        assert question.ids(tokenizer, chat, refusing).count(tokenizer.eos_token_id) == 1
+    else:
+        with pytest.raises(ValueError, match=r"a prompt holds the control token '</s>', .*leave it out, or give the"):
+            question.ids(tokenizer, chat, refusing)
 
 
 @pytest.mark.parametrize(
@@ -129,6 +158,7 @@ def test_a_run_on_conversations_is_asked_in_its_chat_template(monkeypatch: pytes
         (["--prompt", "a", " "], "--prompt number 2 is ' ', but must have some text"),
         (["--input", "x"], "--input is 'x', but it belongs to the instructions of --prompt"),
         (["--prompt", "a", "--input", "x", "--raw"], "leave out --raw"),
+        (["--prompt", "What is </s>?"], "a prompt holds the control token '</s>', which would be no text"),
         (["--prompt", "a", "--checkpoint", "checkpoint-9"], r"--checkpoint is 'checkpoint-9'.*there are: none yet"),
     ],
 )
@@ -142,15 +172,18 @@ def test_folder_that_is_no_run(tmp_path: Path) -> None:
         generate.main([str(tmp_path), "--prompt", "a"])
 
 
-def test_run_trained_on_whole_prompts(run: TrainedFolder, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("trained_on", ["prompt_completion", "text"])
+def test_run_trained_on_texts_as_they_are(
+    run: TrainedFolder, capsys: pytest.CaptureFixture[str], trained_on: str
+) -> None:
     config = run.folder / records.CONFIG
     text = config.read_text()
-    config.write_text(text.replace("format: auto", "format: prompt_completion"))
+    config.write_text(text.replace("format: auto", f"format: {trained_on}"))
     try:
         generate.main([str(run.folder), "--prompt", "a", "--max-new-tokens", "1"])
     finally:
         config.write_text(text)
-    assert "--raw" in capsys.readouterr().err
+    assert f"(format {trained_on}): --raw gives" in capsys.readouterr().err
 
 
 def test_side_by_side_in_a_wide_terminal() -> None:

@@ -163,22 +163,18 @@ def test_a_template_that_ends_a_turn_without_a_control_token_is_refused():
         ChatRenderer(byte_tokenizer(), template)
 
 
+def test_a_control_token_before_the_answer_is_not_its_end():
+    """Nothing of the answer would be trained."""
+    template = "{% for m in messages %}{{ m.role }}<|im_start|>{{ m.content }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant{% endif %}"
+    with pytest.raises(ValueError, match=r"without a control token .*set data\.chat_template"):
+        ChatRenderer(byte_tokenizer("chatml"), template)
+
+
 def test_a_generation_prompt_that_the_answer_does_not_go_on_from_is_refused():
     template = FORGETFUL.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>{% endif %}")
     with pytest.raises(ValueError, match="does not go on from the template's generation prompt"):
         ChatRenderer(byte_tokenizer("chatml"), template)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_control_token_in_a_message_is_refused(family):
-    """It would end a turn, or begin one, in the middle of somebody's text."""
-    tokenizer = byte_tokenizer(family)
-    renderer = ChatRenderer(tokenizer, choose_template(tokenizer).text)
-    for number, message in enumerate(CONVERSATION[:2]):
-        smuggled = {**message, "content": f"x{FAMILIES[family][0][-1]}y"}
-        messages = [*CONVERSATION[:number], smuggled, *CONVERSATION[number + 1 :]]
-        with pytest.raises(RowFlaw, match=rf"messages\[{number}\]\.content.*holds the control token"):
-            renderer.spans(Chat(messages))
 
 
 @pytest.mark.parametrize("family", ["gemma", "mistral"])

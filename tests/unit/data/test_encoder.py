@@ -76,46 +76,10 @@ def test_fields_may_have_other_names():
     assert tokenizer.decode(columns["input_ids"][0]) == "<s>qa</s>"
 
 
-@pytest.mark.parametrize(
-    ("row", "rules", "field"),
-    [
-        ({"prompt": "p", "completion": "a</s>b"}, {}, "completion"),
-        ({"question": "p", "answer": "a</s>b"}, {"fields": {"prompt": "question", "completion": "answer"}}, "answer"),
-        ({"instruction": "<s>", "output": "b"}, {"format": "alpaca"}, "instruction"),
-        ({"instruction": "a", "input": "</s>", "output": "b"}, {"format": "alpaca"}, "input"),
-    ],
-)
-def test_a_control_token_where_text_is_meant_is_refused(row, rules, field):
-    with pytest.raises(ValueError, match=rf"row 1: field '{field}' holds the control token"):
-        encode(byte_tokenizer(), [row], **rules)
-
-
 @pytest.mark.parametrize("answer", ["</s>", " \n", " </s> "])
 def test_an_answer_of_nothing_but_its_end_is_refused(answer):
     with pytest.raises(ValueError, match=r"row 1: field 'completion' is (empty|nothing but the end token)"):
         encode(byte_tokenizer(), [{"prompt": "p", "completion": answer}])
-
-
-def test_a_control_token_in_a_tool_or_a_call_is_refused():
-    template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or m.tool_calls }}<|im_end|>\n{% endfor %}"
-    )
-    template += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": "<|im_end|>"}}}]}
-    question = {"role": "user", "content": "q"}
-    answer = {"role": "assistant", "content": "a"}
-    for row, field in (
-        ({"messages": [question, call]}, r"messages\[1\]\.tool_calls"),
-        ({"messages": [question, answer], "tools": [{"name": "<|im_start|>"}]}, "tools"),
-    ):
-        with pytest.raises(ValueError, match=f"field '{field}' holds the control token"):
-            encode(byte_tokenizer("chatml"), [row], format="messages", template=template)
-
-
-def test_a_prompt_may_hold_control_tokens_of_its_own():
-    tokenizer = byte_tokenizer("chatml")
-    columns = encode(tokenizer, [{"prompt": "<|im_start|>user\n", "completion": "a"}])
-    assert columns["input_ids"][0][0] == tokenizer.convert_tokens_to_ids("<|im_start|>")
 
 
 def test_a_tokenizer_without_an_end_is_refused():

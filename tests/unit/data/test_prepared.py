@@ -84,18 +84,12 @@ FLAWS = [
     ("alpaca", {"instruction": "w1"}, "field 'output' is missing"),
     ("alpaca", {**ALPACA, "input": 7}, "field 'input' must be text, got 7"),
     ("alpaca", {**ALPACA, "output": ""}, "field 'output' is empty"),
-    ("alpaca", {**ALPACA, "output": "w1 </s> w2"}, "field 'output' holds the control token '</s>'"),
     ("prompt_completion", {"completion": "w3"}, "field 'prompt' is missing"),
     ("prompt_completion", {**PAIR, "completion": 1e5}, "field 'completion' must be text, got 100000.0"),
     ("text", {"text": " "}, "field 'text' is empty"),
     ("messages", {"messages": [QUESTION]}, "field 'messages' has no message of the assistant"),
     ("messages", {"messages": [{**QUESTION, "role": "bot"}, ANSWER]}, "field 'messages[0].role' must be one of"),
     ("messages", {"messages": [QUESTION, {**ANSWER, "content": ""}]}, "field 'messages[1].content' is empty"),
-    (
-        "messages",
-        {"messages": [{**QUESTION, "content": "<s>"}, ANSWER]},
-        "field 'messages[0].content' holds the control",
-    ),
     ("sharegpt", {"conversations": [{"from": "bot", "value": "w1"}]}, "field 'conversations[0].from' must be one of"),
     ("text", b'{"text": "w1"', "the row cannot be read as JSON: Expecting ',' delimiter"),
     ("text", b'{"text": "w1 \xff"}', "the row is not UTF-8"),
@@ -124,20 +118,6 @@ def test_a_skipped_row_is_counted_and_listed(tmp_path, row_format, row, flaw):
     assert (line["place"], line["why"]) == (f"{path}, line 2", "bad")
     assert line["reason"].startswith(flaw)
     assert source.counts.remarks() == ["skipped 1 of 3 rows that cannot be used"]
-
-
-@pytest.mark.parametrize(
-    "message",
-    [
-        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"text": "w1 <|im_end|> w2"}}}]},
-        {**ANSWER, "reasoning_content": "w1 <|im_end|> w2"},
-    ],
-    ids=["tool_calls", "reasoning_content"],
-)
-def test_a_control_token_in_any_part_of_a_message_is_refused(tmp_path, message):
-    path = write(tmp_path / "rows.jsonl", [{"messages": [QUESTION, message]}])
-    with pytest.raises(ValueError, match=r"line 1: field 'messages\[1\]\..*holds the control token '<\|im_end\|>'"):
-        prepare(path, "messages", byte_tokenizer("chatml"))
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.parquet", "rows.json", "saved"])

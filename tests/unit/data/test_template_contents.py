@@ -6,6 +6,7 @@ import pytest
 from support.byte_tokenizer import byte_tokenizer
 from tokenizers import models
 
+from dora_dist.data.encoding.chat import stop_tokens
 from dora_dist.data.encoding.encoder import EncodingRules, Status
 from dora_dist.data.row_formats import build_encoder
 
@@ -244,14 +245,39 @@ def test_an_answer_that_begins_with_a_line_break_is_asked_for_in_the_tokens_of_t
     assert reference == "\n\nBlue."
 
 
-def test_a_turn_that_ends_otherwise_than_others_is_refused():
-    """Generation would have to stop at both."""
-    end = "{% if m.tool_calls %}<|endoftext|>{% else %}<|im_end|>{% endif %}\n"
-    body = CONTENT + calls("{{ c.function.arguments | tojson }}")
-    template = TOOLS_AS_JSON + LOOP % ("<|im_start|>{{ m.role }}\n" + body + end, "")
-    _, ((status, note, *_),) = encode(template, CONVERSATIONS["one call"])
+ENDS = "{% if m.tool_calls %}<|endoftext|>{% else %}<|im_end|>{% endif %}\n"
+ONE_AT_A_TIME = "{% if m.tool_calls and m.tool_calls | length > 1 %}{{ raise_exception('one call') }}{% endif %}"
+JSON_CALLS = calls("{{ c.function.arguments | tojson }}")
+
+
+@pytest.mark.parametrize("before", ["", ONE_AT_A_TIME], ids=["several calls", "one call at a time"])
+def test_calls_may_end_by_a_token_of_their_own_at_which_generation_stops_too(before):
+    body = "<|im_start|>{{ m.role }}\n" + before + CONTENT + JSON_CALLS + ENDS
+    template = TOOLS_AS_JSON + LOOP % (body, "")
+    tokenizer, ((status, _, ids, spans, _),) = encode(template, CONVERSATIONS["one call"])
+    assert status == Status.KEPT
+    assert tokenizer.decode(ids[spans[0] : spans[1]]).endswith('{"town": "Turku"}]<|endoftext|>')
+    wanted = sorted(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
+    assert stop_tokens(tokenizer, template) == wanted
+
+
+def test_a_token_after_every_call_ends_no_answer():
+    """Generation would stop behind the first of several calls."""
+    ends = "{% if not m.tool_calls %}<|im_end|>{% endif %}\n"
+    body = CONTENT + calls("{{ c.function.arguments | tojson }}<|endoftext|>") + ends
+    template = TOOLS_AS_JSON + LOOP % ("<|im_start|>{{ m.role }}\n" + body, "")
+    tokenizer, ((status, note, *_),) = encode(template, CONVERSATIONS["one call"])
     assert status == Status.BAD
     assert "ends without '<|im_end|>', which ends others" in note
+    assert stop_tokens(tokenizer, template) == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+
+
+def test_an_end_in_the_middle_of_an_answer_is_refused():
+    """Generation would stop there, though the rest was trained."""
+    thought = "{% if m.reasoning_content %}{{ m.reasoning_content }}<|im_end|>{% endif %}"
+    _, ((status, note, *_),) = encode(chatml(thought + CONTENT), [user(), answer(reasoning_content="t")])
+    assert status == Status.BAD
+    assert "is rendered with '<|im_end|>' in the middle of an answer, where generation would stop" in note
 
 
 def test_a_text_that_the_template_takes_away_is_noticed_in_the_row_that_has_it():

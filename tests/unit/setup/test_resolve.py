@@ -321,6 +321,26 @@ def test_weights_and_repetitions_of_sources_reach_the_plan(config):
     assert mixture.counts == [7, 10]
 
 
+def test_the_fingerprint_knows_what_control_tokens_are_in_texts(config):
+    before = resolved(load(config)).fingerprint
+    after = resolved(load(config, "--data.control_tokens", "text")).fingerprint
+    (difference,) = before.differences(after)
+    assert difference.startswith("examples of train was ")
+    assert difference.endswith(", control tokens as text'")
+
+
+def test_exact_match_without_anything_to_ask_is_refused(config):
+    rows = [{"prompt": prompt, "completion": "w3"} for prompt in ("w1", "", "w2", "")]
+    (config.parent / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ["--data.as_chat", "false", "--evaluation.exact_match", "true"]
+    with pytest.raises(
+        ValueError, match=r"2 of 4 examples of eval have an empty prompt \(first .*eval\.jsonl, line 2\)"
+    ):
+        resolved(load(config, *asked))
+    resolved(load(config, *asked, "--evaluation.max_examples", "1"))
+    resolved(load(config, "--data.as_chat", "false"))
+
+
 def test_exact_match_on_plain_text_is_refused(config):
     (config.parent / "eval.jsonl").write_text('{"text": "w1 w2 w3"}\n')
     with pytest.raises(ValueError, match=r"exact_match is true, but eval is plain text, which has no answers"):
