@@ -47,8 +47,8 @@ class SavedForBackward(NamedTuple):
 
     def hidden_of_layers(self) -> tuple[Tensor, ...]:
         """:attr:`hidden` of each layer."""
-        # torch has no types for `split`.
-        parts: tuple[Tensor, ...] = self.hidden.split([len(columns) for columns in self.columns])  # type: ignore[no-untyped-call]
+        sizes = [len(columns) for columns in self.columns]
+        parts: tuple[Tensor, ...] = self.hidden.split(sizes)
         return parts
 
 
