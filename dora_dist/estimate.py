@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 def as_json(estimate: "MemoryEstimate") -> str:
     """All numbers in bytes, with totals, as JSON."""
     figures: dict[str, Any] = dataclasses.asdict(estimate)
-    for name, step in (("without", estimate.without), ("with_checkpointing", estimate.with_checkpointing)):
-        figures[name]["peak"] = {"moment": step.peak.name, "bytes": step.peak.total}
+    for name in ("configured", "recomputing_none", "recomputing_all"):
+        peak = getattr(estimate, name).peak
+        figures[name]["peak"] = {"moment": peak.name, "bytes": peak.total}
     figures["peak_bytes"] = estimate.peak_bytes
     figures["tokens_per_micro_batch"] = estimate.tokens_per_micro_batch
     figures["tokens_per_step"] = estimate.tokens_per_step
@@ -61,10 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     world_size = options.world_size if options.world_size is not None else world_size_of(os.environ)
     config = load_config(options.config, overrides)
     # Heavy imports wait until the configuration has been found to be sound.
-    from dora_dist.memory.estimate import estimate_memory
+    import torch
+
+    from dora_dist.memory.estimate import card_bytes, estimate_memory
     from dora_dist.memory.table import render
 
-    estimate = estimate_memory(config, world_size, options.device)
+    card = card_bytes(torch.device("cuda")) if options.device == "cuda" and torch.cuda.is_available() else None
+    estimate = estimate_memory(config, world_size, options.device, card)
     print(as_json(estimate) if options.json else render(estimate))
 
 

@@ -11,6 +11,7 @@ from dora_dist.console.text import format_bytes
 from dora_dist.data import prepared
 from dora_dist.memory import estimate, table
 from dora_dist.method.budget import Budget
+from dora_dist.setup.recomputation import with_longest_row
 from dora_dist.setup.resolve import ResolvedRun
 
 
@@ -44,16 +45,17 @@ def describe(config: RunConfig, resolved: ResolvedRun, world_size: int) -> str:
 
 def _memory(config: RunConfig, resolved: ResolvedRun, world_size: int) -> str:
     """The memory of the longest row that there is, and of a typical one; packed rows are all as long as can be."""
-
-    def of_rows(length: int) -> estimate.MemoryEstimate:
-        return estimate.estimate_memory(replace(config, data=replace(config.data, max_length=length)), world_size)
-
+    if config.model.recompute_layers is not None:
+        decided = replace(config.model, recompute_layers=resolved.recomputation.count)
+        config = replace(config, model=decided)
+    longest = with_longest_row(config, resolved.data)
+    text = table.render(estimate.estimate_memory(longest, world_size))
     if config.data.batching == "packed":
-        return table.render(of_rows(config.data.max_length))
-    lengths = np.concatenate([source.lengths() for source in resolved.data.train])
-    longest, typical = int(lengths.max()), int(np.median(lengths))
-    peak = format_bytes(of_rows(max(typical, 2)).peak_bytes)
-    return f"{table.render(of_rows(longest))}\nRows of the median length, {typical:,} tokens: a peak of {peak}."
+        return text
+    median = int(np.median(np.concatenate([source.lengths() for source in resolved.data.train])))
+    typical = replace(config, data=replace(config.data, max_length=max(median, 2)))
+    peak = format_bytes(estimate.estimate_memory(typical, world_size).peak_bytes)
+    return f"{text}\nRows of the median length, {median:,} tokens: a peak of {peak}."
 
 
 def banner(config: RunConfig, resolved: ResolvedRun, ranks: int) -> str:
@@ -73,6 +75,7 @@ def banner(config: RunConfig, resolved: ResolvedRun, ranks: int) -> str:
         "model": f"{config.model.path} ({config.model.quantization}), {len(resolved.layers)} adapted layers",
         "data": f"{sources}; {f'{held_out:,} held out' if held_out else 'none held out'}",
         "steps": f"{steps:,} of about {tokens:,} tokens, on {ranks} rank{'s' * (ranks > 1)}",
+        "memory": f"recomputes {resolved.recomputation} layers",
         "budget": f"{budget.initial:,} {config.pruning.budget_unit}, {budget.final:,} in the end: like LoRA of rank "
         f"{adapter.target_rank}, scale {adapter.alpha / adapter.start_rank:.2f}",
         "folder": config.output_dir,
