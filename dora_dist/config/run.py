@@ -141,7 +141,7 @@ class RunConfig:
         given = [name for name in self.training if name.removesuffix("_kwargs") in CHECKPOINTING]
         if given and self.model.recompute_layers is not None:
             raise ValueError(
-                f"training.{given[0]} is {self.training[given[0]]} and model.recompute_layers is "
+                f"training.{given[0]} is {str(self.training[given[0]]).lower()} and model.recompute_layers is "
                 f"{self.model.recompute_layers}, which decide the same: leave training.{given[0]} out"
             )
         self._check_task()
