@@ -135,7 +135,6 @@ def estimate_memory(
         chunked_loss=config.model.fuse and obstacle(skeleton.requires_grad_(False)) is None,
     )
     steps = [step_memory(replace(step, recomputed=count)) for count in range(len(shape.blocks) + 1)]
-    peaks = [each.peak.total for each in steps]
     again = _recomputed(config, skeleton, steps, card)
     return MemoryEstimate(
         model=config.model.path,
@@ -152,7 +151,7 @@ def estimate_memory(
         configured=steps[again],
         recomputing_none=steps[0],
         recomputing_all=steps[-1],
-        auto={size: fewest_recomputed(peaks, size * GIB) for size in GPU_SIZES} if device == "cuda" else {},
+        auto={size: fewest_recomputed(steps, size * GIB) for size in GPU_SIZES} if device == "cuda" else {},
         shards=_shards(step) if step.optimizer.sharded else {},
         left_out=block_weights.describe_left_out(skeleton, config.adapter.target_modules, adapted),
     )
@@ -163,15 +162,16 @@ def card_bytes(device: torch.device) -> int | None:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
-def fewest_recomputed(peaks: Sequence[int], card: int) -> int | None:
+def fewest_recomputed(steps: Sequence[StepMemory], card: int) -> int | None:
     """The fewest decoder layers whose recomputation lets a step fit a GPU, with :data:`LEFT_FREE` left free; None where
     it does not fit, whatever is recomputed.
 
     Args:
-        peaks: the most bytes that a step takes, by the number of layers that are recomputed.
+        steps: memory of a step, by the number of layers that are recomputed.
         card: memory of the GPU in bytes.
     """
-    return next((count for count, peak in enumerate(peaks) if peak <= (1 - LEFT_FREE) * card), None)
+    fitting = (count for count, step in enumerate(steps) if step.peak.total <= (1 - LEFT_FREE) * card)
+    return next(fitting, None)
 
 
 def _recomputed(config: RunConfig, skeleton: PreTrainedModel, steps: Sequence[StepMemory], card: int | None) -> int:
@@ -185,7 +185,7 @@ def _recomputed(config: RunConfig, skeleton: PreTrainedModel, steps: Sequence[St
     # What is a guess is not relied on.
     if card is None or len(layers) != most or steps[0].approximate:
         return most
-    fewest = fewest_recomputed([step.peak.total for step in steps], card)
+    fewest = fewest_recomputed(steps, card)
     return most if fewest is None else fewest
 
 

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, TrainingArguments
 from dora_dist.base_model.recomputation import recomputable_layers
 from dora_dist.config.parse import load_config
 from dora_dist.config.training import CHECKPOINTING
-from dora_dist.memory.estimate import LEFT_FREE, estimate_memory, fewest_recomputed
+from dora_dist.memory.estimate import LEFT_FREE, estimate_memory
 
 LAYERS = 6
 
@@ -68,11 +68,6 @@ def test_auto_recomputes_all_where_no_card_is_known_or_none_is_large_enough(conf
     auto = recomputing(config, "auto")
     for card in (None, 1000):
         assert estimate_memory(auto, 1, card=card).recomputation.count == LAYERS
-
-
-def test_the_fewest_by_hand():
-    assert fewest_recomputed([100, 86, 85, 70], 100) == 2
-    assert fewest_recomputed([100, 86, 85, 70], 50) is None
 
 
 def test_the_training_section_recomputes_all_or_nothing(config):
