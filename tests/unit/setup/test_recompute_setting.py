@@ -59,6 +59,13 @@ def test_what_is_configured_is_decided_and_said(config, overrides, card, count):
     assert run.arguments.gradient_checkpointing == ("--training.gradient_checkpointing" in overrides)
 
 
+def test_the_kind_is_the_same_whatever_else_is_asked_of_the_trainer(config):
+    options = ["--training.gradient_checkpointing_kwargs", "{determinism_check: none}"]
+    run = resolved(load(config, "--training.gradient_checkpointing", "true", *options))
+    expected = {"use_reentrant": False, "determinism_check": "none"}
+    assert run.arguments.gradient_checkpointing_kwargs == expected
+
+
 def test_auto_reckons_with_the_longest_row_that_there_is(config):
     settings = load(config, "--model.recompute_layers", "auto")
     run = resolved(settings, PLENTY)
