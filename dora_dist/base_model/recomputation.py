@@ -4,7 +4,7 @@ They are the first ones, since these need less memory than the last ones. Let a 
 and its input take ``c``. When the backward begins, ``L - n`` of ``L`` layers keep ``s`` and ``n`` keep ``c``, whichever
 they are. If the last layer is one of the ``n``, it is computed again now, while all others still hold what they keep:
 ``s`` more. If the first ``n`` are, all others have let go by the time that the backward comes to them. So recomputing
-all but the last layer takes no more memory than recomputing all. tests/unit/memory/test_recomputed_memory.py measures it.
+all but the last layer takes no more memory than recomputing all; tests/unit/memory/test_recomputed_memory.py has both.
 """
 
 from collections.abc import Sequence
