@@ -101,3 +101,9 @@ def test_a_phase_that_fails_on_one_rank_is_told_through_the_store():
     assert {outcome.error for outcome in outcomes} == {
         f"looking failed on 1 of 2 ranks: rank 1 ({NODE}): OSError: no such file"
     }
+
+
+@pytest.mark.parametrize(("sizes", "smallest"), [([80, 24, 40], 24), ([80, None, 40], None)])
+def test_the_smallest_card_is_the_same_on_all_ranks(sizes, smallest):
+    outcomes = run_ranks(rank_functions.smallest_of_cards, 3, sizes)
+    assert [outcome.value for outcome in outcomes] == [smallest] * 3

@@ -368,6 +368,14 @@ def agreement_any(flagged: list[int]) -> bool:
     return agreement.any(agreement.rank in flagged)
 
 
+def smallest_of_cards(sizes: list[int | None]) -> int | None:
+    """What ranks agree on whose GPUs have these sizes, of which there are none here."""
+    from dora_dist.setup import recomputation
+
+    recomputation.card_bytes = lambda _: sizes[dist.get_rank()]
+    return recomputation.smallest_card(Agreement())
+
+
 def agreement_sum() -> Tensor:
     """What add_up makes of a tensor that differs by rank."""
     agreement = Agreement()
