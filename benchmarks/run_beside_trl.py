@@ -1,9 +1,9 @@
 """Seconds of a step in whole runs: this project's command, and TRL's SFTTrainer with PEFT's LoRA of the same rank on
 the same base, rows, dropout and checkpointing.
 
-    python benchmarks/run_beside_trl.py FOLDER make --shape 8b --device cuda      # a random base in 16 bits, rows, run.yaml
+    python benchmarks/run_beside_trl.py FOLDER make --shape 8b --device cuda   # a random base, rows, run.yaml
     python benchmarks/run_beside_trl.py FOLDER ours
-    python benchmarks/run_beside_trl.py FOLDER trl                                # where trl is installed
+    python benchmarks/run_beside_trl.py FOLDER trl                             # where trl is installed
 
 The last line of each is JSON: the median of the steps after the first two, and on a GPU TRL's peak of the allocator.
 """
@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def time_trl(folder: Path) -> dict[str, Any]:
         callbacks=[Clock()],
     )
     trainer.train()
-    found = {"seconds": [end - begin for begin, end in zip(ends, ends[1:], strict=False)]}
+    found = {"seconds": [end - begin for begin, end in pairwise(ends)]}
     return {**found, "peak_bytes": torch.cuda.max_memory_allocated()} if gpu else found
 
 

@@ -93,13 +93,14 @@ def host_group(timeout: timedelta) -> torch.distributed.ProcessGroup | None:
     if not torch.distributed.is_initialized() or "cpu:" in torch.distributed.get_backend_config():
         return None
     try:
-        return torch.distributed.new_group(backend="gloo", timeout=timeout)
+        group: torch.distributed.ProcessGroup = torch.distributed.new_group(backend="gloo", timeout=timeout)
     except RuntimeError as error:
         raise ExpectedRunError(
             "the ranks, which exchange flags and digests over gloo beside "
             f"{torch.distributed.get_backend()}, could not reach each other: {str(error).splitlines()[0]} Set "
             "GLOO_SOCKET_IFNAME to the network interface between the nodes"
         ) from None
+    return group
 
 
 def join_at_file(meeting: Path, rank: int, size: int, device: torch.device) -> Agreement:
