@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from support.commands import run
+from support.commands import ZERO2_GPU, run
 from support.faulty_rank import want_more_memory_than_allowed
 from support.tiny_run import write_config
 
@@ -25,14 +25,13 @@ def test_scores_are_the_same_as_on_the_cpu():
 
 def test_a_run_on_all_gpus_meets_its_budget_and_resumes(tmp_path):
     config = write_config(tmp_path, distributed={"engine": "zero2"}, training={"per_device_train_batch_size": 1})
-    launch = ("accelerate", "launch", "--config_file", "launch/zero2_gpu.yaml", "--main_process_port", "0")
     more = ("--num_processes", str(torch.cuda.device_count()), "-m", "dora_dist.train", "--config", str(config))
-    finished = run(*launch, *more, DS_ACCELERATOR="", CUDA_VISIBLE_DEVICES="")
+    finished = run(*ZERO2_GPU, *more, DS_ACCELERATOR="", CUDA_VISIBLE_DEVICES="")
     assert finished.status == 0, finished.output
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["components_kept"] == 2 * len(summary["ranks"])
     (tmp_path / "run" / "summary.json").unlink()
-    finished = run(*launch, *more, DS_ACCELERATOR="", CUDA_VISIBLE_DEVICES="")
+    finished = run(*ZERO2_GPU, *more, DS_ACCELERATOR="", CUDA_VISIBLE_DEVICES="")
     assert finished.status == 0, finished.output
     assert "resuming from" in finished.output
 
