@@ -20,6 +20,7 @@ from dora_dist.base_model.copies import share
 from dora_dist.base_model.recomputation import recomputable_layers, recompute_first
 from dora_dist.benchmark.options import ADALORA, DYNAMIC, FLOOR, LIGER, LORA, PRUNED, Options
 from dora_dist.config.adapter import DynamicLoraConfig
+from dora_dist.data.batches import predicting
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.method.budget import Budget
 from dora_dist.method.schedule import BudgetSchedule
@@ -71,8 +72,12 @@ class Contestant:
     def loss(self, rows: Tensor) -> Tensor:
         """Of rows of shape ``(batch, sequence)``, each token being a label."""
         with torch.autocast(rows.device.type, self._autocast, enabled=self._autocast is not None):
-            loss: Tensor = self.model(input_ids=rows, labels=rows).loss
+            loss: Tensor = self.model(input_ids=rows, labels=rows, **self._beside(rows)).loss
         return loss
+
+    def _beside(self, rows: Tensor) -> dict[str, Tensor]:
+        """What a batch of a run holds beside rows and labels."""
+        return {}
 
     def prepare(self, rows: Callable[[int], Tensor]) -> None:
         """Whatever precedes the first step that is measured; rows by their number."""
@@ -146,8 +151,14 @@ class Dynamic(Contestant):
         average: bool = False,
     ) -> None:
         super().__init__(model, agreement, autocast, average)
+        self._predicting: Tensor | None = None
         layers = model.adapted_layers()
         self.controller = DynamicRankController(layers, Budget(schedule, dict.fromkeys(layers, 1)), agreement)
+
+    def _beside(self, rows: Tensor) -> dict[str, Tensor]:
+        if self._predicting is None:
+            self._predicting = predicting(torch.zeros(rows.shape, dtype=torch.int64)).to(rows.device)
+        return {"predicting": self._predicting}
 
     def _backward(self, loss: Tensor) -> None:
         penalty = self.controller.penalty()

@@ -10,6 +10,7 @@ import torch
 from support.commands import run
 from support.repository import REPOSITORY
 from support.tiny_run import write_config
+from support.waitless_rank import waits_are_errors
 
 from dora_dist.benchmark.contestants import Conditions, build
 from dora_dist.benchmark.options import DYNAMIC, PRUNED, build_parser, resolve
@@ -38,12 +39,9 @@ def test_a_step_with_the_method_and_its_update_does_not_wait(name):
     batches = [rows(number) for number in range(4)]
     for batch in batches[:2]:
         contestant.step(batch)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits_are_errors():
         for batch in batches[2:]:
             contestant.step(batch)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("engine", LAUNCHERS)

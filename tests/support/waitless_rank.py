@@ -5,13 +5,41 @@ them may wait: the update, whose norm says whether the step is taken.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
+from transformers import masking_utils
 
 FIRST = 3
 """Step before which waits are allowed: libraries make their own preparations in the first ones."""
+
+
+@contextmanager
+def waits_are_errors() -> Iterator[None]:
+    """Within it, but for what transformers (5.23) reads once in a forward: whether the attention needs a mask."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with ExitStack() as stack:
+            for name in ("fast_all", "find_packed_sequence_indices"):
+                read = _free_to_wait(getattr(masking_utils, name))
+                stack.enter_context(mock.patch.object(masking_utils, name, read))
+            yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def _free_to_wait(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("default")
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("error")
+
+    return call
 
 
 def forbid_waits() -> list[int]:
@@ -27,11 +55,8 @@ def forbid_waits() -> list[int]:
             if step < FIRST or controller.schedule.is_prune_step(step):
                 return method(trainer, *args, **kwargs)
             watched.append(step)
-            torch.cuda.set_sync_debug_mode("error")
-            try:
+            with waits_are_errors():
                 return method(trainer, *args, **kwargs)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
 
         return call
 
