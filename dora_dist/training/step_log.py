@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ class StepLog:
         skip_policy: Knows the steps that were left out since the last line.
         equilibrium_weight: Weight of the equilibrium penalty in the loss.
         device: Where the loss is computed.
+        tokens_of: Tokens of the optimizer steps after one number up to another, on all ranks together.
 
     Attributes:
         penalty_sum: Scalar on ``device``; the sum of the penalties of the steps since the last line.
@@ -30,11 +31,13 @@ class StepLog:
         skip_policy: SkipPolicy,
         equilibrium_weight: float,
         device: torch.device,
+        tokens_of: Callable[[int, int], int],
     ) -> None:
         self.penalty_sum: Tensor = torch.zeros((), device=device)
         self._controller = controller
         self._skip_policy = skip_policy
         self._weight = equilibrium_weight
+        self._tokens_of = tokens_of
         self._last_line = (0, time.monotonic())
 
     def start_clock(self, step: int) -> None:
@@ -69,6 +72,7 @@ class StepLog:
         logs["components"] = self._controller.num_kept
         now = time.monotonic()
         logs["seconds_per_step"] = (now - last_time) / steps
+        logs["tokens_per_second"] = self._tokens_of(last_step, step) / (now - last_time)
         self._last_line = (step, now)
 
     def progress(self, logs: Mapping[str, float], step: int, max_steps: int) -> str:
@@ -85,5 +89,6 @@ class StepLog:
             f"step {step:>{len(str(max_steps))}}/{max_steps}  loss {loss:.4f}  grad norm {norm:.3f}  "
             f"lr {logs['learning_rate']:.2e}  "
             f"components {logs['components']}/{self._controller.schedule.num_components}  "
-            f"{logs['seconds_per_step']:.2f} s/step  {minutes_left:.1f} min left"
+            f"{logs['seconds_per_step']:.2f} s/step  {logs['tokens_per_second']:,.0f} tokens/s  "
+            f"{minutes_left:.1f} min left"
         )

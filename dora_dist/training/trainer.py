@@ -66,7 +66,8 @@ class DynamicLoraTrainer(Trainer):
         self.evaluated_step: int | None = None
         self.skipped_steps: SkippedSteps
         self.checkpointer: Checkpointer
-        self.step_log = StepLog(parts.controller, parts.skip_policy, settings.equilibrium_weight, self.args.device)
+        weight = settings.equilibrium_weight
+        self.step_log = StepLog(parts.controller, parts.skip_policy, weight, self.args.device, self.tokens_of)
         self._gradient_watch: GradientWatch | None = None
         self._resumed_from: Path | None = None
         self._first_step = 0
@@ -99,12 +100,15 @@ class DynamicLoraTrainer(Trainer):
         self.parts.agreement.note("starting the engine")
         with explained(self._advice_on_memory):
             result = super().train(str(self._resumed_from) if self._resumed_from else None, *args, **kwargs)
-        rows = global_batch(self.args, self.args.world_size)
-        first, last = self._first_step * rows, self.state.global_step * rows
-        tokens = int(self.rows.lengths[first:last].sum())
+        tokens = self.tokens_of(self._first_step, self.state.global_step)
         seconds = time.monotonic() - started
         self.parts.records.metrics(self.state.global_step, {"session_seconds": seconds, "session_tokens": tokens})
         return result
+
+    def tokens_of(self, first: int, last: int) -> int:
+        """Tokens of the optimizer steps after ``first`` up to ``last``, on all ranks together, without padding."""
+        rows = global_batch(self.args, self.args.world_size)
+        return int(self.rows.lengths[first * rows : last * rows].sum())
 
     def _advice_on_memory(self) -> str:
         rows, accumulation = self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps

@@ -14,6 +14,7 @@ from dora_dist.console.files import read_lines
 BANNER = r"""model   {folder}/model \(nf4\), 14 adapted layers
 data    50 of train; 10 held out
 steps   6 of about \d+ tokens, on 2 ranks
+memory  recomputes 0 of 2 layers
 budget  56 components, 28 in the end: like LoRA of rank 2, scale 1\.33
 folder  {folder}/run
 """
@@ -43,14 +44,12 @@ def test_it_says_what_it_is_once_and_nothing_that_means_nothing(short):
 
 
 def test_it_logs_its_steps(short):
-    assert [line["step"] for line in read_lines(short / "run" / "metrics.jsonl") if "loss" in line] == [
-        1,
-        2,
-        3,
-        4,
-        5,
-        6,
-    ]
+    lines = [line for line in read_lines(short / "run" / "metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    (tokens,) = re.findall(r"steps   6 of about (\d+) tokens", log_of(short / "log"))
+    of_steps = [line["tokens_per_second"] * line["seconds_per_step"] for line in lines]
+    assert sum(of_steps) / 6 == pytest.approx(int(tokens), abs=1)
+    assert len(re.findall(r" s/step  [\d,]+ tokens/s  [\d.]+ min left", log_of(short / "log"))) == 6
 
 
 def test_its_files_follow_the_umask(short):
