@@ -22,6 +22,9 @@ class ModelConfig:
         fuse: compute a gated MLP as one operation, q, k and v of an attention together, the loss of a causal language
             model without its logits, and cast what a trained head reads. With false, every module of the base runs its
             own forward: slower, with more memory, equal up to rounding. A resumed run may change it.
+        kernels: auto computes RMSNorm, RoPE and SwiGLU by Liger's kernels, each where the model has it, on a GPU with
+            the packages of dora-dist[gpu], after a trial on the model itself; none never does. Without fuse there are
+            none. A resumed run may change it.
     """
 
     path: str
@@ -31,3 +34,4 @@ class ModelConfig:
     trust_remote_code: bool = False
     allow_unquantized: bool = False
     fuse: bool = True
+    kernels: Literal["auto", "none"] = "auto"
