@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 
 from dora_dist.base_model.proof import relative_difference, short_rows
 from dora_dist.base_model.shape import has_code_of, is_gated_mlp, linear_layer, text_decoder
+from dora_dist.config.model import KERNELS
 from dora_dist.console.text import say
 
-KERNELS = RMS_NORM, ROPE, SWIGLU = "rms_norm", "rope", "swiglu"
+RMS_NORM, ROPE, SWIGLU = KERNELS
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 LOW_PRECISION_TOLERANCE = 2e-2
 """Of the norm of a trial's results: bfloat16 rounds in other places within a kernel."""

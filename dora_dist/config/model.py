@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Quantization = Literal["nf4", "int8", "none"]
+KERNELS = ("rms_norm", "rope", "swiglu")
+"""Of what kernels there are (:mod:`dora_dist.base_model.kernels`)."""
 QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
 
 
