@@ -97,7 +97,7 @@ NO_KERNELS = KernelsInUse()
 
 def use_kernels(model: PreTrainedModel, wanted: Sequence[str] = KERNELS) -> KernelsInUse:
     """Let the norms and the attention of a model run by kernels, in place, where a trial shows that they compute the
-    same; elsewhere the log says why not. SwiGLU is tried only: whoever adapts the MLPs puts it in.
+    same; the log says which, and of the others why not. SwiGLU is tried only: whoever adapts the MLPs puts it in.
 
     Args:
         model: on its device, without an adapter, not in training mode.
@@ -120,6 +120,8 @@ def use_kernels(model: PreTrainedModel, wanted: Sequence[str] = KERNELS) -> Kern
         for module in modules:
             kernel.install(module)
         used.append(name)
+    if used:
+        say(f"kernels in use: {', '.join(used)}")
     return KernelsInUse(tuple(used))
 
 
