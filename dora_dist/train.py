@@ -271,7 +271,7 @@ def build_parts(
         apply_recomputation(config, model.get_base_model(), resolved.recomputation)
         controller = build.build_controller(config, model, agreement, resolved.budget)
     stop_before_training(notice, agreement)
-    build.check_same_on_all_ranks(agreement, resolved, model)
+    build.check_same_on_all_ranks(agreement, resolved.fingerprint, resolved.recomputation, model)
     task = TASK_PARTS[config.task]
     trainer = build.build_trainer(
         config,

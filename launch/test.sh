@@ -5,7 +5,11 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/environment.sh
 source launch/environment.sh
-ensure_environment "[dev]"
+# The kernels for GPUs bring Triton along, a gigabyte, and only their part of the full lane needs it.
+case ",${CI_FULL:-}," in
+  *,kernels,* | *,all,*) ensure_environment "[dev,gpu]" ;;
+  *) ensure_environment "[dev]" ;;
+esac
 
 # Their findings depend on versions, and are those of today's.
 if [ -z "${VERSIONS:-}" ]; then

@@ -8,8 +8,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads would onl
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+import torch
 from support.lanes import PARTS, Lane, UnknownPartError, select
 from support.repository import REPOSITORY
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, by whichever library comes first
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

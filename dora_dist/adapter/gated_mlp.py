@@ -5,23 +5,28 @@ output of ``up``, and their product, which the components of ``down`` read. Here
 computed again, elementwise. The gradients of ``x`` through ``gate`` and ``up`` add up in place.
 """
 
+from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from dora_dist.adapter import linear_operation
 from dora_dist.adapter.components import Components
 from dora_dist.adapter.layer import DynamicLoraLinear, components, frozen
 from dora_dist.adapter.linear_operation import Frozen, unpack
+from dora_dist.base_model.kernels import Swiglu
 from dora_dist.base_model.shape import GATED_MLP, is_gated_mlp
 
 
-def fuse_gated_mlps(model: nn.Module) -> list[list[DynamicLoraLinear]]:
+def fuse_gated_mlps(model: nn.Module, swiglu: Swiglu) -> list[list[DynamicLoraLinear]]:
     """Let the gated MLPs of a model whose three layers are all adapted run as one operation, in place.
+
+    Args:
+        model: with its adapter.
+        swiglu: what computes the elementwise part.
 
     Returns:
         Gate and up of each, which read one tensor.
@@ -30,7 +35,7 @@ def fuse_gated_mlps(model: nn.Module) -> list[list[DynamicLoraLinear]]:
     for module in model.modules():
         layers = _layers(module) if is_gated_mlp(module) else None
         if layers is not None:
-            module.forward = MethodType(_forward, module)
+            module.forward = MethodType(partial(_forward, swiglu=swiglu), module)
             groups.append(layers[:2])
     return groups
 
@@ -42,14 +47,14 @@ def _layers(mlp: nn.Module) -> list[DynamicLoraLinear] | None:
     return adapted if len(adapted) == len(layers) and adapted[0].computes_as(adapted[1]) else None
 
 
-def _forward(mlp: nn.Module, x: Tensor) -> Tensor:
+def _forward(mlp: nn.Module, x: Tensor, swiglu: Swiglu) -> Tensor:
     # What a layer on its own would do, or tell others, has to happen; and layers may have been replaced.
     layers = _layers(mlp)
     if layers is None or any(layer.disable_adapters or _is_watched(layer) for layer in layers):
         alone: Tensor = type(mlp).forward(mlp, x)
         return alone
     gate, up, down = layers
-    return gated_mlp(x, components([gate, up]), frozen([gate, up]), components([down]), frozen([down]))
+    return gated_mlp(x, components([gate, up]), frozen([gate, up]), components([down]), frozen([down]), swiglu)
 
 
 def _is_watched(layer: nn.Module) -> bool:
@@ -57,7 +62,9 @@ def _is_watched(layer: nn.Module) -> bool:
     return any(map(bool, hooks))
 
 
-def gated_mlp(x: Tensor, outer: Components, outer_frozen: Frozen, down: Components, down_frozen: Frozen) -> Tensor:
+def gated_mlp(
+    x: Tensor, outer: Components, outer_frozen: Frozen, down: Components, down_frozen: Frozen, swiglu: Swiglu
+) -> Tensor:
     """``down(silu(gate(x)) * up(x))``, differentiable once. Shape ``(..., in) -> (..., out)``.
 
     Args:
@@ -66,10 +73,14 @@ def gated_mlp(x: Tensor, outer: Components, outer_frozen: Frozen, down: Componen
         outer_frozen: the rest of gate and up.
         down: components of down.
         down_frozen: the rest of down.
+        swiglu: what computes ``silu(gate) * up``.
+
+    Raises:
+        RuntimeError: in a second backward, where ``swiglu`` has overwritten in the first one what it would read.
     """
     # torch has no types for `apply`.
     bridge, product, hidden = _UntilProduct.apply(  # type: ignore[no-untyped-call]
-        x, outer_frozen, down_frozen, outer.rows, *outer.columns, down.rows, *down.columns
+        x, outer_frozen, down_frozen, swiglu, outer.rows, *outer.columns, down.rows, *down.columns
     )
     (base,), (columns,) = down_frozen.bases, down.columns
     # The gradient of the columns is made in the backward of the other operation.
@@ -86,15 +97,22 @@ class _UntilProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, outer_frozen: Frozen, down_frozen: Frozen, rows: Tensor, *others: Tensor
+        ctx: Any,
+        x: Tensor,
+        outer_frozen: Frozen,
+        down_frozen: Frozen,
+        swiglu: Swiglu,
+        rows: Tensor,
+        *others: Tensor,
     ) -> tuple[Tensor, ...]:
         *columns, down_rows, down_columns = others
         (gate, up), saved = linear_operation.forward(x, Components(rows, tuple(columns)), outer_frozen)
-        product = functional.silu(gate).mul_(up)
+        product = swiglu.product(gate, up)
         down = linear_operation.read_input(product, Components(down_rows, (down_columns,)), down_frozen.dropout)
         # Stands for the output, and is not read: the gradient of that one comes in as its gradient.
         bridge = product.new_empty(()).expand(*x.shape[:-1], down_frozen.bases[0].out_features)
         ctx.frozen = outer_frozen, down_frozen
+        ctx.swiglu, ctx.overwritten = swiglu, False
         ctx.num_saved = len(saved.flat())
         ctx.save_for_backward(x, gate, up, *saved.flat(), *down.flat())
         ctx.mark_non_differentiable(product, down.hidden)
@@ -104,21 +122,26 @@ class _UntilProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        if ctx.overwritten:
+            raise RuntimeError(
+                "a second backward through a gated MLP: in the first one, the SwiGLU kernel has overwritten what it "
+                "reads. Compute the forward again, or set model.kernels to none"
+            )
         x, gate, up, *tensors = ctx.saved_tensors
         saved, saved_down = unpack(tensors[: ctx.num_saved]), unpack(tensors[ctx.num_saved :])
         outer_frozen, down_frozen = ctx.frozen
-        needs_x, _, _, *needs = ctx.needs_input_grad
+        needs_x, _, _, _, *needs = ctx.needs_input_grad
 
-        activation = functional.silu(gate)
-        down = linear_operation.backward([grad_output], activation * up, saved_down, down_frozen, True, needs[3:])
-        grad_product = down.x
-        assert grad_product is not None
-        grad_up = activation.mul_(grad_product)
-        grad_gate = torch.ops.aten.silu_backward(grad_product.mul_(up), gate)
-        del activation, grad_product
+        product, activation = ctx.swiglu.product_again(gate, up)
+        down = linear_operation.backward([grad_output], product, saved_down, down_frozen, True, needs[3:])
+        del product
+        assert down.x is not None
+        ctx.overwritten = ctx.swiglu.overwrites
+        grads = ctx.swiglu.gradients(down.x, gate, up, activation)
+        del activation
 
-        outer = linear_operation.backward([grad_gate, grad_up], x, saved, outer_frozen, needs_x, needs[:3])
-        return outer.x, None, None, outer.rows, *outer.columns, down.rows, *down.columns
+        outer = linear_operation.backward(grads, x, saved, outer_frozen, needs_x, needs[:3])
+        return outer.x, None, None, None, outer.rows, *outer.columns, down.rows, *down.columns
 
 
 class _FromProduct(torch.autograd.Function):

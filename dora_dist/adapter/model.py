@@ -21,6 +21,7 @@ from dora_dist.adapter.shared_input import share_inputs
 from dora_dist.adapter.targets import resolve_targets
 from dora_dist.base_model.chunked_loss import ChunkedLoss, proved
 from dora_dist.base_model.head import head_modules, read_in_own_dtype, task_of
+from dora_dist.base_model.kernels import NO_KERNELS, KernelsInUse
 from dora_dist.base_model.quantization import forbid_inference_packing
 from dora_dist.config.adapter import DynamicLoraConfig
 from dora_dist.config.tasks import CAUSAL_LM, TASKS, Task
@@ -38,9 +39,11 @@ class DynamicLoraModel(PeftModel):
 
     Attributes:
         fused: modules of the base may be computed otherwise than by their own forward; see :func:`add_dynamic_lora`.
+        kernels: which kernels compute the base.
     """
 
     fused = True
+    kernels = NO_KERNELS
 
     if TYPE_CHECKING:
 
@@ -183,7 +186,9 @@ MODELS = {task.name: _model_class(task) for task in TASKS.values()}
 globals().update({model.__name__: model for model in MODELS.values()})  # where pickle looks for a class
 
 
-def add_dynamic_lora(model: PreTrainedModel, config: DynamicLoraConfig, fuse: bool = True) -> DynamicLoraModel:
+def add_dynamic_lora(
+    model: PreTrainedModel, config: DynamicLoraConfig, fuse: bool = True, kernels: KernelsInUse = NO_KERNELS
+) -> DynamicLoraModel:
     """Give the chosen linear layers of ``model`` gated rank-one components and freeze everything else but the head of
     its task, where it has one.
 
@@ -197,6 +202,8 @@ def add_dynamic_lora(model: PreTrainedModel, config: DynamicLoraConfig, fuse: bo
             with at once; allow :meth:`DynamicLoraForCausalLM.leave_out_logits`; cast what a trained head reads to the
             dtype of its parameters. With False no forward is replaced and no hook is registered, to compare with: a
             head whose dtype is not that of the base then needs autocast.
+        kernels: what :func:`~dora_dist.base_model.kernels.use_kernels` has returned for the model. Gated MLPs that run
+            as one operation use them too.
 
     Raises:
         ValueError: ``config`` is another method's, the model has an adapter, ``target_modules`` matches nothing, or
@@ -234,9 +241,9 @@ def add_dynamic_lora(model: PreTrainedModel, config: DynamicLoraConfig, fuse: bo
         layer.initialize(config.init, config.seed or 0, name, dtype)
         layer.gate.requires_grad_(config.train_gates)
     prepare_heads(peft_model, heads, dtype, cast_inputs=fuse)
-    peft_model.fused = fuse
+    peft_model.fused, peft_model.kernels = fuse, kernels
     if fuse:
-        _gather_components(peft_model, [*fuse_gated_mlps(peft_model), *share_inputs(peft_model)])
+        _gather_components(peft_model, [*fuse_gated_mlps(peft_model, kernels.swiglu), *share_inputs(peft_model)])
     return peft_model
 
 

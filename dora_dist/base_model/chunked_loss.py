@@ -20,7 +20,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from dora_dist.base_model.shape import input_embedding
+from dora_dist.base_model.proof import relative_difference, short_rows
 
 IGNORED = -100
 CHUNK_BYTES = 2**27
@@ -250,7 +250,7 @@ def proved(model: PreTrainedModel) -> tuple[ChunkedLoss | None, str]:
         model.train(was_training)
     tolerance = TOLERANCE.get(model.dtype, LOW_PRECISION_TOLERANCE)
     for name, ours, models in zip(("loss", "gradient"), found, own, strict=True):
-        difference = float((ours.double() - models.double()).norm() / models.double().norm())
+        difference = relative_difference(ours, models)
         if not difference <= tolerance:
             return None, f"without them its {name} differs by {difference:.2g}"
     return chunked, ""
@@ -258,8 +258,7 @@ def proved(model: PreTrainedModel) -> tuple[ChunkedLoss | None, str]:
 
 def _loss_and_gradient(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """On two short rows with ignored labels: the loss, and its gradient with respect to the head's input."""
-    embedding = input_embedding(model).weight
-    ids = (7 * torch.arange(16, device=embedding.device) + 3).remainder(embedding.shape[0]).view(2, 8)
+    ids = short_rows(model)
     labels = ids.clone()
     labels[0, :3] = labels[1, 6:] = IGNORED
     inputs: list[Tensor] = []

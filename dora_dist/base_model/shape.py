@@ -1,8 +1,8 @@
 """The sizes of a causal language model that decide how much memory it takes, read off its modules."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -74,15 +74,26 @@ class ModelShape:
     buffer_bytes: int
 
 
+def has_code_of(function: object, known: Callable[..., Any]) -> bool:
+    """Whether a function computes as a known one, by its compiled code; docstring and names of variables may differ."""
+    code = _code(function)
+    return code is not None and code == _code(known)
+
+
+def _code(function: object) -> tuple[Any, ...] | None:
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return None
+    constants = [None if constant == function.__doc__ else constant for constant in code.co_consts]
+    return code.co_code, code.co_names, constants
+
+
 def is_gated_mlp(module: nn.Module) -> bool:
     """Whether a module computes ``down_proj(silu(gate_proj(x)) * up_proj(x))``, by the code of its ``forward``: that of
     :class:`_GatedMlp`, as transformers' Llama has it and most models of this family have a copy of."""
     from transformers.activations import SiLUActivation
 
-    code = getattr(type(module).forward, "__code__", None)
-    known = _GatedMlp.forward.__code__
-    parts = ("co_code", "co_names", "co_consts")
-    if code is None or any(getattr(code, part) != getattr(known, part) for part in parts):
+    if not has_code_of(type(module).forward, _GatedMlp.forward):
         return False
     return isinstance(module.act_fn, nn.SiLU | SiLUActivation)
 

@@ -59,6 +59,7 @@ def describe(options: Options, arguments: Sequence[str]) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None,
         "compute_dtype": options.compute_dtype,
         "adapter_dtype": options.adapter_dtype,
+        "kernels": options.kernels,
         "rank": options.rank,
         "target_rank": options.target_rank,
         "rounds": options.rounds,

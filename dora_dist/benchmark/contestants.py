@@ -17,6 +17,7 @@ from transformers.models.llama import modeling_llama
 
 from dora_dist.adapter.model import DynamicLoraModel, add_dynamic_lora
 from dora_dist.base_model.copies import share
+from dora_dist.base_model.kernels import NO_KERNELS, use_kernels
 from dora_dist.base_model.recomputation import recomputable_layers, recompute_first
 from dora_dist.benchmark.options import ADALORA, DYNAMIC, FLOOR, LIGER, LORA, PRUNED, Options
 from dora_dist.config.adapter import DynamicLoraConfig
@@ -41,6 +42,8 @@ SAME_LOSS = 1e-5
 """Relative difference between losses that must be equal."""
 NEAR_LOSS = 1e-2
 """And between losses that other kernels compute in bfloat16."""
+SAME_LOSS_OF_KERNELS = 1e-3
+"""The same where some are computed by kernels, which round bfloat16 in other places."""
 
 
 class Contestant:
@@ -339,6 +342,11 @@ def _with_peft(model: LlamaForCausalLM, config: peft.LoraConfig, conditions: Con
 
 
 def _with_dynamic_lora(model: LlamaForCausalLM, conditions: Conditions) -> DynamicLoraModel:
+    kernels = NO_KERNELS
+    if conditions.options.kernels:
+        kernels = use_kernels(model, conditions.options.kernels)
+    if kernels.names != conditions.options.kernels:
+        raise RuntimeError(f"--kernels is {' '.join(conditions.options.kernels)}, of which not all run here: see above")
     adapted = add_dynamic_lora(
         model,
         DynamicLoraConfig(
@@ -349,6 +357,7 @@ def _with_dynamic_lora(model: LlamaForCausalLM, conditions: Conditions) -> Dynam
             dtype=conditions.options.adapter_dtype,
             seed=conditions.options.seed,
         ),
+        kernels=kernels,
     )
     reason = adapted.leave_out_logits()  # as in every run
     if reason is not None:
@@ -383,8 +392,10 @@ def check_same_start(contestants: dict[str, Contestant], rows: Tensor) -> None:
     losses = {name: contestant.loss(rows).item() for name, contestant in contestants.items() if name != ADALORA}
     exact = [loss for name, loss in losses.items() if name != LIGER]
     low, high = min(exact), max(exact)
+    models = [contestant.model for contestant in contestants.values()]
+    by_kernels = any(isinstance(model, DynamicLoraModel) and model.kernels.names for model in models)
     near = abs(losses.get(LIGER, high) - high) <= NEAR_LOSS * abs(high)
-    if not (high - low <= SAME_LOSS * abs(high) and near):
+    if not (high - low <= (SAME_LOSS_OF_KERNELS if by_kernels else SAME_LOSS) * abs(high) and near):
         raise RuntimeError(f"the contestants do not begin as the same model: losses {losses}")
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 from dora_dist.benchmark.shapes import Shape, parse_shape
 from dora_dist.config.adapter import AdapterDtype
+from dora_dist.config.model import KERNELS
 
 FLOOR = "floor"
 LORA = "peft-lora"
@@ -48,6 +49,7 @@ class Options:
         device: ``cpu`` or ``cuda``.
         compute_dtype: of the base's computation.
         adapter_dtype: of the adapters' parameters.
+        kernels: which of the base model's kernels this project's contestants use; they have no part in the others.
         peak_tflops: of the device, for utilisation; None where the user gave none.
         profile: contestant whose step is profiled, or None.
         seed: of weights, adapters and rows.
@@ -65,6 +67,7 @@ class Options:
     device: str
     compute_dtype: str
     adapter_dtype: AdapterDtype
+    kernels: tuple[str, ...]
     peak_tflops: float | None
     profile: str | None
     seed: int
@@ -116,6 +119,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="by default the compute dtype, as under ZeRO-2; float32 on a bfloat16 base runs under autocast, as "
         "under DDP",
     )
+    parser.add_argument(
+        "--kernels",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=f"of {' '.join(KERNELS)}, for this project's contestants on a GPU; by default none",
+    )
     parser.add_argument("--peak-tflops", type=float, metavar="X", help="of the device, for the utilisation")
     parser.add_argument("--profile", metavar="NAME", help="write a profile of one step of this contestant, too")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="by default 0")
@@ -158,6 +168,7 @@ def resolve(parsed: argparse.Namespace) -> Options:
         device=parsed.device,
         compute_dtype=compute,
         adapter_dtype=adapter,
+        kernels=_kernels(parsed),
         peak_tflops=parsed.peak_tflops,
         profile=parsed.profile,
         seed=parsed.seed,
@@ -202,6 +213,15 @@ def _check_numbers(parsed: argparse.Namespace, rounds: int, warmup: int) -> None
         value = getattr(parsed, name)
         if value is not None and value < least:
             raise ValueError(f"--{name} is {value}, but must be at least {least}")
+
+
+def _kernels(parsed: argparse.Namespace) -> tuple[str, ...]:
+    for name in parsed.kernels:
+        if name not in KERNELS:
+            raise ValueError(f"--kernels has {name!r}, but must be of {', '.join(KERNELS)}")
+    if parsed.kernels and parsed.device != "cuda":
+        raise ValueError(f"--kernels is given, which are for GPUs, but --device is {parsed.device}: give --device cuda")
+    return tuple(name for name in KERNELS if name in parsed.kernels)
 
 
 def _contestants(parsed: argparse.Namespace) -> tuple[str, ...]:

@@ -6,6 +6,8 @@ from typing import Literal, get_args
 from dora_dist.config.checks import require
 
 Quantization = Literal["nf4", "int8", "none"]
+KERNELS = ("rms_norm", "rope", "swiglu")
+"""Of what kernels there are (:mod:`dora_dist.base_model.kernels`)."""
 QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
 RecomputeLayers = Literal["auto", "all", "none"] | int
 
@@ -29,6 +31,9 @@ class ModelConfig:
             time; numbers stay the same. all, none, so many (the first ones), or auto: as few as fit the smallest GPU of
             the run by dora-dist estimate, with 15 % left free; all where that is not known, as on CPUs. null for what
             training.activation_checkpointing says. A resumed run may change it.
+        kernels: auto computes RMSNorm, RoPE and SwiGLU by Liger's kernels, each where the model has it, on a GPU with
+            the packages of dora-dist[gpu], after a trial on the model itself; none never does. Without fuse there are
+            none. A resumed run may change it.
     """
 
     path: str
@@ -39,6 +44,7 @@ class ModelConfig:
     allow_unquantized: bool = False
     fuse: bool = True
     recompute_layers: RecomputeLayers | None = None
+    kernels: Literal["auto", "none"] = "auto"
 
     def __post_init__(self) -> None:
         given = self.recompute_layers

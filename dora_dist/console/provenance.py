@@ -13,11 +13,17 @@ import torch
 
 SOURCES = Path(__file__).parents[1]
 """The folder of this package, in whose repository the commit is looked up."""
-RUN_PACKAGES = ("dora-dist", "torch", "deepspeed", "accelerate", "transformers", "peft", "bitsandbytes", "datasets")
+RUN_PACKAGES = (
+    *("dora-dist", "torch", "deepspeed", "accelerate", "transformers", "peft", "bitsandbytes", "datasets"),
+    *("liger-kernel", "triton"),
+)
 """Packages that the result of a training run depends on."""
 COMPARE_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "numpy")
 """Packages that the cells of ``dora_dist.compare`` depend on; each of them is one process without DeepSpeed."""
-BENCHMARK_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "accelerate", "numpy")
+BENCHMARK_PACKAGES = (
+    *("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "accelerate", "numpy"),
+    *("liger-kernel", "triton"),
+)
 """Packages that the measurements of ``dora_dist.benchmark`` depend on."""
 PLANTED_PACKAGES = ("torch", "transformers", "peft", "scipy")
 """Packages that the results of ``dora_dist.planted`` depend on."""

@@ -12,6 +12,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dora_dist.adapter.model import DynamicLoraForCausalLM, DynamicLoraModel, add_dynamic_lora
 from dora_dist.base_model import load
+from dora_dist.base_model.kernels import NO_KERNELS, use_kernels
+from dora_dist.base_model.recomputation import Recomputation
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import TASKS
 from dora_dist.console.text import say
@@ -19,6 +21,7 @@ from dora_dist.distributed.agreement import Agreement, digest_tensors
 from dora_dist.distributed.preemption import PreemptionNotice
 from dora_dist.evaluation.evaluator import Evaluator
 from dora_dist.method.budget import Budget
+from dora_dist.runs.fingerprint import Fingerprint
 from dora_dist.runs.records import RunRecords
 from dora_dist.setup.fingerprint import adapter_seed
 from dora_dist.setup.resolve import ResolvedRun
@@ -30,17 +33,20 @@ from dora_dist.training.skipped_steps import SkipPolicy
 from dora_dist.training.trainer import DynamicLoraTrainer
 
 
-def check_same_on_all_ranks(agreement: Agreement, resolved: ResolvedRun, model: DynamicLoraModel) -> None:
+def check_same_on_all_ranks(
+    agreement: Agreement, fingerprint: Fingerprint, recomputation: Recomputation, model: DynamicLoraModel
+) -> None:
     """Prove that all ranks have the same settings, training data and base model (a sample of every adapted layer), and
-    compute the loss in the same way.
+    compute the model and the loss in the same way.
 
     Raises:
         DisagreementError: they do not; names the first setting or layer that differs.
     """
     facts = {
-        **resolved.fingerprint.as_dict(),
+        **fingerprint.as_dict(),
         "model.fuse": model.fused,
-        "recomputed layers": resolved.recomputation.count,
+        "recomputed layers": recomputation.count,
+        "the kernels in use (model.kernels)": model.kernels.names,
         "whether the loss is computed without logits": model.leaves_out_logits,
     }
     digests = {name: sha256(json.dumps(value).encode()).digest() for name, value in facts.items()}
@@ -78,7 +84,11 @@ def load_model(
     if adapter.dtype == "auto" and not config.distributed.engine.startswith("zero"):
         # Only ZeRO keeps a float32 master copy of low-precision parameters.
         adapter = dataclasses.replace(adapter, dtype="float32")
-    model = add_dynamic_lora(base, dataclasses.replace(adapter, seed=adapter_seed(config)), config.model.fuse)
+    adapter = dataclasses.replace(adapter, seed=adapter_seed(config))
+    kernels = NO_KERNELS
+    if config.model.fuse and config.model.kernels == "auto" and device.type == "cuda":
+        kernels = use_kernels(base)
+    model = add_dynamic_lora(base, adapter, config.model.fuse, kernels)
     if isinstance(model, DynamicLoraForCausalLM):
         reason = model.leave_out_logits()
         if reason is not None:

@@ -37,6 +37,13 @@ def test_a_rank_that_differs_is_named_on_all_ranks_with_the_first_difference(bas
     assert f"first difference in {differs}" in message
 
 
+def test_a_rank_that_computes_by_other_kernels_is_named(bases):
+    """As one would whose node lacks the package."""
+    outcomes = run_ranks(rank_functions.start_alike, 2, bases["same"], 1, bases["same"], {}, ("rope",))
+    assert {outcome.error_type for outcome in outcomes} == {"DisagreementError"}
+    assert all("first difference in the kernels in use (model.kernels)" in outcome.error for outcome in outcomes)
+
+
 def test_ranks_that_are_alike_start(bases):
     outcomes = run_ranks(rank_functions.start_alike, 2, bases["same"], 1, bases["same"], {})
     assert [outcome.error for outcome in outcomes] == [None, None]

@@ -13,6 +13,7 @@ PARTS = {
     "data": "real instruction data of every kind",
     "faults": "what breaks on a cluster: ranks that die, hang or fail, disks, signals, kills during a save",
     "install": "the wheel, the quickstart, and other launchers",
+    "kernels": "kernels for GPUs, in Triton's interpreter",
     "memory": "the estimate of memory against the allocator",
     "models": "every architecture against stock PEFT, quantized and not",
     "ranks": "other numbers of ranks, engines and batches: the same course",

@@ -478,8 +478,12 @@ def load_where_one_is_broken(folder: str, broken: str) -> None:
         load_base(broken if agreement.rank == agreement.size - 1 else folder)
 
 
-def start_alike(folder: str, odd: int, odd_folder: str, odd_settings: dict[str, Any]) -> None:
-    """What a run compares before its first step; one rank has a base, and settings, of its own."""
+def start_alike(
+    folder: str, odd: int, odd_folder: str, odd_settings: dict[str, Any], odd_kernels: tuple[str, ...] = ()
+) -> None:
+    """What a run compares before its first step; one rank has a base, settings and kernels of its own."""
+    from dora_dist.base_model.kernels import KernelsInUse
+    from dora_dist.base_model.recomputation import Recomputation
     from dora_dist.setup.build import check_same_on_all_ranks
     from support.tiny_models import adapt, load_base
     from support.tiny_run import some_fingerprint
@@ -487,4 +491,6 @@ def start_alike(folder: str, odd: int, odd_folder: str, odd_settings: dict[str, 
     agreement = Agreement()
     is_odd = agreement.rank == odd
     model = adapt(load_base(odd_folder if is_odd else folder))
-    check_same_on_all_ranks(agreement, some_fingerprint(**(odd_settings if is_odd else {})), model)
+    model.kernels = KernelsInUse(odd_kernels if is_odd else ())
+    fingerprint = some_fingerprint(**(odd_settings if is_odd else {}))
+    check_same_on_all_ranks(agreement, fingerprint, Recomputation(0, 2), model)

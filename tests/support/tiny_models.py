@@ -18,6 +18,7 @@ from transformers import (
 
 from dora_dist import DynamicLoraConfig, add_dynamic_lora
 from dora_dist.adapter.model import DynamicLoraModel
+from dora_dist.base_model.kernels import NO_KERNELS, KernelsInUse
 from dora_dist.base_model.load import BaseModelSpec, load_base_model
 from dora_dist.base_model.quantization import quantization_config
 
@@ -68,10 +69,12 @@ def load_base(folder: Path | str, quantization: str = "nf4", dtype: torch.dtype 
     return load_base_model(BaseModelSpec(path=str(folder), quantization=quantization, compute_dtype=dtype))
 
 
-def adapt(base: nn.Module, fuse: bool = True, **changes: object) -> DynamicLoraModel:
+def adapt(
+    base: nn.Module, fuse: bool = True, kernels: KernelsInUse = NO_KERNELS, **changes: object
+) -> DynamicLoraModel:
     """With small ranks and no dropout, unless ``changes`` say otherwise."""
     config = DynamicLoraConfig(**{"target_rank": 2, "dropout": 0.0, "seed": 5, **changes})
-    return add_dynamic_lora(base, config, fuse)
+    return add_dynamic_lora(base, config, fuse, kernels)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from support.base_layers import drop_the_same
+from support.same_gradients import assert_same_gradients, relative_error
 from support.tiny_encoders import tiny_classifier, tiny_reader, tiny_summarizer, write_classification
 from support.tiny_models import adapt, load_base, loss_and_gradients, shake, tiny_model, tokens, trainable
 from support.tiny_run import tiny_tokenizer, write_config
@@ -25,20 +26,6 @@ from dora_dist.setup.resolve import check_method
 
 TOLERANCES = {"loss": 2e-6, "gradient": 1e-5}
 """Those of docs/numerics.md in float32, relative to the largest entry."""
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
-
-
-def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        assert gradient.any(), name
-        assert relative_error(found[name], gradient) <= tolerance, name
-    # A dropped factor may hide in a tolerance of single entries, but not in the mean of the gradients' lengths.
-    lengths = [float((found[name] * g).sum() / g.square().sum()) - 1 for name, g in expected.items()]
-    assert abs(sum(lengths) / len(lengths)) <= tolerance / 10, lengths
 
 
 def fused_and_not(base: PreTrainedModel, **changes: Any) -> list[DynamicLoraModel]:

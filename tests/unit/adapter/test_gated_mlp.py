@@ -12,6 +12,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from dora_dist.adapter.gated_mlp import fuse_gated_mlps
 from dora_dist.adapter.layer import DynamicLoraLinear
+from dora_dist.base_model.kernels import Swiglu
 from dora_dist.base_model.shape import is_gated_mlp
 
 HIDDEN, INNER, RANK = 64, 128, 6
@@ -28,7 +29,7 @@ def make_mlp(kind: str = "plain", dtype: torch.dtype = torch.float32, dropout: f
         if kind == "plain":
             base.to(dtype)
         setattr(mlp, name, adapt_layer(base, RANK, dropout=dropout, seed=seed, dtype=dtype))
-    fuse_gated_mlps(mlp)
+    fuse_gated_mlps(mlp, Swiglu())
     return mlp.train()
 
 
@@ -178,5 +179,5 @@ def test_models_of_the_family_are_known_and_others_are_not():
 def test_an_mlp_with_a_bare_layer_is_left_as_it_is():
     mlp = LlamaMLP(LlamaConfig(**SIZES))
     mlp.gate_proj = adapt_layer(mlp.gate_proj, RANK)
-    fuse_gated_mlps(mlp)
+    fuse_gated_mlps(mlp, Swiglu())
     assert "forward" not in vars(mlp)

@@ -33,6 +33,8 @@ def options(*arguments):
         ("--profile nobody", "--profile has 'nobody'"),
         ("--peak-tflops 0", "--peak-tflops is 0.0, but must be positive"),
         ("--adapter-dtype bfloat16", "--adapter-dtype is bfloat16, but must be float32"),
+        ("--device cuda --kernels rope silu", "--kernels has 'silu', but must be of rms_norm, rope, swiglu"),
+        ("--kernels rope", "--kernels is given, which are for GPUs, but --device is cpu: give --device cuda"),
         ("--growth --device cuda", "--device is cuda, but --growth"),
         (f"--output {__file__}", "--output is .*, but .* is no folder"),
     ],

@@ -1,0 +1,19 @@
+"""What proofs on a model itself share, before something takes the place of its own code: rows, and a distance."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dora_dist.base_model.shape import input_embedding
+
+
+def short_rows(model: PreTrainedModel) -> Tensor:
+    """Token ids of two short rows, shape ``(2, 8)``, on the model's device, without drawing random numbers."""
+    embedding = input_embedding(model).weight
+    numbers = torch.arange(16, device=embedding.device)
+    return (7 * numbers + 3).remainder(embedding.shape[0]).view(2, 8)
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what is expected."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
