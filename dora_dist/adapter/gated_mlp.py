@@ -110,15 +110,18 @@ class _UntilProduct(torch.autograd.Function):
         needs_x, _, _, *needs = ctx.needs_input_grad
 
         activation = functional.silu(gate)
-        down = linear_operation.backward([grad_output], activation * up, saved_down, down_frozen, True, needs[3:])
-        grad_product = down.x
+        # Taken apart, so that the gradient of the product is gone before that of the input is made.
+        grad_product, *of_down = linear_operation.backward(
+            [grad_output], activation * up, saved_down, down_frozen, True, needs[3:]
+        )
         assert grad_product is not None
         grad_up = activation.mul_(grad_product)
         grad_gate = torch.ops.aten.silu_backward(grad_product.mul_(up), gate)
         del activation, grad_product
 
         outer = linear_operation.backward([grad_gate, grad_up], x, saved, outer_frozen, needs_x, needs[:3])
-        return outer.x, None, None, outer.rows, *outer.columns, down.rows, *down.columns
+        down_rows, down_columns = of_down
+        return outer.x, None, None, outer.rows, *outer.columns, down_rows, *down_columns
 
 
 class _FromProduct(torch.autograd.Function):
