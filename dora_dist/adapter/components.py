@@ -7,11 +7,14 @@ by side once a forward, and a few operations make what all layers read. Paramete
 their storage.
 """
 
+import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class AdaptedLayer(Protocol):
@@ -78,10 +81,6 @@ class Layout:
     def stack(self) -> Stacks:
         """The parameters as they are now."""
         columns = tuple(torch.stack([layer.lora_b for layer in layers]) for layers in self._by_shape.values())
-        for stack in columns:
-            if stack.requires_grad:
-                # It comes transposed; as it is, autograd would copy every layer's part on its own.
-                stack.register_hook(Tensor.contiguous)
         rows = tuple(
             torch.cat([layer.lora_a for number in numbers for layer in self.groups[number]])
             for numbers in self._by_width.values()
@@ -100,8 +99,9 @@ class Layout:
         factors = scaled.split([len(layers) * shape[1] for shape, layers in self._by_shape.items()])
         columns: dict[AdaptedLayer, Tensor] = {}
         for (shape, layers), stack, factor in zip(self._by_shape.items(), stacks.columns, factors, strict=True):
-            made = stack.mT.reshape(-1, shape[0]) * factor.unsqueeze(1)
-            columns |= zip(layers, made.to(dtype).split(shape[1]), strict=True)
+            # torch has no types for `apply`.
+            made: Tensor = _Columns.apply(stack, factor, dtype)  # type: ignore[no-untyped-call]
+            columns |= zip(layers, made.split(shape[1]), strict=True)
         return [
             Components(rows[number], tuple(columns[layer] for layer in group))
             for number, group in enumerate(self.groups)
@@ -123,6 +123,36 @@ class Layout:
                     masks[at] = torch.cat(of_width).to(gate.dtype).unsqueeze(1)
             self._factors = Factors(torch.cat(scales), masks)
         return self._factors
+
+
+class _Columns(torch.autograd.Function):
+    """``s c_i b_i`` of layers of one shape, shape ``(components, out)``, of their ``lora_b``, shape
+    ``(layers, out, r)``, and ``s c_i``, shape ``(components,)``.
+
+    Left to autograd, a transposed copy of all ``lora_b`` would be kept for the backward, and another one made there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, stack: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        layers, width, rank = stack.shape
+        ctx.save_for_backward(stack, factor)
+        made = stack.new_empty((layers, rank, width), dtype=dtype)
+        torch.mul(stack.mT, factor.view(layers, rank, 1), out=made)
+        return made.view(-1, width)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        stack, factor = ctx.saved_tensors
+        layers, width, rank = stack.shape
+        grad = grad_output.view(layers, rank, width)
+        needs_stack, needs_factor, _ = ctx.needs_input_grad
+        grad_factor = (grad * stack.mT).sum(-1).view(-1).to(factor.dtype) if needs_factor else None
+        if not needs_stack:
+            return None, grad_factor, None
+        # As parameters lie: otherwise autograd would copy every layer's part on its own.
+        grad_stack = torch.mul(grad.mT, factor.view(layers, 1, rank), out=torch.empty_like(stack))
+        return grad_stack, grad_factor, None
 
 
 class Factors(NamedTuple):
@@ -152,6 +182,7 @@ class GatheredComponents:
         self._stacks: Stacks | None = None
         self._components: list[Components] | None = None
         self._of_backward = -1
+        self._number_of_forward = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to one forward: a tensor with a history cannot be copied."""
@@ -187,18 +218,19 @@ class GatheredComponents:
         self._in_forward = True
         self._stacks = stacks = self._layout.stack()
         self._components = self._layout.components(stacks)
-        trained = _first_trained(stacks)
+        self._number_of_forward += 1
+        trained = _first_with_a_gradient(stacks)
         if trained is not None:
-            trained.register_hook(lambda _: self._forget(stacks))
+            trained.register_hook(partial(_forget, weakref.ref(self), self._number_of_forward))
 
     def _end(self, *_: Any) -> None:
         self._in_forward = False
-        if self._stacks is not None and _first_trained(self._stacks) is None:
-            self._forget(self._stacks)
+        if self._stacks is not None and _first_with_a_gradient(self._stacks) is None:
+            self._forget(self._number_of_forward)
 
-    def _forget(self, stacks: Stacks) -> None:
+    def _forget(self, number_of_forward: int) -> None:
         """Let go of what a forward has made, unless a later one has made its own."""
-        if self._stacks is stacks:
+        if self._number_of_forward == number_of_forward:
             self._stacks = self._components = None
 
     def _in_backward(self) -> bool:
@@ -228,5 +260,15 @@ def stacks_of(layers: Sequence[AdaptedLayer], gathered: GatheredComponents | Non
     return Layout([[layer] for layer in layers]).stack() if gathered is None else gathered.stacks()
 
 
-def _first_trained(stacks: Stacks) -> Tensor | None:
-    return next((stack for stack in (*stacks.rows, stacks.gates, *stacks.columns) if stack.requires_grad), None)
+def _forget(gathered: "weakref.ref[GatheredComponents]", number_of_forward: int, _: Tensor) -> None:
+    """As a hook of a tensor: it may not hold that tensor, nor what does. Python finds no cycle that goes through a
+    graph, so that every forward would leave its tensors behind."""
+    alive = gathered()
+    if alive is not None:
+        alive._forget(number_of_forward)
+
+
+def _first_with_a_gradient(stacks: Stacks) -> Tensor | None:
+    """The trained one that a backward comes to first, when it has left all layers: the last one made."""
+    made = (*stacks.columns, *stacks.rows, stacks.gates)
+    return next((stack for stack in reversed(made) if stack.requires_grad), None)

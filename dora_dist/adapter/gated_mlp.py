@@ -133,15 +133,19 @@ class _UntilProduct(torch.autograd.Function):
         needs_x, _, _, _, *needs = ctx.needs_input_grad
 
         product, activation = ctx.swiglu.product_again(gate, up)
-        down = linear_operation.backward([grad_output], product, saved_down, down_frozen, True, needs[3:])
+        # Taken apart, so that the gradient of the product is gone before that of the input is made.
+        grad_product, *of_down = linear_operation.backward(
+            [grad_output], product, saved_down, down_frozen, True, needs[3:]
+        )
         del product
-        assert down.x is not None
+        assert grad_product is not None
         ctx.overwritten = ctx.swiglu.overwrites
-        grads = ctx.swiglu.gradients(down.x, gate, up, activation)
-        del activation
+        grads = ctx.swiglu.gradients(grad_product, gate, up, activation)
+        del activation, grad_product
 
         outer = linear_operation.backward(grads, x, saved, outer_frozen, needs_x, needs[:3])
-        return outer.x, None, None, None, outer.rows, *outer.columns, down.rows, *down.columns
+        down_rows, down_columns = of_down
+        return outer.x, None, None, None, outer.rows, *outer.columns, down_rows, *down_columns
 
 
 class _FromProduct(torch.autograd.Function):

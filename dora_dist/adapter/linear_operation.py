@@ -152,16 +152,17 @@ def backward(
         torch.mm(columns, grad.T, out=part)
         if needs_columns[at]:
             grad_columns[at] = hidden[at] @ grad
-    inputs = _tokens(x).to(saved.rows.dtype)
-    if saved.mask is None:
-        if grad_x is not None:
-            _add_product(grad_x, grad_hidden.T, saved.rows)
-    else:
+    if saved.mask is not None:
         grad_hidden /= 1 - frozen.dropout  # the factor by which dropout scales what it leaves
-        inputs = inputs * saved.mask
-        if grad_x is not None:
+    if grad_x is not None:
+        if saved.mask is None:
+            _add_product(grad_x, grad_hidden.T, saved.rows)
+        else:
             grad_x.add_((grad_hidden.T @ saved.rows).mul_(saved.mask))
-    grad_rows = grad_hidden @ inputs if needs_rows else None
+    grad_rows = None
+    if needs_rows:
+        inputs = _tokens(x).to(saved.rows.dtype)
+        grad_rows = grad_hidden @ (inputs if saved.mask is None else inputs * saved.mask)
     return Gradients(None if grad_x is None else grad_x.to(x.dtype).view(x.shape), grad_rows, grad_columns)
 
 

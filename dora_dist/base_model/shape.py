@@ -72,6 +72,9 @@ class ModelShape:
     other_numel: int
     """Of norms, biases and whatever else is not quantized."""
     buffer_bytes: int
+    fused: bool = False
+    """Whether components of all layers are made at once (:mod:`dora_dist.adapter.components`), and adapted q, k and v
+    are computed together."""
 
 
 def has_code_of(function: object, known: Callable[..., Any]) -> bool:
@@ -115,7 +118,7 @@ def read_shape(skeleton: "PreTrainedModel", adapted: Sequence[str], fuse: bool =
     Args:
         skeleton: the causal language model, best on the meta device.
         adapted: full names of the linear layers that get components.
-        fuse: gated MLPs run as one operation where they can.
+        fuse: adapted layers are computed together where they can.
     """
     names = set(adapted)
     head, embedding = skeleton.get_output_embeddings(), input_embedding(skeleton)
@@ -153,6 +156,7 @@ def read_shape(skeleton: "PreTrainedModel", adapted: Sequence[str], fuse: bool =
         embedding_numel=sum(ends.values()),
         other_numel=total - inner - sum(ends.values()),
         buffer_bytes=sum(buffer.nbytes for buffer in skeleton.buffers()),
+        fused=fuse,
     )
 
 

@@ -5,10 +5,12 @@ operation saves, and which of them are the same tensor. tests/unit/memory/test_e
 """
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dora_dist.base_model.shape import QUERY_KEY_VALUE, Block, Linear, ModelShape, Norm
+from dora_dist.base_model.shape import GATED_MLP, QUERY_KEY_VALUE, Block, Linear, ModelShape, Norm
 
 FLOAT32 = 4
 NF4_BLOCK = 64
@@ -25,6 +27,7 @@ class Adapter:
         dropout: whether the components' input passes through dropout.
         trained_gates: whether the gates have gradients.
         penalty: whether the equilibrium penalty is on: its backward comes first, so that all gradients exist from then.
+        masked: whether components are pruned on the way.
     """
 
     rank: int
@@ -32,6 +35,7 @@ class Adapter:
     dropout: bool
     trained_gates: bool = True
     penalty: bool = True
+    masked: bool = False
 
     def numel(self, shape: ModelShape) -> int:
         """Elements of all components."""
@@ -85,6 +89,7 @@ class BlockMemory:
         forward: needed beyond ``saved`` at the end of its forward, and so when it is recomputed.
         backward: the most its backward needs beyond ``saved``.
         dequantized: of ``backward``: the largest dequantized weight, where that is at the peak.
+        gradients: of its components, which are there from its backward on until gradients of all layers are made.
     """
 
     saved: int = 0
@@ -92,12 +97,13 @@ class BlockMemory:
     forward: int = 0
     backward: int = 0
     dequantized: int = 0
+    gradients: int = 0
 
 
 def block_memory(block: Block, shape: ModelShape, batch: Batch, adapter: Adapter, quantization: str) -> BlockMemory:
     """Activations of a decoder layer. Where it is built unlike Llama's: by inputs and outputs of its linear layers."""
     if not block.is_known:
-        return _unknown_block(block, batch, adapter, quantization)
+        return _unknown_block(block, shape, batch, adapter, quantization)
     kept = _KeptInputs(block, batch, adapter, quantization)
     size = batch.compute_bytes
     inner = batch.tokens * block.linear("gate_proj").out_features * size
@@ -107,14 +113,19 @@ def block_memory(block: Block, shape: ModelShape, batch: Batch, adapter: Adapter
     # The other kernels keep their output anyway.
     after_attention = kept.masks("o_proj") + (kept.shared("o_proj") if batch.attention == "eager" else 0)
     product = kept.shared("down_proj")
+    down_mask = kept.masks("down_proj")
     # The activation function keeps the gate; its product with up, both factors. Fused, gate and up are all.
     mlp = 2 * inner if block.fused_mlp else 3 * inner + product
-    mlp += kept.shared("gate_proj", "up_proj") + kept.masks("gate_proj", "up_proj", "down_proj")
-    attention += kept.shared(*QUERY_KEY_VALUE) + kept.masks(*QUERY_KEY_VALUE) + after_attention
-    low_rank = sum(_low_rank(linear, batch, adapter) for linear in block.linears)
+    mlp += kept.shared("gate_proj", "up_proj") + kept.masks("gate_proj", "up_proj", together=block.fused_mlp)
+    mlp += down_mask
+    attention += kept.shared(*QUERY_KEY_VALUE) + kept.masks(*QUERY_KEY_VALUE, together=shape.fused) + after_attention
+    low_rank = sum(_low_rank(linear, shape, batch, adapter) for linear in block.linears)
     down = block.linear("down_proj")
     weight = _dequantized(down, quantization, size)
-    down_mask = kept.masks("down_proj")
+
+    def done(*kinds: str) -> int:
+        return component_gradients([block.linear(kind) for kind in kinds], shape, batch, adapter)
+
     # Beside gradients: activation and product, computed again.
     again = 2 * inner if block.fused_mlp else 0
     backward, dequantized = max(
@@ -123,9 +134,9 @@ def block_memory(block: Block, shape: ModelShape, batch: Batch, adapter: Adapter
         # while its components add theirs
         (gradient + again + inner + _components_backward(down, batch, adapter), 0),
         # the gradient of the product of gate and up, and those of the factors; nothing of down_proj is left
-        (gradient - down_mask + 3 * inner - (0 if block.fused_mlp else product), 0),
+        (gradient - down_mask + 3 * inner - (0 if block.fused_mlp else product) + done("down_proj"), 0),
         # attention; nothing of what came after it is left
-        (gradient - mlp - after_attention + attention_backward, 0),
+        (gradient - mlp - after_attention + attention_backward + done(*GATED_MLP, "o_proj"), 0),
     )
     return BlockMemory(
         saved=sum(norms) + attention + mlp + low_rank,
@@ -133,6 +144,7 @@ def block_memory(block: Block, shape: ModelShape, batch: Batch, adapter: Adapter
         forward=_end_of_forward(block, shape, batch, adapter, kept),
         backward=backward,
         dequantized=dequantized,
+        gradients=component_gradients(block.linears, shape, batch, adapter),
     )
 
 
@@ -151,9 +163,10 @@ class _KeptInputs:
         kept = any(linear.adapted for linear in linears) or self.quantization == "int8"
         return self.batch.tokens * linears[0].in_features * self.batch.compute_bytes if kept else 0
 
-    def masks(self, *kinds: str) -> int:
-        """The dropout mask of each, a byte an entry."""
-        return sum(_dropout_mask(self.block.linear(kind), self.batch, self.adapter) for kind in kinds)
+    def masks(self, *kinds: str, together: bool = False) -> int:
+        """The dropout mask of each, a byte an entry; one where they are computed together."""
+        sizes = [_dropout_mask(self.block.linear(kind), self.batch, self.adapter) for kind in kinds]
+        return max(sizes) if together else sum(sizes)
 
 
 def _end_of_forward(block: Block, shape: ModelShape, batch: Batch, adapter: Adapter, kept: _KeptInputs) -> int:
@@ -168,16 +181,17 @@ def _end_of_forward(block: Block, shape: ModelShape, batch: Batch, adapter: Adap
     return base_output + unsaved + copies
 
 
-def _unknown_block(block: Block, batch: Batch, adapter: Adapter, quantization: str) -> BlockMemory:
+def _unknown_block(block: Block, shape: ModelShape, batch: Batch, adapter: Adapter, quantization: str) -> BlockMemory:
     tokens, size = batch.tokens, batch.compute_bytes
     saved = sum(_norm(norm, block, tokens) for norm in block.norms)
     for linear in block.linears:
         saved += tokens * (linear.in_features + linear.out_features) * size
-        saved += _dropout_mask(linear, batch, adapter) + _low_rank(linear, batch, adapter)
+        saved += _dropout_mask(linear, batch, adapter) + _low_rank(linear, shape, batch, adapter)
     weight = max((_dequantized(linear, quantization, size) for linear in block.linears), default=0)
     widest = max((linear.out_features for linear in block.linears), default=0)
     backward = 2 * tokens * widest * size + weight
-    return BlockMemory(saved=saved, input=0, forward=0, backward=backward, dequantized=weight)
+    gradients = component_gradients(block.linears, shape, batch, adapter)
+    return BlockMemory(saved=saved, backward=backward, dequantized=weight, gradients=gradients)
 
 
 def _norm(norm: Norm, block: Block, tokens: int) -> int:
@@ -228,13 +242,56 @@ def _dropout_mask(linear: Linear, batch: Batch, adapter: Adapter) -> int:
     return batch.tokens * linear.in_features if linear.adapted and adapter.dropout else 0
 
 
-def _low_rank(linear: Linear, batch: Batch, adapter: Adapter) -> int:
-    """The components' activations, their columns with gate and scale, and their rows where these are cast."""
+def _low_rank(linear: Linear, shape: ModelShape, batch: Batch, adapter: Adapter) -> int:
+    """The components' activations; where the layer makes its components itself, also their rows and columns, and the
+    copy that columns are made of."""
     if not linear.adapted:
         return 0
     size = _computing_bytes(batch, adapter)
-    cast = linear.in_features if size != adapter.bytes_per_element else 0
-    return adapter.rank * (batch.tokens + linear.out_features + cast) * size
+    own = 0
+    if not shape.fused:
+        own = (linear.in_features + linear.out_features) * size + linear.out_features * adapter.bytes_per_element
+    return adapter.rank * (batch.tokens * size + own)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideBySide:
+    """Parameters of all layers side by side, and components made of them (:mod:`dora_dist.adapter.components`).
+
+    Args:
+        parameters: copies of them, in bytes; the equilibrium penalty reads these.
+        components: rows and columns that layers multiply with, in bytes, where they are not those copies.
+        largest: elements of the largest stack.
+    """
+
+    parameters: int
+    components: int
+    largest: int
+
+    @classmethod
+    def of(cls, shape: ModelShape, batch: Batch, adapter: Adapter) -> "SideBySide":
+        """Where they are made for all layers at once."""
+        by_width: Counter[int] = Counter()
+        by_output: Counter[int] = Counter()
+        for linear in shape.linears:
+            if linear.adapted:
+                by_width[linear.in_features] += adapter.rank * linear.in_features
+                by_output[linear.out_features] += adapter.rank * linear.out_features
+        size = _computing_bytes(batch, adapter)
+        copied_rows = adapter.masked or size != adapter.bytes_per_element
+        return cls(
+            parameters=adapter.bytes_per_element * adapter.numel(shape),
+            components=size * (by_output.total() + copied_rows * by_width.total()),
+            largest=max((*by_width.values(), *by_output.values()), default=0),
+        )
+
+
+def component_gradients(linears: Sequence[Linear], shape: ModelShape, batch: Batch, adapter: Adapter) -> int:
+    """Gradients of rows and columns, which wait for those of all layers where components are made for all at once."""
+    if not shape.fused:
+        return 0
+    elements = sum(linear.in_features + linear.out_features for linear in linears if linear.adapted)
+    return adapter.rank * elements * _computing_bytes(batch, adapter)
 
 
 def _input_copies(linear: Linear, batch: Batch, adapter: Adapter) -> int:

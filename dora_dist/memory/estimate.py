@@ -225,6 +225,7 @@ def _adapter(config: RunConfig, dtype: str) -> Adapter:
         dropout=config.adapter.dropout > 0,
         trained_gates=config.adapter.train_gates,
         penalty=config.pruning.equilibrium_weight > 0,
+        masked=config.adapter.start_rank > config.adapter.target_rank,
     )
 
 

@@ -10,8 +10,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dora_dist.base_model.chunked_loss import chunk_length
-from dora_dist.base_model.shape import ModelShape
-from dora_dist.memory.activations import FLOAT32, NF4_BLOCK, Adapter, Batch, BlockMemory, block_memory, kept_int8_inputs
+from dora_dist.base_model.shape import Block, ModelShape
+from dora_dist.memory.activations import (
+    FLOAT32,
+    NF4_BLOCK,
+    Adapter,
+    Batch,
+    BlockMemory,
+    SideBySide,
+    block_memory,
+    kept_int8_inputs,
+)
 
 NF4_NESTED_BLOCK = 256
 """Constants that share a constant of their own (double quantization)."""
@@ -19,7 +28,7 @@ NF4_TABLES = 16 * FLOAT32 + 256 * FLOAT32 + FLOAT32
 """Per weight: the 16 values of NF4, the 256 of its constants' code, and their offset."""
 ZERO_ALIGNMENT = 2
 """DeepSpeed pads its flat buffers to a multiple of this per rank (``nccl_start_alignment_factor``)."""
-LAST_LAYER = "backward of the last decoder layer"
+KEPT_LAYER = "backward of a decoder layer"
 RECOMPUTED_LAYER = "backward of a recomputed layer"
 
 
@@ -215,13 +224,25 @@ def step_memory(step: TrainingStep) -> StepMemory:
     )
 
 
-@dataclass(frozen=True)
-class Beyond:
-    """The most that the backward of a layer needs beyond its activations, in bytes: the largest dequantized weight at
-    that point, and everything else."""
+@dataclass(frozen=True, kw_only=True)
+class LayerBackward:
+    """What there is at the peak of the backward of one decoder layer, in bytes.
 
+    Args:
+        activations: Its own, and what is kept for the layers before it.
+        temporaries: What its backward needs beyond them, without ``dequantized``.
+        dequantized: The largest dequantized weight at that point.
+        gradients: Of the components of the layers after it.
+    """
+
+    activations: int
     temporaries: int
     dequantized: int
+    gradients: int
+
+    @property
+    def total(self) -> int:
+        return self.activations + self.temporaries + self.dequantized + self.gradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,17 +252,17 @@ class DecoderMemory:
     Args:
         kept: What the backward needs when it begins: the inputs of the layers that are recomputed, and the activations
             of the others.
-        checkpoints: Of these, what is left when the backward comes to the layers that are recomputed: their inputs.
         recomputed: The activations of the layer that is being recomputed.
-        of_kept: What the backward of a layer that is not recomputed needs beyond them; None where there is none.
+        gradients: Of the components of all layers, when the backward has left them.
+        of_kept: The backward of the layer that is not recomputed at which there is most; None where there is none.
         of_recomputed: The same of one that is.
     """
 
     kept: int
-    checkpoints: int
     recomputed: int
-    of_kept: Beyond | None
-    of_recomputed: Beyond | None
+    gradients: int
+    of_kept: LayerBackward | None
+    of_recomputed: LayerBackward | None
 
 
 def decoder_memory(step: TrainingStep) -> DecoderMemory:
@@ -249,36 +270,57 @@ def decoder_memory(step: TrainingStep) -> DecoderMemory:
     shape, batch = step.shape, step.batch
     blocks = [block_memory(block, shape, batch, step.adapter, step.quantization) for block in shape.blocks]
     again, others = blocks[: step.recomputed], blocks[step.recomputed :]
-    hidden_bytes = step.hidden_numel * batch.compute_bytes
+    checkpoints = [_checkpoint(step, block) for block in shape.blocks[: step.recomputed]]
     # Checkpoints hold the boolean mask, which otherwise goes with the forward.
     mask = batch.rows * batch.length**2 if again and batch.padded and batch.attention == "sdpa" else 0
-    checkpoints = len(again) * hidden_bytes + mask
-    if step.quantization == "int8":
-        # bitsandbytes keeps inputs of 8-bit layers where checkpointing does not see them (MatMul8bitLt's ctx.tensors).
-        checkpoints += sum(kept_int8_inputs(block, batch) for block in shape.blocks[: step.recomputed])
     first_input = 0 if again or not blocks else blocks[0].input
-    recomputed, of_recomputed = 0, None
-    if again:
-        largest = _neediest(again)
-        # In float32, the checkpoint itself is the layer's input.
-        recomputed = largest.saved - (hidden_bytes if batch.compute_bytes == FLOAT32 else 0)
-        forward = largest.forward + hidden_bytes  # and the gradient that has come down to it
-        of_recomputed = Beyond(forward, 0) if forward > largest.backward else _in_backward_of(largest)
+    kept = [*checkpoints, *(block.saved for block in others)]
+    # In float32, the checkpoint itself is the layer's input.
+    shared_input = _hidden_bytes(step) if batch.compute_bytes == FLOAT32 else 0
+    activations, gradients = sum(kept) + mask - first_input, 0
+    of_kept, of_recomputed = [], []
+    for number, block in reversed(list(enumerate(blocks))):
+        if number < step.recomputed:
+            here = activations + block.saved - shared_input
+            of_recomputed.append(_in_recomputed(step, block, here, gradients))
+        else:
+            of_kept.append(_in_backward_of(block, activations, gradients))
+        activations -= kept[number]
+        gradients += block.gradients
     return DecoderMemory(
-        kept=checkpoints + sum(block.saved for block in others) - first_input,
-        checkpoints=checkpoints,
-        recomputed=recomputed,
-        of_kept=_in_backward_of(_neediest(others)) if others else None,
-        of_recomputed=of_recomputed,
+        kept=sum(kept) + mask - first_input,
+        recomputed=max((block.saved - shared_input for block in again), default=0),
+        gradients=gradients,
+        of_kept=max(of_kept, key=lambda layer: layer.total, default=None),
+        of_recomputed=max(of_recomputed, key=lambda layer: layer.total, default=None),
     )
 
 
-def _neediest(blocks: Sequence[BlockMemory]) -> BlockMemory:
-    return max(blocks, key=lambda block: block.saved + block.backward)
+def _hidden_bytes(step: TrainingStep) -> int:
+    return step.hidden_numel * step.batch.compute_bytes
 
 
-def _in_backward_of(block: BlockMemory) -> Beyond:
-    return Beyond(block.backward - block.dequantized, block.dequantized)
+def _checkpoint(step: TrainingStep, block: Block) -> int:
+    """What a decoder layer keeps that is recomputed: its input."""
+    # bitsandbytes keeps inputs of 8-bit layers where checkpointing does not see them (MatMul8bitLt's ctx.tensors).
+    hidden_from_it = kept_int8_inputs(block, step.batch) if step.quantization == "int8" else 0
+    return _hidden_bytes(step) + hidden_from_it
+
+
+def _in_recomputed(step: TrainingStep, block: BlockMemory, activations: int, gradients: int) -> LayerBackward:
+    forward = block.forward + _hidden_bytes(step)  # and the gradient that has come down to it
+    if forward > block.backward:
+        return LayerBackward(activations=activations, temporaries=forward, dequantized=0, gradients=gradients)
+    return _in_backward_of(block, activations, gradients)
+
+
+def _in_backward_of(block: BlockMemory, activations: int, gradients: int) -> LayerBackward:
+    return LayerBackward(
+        activations=activations,
+        temporaries=block.backward - block.dequantized,
+        dequantized=block.dequantized,
+        gradients=gradients,
+    )
 
 
 def at_loss(step: TrainingStep, resident: Mapping[str, int], layers: DecoderMemory) -> MemoryInstant:
@@ -293,6 +335,7 @@ def at_loss(step: TrainingStep, resident: Mapping[str, int], layers: DecoderMemo
         name=f"{'forward' if step.chunked_loss else 'backward'} of the loss",
         parts={
             **resident,
+            **_side_by_side(step),
             **_gradients(step, backward_has_begun=not step.chunked_loss),
             "activations": layers.kept + final_norm,
             "logits": logits,
@@ -301,21 +344,49 @@ def at_loss(step: TrainingStep, resident: Mapping[str, int], layers: DecoderMemo
 
 
 def in_backward(step: TrainingStep, resident: Mapping[str, int], layers: DecoderMemory) -> list[MemoryInstant]:
-    """The backward is in the last decoder layer, and in the last of those that are recomputed, where there are such."""
+    """The backward is in a decoder layer, in one of those that are recomputed, and at its end, where there are such."""
     found = []
-    for name, activations, beyond in (
-        (LAST_LAYER, layers.kept, layers.of_kept),
-        (RECOMPUTED_LAYER, layers.checkpoints + layers.recomputed, layers.of_recomputed),
-    ):
-        if beyond is not None:
+    for name, layer in ((KEPT_LAYER, layers.of_kept), (RECOMPUTED_LAYER, layers.of_recomputed)):
+        if layer is not None:
             parts = {
                 **resident,
-                **_gradients(step, backward_has_begun=True),
-                "activations": activations,
-                "temporaries": beyond.temporaries,
-                "dequantized weight": beyond.dequantized,
+                **_side_by_side(step),
+                **_gradients(step, backward_has_begun=True, of_components=layer.gradients),
+                "activations": layer.activations,
+                "temporaries": layer.temporaries,
+                "dequantized weight": layer.dequantized,
             }
             found.append(MemoryInstant(name=name, parts=parts))
+    return [*found, *at_end_of_backward(step, resident, layers)] if step.shape.fused else found
+
+
+def at_end_of_backward(step: TrainingStep, resident: Mapping[str, int], layers: DecoderMemory) -> list[MemoryInstant]:
+    """Activations are gone. Gradients of all components become those of the parameters, stack by stack; then ZeRO
+    reduces them."""
+    size, optimizer = step.adapter.bytes_per_element, step.optimizer
+    # Those of the penalty have a place of their own, to which these are added.
+    of_components = layers.gradients if step.adapter.penalty else max(layers.gradients, size * step.trained_numel)
+    found = [
+        MemoryInstant(
+            name="end of the backward",
+            parts={
+                **resident,
+                **_side_by_side(step),
+                **_gradients(step, backward_has_begun=True, of_components=of_components),
+                "temporaries": size * _stacks(step).largest,
+            },
+        )
+    ]
+    if optimizer.sharded:
+        # The shard is made when the first bucket is full; where all gradients fit one, they have gone into it by then.
+        has_shard = step.trained_numel > optimizer.bucket_numel
+        parts = {
+            **resident,
+            "adapter gradients": size * step.trained_numel,
+            "gradient shard": size * step.shard_numel * (has_shard + optimizer.gradients_between),
+            "ZeRO reduction bucket": size * optimizer.bucket_numel,
+        }
+        found.append(MemoryInstant(name="reduction of the gradients", parts=parts))
     return found
 
 
@@ -332,15 +403,29 @@ def at_update(step: TrainingStep, resident: Mapping[str, int]) -> MemoryInstant:
     return MemoryInstant(name="optimizer step", parts={**resident, **gradients, "temporaries": temporaries})
 
 
-def _gradients(step: TrainingStep, *, backward_has_begun: bool) -> dict[str, int]:
-    """Gradients that are there before those of this micro-batch's task loss, and DeepSpeed's buffer, by part."""
+def _stacks(step: TrainingStep) -> SideBySide:
+    return SideBySide.of(step.shape, step.batch, step.adapter)
+
+
+def _side_by_side(step: TrainingStep) -> dict[str, int]:
+    """From the forward to the end of the backward."""
+    if not step.shape.fused:
+        return {}
+    stacks = _stacks(step)
+    return {"adapter side by side": stacks.parameters + stacks.components}
+
+
+def _gradients(step: TrainingStep, *, backward_has_begun: bool, of_components: int = 0) -> dict[str, int]:
+    """Gradients that are there beside those of a layer of this micro-batch's task loss, and DeepSpeed's buffer, by
+    part."""
     size, optimizer = step.adapter.bytes_per_element, step.optimizer
     # Those of the penalty wait for those of the task loss; ZeRO keeps what an earlier micro-batch left as a shard.
     of_penalty = backward_has_begun and step.adapter.penalty
     of_earlier = optimizer.gradients_between and not optimizer.sharded
+    # DeepSpeed makes it when the first parameter has its gradient.
+    has_bucket = optimizer.sharded and backward_has_begun and not step.shape.fused
     return {
-        "adapter gradients": size * step.trained_numel * (of_penalty + of_earlier),
+        "adapter gradients": size * step.trained_numel * (of_penalty + of_earlier) + of_components,
         "gradient shard": size * step.shard_numel if optimizer.sharded and optimizer.gradients_between else 0,
-        # DeepSpeed makes it for every backward.
-        "ZeRO reduction bucket": size * optimizer.bucket_numel if optimizer.sharded and backward_has_begun else 0,
+        "ZeRO reduction bucket": size * optimizer.bucket_numel if has_bucket else 0,
     }

@@ -54,10 +54,9 @@ class _Penalty(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *stacks: Tensor) -> Tensor:
         components = sum(len(stack) for stack in stacks if stack.ndim == 2)
-        wide = [stack.to(torch.promote_types(stack.dtype, torch.float32)) for stack in stacks]
+        wide = (stack.to(torch.promote_types(stack.dtype, torch.float32)) for stack in stacks)
         variances, means = zip(*(torch.var_mean(stack, 1, keepdim=True) for stack in wide), strict=True)
-        ctx.save_for_backward(*wide, *means)
-        ctx.dtypes = [stack.dtype for stack in stacks]
+        ctx.save_for_backward(*stacks, *means)
         ctx.components = components
         return torch.stack([variance.sum() for variance in variances]).sum() / (2 * components)
 
@@ -65,7 +64,9 @@ class _Penalty(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, ...]:
         tensors, gradients = ctx.saved_tensors, []
-        for stack, mean, dtype in zip(tensors[: len(ctx.dtypes)], tensors[len(ctx.dtypes) :], ctx.dtypes, strict=True):
+        half = len(tensors) // 2
+        for stack, mean in zip(tensors[:half], tensors[half:], strict=True):
             factor = grad_output / ((stack.shape[1] - 1) * ctx.components)
-            gradients.append(torch.mul(stack - mean, factor, out=torch.empty_like(stack, dtype=dtype)))
+            # The difference in the dtype of the mean.
+            gradients.append((stack - mean).mul_(factor).to(stack.dtype))
         return tuple(gradients)

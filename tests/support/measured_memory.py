@@ -73,8 +73,9 @@ def measure_peak(config: RunConfig, prepare: Callable[[DynamicLoraModel], None] 
     return meter.of_second(step)
 
 
-def measure_zero_peak(path: str, overrides: list[str]) -> int:
-    """The same under DeepSpeed as launch/zero2.json configures it, on one rank of a world that has been joined."""
+def measure_zero_peak(path: str, overrides: list[str], bucket_numel: int) -> int:
+    """The same under DeepSpeed as launch/zero2.json configures it, but with reduction buckets of so many elements, on
+    one rank of a world that has been joined."""
     import deepspeed
 
     use_gloo_only()
@@ -82,6 +83,7 @@ def measure_zero_peak(path: str, overrides: list[str]) -> int:
     meter = PeakMeter()
     model = _load(config, "auto")
     settings: dict[str, Any] = json.loads((REPOSITORY / "launch" / "zero2.json").read_text())
+    settings["zero_optimization"]["reduce_bucket_size"] = bucket_numel
     rows, accumulation = _rows(config), config.training.get("gradient_accumulation_steps", 1)
     settings |= {
         "bf16": {"enabled": model.dtype is torch.bfloat16},
@@ -111,6 +113,9 @@ def _load(config: RunConfig, adapter_dtype: str) -> DynamicLoraModel:
     model.leave_out_logits()
     layers = recomputable_layers(model.get_base_model())
     recompute_first(model.get_base_model(), number_of_recomputed(config.model.recompute_layers or 0, layers, "it"))
+    if config.adapter.start_rank > config.adapter.target_rank:
+        # As after the first event.
+        next(iter(model.adapted_layers().values())).component_mask[0] = False
     return model.train()
 
 

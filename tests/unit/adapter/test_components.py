@@ -1,6 +1,8 @@
 """Components of all layers made at once, against those of each layer alone."""
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +15,7 @@ from dora_dist.adapter.components import Layout, components_of, stacks_of
 from dora_dist.adapter.layer import DynamicLoraLinear
 from dora_dist.adapter.model import DynamicLoraModel
 from dora_dist.benchmark.operations import Operations
+from dora_dist.benchmark.peak import live_storages
 from dora_dist.method.regularizer import penalty_of_stacks
 
 
@@ -168,6 +171,29 @@ def test_nothing_is_kept_after_the_backward_or_without_gradients():
     with torch.no_grad():
         weighted(model)
     assert gathered._components is None
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_steps_leave_no_tensor_behind(checkpointing):
+    model = make_model(checkpointing=checkpointing)
+    layers = list(model.adapted_layers().values())
+    sizes = []
+    for _ in range(3):
+        loss = weighted(model)
+        stacks = stacks_of(layers, layers[0].gathered)
+        (loss + penalty_of_stacks(stacks.rows, stacks.columns)).backward()
+        del loss, stacks
+        sizes.append(sum(live_storages().values()))
+    assert sizes[1] == sizes[2]
+
+
+def test_a_model_can_go_after_a_forward_without_a_backward():
+    model = make_model()
+    weighted(model)
+    watched = weakref.ref(model)
+    del model
+    gc.collect()
+    assert watched() is None
 
 
 def test_a_model_can_be_copied_between_forward_and_backward():
