@@ -111,7 +111,7 @@ class _UntilProduct(torch.autograd.Function):
 
         activation = functional.silu(gate)
         # Taken apart, so that the gradient of the product is gone before that of the input is made.
-        grad_product, *of_down = linear_operation.backward(
+        grad_product, down_rows, down_columns = linear_operation.backward(
             [grad_output], activation * up, saved_down, down_frozen, True, needs[3:]
         )
         assert grad_product is not None
@@ -120,7 +120,6 @@ class _UntilProduct(torch.autograd.Function):
         del activation, grad_product
 
         outer = linear_operation.backward([grad_gate, grad_up], x, saved, outer_frozen, needs_x, needs[:3])
-        down_rows, down_columns = of_down
         return outer.x, None, None, outer.rows, *outer.columns, down_rows, *down_columns
 
 
