@@ -134,7 +134,7 @@ class _UntilProduct(torch.autograd.Function):
 
         product, activation = ctx.swiglu.product_again(gate, up)
         # Taken apart, so that the gradient of the product is gone before that of the input is made.
-        grad_product, *of_down = linear_operation.backward(
+        grad_product, down_rows, down_columns = linear_operation.backward(
             [grad_output], product, saved_down, down_frozen, True, needs[3:]
         )
         del product
@@ -143,9 +143,8 @@ class _UntilProduct(torch.autograd.Function):
         grads = ctx.swiglu.gradients(grad_product, gate, up, activation)
         del activation, grad_product
 
-        outer = linear_operation.backward(grads, x, saved, outer_frozen, needs_x, needs[:3])
-        down_rows, down_columns = of_down
-        return outer.x, None, None, None, outer.rows, *outer.columns, down_rows, *down_columns
+        grad_product, down_rows, down_columns = linear_operation.backward(
+            [grad_output], product, saved_down, down_frozen, True, needs[3:]
 
 
 class _FromProduct(torch.autograd.Function):
