@@ -143,8 +143,8 @@ class _UntilProduct(torch.autograd.Function):
         grads = ctx.swiglu.gradients(grad_product, gate, up, activation)
         del activation, grad_product
 
-        grad_product, down_rows, down_columns = linear_operation.backward(
-            [grad_output], product, saved_down, down_frozen, True, needs[3:]
+        outer = linear_operation.backward(grads, x, saved, outer_frozen, needs_x, needs[:3])
+        return outer.x, None, None, None, outer.rows, *outer.columns, down_rows, *down_columns
 
 
 class _FromProduct(torch.autograd.Function):
