@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM
 
 from dora_dist.adapter.model import DynamicLoraModel, add_dynamic_lora
 from dora_dist.base_model.copies import share
+from dora_dist.base_model.recomputation import checkpoint_activations
 from dora_dist.benchmark.options import ADALORA, DYNAMIC, FLOOR, LORA, PRUNED, Options
 from dora_dist.config.adapter import DynamicLoraConfig
 from dora_dist.distributed.agreement import Agreement
@@ -225,9 +226,7 @@ def build(name: str, conditions: Conditions) -> Contestant:
     torch.manual_seed(conditions.options.seed)
     contestant = BUILDERS[name](model, conditions)
     if conditions.checkpointing:
-        # transformers before 5.23 has only the old name, which 5.23 deprecates and 6 is to remove.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        checkpoint_activations(model)
     return contestant
 
 

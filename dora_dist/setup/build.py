@@ -12,6 +12,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dora_dist.adapter.model import DynamicLoraForCausalLM, DynamicLoraModel, add_dynamic_lora
 from dora_dist.base_model import load
+from dora_dist.config.adapter import DRAWN_INITS, Init
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import TASKS
 from dora_dist.console.text import say
@@ -28,6 +29,7 @@ from dora_dist.training.controller import DynamicRankController
 from dora_dist.training.criterion import criterion_of
 from dora_dist.training.parts import LoopSettings, TrainingParts, TrainingRows
 from dora_dist.training.skipped_steps import SkipPolicy
+from dora_dist.training.start_from_data import DataStart
 from dora_dist.training.trainer import DynamicLoraTrainer
 
 
@@ -78,7 +80,10 @@ def load_model(
     if adapter.dtype == "auto" and not config.distributed.engine.startswith("zero"):
         # Only ZeRO keeps a float32 master copy of low-precision parameters.
         adapter = dataclasses.replace(adapter, dtype="float32")
-    model = add_dynamic_lora(base, dataclasses.replace(adapter, seed=adapter_seed(config)), config.model.fuse)
+    # A start from data is made of LoRA's, when the data can go through the model.
+    init: Init = adapter.init if adapter.init in DRAWN_INITS else "lora"
+    adapter = dataclasses.replace(adapter, init=init, seed=adapter_seed(config))
+    model = add_dynamic_lora(base, adapter, config.model.fuse)
     if isinstance(model, DynamicLoraForCausalLM):
         reason = model.leave_out_logits()
         if reason is not None:
@@ -114,6 +119,16 @@ def build_controller(
     )
 
 
+def data_start(config: RunConfig, resolved: ResolvedRun) -> DataStart | None:
+    """How the adapter starts from data; None where it is drawn."""
+    if config.adapter.init in DRAWN_INITS:
+        return None
+    # Spread over the run: rows that follow each other have been sorted by length.
+    count, in_all = min(config.adapter.calibration_rows, resolved.plan.num_rows), resolved.plan.num_rows
+    rows = tuple(number * in_all // count for number in range(count))
+    return DataStart(init=config.adapter.init, rows=rows, seed=adapter_seed(config))
+
+
 def build_trainer(
     config: RunConfig,
     resolved: ResolvedRun,
@@ -139,6 +154,7 @@ def build_trainer(
     settings = LoopSettings(
         engine=config.distributed.engine,
         timeout_minutes=config.distributed.timeout_minutes,
+        start=data_start(config, resolved),
         adapter_dtype=next(iter(controller.layers.values())).gate.dtype,
         equilibrium_weight=config.pruning.equilibrium_weight,
         keep_last=config.checkpoint.keep_last,
