@@ -149,6 +149,7 @@ class GatheredComponents:
         self._layout = Layout(groups)
         self._place = {layer: (number, at) for number, group in enumerate(groups) for at, layer in enumerate(group)}
         self._in_forward = False
+        self._forward = 0
         self._stacks: Stacks | None = None
         self._components: list[Components] | None = None
         self._of_backward = -1
@@ -185,20 +186,22 @@ class GatheredComponents:
 
     def _begin(self, *_: Any) -> None:
         self._in_forward = True
-        self._stacks = stacks = self._layout.stack()
-        self._components = self._layout.components(stacks)
-        trained = _first_trained(stacks)
+        self._forward += 1
+        number, self._stacks = self._forward, self._layout.stack()
+        self._components = self._layout.components(self._stacks)
+        trained = _first_trained(self._stacks)
         if trained is not None:
-            trained.register_hook(lambda _: self._forget(stacks))
+            # By its number: a hook that held the tensors that it hangs on would keep them for ever.
+            trained.register_hook(lambda _: self._forget(number))
 
     def _end(self, *_: Any) -> None:
         self._in_forward = False
         if self._stacks is not None and _first_trained(self._stacks) is None:
-            self._forget(self._stacks)
+            self._forget(self._forward)
 
-    def _forget(self, stacks: Stacks) -> None:
+    def _forget(self, number: int) -> None:
         """Let go of what a forward has made, unless a later one has made its own."""
-        if self._stacks is stacks:
+        if self._forward == number:
             self._stacks = self._components = None
 
     def _in_backward(self) -> bool:

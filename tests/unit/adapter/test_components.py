@@ -13,6 +13,7 @@ from dora_dist.adapter.components import Layout, components_of, stacks_of
 from dora_dist.adapter.layer import DynamicLoraLinear
 from dora_dist.adapter.model import DynamicLoraModel
 from dora_dist.benchmark.operations import Operations
+from dora_dist.benchmark.peak import live_storages
 from dora_dist.method.regularizer import penalty_of_stacks
 
 
@@ -60,6 +61,24 @@ def test_they_are_those_of_each_layer():
 
 def kept(layer: DynamicLoraLinear) -> Tensor:
     return layer.component_mask.unsqueeze(1).float()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("backward", [True, False])
+def test_nothing_of_a_step_is_left_when_others_have_been_taken(checkpointing, backward):
+    model = make_model(checkpointing=checkpointing)
+
+    def step() -> None:
+        loss = weighted(model)
+        if backward:
+            loss.backward()
+            model.zero_grad()
+
+    step()
+    before = sum(live_storages().values())
+    for _ in range(3):
+        step()
+    assert sum(live_storages().values()) == before
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
