@@ -9,11 +9,13 @@ from dora_dist.base_model import block_weights
 from dora_dist.base_model.chunked_loss import obstacle
 from dora_dist.base_model.load import BaseModelSpec, load_skeleton
 from dora_dist.base_model.shape import read_shape
+from dora_dist.config.adapter import DRAWN_INITS
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import CAUSAL_LM
 from dora_dist.config.training import training_argument, whole_number
 from dora_dist.distributed.launcher import check_world_size
 from dora_dist.memory.activations import Adapter, Batch
+from dora_dist.memory.start import at_start
 from dora_dist.memory.step import Optimizer, StepMemory, TrainingStep, step_memory
 
 WORLD_SIZES = (1, 2, 4, 8, 16, 32)
@@ -133,11 +135,20 @@ def estimate_memory(config: RunConfig, world_size: int, device: str = "cuda") ->
         length=step.batch.length,
         accumulation=accumulation,
         checkpointing=step.checkpointing,
-        without=step_memory(replace(step, checkpointing=False)),
-        with_checkpointing=step_memory(replace(step, checkpointing=True)),
+        without=_memory(config, replace(step, checkpointing=False)),
+        with_checkpointing=_memory(config, replace(step, checkpointing=True)),
         shards=_shards(step) if step.optimizer.sharded else {},
         left_out=block_weights.describe_left_out(skeleton, config.adapter.target_modules, adapted),
     )
+
+
+def _memory(config: RunConfig, step: TrainingStep) -> StepMemory:
+    """Of a training step, and where there is one, of the start from data."""
+    memory, init = step_memory(step), config.adapter.init
+    if init in DRAWN_INITS:
+        return memory
+    row = replace(step.batch, rows=1, padded=_is_padded(config, 1))
+    return replace(memory, moments=(at_start(replace(step, batch=row), init), *memory.moments))
 
 
 def _dtypes(config: RunConfig, device: str) -> tuple[str, str]:
@@ -162,11 +173,15 @@ def _batch(config: RunConfig, rows: int, compute_dtype: str, attention: str) -> 
         compute_bytes=_bytes_of(compute_dtype),
         # Whatever is not known here keeps no square matrix, as flash attention.
         attention="sdpa" if attention == "sdpa" else "eager" if attention == "eager" else "flash",
-        # The longest row is full, but not all are; packed rows have a mask of blocks.
-        padded=rows > 1 or config.data.batching == "packed",
+        padded=_is_padded(config, rows),
         # accelerate wraps the model in it, unless DeepSpeed has cast all parameters.
         autocast=compute_dtype == "bfloat16" and config.distributed.engine != "zero2",
     )
+
+
+def _is_padded(config: RunConfig, rows: int) -> bool:
+    """The longest row is full, but not all are; packed rows have a mask of blocks."""
+    return rows > 1 or config.data.batching == "packed"
 
 
 def _adapter(config: RunConfig, dtype: str) -> Adapter:

@@ -7,6 +7,9 @@ turn (or of a symmetric matrix again and again) turn the probes towards the dire
 import torch
 from torch import Tensor
 
+EXTRA_PROBES = 4
+"""Beside one for each direction that is wanted: those at the edge are found in fewer products."""
+
 
 def orthonormal(columns: Tensor) -> Tensor:
     """Orthonormal columns of the same span, float64, of the same shape ``(width, probes)``; no more than ``width``."""

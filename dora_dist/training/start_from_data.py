@@ -22,12 +22,10 @@ from dora_dist.adapter.model import DynamicLoraModel
 from dora_dist.config.adapter import GRADIENT
 from dora_dist.console.text import say
 from dora_dist.distributed.agreement import Agreement
-from dora_dist.method.subspaces import leading_directions, orthonormal
+from dora_dist.method.subspaces import EXTRA_PROBES, leading_directions, orthonormal
 
 PASSES = 4
 """Over all rows. Even: the gradient's passes make products with its columns and with its rows in turn."""
-EXTRA_PROBES = 4
-"""Beside one for each component: the directions at the edge of those that are wanted are found in fewer passes."""
 LENGTH = 3**-0.5
 """Root mean square length of the rows a_i as LoRA draws them, which is the scale that learning rates are right for."""
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import yaml
-from support.measured_memory import measure_peak, measure_zero_peak, save_model
+from support.measured_memory import measure_peak, measure_start, measure_zero_peak, save_model
 from support.ranks import run_ranks
 from transformers import Gemma2Config, LlamaConfig, Qwen3Config
 
@@ -128,6 +128,19 @@ def test_the_peak_of_chunks_of_logits_in_bfloat16(models):
     check_against_the_allocator(load_config(models("words"), ["--model.compute_dtype", "bfloat16"]), 0.02)
 
 
+@pytest.mark.parametrize("init", ["inputs", "gradient"])
+@pytest.mark.parametrize(
+    ("shape", "checkpointing"),
+    [("wide", "true"), *(pytest.param("grouped", on, marks=FULL) for on in ("true", "false"))],
+)
+def test_the_peak_of_a_start_from_data(models, shape, checkpointing, init):
+    changes = ["--adapter.init", init, "--training.gradient_checkpointing", checkpointing]
+    config = load_config(models(shape), changes)
+    estimated, measured = estimate_memory(config, 1, "cpu").configured.moments[0].total, measure_start(config)
+    print(f"estimated {estimated / 2**20:.1f} MiB, measured {measured / 2**20:.1f} MiB, {estimated / measured:.3f}")
+    assert 0.9 * measured < estimated < 1.3 * measured
+
+
 def test_a_model_that_needs_its_logits_has_them_in_its_peak(models):
     estimate = estimate_memory(load_config(models("words", Gemma2Config)), world_size=1)
     assert estimate.configured.peak.name == "backward of the loss"
@@ -192,6 +205,20 @@ def test_a_model_of_eight_billion_by_hand(eight_billion):
     assert estimate.tokens_per_step == 8 * 8192
     assert estimate.with_checkpointing.checkpointed_activations == 32 * 8192 * 4096 * 2 + 4 * 2048**2
     assert estimate.configured.peak.name == "backward of a decoder layer"
+
+
+@pytest.mark.parametrize("init", ["inputs", "gradient"])
+def test_a_start_from_data_takes_less_than_the_run_at_eight_billion(eight_billion, init):
+    config, path = eight_billion
+    config = load_config(path, ["--distributed.engine", "zero2", "--adapter.init", init])
+    for columns in (estimate_memory(config, world_size=8), estimate_memory(config, world_size=1)):
+        for memory in (columns.without, columns.with_checkpointing):
+            start, adapter = memory.moments[0], memory.moments[0].parts["adapter"]
+            assert start.name == "start from data"
+            assert start.total < memory.peak.total
+            # The adapter is in bfloat16, and 12 components are found by 16 probes in float32.
+            assert start.parts["directions"] < (1 if init == "inputs" else 1.01) * adapter * 2 * 16 / 12
+    assert "start from data" in render(estimate_memory(config, world_size=1))
 
 
 def test_the_table_shows_parts_tokens_and_where_it_fits(eight_billion):
