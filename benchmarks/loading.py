@@ -41,7 +41,8 @@ def load(loader: str, folder: str, quantization: str, dtype: str) -> Any:
     if loader == "ours":
         spec = load.BaseModelSpec(path=folder, quantization=quantization, compute_dtype=compute)
         return load.load_base_model(spec)
-    read = lean_loading._files_read(mapped=False) if "read" in loader else contextlib.nullcontext()
+    cpu = torch.device("cpu")
+    read = lean_loading._files_read(cpu, mapped=False) if "read" in loader else contextlib.nullcontext()
     pieces = lean_loading._QuantizedInPieces() if "pieces" in loader else contextlib.nullcontext()
     with read, pieces:
         return AutoModelForCausalLM.from_pretrained(

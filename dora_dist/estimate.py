@@ -33,8 +33,9 @@ def as_json(memory: "MemoryForecast", time: "TimeForecast | None") -> str:
     """All numbers in bytes, tokens and seconds, with totals, as JSON."""
     estimate, typical = memory.most, memory.typical
     figures: dict[str, Any] = dataclasses.asdict(estimate)
-    for name, step in (("without", estimate.without), ("with_checkpointing", estimate.with_checkpointing)):
-        figures[name]["peak"] = {"moment": step.peak.name, "bytes": step.peak.total}
+    for name in ("configured", "recomputing_none", "recomputing_all"):
+        peak = getattr(estimate, name).peak
+        figures[name]["peak"] = {"moment": peak.name, "bytes": peak.total}
     figures["peak_bytes"] = estimate.peak_bytes
     figures["tokens_per_micro_batch"] = estimate.tokens_per_micro_batch
     figures["tokens_per_step"] = estimate.tokens_per_step
@@ -85,7 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = load_config(options.config, overrides)
     with Phases("reading the model's configuration") as phases:
         # Heavy imports wait until the configuration has been found to be sound.
-        from dora_dist.memory.estimate import estimate_memory
+        import torch
+
+        from dora_dist.memory.estimate import card_bytes, estimate_memory
         from dora_dist.runs.speed import find_speed
         from dora_dist.setup.forecast import forecast_memory, forecast_time
 
@@ -93,7 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         phases.phase = f"preparing data, for the lengths of rows ({WITHOUT_DATA} leaves it out)"
         train, unread = (None, f"{WITHOUT_DATA} was given") if options.without_data else read_rows(config)
         phases.phase = "estimating"
-        memory = forecast_memory(config, world_size, options.device, train, unread)
+        card = card_bytes(torch.device("cuda")) if options.device == "cuda" and torch.cuda.is_available() else None
+        memory = forecast_memory(config, world_size, options.device, train, unread, card)
         speed = find_speed(Path(config.output_dir), given)
         time = forecast_time(config, memory.most, train, speed) if train is not None and speed is not None else None
     print(as_json(memory, time) if options.json else "\n".join(part.render() for part in (memory, time) if part))

@@ -1,7 +1,8 @@
 """Answers of the base and of the adapter of a run side by side, decoded greedily.
 
 Without --prompt, instructions are read from standard input, one a line: plain text, or JSON objects with the field
-instruction (and perhaps input) or messages, rendered as in training, or the field prompt, taken as it is.
+instruction (and perhaps input) or messages, rendered as in training, or the field prompt, taken as it is. Of a run
+with a prompt of its own (data.prompt), they are the rows that it takes, or text in the place of its only field.
 """
 
 import argparse
@@ -10,8 +11,10 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from dora_dist.console.command import run_command
@@ -22,6 +25,7 @@ from dora_dist.data.reading.samples import ROLES
 
 if TYPE_CHECKING:
     from dora_dist.data.encoding.control_tokens import ControlTokens
+    from dora_dist.runs.trained_run import TrainedRun
 
 LEAST_WIDTH = 80
 """Columns of a terminal from which two answers fit side by side."""
@@ -39,6 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or more instructions")
     parser.add_argument("--input", metavar="TEXT", help="what the instructions of --prompt are about (Alpaca's input)")
     parser.add_argument("--raw", action="store_true", help="plain text is the whole prompt, not an instruction")
+    parser.add_argument(
+        "--system", metavar="TEXT", help="message of the system, in a chat template; by default that of data.system"
+    )
     parser.add_argument("--checkpoint", metavar="NAME", help="such as checkpoint-120, instead of the final adapter")
     parser.add_argument(
         "--max-new-tokens",
@@ -73,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if plain and options.prompt is not None and not options.raw:
         formats = ", ".join(sorted(trained.formats))
         say(f"this run was trained on texts as they are (format {formats}): --raw gives prompts so")
+    questions = as_asked(trained, questions, options.system)
     answers = answer_twice(trained, questions, options.max_new_tokens or trained.config.evaluation.max_new_tokens)
     for prompt, base, adapted in answers:
         print(render(prompt, base, adapted, terminal_width()), flush=True)
@@ -87,12 +95,22 @@ class Question:
         context: what the instruction is about.
         raw: nothing is put around the text.
         messages: a conversation instead of a text.
+        row: what stood in the line, for the run's own prompt.
+        flaw: why there is nothing to ask without such a prompt.
     """
 
     text: str = ""
     context: str = ""
     raw: bool = False
     messages: Sequence[Mapping[str, Any]] = ()
+    row: Mapping[str, Any] = field(default_factory=dict)
+    flaw: str = ""
+
+    def conversation(self) -> list[Mapping[str, Any]]:
+        """The messages, of which the last one is answered."""
+        from dora_dist.data.reading.samples import Instruction
+
+        return list(self.messages or Instruction(self.text, self.context, "").as_chat().messages[:-1])
 
     def prompt(self, tokenizer: Any, chat: bool, controls: "ControlTokens | None" = None) -> str:
         """The prompt as text, as in training.
@@ -105,7 +123,7 @@ class Question:
         Raises:
             ValueError: a conversation for a run that knows none.
         """
-        from dora_dist.data.reading.samples import Instruction, alpaca_prompt
+        from dora_dist.data.reading.samples import alpaca_prompt
 
         if self.raw:
             return self.text
@@ -113,8 +131,8 @@ class Question:
             raise ValueError("messages are given, but this run was not trained in a chat template: give instructions")
         if not chat:
             return alpaca_prompt(self.text, self.context)
-        messages = self.messages or Instruction(self.text, self.context, "").as_chat().messages[:-1]
-        messages = list(messages) if controls is None else controls.exchanged(list(messages))
+        messages = self.conversation()
+        messages = messages if controls is None else controls.exchanged(messages)
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return text if controls is None else controls.exchanged(text)
 
@@ -137,6 +155,62 @@ class Question:
             ids: list[int] = controls.writer(prompt, add_special_tokens=False)["input_ids"]
             return ids
         return encode_prompts(controls.writer, [prompt])[0]
+
+
+def as_asked(trained: "TrainedRun", questions: Iterable[Question], system: str | None) -> Iterable[Question]:
+    """Questions with what training has put around them: the run's own prompt, and its message of the system.
+
+    Args:
+        trained: the run.
+        questions: a list, which is checked at once, or what is typed line by line.
+        system: instead of the run's message.
+
+    Raises:
+        ValueError: sources of the run differ in what they put around a row, or a question does not fit.
+    """
+    if system and not trained.chat:
+        raise ValueError(f"--system is {system!r}, but this run was not trained in a chat template: leave it out")
+    if system is None and trained.chat and len(trained.systems) > 1:
+        raise ValueError(
+            f"the sources of this run have different messages of the system ({', '.join(map(repr, trained.systems))}): "
+            "choose one with --system TEXT, or none with --system ''"
+        )
+    wanted = next(iter(trained.systems)) if system is None else system
+    own = next(iter(trained.prompts)) if len(trained.prompts) == 1 else None
+    if own is None and trained.prompts != {None}:
+        say("the sources of this run have different prompts: none of them is put around what is asked")
+    worded = (_worded(question, own, wanted if trained.chat else "", trained.chat) for question in questions)
+    return list(worded) if isinstance(questions, list) else worded
+
+
+def _worded(question: Question, own: str | None, system: str, chat: bool) -> Question:
+    if own is not None and not question.messages:
+        question = _in_own_prompt(question, own, chat)
+    elif question.flaw:
+        raise ValueError(question.flaw)
+    if not system or question.raw or (question.messages and question.messages[0]["role"] == "system"):
+        return question
+    return Question(messages=[{"role": "system", "content": system}, *question.conversation()])
+
+
+def _in_own_prompt(question: Question, own: str, chat: bool) -> Question:
+    """What the run's own prompt makes of a row that has its fields, or of text for its only field."""
+    from dora_dist.data.reading.samples import RowFlaw, fill_prompt
+
+    fields = {name for _, name, _, _ in Formatter().parse(own) if name is not None}
+    text = None
+    with suppress(RowFlaw):
+        text = fill_prompt(own, question.row)
+    if text is None and question.raw:
+        return question
+    if text is None and not question.row and len(fields) == 1 and not question.context:
+        text = fill_prompt(own, dict.fromkeys(fields, question.text))
+    if text is None:
+        raise ValueError(
+            f"this run was trained with the prompt {own!r}: give its fields ({', '.join(sorted(fields))}) as JSON, an "
+            "object a line of standard input, or the whole prompt with --raw"
+        )
+    return Question(messages=[{"role": "user", "content": text}]) if chat else Question(text, raw=True)
 
 
 def collect_questions(texts: Sequence[str] | None, context: str | None, raw: bool) -> Iterable[Question]:
@@ -185,15 +259,16 @@ def _question_of_json(text: str, number: int) -> Question:
     fields = {name: row.get(name) or "" for name in ("prompt", "instruction", "input")}
     known = all(isinstance(value, str) for value in fields.values()) and _are_messages(messages)
     if not known or [bool(part) for part in (fields["prompt"], fields["instruction"], messages)].count(True) != 1:
-        raise ValueError(
+        flaw = (
             f"line {number} of standard input is {text}, but must have text either in the field prompt or in the field "
             f"instruction (and perhaps input), or a list of messages, each with role ({', '.join(ROLES)}) and content"
         )
+        return Question(row=row, flaw=flaw)
     if messages:
         return Question(messages=messages)
-    return (
-        Question(fields["prompt"], raw=True) if fields["prompt"] else Question(fields["instruction"], fields["input"])
-    )
+    if fields["prompt"]:
+        return Question(fields["prompt"], raw=True, row=row)
+    return Question(fields["instruction"], fields["input"], row=row)
 
 
 def _are_messages(value: object) -> bool:

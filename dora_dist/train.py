@@ -237,11 +237,13 @@ def decide(
         ValueError: the configuration, the data, or what an earlier start has left cannot be used.
     """
     from dora_dist.runs import resume
+    from dora_dist.setup.recomputation import smallest_card
     from dora_dist.setup.resolve import resolve_run
 
+    card = smallest_card(agreement)
     with agreement.together("preparing data and settings"):
         accumulation = resume.accumulation(earlier, config, ranks)
-        resolved = resolve_run(config, *data.result(), accumulation, ranks)
+        resolved = resolve_run(config, *data.result(), accumulation, ranks, card)
         resume.check_settings(earlier, resolved.fingerprint)
     for remark in resolved.remarks():
         say(remark)
@@ -260,13 +262,16 @@ def build_parts(
     from dora_dist.distributed.world import check_world
     from dora_dist.runs.records import RunRecords
     from dora_dist.setup import build
+    from dora_dist.setup.recomputation import apply_recomputation
     from dora_dist.setup.tasks import TASK_PARTS
+    from dora_dist.training.out_of_memory import LOADING_ADVICE, explained
 
-    with agreement.together("loading the model"):
+    with agreement.together("loading the model"), explained(lambda: LOADING_ADVICE):
         model = build.load_model(config, agreement.device, resolved.tokenizer, resolved.data.labels)
+        apply_recomputation(config, model.get_base_model(), resolved.recomputation)
         controller = build.build_controller(config, model, agreement, resolved.budget)
     stop_before_training(notice, agreement)
-    build.check_same_on_all_ranks(agreement, resolved.fingerprint, model)
+    build.check_same_on_all_ranks(agreement, resolved, model)
     task = TASK_PARTS[config.task]
     trainer = build.build_trainer(
         config,

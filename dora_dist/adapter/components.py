@@ -108,7 +108,7 @@ class Layout:
         ]
 
     def _current_factors(self) -> "Factors":
-        """Made anew when a mask or a scale has changed only: a GPU's host waits for what it reads from there or copies."""
+        """Made anew when a mask or a scale has changed only: a GPU makes the host wait for what it reads or copies."""
         state = [(id(layer.component_mask), layer.component_mask._version, layer.scale) for layer in self._layers]
         if state != self._state:
             self._state = state

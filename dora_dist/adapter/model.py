@@ -149,14 +149,17 @@ class DynamicLoraForCausalLM(DynamicLoraModel, PeftModelForCausalLM):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         *args: Any,
+        predicting: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The parent's; see :meth:`leave_out_logits`."""
+        """The parent's; see :meth:`leave_out_logits`. ``predicting`` are the positions that have a target, as
+        :func:`dora_dist.data.batches.predicting` finds them: without them the host of a GPU waits for a forward's end.
+        """
         forward = partial(super().forward, input_ids, attention_mask, inputs_embeds, labels, *args, **kwargs)
         wanted = labels is not None and (self.training or self._loss_only)
         if self._chunked_loss is None or not wanted or torch.compiler.is_compiling():
             return forward()
-        with self._chunked_loss.deferred():
+        with self._chunked_loss.deferred(predicting):
             outputs = forward(return_dict=True)
         outputs["logits"] = None
         return outputs

@@ -44,6 +44,7 @@ def chunked_cross_entropy(
     targets: Tensor,
     items: Tensor | float = 1,
     ignored: int = IGNORED,
+    counted: Tensor | None = None,
 ) -> Tensor:
     """Sum of the cross-entropies of ``hidden @ weight.T + bias`` over ``items``, in at least float32, differentiable in
     ``hidden``.
@@ -55,8 +56,10 @@ def chunked_cross_entropy(
         targets: shape ``(...)``; the word that each position is to predict.
         items: what the sum is divided by, before anything is rounded to the dtype of ``hidden``.
         ignored: target of positions that do not count.
+        counted: where ``targets``, flattened, are not ``ignored``, shape ``(positions,)``, int64; looked up where it is
+            not given, for which the host of a GPU waits.
     """
-    arguments = (hidden, weight, bias, targets, items, ignored)
+    arguments = (hidden, weight, bias, targets, items, ignored, counted)
     # torch has no types for `apply`.
     loss: Tensor = _ChunkedCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
     return loss
@@ -74,9 +77,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         items: Tensor | float,
         ignored: int,
+        counted: Tensor | None,
     ) -> Tensor:
         flat, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-        counted = (targets != ignored).nonzero().squeeze(1)
+        if counted is None:
+            counted = (targets != ignored).nonzero().squeeze(1)
         gradient = torch.zeros_like(flat) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         for chosen in counted.split(chunk_length(weight.shape[0])):
@@ -91,7 +96,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         # A factor rounded to bfloat16 would change every gradient of the step by it.
         product = gradient.to(gradients[0].dtype) * gradients[0]
-        return product.to(gradient.dtype), None, None, None, None, None
+        return product.to(gradient.dtype), None, None, None, None, None, None
 
 
 def _add_chunk(
@@ -145,15 +150,19 @@ class ChunkedLoss:
         self._base = base
 
     @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """While it lasts, a forward with labels has no logits; they are :class:`DeferredLogits` in its output."""
+    def deferred(self, counted: Tensor | None = None) -> Iterator[None]:
+        """While it lasts, a forward with labels has no logits; they are :class:`DeferredLogits` in its output.
+
+        Args:
+            counted: see :func:`chunked_cross_entropy`, of the labels moved to the positions that predict them.
+        """
         head, loss = self._base.get_output_embeddings(), self._base.loss_function
         with _replaced(head, "forward", lambda hidden: DeferredLogits(hidden, head)):
-            with _replaced(self._base, "_loss_function", deferred_loss(loss)):
+            with _replaced(self._base, "_loss_function", deferred_loss(loss, counted)):
                 yield
 
 
-def deferred_loss(ordinary: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def deferred_loss(ordinary: Callable[..., Tensor], counted: Tensor | None = None) -> Callable[..., Tensor]:
     """transformers' ``ForCausalLMLoss`` for :class:`DeferredLogits`; ``ordinary`` where there are logits."""
 
     def loss(
@@ -176,7 +185,8 @@ def deferred_loss(ordinary: Callable[..., Tensor]) -> Callable[..., Tensor]:
         items = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
         if isinstance(items, Tensor):
             items = items.to(targets.device)
-        return chunked_cross_entropy(logits.hidden, weight, logits.head.bias, targets, items, ignore_index)
+        bias = logits.head.bias
+        return chunked_cross_entropy(logits.hidden, weight, bias, targets, items, ignore_index, counted)
 
     return loss
 

@@ -28,29 +28,36 @@ NAMED = 5
 
 
 @contextmanager
-def lean_loading(shared: bool) -> Iterator[set[str]]:
-    """``from_pretrained`` within this takes the memory of what it returns, and of about one tensor.
+def lean_loading(device: torch.device, shared: bool) -> Iterator[set[str]]:
+    """``from_pretrained`` within this takes the memory of what it returns, and of about one tensor; for a GPU, whose
+    memory that is, the time that transformers takes.
 
     Gives the names of tensors in which a value was found that is not finite, when it has ended.
 
     Args:
+        device: where the weights go.
         shared: weights are used from the file as they are; ranks of a node then share its pages.
     """
+    if device.type != "cpu":
+        with _files_read(device, mapped=True) as not_finite:
+            yield not_finite
+        return
     # torch has no types for the constructor.
-    with _files_read(mapped=shared) as not_finite, _QuantizedInPieces():  # type: ignore[no-untyped-call]
+    with _files_read(device, mapped=shared) as not_finite, _QuantizedInPieces():  # type: ignore[no-untyped-call]
         yield not_finite
     _return_freed_memory()
 
 
 @contextmanager
-def _files_read(mapped: bool) -> Iterator[set[str]]:
-    """Let transformers read each tensor when it needs it, instead of mapping all files into memory at once, and look at
-    each.
+def _files_read(device: torch.device, mapped: bool) -> Iterator[set[str]]:
+    """Let transformers read each tensor when it needs it, and look at each on the device that it goes to.
 
-    Pages of a mapped file count as the process's own until the last tensor has been read. safetensors can do either;
-    transformers has no option for it (5.23, ``_load_pretrained_model``), and this can go when it has.
+    Without ``mapped``, files are not mapped into memory all at once: their pages count as the process's own until the
+    last tensor has been read. safetensors can do either; transformers has no option for it (5.23,
+    ``_load_pretrained_model``), and this can go when it has.
     """
     not_finite: set[str] = set()
+    looked: list[tuple[str, Tensor]] = []
     opened = getattr(modeling_utils, "safe_open", None)
     if opened is None:  # another transformers: loads the same, in more memory
         yield not_finite
@@ -59,25 +66,31 @@ def _files_read(mapped: bool) -> Iterator[set[str]]:
     def open_named(filename: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             file = opened(filename, *args, **(kwargs if mapped else {**kwargs, "backend": "pread"}))
-            return _CheckedFile(file, not_finite)
+            return _CheckedFile(file, device, looked)
         except SafetensorError as error:
             raise SafetensorError(f"{filename} is damaged: {error}") from None
 
     with mock.patch.object(modeling_utils, "safe_open", open_named):
         yield not_finite
+    if looked:
+        names, finite = zip(*looked, strict=True)
+        # Read from the device once, when all of it is there.
+        not_finite.update(name for name, good in zip(names, torch.stack(finite).tolist(), strict=True) if not good)
 
 
 class _CheckedFile:
-    """A file of safetensors, whose tensors are looked at when they are read.
+    """A file of safetensors, whose tensors are put on a device and looked at there when they are read.
 
     Args:
         file: as ``safe_open`` gives it.
-        not_finite: names are added of tensors with a value that is not finite.
+        device: of the tensors.
+        looked: names are added of tensors with whether all their values are finite, a boolean scalar on the device.
     """
 
-    def __init__(self, file: Any, not_finite: set[str]) -> None:
+    def __init__(self, file: Any, device: torch.device, looked: list[tuple[str, Tensor]]) -> None:
         self._file = file
-        self._not_finite = not_finite
+        self._device = device
+        self._looked = looked
 
     def __enter__(self) -> "_CheckedFile":
         self._file.__enter__()
@@ -90,25 +103,26 @@ class _CheckedFile:
         return getattr(self._file, name)
 
     def get_slice(self, name: str) -> Any:
-        return _CheckedSlice(self._file.get_slice(name), name, self._not_finite)
+        return _CheckedSlice(self._file.get_slice(name), name, self._device, self._looked)
 
 
 class _CheckedSlice:
     """A tensor of a :class:`_CheckedFile` that is read by indexing."""
 
-    def __init__(self, part: Any, name: str, not_finite: set[str]) -> None:
+    def __init__(self, part: Any, name: str, device: torch.device, looked: list[tuple[str, Tensor]]) -> None:
         self._part = part
         self._name = name
-        self._not_finite = not_finite
+        self._device = device
+        self._looked = looked
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._part, name)
 
     def __getitem__(self, index: Any) -> Tensor:
-        read: Tensor = self._part[index]
-        # The two ends of the values, without a second copy; NaN is both.
-        if read.dtype in CHECKED and read.numel() and not all(end.isfinite() for end in read.aminmax()):
-            self._not_finite.add(self._name)
+        read: Tensor = self._part[index].to(self._device)
+        if read.dtype in CHECKED and read.numel():
+            # The two ends of the values, without a second copy; NaN is both.
+            self._looked.append((self._name, torch.stack(read.aminmax()).isfinite().all()))
         return read
 
 

@@ -262,8 +262,8 @@ def _read_weights(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model, ``heads`` left unquantized, and what ``from_pretrained`` says of missing and mismatched weights."""
     dtype = spec.compute_dtype
-    unchanged = spec.quantization == "none" and torch.device(device).type == "cpu" and config.dtype == dtype
-    with _reading(spec.path), lean_loading(shared=unchanged) as not_finite:
+    unchanged = spec.quantization == "none" and config.dtype == dtype
+    with _reading(spec.path), lean_loading(torch.device(device), shared=unchanged) as not_finite:
         loaded: tuple[PreTrainedModel, dict[str, Any]] = spec.auto_class.from_pretrained(
             find_model(spec.path),
             config=config,

@@ -1,11 +1,87 @@
-"""Gradient checkpointing outside of the Trainer, which switches it on itself."""
+"""Which layers of a model are computed again in the backward, instead of keeping what their forward computes.
 
-from typing import Any
+They are the first ones, since these need less memory than the last ones. Let a layer keep ``s`` bytes for its backward,
+and its input take ``c``. When the backward begins, ``L - n`` of ``L`` layers keep ``s`` and ``n`` keep ``c``, whichever
+they are. If the last layer is one of the ``n``, it is computed again now, while all others still hold what they keep:
+``s`` more. If the first ``n`` are, all others have let go by the time that the backward comes to them. So recomputing
+all but the last layer takes no more memory than recomputing all; tests/unit/memory/test_recomputed_memory.py has both.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from dora_dist.base_model.shape import text_decoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.modeling_layers import GradientCheckpointingLayer
 
 
-def checkpoint_activations(model: Any) -> None:
-    """Let a model of transformers, or of PEFT around it, compute its layers again in the backward while it is in
-    training mode. The reentrant kind would cut the gradient at the frozen embedding."""
-    # transformers before 5.23 has only the old name, which 5.23 deprecates and 6 is to remove.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+@dataclass(frozen=True)
+class Recomputation:
+    """How many of a model's layers are computed again in the backward: the first ``count`` of ``layers``."""
+
+    count: int
+    layers: int
+
+    def __str__(self) -> str:
+        return f"{self.count} of {self.layers}"
+
+
+def recomputable_layers(model: "PreTrainedModel") -> "list[GradientCheckpointingLayer]":
+    """Layers that transformers can compute again one by one, in the order in which the model has them: those of the
+    text decoder, of encoder and decoder, or of the encoder."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    prefix = text_decoder(model)
+    found: dict[str, GradientCheckpointingLayer] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, GradientCheckpointingLayer) and name.startswith(prefix) and not inside:
+            found[name] = module
+    return list(found.values())
+
+
+def number_of_recomputed(setting: int | str, layers: Sequence[nn.Module], model: str) -> int:
+    """Layers that ``model.recompute_layers`` means, where it is not ``auto``.
+
+    Args:
+        setting: ``all``, ``none``, or their number.
+        layers: those that can be recomputed.
+        model: path or name, for the message.
+
+    Raises:
+        ValueError: the model has fewer layers, or none that can be recomputed one by one.
+    """
+    if not layers and setting not in ("none", 0):
+        raise ValueError(
+            f"model.recompute_layers is {setting}, but the layers of {model} cannot be computed again one by one (they "
+            "are no GradientCheckpointingLayer of transformers): set it to none, or leave it out and set "
+            "training.activation_checkpointing to true, which asks the model itself"
+        )
+    count = {"none": 0, "all": len(layers)}.get(str(setting), setting)
+    assert isinstance(count, int)
+    if count > len(layers):
+        raise ValueError(f"model.recompute_layers is {count}, but {model} has {len(layers)} layers: set it to all")
+    return count
+
+
+def recompute_first(model: "PreTrainedModel", count: int) -> None:
+    """Compute the first layers of a model again in the backward, and no others; in place.
+
+    torch's non-reentrant kind: the reentrant one runs the backward of a layer as a pass of its own, in which what
+    layers have in common gets no gradient.
+
+    Args:
+        model: of transformers, perhaps as PEFT has changed it.
+        count: how many of its :func:`recomputable_layers`.
+    """
+    if count:
+        # transformers before 5.23 has only the old name, which 5.23 deprecates and 6 is to remove.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+        for layer in recomputable_layers(model)[count:]:
+            layer.gradient_checkpointing = False

@@ -37,13 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     import torch
 
-    from dora_dist.distributed.agreement import Agreement
     from dora_dist.distributed.world import join_at_file
 
     with tempfile.TemporaryDirectory() as folder:
         device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
-        join_at_file(Path(folder) / "meeting", rank=0, size=1, device=device)
-        agreement = Agreement(device)
+        agreement = join_at_file(Path(folder) / "meeting", rank=0, size=1, device=device)
         work = _growth if parsed.growth else _operations if parsed.operations else _comparison
         work(options, environment, agreement)
         agreement.close()

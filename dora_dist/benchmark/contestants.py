@@ -4,19 +4,23 @@ A step is forward with labels, backward, clipping, AdamW (fused, the Trainer's d
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
+from unittest import mock
 
 import peft
 import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
+from transformers.models.llama import modeling_llama
 
 from dora_dist.adapter.model import DynamicLoraModel, add_dynamic_lora
 from dora_dist.base_model.copies import share
-from dora_dist.base_model.recomputation import checkpoint_activations
-from dora_dist.benchmark.options import ADALORA, DYNAMIC, FLOOR, LORA, PRUNED, Options
+from dora_dist.base_model.recomputation import recomputable_layers, recompute_first
+from dora_dist.benchmark.options import ADALORA, DYNAMIC, FLOOR, LIGER, LORA, PRUNED, Options
 from dora_dist.config.adapter import DynamicLoraConfig
+from dora_dist.data.batches import predicting
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.method.budget import Budget
 from dora_dist.method.schedule import BudgetSchedule
@@ -35,6 +39,8 @@ ADALORA_STEPS = 10_000
 """Of AdaLoRA's schedule, which prunes in every step from the first one (``deltaT`` is 1 by default)."""
 SAME_LOSS = 1e-5
 """Relative difference between losses that must be equal."""
+NEAR_LOSS = 1e-2
+"""And between losses that other kernels compute in bfloat16."""
 
 
 class Contestant:
@@ -66,8 +72,12 @@ class Contestant:
     def loss(self, rows: Tensor) -> Tensor:
         """Of rows of shape ``(batch, sequence)``, each token being a label."""
         with torch.autocast(rows.device.type, self._autocast, enabled=self._autocast is not None):
-            loss: Tensor = self.model(input_ids=rows, labels=rows).loss
+            loss: Tensor = self.model(input_ids=rows, labels=rows, **self._beside(rows)).loss
         return loss
+
+    def _beside(self, rows: Tensor) -> dict[str, Tensor]:
+        """What a batch of a run holds beside rows and labels."""
+        return {}
 
     def prepare(self, rows: Callable[[int], Tensor]) -> None:
         """Whatever precedes the first step that is measured; rows by their number."""
@@ -104,6 +114,16 @@ class Contestant:
         pass
 
 
+class Liger(Contestant):
+    """With Liger's kernels for norms, MLPs and the loss in its own modules, and for rotary positions during a step."""
+
+    def step(self, rows: Tensor) -> None:
+        from liger_kernel.transformers.rope import liger_rotary_pos_emb
+
+        with mock.patch.object(modeling_llama, "apply_rotary_pos_emb", liger_rotary_pos_emb):
+            super().step(rows)
+
+
 class AdaLora(Contestant):
     """As PEFT's documentation has the loop: the update between the optimizer's step and ``zero_grad``."""
 
@@ -131,8 +151,14 @@ class Dynamic(Contestant):
         average: bool = False,
     ) -> None:
         super().__init__(model, agreement, autocast, average)
+        self._predicting: Tensor | None = None
         layers = model.adapted_layers()
         self.controller = DynamicRankController(layers, Budget(schedule, dict.fromkeys(layers, 1)), agreement)
+
+    def _beside(self, rows: Tensor) -> dict[str, Tensor]:
+        if self._predicting is None:
+            self._predicting = predicting(torch.zeros(rows.shape, dtype=torch.int64)).to(rows.device)
+        return {"predicting": self._predicting}
 
     def _backward(self, loss: Tensor) -> None:
         penalty = self.controller.penalty()
@@ -226,7 +252,7 @@ def build(name: str, conditions: Conditions) -> Contestant:
     torch.manual_seed(conditions.options.seed)
     contestant = BUILDERS[name](model, conditions)
     if conditions.checkpointing:
-        checkpoint_activations(model)
+        recompute_first(model, len(recomputable_layers(model)))
     return contestant
 
 
@@ -240,6 +266,19 @@ def _lora(model: LlamaForCausalLM, conditions: Conditions) -> Contestant:
     return Contestant(
         _with_peft(model, config, conditions), conditions.agreement, conditions.autocast, conditions.average
     )
+
+
+def _liger(model: LlamaForCausalLM, conditions: Conditions) -> Liger:
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+    config = peft.LoraConfig(r=conditions.options.rank, **_peft_settings(conditions))
+    wrapped = _with_peft(model, config, conditions)
+    with ExitStack() as kept:
+        # Liger replaces names of transformers' module too, which are every contestant's.
+        for name in ("LlamaRMSNorm", "LlamaMLP"):
+            kept.enter_context(mock.patch.object(modeling_llama, name, getattr(modeling_llama, name)))
+        apply_liger_kernel_to_llama(rope=False, model=model)
+    return Liger(wrapped, conditions.agreement, conditions.autocast, conditions.average)
 
 
 def _adalora(model: LlamaForCausalLM, conditions: Conditions) -> AdaLora:
@@ -275,6 +314,7 @@ def _pruned(model: LlamaForCausalLM, conditions: Conditions) -> Pruned:
 BUILDERS: Mapping[str, Callable[[LlamaForCausalLM, Conditions], Contestant]] = {
     FLOOR: _floor,
     LORA: _lora,
+    LIGER: _liger,
     ADALORA: _adalora,
     DYNAMIC: _dynamic,
     PRUNED: _pruned,
@@ -334,14 +374,17 @@ def _let_gradients_begin(model: LlamaForCausalLM) -> None:
 
 
 def check_same_start(contestants: dict[str, Contestant], rows: Tensor) -> None:
-    """All adapters begin as the base model: a contestant whose first loss is another one does other work.
+    """All adapters begin as the base model: a contestant whose first loss is another one does other work. Liger's loss
+    is that of other kernels, which round otherwise.
 
     Raises:
         RuntimeError: one does.
     """
     losses = {name: contestant.loss(rows).item() for name, contestant in contestants.items() if name != ADALORA}
-    low, high = min(losses.values()), max(losses.values())
-    if not high - low <= SAME_LOSS * abs(high):
+    exact = [loss for name, loss in losses.items() if name != LIGER]
+    low, high = min(exact), max(exact)
+    near = abs(losses.get(LIGER, high) - high) <= NEAR_LOSS * abs(high)
+    if not (high - low <= SAME_LOSS * abs(high) and near):
         raise RuntimeError(f"the contestants do not begin as the same model: losses {losses}")
 
 

@@ -57,7 +57,7 @@ class Operations(TorchDispatchMode):
         name = func.name().partition(".")[0]
         if name == "aten::index" and any(one is not None and one.dtype == torch.bool for one in args[1]):
             name = "aten::nonzero"  # which it calls first
-        if not func.is_view and name not in NO_WORK:
+        if name in FROM_HOST or not (func.is_view or name in NO_WORK):
             self.counts[name] += 1
         return func(*args, **(kwargs or {}))
 

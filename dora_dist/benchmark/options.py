@@ -3,6 +3,7 @@
 import argparse
 import os
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -11,12 +12,14 @@ from dora_dist.config.adapter import AdapterDtype
 
 FLOOR = "floor"
 LORA = "peft-lora"
+LIGER = "peft-liger"
 ADALORA = "peft-adalora"
 DYNAMIC = "dynamic"
 PRUNED = "dynamic-pruned"
 CONTESTANTS = {
     FLOOR: "the frozen base alone: forward, and backward to the inputs of its layers",
     LORA: "PEFT's LoRA of the initial rank",
+    LIGER: "the same with Liger's kernels, on a GPU; only where it is named",
     ADALORA: "PEFT's AdaLoRA, its update in every step",
     DYNAMIC: "this project between two events: scoring, smoothing, DEM and an exchange of the ranks in every step",
     PRUNED: "this project after the final event",
@@ -94,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SHAPE",
         help="WIDTHxLAYERS, or 8b (for a GPU), or 8b-tiny; by default 512x8 1024x4 2048x2",
     )
-    parser.add_argument("--contestants", nargs="+", metavar="NAME", help="by default all")
+    parser.add_argument("--contestants", nargs="+", metavar="NAME", help=f"by default all but {LIGER}")
     parser.add_argument("--rounds", type=int, metavar="N", help="measured rounds; by default 20, for --growth 10")
     parser.add_argument("--warmup", type=int, metavar="N", help="rounds before them; by default 3")
     parser.add_argument("--dropout", nargs="+", type=float, default=[0.0], metavar="P", help="by default 0")
@@ -202,11 +205,20 @@ def _check_numbers(parsed: argparse.Namespace, rounds: int, warmup: int) -> None
 
 
 def _contestants(parsed: argparse.Namespace) -> tuple[str, ...]:
-    chosen = list(CONTESTANTS) if parsed.contestants is None else parsed.contestants
+    chosen = [name for name in CONTESTANTS if name != LIGER] if parsed.contestants is None else parsed.contestants
     for option, names in (("contestants", chosen), ("profile", [parsed.profile] if parsed.profile else [])):
         for name in names:
             if name not in CONTESTANTS:
                 raise ValueError(f"--{option} has {name!r}, but must be of {', '.join(CONTESTANTS)}")
+    if LIGER in chosen and parsed.device != "cuda":
+        raise ValueError(
+            f"--contestants has {LIGER}, whose kernels run on GPUs only: give --device cuda, or leave it out"
+        )
+    if LIGER in chosen and find_spec("liger_kernel") is None:
+        raise ValueError(
+            f"--contestants has {LIGER}, but the package liger-kernel is not installed: pip install liger-kernel, or "
+            "leave it out"
+        )
     if LORA not in chosen:
         raise ValueError(f"--contestants is {' '.join(chosen)}, but must include {LORA}: all ratios are to it")
     if parsed.profile and parsed.profile not in chosen:

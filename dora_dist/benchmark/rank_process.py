@@ -19,13 +19,11 @@ def run_rank(rank: int, size: int, threads: int, folder: Path, shape: Shape, opt
     import torch
 
     from dora_dist.benchmark.growth_point import measure_point
-    from dora_dist.distributed.agreement import Agreement
     from dora_dist.distributed.world import join_at_file
 
     torch.set_num_threads(threads)
     device = torch.device("cpu")
-    join_at_file(folder / "meeting", rank, size, device)
-    agreement = Agreement(device)
+    agreement = join_at_file(folder / "meeting", rank, size, device)
     point = measure_point(size, shape, options, agreement, average=True)
     if rank == 0:
         (folder / POINT).write_text(json.dumps(point))

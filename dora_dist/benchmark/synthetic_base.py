@@ -13,6 +13,20 @@ from dora_dist.benchmark.shapes import Shape
 STANDARD_DEVIATION = 0.02
 
 
+def llama_config(shape: Shape) -> LlamaConfig:
+    """The configuration of a model of this shape."""
+    return LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_value_heads,
+        vocab_size=shape.vocabulary,
+        max_position_embeddings=max(shape.sequence, 2048),
+        use_cache=False,
+    )
+
+
 def build_base(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int) -> LlamaForCausalLM:
     """A quantized model, frozen. Weights are made and quantized layer by layer on the device: the model never exists
     in 16 bits, and nothing is read.
@@ -23,16 +37,7 @@ def build_base(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int
         dtype: of the computation and of what is not quantized (embedding, head, norms).
         seed: of the weights.
     """
-    config = LlamaConfig(
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.key_value_heads,
-        vocab_size=shape.vocabulary,
-        max_position_embeddings=max(shape.sequence, 2048),
-        use_cache=False,
-    )
+    config = llama_config(shape)
     quantization = quantization_config("nf4", dtype)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)

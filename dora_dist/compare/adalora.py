@@ -33,11 +33,13 @@ from dora_dist.console.text import say
 from dora_dist.distributed import world
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.distributed.preemption import PreemptionNotice
+from dora_dist.memory.estimate import card_bytes
 from dora_dist.method.prune_event import PruneEvent
 from dora_dist.method.schedule import BudgetSchedule
 from dora_dist.runs import records, resume, summary
 from dora_dist.setup import build, resolve, run_data
 from dora_dist.setup.fingerprint import adapter_seed
+from dora_dist.setup.recomputation import apply_recomputation
 from dora_dist.setup.tasks import TASK_PARTS
 from dora_dist.training.controller import NonFiniteAdapterError
 
@@ -64,14 +66,15 @@ def train_adalora(config: "RunConfig", own: Mapping[str, Any], notice: Preemptio
     """
     tokenizer, data = run_data.read_data(config)
     device = world.connect("none", config.distributed.timeout_minutes).device
-    resolved = resolve.resolve_run(config, tokenizer, data)
+    assert device is not None
+    resolved = resolve.resolve_run(config, tokenizer, data, card=card_bytes(device))
     run_records = _begin_records(config, resolved, own)
     if run_records is None:
         say(f"{config.output_dir} holds a finished run with these settings")
         return
-    assert device is not None
     base = build.load_base(config, device, tokenizer, data.labels)
     model = _add_adalora(config, resolved, own, base)
+    apply_recomputation(config, base, resolved.recomputation)
     trainer = _build_trainer(config, resolved, model)
     trainer.add_callback(_AdaLoraCallback(model, run_records, notice))
     began, steps = time.monotonic(), resolved.arguments.max_steps

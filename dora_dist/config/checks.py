@@ -27,6 +27,7 @@ ELSEWHERE = {
     "model.path": ("model_name_or_path", "name_or_path", "base_model", "model_name", "model_id"),
     "model.quantization": ("load_in_4bit", "load_in_8bit", "quantization_bit"),
     "model.attention": ("attn_implementation", "flash_attn", "flash_attention"),
+    "model.recompute_layers": ("activation_checkpointing", "gradient_checkpointing"),
     "training.learning_rate": ("lr",),
     "training.per_device_train_batch_size": ("batch_size", "micro_batch_size"),
     "training.num_train_epochs": ("num_epochs", "epochs"),

@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from dora_dist.config.checks import require
+
 Quantization = Literal["nf4", "int8", "none"]
 QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
+RecomputeLayers = Literal["auto", "all", "none"] | int
 
 
 @dataclass(kw_only=True)
@@ -22,6 +25,10 @@ class ModelConfig:
         fuse: compute a gated MLP as one operation, q, k and v of an attention together, the loss of a causal language
             model without its logits, and cast what a trained head reads. With false, every module of the base runs its
             own forward: slower, with more memory, equal up to rounding. A resumed run may change it.
+        recompute_layers: layers whose activations are computed again in the backward, which saves memory and costs
+            time; numbers stay the same. all, none, so many (the first ones), or auto: as few as fit the smallest GPU of
+            the run by dora-dist estimate, with 15 % left free; all where that is not known, as on CPUs. null for what
+            training.activation_checkpointing says. A resumed run may change it.
     """
 
     path: str
@@ -31,3 +38,10 @@ class ModelConfig:
     trust_remote_code: bool = False
     allow_unquantized: bool = False
     fuse: bool = True
+    recompute_layers: RecomputeLayers | None = None
+
+    def __post_init__(self) -> None:
+        given = self.recompute_layers
+        # A bool is an int to isinstance.
+        fits = given is None or isinstance(given, str) or (type(given) is int and given >= 0)
+        require(fits, "model.recompute_layers", given, "be auto, all, none, or a number of layers")

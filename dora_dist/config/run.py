@@ -14,7 +14,7 @@ from dora_dist.config.format_version import FORMAT_VERSION
 from dora_dist.config.model import ModelConfig
 from dora_dist.config.pruning import GATE_SENSITIVITY, PruningConfig
 from dora_dist.config.tasks import CAUSAL_LM, TASKS, TaskName, metrics_of
-from dora_dist.config.training import check_training_section, with_strategies
+from dora_dist.config.training import CHECKPOINTING, check_training_section, with_strategies
 
 LARGEST_SEED = 2**32 - 1
 """numpy takes no larger one."""
@@ -112,7 +112,7 @@ class RunConfig:
         distributed: see the group below.
         checkpoint: see the group below.
         training: what transformers.TrainingArguments knows, such as learning_rate, num_train_epochs or max_steps,
-            per_device_train_batch_size, gradient_accumulation_steps, gradient_checkpointing, logging_steps, save_steps.
+            per_device_train_batch_size, gradient_accumulation_steps, logging_steps, save_steps.
         format_version: format of this file, which a run writes into its config.yaml; leave it out of your own.
     """
 
@@ -138,6 +138,12 @@ class RunConfig:
             require(seed is None or 0 <= seed <= LARGEST_SEED, name, seed, f"lie between 0 and {LARGEST_SEED}")
         self.training = with_strategies(self.training)
         check_training_section(self.training)
+        given = [name for name in self.training if name.removesuffix("_kwargs") in CHECKPOINTING]
+        if given and self.model.recompute_layers is not None:
+            raise ValueError(
+                f"training.{given[0]} is {str(self.training[given[0]]).lower()} and model.recompute_layers is "
+                f"{self.model.recompute_layers}, which decide the same: leave training.{given[0]} out"
+            )
         self._check_task()
         if self.evaluation.exact_match and self.data.eval is None:
             raise ValueError("evaluation.exact_match is true, but there is no held-out data: set data.eval")

@@ -49,6 +49,19 @@ NUMBERS_OF_ROWS = ("per_device_train_batch_size", "per_device_eval_batch_size", 
 NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon", "num_train_epochs")
 STRATEGIES = ("save_strategy", "eval_strategy", "logging_strategy")
 
+CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
+"""transformers' names for one switch: the present one, which wins, and the one before 5.23."""
+REFUSED_CHECKPOINTING = {
+    "use_reentrant": (
+        True,
+        "the reentrant kind runs the backward of a layer as a pass of its own, in which no gradient comes to what the "
+        "layers have in common; leave it out",
+    ),
+    "preserve_rng_state": (False, "dropout would drop other entries when a layer is computed again; leave it out"),
+    "every_n_layers": (None, "set model.recompute_layers to a number of layers, which the estimate of memory knows"),
+}
+"""Entry of the switch's ``_kwargs`` -> the value that is refused (None for any), and why."""
+
 DEFAULT_TRAINING_ARGUMENTS: dict[str, Any] = {
     "learning_rate": 1e-3,
     "optim": "adamw_torch",
@@ -105,6 +118,25 @@ def check_training_section(training: dict[str, Any]) -> None:
             whole_number(training, name)
         if name in NOT_NEGATIVE:
             require(0 <= value < math.inf, f"training.{name}", value, "be at least 0, and finite")
+    for name in CHECKPOINTING:
+        _check_checkpointing(training, name)
+
+
+def _check_checkpointing(training: dict[str, Any], name: str) -> None:
+    """Refuse what is neither true nor false nor null, and ways of recomputing that give other numbers."""
+    value, key = training.get(name), f"training.{name}_kwargs"
+    require(value is None or isinstance(value, bool), f"training.{name}", repr(value), "be true or false")
+    options = training.get(f"{name}_kwargs") or {}
+    require(isinstance(options, dict), key, repr(options), "be a mapping")
+    for option, (refused, reason) in REFUSED_CHECKPOINTING.items():
+        if option in options and refused in (None, options[option]):
+            raise ValueError(f"{key} has {option}: {options[option]}, which is not supported: {reason}")
+
+
+def recomputes_layers(training: dict[str, Any]) -> bool:
+    """Whether the section says that layers are computed again in the backward."""
+    given = [training[name] for name in CHECKPOINTING if training.get(name) is not None]
+    return bool(given and given[0])
 
 
 def training_argument(training: dict[str, Any], name: str) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils import data
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerBase
@@ -105,6 +106,32 @@ class PaddedCollator:
         """``input_ids``, ``attention_mask`` and ``labels``, int64, shape (rows, longest)."""
         examples = [example for (example,) in rows]
         return dict(self._pad([{**example, "attention_mask": [1] * len(example["input_ids"])} for example in examples]))
+
+
+class PredictingCollator:
+    """Batches of another collator, and the positions that have a target, found where the labels still are.
+
+    Args:
+        collator: of ``labels`` for each token.
+    """
+
+    def __init__(self, collator: Collator) -> None:
+        self._collator = collator
+
+    def __call__(self, rows: Sequence[list[Example]]) -> dict[str, Any]:
+        """The other collator's, and ``predicting``."""
+        batch = self._collator(rows)
+        return {**batch, "predicting": predicting(batch["labels"])}
+
+
+def predicting(labels: torch.Tensor) -> torch.Tensor:
+    """Positions whose next token is a label, of the flattened batch, int64, shape ``(targets,)``.
+
+    Args:
+        labels: shape (rows, length), ``IGNORED`` where there is none.
+    """
+    shifted = pad(labels[:, 1:], (0, 1), value=IGNORED)
+    return (shifted.flatten() != IGNORED).nonzero().squeeze(1)
 
 
 class LabelledCollator:

@@ -35,14 +35,22 @@ class Agreement:
     Args:
         device: where tensors must live for the process group's backend: the GPU for NCCL, the CPU for gloo.
         monitor: over this run; it is told what the ranks are doing, and ends with the process group.
+        host_group: all ranks, for what lies in host memory: flags, digests, objects. None where the default group
+            serves the CPU; see :func:`~dora_dist.distributed.world.host_group`.
     """
 
-    def __init__(self, device: torch.device | str = "cpu", monitor: HeartbeatMonitor | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        monitor: HeartbeatMonitor | None = None,
+        host_group: dist.ProcessGroup | None = None,
+    ) -> None:
         self.distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if self.distributed else 0
         self.size = dist.get_world_size() if self.distributed else 1
         self.device = torch.device(device)
         self._monitor = monitor
+        self._host_group = host_group
 
     @property
     def is_first(self) -> bool:
@@ -59,7 +67,7 @@ class Agreement:
         if not self.distributed:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self._host_group)
         return values
 
     def mean(self, flat: Tensor) -> Tensor:
@@ -71,11 +79,12 @@ class Agreement:
         return (total / self.size).to(flat.device)
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank; the same answer on every rank. One number, for use in every step."""
+        """Whether the flag is set on any rank; the same answer on every rank. One number in host memory, for
+        use in every step: no GPU is waited for."""
         if not self.distributed:
             return flag
-        highest = torch.tensor([flag], dtype=torch.int32, device=self.device)
-        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        highest = torch.tensor([flag], dtype=torch.int32)
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=self._host_group)
         return bool(highest)
 
     def add_up(self, tensor: Tensor) -> None:

@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from dora_dist.console.errors import PreemptedError
+from dora_dist.console.errors import ExpectedRunError, PreemptedError
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.distributed.engine import deepspeed_of, engine_of
 from dora_dist.distributed.heartbeat import HeartbeatMonitor
@@ -35,7 +35,7 @@ def joined(engine: str, timeout_minutes: float, monitor: HeartbeatMonitor) -> It
     """
     state = connect(engine, timeout_minutes)
     assert state.device is not None
-    agreement = Agreement(state.device, monitor)
+    agreement = Agreement(state.device, monitor, host_group(timedelta(minutes=timeout_minutes)))
     try:
         yield agreement
     except PreemptedError:
@@ -74,8 +74,37 @@ def connect(engine: str, timeout_minutes: float) -> PartialState:
     return PartialState(cpu=engine == "ddp", backend="gloo", timeout=timeout)
 
 
-def join_at_file(meeting: Path, rank: int, size: int, device: torch.device) -> None:
-    """Join a process group of this machine without a launcher, for measuring.
+def host_group(timeout: timedelta) -> torch.distributed.ProcessGroup | None:
+    """All ranks over gloo, for what they tell each other from host memory, where the process group serves GPUs only.
+
+    Through NCCL a flag would be copied to the GPU and back, and the host would wait for all that the GPU has to do
+    before. All ranks call this together. Whoever has made the process group, and with what, does not matter; its end
+    is that of this group too.
+
+    Args:
+        timeout: how long a rank waits for the others in an exchange.
+
+    Returns:
+        None where the process group serves the CPU itself, and where there is none.
+
+    Raises:
+        ExpectedRunError: the ranks cannot reach each other over gloo.
+    """
+    if not torch.distributed.is_initialized() or "cpu:" in torch.distributed.get_backend_config():
+        return None
+    try:
+        group: torch.distributed.ProcessGroup = torch.distributed.new_group(backend="gloo", timeout=timeout)
+    except RuntimeError as error:
+        raise ExpectedRunError(
+            "the ranks, which exchange flags and digests over gloo beside "
+            f"{torch.distributed.get_backend()}, could not reach each other: {str(error).splitlines()[0]} Set "
+            "GLOO_SOCKET_IFNAME to the network interface between the nodes"
+        ) from None
+    return group
+
+
+def join_at_file(meeting: Path, rank: int, size: int, device: torch.device) -> Agreement:
+    """Join a process group of this machine without a launcher, for measuring; the agreement of its ranks.
 
     Args:
         meeting: a file that is not there yet, the same for all ranks.
@@ -87,6 +116,7 @@ def join_at_file(meeting: Path, rank: int, size: int, device: torch.device) -> N
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, init_method=meeting.as_uri(), rank=rank, world_size=size)
+    return Agreement(device, host_group=host_group(timedelta(minutes=30)))
 
 
 def use_gloo_only() -> None:

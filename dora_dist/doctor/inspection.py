@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,7 @@ from dora_dist.console.errors import ExpectedRunError
 from dora_dist.distributed.launcher import check_launch
 from dora_dist.distributed.rendezvous import join_rendezvous
 from dora_dist.distributed.store_agreement import StoreAgreement
-from dora_dist.distributed.world import connect
+from dora_dist.distributed.world import connect, host_group
 from dora_dist.doctor.device import check_device, describe_gpus
 from dora_dist.doctor.facts import RankFacts
 from dora_dist.doctor.node import node_facts
@@ -43,6 +44,7 @@ def join(timeout_seconds: float) -> StoreAgreement:
         join_rendezvous(timeout_seconds, "--timeout")
     try:
         state = connect(engine, timeout_seconds / 60)
+        host_group(timedelta(seconds=timeout_seconds))
     except RuntimeError as error:
         wanted = os.environ.get("WORLD_SIZE", "?")
         said = next(iter(str(error).splitlines()), type(error).__name__)

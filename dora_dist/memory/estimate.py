@@ -1,18 +1,22 @@
 """Memory per GPU of a run that is configured, before any weight is read."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from transformers import PreTrainedModel
 
 from dora_dist.adapter.targets import resolve_targets
 from dora_dist.base_model import block_weights
 from dora_dist.base_model.chunked_loss import obstacle
 from dora_dist.base_model.load import BaseModelSpec, load_skeleton
+from dora_dist.base_model.recomputation import Recomputation, number_of_recomputed, recomputable_layers
 from dora_dist.base_model.shape import read_shape
 from dora_dist.config.adapter import DRAWN_INITS
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import CAUSAL_LM
-from dora_dist.config.training import training_argument, whole_number
+from dora_dist.config.training import recomputes_layers, training_argument, whole_number
+from dora_dist.console.text import GIB
 from dora_dist.distributed.launcher import check_world_size
 from dora_dist.memory.activations import Adapter, Batch
 from dora_dist.memory.start import at_start
@@ -21,6 +25,11 @@ from dora_dist.memory.step import Optimizer, StepMemory, TrainingStep, step_memo
 WORLD_SIZES = (1, 2, 4, 8, 16, 32)
 """Numbers of ranks for which the shards of ZeRO are shown."""
 DEVICES = ("cuda", "cpu")
+GPU_SIZES = (16, 24, 40, 48, 80, 96, 141, 192)
+"""Memory of common GPUs, in GiB."""
+LEFT_FREE = 0.15
+"""Share of a GPU that ``model.recompute_layers: auto`` leaves free: the estimate has not been compared with a GPU, and
+does not know CUDA's context, NCCL's buffers and fragmentation."""
 SINGLE_MOMENT = ("lion", "rmsprop", "adagrad", "momentum")
 """Parts of the names of optimizers that keep one tensor of state per parameter."""
 NO_MOMENT = ("sgd", "adafactor")
@@ -44,9 +53,11 @@ class MemoryEstimate:
         rows: Examples of a micro-batch on one device.
         length: Tokens of a row, at most.
         accumulation: Micro-batches of an optimizer step.
-        checkpointing: Whether the configuration has gradient checkpointing on.
-        without: Memory without gradient checkpointing.
-        with_checkpointing: Memory with it.
+        recomputation: Decoder layers that are computed again in the backward, as configured.
+        configured: Memory with that.
+        recomputing_none: Memory where no layer is.
+        recomputing_all: Memory where all are.
+        auto: Size of a GPU in GiB -> layers that ``auto`` recomputes on it; None where it needs more than there is.
         shards: Number of ranks -> bytes that ZeRO leaves on each of them for master copy, moments and gradient shard
             (empty for other engines).
         left_out: What ``all-linear`` leaves out, in words; None where that is nothing, or the layers were named.
@@ -62,16 +73,13 @@ class MemoryEstimate:
     rows: int
     length: int
     accumulation: int
-    checkpointing: bool
-    without: StepMemory
-    with_checkpointing: StepMemory
+    recomputation: Recomputation
+    configured: StepMemory
+    recomputing_none: StepMemory
+    recomputing_all: StepMemory
+    auto: dict[int, int | None]
     shards: dict[int, int]
     left_out: str | None
-
-    @property
-    def configured(self) -> StepMemory:
-        """Memory with gradient checkpointing as the configuration has it."""
-        return self.with_checkpointing if self.checkpointing else self.without
 
     @property
     def peak_bytes(self) -> int:
@@ -89,13 +97,17 @@ class MemoryEstimate:
         return self.tokens_per_micro_batch * self.accumulation * self.world_size
 
 
-def estimate_memory(config: RunConfig, world_size: int, device: str = "cuda") -> MemoryEstimate:
+def estimate_memory(
+    config: RunConfig, world_size: int, device: str = "cuda", card: int | None = None
+) -> MemoryEstimate:
     """Memory per device of a run whose micro-batches are as large as they can be.
 
     Args:
         config: The run's configuration.
         world_size: Number of ranks.
         device: What the run will be on, ``cuda`` or ``cpu``; this machine may have another one.
+        card: Bytes of the smallest GPU of the run, for ``model.recompute_layers: auto``; None where it is not known, so
+            that ``auto`` is all.
 
     Raises:
         ValueError: The model cannot be found, ``adapter.target_modules`` matches nothing in it, quantization would
@@ -114,15 +126,18 @@ def estimate_memory(config: RunConfig, world_size: int, device: str = "cuda") ->
     block_weights.check_quantized(skeleton, config.model.quantization, config.model.allow_unquantized)
     adapted = resolve_targets(skeleton, config.adapter.target_modules)
     compute_dtype, adapter_dtype = _dtypes(config, device)
+    shape = read_shape(skeleton, adapted, config.model.fuse)
     step = TrainingStep(
-        shape=read_shape(skeleton, adapted, config.model.fuse),
+        shape=shape,
         quantization=config.model.quantization,
         batch=_batch(config, rows, compute_dtype, config.model.attention or skeleton.config._attn_implementation),
         adapter=_adapter(config, adapter_dtype),
         optimizer=_optimizer(config, world_size, device, accumulation),
-        checkpointing=bool(training_argument(config.training, "gradient_checkpointing")),
+        recomputed=0,
         chunked_loss=config.model.fuse and obstacle(skeleton.requires_grad_(False)) is None,
     )
+    steps = [_memory(config, replace(step, recomputed=count)) for count in range(len(shape.blocks) + 1)]
+    again = _recomputed(config, skeleton, steps, card)
     return MemoryEstimate(
         model=config.model.path,
         quantization=step.quantization,
@@ -134,9 +149,11 @@ def estimate_memory(config: RunConfig, world_size: int, device: str = "cuda") ->
         rows=rows,
         length=step.batch.length,
         accumulation=accumulation,
-        checkpointing=step.checkpointing,
-        without=_memory(config, replace(step, checkpointing=False)),
-        with_checkpointing=_memory(config, replace(step, checkpointing=True)),
+        recomputation=Recomputation(again, len(shape.blocks)),
+        configured=steps[again],
+        recomputing_none=steps[0],
+        recomputing_all=steps[-1],
+        auto={size: fewest_recomputed(steps, size * GIB) for size in GPU_SIZES} if device == "cuda" else {},
         shards=_shards(step) if step.optimizer.sharded else {},
         left_out=block_weights.describe_left_out(skeleton, config.adapter.target_modules, adapted),
     )
@@ -149,6 +166,38 @@ def _memory(config: RunConfig, step: TrainingStep) -> StepMemory:
         return memory
     row = replace(step.batch, rows=1, padded=_is_padded(config, 1))
     return replace(memory, moments=(at_start(replace(step, batch=row), init), *memory.moments))
+
+
+def card_bytes(device: torch.device) -> int | None:
+    """Memory of a GPU; None for a CPU, whose memory others use too."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def fewest_recomputed(steps: Sequence[StepMemory], card: int) -> int | None:
+    """The fewest decoder layers whose recomputation lets a step fit a GPU, with :data:`LEFT_FREE` left free; None where
+    it does not fit, whatever is recomputed.
+
+    Args:
+        steps: memory of a step, by the number of layers that are recomputed.
+        card: memory of the GPU in bytes.
+    """
+    fitting = (count for count, step in enumerate(steps) if step.peak.total <= (1 - LEFT_FREE) * card)
+    return next(fitting, None)
+
+
+def _recomputed(config: RunConfig, skeleton: PreTrainedModel, steps: Sequence[StepMemory], card: int | None) -> int:
+    """Decoder layers that are computed again as configured; ``steps`` has the memory for every number of them."""
+    setting, most = config.model.recompute_layers, len(steps) - 1
+    if setting is None:
+        return most if recomputes_layers(config.training) else 0
+    layers = recomputable_layers(skeleton)
+    if setting != "auto":
+        return min(most, number_of_recomputed(setting, layers, config.model.path))
+    # What is a guess is not relied on.
+    if card is None or len(layers) != most or steps[0].approximate:
+        return most
+    fewest = fewest_recomputed(steps, card)
+    return most if fewest is None else fewest
 
 
 def _dtypes(config: RunConfig, device: str) -> tuple[str, str]:

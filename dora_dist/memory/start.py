@@ -37,9 +37,9 @@ def at_start(step: TrainingStep, init: str) -> MemoryInstant:
         layers = decoder_memory(step)
     else:
         # Nothing is kept; one layer's activations are there, as where a layer is computed again for a backward.
-        step = replace(step, checkpointing=True)
-        layers = replace(decoder_memory(step), checkpoints=0)
-    moments = (at_loss(step, resident, layers), in_backward(step, resident, layers))
+        step = replace(step, recomputed=len(blocks))
+        layers = replace(decoder_memory(step), kept=0, checkpoints=0)
+    moments = (at_loss(step, resident, layers), *in_backward(step, resident, layers))
     most = max(moments, key=lambda moment: moment.total)
     return MemoryInstant(name=NAME, parts={**most.parts, "tokens in float32": _copies(step, init)})
 

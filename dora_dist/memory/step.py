@@ -19,6 +19,8 @@ NF4_TABLES = 16 * FLOAT32 + 256 * FLOAT32 + FLOAT32
 """Per weight: the 16 values of NF4, the 256 of its constants' code, and their offset."""
 ZERO_ALIGNMENT = 2
 """DeepSpeed pads its flat buffers to a multiple of this per rank (``nccl_start_alignment_factor``)."""
+LAST_LAYER = "backward of the last decoder layer"
+RECOMPUTED_LAYER = "backward of a recomputed layer"
 
 
 def base_parts(shape: ModelShape, quantization: str, compute_bytes: int) -> dict[str, int]:
@@ -113,7 +115,7 @@ class TrainingStep:
         batch: One micro-batch on one device.
         adapter: The adapter's numbers.
         optimizer: The numbers of the optimizer and of the engine.
-        checkpointing: Whether gradient checkpointing is on.
+        recomputed: The first so many decoder layers are computed again in the backward.
         chunked_loss: Whether the loss is computed without the logits of all positions.
     """
 
@@ -122,7 +124,7 @@ class TrainingStep:
     batch: Batch
     adapter: Adapter
     optimizer: Optimizer
-    checkpointing: bool
+    recomputed: int
     chunked_loss: bool = True
 
     @property
@@ -159,16 +161,14 @@ class StepMemory:
 
     Args:
         resident: What stays in memory all the time, by part.
-        activations: What the backward needs without gradient checkpointing.
-        checkpointed_activations: What the backward needs with it.
-        recomputed: With gradient checkpointing, the activations of the decoder layer that is being recomputed.
+        activations: What the backward needs when it begins.
+        recomputed: Activations of a decoder layer while it is computed again; 0 where none is.
         moments: The instants at which memory can be at its peak.
         approximate: Whether the decoder layers are built unlike Llama's, so that their activations are a guess.
     """
 
     resident: Mapping[str, int]
     activations: int
-    checkpointed_activations: int
     recomputed: int
     moments: Sequence[MemoryInstant]
     approximate: bool = False
@@ -209,11 +209,19 @@ def step_memory(step: TrainingStep) -> StepMemory:
     return StepMemory(
         resident=resident,
         activations=layers.kept,
-        checkpointed_activations=layers.checkpoints,
         recomputed=layers.recomputed,
-        moments=(at_loss(step, resident, layers), in_backward(step, resident, layers), at_update(step, resident)),
+        moments=(at_loss(step, resident, layers), *in_backward(step, resident, layers), at_update(step, resident)),
         approximate=not all(block.is_known for block in step.shape.blocks) or not step.shape.blocks,
     )
+
+
+@dataclass(frozen=True)
+class Beyond:
+    """The most that the backward of a layer needs beyond its activations, in bytes: the largest dequantized weight at
+    that point, and everything else."""
+
+    temporaries: int
+    dequantized: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,44 +229,56 @@ class DecoderMemory:
     """Activations of all decoder layers together, in bytes.
 
     Args:
-        kept: What the backward needs without gradient checkpointing.
-        checkpoints: What the backward needs with it: the inputs of the layers.
-        recomputed: With gradient checkpointing, the activations of the layer that is being recomputed.
-        temporaries: The most that the backward of a layer needs beyond its activations, without ``dequantized``.
-        dequantized: The dequantized weight at that point.
+        kept: What the backward needs when it begins: the inputs of the layers that are recomputed, and the activations
+            of the others.
+        checkpoints: Of these, what is left when the backward comes to the layers that are recomputed: their inputs.
+        recomputed: The activations of the layer that is being recomputed.
+        of_kept: What the backward of a layer that is not recomputed needs beyond them; None where there is none.
+        of_recomputed: The same of one that is.
     """
 
     kept: int
     checkpoints: int
     recomputed: int
-    temporaries: int
-    dequantized: int
+    of_kept: Beyond | None
+    of_recomputed: Beyond | None
 
 
 def decoder_memory(step: TrainingStep) -> DecoderMemory:
     """Activations of the decoder layers, from those of each layer."""
     shape, batch = step.shape, step.batch
     blocks = [block_memory(block, shape, batch, step.adapter, step.quantization) for block in shape.blocks]
+    again, others = blocks[: step.recomputed], blocks[step.recomputed :]
     hidden_bytes = step.hidden_numel * batch.compute_bytes
     # Checkpoints hold the boolean mask, which otherwise goes with the forward.
-    mask = batch.rows * batch.length**2 if batch.padded and batch.attention == "sdpa" else 0
-    checkpoints = len(blocks) * hidden_bytes + mask
+    mask = batch.rows * batch.length**2 if again and batch.padded and batch.attention == "sdpa" else 0
+    checkpoints = len(again) * hidden_bytes + mask
     if step.quantization == "int8":
         # bitsandbytes keeps inputs of 8-bit layers where checkpointing does not see them (MatMul8bitLt's ctx.tensors).
-        checkpoints += sum(kept_int8_inputs(block, batch) for block in shape.blocks)
-    largest = max(blocks, key=lambda block: block.saved + block.backward, default=BlockMemory())
-    temporaries, dequantized = largest.backward - largest.dequantized, largest.dequantized
-    forward = largest.forward + hidden_bytes  # and the gradient that has come down to it
-    if step.checkpointing and forward > largest.backward:
-        temporaries, dequantized = forward, 0
-    return DecoderMemory(
-        kept=sum(block.saved for block in blocks) - (blocks[0].input if blocks else 0),
-        checkpoints=checkpoints,
+        checkpoints += sum(kept_int8_inputs(block, batch) for block in shape.blocks[: step.recomputed])
+    first_input = 0 if again or not blocks else blocks[0].input
+    recomputed, of_recomputed = 0, None
+    if again:
+        largest = _neediest(again)
         # In float32, the checkpoint itself is the layer's input.
-        recomputed=largest.saved - (hidden_bytes if batch.compute_bytes == FLOAT32 else 0),
-        temporaries=temporaries,
-        dequantized=dequantized,
+        recomputed = largest.saved - (hidden_bytes if batch.compute_bytes == FLOAT32 else 0)
+        forward = largest.forward + hidden_bytes  # and the gradient that has come down to it
+        of_recomputed = Beyond(forward, 0) if forward > largest.backward else _in_backward_of(largest)
+    return DecoderMemory(
+        kept=checkpoints + sum(block.saved for block in others) - first_input,
+        checkpoints=checkpoints,
+        recomputed=recomputed,
+        of_kept=_in_backward_of(_neediest(others)) if others else None,
+        of_recomputed=of_recomputed,
     )
+
+
+def _neediest(blocks: Sequence[BlockMemory]) -> BlockMemory:
+    return max(blocks, key=lambda block: block.saved + block.backward)
+
+
+def _in_backward_of(block: BlockMemory) -> Beyond:
+    return Beyond(block.backward - block.dequantized, block.dequantized)
 
 
 def at_loss(step: TrainingStep, resident: Mapping[str, int], layers: DecoderMemory) -> MemoryInstant:
@@ -274,24 +294,29 @@ def at_loss(step: TrainingStep, resident: Mapping[str, int], layers: DecoderMemo
         parts={
             **resident,
             **_gradients(step, backward_has_begun=not step.chunked_loss),
-            "activations": (layers.checkpoints if step.checkpointing else layers.kept) + final_norm,
+            "activations": layers.kept + final_norm,
             "logits": logits,
         },
     )
 
 
-def in_backward(step: TrainingStep, resident: Mapping[str, int], layers: DecoderMemory) -> MemoryInstant:
-    """The backward is in the decoder layer that needs most; all activations are still there."""
-    return MemoryInstant(
-        name="backward of a decoder layer" if step.checkpointing else "backward of the last decoder layer",
-        parts={
-            **resident,
-            **_gradients(step, backward_has_begun=True),
-            "activations": layers.checkpoints + layers.recomputed if step.checkpointing else layers.kept,
-            "temporaries": layers.temporaries,
-            "dequantized weight": layers.dequantized,
-        },
-    )
+def in_backward(step: TrainingStep, resident: Mapping[str, int], layers: DecoderMemory) -> list[MemoryInstant]:
+    """The backward is in the last decoder layer, and in the last of those that are recomputed, where there are such."""
+    found = []
+    for name, activations, beyond in (
+        (LAST_LAYER, layers.kept, layers.of_kept),
+        (RECOMPUTED_LAYER, layers.checkpoints + layers.recomputed, layers.of_recomputed),
+    ):
+        if beyond is not None:
+            parts = {
+                **resident,
+                **_gradients(step, backward_has_begun=True),
+                "activations": activations,
+                "temporaries": beyond.temporaries,
+                "dequantized weight": beyond.dequantized,
+            }
+            found.append(MemoryInstant(name=name, parts=parts))
+    return found
 
 
 def at_update(step: TrainingStep, resident: Mapping[str, int]) -> MemoryInstant:

@@ -1,22 +1,21 @@
 """The table that ``estimate`` prints."""
 
-from collections.abc import Sequence
+from itertools import chain
 
+from dora_dist.base_model.recomputation import Recomputation
 from dora_dist.console.text import GIB, format_bytes
 from dora_dist.memory.estimate import MemoryEstimate
 from dora_dist.memory.step import StepMemory
 
 CONTEXT_BYTES = GIB
 """Left for what the allocator does not count: CUDA's context, its libraries, NCCL's buffers."""
-GPU_SIZES = (16, 24, 40, 48, 80, 96, 141, 192)
-"""Memory of common GPUs, in GiB."""
 MARKS = (" *", " <")
 """Ends of cells: the configured column, and the peak of a column."""
 
 
 def render(estimate: MemoryEstimate) -> str:
     """The estimate as a table for a person."""
-    columns = (estimate.without, estimate.with_checkpointing)
+    columns = _columns(estimate)
     step = estimate.configured
     gpu = "GPU" if estimate.device == "cuda" else "process"
     plural = "" if estimate.world_size == 1 else "s" if gpu == "GPU" else "es"
@@ -29,31 +28,31 @@ def render(estimate: MemoryEstimate) -> str:
         f"(x {estimate.accumulation} accumulated x {estimate.world_size} {gpu}{plural})",
         *([f"  {estimate.left_out}"] if estimate.left_out else []),
         "",
-        _row("gradient checkpointing", *(("off", "on *") if estimate.checkpointing else ("off *", "on"))),
+        _row("recomputed layers", *columns),
     ]
-    peaks = [column.peak.parts for column in columns]
-    names = [name for name in dict.fromkeys([*peaks[0], *peaks[1]]) if any(peak.get(name) for peak in peaks)]
+    steps = list(columns.values())
+    peaks = [each.peak.parts for each in steps]
+    names = [name for name in dict.fromkeys(chain(*peaks)) if any(peak.get(name) for peak in peaks)]
     lines += [_row(f"  {name}", *(format_bytes(peak.get(name, 0)) for peak in peaks)) for name in names]
     lines += [
         "  " + "-" * 62,
-        _row("peak", *(format_bytes(column.peak.total) for column in columns)),
+        _row("peak", *(format_bytes(each.peak.total) for each in steps)),
         "",
         _row(
             "activations kept, a guess" if step.approximate else "activations kept for the backward",
-            format_bytes(step.activations),
-            format_bytes(step.checkpointed_activations),
+            *(format_bytes(each.activations) for each in steps),
         ),
-        _row("  and of the layer recomputed", "", format_bytes(step.recomputed)),
+        _row(
+            "  and of the layer recomputed",
+            *(format_bytes(each.recomputed) if each.recomputed else "" for each in steps),
+        ),
         "",
         "  memory at",
     ]
-    for first, second in zip(estimate.without.moments, estimate.with_checkpointing.moments, strict=True):
-        cells = [
-            format_bytes(moment.total) + (" <" if moment is column.peak else "")
-            for moment, column in zip((first, second), columns, strict=True)
-        ]
-        lines.append(_row(f"  {second.name}", *cells))
-    lines += ["", *_fits(columns)] if estimate.device == "cuda" else []
+    backward = dict.fromkeys(moment.name for each in steps for moment in each.moments[:-1])
+    for name in (*backward, step.moments[-1].name):
+        lines.append(_row(f"  {name}", *(_at(each, name) for each in steps)))
+    lines += ["", *_fits(estimate)] if estimate.device == "cuda" else []
     lines += ["", *_shard_lines(estimate)] if estimate.shards else []
     lines += ["", "* as configured;  < the peak.  " + _largest(estimate)]
     if step.approximate:
@@ -67,11 +66,33 @@ def _row(title: str, *cells: str) -> str:
     return f"  {title:<36}{''.join(f'{cell:>14}' for cell in padded)}".rstrip()
 
 
-def _fits(columns: Sequence[StepMemory]) -> list[str]:
-    lines = [f"  fits (with {format_bytes(CONTEXT_BYTES)} left for CUDA and NCCL, and no fragmentation)"]
-    for size in GPU_SIZES:
-        cells = ["yes" if column.peak.total + CONTEXT_BYTES <= size * GIB else "no" for column in columns]
-        lines.append(_row(f"  {size} GB", *cells))
+def _columns(estimate: MemoryEstimate) -> dict[str, StepMemory]:
+    """Title -> memory where no layer is recomputed, where as many are as configured, and where all are."""
+    count, number = estimate.recomputation.count, estimate.recomputation.layers
+    between = {f"{estimate.recomputation} *": estimate.configured} if 0 < count < number else {}
+    return {
+        "none" + " *" * (count == 0): estimate.recomputing_none,
+        **between,
+        "all" + " *" * (0 < count == number): estimate.recomputing_all,
+    }
+
+
+def _at(step: StepMemory, name: str) -> str:
+    """A cell: the memory at an instant of this name, where there is one."""
+    found = [moment for moment in step.moments if moment.name == name]
+    return format_bytes(found[0].total) + " <" * (found[0] is step.peak) if found else ""
+
+
+def _fits(estimate: MemoryEstimate) -> list[str]:
+    columns = _columns(estimate)
+    lines = [
+        f"  fits (with {format_bytes(CONTEXT_BYTES)} left for CUDA and NCCL, and no fragmentation), and what "
+        "recompute_layers: auto does"
+    ]
+    for size, count in estimate.auto.items():
+        cells = ["yes" if step.peak.total + CONTEXT_BYTES <= size * GIB else "no" for step in columns.values()]
+        auto = "too large" if count is None else str(Recomputation(count, estimate.recomputation.layers))
+        lines.append(_row(f"  {size} GB", *cells, auto))
     return lines
 
 

@@ -20,7 +20,6 @@ from dora_dist.distributed.agreement import Agreement, digest_tensors
 from dora_dist.distributed.preemption import PreemptionNotice
 from dora_dist.evaluation.evaluator import Evaluator
 from dora_dist.method.budget import Budget
-from dora_dist.runs.fingerprint import Fingerprint
 from dora_dist.runs.records import RunRecords
 from dora_dist.setup.fingerprint import adapter_seed
 from dora_dist.setup.resolve import ResolvedRun
@@ -33,7 +32,7 @@ from dora_dist.training.start_from_data import DataStart
 from dora_dist.training.trainer import DynamicLoraTrainer
 
 
-def check_same_on_all_ranks(agreement: Agreement, fingerprint: Fingerprint, model: DynamicLoraModel) -> None:
+def check_same_on_all_ranks(agreement: Agreement, resolved: ResolvedRun, model: DynamicLoraModel) -> None:
     """Prove that all ranks have the same settings, training data and base model (a sample of every adapted layer), and
     compute the loss in the same way.
 
@@ -41,8 +40,9 @@ def check_same_on_all_ranks(agreement: Agreement, fingerprint: Fingerprint, mode
         DisagreementError: they do not; names the first setting or layer that differs.
     """
     facts = {
-        **fingerprint.as_dict(),
+        **resolved.fingerprint.as_dict(),
         "model.fuse": model.fused,
+        "recomputed layers": resolved.recomputation.count,
         "whether the loss is computed without logits": model.leaves_out_logits,
     }
     digests = {name: sha256(json.dumps(value).encode()).digest() for name, value in facts.items()}
@@ -159,6 +159,7 @@ def build_trainer(
         equilibrium_weight=config.pruning.equilibrium_weight,
         keep_last=config.checkpoint.keep_last,
         fingerprint=resolved.fingerprint,
+        recomputation=resolved.recomputation,
     )
     trainer = DynamicLoraTrainer(
         parts=parts,

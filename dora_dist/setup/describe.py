@@ -1,6 +1,7 @@
 """What a run would do, found out without reading a weight: ``dora_dist.train --dry-run``."""
 
 import textwrap
+from dataclasses import replace
 
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import CAUSAL_LM
@@ -23,6 +24,8 @@ def describe(config: RunConfig, resolved: ResolvedRun, world_size: int, speed: S
     data, mixture, plan = resolved.data, resolved.mixture, resolved.plan
     num_steps, layers = resolved.arguments.max_steps, resolved.layers
     rows = plan.num_rows // num_steps
+    if config.model.recompute_layers is not None:
+        config = replace(config, model=replace(config.model, recompute_layers=resolved.recomputation.count))
     kinds = sorted({name.rsplit(".", 1)[-1] for name in layers})
     what = "rows of packed examples" if mixture.batching == "packed" else "examples"
     parts = [
@@ -58,6 +61,7 @@ def banner(config: RunConfig, resolved: ResolvedRun, ranks: int) -> str:
         "model": f"{config.model.path} ({config.model.quantization}), {len(resolved.layers)} adapted layers",
         "data": f"{sources}; {f'{held_out:,} held out' if held_out else 'none held out'}",
         "steps": f"{steps:,} of about {tokens:,} tokens, on {ranks} rank{'s' * (ranks > 1)}",
+        "memory": f"recomputes {resolved.recomputation} layers",
         "budget": f"{budget.initial:,} {config.pruning.budget_unit}, {budget.final:,} in the end: like LoRA of rank "
         f"{adapter.target_rank}, scale {adapter.alpha / adapter.start_rank:.2f}",
         "folder": config.output_dir,

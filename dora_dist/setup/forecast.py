@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from dora_dist.config.model import ModelConfig
 from dora_dist.config.run import RunConfig
 from dora_dist.config.training import length_of_run
 from dora_dist.console.text import format_bytes, time_span
@@ -43,7 +44,12 @@ class MemoryForecast:
 
 
 def forecast_memory(
-    config: RunConfig, world_size: int, device: str, train: Sequence[PreparedSource] | None, unread: str = ""
+    config: RunConfig,
+    world_size: int,
+    device: str,
+    train: Sequence[PreparedSource] | None,
+    unread: str = "",
+    card: int | None = None,
 ) -> MemoryForecast:
     """Memory of the longest row that there is, and of a typical one.
 
@@ -53,13 +59,15 @@ def forecast_memory(
         device: see :func:`~dora_dist.memory.estimate.estimate_memory`.
         train: training sources; None where they are not known.
         unread: why they are not.
+        card: see :func:`~dora_dist.memory.estimate.estimate_memory`.
 
     Raises:
         ValueError: see :func:`~dora_dist.memory.estimate.estimate_memory`.
     """
 
-    def of_rows(length: int) -> MemoryEstimate:
-        return estimate_memory(replace(config, data=replace(config.data, max_length=length)), world_size, device)
+    def of_rows(length: int, model: ModelConfig = config.model) -> MemoryEstimate:
+        changed = replace(config, model=model, data=replace(config.data, max_length=length))
+        return estimate_memory(changed, world_size, device, card)
 
     limit = config.data.max_length
     if config.data.batching == "packed":
@@ -71,8 +79,11 @@ def forecast_memory(
         return MemoryForecast(most=of_rows(limit), typical=None, rows=rows)
     lengths = np.concatenate([source.lengths() for source in train])
     longest, typical = (max(int(length), SHORTEST) for length in (lengths.max(), np.median(lengths)))
+    most, model = of_rows(longest), config.model
+    if model.recompute_layers is not None:  # decided by the longest row, for all
+        model = replace(model, recompute_layers=most.recomputation.count)
     return MemoryForecast(
-        most=of_rows(longest), typical=of_rows(typical), rows=f"Rows of the longest example, {longest:,} tokens."
+        most=most, typical=of_rows(typical, model), rows=f"Rows of the longest example, {longest:,} tokens."
     )
 
 

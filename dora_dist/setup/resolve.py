@@ -7,6 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from dora_dist.adapter.targets import resolve_targets
 from dora_dist.base_model import block_weights, load
+from dora_dist.base_model.recomputation import Recomputation
 from dora_dist.base_model.shape import input_embedding, linear_layer
 from dora_dist.config.checks import require
 from dora_dist.config.run import RunConfig
@@ -17,6 +18,7 @@ from dora_dist.method.budget import Budget, component_costs
 from dora_dist.method.schedule import BudgetSchedule, automatic_interval
 from dora_dist.runs.fingerprint import Fingerprint
 from dora_dist.setup.fingerprint import fingerprint_of
+from dora_dist.setup.recomputation import resolve_recomputation
 from dora_dist.setup.run_data import RunData, build_mixture, describe_data
 from dora_dist.setup.training_arguments import training_arguments
 from dora_dist.training.batch_size import global_batch
@@ -38,6 +40,7 @@ class ResolvedRun:
         layers: names of the layers that are adapted.
         left_out: what ``all-linear`` leaves out, in words; None where that is nothing, or the layers were named.
         budget: over the run.
+        recomputation: layers that are computed again in the backward.
         fingerprint: settings that a resumed run must not change.
     """
 
@@ -49,6 +52,7 @@ class ResolvedRun:
     layers: list[str]
     left_out: str | None
     budget: Budget
+    recomputation: Recomputation
     fingerprint: Fingerprint
 
     @property
@@ -87,6 +91,7 @@ def resolve_run(
     data: RunData,
     accumulation: int | None = None,
     ranks: int = 1,
+    card: int | None = None,
 ) -> ResolvedRun:
     """Decide all that can be decided without weights, and refuse what cannot work.
 
@@ -96,6 +101,7 @@ def resolve_run(
         data: all sources.
         accumulation: gradient accumulation steps; None for those of the configuration.
         ranks: of the run.
+        card: bytes of the smallest GPU of the run; None where a rank has none.
 
     Raises:
         ValueError: data, training section, targets or schedule cannot work together.
@@ -107,9 +113,11 @@ def resolve_run(
     spec = load.BaseModelSpec.of(config.model, config.task)
     skeleton = load.load_skeleton(spec)
     load.check_attention(spec, skeleton)
-    data = replace(data, notes=[*data.notes, *check_vocabulary(skeleton, tokenizer, data)])
+    notes = check_vocabulary(skeleton, tokenizer, data)
     layers, budget = check_method(config, skeleton, arguments.max_steps)
     check_context(skeleton, data)
+    recomputation, remarks = resolve_recomputation(config, skeleton, data, ranks, card)
+    data = replace(data, notes=[*data.notes, *notes, *remarks])
     return ResolvedRun(
         tokenizer=tokenizer,
         data=data,
@@ -119,6 +127,7 @@ def resolve_run(
         layers=layers,
         left_out=block_weights.describe_left_out(skeleton, config.adapter.target_modules, layers),
         budget=budget,
+        recomputation=recomputation,
         fingerprint=fingerprint_of(config, arguments, data, plan, ranks, budget.schedule.interval),
     )
 

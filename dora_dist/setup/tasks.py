@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dora_dist.adapter.model import DynamicLoraForCausalLM
 from dora_dist.base_model.losses import RowLosses, class_losses, mean_over_tokens, span_losses, squared_errors
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import CAUSAL_LM, QUESTION_ANSWERING, SEQ2SEQ, SEQUENCE_CLASSIFICATION, metrics_of
@@ -22,6 +23,7 @@ from dora_dist.data.batches import (
     PackedCollator,
     PaddedCollator,
     PlannedRows,
+    PredictingCollator,
     Reader,
     TargetCollator,
     labelled,
@@ -102,15 +104,14 @@ class CausalLmParts(TaskParts):
 
     def collator(self, config: RunConfig, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> Collator:
         """One example a row, or several, which must not see each other in this model."""
-        if config.data.batching != "packed":
-            return PaddedCollator(tokenizer)
-        base: Any = model.get_base_model()
-        if "flash" in str(base.config._attn_implementation):
-            collator: Collator = FlattenedCollator()
-        else:
-            collator = PackedCollator(tokenizer)
-        check_packing(base, collator)
-        return collator
+        collator: Collator = PaddedCollator(tokenizer)
+        if config.data.batching == "packed":
+            base: Any = model.get_base_model()
+            flat = "flash" in str(base.config._attn_implementation)
+            collator = FlattenedCollator() if flat else PackedCollator(tokenizer)
+            check_packing(base, collator)
+        # A model of PEFT's own class would hand what it does not know on to its layers.
+        return PredictingCollator(collator) if isinstance(model, DynamicLoraForCausalLM) else collator
 
     def evaluator(
         self, config: RunConfig, resolved: ResolvedRun, agreement: Agreement, model: PeftModel

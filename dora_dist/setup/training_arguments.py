@@ -15,7 +15,7 @@ from transformers.integrations.integration_utils import (
 
 from dora_dist.base_model import load
 from dora_dist.config.run import RunConfig
-from dora_dist.config.training import DEFAULT_TRAINING_ARGUMENTS, STRATEGIES
+from dora_dist.config.training import CHECKPOINTING, DEFAULT_TRAINING_ARGUMENTS, STRATEGIES
 from dora_dist.data.mixture import Mixture
 from dora_dist.training.batch_size import global_batch
 
@@ -41,9 +41,10 @@ def training_arguments(
     values = {**DEFAULT_TRAINING_ARGUMENTS, **config.training}
     if accumulation is not None:
         values["gradient_accumulation_steps"] = accumulation
-    if values.get("gradient_checkpointing"):
-        # The reentrant kind would cut the gradient at the frozen embedding.
-        values.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
+    for name in CHECKPOINTING:
+        if values.get(name):
+            # Where it is not said, transformers takes this kind only if nothing else is said, and torch the other one.
+            values[f"{name}_kwargs"] = {"use_reentrant": False, **(values.get(f"{name}_kwargs") or {})}
     values.setdefault("dataloader_pin_memory", gpus)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(config.output_dir) / "tensorboard")
     for name in STRATEGIES:

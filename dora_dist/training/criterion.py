@@ -87,8 +87,9 @@ class GateSensitivity:
     def update(self, layers: Sequence[Components], agreement: Agreement) -> None:
         gradient = agreement.mean(self._gradient).double()
         self._gradient.zero_()
-        if torch.isfinite(gradient).all():
-            self.scores += (torch.cat([gate for _, gate, _ in layers]) * gradient).abs()
+        change = (torch.cat([gate for _, gate, _ in layers]) * gradient).abs()
+        # Chosen where the gradient is: the host of a GPU would wait for an answer.
+        self.scores += change.where(torch.isfinite(gradient).all(), 0)
 
     def rescore(self, layers: Sequence[Components]) -> None:
         raise ValueError(

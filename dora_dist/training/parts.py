@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from dora_dist.base_model.losses import RowLosses
+from dora_dist.base_model.recomputation import Recomputation
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.distributed.preemption import PreemptionNotice
 from dora_dist.evaluation.evaluator import Evaluator
@@ -53,6 +54,7 @@ class LoopSettings:
         equilibrium_weight: Weight of the Dimensional Equilibrium Modulator in the loss.
         keep_last: Number of complete checkpoints to keep.
         fingerprint: Settings that a resumed run must not change.
+        recomputation: Layers that are computed again in the backward.
     """
 
     engine: str
@@ -62,6 +64,7 @@ class LoopSettings:
     equilibrium_weight: float
     keep_last: int
     fingerprint: Fingerprint
+    recomputation: Recomputation
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -18,7 +18,7 @@ from transformers import DefaultFlowCallback, PreTrainedModel, Trainer, TrainerC
 from transformers.trainer_utils import TrainOutput
 
 from dora_dist.adapter.model import DynamicLoraModel
-from dora_dist.base_model.recomputation import checkpoint_activations
+from dora_dist.base_model.recomputation import recompute_first
 from dora_dist.console.text import say
 from dora_dist.data.batches import PlannedRows
 from dora_dist.distributed.engine import SkippedSteps
@@ -28,6 +28,7 @@ from dora_dist.training.batch_size import global_batch
 from dora_dist.training.checkpointing import Checkpointer
 from dora_dist.training.gradient_watch import GradientWatch
 from dora_dist.training.optimizer_shards import OptimizerShards
+from dora_dist.training.out_of_memory import EVALUATION_ADVICE, explained, step_advice
 from dora_dist.training.parts import LoopSettings, TrainingParts, TrainingRows
 from dora_dist.training.start_from_data import start_from_data
 from dora_dist.training.step_log import StepLog
@@ -99,17 +100,22 @@ class DynamicLoraTrainer(Trainer):
         set_seed((self.args.seed + self.args.process_index) % 2**32)
         started = time.monotonic()
         if self.settings.start is not None and self._resumed_from is None:
-            if self.args.gradient_checkpointing:
-                checkpoint_activations(self.model)
+            # Where the Trainer would switch it on.
+            recompute_first(self.model.get_base_model(), self.settings.recomputation.count)
             start_from_data(self.model, self._loss_of_row, self.settings.start, self.parts.agreement)
         self.parts.agreement.note("starting the engine")
-        result = super().train(str(self._resumed_from) if self._resumed_from else None, *args, **kwargs)
+        with explained(self._advice_on_memory):
+            result = super().train(str(self._resumed_from) if self._resumed_from else None, *args, **kwargs)
         rows = global_batch(self.args, self.args.world_size)
         first, last = self._first_step * rows, self.state.global_step * rows
         tokens = int(self.rows.lengths[first:last].sum())
         seconds = time.monotonic() - started
         self.parts.records.metrics(self.state.global_step, {"session_seconds": seconds, "session_tokens": tokens})
         return result
+
+    def _advice_on_memory(self) -> str:
+        rows, accumulation = self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
+        return step_advice(self.state.global_step + 1, self.settings.recomputation, rows, accumulation)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One parameter group: the Trainer would add an empty one for parameters without weight decay, over which
@@ -158,7 +164,8 @@ class DynamicLoraTrainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Held-out loss and metrics by an :class:`~dora_dist.evaluation.evaluator.Evaluator`, logged as ``eval_*``."""
         assert self.parts.evaluator is not None, "evaluation was asked for without held-out data"
-        metrics = {f"eval_{name}": value for name, value in self.parts.evaluator(self.model).items()}
+        with explained(lambda: EVALUATION_ADVICE):
+            metrics = {f"eval_{name}": value for name, value in self.parts.evaluator(self.model).items()}
         self.log(dict(metrics))
         self.evaluated_step = self.state.global_step
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -25,6 +25,36 @@ def test_a_flag_on_any_rank_is_seen_by_all(flagged):
     assert [outcome.value for outcome in outcomes] == [bool(flagged)] * 3
 
 
+ONLY_GPUS = "cuda:gloo"
+"""A process group that serves GPUs alone, as NCCL's does."""
+
+
+@pytest.mark.parametrize("flagged", [[], [2]])
+@pytest.mark.parametrize("backend", ["gloo", ONLY_GPUS])
+def test_host_memory_is_exchanged_by_gloo_whatever_the_process_group_serves(backend, flagged):
+    outcomes = run_ranks(rank_functions.host_exchanges, 3, flagged, backend=backend)
+    expected = {"any": bool(flagged), "gather": [0, 1, 2], "a group of its own": backend == ONLY_GPUS}
+    assert [outcome.value for outcome in outcomes] == [expected] * 3
+
+
+def test_such_a_process_group_does_not_exchange_host_memory_itself():
+    outcomes = run_ranks(rank_functions.sum_in_host_memory, 2, backend=ONLY_GPUS)
+    assert {outcome.error for outcome in outcomes} == {"No backend type associated with device type cpu"}
+
+
+def test_ranks_that_find_no_way_for_host_memory_say_how_to_name_one():
+    outcomes = run_ranks(rank_functions.host_group_over, 2, "nowhere0", backend=ONLY_GPUS)
+    assert {outcome.error_type for outcome in outcomes} == {"ExpectedRunError"}
+    assert all("could not reach each other" in outcome.error for outcome in outcomes), outcomes
+    assert all("Set GLOO_SOCKET_IFNAME to the network interface" in outcome.error for outcome in outcomes)
+
+
+def test_an_exchange_from_host_memory_waits_no_longer_than_the_time_out():
+    (outcome, _) = run_ranks(rank_functions.host_exchange_without_a_rank, 2, 1, backend=ONLY_GPUS)
+    assert outcome.error_type == "RuntimeError"
+    assert "timed out" in outcome.error.lower()
+
+
 @WORLDS
 def test_a_failure_on_one_rank_is_raised_on_all_and_names_it(world_size):
     outcomes = run_ranks(rank_functions.agreement_failure, world_size, 1)
@@ -107,3 +137,9 @@ def test_a_phase_that_fails_on_one_rank_is_told_through_the_store():
     assert {outcome.error for outcome in outcomes} == {
         f"looking failed on 1 of 2 ranks: rank 1 ({NODE}): OSError: no such file"
     }
+
+
+@pytest.mark.parametrize(("sizes", "smallest"), [([80, 24, 40], 24), ([80, None, 40], None)])
+def test_the_smallest_card_is_the_same_on_all_ranks(sizes, smallest):
+    outcomes = run_ranks(rank_functions.smallest_of_cards, 3, sizes)
+    assert [outcome.value for outcome in outcomes] == [smallest] * 3

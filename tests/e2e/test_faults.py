@@ -92,6 +92,23 @@ def test_a_rank_that_is_killed_is_named_on_the_others(place, victim, config, who
     assert_goes_on(config, tmp_path / "run", tmp_path / "log", whole)
 
 
+def test_a_rank_without_memory_names_the_setting_that_lets_the_run_go_on(config, whole, tmp_path):
+    codes, text = broken_run(config, tmp_path / "run", tmp_path / "log", {1: {"memory": "forward 5"}})
+    assert codes == [1, 2], text
+    (message,) = [line for line in text.splitlines() if line.startswith("[rank 1] error: ")]
+    assert "no memory left in step 5, where 0 of 2 layers are recomputed, a micro-batch has 4 rows" in message
+    assert (
+        "Set, until it fits: --model.recompute_layers 1, then all; --training.per_device_train_batch_size 2" in message
+    )
+    assert "DefaultCPUAllocator: can't allocate memory" in message
+    (other,) = [line for line in text.splitlines() if line.startswith("[rank 0] error: ")]
+    assert f"rank 1 ({NODE}) failed in: forward, backward and update of step 5: NoMemoryLeftError: no memory" in other
+    assert "Traceback" not in text
+    # With another number of recomputed layers it is the same run, dropout included.
+    assert_goes_on(config, tmp_path / "run", tmp_path / "log", whole, "--model.recompute_layers", "1")
+    assert "recomputes 1 of 2 layers" in log_of(tmp_path / "log")
+
+
 @FULL
 def test_of_four_ranks_the_one_that_is_gone_is_named_and_nobody_else(config, whole, tmp_path):
     codes, text = broken_run(config, tmp_path / "run", tmp_path / "log", {2: {"kill": "forward 5"}}, *SMALL, ranks=4)

@@ -2,17 +2,16 @@
 
 import pytest
 import torch
-from support.commands import run
+from support.commands import ZERO2_GPU, run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def test_every_gpu_computes_and_reduces(tmp_path):
     gpus = torch.cuda.device_count()
-    launch = ("accelerate", "launch", "--config_file", "launch/zero2_gpu.yaml", "--num_processes", str(gpus))
     finished = run(
-        *launch,
-        *("--main_process_port", "0", "-m", "dora_dist.doctor", "--output", str(tmp_path / "run")),
+        *(*ZERO2_GPU, "--num_processes", str(gpus)),
+        *("-m", "dora_dist.doctor", "--output", str(tmp_path / "run")),
         DS_ACCELERATOR="",
         CUDA_VISIBLE_DEVICES="",
         timeout=180,

@@ -4,10 +4,13 @@ import json
 
 import pytest
 import torch
-from support.commands import run
+from support.commands import ZERO2_GPU, run
+from support.faulty_rank import want_more_memory_than_allowed
 from support.tiny_run import write_config
 
+from dora_dist.base_model.recomputation import Recomputation
 from dora_dist.method.importance import component_scores
+from dora_dist.training.out_of_memory import NoMemoryLeftError, explained, step_advice
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -22,13 +25,36 @@ def test_scores_are_the_same_as_on_the_cpu():
 
 def test_a_run_on_all_gpus_meets_its_budget_and_resumes(tmp_path):
     config = write_config(tmp_path, distributed={"engine": "zero2"}, training={"per_device_train_batch_size": 1})
-    launch = ("accelerate", "launch", "--config_file", "launch/zero2_gpu.yaml", "--main_process_port", "0")
     more = ("--num_processes", str(torch.cuda.device_count()), "-m", "dora_dist.train", "--config", str(config))
-    finished = run(*launch, *more, DS_ACCELERATOR="", CUDA_VISIBLE_DEVICES="")
+    finished = run(*ZERO2_GPU, *more, DS_ACCELERATOR="", CUDA_VISIBLE_DEVICES="")
     assert finished.status == 0, finished.output
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["components_kept"] == 2 * len(summary["ranks"])
     (tmp_path / "run" / "summary.json").unlink()
-    finished = run(*launch, *more, DS_ACCELERATOR="", CUDA_VISIBLE_DEVICES="")
+    finished = run(*ZERO2_GPU, *more, DS_ACCELERATOR="", CUDA_VISIBLE_DEVICES="")
     assert finished.status == 0, finished.output
     assert "resuming from" in finished.output
+
+
+def test_recomputing_as_few_layers_as_fit_needs_none_for_a_tiny_model(tmp_path):
+    config = write_config(tmp_path, model={"recompute_layers": "auto"}, distributed={"engine": "none"})
+    finished = run(
+        *("python", "-m", "dora_dist.train", "--config", str(config)),
+        DS_ACCELERATOR="",
+        CUDA_VISIBLE_DEVICES="0",
+    )
+    assert finished.status == 0, finished.output
+    assert "recomputes 0 of 2 layers" in finished.output
+
+
+def test_memory_that_runs_out_is_one_message_with_the_next_setting():
+    try:
+        with (
+            pytest.raises(
+                NoMemoryLeftError, match=r"model\.recompute_layers 20, then all.*OutOfMemoryError: CUDA out of"
+            ),
+            explained(lambda: step_advice(5, Recomputation(12, 32), 4, 2)),
+        ):
+            want_more_memory_than_allowed()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

@@ -12,6 +12,10 @@ from typing import Any
 from support.repository import REPOSITORY
 
 BIN = Path(sys.executable).parent
+ZERO2_GPU = (
+    *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/zero2_gpu.yaml"),
+    *("--main_process_port", "0"),
+)
 ZERO2 = ("accelerate", "launch", "--config_file", "launch/zero2_cpu.yaml", "--main_process_port", "0")
 
 

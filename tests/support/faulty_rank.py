@@ -2,16 +2,18 @@
 
 import multiprocessing
 import os
+import resource
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 from support.forked_run import train_rank
 
 Faults = dict[int, dict[str, Any]]
-"""Rank -> fault -> where. ``kill``, ``stop``, ``hang``, ``raise`` (a ``kind``) and ``worker`` (kill the data workers)
-take a place: ``forward N``, ``event N`` or ``save N``, with N the optimizer step, or ``evaluation``; ``loss``
-takes steps and values."""
+"""Rank -> fault -> where. ``kill``, ``stop``, ``hang``, ``raise`` (a ``kind``), ``worker`` (kill the data workers) and
+``memory`` (a limit of memory, and more is wanted) take a place: ``forward N``, ``event N`` or ``save N``, with N the
+optimizer step, or ``evaluation``; ``loss`` takes steps and values."""
 
 
 def faulty_rank(rank: int, world_size: int, arguments: list[str], port: int, log: str, faults: Faults) -> None:
@@ -43,6 +45,8 @@ def _break_at_places(mine: dict[str, Any]) -> None:
         if mine.get("raise") == place:
             kind = {"RuntimeError": RuntimeError, "ValueError": ValueError}[mine["kind"]]
             raise kind("something of this rank's own")
+        if mine.get("memory") == place:
+            want_more_memory_than_allowed()
         if mine.get("hang") == place:
             time.sleep(1000)
 
@@ -65,6 +69,20 @@ def _break_at_places(mine: dict[str, Any]) -> None:
 
     Trainer.compute_loss, Controller.verify, Trainer._save_optimizer_and_scheduler = computing, verifying, saving
     Evaluator._local_parts = evaluating
+
+
+def want_more_memory_than_allowed() -> None:
+    """Limit the memory of this process, or of its GPU where it has one, and let torch's own allocator fail on it."""
+    import torch
+
+    if torch.cuda.is_available():
+        wanted = torch.cuda.memory_reserved() + 2**31
+        torch.cuda.set_per_process_memory_fraction(2**30 / torch.cuda.get_device_properties(0).total_memory)
+        torch.empty(wanted, dtype=torch.uint8, device="cuda")
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + 2**28
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    torch.empty(2**30, dtype=torch.uint8)
 
 
 def _spoil_loss(values: dict[int, float]) -> None:

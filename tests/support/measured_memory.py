@@ -1,11 +1,13 @@
 """The peak memory of training steps on a CPU, in bytes: what ``torch.cuda.max_memory_allocated`` is on a GPU."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
@@ -13,6 +15,7 @@ from dora_dist import add_dynamic_lora
 from dora_dist.adapter.components import stacks_of
 from dora_dist.adapter.model import DynamicLoraModel
 from dora_dist.base_model.load import BaseModelSpec, load_base_model
+from dora_dist.base_model.recomputation import number_of_recomputed, recomputable_layers, recompute_first
 from dora_dist.benchmark.peak import PeakMeter
 from dora_dist.config.parse import load_config
 from dora_dist.config.run import RunConfig
@@ -28,14 +31,32 @@ def save_model(folder: Path, config: PreTrainedConfig) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
-def measure_peak(config: RunConfig) -> int:
+def write_run(path: Path, model: Path, rows: int, length: int) -> Path:
+    """The configuration of a run on one process, with micro-batches of so many rows of so many tokens."""
+    config = {
+        "output_dir": "runs/x",
+        "model": {"path": str(model)},
+        "data": {"train": "train.jsonl", "max_length": length},
+        "distributed": {"engine": "none"},
+        "training": {"per_device_train_batch_size": rows},
+    }
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path
+
+
+def measure_peak(config: RunConfig, prepare: Callable[[DynamicLoraModel], None] = lambda _: None) -> int:
     """Peak of the second optimizer step of a run on one CPU, the resident tensors included.
 
     The step is the trainer's (``training_step`` of transformers and ``compute_loss`` of this project): forward with
     labels and ``num_items_in_batch``, equilibrium penalty, backward, gradient clipping, AdamW.
+
+    Args:
+        config: of the run.
+        prepare: what else is done to the model before it is trained.
     """
     meter = PeakMeter()
     model = _load(config, "float32")
+    prepare(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters)
     # As accelerate wraps the forward where the compute dtype is bfloat16.
@@ -100,8 +121,8 @@ def _load(config: RunConfig, adapter_dtype: str) -> DynamicLoraModel:
     base = load_base_model(BaseModelSpec.of(config.model, config.task))
     model = add_dynamic_lora(base, replace(config.adapter, dtype=adapter_dtype), config.model.fuse)
     model.leave_out_logits()
-    if config.training.get("gradient_checkpointing"):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    layers = recomputable_layers(model.get_base_model())
+    recompute_first(model.get_base_model(), number_of_recomputed(config.model.recompute_layers or 0, layers, "it"))
     return model.train()
 
 

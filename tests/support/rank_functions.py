@@ -1,7 +1,9 @@
 """What ranks run in the tests of this folder (importable, so that a fresh process finds it)."""
 
 import os
+import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from dora_dist.adapter.layer import DynamicLoraLinear
 from dora_dist.distributed.agreement import Agreement, digest_tensors
 from dora_dist.distributed.engine import zero_entries
 from dora_dist.distributed.store_agreement import StoreAgreement
+from dora_dist.distributed.world import host_group
 from dora_dist.method.budget import Budget
 from dora_dist.method.importance import Components, ScoreFunction, score_layers
 from dora_dist.method.schedule import BudgetSchedule
@@ -366,6 +369,47 @@ def _make_step(engine: str, model: nn.Module) -> Any:
 def agreement_any(flagged: list[int]) -> bool:
     agreement = Agreement()
     return agreement.any(agreement.rank in flagged)
+
+
+def smallest_of_cards(sizes: list[int | None]) -> int | None:
+    """What ranks agree on whose GPUs have these sizes, of which there are none here."""
+    from dora_dist.setup import recomputation
+
+    recomputation.card_bytes = lambda _: sizes[dist.get_rank()]
+    return recomputation.smallest_card(Agreement())
+
+
+def host_exchanges(flagged: list[int]) -> dict[str, Any]:
+    """What ranks tell each other from host memory, beside a process group that may serve no CPU."""
+    group = host_group(timedelta(seconds=20))
+    agreement = Agreement("cpu", host_group=group)
+    with agreement.together("resting"):
+        pass
+    return {
+        "any": agreement.any(agreement.rank in flagged),
+        "gather": agreement.gather(agreement.rank),
+        "a group of its own": group is not None,
+    }
+
+
+def sum_in_host_memory() -> None:
+    """An all-reduce of the process group itself."""
+    dist.all_reduce(torch.zeros(1))
+
+
+def host_group_over(interface: str) -> None:
+    """A group for host memory over a network interface."""
+    os.environ["GLOO_SOCKET_IFNAME"] = interface
+    host_group(timedelta(seconds=5))
+
+
+def host_exchange_without_a_rank(absent: int) -> None:
+    """An exchange from which one rank stays away."""
+    agreement = Agreement("cpu", host_group=host_group(timedelta(seconds=1)))
+    if agreement.rank == absent:
+        time.sleep(5)
+    else:
+        agreement.any(False)
 
 
 def agreement_sum() -> Tensor:

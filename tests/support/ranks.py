@@ -28,16 +28,19 @@ class RankOutcome:
     error: str | None = None
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 90) -> list[RankOutcome]:
-    """Run ``function(*args)`` on every rank of a gloo world; fail the test if a rank has not ended in time.
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 90, backend: str = "gloo"
+) -> list[RankOutcome]:
+    """Run ``function(*args)`` on every rank of a world; fail the test if a rank has not ended in time.
 
     Args:
         function: importable by name (the fork server has no test module of yours).
         world_size: number of ranks.
         timeout: seconds for all of it.
+        backend: of the process group; ``cuda:gloo`` serves tensors on GPUs only, as NCCL does, and needs none.
     """
     with tempfile.TemporaryDirectory() as folder:
-        processes = start_ranks(_joined, world_size, Path(folder), function, args)
+        processes = start_ranks(_joined, world_size, Path(folder), backend, function, args)
         wait_for_ranks(processes, timeout)
         outcomes = []
         for rank, process in enumerate(processes):
@@ -81,13 +84,15 @@ def rank_environment(rank: int, world_size: int, **more: str) -> None:
     )
 
 
-def _joined(rank: int, world_size: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _joined(
+    rank: int, world_size: int, folder: Path, backend: str, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     import torch
     import torch.distributed as dist
 
     rank_environment(rank, world_size)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     try:
         outcome = RankOutcome(value=function(*args))
     except Exception as error:

@@ -19,8 +19,10 @@ from dora_dist.base_model.chunked_loss import (
     chunked_cross_entropy,
     obstacle,
 )
+from dora_dist.benchmark.operations import Operations
 from dora_dist.benchmark.peak import rise_of_allocator
 from dora_dist.config.parse import load_config
+from dora_dist.data.batches import predicting
 from dora_dist.setup.build import load_model
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6}
@@ -197,6 +199,22 @@ def test_micro_batches_add_up_to_the_batch(small_chunks, checkpointing):
     found = torch.cat([parameter.grad.flatten() for parameter in trainable(model).values()])
     # The model's own loss is float32, whatever the logits are.
     assert_close(found, expected, 1e-6)
+
+
+def test_positions_found_with_the_batch_give_the_same_and_nobody_waits_for_them(small_chunks):
+    model = shake(adapt(tiny_model())).train()
+    assert model.leave_out_logits() is None
+    labels = tokens().clone()
+    labels[:, :3] = IGNORED
+    results = []
+    for batch in ({}, {"predicting": predicting(labels)}):
+        model.zero_grad()
+        with Operations() as found:
+            loss = model(input_ids=tokens(), labels=labels, num_items_in_batch=torch.tensor(9), **batch).loss
+            loss.backward()
+        results.append([loss, *(parameter.grad for parameter in trainable(model).values())])
+        assert found.counts["aten::nonzero"] == (not batch)
+    assert all(map(torch.equal, *results))
 
 
 def test_a_trajectory_on_nf4_is_that_with_logits(tmp_path, small_chunks):

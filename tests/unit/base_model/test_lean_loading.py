@@ -142,6 +142,22 @@ def test_transformers_is_left_as_it_was(tmp_path):
 # What is refused.
 
 
+@pytest.mark.parametrize("mapped", [True, False], ids=["mapped, as for a GPU", "read, as for a CPU"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_are_seen_where_the_tensor_goes(bad, mapped, tmp_path):
+    spoilt = {"model.layers.0.mlp.up_proj.weight", "model.norm.weight"}
+
+    def spoil(tensors):
+        for name in spoilt:
+            tensors[name].view(-1)[-1] = bad
+
+    folder = change(save(tmp_path), spoil)
+    with lean_loading._files_read(torch.device("cpu"), mapped) as not_finite:
+        plain(folder, "nf4", torch.float32)
+        assert not not_finite, "the answers are read once, at the end"
+    assert not_finite == spoilt
+
+
 def change(folder, changed):
     """Apply ``changed`` to the tensors of the model's one file."""
     path = folder / "model.safetensors"

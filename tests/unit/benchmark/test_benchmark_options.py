@@ -1,10 +1,11 @@
 """What the benchmark's command line refuses, and what it takes a shape to be."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from dora_dist.benchmark.options import CONTESTANTS, build_parser, check_device, resolve
+from dora_dist.benchmark.options import CONTESTANTS, LIGER, build_parser, check_device, resolve
 from dora_dist.benchmark.shapes import parse_shape
 
 
@@ -26,6 +27,7 @@ def options(*arguments):
         ("--sequence 1", "--sequence is 1, but must be at least 2"),
         ("--batch 0", "--batch is 0, but must be at least 1"),
         ("--contestants peft-lora floo", "--contestants has 'floo', but must be of floor, "),
+        ("--contestants peft-lora peft-liger", "--contestants has peft-liger, .* give --device cuda"),
         ("--contestants floor dynamic", "must include peft-lora"),
         ("--profile floor --contestants peft-lora", "--profile is floor, which --contestants leaves out"),
         ("--profile nobody", "--profile has 'nobody'"),
@@ -40,6 +42,12 @@ def test_an_option_that_cannot_be_is_refused(arguments, message):
         options(*arguments.split())
 
 
+@pytest.mark.skipif(find_spec("liger_kernel") is not None, reason="liger-kernel is installed")
+def test_a_contestant_whose_package_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="--contestants has peft-liger, but the package liger-kernel is not installed"):
+        options("--device", "cuda", "--contestants", "peft-lora", "peft-liger")
+
+
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ValueError, match="--device is cuda, but torch sees no GPU"):
@@ -50,7 +58,7 @@ def test_by_default_the_shapes_of_the_comparison_on_a_cpu():
     chosen = options()
     assert [shape.name for shape in chosen.shapes] == ["512x8", "1024x4", "2048x2"]
     assert all((shape.sequence, shape.batch, shape.checkpointing) == (256, 4, (False, True)) for shape in chosen.shapes)
-    assert chosen.contestants == tuple(CONTESTANTS)
+    assert chosen.contestants == tuple(name for name in CONTESTANTS if name != LIGER)
     assert (chosen.rank, chosen.target_rank, chosen.dropouts) == (12, 8, (0.0,))
     assert (chosen.compute_dtype, chosen.adapter_dtype) == ("float32", "float32")
     assert chosen.output == Path("benchmarks/results")

@@ -9,7 +9,7 @@ import torch
 
 from dora_dist.benchmark.comparison import start, time_in_turns
 from dora_dist.benchmark.contestants import Conditions, build, check_gradients, check_same_start
-from dora_dist.benchmark.options import ADALORA, CONTESTANTS, DYNAMIC, FLOOR, LORA, PRUNED, build_parser, resolve
+from dora_dist.benchmark.options import ADALORA, DYNAMIC, FLOOR, LORA, PRUNED, build_parser, resolve
 from dora_dist.benchmark.peak import PeakMeter
 from dora_dist.benchmark.scoring import dense_scores, measure_accuracy, random_layer
 from dora_dist.benchmark.shapes import parse_shape
@@ -39,7 +39,7 @@ def make(base):
 def test_all_contestants_stand_on_the_same_tensors_and_leave_them_as_they_are(base, make):
     before = {name: parameter.clone() for name, parameter in base.named_parameters()}
     owned = {id(parameter) for parameter in base.parameters()}
-    contestants = start(make, list(CONTESTANTS), rows)
+    contestants = start(make, OPTIONS.contestants, rows)
     time_in_turns(contestants, rows, 0, 2, CPU)
     for contestant in contestants.values():
         frozen = {id(p) for p in contestant.model.parameters() if not p.requires_grad and p.numel() > 1}

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.tiny_models import load_base
@@ -67,7 +68,65 @@ def test_lines_from_standard_input(
 
 def collect(lines: str, raw: bool, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-    return [question.prompt(None, chat=False) for question in generate.collect_questions(None, None, raw)]
+    questions = generate.as_asked(trained_on(), generate.collect_questions(None, None, raw), None)
+    return [question.prompt(None, chat=False) for question in questions]
+
+
+def trained_on(prompts=(None,), systems=("",), chat=False) -> SimpleNamespace:
+    return SimpleNamespace(prompts=set(prompts), systems=set(systems), chat=chat)
+
+
+def asked(trained: SimpleNamespace, *lines: str, system: str | None = None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    return generate.as_asked(trained, generate.collect_questions(None, None, False), system)
+
+
+def test_a_run_is_asked_with_the_message_of_the_system_that_it_was_trained_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = {"role": "system", "content": "Be long."}
+    lines = ["Why?", json.dumps({"messages": [own, {"role": "user", "content": "Why?"}]})]
+    trained = trained_on(systems=["Be brief."], chat=True)
+    for system, wanted in ((None, "Be brief."), ("Be kind.", "Be kind.")):
+        first, second = asked(trained, *lines, system=system, monkeypatch=monkeypatch)
+        assert first.messages == [{"role": "system", "content": wanted}, {"role": "user", "content": "Why?"}]
+        assert second.messages[0] == own
+    (first, _) = asked(trained, *lines, system="", monkeypatch=monkeypatch)
+    assert first.conversation() == [{"role": "user", "content": "Why?"}]
+    with pytest.raises(ValueError, match=r"different messages of the system .*--system TEXT"):
+        asked(trained_on(systems=["a", "b"], chat=True), "Why?", monkeypatch=monkeypatch)
+    with pytest.raises(ValueError, match="--system is 'a', but this run was not trained in a chat template"):
+        asked(trained_on(), "Why?", system="a", monkeypatch=monkeypatch)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_run_with_a_prompt_of_its_own_is_asked_in_it(chat: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = trained_on(["Summarise:\n{talk.0}"], chat=chat)
+    lines = ["A: Hi", json.dumps({"talk": ["A: Hi"], "input": "not asked"}), json.dumps({"prompt": "As it is"})]
+    *worded, raw = asked(trained, *lines, monkeypatch=monkeypatch)
+    for question in worded:
+        if chat:
+            assert question.messages == [{"role": "user", "content": "Summarise:\nA: Hi"}]
+        else:
+            assert question.prompt(None, chat=False) == "Summarise:\nA: Hi"
+    assert raw.prompt(None, chat) == "As it is"
+
+
+def test_a_prompt_of_several_fields_asks_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = trained_on(["{text}\n\n{question}"])
+    (question,) = asked(trained, json.dumps({"text": "T", "question": 3}), monkeypatch=monkeypatch)
+    assert question.prompt(None, chat=False) == "T\n\n3"
+    for line in ("What?", json.dumps({"text": "T"})):
+        with pytest.raises(ValueError, match=r"give its fields \(question, text\) as JSON"):
+            asked(trained, line, monkeypatch=monkeypatch)
+
+
+def test_sources_with_different_prompts_are_said(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (question,) = asked(trained_on([None, "{a}"]), "What?", monkeypatch=monkeypatch)
+    assert question.prompt(None, chat=False) == alpaca_prompt("What?")
+    assert "different prompts: none of them" in capfd.readouterr().err
 
 
 def test_lines_may_be_json(monkeypatch: pytest.MonkeyPatch) -> None:

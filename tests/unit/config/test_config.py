@@ -425,3 +425,46 @@ def test_metrics_are_those_of_the_task_unless_chosen():
     assert metrics_of("sequence_classification", "regression", None) == ("pearson", "spearman")
     assert metrics_of("sequence_classification", "classes", ["f1"]) == ("f1",)
     assert metrics_of("causal_lm", "classes", None) == ()
+
+
+@pytest.mark.parametrize("value", ["auto", "all", "none", 0, 12])
+def test_layers_to_recompute_are_a_word_or_a_number(load, tmp_path, value):
+    assert load("", "--model.recompute_layers", str(value)).model.recompute_layers == value
+    path = tmp_path / "own.yaml"
+    path.write_text(LEAST.replace("  path: some/model\n", f"  path: some/model\n  recompute_layers: {value}\n"))
+    assert load_config(path).model.recompute_layers == value
+    assert load().model.recompute_layers is None
+
+
+@pytest.mark.parametrize("value", ["-1", "some", "1.5", "true"])
+def test_other_layers_to_recompute_are_refused(load, value):
+    with pytest.raises(ValueError, match=r"model\.recompute_layers"):
+        load("", "--model.recompute_layers", value)
+
+
+@pytest.mark.parametrize("entry", ["gradient_checkpointing: true", "gradient_checkpointing: false"])
+def test_both_ways_to_recompute_are_refused_by_both_names(load, entry):
+    name, _, value = entry.partition(": ")
+    with pytest.raises(
+        ValueError,
+        match=rf"training\.{name} is {value} and model\.recompute_layers is auto, .*leave training\.{name} out",
+    ):
+        load(f"training:\n  {entry}\n", "--model.recompute_layers", "auto")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("{use_reentrant: true}", "has use_reentrant: True, which is not supported: the reentrant kind"),
+        ("{preserve_rng_state: false}", "has preserve_rng_state: False, which is not supported: dropout"),
+        ("{every_n_layers: 2}", r"has every_n_layers: 2, .*set model\.recompute_layers"),
+    ],
+)
+def test_ways_of_recomputing_that_give_other_numbers_are_refused(load, options, reason):
+    with pytest.raises(ValueError, match=rf"training\.gradient_checkpointing_kwargs {reason}"):
+        load(f"training:\n  gradient_checkpointing: true\n  gradient_checkpointing_kwargs: {options}\n")
+
+
+def test_a_switch_for_recomputing_that_is_none_is_refused(load):
+    with pytest.raises(ValueError, match=r"training\.gradient_checkpointing is 'maybe', but must be true or false"):
+        load("", "--training.gradient_checkpointing", "maybe")

@@ -8,7 +8,7 @@ from support.byte_tokenizer import byte_tokenizer
 from support.tiny_models import ARCHITECTURES, VOCABULARY, tiny_model
 from support.tiny_run import tiny_tokenizer
 
-from dora_dist.data.batches import FlattenedCollator, PackedCollator, PaddedCollator, PlannedRows
+from dora_dist.data.batches import FlattenedCollator, PackedCollator, PaddedCollator, PlannedRows, PredictingCollator
 from dora_dist.data.encoding.encoder import IGNORED
 from dora_dist.data.plan import TrainingPlan
 from dora_dist.evaluation.packing import check_packing
@@ -102,3 +102,10 @@ def test_for_flash_attention_all_examples_stand_in_one_row():
     assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0, 1, 2]]
     assert batch["labels"].tolist() == [[IGNORED, 2, IGNORED, 4, 5, IGNORED, 4, 5]]
     assert batch["cu_seq_lens_q"].tolist() == [0, 2, 5, 8]
+
+
+def test_positions_that_have_a_target_are_found_with_the_batch():
+    labels = torch.tensor([[IGNORED, IGNORED, 5, 6], [IGNORED, 7, IGNORED, 8]])
+    batch = PredictingCollator(lambda _: {"labels": labels})([])
+    assert batch["predicting"].tolist() == [1, 2, 4, 6]
+    assert batch["labels"] is labels

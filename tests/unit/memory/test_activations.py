@@ -1,6 +1,7 @@
 """The arithmetic of memory, against the tensors of real models."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -137,7 +138,7 @@ def test_the_reduction_bucket_is_that_of_the_launch_file():
     assert launched["contiguous_gradients"] is True
 
 
-def step(shape, *, checkpointing=False, quantization="nf4", adapter=None, engine="zero2", world_size=1, **batch):
+def step(shape, *, recomputed=0, quantization="nf4", adapter=None, engine="zero2", world_size=1, **batch):
     return step_memory(
         TrainingStep(
             shape=shape,
@@ -145,7 +146,7 @@ def step(shape, *, checkpointing=False, quantization="nf4", adapter=None, engine
             batch=Batch(**{"rows": 4, "length": 64, "compute_bytes": 2, **batch}),
             adapter=adapter or Adapter(rank=3, bytes_per_element=2, dropout=True),
             optimizer=Optimizer(engine=engine, world_size=world_size),
-            checkpointing=checkpointing,
+            recomputed=recomputed,
         )
     )
 
@@ -164,18 +165,31 @@ def test_activations_grow_with_tokens_and_scores_with_their_square(saved):
     assert step(shape, padded=True).activations > once.activations
 
 
-def test_checkpointing_keeps_inputs_of_layers_only_unless_the_base_hides_its_own(saved):
+def test_recomputed_layers_keep_their_inputs_only_unless_the_base_hides_its_own(saved):
     shape = shape_of(saved())
-    assert step(shape).checkpointed_activations == 2 * 4 * 64 * 64 * 2
+    hidden = 4 * 64 * 64 * 2
+    assert step(shape, recomputed=2).activations == 2 * hidden
     # bitsandbytes' 8-bit layers keep theirs where checkpointing does not see them, unless they have components.
-    assert step(shape, quantization="int8").checkpointed_activations == step(shape).checkpointed_activations
+    assert step(shape, quantization="int8", recomputed=2).activations == 2 * hidden
     bare = shape_of(saved(), ["o_proj"])
-    assert step(bare, quantization="int8").checkpointed_activations > 4 * step(bare).checkpointed_activations
-    assert step(shape, checkpointing=True).peak.total < step(shape).peak.total
+    assert step(bare, quantization="int8", recomputed=2).activations > 4 * step(bare, recomputed=2).activations
+    assert step(shape, recomputed=2).peak.total < step(shape).peak.total
+
+
+def test_a_layer_that_is_recomputed_trades_what_it_keeps_for_its_input(saved):
+    shape = shape_of(saved(num_hidden_layers=5))
+    adapter = Adapter(rank=3, bytes_per_element=2, dropout=True)
+    batch = Batch(rows=4, length=64, compute_bytes=2)
+    block = block_memory(shape.blocks[0], shape, batch, adapter, "nf4")
+    hidden = 4 * 64 * 64 * 2
+    kept = [step(shape, recomputed=count).activations for count in range(6)]
+    # The input of the first layer is kept by nobody unless that layer is recomputed.
+    assert kept[0] - kept[1] == block.saved - block.input - hidden
+    assert [before - after for before, after in pairwise(kept[1:])] == [block.saved - hidden] * 4
 
 
 def test_the_peak_is_one_moment_and_not_the_sum(saved):
-    found = step(shape_of(saved()), checkpointing=True)
+    found = step(shape_of(saved()), recomputed=2)
     assert found.peak.total == max(moment.total for moment in found.moments)
     assert "logits" not in found.moments[1].parts
     assert "activations" not in found.moments[2].parts

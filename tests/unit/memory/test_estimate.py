@@ -7,8 +7,7 @@ import sys
 
 import pytest
 import torch
-import yaml
-from support.measured_memory import measure_peak, measure_start, measure_zero_peak, save_model
+from support.measured_memory import measure_peak, measure_start, measure_zero_peak, save_model, write_run
 from support.ranks import run_ranks
 from transformers import Gemma2Config, LlamaConfig, Qwen3Config
 
@@ -31,16 +30,16 @@ SHAPES = {
     "small": ({"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "vocab_size": 512}, 4, 128),
 }
 MORE_CHANGES = (
-    "--model.compute_dtype bfloat16 --training.gradient_checkpointing true",
+    "--model.compute_dtype bfloat16 --model.recompute_layers all",
     "--model.quantization int8",
-    "--model.quantization int8 --training.gradient_checkpointing true",
+    "--model.quantization int8 --model.recompute_layers all",
     "--model.quantization none --adapter.target_modules [q_proj,v_proj]",
     "--model.attention eager --training.gradient_accumulation_steps 2",
-    "--model.attention eager --training.gradient_checkpointing true",
+    "--model.attention eager --model.recompute_layers all",
     "--data.batching packed --training.per_device_train_batch_size 1",
-    "--data.batching packed --training.gradient_checkpointing true",
+    "--data.batching packed --model.recompute_layers all",
     "--model.fuse false",
-    "--model.fuse false --training.gradient_checkpointing true",
+    "--model.fuse false --model.recompute_layers all",
     "--model.fuse false --model.compute_dtype bfloat16",
 )
 HEADS = {"grouped": (4, 2), "small": (8, 2)}
@@ -65,18 +64,6 @@ def models(tmp_path_factory):
     return write
 
 
-def write_run(path, model, rows, length):
-    config = {
-        "output_dir": "runs/x",
-        "model": {"path": str(model)},
-        "data": {"train": "train.jsonl", "max_length": length},
-        "distributed": {"engine": "none"},
-        "training": {"per_device_train_batch_size": rows},
-    }
-    path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    return path
-
-
 def check_against_the_allocator(config, tolerance):
     estimated = estimate_memory(config, world_size=1, device="cpu").peak_bytes
     measured = measure_peak(config)
@@ -85,31 +72,33 @@ def check_against_the_allocator(config, tolerance):
 
 
 @pytest.mark.parametrize(
-    ("shape", "checkpointing"),
+    ("shape", "recomputed"),
     [
-        ("grouped", "false"),
-        pytest.param("grouped", "true", marks=FULL),
-        *[pytest.param(shape, on, marks=FULL) for shape in ("wide", "vocabulary", "words") for on in ("false", "true")],
+        ("grouped", "none"),
+        ("grouped", "2"),
+        *[pytest.param("grouped", number, marks=FULL) for number in ("1", "3", "5", "all")],
+        *[pytest.param("wide", number, marks=FULL) for number in ("none", "1", "2", "3", "all")],
+        *[pytest.param(shape, all_, marks=FULL) for shape in ("vocabulary", "words") for all_ in ("none", "all")],
     ],
 )
-def test_the_peak_is_the_allocators(models, shape, checkpointing):
+def test_the_peak_is_the_allocators(models, shape, recomputed):
     """Required within 10 %; within 2 % is what the arithmetic reaches, and a forgotten tensor would break."""
-    config = load_config(models(shape), ["--training.gradient_checkpointing", checkpointing])
+    config = load_config(models(shape), ["--model.recompute_layers", recomputed])
     check_against_the_allocator(config, 0.02)
 
 
 @FULL
-@pytest.mark.parametrize("checkpointing", ["false", "true"])
+@pytest.mark.parametrize("recomputed", ["none", "1", "all"])
 @pytest.mark.parametrize("shape", ["wide", "words"])
-def test_the_peak_without_fused_operations(models, shape, checkpointing):
-    changes = ["--model.fuse", "false", "--training.gradient_checkpointing", checkpointing]
+def test_the_peak_without_fused_operations(models, shape, recomputed):
+    changes = ["--model.fuse", "false", "--model.recompute_layers", recomputed]
     check_against_the_allocator(load_config(models(shape), changes), 0.02)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        "--adapter.dropout 0 --training.gradient_checkpointing true",
+        "--adapter.dropout 0 --model.recompute_layers all",
         "--model.compute_dtype bfloat16",
         *(pytest.param(changes, marks=FULL) for changes in MORE_CHANGES),
     ],
@@ -130,11 +119,11 @@ def test_the_peak_of_chunks_of_logits_in_bfloat16(models):
 
 @pytest.mark.parametrize("init", ["inputs", "gradient"])
 @pytest.mark.parametrize(
-    ("shape", "checkpointing"),
-    [("wide", "true"), *(pytest.param("grouped", on, marks=FULL) for on in ("true", "false"))],
+    ("shape", "recomputed"),
+    [("wide", "all"), *(pytest.param("grouped", number, marks=FULL) for number in ("all", "3", "none"))],
 )
-def test_the_peak_of_a_start_from_data(models, shape, checkpointing, init):
-    changes = ["--adapter.init", init, "--training.gradient_checkpointing", checkpointing]
+def test_the_peak_of_a_start_from_data(models, shape, recomputed, init):
+    changes = ["--adapter.init", init, "--model.recompute_layers", recomputed]
     config = load_config(models(shape), changes)
     estimated, measured = estimate_memory(config, 1, "cpu").configured.moments[0].total, measure_start(config)
     print(f"estimated {estimated / 2**20:.1f} MiB, measured {measured / 2**20:.1f} MiB, {estimated / measured:.3f}")
@@ -151,7 +140,7 @@ def test_a_model_that_needs_its_logits_has_them_in_its_peak(models):
 @pytest.mark.parametrize(("rank", "accumulation"), [(8, 1), (96, 2)])
 def test_the_peak_on_two_ranks_of_real_deepspeed(models, rank, accumulation):
     changes = f"""--distributed.engine zero2 --model.compute_dtype bfloat16 --adapter.target_rank {rank}
-        --training.gradient_accumulation_steps {accumulation} --training.gradient_checkpointing true"""
+        --training.gradient_accumulation_steps {accumulation} --model.recompute_layers all"""
     estimate = estimate_memory(load_config(models("small"), changes.split()), world_size=2, device="cpu")
     outcomes = run_ranks(measure_zero_peak, 2, str(models("small")), changes.split())
     assert [outcome.error for outcome in outcomes] == [None, None]
@@ -177,7 +166,7 @@ def eight_billion(tmp_path_factory):
         architectures=["LlamaForCausalLM"],
     ).save_pretrained(folder / "model")
     path = write_run(folder / "run.yaml", folder / "model", 4, 2048)
-    overrides = ["--distributed.engine", "zero2", "--training.gradient_checkpointing", "true"]
+    overrides = ["--distributed.engine", "zero2", "--model.recompute_layers", "all"]
     return load_config(path, overrides), path
 
 
@@ -203,16 +192,16 @@ def test_a_model_of_eight_billion_by_hand(eight_billion):
     assert loss.parts["ZeRO reduction bucket"] == 0
     assert estimate.tokens_per_micro_batch == 8192
     assert estimate.tokens_per_step == 8 * 8192
-    assert estimate.with_checkpointing.checkpointed_activations == 32 * 8192 * 4096 * 2 + 4 * 2048**2
-    assert estimate.configured.peak.name == "backward of a decoder layer"
+    assert estimate.recomputing_all.activations == 32 * 8192 * 4096 * 2 + 4 * 2048**2
+    assert estimate.configured.peak.name == "backward of a recomputed layer"
 
 
 @pytest.mark.parametrize("init", ["inputs", "gradient"])
 def test_a_start_from_data_takes_less_than_the_run_at_eight_billion(eight_billion, init):
     config, path = eight_billion
     config = load_config(path, ["--distributed.engine", "zero2", "--adapter.init", init])
-    for columns in (estimate_memory(config, world_size=8), estimate_memory(config, world_size=1)):
-        for memory in (columns.without, columns.with_checkpointing):
+    for estimate in (estimate_memory(config, world_size=8), estimate_memory(config, world_size=1)):
+        for memory in (estimate.recomputing_none, estimate.recomputing_all):
             start, adapter = memory.moments[0], memory.moments[0].parts["adapter"]
             assert start.name == "start from data"
             assert start.total < memory.peak.total
@@ -230,11 +219,13 @@ def test_the_table_shows_parts_tokens_and_where_it_fits(eight_billion):
         "3.25 GiB",
         "embeddings and head",
         "ZeRO reduction bucket",
-        "on *",
+        "all *",
         "forward of the loss",
     ):
         assert words in text
-    assert [line.split()[-2:] for line in text.splitlines() if line.strip().startswith("24 GB")] == [["no", "yes"]]
+    assert [line.split()[2:] for line in text.splitlines() if line.strip().startswith("24 GB")] == [
+        ["no", "yes", "24", "of", "32"]
+    ]
     shards = next(line for line in text.splitlines() if "ZeRO-2 shard" in line)
     assert len(estimate.shards) == 6
     assert all(format_bytes(size) in shards for size in estimate.shards.values())
@@ -246,8 +237,9 @@ def test_json_has_the_same_numbers(eight_billion):
     forecast = forecast_memory(eight_billion[0], 8, "cuda", None, "there are none")
     estimate = forecast.most
     figures = json.loads(as_json(forecast, None))
-    assert figures["peak_bytes"] == figures["with_checkpointing"]["peak"]["bytes"] == estimate.peak_bytes
-    assert figures["without"]["resident"] == dict(estimate.without.resident)
+    peaks = {figures[name]["peak"]["bytes"] for name in ("recomputing_all", "configured")}
+    assert peaks == {figures["peak_bytes"]} == {estimate.peak_bytes}
+    assert figures["recomputing_none"]["resident"] == dict(estimate.recomputing_none.resident)
     assert figures["shards"] == {str(size): shard for size, shard in estimate.shards.items()}
     assert figures["tokens_per_step"] == estimate.tokens_per_step
     assert figures["rows_are"] == "Rows of data.max_length, 2,048 tokens, for the data were not read: there are none."
@@ -261,7 +253,7 @@ def test_dtypes_are_those_that_a_run_would_have(models):
     assert (cpu.compute_dtype, cpu.adapter_dtype) == ("float32", "float32")
     zero = estimate_memory(load_config(models("small"), ["--distributed.engine", "zero2"]), 2)
     assert (zero.compute_dtype, zero.adapter_dtype) == ("bfloat16", "bfloat16")
-    assert torch.bfloat16.itemsize * 50_000_000 == zero.without.moments[1].parts["ZeRO reduction bucket"]
+    assert torch.bfloat16.itemsize * 50_000_000 == zero.recomputing_none.moments[1].parts["ZeRO reduction bucket"]
 
 
 @pytest.mark.parametrize(
@@ -269,7 +261,7 @@ def test_dtypes_are_those_that_a_run_would_have(models):
     [("adamw_torch", 8), ("adamw_torch_fused", 8), ("adamw_8bit", 2), ("lion_32bit", 4), ("sgd", 0), ("adafactor", 0)],
 )
 def test_moments_follow_the_optimizer(models, optimizer, bytes_per_element):
-    plain = estimate_memory(load_config(models("small"), ["--training.optim", optimizer]), 1).without
+    plain = estimate_memory(load_config(models("small"), ["--training.optim", optimizer]), 1).configured
     trained = plain.moments[2].parts["adapter gradients"] // 4
     assert plain.resident["optimizer moments"] == bytes_per_element * trained
 

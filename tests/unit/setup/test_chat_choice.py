@@ -107,5 +107,5 @@ def test_a_prompt_that_cannot_be_made_is_refused(prepared, settings, message):
 
 def test_a_prompt_that_is_rendered_already_is_refused_with_the_way_out(prepared):
     row = {"prompt": "<|im_start|>user\nq", "completion": "a"}
-    with pytest.raises(ValueError, match="set as_chat: false where prompts are rendered already"):
+    with pytest.raises(ValueError, match=r"prompts that are rendered already need data\.as_chat: false"):
         prepared({"train": row}, tokenizer_with_template())

@@ -9,6 +9,7 @@ import torch
 from support.tiny_controller import make_controller
 from support.tiny_run import some_fingerprint
 
+from dora_dist.base_model.recomputation import Recomputation
 from dora_dist.console import files
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.distributed.preemption import PreemptionNotice
@@ -44,6 +45,7 @@ class Loop:
             equilibrium_weight=0.1,
             keep_last=2,
             fingerprint=some_fingerprint(),
+            recomputation=Recomputation(0, 2),
         )
         self.parameters = [layer.lora_b for layer in self.controller.layers.values()]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.1)

@@ -7,6 +7,7 @@ from support.architectures import save_model
 from support.tiny_models import adapt, load_base, tiny_model, tokens
 from torch import nn
 
+from dora_dist.base_model.recomputation import recompute_first
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.method.regularizer import equilibrium_penalty
 from dora_dist.training.gradient_watch import GradientWatch
@@ -44,12 +45,10 @@ def test_a_layer_in_a_tower_that_no_image_goes_through_is_named(folder, quantiza
 
 
 @pytest.mark.parametrize("fuse", [True, False])
-@pytest.mark.parametrize("reentrant", [None, True, False])
-def test_all_layers_of_a_decoder_are_reached_with_and_without_checkpointing(fuse, reentrant):
+@pytest.mark.parametrize("recomputed", [0, 1, 2])
+def test_all_layers_of_a_decoder_are_reached_whatever_is_recomputed(fuse, recomputed):
     model = adapt(tiny_model(), fuse).train()
-    if reentrant is not None:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-        model.enable_input_require_grads()
+    recompute_first(model.get_base_model(), recomputed)
     watch = GradientWatch(model.adapted_layers())
     backward(model)
     watch.check(Agreement())

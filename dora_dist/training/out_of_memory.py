@@ -1,0 +1,69 @@
+"""Memory that runs out, in words that say which setting to change next."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from dora_dist.base_model.recomputation import Recomputation
+from dora_dist.console.errors import ExpectedRunError
+
+SIGNS = ("DefaultCPUAllocator: can't allocate memory", "out of memory")
+"""Parts of the messages of torch's errors that have no type of their own: of its allocator on CPUs, and of CUDA."""
+LOADING_ADVICE = (
+    "while the model was loaded, so that it does not fit at all: set model.quantization to nf4, or take a smaller "
+    "model, or a device with more memory that nobody else uses"
+)
+EVALUATION_ADVICE = "in an evaluation: lower training.per_device_eval_batch_size, or evaluation.max_new_tokens"
+
+
+class NoMemoryLeftError(ValueError):
+    """A device has no memory left for what is configured. Raised on the rank where it happens."""
+
+
+@contextmanager
+def explained(advice: Callable[[], str]) -> Iterator[None]:
+    """Turn the errors of a block in which memory runs out into one that says what to do.
+
+    Args:
+        advice: asked when that happens: where it was, and which settings to change.
+
+    Raises:
+        NoMemoryLeftError: memory has run out.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        # What other ranks report of theirs is no error of this one.
+        told = isinstance(error, ExpectedRunError)
+        if told or not (known or any(sign in str(error) for sign in SIGNS)):
+            raise
+        first_line = str(error).strip().partition("\n")[0]
+        raise NoMemoryLeftError(f"no memory left {advice()} ({type(error).__name__}: {first_line})") from None
+
+
+def step_advice(step: int, recomputation: Recomputation, rows: int, accumulation: int) -> str:
+    """What to change after memory has run out in an optimizer step, in the order in which it costs least.
+
+    Args:
+        step: its number, from 1.
+        recomputation: layers that are recomputed.
+        rows: of a micro-batch on one device.
+        accumulation: micro-batches of an optimizer step.
+    """
+    settings = []
+    count, layers = recomputation.count, recomputation.layers
+    if count < layers:
+        more = min(layers, count + math.ceil(layers / 4))
+        settings.append(f"--model.recompute_layers {'all' if more == layers else f'{more}, then all'}")
+    if rows > 1:
+        fewer = max(divisor for divisor in range(1, rows) if rows % divisor == 0)
+        settings.append(
+            f"--training.per_device_train_batch_size {fewer} "
+            f"--training.gradient_accumulation_steps {accumulation * rows // fewer}, which is the same global batch"
+        )
+    settings.append("a smaller --data.max_length")
+    now = f"{recomputation} layers are recomputed, a micro-batch has {rows} row{'s' * (rows > 1)}"
+    return f"in step {step}, where {now}. Set, until it fits: {'; '.join(settings)}"
