@@ -13,7 +13,8 @@ EXTRA_PROBES = 4
 
 def orthonormal(columns: Tensor) -> Tensor:
     """Orthonormal columns of the same span, float64, of the same shape ``(width, probes)``; no more than ``width``."""
-    return torch.linalg.qr(columns.double()).Q
+    found: Tensor = torch.linalg.qr(columns.double()).Q
+    return found
 
 
 def leading_directions(products: Tensor, count: int) -> Tensor:
@@ -27,7 +28,7 @@ def leading_directions(products: Tensor, count: int) -> Tensor:
         Orthonormal rows, shape ``(count, width)``, float64, the largest first, with :func:`fixed_signs`. Where the
         matrix has a lower rank, the last ones are any that are orthogonal.
     """
-    left = torch.linalg.svd(products.double(), full_matrices=False).U
+    left: Tensor = torch.linalg.svd(products.double(), full_matrices=False).U
     directions = left[:, :count].T
     return directions * fixed_signs(directions)
 
