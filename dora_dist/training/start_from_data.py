@@ -107,7 +107,7 @@ class _Rows:
                 torch.manual_seed(self.start.seed + number)
                 loss = self.loss_of_row(number)
                 if backward:
-                    loss.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
+                    loss.backward()
 
 
 def _draw_probes(
@@ -117,9 +117,10 @@ def _draw_probes(
     shapes = {}
     for name, group in groups.items():
         layer = layers[name]
-        most = min(layer.in_features, layer.out_features) if start.init == GRADIENT else layer.in_features
+        width, outputs = layer.lora_a.shape[1], len(layer.lora_b)
+        most = min(width, outputs) if start.init == GRADIENT else width
         wanted = max(len(layers[one].lora_a) for one in group)
-        shapes[name] = layer.in_features, min(wanted + EXTRA_PROBES, most)
+        shapes[name] = width, min(wanted + EXTRA_PROBES, most)
     probes = _Columns(shapes, next(iter(layers.values())).lora_a)
     for name, part in probes.parts.items():
         part.copy_(orthonormal(torch.randn(part.shape, generator=layer_generator(start.seed, name))))
@@ -134,7 +135,7 @@ def _next_probes(
     start, phase = rows.start, f"pass {number} of {PASSES} over {len(rows.start.rows)} rows for adapter.init"
     to_outputs = start.init == GRADIENT and number % 2 == 1
     shapes = {
-        name: (layers[name].out_features if to_outputs else layers[name].in_features, part.shape[1])
+        name: (len(layers[name].lora_b) if to_outputs else layers[name].lora_a.shape[1], part.shape[1])
         for name, part in probes.parts.items()
     }
     sums = _Columns(shapes, probes.flat)

@@ -20,7 +20,7 @@ from transformers.trainer_utils import TrainOutput
 from dora_dist.adapter.model import DynamicLoraModel
 from dora_dist.base_model.recomputation import recompute_first
 from dora_dist.console.text import say
-from dora_dist.data.batches import PlannedRows
+from dora_dist.data.batches import Collator, PlannedRows
 from dora_dist.distributed.engine import SkippedSteps
 from dora_dist.distributed.world import check_prepared, set_engine_timeout
 from dora_dist.runs import checkpoint
@@ -158,7 +158,8 @@ class DynamicLoraTrainer(Trainer):
     def _loss_of_row(self, number: int) -> Tensor:
         """Task loss of a training row: a sum over its targets, times a constant of the run."""
         assert isinstance(self.train_dataset, PlannedRows)
-        batch = self._prepare_inputs(self.data_collator([self.train_dataset[number]]))
+        collate = cast(Collator, self.data_collator)  # transformers' type knows no rows of several examples
+        batch = self._prepare_inputs(collate([self.train_dataset[number]]))
         return self._task_loss(self.model, batch, torch.ones((), device=self.args.device))[0]
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
