@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dora_dist.adapter.components import Components, GatheredComponents, components_of
 from dora_dist.adapter.linear_operation import Frozen, adapted_linears
 from dora_dist.base_model.quantization import is_known_linear
-from dora_dist.config.adapter import INITS
+from dora_dist.config.adapter import DRAWN_INITS
 
 ADAPTER_NAME = "default"
 
@@ -114,12 +114,14 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
         layers or the process.
 
         Raises:
-            ValueError: ``init`` is not one of ``INITS``.
+            ValueError: ``init`` is not one of ``DRAWN_INITS``.
         """
-        if init not in INITS:
-            raise ValueError(f"init is {init!r}, but must be one of {', '.join(INITS)}")
-        key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
+        if init not in DRAWN_INITS:
+            raise ValueError(
+                f"init is {init!r}, but must be one of {', '.join(DRAWN_INITS)}: a start from data is made in a run, "
+                "by dora-dist train with adapter.init inputs or gradient"
+            )
+        generator = layer_generator(seed, name)
         lora_a = torch.empty(self.lora_a.shape)
         lora_b = torch.zeros(self.lora_b.shape)
         if init == "lora":
@@ -149,6 +151,12 @@ def components(layers: Sequence[DynamicLoraLinear]) -> Components:
 def frozen(layers: Sequence[DynamicLoraLinear]) -> Frozen:
     """The rest of what they compute with."""
     return Frozen(tuple(layer.base_layer for layer in layers), layers[0].dropout)
+
+
+def layer_generator(seed: int, name: str) -> torch.Generator:
+    """Random numbers on the CPU that depend on ``seed`` and the layer's ``name`` only."""
+    key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
 
 
 def _weight(linears: nn.ModuleDict) -> nn.Parameter:

@@ -5,9 +5,15 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 ALL_LINEAR = "all-linear"
-Init = Literal["lora", "paper"]
+Init = Literal["lora", "paper", "inputs", "gradient"]
 INITS: tuple[str, ...] = get_args(Init)
-"""``lora``: a_i as LoRA's, b_i = 0, c_i = 1. ``paper``: a_i and b_i Kaiming-uniform, c_i = 0."""
+"""``lora``: a_i as LoRA's, b_i = 0, c_i = 1. ``paper``: a_i and b_i Kaiming-uniform, c_i = 0. The others are ``lora``
+with a_i of the same length along directions from data: ``inputs``, the principal ones of the layer's inputs;
+``gradient``, the right singular vectors of the gradient of its weight."""
+INPUTS = "inputs"
+GRADIENT = "gradient"
+DRAWN_INITS = ("lora", "paper")
+"""Of :data:`INITS`, those that need no data."""
 AdapterDtype = Literal["auto", "float32", "bfloat16", "float64"]
 DTYPES: tuple[str, ...] = get_args(AdapterDtype)
 
@@ -23,8 +29,10 @@ class DynamicLoraConfig:
         dropout: on the input of the components, in [0, 1).
         target_modules: all-linear (every linear layer of the text decoder that can be adapted, without the output
             head), a regular expression for full module names, or a list of names or their last parts.
-        init: lora (a_i as LoRA's, b_i = 0, c_i = 1) or paper (a_i, b_i Kaiming-uniform, c_i = 0); both start
-            exactly as the base model.
+        init: lora (a_i as LoRA's, b_i = 0, c_i = 1), paper (a_i, b_i Kaiming-uniform, c_i = 0), or lora with a_i along
+            directions from training rows: inputs (the principal directions of the layer's inputs) or gradient (the
+            right singular vectors of the gradient of its weight); all start exactly as the base model.
+        calibration_rows: with init inputs or gradient, training rows that the start is made from, spread over the run.
         dtype: of the adapter's parameters: float32, bfloat16, float64, or auto for that of the base's unquantized
             weights.
         train_gates: train c_i; without, the layer is plain LoRA that can be pruned but not regrow.
@@ -37,6 +45,7 @@ class DynamicLoraConfig:
     dropout: float = 0.1
     target_modules: str | list[str] = ALL_LINEAR
     init: Init = "lora"
+    calibration_rows: int = 64
     dtype: AdapterDtype = "float32"
     train_gates: bool = True
     seed: int | None = None
@@ -57,6 +66,8 @@ class DynamicLoraConfig:
             raise ValueError(f"dtype is {self.dtype!r}, but must be one of {', '.join(DTYPES)}")
         if self.init not in INITS:
             raise ValueError(f"init is {self.init!r}, but must be one of {', '.join(INITS)}")
+        if self.calibration_rows < 1:
+            raise ValueError(f"calibration_rows is {self.calibration_rows}, but must be at least 1")
         if self.init == "paper" and not self.train_gates:
             raise ValueError("init 'paper' starts with all gates at 0, which never change unless train_gates is true")
 

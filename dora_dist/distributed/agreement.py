@@ -88,9 +88,14 @@ class Agreement:
         return bool(highest)
 
     def add_up(self, tensor: Tensor) -> None:
-        """Replace a tensor on :attr:`device` by its sum over the ranks, without a copy: for measuring the backend."""
+        """Replace a tensor on :attr:`device` by its sum over the ranks, without a copy; the same bits on every rank."""
         if self.distributed:
             dist.all_reduce(tensor)
+
+    def take_first(self, tensor: Tensor) -> None:
+        """Replace a tensor on :attr:`device` by that of the first rank, without a copy."""
+        if self.distributed:
+            dist.broadcast(tensor, 0)
 
     @property
     def backend(self) -> str | None:

@@ -225,13 +225,17 @@ def _attention(block: Block, shape: ModelShape, batch: Batch) -> tuple[int, int]
 
 
 def kept_int8_inputs(block: Block, batch: Batch) -> int:
-    """Inputs of a decoder layer's linear layers without components, a tensor that several read counted once."""
-    together = dict.fromkeys(QUERY_KEY_VALUE, "attention") | dict.fromkeys(("gate_proj", "up_proj"), "mlp")
+    """Inputs of a decoder layer's linear layers without components."""
     bare = [linear for linear in block.linears if not linear.adapted]
+    return batch.tokens * widths_read(block, bare) * batch.compute_bytes
+
+
+def widths_read(block: Block, linears: Sequence[Linear]) -> int:
+    """Features of the inputs of some of a decoder layer's linear layers, a tensor that several read counted once."""
     if not block.is_known:
-        return batch.tokens * sum(linear.in_features for linear in bare) * batch.compute_bytes
-    widths = {together.get(linear.kind, linear.kind): linear.in_features for linear in bare}
-    return batch.tokens * sum(widths.values()) * batch.compute_bytes
+        return sum(linear.in_features for linear in linears)
+    together = dict.fromkeys(QUERY_KEY_VALUE, "attention") | dict.fromkeys(("gate_proj", "up_proj"), "mlp")
+    return sum({together.get(linear.kind, linear.kind): linear.in_features for linear in linears}.values())
 
 
 def _computing_bytes(batch: Batch, adapter: Adapter) -> int:

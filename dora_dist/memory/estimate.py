@@ -12,12 +12,14 @@ from dora_dist.base_model.chunked_loss import obstacle
 from dora_dist.base_model.load import BaseModelSpec, load_skeleton
 from dora_dist.base_model.recomputation import Recomputation, number_of_recomputed, recomputable_layers
 from dora_dist.base_model.shape import read_shape
+from dora_dist.config.adapter import DRAWN_INITS
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import CAUSAL_LM
 from dora_dist.config.training import recomputes_layers, training_argument, whole_number
 from dora_dist.console.text import GIB
 from dora_dist.distributed.launcher import check_world_size
 from dora_dist.memory.activations import Adapter, Batch
+from dora_dist.memory.start import at_start
 from dora_dist.memory.step import Optimizer, StepMemory, TrainingStep, step_memory
 
 WORLD_SIZES = (1, 2, 4, 8, 16, 32)
@@ -134,7 +136,7 @@ def estimate_memory(
         recomputed=0,
         chunked_loss=config.model.fuse and obstacle(skeleton.requires_grad_(False)) is None,
     )
-    steps = [step_memory(replace(step, recomputed=count)) for count in range(len(shape.blocks) + 1)]
+    steps = [_memory(config, replace(step, recomputed=count)) for count in range(len(shape.blocks) + 1)]
     again = _recomputed(config, skeleton, steps, card)
     return MemoryEstimate(
         model=config.model.path,
@@ -155,6 +157,15 @@ def estimate_memory(
         shards=_shards(step) if step.optimizer.sharded else {},
         left_out=block_weights.describe_left_out(skeleton, config.adapter.target_modules, adapted),
     )
+
+
+def _memory(config: RunConfig, step: TrainingStep) -> StepMemory:
+    """Of a training step, and where there is one, of the start from data."""
+    memory, init = step_memory(step), config.adapter.init
+    if init in DRAWN_INITS:
+        return memory
+    row = replace(step.batch, rows=1, padded=_is_padded(config, 1))
+    return replace(memory, moments=(at_start(replace(step, batch=row), init), *memory.moments))
 
 
 def card_bytes(device: torch.device) -> int | None:
@@ -211,11 +222,15 @@ def _batch(config: RunConfig, rows: int, compute_dtype: str, attention: str) -> 
         compute_bytes=_bytes_of(compute_dtype),
         # Whatever is not known here keeps no square matrix, as flash attention.
         attention="sdpa" if attention == "sdpa" else "eager" if attention == "eager" else "flash",
-        # The longest row is full, but not all are; packed rows have a mask of blocks.
-        padded=rows > 1 or config.data.batching == "packed",
+        padded=_is_padded(config, rows),
         # accelerate wraps the model in it, unless DeepSpeed has cast all parameters.
         autocast=compute_dtype == "bfloat16" and config.distributed.engine != "zero2",
     )
+
+
+def _is_padded(config: RunConfig, rows: int) -> bool:
+    """The longest row is full, but not all are; packed rows have a mask of blocks."""
+    return rows > 1 or config.data.batching == "packed"
 
 
 def _adapter(config: RunConfig, dtype: str) -> Adapter:

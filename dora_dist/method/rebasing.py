@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dora_dist.method.importance import Components
+from dora_dist.method.subspaces import fixed_signs
 
 
 @torch.no_grad()
@@ -39,8 +40,7 @@ def singular_components(lora_a: Tensor, gate: Tensor, lora_b: Tensor) -> Compone
     columns, column_mix = torch.linalg.qr(lora_b.double() * gate.double())
     left, sigma, right = torch.linalg.svd(column_mix @ row_mix.T)
     directions = right @ rows.T
-    largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
-    signs = torch.where(largest < 0, -1.0, 1.0)
+    signs = fixed_signs(directions)
     length = lora_a.double().square().sum(1).mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
     new_a = directions * signs * length
     new_b = (columns @ left) * (signs.squeeze(1) * sigma / length)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dora_dist.config.adapter import INITS
+from dora_dist.config.adapter import DRAWN_INITS
 from dora_dist.planted.patterns import DEFAULT_KIND, PATTERNS
 
 UNIFORM = "uniform"
@@ -117,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--decay", action="store_true", help="planted singular values fall as 1, 1/2, 1/3, ...")
     parser.add_argument("--kind", default=DEFAULT_KIND, metavar="NAME", help=f"of one-kind; by default {DEFAULT_KIND}")
     parser.add_argument("--scale", type=float, default=1.0, metavar="S", help="of all adapters; by default 1")
-    parser.add_argument("--init", choices=INITS, default="lora", help="of dynamic ranks; by default lora")
+    parser.add_argument("--init", choices=DRAWN_INITS, default="lora", help="of dynamic ranks; by default lora")
     parser.add_argument("--output", type=Path, default=Path("planted.json"), metavar="FILE", help="by default here")
     return parser
 

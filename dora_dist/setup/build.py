@@ -14,6 +14,7 @@ from dora_dist.adapter.model import DynamicLoraForCausalLM, DynamicLoraModel, ad
 from dora_dist.base_model import load
 from dora_dist.base_model.kernels import NO_KERNELS, use_kernels
 from dora_dist.base_model.recomputation import Recomputation
+from dora_dist.config.adapter import DRAWN_INITS, Init
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import TASKS
 from dora_dist.console.text import say
@@ -30,6 +31,7 @@ from dora_dist.training.controller import DynamicRankController
 from dora_dist.training.criterion import criterion_of
 from dora_dist.training.parts import LoopSettings, TrainingParts, TrainingRows
 from dora_dist.training.skipped_steps import SkipPolicy
+from dora_dist.training.start_from_data import DataStart
 from dora_dist.training.trainer import DynamicLoraTrainer
 
 
@@ -84,7 +86,9 @@ def load_model(
     if adapter.dtype == "auto" and not config.distributed.engine.startswith("zero"):
         # Only ZeRO keeps a float32 master copy of low-precision parameters.
         adapter = dataclasses.replace(adapter, dtype="float32")
-    adapter = dataclasses.replace(adapter, seed=adapter_seed(config))
+    # A start from data is made of LoRA's, when the data can go through the model.
+    init: Init = adapter.init if adapter.init in DRAWN_INITS else "lora"
+    adapter = dataclasses.replace(adapter, init=init, seed=adapter_seed(config))
     kernels = NO_KERNELS
     if config.model.fuse and config.model.kernels == "auto" and device.type == "cuda":
         kernels = use_kernels(base)
@@ -124,6 +128,16 @@ def build_controller(
     )
 
 
+def data_start(config: RunConfig, resolved: ResolvedRun) -> DataStart | None:
+    """How the adapter starts from data; None where it is drawn."""
+    if config.adapter.init in DRAWN_INITS:
+        return None
+    # Spread over the run: rows that follow each other have been sorted by length.
+    count, in_all = min(config.adapter.calibration_rows, resolved.plan.num_rows), resolved.plan.num_rows
+    rows = tuple(number * in_all // count for number in range(count))
+    return DataStart(init=config.adapter.init, rows=rows, seed=adapter_seed(config))
+
+
 def build_trainer(
     config: RunConfig,
     resolved: ResolvedRun,
@@ -149,6 +163,7 @@ def build_trainer(
     settings = LoopSettings(
         engine=config.distributed.engine,
         timeout_minutes=config.distributed.timeout_minutes,
+        start=data_start(config, resolved),
         adapter_dtype=next(iter(controller.layers.values())).gate.dtype,
         equilibrium_weight=config.pruning.equilibrium_weight,
         keep_last=config.checkpoint.keep_last,

@@ -15,6 +15,7 @@ from dora_dist.runs.fingerprint import Fingerprint
 from dora_dist.runs.records import RunRecords
 from dora_dist.training.controller import DynamicRankController
 from dora_dist.training.skipped_steps import SkipPolicy
+from dora_dist.training.start_from_data import DataStart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,7 @@ class LoopSettings:
     Attributes:
         engine: ``distributed.engine`` of the configuration.
         timeout_minutes: How long a rank waits for the others in a collective of the engine.
+        start: How the adapter starts from data; None where it is drawn.
         adapter_dtype: The dtype that the adapter's parameters must have when training begins.
         equilibrium_weight: Weight of the Dimensional Equilibrium Modulator in the loss.
         keep_last: Number of complete checkpoints to keep.
@@ -57,6 +59,7 @@ class LoopSettings:
 
     engine: str
     timeout_minutes: float
+    start: DataStart | None
     adapter_dtype: torch.dtype
     equilibrium_weight: float
     keep_last: int

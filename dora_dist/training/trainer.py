@@ -12,13 +12,15 @@ from typing import Any, cast
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils.random import set_seed
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import DefaultFlowCallback, PreTrainedModel, Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_utils import TrainOutput
 
 from dora_dist.adapter.model import DynamicLoraModel
+from dora_dist.base_model.recomputation import recompute_first
 from dora_dist.console.text import say
+from dora_dist.data.batches import Collator, PlannedRows
 from dora_dist.distributed.engine import SkippedSteps
 from dora_dist.distributed.world import check_prepared, set_engine_timeout
 from dora_dist.runs import checkpoint
@@ -28,6 +30,7 @@ from dora_dist.training.gradient_watch import GradientWatch
 from dora_dist.training.optimizer_shards import OptimizerShards
 from dora_dist.training.out_of_memory import EVALUATION_ADVICE, explained, step_advice
 from dora_dist.training.parts import LoopSettings, TrainingParts, TrainingRows
+from dora_dist.training.start_from_data import start_from_data
 from dora_dist.training.step_log import StepLog
 
 KEPT_LOGS = 20
@@ -97,6 +100,10 @@ class DynamicLoraTrainer(Trainer):
         # Dropout of its own on every rank; a resumed run restores each rank's generators from its checkpoint.
         set_seed((self.args.seed + self.args.process_index) % 2**32)
         started = time.monotonic()
+        if self.settings.start is not None and self._resumed_from is None:
+            # Where the Trainer would switch it on.
+            recompute_first(self.model.get_base_model(), self.settings.recomputation.count)
+            start_from_data(self.model, self._loss_of_row, self.settings.start, self.parts.agreement)
         self.parts.agreement.note("starting the engine")
         with explained(self._advice_on_memory):
             result = super().train(str(self._resumed_from) if self._resumed_from else None, *args, **kwargs)
@@ -132,11 +139,9 @@ class DynamicLoraTrainer(Trainer):
     ) -> Any:
         """Task loss plus the penalty. The penalty enters once per optimizer step, whatever the accumulation: each of
         the micro-batches carries its share, and the mean over the ranks leaves it as it is."""
-        if self.parts.row_losses is None:
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        else:
-            outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
-            loss = self.parts.row_losses(outputs, inputs).mean() / self.current_gradient_accumulation_steps
+        loss, outputs = self._task_loss(model, inputs, num_items_in_batch)
+        if self.parts.row_losses is not None:
+            loss = loss / self.current_gradient_accumulation_steps
         if self.model.training:
             penalty = self.parts.controller.penalty() if self.settings.equilibrium_weight else None
             if penalty is not None:
@@ -145,6 +150,21 @@ class DynamicLoraTrainer(Trainer):
                 loss = loss + self.settings.equilibrium_weight * share.to(loss.dtype)
             loss = self.parts.skip_policy.guard(loss)
         return (loss, outputs) if return_outputs else loss
+
+    def _task_loss(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> tuple[Tensor, Any]:
+        """Mean over the rows for a task with one target a row, otherwise a sum over tokens divided by their number in
+        the global batch, as the Trainer makes it; and the model's output."""
+        if self.parts.row_losses is None:
+            return cast(tuple[Tensor, Any], super().compute_loss(model, inputs, True, num_items_in_batch))
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        return self.parts.row_losses(outputs, inputs).mean(), outputs
+
+    def _loss_of_row(self, number: int) -> Tensor:
+        """Task loss of a training row: a sum over its targets, times a constant of the run."""
+        assert isinstance(self.train_dataset, PlannedRows)
+        collate = cast(Collator, self.data_collator)  # transformers' type knows no rows of several examples
+        batch = self._prepare_inputs(collate([self.train_dataset[number]]))
+        return self._task_loss(self.model, batch, torch.ones((), device=self.args.device))[0]
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Held-out loss and metrics by an :class:`~dora_dist.evaluation.evaluator.Evaluator`, logged as ``eval_*``."""

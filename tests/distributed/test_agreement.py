@@ -111,6 +111,12 @@ def test_adding_up_leaves_the_sum_in_place_on_every_rank(world_size):
 
 
 @WORLDS
+def test_what_the_first_rank_has_is_taken_by_all(world_size):
+    outcomes = run_ranks(rank_functions.agreement_first, world_size)
+    assert [outcome.value.tolist() for outcome in outcomes] == [[0, 1, 2, 3]] * world_size
+
+
+@WORLDS
 def test_a_gather_through_the_store_is_the_same_on_every_rank(world_size):
     outcomes = run_ranks(rank_functions.store_gathers, world_size)
     expected = [[("first", rank) for rank in range(world_size)], ["gloo"] * world_size]

@@ -19,8 +19,10 @@ from dora_dist.base_model.recomputation import number_of_recomputed, recomputabl
 from dora_dist.benchmark.peak import PeakMeter
 from dora_dist.config.parse import load_config
 from dora_dist.config.run import RunConfig
+from dora_dist.distributed.agreement import Agreement
 from dora_dist.distributed.world import use_gloo_only
 from dora_dist.method.regularizer import penalty_of_stacks
+from dora_dist.training.start_from_data import DataStart, start_from_data
 from support.repository import REPOSITORY
 
 
@@ -71,6 +73,16 @@ def measure_peak(config: RunConfig, prepare: Callable[[DynamicLoraModel], None] 
         optimizer.zero_grad()
 
     return meter.of_second(step)
+
+
+def measure_start(config: RunConfig) -> int:
+    """Peak of a start from one row, as long as can be, on one CPU, the resident tensors included."""
+    meter = PeakMeter()
+    model = _load(replace(config, adapter=replace(config.adapter, init="lora")), "float32")
+    start = DataStart(init=config.adapter.init, rows=(0,), seed=0)
+    one_row = replace(config, training={**config.training, "per_device_train_batch_size": 1})
+    one_row.pruning.equilibrium_weight = 0.0
+    return meter.of_second(lambda: start_from_data(model, lambda _: _loss(model, model, one_row), start, Agreement()))
 
 
 def measure_zero_peak(path: str, overrides: list[str], bucket_numel: int) -> int:

@@ -420,6 +420,31 @@ def agreement_sum() -> Tensor:
     return tensor
 
 
+def agreement_first() -> Tensor:
+    """What take_first makes of a tensor that differs by rank."""
+    agreement = Agreement()
+    tensor = torch.arange(4, dtype=torch.float64) + agreement.rank
+    agreement.take_first(tensor)
+    return tensor
+
+
+def start_from_rows(init: str, failing: int | None = None) -> dict[str, Tensor]:
+    """The rows a_i of a tiny model after its start from 7 training rows, of which one rank perhaps cannot read any."""
+    from dora_dist.training.start_from_data import DataStart, start_from_data
+    from support.tiny_models import adapt, tiny_model, tokens
+
+    agreement, model, one = Agreement(), adapt(tiny_model()), torch.ones(())
+
+    def loss(number: int) -> Tensor:
+        if agreement.rank == failing:
+            raise OSError("no such row")
+        ids = tokens(1, 8 + number, seed=number)
+        return model(input_ids=ids, labels=ids, num_items_in_batch=one).loss
+
+    start_from_data(model, loss, DataStart(init=init, rows=range(7), seed=2), agreement)
+    return {name: layer.lora_a.detach() for name, layer in model.adapted_layers().items()}
+
+
 def store_gathers() -> list[list[Any]]:
     """Two gathers through the store, one after the other, and a phase that all ranks pass."""
     agreement = StoreAgreement("cpu", timeout_seconds=30)

@@ -153,6 +153,12 @@ def test_an_unknown_init_is_refused():
         make_layer(init="pissa")
 
 
+@pytest.mark.parametrize("init", ["inputs", "gradient"])
+def test_a_start_from_data_is_none_of_a_layer_alone(init):
+    with pytest.raises(ValueError, match=rf"init is '{init}', but must be one of lora, paper: .* made in a run"):
+        make_layer(init=init)
+
+
 def test_a_second_adapter_is_refused():
     with pytest.raises(ValueError, match="got 'other'"):
         DynamicLoraLinear(make_base(), "other", config=SimpleNamespace(lora_dropout=0.0), r=2, lora_alpha=2)

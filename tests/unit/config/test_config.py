@@ -193,6 +193,7 @@ def test_owned_training_arguments_are_refused_when_loading(load):
         (["--adapter.init", "pissa"], "adapter.init.*pissa"),
         (["--adapter.dtype", "float16"], "adapter.dtype.*float16"),
         (["--adapter.init", "paper", "--adapter.train_gates", "false"], "init 'paper'.*train_gates"),
+        (["--adapter.init", "inputs", "--adapter.calibration_rows", "0"], "calibration_rows is 0.*at least 1"),
         (["--model.quantization", "fp4"], "model.quantization.*fp4"),
         (["--pruning.smoothing", "1.0"], "pruning.smoothing is 1.0"),
         (["--pruning.warmup_fraction", "-0.1"], "pruning.warmup_fraction is -0.1"),

@@ -40,6 +40,7 @@ class Loop:
         settings = LoopSettings(
             engine="none",
             timeout_minutes=1,
+            start=None,
             adapter_dtype=torch.float32,
             equilibrium_weight=0.1,
             keep_last=2,

@@ -1,0 +1,70 @@
+"""How much memory a start from data takes on one device, before the engine and its optimizer are there.
+
+Rows go through the model one at a time (:mod:`dora_dist.training.start_from_data`), with hooks on the layers, so that
+gated MLPs run by their own forward.
+"""
+
+from dataclasses import replace
+
+from dora_dist.base_model.shape import ModelShape
+from dora_dist.config.adapter import GRADIENT
+from dora_dist.memory.activations import FLOAT32, widths_read
+from dora_dist.memory.step import MemoryInstant, TrainingStep, at_loss, base_parts, decoder_memory, in_backward
+from dora_dist.method.subspaces import EXTRA_PROBES
+
+NAME = "start from data"
+
+
+def at_start(step: TrainingStep, init: str) -> MemoryInstant:
+    """The most that a start from data has in memory at once, with no engine.
+
+    Args:
+        step: of the run, but with a batch of one row.
+        init: ``inputs``, for which what a decoder layer needs in its forward is an upper bound, or ``gradient``.
+    """
+    blocks = tuple(replace(block, fused_mlp=False) for block in step.shape.blocks)
+    optimizer = replace(step.optimizer, engine="none", gradients_between=False)
+    adapter = replace(step.adapter, penalty=False)
+    step = replace(step, shape=replace(step.shape, blocks=blocks), optimizer=optimizer, adapter=adapter)
+    resident = {
+        **base_parts(step.shape, step.quantization, step.batch.compute_bytes),
+        "adapter": adapter.nbytes(step.shape),
+        "directions": _directions(step.shape, adapter.rank, init),
+    }
+    if init != GRADIENT:
+        step = replace(step, recomputed=len(blocks))
+    layers = decoder_memory(step)
+    moments = [at_loss(step, resident, layers), *in_backward(step, resident, layers)]
+    if init != GRADIENT:
+        # Nothing is kept; one layer's activations are there, as where a layer is computed again for a backward.
+        moments = [_without(moment, layers.kept) for moment in moments]
+    most = max(moments, key=lambda moment: moment.total)
+    return MemoryInstant(name=NAME, parts={**most.parts, "tokens in float32": _copies(step, init)})
+
+
+def _without(moment: MemoryInstant, kept: int) -> MemoryInstant:
+    activations = max(0, moment.parts.get("activations", 0) - kept)
+    return replace(moment, parts={**moment.parts, "activations": activations})
+
+
+def _directions(shape: ModelShape, rank: int, init: str) -> int:
+    """Probes of all layers, and what a pass adds up: where inputs are shared, those of each input; for the gradient,
+    one of the two is as wide as the layers' outputs."""
+    if init == GRADIENT:
+        width = sum(linear.in_features + linear.out_features for linear in shape.linears if linear.adapted)
+    else:
+        adapted = [[linear for linear in block.linears if linear.adapted] for block in shape.blocks]
+        width = 2 * sum(widths_read(block, linears) for block, linears in zip(shape.blocks, adapted, strict=True))
+    return FLOAT32 * (rank + EXTRA_PROBES) * width
+
+
+def _copies(step: TrainingStep, init: str) -> int:
+    """Of what comes to the widest layer, for its products with the probes."""
+    if step.batch.compute_bytes == FLOAT32:
+        return 0
+    widths = [
+        linear.in_features + (linear.out_features if init == GRADIENT else 0)
+        for linear in step.shape.linears
+        if linear.adapted
+    ]
+    return FLOAT32 * step.batch.tokens * max(widths)
