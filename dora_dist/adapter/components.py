@@ -7,7 +7,9 @@ by side once a forward, and a few operations make what all layers read. Paramete
 their storage.
 """
 
+import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -151,6 +153,7 @@ class GatheredComponents:
         self._in_forward = False
         self._stacks: Stacks | None = None
         self._components: list[Components] | None = None
+        self._forward = 0
         self._of_backward = -1
 
     def __getstate__(self) -> dict[str, Any]:
@@ -185,20 +188,22 @@ class GatheredComponents:
 
     def _begin(self, *_: Any) -> None:
         self._in_forward = True
-        self._stacks = stacks = self._layout.stack()
-        self._components = self._layout.components(stacks)
-        trained = _first_trained(stacks)
+        self._stacks = self._layout.stack()
+        self._components = self._layout.components(self._stacks)
+        trained = _first_trained(self._stacks)
+        self._forward += 1
         if trained is not None:
-            trained.register_hook(lambda _: self._forget(stacks))
+            # Python cannot collect a hook that refers to the tensor it is on: each forward's copies would stay for ever.
+            trained.register_hook(partial(_forget, weakref.ref(self), self._forward))
 
     def _end(self, *_: Any) -> None:
         self._in_forward = False
         if self._stacks is not None and _first_trained(self._stacks) is None:
-            self._forget(self._stacks)
+            self.forget(self._forward)
 
-    def _forget(self, stacks: Stacks) -> None:
-        """Let go of what a forward has made, unless a later one has made its own."""
-        if self._stacks is stacks:
+    def forget(self, forward: int) -> None:
+        """Let go of what a forward, by its number, has made, unless a later one has made its own."""
+        if self._forward == forward:
             self._stacks = self._components = None
 
     def _in_backward(self) -> bool:
@@ -226,6 +231,13 @@ def components_of(layers: Sequence[AdaptedLayer], gathered: GatheredComponents |
 def stacks_of(layers: Sequence[AdaptedLayer], gathered: GatheredComponents | None) -> Stacks:
     """Parameters of all adapted layers of a model; see :meth:`GatheredComponents.stacks`."""
     return Layout([[layer] for layer in layers]).stack() if gathered is None else gathered.stacks()
+
+
+def _forget(gathered: "weakref.ref[GatheredComponents]", forward: int, _: Tensor) -> None:
+    """A hook on what a forward has made, when its gradient is there."""
+    alive = gathered()
+    if alive is not None:
+        alive.forget(forward)
 
 
 def _first_trained(stacks: Stacks) -> Tensor | None:

@@ -1,6 +1,8 @@
 """Components of all layers made at once, against those of each layer alone."""
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -168,6 +170,23 @@ def test_nothing_is_kept_after_the_backward_or_without_gradients():
     with torch.no_grad():
         weighted(model)
     assert gathered._components is None
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_no_forward_leaves_anything_behind(backward):
+    model = make_model()
+    gathered = next(iter(model.adapted_layers().values())).gathered
+    made = []
+    for _ in range(3):
+        loss = weighted(model)
+        made += [weakref.ref(stack) for stack in (*gathered._stacks.rows, *gathered._stacks.columns)]
+        if backward:
+            loss.backward()
+        del loss
+    assert not backward or not any(stack() is not None for stack in made)
+    del model, gathered
+    gc.collect()
+    assert not any(stack() is not None for stack in made)
 
 
 def test_a_model_can_be_copied_between_forward_and_backward():
