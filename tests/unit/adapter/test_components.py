@@ -150,6 +150,45 @@ def test_parameters_and_masks_are_read_as_they_are_at_each_forward():
     torch.testing.assert_close(*outputs, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_decoder_without_its_head_has_the_gradients_of_the_layers_alone(checkpointing):
+    def run(model: DynamicLoraModel) -> list[Tensor]:
+        def forward_and_backward() -> None:
+            hidden = model.get_base_model().model(input_ids=tokens()).last_hidden_state
+            (
+                hidden * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2), dtype=hidden.dtype)
+            ).sum().backward()
+
+        return gradients(model, forward_and_backward)
+
+    assert_close(run(make_model(checkpointing=checkpointing)), run(make_model(fuse=False)))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_inference_mode_comes_before_training_and_in_between(checkpointing):
+    model, reference = make_model(checkpointing=checkpointing), make_model(fuse=False)
+
+    def run() -> None:
+        with torch.inference_mode():
+            torch.testing.assert_close(weighted(model), weighted(reference))
+        loss = weighted(model)
+        with torch.inference_mode():
+            weighted(model)
+        loss.backward()
+
+    assert_close(gradients(model, run), gradients(reference, lambda: weighted(reference).backward()))
+
+
+def test_reentrant_checkpointing_is_refused():
+    """Half of the layers would have had no gradient."""
+    model = make_model()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    loss = weighted(model)
+    with pytest.raises(ValueError, match="'use_reentrant': False"):
+        loss.backward()
+
+
 def test_a_layer_called_by_itself_reads_its_own():
     model = make_model()
     layer = model.adapted_layers()["model.layers.0.mlp.up_proj"]
