@@ -149,7 +149,8 @@ class GatheredComponents:
 
     Gradient checkpointing, in its form that is not reentrant, computes layers again in the backward. They find there
     what the forward has made, since nothing is made within a layer. The reentrant form, to whose layers no gradient
-    would come, is refused in the backward.
+    would come, is refused in the backward. ``torch.compile`` leaves all of this as it is: it cannot trace hooks of a
+    forward that outlast it.
 
     Args:
         groups: layers that read one tensor; every adapted layer of the model is in one group.
@@ -185,6 +186,7 @@ class GatheredComponents:
         """
         return self._layout.stack() if self._stacks is None else self._stacks
 
+    @torch.compiler.disable
     def of(self, layers: Sequence[AdaptedLayer]) -> Components | None:
         """Of layers that follow each other in one group, within a forward of the model and its backward; None
         elsewhere.
@@ -208,6 +210,7 @@ class GatheredComponents:
         start, end = sum(sizes[:at]), sum(sizes[: at + len(layers)])
         return Components(whole.rows[start:end], whole.columns[at : at + len(layers)])
 
+    @torch.compiler.disable
     def _begin(self, module: nn.Module, _: Any) -> None:
         if self._running is not None:
             return
@@ -222,6 +225,7 @@ class GatheredComponents:
             # A hook that refers to the tensor that it is on cannot be collected: each forward's copies would stay.
             trained.register_hook(partial(_forget, weakref.ref(self), self._forward))
 
+    @torch.compiler.disable
     def _end(self, module: nn.Module, *_: Any) -> None:
         if module is not self._running:
             return

@@ -179,6 +179,21 @@ def test_inference_mode_comes_before_training_and_in_between(checkpointing):
     assert_close(gradients(model, run), gradients(reference, lambda: weighted(reference).backward()))
 
 
+@pytest.mark.full("models")
+def test_a_compiled_model_reads_masks_as_they_are():
+    def run(model: DynamicLoraModel) -> list[Tensor]:
+        compiled = torch.compile(model, backend="eager")
+
+        def two_steps() -> None:
+            weighted(compiled).backward()
+            model.adapted_layers()["model.layers.1.mlp.up_proj"].component_mask[0] = False
+            weighted(compiled).backward()
+
+        return gradients(model, two_steps)
+
+    assert_close(run(make_model()), run(make_model(fuse=False)))
+
+
 def test_reentrant_checkpointing_is_refused():
     """Half of the layers would have had no gradient."""
     model = make_model()
