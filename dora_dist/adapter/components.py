@@ -186,7 +186,7 @@ class GatheredComponents:
         """
         return self._layout.stack() if self._stacks is None else self._stacks
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no types for it
     def of(self, layers: Sequence[AdaptedLayer]) -> Components | None:
         """Of layers that follow each other in one group, within a forward of the model and its backward; None
         elsewhere.
@@ -210,7 +210,7 @@ class GatheredComponents:
         start, end = sum(sizes[:at]), sum(sizes[: at + len(layers)])
         return Components(whole.rows[start:end], whole.columns[at : at + len(layers)])
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no types for it
     def _begin(self, module: nn.Module, _: Any) -> None:
         if self._running is not None:
             return
@@ -225,7 +225,7 @@ class GatheredComponents:
             # A hook that refers to the tensor that it is on cannot be collected: each forward's copies would stay.
             trained.register_hook(partial(_forget, weakref.ref(self), self._forward))
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no types for it
     def _end(self, module: nn.Module, *_: Any) -> None:
         if module is not self._running:
             return
