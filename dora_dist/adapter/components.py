@@ -15,6 +15,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+REENTRANT = (
+    "a layer is computed again in the backward by the reentrant kind of gradient checkpointing, in which no gradient "
+    "comes to its components: call gradient_checkpointing_enable({'use_reentrant': False})"
+)
 
 
 class AdaptedLayer(Protocol):
@@ -107,6 +113,7 @@ class Layout:
             for number, group in enumerate(self.groups)
         ]
 
+    @torch.inference_mode(False)  # autograd would refuse constants made in that mode, in the forwards after it
     def _current_factors(self) -> "Factors":
         """Made anew when a mask or a scale has changed only: a GPU makes the host wait for what it reads or copies."""
         state = [(id(layer.component_mask), layer.component_mask._version, layer.scale) for layer in self._layers]
@@ -169,7 +176,9 @@ class GatheredComponents:
     """Components of all adapted layers of a model, made once in each of its forwards.
 
     Gradient checkpointing, in its form that is not reentrant, computes layers again in the backward. They find there
-    what the forward has made, since nothing is made within a layer.
+    what the forward has made, since nothing is made within a layer. The reentrant form, to whose layers no gradient
+    would come, is refused in the backward. ``torch.compile`` leaves all of this as it is: it cannot trace hooks of a
+    forward that outlast it.
 
     Args:
         groups: layers that read one tensor; every adapted layer of the model is in one group.
@@ -178,20 +187,25 @@ class GatheredComponents:
     def __init__(self, groups: Sequence[Sequence[AdaptedLayer]]) -> None:
         self._layout = Layout(groups)
         self._place = {layer: (number, at) for number, group in enumerate(groups) for at, layer in enumerate(group)}
-        self._in_forward = False
+        self._running: nn.Module | None = None
+        self._trained = False
+        self._without_gradients: set[int] = set()
         self._stacks: Stacks | None = None
         self._components: list[Components] | None = None
+        self._forward = 0
         self._of_backward = -1
-        self._number_of_forward = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to one forward: a tensor with a history cannot be copied."""
-        return {**vars(self), "_in_forward": False, "_stacks": None, "_components": None}
+        return {**vars(self), "_running": None, "_stacks": None, "_components": None}
 
     def attach(self, model: nn.Module) -> None:
-        """Serve the layers in the forwards of this model, and in their backwards."""
-        model.register_forward_pre_hook(self._begin)
-        model.register_forward_hook(self._end, always_call=True)
+        """Serve the layers in the forwards of this model and of models within it, such as its decoder without the
+        head, and in their backwards."""
+        for module in model.modules():
+            if module is model or isinstance(module, PreTrainedModel):
+                module.register_forward_pre_hook(self._begin)
+                module.register_forward_hook(self._end, always_call=True)
 
     def stacks(self) -> Stacks:
         """Parameters of all layers: those that the latest forward has read, until its backward; then as they are.
@@ -200,13 +214,23 @@ class GatheredComponents:
         """
         return self._layout.stack() if self._stacks is None else self._stacks
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no types for it
     def of(self, layers: Sequence[AdaptedLayer]) -> Components | None:
         """Of layers that follow each other in one group, within a forward of the model and its backward; None
-        elsewhere."""
-        if not self._in_forward and not self._in_backward():
-            return None
-        assert self._components is not None
+        elsewhere.
+
+        Raises:
+            ValueError: gradient checkpointing is reentrant.
+        """
         number, at = self._place[layers[0]]
+        if self._running is not None:
+            if self._trained and not torch.is_grad_enabled():
+                self._without_gradients.add(number)
+        elif not self._in_backward():
+            return None
+        elif number in self._without_gradients and torch.is_grad_enabled():
+            raise ValueError(REENTRANT)
+        assert self._components is not None
         whole, group = self._components[number], self._layout.groups[number]
         if len(layers) == len(group):
             return whole
@@ -214,23 +238,31 @@ class GatheredComponents:
         start, end = sum(sizes[:at]), sum(sizes[: at + len(layers)])
         return Components(whole.rows[start:end], whole.columns[at : at + len(layers)])
 
-    def _begin(self, *_: Any) -> None:
-        self._in_forward = True
-        self._stacks = stacks = self._layout.stack()
-        self._components = self._layout.components(stacks)
-        self._number_of_forward += 1
-        trained = _first_with_a_gradient(stacks)
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no types for it
+    def _begin(self, module: nn.Module, _: Any) -> None:
+        if self._running is not None:
+            return
+        self._running = module
+        self._stacks = self._layout.stack()
+        self._components = self._layout.components(self._stacks)
+        trained = _first_with_a_gradient(self._stacks)
+        self._forward += 1
+        self._trained = trained is not None
         if trained is not None:
-            trained.register_hook(partial(_forget, weakref.ref(self), self._number_of_forward))
+            self._without_gradients = set()
+            trained.register_hook(partial(_forget, weakref.ref(self), self._forward))
 
-    def _end(self, *_: Any) -> None:
-        self._in_forward = False
-        if self._stacks is not None and _first_with_a_gradient(self._stacks) is None:
-            self._forget(self._number_of_forward)
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no types for it
+    def _end(self, module: nn.Module, *_: Any) -> None:
+        if module is not self._running:
+            return
+        self._running = None
+        if not self._trained:
+            self.forget(self._forward)
 
-    def _forget(self, number_of_forward: int) -> None:
-        """Let go of what a forward has made, unless a later one has made its own."""
-        if self._number_of_forward == number_of_forward:
+    def forget(self, forward: int) -> None:
+        """Let go of what a forward, by its number, has made, unless a later one has made its own."""
+        if self._forward == forward:
             self._stacks = self._components = None
 
     def _in_backward(self) -> bool:
@@ -260,12 +292,12 @@ def stacks_of(layers: Sequence[AdaptedLayer], gathered: GatheredComponents | Non
     return Layout([[layer] for layer in layers]).stack() if gathered is None else gathered.stacks()
 
 
-def _forget(gathered: "weakref.ref[GatheredComponents]", number_of_forward: int, _: Tensor) -> None:
+def _forget(gathered: "weakref.ref[GatheredComponents]", forward: int, _: Tensor) -> None:
     """As a hook of a tensor: it may not hold that tensor, nor what does. Python finds no cycle that goes through a
     graph, so that every forward would leave its tensors behind."""
     alive = gathered()
     if alive is not None:
-        alive._forget(number_of_forward)
+        alive.forget(forward)
 
 
 def _first_with_a_gradient(stacks: Stacks) -> Tensor | None:

@@ -60,6 +60,9 @@ class SharedInput:
     def __call__(self, layer: DynamicLoraLinear, x: Tensor) -> Tensor:
         """Output of one of the layers."""
         place = self._layers.index(layer)
+        if x.is_inference():
+            # It does not say whether it has changed since the first call.
+            return adapted_linears(x, components([layer]), frozen([layer]))[0]
         if self._open and self._input is None:
             self._input, self._version = x, x._version
             outputs = adapted_linears(x, components(self._layers), frozen(self._layers))
