@@ -65,24 +65,6 @@ def kept(layer: DynamicLoraLinear) -> Tensor:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("backward", [True, False])
-def test_nothing_of_a_step_is_left_when_others_have_been_taken(checkpointing, backward):
-    model = make_model(checkpointing=checkpointing)
-
-    def step() -> None:
-        loss = weighted(model)
-        if backward:
-            loss.backward()
-            model.zero_grad()
-
-    step()
-    before = sum(live_storages().values())
-    for _ in range(3):
-        step()
-    assert sum(live_storages().values()) == before
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
 def test_they_are_made_once_a_step(checkpointing):
     """In the forward: neither by a layer, nor when a layer is computed again."""
     model = make_model(checkpointing=checkpointing)
