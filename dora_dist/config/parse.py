@@ -194,4 +194,23 @@ def _explain(message: str, parser: ArgumentParser) -> str:
         name, value = other[1], other[2]
         why = " (YAML takes no and off for false, yes and on for true)" if value in ("True", "False") else ""
         return f"{name} is {value.lower() if why else value}, but must be text: put it in quotation marks{why}"
-    return message
+    return _wrong_type(message) or message
+
+
+KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
+"""Types by the names that jsonargparse gives them, in words."""
+
+
+def _wrong_type(message: str) -> str | None:
+    """jsonargparse's message on a value of another type in words; None where it is none, or a type has no words."""
+    key = re.search(r"^(?:Parser key )?\"([\w.]+)\":", message)
+    value = re.search(r"^ *(?:Expected [^\n]*\. Got|Given) value: ([^\n]*)$", message, re.MULTILINE)
+    types = re.search(r"Subtypes: \[(.*)\]$|Expected an? (.*?)(?:\. Got value: [^\n]*)?$", message, re.MULTILINE)
+    if not (key and value and types):
+        return None
+    wanted = []
+    for choices, kind in re.findall(r"typing\.Literal\[([^\]]*)\]|<class '(\w+)'>", types[1] or types[2]):
+        wanted += re.findall(r"'([^']*)'", choices) if choices else [KINDS.get(kind, "")]
+    if not all(wanted) or not wanted:
+        return None
+    return f"{key[1]} is {value[1]}, but must be {', '.join(wanted[:-1])}{' or ' * (len(wanted) > 1)}{wanted[-1]}"

@@ -235,6 +235,29 @@ def test_an_impossible_value_is_refused_with_value_and_knob(load, overrides, mes
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        ("model.quantization", "foo", "be nf4, int8 or none"),
+        ("model.recompute_layers", "1.5", "be auto, all, none, a whole number or null"),
+        ("pruning.interval", "x", "be a whole number or auto"),
+        ("adapter.target_rank", "1.5", "be a whole number"),
+        ("adapter.alpha", "x", "be a number"),
+        ("model.fuse", "x", "be true or false"),
+    ],
+)
+@pytest.mark.parametrize("in_file", [True, False])
+def test_a_value_of_another_kind_is_refused_in_words(tmp_path, key, value, rule, in_file):
+    path = tmp_path / "run.yaml"
+    sections = {"model": {"path": "m"}, "data": {"train": "t"}, "output_dir": "o"}
+    if in_file:
+        section, name = key.split(".")
+        sections.setdefault(section, {})[name] = yaml.safe_load(value)
+    path.write_text(yaml.safe_dump(sections))
+    with pytest.raises(ValueError, match=rf"^{re.escape(f'{key} is {value}, but must {rule}')}$"):
+        load_config(path, [] if in_file else [f"--{key}", value])
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("output_dir: x\nmodel:\n  path: m\n", "data.train"),
