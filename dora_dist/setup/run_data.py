@@ -238,7 +238,7 @@ def _goes_into_chat(source: SourceConfig, config: DataConfig, name: str, default
     as_chat = layout.is_chat or (layout.may_be_chat and (default if asked is None else asked))
     if not as_chat and (config.system if source.system is None else source.system):
         raise ValueError(
-            f"{source.name} has a system message, which plain prompts have no place for: set as_chat: true"
+            f"{source.name} has a system message, which plain prompts have no place for: set data.as_chat: true"
         )
     return as_chat
 

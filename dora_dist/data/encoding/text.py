@@ -187,7 +187,7 @@ class TextEncoder(RowEncoder[_Part, Encoded]):
         if isinstance(sample, Instruction):
             for name in ("system", "history"):
                 if getattr(sample, name) and not self.rules.as_chat:
-                    raise RowFlaw(name, "has no place under Alpaca's headings: set as_chat: true")
+                    raise RowFlaw(name, "has no place under Alpaca's headings: set data.as_chat: true")
         if isinstance(sample, Instruction | Pair) and self.rules.as_chat:
             sample = sample.as_chat()
         if isinstance(sample, Chat) and self.rules.system and sample.messages[0]["role"] != "system":
