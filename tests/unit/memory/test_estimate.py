@@ -236,7 +236,7 @@ def test_the_table_shows_parts_tokens_and_where_it_fits(eight_billion):
         "4-bit weights",
         "3.25 GiB",
         "embeddings and head",
-        "ZeRO reduction bucket",
+        "adapter side by side",
         "all *",
         "forward of the loss",
     ):
