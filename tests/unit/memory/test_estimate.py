@@ -242,7 +242,7 @@ def test_the_table_shows_parts_tokens_and_where_it_fits(eight_billion):
     ):
         assert words in text
     assert [line.split()[2:] for line in text.splitlines() if line.strip().startswith("24 GB")] == [
-        ["no", "yes", "24", "of", "32"]
+        ["no", "yes", "23", "of", "32"]
     ]
     shards = next(line for line in text.splitlines() if "ZeRO-2 shard" in line)
     assert len(estimate.shards) == 6
