@@ -151,6 +151,14 @@ class DataConfig:
         self.train_sources = _sources(self.train, "data.train")
         self._check_shares()
 
+    def prompt_of(self, source: SourceConfig) -> str | None:
+        """The prompt of its own that a source has; None where its rows have theirs."""
+        return self.prompt if source.prompt is None else source.prompt
+
+    def system_of(self, source: SourceConfig) -> str:
+        """The message of the system for conversations of a source that have none; empty for none."""
+        return (self.system if source.system is None else source.system) or ""
+
     def _check_shares(self) -> None:
         sources = self.train_sources
         weighted = [source for source in sources if source.weight is not None]

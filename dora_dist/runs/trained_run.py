@@ -42,14 +42,12 @@ class TrainedRun:
     @property
     def prompts(self) -> set[str | None]:
         """The prompts of their own (``data.prompt``) that its sources have; None for those that have none."""
-        data = self.config.data
-        return {data.prompt if source.prompt is None else source.prompt for source in data.train_sources}
+        return set(map(self.config.data.prompt_of, self.config.data.train_sources))
 
     @property
     def systems(self) -> set[str]:
         """The messages of the system that its sources give to conversations without one."""
-        data = self.config.data
-        return {(data.system if source.system is None else source.system) or "" for source in data.train_sources}
+        return set(map(self.config.data.system_of, self.config.data.train_sources))
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that was saved with the adapter."""

@@ -215,7 +215,7 @@ def _find(source: SourceConfig, config: DataConfig, formats: Sequence[str]) -> t
         text=source.text,
     )
     wanted: str = config.format if source.format == "auto" else source.format
-    prompt = config.prompt if source.prompt is None else source.prompt
+    prompt = config.prompt_of(source)
     if prompt is not None:
         if wanted not in ("auto", "prompt_completion"):
             raise ValueError(
@@ -236,7 +236,7 @@ def _goes_into_chat(source: SourceConfig, config: DataConfig, name: str, default
         raise ValueError(f"as_chat is true for {source.name}, whose format is {name}, but it is for rows of {chats}")
     asked = config.as_chat if source.as_chat is None else source.as_chat
     as_chat = layout.is_chat or (layout.may_be_chat and (default if asked is None else asked))
-    if not as_chat and (config.system if source.system is None else source.system):
+    if not as_chat and config.system_of(source):
         raise ValueError(
             f"{source.name} has a system message, which plain prompts have no place for: set data.as_chat: true"
         )
@@ -293,8 +293,8 @@ def _prepared(
         format=found.format,
         fields=source.fields,
         as_chat=found.as_chat,
-        prompt=config.prompt if source.prompt is None else source.prompt,
-        system=(config.system if source.system is None else source.system) or "",
+        prompt=config.prompt_of(source),
+        system=config.system_of(source),
         template=template.text if template is not None and found.as_chat else None,
         train_on=config.train_on,
         max_length=config.max_length,
