@@ -16,6 +16,9 @@ from dora_dist.config.given import config_files, given_by, keep_text, values_of
 from dora_dist.config.run import RunConfig
 from dora_dist.config.training import owner_of
 
+KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
+"""Types by the names that jsonargparse gives them, in words."""
+
 
 def build_parser() -> ArgumentParser:
     """The command line of ``dora_dist.train``: ``--config FILE`` and one option for every key."""
@@ -197,10 +200,6 @@ def _explain(message: str, parser: ArgumentParser) -> str:
     return _wrong_type(message) or message
 
 
-KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
-"""Types by the names that jsonargparse gives them, in words."""
-
-
 def _wrong_type(message: str) -> str | None:
     """jsonargparse's message on a value of another type in words; None where it is none, or a type has no words."""
     key = re.search(r"^(?:Parser key )?\"([\w.]+)\":", message)
@@ -208,7 +207,7 @@ def _wrong_type(message: str) -> str | None:
     types = re.search(r"Subtypes: \[(.*)\]$|Expected an? (.*?)(?:\. Got value: [^\n]*)?$", message, re.MULTILINE)
     if not (key and value and types):
         return None
-    wanted = []
+    wanted: list[str] = []
     for choices, kind in re.findall(r"typing\.Literal\[([^\]]*)\]|<class '(\w+)'>", types[1] or types[2]):
         wanted += re.findall(r"'([^']*)'", choices) if choices else [KINDS.get(kind, "")]
     if not all(wanted) or not wanted:
