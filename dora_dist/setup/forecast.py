@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dora_dist.config.model import ModelConfig
 from dora_dist.config.run import RunConfig
 from dora_dist.config.training import length_of_run
 from dora_dist.console.text import format_bytes, time_span
@@ -13,11 +12,9 @@ from dora_dist.data.prepared import PreparedSource
 from dora_dist.memory import table
 from dora_dist.memory.estimate import MemoryEstimate, estimate_memory
 from dora_dist.runs.speed import Speed
+from dora_dist.setup.recomputation import with_longest_row
 from dora_dist.setup.run_data import build_mixture
 from dora_dist.setup.training_arguments import count_steps
-
-SHORTEST = 2
-"""Tokens of a row that has a loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,25 +62,24 @@ def forecast_memory(
         ValueError: see :func:`~dora_dist.memory.estimate.estimate_memory`.
     """
 
-    def of_rows(length: int, model: ModelConfig = config.model) -> MemoryEstimate:
-        changed = replace(config, model=model, data=replace(config.data, max_length=length))
-        return estimate_memory(changed, world_size, device, card)
-
-    limit = config.data.max_length
+    whole = config if train is None else with_longest_row(config, train)
+    most = estimate_memory(whole, world_size, device, card)
     if config.data.batching == "packed":
         return MemoryForecast(
-            most=of_rows(limit), typical=None, rows=f"Rows are packed up to data.max_length, {limit:,} tokens."
+            most=most, typical=None, rows=f"Rows are packed up to data.max_length, {most.length:,} tokens."
         )
     if train is None:
-        rows = f"Rows of data.max_length, {limit:,} tokens, for the data were not read: {unread}."
-        return MemoryForecast(most=of_rows(limit), typical=None, rows=rows)
-    lengths = np.concatenate([source.lengths() for source in train])
-    longest, typical = (max(int(length), SHORTEST) for length in (lengths.max(), np.median(lengths)))
-    most, model = of_rows(longest), config.model
+        rows = f"Rows of data.max_length, {most.length:,} tokens, for the data were not read: {unread}."
+        return MemoryForecast(most=most, typical=None, rows=rows)
+    median = int(np.median(np.concatenate([source.lengths() for source in train])))
+    model = config.model
     if model.recompute_layers is not None:  # decided by the longest row, for all
         model = replace(model, recompute_layers=most.recomputation.count)
+    typical = replace(config, model=model, data=replace(config.data, max_length=median))
     return MemoryForecast(
-        most=most, typical=of_rows(typical, model), rows=f"Rows of the longest example, {longest:,} tokens."
+        most=most,
+        typical=estimate_memory(typical, world_size, device, card),
+        rows=f"Rows of the longest example, {most.length:,} tokens.",
     )
 
 

@@ -1,5 +1,6 @@
 """How many layers a run computes again in the backward."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from transformers import PreTrainedModel
@@ -14,6 +15,7 @@ from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import CAUSAL_LM
 from dora_dist.config.training import recomputes_layers
 from dora_dist.console.text import format_bytes
+from dora_dist.data.prepared import PreparedSource
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.memory.estimate import LEFT_FREE, card_bytes, estimate_memory
 from dora_dist.setup.run_data import RunData
@@ -51,7 +53,7 @@ def resolve_recomputation(
     everything = Recomputation(number_of_recomputed("all", layers, config.model.path), len(layers))
     if card is None or config.task != CAUSAL_LM:
         return everything, []
-    estimate = estimate_memory(with_longest_row(config, data), ranks, "cuda", card)
+    estimate = estimate_memory(with_longest_row(config, data.train), ranks, "cuda", card)
     if estimate.configured.approximate or estimate.recomputation.layers != len(layers):
         return everything, []
     remarks = []
@@ -70,10 +72,10 @@ def apply_recomputation(config: RunConfig, base: PreTrainedModel, recomputation:
         recompute_first(base, recomputation.count)
 
 
-def with_longest_row(config: RunConfig, data: RunData) -> RunConfig:
+def with_longest_row(config: RunConfig, sources: Sequence[PreparedSource]) -> RunConfig:
     """The configuration with the longest row that there is as ``data.max_length``, for an estimate of memory; packed
     rows are all as long as can be."""
     if config.data.batching == "packed":
         return config
-    longest = max(int(source.lengths().max()) for source in data.train)
+    longest = max(int(source.lengths().max()) for source in sources)
     return replace(config, data=replace(config.data, max_length=longest))

@@ -69,13 +69,13 @@ def test_the_kind_is_the_same_whatever_else_is_asked_of_the_trainer(config):
 def test_auto_reckons_with_the_longest_row_that_there_is(config):
     settings = load(config, "--model.recompute_layers", "auto")
     run = resolved(settings, PLENTY)
-    longest = recomputation.with_longest_row(settings, run.data)
+    longest = recomputation.with_longest_row(settings, run.data.train)
     assert longest.data.max_length == max(run.data.train[0].lengths()) < settings.data.max_length
     card = int(estimate_memory(longest, 1, card=PLENTY).peak_bytes / (1 - LEFT_FREE)) + 2
     assert resolved(settings, card).recomputation.count == 0
     assert resolved(settings, card - 4).recomputation.count > 0
     packed = load(config, "--data.batching", "packed", "--data.max_length", "64")
-    assert recomputation.with_longest_row(packed, run.data) is packed
+    assert recomputation.with_longest_row(packed, run.data.train) is packed
 
 
 def test_a_card_that_is_too_small_is_said_before_the_run(config):
