@@ -2,38 +2,18 @@
 
 import pytest
 import torch
-from accelerate import PartialState
+from support.resolved_run import load, resolved
 from support.tiny_encoders import write_classification
 from support.tiny_models import SIZES
-from support.tiny_run import tiny_tokenizer, write_config
+from support.tiny_run import tiny_tokenizer
 from transformers import GPTNeoXJapaneseConfig, GPTNeoXJapaneseForCausalLM
 
 from dora_dist.base_model.recomputation import Recomputation, recomputable_layers
-from dora_dist.config.parse import load_config
 from dora_dist.memory.estimate import LEFT_FREE, estimate_memory
-from dora_dist.setup import build, recomputation, resolve, run_data
+from dora_dist.setup import build, recomputation
 from dora_dist.setup.describe import banner, describe
 
 PLENTY = 2**40
-
-
-@pytest.fixture(autouse=True)
-def one_process():
-    """The process state that the entry point sets up first."""
-    PartialState()
-
-
-@pytest.fixture
-def config(tmp_path):
-    return write_config(tmp_path)
-
-
-def load(config, *overrides):
-    return load_config(config, ["--distributed.engine", "none", *overrides])
-
-
-def resolved(settings, card=None):
-    return resolve.resolve_run(settings, *run_data.read_data(settings), card=card)
 
 
 @pytest.mark.parametrize(

@@ -8,41 +8,21 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
 from support.architectures import save_model
+from support.resolved_run import load, resolved
 from support.tiny_encoders import save_tiny_encoder, write_classification
-from support.tiny_run import tiny_tokenizer, write_config, write_rows
+from support.tiny_run import tiny_tokenizer, write_rows
 from transformers import AutoModel
 
 from dora_dist.base_model.load import BaseModelSpec, load_skeleton
 from dora_dist.config import data as data_config
-from dora_dist.config.parse import load_config
 from dora_dist.config.tasks import SEQUENCE_CLASSIFICATION as CLASSIFICATION
 from dora_dist.config.training import DEFAULT_TRAINING_ARGUMENTS, OWNED_TRAINING_ARGUMENTS
 from dora_dist.data import mixture, plan
 from dora_dist.memory.estimate import estimate_memory
 from dora_dist.memory.table import render
-from dora_dist.setup import build, resolve, run_data, training_arguments
+from dora_dist.setup import build, resolve, training_arguments
 from dora_dist.setup.describe import describe
-
-
-@pytest.fixture(autouse=True)
-def one_process():
-    """The process state that the entry point sets up first."""
-    PartialState()
-
-
-@pytest.fixture
-def config(tmp_path):
-    return write_config(tmp_path)
-
-
-def load(config, *overrides):
-    return load_config(config, ["--distributed.engine", "none", *overrides])
-
-
-def resolved(settings):
-    return resolve.resolve_run(settings, *run_data.read_data(settings))
 
 
 def mixture_of(num_examples):

@@ -1,0 +1,17 @@
+"""A run that is decided upon, without its weights."""
+
+from pathlib import Path
+
+from dora_dist.config.parse import load_config
+from dora_dist.config.run import RunConfig
+from dora_dist.setup import resolve, run_data
+
+
+def load(config: Path, *overrides: str) -> RunConfig:
+    """The configuration of one process."""
+    return load_config(config, ["--distributed.engine", "none", *overrides])
+
+
+def resolved(settings: RunConfig, card: int | None = None) -> resolve.ResolvedRun:
+    """The run, with its data read."""
+    return resolve.resolve_run(settings, *run_data.read_data(settings), card=card)
