@@ -12,10 +12,10 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from dora_dist.benchmark.contestants import (
-    Conditions,
     Contestant,
     Dynamic,
     Pruned,
+    all_conditions,
     build,
     check_gradients,
     check_same_start,
@@ -43,33 +43,28 @@ def compare(shape: Shape, options: Options, agreement: Agreement) -> list[dict[s
     say(f"{shape.name}: a random base in NF4")
     base = build_base(shape, device, getattr(torch, options.compute_dtype), options.seed)
     records = []
-    for checkpointing in shape.checkpointing:
-        for dropout in options.dropouts:
-            say(f"{shape.name}, checkpointing {'on' if checkpointing else 'off'}, dropout {dropout:g}")
-            conditions = Conditions(
-                base=base, options=options, agreement=agreement, checkpointing=checkpointing, dropout=dropout
-            )
-            make = partial(build, conditions=conditions)
-            rows = partial(random_rows, shape, device, options.seed, agreement.rank)
-            peaks = {name: _peak(make, name, rows, meter) for name in options.contestants}
-            contestants = start(make, options.contestants, rows)
-            seconds = time_in_turns(contestants, rows, options.warmup, options.rounds, device)
-            record = {
-                "shape": shape.name,
-                "checkpointing": checkpointing,
-                "dropout": dropout,
-                "sequence": shape.sequence,
-                "batch": shape.batch,
-                "vocabulary": shape.vocabulary,
-                "model_flops_of_step": shape.step_flops,
-                "contestants": _figures(seconds, peaks, shape, options.peak_tflops),
-            }
-            record |= _own_figures(contestants, rows, options.rounds, device)
-            if options.profile:
-                record["profile"] = _profile(contestants[options.profile], rows(0), device)
-            records.append(record)
-            del contestants
-            _forget(device)
+    for conditions in all_conditions(shape, base, options, agreement):
+        make = partial(build, conditions=conditions)
+        rows = partial(random_rows, shape, device, options.seed, agreement.rank)
+        peaks = {name: _peak(make, name, rows, meter) for name in options.contestants}
+        contestants = start(make, options.contestants, rows)
+        seconds = time_in_turns(contestants, rows, options.warmup, options.rounds, device)
+        record = {
+            "shape": shape.name,
+            "checkpointing": conditions.checkpointing,
+            "dropout": conditions.dropout,
+            "sequence": shape.sequence,
+            "batch": shape.batch,
+            "vocabulary": shape.vocabulary,
+            "model_flops_of_step": shape.step_flops,
+            "contestants": _figures(seconds, peaks, shape, options.peak_tflops),
+        }
+        record |= _own_figures(contestants, rows, options.rounds, device)
+        if options.profile:
+            record["profile"] = _profile(contestants[options.profile], rows(0), device)
+        records.append(record)
+        del contestants
+        _forget(device)
     return records
 
 

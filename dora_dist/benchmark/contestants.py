@@ -3,7 +3,7 @@
 A step is forward with labels, backward, clipping, AdamW (fused, the Trainer's default) and ``zero_grad``.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
@@ -20,7 +20,9 @@ from dora_dist.base_model.copies import share
 from dora_dist.base_model.kernels import NO_KERNELS, use_kernels
 from dora_dist.base_model.recomputation import recomputable_layers, recompute_first
 from dora_dist.benchmark.options import ADALORA, DYNAMIC, FLOOR, LIGER, LORA, PRUNED, Options
+from dora_dist.benchmark.shapes import Shape
 from dora_dist.config.adapter import DynamicLoraConfig
+from dora_dist.console.text import say
 from dora_dist.data.batches import predicting
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.method.budget import Budget
@@ -247,6 +249,18 @@ class Conditions:
     def autocast(self) -> torch.dtype | None:
         """See :class:`Contestant`."""
         return None if self.adapter_dtype == self.base.dtype else self.base.dtype
+
+
+def all_conditions(
+    shape: Shape, base: LlamaForCausalLM, options: Options, agreement: Agreement
+) -> Iterator[Conditions]:
+    """Each way of checkpointing of a shape with each dropout; which it is, is said."""
+    for checkpointing in shape.checkpointing:
+        for dropout in options.dropouts:
+            say(f"{shape.name}, checkpointing {'on' if checkpointing else 'off'}, dropout {dropout:g}")
+            yield Conditions(
+                base=base, options=options, agreement=agreement, checkpointing=checkpointing, dropout=dropout
+            )
 
 
 def build(name: str, conditions: Conditions) -> Contestant:

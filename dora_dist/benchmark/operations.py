@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dora_dist.benchmark.contestants import Conditions, Contestant, build
+from dora_dist.benchmark.contestants import Contestant, all_conditions, build
 from dora_dist.benchmark.options import LORA, Options
 from dora_dist.benchmark.shapes import Shape
 from dora_dist.benchmark.synthetic_base import build_base, random_rows
-from dora_dist.console.text import say
 from dora_dist.distributed.agreement import Agreement
 
 NO_WORK = {
@@ -88,24 +87,19 @@ def count_operations(shape: Shape, options: Options, agreement: Agreement) -> li
     base = build_base(shape, agreement.device, getattr(torch, options.compute_dtype), options.seed)
     rows = partial(random_rows, shape, agreement.device, options.seed, agreement.rank)
     records = []
-    for checkpointing in shape.checkpointing:
-        for dropout in options.dropouts:
-            say(f"{shape.name}, {shape.layers} layers, checkpointing {'on' if checkpointing else 'off'}")
-            conditions = Conditions(
-                base=base, options=options, agreement=agreement, checkpointing=checkpointing, dropout=dropout
-            )
-            counted = {name: count_step(build(name, conditions), rows) for name in options.contestants}
-            for figures in counted.values():
-                figures["ratio"] = figures["operations"] / counted[LORA]["operations"]
-            records.append(
-                {
-                    "shape": shape.name,
-                    "layers": shape.layers,
-                    "checkpointing": checkpointing,
-                    "dropout": dropout,
-                    "contestants": counted,
-                }
-            )
+    for conditions in all_conditions(shape, base, options, agreement):
+        counted = {name: count_step(build(name, conditions), rows) for name in options.contestants}
+        for figures in counted.values():
+            figures["ratio"] = figures["operations"] / counted[LORA]["operations"]
+        records.append(
+            {
+                "shape": shape.name,
+                "layers": shape.layers,
+                "checkpointing": conditions.checkpointing,
+                "dropout": conditions.dropout,
+                "contestants": counted,
+            }
+        )
     return records
 
 
