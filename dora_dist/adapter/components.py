@@ -74,6 +74,12 @@ class Layout:
             for layer in group:
                 self._by_shape.setdefault(layer.lora_b.shape, []).append(layer)
         self._layers = [layer for layers in self._by_shape.values() for layer in layers]
+        # Components of each group of a width, and of the layers of each shape: fixed, as shapes never change.
+        self._sizes_of_rows = [
+            [sum(len(layer.gate) for layer in groups[number]) for number in numbers]
+            for numbers in self._by_width.values()
+        ]
+        self._sizes_of_gates = [len(layers) * shape[1] for shape, layers in self._by_shape.items()]
         self._masks: list[Tensor] = []
         self._state: list[tuple[int, int, float]] = []
         self._factors: Factors
@@ -97,12 +103,12 @@ class Layout:
         """Of every group."""
         dtype, constants = self.component_dtype, self._current_factors()
         rows: dict[int, Tensor] = {}
-        for numbers, stack, mask in zip(self._by_width.values(), stacks.rows, constants.masks, strict=True):
-            sizes = [sum(len(layer.gate) for layer in self.groups[number]) for number in numbers]
+        widths = zip(self._by_width.values(), self._sizes_of_rows, stacks.rows, constants.masks, strict=True)
+        for numbers, sizes, stack, mask in widths:
             kept = stack if mask is None else stack * mask
             rows |= zip(numbers, kept.to(dtype).split(sizes), strict=True)
         scaled = (stacks.gates * constants.scales).to(stacks.gates.dtype)
-        factors = scaled.split([len(layers) * shape[1] for shape, layers in self._by_shape.items()])
+        factors = scaled.split(self._sizes_of_gates)
         columns: dict[AdaptedLayer, Tensor] = {}
         for (shape, layers), stack, factor in zip(self._by_shape.items(), stacks.columns, factors, strict=True):
             # torch has no types for `apply`.
