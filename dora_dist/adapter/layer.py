@@ -149,8 +149,19 @@ def components(layers: Sequence[DynamicLoraLinear]) -> Components:
 
 
 def frozen(layers: Sequence[DynamicLoraLinear]) -> Frozen:
-    """The rest of what they compute with."""
-    return Frozen(tuple(layer.base_layer for layer in layers), layers[0].dropout)
+    """The rest of what they compute with.
+
+    Raises:
+        ValueError: they do not drop alike, as where one of them alone is in training mode.
+    """
+    dropouts = {layer.dropout for layer in layers}
+    if len(dropouts) > 1:
+        raise ValueError(
+            f"layers that read one tensor have dropout {', '.join(map(str, sorted(dropouts)))}, but they drop the same "
+            "entries of it: give all of them one mode (train or eval) and one probability, or "
+            "add_dynamic_lora(..., fuse=False)"
+        )
+    return Frozen(tuple(layer.base_layer for layer in layers), dropouts.pop())
 
 
 def layer_generator(seed: int, name: str) -> torch.Generator:

@@ -59,6 +59,15 @@ def test_together_is_as_each_alone(dropout):
     assert shared.is_shared()
 
 
+def test_layers_that_do_not_drop_alike_are_refused():
+    """One of them in another mode: it would have dropped what the first one drops."""
+    attention = Attention(dropout=0.4)
+    share_inputs(attention)
+    attention.v_proj.eval()
+    with pytest.raises(ValueError, match=r"dropout 0\.0, 0\.4, but they drop the same entries"):
+        attention(draw_x())
+
+
 def test_each_step_computes_once_and_keeps_nothing():
     calls = []
     attention = Attention()
