@@ -308,7 +308,8 @@ def finish(run: Path, resolved: "ResolvedRun", trainer: "DynamicLoraTrainer") ->
     Raises:
         BudgetMissedError: the kept components are not the budget.
     """
-    from dora_dist.runs import summary
+    from dora_dist.adapter.ranks import write_plan
+    from dora_dist.runs import records, summary
 
     parts = trainer.parts
     parts.controller.finish()
@@ -317,6 +318,7 @@ def finish(run: Path, resolved: "ResolvedRun", trainer: "DynamicLoraTrainer") ->
     with parts.agreement.together(f"writing the results into {run}"):
         if parts.agreement.is_first:
             save_adapter(trainer.model, resolved.tokenizer, run / "adapter")
+            write_plan(run / records.PLAN, parts.controller.ranks, resolved.fingerprint.as_dict())
             print(summary.finish_run(run), describe_size(run, resolved.fingerprint.task), sep="\n", flush=True)
 
 

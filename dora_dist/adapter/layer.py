@@ -1,6 +1,7 @@
 """The adapted linear layer: a frozen linear map plus gated rank-one components.
 
-``y = W0 x + s * sum_i c_i b_i (a_i . x)`` (equation 6 of Mao et al., 2024), with ``s = alpha / initial_rank``.
+``y = W0 x + s * sum_i c_i b_i (a_i . x)`` (equation 6 of Mao et al., 2024), with ``s = alpha / initial_rank``, or one
+made of the number of components that are left (:meth:`DynamicLoraLinear.follow_mask`).
 The layer knows tensors only: no rank of a process, no schedule, no configuration file.
 """
 
@@ -32,7 +33,7 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
 
     ``shared`` computes the layer together with others that read the same tensor, where there are such. ``gathered``
     makes the components of all layers of the model at once, where it is set. ``on_gradient``, where it is set, is
-    called when a backward comes to the layer.
+    called when a backward comes to the layer. ``scale_of``, where it is set, gives ``s`` for a number of components.
     """
 
     adapter_layer_names = ("lora_A", "lora_B", "lora_gate")
@@ -57,6 +58,7 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
         self.shared: Callable[[DynamicLoraLinear, Tensor], Tensor] | None = None
         self.on_gradient: Callable[[], None] | None = None
         self.gathered: GatheredComponents | None = None
+        self.scale_of: Callable[[int], float] | None = None
         self.set_adapter(adapter_name)
 
     @property
@@ -77,9 +79,21 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
 
     @property
     def scale(self) -> float:
-        """``s = alpha / r``, constant for the whole run."""
+        """``s``: ``alpha / r``, or what :meth:`follow_mask` has made of it."""
         scale: float = self.scaling[ADAPTER_NAME]
         return scale
+
+    def follow_mask(self) -> float:
+        """Take the scale for as many components as the mask leaves, where that is what it depends on.
+
+        Returns:
+            The scale before, divided by the one now: multiplied into ``lora_b``, it leaves the layer what it computes.
+        """
+        kept, before = int(self.component_mask.sum()), self.scale
+        if self.scale_of is None or not kept:
+            return 1.0
+        self.scaling[ADAPTER_NAME] = self.scale_of(kept)
+        return before / self.scale
 
     def effective_gate(self) -> Tensor:
         """Gates with masked components at exactly 0, shape ``(r,)``."""

@@ -1,6 +1,7 @@
 """Putting dynamic-rank components into a model, as a real PEFT model."""
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,8 +18,8 @@ from dora_dist.adapter.components import GatheredComponents
 from dora_dist.adapter.gated_mlp import fuse_gated_mlps
 from dora_dist.adapter.layer import ADAPTER_NAME, DynamicLoraLinear
 from dora_dist.adapter.plain_lora import KEY_PREFIX, fold_components, write_lora_adapter
+from dora_dist.adapter.ranks import resolve_ranks
 from dora_dist.adapter.shared_input import share_inputs
-from dora_dist.adapter.targets import resolve_targets
 from dora_dist.base_model.chunked_loss import ChunkedLoss, proved
 from dora_dist.base_model.head import head_modules, read_in_own_dtype, task_of
 from dora_dist.base_model.kernels import NO_KERNELS, KernelsInUse
@@ -219,14 +220,15 @@ def add_dynamic_lora(
             "the model has an adapter already: give add_dynamic_lora the model as transformers loads it, or go on with "
             "the one that the first call has returned"
         )
-    names = resolve_targets(model, config.target_modules)
+    ranks = resolve_ranks(model, config)
     forbid_inference_packing(model)
     task, heads = task_of(model), head_modules(model)
     lora_config = LoraConfig(
         r=config.start_rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT multiplies by it; its type is an int
         lora_dropout=config.dropout,
-        target_modules=names,
+        rank_pattern={f"^{re.escape(name)}$": rank for name, rank in ranks.items() if rank != config.start_rank},
+        target_modules=list(ranks),
         modules_to_save=list(heads) or None,  # PEFT adds names to it
         task_type=task.peft_type,
         base_model_name_or_path=getattr(model, "name_or_path", None) or None,
@@ -236,15 +238,21 @@ def add_dynamic_lora(
     peft_model = MODELS[task.name](model, lora_config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
     dtype: torch.dtype = model.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     layers = peft_model.adapted_layers()
-    _check_all_adapted(names, layers)
+    _check_all_adapted(ranks, layers)
     for name, layer in layers.items():
-        layer.initialize(config.init, config.seed or 0, name, dtype)
-        layer.gate.requires_grad_(config.train_gates)
+        _start(layer, name, config, dtype)
     prepare_heads(peft_model, heads, dtype, cast_inputs=fuse)
     peft_model.fused, peft_model.kernels = fuse, kernels
     if fuse:
         _gather_components(peft_model, [*fuse_gated_mlps(peft_model, kernels.swiglu), *share_inputs(peft_model)])
     return peft_model
+
+
+def _start(layer: DynamicLoraLinear, name: str, config: DynamicLoraConfig, dtype: torch.dtype) -> None:
+    layer.scale_of = config.scale_of
+    layer.follow_mask()
+    layer.initialize(config.init, config.seed or 0, name, dtype)
+    layer.gate.requires_grad_(config.train_gates)
 
 
 def _gather_components(model: DynamicLoraModel, groups: Sequence[Sequence[DynamicLoraLinear]]) -> None:
@@ -298,5 +306,6 @@ def _named(model: nn.Module, kind: type[Module]) -> Iterator[tuple[str, Module]]
             yield name.removeprefix(KEY_PREFIX), module
 
 
-def _check_all_adapted(wanted: Sequence[str], adapted: dict[str, DynamicLoraLinear]) -> None:
-    assert list(adapted) == sorted(wanted), f"PEFT adapted {sorted(adapted)}, wanted {sorted(wanted)}"
+def _check_all_adapted(wanted: Mapping[str, int], adapted: Mapping[str, DynamicLoraLinear]) -> None:
+    found = {name: len(layer.gate) for name, layer in adapted.items()}
+    assert found == wanted, f"PEFT adapted {found}, wanted {wanted}"

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dora_dist.base_model.head import belongs_to, head_modules
 from dora_dist.base_model.shape import text_decoder
-from dora_dist.config.adapter import ALL_LINEAR
+from dora_dist.config.adapter import ALL_LINEAR, UNIFORM, DynamicLoraConfig
 
 NUMBER = r"\.\d+(?=\.|$)"
 """Of a block, in the name of a module in it."""
@@ -56,9 +56,10 @@ def left_out(model: nn.Module, adapted: Collection[str]) -> dict[str, float]:
     return {kind: size / total for kind, size in kinds.most_common()}
 
 
-def describe_left_out(model: nn.Module, target_modules: object, adapted: Collection[str]) -> str | None:
-    """What ``all-linear`` leaves out, in words; None where that is nothing, or where the layers were named."""
-    shares = left_out(model, adapted) if target_modules == ALL_LINEAR else {}
+def describe_left_out(model: nn.Module, adapter: DynamicLoraConfig, adapted: Collection[str]) -> str | None:
+    """What ``all-linear`` leaves out, in words; None where that is nothing, or where the layers were chosen."""
+    given = adapter.target_modules == ALL_LINEAR and adapter.ranks == UNIFORM
+    shares = left_out(model, adapted) if given else {}
     if not shares:
         return None
     listed = ", ".join(f"{kind} {_percent(share)}" for kind, share in shares.items())

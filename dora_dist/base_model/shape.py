@@ -1,6 +1,6 @@
 """The sizes of a causal language model that decide how much memory it takes, read off its modules."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,13 +19,18 @@ GATED_BLOCK = {*QUERY_KEY_VALUE, "o_proj", *GATED_MLP}
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """A linear layer: its last name, its sizes, and whether it has components."""
+    """A linear layer: its last name, its sizes, and the components that it starts with, whose storage never shrinks."""
 
     kind: str
     in_features: int
     out_features: int
-    adapted: bool
+    rank: int = 0
     is_head: bool = False
+
+    @property
+    def adapted(self) -> bool:
+        """Whether it has components."""
+        return self.rank > 0
 
     @property
     def numel(self) -> int:
@@ -76,6 +81,11 @@ class ModelShape:
     """Whether components of all layers are made at once (:mod:`dora_dist.adapter.components`), and adapted q, k and v
     are computed together."""
 
+    @property
+    def num_components(self) -> int:
+        """Of all layers at the start."""
+        return sum(linear.rank for linear in self.linears)
+
 
 def has_code_of(function: object, known: Callable[..., Any]) -> bool:
     """Whether a function computes as a known one, by its compiled code; docstring and names of variables may differ."""
@@ -112,22 +122,21 @@ class _GatedMlp(nn.Module):
         return down_proj
 
 
-def read_shape(skeleton: "PreTrainedModel", adapted: Sequence[str], fuse: bool = True) -> ModelShape:
+def read_shape(skeleton: "PreTrainedModel", ranks: Mapping[str, int], fuse: bool = True) -> ModelShape:
     """The shape of a transformers model.
 
     Args:
         skeleton: the causal language model, best on the meta device.
-        adapted: full names of the linear layers that get components.
+        ranks: full name of a linear layer that is adapted -> the components that it starts with.
         fuse: adapted layers are computed together where they can.
     """
-    names = set(adapted)
     head, embedding = skeleton.get_output_embeddings(), input_embedding(skeleton)
     linears = {
         name: Linear(
             kind=name.rsplit(".", 1)[-1],
             in_features=module.in_features,
             out_features=module.out_features,
-            adapted=name in names,
+            rank=ranks.get(name, 0),
             is_head=module is head,
         )
         for name, module in skeleton.named_modules()

@@ -104,6 +104,12 @@ def _begin_records(
     return run_records
 
 
+def _schedule(resolved: resolve.ResolvedRun) -> BudgetSchedule:
+    schedule = resolved.budget.schedule
+    assert isinstance(schedule, BudgetSchedule), "AdaLoRA prunes"
+    return schedule
+
+
 def _is_mean_of_rows(config: "RunConfig") -> bool:
     """Whether a micro-batch's loss is a mean over its rows, which the Trainer divides by the accumulation steps with
     the regularizer in it; else it is a sum over tokens divided by those of the global batch."""
@@ -117,9 +123,8 @@ def _add_adalora(
     heads = head_modules(base)
     regularizers = 1 if _is_mean_of_rows(config) else resolved.arguments.gradient_accumulation_steps
     set_seed(adapter_seed(config))
-    model = get_peft_model(
-        base, peft_config(config, own, resolved.budget.schedule, resolved.layers, heads, regularizers)
-    )
+    adalora = peft_config(config, own, _schedule(resolved), list(resolved.ranks), heads, regularizers)
+    model = get_peft_model(base, adalora)
     prepare_heads(model, heads, torch.float32, cast_inputs=config.model.fuse)
     set_seed(config.seed)
     return model
@@ -152,7 +157,7 @@ def _write_result(
     run_records: records.RunRecords,
 ) -> None:
     """Check, measure and save what was trained."""
-    schedule, base = resolved.budget.schedule, _base_of(model)
+    schedule, base = _schedule(resolved), _base_of(model)
     kept = kept_triplets(model)
     factors = folded_triplets(model, kept)
     check_result(factors, schedule)

@@ -5,11 +5,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dora_dist.config.checks import nearest
+from dora_dist.config.training import LORA_PLUS_RATIO
 
 LORA = "lora"
 ADALORA = "adalora"
 DYNAMIC = "dynamic"
-SECTIONS = ("adapter", "pruning")
+SECTIONS = ("adapter", "pruning", "training")
+OF_TRAINING = (LORA_PLUS_RATIO,)
+"""Of the training section, what a method may have for itself."""
 FROM = "from"
 
 
@@ -22,7 +25,7 @@ class Method:
         says: what it is, for the table.
         uniform: the initial rank is the target rank, so that nothing is pruned.
         peer: trained by PEFT's own AdaLoRA.
-        sections: changes to ``adapter`` and ``pruning``.
+        sections: changes to ``adapter``, ``pruning`` and, of ``training``, to :data:`OF_TRAINING`.
     """
 
     name: str
@@ -44,10 +47,7 @@ BUILT_IN = {
             says="LoRA of one rank for all layers",
             uniform=True,
             # Nothing of the method is left, whatever the comparison's run sets for the others.
-            sections={
-                "adapter": {"init": "lora", "train_gates": False},
-                "pruning": {"equilibrium_weight": 0.0, "importance": "frobenius", "rebase": False},
-            },
+            sections={"adapter": {"init": "lora", "train_gates": False}, "pruning": {"rule": "none"}},
         ),
         Method(name=ADALORA, says="PEFT's AdaLoRA, one process", peer=True),
         Method(name=DYNAMIC, says="this method, as configured"),
@@ -97,6 +97,10 @@ def _method(entry: str | Mapping[str, Any]) -> Method:
                 "must be the same for all methods"
             )
     parent = _method(str(described.get(FROM, DYNAMIC)))
+    if parent.peer and described.get("training"):
+        raise ValueError(
+            f"methods.{name}.training is set, but {parent.name} is trained by PEFT's own code: leave it out"
+        )
     sections = {}
     for section in SECTIONS:
         own = described.get(section, {})
@@ -104,6 +108,12 @@ def _method(entry: str | Mapping[str, Any]) -> Method:
             raise ValueError(
                 f"methods.{name}.{section} is {own!r}, but must be a section of the configuration of a run"
             )
+        for key in own if section == "training" else ():
+            if key not in OF_TRAINING:
+                raise ValueError(
+                    f"methods.{name}.training.{key} is set, but of training a method has {', '.join(OF_TRAINING)} "
+                    "only, for all else must be the same for all methods"
+                )
         sections[section] = {**parent.sections.get(section, {}), **own}
     changes = [f"{key} {value}" for section in SECTIONS for key, value in described.get(section, {}).items()]
     return Method(

@@ -14,6 +14,7 @@ from dora_dist.config.checks import nearest
 from dora_dist.config.parse import config_of
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
+from dora_dist.config.training import LORA_PLUS_RATIO
 
 SEARCH = "search"
 REPORTED = "reported"
@@ -152,6 +153,8 @@ class Plan:
             if self.method(group).peer and config.task not in ADALORA_TASKS:
                 known = " and ".join(ADALORA_TASKS)
                 raise ValueError(f"task is {config.task}, but AdaLoRA is compared on {known} only: leave it out")
+            if self.method(group).peer and LORA_PLUS_RATIO in config.training:
+                raise ValueError(f"training.{LORA_PLUS_RATIO} is set, which PEFT's AdaLoRA does not know: leave it out")
             if self.method(group).peer and start == group.budget:
                 raise ValueError(f"adapter.initial_rank is {start}, the budget, so that AdaLoRA has nothing to prune")
         except ValueError as error:

@@ -14,6 +14,11 @@ INPUTS = "inputs"
 GRADIENT = "gradient"
 DRAWN_INITS = ("lora", "paper")
 """Of :data:`INITS`, those that need no data."""
+UNIFORM = "uniform"
+MLP_ONLY = "mlp-only"
+RISING_WITH_DEPTH = "rising-with-depth"
+Scale = Literal["constant", "sqrt_rank"]
+SCALES: tuple[str, ...] = get_args(Scale)
 AdapterDtype = Literal["auto", "float32", "bfloat16", "float64"]
 DTYPES: tuple[str, ...] = get_args(AdapterDtype)
 
@@ -25,7 +30,11 @@ class DynamicLoraConfig:
     Args:
         target_rank: components per layer, on average, after pruning.
         initial_rank: components per layer at the start; by default 1.5 times the target rank, rounded up (the paper's).
-        alpha: the update is scaled by alpha / initial_rank for the whole run.
+        ranks: uniform; or, with pruning.rule none, what each layer has for the whole run: mlp-only, rising-with-depth
+            (both with the parameters of a uniform rank target_rank), or the path of a plan (plan.json of a run).
+        alpha: the update of a layer is scaled by it, as scale says.
+        scale: constant (alpha / initial_rank for all layers and the whole run), or sqrt_rank (alpha / the square root
+            of the components that are left of the layer).
         dropout: on the input of the components, in [0, 1).
         target_modules: all-linear (every linear layer of the text decoder that can be adapted, without the output
             head), a regular expression for full module names, or a list of names or their last parts.
@@ -41,7 +50,9 @@ class DynamicLoraConfig:
 
     target_rank: int = 8
     initial_rank: int | None = None
+    ranks: str = UNIFORM
     alpha: float = 8.0
+    scale: Scale = "constant"
     dropout: float = 0.1
     target_modules: str | list[str] = ALL_LINEAR
     init: Init = "lora"
@@ -62,6 +73,13 @@ class DynamicLoraConfig:
             raise ValueError(f"dropout is {self.dropout}, but must lie in [0, 1)")
         if not self.alpha > 0:
             raise ValueError(f"alpha is {self.alpha}, but must be positive")
+        if self.scale not in SCALES:
+            raise ValueError(f"scale is {self.scale!r}, but must be one of {', '.join(SCALES)}")
+        if self.ranks != UNIFORM and self.initial_rank not in (None, self.target_rank):
+            raise ValueError(
+                f"ranks is {self.ranks}, which are those of the whole run, but initial_rank is {self.initial_rank}: "
+                "leave initial_rank out"
+            )
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}, but must be one of {', '.join(DTYPES)}")
         if self.init not in INITS:
@@ -74,4 +92,10 @@ class DynamicLoraConfig:
     @property
     def start_rank(self) -> int:
         """``initial_rank``, resolved."""
-        return self.initial_rank if self.initial_rank is not None else math.ceil(1.5 * self.target_rank)
+        if self.initial_rank is not None:
+            return self.initial_rank
+        return math.ceil(1.5 * self.target_rank) if self.ranks == UNIFORM else self.target_rank
+
+    def scale_of(self, rank: int) -> float:
+        """What the update of a layer is multiplied with that has so many components left, at least 1."""
+        return self.alpha / (math.sqrt(rank) if self.scale == "sqrt_rank" else self.start_rank)

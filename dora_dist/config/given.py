@@ -20,7 +20,7 @@ TRAINING = "training"
 
 def config_files(arguments: Sequence[str]) -> list[Path]:
     """Files that a command line gives as ``--config``."""
-    return [Path(value) for option, value in _options(arguments) if option == "config"]
+    return [Path(value) for option, value in options(arguments) if option == "config"]
 
 
 def given_by(arguments: Sequence[str], keys: Iterable[str]) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def given_by(arguments: Sequence[str], keys: Iterable[str]) -> dict[str, Any]:
     try:
         for path in config_files(arguments):
             given |= values_of(get_loader("yaml")(path.read_text(encoding="utf-8")), keys)
-        for option, value in _options(arguments):
+        for option, value in options(arguments):
             if option == TRAINING or option.startswith(f"{TRAINING}."):
                 of_option = get_loader("yaml")(value)
                 name = option.removeprefix(TRAINING).removeprefix(".")
@@ -84,7 +84,7 @@ def keep_text(parsed: Any, given: Mapping[str, Any], section: type) -> None:
             parsed[key] = value
 
 
-def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+def options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Name and value of the options of a command line, as ``--name value`` or ``--name=value``."""
     for word, after in pairwise([*arguments, ""]):
         name, equals, value = word.partition("=")

@@ -13,6 +13,7 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 from dora_dist.config.checks import nearest, of_other_trainers
 from dora_dist.config.format_version import FORMAT_VERSION, refuse_later_format
 from dora_dist.config.given import config_files, given_by, keep_text, values_of
+from dora_dist.config.presets import PRESETS, given_preset, preset_of
 from dora_dist.config.run import RunConfig
 from dora_dist.config.training import owner_of
 
@@ -58,7 +59,10 @@ def parse_config(arguments: Sequence[str] | None = None) -> RunConfig:
                 f"{option} is one entry of training.{whole}: give all of them in the file, or at once as "
                 f"--training.{whole} '{{name: value}}'"
             )
-    return RunConfig(**parse_strictly(build_parser(), arguments, RunConfig))
+    parser = build_parser()
+    check_files(arguments, RunConfig)
+    parser.set_defaults(dict(PRESETS[given_preset(arguments)]))
+    return RunConfig(**parse_strictly(parser, arguments, RunConfig))
 
 
 def parse_strictly(parser: ArgumentParser, arguments: Sequence[str], section: type) -> dict[str, Any]:
@@ -72,6 +76,16 @@ def parse_strictly(parser: ArgumentParser, arguments: Sequence[str], section: ty
     Raises:
         ValueError: see :func:`parse_config`.
     """
+    check_files(arguments, section)
+    try:
+        parsed = parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise ValueError(_explain(str(error), parser)) from None
+    return _instances(parsed, given_by(arguments, _keys(parser)), section)
+
+
+def check_files(arguments: Sequence[str], section: type) -> None:
+    """Refuse files of a command line that cannot be read; see :func:`parse_strictly`."""
     for path in config_files(arguments):
         if not path.is_file():
             what = f"{path} is a folder" if path.is_dir() else f"there is no file {path}"
@@ -79,11 +93,6 @@ def parse_strictly(parser: ArgumentParser, arguments: Sequence[str], section: ty
         _refuse_repeated_keys(path)
         refuse_later_format(path)
         _refuse_nulls(path, section)
-    try:
-        parsed = parser.parse_args(arguments)
-    except ArgumentError as error:
-        raise ValueError(_explain(str(error), parser)) from None
-    return _instances(parsed, given_by(arguments, _keys(parser)), section)
 
 
 def config_of(values: Mapping[str, Any]) -> RunConfig:
@@ -102,6 +111,7 @@ def config_of(values: Mapping[str, Any]) -> RunConfig:
         if (dataclasses.is_dataclass(entries[name]) or name == "training") and not isinstance(value, Mapping):
             raise ValueError(f"{name} is {value!r}, but must be a section of the configuration of a run")
     parser = build_parser()
+    parser.set_defaults(dict(PRESETS[preset_of(values)]))
     try:
         parsed = parser.parse_object(dict(values))
     except ArgumentError as error:

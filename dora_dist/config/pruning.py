@@ -5,6 +5,9 @@ from typing import Literal
 
 from dora_dist.config.checks import require
 
+Rule = Literal["prune", "none"]
+PRUNE: Rule = "prune"
+NONE: Rule = "none"
 GATE_SENSITIVITY = "gate_sensitivity"
 """The importance that is summed over steps from gradients; all others are computed from the weights."""
 
@@ -45,6 +48,8 @@ class PruningConfig:
     """When and how components are pruned (steps are optimizer steps).
 
     Args:
+        rule: prune (from adapter.initial_rank down to the budget of adapter.target_rank), or none (the ranks stay as
+            adapter.ranks says, and the other keys of this section have no effect).
         warmup_fraction: share of the run before pruning begins.
         final_fraction: share of the run after the last pruning event, with a fixed mask.
         interval: steps between two events; auto for a twentieth of those from the first event to the last.
@@ -62,6 +67,7 @@ class PruningConfig:
         max_rank: components that any layer keeps at most in the end; null for no bound.
     """
 
+    rule: Rule = PRUNE
     warmup_fraction: float = 0.15
     final_fraction: float = 0.5
     interval: int | Literal["auto"] = "auto"

@@ -4,15 +4,16 @@ Values that cannot work are refused here, before any process group, data or mode
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from dora_dist.config.adapter import DynamicLoraConfig
+from dora_dist.config.adapter import UNIFORM, DynamicLoraConfig
 from dora_dist.config.checks import require
 from dora_dist.config.data import DataConfig
 from dora_dist.config.format_version import FORMAT_VERSION
 from dora_dist.config.model import ModelConfig
-from dora_dist.config.pruning import GATE_SENSITIVITY, PruningConfig
+from dora_dist.config.presets import DEFAULT, PresetName
+from dora_dist.config.pruning import GATE_SENSITIVITY, NONE, PruningConfig
 from dora_dist.config.tasks import CAUSAL_LM, TASKS, TaskName, metrics_of
 from dora_dist.config.training import CHECKPOINTING, check_training_section, with_strategies
 
@@ -101,6 +102,8 @@ class RunConfig:
 
     Args:
         output_dir: folder of the run: checkpoints, adapter, metrics, pictures.
+        preset: of the sections adapter and pruning, whose keys change it: paper (Dynamic Low-Rank Adaptation as it was
+            published), or lora (plain LoRA: no gates, no pruning).
         task: causal_lm (instruction tuning), sequence_classification (classes, or regression), question_answering
             (parts of a text), or seq2seq (summaries, by an encoder and a decoder).
         seed: of the data order, the adapter's start and dropout.
@@ -119,6 +122,7 @@ class RunConfig:
     output_dir: str
     model: ModelConfig
     data: DataConfig
+    preset: PresetName = DEFAULT
     task: TaskName = "causal_lm"
     seed: int = 0
     adapter: DynamicLoraConfig = field(default_factory=lambda: DynamicLoraConfig(dtype="auto"))
@@ -145,8 +149,26 @@ class RunConfig:
                 f"{self.model.recompute_layers}, which decide the same: leave training.{given[0]} out"
             )
         self._check_task()
+        self._check_rule()
         if self.evaluation.exact_match and self.data.eval is None:
             raise ValueError("evaluation.exact_match is true, but there is no held-out data: set data.eval")
+
+    def _check_rule(self) -> None:
+        """Ranks that nothing changes are those of the start."""
+        if self.pruning.rule == NONE:
+            if self.adapter.initial_rank not in (None, self.adapter.target_rank):
+                raise ValueError(
+                    f"pruning.rule is none, so that ranks stay what they are, but adapter.initial_rank is "
+                    f"{self.adapter.initial_rank} and adapter.target_rank is {self.adapter.target_rank}: leave "
+                    "adapter.initial_rank out, or set pruning.rule to prune"
+                )
+            self.adapter = replace(self.adapter, initial_rank=self.adapter.target_rank)
+            return
+        if self.adapter.ranks != UNIFORM:
+            raise ValueError(
+                f"adapter.ranks is {self.adapter.ranks}, which are the ranks of the whole run, but pruning.rule is "
+                f"{self.pruning.rule}: set it to none, or adapter.ranks to uniform"
+            )
         if self.pruning.importance == GATE_SENSITIVITY and not self.adapter.train_gates:
             raise ValueError(
                 f"pruning.importance is {GATE_SENSITIVITY}, which needs gradients of the gates, but "

@@ -45,6 +45,10 @@ OWNED_TRAINING_ARGUMENTS = {
     "optim_target_modules": "set adapter.target_modules",
 }
 
+LORA_PLUS_RATIO = "lora_plus_ratio"
+"""Key of this section that is no name of ``TrainingArguments``: learning rate of the columns b_i over that of all else
+(LoRA+, Hayou et al., 2024, arXiv 2402.12354)."""
+
 NUMBERS_OF_ROWS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon", "num_train_epochs")
 STRATEGIES = ("save_strategy", "eval_strategy", "logging_strategy")
@@ -71,6 +75,7 @@ DEFAULT_TRAINING_ARGUMENTS: dict[str, Any] = {
     "max_grad_norm": 1.0,
     "logging_steps": 10,
     "report_to": ["tensorboard"],
+    LORA_PLUS_RATIO: 1.0,
 }
 
 
@@ -100,6 +105,7 @@ def check_training_section(training: dict[str, Any]) -> None:
 
     fields = [entry for entry in dataclasses.fields(TrainingArguments) if entry.init]
     known = {entry.name: entry.default for entry in fields}
+    known[LORA_PLUS_RATIO] = DEFAULT_TRAINING_ARGUMENTS[LORA_PLUS_RATIO]
     whole = {entry.name for entry in fields if entry.type is int}
     whole_or_none = {entry.name for entry in fields if entry.type == int | None}
     for name, value in training.items():
@@ -116,6 +122,8 @@ def check_training_section(training: dict[str, Any]) -> None:
             raise ValueError(f"training.{name} is {value!r}, but must be a number")
         if name in NUMBERS_OF_ROWS:
             whole_number(training, name)
+        if name == LORA_PLUS_RATIO:
+            require(0 < value < math.inf, f"training.{name}", value, "be positive, and finite")
         if name in NOT_NEGATIVE:
             require(0 <= value < math.inf, f"training.{name}", value, "be at least 0, and finite")
     for name in CHECKPOINTING:

@@ -103,6 +103,16 @@ def write_entries(parameter: nn.Parameter, values: Tensor, chosen: Tensor) -> No
         fragment.copy_(torch.where(mine, new.to(fragment.dtype), fragment))
 
 
+@torch.no_grad()
+def scale_entries(parameter: nn.Parameter, factor: float) -> None:
+    """Multiply all entries of a parameter for good, also under ZeRO; see :func:`write_entries`. Live parameter and
+    master copy are multiplied each on its own, so that the master copy keeps its precision."""
+    parameter.data.mul_(factor)
+    owned = getattr(parameter, "_hp_mapping", None)
+    if owned is not None:
+        owned.get_hp_fragment().mul_(factor)
+
+
 MASTER = "master"
 """Name of the float32 master copy among the tensors that ZeRO's optimizer keeps for a parameter."""
 

@@ -142,14 +142,14 @@ def checkpoint_bytes(config: "RunConfig") -> int | None:
 
     The adapter at its start rank, all in float32, with Adam's moments.
     """
-    from dora_dist.adapter.targets import resolve_targets
+    from dora_dist.adapter.ranks import resolve_ranks
     from dora_dist.base_model.shape import read_shape
     from dora_dist.memory.activations import Adapter
 
     try:
         skeleton = load_skeleton(BaseModelSpec.of(config.model, config.task))
-        shape = read_shape(skeleton, resolve_targets(skeleton, config.adapter.target_modules))
+        shape = read_shape(skeleton, resolve_ranks(skeleton, config.adapter))
     except ValueError:
         return None
-    adapter = Adapter(rank=config.adapter.start_rank, bytes_per_element=FLOAT32, dropout=False)
+    adapter = Adapter(bytes_per_element=FLOAT32, dropout=False)
     return (KEPT_COPIES + MOMENTS) * FLOAT32 * adapter.numel(shape)

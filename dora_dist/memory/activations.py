@@ -22,7 +22,6 @@ class Adapter:
     """The adapter's numbers.
 
     Args:
-        rank: components per layer at the start; storage never shrinks.
         bytes_per_element: of its parameters and their gradients.
         dropout: whether the components' input passes through dropout.
         trained_gates: whether the gates have gradients.
@@ -30,7 +29,6 @@ class Adapter:
         masked: whether components are pruned on the way.
     """
 
-    rank: int
     bytes_per_element: int
     dropout: bool
     trained_gates: bool = True
@@ -39,19 +37,15 @@ class Adapter:
 
     def numel(self, shape: ModelShape) -> int:
         """Elements of all components."""
-        return sum(
-            self.rank * (linear.in_features + linear.out_features + 1) for linear in shape.linears if linear.adapted
-        )
+        return sum(linear.rank * (linear.in_features + linear.out_features + 1) for linear in shape.linears)
 
     def trained_numel(self, shape: ModelShape) -> int:
         """Elements that have a gradient."""
-        frozen = 0 if self.trained_gates else self.rank
-        return self.numel(shape) - frozen * sum(linear.adapted for linear in shape.linears)
+        return self.numel(shape) - (0 if self.trained_gates else shape.num_components)
 
     def nbytes(self, shape: ModelShape) -> int:
         """Parameters and masks (a byte per component)."""
-        masks = self.rank * sum(linear.adapted for linear in shape.linears)
-        return self.bytes_per_element * self.numel(shape) + masks
+        return self.bytes_per_element * self.numel(shape) + shape.num_components
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,15 +221,17 @@ def _attention(block: Block, shape: ModelShape, batch: Batch) -> tuple[int, int]
 def kept_int8_inputs(block: Block, batch: Batch) -> int:
     """Inputs of a decoder layer's linear layers without components."""
     bare = [linear for linear in block.linears if not linear.adapted]
-    return batch.tokens * widths_read(block, bare) * batch.compute_bytes
+    widths = sum(linears[0].in_features for linears in read_together(block, bare))
+    return batch.tokens * widths * batch.compute_bytes
 
 
-def widths_read(block: Block, linears: Sequence[Linear]) -> int:
-    """Features of the inputs of some of a decoder layer's linear layers, a tensor that several read counted once."""
-    if not block.is_known:
-        return sum(linear.in_features for linear in linears)
+def read_together(block: Block, linears: Sequence[Linear]) -> list[list[Linear]]:
+    """Some of a decoder layer's linear layers, grouped by the tensor that they read."""
     together = dict.fromkeys(QUERY_KEY_VALUE, "attention") | dict.fromkeys(("gate_proj", "up_proj"), "mlp")
-    return sum({together.get(linear.kind, linear.kind): linear.in_features for linear in linears}.values())
+    groups: dict[object, list[Linear]] = {}
+    for number, linear in enumerate(linears):
+        groups.setdefault(together.get(linear.kind, linear.kind) if block.is_known else number, []).append(linear)
+    return list(groups.values())
 
 
 def _computing_bytes(batch: Batch, adapter: Adapter) -> int:
@@ -255,7 +251,7 @@ def _low_rank(linear: Linear, shape: ModelShape, batch: Batch, adapter: Adapter)
     own = 0
     if not shape.fused:
         own = (linear.in_features + linear.out_features) * size + linear.out_features * adapter.bytes_per_element
-    return adapter.rank * (batch.tokens * size + own)
+    return linear.rank * (batch.tokens * size + own)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,9 +274,8 @@ class SideBySide:
         by_width: Counter[int] = Counter()
         by_output: Counter[int] = Counter()
         for linear in shape.linears:
-            if linear.adapted:
-                by_width[linear.in_features] += adapter.rank * linear.in_features
-                by_output[linear.out_features] += adapter.rank * linear.out_features
+            by_width[linear.in_features] += linear.rank * linear.in_features
+            by_output[linear.out_features] += linear.rank * linear.out_features
         size = _computing_bytes(batch, adapter)
         copied_rows = adapter.masked or size != adapter.bytes_per_element
         return cls(
@@ -294,8 +289,8 @@ def component_gradients(linears: Sequence[Linear], shape: ModelShape, batch: Bat
     """Gradients of rows and columns, which wait for those of all layers where components are made for all at once."""
     if not shape.fused:
         return 0
-    elements = sum(linear.in_features + linear.out_features for linear in linears if linear.adapted)
-    return adapter.rank * elements * _computing_bytes(batch, adapter)
+    elements = sum(linear.rank * (linear.in_features + linear.out_features) for linear in linears)
+    return elements * _computing_bytes(batch, adapter)
 
 
 def _input_copies(linear: Linear, batch: Batch, adapter: Adapter) -> int:

@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedModel
 
-from dora_dist.adapter.targets import resolve_targets
+from dora_dist.adapter.ranks import resolve_ranks
 from dora_dist.base_model import block_weights
 from dora_dist.base_model.chunked_loss import obstacle
 from dora_dist.base_model.load import BaseModelSpec, load_skeleton
 from dora_dist.base_model.recomputation import Recomputation, number_of_recomputed, recomputable_layers
 from dora_dist.base_model.shape import read_shape
 from dora_dist.config.adapter import DRAWN_INITS
+from dora_dist.config.pruning import NONE
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import CAUSAL_LM
 from dora_dist.config.training import recomputes_layers, training_argument, whole_number
@@ -124,9 +125,9 @@ def estimate_memory(
     )
     skeleton = load_skeleton(BaseModelSpec.of(config.model, config.task))
     block_weights.check_quantized(skeleton, config.model.quantization, config.model.allow_unquantized)
-    adapted = resolve_targets(skeleton, config.adapter.target_modules)
+    ranks = resolve_ranks(skeleton, config.adapter)
     compute_dtype, adapter_dtype = _dtypes(config, device)
-    shape = read_shape(skeleton, adapted, config.model.fuse)
+    shape = read_shape(skeleton, ranks, config.model.fuse)
     step = TrainingStep(
         shape=shape,
         quantization=config.model.quantization,
@@ -155,7 +156,7 @@ def estimate_memory(
         recomputing_all=steps[-1],
         auto={size: fewest_recomputed(steps, size * GIB) for size in GPU_SIZES} if device == "cuda" else {},
         shards=_shards(step) if step.optimizer.sharded else {},
-        left_out=block_weights.describe_left_out(skeleton, config.adapter.target_modules, adapted),
+        left_out=block_weights.describe_left_out(skeleton, config.adapter, ranks),
     )
 
 
@@ -235,12 +236,11 @@ def _is_padded(config: RunConfig, rows: int) -> bool:
 
 def _adapter(config: RunConfig, dtype: str) -> Adapter:
     return Adapter(
-        rank=config.adapter.start_rank,
         bytes_per_element=_bytes_of(dtype),
         dropout=config.adapter.dropout > 0,
         trained_gates=config.adapter.train_gates,
-        penalty=config.pruning.equilibrium_weight > 0,
-        masked=config.adapter.start_rank > config.adapter.target_rank,
+        penalty=config.pruning.rule != NONE and config.pruning.equilibrium_weight > 0,
+        masked=config.pruning.rule != NONE and config.adapter.start_rank > config.adapter.target_rank,
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from dora_dist.base_model.shape import ModelShape
 from dora_dist.config.adapter import GRADIENT
-from dora_dist.memory.activations import FLOAT32, widths_read
+from dora_dist.memory.activations import FLOAT32, read_together
 from dora_dist.memory.step import MemoryInstant, TrainingStep, at_loss, base_parts, decoder_memory, in_backward
 from dora_dist.method.subspaces import EXTRA_PROBES
 
@@ -29,7 +29,7 @@ def at_start(step: TrainingStep, init: str) -> MemoryInstant:
     resident = {
         **base_parts(step.shape, step.quantization, step.batch.compute_bytes),
         "adapter": adapter.nbytes(step.shape),
-        "directions": _directions(step.shape, adapter.rank, init),
+        "directions": _directions(step.shape, init),
     }
     if init != GRADIENT:
         step = replace(step, recomputed=len(blocks))
@@ -47,15 +47,20 @@ def _without(moment: MemoryInstant, kept: int) -> MemoryInstant:
     return replace(moment, parts={**moment.parts, "activations": activations})
 
 
-def _directions(shape: ModelShape, rank: int, init: str) -> int:
+def _directions(shape: ModelShape, init: str) -> int:
     """Probes of all layers, and what a pass adds up: where inputs are shared, those of each input; for the gradient,
     one of the two is as wide as the layers' outputs."""
     if init == GRADIENT:
-        width = sum(linear.in_features + linear.out_features for linear in shape.linears if linear.adapted)
-    else:
-        adapted = [[linear for linear in block.linears if linear.adapted] for block in shape.blocks]
-        width = 2 * sum(widths_read(block, linears) for block, linears in zip(shape.blocks, adapted, strict=True))
-    return FLOAT32 * (rank + EXTRA_PROBES) * width
+        return FLOAT32 * sum(
+            (linear.rank + EXTRA_PROBES) * (linear.in_features + linear.out_features)
+            for linear in shape.linears
+            if linear.adapted
+        )
+    numel = 0
+    for block in shape.blocks:
+        for together in read_together(block, [linear for linear in block.linears if linear.adapted]):
+            numel += (max(linear.rank for linear in together) + EXTRA_PROBES) * together[0].in_features
+    return 2 * FLOAT32 * numel
 
 
 def _copies(step: TrainingStep, init: str) -> int:

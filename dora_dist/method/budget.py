@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dora_dist.method.allocation import select_within_budget
-from dora_dist.method.schedule import BudgetSchedule
+from dora_dist.method.schedule import Schedule
 
 COMPONENTS, PARAMETERS = "components", "parameters"
 
@@ -16,25 +16,25 @@ class Budget:
     """The schedule, applied to what is counted.
 
     Counted in parameters, a component of a wide layer costs more than one of a narrow layer, and the kept components
-    cost together what a uniform rank of ``schedule.target_rank`` would, to within one component.
+    cost together what those of a uniform target rank would, to within one component.
 
     Args:
         schedule: of the run.
         costs: layer name -> what one component of it costs.
     """
 
-    schedule: BudgetSchedule
+    schedule: Schedule
     costs: Mapping[str, int]
 
     @property
     def initial(self) -> int:
         """Cost of all components at the start."""
-        return self.schedule.initial_rank * sum(self.costs.values())
+        return self.schedule.cost_at_start(self.costs)
 
     @property
     def final(self) -> int:
-        """What the components may cost that are kept by the final event."""
-        return self.schedule.target_rank * sum(self.costs.values())
+        """What the components may cost that are left in the end."""
+        return self.schedule.cost_at_end(self.costs)
 
     def at(self, step: int) -> int:
         """What the components may cost that an event at ``step`` keeps."""

@@ -4,7 +4,9 @@ The form is the one of the authors' released code, which reaches its target; the
 Every step here is an *optimizer* step, counted from 1.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 EVENTS = 20
 """Events, or one more, that :func:`automatic_interval` gives."""
@@ -19,6 +21,73 @@ def automatic_interval(total_steps: int, warmup_fraction: float, final_fraction:
         final_fraction: share of the steps after the final event.
     """
     return max(1, int(total_steps * (1 - warmup_fraction - final_fraction)) // EVENTS)
+
+
+class Schedule(Protocol):
+    """What a budget and a controller ask of a schedule."""
+
+    @property
+    def num_components(self) -> int:
+        """Components of the whole model at the start."""
+
+    @property
+    def final_step(self) -> int:
+        """Optimizer step of the last event; the mask is fixed from then on. 0: before the first step."""
+
+    @property
+    def prune_steps(self) -> list[int]:
+        """All steps at which :meth:`is_prune_step` holds, in order."""
+
+    def is_prune_step(self, step: int) -> bool:
+        """Whether an event takes place after optimizer step ``step``."""
+
+    def removed(self, step: int, removable: int) -> int:
+        """Of ``removable`` units that are gone after the final event, how many an event at ``step`` leaves removed."""
+
+    def cost_at_start(self, costs: Mapping[str, int]) -> int:
+        """What all components cost, by the cost of one component of each layer."""
+
+    def cost_at_end(self, costs: Mapping[str, int]) -> int:
+        """What the components may cost that are left in the end."""
+
+
+@dataclass(frozen=True)
+class FixedRanks:
+    """No event: the ranks of the start stay.
+
+    Args:
+        ranks: layer name -> components.
+    """
+
+    ranks: Mapping[str, int]
+
+    final_step = 0
+
+    @property
+    def num_components(self) -> int:
+        """Components of the whole model."""
+        return sum(self.ranks.values())
+
+    @property
+    def prune_steps(self) -> list[int]:
+        """None."""
+        return []
+
+    def is_prune_step(self, step: int) -> bool:
+        """Never."""
+        return False
+
+    def removed(self, step: int, removable: int) -> int:
+        """Nothing."""
+        return 0
+
+    def cost_at_start(self, costs: Mapping[str, int]) -> int:
+        """What the components cost."""
+        return sum(costs[name] * rank for name, rank in self.ranks.items())
+
+    def cost_at_end(self, costs: Mapping[str, int]) -> int:
+        """The same."""
+        return self.cost_at_start(costs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +170,14 @@ class BudgetSchedule:
         """Of ``removable`` units that are gone after the final event, how many an event at ``step`` leaves removed."""
         position = min(max(self._position(step), 0), self._last)
         return removable * position**3 // self._last**3
+
+    def cost_at_start(self, costs: Mapping[str, int]) -> int:
+        """What all components cost, by the cost of one component of each layer."""
+        return self.initial_rank * sum(costs.values())
+
+    def cost_at_end(self, costs: Mapping[str, int]) -> int:
+        """What the components may cost that are left in the end: those of a uniform target rank."""
+        return self.target_rank * sum(costs.values())
 
     def is_prune_step(self, step: int) -> bool:
         """Whether an event takes place after optimizer step ``step``."""

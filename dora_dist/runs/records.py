@@ -16,6 +16,7 @@ from dora_dist.runs.fingerprint import Fingerprint
 
 METRICS = "metrics.jsonl"
 ALLOCATION = "allocation.jsonl"
+PLAN = "plan.json"
 CONFIG = "config.yaml"
 RUN = "run.json"
 SUMMARY = "summary.json"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dora_dist.config.pruning import PRUNE
 from dora_dist.config.tasks import METRICS, Metric
 from dora_dist.console import files
 from dora_dist.runs import records
@@ -57,8 +58,11 @@ def _draw(run: Path, summary: Mapping[str, Any]) -> None:
     events = records.read_events(run / records.ALLOCATION)
     if summary["ranks"]:
         draw_ranks(summary["ranks"], summary["initial_rank"], run / RANK_PICTURE)
-    in_components = fingerprint.pruning.get("budget_unit", "components") == "components"
-    target = fingerprint.adapter.get("target_rank") if in_components else None
+    pruned_by_number = (
+        fingerprint.pruning.get("rule", PRUNE) == PRUNE
+        and fingerprint.pruning.get("budget_unit", "components") == "components"
+    )
+    target = fingerprint.adapter.get("target_rank") if pruned_by_number else None
     budget = Budget(
         start=summary["components_at_start"],
         left={event.step: event.num_kept for event in events},
@@ -84,18 +88,20 @@ def summarize(run: Path) -> dict[str, Any]:
         raise ValueError(f"{run} is not the folder of a run: it has no {records.RUN}; give the output_dir of a run")
     lines = _metrics(run)
     events = records.read_events(run / records.ALLOCATION)
-    initial_rank = records.read_fingerprint(run).initial_rank
     evaluations = [line for line in lines if "eval_loss" in line]
     last_session: Mapping[str, Any] = next((line for line in reversed(lines) if "session_seconds" in line), {})
     ranks = events[-1].ranks if events else {}
     # Before the first event nothing has been pruned.
     unpruned = next((line["components"] for line in lines if "components" in line), None)
+    fixed = bool(events) and events[0].step == 0
+    initial_rank = max(ranks.values()) if fixed else records.read_fingerprint(run).initial_rank
+    at_start = events[0].num_kept if fixed else initial_rank * len(ranks) if events else unpruned
     return {
         "steps": lines[-1]["step"] if lines else 0,
         "before": evaluation_of(evaluations[0]) if evaluations and evaluations[0]["step"] == 0 else None,
         "after": evaluation_of(evaluations[-1]) if evaluations else None,
         "initial_rank": initial_rank,
-        "components_at_start": initial_rank * len(ranks) if events else unpruned,
+        "components_at_start": at_start,
         "components_kept": events[-1].num_kept if events else unpruned,
         "parameters_kept": events[-1].num_parameters if events else None,
         "final_event": bool(events) and events[-1].final,
@@ -150,6 +156,7 @@ def format_summary(summary: Mapping[str, Any], run: Path) -> str:
     lines += ["", *_rank_table(summary["ranks"]), ""] if summary["ranks"] else [""]
     files = {
         "adapter": run / "adapter",
+        "plan of ranks": run / records.PLAN,
         "metrics": run / records.METRICS,
         "rank picture": run / RANK_PICTURE,
         "progress picture": run / PROGRESS_PICTURE,

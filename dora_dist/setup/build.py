@@ -17,6 +17,7 @@ from dora_dist.base_model.recomputation import Recomputation
 from dora_dist.config.adapter import DRAWN_INITS, Init
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import TASKS
+from dora_dist.config.training import LORA_PLUS_RATIO, training_argument
 from dora_dist.console.text import say
 from dora_dist.distributed.agreement import Agreement, digest_tensors
 from dora_dist.distributed.preemption import PreemptionNotice
@@ -165,6 +166,7 @@ def build_trainer(
         timeout_minutes=config.distributed.timeout_minutes,
         start=data_start(config, resolved),
         adapter_dtype=next(iter(controller.layers.values())).gate.dtype,
+        lora_plus_ratio=training_argument(config.training, LORA_PLUS_RATIO),
         equilibrium_weight=config.pruning.equilibrium_weight,
         keep_last=config.checkpoint.keep_last,
         fingerprint=resolved.fingerprint,

@@ -22,7 +22,7 @@ def describe(config: RunConfig, resolved: ResolvedRun, world_size: int, speed: S
         speed: of the run; None where it is not known.
     """
     data, mixture, plan = resolved.data, resolved.mixture, resolved.plan
-    num_steps, layers = resolved.arguments.max_steps, resolved.layers
+    num_steps, layers = resolved.arguments.max_steps, resolved.ranks
     rows = plan.num_rows // num_steps
     if config.model.recompute_layers is not None:
         config = replace(config, model=replace(config.model, recompute_layers=resolved.recomputation.count))
@@ -52,24 +52,33 @@ def banner(config: RunConfig, resolved: ResolvedRun, ranks: int) -> str:
         resolved: of the run.
         ranks: of the run.
     """
-    data, budget, adapter = resolved.data, resolved.budget, config.adapter
+    data, budget = resolved.data, resolved.budget
     steps = resolved.arguments.max_steps
     tokens = resolved.num_tokens // steps
     sources = ", ".join(f"{source.counts.examples:,} of {source.name}" for source in data.train)
     held_out = sum(source.counts.examples for source in data.evaluation)
     lines = {
-        "model": f"{config.model.path} ({config.model.quantization}), {len(resolved.layers)} adapted layers",
+        "model": f"{config.model.path} ({config.model.quantization}), {len(resolved.ranks)} adapted layers",
         "data": f"{sources}; {f'{held_out:,} held out' if held_out else 'none held out'}",
         "steps": f"{steps:,} of about {tokens:,} tokens, on {ranks} rank{'s' * (ranks > 1)}",
         "memory": f"recomputes {resolved.recomputation} layers",
-        "budget": f"{budget.initial:,} {config.pruning.budget_unit}, {budget.final:,} in the end: like LoRA of rank "
-        f"{adapter.target_rank}, scale {adapter.alpha / adapter.start_rank:.2f}",
+        "budget": _budget_line(config, budget),
         "folder": config.output_dir,
     }
     return "\n".join(f"{name:<8}{line}" for name, line in lines.items())
 
 
+def _budget_line(config: RunConfig, budget: Budget) -> str:
+    adapter, unit = config.adapter, config.pruning.budget_unit
+    scale = f"scale {adapter.scale_of(adapter.start_rank):.2f}"
+    if not budget.schedule.prune_steps:
+        return f"{budget.initial:,} {unit}, none pruned: {adapter.ranks} ranks, {scale}"
+    return f"{budget.initial:,} {unit}, {budget.final:,} in the end: like LoRA of rank {adapter.target_rank}, {scale}"
+
+
 def _budget(budget: Budget, unit: str) -> str:
+    if not budget.schedule.prune_steps:
+        return f"budget of {budget.initial:,} {unit}, of which none is pruned (pruning.rule none)"
     events = [f"{step}: {budget.at(step):,}" for step in budget.schedule.prune_steps]
     title = f"budget of {budget.initial:,} {unit}, pruned after steps (step: {unit} that are kept)"
     return title + "\n" + textwrap.fill(", ".join(events), 110, initial_indent="  ", subsequent_indent="  ")

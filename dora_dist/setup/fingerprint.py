@@ -1,14 +1,20 @@
 """The fingerprint of a run that is being set up."""
 
 import dataclasses
+import json
+from collections.abc import Mapping
+from hashlib import sha256
 from typing import Any
 
 from transformers import TrainingArguments
 
 from dora_dist.base_model import load
+from dora_dist.config.adapter import UNIFORM
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import TASKS
+from dora_dist.config.training import LORA_PLUS_RATIO, training_argument
 from dora_dist.data.plan import TrainingPlan
+from dora_dist.method.schedule import BudgetSchedule, Schedule
 from dora_dist.runs.fingerprint import Fingerprint
 from dora_dist.setup.run_data import RunData
 from dora_dist.training.batch_size import global_batch
@@ -29,9 +35,21 @@ METHOD_ARGUMENTS = (
 
 
 def fingerprint_of(
-    config: RunConfig, arguments: TrainingArguments, data: RunData, plan: TrainingPlan, ranks: int, interval: int
+    config: RunConfig,
+    arguments: TrainingArguments,
+    data: RunData,
+    plan: TrainingPlan,
+    ranks: int,
+    components: Mapping[str, int],
+    schedule: Schedule,
 ) -> Fingerprint:
-    """The fingerprint of the run that is decided by these; ``interval`` is that of the schedule."""
+    """The fingerprint of the run that is decided by these; ``ranks`` are processes, and ``components`` has those that
+    each layer starts with."""
+    interval = schedule.interval if isinstance(schedule, BudgetSchedule) else config.pruning.interval
+    adapter = {**dataclasses.asdict(config.adapter), "seed": adapter_seed(config)}
+    if config.adapter.ranks != UNIFORM:  # a plan's file may move, or be written again
+        digest = sha256(json.dumps(components, sort_keys=True).encode()).hexdigest()[:16]
+        adapter["ranks"] = f"{sum(components.values())} components in {len(components)} layers, {digest}"
     return Fingerprint(
         task=config.task,
         seed=config.seed,
@@ -46,9 +64,12 @@ def fingerprint_of(
             "quantization": config.model.quantization,
             "compute_dtype": str(load.resolve_compute_dtype(config.model.compute_dtype)),
         },
-        adapter={**dataclasses.asdict(config.adapter), "seed": adapter_seed(config)},
+        adapter=adapter,
         pruning={**dataclasses.asdict(config.pruning), "interval": interval},
-        training={name: _plain(getattr(arguments, name)) for name in METHOD_ARGUMENTS},
+        training={
+            **{name: _plain(getattr(arguments, name)) for name in METHOD_ARGUMENTS},
+            LORA_PLUS_RATIO: training_argument(config.training, LORA_PLUS_RATIO),
+        },
         examples={
             source.name: f"{source.counts.examples}, {source.digest[:16]}"
             + ", control tokens as text" * (config.data.control_tokens == "text")

@@ -5,17 +5,19 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from dora_dist.adapter.targets import resolve_targets
+from dora_dist.adapter.ranks import resolve_ranks
 from dora_dist.base_model import block_weights, load
 from dora_dist.base_model.recomputation import Recomputation
 from dora_dist.base_model.shape import input_embedding, linear_layer
+from dora_dist.config.adapter import UNIFORM
 from dora_dist.config.checks import require
+from dora_dist.config.pruning import NONE
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import TASKS
 from dora_dist.data.mixture import Mixture
 from dora_dist.data.plan import TrainingPlan
 from dora_dist.method.budget import Budget, component_costs
-from dora_dist.method.schedule import BudgetSchedule, automatic_interval
+from dora_dist.method.schedule import BudgetSchedule, FixedRanks, automatic_interval
 from dora_dist.runs.fingerprint import Fingerprint
 from dora_dist.setup.fingerprint import fingerprint_of
 from dora_dist.setup.recomputation import resolve_recomputation
@@ -37,7 +39,7 @@ class ResolvedRun:
         mixture: of the training sources.
         arguments: the Trainer's settings; ``max_steps`` is the number of optimizer steps of the run.
         plan: which rows are trained when.
-        layers: names of the layers that are adapted.
+        ranks: layer that is adapted -> components at the start.
         left_out: what ``all-linear`` leaves out, in words; None where that is nothing, or the layers were named.
         budget: over the run.
         recomputation: layers that are computed again in the backward.
@@ -49,7 +51,7 @@ class ResolvedRun:
     mixture: Mixture
     arguments: TrainingArguments
     plan: TrainingPlan
-    layers: list[str]
+    ranks: dict[str, int]
     left_out: str | None
     budget: Budget
     recomputation: Recomputation
@@ -68,8 +70,9 @@ class ResolvedRun:
         """What a user should know of the data, and of a schedule that hardly is one."""
         schedule = self.budget.schedule
         num_events = len(schedule.prune_steps)
-        if num_events >= FEW_EVENTS or schedule.initial_rank == schedule.target_rank:
+        if num_events >= FEW_EVENTS or self.budget.initial == self.budget.final:
             return self.data.remarks()
+        assert isinstance(schedule, BudgetSchedule), "what is pruned has one"
         fitting = automatic_interval(schedule.total_steps, schedule.warmup_fraction, schedule.final_fraction)
         advice = (
             f"set pruning.interval to auto, which is {fitting} here" if fitting < schedule.interval else "train longer"
@@ -114,7 +117,7 @@ def resolve_run(
     skeleton = load.load_skeleton(spec)
     load.check_attention(spec, skeleton)
     notes = check_vocabulary(skeleton, tokenizer, data)
-    layers, budget = check_method(config, skeleton, arguments.max_steps)
+    ranks_of_layers, budget = check_method(config, skeleton, arguments.max_steps)
     check_context(skeleton, data)
     recomputation, remarks = resolve_recomputation(config, skeleton, data, ranks, card)
     data = replace(data, notes=[*data.notes, *notes, *remarks])
@@ -124,11 +127,11 @@ def resolve_run(
         mixture=mixture,
         arguments=arguments,
         plan=plan,
-        layers=layers,
-        left_out=block_weights.describe_left_out(skeleton, config.adapter.target_modules, layers),
+        ranks=ranks_of_layers,
+        left_out=block_weights.describe_left_out(skeleton, config.adapter, ranks_of_layers),
         budget=budget,
         recomputation=recomputation,
-        fingerprint=fingerprint_of(config, arguments, data, plan, ranks, budget.schedule.interval),
+        fingerprint=fingerprint_of(config, arguments, data, plan, ranks, ranks_of_layers, budget.schedule),
     )
 
 
@@ -156,7 +159,7 @@ def _check_answers(config: RunConfig, data: RunData) -> None:
             )
 
 
-def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int) -> tuple[list[str], Budget]:
+def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int) -> tuple[dict[str, int], Budget]:
     """Try targets and schedule on the model's structure alone, before its weights are read.
 
     Args:
@@ -165,7 +168,7 @@ def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int)
         total_steps: optimizer steps of the run.
 
     Returns:
-        Names of the layers that are adapted, and the budget over the run.
+        Layer that is adapted -> components at the start, and the budget over the run.
 
     Raises:
         ValueError: ``adapter.target_modules`` matches nothing, quantization would leave too much as it is, or the run
@@ -180,20 +183,21 @@ def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int)
             "(and keeps a float32 master copy): leave it at auto"
         )
     _check_head_dtype(config, dtype)
-    names = resolve_targets(skeleton, config.adapter.target_modules)
-    schedule = build_schedule(config, len(names), total_steps)
-    linears = {name: linear_layer(skeleton, name) for name in names}
+    ranks = resolve_ranks(skeleton, config.adapter)
+    linears = {name: linear_layer(skeleton, name) for name in ranks}
     shapes = {name: (linear.in_features, linear.out_features) for name, linear in linears.items()}
     narrowest = min(shapes, key=lambda name: min(shapes[name]))
-    most = min(shapes[narrowest])
-    require(
-        schedule.initial_rank <= most,
-        "adapter.initial_rank" + ("" if config.adapter.initial_rank else " (1.5 x adapter.target_rank by default)"),
-        schedule.initial_rank,
-        f"be at most {most}, the largest rank that the layer {narrowest} can have, which is "
-        f"{' x '.join(map(str, shapes[narrowest]))}; or leave that layer out of adapter.target_modules",
-    )
-    return names, Budget(schedule, component_costs(shapes, config.pruning.budget_unit))
+    if config.adapter.ranks == UNIFORM:
+        most, key = min(shapes[narrowest]), "adapter.initial_rank" if config.adapter.initial_rank else None
+        require(
+            config.adapter.start_rank <= most,
+            key or "adapter.initial_rank (1.5 x adapter.target_rank by default)",
+            config.adapter.start_rank,
+            f"be at most {most}, the largest rank that the layer {narrowest} can have, which is "
+            f"{' x '.join(map(str, shapes[narrowest]))}; or leave that layer out of adapter.target_modules",
+        )
+    schedule = FixedRanks(ranks) if config.pruning.rule == NONE else build_schedule(config, len(ranks), total_steps)
+    return ranks, Budget(schedule, component_costs(shapes, config.pruning.budget_unit))
 
 
 def _check_head_dtype(config: RunConfig, compute_dtype: str) -> None:

@@ -15,7 +15,7 @@ from transformers.integrations.integration_utils import (
 
 from dora_dist.base_model import load
 from dora_dist.config.run import RunConfig
-from dora_dist.config.training import CHECKPOINTING, DEFAULT_TRAINING_ARGUMENTS, STRATEGIES
+from dora_dist.config.training import CHECKPOINTING, DEFAULT_TRAINING_ARGUMENTS, LORA_PLUS_RATIO, STRATEGIES
 from dora_dist.data.mixture import Mixture
 from dora_dist.training.batch_size import global_batch
 
@@ -39,6 +39,7 @@ def training_arguments(
     if dtype is torch.bfloat16 and not gpus:
         raise ValueError("model.compute_dtype is bfloat16, but there is no GPU: on CPUs train in float32")
     values = {**DEFAULT_TRAINING_ARGUMENTS, **config.training}
+    del values[LORA_PLUS_RATIO]
     if accumulation is not None:
         values["gradient_accumulation_steps"] = accumulation
     for name in CHECKPOINTING:

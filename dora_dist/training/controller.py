@@ -11,7 +11,7 @@ from dora_dist.adapter.layer import DynamicLoraLinear
 from dora_dist.config.pruning import Selection
 from dora_dist.console.errors import ExpectedRunError, mark_common
 from dora_dist.distributed.agreement import Agreement, digest_tensors
-from dora_dist.distributed.engine import write_entries, zero_entries
+from dora_dist.distributed.engine import scale_entries, write_entries, zero_entries
 from dora_dist.method.budget import Budget
 from dora_dist.method.importance import Components, score_layers
 from dora_dist.method.prune_event import PruneEvent
@@ -76,12 +76,19 @@ class DynamicRankController:
         if self.selection.rebase:
             self.criterion.rescore(self._components())
         # Refuse bounds that cannot be met before the run; all other budgets lie above the final one.
-        self.budget.select(self.scores, self.schedule.final_step, self.selection.min_rank, self.selection.max_rank)
+        if self.schedule.final_step:
+            least, most = self.selection.min_rank, self.selection.max_rank
+            self.budget.select(self.scores, self.schedule.final_step, least, most)
 
     @property
     def scores(self) -> dict[str, Tensor]:
         """Layer -> scores, shape ``(r,)``, float64; local to this rank until an event averages them."""
         return self._by_layer(self.criterion.scores)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Layer -> components that no mask has left out."""
+        return {name: int(layer.component_mask.sum()) for name, layer in self.layers.items()}
 
     @property
     def num_kept(self) -> int:
@@ -103,6 +110,12 @@ class DynamicRankController:
         layers = list(self.layers.values())
         stacks = stacks_of(layers, layers[0].gathered)
         return penalty_of_stacks(stacks.rows, stacks.columns)
+
+    def before_first_step(self) -> PruneEvent | None:
+        """The event that fixes the ranks of the start, where no other follows: it changes nothing."""
+        if not self.finished_pruning:
+            return None
+        return self._event(self.kept, returned=0, final=True)
 
     def after_optimizer_step(self, step: int) -> PruneEvent | None:
         """Score, smooth and, where due, prune. To be called once after every optimizer step, on every rank.
@@ -181,7 +194,7 @@ class DynamicRankController:
             DisagreementError: the ranks hold different adapters.
         """
         self.verify("the adapter at the end of the run")
-        kept = {name: int(layer.component_mask.sum()) for name, layer in self.layers.items()}
+        kept = self.ranks
         what = f"{sum(kept.values())} components (cost {self.budget.spent(kept)}) are left"
         wanted = f"the budget {self.budget.final}"
         if not self.finished_pruning:
@@ -210,6 +223,7 @@ class DynamicRankController:
             self.criterion.scores.copy_(torch.cat([state[f"{name}.scores"] for name in self.layers]))
             for name, layer in self.layers.items():
                 layer.component_mask.copy_(state[f"{name}.component_mask"])
+                layer.follow_mask()
             self.kept = {name: state[f"{name}.kept"] for name in self.layers}
         except (KeyError, RuntimeError) as error:
             failure = f"the saved state does not fit the model: {error!r}"
@@ -267,14 +281,12 @@ class DynamicRankController:
         kept = self.budget.select(scores, step, selection.min_rank, most, eligible)
         # Re-basing makes other components at every event, of which none has been there before.
         returned = 0 if selection.rebase else sum(int((kept[name] & ~self.kept[name]).sum()) for name in kept)
+        return self._event(kept, returned, final)
+
+    def _event(self, kept: Mapping[str, Tensor], returned: int, final: bool) -> PruneEvent:
         widths = {name: layer.lora_a.shape[1] + layer.lora_b.shape[0] for name, layer in self.layers.items()}
-        return PruneEvent(
-            step=step,
-            kept=kept,
-            returned=returned,
-            final=final,
-            num_parameters=sum(int(mask.sum()) * widths[name] for name, mask in kept.items()),
-        )
+        parameters = sum(int(mask.sum()) * widths[name] for name, mask in kept.items())
+        return PruneEvent(step=self.step, kept=kept, returned=returned, final=final, num_parameters=parameters)
 
     @torch.no_grad()
     def _apply(self, event: PruneEvent) -> None:
@@ -283,3 +295,6 @@ class DynamicRankController:
             zero_entries(layer.gate, keep)
             if event.final or not self.selection.regrow:
                 layer.component_mask.copy_(keep)
+                factor = layer.follow_mask()
+                if factor != 1:
+                    scale_entries(layer.lora_b, factor)

@@ -51,6 +51,7 @@ class LoopSettings:
         timeout_minutes: How long a rank waits for the others in a collective of the engine.
         start: How the adapter starts from data; None where it is drawn.
         adapter_dtype: The dtype that the adapter's parameters must have when training begins.
+        lora_plus_ratio: Learning rate of the columns b_i over that of all else.
         equilibrium_weight: Weight of the Dimensional Equilibrium Modulator in the loss.
         keep_last: Number of complete checkpoints to keep.
         fingerprint: Settings that a resumed run must not change.
@@ -61,6 +62,7 @@ class LoopSettings:
     timeout_minutes: float
     start: DataStart | None
     adapter_dtype: torch.dtype
+    lora_plus_ratio: float
     equilibrium_weight: float
     keep_last: int
     fingerprint: Fingerprint

@@ -23,6 +23,7 @@ from dora_dist.console.text import say
 from dora_dist.data.batches import Collator, PlannedRows
 from dora_dist.distributed.engine import SkippedSteps
 from dora_dist.distributed.world import check_prepared, set_engine_timeout
+from dora_dist.method.prune_event import PruneEvent
 from dora_dist.runs import checkpoint
 from dora_dist.training.batch_size import global_batch
 from dora_dist.training.checkpointing import Checkpointer
@@ -122,16 +123,24 @@ class DynamicLoraTrainer(Trainer):
         return step_advice(self.state.global_step + 1, self.settings.recomputation, rows, accumulation)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """One parameter group: the Trainer would add an empty one for parameters without weight decay, over which
-        DeepSpeed's step stumbles under torch 2.13 (a strict zip over groups)."""
+        """One parameter group, or two where the columns b_i have a learning rate of their own: the Trainer would add an
+        empty one for parameters without weight decay, over which DeepSpeed's step stumbles under torch 2.13 (a strict
+        zip over groups)."""
         if self.optimizer is None:
             # The Trainer takes models of PEFT too, which the type leaves out.
             adapted = cast(PreTrainedModel, self.model)
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, adapted)
             parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-            self.optimizer = optimizer_class(
-                [{"params": parameters, "weight_decay": self.args.weight_decay}], **options
-            )
+            groups = [{"params": parameters, "weight_decay": self.args.weight_decay}]
+            ratio = self.settings.lora_plus_ratio
+            if ratio != 1:
+                columns = {id(layer.lora_b) for layer in self.parts.controller.layers.values()}
+                groups = [
+                    {**groups[0], "params": [one for one in parameters if id(one) not in columns]},
+                    {**groups[0], "params": [one for one in parameters if id(one) in columns]},
+                ]
+                groups[1]["lr"] = self.args.learning_rate * ratio
+            self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
     def compute_loss(
@@ -215,6 +224,7 @@ class DynamicLoraTrainer(Trainer):
         if self._resumed_from is None:
             parts.controller.verify("the adapter at the start")
             self._gradient_watch = GradientWatch(parts.controller.layers)
+            self._record(parts.controller.before_first_step())
         else:
             self.checkpointer.restore(self._resumed_from)
             if self.owes_evaluation():
@@ -243,10 +253,12 @@ class DynamicLoraTrainer(Trainer):
         self.account_for_skipping()
         if not self.parts.skip_policy.last:
             self.checkpointer.check_optimizer_once()
-        event = self.parts.controller.after_optimizer_step(self.state.global_step)
+        self._record(self.parts.controller.after_optimizer_step(self.state.global_step))
+        self.stop_early(control)
+
+    def _record(self, event: PruneEvent | None) -> None:
         if event is not None:
             self.parts.records.event(event)
-        self.stop_early(control)
 
     def account_for_skipping(self) -> None:
         """Where all ranks have left out the step just taken, since its loss or gradients were not finite: say so, and

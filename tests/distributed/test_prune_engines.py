@@ -58,3 +58,12 @@ def test_masked_components_are_out_of_the_output_whatever_the_optimizer_did(run)
 def test_all_ranks_hold_the_same_gates(run):
     for value in run[1]:
         assert torch.equal(value["hard_live"], run[1][0]["hard_live"])
+
+
+def test_columns_are_scaled_in_parameter_and_master_copy(run):
+    for value in run[1]:
+        columns = value["columns"]
+        assert torch.equal(columns["live"], columns["before"] * 0.5)
+        assert torch.equal(columns["master"], columns["master before"] * 0.5)
+        moved = (columns["a step later"] - columns["live"]).abs().max()
+        assert 0 < moved < 0.1 * columns["before"].abs().max(), "undone by the next step, or no step was taken"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dora_dist.adapter.layer import DynamicLoraLinear
 from dora_dist.distributed.agreement import Agreement, digest_tensors
-from dora_dist.distributed.engine import zero_entries
+from dora_dist.distributed.engine import scale_entries, zero_entries
 from dora_dist.distributed.store_agreement import StoreAgreement
 from dora_dist.distributed.world import host_group
 from dora_dist.method.budget import Budget
@@ -224,6 +224,13 @@ def prune_under_engine(engine: str, model_folder: str) -> dict[str, Any]:
         seen["hard_live"], seen["hard_master"] = layer.gate.detach().clone(), read_master(layer.gate).clone()
         layer.gate[pruned] = 1e3
         seen["output_with_huge_gates"] = layer(x)
+        layer.gate[pruned] = 0
+    # Another scale.
+    columns = {"before": layer.lora_b.detach().clone(), "master before": read_master(layer.lora_b).clone()}
+    scale_entries(layer.lora_b, 0.5)
+    columns |= {"live": layer.lora_b.detach().clone(), "master": read_master(layer.lora_b).clone()}
+    train(1)
+    seen["columns"] = columns | {"a step later": layer.lora_b.detach().clone()}
     seen["engine"] = type(step.model).__name__
     return seen
 

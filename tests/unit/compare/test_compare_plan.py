@@ -95,7 +95,7 @@ def test_methods_differ_in_adapter_and_pruning_only_and_have_one_scale(plan_of):
             runs["lora"].checkpoint,
         )
     lora = runs["lora"]
-    assert (lora.adapter.start_rank, lora.adapter.train_gates, lora.pruning.equilibrium_weight) == (4, False, 0.0)
+    assert (lora.adapter.start_rank, lora.adapter.train_gates, lora.pruning.rule) == (4, False, "none")
     assert runs["dynamic"].adapter.start_rank == runs["adalora"].adapter.start_rank == 6
     assert runs["no-dem"].pruning.equilibrium_weight == 0.0
     assert runs["no-smoothing"].pruning.smoothing == 0.0
@@ -163,7 +163,7 @@ def test_wrong_keys_on_the_command_line_are_refused(plan_of, overrides, message)
         ({"methods": ["dynamic"]}, "baseline is 'lora', but must be one of methods: dynamic"),
         ({"methods": ["lora", {"mine": {"prunning": {}}}]}, "methods.mine.prunning; did you mean pruning"),
         ({"methods": ["lora", {"mine": {"pruning": {"smooth": 0}}}]}, "pruning.smooth; did you mean pruning.smoothing"),
-        ({"methods": ["lora", {"mine": {"training": {}}}]}, "all else must be the same for all methods"),
+        ({"methods": ["lora", {"mine": {"training": {"optim": "sgd"}}}]}, "all else must be the same for all methods"),
         ({"methods": ["lora", {"mine": {"adapter": {"alpha": 3}}}]}, "adapter.alpha is set by the comparison"),
         ({"methods": ["lora", {"dynamic": {}}]}, "built-in method: give yours another name"),
         ({"methods": ["lora", {"a/b": {}}]}, "'a/b', but must be letters"),
@@ -208,6 +208,15 @@ def test_adalora_is_for_tasks_that_it_can_be_measured_on(plan_of):
         plan_of("--run.task", "seq2seq", methods=["lora", "adalora"])
 
 
+def test_a_method_may_have_a_rate_of_the_columns_own_but_not_adalora(plan_of):
+    own = {"training": {"lora_plus_ratio": 4}}
+    plan = plan_of(methods=["lora", {"plus": {"from": "lora", **own}}])
+    assert run_of(plan, "plus").training["lora_plus_ratio"] == 4
+    assert "lora_plus_ratio" not in run_of(plan, "lora").training
+    with pytest.raises(ValueError, match="which PEFT's AdaLoRA does not know"):
+        plan_of(methods=["lora", {"plus": {"from": "adalora", **own}}])
+
+
 def test_adalora_needs_something_to_prune(plan_of):
     with pytest.raises(ValueError, match="AdaLoRA has nothing to prune"):
         plan_of(methods=["lora", {"flat": {"from": "adalora", "adapter": {"initial_rank": 4}}}])
@@ -219,4 +228,4 @@ def test_the_baseline_is_plain_lora_whatever_is_set_for_all(plan_of, pruning):
     plan = plan_of(run={**LEAST["run"], "pruning": pruning})
     ours, lora = run_of(plan, "dynamic").pruning, run_of(plan, "lora").pruning
     assert all(getattr(ours, name) == value for name, value in pruning.items())
-    assert (lora.rebase, lora.importance) == (False, "frobenius")
+    assert lora.rule == "none"

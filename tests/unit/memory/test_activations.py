@@ -24,9 +24,9 @@ from dora_dist.memory.step import (
 )
 
 
-def shape_of(folder, targets="all-linear", fuse=True):
+def shape_of(folder, targets="all-linear", fuse=True, rank=3):
     skeleton = load_skeleton(BaseModelSpec(path=str(folder)))
-    return read_shape(skeleton, resolve_targets(skeleton, targets), fuse)
+    return read_shape(skeleton, dict.fromkeys(resolve_targets(skeleton, targets), rank), fuse)
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_other_architectures_are_read_off_their_modules(saved, architecture):
 @pytest.mark.parametrize("gates", [True, False])
 def test_the_adapter_takes_just_the_bytes_of_its_tensors(saved, targets, gates):
     folder = saved()
-    adapter = Adapter(rank=3, bytes_per_element=4, dropout=False, trained_gates=gates)
+    adapter = Adapter(bytes_per_element=4, dropout=False, trained_gates=gates)
     model = adapt(load_base(folder), target_modules=targets, initial_rank=3, train_gates=gates)
     shape = shape_of(folder, targets)
     layers = model.adapted_layers().values()
@@ -144,7 +144,7 @@ def step(shape, *, recomputed=0, quantization="nf4", adapter=None, engine="zero2
             shape=shape,
             quantization=quantization,
             batch=Batch(**{"rows": 4, "length": 64, "compute_bytes": 2, **batch}),
-            adapter=adapter or Adapter(rank=3, bytes_per_element=2, dropout=True),
+            adapter=adapter or Adapter(bytes_per_element=2, dropout=True),
             optimizer=Optimizer(engine=engine, world_size=world_size),
             recomputed=recomputed,
         )
@@ -177,7 +177,7 @@ def test_recomputed_layers_keep_their_inputs_only_unless_the_base_hides_its_own(
 
 def test_a_layer_that_is_recomputed_trades_what_it_keeps_for_its_input(saved):
     shape = shape_of(saved(num_hidden_layers=5))
-    adapter = Adapter(rank=3, bytes_per_element=2, dropout=True)
+    adapter = Adapter(bytes_per_element=2, dropout=True)
     batch = Batch(rows=4, length=64, compute_bytes=2)
     block = block_memory(shape.blocks[0], shape, batch, adapter, "nf4")
     hidden = 4 * 64 * 64 * 2
@@ -217,7 +217,7 @@ def test_an_unknown_decoder_layer_is_guessed_and_said_to_be(saved):
     skeleton = load_skeleton(BaseModelSpec(path=str(folder)))
     for layer in skeleton.model.layers:
         layer.mlp.extra = nn.Linear(64, 64, device="meta")
-    shape = read_shape(skeleton, resolve_targets(skeleton, "all-linear"))
+    shape = read_shape(skeleton, dict.fromkeys(resolve_targets(skeleton, "all-linear"), 3))
     guess, known = step(shape), step(shape_of(folder))
     assert guess.approximate
     assert not known.approximate
@@ -226,7 +226,7 @@ def test_an_unknown_decoder_layer_is_guessed_and_said_to_be(saved):
 
 def test_a_layer_without_adapters_keeps_no_inputs_for_them(saved):
     folder = saved()
-    adapter = Adapter(rank=3, bytes_per_element=4, dropout=True)
+    adapter = Adapter(bytes_per_element=4, dropout=True)
     batch = Batch(rows=1, length=16, compute_bytes=4)
     all_linear, one = (shape_of(folder, targets) for targets in ("all-linear", ["v_proj"]))
     sizes = [block_memory(shape.blocks[0], shape, batch, adapter, "nf4").saved for shape in (all_linear, one)]
@@ -254,7 +254,7 @@ def test_the_adapter_side_by_side_takes_just_the_bytes_of_its_tensors(saved, mas
         *(one for each in made for one in (each.rows, *each.columns)),
     ]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    adapter = Adapter(rank=3, bytes_per_element=4, dropout=False, masked=masked)
+    adapter = Adapter(bytes_per_element=4, dropout=False, masked=masked)
     found = SideBySide.of(shape_of(folder), Batch(rows=1, length=16, compute_bytes=4), adapter)
     assert found.parameters + found.components == sum(storages.values())
     assert found.largest == max(stack.numel() for stack in (*stacks.rows, *stacks.columns))
@@ -262,14 +262,14 @@ def test_the_adapter_side_by_side_takes_just_the_bytes_of_its_tensors(saved, mas
 
 def test_gradients_of_components_wait_for_the_end_of_the_backward(saved):
     """By hand: in the first layer's backward there are those of the four others, and at the end of all five."""
-    shape = shape_of(saved(num_hidden_layers=5))
-    adapter = Adapter(rank=300, bytes_per_element=2, dropout=True, penalty=False)
+    shape = shape_of(saved(num_hidden_layers=5), rank=300)
+    adapter = Adapter(bytes_per_element=2, dropout=True, penalty=False)
     of_layer = 2 * 300 * sum(linear.in_features + linear.out_features for linear in shape.blocks[0].linears)
     parts = {moment.name: moment.parts for moment in step(shape, recomputed=5, adapter=adapter).moments}
     assert parts["backward of a recomputed layer"]["adapter gradients"] == 4 * of_layer
     gates = 2 * 300 * 5 * 7
     assert parts["end of the backward"]["adapter gradients"] == 5 * of_layer + gates
-    alone = shape_of(saved(num_hidden_layers=5), fuse=False)
+    alone = shape_of(saved(num_hidden_layers=5), fuse=False, rank=300)
     moments = step(alone, recomputed=5, adapter=adapter).moments
     assert "end of the backward" not in {moment.name for moment in moments}
     assert not any(moment.parts.get("adapter side by side") for moment in moments)

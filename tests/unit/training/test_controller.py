@@ -2,19 +2,20 @@
 
 import pytest
 import torch
-from support.tiny_models import adapt, shake, tiny_model
+from support.tiny_models import adapt, logits, shake, tiny_model
 
 from dora_dist.config.pruning import Selection
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.method.budget import Budget
 from dora_dist.method.importance import score_layers
-from dora_dist.method.schedule import BudgetSchedule
+from dora_dist.method.schedule import BudgetSchedule, FixedRanks
 from dora_dist.training.controller import BudgetMissedError, DynamicRankController, NonFiniteAdapterError
 from dora_dist.training.criterion import SmoothedScores
 
 
-def make_controller(total_steps=10, target_rank=2, **options):
-    layers = shake(adapt(tiny_model(), initial_rank=3, target_rank=target_rank)).adapted_layers()
+def make_controller(total_steps=10, target_rank=2, model=None, **options):
+    model = model or shake(adapt(tiny_model(), initial_rank=3, target_rank=target_rank))
+    layers = model.adapted_layers()
     schedule = BudgetSchedule(
         total_steps=total_steps, num_layers=len(layers), initial_rank=3, target_rank=target_rank, interval=2
     )
@@ -95,3 +96,54 @@ def test_an_adapter_that_is_not_finite_is_not_saved():
     next(iter(controller.layers.values())).lora_b.data[0, 0] = float("nan")
     with pytest.raises(NonFiniteAdapterError, match=r"step 0: the adapter of model\.layers\.0"):
         controller.check_finite()
+
+
+@pytest.mark.parametrize("regrow", [True, False])
+def test_the_scale_by_rank_leaves_the_model_what_it_computes_at_events(regrow):
+    config = {"initial_rank": 3, "target_rank": 1, "alpha": 6.0, "scale": "sqrt_rank"}
+    model = shake(adapt(tiny_model(), **config))
+    controller = make_controller(target_rank=1, model=model, regrow=regrow)
+    same = shake(adapt(tiny_model(), **config))
+    for layer in controller.layers.values():
+        assert layer.scale == 6 / 3**0.5
+    for step in range(1, 11):
+        event = controller.after_optimizer_step(step)
+        if event is not None:  # the same components in a model that no event has come to
+            for name, layer in same.adapted_layers().items():
+                layer.gate.data.masked_fill_(~event.kept[name], 0)
+    torch.testing.assert_close(logits(model), logits(same))
+    kept = controller.ranks
+    assert len(set(kept.values())) > 1
+    for name, layer in controller.layers.items():
+        if kept[name]:
+            assert layer.scale == 6 / kept[name] ** 0.5
+
+    resumed = make_controller(
+        target_rank=1, model=adapt(tiny_model(), initial_rank=3, target_rank=1, alpha=6.0, scale="sqrt_rank")
+    )
+    for name, layer in resumed.layers.items():
+        for parameter in ("lora_a", "gate", "lora_b"):
+            getattr(layer, parameter).data.copy_(getattr(controller.layers[name], parameter))
+    resumed.load_state_dict(controller.state_dict(), 10)
+    assert [layer.scale for layer in resumed.layers.values()] == [layer.scale for layer in controller.layers.values()]
+
+
+def test_ranks_that_stay_have_one_event_before_the_first_step_and_none_later():
+    model = shake(adapt(tiny_model(), target_rank=2, ranks="rising-with-depth"))
+    ranks = {name: len(layer.gate) for name, layer in model.adapted_layers().items()}
+    assert len(set(ranks.values())) > 1
+    budget = Budget(FixedRanks(ranks), dict.fromkeys(ranks, 3))
+    controller = DynamicRankController(model.adapted_layers(), budget, Agreement())
+    event = controller.before_first_step()
+    assert (event.step, event.final, event.ranks) == (0, True, ranks)
+    before = model.folded_factors()
+    assert controller.penalty() is None
+    assert [controller.after_optimizer_step(step) for step in range(1, 11)] == [None] * 10
+    controller.finish()
+    after = model.folded_factors()
+    assert all(torch.equal(*pair) for name in before for pair in zip(before[name], after[name], strict=True))
+    assert controller.num_kept == sum(ranks.values()) == budget.final // 3
+
+
+def test_what_is_pruned_has_no_event_before_the_first_step():
+    assert make_controller().before_first_step() is None

@@ -1,0 +1,67 @@
+"""Settings of the method under one name: defaults of the sections ``adapter`` and ``pruning``.
+
+A preset never changes: what it means is written out into the config.yaml of a run, and another setting gets another
+name.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from dora_dist.config.checks import nearest
+from dora_dist.config.given import config_files, options
+
+PresetName = Literal["paper", "lora"]
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    # The defaults of the sections themselves.
+    "paper": {},
+    # Nothing is gated, and nothing is pruned.
+    "lora": {"adapter.train_gates": False, "pruning.rule": "none"},
+}
+DEFAULT: PresetName = "paper"
+assert PRESETS.keys() == set(get_args(PresetName))
+
+
+def given_preset(arguments: Sequence[str]) -> str:
+    """The preset that a command line and its files choose.
+
+    Raises:
+        ValueError: there is none of this name, or it would change nothing.
+    """
+    name: str = DEFAULT
+    complete: Path | None = None
+    for path in config_files(arguments):
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError:
+            continue  # the parser says what is wrong with it
+        if isinstance(values, Mapping):
+            name = preset_of(values)
+            complete = path if "format_version" in values else complete
+    for option, value in options(arguments):
+        if option != "preset":
+            continue
+        if _known(value) != name and complete is not None:
+            raise ValueError(
+                f"preset is {value}, but {complete} was written by a run and has every key, of preset {name}, so that "
+                "another one would change nothing: leave it out, or take the file that the run was started with"
+            )
+        name = value
+    return name
+
+
+def preset_of(values: Mapping[str, Any]) -> str:
+    """The preset of a configuration, nested as in the YAML. What a run wrote before there were presets is the paper's.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    return _known(values.get("preset", "paper" if "format_version" in values else DEFAULT))
+
+
+def _known(name: Any) -> str:
+    if name not in PRESETS:
+        raise ValueError(f"preset is {name}, but must be one of {', '.join(PRESETS)}{nearest(str(name), PRESETS)}")
+    return str(name)

@@ -1,0 +1,75 @@
+"""Ranks that are fixed before the first step, at the price of a uniform one. Pure functions."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from dora_dist.method.allocation import select_within_budget
+
+ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.)")
+
+
+def apportion(
+    weights: Mapping[str, float], costs: Mapping[str, int], budget: int, most: Mapping[str, int]
+) -> dict[str, int]:
+    """Whole ranks in proportion to weights, for as much of a budget as whole components can spend.
+
+    By the method of odd numbers (Sainte-Lague): a layer's next component has the claim weight / (2 rank + 1), and goes
+    to the largest claim. Equal weights give equal ranks where the budget is that of a uniform rank.
+
+    Args:
+        weights: layer name -> how much rank it is to have in comparison with the others, at least 0.
+        costs: layer name -> cost of one component, at least 1, in the units of the budget.
+        budget: what all components may cost together.
+        most: layer name -> the largest rank that it can have.
+
+    Returns:
+        Layer name -> rank, 0 where the weight is 0. What is left of the budget is less than the cost of any component
+        that could be added.
+
+    Raises:
+        ValueError: the budget is more than the layers can hold, or the weights give nothing.
+    """
+    chosen = {name: weight for name, weight in weights.items() if weight > 0}
+    if not chosen:
+        raise ValueError("no layer has a weight above 0, so that there is nothing to give ranks to")
+    claims = {
+        name: costs[name] * weight / (2 * torch.arange(most[name], dtype=torch.float64) + 1)
+        for name, weight in chosen.items()
+    }
+    kept = select_within_budget(claims, {name: costs[name] for name in chosen}, budget)
+    return {name: int(kept[name].sum()) if name in kept else 0 for name in weights}
+
+
+def in_mlps(names: Sequence[str]) -> dict[str, float]:
+    """Weights of the layers outside of attentions, by their names: 1, and 0 for those of an attention.
+
+    Raises:
+        ValueError: all layers are of one kind by their names.
+    """
+    weights = {name: 0.0 if ATTENTION.search(name) else 1.0 for name in names}
+    if len(set(weights.values())) < 2:
+        kind = "outside of" if any(weights.values()) else "in"
+        raise ValueError(f"all adapted layers are {kind} attentions by their names, such as {min(names)}")
+    return weights
+
+
+def rising_with_depth(names: Sequence[str]) -> dict[str, float]:
+    """Weights that rise along a straight line from 1/2 in the first block to 3/2 in the last one (PRILoRA, EACL 2024
+    Findings, has ranks that rise so), in each stack of blocks on its own.
+
+    Raises:
+        ValueError: a layer is in no numbered block.
+    """
+    places: dict[str, tuple[str, int]] = {}
+    for name in names:
+        found = NUMBER.search(name)
+        if found is None:
+            raise ValueError(f"{name} is in no numbered block, so that it has no depth")
+        places[name] = name[: found.start()], int(found[1])
+    last: dict[str, int] = {}
+    for stack, number in places.values():
+        last[stack] = max(last.get(stack, 0), number)
+    return {name: 0.5 + (number / last[stack] if last[stack] else 0.5) for name, (stack, number) in places.items()}
