@@ -97,10 +97,6 @@ def _method(entry: str | Mapping[str, Any]) -> Method:
                 "must be the same for all methods"
             )
     parent = _method(str(described.get(FROM, DYNAMIC)))
-    if parent.peer and described.get("training"):
-        raise ValueError(
-            f"methods.{name}.training is set, but {parent.name} is trained by PEFT's own code: leave it out"
-        )
     sections = {}
     for section in SECTIONS:
         own = described.get(section, {})
