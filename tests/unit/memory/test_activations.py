@@ -100,6 +100,19 @@ def test_the_adapter_takes_just_the_bytes_of_its_tensors(saved, targets, gates):
     assert adapter.nbytes(shape) == masks + sum(parameter.nbytes for parameter in parameters)
 
 
+def test_layers_of_different_ranks_take_just_the_bytes_of_their_tensors(saved):
+    folder = saved()
+    adapter = Adapter(bytes_per_element=4, dropout=False)
+    model = adapt(load_base(folder), ranks="rising-with-depth", target_rank=3).train()
+    ranks = {name: len(layer.gate) for name, layer in model.adapted_layers().items()}
+    shape = read_shape(load_skeleton(BaseModelSpec(path=str(folder))), ranks)
+    assert adapter.numel(shape) == sum(parameter.numel() for parameter in trainable(model).values())
+    model(input_ids=tokens())
+    stacks = next(iter(model.adapted_layers().values())).gathered.stacks()
+    found = SideBySide.of(shape, Batch(rows=1, length=16, compute_bytes=4), adapter)
+    assert found.parameters == sum(stack.nbytes for stack in (*stacks.rows, stacks.gates, *stacks.columns))
+
+
 def test_the_moments_are_those_of_the_real_optimizer(saved):
     folder = saved()
     model = adapt(load_base(folder), initial_rank=3)
