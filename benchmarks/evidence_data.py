@@ -1,12 +1,13 @@
 """The splits that the comparisons of docs/evidence.md train, search and report on, from the sets as they are published.
 
     python benchmarks/evidence_data.py SETS data/evidence
+    python benchmarks/evidence_data.py SETS data/evidence --only metamathqa
 
 SETS is a folder with e2e/{trainset,devset}.csv, gsm8k/{train,test}.jsonl, alpaca_data.json, {train,dev}.tsv of
 glue/{CoLA,MRPC,RTE,SST-2,STS-B}, and conversations or alpaca rows in multilingual/{en,fi,fr,zh}.jsonl or .json; .json
-may be packed with gzip. Rows are short enough for the small models that are compared on a CPU. Learning rates are
-chosen on search.jsonl; report.jsonl is for the figures. No row is in two splits, and E2E's two held-out splits share no
-meaning representation.
+may be packed with gzip. Rows are short enough for the small models that are compared on a CPU. metamathqa, for a large
+model, is made where --only names it, of MetaMathQA-395K.json and gsm8k. Learning rates are chosen on search.jsonl;
+report.jsonl is for the figures. No row is in two splits, and E2E's two held-out splits share no meaning representation.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import csv
 import gzip
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,15 @@ HELD_OUT = 300
 """Rows of each held-out split, where there are enough."""
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Write ``NAME/{train,search,report}.jsonl`` for every set."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("sets", type=Path)
     parser.add_argument("output", type=Path)
-    options = parser.parse_args()
-    for name, read in SETS.items():
-        splits = without_repetitions(read(options.sets))
+    parser.add_argument("--only", nargs="+", choices=SETS, default=[name for name in SETS if name != "metamathqa"])
+    options = parser.parse_args(arguments)
+    for name in options.only:
+        splits = without_repetitions(SETS[name](options.sets))
         folder = options.output / name
         folder.mkdir(parents=True, exist_ok=True)
         for split, rows in splits.items():
@@ -75,6 +77,22 @@ def gsm8k(sets: Path) -> dict[str, list[Row]]:
     )
     held_out = _sample(_short(test, 400), 10**6)
     return {"train": _short(train, 400), "search": held_out[::2], "report": held_out[1::2]}
+
+
+def metamathqa(sets: Path) -> dict[str, list[Row]]:
+    """Mathematics as PEFT's benchmark has it: MetaMathQA to train on, of 1,300 characters at most, and the test set of
+    GSM8K to report on. Searched are some of GSM8K's training questions, from which MetaMathQA is made; what is made
+    from these is not trained on, as it is there."""
+    searched, test = (_json_lines(sets / f"gsm8k/{split}.jsonl") for split in ("train", "test"))
+    searched = random.Random(0).sample(searched, min(HELD_OUT, len(searched)))
+    questions = {row["question"].strip() for row in searched}
+    train = [
+        _asked(row["query"], row["response"])
+        for row in _json(sets / "MetaMathQA-395K.json")
+        if len(f"{row['query']} {row['response']}") <= 1300 and row["original_question"].strip() not in questions
+    ]
+    held_out = [[_asked(row["question"], row["answer"]) for row in rows] for rows in (searched, test)]
+    return {"train": train, "search": held_out[0], "report": held_out[1]}
 
 
 def alpaca(sets: Path) -> dict[str, list[Row]]:
@@ -133,6 +151,7 @@ def sst2(sets: Path) -> dict[str, list[Row]]:
 SETS: dict[str, Callable[[Path], dict[str, list[Row]]]] = {
     "e2e": e2e,
     "gsm8k": gsm8k,
+    "metamathqa": metamathqa,
     "alpaca": alpaca,
     "multilingual": multilingual,
     "cola": cola,
@@ -152,6 +171,10 @@ def _exchange(row: dict[str, Any]) -> Row:
 
 def _pair(prompt: str, completion: str) -> Row:
     return {"prompt": prompt.strip() + "\n", "completion": completion.strip()}
+
+
+def _asked(question: str, answer: str) -> Row:
+    return {"prompt": f"Question: {question} Think step by step.\nAnswer:", "completion": answer}
 
 
 def _short(rows: list[Row], most: int) -> list[Row]:

@@ -60,11 +60,7 @@ class CellResult:
 
 
 def read_result(plan: Plan, cell: Cell) -> CellResult | None:
-    """What the cell's run has measured; None where it has not come to its end.
-
-    Raises:
-        ValueError: the run has no such figure.
-    """
+    """What the cell's run has measured; None where it has not come to its end."""
     folder = plan.cell_folder(cell)
     failure = read_failure(folder)
     if failure is not None and failure["diverged"]:
@@ -84,7 +80,8 @@ def read_result(plan: Plan, cell: Cell) -> CellResult | None:
     if not is_finished(folder):
         return None
     summary = files.read_json(folder / records.SUMMARY)
-    figures = {name: _measured(plan, cell, summary["after"] or {}, name) for name in (SEARCH, REPORTED)}
+    metric = plan.metric(cell.group.task)
+    figures = {name: float(summary["after"][f"{name}_{metric}"]) for name in (SEARCH, REPORTED)}
     parameters, widest = adapter_size(folder / "adapter")
     return CellResult(
         **figures,
@@ -97,17 +94,6 @@ def read_result(plan: Plan, cell: Cell) -> CellResult | None:
         settings=files.read_json(folder / records.RUN)["settings"],
         environment=files.read_json(folder / IDENTITY)["environment"],
     )
-
-
-def _measured(plan: Plan, cell: Cell, after: Mapping[str, Any], source: str) -> float:
-    metric = plan.metric(cell.group.task)
-    if f"{source}_{metric}" not in after:
-        there = [name.removeprefix(f"{source}_") for name in after if name.startswith(f"{source}_")]
-        raise ValueError(
-            f"tasks.{cell.group.task}.metric is {metric}, which {plan.cell_folder(cell)} has not measured: choose one "
-            f"of {', '.join(there) or 'those of evaluation.metrics'}"
-        )
-    return float(after[f"{source}_{metric}"])
 
 
 def adapter_size(folder: Path) -> tuple[int, int]:

@@ -13,14 +13,13 @@ from dora_dist.compare.settings import CompareConfig
 from dora_dist.config.checks import nearest
 from dora_dist.config.parse import config_of
 from dora_dist.config.run import RunConfig
-from dora_dist.config.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION
+from dora_dist.config.tasks import CAUSAL_LM, EXACT_MATCH, SEQUENCE_CLASSIFICATION
 from dora_dist.config.training import LORA_PLUS_RATIO
 
 SEARCH = "search"
 REPORTED = "reported"
 """Names of the two held-out sources in a cell's run."""
 LOSS = "loss"
-EXACT_MATCH = "exact_match"
 ADALORA_TASKS = (CAUSAL_LM, SEQUENCE_CLASSIFICATION)
 """Tasks that :mod:`dora_dist.compare.adalora` can train and measure."""
 TASK_KEYS = ("search", "metric", "better")
@@ -140,9 +139,13 @@ class Plan:
         if entries.get("better", "lower") not in ("lower", "higher"):
             raise ValueError(f"tasks.{task}.better is {entries['better']!r}, but must be lower or higher")
         template = self._templates[next(group for group in self.groups if group.task == task)]
-        if self.metric(task) == EXACT_MATCH and not template.evaluation.exact_match:
+        metric, measured = self.metric(task), (LOSS, *template.measured)
+        if metric not in measured:
+            of_texts = metric == EXACT_MATCH and template.task == CAUSAL_LM
+            advice = "set evaluation.exact_match to true" if of_texts else "put it into evaluation.metrics"
             raise ValueError(
-                f"tasks.{task}.metric is {EXACT_MATCH}, which is not measured: set evaluation.exact_match to true"
+                f"tasks.{task}.metric is {metric}, which is not measured: {advice}, or choose one of "
+                f"{', '.join(measured)}"
             )
 
     def _template(self, group: Group) -> RunConfig:

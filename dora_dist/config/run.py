@@ -14,7 +14,7 @@ from dora_dist.config.format_version import FORMAT_VERSION
 from dora_dist.config.model import ModelConfig
 from dora_dist.config.presets import DEFAULT, PresetName
 from dora_dist.config.pruning import GATE_SENSITIVITY, NONE, PruningConfig
-from dora_dist.config.tasks import CAUSAL_LM, TASKS, TaskName, metrics_of
+from dora_dist.config.tasks import CAUSAL_LM, EXACT_MATCH, TASKS, TaskName, metrics_of
 from dora_dist.config.training import CHECKPOINTING, check_training_section, with_strategies
 
 LARGEST_SEED = 2**32 - 1
@@ -31,9 +31,10 @@ class EvaluationConfig:
         max_new_tokens: longest generated answer, in tokens.
         max_examples: evaluate at most this many held-out examples; null for all.
         num_beams: of generated summaries; 1 is greedy.
-        metrics: beside the loss. For classes: accuracy, matthews, f1 (of the second of two classes); for regression:
-            pearson, spearman; for answers: exact_match, f1; for summaries: rouge1, rouge2, rouge_l; null for the task's
-            own.
+        metrics: beside the loss. For causal_lm: final_number (generate answers greedily, and count those whose last
+            number is that of the reference); for classes: accuracy, matthews, f1 (of the second of two classes); for
+            regression: pearson, spearman; for question_answering: exact_match, f1; for summaries: rouge1, rouge2,
+            rouge_l; null for the task's own.
     """
 
     before: bool = True
@@ -48,6 +49,13 @@ class EvaluationConfig:
         require(self.num_beams >= 1, "evaluation.num_beams", self.num_beams, "be at least 1")
         most = self.max_examples
         require(most is None or most >= 1, "evaluation.max_examples", most, "be at least 1, or null for all")
+
+    @property
+    def asks(self) -> str:
+        """The key that has answers generated, with its value, for messages about a run of causal_lm that does."""
+        if self.exact_match:
+            return "evaluation.exact_match is true"
+        return f"evaluation.metrics has {', '.join(self.metrics or [])}"
 
 
 @dataclass(kw_only=True)
@@ -150,8 +158,8 @@ class RunConfig:
             )
         self._check_task()
         self._check_rule()
-        if self.evaluation.exact_match and self.data.eval is None:
-            raise ValueError("evaluation.exact_match is true, but there is no held-out data: set data.eval")
+        if self.task == CAUSAL_LM and self.measured and self.data.eval is None:
+            raise ValueError(f"{self.evaluation.asks}, but there is no held-out data: set data.eval")
 
     def _check_rule(self) -> None:
         """Ranks that nothing changes are those of the start."""
@@ -180,6 +188,13 @@ class RunConfig:
                 f"adapter.target_rank {target} is the mean over the layers, so it must lie between "
                 f"pruning.min_rank {least} and pruning.max_rank {most}"
             )
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """What is measured on the held-out data beside the loss: names of
+        :data:`~dora_dist.config.tasks.METRICS`."""
+        exact_match = (EXACT_MATCH,) if self.evaluation.exact_match else ()
+        return (*exact_match, *metrics_of(self.task, self.data.labels, self.evaluation.metrics))
 
     def _check_task(self) -> None:
         task, data = TASKS[self.task], self.data

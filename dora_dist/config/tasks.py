@@ -19,6 +19,9 @@ SEQUENCE_CLASSIFICATION: TaskName = "sequence_classification"
 QUESTION_ANSWERING: TaskName = "question_answering"
 SEQ2SEQ: TaskName = "seq2seq"
 
+EXACT_MATCH = "exact_match"
+FINAL_NUMBER = "final_number"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
@@ -58,6 +61,7 @@ TASKS: dict[str, Task] = {
             class_ending="",
             trains_head=False,
             formats=("messages", "sharegpt", "alpaca", "prompt_completion", "text"),
+            metrics=(FINAL_NUMBER,),
         ),
         Task(
             name=SEQUENCE_CLASSIFICATION,
@@ -77,8 +81,8 @@ TASKS: dict[str, Task] = {
             class_ending="ForQuestionAnswering",
             trains_head=True,
             formats=("squad",),
-            metrics=("exact_match", "f1"),
-            default_metrics=("exact_match", "f1"),
+            metrics=(EXACT_MATCH, "f1"),
+            default_metrics=(EXACT_MATCH, "f1"),
         ),
         Task(
             name=SEQ2SEQ,
@@ -110,7 +114,8 @@ class Metric:
 
 
 METRICS = {
-    "exact_match": Metric("exact match", ".1%"),
+    EXACT_MATCH: Metric("exact match", ".1%"),
+    FINAL_NUMBER: Metric("final number", ".1%"),
     "accuracy": Metric("accuracy", ".1%"),
     "matthews": Metric("Matthews"),
     "f1": Metric("F1"),

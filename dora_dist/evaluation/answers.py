@@ -1,4 +1,4 @@
-"""Held-out loss over answer tokens, and exact match of generated answers."""
+"""Held-out loss over answer tokens, and how many generated answers are right."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +14,10 @@ from dora_dist.data.batches import PaddedCollator, as_example
 from dora_dist.data.encoding.encoder import IGNORED
 from dora_dist.data.encoding.text import prompt_length
 from dora_dist.evaluation.evaluator import Evaluator, chunks
+from dora_dist.evaluation.metrics import ANSWER_METRICS
 
-AnswerSums = tuple[float, int, int, int]
-"""Sum of the losses, answer tokens, exact matches, examples."""
+AnswerSums = tuple[float, int, int, tuple[int, ...]]
+"""Sum of the losses, answer tokens, examples, and right answers by each metric."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,18 +25,19 @@ class AnswerEvaluator(Evaluator[AnswerSums]):
     """Of a causal language model.
 
     The loss is the mean over all answer tokens of the data (not a mean of means), so that it depends neither on batch
-    size nor on world size. Exact match compares greedily generated answers with the trained ones, both as their tokens
-    are decoded, white space stripped: what a template writes before an answer's text belongs to both.
+    size nor on world size. Metrics compare greedily generated answers with the trained ones, both as their tokens are
+    decoded: what a template writes before an answer's text belongs to both.
 
     Args:
         tokenizer: the model's.
-        exact_match: also generate answers (the last one of a conversation).
+        metrics: of :data:`~dora_dist.evaluation.metrics.ANSWER_METRICS`; for none, nothing is generated, else the
+            last answer of a conversation.
         max_new_tokens: longest generated answer, in tokens.
         stop: tokens that end an answer.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    exact_match: bool
+    metrics: Sequence[str]
     max_new_tokens: int
     stop: Sequence[int]
 
@@ -43,18 +45,18 @@ class AnswerEvaluator(Evaluator[AnswerSums]):
         return list(chunks(range(self.agreement.rank, len(examples), self.agreement.size), self.batch_size))
 
     def join(self, parts: Sequence[AnswerSums]) -> AnswerSums:
-        loss, tokens, matches, examples = (sum(values) for values in zip(*parts, strict=True))
-        return loss, tokens, matches, examples
+        losses, tokens, examples, right = zip(*parts, strict=True)
+        return sum(losses), sum(tokens), sum(examples), tuple(map(sum, zip(*right, strict=True)))
 
     def figures(self, part: AnswerSums) -> dict[str, float]:
-        loss, tokens, matches, examples = part
-        exact_match = {"exact_match": matches / examples} if self.exact_match else {}
-        return {"loss": loss / tokens, "examples": examples, **exact_match}
+        loss, tokens, examples, right = part
+        shares = {name: count / examples for name, count in zip(self.metrics, right, strict=True)}
+        return {"loss": loss / tokens, "examples": examples, **shares}
 
     def measure(
         self, model: DynamicLoraForCausalLM, examples: Dataset, share: list[range], progress: tqdm
     ) -> AnswerSums:
-        loss, tokens, matches = 0.0, 0, 0
+        loss, tokens, right = 0.0, 0, [0] * len(self.metrics)
         collate = PaddedCollator(self.tokenizer)
         for indices in share:
             rows = [examples[index] for index in indices]
@@ -63,14 +65,15 @@ class AnswerEvaluator(Evaluator[AnswerSums]):
             with model.loss_only():
                 loss += float(model(**batch, num_items_in_batch=1).loss)
             tokens += int((batch["labels"] != IGNORED).sum())
-            if self.exact_match:
+            if self.metrics:
                 prompts = [row["input_ids"][: prompt_length(row["spans"])] for row in rows]
                 answers = generate_answers(model, self.tokenizer, prompts, self.max_new_tokens, self.stop)
-                matches += sum(
-                    answer.strip() == row["answer"].strip() for answer, row in zip(answers, rows, strict=True)
-                )
+                for number, name in enumerate(self.metrics):
+                    right[number] += sum(
+                        ANSWER_METRICS[name](answer, row["answer"]) for answer, row in zip(answers, rows, strict=True)
+                    )
             progress.update(len(indices))
-        return loss, tokens, matches, sum(map(len, share))
+        return loss, tokens, sum(map(len, share)), tuple(right)
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
-"""What is measured on held-out data beside the loss: GLUE's, SQuAD's and ROUGE's metrics.
+"""What is measured on held-out data beside the loss: GLUE's, SQuAD's and ROUGE's metrics, and which
+generated answers are right.
 
 Pure functions. Those over a whole data set (:data:`CLASS_METRICS`, :data:`NUMBER_METRICS`) want all predictions of all
 ranks; the others score one example, so that their mean does not depend on how examples are spread over ranks.
@@ -9,16 +10,26 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from functools import cache
 from typing import Any
 
 import numpy as np
+
+from dora_dist.config.tasks import EXACT_MATCH, FINAL_NUMBER
 
 ROUGE_METRICS = {"rouge1": "rouge1", "rouge2": "rouge2", "rouge_l": "rougeL"}
 """Our name of a metric and rouge-score's."""
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+_NUMBER = re.compile(
+    r"(?:(?<![A-Za-z\d_)\]}])[$€£]?(?P<minus>[-\u2212])[$€£]?)?"  # a minus behind a number or a name is a difference
+    r"(?<![A-Za-z\d_])"  # the 2 of x2 is part of a name
+    r"(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?P<decimals>\.\d+)?"
+    r"(?:/(?P<divisor>0*[1-9]\d*))?"
+)
+_NEXT_QUESTION = re.compile(r"\n[\s#*]*(?:question|problem|q|instruction|human|user)\b[ \d]*:", re.IGNORECASE)
 
 
 def accuracy(predictions: Sequence[int], labels: Sequence[int]) -> float:
@@ -176,3 +187,43 @@ def _rouge_scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(list(ROUGE_METRICS.values()), use_stemmer=True)
+
+
+def final_number(text: str) -> Decimal | None:
+    """The last number in a text; None where there is none.
+
+    ``-1,234.50``, ``$18``, ``-$5``, ``.5``, ``50%`` (50) and ``3/4`` are numbers. A sign directly behind a number or a
+    name is a difference (``10-3`` ends in 3), and digits behind a letter belong to a name (``x2``). LaTeX and powers of
+    ten are not understood.
+    """
+    found = list(_NUMBER.finditer(text))
+    if not found:
+        return None
+    last = found[-1]
+    value = Decimal(last["whole"].replace(",", "") + (last["decimals"] or ""))
+    if last["divisor"] is not None:
+        value /= Decimal(last["divisor"])
+    return value.copy_negate() if last["minus"] else value
+
+
+def first_answer(text: str) -> str:
+    """A generated answer without what follows it: a model that has not learned to stop goes on with another question.
+
+    It begins with a line that starts with ``Question:``, ``Problem 2:``, ``Q:``, ``Instruction:``, ``Human:`` or
+    ``User:``, in capitals or not, perhaps behind ``#`` or ``*``.
+    """
+    return _NEXT_QUESTION.split(text, maxsplit=1)[0]
+
+
+def same_text(answer: str, reference: str) -> bool:
+    """Whether both are equal, white space around them apart."""
+    return answer.strip() == reference.strip()
+
+
+def same_final_number(answer: str, reference: str) -> bool:
+    """Whether the last number of :func:`first_answer` is that of the reference, which has one; 18 is 18.0."""
+    return final_number(first_answer(answer)) == final_number(reference)
+
+
+ANSWER_METRICS: dict[str, Callable[[str, str], bool]] = {EXACT_MATCH: same_text, FINAL_NUMBER: same_final_number}
+"""Whether a generated answer is right, given the reference."""

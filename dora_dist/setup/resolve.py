@@ -13,9 +13,11 @@ from dora_dist.config.adapter import UNIFORM
 from dora_dist.config.checks import require
 from dora_dist.config.pruning import NONE
 from dora_dist.config.run import RunConfig
-from dora_dist.config.tasks import TASKS
+from dora_dist.config.tasks import CAUSAL_LM, FINAL_NUMBER, TASKS
 from dora_dist.data.mixture import Mixture
 from dora_dist.data.plan import TrainingPlan
+from dora_dist.data.prepared import PreparedSource
+from dora_dist.evaluation.metrics import final_number
 from dora_dist.method.budget import Budget, component_costs
 from dora_dist.method.schedule import BudgetSchedule, FixedRanks, automatic_interval
 from dora_dist.runs.fingerprint import Fingerprint
@@ -141,22 +143,35 @@ def _check_answers(config: RunConfig, data: RunData) -> None:
             f"evaluation.metrics has f1, which is of the second of two classes, but there are {len(data.labels)}: "
             f"{', '.join(data.labels)}; leave it out"
         )
-    for source in data.evaluation if config.evaluation.exact_match else []:
-        if source.format == "text" or config.data.train_on == "everything":
-            what = f"{source.name} is plain text" if source.format == "text" else "data.train_on is everything"
-            raise ValueError(
-                f"evaluation.exact_match is true, but {what}, which has no answers to compare with: set it to "
-                "false, or leave that out"
-            )
-        unasked = source.unprompted()
-        if config.evaluation.max_examples is not None:
-            unasked = unasked[unasked < config.evaluation.max_examples]
-        if len(unasked):
-            raise ValueError(
-                f"evaluation.exact_match is true, but {len(unasked)} of {source.counts.examples} examples of "
-                f"{source.name} have an empty prompt (first {source.dataset[int(unasked[0])]['place']}), so that the "
-                "model would be asked nothing: give them a prompt, leave them out, or set it to false"
-            )
+    if config.task == CAUSAL_LM and config.measured:
+        for source in data.evaluation:
+            _check_asked(config, source)
+
+
+def _check_asked(config: RunConfig, source: PreparedSource) -> None:
+    """Refuse held-out examples for which no answer can be generated and judged."""
+    asks, most = config.evaluation.asks, config.evaluation.max_examples
+    if source.format == "text" or config.data.train_on == "everything":
+        what = f"{source.name} is plain text" if source.format == "text" else "data.train_on is everything"
+        raise ValueError(f"{asks}, but {what}, which has no answers to compare with: leave out the one or the other")
+    unasked = source.unprompted()
+    if most is not None:
+        unasked = unasked[unasked < most]
+    if len(unasked):
+        raise ValueError(
+            f"{asks}, but {len(unasked)} of {source.counts.examples} examples of {source.name} have an empty prompt "
+            f"(first {source.dataset[int(unasked[0])]['place']}), so that the model would be asked nothing: give them "
+            "a prompt, leave them out, or measure the loss only"
+        )
+    if FINAL_NUMBER not in config.measured:
+        return
+    answers = source.column("answer").slice(0, most).to_pylist()
+    if without := [number for number, answer in enumerate(answers) if final_number(answer) is None]:
+        raise ValueError(
+            f"evaluation.metrics has {FINAL_NUMBER}, but {len(without)} of {source.counts.examples} examples of "
+            f"{source.name} have an answer without a number (first {source.dataset[without[0]]['place']}), so that "
+            f"none could be right: leave them out, or {FINAL_NUMBER}"
+        )
 
 
 def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int) -> tuple[dict[str, int], Budget]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from dora_dist.adapter.model import DynamicLoraForCausalLM
 from dora_dist.base_model.losses import RowLosses, class_losses, mean_over_tokens, span_losses, squared_errors
 from dora_dist.config.run import RunConfig
-from dora_dist.config.tasks import CAUSAL_LM, QUESTION_ANSWERING, SEQ2SEQ, SEQUENCE_CLASSIFICATION, metrics_of
+from dora_dist.config.tasks import CAUSAL_LM, QUESTION_ANSWERING, SEQ2SEQ, SEQUENCE_CLASSIFICATION
 from dora_dist.data.batches import (
     ANSWER_SPANS,
     TARGETS,
@@ -119,7 +119,7 @@ class CausalLmParts(TaskParts):
         return AnswerEvaluator(
             **self._held_out(config, resolved, agreement),
             tokenizer=resolved.tokenizer,
-            exact_match=config.evaluation.exact_match,
+            metrics=config.measured,
             max_new_tokens=config.evaluation.max_new_tokens,
             stop=stop_tokens(resolved.tokenizer, resolved.data.template),
         )
@@ -149,7 +149,7 @@ class SequenceClassificationParts(TaskParts):
             reader=self.reader(resolved.data),
             collate=self.collator(config, model, resolved.tokenizer),
             row_losses=self.row_losses(config),
-            metrics=metrics_of(config.task, config.data.labels, config.evaluation.metrics),
+            metrics=config.measured,
             regression=config.data.labels == "regression",
         )
 
@@ -174,7 +174,7 @@ class QuestionAnsweringParts(TaskParts):
         return QuestionEvaluator(
             **self._held_out(config, resolved, agreement),
             collate=self.collator(config, model, resolved.tokenizer),
-            metrics=metrics_of(config.task, config.data.labels, config.evaluation.metrics),
+            metrics=config.measured,
             with_no_answer=resolved.data.some_have_no_answer(),
         )
 
@@ -207,7 +207,7 @@ class Seq2SeqParts(TaskParts):
             **self._held_out(config, resolved, agreement),
             tokenizer=resolved.tokenizer,
             collate=self.collator(config, model, resolved.tokenizer),
-            metrics=metrics_of(config.task, config.data.labels, config.evaluation.metrics),
+            metrics=config.measured,
             max_new_tokens=config.evaluation.max_new_tokens,
             num_beams=config.evaluation.num_beams,
         )

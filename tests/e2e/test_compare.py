@@ -9,12 +9,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import evidence_data
 import peft
 import pytest
 import torch
 from support.commands import run
 from support.comparison import write_comparison
 from support.forked_run import run_forked
+from support.mathematics import save_model_that_says, write_mathematics
 from support.repository import REPOSITORY
 from support.tiny_models import load_base
 
@@ -196,3 +198,35 @@ def test_a_cell_that_fails_is_reported_and_the_ranks_of_a_launcher_run_the_other
     difference = group_of(results_of(tmp_path / "out"), "dynamic")["difference"]
     assert difference["mean"] is not None
     assert difference["low"] is None
+
+
+def test_the_benchmark_of_peft_goes_from_published_files_to_a_table(tmp_path):
+    """On a model that answers 7 to everything, to questions for a last digit."""
+    evidence_data.main([str(write_mathematics(tmp_path / "sets", 340, 30)), str(tmp_path), "--only", "metamathqa"])
+    rows = {name: tmp_path / "metamathqa" / f"{name}.jsonl" for name in ("train", "search", "report")}
+    changes = {
+        "output_dir": tmp_path / "out",
+        "seeds": [0],
+        "learning_rates": [1e-4],
+        "tasks.gsm8k.data.train": rows["train"],
+        "tasks.gsm8k.data.eval": rows["report"],
+        "tasks.gsm8k.search": rows["search"],
+        "run.model.path": save_model_that_says("7", tmp_path / "model"),
+        "run.model.compute_dtype": "float32",
+        "run.data.cache_dir": tmp_path / "cache",
+        "run.training.max_steps": 20,
+        "run.evaluation.max_new_tokens": 1,
+        "run.evaluation.max_examples": 30,
+    }
+    options = [part for key, value in changes.items() for part in (f"--{key}", str(value))]
+    finished = run_forked("compare", "configs/compare/metamathqa.yaml", *options, timeout=800)
+    assert finished.status == 0, finished.output
+    results = results_of(tmp_path / "out")
+    assert len(results["cells"]) == len(results["groups"]) == 4
+    searched = sum(json.loads(line)["completion"].endswith("7") for line in rows["search"].open().readlines()[:30])
+    for cell in results["cells"]:
+        assert (cell["search"], cell["reported"]) == (searched / 30, 3 / 30)
+    table = (tmp_path / "out" / "results.md").read_text()
+    assert "final_number, mean" in table
+    assert table.count("| 0.1000 ± n/a |") == 4
+    assert {sum(cell["ranks"].values()) for cell in results["cells"] if "early" not in cell["method"]} == {4 * 32}

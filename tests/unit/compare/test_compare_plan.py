@@ -196,6 +196,14 @@ def test_what_cannot_work_is_refused_before_anything_runs(plan_of, changes, mess
         ({"data": {"eval": "r"}, "search": "s", "metrik": "loss"}, "tasks.one.metrik; did you mean metric"),
         ({"data": {"eval": "r"}, "search": "s", "better": "more"}, "must be lower or higher"),
         ({"data": {"eval": "r"}, "search": "s", "metric": "exact_match"}, "set evaluation.exact_match to true"),
+        (
+            {"data": {"eval": "r"}, "search": "s", "metric": "final_number"},
+            "put it into evaluation.metrics, or .* loss",
+        ),
+        (
+            {"task": "sequence_classification", "data": {"eval": "r"}, "search": "s", "metric": "f1"},
+            "tasks.one.metric is f1, which is not measured: .* choose one of loss, accuracy, matthews",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_task_is_said(plan_of, task, message):

@@ -156,15 +156,6 @@ def test_methods_run_under_other_conditions_are_not_compared(plan_of):
         gather(plan, [], "command")
 
 
-def test_a_metric_that_was_not_measured_is_named_with_those_that_were(plan_of, tmp_path):
-    rows = {name: str(tmp_path / f"{name}.jsonl") for name in "ab"}
-    task = {"data": {"eval": rows["a"]}, "search": rows["b"], "metric": "accuracy"}
-    plan = plan_of(seeds=[1], learning_rates=[0.1], tasks={"echo": task})
-    fill(plan, {"lora": {0.1: [1.0]}})
-    with pytest.raises(ValueError, match=r"metric is accuracy, which .* has not measured: choose one of loss"):
-        gather(plan, [], "command")
-
-
 def test_a_setting_that_came_later_is_that_of_the_record_where_it_has_its_default(plan_of):
     plan = plan_of(seeds=[1], learning_rates=[0.1])
     cell = Cell(Group("echo", 2, "dynamic"), 0.1, 1)

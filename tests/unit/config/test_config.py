@@ -217,7 +217,8 @@ def test_owned_training_arguments_are_refused_when_loading(load):
         (["--pruning.max_rank", "4"], "target_rank 8 .* pruning.max_rank 4"),
         (["--data.max_length", "1"], "data.max_length is 1"),
         (["--data.overlong", "cut"], "data.overlong.*cut"),
-        (["--evaluation.exact_match", "true"], "set data.eval"),
+        (["--evaluation.exact_match", "true"], "exact_match is true, but .* set data.eval"),
+        (["--evaluation.metrics", "[final_number]"], "metrics has final_number, but .* set data.eval"),
         (["--evaluation.max_new_tokens", "0"], "evaluation.max_new_tokens is 0"),
         (["--evaluation.max_examples", "0"], "evaluation.max_examples is 0"),
         (["--distributed.engine", "zero3"], "distributed.engine.*zero3"),
@@ -436,7 +437,8 @@ CLASSIFICATION = "task: sequence_classification\n"
             ("--evaluation.metrics", "[matthews]", "--data.labels", "regression"),
             "'matthews', but task sequence_classification with data.labels regression has pearson, spearman",
         ),
-        ("", ("--evaluation.metrics", "[accuracy]"), "'accuracy', but task causal_lm has none"),
+        ("", ("--evaluation.metrics", "[accuracy]"), "'accuracy', but task causal_lm has final_number"),
+        (CLASSIFICATION, ("--evaluation.metrics", "[final_number]"), "'final_number', but task sequence_class"),
     ],
 )
 def test_what_a_task_cannot_have_is_refused(load, yaml, options, message):
@@ -449,6 +451,12 @@ def test_metrics_are_those_of_the_task_unless_chosen():
     assert metrics_of("sequence_classification", "regression", None) == ("pearson", "spearman")
     assert metrics_of("sequence_classification", "classes", ["f1"]) == ("f1",)
     assert metrics_of("causal_lm", "classes", None) == ()
+
+
+def test_generated_answers_can_be_judged_in_two_ways(load):
+    both = ["--data.eval", "x", "--evaluation.exact_match", "true", "--evaluation.metrics", "[final_number]"]
+    assert load("", *both).measured == ("exact_match", "final_number")
+    assert load("").measured == ()
 
 
 @pytest.mark.parametrize("value", ["auto", "all", "none", 0, 12])

@@ -1,4 +1,5 @@
 import math
+from decimal import Decimal
 from fractions import Fraction
 
 import numpy as np
@@ -11,10 +12,13 @@ from dora_dist.evaluation.metrics import (
     NUMBER_METRICS,
     accuracy,
     f1,
+    final_number,
+    first_answer,
     matthews,
     normalize_answer,
     pearson,
     rouge_scores,
+    same_final_number,
     spearman,
     squad_scores,
 )
@@ -194,3 +198,73 @@ def test_a_summary_without_words_scores_0(prediction, reference):
 def test_a_summary_is_its_own_best(text):
     scores = rouge_scores(text, text)
     assert scores["rouge1"] == scores["rouge_l"] == float(bool(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("She makes 9 * 2 = $<<9*2=18>>18 every day.\n#### 18", "18"),
+        ("so $4^2 = \\boxed{16}$.The answer is: 16", "16"),
+        ("The answer is: 1,234,567.50.", "1234567.5"),
+        ("It costs $18.", "18"),
+        ("-$5", "-5"),
+        ("$-5", "-5"),
+        ("\u22127 degrees", "-7"),
+        ("x = -0.25", "-0.25"),
+        ("(-3)", "-3"),
+        ("Take 10-3", "3"),
+        ("f(2)-3", "3"),
+        ("n-1", "1"),
+        ("half of it, .5", "0.5"),
+        ("50% of them", "50"),
+        ("**42**", "42"),
+        ("5kg and no more", "5"),
+        ("3/4", "0.75"),
+        ("-1/2", "-0.5"),
+        ("5/0", "0"),
+        ("1, 2", "2"),
+        ("3,14159", "14159"),
+        ("\u7b54\u6848\u662f18", "18"),
+        ("18 eggs, as x2 says", "18"),
+        ("-" + "9" * 5000, "-" + "9" * 5000),
+    ],
+)
+def test_the_last_number_of_a_text(text, number):
+    assert final_number(text) == Decimal(number)
+
+
+@pytest.mark.parametrize("text", ["", "none at all.", "x2", "H2O", "$-.", "a.b"])
+def test_a_text_without_a_number_has_no_last_one(text):
+    assert final_number(text) is None
+
+
+@given(st.decimals(allow_nan=False, allow_infinity=False, places=3, min_value=-(10**12), max_value=10**12))
+def test_every_way_to_write_a_number_is_read_as_that_number(value):
+    for written in (f"{value:f}", f"{value:,f}", f"{value:f}000."):
+        assert final_number(f"After 7 days it is {written}") == value
+        assert final_number(f"${written}") == value
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "right"),
+    [
+        ("The answer is: 18.0", "He has 2.\n#### 18", True),
+        ("18, not 17", "#### 18", False),
+        ("I do not know.", "#### 18", False),
+        ("So 18.\n\nQuestion: Ann has 3 balls. How many has she?\nAnswer: 3", "#### 18", True),
+        ("So 18.\n### Instruction:\nAdd 2 and 3.", "#### 18", True),
+        ("\nQuestion: 18", "#### 18", False),
+    ],
+)
+def test_an_answer_is_right_by_its_last_number_before_another_question(answer, reference, right):
+    assert same_final_number(answer, reference) is right
+
+
+@pytest.mark.parametrize("heading", ["Q:", "Problem 12:", "**Question:**", "## Question 3:", "human:", "User:"])
+def test_a_line_that_asks_again_ends_an_answer(heading):
+    assert first_answer(f"So 18.\n {heading} 3") == "So 18."
+
+
+@pytest.mark.parametrize("line", ["#### 18", "## Step 2: 9 + 9 = 18", "The question: is it 18?", "Questions 18"])
+def test_other_lines_belong_to_an_answer(line):
+    assert first_answer(f"So\n{line}") == f"So\n{line}"

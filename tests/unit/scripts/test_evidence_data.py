@@ -2,9 +2,11 @@
 
 import csv
 import json
+import re
 
 import evidence_data
 import pytest
+from support.mathematics import write_mathematics
 
 
 def write_csv(path, rows):
@@ -53,12 +55,34 @@ def test_a_whole_development_set_is_reported_and_searched_is_a_part_of_the_train
     assert first["train"] | first["search"] == {f"train {n}" for n in range(700)}
 
 
+def test_nothing_that_is_made_from_a_searched_question_of_gsm8k_is_trained_on(tmp_path):
+    write_mathematics(tmp_path / "sets", train=400, test=20)
+    evidence_data.main([str(tmp_path / "sets"), str(tmp_path / "out"), "--only", "metamathqa"])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["metamathqa"]
+    splits = {
+        name: [json.loads(line) for line in (tmp_path / f"out/metamathqa/{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "search", "report")
+    }
+    asked = {name: [int(re.search(r"\d+", row["prompt"])[0]) for row in rows] for name, rows in splits.items()}
+    assert len(asked["search"]) == len(set(asked["search"])) == 300
+    assert asked["train"] == sorted(set(range(400)) - set(asked["search"]))
+    assert asked["report"] == list(range(400, 420))
+    assert splits["train"][0] == {
+        "prompt": f"Question: How does {asked['train'][0]} end? Think step by step.\nAnswer:",
+        "completion": f"Look at it.\nThe answer is: {asked['train'][0] % 10}",
+    }
+    assert splits["report"][1] == {
+        "prompt": "Question: What is the last digit of 401? Think step by step.\nAnswer:",
+        "completion": "It is <<401%10=1>>1.\n#### 1",
+    }
+
+
 @pytest.mark.parametrize("name", sorted(evidence_data.SETS))
 def test_no_row_is_in_two_splits_of_the_real_sets(name, shared, tmp_path):
     """Where the project's data are at hand; E2E's csv files are in an archive there."""
     data = shared / "data"
-    if name == "e2e":
-        pytest.skip("the archive is not unpacked here")
+    if name in ("e2e", "metamathqa"):
+        pytest.skip("it is not there, or in an archive that is not unpacked")
     links = {
         "gsm8k": data / "math/gsm8k",
         "glue": data / "glue",

@@ -12,6 +12,7 @@ from support.architectures import save_model
 from support.resolved_run import load, resolved
 from support.tiny_encoders import save_tiny_encoder, write_classification
 from support.tiny_run import tiny_tokenizer, write_rows
+from support.tiny_tokenizer import word_tokenizer
 from transformers import AutoModel
 
 from dora_dist.base_model.load import BaseModelSpec, load_skeleton
@@ -321,10 +322,30 @@ def test_exact_match_without_anything_to_ask_is_refused(config):
     resolved(load(config, "--data.as_chat", "false"))
 
 
-def test_exact_match_on_plain_text_is_refused(config):
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        (["--evaluation.exact_match", "true"], "evaluation.exact_match is true"),
+        (["--evaluation.metrics", "[final_number]"], "evaluation.metrics has final_number"),
+    ],
+)
+def test_generated_answers_on_plain_text_are_refused(config, asked, why):
     (config.parent / "eval.jsonl").write_text('{"text": "w1 w2 w3"}\n')
-    with pytest.raises(ValueError, match=r"exact_match is true, but eval is plain text, which has no answers"):
-        resolved(load(config, "--evaluation.exact_match", "true"))
+    with pytest.raises(ValueError, match=rf"{why}, but eval is plain text, which has no answers"):
+        resolved(load(config, *asked))
+
+
+def test_references_without_a_number_are_refused_where_the_last_one_is_compared(config):
+    word_tokenizer("w1 w2 w3 18 7").save_pretrained(config.parent / "model")
+    rows = [{"prompt": "w1", "completion": answer} for answer in ("w2 18", "w3", "7 w2", "w2 w3")]
+    (config.parent / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ["--data.as_chat", "false", "--evaluation.metrics", "[final_number]"]
+    with pytest.raises(
+        ValueError, match=r"2 of 4 examples of eval have an answer without a number \(first .*eval\.jsonl, line 2\)"
+    ):
+        resolved(load(config, *asked))
+    resolved(load(config, *asked, "--evaluation.max_examples", "1"))
+    resolved(load(config, "--data.as_chat", "false", "--evaluation.exact_match", "true"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,61 @@
+"""Generated answers and their figures, of a model that says nothing but numbers."""
+
+import pytest
+from datasets import Dataset
+from support.tiny_models import VOCABULARY, adapt, tiny_model
+from support.tiny_tokenizer import word_tokenizer
+
+from dora_dist.distributed.agreement import Agreement
+from dora_dist.evaluation.answers import AnswerEvaluator, generate_answers
+from dora_dist.evaluation.metrics import final_number
+
+PROMPTS = [[1, first, second] for first, second in ((7, 8), (9, 10), (20, 30), (31, 44), (50, 60))]
+NEW_TOKENS = 4
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """All of whose words are numbers."""
+    return word_tokenizer(" ".join(f"{number}" for number in range(100, 100 + VOCABULARY)))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return adapt(tiny_model(max_position_embeddings=16))
+
+
+def evaluator(tokenizer, answers: list[str], *metrics: str) -> AnswerEvaluator:
+    rows = [
+        {"input_ids": [*prompt, 5], "spans": [3, 4], "answer": a} for prompt, a in zip(PROMPTS, answers, strict=True)
+    ]
+    return AnswerEvaluator(
+        sources={"eval": Dataset.from_list(rows)},
+        agreement=Agreement(),
+        batch_size=2,
+        tokenizer=tokenizer,
+        metrics=metrics,
+        max_new_tokens=NEW_TOKENS,
+        stop=[2],
+    )
+
+
+def test_right_answers_are_counted_by_every_metric_that_is_asked_for(tokenizer, model):
+    said = [generate_answers(model, tokenizer, [prompt], NEW_TOKENS, [2])[0] for prompt in PROMPTS]
+    last = [final_number(answer) for answer in said]
+    assert None not in last
+    references = [f" {said[0]}\n", f"In all {last[1]}.00", f"${last[2]}.", f"{last[3] + 1}", f"-{last[4]}"]
+    figures = evaluator(tokenizer, references, "exact_match", "final_number")(model)
+    assert (figures["exact_match"], figures["final_number"], figures["examples"]) == (1 / 5, 3 / 5, 5)
+    only = evaluator(tokenizer, references, "final_number")(model)
+    assert only == {name: value for name, value in figures.items() if name != "exact_match"}
+
+
+def test_without_metrics_nothing_is_generated(tokenizer, model, monkeypatch):
+    monkeypatch.setattr(type(model), "generate", None)
+    assert set(evaluator(tokenizer, ["1"] * 5)(model)) == {"loss", "examples"}
+
+
+def test_the_figures_of_ranks_are_those_of_all_their_examples(tokenizer):
+    measured = evaluator(tokenizer, ["1"] * 5, "exact_match", "final_number")
+    joined = measured.join([(2.0, 4, 3, (1, 2)), (0.0, 0, 0, (0, 0)), (1.0, 2, 1, (0, 1))])
+    assert measured.figures(joined) == {"loss": 0.5, "examples": 4, "exact_match": 1 / 4, "final_number": 3 / 4}
