@@ -111,7 +111,7 @@ def parse_compare(arguments: Sequence[str] | None = None) -> CompareConfig:
     Raises:
         ValueError: as :func:`~dora_dist.config.parse.parse_config` does.
     """
-    parser = ArgumentParser(exit_on_error=False)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile)
     parser.add_class_arguments(CompareConfig)
     plain, nested = _split(sys.argv[1:] if arguments is None else arguments)

@@ -119,6 +119,11 @@ def test_an_unknown_or_misplaced_key_is_refused_with_the_nearest_valid_one(load,
             load(*arguments)
 
 
+def test_the_beginning_of_a_key_is_not_taken_for_the_key(load):
+    with pytest.raises(ValueError, match=r"^unknown key adapter\.drop; did you mean adapter\.dropout\?$"):
+        load("", "--adapter.drop", "0.3")
+
+
 @pytest.mark.parametrize(
     ("key", "here"),
     [
