@@ -31,6 +31,7 @@ from dora_dist.setup.tasks import TASK_PARTS
 from dora_dist.training.controller import DynamicRankController
 from dora_dist.training.criterion import criterion_of
 from dora_dist.training.parts import LoopSettings, TrainingParts, TrainingRows
+from dora_dist.training.rules.prune import Prune
 from dora_dist.training.skipped_steps import SkipPolicy
 from dora_dist.training.start_from_data import DataStart
 from dora_dist.training.trainer import DynamicLoraTrainer
@@ -124,7 +125,7 @@ def build_controller(
         budget,
         agreement,
         criterion=criterion_of(pruning.importance, gates, pruning.smoothing, adapter_seed(config)),
-        selection=pruning.selection(),
+        rule=Prune(layers, budget, pruning.selection()),
         head=model.head_parameters(),
     )
 

@@ -7,7 +7,7 @@ from support.tiny_models import adapt, shake, tiny_model, tokens
 from torch import nn
 
 from dora_dist.distributed.agreement import Agreement
-from dora_dist.training.ablation import ablation_gradient_scores, ablation_scores
+from dora_dist.training.rules.ablation import ablation_gradient_scores, ablation_scores
 
 ROWS = [tokens(1, 10 + number, seed=number) for number in range(3)]
 
