@@ -186,6 +186,10 @@ class BudgetSchedule:
             return False
         return position % self.interval == 0 or position == self._last
 
+    def in_warmup(self, step: int) -> bool:
+        """Whether a step comes before pruning may begin. Of two steps in which t = 0 lasts, the first one does."""
+        return step < self.total_steps * self.warmup_fraction
+
     @property
     def _last(self) -> int:
         return int(self.total_steps * (1 - self.warmup_fraction - self.final_fraction))

@@ -9,17 +9,57 @@ trapezoid of the integrated gradient between the base and M. Scores are signed.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from dora_dist.adapter.layer import DynamicLoraLinear
+from dora_dist.adapter.model import DynamicLoraForCausalLM, DynamicLoraModel
 from dora_dist.console.text import say
 from dora_dist.distributed.agreement import Agreement
+from dora_dist.method.importance import Components
 
 Losses = Sequence[Callable[[], Tensor]]
 """For every row of the fixed batch, its loss, a scalar. The batch's is their sum. The same on every rank."""
+
+
+class Ablation:
+    """The importance of components at the moment of an event, on rows that are held back from training.
+
+    Args:
+        model: with the components.
+        exact: by :func:`ablation_scores`, otherwise by :func:`ablation_gradient_scores`.
+
+    Attributes:
+        losses: Of the rows; given when all is there that makes a loss of a row.
+    """
+
+    at_events_only = True
+
+    def __init__(self, model: DynamicLoraModel, exact: bool) -> None:
+        self.losses: Losses = ()
+        self._model = model
+        self._layers = list(model.adapted_layers().values())
+        self._score = ablation_scores if exact else ablation_gradient_scores
+        gates = [layer.gate for layer in self._layers]
+        num_components = sum(gate.numel() for gate in gates)
+        self.scores = torch.zeros(num_components, dtype=torch.float64, device=gates[0].device)
+
+    def update(self, layers: Sequence[Components], agreement: Agreement) -> None:
+        assert self.losses, "no rows to score by"
+        without_logits = self._model.loss_only() if isinstance(self._model, DynamicLoraForCausalLM) else nullcontext()
+        with without_logits:
+            self.scores = self._score(self._model, self._layers, self.losses, agreement)
+
+    def rescore(self, layers: Sequence[Components]) -> None:
+        raise ValueError(
+            "importance ablation is scored by the model as it is: set pruning.rebase to false, or choose another "
+            "pruning.importance"
+        )
+
+    def after_event(self) -> None:
+        pass
 
 
 @torch.no_grad()

@@ -54,6 +54,8 @@ class Move:
         pass
 
     def select(self, step: int, scores: Mapping[str, Tensor], kept: Masks) -> Masks:
+        if self._budget.schedule.in_warmup(step):
+            return kept
         costs, budget = self._budget.costs, self._budget.at(step)
         move = move_components(scores, kept, costs, budget, self._num_moved, self._min_rank)
         return {name: (mask & ~move.pruned[name]) | move.grown[name] for name, mask in kept.items()}
