@@ -236,15 +236,13 @@ def prune_under_engine(engine: str, model_folder: str) -> dict[str, Any]:
 
 
 def move_under_engine(engine: str, model_folder: str) -> dict[str, Any]:
-    """Train a tiny NF4 Llama under an engine with a masked slot in every layer, let an event move a component of the
+    """Train a tiny NF4 Llama under an engine, mask a slot in every layer, let an event move a component of the
     first layer, go on; report what is seen of the last layer, which gets a component, and of the optimizer."""
     from dora_dist.distributed.engine import Moments
     from dora_dist.training.rules.move import Move
 
     model = _tiny_adapted(model_folder)
     layers = model.adapted_layers()
-    for layer in layers.values():
-        layer.component_mask[2] = False
     step = _make_step(engine, model)
     schedule = BudgetSchedule(total_steps=10, num_layers=len(layers), initial_rank=3, target_rank=3, interval=1)
     rule = Move(layers, Budget(schedule, dict.fromkeys(layers, 1)), num_moved=1, seed=7)
@@ -259,12 +257,14 @@ def move_under_engine(engine: str, model_folder: str) -> dict[str, Any]:
             return model(input_ids=torch.arange(4, 16)[None]).logits
 
     train(3)
+    # Something to forget in the slots: weights and a past, as a component leaves them that was pruned.
+    for layer in layers.values():
+        layer.component_mask[2] = False
     kept = {name: layer.component_mask.clone() for name, layer in layers.items()}
     first, last = min(layers), max(layers)
     scores = {name: torch.ones(4) for name in layers} | {last: torch.full((4,), 2.0)}
     scores[first] = torch.tensor([1.0, 0.0, 1.0, 1.0])
     gone, grown = layers[first], layers[last]
-    # Something to forget: weights and a past in the slot, as a component leaves them that was pruned.
     seen: dict[str, Any] = {"before": grown.lora_a.detach().clone(), "master before": read_master(grown.lora_a).clone()}
     seen["wanted"] = rule.select(4, scores, kept)
     without = gone.component_mask.clone()
