@@ -28,7 +28,6 @@ from dora_dist.distributed.agreement import Agreement, digest_tensors
 from dora_dist.method.allocation import select_components
 from dora_dist.method.budget import Budget
 from dora_dist.method.importance import component_scores
-from dora_dist.method.prune_event import PruneEvent
 from dora_dist.method.schedule import BudgetSchedule
 from dora_dist.training.controller import DynamicRankController
 
@@ -194,12 +193,11 @@ def measure_alone(shape: Shape, dtype: torch.dtype, times: int) -> dict[str, Tim
     scores = {name: torch.rand(INITIAL_RANK, dtype=torch.float64) for name in controller.layers}
     keep = TARGET_RANK * len(scores)
     kept = {name: torch.arange(INITIAL_RANK) < TARGET_RANK for name in scores}
-    event = PruneEvent(step=1, kept=kept, returned=0, final=False, num_parameters=0)
     return {
         "verify": repeat(lambda: controller.verify("x"), times),
         "scoring": repeat(controller._update_scores, times),
         "select_components": repeat(lambda: select_components(scores, keep), 10 * times),
-        "apply": repeat(lambda: controller._apply(event), 10 * times),
+        "apply": repeat(lambda: controller.rule.apply(1, controller.kept, kept, None), 10 * times),
     }
 
 

@@ -139,7 +139,7 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
         lora_a = torch.empty(self.lora_a.shape)
         lora_b = torch.zeros(self.lora_b.shape)
         if init == "lora":
-            nn.init.kaiming_uniform_(lora_a, a=5**0.5, generator=generator)
+            lora_a = self.draw_rows(seed, name)
             gate = torch.ones(self.gate.shape)
         else:
             nn.init.kaiming_uniform_(lora_a, generator=generator)
@@ -147,6 +147,12 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
             gate = torch.zeros(self.gate.shape)
         for parameter, value in ((self.lora_a, lora_a), (self.lora_b, lora_b), (self.gate, gate)):
             parameter.data = value.to(device=parameter.device, dtype=dtype)
+
+    def draw_rows(self, seed: int, name: str) -> Tensor:
+        """Rows a_i as LoRA starts with them, shape ``(r, in)``, float32, on the CPU; they depend on ``seed`` and
+        ``name`` only."""
+        rows = torch.empty(self.lora_a.shape)
+        return nn.init.kaiming_uniform_(rows, a=5**0.5, generator=layer_generator(seed, name))
 
     def __repr__(self) -> str:
         return "dynamic_lora." + super().__repr__()

@@ -224,10 +224,10 @@ def add_dynamic_lora(
     forbid_inference_packing(model)
     task, heads = task_of(model), head_modules(model)
     lora_config = LoraConfig(
-        r=config.start_rank,
+        r=config.num_slots,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT multiplies by it; its type is an int
         lora_dropout=config.dropout,
-        rank_pattern={f"^{re.escape(name)}$": rank for name, rank in ranks.items() if rank != config.start_rank},
+        rank_pattern={f"^{re.escape(name)}$": rank for name, rank in ranks.items() if rank != config.num_slots},
         target_modules=list(ranks),
         modules_to_save=list(heads) or None,  # PEFT adds names to it
         task_type=task.peft_type,
@@ -249,6 +249,7 @@ def add_dynamic_lora(
 
 
 def _start(layer: DynamicLoraLinear, name: str, config: DynamicLoraConfig, dtype: torch.dtype) -> None:
+    layer.component_mask[config.start_rank :] = config.slots is None
     layer.scale_of = config.scale_of
     layer.follow_mask()
     layer.initialize(config.init, config.seed or 0, name, dtype)

@@ -19,7 +19,7 @@ WEIGHTS = {MLP_ONLY: in_mlps, RISING_WITH_DEPTH: rising_with_depth}
 
 
 def resolve_ranks(model: nn.Module, config: DynamicLoraConfig) -> dict[str, int]:
-    """Full name of every layer that is adapted -> the components that it starts with, in the order of the names.
+    """Full name of every layer that is adapted -> the components that it has room for, in the order of the names.
 
     Args:
         model: the base model; its layers may be on the meta device.
@@ -32,7 +32,7 @@ def resolve_ranks(model: nn.Module, config: DynamicLoraConfig) -> dict[str, int]
     names = resolve_targets(model, config.target_modules)
     linears = {name: linear_layer(model, name) for name in names}
     if config.ranks == UNIFORM:
-        return dict.fromkeys(names, config.start_rank)
+        return dict.fromkeys(names, config.num_slots)
     most = {name: min(linear.in_features, linear.out_features) for name, linear in linears.items()}
     if config.ranks not in WEIGHTS:
         return _planned(Path(config.ranks).expanduser(), most)

@@ -29,7 +29,11 @@ class DynamicLoraConfig:
 
     Args:
         target_rank: components per layer, on average, after pruning.
-        initial_rank: components per layer at the start; by default 1.5 times the target rank, rounded up (the paper's).
+        initial_rank: components per layer at the start; by default 1.5 times the target rank, rounded up (the paper's);
+            with slots the target rank.
+        slots: with pruning.rule move, places for components in every layer, and so the most that a layer can get; the
+            run starts with target_rank components a layer, and slots beyond take memory but no time. Null for no more
+            slots than components at the start.
         ranks: uniform; or, with pruning.rule none, what each layer has for the whole run: mlp-only, rising-with-depth
             (both with the parameters of a uniform rank target_rank), or the path of a plan (plan.json of a run).
         alpha: the update of a layer is scaled by it, as scale says.
@@ -50,6 +54,7 @@ class DynamicLoraConfig:
 
     target_rank: int = 8
     initial_rank: int | None = None
+    slots: int | None = None
     ranks: str = UNIFORM
     alpha: float = 8.0
     scale: Scale = "constant"
@@ -69,6 +74,8 @@ class DynamicLoraConfig:
                 f"initial_rank is {self.initial_rank}, below target_rank {self.target_rank}: pruning only removes "
                 "components, so raise initial_rank (1.5 x target_rank by default) or lower target_rank"
             )
+        if self.slots is not None and self.slots < self.start_rank:
+            raise ValueError(f"slots is {self.slots}, but must be at least {self.start_rank}, the rank at the start")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, but must lie in [0, 1)")
         if not self.alpha > 0:
@@ -94,7 +101,13 @@ class DynamicLoraConfig:
         """``initial_rank``, resolved."""
         if self.initial_rank is not None:
             return self.initial_rank
-        return math.ceil(1.5 * self.target_rank) if self.ranks == UNIFORM else self.target_rank
+        uniform = self.ranks == UNIFORM and self.slots is None
+        return math.ceil(1.5 * self.target_rank) if uniform else self.target_rank
+
+    @property
+    def num_slots(self) -> int:
+        """Components that the tensors of a layer have room for, where ``ranks`` is uniform."""
+        return self.slots if self.slots is not None else self.start_rank
 
     def scale_of(self, rank: int) -> float:
         """What the update of a layer is multiplied with that has so many components left, at least 1."""

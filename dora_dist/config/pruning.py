@@ -5,11 +5,16 @@ from typing import Literal
 
 from dora_dist.config.checks import require
 
-Rule = Literal["prune", "none"]
+Rule = Literal["prune", "move", "none"]
 PRUNE: Rule = "prune"
+MOVE: Rule = "move"
 NONE: Rule = "none"
 GATE_SENSITIVITY = "gate_sensitivity"
 """The importance that is summed over steps from gradients; all others are computed from the weights."""
+
+ABLATION, ABLATION_GRADIENT = "ablation", "ablation_gradient"
+ABLATIONS = (ABLATION, ABLATION_GRADIENT)
+"""The importances that are measured at events, on training rows that are held back for it."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +53,19 @@ class PruningConfig:
     """When and how components are pruned (steps are optimizer steps).
 
     Args:
-        rule: prune (from adapter.initial_rank down to the budget of adapter.target_rank), or none (the ranks stay as
-            adapter.ranks says, and the other keys of this section have no effect).
+        rule: prune (from adapter.initial_rank down to the budget of adapter.target_rank), move (ALoRA's: the budget is
+            met from the start; at every event the lowest components go, and the layers that lost none get as many, in
+            their adapter.slots), or none (the ranks stay as adapter.ranks says, and the other keys of this section have
+            no effect).
         warmup_fraction: share of the run before pruning begins.
         final_fraction: share of the run after the last pruning event, with a fixed mask.
         interval: steps between two events; auto for a twentieth of those from the first event to the last.
         importance: by what components are judged: frobenius (the paper's share in the norm of their layer's update),
             magnitude (their norm as it is), squared_magnitude (its square), gate_sensitivity (first-order effect on the
-            loss of removing them, summed over the steps since the last event), or random (to compare with).
+            loss of removing them, summed over the steps since the last event), or random (to compare with); with rule
+            move also ablation (ALoRA's: the loss on scoring_rows without the component, less that with it alone; two
+            forwards of all rows for each component, so for small models) or ablation_gradient (the same to second
+            order, by two backward passes over the rows).
         budget_unit: what the budget counts: components (the paper's), or parameters, of which a component has as many
             as its layer has inputs and outputs, so that the result has the parameters of a uniform rank target_rank.
         smoothing: weight of the past in the smoothed scores, in [0, 1); gate_sensitivity is summed instead.
@@ -65,13 +75,17 @@ class PruningConfig:
             the model as it is, and judge those; smoothing is not used then.
         min_rank: components that every layer keeps at least.
         max_rank: components that any layer keeps at most in the end; null for no bound.
+        moved_per_event: with rule move, components of the whole model that an event moves.
+        scoring_rows: training examples that are held back to score by, with importance ablation or ablation_gradient.
     """
 
     rule: Rule = PRUNE
     warmup_fraction: float = 0.15
     final_fraction: float = 0.5
     interval: int | Literal["auto"] = "auto"
-    importance: Literal["frobenius", "magnitude", "squared_magnitude", "gate_sensitivity", "random"] = "frobenius"
+    importance: Literal[
+        "frobenius", "magnitude", "squared_magnitude", "gate_sensitivity", "random", "ablation", "ablation_gradient"
+    ] = "frobenius"
     budget_unit: Literal["components", "parameters"] = "components"
     smoothing: float = 0.9
     equilibrium_weight: float = 0.1
@@ -79,6 +93,8 @@ class PruningConfig:
     rebase: bool = False
     min_rank: int = 0
     max_rank: int | None = None
+    moved_per_event: int = 8
+    scoring_rows: int = 32
 
     def __post_init__(self) -> None:
         for name in ("warmup_fraction", "final_fraction", "smoothing"):
@@ -92,7 +108,21 @@ class PruningConfig:
         require(
             not (self.rebase and summed), "pruning.rebase", "true", f"be false for the importance {GATE_SENSITIVITY}"
         )
+        for name in ("moved_per_event", "scoring_rows"):
+            require(getattr(self, name) >= 1, f"pruning.{name}", getattr(self, name), "be at least 1")
+        if self.rule == MOVE:
+            require(not self.rebase, "pruning.rebase", "true", f"be false for the rule {MOVE}")
+            least = f"be null for the rule {MOVE}: adapter.slots is the bound"
+            require(self.max_rank is None, "pruning.max_rank", self.max_rank, least)
+        else:
+            other = f"be another for the rule {self.rule}: it is for the rule {MOVE}"
+            require(self.importance not in ABLATIONS, "pruning.importance", self.importance, other)
         self.selection()  # refuses bounds that contradict each other
+
+    @property
+    def num_held_back(self) -> int:
+        """Training examples that are not trained on."""
+        return self.scoring_rows if self.importance in ABLATIONS else 0
 
     def selection(self) -> Selection:
         """The part that an event selects by.

@@ -13,12 +13,14 @@ from dora_dist.config.data import DataConfig
 from dora_dist.config.format_version import FORMAT_VERSION
 from dora_dist.config.model import ModelConfig
 from dora_dist.config.presets import DEFAULT, PresetName
-from dora_dist.config.pruning import GATE_SENSITIVITY, NONE, PruningConfig
+from dora_dist.config.pruning import GATE_SENSITIVITY, MOVE, NONE, PruningConfig
 from dora_dist.config.tasks import CAUSAL_LM, EXACT_MATCH, TASKS, TaskName, metrics_of
-from dora_dist.config.training import CHECKPOINTING, check_training_section, with_strategies
+from dora_dist.config.training import CHECKPOINTING, DEFAULT_TRAINING_ARGUMENTS, check_training_section, with_strategies
 
 LARGEST_SEED = 2**32 - 1
 """numpy takes no larger one."""
+ELEMENTWISE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
+"""Those of transformers that keep a floating-point number per parameter, or none."""
 
 
 @dataclass(kw_only=True)
@@ -163,6 +165,7 @@ class RunConfig:
 
     def _check_rule(self) -> None:
         """Ranks that nothing changes are those of the start."""
+        self._check_slots()
         if self.pruning.rule == NONE:
             if self.adapter.initial_rank not in (None, self.adapter.target_rank):
                 raise ValueError(
@@ -195,6 +198,29 @@ class RunConfig:
         :data:`~dora_dist.config.tasks.METRICS`."""
         exact_match = (EXACT_MATCH,) if self.evaluation.exact_match else ()
         return (*exact_match, *metrics_of(self.task, self.data.labels, self.evaluation.metrics))
+
+    def _check_slots(self) -> None:
+        """Of rules that start components in slots that are free."""
+        adapter, rule, optim = self.adapter, self.pruning.rule, {**DEFAULT_TRAINING_ARGUMENTS, **self.training}["optim"]
+        if rule == MOVE and adapter.slots is None:
+            raise ValueError(
+                f"pruning.rule is {rule}, which needs slots for new components, but adapter.slots is null: set it to "
+                f"{2 * adapter.target_rank}, say, twice adapter.target_rank"
+            )
+        if rule != MOVE and adapter.slots is not None:
+            raise ValueError(
+                f"adapter.slots is {adapter.slots}, but pruning.rule is {rule}, which fills none: leave it out"
+            )
+        if rule == MOVE and adapter.start_rank != adapter.target_rank:
+            raise ValueError(
+                f"adapter.initial_rank is {adapter.start_rank}, but pruning.rule is {rule}, which starts at "
+                f"adapter.target_rank, {adapter.target_rank}: leave it out"
+            )
+        if rule == MOVE and optim not in ELEMENTWISE_OPTIMIZERS:
+            raise ValueError(
+                f"training.optim is {optim}, but pruning.rule is {rule}, which resets the optimizer's state of single "
+                f"entries: set it to one of {', '.join(ELEMENTWISE_OPTIMIZERS)}"
+            )
 
     def _check_task(self) -> None:
         task, data = TASKS[self.task], self.data

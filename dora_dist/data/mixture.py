@@ -1,7 +1,7 @@
 """The order of training examples from one or several sources: a function of sizes, shares and seed only."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -51,6 +51,32 @@ def cap_examples(size: int, most: int | None, seed: int, source: int) -> np.ndar
     if most is None or most >= size:
         return np.arange(size)
     return np.sort(_generator(seed, 1, source).permutation(size)[:most])
+
+
+def hold_back(members: Sequence[np.ndarray], count: int, seed: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """Take a random choice of examples out of the sources, in proportion to their sizes on average.
+
+    Args:
+        members: of each source, the indices of its examples in the whole data, int64.
+        count: of examples that are taken out.
+        seed: of the choice.
+
+    Returns:
+        What is left of each source, and what was taken out, both in ascending order.
+
+    Raises:
+        ValueError: no example of a source would be left.
+    """
+    everything = np.concatenate(members)
+    chosen = np.sort(_generator(seed, 6).permutation(everything)[:count])
+    left = [indices[~np.isin(indices, chosen)] for indices in members]
+    if any(len(indices) == 0 for indices in left):
+        raise ValueError(
+            f"pruning.scoring_rows is {count}, which leaves no example of a source to train on, of "
+            f"{', '.join(str(len(indices)) for indices in members)} examples in the sources: lower it, or leave small "
+            "sources out of data.train"
+        )
+    return left, chosen
 
 
 def example_order(members: Sequence[np.ndarray], counts: Sequence[int], length: int, seed: int) -> np.ndarray:
@@ -105,6 +131,7 @@ class Mixture:
         batching: ``padded``, ``packed`` or ``by_length``.
         max_length: tokens of a packed row.
         seed: of the run.
+        held_back: indices of the examples that no row of the run has; int64.
     """
 
     members: list[np.ndarray]
@@ -113,6 +140,7 @@ class Mixture:
     batching: str
     max_length: int
     seed: int
+    held_back: np.ndarray = field(default_factory=lambda: np.arange(0))
 
     def order(self, length: int) -> np.ndarray:
         """The first examples."""

@@ -157,10 +157,44 @@ def _elementwise(state: Mapping[str, object], flat: Tensor) -> dict[str, Tensor]
         if value.shape != flat.shape or not value.is_floating_point():
             raise ValueError(
                 f"the optimizer's state {key} is {value.dtype} of {value.numel()} elements for {flat.numel()} "
-                "parameters, which cannot be saved for another number of ranks: set training.optim to one that keeps a "
-                "floating-point number per parameter, such as adamw_torch"
+                "parameters, which cannot be saved for another number of ranks, nor forgotten entry by entry: set "
+                "training.optim to one that keeps a floating-point number per parameter, such as adamw_torch"
             )
     return tensors
+
+
+class Moments:
+    """What the optimizer remembers of every entry of a parameter (Adam's averages), whichever engine keeps it.
+
+    Args:
+        wrapped: the prepared model.
+        optimizer: of it, as torch made it.
+    """
+
+    def __init__(self, wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._wrapped = wrapped if engine_of(wrapped).startswith("zero") else None
+        self._optimizer = optimizer
+
+    @torch.no_grad()
+    def zero(self, parameter: nn.Parameter, chosen: Tensor) -> None:
+        """Forget the past of some entries: what stands there now is new. What all entries have in common, such as
+        Adam's number of steps, stays.
+
+        Args:
+            parameter: any shape.
+            chosen: boolean, same shape; True where the past is forgotten.
+
+        Raises:
+            ValueError: the optimizer keeps a state that is not one number per element of the parameter.
+        """
+        if self._wrapped is None:
+            for state in _elementwise(self._optimizer.state.get(parameter, {}), parameter).values():
+                state.masked_fill_(chosen, 0)
+            return
+        for part in owned_parts(self._wrapped, {"parameter": parameter}).values():
+            for name, state in part.tensors.items():
+                if name != MASTER:
+                    state.masked_fill_(chosen.flatten().narrow(0, part.start, state.numel()), 0)
 
 
 def optimizer_counters(wrapped: nn.Module) -> list[dict[str, dict[str, object]]]:

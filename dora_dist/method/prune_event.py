@@ -13,7 +13,8 @@ class PruneEvent:
     Attributes:
         step: Optimizer step after which it took place.
         kept: Layer -> boolean mask, shape ``(r,)``, on the CPU; True where the component is kept.
-        returned: Number of components kept now that the event before had pruned.
+        returned: Number of components kept now that were not after the event before: pruned ones that have grown back,
+            or with rule move those that started anew.
         final: Whether the mask is fixed from here on.
         num_parameters: Entries of the kept components' vectors, over the whole model.
     """

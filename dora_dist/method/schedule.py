@@ -41,6 +41,9 @@ class Schedule(Protocol):
     def is_prune_step(self, step: int) -> bool:
         """Whether an event takes place after optimizer step ``step``."""
 
+    def in_warmup(self, step: int) -> bool:
+        """Whether a step comes before anything may change."""
+
     def removed(self, step: int, removable: int) -> int:
         """Of ``removable`` units that are gone after the final event, how many an event at ``step`` leaves removed."""
 
@@ -75,6 +78,10 @@ class FixedRanks:
 
     def is_prune_step(self, step: int) -> bool:
         """Never."""
+        return False
+
+    def in_warmup(self, step: int) -> bool:
+        """No step is."""
         return False
 
     def removed(self, step: int, removable: int) -> int:
@@ -185,6 +192,10 @@ class BudgetSchedule:
         if not 0 <= position <= self._last:
             return False
         return position % self.interval == 0 or position == self._last
+
+    def in_warmup(self, step: int) -> bool:
+        """Whether a step comes before pruning may begin. Of two steps in which t = 0 lasts, the first one does."""
+        return step < self.total_steps * self.warmup_fraction
 
     @property
     def _last(self) -> int:

@@ -67,6 +67,10 @@ class Remembering:
     def scores(self) -> Tensor:
         return self._inner.scores
 
+    @property
+    def at_events_only(self) -> bool:
+        return self._inner.at_events_only
+
     def update(self, layers: Sequence[Components], agreement: Agreement) -> None:
         self._inner.update(layers, agreement)
 

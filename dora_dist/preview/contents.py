@@ -85,7 +85,7 @@ def build_preview(config: RunConfig, choice: ExampleSelection, world_size: int) 
     check_world_size(world_size, config.distributed.engine)
     limit = config.data.max_length
     config, tokenizer, data, flaw = _read(config)
-    mixture = build_mixture(config.data, data.train, config.seed)
+    mixture = build_mixture(config.data, data.train, config.seed, config.pruning.num_held_back)
     course = build_course(config, mixture, world_size, flaw)
     pool = build_pool(data, mixture, choice)
     examples = [

@@ -93,16 +93,19 @@ def draw_ranks(ranks: Mapping[str, int], initial_rank: int, path: Path) -> None:
     values = [[grid.get((block, kind), float("nan")) for kind in kinds] for block in blocks]
     cell = 0.42 if len(blocks) <= 24 else 0.24
     figure, axes = plot.subplots(figsize=(2.2 + 0.85 * len(kinds), 1.6 + cell * len(blocks)), layout="constrained")
-    image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, vmax=initial_rank)
+    most = max(initial_rank, *ranks.values())
+    image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, vmax=most)
     axes.set_xticks(range(len(kinds)), short_kinds(kinds), rotation=30, ha="right")
     axes.set_yticks(range(len(blocks)), blocks, fontsize=9 if cell > 0.3 else 7)
     axes.set_ylabel("layer")
-    axes.set_title(f"components kept of {initial_rank}")
+    axes.set_title(
+        f"components kept of {initial_rank}" if most == initial_rank else f"components, {initial_rank} at first"
+    )
     for row, block in enumerate(blocks):
         for column, kind in enumerate(kinds):
             rank = grid.get((block, kind))
             if rank is not None:
-                colour = "black" if rank > 0.6 * initial_rank else "white"
+                colour = "black" if rank > 0.6 * most else "white"
                 axes.text(column, row, rank, ha="center", va="center", color=colour, fontsize=9 if cell > 0.3 else 7)
     figure.colorbar(image, ax=axes, label="rank", fraction=0.05, pad=0.02)
     save_picture(figure, path)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Sequence
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
@@ -15,6 +16,7 @@ from dora_dist.base_model import load
 from dora_dist.base_model.kernels import NO_KERNELS, use_kernels
 from dora_dist.base_model.recomputation import Recomputation
 from dora_dist.config.adapter import DRAWN_INITS, Init
+from dora_dist.config.pruning import ABLATION, ABLATIONS, MOVE
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import TASKS
 from dora_dist.config.training import LORA_PLUS_RATIO, training_argument
@@ -29,8 +31,12 @@ from dora_dist.setup.fingerprint import adapter_seed
 from dora_dist.setup.resolve import ResolvedRun
 from dora_dist.setup.tasks import TASK_PARTS
 from dora_dist.training.controller import DynamicRankController
-from dora_dist.training.criterion import criterion_of
+from dora_dist.training.criterion import Criterion, criterion_of
 from dora_dist.training.parts import LoopSettings, TrainingParts, TrainingRows
+from dora_dist.training.rules.ablation import Ablation
+from dora_dist.training.rules.move import Move
+from dora_dist.training.rules.prune import Prune
+from dora_dist.training.rules.rule import Rule
 from dora_dist.training.skipped_steps import SkipPolicy
 from dora_dist.training.start_from_data import DataStart
 from dora_dist.training.trainer import DynamicLoraTrainer
@@ -117,14 +123,24 @@ def build_controller(
     config: RunConfig, model: DynamicLoraModel, agreement: Agreement, budget: Budget
 ) -> DynamicRankController:
     """The method for this model and this budget."""
-    layers, pruning = model.adapted_layers(), config.pruning
-    gates = [layer.gate for layer in layers.values()]
+    layers, pruning, seed = model.adapted_layers(), config.pruning, adapter_seed(config)
+    criterion: Criterion
+    if pruning.importance in ABLATIONS:
+        criterion = Ablation(model, exact=pruning.importance == ABLATION)
+    else:
+        gates = [layer.gate for layer in layers.values()]
+        criterion = criterion_of(pruning.importance, gates, pruning.smoothing, seed)
+    rule: Rule
+    if pruning.rule == MOVE:
+        rule = Move(layers, budget, num_moved=pruning.moved_per_event, min_rank=pruning.min_rank, seed=seed)
+    else:
+        rule = Prune(layers, budget, pruning.selection())
     return DynamicRankController(
         layers,
         budget,
         agreement,
-        criterion=criterion_of(pruning.importance, gates, pruning.smoothing, adapter_seed(config)),
-        selection=pruning.selection(),
+        criterion=criterion,
+        rule=rule,
         head=model.head_parameters(),
     )
 
@@ -185,6 +201,9 @@ def build_trainer(
         compute_loss_func=task.loss_over_tokens(),
         processing_class=resolved.tokenizer,
     )
+    if isinstance(controller.criterion, Ablation):
+        rows = task.scoring_rows(resolved)
+        controller.criterion.losses = [partial(trainer.loss_of, row) for row in rows]
     # The trainer prints its own lines of progress.
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)

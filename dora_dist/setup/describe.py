@@ -3,6 +3,7 @@
 import textwrap
 from dataclasses import replace
 
+from dora_dist.config.pruning import MOVE, PruningConfig
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import CAUSAL_LM
 from dora_dist.data import prepared
@@ -36,7 +37,7 @@ def describe(config: RunConfig, resolved: ResolvedRun, world_size: int, speed: S
         f"{num_steps} optimizer steps of {rows} {what} on {world_size} process{'es' * (world_size > 1)}, "
         f"{plan.num_rows / mixture.rows_per_epoch:.2f} passes over the data; "
         f"{resolved.padding_share():.1%} of the computed tokens are padding",
-        _budget(resolved.budget, config.pruning.budget_unit),
+        _budget(resolved.budget, config.pruning),
         *([forecast_memory(config, world_size, "cuda", data.train).render()] if config.task == CAUSAL_LM else []),
         *([TimeForecast(steps=num_steps, tokens=resolved.num_tokens, speed=speed).render()] if speed else []),
         "Dry run: nothing was trained, and no weight was read.",
@@ -73,10 +74,19 @@ def _budget_line(config: RunConfig, budget: Budget) -> str:
     scale = f"scale {adapter.scale_of(adapter.start_rank):.2f}"
     if not budget.schedule.prune_steps:
         return f"{budget.initial:,} {unit}, none pruned: {adapter.ranks} ranks, {scale}"
+    if config.pruning.rule == MOVE:
+        return f"{budget.initial:,} {unit}, moved between layers of {adapter.slots} slots, {scale}"
     return f"{budget.initial:,} {unit}, {budget.final:,} in the end: like LoRA of rank {adapter.target_rank}, {scale}"
 
 
-def _budget(budget: Budget, unit: str) -> str:
+def _budget(budget: Budget, pruning: PruningConfig) -> str:
+    unit = pruning.budget_unit
+    if pruning.rule == MOVE:
+        steps = [step for step in budget.schedule.prune_steps if not budget.schedule.in_warmup(step)]
+        title = f"budget of {budget.initial:,} {unit}, of which {pruning.moved_per_event} components move after steps"
+        return (
+            title + "\n" + textwrap.fill(", ".join(map(str, steps)), 110, initial_indent="  ", subsequent_indent="  ")
+        )
     if not budget.schedule.prune_steps:
         return f"budget of {budget.initial:,} {unit}, of which none is pruned (pruning.rule none)"
     events = [f"{step}: {budget.at(step):,}" for step in budget.schedule.prune_steps]

@@ -125,7 +125,7 @@ def forecast_time(
     Raises:
         ValueError: the data do not fill one global batch.
     """
-    mixture = build_mixture(config.data, train, config.seed)
+    mixture = build_mixture(config.data, train, config.seed, config.pruning.num_held_back)
     batch = memory.rows * memory.accumulation * memory.world_size
     steps = count_steps(mixture, *length_of_run(config.training), batch)
     tokens = int(mixture.plan(steps, batch).row_lengths(mixture.lengths).sum())

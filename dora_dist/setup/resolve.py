@@ -9,7 +9,7 @@ from dora_dist.adapter.ranks import resolve_ranks
 from dora_dist.base_model import block_weights, load
 from dora_dist.base_model.recomputation import Recomputation
 from dora_dist.base_model.shape import input_embedding, linear_layer
-from dora_dist.config.adapter import UNIFORM
+from dora_dist.config.adapter import UNIFORM, DynamicLoraConfig
 from dora_dist.config.checks import require
 from dora_dist.config.pruning import NONE
 from dora_dist.config.run import RunConfig
@@ -112,7 +112,7 @@ def resolve_run(
         ValueError: data, training section, targets or schedule cannot work together.
     """
     _check_answers(config, data)
-    mixture = build_mixture(config.data, data.train, config.seed)
+    mixture = build_mixture(config.data, data.train, config.seed, config.pruning.num_held_back)
     arguments = training_arguments(config, mixture, accumulation, ranks)
     plan = mixture.plan(arguments.max_steps, global_batch(arguments, ranks))
     spec = load.BaseModelSpec.of(config.model, config.task)
@@ -203,16 +203,23 @@ def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int)
     shapes = {name: (linear.in_features, linear.out_features) for name, linear in linears.items()}
     narrowest = min(shapes, key=lambda name: min(shapes[name]))
     if config.adapter.ranks == UNIFORM:
-        most, key = min(shapes[narrowest]), "adapter.initial_rank" if config.adapter.initial_rank else None
+        most = min(shapes[narrowest])
         require(
-            config.adapter.start_rank <= most,
-            key or "adapter.initial_rank (1.5 x adapter.target_rank by default)",
-            config.adapter.start_rank,
+            config.adapter.num_slots <= most,
+            _key_of_slots(config.adapter),
+            config.adapter.num_slots,
             f"be at most {most}, the largest rank that the layer {narrowest} can have, which is "
             f"{' x '.join(map(str, shapes[narrowest]))}; or leave that layer out of adapter.target_modules",
         )
     schedule = FixedRanks(ranks) if config.pruning.rule == NONE else build_schedule(config, len(ranks), total_steps)
     return ranks, Budget(schedule, component_costs(shapes, config.pruning.budget_unit))
+
+
+def _key_of_slots(adapter: DynamicLoraConfig) -> str:
+    """What decides how many components a layer has room for."""
+    if adapter.slots is not None:
+        return "adapter.slots"
+    return "adapter.initial_rank" + ("" if adapter.initial_rank else " (1.5 x adapter.target_rank by default)")
 
 
 def _check_head_dtype(config: RunConfig, compute_dtype: str) -> None:

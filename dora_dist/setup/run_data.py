@@ -19,7 +19,7 @@ from dora_dist.data.cache import first_rows, prepare_source
 from dora_dist.data.encoding.chat import ChosenTemplate, choose_template
 from dora_dist.data.encoding.classification import class_names
 from dora_dist.data.encoding.encoder import ControlTokensError, EncodingRules
-from dora_dist.data.mixture import Mixture, cap_examples, pass_counts
+from dora_dist.data.mixture import Mixture, cap_examples, hold_back, pass_counts
 from dora_dist.data.prepared import PreparedSource
 from dora_dist.data.reading.files import Location, locate
 from dora_dist.data.row_formats import FORMATS, tell_format
@@ -324,13 +324,24 @@ def mixture_counts(config: DataConfig, sizes: Sequence[int]) -> list[int]:
     )
 
 
-def build_mixture(config: DataConfig, sources: Sequence[PreparedSource], seed: int) -> Mixture:
-    """The mixture that the configuration describes."""
+def build_mixture(config: DataConfig, sources: Sequence[PreparedSource], seed: int, num_held_back: int = 0) -> Mixture:
+    """The mixture that the configuration describes.
+
+    Args:
+        config: of the data.
+        sources: that are trained on.
+        seed: of the run.
+        num_held_back: examples that are not trained on (``pruning.num_held_back``).
+
+    Raises:
+        ValueError: these are all examples of a source.
+    """
     members, first = [], 0
     for number, (source, settings) in enumerate(zip(sources, config.train_sources, strict=True)):
         size = source.counts.examples
         members.append(first + cap_examples(size, settings.max_examples, seed, number))
         first += size
+    members, held_back = hold_back(members, num_held_back, seed) if num_held_back else (members, np.arange(0))
     return Mixture(
         members=members,
         counts=mixture_counts(config, [len(indices) for indices in members]),
@@ -338,6 +349,7 @@ def build_mixture(config: DataConfig, sources: Sequence[PreparedSource], seed: i
         batching=config.batching,
         max_length=config.max_length,
         seed=seed,
+        held_back=held_back,
     )
 
 
@@ -350,6 +362,7 @@ def describe_data(data: RunData, mixture: Mixture) -> dict[str, Any]:
         "train": trained,
         "eval": held_out,
         "batching": mixture.batching,
+        **({"held_back": len(mixture.held_back)} if len(mixture.held_back) else {}),
         **({} if data.labels is None else {"labels": data.labels}),
     }
 

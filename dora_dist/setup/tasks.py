@@ -18,6 +18,7 @@ from dora_dist.data.batches import (
     TARGETS,
     TRAINED_TOKENS,
     Collator,
+    Example,
     FlattenedCollator,
     LabelledCollator,
     PackedCollator,
@@ -29,6 +30,7 @@ from dora_dist.data.batches import (
     labelled,
 )
 from dora_dist.data.encoding.chat import stop_tokens
+from dora_dist.data.plan import plan_padded
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.evaluation.answers import AnswerEvaluator
 from dora_dist.evaluation.evaluator import Evaluator
@@ -78,6 +80,12 @@ class TaskParts(ABC):
     def training_rows(self, resolved: ResolvedRun) -> PlannedRows:
         """All rows of the run in the order of training."""
         return PlannedRows(resolved.data.examples(), resolved.plan, self.reader(resolved.data))
+
+    def scoring_rows(self, resolved: ResolvedRun) -> list[list[Example]]:
+        """The examples that are held back to score components by, one a row."""
+        plan = plan_padded(resolved.mixture.held_back)
+        rows = PlannedRows(resolved.data.examples(), plan, self.reader(resolved.data))
+        return [rows[number] for number in range(len(rows))]
 
     def _first_examples(self, examples: Dataset, most: int) -> Dataset:
         """The examples that are evaluated where there are at most ``most``."""

@@ -8,16 +8,16 @@ from torch import Tensor, nn
 
 from dora_dist.adapter.components import stacks_of
 from dora_dist.adapter.layer import DynamicLoraLinear
-from dora_dist.config.pruning import Selection
 from dora_dist.console.errors import ExpectedRunError, mark_common
 from dora_dist.distributed.agreement import Agreement, digest_tensors
-from dora_dist.distributed.engine import scale_entries, write_entries, zero_entries
+from dora_dist.distributed.engine import Moments
 from dora_dist.method.budget import Budget
-from dora_dist.method.importance import Components, score_layers
+from dora_dist.method.importance import score_layers
 from dora_dist.method.prune_event import PruneEvent
-from dora_dist.method.rebasing import singular_components
 from dora_dist.method.regularizer import penalty_of_stacks
-from dora_dist.training.criterion import Criterion, SmoothedScores
+from dora_dist.training.criterion import Criterion, SmoothedScores, components_of
+from dora_dist.training.rules.prune import Prune
+from dora_dist.training.rules.rule import Rule
 
 
 class BudgetMissedError(ExpectedRunError):
@@ -29,7 +29,7 @@ class NonFiniteAdapterError(ExpectedRunError):
 
 
 class DynamicRankController:
-    """Scores after every optimizer step, prunes when the schedule says so, and proves that all ranks agree.
+    """Scores after every optimizer step, holds an event when the schedule says so, and proves that all ranks agree.
 
     Args:
         layers: Adapted layers by name; the same names on every rank.
@@ -37,13 +37,14 @@ class DynamicRankController:
         agreement: Collectives over the ranks.
         criterion: What makes the scores, of the components of ``layers`` in the order of their names; by default the
             paper's, with its smoothing of 0.9.
-        selection: How events select; by default without bounds, and with regrowth.
+        rule: What events do to ``layers``; by default they prune, without bounds, and with regrowth.
         head: Parameters by name that are trained beside the adapter; the ranks prove that they agree on these too.
 
     Attributes:
         step: Optimizer steps seen so far.
-        kept: Layer -> boolean mask, shape ``(r,)``, on the CPU: the components that the latest event kept; all of them
-            before the first event.
+        kept: Layer -> boolean mask, shape ``(r,)``, on the CPU: the components that the latest event kept; those that
+            no mask leaves out before the first event.
+        moments: Of the optimizer, once an engine has prepared the model.
         failure: Why this rank could not score, or None. It ends the run on all ranks in the next exchange.
 
     Raises:
@@ -57,28 +58,25 @@ class DynamicRankController:
         agreement: Agreement,
         *,
         criterion: Criterion | None = None,
-        selection: Selection | None = None,
+        rule: Rule | None = None,
         head: Mapping[str, nn.Parameter] | None = None,
     ) -> None:
         self.layers = dict(sorted(layers.items()))
         self.budget = budget
         self.schedule = budget.schedule
         self.agreement = agreement
-        self.selection = selection or Selection()
+        self.rule = rule or Prune(layers, budget)
         self.head = dict(sorted((head or {}).items()))
         self.step = 0
         self.failure: str | None = None
-        sizes = {name: layer.gate.numel() for name, layer in self.layers.items()}
-        self.kept: Mapping[str, Tensor] = {name: torch.ones(size, dtype=torch.bool) for name, size in sizes.items()}
-        self._sizes = list(sizes.values())
+        self.moments: Moments | None = None
+        masks = {name: layer.component_mask.cpu().clone() for name, layer in self.layers.items()}
+        self.kept: Mapping[str, Tensor] = masks
+        self._sizes = [mask.numel() for mask in masks.values()]
         device = next(iter(self.layers.values())).gate.device
         self.criterion = criterion or SmoothedScores(score_layers, 0.9, sum(self._sizes), device)
-        if self.selection.rebase:
-            self.criterion.rescore(self._components())
-        # Refuse bounds that cannot be met before the run; all other budgets lie above the final one.
-        if self.schedule.final_step:
-            least, most = self.selection.min_rank, self.selection.max_rank
-            self.budget.select(self.scores, self.schedule.final_step, least, most)
+        if self.rule.renews:
+            self.criterion.rescore(components_of(self.layers.values()))
 
     @property
     def scores(self) -> dict[str, Tensor]:
@@ -101,11 +99,12 @@ class DynamicRankController:
         return self.step >= self.schedule.final_step
 
     def penalty(self) -> Tensor | None:
-        """The Dimensional Equilibrium Modulator of all layers (scalar), or None once the mask is fixed.
+        """The Dimensional Equilibrium Modulator of all layers (scalar), or None once the mask is fixed, and where the
+        rule has none.
 
         To be differentiated together with the forward that went before, where there was one.
         """
-        if self.finished_pruning:
+        if self.finished_pruning or not self.rule.regularized:
             return None
         layers = list(self.layers.values())
         stacks = stacks_of(layers, layers[0].gathered)
@@ -115,10 +114,10 @@ class DynamicRankController:
         """The event that fixes the ranks of the start, where no other follows: it changes nothing."""
         if not self.finished_pruning:
             return None
-        return self._event(self.kept, returned=0, final=True)
+        return self._event(self.kept)
 
     def after_optimizer_step(self, step: int) -> PruneEvent | None:
-        """Score, smooth and, where due, prune. To be called once after every optimizer step, on every rank.
+        """Score and, where it is due, hold an event. To be called once after every optimizer step, on every rank.
 
         Args:
             step: optimizer steps taken so far, counted from 1.
@@ -137,21 +136,19 @@ class DynamicRankController:
         if finished:
             return None
         event_is_due = self.schedule.is_prune_step(step)
-        # What re-basing makes at an event is scored then, without the past.
-        if event_is_due or not self.selection.rebase:
+        if event_is_due or not (self.rule.renews or self.criterion.at_events_only):
             self._update_scores()
         if not event_is_due:
             return None
         self.agreement.raise_together(self.failure or self._flaw_of_scores(), f"scoring components by step {step}")
         self.verify(f"the adapter before the pruning event of step {step}")
-        if self.selection.rebase:
-            self._rebase()
+        self.rule.prepare(self.criterion, self.agreement)
         # One flat tensor, one all-reduce; from here on every rank computes from the reduced values only.
-        event = self._select(step, self._by_layer(self.agreement.mean(self.criterion.scores)))
-        self._apply(event)
+        scores = self._by_layer(self.agreement.mean(self.criterion.scores))
+        kept, self.kept = self.kept, self.rule.select(step, scores, self.kept)
+        self.rule.apply(step, kept, self.kept, self.moments)
         self.criterion.after_event()
-        self.kept = event.kept
-        return event
+        return self._event(kept)
 
     def verify(self, what: str) -> None:
         """Prove that all ranks hold the same adapter, head, masks, budget and step.
@@ -234,34 +231,10 @@ class DynamicRankController:
     def _by_layer(self, flat: Tensor) -> dict[str, Tensor]:
         return dict(zip(self.layers, torch.split(flat, self._sizes), strict=True))
 
-    def _components(self) -> list[Components]:
-        layers = self.layers.values()
-        gates = torch.cat([layer.gate.detach() for layer in layers])
-        gates = gates.where(torch.cat([layer.component_mask for layer in layers]), 0).split(self._sizes)
-        return [(layer.lora_a, gate, layer.lora_b) for layer, gate in zip(layers, gates, strict=True)]
-
-    @torch.no_grad()
-    def _rebase(self) -> None:
-        """The ranks hold the same components, and take the mean of what they make of them: kinds of processors differ
-        in the last bits of a decomposition."""
-        for layer in self.layers.values():
-            kept = layer.component_mask
-            parts = layer.lora_a[kept], layer.gate[kept], layer.lora_b[:, kept]
-            if not len(parts[1]):
-                continue
-            flat = self.agreement.mean(torch.cat([part.flatten() for part in singular_components(*parts)]))
-            whole = (layer.lora_a, layer.gate, layer.lora_b)
-            masks = (kept.unsqueeze(1).expand_as(layer.lora_a), kept, kept.expand_as(layer.lora_b))
-            sizes = [part.numel() for part in parts]
-            for parameter, chosen, new in zip(whole, masks, torch.split(flat, sizes), strict=True):
-                values = torch.zeros_like(parameter, dtype=torch.float64).masked_scatter_(chosen, new)
-                write_entries(parameter, values, chosen)
-        self.criterion.rescore(self._components())
-
     def _update_scores(self) -> None:
         """Never raises: a failure is kept in :attr:`failure` for the next exchange, where all ranks learn of it."""
         try:
-            self.criterion.update(self._components(), self.agreement)
+            self.criterion.update(components_of(self.layers.values()), self.agreement)
         except Exception as error:
             self.failure = self.failure or f"{type(error).__name__} after step {self.step}: {error}"
 
@@ -274,27 +247,15 @@ class DynamicRankController:
             return "all scores are 0, so that there is nothing to select by: no step has changed the adapter"
         return None
 
-    def _select(self, step: int, scores: dict[str, Tensor]) -> PruneEvent:
-        final, selection = step == self.schedule.final_step, self.selection
-        eligible = None if selection.regrow else {name: layer.component_mask for name, layer in self.layers.items()}
-        most = selection.max_rank if final else None
-        kept = self.budget.select(scores, step, selection.min_rank, most, eligible)
-        # Re-basing makes other components at every event, of which none has been there before.
-        returned = 0 if selection.rebase else sum(int((kept[name] & ~self.kept[name]).sum()) for name in kept)
-        return self._event(kept, returned, final)
-
-    def _event(self, kept: Mapping[str, Tensor], returned: int, final: bool) -> PruneEvent:
+    def _event(self, before: Mapping[str, Tensor]) -> PruneEvent:
+        """What has just been done, given what the event before had kept."""
+        # A rule that renews makes other components at every event, of which none has been there before.
+        new = 0 if self.rule.renews else sum(int((mask & ~before[name]).sum()) for name, mask in self.kept.items())
         widths = {name: layer.lora_a.shape[1] + layer.lora_b.shape[0] for name, layer in self.layers.items()}
-        parameters = sum(int(mask.sum()) * widths[name] for name, mask in kept.items())
-        return PruneEvent(step=self.step, kept=kept, returned=returned, final=final, num_parameters=parameters)
-
-    @torch.no_grad()
-    def _apply(self, event: PruneEvent) -> None:
-        for name, layer in self.layers.items():
-            keep = event.kept[name].to(layer.gate.device)
-            zero_entries(layer.gate, keep)
-            if event.final or not self.selection.regrow:
-                layer.component_mask.copy_(keep)
-                factor = layer.follow_mask()
-                if factor != 1:
-                    scale_entries(layer.lora_b, factor)
+        return PruneEvent(
+            step=self.step,
+            kept=self.kept,
+            returned=new,
+            final=self.finished_pruning,
+            num_parameters=sum(int(mask.sum()) * widths[name] for name, mask in self.kept.items()),
+        )

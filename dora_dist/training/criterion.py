@@ -1,11 +1,12 @@
 """How components are judged while training runs: what is collected after every optimizer step, on every rank."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from dora_dist.adapter.layer import DynamicLoraLinear
 from dora_dist.config.pruning import GATE_SENSITIVITY
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.method.importance import Components, ScoreFunction, smooth, weight_criterion
@@ -17,14 +18,18 @@ class Criterion(Protocol):
     Attributes:
         scores: shape ``(components of the model,)``, float64, higher is more important; the mean over the ranks is what
             an event selects by. All of the criterion's state, which checkpoints keep.
+        at_events_only: whether the scores are those of a moment, so that steps without an event need none.
     """
 
     @property
     def scores(self) -> Tensor: ...
 
+    @property
+    def at_events_only(self) -> bool: ...
+
     def update(self, layers: Sequence[Components], agreement: Agreement) -> None:
-        """Look at the components once after every optimizer step until the final event, on every rank together. May
-        raise after its collectives only."""
+        """Look at the components once after every optimizer step until the final event, or before every event, on every
+        rank together. May raise after its collectives only."""
 
     def rescore(self, layers: Sequence[Components]) -> None:
         """Other components have taken the places of those scored so far.
@@ -46,6 +51,8 @@ class SmoothedScores:
         num_components: of the model.
         device: where the components are.
     """
+
+    at_events_only = False
 
     def __init__(self, score: ScoreFunction, smoothing: float, num_components: int, device: torch.device) -> None:
         self.scores = torch.zeros(num_components, dtype=torch.float64, device=device)
@@ -75,6 +82,8 @@ class GateSensitivity:
         gates: of all layers, shape ``(r,)`` each, in the order of the scores; they must be trained.
     """
 
+    at_events_only = False
+
     def __init__(self, gates: Sequence[nn.Parameter]) -> None:
         sizes = [gate.numel() for gate in gates]
         self.scores = torch.zeros(sum(sizes), dtype=torch.float64, device=gates[0].device)
@@ -99,6 +108,15 @@ class GateSensitivity:
 
     def after_event(self) -> None:
         self.scores.zero_()
+
+
+def components_of(layers: Iterable[DynamicLoraLinear]) -> list[Components]:
+    """The components of layers as criteria look at them, with those that a mask leaves out at gate 0."""
+    layers = list(layers)
+    gates = torch.cat([layer.gate.detach() for layer in layers])
+    sizes = [layer.gate.numel() for layer in layers]
+    gates = gates.where(torch.cat([layer.component_mask for layer in layers]), 0)
+    return [(layer.lora_a, gate, layer.lora_b) for layer, gate in zip(layers, gates.split(sizes), strict=True)]
 
 
 def criterion_of(name: str, gates: Sequence[nn.Parameter], smoothing: float, seed: int) -> Criterion:

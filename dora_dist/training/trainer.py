@@ -20,8 +20,8 @@ from transformers.trainer_utils import TrainOutput
 from dora_dist.adapter.model import DynamicLoraModel
 from dora_dist.base_model.recomputation import recompute_first
 from dora_dist.console.text import say
-from dora_dist.data.batches import Collator, PlannedRows
-from dora_dist.distributed.engine import SkippedSteps
+from dora_dist.data.batches import Collator, Example, PlannedRows
+from dora_dist.distributed.engine import Moments, SkippedSteps
 from dora_dist.distributed.world import check_prepared, set_engine_timeout
 from dora_dist.method.prune_event import PruneEvent
 from dora_dist.runs import checkpoint
@@ -169,10 +169,13 @@ class DynamicLoraTrainer(Trainer):
         return self.parts.row_losses(outputs, inputs).mean(), outputs
 
     def _loss_of_row(self, number: int) -> Tensor:
-        """Task loss of a training row: a sum over its targets, times a constant of the run."""
         assert isinstance(self.train_dataset, PlannedRows)
+        return self.loss_of(self.train_dataset[number])
+
+    def loss_of(self, row: list[Example]) -> Tensor:
+        """Task loss of a row: a sum over its targets, times a constant of the run."""
         collate = cast(Collator, self.data_collator)  # transformers' type knows no rows of several examples
-        batch = self._prepare_inputs(collate([self.train_dataset[number]]))
+        batch = self._prepare_inputs(collate([row]))
         return self._task_loss(self.model, batch, torch.ones((), device=self.args.device))[0]
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -216,6 +219,7 @@ class DynamicLoraTrainer(Trainer):
         assert isinstance(self.optimizer, AcceleratedOptimizer)
         assert self.lr_scheduler is not None
         self.skipped_steps = SkippedSteps(self.model_wrapped, self.optimizer.optimizer)
+        parts.controller.moments = Moments(self.model_wrapped, self.optimizer.optimizer)
         if self.is_deepspeed_enabled:
             set_engine_timeout(settings.timeout_minutes)
             trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}

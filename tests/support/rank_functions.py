@@ -235,6 +235,86 @@ def prune_under_engine(engine: str, model_folder: str) -> dict[str, Any]:
     return seen
 
 
+def move_under_engine(engine: str, model_folder: str) -> dict[str, Any]:
+    """Train a tiny NF4 Llama under an engine, mask a slot in every layer, let an event move a component of the
+    first layer, go on; report what is seen of the last layer, which gets a component, and of the optimizer."""
+    from dora_dist.distributed.engine import Moments
+    from dora_dist.training.rules.move import Move
+
+    model = _tiny_adapted(model_folder)
+    layers = model.adapted_layers()
+    step = _make_step(engine, model)
+    schedule = BudgetSchedule(total_steps=10, num_layers=len(layers), initial_rank=3, target_rank=3, interval=1)
+    rule = Move(layers, Budget(schedule, dict.fromkeys(layers, 1)), num_moved=1, seed=7)
+    batches = torch.Generator().manual_seed(dist.get_rank())
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            step(torch.randint(4, 90, (2, 12), generator=batches))
+
+    def output() -> Tensor:
+        with torch.no_grad():
+            return model(input_ids=torch.arange(4, 16)[None]).logits
+
+    train(3)
+    # Something to forget in the slots: weights and a past, as a component leaves them that was pruned.
+    for layer in layers.values():
+        layer.component_mask[2] = False
+    kept = {name: layer.component_mask.clone() for name, layer in layers.items()}
+    first, last = min(layers), max(layers)
+    scores = {name: torch.ones(4) for name in layers} | {last: torch.full((4,), 2.0)}
+    scores[first] = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    gone, grown = layers[first], layers[last]
+    seen: dict[str, Any] = {"before": grown.lora_a.detach().clone(), "master before": read_master(grown.lora_a).clone()}
+    seen["wanted"] = rule.select(4, scores, kept)
+    without = gone.component_mask.clone()
+    without[1] = False
+    gone.component_mask.copy_(without)
+    seen["output before"] = output()
+    gone.component_mask.copy_(kept[first])
+    rule.apply(4, kept, seen["wanted"], Moments(step.model, step.optimizer))
+    seen["output after"] = output()
+    seen["masks"] = {name: layer.component_mask.clone() for name, layer in layers.items()}
+    seen["gate gone"] = gone.gate.detach().clone()
+    for name in ("lora_a", "lora_b", "gate"):
+        parameter = getattr(grown, name)
+        seen[name], seen[f"{name} master"] = parameter.detach().clone(), read_master(parameter).clone()
+        seen[f"{name} moments"] = [_read_moment(step, parameter, key).clone() for key in ("exp_avg", "exp_avg_sq")]
+    train(1)
+    seen["trained"] = grown.lora_b.detach().clone()
+    seen["first and last"] = first, last
+    return seen
+
+
+def _read_moment(step: Any, parameter: nn.Parameter, key: str) -> Tensor:
+    """Of Adam, whole (a collective under ZeRO)."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    state = step.optimizer.state.get(parameter)
+    return state[key] if state else safe_get_full_optimizer_state(parameter, key)
+
+
+def score_by_ablation(failing: int | None = None) -> dict[str, Tensor]:
+    """Both kinds of scores of a tiny model on five rows, which one rank perhaps cannot read."""
+    from dora_dist.training.rules.ablation import ablation_gradient_scores, ablation_scores
+    from support.tiny_models import adapt, shake, tiny_model, tokens
+
+    agreement, model = Agreement(), shake(adapt(tiny_model(num_hidden_layers=1), initial_rank=2))
+    layers = list(model.adapted_layers().values())
+
+    def loss(number: int) -> Tensor:
+        if agreement.rank == failing:
+            raise OSError("no such row")
+        ids = tokens(1, 8 + number, seed=number)
+        return model(input_ids=ids, labels=ids).loss
+
+    losses = [lambda number=number: loss(number) for number in range(5)]
+    return {
+        "exact": ablation_scores(model, layers, losses, agreement),
+        "gradient": ablation_gradient_scores(model, layers, losses, agreement),
+    }
+
+
 def read_master(parameter: nn.Parameter) -> Tensor:
     """What the optimizer will step from: ZeRO's float32 master copy (a collective), otherwise the parameter."""
     from deepspeed.utils import safe_get_full_fp32_param

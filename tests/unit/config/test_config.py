@@ -37,6 +37,9 @@ def load(tmp_path: Path):
     return load
 
 
+MOVE = ("--pruning.rule", "move", "--adapter.slots", "16")
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_every_shipped_configuration_loads(path):
     config = load_config(path)
@@ -218,6 +221,16 @@ def test_owned_training_arguments_are_refused_when_loading(load):
             ["--pruning.importance", "gate_sensitivity", "--adapter.train_gates", "false"],
             "importance is gate_sensitivity, which needs gradients of the gates, but adapter.train_gates is false",
         ),
+        (["--pruning.rule", "move"], "pruning.rule is move, .* adapter.slots is null: set it to 16, say"),
+        (["--adapter.slots", "16"], "adapter.slots is 16, but pruning.rule is prune, which fills none"),
+        ([*MOVE, "--adapter.slots", "7"], "slots is 7, but must be at least 8, the rank at the start"),
+        ([*MOVE, "--adapter.initial_rank", "9"], "initial_rank is 9, but pruning.rule is move, .*target_rank, 8"),
+        ([*MOVE, "--pruning.rebase", "true"], "pruning.rebase is true, but must be false for the rule move"),
+        ([*MOVE, "--pruning.max_rank", "9"], "pruning.max_rank is 9, but must be null for the rule move"),
+        ([*MOVE, "--pruning.moved_per_event", "0"], "pruning.moved_per_event is 0"),
+        ([*MOVE, "--training.optim", "adafactor"], "training.optim is adafactor, but pruning.rule is move"),
+        (["--pruning.scoring_rows", "0"], "pruning.scoring_rows is 0"),
+        (["--pruning.importance", "ablation"], "importance is ablation, but must be another for the rule prune"),
         (["--pruning.min_rank", "9"], "target_rank 8 .* pruning.min_rank 9"),
         (["--pruning.max_rank", "4"], "target_rank 8 .* pruning.max_rank 4"),
         (["--data.max_length", "1"], "data.max_length is 1"),

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dora_dist.data.mixture import cap_examples, example_order, pass_counts
+from dora_dist.data.mixture import cap_examples, example_order, hold_back, pass_counts
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=5)
 
@@ -82,3 +82,21 @@ def test_a_cap_takes_a_random_part_of_a_source():
     assert kept.max() > 900, "the first ones only would be another thing"
     assert kept.tolist() != cap_examples(1000, 100, seed=4, source=0).tolist()
     assert cap_examples(50, 100, 0, 0).tolist() == cap_examples(50, None, 0, 0).tolist() == list(range(50))
+
+
+def test_examples_that_are_held_back_are_in_no_source():
+    members = [np.arange(0, 60, 2), np.arange(100, 130)]
+    left, taken = hold_back(members, 20, seed=3)
+    assert len(set(taken)) == 20
+    assert sorted([*taken, *left[0], *left[1]]) == sorted([*members[0], *members[1]])
+    assert all(set(some) <= set(whole) for some, whole in zip(left, members, strict=True))
+    assert all(len(some) < len(whole) for some, whole in zip(left, members, strict=True)), "of one source only"
+    assert taken.tolist() == sorted(taken)
+    assert hold_back(members, 20, seed=3)[1].tolist() == taken.tolist()
+    assert hold_back(members, 20, seed=4)[1].tolist() != taken.tolist()
+
+
+@pytest.mark.parametrize("count", [30, 31, 99])
+def test_a_source_of_which_nothing_would_be_left_is_refused(count):
+    with pytest.raises(ValueError, match=rf"scoring_rows is {count}, .* of 1, 29 examples .* lower it"):
+        hold_back([np.arange(1), np.arange(5, 34)], count, seed=0)

@@ -12,6 +12,7 @@ from dora_dist.method.rebasing import singular_components
 from dora_dist.method.schedule import BudgetSchedule
 from dora_dist.training.controller import DynamicRankController
 from dora_dist.training.criterion import GateSensitivity, SmoothedScores
+from dora_dist.training.rules.prune import Prune
 
 
 def components(rank=4, inputs=9, outputs=7, dtype=torch.float64):
@@ -71,7 +72,9 @@ def make_controller(layers, **options):
     schedule = BudgetSchedule(total_steps=10, num_layers=len(layers), initial_rank=4, target_rank=2, interval=2)
     criterion = SmoothedScores(squared_magnitudes, 0.9, 4 * len(layers), torch.device("cpu"))
     budget, selection = Budget(schedule, dict.fromkeys(layers, 1)), Selection(rebase=True, **options)
-    return DynamicRankController(layers, budget, Agreement(), criterion=criterion, selection=selection)
+    return DynamicRankController(
+        layers, budget, Agreement(), criterion=criterion, rule=Prune(layers, budget, selection)
+    )
 
 
 def test_an_event_that_prunes_nothing_leaves_the_model_as_it_is():
@@ -109,4 +112,4 @@ def test_sensitivity_cannot_judge_components_that_an_event_makes():
     criterion = GateSensitivity([layer.gate for layer in layers.values()])
     budget, selection = Budget(schedule, dict.fromkeys(layers, 1)), Selection(rebase=True)
     with pytest.raises(ValueError, match="set rebase to false"):
-        DynamicRankController(layers, budget, Agreement(), criterion=criterion, selection=selection)
+        DynamicRankController(layers, budget, Agreement(), criterion=criterion, rule=Prune(layers, budget, selection))

@@ -11,6 +11,7 @@ from dora_dist.method.importance import score_layers
 from dora_dist.method.schedule import BudgetSchedule, FixedRanks
 from dora_dist.training.controller import BudgetMissedError, DynamicRankController, NonFiniteAdapterError
 from dora_dist.training.criterion import SmoothedScores
+from dora_dist.training.rules.prune import Prune
 
 
 def make_controller(total_steps=10, target_rank=2, model=None, **options):
@@ -20,7 +21,7 @@ def make_controller(total_steps=10, target_rank=2, model=None, **options):
         total_steps=total_steps, num_layers=len(layers), initial_rank=3, target_rank=target_rank, interval=2
     )
     budget = Budget(schedule, dict.fromkeys(layers, 1))
-    return DynamicRankController(layers, budget, Agreement(), selection=Selection(**options))
+    return DynamicRankController(layers, budget, Agreement(), rule=Prune(layers, budget, Selection(**options)))
 
 
 def test_a_run_that_ends_before_the_final_event_is_an_error():

@@ -1,0 +1,71 @@
+"""Whole modules chosen in every block, by the scores of their components, as in FanLoRA (Tian et al., EMNLP 2024).
+
+The paper's own score could not be read; any criterion takes its place.
+"""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+_BLOCK = re.compile(r"(?:^|.*?\.)\d+(?=\.)")
+
+
+def block_of(name: str) -> str:
+    """The block that a layer belongs to: its name up to the first number, ``model.layers.3`` of
+    ``model.layers.3.mlp.up_proj``; empty for a layer outside of all blocks."""
+    found = _BLOCK.match(name)
+    return found.group() if found else ""
+
+
+def select_modules(
+    scores: Mapping[str, Tensor], costs: Mapping[str, int], budget: int, per_block: int
+) -> dict[str, int]:
+    """Keep the best modules of every block, and spend the budget on them alone.
+
+    A module is a layer of the model; its score is the sum over its components. The kept modules all get the same rank,
+    the largest that the budget pays for, and those with the highest scores one more component, in their order, as far
+    as what is left goes. Ties are broken by name.
+
+    Args:
+        scores: layer name -> scores, shape ``(r,)``, any floating dtype; summed in float64 on the CPU.
+        costs: layer name -> cost of one component of it, at least 1, in the units of the budget.
+        budget: what the components of the plan may cost together.
+        per_block: modules that stay in every block (:func:`block_of`).
+
+    Returns:
+        Layer name -> rank, of the kept modules only. Together they cost at most the budget, and less by no whole
+        component of the most expensive one.
+
+    Raises:
+        ValueError: a score is not finite, a block has fewer modules than ``per_block``, or the budget does not pay for
+            one component of every kept module.
+    """
+    totals = {name: float(values.detach().double().cpu().sum()) for name, values in sorted(scores.items())}
+    blocks: dict[str, list[str]] = {}
+    for name, total in totals.items():
+        if not torch.isfinite(torch.tensor(total)):
+            raise ValueError(f"layer {name} has a non-finite score: {scores[name].tolist()}")
+        blocks.setdefault(block_of(name), []).append(name)
+    kept: list[str] = []
+    for block, names in blocks.items():
+        if not 1 <= per_block <= len(names):
+            raise ValueError(
+                f"pruning.modules_per_layer is {per_block}, but must be 1 to {len(names)}, the number of adapted "
+                f"modules of {block or 'the model'}: {', '.join(names)}"
+            )
+        kept += sorted(names, key=lambda name: (-totals[name], name))[:per_block]
+    together = sum(costs[name] for name in kept)
+    if budget < together:
+        raise ValueError(
+            f"a budget of {budget} does not pay for one component of each of {len(kept)} modules, which cost "
+            f"{together}: raise adapter.target_rank or lower pruning.modules_per_layer"
+        )
+    plan = dict.fromkeys(sorted(kept), budget // together)
+    left = budget % together
+    for name in sorted(kept, key=lambda name: (-totals[name], name)):
+        if costs[name] <= left:
+            plan[name] += 1
+            left -= costs[name]
+    return plan

@@ -1,0 +1,125 @@
+"""Components moved from where they help least to layers that lost none, at one budget (ALoRA, Liu et al., NAACL 2024).
+
+Pure functions on tensors. Every layer has slots, in some of which a component is alive; a component that is pruned
+leaves its slot, and a new one takes a slot that is free.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Move:
+    """What an event takes and gives; no component is in both.
+
+    Attributes:
+        pruned: layer name -> boolean mask of shape ``(slots,)`` on the CPU, True where a component goes.
+        grown: layer name -> the same, True where a new component starts, in a slot that was free before.
+    """
+
+    pruned: Mapping[str, Tensor]
+    grown: Mapping[str, Tensor]
+
+
+def move_components(
+    scores: Mapping[str, Tensor],
+    alive: Mapping[str, Tensor],
+    costs: Mapping[str, int],
+    budget: int,
+    num_moved: int,
+    min_rank: int = 0,
+) -> Move:
+    """Prune the lowest components of the whole model, and give their budget to the layers that lost none.
+
+    The layers that lost none take turns, the one with the highest mean score first, and get one component a turn, as
+    long as they have a free slot and the budget pays for it: 8 components for three layers are 3, 3 and 2. Layers
+    without a component have no mean score, and come last. Scores may be negative: only their order counts, and that of
+    their means. Ties are broken by layer name, then by index within the layer.
+
+    Guarantee: what is alive afterwards costs no more than the budget, and less by no whole component of the most
+    expensive layer, provided that the same held before. Where the layers that lost none have too few free slots for
+    this, or there are none, fewer than ``num_moved`` are moved: the most for which it holds, which may be none. (The
+    paper has no slots, and lets the number of components shrink where every layer lost one.)
+
+    Args:
+        scores: layer name -> scores, shape ``(slots,)``, any floating dtype; those of free slots are not looked at.
+        alive: layer name -> boolean mask of shape ``(slots,)``, True where there is a component.
+        costs: layer name -> cost of one component of it, at least 1, in the units of the budget.
+        budget: what the components may cost together.
+        num_moved: components to prune, at most.
+        min_rank: components that are left to every layer that has as many.
+
+    Raises:
+        ValueError: a score is not finite, or what is alive is not the budget.
+    """
+    names = sorted(scores)
+    alive = {name: alive[name].cpu() for name in names}
+    ranked = {name: scores[name].detach().double().cpu() for name in names}
+    for name in names:
+        if not torch.isfinite(ranked[name][alive[name]]).all():
+            raise ValueError(f"layer {name} has a non-finite score: {ranked[name].tolist()}")
+    left = budget - sum(costs[name] * int(alive[name].sum()) for name in names)
+    unit = max(costs[name] for name in names)
+    if not 0 <= left < unit:
+        raise ValueError(
+            f"the components cost {budget - left}, but must cost at most the budget {budget}, and more than {unit} "
+            "less than it, before some of them are moved"
+        )
+    lowest = _lowest_first(ranked, alive, min_rank)
+    free = {name: int((~alive[name]).sum()) for name in names}
+    means = {name: float(ranked[name][alive[name]].mean()) if alive[name].any() else -math.inf for name in names}
+    best = sorted(names, key=lambda name: (-means[name], name))
+    for count in range(min(num_moved, len(lowest)), 0, -1):
+        lost = {name for name, _ in lowest[:count]}
+        freed = left + sum(costs[name] for name, _ in lowest[:count])
+        given, unspent = in_turns([name for name in best if name not in lost], free, costs, freed)
+        if unspent < unit:
+            pruned = {name: torch.zeros_like(alive[name]) for name in names}
+            for name, index in lowest[:count]:
+                pruned[name][index] = True
+            return Move(pruned=pruned, grown={name: first_free(alive[name], given[name]) for name in names})
+    nothing = {name: torch.zeros_like(alive[name]) for name in names}
+    return Move(pruned=nothing, grown=nothing)
+
+
+def first_free(alive: Tensor, count: int) -> Tensor:
+    """The first ``count`` slots without a component, as a boolean mask of the same shape ``(slots,)``."""
+    free = ~alive
+    return free & (free.cumsum(0) <= count)
+
+
+def _lowest_first(scores: Mapping[str, Tensor], alive: Mapping[str, Tensor], min_rank: int) -> list[tuple[str, int]]:
+    """Layer and index of all components that may go, the lowest first."""
+    found: list[tuple[float, str, int]] = []
+    for name, values in scores.items():
+        indices = alive[name].nonzero().flatten().tolist()
+        own = sorted((float(values[index]), name, index) for index in indices)
+        found += own[: max(0, len(own) - min_rank)]
+    return [(name, index) for _, name, index in sorted(found)]
+
+
+def in_turns(
+    order: Sequence[str], free: Mapping[str, int], costs: Mapping[str, int], left: int
+) -> tuple[dict[str, int], int]:
+    """Components for layers that take turns, one a turn, as long as they have a slot and the budget pays for it.
+
+    Args:
+        order: names of the layers in the order of their turns.
+        free: layer name -> its free slots.
+        costs: layer name -> cost of one component of it.
+        left: of the budget.
+
+    Returns:
+        Layer name -> how many components it gets (of all layers of ``free``), and what is left of the budget then.
+    """
+    given = dict.fromkeys(free, 0)
+    while order := [name for name in order if given[name] < free[name] and costs[name] <= left]:
+        for name in order:
+            if costs[name] <= left:
+                given[name] += 1
+                left -= costs[name]
+    return given, left

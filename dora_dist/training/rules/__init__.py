@@ -1,0 +1,1 @@
+"""What an event does to the components: one class for each value of ``pruning.rule``, and what it scores by."""

@@ -1,0 +1,205 @@
+"""What the model loses without a component, and what one gives alone (ALoRA, Liu et al., NAACL 2024, equation 6).
+
+With the loss CE on a fixed batch, M the model with all components that are alive, M\\r without r, and M_r with r alone,
+the score is ``CE(M\\r) - CE(M_r)``; the paper's ``S(M)`` is the same for all and left out. As functions of the gates,
+both are the loss at corners of one cube. To second order the score is ``-c_r (dL/dc_r at the gates + dL/dc_r at 0)``,
+up to the same constant ``CE(M_0) - CE(M)`` of all: exact for a loss that is quadratic in the gates, and twice the
+trapezoid of the integrated gradient between the base and M. Scores are signed.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from dora_dist.adapter.layer import DynamicLoraLinear
+from dora_dist.adapter.model import DynamicLoraForCausalLM, DynamicLoraModel
+from dora_dist.console.text import say
+from dora_dist.distributed.agreement import Agreement
+from dora_dist.method.importance import Components
+
+Losses = Sequence[Callable[[], Tensor]]
+"""For every row of the fixed batch, its loss, a scalar. The batch's is their sum. The same on every rank."""
+
+
+class Ablation:
+    """The importance of components at the moment of an event, on rows that are held back from training.
+
+    Args:
+        model: with the components.
+        exact: by :func:`ablation_scores`, otherwise by :func:`ablation_gradient_scores`.
+
+    Attributes:
+        losses: Of the rows; given when all is there that makes a loss of a row.
+    """
+
+    at_events_only = True
+
+    def __init__(self, model: DynamicLoraModel, exact: bool) -> None:
+        self.losses: Losses = ()
+        self._model = model
+        self._layers = list(model.adapted_layers().values())
+        self._score = ablation_scores if exact else ablation_gradient_scores
+        gates = [layer.gate for layer in self._layers]
+        num_components = sum(gate.numel() for gate in gates)
+        self.scores = torch.zeros(num_components, dtype=torch.float64, device=gates[0].device)
+
+    def update(self, layers: Sequence[Components], agreement: Agreement) -> None:
+        assert self.losses, "no rows to score by"
+        without_logits = self._model.loss_only() if isinstance(self._model, DynamicLoraForCausalLM) else nullcontext()
+        with without_logits:
+            self.scores = self._score(self._model, self._layers, self.losses, agreement)
+
+    def rescore(self, layers: Sequence[Components]) -> None:
+        raise ValueError(
+            "importance ablation is scored by the model as it is: set pruning.rebase to false, or choose another "
+            "pruning.importance"
+        )
+
+    def after_event(self) -> None:
+        pass
+
+
+@torch.no_grad()
+def ablation_scores(
+    model: nn.Module, layers: Sequence[DynamicLoraLinear], losses: Losses, agreement: Agreement
+) -> Tensor:
+    """``CE(M\\r) - CE(M_r)`` for every component that is alive, by running the model without it and with it alone.
+
+    Every number is computed once, by one rank, over the whole batch: there is nothing that ranks could make different.
+    The first rank says how long it will take, when it knows the time of one component.
+
+    Args:
+        model: whose components these are; it computes as in evaluation.
+        layers: all adapted layers, the same on every rank.
+        losses: of the fixed batch.
+        agreement: over the ranks.
+
+    Returns:
+        Shape ``(components,)``, float64, in the order of ``layers``; 0 for those that a mask leaves out.
+
+    Raises:
+        ValueError: a loss is not finite; on all ranks, if it is on all of them.
+        RankFailedError: a rank has failed; on all ranks.
+    """
+    masks = [layer.component_mask.clone() for layer in layers]
+    places = [(number, index) for number, mask in enumerate(masks) for index in mask.nonzero().flatten().tolist()]
+    starts = torch.tensor([0, *(mask.numel() for mask in masks)]).cumsum(0).tolist()
+    scores = torch.zeros(starts[-1], dtype=torch.float64, device=agreement.device)
+    mine = places[agreement.rank :: agreement.size]
+    with agreement.together("scoring components by ablation"), _evaluating(model), _masks_restored(layers):
+        began = time.monotonic()
+        for done, (number, index) in enumerate(mine):
+            layers[number].component_mask[index] = False
+            without = _sum(losses)
+            for layer in layers:
+                layer.component_mask.zero_()
+            layers[number].component_mask[index] = True
+            alone = _sum(losses)
+            for layer, mask in zip(layers, masks, strict=True):
+                layer.component_mask.copy_(mask)
+            scores[starts[number] + index] = without - alone
+            if done == 0 and agreement.is_first:
+                seconds = (time.monotonic() - began) * len(mine)
+                say(
+                    f"scoring {len(places)} components by ablation, {2 * len(places)} forwards of {len(losses)} rows: "
+                    f"about {seconds:.0f} s"
+                )
+    agreement.add_up(scores)
+    return scores.to(layers[0].gate.device)
+
+
+def ablation_gradient_scores(
+    model: nn.Module, layers: Sequence[DynamicLoraLinear], losses: Losses, agreement: Agreement
+) -> Tensor:
+    """``-c_r (dL/dc_r at the gates + dL/dc_r at gates of 0)`` for every component that is alive: two backward passes.
+
+    The ranks share the rows of the batch. No parameter gets a gradient, and no engine sees the passes.
+
+    Args:
+        model: whose components these are; it computes as in evaluation.
+        layers: all adapted layers, the same on every rank.
+        losses: of the fixed batch.
+        agreement: over the ranks.
+
+    Returns:
+        Shape ``(components,)``, float64, in the order of ``layers``; 0 for those that a mask leaves out.
+
+    Raises:
+        ValueError: a gradient is not finite; on all ranks, if it is on all of them.
+        RankFailedError: a rank has failed; on all ranks.
+    """
+    gates = [layer.gate for layer in layers]
+    values = [gate.detach().clone() for gate in gates]
+    share = losses[agreement.rank :: agreement.size]
+    with agreement.together("scoring components by ablation gradients"), _evaluating(model), _gates_restored(gates):
+        total = _gate_gradients(gates, share)
+        for gate in gates:
+            gate.data.zero_()
+        total += _gate_gradients(gates, share)
+    total = total.to(agreement.device)
+    agreement.add_up(total)
+    return -torch.cat(values).double() * total.to(gates[0].device)
+
+
+def _sum(losses: Losses) -> float:
+    """Of the rows, in float64."""
+    total = sum(float(loss().double()) for loss in losses)
+    if not torch.isfinite(torch.tensor(total)):
+        raise ValueError(
+            f"the loss of the scoring rows is {total}, so that no component can be scored: find out what the model "
+            "makes of them, or choose another pruning.importance"
+        )
+    return total
+
+
+def _gate_gradients(gates: Sequence[nn.Parameter], losses: Losses) -> Tensor:
+    """Sum over the rows of the gradient of their loss by all gates, shape ``(components,)``, float64."""
+    total = torch.zeros(sum(gate.numel() for gate in gates), dtype=torch.float64, device=gates[0].device)
+    for loss in losses:
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(loss(), gates, allow_unused=True, materialize_grads=True)
+        total += torch.cat([gradient.double() for gradient in gradients])
+    if not torch.isfinite(total).all():
+        raise ValueError(
+            "the gradient of the scoring rows' loss is not finite, so that no component can be scored: find out what "
+            "the model makes of them, or choose another pruning.importance"
+        )
+    return total
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def _masks_restored(layers: Sequence[DynamicLoraLinear]) -> Iterator[None]:
+    masks = [layer.component_mask.clone() for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, mask in zip(layers, masks, strict=True):
+            layer.component_mask.copy_(mask)
+
+
+@contextmanager
+def _gates_restored(gates: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Gates may be changed, and have gradients, also where they are not trained."""
+    before = [(gate.detach().clone(), gate.requires_grad) for gate in gates]
+    try:
+        for gate in gates:
+            gate.requires_grad_(True)
+        yield
+    finally:
+        for gate, (values, trained) in zip(gates, before, strict=True):
+            gate.data.copy_(values)
+            gate.requires_grad_(trained)

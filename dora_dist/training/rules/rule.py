@@ -1,0 +1,52 @@
+"""What the controller asks of a rule: a class for each value of ``pruning.rule``."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+from dora_dist.distributed.agreement import Agreement
+from dora_dist.distributed.engine import Moments
+from dora_dist.training.criterion import Criterion
+
+Masks = Mapping[str, Tensor]
+"""Layer -> boolean, shape ``(r,)``, on the CPU."""
+
+
+class Rule(Protocol):
+    """How events change which components are alive: the same on every rank, by scores that are the same there.
+
+    Attributes:
+        regularized: Whether the Dimensional Equilibrium Modulator is part of the loss until the final event.
+        renews: Whether an event turns all components into others before it scores them, so that scores of the steps
+            before say nothing.
+    """
+
+    @property
+    def regularized(self) -> bool: ...
+
+    @property
+    def renews(self) -> bool: ...
+
+    def prepare(self, criterion: Criterion, agreement: Agreement) -> None:
+        """An event is due: what it does before scores are compared. With collectives, on every rank."""
+
+    def select(self, step: int, scores: Mapping[str, Tensor], kept: Masks) -> Masks:
+        """What is alive after an event.
+
+        Args:
+            step: optimizer step after which the event takes place.
+            scores: layer -> scores, shape ``(r,)``, the same on every rank.
+            kept: what the event before has left.
+        """
+        ...
+
+    def apply(self, step: int, kept: Masks, chosen: Masks, moments: Moments | None) -> None:
+        """Make it so: in the parameters, their master copies and the masks of the layers.
+
+        Args:
+            step: as above.
+            kept: as above.
+            chosen: what :meth:`select` returned.
+            moments: of the optimizer; None where no engine has prepared the model.
+        """
