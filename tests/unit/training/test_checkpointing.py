@@ -42,6 +42,7 @@ class Loop:
             timeout_minutes=1,
             start=None,
             adapter_dtype=torch.float32,
+            lora_plus_ratio=1.0,
             equilibrium_weight=0.1,
             keep_last=2,
             fingerprint=some_fingerprint(),
