@@ -4,10 +4,10 @@ Values that cannot work are refused here, before any process group, data or mode
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from dora_dist.config.adapter import DynamicLoraConfig
+from dora_dist.config.adapter import PROMPT, DynamicLoraConfig
 from dora_dist.config.checks import require
 from dora_dist.config.data import DataConfig
 from dora_dist.config.format_version import FORMAT_VERSION
@@ -145,6 +145,8 @@ class RunConfig:
                 f"{self.model.recompute_layers}, which decide the same: leave training.{given[0]} out"
             )
         self._check_task()
+        if self.adapter.routing == PROMPT:
+            self.model = replace(self.model, fuse=False)  # what is fused computes all modules for all rows
         if self.evaluation.exact_match and self.data.eval is None:
             raise ValueError("evaluation.exact_match is true, but there is no held-out data: set data.eval")
         if self.pruning.importance == GATE_SENSITIVITY and not self.adapter.train_gates:
@@ -178,6 +180,7 @@ class RunConfig:
             ("data.batching", data.batching, data.batching != "packed"),
             ("data.train_on", data.train_on, data.train_on == "assistant"),
             ("data.chat_template", data.chat_template, data.chat_template == "auto"),
+            ("adapter.routing", self.adapter.routing, self.adapter.routing != PROMPT),
             ("evaluation.exact_match", "true", not self.evaluation.exact_match),
         ):
             if not left_out:

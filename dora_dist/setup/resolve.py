@@ -9,6 +9,7 @@ from dora_dist.adapter.targets import resolve_targets
 from dora_dist.base_model import block_weights, load
 from dora_dist.base_model.recomputation import Recomputation
 from dora_dist.base_model.shape import input_embedding, linear_layer
+from dora_dist.config.adapter import PROMPT
 from dora_dist.config.checks import require
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import TASKS
@@ -16,6 +17,7 @@ from dora_dist.data.mixture import Mixture
 from dora_dist.data.plan import TrainingPlan
 from dora_dist.method.budget import Budget, component_costs
 from dora_dist.method.schedule import BudgetSchedule, automatic_interval
+from dora_dist.routing.model import routed_blocks
 from dora_dist.runs.fingerprint import Fingerprint
 from dora_dist.setup.fingerprint import fingerprint_of
 from dora_dist.setup.recomputation import resolve_recomputation
@@ -25,6 +27,11 @@ from dora_dist.training.batch_size import global_batch
 
 FEW_EVENTS = 5
 """Pruning events below which a run is warned about."""
+
+LAYER_BY_LAYER = (
+    "adapter.routing is prompt: the model runs layer by layer, as with model.fuse false and model.kernels none, and "
+    "the adapter is read by dora_dist.load_adapter and dora-dist generate only"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +124,8 @@ def resolve_run(
     layers, budget = check_method(config, skeleton, arguments.max_steps)
     check_context(skeleton, data)
     recomputation, remarks = resolve_recomputation(config, skeleton, data, ranks, card)
+    if config.adapter.routing == PROMPT:
+        remarks = [*remarks, LAYER_BY_LAYER]
     data = replace(data, notes=[*data.notes, *notes, *remarks])
     return ResolvedRun(
         tokenizer=tokenizer,
@@ -181,6 +190,8 @@ def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int)
         )
     _check_head_dtype(config, dtype)
     names = resolve_targets(skeleton, config.adapter.target_modules)
+    if config.adapter.routing == PROMPT:
+        routed_blocks(skeleton, names, config.adapter.modules_per_prompt)
     schedule = build_schedule(config, len(names), total_steps)
     linears = {name: linear_layer(skeleton, name) for name in names}
     shapes = {name: (linear.in_features, linear.out_features) for name, linear in linears.items()}
