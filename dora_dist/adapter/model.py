@@ -214,20 +214,7 @@ def add_dynamic_lora(
         ValueError: ``config`` is another method's or has routing, the model has an adapter, ``target_modules`` matches
             nothing, or a 4-bit weight has been repacked for inference.
     """
-    if not isinstance(config, DynamicLoraConfig):
-        raise ValueError(
-            f"config is a {type(config).__name__}, but must be a DynamicLoraConfig: DynamicLoraConfig(target_rank=8, "
-            "alpha=8.0), say, where PEFT's LoraConfig has r and lora_alpha"
-        )
-    if config.routing != "none":
-        raise ValueError(
-            f"config.routing is {config.routing}, but add_dynamic_lora adds no routers: call dora_dist.add_routed_lora"
-        )
-    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise ValueError(
-            "the model has an adapter already: give add_dynamic_lora the model as transformers loads it, or go on with "
-            "the one that the first call has returned"
-        )
+    _check_arguments(model, config)
     names = resolve_targets(model, config.target_modules)
     forbid_inference_packing(model)
     task, heads = task_of(model), head_modules(model)
@@ -256,6 +243,23 @@ def add_dynamic_lora(
     if fuse:
         _gather_components(peft_model, [*fuse_gated_mlps(peft_model, kernels.swiglu), *share_inputs(peft_model)])
     return peft_model
+
+
+def _check_arguments(model: PreTrainedModel, config: DynamicLoraConfig) -> None:
+    if not isinstance(config, DynamicLoraConfig):
+        raise ValueError(
+            f"config is a {type(config).__name__}, but must be a DynamicLoraConfig: DynamicLoraConfig(target_rank=8, "
+            "alpha=8.0), say, where PEFT's LoraConfig has r and lora_alpha"
+        )
+    if config.routing != "none":
+        raise ValueError(
+            f"config.routing is {config.routing}, but add_dynamic_lora adds no routers: call dora_dist.add_routed_lora"
+        )
+    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            "the model has an adapter already: give add_dynamic_lora the model as transformers loads it, or go on with "
+            "the one that the first call has returned"
+        )
 
 
 def _gather_components(model: DynamicLoraModel, groups: Sequence[Sequence[DynamicLoraLinear]]) -> None:

@@ -32,6 +32,7 @@ def build_parser() -> ArgumentParser:
         "checked without reading weights, and says what the run would do, on --world-size N ranks, and how long it "
         "would take at --tokens-per-second N; it starts none.",
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--config", action=ActionConfigFile, help="YAML file of the run, which may also be the first argument by itself"

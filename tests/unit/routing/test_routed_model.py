@@ -1,5 +1,7 @@
 """A model with routers: what it computes, for which tokens, and that a prompt is decided on once."""
 
+import re
+
 import pytest
 import torch
 from support.tiny_encoders import tiny_classifier
@@ -252,9 +254,8 @@ def test_the_reentrant_kind_of_checkpointing_is_refused():
     base = tiny_model()
     base.gradient_checkpointing_enable({"use_reentrant": True})
     base.enable_input_require_grads()
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises(ValueError, match=re.escape(REENTRANT)):
         routed(base).train()(input_ids=tokens(), labels=tokens())
-    assert str(raised.value) == REENTRANT
 
 
 def test_the_adapter_switched_off_is_the_base():
@@ -272,13 +273,13 @@ def test_routers_are_trained_and_saved_beside_the_adapter():
 
 
 def test_a_routed_adapter_is_never_merged():
-    with pytest.raises(ValueError, match="adapter.routing is prompt, .* cannot be merged"):
+    with pytest.raises(ValueError, match=r"adapter.routing is prompt, .* cannot be merged"):
         routed().merge_and_unload()
 
 
 def test_what_cannot_be_routed_is_refused():
     config = DynamicLoraConfig(target_rank=2, initial_rank=2, routing="prompt")
-    with pytest.raises(ValueError, match="config.routing is prompt, but .* call dora_dist.add_routed_lora"):
+    with pytest.raises(ValueError, match=r"config.routing is prompt, but .* call dora_dist.add_routed_lora"):
         add_dynamic_lora(tiny_model(), config)
     with pytest.raises(ValueError, match="routing is none, but must be prompt"):
         add_routed_lora(tiny_model(), DynamicLoraConfig())
