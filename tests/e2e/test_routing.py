@@ -25,10 +25,11 @@ ON_ONE_RANK = ("--training.per_device_train_batch_size", "8")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """12 steps on two ranks under ZeRO-2, with dropout; a checkpoint after every step."""
+    """12 steps on two ranks under ZeRO-2, with dropout; a checkpoint after every third step."""
     folder = tmp_path_factory.mktemp("routed")
     evaluation = {"before": True, "exact_match": True, "max_new_tokens": 4}
-    config = write_config(folder, adapter={**ROUTED, "dropout": 0.1}, evaluation=evaluation)
+    adapter, training = {**ROUTED, "dropout": 0.1}, {"save_steps": 3}
+    config = write_config(folder, adapter=adapter, evaluation=evaluation, training=training)
     output = run_to_the_end(config, folder / "run", folder / "log")
     assert output.count("adapter.routing is prompt: the model runs layer by layer") == 1
     assert "routed by prompt: for dora-dist generate and dora_dist.load_adapter" in output
@@ -36,9 +37,9 @@ def run(tmp_path_factory):
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(run, tmp_path):
-    resumed = stopped_at(5, run / "run", tmp_path)
+    resumed = stopped_at(6, run / "run", tmp_path)
     output = run_to_the_end(run / "run.yaml", resumed, tmp_path / "log")
-    assert f"resuming from {resumed}/checkpoint-5" in output
+    assert f"resuming from {resumed}/checkpoint-6" in output
     files = [f"adapter/{TENSORS}", "checkpoint-12/dynamic_lora.safetensors"]
     for name in files:
         old, new = load_file(run / "run" / name), load_file(resumed / name)
@@ -50,7 +51,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(run, tmp_path):
 
 
 def test_routers_learn_and_the_balancing_loss_is_logged(run):
-    first, last = (load_file(run / "run" / f"checkpoint-{step}" / TENSORS) for step in (1, 12))
+    first, last = (load_file(run / "run" / f"checkpoint-{step}" / TENSORS) for step in (3, 12))
     for name in ("routers.0.weight", "routers.1.weight", "routers.0.pooler", "routers.1.pooler"):
         assert not torch.equal(first[name], last[name]), name
     assert all(line["balance_loss"] > 0 for line in steps_of(run / "run"))
@@ -108,7 +109,7 @@ def test_no_export_is_made_of_it(run, kind):
 
 
 def test_other_routing_is_not_continued(run, tmp_path):
-    resumed = stopped_at(5, run / "run", tmp_path)
+    resumed = stopped_at(6, run / "run", tmp_path)
     status, text = run_that_fails(
         run / "run.yaml",
         resumed,
