@@ -24,7 +24,6 @@ from dora_dist.memory.table import render
 from dora_dist.setup import build, resolve, training_arguments
 from dora_dist.setup.describe import describe
 
-
 ROUTED = ("--adapter.routing", "prompt", "--adapter.initial_rank", "2", "--adapter.target_rank", "2")
 
 
