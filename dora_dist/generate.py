@@ -286,11 +286,10 @@ def answer_twice(trained: Any, questions: Iterable[Question], max_new_tokens: in
         questions: what is asked.
         max_new_tokens: longest answer, in tokens.
     """
-    from peft import PeftModel
-
     from dora_dist.data.encoding.chat import stop_tokens
     from dora_dist.data.encoding.control_tokens import control_tokens
     from dora_dist.evaluation.answers import generate_answers
+    from dora_dist.routing.loading import load_adapter
     from dora_dist.runs.trained_run import default_device
 
     device = default_device()
@@ -304,8 +303,7 @@ def answer_twice(trained: Any, questions: Iterable[Question], max_new_tokens: in
     # bfloat16 is far slower than float32 on most CPUs.
     with Phases("loading the model"):
         base = trained.load_base(device, in_float32=device.type == "cpu")
-        model = PeftModel.from_pretrained(base, str(trained.adapter))
-    model.eval()
+        model = load_adapter(base, trained.adapter)
     for question, ids in asked:
         with model.disable_adapter():
             (before,) = generate_answers(model, tokenizer, [ids], max_new_tokens, stop)

@@ -362,7 +362,11 @@ def describe_size(run: Path, task: str) -> str:
     from dora_dist.adapter.plain_lora import adapter_bytes
     from dora_dist.config.tasks import CAUSAL_LM
     from dora_dist.console.text import format_bytes
+    from dora_dist.routing.files import TENSORS, is_routed
 
+    if is_routed(run / "adapter"):
+        size = format_bytes((run / "adapter" / TENSORS).stat().st_size)
+        return f"  {'adapter size':<16} {size}, routed by prompt: for dora-dist generate and dora_dist.load_adapter"
     padded, compact = map(format_bytes, adapter_bytes(run / "adapter"))
     hint = f" (dora-dist export {run} --format compact)" if task == CAUSAL_LM else ""
     return f"  {'adapter size':<16} {padded}, padded to one rank; {compact} with every module's own rank{hint}"

@@ -31,7 +31,8 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
     Buffer: ``component_mask`` ``(r,)``, boolean because DeepSpeed casts floating point buffers. A component whose
     mask is False contributes exactly nothing, whatever an optimizer does to its parameters.
 
-    ``shared`` computes the layer together with others that read the same tensor, where there are such. ``gathered``
+    ``shared``, where it is set, computes the layer: together with others that read the same tensor, or for the tokens
+    that it is chosen for (:mod:`dora_dist.routing`). ``gathered``
     makes the components of all layers of the model at once, where it is set. ``on_gradient``, where it is set, is
     called when a backward comes to the layer. ``scale_of``, where it is set, gives ``s`` for a number of components.
     """

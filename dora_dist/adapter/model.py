@@ -188,7 +188,11 @@ globals().update({model.__name__: model for model in MODELS.values()})  # where 
 
 
 def add_dynamic_lora(
-    model: PreTrainedModel, config: DynamicLoraConfig, fuse: bool = True, kernels: KernelsInUse = NO_KERNELS
+    model: PreTrainedModel,
+    config: DynamicLoraConfig,
+    fuse: bool = True,
+    kernels: KernelsInUse = NO_KERNELS,
+    model_class: type[DynamicLoraModel] | None = None,
 ) -> DynamicLoraModel:
     """Give the chosen linear layers of ``model`` gated rank-one components and freeze everything else but the head of
     its task, where it has one.
@@ -205,21 +209,13 @@ def add_dynamic_lora(
             head whose dtype is not that of the base then needs autocast.
         kernels: what :func:`~dora_dist.base_model.kernels.use_kernels` has returned for the model. Gated MLPs that run
             as one operation use them too.
+        model_class: of the result; by default that of what the model does.
 
     Raises:
-        ValueError: ``config`` is another method's, the model has an adapter, ``target_modules`` matches nothing, or
-            a 4-bit weight has been repacked for inference.
+        ValueError: ``config`` is another method's or has routing, the model has an adapter, ``target_modules`` matches
+            nothing, or a 4-bit weight has been repacked for inference.
     """
-    if not isinstance(config, DynamicLoraConfig):
-        raise ValueError(
-            f"config is a {type(config).__name__}, but must be a DynamicLoraConfig: DynamicLoraConfig(target_rank=8, "
-            "alpha=8.0), say, where PEFT's LoraConfig has r and lora_alpha"
-        )
-    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise ValueError(
-            "the model has an adapter already: give add_dynamic_lora the model as transformers loads it, or go on with "
-            "the one that the first call has returned"
-        )
+    _check_arguments(model, config)
     ranks = resolve_ranks(model, config)
     forbid_inference_packing(model)
     task, heads = task_of(model), head_modules(model)
@@ -235,7 +231,9 @@ def add_dynamic_lora(
     )
     # Covers bitsandbytes' quantized layers, which derive from nn.Linear.
     lora_config._register_custom_module({nn.Linear: DynamicLoraLinear})
-    peft_model = MODELS[task.name](model, lora_config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
+    peft_model = (model_class or MODELS[task.name])(
+        model, lora_config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False
+    )
     dtype: torch.dtype = model.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     layers = peft_model.adapted_layers()
     _check_all_adapted(ranks, layers)
@@ -254,6 +252,23 @@ def _start(layer: DynamicLoraLinear, name: str, config: DynamicLoraConfig, dtype
     layer.follow_mask()
     layer.initialize(config.init, config.seed or 0, name, dtype)
     layer.gate.requires_grad_(config.train_gates)
+
+
+def _check_arguments(model: PreTrainedModel, config: DynamicLoraConfig) -> None:
+    if not isinstance(config, DynamicLoraConfig):
+        raise ValueError(
+            f"config is a {type(config).__name__}, but must be a DynamicLoraConfig: DynamicLoraConfig(target_rank=8, "
+            "alpha=8.0), say, where PEFT's LoraConfig has r and lora_alpha"
+        )
+    if config.routing != "none":
+        raise ValueError(
+            f"config.routing is {config.routing}, but add_dynamic_lora adds no routers: call dora_dist.add_routed_lora"
+        )
+    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            "the model has an adapter already: give add_dynamic_lora the model as transformers loads it, or go on with "
+            "the one that the first call has returned"
+        )
 
 
 def _gather_components(model: DynamicLoraModel, groups: Sequence[Sequence[DynamicLoraLinear]]) -> None:

@@ -19,6 +19,11 @@ MLP_ONLY = "mlp-only"
 RISING_WITH_DEPTH = "rising-with-depth"
 Scale = Literal["constant", "sqrt_rank"]
 SCALES: tuple[str, ...] = get_args(Scale)
+Routing = Literal["none", "prompt"]
+ROUTINGS: tuple[str, ...] = get_args(Routing)
+PROMPT = "prompt"
+LEAST_MODULES = 2
+"""Of a prompt: the gate of a single one would be 1, whatever its probability, and teach the router nothing."""
 AdapterDtype = Literal["auto", "float32", "bfloat16", "float64"]
 DTYPES: tuple[str, ...] = get_args(AdapterDtype)
 
@@ -50,6 +55,11 @@ class DynamicLoraConfig:
             weights.
         train_gates: train c_i; without, the layer is plain LoRA that can be pruned but not regrow.
         seed: of the initial values, which are the same on every rank and in every run; null for the seed of the run.
+        routing: none, or prompt (MiLoRA): a router before every decoder block chooses the modules that are adapted for
+            a prompt. It needs initial_rank equal to target_rank and a drawn init, runs layer by layer, and cannot be
+            exported; see docs/routing.md.
+        modules_per_prompt: with routing prompt, modules that are chosen in every block.
+        balance_weight: with routing prompt, weight of the loss that keeps the choices even.
     """
 
     target_rank: int = 8
@@ -65,6 +75,9 @@ class DynamicLoraConfig:
     dtype: AdapterDtype = "float32"
     train_gates: bool = True
     seed: int | None = None
+    routing: Routing = "none"
+    modules_per_prompt: int = 3
+    balance_weight: float = 1e-2
 
     def __post_init__(self) -> None:
         if self.target_rank < 1:
@@ -95,13 +108,37 @@ class DynamicLoraConfig:
             raise ValueError(f"calibration_rows is {self.calibration_rows}, but must be at least 1")
         if self.init == "paper" and not self.train_gates:
             raise ValueError("init 'paper' starts with all gates at 0, which never change unless train_gates is true")
+        self._check_routing()
+
+    def _check_routing(self) -> None:
+        if self.routing not in ROUTINGS:
+            raise ValueError(f"routing is {self.routing!r}, but must be one of {', '.join(ROUTINGS)}")
+        if self.modules_per_prompt < LEAST_MODULES:
+            raise ValueError(
+                f"modules_per_prompt is {self.modules_per_prompt}, but must be at least {LEAST_MODULES}: the router "
+                "learns from how chosen modules are weighted among each other"
+            )
+        if not 0 <= self.balance_weight < math.inf:
+            raise ValueError(f"balance_weight is {self.balance_weight}, but must be 0 or a positive number")
+        if self.routing == "none":
+            return
+        if self.start_rank != self.target_rank:
+            raise ValueError(
+                f"routing is {self.routing}, which does not go with pruning, but initial_rank is {self.start_rank} "
+                f"and target_rank {self.target_rank}: set initial_rank to {self.target_rank}"
+            )
+        if self.init not in DRAWN_INITS:
+            raise ValueError(
+                f"routing is {self.routing} and init is {self.init}, but a start from data is made for modules that "
+                f"see all rows: set init to {' or '.join(DRAWN_INITS)}"
+            )
 
     @property
     def start_rank(self) -> int:
         """``initial_rank``, resolved."""
         if self.initial_rank is not None:
             return self.initial_rank
-        uniform = self.ranks == UNIFORM and self.slots is None
+        uniform = self.ranks == UNIFORM and self.slots is None and self.routing == "none"
         return math.ceil(1.5 * self.target_rank) if uniform else self.target_rank
 
     @property

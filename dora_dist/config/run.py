@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from dora_dist.config.adapter import UNIFORM, DynamicLoraConfig
+from dora_dist.config.adapter import PROMPT, UNIFORM, DynamicLoraConfig
 from dora_dist.config.checks import require
 from dora_dist.config.data import DataConfig
 from dora_dist.config.format_version import FORMAT_VERSION
@@ -162,6 +162,8 @@ class RunConfig:
         self._check_rule()
         if self.task == CAUSAL_LM and self.measured and self.data.eval is None:
             raise ValueError(f"{self.evaluation.asks}, but there is no held-out data: set data.eval")
+        if self.adapter.routing == PROMPT:
+            self.model = replace(self.model, fuse=False)  # what is fused computes all modules for all rows
 
     def _check_rule(self) -> None:
         """Ranks that nothing changes are those of the start."""
@@ -175,6 +177,11 @@ class RunConfig:
                 )
             self.adapter = replace(self.adapter, initial_rank=self.adapter.target_rank)
             return
+        if self.adapter.routing == PROMPT:
+            raise ValueError(
+                f"adapter.routing is {PROMPT}, under which all components are needed, but pruning.rule is "
+                f"{self.pruning.rule}: set it to none (preset: lora does)"
+            )
         if self.adapter.ranks != UNIFORM:
             raise ValueError(
                 f"adapter.ranks is {self.adapter.ranks}, which are the ranks of the whole run, but pruning.rule is "
@@ -241,6 +248,7 @@ class RunConfig:
             ("data.batching", data.batching, data.batching != "packed"),
             ("data.train_on", data.train_on, data.train_on == "assistant"),
             ("data.chat_template", data.chat_template, data.chat_template == "auto"),
+            ("adapter.routing", self.adapter.routing, self.adapter.routing != PROMPT),
             ("evaluation.exact_match", "true", not self.evaluation.exact_match),
         ):
             if not left_out:

@@ -81,6 +81,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from dora_dist.runs.trained_run import open_run
 
     trained = open_run(options.run, options.checkpoint)
+    if trained.config.adapter.routing != "none":
+        raise ValueError(
+            f"{options.run} was trained with adapter.routing {trained.config.adapter.routing}: which modules are "
+            "adapted depends on the prompt, so that no plain LoRA and no merged model computes the same. Its adapter "
+            "is for dora-dist generate and dora_dist.load_adapter"
+        )
     with Phases(f"exporting {options.run}"), new_folder(output) as folder:
         if options.format == "peft":
             exported = formats.export_peft(trained, folder, options.rank)

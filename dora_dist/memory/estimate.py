@@ -12,7 +12,7 @@ from dora_dist.base_model.chunked_loss import obstacle
 from dora_dist.base_model.load import BaseModelSpec, load_skeleton
 from dora_dist.base_model.recomputation import Recomputation, number_of_recomputed, recomputable_layers
 from dora_dist.base_model.shape import read_shape
-from dora_dist.config.adapter import DRAWN_INITS
+from dora_dist.config.adapter import DRAWN_INITS, PROMPT
 from dora_dist.config.pruning import NONE, PRUNE
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import CAUSAL_LM
@@ -163,6 +163,8 @@ def estimate_memory(
 def _memory(config: RunConfig, step: TrainingStep) -> StepMemory:
     """Of a training step, and where there is one, of the start from data."""
     memory, init = step_memory(step), config.adapter.init
+    if config.adapter.routing == PROMPT:
+        memory = replace(memory, approximate=True)
     if init in DRAWN_INITS:
         return memory
     row = replace(step.batch, rows=1, padded=_is_padded(config, 1))

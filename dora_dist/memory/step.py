@@ -173,7 +173,8 @@ class StepMemory:
         activations: What the backward needs when it begins.
         recomputed: Activations of a decoder layer while it is computed again; 0 where none is.
         moments: The instants at which memory can be at its peak.
-        approximate: Whether the decoder layers are built unlike Llama's, so that their activations are a guess.
+        approximate: Whether the decoder layers are routed, or built unlike Llama's, so that their activations are a
+            guess.
     """
 
     resident: Mapping[str, int]

@@ -56,7 +56,9 @@ def render(estimate: MemoryEstimate) -> str:
     lines += ["", *_shard_lines(estimate)] if estimate.shards else []
     lines += ["", "* as configured;  < the peak.  " + _largest(estimate)]
     if step.approximate:
-        lines.append("Activations are a guess: the decoder layers of this architecture are built unlike Llama's.")
+        lines.append(
+            "Activations are a guess: the decoder layers are routed (adapter.routing), or built unlike Llama's."
+        )
     return "\n".join(lines)
 
 

@@ -100,7 +100,7 @@ def find_adapter(run: Path, checkpoint: str | None) -> Path:
     known = ", ".join(path.name for path in checkpoints(run)) or "none yet"
     if checkpoint is None:
         adapter = run / "adapter"
-        if not (adapter / "adapter_config.json").is_file():
+        if not adapter.is_dir():
             raise ValueError(
                 f"{run} has no final adapter in adapter/: the run has not come to its end. Finish it with the command "
                 f"that started it, or take a checkpoint with --checkpoint NAME (there are: {known})"

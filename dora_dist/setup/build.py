@@ -15,7 +15,7 @@ from dora_dist.adapter.model import DynamicLoraForCausalLM, DynamicLoraModel, ad
 from dora_dist.base_model import load
 from dora_dist.base_model.kernels import NO_KERNELS, use_kernels
 from dora_dist.base_model.recomputation import Recomputation
-from dora_dist.config.adapter import DRAWN_INITS, Init
+from dora_dist.config.adapter import DRAWN_INITS, PROMPT, Init
 from dora_dist.config.pruning import ABLATION, ABLATIONS, MOVE
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import TASKS
@@ -25,6 +25,7 @@ from dora_dist.distributed.agreement import Agreement, digest_tensors
 from dora_dist.distributed.preemption import PreemptionNotice
 from dora_dist.evaluation.evaluator import Evaluator
 from dora_dist.method.budget import Budget
+from dora_dist.routing.model import RoutedLoraForCausalLM, add_routed_lora
 from dora_dist.runs.fingerprint import Fingerprint
 from dora_dist.runs.records import RunRecords
 from dora_dist.setup.fingerprint import adapter_seed
@@ -99,6 +100,8 @@ def load_model(
     kernels = NO_KERNELS
     if config.model.fuse and config.model.kernels == "auto" and device.type == "cuda":
         kernels = use_kernels(base)
+    if adapter.routing == PROMPT:
+        return add_routed_lora(base, adapter)
     model = add_dynamic_lora(base, adapter, config.model.fuse, kernels)
     if isinstance(model, DynamicLoraForCausalLM):
         reason = model.leave_out_logits()
@@ -176,6 +179,7 @@ def build_trainer(
         notice=notice,
         skip_policy=SkipPolicy(agreement, config.distributed.max_skipped_steps),
         row_losses=task.row_losses(config),
+        balance=partial(model.balance_loss, agreement) if isinstance(model, RoutedLoraForCausalLM) else None,
     )
     settings = LoopSettings(
         engine=config.distributed.engine,
@@ -184,6 +188,7 @@ def build_trainer(
         adapter_dtype=next(iter(controller.layers.values())).gate.dtype,
         lora_plus_ratio=training_argument(config.training, LORA_PLUS_RATIO),
         equilibrium_weight=config.pruning.equilibrium_weight,
+        balance_weight=config.adapter.balance_weight,
         keep_last=config.checkpoint.keep_last,
         fingerprint=resolved.fingerprint,
         recomputation=resolved.recomputation,

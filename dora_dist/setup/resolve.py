@@ -9,7 +9,7 @@ from dora_dist.adapter.ranks import resolve_ranks
 from dora_dist.base_model import block_weights, load
 from dora_dist.base_model.recomputation import Recomputation
 from dora_dist.base_model.shape import input_embedding, linear_layer
-from dora_dist.config.adapter import UNIFORM, DynamicLoraConfig
+from dora_dist.config.adapter import PROMPT, UNIFORM, DynamicLoraConfig
 from dora_dist.config.checks import require
 from dora_dist.config.pruning import NONE
 from dora_dist.config.run import RunConfig
@@ -20,6 +20,7 @@ from dora_dist.data.prepared import PreparedSource
 from dora_dist.evaluation.metrics import final_number
 from dora_dist.method.budget import Budget, component_costs
 from dora_dist.method.schedule import BudgetSchedule, FixedRanks, automatic_interval
+from dora_dist.routing.model import routed_blocks
 from dora_dist.runs.fingerprint import Fingerprint
 from dora_dist.setup.fingerprint import fingerprint_of
 from dora_dist.setup.recomputation import resolve_recomputation
@@ -29,6 +30,11 @@ from dora_dist.training.batch_size import global_batch
 
 FEW_EVENTS = 5
 """Pruning events below which a run is warned about."""
+
+LAYER_BY_LAYER = (
+    "adapter.routing is prompt: the model runs layer by layer, as with model.fuse false and model.kernels none, and "
+    "the adapter is read by dora_dist.load_adapter and dora-dist generate only"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +128,8 @@ def resolve_run(
     ranks_of_layers, budget = check_method(config, skeleton, arguments.max_steps)
     check_context(skeleton, data)
     recomputation, remarks = resolve_recomputation(config, skeleton, data, ranks, card)
+    if config.adapter.routing == PROMPT:
+        remarks = [*remarks, LAYER_BY_LAYER]
     data = replace(data, notes=[*data.notes, *notes, *remarks])
     return ResolvedRun(
         tokenizer=tokenizer,
@@ -199,6 +207,8 @@ def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int)
         )
     _check_head_dtype(config, dtype)
     ranks = resolve_ranks(skeleton, config.adapter)
+    if config.adapter.routing == PROMPT:
+        routed_blocks(skeleton, list(ranks), config.adapter.modules_per_prompt)
     linears = {name: linear_layer(skeleton, name) for name in ranks}
     shapes = {name: (linear.in_features, linear.out_features) for name, linear in linears.items()}
     narrowest = min(shapes, key=lambda name: min(shapes[name]))

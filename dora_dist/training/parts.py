@@ -1,10 +1,12 @@
 """What the training loop is made of, beside what transformers' Trainer takes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dora_dist.base_model.losses import RowLosses
 from dora_dist.base_model.recomputation import Recomputation
@@ -31,6 +33,7 @@ class TrainingParts:
         skip_policy: Decides about steps whose loss or gradients are not finite.
         row_losses: Loss of every row, for a task with one target a row; None where the model's own loss is taken,
             over tokens.
+        balance: The balancing loss of the latest forward, over all ranks, which call it together; None without routing.
     """
 
     controller: DynamicRankController
@@ -40,6 +43,7 @@ class TrainingParts:
     notice: PreemptionNotice
     skip_policy: SkipPolicy
     row_losses: RowLosses | None = None
+    balance: Callable[[], Tensor] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +60,7 @@ class LoopSettings:
         keep_last: Number of complete checkpoints to keep.
         fingerprint: Settings that a resumed run must not change.
         recomputation: Layers that are computed again in the backward.
+        balance_weight: Weight of the balancing loss, where there is one.
     """
 
     engine: str
@@ -67,6 +72,7 @@ class LoopSettings:
     keep_last: int
     fingerprint: Fingerprint
     recomputation: Recomputation
+    balance_weight: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

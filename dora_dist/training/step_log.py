@@ -17,26 +17,26 @@ class StepLog:
     Args:
         controller: The method.
         skip_policy: Knows the steps that were left out since the last line.
-        equilibrium_weight: Weight of the equilibrium penalty in the loss.
+        weights: Weights in the loss of the terms beside the task loss, by their names in a line.
         device: Where the loss is computed.
         tokens_of: Tokens of the optimizer steps after one number up to another, on all ranks together.
 
     Attributes:
-        penalty_sum: Scalar on ``device``; the sum of the penalties of the steps since the last line.
+        term_sums: Shape ``(terms,)`` on ``device``; the sums of these terms over the steps since the last line.
     """
 
     def __init__(
         self,
         controller: DynamicRankController,
         skip_policy: SkipPolicy,
-        equilibrium_weight: float,
+        weights: Mapping[str, float],
         device: torch.device,
         tokens_of: Callable[[int, int], int],
     ) -> None:
-        self.penalty_sum: Tensor = torch.zeros((), device=device)
+        self.term_sums: Tensor = torch.zeros(len(weights), device=device)
         self._controller = controller
         self._skip_policy = skip_policy
-        self._weight = equilibrium_weight
+        self._weights = dict(weights)
         self._tokens_of = tokens_of
         self._last_line = (0, time.monotonic())
 
@@ -48,12 +48,17 @@ class StepLog:
         """
         self._last_line = (step, time.monotonic())
 
+    def add(self, name: str, term: Tensor) -> Tensor:
+        """Note a micro-batch's share of a term, and return what it adds to the loss; both scalars."""
+        self.term_sums[list(self._weights).index(name)] += term.detach()
+        return self._weights[name] * term
+
     def complete(self, logs: dict[str, float], step: int) -> None:
         """Turn the Trainer's means over all steps into means over the steps that were taken, and add the figures of
         the method.
 
         Args:
-            logs: The Trainer's line, changed in place. ``loss`` becomes the task loss without the penalty; it is
+            logs: The Trainer's line, changed in place. ``loss`` becomes the task loss without the other terms; it is
                 removed where every step was left out.
             step: Optimizer steps taken so far.
         """
@@ -61,12 +66,12 @@ class StepLog:
         steps = max(step - last_step, 1)
         taken = steps - self._skip_policy.forget_logged()
         if taken:
-            penalty = float(self.penalty_sum) / taken
-            logs["equilibrium_penalty"] = penalty
-            logs["loss"] = logs["loss"] * steps / taken - self._weight * penalty
+            terms = dict(zip(self._weights, (self.term_sums / taken).tolist(), strict=True))
+            logs |= terms
+            logs["loss"] = logs["loss"] * steps / taken - sum(self._weights[name] * terms[name] for name in terms)
         else:
             del logs["loss"]
-        self.penalty_sum.zero_()
+        self.term_sums.zero_()
         if self._skip_policy.last:
             logs.pop("grad_norm", None)  # it is that of the last step
         logs["components"] = self._controller.num_kept

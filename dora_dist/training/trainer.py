@@ -34,6 +34,8 @@ from dora_dist.training.parts import LoopSettings, TrainingParts, TrainingRows
 from dora_dist.training.start_from_data import start_from_data
 from dora_dist.training.step_log import StepLog
 
+EQUILIBRIUM, BALANCE = "equilibrium_penalty", "balance_loss"
+"""Terms of the loss beside that of the task, as the log names them."""
 KEPT_LOGS = 20
 """Lines of the log in the Trainer's state, where :meth:`DynamicLoraTrainer.owes_evaluation` needs those of one step."""
 
@@ -70,8 +72,10 @@ class DynamicLoraTrainer(Trainer):
         self.evaluated_step: int | None = None
         self.skipped_steps: SkippedSteps
         self.checkpointer: Checkpointer
-        weight = settings.equilibrium_weight
-        self.step_log = StepLog(parts.controller, parts.skip_policy, weight, self.args.device, self.tokens_of)
+        weights = {EQUILIBRIUM: settings.equilibrium_weight}
+        if parts.balance is not None:
+            weights[BALANCE] = settings.balance_weight
+        self.step_log = StepLog(parts.controller, parts.skip_policy, weights, self.args.device, self.tokens_of)
         self._gradient_watch: GradientWatch | None = None
         self._resumed_from: Path | None = None
         self._first_step = 0
@@ -146,17 +150,19 @@ class DynamicLoraTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Task loss plus the penalty. The penalty enters once per optimizer step, whatever the accumulation: each of
-        the micro-batches carries its share, and the mean over the ranks leaves it as it is."""
+        """Task loss plus the penalty and, with routing, the balancing loss. Each enters once per optimizer step,
+        whatever the accumulation: each of the micro-batches carries its share, and the mean over the ranks leaves it as
+        it is."""
         loss, outputs = self._task_loss(model, inputs, num_items_in_batch)
         if self.parts.row_losses is not None:
             loss = loss / self.current_gradient_accumulation_steps
         if self.model.training:
             penalty = self.parts.controller.penalty() if self.settings.equilibrium_weight else None
-            if penalty is not None:
-                share = penalty / self.current_gradient_accumulation_steps
-                self.step_log.penalty_sum += share.detach()
-                loss = loss + self.settings.equilibrium_weight * share.to(loss.dtype)
+            balance = None if self.parts.balance is None else self.parts.balance()
+            for name, term in ((EQUILIBRIUM, penalty), (BALANCE, balance)):
+                if term is not None:
+                    share = term / self.current_gradient_accumulation_steps
+                    loss = loss + self.step_log.add(name, share).to(loss.dtype)
             loss = self.parts.skip_policy.guard(loss)
         return (loss, outputs) if return_outputs else loss
 
@@ -240,7 +246,7 @@ class DynamicLoraTrainer(Trainer):
         """Say which step it is, and remember what a step that is left out must not change."""
         self.parts.agreement.note(f"forward, backward and update of step {self.state.global_step + 1}")
         self.parts.skip_policy.begin_step()
-        self._sums_before = (self._tr_loss.clone(), self.step_log.penalty_sum.clone())
+        self._sums_before = (self._tr_loss.clone(), self.step_log.term_sums.clone())
 
     def end_step(self, control: TrainerControl) -> None:
         """What follows an optimizer step, before it is logged and saved.
@@ -275,7 +281,7 @@ class DynamicLoraTrainer(Trainer):
         why = self.parts.skip_policy.after_step(step, self.skipped_steps.last())
         if why is None:
             return
-        for total, before in zip((self._tr_loss, self.step_log.penalty_sum), self._sums_before, strict=True):
+        for total, before in zip((self._tr_loss, self.step_log.term_sums), self._sums_before, strict=True):
             total.copy_(before)
         if self.accelerator.optimizer_step_was_skipped:
             assert self.lr_scheduler is not None

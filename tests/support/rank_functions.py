@@ -606,3 +606,22 @@ def start_alike(
     model.kernels = KernelsInUse(odd_kernels if is_odd else ())
     fingerprint = some_fingerprint(**(odd_settings if is_odd else {}))
     check_same_on_all_ranks(agreement, fingerprint, Recomputation(0, 2), model)
+
+
+def route_share(shares: list[list[int]]) -> dict[str, Any]:
+    """Route this rank's rows of one batch: what was decided, the balancing loss of all ranks, and the gradients that an
+    engine makes of it."""
+    from dora_dist.data.encoding.encoder import IGNORED
+    from support.tiny_models import decisions, routed, tokens
+
+    agreement = Agreement()
+    ids = tokens(rows=4)[shares[agreement.rank]]
+    labels = ids.clone()
+    labels[:, :5] = IGNORED
+    model = routed()
+    model(input_ids=ids, labels=labels)
+    loss = model.balance_loss(agreement)
+    loss.backward()
+    gradients = {name: agreement.mean(parameter.grad) for name, parameter in model.head_parameters().items()}
+    probabilities = torch.stack([decision.probabilities.detach() for decision in decisions(model)])
+    return {"probabilities": probabilities, "loss": loss.item(), "gradients": gradients}

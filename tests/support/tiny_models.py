@@ -21,6 +21,8 @@ from dora_dist.adapter.model import DynamicLoraModel
 from dora_dist.base_model.kernels import NO_KERNELS, KernelsInUse
 from dora_dist.base_model.load import BaseModelSpec, load_base_model
 from dora_dist.base_model.quantization import quantization_config
+from dora_dist.routing.model import RoutedLoraForCausalLM, add_routed_lora
+from dora_dist.routing.router import Decision
 
 VOCABULARY = 96
 ARCHITECTURES: dict[str, type[PreTrainedConfig]] = {
@@ -75,6 +77,24 @@ def adapt(
     """With small ranks and no dropout, unless ``changes`` say otherwise."""
     config = DynamicLoraConfig(**{"target_rank": 2, "dropout": 0.0, "seed": 5, **changes})
     return add_dynamic_lora(base, config, fuse, kernels)
+
+
+def routed(base: PreTrainedModel | None = None, modules: int = 3, **changes: object) -> RoutedLoraForCausalLM:
+    """A model whose prompts choose ``modules`` of the seven of every block, with random values for all parameters, such
+    that the prompts differ in what they choose."""
+    ranks = {"target_rank": 2, "initial_rank": 2, "alpha": 2.0, "dropout": 0.0, "seed": 5}
+    config = DynamicLoraConfig(**{**ranks, "routing": "prompt", "modules_per_prompt": modules, **changes})
+    model = shake(add_routed_lora(tiny_model() if base is None else base, config))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.routers.parameters():
+            parameter.copy_(10 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def decisions(model: RoutedLoraForCausalLM) -> list[Decision]:
+    """Of every block, in the latest forward."""
+    return [model.routing.decisions[number] for number in range(len(model.routers))]
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -21,7 +21,7 @@ FLOORS = [
     {"config", "console", "method"},
     {"distributed", "base_model", "data"},
     {"adapter", "runs"},
-    {"evaluation", "memory"},
+    {"evaluation", "memory", "routing"},
     {"training"},
     {"setup"},
     COMMANDS | (EXPERIMENTS - {"compare"}),

@@ -202,6 +202,21 @@ def test_owned_training_arguments_are_refused_when_loading(load):
         (["--adapter.dtype", "float16"], "adapter.dtype.*float16"),
         (["--adapter.init", "paper", "--adapter.train_gates", "false"], "init 'paper'.*train_gates"),
         (["--adapter.init", "inputs", "--adapter.calibration_rows", "0"], "calibration_rows is 0.*at least 1"),
+        (["--adapter.routing", "task"], "adapter.routing.*task"),
+        (["--adapter.modules_per_prompt", "1"], "modules_per_prompt is 1, but must be at least 2: the router"),
+        (["--adapter.balance_weight", "-1"], "balance_weight is -1.*, but must be 0 or a positive number"),
+        (
+            ["--adapter.routing", "prompt", "--adapter.initial_rank", "12"],
+            "routing is prompt, which does not go with pruning, but initial_rank is 12 .* set initial_rank to 8",
+        ),
+        (
+            ["--adapter.routing", "prompt"],
+            "adapter.routing is prompt, .* but pruning.rule is prune: set it to none",
+        ),
+        (
+            ["--adapter.routing", "prompt", "--preset", "lora", "--adapter.init", "gradient"],
+            "routing is prompt and init is gradient, .* set init to lora or paper",
+        ),
         (["--model.quantization", "fp4"], "model.quantization.*fp4"),
         (["--pruning.smoothing", "1.0"], "pruning.smoothing is 1.0"),
         (["--pruning.warmup_fraction", "-0.1"], "pruning.warmup_fraction is -0.1"),
@@ -457,11 +472,24 @@ CLASSIFICATION = "task: sequence_classification\n"
         ),
         ("", ("--evaluation.metrics", "[accuracy]"), "'accuracy', but task causal_lm has final_number"),
         (CLASSIFICATION, ("--evaluation.metrics", "[final_number]"), "'final_number', but task sequence_class"),
+        (
+            CLASSIFICATION,
+            ("--adapter.routing", "prompt", "--preset", "lora"),
+            "adapter.routing is prompt, which is for the task causal_lm, but task is sequence_classification",
+        ),
     ],
 )
 def test_what_a_task_cannot_have_is_refused(load, yaml, options, message):
     with pytest.raises(ValueError, match=message):
         load(yaml, *options)
+
+
+def test_routing_runs_layer_by_layer(load, tmp_path):
+    config = load("", "--adapter.routing", "prompt", "--preset", "lora")
+    assert not config.model.fuse
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+    assert load("").model.fuse
 
 
 def test_metrics_are_those_of_the_task_unless_chosen():

@@ -25,6 +25,8 @@ from dora_dist.memory.table import render
 from dora_dist.setup import build, resolve, training_arguments
 from dora_dist.setup.describe import describe
 
+ROUTED = ("--adapter.routing", "prompt", "--preset", "lora", "--adapter.target_rank", "2")
+
 
 def mixture_of(num_examples):
     return mixture.Mixture(
@@ -51,6 +53,7 @@ def test_the_seed_of_the_run_is_the_seed_of_the_adapter_unless_it_has_its_own(co
     ("overrides", "message"),
     [
         (["--adapter.target_modules", "[nonsense]"], "matches no linear layer; there are .*down_proj"),
+        ([*ROUTED, "--adapter.modules_per_prompt", "8"], "the decoder blocks have 7 adapted modules"),
         (["--training.max_steps", "2"], "2 optimizer steps with warmup_fraction 0.15"),
         (["--distributed.engine", "zero2", "--adapter.dtype", "bfloat16"], "adapter.dtype is bfloat16, but DeepSpeed"),
     ],
@@ -401,3 +404,10 @@ def test_f1_wants_two_classes_and_labels_belong_to_the_settings(tmp_path):
     table.write_text(table.read_text() + "60\tw1\tw2\tperhaps\n")
     with pytest.raises(ValueError, match="f1, which is of the second of two classes, but there are 3: not_same, per"):
         resolved(load(config, "--evaluation.metrics", "[f1]"))
+
+
+def test_of_a_routed_run_memory_is_a_guess_and_what_is_turned_off_is_said(config):
+    settings = load(config, *ROUTED)
+    assert "Activations are a guess" in render(estimate_memory(settings, 1))
+    (remark,) = [line for line in resolved(settings).remarks() if "adapter.routing" in line]
+    assert "as with model.fuse false and model.kernels none" in remark

@@ -1,0 +1,74 @@
+"""Where the prompts of a batch are."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dora_dist.data.encoding.encoder import IGNORED
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of a batch, and which tokens belong to them.
+
+    Attributes:
+        of_token: int64, shape (rows, length); number of the prompt whose decision a token follows.
+        pooled: int64, shape (tokens,); places of the tokens of all prompts in the flattened batch. A router reads
+            these, and no other.
+        trained: bool, shape (prompts,); whether a prompt has an answer that is trained. The others are padding of
+            packed rows.
+    """
+
+    of_token: Tensor
+    pooled: Tensor
+    trained: Tensor
+
+    @property
+    def owners(self) -> Tensor:
+        """Number of the prompt of each of the pooled tokens; int64, shape (tokens,)."""
+        return self.of_token.flatten()[self.pooled]
+
+
+def find_prompts(
+    shape: tuple[int, int],
+    device: torch.device,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    labels: Tensor | None = None,
+) -> Prompts:
+    """The prompts of a batch: in every row, or in every example of a packed row, all tokens before the first target;
+    without labels all tokens. The first token is no target, since nothing predicts it.
+
+    Args:
+        shape: rows and length.
+        device: of the batch.
+        attention_mask: shape (rows, length), 0 at padding on either side. Rows that have one hold one example.
+        position_ids: shape (rows or 1, length). Without a mask, every start anew begins an example.
+        labels: shape (rows, length), ``IGNORED`` where nothing is trained.
+
+    Raises:
+        ValueError: the mask has another shape, so that it does not say what is padding.
+    """
+    real = torch.ones(shape, dtype=torch.bool, device=device)
+    if attention_mask is not None or position_ids is None:
+        if attention_mask is not None:
+            if attention_mask.shape != shape:
+                raise ValueError(
+                    f"attention_mask has shape {tuple(attention_mask.shape)}, but a prompt is found by one of shape "
+                    f"{tuple(shape)} (rows, tokens): give the mask of the padding"
+                )
+            real = attention_mask.to(device).bool()
+        starts = real & (real.cumsum(1) == 1)
+        of_token = torch.arange(shape[0], device=device)[:, None].expand(shape)
+    else:
+        starts = torch.ones_like(real)
+        positions = position_ids.to(device).expand(shape)
+        starts[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
+        of_token = (starts.flatten().cumsum(0) - 1).view(shape)
+    targets = torch.zeros_like(real) if labels is None else (labels.to(device) != IGNORED) & ~starts
+    so_far = targets.flatten().cumsum(0)
+    before = so_far[starts.flatten()]
+    pooled = real.flatten() & (so_far == before[of_token.flatten()])
+    trained = torch.zeros_like(before).index_add(0, of_token.flatten(), targets.flatten().to(before.dtype)) > 0
+    return Prompts(of_token, pooled.nonzero().squeeze(1), trained)
