@@ -249,7 +249,8 @@ def add_dynamic_lora(
 def _start(layer: DynamicLoraLinear, name: str, config: DynamicLoraConfig, dtype: torch.dtype) -> None:
     layer.component_mask[config.start_rank :] = config.slots is None
     layer.scale_of = config.scale_of
-    layer.follow_mask()
+    # Of the components that no mask leaves out, which on the meta device cannot be counted.
+    layer.scaling[ADAPTER_NAME] = config.scale_of(len(layer.gate) if config.slots is None else config.start_rank)
     layer.initialize(config.init, config.seed or 0, name, dtype)
     layer.gate.requires_grad_(config.train_gates)
 

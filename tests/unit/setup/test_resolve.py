@@ -25,7 +25,16 @@ from dora_dist.memory.table import render
 from dora_dist.setup import build, resolve, training_arguments
 from dora_dist.setup.describe import describe
 
-ROUTED = ("--adapter.routing", "prompt", "--preset", "lora", "--adapter.target_rank", "2")
+ROUTED = (
+    "--adapter.routing",
+    "prompt",
+    "--preset",
+    "lora",
+    "--adapter.target_rank",
+    "2",
+    "--adapter.initial_rank",
+    "2",
+)
 
 
 def mixture_of(num_examples):
