@@ -9,7 +9,9 @@ Rule = Literal["prune", "none"]
 PRUNE: Rule = "prune"
 NONE: Rule = "none"
 GATE_SENSITIVITY = "gate_sensitivity"
-"""The importance that is summed over steps from gradients; all others are computed from the weights."""
+LOSS_CHANGE = "loss_change"
+SUMMED = (GATE_SENSITIVITY, LOSS_CHANGE)
+"""Importances that are summed over steps from gradients; all others are computed from the weights."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,12 @@ class PruningConfig:
         interval: steps between two events; auto for a twentieth of those from the first event to the last.
         importance: by what components are judged: frobenius (the paper's share in the norm of their layer's update),
             magnitude (their norm as it is), squared_magnitude (its square), gate_sensitivity (first-order effect on the
-            loss of removing them, summed over the steps since the last event), or random (to compare with).
+            loss of removing them, summed over the steps since the last event), loss_change (how much their own movement
+            has lowered the loss, to first order, summed over the steps of the run), or random (to compare with).
         budget_unit: what the budget counts: components (the paper's), or parameters, of which a component has as many
             as its layer has inputs and outputs, so that the result has the parameters of a uniform rank target_rank.
-        smoothing: weight of the past in the smoothed scores, in [0, 1); gate_sensitivity is summed instead.
+        smoothing: weight of the past in the smoothed scores, in [0, 1); gate_sensitivity and loss_change are summed
+            instead.
         equilibrium_weight: weight of the Dimensional Equilibrium Modulator in the loss until the last event; 0 is off.
         regrow: a component pruned before the last event may grow back (the paper's gentle pruning).
         rebase: before an event, turn the components of each layer into the singular vectors of its update, which leaves
@@ -71,7 +75,9 @@ class PruningConfig:
     warmup_fraction: float = 0.15
     final_fraction: float = 0.5
     interval: int | Literal["auto"] = "auto"
-    importance: Literal["frobenius", "magnitude", "squared_magnitude", "gate_sensitivity", "random"] = "frobenius"
+    importance: Literal["frobenius", "magnitude", "squared_magnitude", "gate_sensitivity", "loss_change", "random"] = (
+        "frobenius"
+    )
     budget_unit: Literal["components", "parameters"] = "components"
     smoothing: float = 0.9
     equilibrium_weight: float = 0.1
@@ -88,9 +94,9 @@ class PruningConfig:
         given = self.interval
         require(given == "auto" or given >= 1, "pruning.interval", given, "be at least 1, or auto")
         require(self.equilibrium_weight >= 0, "pruning.equilibrium_weight", self.equilibrium_weight, "be at least 0")
-        summed = self.importance == GATE_SENSITIVITY
+        summed = self.importance in SUMMED
         require(
-            not (self.rebase and summed), "pruning.rebase", "true", f"be false for the importance {GATE_SENSITIVITY}"
+            not (self.rebase and summed), "pruning.rebase", "true", f"be false for the importance {self.importance}"
         )
         self.selection()  # refuses bounds that contradict each other
 

@@ -15,6 +15,7 @@ from dora_dist.base_model import load
 from dora_dist.base_model.kernels import NO_KERNELS, use_kernels
 from dora_dist.base_model.recomputation import Recomputation
 from dora_dist.config.adapter import DRAWN_INITS, Init
+from dora_dist.config.pruning import NONE
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import TASKS
 from dora_dist.config.training import LORA_PLUS_RATIO, training_argument
@@ -118,15 +119,13 @@ def build_controller(
 ) -> DynamicRankController:
     """The method for this model and this budget."""
     layers, pruning = model.adapted_layers(), config.pruning
-    gates = [layer.gate for layer in layers.values()]
-    return DynamicRankController(
-        layers,
-        budget,
-        agreement,
-        criterion=criterion_of(pruning.importance, gates, pruning.smoothing, adapter_seed(config)),
-        selection=pruning.selection(),
-        head=model.head_parameters(),
-    )
+    criterion, selection = None, None
+    if pruning.rule != NONE:  # without events, nothing has to be judged
+        parameters = [(layer.lora_a, layer.gate, layer.lora_b) for layer in layers.values()]
+        criterion = criterion_of(pruning.importance, parameters, pruning.smoothing, adapter_seed(config))
+        selection = pruning.selection()
+    head = model.head_parameters()
+    return DynamicRankController(layers, budget, agreement, criterion=criterion, selection=selection, head=head)
 
 
 def data_start(config: RunConfig, resolved: ResolvedRun) -> DataStart | None:
