@@ -5,14 +5,15 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 ALL_LINEAR = "all-linear"
-Init = Literal["lora", "paper", "adalora", "inputs", "gradient"]
+Init = Literal["lora", "paper", "adalora", "inputs", "gradient", "lora_one"]
 INITS: tuple[str, ...] = get_args(Init)
 """``lora``: a_i as LoRA's, b_i = 0, c_i = 1. ``paper``: a_i and b_i Kaiming-uniform, c_i = 0. ``adalora``: a_i and
 b_i normal with a standard deviation of 0.02, c_i = 0. The others are ``lora``
 with a_i of the same length along directions from data: ``inputs``, the principal ones of the layer's inputs;
-``gradient``, the right singular vectors of the gradient of its weight."""
+``gradient``, the right singular vectors of the gradient of its weight. ``lora_one`` is one step down that gradient."""
 INPUTS = "inputs"
 GRADIENT = "gradient"
+LORA_ONE = "lora_one"
 DRAWN_INITS = ("lora", "paper", "adalora")
 """Of :data:`INITS`, those that need no data."""
 UNIFORM = "uniform"
@@ -42,8 +43,10 @@ class DynamicLoraConfig:
         init: lora (a_i as LoRA's, b_i = 0, c_i = 1), paper (a_i, b_i Kaiming-uniform, c_i = 0), adalora (a_i, b_i
             normal with a standard deviation of 0.02, c_i = 0, as AdaLoRA's), or lora with a_i along directions from
             training rows: inputs (the principal directions of the layer's inputs) or gradient (the right singular
-            vectors of the gradient of its weight); all start exactly as the base model.
-        calibration_rows: with init inputs or gradient, training rows that the start is made from, spread over the run.
+            vectors of the gradient of its weight). All of these start exactly as the base model; lora_one, LoRA-One's
+            step down that gradient, does not.
+        calibration_rows: with init inputs, gradient or lora_one, training rows that the start is made from, spread over
+            the run.
         dtype: of the adapter's parameters: float32, bfloat16, float64, or auto for that of the base's unquantized
             weights.
         train_gates: train c_i; without, the layer is plain LoRA that can be pruned but not regrow.

@@ -222,7 +222,7 @@ def test_a_model_of_eight_billion_by_hand(eight_billion):
     assert estimate.configured.peak.name == "backward of a recomputed layer"
 
 
-@pytest.mark.parametrize("init", ["inputs", "gradient"])
+@pytest.mark.parametrize("init", ["inputs", "gradient", "lora_one"])
 def test_a_start_from_data_takes_less_than_the_run_at_eight_billion(eight_billion, init):
     config, path = eight_billion
     config = load_config(path, ["--distributed.engine", "zero2", "--adapter.init", init])
