@@ -19,6 +19,8 @@ from dora_dist.base_model.quantization import is_known_linear
 from dora_dist.config.adapter import DRAWN_INITS
 
 ADAPTER_NAME = "default"
+ADALORA_STD = 0.02
+"""Of the entries of a_i and b_i as AdaLoRA draws them (PEFT 0.20)."""
 
 
 class DynamicLoraLinear(nn.Module, LoraLayer):
@@ -134,7 +136,7 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
         if init not in DRAWN_INITS:
             raise ValueError(
                 f"init is {init!r}, but must be one of {', '.join(DRAWN_INITS)}: a start from data is made in a run, "
-                "by dora-dist train with adapter.init inputs or gradient"
+                "by dora-dist train with adapter.init inputs, gradient or lora_one"
             )
         generator = layer_generator(seed, name)
         lora_a = torch.empty(self.lora_a.shape)
@@ -143,8 +145,11 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
             lora_a = self.draw_rows(seed, name)
             gate = torch.ones(self.gate.shape)
         else:
-            nn.init.kaiming_uniform_(lora_a, generator=generator)
-            nn.init.kaiming_uniform_(lora_b, generator=generator)
+            for vectors in (lora_a, lora_b):
+                if init == "paper":
+                    nn.init.kaiming_uniform_(vectors, generator=generator)
+                else:
+                    nn.init.normal_(vectors, std=ADALORA_STD, generator=generator)
             gate = torch.zeros(self.gate.shape)
         for parameter, value in ((self.lora_a, lora_a), (self.lora_b, lora_b), (self.gate, gate)):
             parameter.data = value.to(device=parameter.device, dtype=dtype)

@@ -5,14 +5,16 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 ALL_LINEAR = "all-linear"
-Init = Literal["lora", "paper", "inputs", "gradient"]
+Init = Literal["lora", "paper", "adalora", "inputs", "gradient", "lora_one"]
 INITS: tuple[str, ...] = get_args(Init)
-"""``lora``: a_i as LoRA's, b_i = 0, c_i = 1. ``paper``: a_i and b_i Kaiming-uniform, c_i = 0. The others are ``lora``
+"""``lora``: a_i as LoRA's, b_i = 0, c_i = 1. ``paper``: a_i and b_i Kaiming-uniform, c_i = 0. ``adalora``: a_i and
+b_i normal with a standard deviation of 0.02, c_i = 0. The others are ``lora``
 with a_i of the same length along directions from data: ``inputs``, the principal ones of the layer's inputs;
-``gradient``, the right singular vectors of the gradient of its weight."""
+``gradient``, the right singular vectors of the gradient of its weight. ``lora_one`` is one step down that gradient."""
 INPUTS = "inputs"
 GRADIENT = "gradient"
-DRAWN_INITS = ("lora", "paper")
+LORA_ONE = "lora_one"
+DRAWN_INITS = ("lora", "paper", "adalora")
 """Of :data:`INITS`, those that need no data."""
 UNIFORM = "uniform"
 MLP_ONLY = "mlp-only"
@@ -47,10 +49,13 @@ class DynamicLoraConfig:
         dropout: on the input of the components, in [0, 1).
         target_modules: all-linear (every linear layer of the text decoder that can be adapted, without the output
             head), a regular expression for full module names, or a list of names or their last parts.
-        init: lora (a_i as LoRA's, b_i = 0, c_i = 1), paper (a_i, b_i Kaiming-uniform, c_i = 0), or lora with a_i along
-            directions from training rows: inputs (the principal directions of the layer's inputs) or gradient (the
-            right singular vectors of the gradient of its weight); all start exactly as the base model.
-        calibration_rows: with init inputs or gradient, training rows that the start is made from, spread over the run.
+        init: lora (a_i as LoRA's, b_i = 0, c_i = 1), paper (a_i, b_i Kaiming-uniform, c_i = 0), adalora (a_i, b_i
+            normal with a standard deviation of 0.02, c_i = 0, as AdaLoRA's), or lora with a_i along directions from
+            training rows: inputs (the principal directions of the layer's inputs) or gradient (the right singular
+            vectors of the gradient of its weight). All of these start exactly as the base model; lora_one, LoRA-One's
+            step down that gradient, does not.
+        calibration_rows: with init inputs, gradient or lora_one, training rows that the start is made from, spread over
+            the run.
         dtype: of the adapter's parameters: float32, bfloat16, float64, or auto for that of the base's unquantized
             weights.
         train_gates: train c_i; without, the layer is plain LoRA that can be pruned but not regrow.
@@ -106,8 +111,10 @@ class DynamicLoraConfig:
             raise ValueError(f"init is {self.init!r}, but must be one of {', '.join(INITS)}")
         if self.calibration_rows < 1:
             raise ValueError(f"calibration_rows is {self.calibration_rows}, but must be at least 1")
-        if self.init == "paper" and not self.train_gates:
-            raise ValueError("init 'paper' starts with all gates at 0, which never change unless train_gates is true")
+        if self.init in ("paper", "adalora") and not self.train_gates:
+            raise ValueError(
+                f"init {self.init!r} starts with all gates at 0, which never change unless train_gates is true"
+            )
         self._check_routing()
 
     def _check_routing(self) -> None:

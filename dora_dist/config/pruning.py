@@ -10,7 +10,9 @@ PRUNE: Rule = "prune"
 MOVE: Rule = "move"
 NONE: Rule = "none"
 GATE_SENSITIVITY = "gate_sensitivity"
-"""The importance that is summed over steps from gradients; all others are computed from the weights."""
+LOSS_CHANGE = "loss_change"
+SUMMED = (GATE_SENSITIVITY, LOSS_CHANGE)
+"""Importances that are summed over steps from gradients; all others are computed from the weights."""
 
 ABLATION, ABLATION_GRADIENT = "ablation", "ablation_gradient"
 ABLATIONS = (ABLATION, ABLATION_GRADIENT)
@@ -62,13 +64,15 @@ class PruningConfig:
         interval: steps between two events; auto for a twentieth of those from the first event to the last.
         importance: by what components are judged: frobenius (the paper's share in the norm of their layer's update),
             magnitude (their norm as it is), squared_magnitude (its square), gate_sensitivity (first-order effect on the
-            loss of removing them, summed over the steps since the last event), or random (to compare with); with rule
-            move also ablation (ALoRA's: the loss on scoring_rows without the component, less that with it alone; two
-            forwards of all rows for each component, so for small models) or ablation_gradient (the same to second
+            loss of removing them, summed over the steps since the last event), loss_change (how much their own movement
+            has lowered the loss, to first order, summed over the steps of the run), or random (to compare with); with
+            rule move also ablation (ALoRA's: the loss on scoring_rows without the component, less that with it alone;
+            two forwards of all rows for each component, so for small models) or ablation_gradient (the same to second
             order, by two backward passes over the rows).
         budget_unit: what the budget counts: components (the paper's), or parameters, of which a component has as many
             as its layer has inputs and outputs, so that the result has the parameters of a uniform rank target_rank.
-        smoothing: weight of the past in the smoothed scores, in [0, 1); gate_sensitivity is summed instead.
+        smoothing: weight of the past in the smoothed scores, in [0, 1); gate_sensitivity and loss_change are summed
+            instead.
         equilibrium_weight: weight of the Dimensional Equilibrium Modulator in the loss until the last event; 0 is off.
         regrow: a component pruned before the last event may grow back (the paper's gentle pruning).
         rebase: before an event, turn the components of each layer into the singular vectors of its update, which leaves
@@ -84,7 +88,14 @@ class PruningConfig:
     final_fraction: float = 0.5
     interval: int | Literal["auto"] = "auto"
     importance: Literal[
-        "frobenius", "magnitude", "squared_magnitude", "gate_sensitivity", "random", "ablation", "ablation_gradient"
+        "frobenius",
+        "magnitude",
+        "squared_magnitude",
+        "gate_sensitivity",
+        "loss_change",
+        "random",
+        "ablation",
+        "ablation_gradient",
     ] = "frobenius"
     budget_unit: Literal["components", "parameters"] = "components"
     smoothing: float = 0.9
@@ -104,9 +115,9 @@ class PruningConfig:
         given = self.interval
         require(given == "auto" or given >= 1, "pruning.interval", given, "be at least 1, or auto")
         require(self.equilibrium_weight >= 0, "pruning.equilibrium_weight", self.equilibrium_weight, "be at least 0")
-        summed = self.importance == GATE_SENSITIVITY
+        summed = self.importance in SUMMED
         require(
-            not (self.rebase and summed), "pruning.rebase", "true", f"be false for the importance {GATE_SENSITIVITY}"
+            not (self.rebase and summed), "pruning.rebase", "true", f"be false for the importance {self.importance}"
         )
         for name in ("moved_per_event", "scoring_rows"):
             require(getattr(self, name) >= 1, f"pruning.{name}", getattr(self, name), "be at least 1")

@@ -27,6 +27,8 @@ class Adapter:
         trained_gates: whether the gates have gradients.
         penalty: whether the equilibrium penalty is on: its backward comes first, so that all gradients exist from then.
         masked: whether components are pruned on the way.
+        watched: whether what is trained is judged by its movement, which keeps values and gradients of a step
+            (:class:`~dora_dist.training.criterion.LossChange`).
     """
 
     bytes_per_element: int
@@ -34,6 +36,7 @@ class Adapter:
     trained_gates: bool = True
     penalty: bool = True
     masked: bool = False
+    watched: bool = False
 
     def numel(self, shape: ModelShape) -> int:
         """Elements of all components."""
@@ -44,8 +47,9 @@ class Adapter:
         return self.numel(shape) - (0 if self.trained_gates else shape.num_components)
 
     def nbytes(self, shape: ModelShape) -> int:
-        """Parameters and masks (a byte per component)."""
-        return self.bytes_per_element * self.numel(shape) + shape.num_components
+        """Parameters and masks (a byte per component), and what a criterion keeps of them."""
+        watched = (self.bytes_per_element + FLOAT32) * self.trained_numel(shape) if self.watched else 0
+        return self.bytes_per_element * self.numel(shape) + shape.num_components + watched
 
 
 @dataclass(frozen=True, kw_only=True)

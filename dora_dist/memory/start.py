@@ -7,7 +7,7 @@ gated MLPs run by their own forward.
 from dataclasses import replace
 
 from dora_dist.base_model.shape import ModelShape
-from dora_dist.config.adapter import GRADIENT
+from dora_dist.config.adapter import INPUTS
 from dora_dist.memory.activations import FLOAT32, read_together
 from dora_dist.memory.step import MemoryInstant, TrainingStep, at_loss, base_parts, decoder_memory, in_backward
 from dora_dist.method.subspaces import EXTRA_PROBES
@@ -20,7 +20,8 @@ def at_start(step: TrainingStep, init: str) -> MemoryInstant:
 
     Args:
         step: of the run, but with a batch of one row.
-        init: ``inputs``, for which what a decoder layer needs in its forward is an upper bound, or ``gradient``.
+        init: ``inputs``, for which what a decoder layer needs in its forward is an upper bound, ``gradient`` or
+            ``lora_one``.
     """
     blocks = tuple(replace(block, fused_mlp=False) for block in step.shape.blocks)
     optimizer = replace(step.optimizer, engine="none", gradients_between=False)
@@ -31,11 +32,11 @@ def at_start(step: TrainingStep, init: str) -> MemoryInstant:
         "adapter": adapter.nbytes(step.shape),
         "directions": _directions(step.shape, init),
     }
-    if init != GRADIENT:
+    if init == INPUTS:
         step = replace(step, recomputed=len(blocks))
     layers = decoder_memory(step)
     moments = [at_loss(step, resident, layers), *in_backward(step, resident, layers)]
-    if init != GRADIENT:
+    if init == INPUTS:
         # Nothing is kept; one layer's activations are there, as where a layer is computed again for a backward.
         moments = [_without(moment, layers.kept) for moment in moments]
     most = max(moments, key=lambda moment: moment.total)
@@ -50,7 +51,7 @@ def _without(moment: MemoryInstant, kept: int) -> MemoryInstant:
 def _directions(shape: ModelShape, init: str) -> int:
     """Probes of all layers, and what a pass adds up: where inputs are shared, those of each input; for the gradient,
     one of the two is as wide as the layers' outputs."""
-    if init == GRADIENT:
+    if init != INPUTS:
         return FLOAT32 * sum(
             (linear.rank + EXTRA_PROBES) * (linear.in_features + linear.out_features)
             for linear in shape.linears
@@ -68,7 +69,7 @@ def _copies(step: TrainingStep, init: str) -> int:
     if step.batch.compute_bytes == FLOAT32:
         return 0
     widths = [
-        linear.in_features + (linear.out_features if init == GRADIENT else 0)
+        linear.in_features + (linear.out_features if init != INPUTS else 0)
         for linear in step.shape.linears
         if linear.adapted
     ]

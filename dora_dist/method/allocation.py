@@ -48,11 +48,12 @@ def select_within_budget(
     broken by a fixed total order (score per cost, then layer name, then index within the layer), so that the result
     depends neither on the order of the mapping nor on a device.
 
-    Guarantee, for scores that are not negative: to keep the largest sum of scores under a budget is the knapsack
+    Guarantee: to keep the largest sum of scores under a budget is the knapsack
     problem, and the order of score per cost solves its relaxation, in which components can be split. So the kept sum is
     less than the best possible one by no more than the score of the first component that did not fit (where all cost
     the same: by nothing), and what is left of the budget is less than the cost of any admitted component that was
-    pruned.
+    pruned. A score below 0 counts as 0 in it: such components come after all others, and fill what is left of the
+    budget, those first that do the least harm for their cost.
 
     Args:
         scores: layer name -> scores, shape ``(r,)``, any floating dtype; compared in float64 on the CPU.

@@ -160,8 +160,8 @@ def _build(truth: Truth, method: str, options: Options) -> tuple[DynamicLoraMode
         target_rank=options.target_rank,
         interval=options.interval,
     )
-    gates = [layer.gate for layer in layers.values()]
-    criterion = Remembering(criterion_of(method, gates, SMOOTHING, truth.seed))
+    parameters = [(layer.lora_a, layer.gate, layer.lora_b) for layer in layers.values()]
+    criterion = Remembering(criterion_of(method, parameters, SMOOTHING, truth.seed))
     budget = Budget(schedule, dict.fromkeys(layers, 1))
     return student, DynamicRankController(layers, budget, Agreement(), criterion=criterion)
 

@@ -16,7 +16,6 @@ from dora_dist.base_model import load
 from dora_dist.base_model.kernels import NO_KERNELS, use_kernels
 from dora_dist.base_model.recomputation import Recomputation
 from dora_dist.config.adapter import DRAWN_INITS, PROMPT, Init
-from dora_dist.config.pruning import ABLATION, ABLATIONS, MOVE
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import TASKS
 from dora_dist.config.training import LORA_PLUS_RATIO, training_argument
@@ -32,12 +31,8 @@ from dora_dist.setup.fingerprint import adapter_seed
 from dora_dist.setup.resolve import ResolvedRun
 from dora_dist.setup.tasks import TASK_PARTS
 from dora_dist.training.controller import DynamicRankController
-from dora_dist.training.criterion import Criterion, criterion_of
 from dora_dist.training.parts import LoopSettings, TrainingParts, TrainingRows
 from dora_dist.training.rules.ablation import Ablation
-from dora_dist.training.rules.move import Move
-from dora_dist.training.rules.prune import Prune
-from dora_dist.training.rules.rule import Rule
 from dora_dist.training.skipped_steps import SkipPolicy
 from dora_dist.training.start_from_data import DataStart
 from dora_dist.training.trainer import DynamicLoraTrainer
@@ -127,25 +122,21 @@ def build_controller(
 ) -> DynamicRankController:
     """The method for this model and this budget."""
     layers, pruning, seed = model.adapted_layers(), config.pruning, adapter_seed(config)
+    head = model.head_parameters()
+    if pruning.rule == NONE:  # without events, nothing has to be judged
+        return DynamicRankController(layers, budget, agreement, head=head)
     criterion: Criterion
     if pruning.importance in ABLATIONS:
         criterion = Ablation(model, exact=pruning.importance == ABLATION)
     else:
-        gates = [layer.gate for layer in layers.values()]
-        criterion = criterion_of(pruning.importance, gates, pruning.smoothing, seed)
+        parameters = [(layer.lora_a, layer.gate, layer.lora_b) for layer in layers.values()]
+        criterion = criterion_of(pruning.importance, parameters, pruning.smoothing, seed)
     rule: Rule
     if pruning.rule == MOVE:
         rule = Move(layers, budget, num_moved=pruning.moved_per_event, min_rank=pruning.min_rank, seed=seed)
     else:
         rule = Prune(layers, budget, pruning.selection())
-    return DynamicRankController(
-        layers,
-        budget,
-        agreement,
-        criterion=criterion,
-        rule=rule,
-        head=model.head_parameters(),
-    )
+    return DynamicRankController(layers, budget, agreement, criterion=criterion, rule=rule, head=head)
 
 
 def data_start(config: RunConfig, resolved: ResolvedRun) -> DataStart | None:

@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dora_dist.adapter.layer import DynamicLoraLinear
-from dora_dist.config.pruning import GATE_SENSITIVITY
+from dora_dist.config.pruning import GATE_SENSITIVITY, LOSS_CHANGE
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.method.importance import Components, ScoreFunction, smooth, weight_criterion
 
@@ -84,7 +84,7 @@ class GateSensitivity:
 
     at_events_only = False
 
-    def __init__(self, gates: Sequence[nn.Parameter]) -> None:
+    def __init__(self, gates: Sequence[Tensor]) -> None:
         sizes = [gate.numel() for gate in gates]
         self.scores = torch.zeros(sum(sizes), dtype=torch.float64, device=gates[0].device)
         self._gradient = torch.zeros(sum(sizes), dtype=torch.float32, device=gates[0].device)
@@ -101,10 +101,7 @@ class GateSensitivity:
         self.scores += change.where(torch.isfinite(gradient).all(), 0)
 
     def rescore(self, layers: Sequence[Components]) -> None:
-        raise ValueError(
-            f"importance is {GATE_SENSITIVITY}, which is summed over steps, so that components that an event makes "
-            "have none: set rebase to false, or choose another importance"
-        )
+        raise _cannot_rescore(GATE_SENSITIVITY)
 
     def after_event(self) -> None:
         self.scores.zero_()
@@ -119,23 +116,104 @@ def components_of(layers: Iterable[DynamicLoraLinear]) -> list[Components]:
     return [(layer.lora_a, gate, layer.lora_b) for layer, gate in zip(layers, gates.split(sizes), strict=True)]
 
 
-def criterion_of(name: str, gates: Sequence[nn.Parameter], smoothing: float, seed: int) -> Criterion:
+class LossChange:
+    """How much each component's own movement has lowered the loss, to first order, over the run so far (loss change
+    allocation, Lan et al., 2019, by component): in every step ``-<g, delta>`` over its row, column and gate, where g is
+    the gradient before the step and delta what the step has made of the parameters. Signed: below 0 is a component
+    whose movement has raised the loss. The sum over all components is the drop of the loss, to first order.
+
+    The gradient is that of the loss that is trained, over the whole global batch (with the equilibrium penalty, where
+    there is one), before an engine clips it. Each rank keeps what its own micro-batches have added up, read by tensor
+    hooks as :class:`GateSensitivity` does. ``<g, delta>`` is linear in g, and delta is the same on every rank, so that
+    the mean over the ranks of one number a component is that of the global batch. A parameter's values before the step
+    are taken in its hook: what an event or a resume changes between two steps is no step's doing. Steps in which a
+    product is not finite do not count.
+
+    Args:
+        layers: parameters of all layers, in the order of the scores; those that are not trained do not move.
+    """
+
+    at_events_only = False
+
+    def __init__(self, layers: Sequence[Components]) -> None:
+        sizes = [gate.numel() for _, gate, _ in layers]
+        self.scores = torch.zeros(sum(sizes), dtype=torch.float64, device=layers[0][1].device)
+        self._effect = torch.zeros_like(self.scores)
+        self._moves = []
+        for (lora_a, gate, lora_b), part in zip(layers, self._effect.split(sizes), strict=True):
+            owned = ((lora_a, 0), (gate, 0), (lora_b, 1))
+            self._moves.append((part, [_Move(one, dim) for one, dim in owned if one.requires_grad]))
+
+    @torch.no_grad()
+    def update(self, layers: Sequence[Components], agreement: Agreement) -> None:
+        for total, moves in self._moves:
+            total.copy_(torch.stack([move.effect() for move in moves]).sum(0))
+        effect = agreement.mean(self._effect)
+        # Chosen where the products are: the host of a GPU would wait for an answer.
+        self.scores -= effect.where(torch.isfinite(effect).all(), 0)
+
+    def rescore(self, layers: Sequence[Components]) -> None:
+        raise _cannot_rescore(LOSS_CHANGE)
+
+    def after_event(self) -> None:
+        pass
+
+
+class _Move:
+    """A parameter over one optimizer step: its values before it, and the gradient there.
+
+    Args:
+        parameter: that is trained.
+        dim: along which its components lie.
+    """
+
+    def __init__(self, parameter: Tensor, dim: int) -> None:
+        self._parameter = parameter  # an engine may give it another storage
+        self._before = parameter.detach().clone()
+        self._gradient = torch.zeros_like(self._before, dtype=torch.promote_types(parameter.dtype, torch.float32))
+        self._others = [other for other in range(parameter.ndim) if other != dim]
+        parameter.register_hook(self._look)
+
+    def _look(self, gradient: Tensor) -> None:  # what a hook returns would replace the gradient
+        self._before.copy_(self._parameter.detach())
+        self._gradient.add_(gradient)
+
+    def effect(self) -> Tensor:
+        """What the step has done to this rank's loss by each component, to first order: shape ``(r,)``, float64. The
+        next step begins anew."""
+        change = self._gradient * (self._parameter.to(self._gradient.dtype) - self._before)
+        effect = change.sum(self._others, dtype=torch.float64) if self._others else change.double()
+        self._gradient.zero_()
+        return effect
+
+
+def criterion_of(name: str, layers: Sequence[Components], smoothing: float, seed: int) -> Criterion:
     """The criterion of a name, at its start.
 
     Args:
-        name: :data:`~dora_dist.config.pruning.GATE_SENSITIVITY`, or one of
-            :data:`~dora_dist.method.importance.WEIGHT_CRITERIA`.
-        gates: of all layers, shape ``(r,)`` each, in the order of the scores.
+        name: :data:`~dora_dist.config.pruning.GATE_SENSITIVITY`, :data:`~dora_dist.config.pruning.LOSS_CHANGE`, or one
+            of :data:`~dora_dist.method.importance.WEIGHT_CRITERIA`.
+        layers: parameters of all layers, in the order of the scores.
         smoothing: of scores of weights.
         seed: of the random ones.
 
     Raises:
         ValueError: there is no such criterion.
     """
+    gates = [gate for _, gate, _ in layers]
     if name == GATE_SENSITIVITY:
         return GateSensitivity(gates)
+    if name == LOSS_CHANGE:
+        return LossChange(layers)
     num_components = sum(gate.numel() for gate in gates)
     return SmoothedScores(weight_criterion(name, seed), smoothing, num_components, gates[0].device)
+
+
+def _cannot_rescore(name: str) -> ValueError:
+    return ValueError(
+        f"importance is {name}, which is summed over steps, so that components that an event makes have none: set "
+        "rebase to false, or choose another importance"
+    )
 
 
 def _adder(total: Tensor) -> Callable[[Tensor], None]:

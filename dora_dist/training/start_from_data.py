@@ -4,7 +4,9 @@ With ``inputs`` these are the principal directions of what a layer reads, over a
 ``sum x x'``. With ``gradient`` they are the right singular vectors of the gradient of the layer's frozen weight,
 ``sum g x'``, where g is the gradient of the loss by the layer's output. Neither matrix is built: a few probes a layer
 go through the rows again and again (:mod:`dora_dist.method.subspaces`). What a pass adds up is linear in the tokens, so
-that its sum over the ranks is that of all rows. Rows go through the model one at a time, so that there is no padding.
+that its sum over the ranks is that of all rows. With ``lora_one`` one more pass gives what the singular vectors have on
+the other side, and ``b_i`` is not 0: the adapter is a step down the gradient. Rows go through the model one at a time,
+so that there is no padding.
 """
 
 import weakref
@@ -19,13 +21,15 @@ from torch.autograd.function import once_differentiable
 
 from dora_dist.adapter.layer import DynamicLoraLinear, layer_generator
 from dora_dist.adapter.model import DynamicLoraModel
-from dora_dist.config.adapter import GRADIENT
+from dora_dist.config.adapter import INPUTS, LORA_ONE
 from dora_dist.console.text import say
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.method.subspaces import EXTRA_PROBES, leading_directions, orthonormal
 
 PASSES = 4
 """Over all rows. Even: the gradient's passes make products with its columns and with its rows in turn."""
+GAMMA = 128
+"""Divides LoRA-One's step (Zhang, Liu and Chen, 2025)."""
 LENGTH = 3**-0.5
 """Root mean square length of the rows a_i as LoRA draws them, which is the scale that learning rates are right for."""
 
@@ -35,7 +39,7 @@ class DataStart:
     """How an adapter starts from data.
 
     Attributes:
-        init: ``inputs`` or ``gradient``.
+        init: ``inputs``, ``gradient`` or ``lora_one``.
         rows: numbers of the training rows that it is made from.
         seed: of the probes, and of what is random in the base.
     """
@@ -44,11 +48,17 @@ class DataStart:
     rows: Sequence[int]
     seed: int
 
+    @property
+    def of_gradient(self) -> bool:
+        """Whether it is made of gradients, and not of inputs alone."""
+        return self.init != INPUTS
+
 
 def start_from_data(
     model: DynamicLoraModel, loss_of_row: Callable[[int], Tensor], start: DataStart, agreement: Agreement
 ) -> None:
-    """Turn the rows ``a_i`` of every layer to directions from data, on every rank to the same bits.
+    """Turn the rows ``a_i`` of every layer to directions from data, and with ``lora_one`` give ``b_i`` values too, on
+    every rank to the same bits.
 
     Args:
         model: with its adapter at LoRA's start, so that it computes what its base computes.
@@ -63,7 +73,7 @@ def start_from_data(
     layers = model.adapted_layers()
     rows = _Rows(model, loss_of_row, start)
     with _as_in_training(model):
-        if start.init == GRADIENT:
+        if start.of_gradient:
             groups = {name: [name] for name in layers}
         else:
             with agreement.together("looking which layers read one tensor"):
@@ -71,11 +81,16 @@ def start_from_data(
         probes = _draw_probes(layers, groups, start)
         for number in range(1, PASSES + 1):
             probes = _next_probes(number, layers, probes, rows, agreement)
+        images = _images(layers, probes, rows, agreement) if start.init == LORA_ONE else None
     with torch.no_grad():
         for leader, names in groups.items():
             for layer in map(layers.__getitem__, names):
-                layer.lora_a.copy_(probes.parts[leader][:, : len(layer.lora_a)].T * LENGTH)
-    say(f"the adapter starts from {len(start.rows)} training rows (adapter.init {start.init})")
+                rank = len(layer.lora_a)
+                layer.lora_a.copy_(probes.parts[leader][:, :rank].T * (LENGTH if images is None else 1))
+                if images is not None:
+                    layer.lora_b.copy_(images.parts[leader][:, :rank])
+    moved = ", one step down their gradient and not the base" if images is not None else ""
+    say(f"the adapter starts from {len(start.rows)} training rows{moved} (adapter.init {start.init})")
 
 
 class _Columns:
@@ -101,7 +116,7 @@ class _Rows:
         """Forward, and with ``gradient`` backward, of these rows one by one. What is random in the base depends on the
         row only, and no other random state moves."""
         device = self.model.device
-        backward = self.start.init == GRADIENT
+        backward = self.start.of_gradient
         for number in numbers:
             with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.set_grad_enabled(backward):
                 torch.manual_seed(self.start.seed + number)
@@ -118,7 +133,7 @@ def _draw_probes(
     for name, group in groups.items():
         layer = layers[name]
         width, outputs = layer.lora_a.shape[1], len(layer.lora_b)
-        most = min(width, outputs) if start.init == GRADIENT else width
+        most = min(width, outputs) if start.of_gradient else width
         wanted = max(len(layers[one].lora_a) for one in group)
         shapes[name] = width, min(wanted + EXTRA_PROBES, most)
     probes = _Columns(shapes, next(iter(layers.values())).lora_a)
@@ -132,18 +147,9 @@ def _next_probes(
 ) -> _Columns:
     """What a pass makes of the probes: orthonormal, the same bits on every rank. After the last pass, the columns are
     the directions, the largest first."""
-    start, phase = rows.start, f"pass {number} of {PASSES} over {len(rows.start.rows)} rows for adapter.init"
-    to_outputs = start.init == GRADIENT and number % 2 == 1
-    shapes = {
-        name: (len(layers[name].lora_b) if to_outputs else layers[name].lora_a.shape[1], part.shape[1])
-        for name, part in probes.parts.items()
-    }
-    sums = _Columns(shapes, probes.flat)
-    with agreement.together(phase), _observed(layers, probes, sums, start.init, to_outputs):
-        rows.run(start.rows[agreement.rank :: agreement.size])
-    agreement.add_up(sums.flat)
-    with agreement.together(f"end of {phase}"):
-        _check_reached(sums, start)
+    sums = _pass(number, layers, probes, rows, agreement)
+    with agreement.together(f"end of pass {number}"):
+        _check_reached(sums, rows.start)
         if agreement.is_first:  # kinds of processors differ in the last bits of a decomposition
             for part in sums.parts.values():
                 last = number == PASSES
@@ -152,8 +158,44 @@ def _next_probes(
     return sums
 
 
+def _images(layers: Mapping[str, DynamicLoraLinear], probes: _Columns, rows: _Rows, agreement: Agreement) -> _Columns:
+    """LoRA-One's start from the right singular vectors of each layer's gradient G. With ``-G = U S V'``, S divided by
+    its first entry: columns ``b_k = u_k sqrt(S_k / gamma)``, shape ``(out, probes)``; the probes become
+    ``a_k = v_k sqrt(S_k / gamma)``."""
+    images = _pass(PASSES + 1, layers, probes, rows, agreement)
+    with agreement.together("LoRA-One's start"):
+        _check_reached(images, rows.start)
+        if agreement.is_first:
+            for name, image in images.parts.items():
+                left, values, right = torch.linalg.svd(image.double(), full_matrices=False)
+                lengths = (values / (values[0] * GAMMA)).sqrt()
+                image.copy_(-left * lengths)
+                probes.parts[name].copy_(probes.parts[name].double() @ right.T * lengths)
+    agreement.take_first(images.flat)
+    agreement.take_first(probes.flat)
+    return images
+
+
+def _pass(
+    number: int, layers: Mapping[str, DynamicLoraLinear], probes: _Columns, rows: _Rows, agreement: Agreement
+) -> _Columns:
+    """Products of each layer's matrix over all rows with its probes, the sum over the ranks."""
+    start, in_all = rows.start, PASSES + (rows.start.init == LORA_ONE)
+    to_outputs = start.of_gradient and number % 2 == 1
+    shapes = {
+        name: (len(layers[name].lora_b) if to_outputs else layers[name].lora_a.shape[1], part.shape[1])
+        for name, part in probes.parts.items()
+    }
+    sums = _Columns(shapes, probes.flat)
+    phase = f"pass {number} of {in_all} over {len(start.rows)} rows for adapter.init"
+    with agreement.together(phase), _observed(layers, probes, sums, start.of_gradient, to_outputs):
+        rows.run(start.rows[agreement.rank :: agreement.size])
+    agreement.add_up(sums.flat)
+    return sums
+
+
 def _check_reached(sums: _Columns, start: DataStart) -> None:
-    what = "a gradient" if start.init == GRADIENT else "an input"
+    what = "a gradient" if start.of_gradient else "an input"
     for name, part in sums.parts.items():
         if not torch.isfinite(part).all():
             raise ValueError(
@@ -170,13 +212,13 @@ def _check_reached(sums: _Columns, start: DataStart) -> None:
 
 @contextmanager
 def _observed(
-    layers: Mapping[str, DynamicLoraLinear], probes: _Columns, sums: _Columns, init: str, to_outputs: bool
+    layers: Mapping[str, DynamicLoraLinear], probes: _Columns, sums: _Columns, of_gradient: bool, to_outputs: bool
 ) -> Iterator[None]:
     """While it lasts, add up the products of each layer's matrix, over all tokens that come to it, with its probes."""
     handles = []
     for name, total in sums.parts.items():
         add = _adder(probes.parts[name], total, to_outputs)
-        if init == GRADIENT:
+        if of_gradient:
             handles.append(layers[name].register_forward_hook(_tap(add)))
         else:
             handles.append(layers[name].register_forward_pre_hook(_reader(add)))

@@ -8,7 +8,7 @@ import torch
 from support import rank_functions
 from support.ranks import run_ranks
 
-INITS = pytest.mark.parametrize("init", ["inputs", "gradient"])
+INITS = pytest.mark.parametrize("init", ["inputs", "gradient", "lora_one"])
 
 
 @INITS

@@ -9,15 +9,14 @@ from support.forked_run import run_to_the_end
 from support.same_run import RELATIVE, assert_same_course, assert_same_run, stopped_at
 from support.tiny_run import write_config
 
-SENSITIVITY = ("--pruning.importance", "gate_sensitivity", "--pruning.budget_unit", "parameters")
 
-
-@pytest.fixture(scope="module")
-def sensitive(tmp_path_factory) -> Path:
-    """A run of two ranks under ZeRO-2, without dropout, a checkpoint after every step."""
-    folder = tmp_path_factory.mktemp("sensitive")
-    config = write_config(folder)
-    run_to_the_end(config, folder / "run", folder / "log", *SENSITIVITY)
+@pytest.fixture(scope="module", params=["gate_sensitivity", "loss_change"])
+def summed(request, tmp_path_factory) -> Path:
+    """A run of two ranks under ZeRO-2, without dropout, by scores that are summed over steps, a checkpoint after every
+    step."""
+    folder = tmp_path_factory.mktemp(request.param)
+    config = write_config(folder, pruning={"importance": request.param, "budget_unit": "parameters"})
+    run_to_the_end(config, folder / "run", folder / "log")
     return config
 
 
@@ -29,12 +28,10 @@ def sensitive(tmp_path_factory) -> Path:
     ],
     ids=["one process, accumulating", "ddp"],
 )
-def test_sensitivity_does_not_depend_on_world_size_engine_or_accumulation(
-    sensitive, tmp_path, overrides, ranks, engine
-):
+def test_sums_over_steps_do_not_depend_on_world_size_engine_or_accumulation(summed, tmp_path, overrides, ranks, engine):
     run = tmp_path / "run"
-    run_to_the_end(sensitive, run, tmp_path / "log", *SENSITIVITY, *overrides, ranks=ranks, engine=engine)
-    reference = sensitive.parent / "run"
+    run_to_the_end(summed, run, tmp_path / "log", *overrides, ranks=ranks, engine=engine)
+    reference = summed.parent / "run"
     assert_same_course(reference, run)
     # Scores are not equal to those of a rank's own part of the batch: the weights of an event lie in the checkpoint.
     tensors = [folder / "checkpoint-5/dynamic_lora.safetensors" for folder in (reference, run)]
@@ -42,13 +39,14 @@ def test_sensitivity_does_not_depend_on_world_size_engine_or_accumulation(
 
 
 @pytest.mark.full("ranks")
-def test_rebasing_reaches_the_master_copy_and_does_not_depend_on_the_engine(sensitive, tmp_path):
+def test_rebasing_reaches_the_master_copy_and_does_not_depend_on_the_engine(tmp_path):
+    config = write_config(tmp_path)
     rebased = ("--pruning.importance", "squared_magnitude", "--pruning.rebase", "true")
     runs = []
     for engine, ranks in (("zero2", 2), ("none", 1), ("ddp", 2)):
         runs.append(tmp_path / engine)
         batch = ("--training.per_device_train_batch_size", str(8 // ranks))
-        run_to_the_end(sensitive, runs[-1], tmp_path / f"log-{engine}", *rebased, *batch, ranks=ranks, engine=engine)
+        run_to_the_end(config, runs[-1], tmp_path / f"log-{engine}", *rebased, *batch, ranks=ranks, engine=engine)
     for run in runs[1:]:
         for old, new in zip(steps_of(runs[0]), steps_of(run), strict=True):
             assert new["loss"] == pytest.approx(old["loss"], rel=10 * RELATIVE)
@@ -66,17 +64,17 @@ def assert_close(expected: Path, found: Path) -> None:
     assert all(float((old[name] - new[name]).abs().max()) < RELATIVE * largest for name in names)
 
 
-def test_a_resumed_run_has_the_sums_since_the_last_event(sensitive, tmp_path):
-    reference = sensitive.parent / "run"
+def test_a_resumed_run_has_the_sums(summed, tmp_path):
+    reference = summed.parent / "run"
     resumed = stopped_at(5, reference, tmp_path)  # events are after steps 4 and 6
-    run_to_the_end(sensitive, resumed, tmp_path / "log", *SENSITIVITY)
+    run_to_the_end(summed, resumed, tmp_path / "log")
     assert_same_run(reference, resumed)
 
 
-def test_the_adapter_has_the_parameters_of_uniform_lora_and_the_report_says_how_many(sensitive):
+def test_the_adapter_has_the_parameters_of_uniform_lora_and_the_report_says_how_many(summed):
     from dora_dist.adapter.plain_lora import read_lora_adapter
 
-    run = sensitive.parent / "run"
+    run = summed.parent / "run"
     adapter = read_lora_adapter(run / "adapter")
     summary = json.loads((run / "summary.json").read_text())
     assert sum(part.numel() for parts in adapter.values() for part in parts) == summary["parameters_kept"]

@@ -516,7 +516,8 @@ def agreement_first() -> Tensor:
 
 
 def start_from_rows(init: str, failing: int | None = None) -> dict[str, Tensor]:
-    """The rows a_i of a tiny model after its start from 7 training rows, of which one rank perhaps cannot read any."""
+    """Rows a_i and columns b_i of a tiny model after its start from 7 training rows, of which one rank perhaps cannot
+    read any."""
     from dora_dist.training.start_from_data import DataStart, start_from_data
     from support.tiny_models import adapt, tiny_model, tokens
 
@@ -529,7 +530,10 @@ def start_from_rows(init: str, failing: int | None = None) -> dict[str, Tensor]:
         return model(input_ids=ids, labels=ids, num_items_in_batch=one).loss
 
     start_from_data(model, loss, DataStart(init=init, rows=range(7), seed=2), agreement)
-    return {name: layer.lora_a.detach() for name, layer in model.adapted_layers().items()}
+    layers = model.adapted_layers().items()
+    return {
+        name: torch.cat([layer.lora_a.detach().flatten(), layer.lora_b.detach().flatten()]) for name, layer in layers
+    }
 
 
 def store_gathers() -> list[list[Any]]:

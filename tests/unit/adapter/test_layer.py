@@ -2,11 +2,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import AdaLoraConfig, get_peft_model
 from support.base_layers import ALPHA, IN, RANK, adapt_layer, make_base
 from torch import Tensor, nn
 
-from dora_dist.adapter.layer import DynamicLoraLinear
+from dora_dist.adapter.layer import ADALORA_STD, DynamicLoraLinear
 from dora_dist.base_model.quantization import dequantized_weight
+from dora_dist.config.adapter import DRAWN_INITS
 
 
 def make_layer(kind: str = "plain", **options) -> DynamicLoraLinear:
@@ -25,8 +27,8 @@ KINDS = pytest.mark.parametrize("kind", ["plain", "nf4", "int8"])
 
 
 @KINDS
-@pytest.mark.parametrize("init", ["lora", "paper"])
-def test_both_inits_start_exactly_as_the_base(kind, init):
+@pytest.mark.parametrize("init", DRAWN_INITS)
+def test_every_drawn_start_is_exactly_the_base(kind, init):
     layer = make_layer(kind, init=init)
     for mode in (True, False):
         layer.train(mode)
@@ -44,6 +46,19 @@ def test_the_initial_values_are_drawn_as_specified(init, bound_a, bound_b, gate)
         assert 0.9 * bound <= parameter.abs().max() <= bound
     assert torch.equal(layer.gate, torch.full((RANK,), gate))
     assert layer.scale == ALPHA / RANK
+
+
+def test_adalora_draws_what_peft_does():
+    layer = make_layer(init="adalora")
+    peer = get_peft_model(
+        nn.Sequential(nn.Linear(4096, 4096)), AdaLoraConfig(init_r=4, total_step=1, target_modules="0")
+    )
+    lora_a, lora_b, values = (peer.base_model.model[0].get_parameter(f"lora_{part}.default") for part in "ABE")
+    for drawn, stock in ((layer.lora_a, lora_a), (layer.lora_b, lora_b)):
+        assert stock.std().item() == pytest.approx(ADALORA_STD, rel=0.02)
+        assert drawn.std().item() == pytest.approx(ADALORA_STD, rel=0.25)
+    assert not values.any()
+    assert not layer.gate.any()
 
 
 @KINDS
@@ -123,7 +138,7 @@ def start_values(seed: int = 3, name: str = "layer", init: str = "paper") -> Ten
     return torch.cat([layer.lora_a.flatten(), layer.lora_b.flatten(), layer.gate]).detach()
 
 
-@pytest.mark.parametrize("init", ["lora", "paper"])
+@pytest.mark.parametrize("init", DRAWN_INITS)
 def test_the_start_depends_on_seed_and_name_only(init):
     first = start_values(init=init)
     torch.manual_seed(123)
@@ -155,7 +170,8 @@ def test_an_unknown_init_is_refused():
 
 @pytest.mark.parametrize("init", ["inputs", "gradient"])
 def test_a_start_from_data_is_none_of_a_layer_alone(init):
-    with pytest.raises(ValueError, match=rf"init is '{init}', but must be one of lora, paper: .* made in a run"):
+    drawn = ", ".join(DRAWN_INITS)
+    with pytest.raises(ValueError, match=rf"init is '{init}', but must be one of {drawn}: .* made in a run"):
         make_layer(init=init)
 
 

@@ -201,6 +201,7 @@ def test_owned_training_arguments_are_refused_when_loading(load):
         (["--adapter.init", "pissa"], "adapter.init.*pissa"),
         (["--adapter.dtype", "float16"], "adapter.dtype.*float16"),
         (["--adapter.init", "paper", "--adapter.train_gates", "false"], "init 'paper'.*train_gates"),
+        (["--adapter.init", "adalora", "--adapter.train_gates", "false"], "init 'adalora'.*train_gates"),
         (["--adapter.init", "inputs", "--adapter.calibration_rows", "0"], "calibration_rows is 0.*at least 1"),
         (["--adapter.routing", "task"], "adapter.routing.*task"),
         (["--adapter.modules_per_prompt", "1"], "modules_per_prompt is 1, but must be at least 2: the router"),
@@ -231,6 +232,10 @@ def test_owned_training_arguments_are_refused_when_loading(load):
         (
             ["--pruning.importance", "gate_sensitivity", "--pruning.rebase", "true"],
             "pruning.rebase is true, but must be false for the importance gate_sensitivity",
+        ),
+        (
+            ["--pruning.importance", "loss_change", "--pruning.rebase", "true"],
+            "pruning.rebase is true, but must be false for the importance loss_change",
         ),
         (
             ["--pruning.importance", "gate_sensitivity", "--adapter.train_gates", "false"],

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from support.ranks import run_ranks
 from transformers import Gemma2Config, LlamaConfig, Qwen3Config
 
 from dora_dist.config.parse import load_config
+from dora_dist.config.run import RunConfig
 from dora_dist.console.text import format_bytes
 from dora_dist.estimate import as_json, main
 from dora_dist.memory.estimate import estimate_memory
@@ -188,6 +190,10 @@ def eight_billion(tmp_path_factory):
     return load_config(path, overrides), path
 
 
+def with_loss_change(config: RunConfig) -> RunConfig:
+    return replace(config, pruning=replace(config.pruning, importance="loss_change"))
+
+
 def test_a_model_of_eight_billion_by_hand(eight_billion):
     estimate = estimate_memory(eight_billion[0], world_size=8)
     weights = 32 * (4096 * (4096 + 1024 + 1024 + 4096) + 3 * 4096 * 14336)
@@ -202,6 +208,8 @@ def test_a_model_of_eight_billion_by_hand(eight_billion):
     assert components == 32 * (2 * 8192 + 2 * 5120 + 3 * 18432)
     elements = 12 * (components + 32 * 7)
     assert parts["adapter"] == 2 * elements + 12 * 32 * 7
+    watched = estimate_memory(with_loss_change(eight_billion[0]), world_size=8).configured.peak.parts
+    assert watched["adapter"] == parts["adapter"] + (2 + 4) * elements
     assert parts["float32 master copy"] == 4 * elements / 8
     assert parts["optimizer moments"] == 8 * elements / 8
     loss = estimate.configured.moments[0]
@@ -214,7 +222,7 @@ def test_a_model_of_eight_billion_by_hand(eight_billion):
     assert estimate.configured.peak.name == "backward of a recomputed layer"
 
 
-@pytest.mark.parametrize("init", ["inputs", "gradient"])
+@pytest.mark.parametrize("init", ["inputs", "gradient", "lora_one"])
 def test_a_start_from_data_takes_less_than_the_run_at_eight_billion(eight_billion, init):
     config, path = eight_billion
     config = load_config(path, ["--distributed.engine", "zero2", "--adapter.init", init])

@@ -173,3 +173,29 @@ def test_what_is_not_eligible_is_not_kept_even_where_the_budget_would_pay_for_it
 def test_costs_and_budgets_that_make_no_sense_are_refused(costs, message):
     with pytest.raises(ValueError, match=message):
         select_within_budget({"a": torch.rand(4), "b": torch.rand(4)}, costs, 33)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.lists(st.floats(-1, 1), min_size=1, max_size=3), min_size=1, max_size=3), st.data())
+def test_scores_below_0_displace_none_above_and_fill_the_rest_with_the_least_harm(layers, data):
+    scores = named(layers)
+    costs = {name: data.draw(st.integers(1, 5)) for name in scores}
+    budget = data.draw(st.integers(0, sum(costs[name] * len(layer) for name, layer in scores.items())))
+    kept = chosen(select_within_budget(scores, costs, budget))
+    components = [(name, index) for name, layer in scores.items() for index in range(len(layer))]
+    value = {one: max(float(scores[one[0]][one[1]]), 0.0) for one in components}
+    best, cost = 0.0, {one: costs[one[0]] for one in components}
+    for number in range(len(components) + 1):
+        for subset in combinations(components, number):
+            if sum(map(cost.__getitem__, subset)) <= budget:
+                best = max(best, sum(map(value.__getitem__, subset)))
+    left_out = [one for one in components if one not in kept]
+    slack = max((value[one] for one in left_out), default=0.0)
+    assert sum(map(value.__getitem__, kept)) >= best - slack - 1e-12
+    harm = {one: float(scores[one[0]][one[1]]) / cost[one] for one in components}
+    left = budget - sum(map(cost.__getitem__, kept))
+    for one in left_out:
+        for other in kept:
+            # Whatever is worse for its cost is there only because the better one did not fit when its turn came.
+            if harm[one] > harm[other]:
+                assert cost[one] > left + sum(cost[third] for third in kept if harm[third] <= harm[other])

@@ -9,7 +9,7 @@ from dora_dist.method.budget import PARAMETERS, Budget, component_costs
 from dora_dist.method.importance import component_magnitudes
 from dora_dist.method.schedule import BudgetSchedule
 from dora_dist.training.controller import DynamicRankController
-from dora_dist.training.criterion import GateSensitivity, SmoothedScores
+from dora_dist.training.criterion import GateSensitivity, LossChange, SmoothedScores
 
 
 @pytest.fixture
@@ -68,6 +68,7 @@ def test_it_is_the_first_order_effect_of_removing_a_component(model):
 def test_the_hooks_do_not_change_the_gradients(model):
     _, expected = loss_and_gradients(model)
     GateSensitivity(gates_of(model))
+    LossChange(parts(model))
     for _ in range(2):
         _, found = loss_and_gradients(model)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -83,6 +84,74 @@ def test_a_step_whose_gradient_is_not_finite_does_not_count(model):
     criterion.update(parts(model), Agreement())
     assert torch.isfinite(criterion.scores).all()
     assert criterion.scores.any()
+
+
+def step_down(model, rate=0.01):
+    """As an optimizer would."""
+    for part in (one for layer in parts(model) for one in layer):
+        if part.grad is not None:
+            part.data -= rate * part.grad
+            part.grad = None
+
+
+@pytest.mark.parametrize("trained_gates", [True, False])
+def test_loss_change_is_gradient_times_movement_by_component_summed_over_steps(model, trained_gates):
+    for gate in gates_of(model):
+        gate.requires_grad_(trained_gates)
+    criterion = LossChange(parts(model))
+    expected = torch.zeros_like(criterion.scores)
+    for step in range(3):
+        gates_of(model)[0].data[step] = 0  # between two steps, as an event does: no step's doing
+        before = [[part.detach().clone() for part in layer] for layer in parts(model)]
+        for micro_batch in range(2):
+            ids = tokens(seed=10 * step + micro_batch)
+            model(input_ids=ids, labels=ids).loss.backward()
+        gradients = [[torch.zeros(()) if part.grad is None else part.grad for part in layer] for layer in parts(model)]
+        step_down(model)
+        by_component = []
+        for now, old, gradient in zip(parts(model), before, gradients, strict=True):
+            a, c, b = ((new - was) * slope for new, was, slope in zip(now, old, gradient, strict=True))
+            by_component.append(a.sum(1) + c + b.sum(0))
+        expected -= torch.cat(by_component).detach()
+        criterion.update(parts(model), Agreement())
+    torch.testing.assert_close(criterion.scores, expected, rtol=1e-6, atol=1e-12)
+    criterion.after_event()  # the sum goes on
+    torch.testing.assert_close(criterion.scores, expected, rtol=1e-6, atol=1e-12)
+
+
+def test_loss_change_adds_up_to_the_drop_of_the_loss(model):
+    criterion = LossChange(parts(model))
+    ids, losses = tokens(), []
+    for _ in range(21):
+        loss = model(input_ids=ids, labels=ids).loss
+        losses.append(loss.item())
+        loss.backward()
+        step_down(model, 0.01)
+        criterion.update(parts(model), Agreement())
+    # The last step's part has no loss after it.
+    drop, last = losses[0] - losses[-1], losses[-2] - losses[-1]
+    assert drop > 0.03
+    assert float(criterion.scores.sum()) == pytest.approx(drop + last, rel=0.05)
+
+
+def test_a_step_whose_product_is_not_finite_changes_no_loss(model):
+    criterion = LossChange(parts(model))
+    ids = tokens()
+    (model(input_ids=ids, labels=ids).loss * torch.inf).backward()
+    criterion.update(parts(model), Agreement())
+    assert not criterion.scores.any()
+    model.zero_grad()
+    model(input_ids=ids, labels=ids).loss.backward()
+    step_down(model)
+    criterion.update(parts(model), Agreement())
+    assert torch.isfinite(criterion.scores).all()
+    assert criterion.scores.sum() > 0
+
+
+def test_new_components_have_no_sum_over_steps(model):
+    for criterion in (GateSensitivity(gates_of(model)), LossChange(parts(model))):
+        with pytest.raises(ValueError, match="summed over steps"):
+            criterion.rescore(parts(model))
 
 
 def test_scores_of_weights_are_smoothed_from_0(model):

@@ -16,7 +16,7 @@ from dora_dist.base_model.quantization import dequantized_weight
 from dora_dist.base_model.recomputation import recompute_first
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.method.subspaces import EXTRA_PROBES, fixed_signs
-from dora_dist.training.start_from_data import LENGTH, DataStart, start_from_data
+from dora_dist.training.start_from_data import GAMMA, LENGTH, DataStart, start_from_data
 
 INITS = pytest.mark.parametrize("init", ["inputs", "gradient"])
 ROWS = [tokens(1, 8 + number, seed=number) for number in range(6)]
@@ -56,6 +56,31 @@ def test_with_as_many_probes_as_directions_the_start_is_the_dense_decomposition(
     for name, matrix in dense(tiny_model().double(), list(found), init, rows).items():
         wanted = torch.linalg.svd(matrix).Vh[:RANK]
         torch.testing.assert_close(found[name], wanted * fixed_signs(wanted) * LENGTH, atol=1e-8, rtol=0)
+
+
+def test_lora_one_is_the_leading_part_of_the_step_down_the_gradient():
+    """``b a = -U S V' / (S_1 gamma)``, and both factors are as long."""
+    rows = [tokens(1, RANK + EXTRA_PROBES, seed=7)]
+    model = adapt(tiny_model().double(), dtype="float64")
+    found = start(model, "lora_one", rows)
+    for name, matrix in dense(tiny_model().double(), list(found), "lora_one", rows).items():
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        step = -(left[:, :RANK] * values[:RANK]) @ right[:RANK] / (values[0] * GAMMA)
+        layer = model.adapted_layers()[name]
+        torch.testing.assert_close(layer.lora_b.detach() @ found[name], step, atol=1e-8, rtol=0)
+        lengths = (values[:RANK] / values[0] / GAMMA).sqrt()
+        torch.testing.assert_close(found[name].norm(dim=1), lengths, atol=1e-8, rtol=0)
+        torch.testing.assert_close(layer.lora_b.detach().norm(dim=0), lengths, atol=1e-8, rtol=0)
+
+
+def test_the_loss_is_lower_from_lora_one_than_from_the_base(capsys):
+    model = adapt(tiny_model())
+    loss = losses(model, ROWS)
+    before = sum(loss(number).item() for number in range(len(ROWS)))
+    start(model, "lora_one")
+    after = sum(loss(number).item() for number in range(len(ROWS)))
+    assert after < before - 0.01
+    assert "one step down their gradient and not the base (adapter.init lora_one)" in capsys.readouterr().err
 
 
 @INITS
