@@ -16,6 +16,7 @@ from dora_dist.base_model import load
 from dora_dist.base_model.kernels import NO_KERNELS, use_kernels
 from dora_dist.base_model.recomputation import Recomputation
 from dora_dist.config.adapter import DRAWN_INITS, PROMPT, Init
+from dora_dist.config.pruning import ABLATION, ABLATIONS, MOVE, NONE
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import TASKS
 from dora_dist.config.training import LORA_PLUS_RATIO, training_argument
@@ -31,8 +32,12 @@ from dora_dist.setup.fingerprint import adapter_seed
 from dora_dist.setup.resolve import ResolvedRun
 from dora_dist.setup.tasks import TASK_PARTS
 from dora_dist.training.controller import DynamicRankController
+from dora_dist.training.criterion import Criterion, criterion_of
 from dora_dist.training.parts import LoopSettings, TrainingParts, TrainingRows
 from dora_dist.training.rules.ablation import Ablation
+from dora_dist.training.rules.move import Move
+from dora_dist.training.rules.prune import Prune
+from dora_dist.training.rules.rule import Rule
 from dora_dist.training.skipped_steps import SkipPolicy
 from dora_dist.training.start_from_data import DataStart
 from dora_dist.training.trainer import DynamicLoraTrainer
