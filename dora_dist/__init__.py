@@ -6,10 +6,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dora_dist.adapter.model import add_dynamic_lora as add_dynamic_lora
     from dora_dist.config.adapter import DynamicLoraConfig as DynamicLoraConfig
+    from dora_dist.config.pruning import PruningConfig as PruningConfig
+    from dora_dist.stock_trainer.callback import DynamicRankCallback as DynamicRankCallback
 
 __version__ = "0.1.0"
-__all__ = ["DynamicLoraConfig", "add_dynamic_lora"]
-_HOME = {"DynamicLoraConfig": "dora_dist.config.adapter", "add_dynamic_lora": "dora_dist.adapter.model"}
+__all__ = ["DynamicLoraConfig", "DynamicRankCallback", "PruningConfig", "add_dynamic_lora"]
+_HOME = {
+    "DynamicLoraConfig": "dora_dist.config.adapter",
+    "DynamicRankCallback": "dora_dist.stock_trainer.callback",
+    "PruningConfig": "dora_dist.config.pruning",
+    "add_dynamic_lora": "dora_dist.adapter.model",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,7 @@ from dora_dist.base_model import load
 from dora_dist.base_model.kernels import NO_KERNELS, use_kernels
 from dora_dist.base_model.recomputation import Recomputation
 from dora_dist.config.adapter import DRAWN_INITS, Init
+from dora_dist.config.pruning import PruningConfig
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import TASKS
 from dora_dist.config.training import LORA_PLUS_RATIO, training_argument
@@ -32,7 +33,7 @@ from dora_dist.training.controller import DynamicRankController
 from dora_dist.training.criterion import criterion_of
 from dora_dist.training.parts import LoopSettings, TrainingParts, TrainingRows
 from dora_dist.training.skipped_steps import SkipPolicy
-from dora_dist.training.start_from_data import DataStart
+from dora_dist.training.start_from_data import DataStart, spread
 from dora_dist.training.trainer import DynamicLoraTrainer
 
 
@@ -114,16 +115,17 @@ def set_special_tokens(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 
 def build_controller(
-    config: RunConfig, model: DynamicLoraModel, agreement: Agreement, budget: Budget
+    pruning: PruningConfig, seed: int, model: DynamicLoraModel, agreement: Agreement, budget: Budget
 ) -> DynamicRankController:
-    """The method for this model and this budget."""
-    layers, pruning = model.adapted_layers(), config.pruning
+    """The method for this model, which it prunes from now on, and this budget; ``seed`` is that of the adapter."""
+    layers = model.adapted_layers()
+    model.has_controller = True
     gates = [layer.gate for layer in layers.values()]
     return DynamicRankController(
         layers,
         budget,
         agreement,
-        criterion=criterion_of(pruning.importance, gates, pruning.smoothing, adapter_seed(config)),
+        criterion=criterion_of(pruning.importance, gates, pruning.smoothing, seed),
         selection=pruning.selection(),
         head=model.head_parameters(),
     )
@@ -133,9 +135,7 @@ def data_start(config: RunConfig, resolved: ResolvedRun) -> DataStart | None:
     """How the adapter starts from data; None where it is drawn."""
     if config.adapter.init in DRAWN_INITS:
         return None
-    # Spread over the run: rows that follow each other have been sorted by length.
-    count, in_all = min(config.adapter.calibration_rows, resolved.plan.num_rows), resolved.plan.num_rows
-    rows = tuple(number * in_all // count for number in range(count))
+    rows = spread(config.adapter.calibration_rows, resolved.plan.num_rows)
     return DataStart(init=config.adapter.init, rows=rows, seed=adapter_seed(config))
 
 

@@ -22,6 +22,7 @@ from dora_dist.adapter.model import DynamicLoraModel
 from dora_dist.config.adapter import GRADIENT
 from dora_dist.console.text import say
 from dora_dist.distributed.agreement import Agreement
+from dora_dist.distributed.engine import write_entries
 from dora_dist.method.subspaces import EXTRA_PROBES, leading_directions, orthonormal
 
 PASSES = 4
@@ -43,6 +44,13 @@ class DataStart:
     init: str
     rows: Sequence[int]
     seed: int
+
+
+def spread(count: int, num_rows: int) -> tuple[int, ...]:
+    """Numbers of ``count`` rows, or of all where there are fewer, spread over the data: rows that follow each other may
+    have been sorted."""
+    count = min(count, num_rows)
+    return tuple(number * num_rows // count for number in range(count))
 
 
 def start_from_data(
@@ -74,7 +82,8 @@ def start_from_data(
     with torch.no_grad():
         for leader, names in groups.items():
             for layer in map(layers.__getitem__, names):
-                layer.lora_a.copy_(probes.parts[leader][:, : len(layer.lora_a)].T * LENGTH)
+                rows_a = probes.parts[leader][:, : len(layer.lora_a)].T * LENGTH
+                write_entries(layer.lora_a, rows_a, torch.ones_like(layer.lora_a, dtype=torch.bool))
     say(f"the adapter starts from {len(start.rows)} training rows (adapter.init {start.init})")
 
 
