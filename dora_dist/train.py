@@ -285,7 +285,7 @@ def build_parts(
         evaluator=task.evaluator(config, resolved, agreement, model) if resolved.data.evaluation else None,
         notice=notice,
     )
-    check_world(agreement, trainer)
+    check_world(agreement, trainer.args, trainer.accelerator)
     return trainer
 
 

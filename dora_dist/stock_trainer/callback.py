@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -25,7 +26,7 @@ from dora_dist.config.pruning import PruningConfig
 from dora_dist.console.files import read_json, write_json
 from dora_dist.console.text import say
 from dora_dist.distributed.agreement import Agreement
-from dora_dist.distributed.world import host_group
+from dora_dist.distributed.world import check_world, host_group
 from dora_dist.method.budget import Budget, component_costs
 from dora_dist.method.prune_event import PruneEvent
 from dora_dist.setup.build import build_controller
@@ -41,7 +42,8 @@ from dora_dist.training.start_from_data import DataStart, spread, start_from_dat
 
 class DynamicRankCallback(TrainerCallback):
     """Prunes the model of :func:`~dora_dist.add_dynamic_lora` while a ``transformers.Trainer`` trains it, in one
-    process, under DDP or under ZeRO stage 2. Give it to the trainer as ``callbacks=[...]``; one callback serves one training.
+    process, under DDP or under ZeRO stage 2. Give it to the trainer as ``callbacks=[...]``; one callback serves one
+    training.
 
     What the trainer saves is the folded adapter. Its checkpoints get the files ``dynamic_lora.*`` as well, from which
     ``train(resume_from_checkpoint=...)`` goes on.
@@ -103,6 +105,7 @@ class DynamicRankCallback(TrainerCallback):
         refusals.check_settings(args, state)
         refusals.check_dtype(model)
         agreement = Agreement(args.device, host_group=host_group(timedelta(seconds=args.ddp_timeout)))
+        check_world(agreement, args, AcceleratorState())
         seed = model.dynamic_config.seed or 0
         begins = state.global_step == 0
         if self.init is not None and begins:

@@ -1,6 +1,6 @@
 """Trainings by transformers' own Trainer, in the size of a test."""
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from transformers import Trainer, TrainingArguments
 
 from dora_dist import DynamicLoraConfig, DynamicRankCallback, PruningConfig, add_dynamic_lora
 from dora_dist.adapter.model import DynamicLoraModel
+from dora_dist.distributed.world import connect
+from support.forked_run import LAUNCHED_AS
 from support.tiny_models import VOCABULARY, load_base
 
 TARGET, INITIAL, STEPS = 2, 4, 8
@@ -62,11 +64,9 @@ def train_on_rank(model: str, output: str, pruning: dict[str, Any], options: dic
     settings = dict(options)
     init, resume, zero2 = settings.pop("init", None), settings.pop("resume", None), settings.pop("zero2", False)
     if zero2:
-        from dora_dist.distributed.world import connect
-
-        connect("zero2", 2)
-        settings |= {"deepspeed": zero2_settings(), "use_cpu": False}
-        settings["accelerator_config"] = {"use_configured_state": True}
+        os.environ.update(LAUNCHED_AS["zero2"], MASTER_PORT="29500")
+        connect("zero2", 2)  # left to itself on a CPU, accelerate believes in a world of one
+        settings |= {"use_cpu": False, "accelerator_config": {"use_configured_state": True}}
     adapter = adapted(model)
     callback = DynamicRankCallback(PruningConfig(**pruning), init=init)
     trainer = make_trainer(adapter, callback, output, **settings)
@@ -80,11 +80,3 @@ def train_on_rank(model: str, output: str, pruning: dict[str, Any], options: dic
         "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
         "norms": [line["grad_norm"] for line in trainer.state.log_history if "loss" in line],
     }
-
-
-def zero2_settings() -> dict[str, Any]:
-    """As a user writes them for the Trainer."""
-    return json.loads(
-        '{"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto", '
-        '"gradient_accumulation_steps": "auto", "zero_allow_untested_optimizer": true}'
-    )
