@@ -67,10 +67,15 @@ def check_settings(arguments: TrainingArguments, state: TrainerState) -> None:
             "copies' gradients are not seen: start one process for each GPU (accelerate launch), or set "
             "CUDA_VISIBLE_DEVICES to one"
         )
-    _check_engine(AcceleratorState())
+    check_engine(AcceleratorState())
 
 
-def _check_engine(accelerator: AcceleratorState) -> None:
+def check_engine(accelerator: AcceleratorState) -> None:
+    """Refuse engines that shard parameters, or keep master copies where they are not looked for.
+
+    Raises:
+        ValueError: names the engine.
+    """
     engine = accelerator.distributed_type
     stage = accelerator.deepspeed_plugin.zero_stage if engine == DistributedType.DEEPSPEED else None
     if engine not in ENGINES or stage not in (None, 2):

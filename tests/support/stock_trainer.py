@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dora_dist import DynamicLoraConfig, DynamicRankCallback, PruningConfig, add_dynamic_lora
 from dora_dist.adapter.model import DynamicLoraModel
@@ -16,12 +16,15 @@ from support.forked_run import LAUNCHED_AS
 from support.tiny_models import VOCABULARY, load_base
 
 TARGET, INITIAL, STEPS = 2, 4, 8
+PRUNING: dict[str, Any] = {"interval": 1, "warmup_fraction": 0.1, "final_fraction": 0.5}
+"""Events after steps 1 to 4."""
 SETTINGS: dict[str, Any] = {
     "max_steps": STEPS,
     "per_device_train_batch_size": 2,
     "learning_rate": 1e-2,
     "logging_steps": 1,
     "save_strategy": "no",
+    "max_grad_norm": 0.0,
     "report_to": "none",
     "disable_tqdm": True,
     "use_cpu": True,
@@ -34,7 +37,7 @@ def rows(count: int = 40) -> Dataset:
     return Dataset.from_dict({"input_ids": ids, "labels": ids})
 
 
-def adapted(folder: Path | str, quantization: str = "nf4", **changes: Any) -> DynamicLoraModel:
+def adapted(folder: Path | str, quantization: str = "none", **changes: Any) -> DynamicLoraModel:
     """The model saved in ``folder`` with a fresh adapter, of which 7 layers in each of 2 blocks have a part."""
     config = {"target_rank": TARGET, "initial_rank": INITIAL, "dropout": 0.0, "seed": 5, **changes}
     return add_dynamic_lora(load_base(folder, quantization), DynamicLoraConfig(**config))
@@ -46,6 +49,18 @@ def make_trainer(
     callbacks = [] if callback is None else [callback]
     arguments = TrainingArguments(output_dir=str(output), **{**SETTINGS, **changes})
     return Trainer(model, arguments, train_dataset=rows(), callbacks=callbacks)
+
+
+class FirstGradients(TrainerCallback):
+    """Gradients of the first optimizer step, by the names of the parameters; none where an engine keeps them."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[str, Tensor] = {}
+
+    def on_pre_optimizer_step(self, *_: Any, model: nn.Module, **__: Any) -> None:
+        if not self.gradients:
+            trained = model.named_parameters()
+            self.gradients = {name: value.grad.clone() for name, value in trained if value.grad is not None}
 
 
 def state_of(model: DynamicLoraModel) -> dict[str, Tensor]:
@@ -67,13 +82,16 @@ def train_on_rank(model: str, output: str, pruning: dict[str, Any], options: dic
         os.environ.update(LAUNCHED_AS["zero2"], MASTER_PORT="29500")
         connect("zero2", 2)  # left to itself on a CPU, accelerate believes in a world of one
         settings |= {"use_cpu": False, "accelerator_config": {"use_configured_state": True}}
-    adapter = adapted(model)
+    adapter = adapted(model, "nf4")
     callback = DynamicRankCallback(PruningConfig(**pruning), init=init)
     trainer = make_trainer(adapter, callback, output, **settings)
+    seen = FirstGradients()
+    trainer.add_callback(seen)
     trainer.train(resume_from_checkpoint=resume)
     assert callback.controller is not None
     return {
         "engine": type(trainer.model_wrapped).__name__,
+        "gradients": seen.gradients,
         "state": state_of(adapter),
         "ranks": callback.controller.ranks,
         "events": [event.step for event in callback.events],
