@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from soak_session import REPOSITORY, Sample
 
+from dora_dist.config.format_version import METHOD_STATE
+
 MIB = 2**20
 FEWEST_STEPS = 1000
 """That a slope is drawn through: an evaluation moves memory by 10 or 20 MiB up and down."""
@@ -41,9 +43,9 @@ def differences(reference: Path, killed: Path) -> list[str]:
     found += _metric_differences(reference, killed)
     if (reference / "allocation.jsonl").read_bytes() != (killed / "allocation.jsonl").read_bytes():
         found.append("allocation.jsonl differs")
-    state = [(run / last[0] / checkpoint.METHOD_STATE).read_bytes() for run in (reference, killed)]
+    state = [(run / last[0] / METHOD_STATE).read_bytes() for run in (reference, killed)]
     if state[0] != state[1]:
-        found.append(f"{checkpoint.METHOD_STATE} of {last[0]} differs")
+        found.append(f"{METHOD_STATE} of {last[0]} differs")
     return found
 
 

@@ -6,13 +6,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dora_dist.adapter.model import add_dynamic_lora as add_dynamic_lora
     from dora_dist.config.adapter import DynamicLoraConfig as DynamicLoraConfig
+    from dora_dist.config.pruning import PruningConfig as PruningConfig
     from dora_dist.routing.loading import load_adapter as load_adapter
     from dora_dist.routing.model import add_routed_lora as add_routed_lora
+    from dora_dist.stock_trainer.callback import DynamicRankCallback as DynamicRankCallback
 
 __version__ = "0.1.0"
-__all__ = ["DynamicLoraConfig", "add_dynamic_lora", "add_routed_lora", "load_adapter"]
+__all__ = [
+    "DynamicLoraConfig",
+    "DynamicRankCallback",
+    "PruningConfig",
+    "add_dynamic_lora",
+    "add_routed_lora",
+    "load_adapter",
+]
 _HOME = {
     "DynamicLoraConfig": "dora_dist.config.adapter",
+    "DynamicRankCallback": "dora_dist.stock_trainer.callback",
+    "PruningConfig": "dora_dist.config.pruning",
     "add_dynamic_lora": "dora_dist.adapter.model",
     "add_routed_lora": "dora_dist.routing.model",
     "load_adapter": "dora_dist.routing.loading",

@@ -262,6 +262,7 @@ def build_parts(
     from dora_dist.distributed.world import check_world
     from dora_dist.runs.records import RunRecords
     from dora_dist.setup import build
+    from dora_dist.setup.fingerprint import adapter_seed
     from dora_dist.setup.recomputation import apply_recomputation
     from dora_dist.setup.tasks import TASK_PARTS
     from dora_dist.training.out_of_memory import LOADING_ADVICE, explained
@@ -269,7 +270,8 @@ def build_parts(
     with agreement.together("loading the model"), explained(lambda: LOADING_ADVICE):
         model = build.load_model(config, agreement.device, resolved.tokenizer, resolved.data.labels)
         apply_recomputation(config, model.get_base_model(), resolved.recomputation)
-        controller = build.build_controller(config, model, agreement, resolved.budget)
+        seed = adapter_seed(config)
+        controller = build.build_controller(config.pruning, seed, model, agreement, resolved.budget)
     stop_before_training(notice, agreement)
     build.check_same_on_all_ranks(agreement, resolved.fingerprint, resolved.recomputation, model)
     task = TASK_PARTS[config.task]
@@ -283,7 +285,7 @@ def build_parts(
         evaluator=task.evaluator(config, resolved, agreement, model) if resolved.data.evaluation else None,
         notice=notice,
     )
-    check_world(agreement, trainer)
+    check_world(agreement, trainer.args, trainer.accelerator)
     return trainer
 
 

@@ -5,11 +5,11 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/environment.sh
 source launch/environment.sh
-# The kernels for GPUs bring Triton along, a gigabyte, and only their part of the full lane needs it.
-case ",${CI_FULL:-}," in
-  *,kernels,* | *,all,*) ensure_environment "[dev,gpu]" ;;
-  *) ensure_environment "[dev]" ;;
-esac
+# Only their parts of the full lane need these. The kernels for GPUs bring Triton along, a gigabyte.
+extras=dev
+case ",${CI_FULL:-}," in *,kernels,* | *,all,*) extras+=,gpu ;; esac
+case ",${CI_FULL:-}," in *,trl,* | *,all,*) extras+=,trl ;; esac
+ensure_environment "[$extras]"
 
 # Their findings depend on versions, and are those of today's.
 if [ -z "${VERSIONS:-}" ]; then

@@ -136,7 +136,7 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
         if init not in DRAWN_INITS:
             raise ValueError(
                 f"init is {init!r}, but must be one of {', '.join(DRAWN_INITS)}: a start from data is made in a run, "
-                "by dora-dist train with adapter.init inputs, gradient or lora_one"
+                "by dora-dist train with adapter.init inputs, gradient or lora_one, or by DynamicRankCallback(init=...)"
             )
         generator = layer_generator(seed, name)
         lora_a = torch.empty(self.lora_a.shape)

@@ -1,6 +1,7 @@
 """Putting dynamic-rank components into a model, as a real PEFT model."""
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -11,6 +12,7 @@ import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftModel, PeftModelForCausalLM
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -20,11 +22,13 @@ from dora_dist.adapter.layer import ADAPTER_NAME, DynamicLoraLinear
 from dora_dist.adapter.plain_lora import KEY_PREFIX, fold_components, write_lora_adapter
 from dora_dist.adapter.ranks import resolve_ranks
 from dora_dist.adapter.shared_input import share_inputs
+from dora_dist.adapter.unfolded import load_masks, load_parameters
 from dora_dist.base_model.chunked_loss import ChunkedLoss, proved
 from dora_dist.base_model.head import head_modules, read_in_own_dtype, task_of
 from dora_dist.base_model.kernels import NO_KERNELS, KernelsInUse
 from dora_dist.base_model.quantization import forbid_inference_packing
-from dora_dist.config.adapter import DynamicLoraConfig
+from dora_dist.config.adapter import UNIFORM, DynamicLoraConfig
+from dora_dist.config.format_version import METHOD_TENSORS
 from dora_dist.config.tasks import CAUSAL_LM, TASKS, Task
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -41,10 +45,16 @@ class DynamicLoraModel(PeftModel):
     Attributes:
         fused: modules of the base may be computed otherwise than by their own forward; see :func:`add_dynamic_lora`.
         kernels: which kernels compute the base.
+        dynamic_config: what the adapter was made from.
+        adapter_dtype: what its parameters were made in.
+        has_controller: whether something prunes it, or has done so.
     """
 
     fused = True
     kernels = NO_KERNELS
+    dynamic_config: DynamicLoraConfig
+    adapter_dtype: torch.dtype
+    has_controller = False
 
     if TYPE_CHECKING:
 
@@ -91,12 +101,21 @@ class DynamicLoraModel(PeftModel):
 
     def save_pretrained(self, save_directory: str | Path, *_: Any, is_main_process: bool = True, **__: Any) -> None:
         """Write the adapter as plain LoRA of one rank that PEFT, vLLM and llama.cpp load exactly, with the head; gates
-        and masks are folded in.
+        and masks are folded in. Warns of an adapter that nothing has pruned.
 
         Raises:
             ValueError: no component has a non-zero gate.
         """
         if is_main_process:
+            config = self.dynamic_config
+            if not self.has_controller and config.ranks == UNIFORM and config.start_rank > config.target_rank:
+                warnings.warn(
+                    f"the adapter was never pruned: every layer still has initial_rank {config.start_rank}, and not "
+                    f"target_rank {config.target_rank} on average. Train it with dora-dist train, or give your trainer "
+                    "callbacks=[DynamicRankCallback()] (docs/trainers.md); to keep these ranks, set initial_rank to "
+                    "target_rank",
+                    stacklevel=2,
+                )
             write_lora_adapter(
                 Path(save_directory),
                 self.folded_factors(),
@@ -104,6 +123,31 @@ class DynamicLoraModel(PeftModel):
                 task_type=task_of(self.get_base_model()).peft_type,
                 head={module: dict(head.named_parameters()) for module, head in self.heads().items()},
             )
+
+    # PEFT names adapters; here is one.
+    def load_adapter(self, model_id: str | Path, *_: Any, **__: Any) -> None:  # type: ignore[override]
+        """PEFT's name for reading an adapter, by which a Trainer goes on from a checkpoint: parameters, gates and masks
+        as the checkpoint of a :class:`~dora_dist.stock_trainer.callback.DynamicRankCallback` has them.
+
+        Raises:
+            ValueError: there are none, or they are another adapter's.
+        """
+        path = Path(model_id) / METHOD_TENSORS
+        if not path.is_file():
+            raise ValueError(
+                f"{model_id} has no {METHOD_TENSORS}, which gated components are read from (an adapter alone has its "
+                "gates folded in): go on from a checkpoint that a trainer with callbacks=[DynamicRankCallback()] has "
+                "written to its end; for inference, PeftModel.from_pretrained(BASE, FOLDER) reads the adapter"
+            )
+        tensors, layers = load_file(path), self.adapted_layers()
+        try:
+            load_parameters(tensors, layers, self.head_parameters())
+            load_masks(tensors, layers)
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(
+                f"{path} is of another adapter: {error}. Give add_dynamic_lora the model and the configuration that "
+                "the checkpoint was trained with"
+            ) from None
 
     def merge_and_unload(self, *_: Any, **__: Any) -> NoReturn:
         """PEFT's name for a merge, which knows nothing of gates and masks.
@@ -241,6 +285,7 @@ def add_dynamic_lora(
         _start(layer, name, config, dtype)
     prepare_heads(peft_model, heads, dtype, cast_inputs=fuse)
     peft_model.fused, peft_model.kernels = fuse, kernels
+    peft_model.dynamic_config, peft_model.adapter_dtype = config, dtype
     if fuse:
         _gather_components(peft_model, [*fuse_gated_mlps(peft_model, kernels.swiglu), *share_inputs(peft_model)])
     return peft_model

@@ -7,6 +7,10 @@ import yaml
 FORMAT_VERSION = 2
 """Format of ``config.yaml`` in a run's folder, and of checkpoints. It grows by one with a change after which an older
 file means something else, or can no longer be read. Files without a number have format 1."""
+METHOD_TENSORS = "dynamic_lora.safetensors"
+"""In a checkpoint: adapter with its gates, head, masks, scores."""
+METHOD_STATE = "dynamic_lora.json"
+"""In a checkpoint: its format and step, and what must not change when training goes on from it."""
 
 
 def read_version(path: Path) -> int:

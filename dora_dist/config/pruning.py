@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from dora_dist.config.adapter import UNIFORM, DynamicLoraConfig
 from dora_dist.config.checks import require
 
 Rule = Literal["prune", "move", "none"]
@@ -142,3 +143,27 @@ class PruningConfig:
             ValueError: See :class:`Selection`.
         """
         return Selection(self.min_rank, self.max_rank, self.regrow, self.rebase)
+
+
+def check_prunes(pruning: PruningConfig, adapter: DynamicLoraConfig) -> None:
+    """Refuse an adapter that cannot be pruned so.
+
+    Raises:
+        ValueError: Names both keys.
+    """
+    if adapter.ranks != UNIFORM:
+        raise ValueError(
+            f"adapter.ranks is {adapter.ranks}, which are the ranks of the whole run, but pruning.rule is "
+            f"{pruning.rule}: set it to none, or adapter.ranks to uniform"
+        )
+    if pruning.importance == GATE_SENSITIVITY and not adapter.train_gates:
+        raise ValueError(
+            f"pruning.importance is {GATE_SENSITIVITY}, which needs gradients of the gates, but "
+            "adapter.train_gates is false: set it to true, or choose another importance"
+        )
+    least, most, target = pruning.min_rank, pruning.max_rank, adapter.target_rank
+    if least > target or (most is not None and most < target):
+        raise ValueError(
+            f"adapter.target_rank {target} is the mean over the layers, so it must lie between "
+            f"pruning.min_rank {least} and pruning.max_rank {most}"
+        )

@@ -7,13 +7,13 @@ import os
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from dora_dist.config.adapter import PROMPT, UNIFORM, DynamicLoraConfig
+from dora_dist.config.adapter import PROMPT, DynamicLoraConfig
 from dora_dist.config.checks import require
 from dora_dist.config.data import DataConfig
 from dora_dist.config.format_version import FORMAT_VERSION
 from dora_dist.config.model import ModelConfig
 from dora_dist.config.presets import DEFAULT, PresetName
-from dora_dist.config.pruning import GATE_SENSITIVITY, MOVE, NONE, PruningConfig
+from dora_dist.config.pruning import MOVE, NONE, PruningConfig, check_prunes
 from dora_dist.config.tasks import CAUSAL_LM, EXACT_MATCH, TASKS, TaskName, metrics_of
 from dora_dist.config.training import CHECKPOINTING, DEFAULT_TRAINING_ARGUMENTS, check_training_section, with_strategies
 
@@ -182,22 +182,7 @@ class RunConfig:
                 f"adapter.routing is {PROMPT}, under which all components are needed, but pruning.rule is "
                 f"{self.pruning.rule}: set it to none (preset: lora does)"
             )
-        if self.adapter.ranks != UNIFORM:
-            raise ValueError(
-                f"adapter.ranks is {self.adapter.ranks}, which are the ranks of the whole run, but pruning.rule is "
-                f"{self.pruning.rule}: set it to none, or adapter.ranks to uniform"
-            )
-        if self.pruning.importance == GATE_SENSITIVITY and not self.adapter.train_gates:
-            raise ValueError(
-                f"pruning.importance is {GATE_SENSITIVITY}, which needs gradients of the gates, but "
-                "adapter.train_gates is false: set it to true, or choose another importance"
-            )
-        least, most, target = self.pruning.min_rank, self.pruning.max_rank, self.adapter.target_rank
-        if least > target or (most is not None and most < target):
-            raise ValueError(
-                f"adapter.target_rank {target} is the mean over the layers, so it must lie between "
-                f"pruning.min_rank {least} and pruning.max_rank {most}"
-            )
+        check_prunes(self.pruning, self.adapter)
 
     @property
     def measured(self) -> tuple[str, ...]:

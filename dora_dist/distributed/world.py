@@ -127,8 +127,8 @@ def use_gloo_only() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def check_world(agreement: Agreement, trainer: Any) -> None:
-    """Assert that everyone who counts processes counts the same.
+def check_world(agreement: Agreement, arguments: Any, accelerator: Any) -> None:
+    """Assert that everyone who counts processes counts the same, the Trainer's arguments and its accelerator too.
 
     Raises:
         RankFailedError: they do not, on all ranks.
@@ -136,8 +136,8 @@ def check_world(agreement: Agreement, trainer: Any) -> None:
     counts = {
         "WORLD_SIZE": int(os.environ.get("WORLD_SIZE", "1")),
         "the process group": agreement.size,
-        "TrainingArguments": trainer.args.world_size,
-        "accelerate": trainer.accelerator.num_processes,
+        "TrainingArguments": arguments.world_size,
+        "accelerate": accelerator.num_processes,
     }
     failure = None
     if len(set(counts.values())) > 1:

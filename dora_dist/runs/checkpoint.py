@@ -18,11 +18,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from dora_dist.config.format_version import METHOD_STATE
 from dora_dist.console.files import follow_umask, read_json, write_json
 
 MANIFEST = "complete.json"
-METHOD_TENSORS = "dynamic_lora.safetensors"
-METHOD_STATE = "dynamic_lora.json"
 SHARDS = "optimizer"
 """Folder of the optimizer's state under ZeRO."""
 ALMOST_NOTHING = 2**18

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dora_dist.config.format_version import FORMAT_VERSION
+from dora_dist.config.format_version import FORMAT_VERSION, METHOD_STATE
 from dora_dist.config.run import RunConfig
 from dora_dist.config.training import whole_number
 from dora_dist.console.files import read_json
@@ -68,7 +68,7 @@ def look(run: Path, resume: str) -> Earlier:
         folder=found,
         checkpoint=found,
         processes=state.get("processes"),
-        fingerprint=Fingerprint.from_dict(state["fingerprint"], found / checkpoint.METHOD_STATE),
+        fingerprint=Fingerprint.from_dict(state["fingerprint"], found / METHOD_STATE),
         version=state.get("format", 1),
         remarks=remarks,
     )

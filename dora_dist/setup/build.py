@@ -16,7 +16,7 @@ from dora_dist.base_model import load
 from dora_dist.base_model.kernels import NO_KERNELS, use_kernels
 from dora_dist.base_model.recomputation import Recomputation
 from dora_dist.config.adapter import DRAWN_INITS, PROMPT, Init
-from dora_dist.config.pruning import ABLATION, ABLATIONS, MOVE, NONE
+from dora_dist.config.pruning import ABLATION, ABLATIONS, MOVE, NONE, PruningConfig
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import TASKS
 from dora_dist.config.training import LORA_PLUS_RATIO, training_argument
@@ -39,7 +39,7 @@ from dora_dist.training.rules.move import Move
 from dora_dist.training.rules.prune import Prune
 from dora_dist.training.rules.rule import Rule
 from dora_dist.training.skipped_steps import SkipPolicy
-from dora_dist.training.start_from_data import DataStart
+from dora_dist.training.start_from_data import DataStart, spread
 from dora_dist.training.trainer import DynamicLoraTrainer
 
 
@@ -123,11 +123,11 @@ def set_special_tokens(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 
 def build_controller(
-    config: RunConfig, model: DynamicLoraModel, agreement: Agreement, budget: Budget
+    pruning: PruningConfig, seed: int, model: DynamicLoraModel, agreement: Agreement, budget: Budget
 ) -> DynamicRankController:
-    """The method for this model and this budget."""
-    layers, pruning, seed = model.adapted_layers(), config.pruning, adapter_seed(config)
-    head = model.head_parameters()
+    """The method for this model, which it prunes from now on, and this budget; ``seed`` is that of the adapter."""
+    layers, head = model.adapted_layers(), model.head_parameters()
+    model.has_controller = True
     if pruning.rule == NONE:  # without events, nothing has to be judged
         return DynamicRankController(layers, budget, agreement, head=head)
     criterion: Criterion
@@ -148,9 +148,7 @@ def data_start(config: RunConfig, resolved: ResolvedRun) -> DataStart | None:
     """How the adapter starts from data; None where it is drawn."""
     if config.adapter.init in DRAWN_INITS:
         return None
-    # Spread over the run: rows that follow each other have been sorted by length.
-    count, in_all = min(config.adapter.calibration_rows, resolved.plan.num_rows), resolved.plan.num_rows
-    rows = tuple(number * in_all // count for number in range(count))
+    rows = spread(config.adapter.calibration_rows, resolved.plan.num_rows)
     return DataStart(init=config.adapter.init, rows=rows, seed=adapter_seed(config))
 
 

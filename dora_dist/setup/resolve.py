@@ -11,7 +11,7 @@ from dora_dist.base_model.recomputation import Recomputation
 from dora_dist.base_model.shape import input_embedding, linear_layer
 from dora_dist.config.adapter import PROMPT, UNIFORM, DynamicLoraConfig
 from dora_dist.config.checks import require
-from dora_dist.config.pruning import NONE
+from dora_dist.config.pruning import NONE, PruningConfig
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import CAUSAL_LM, FINAL_NUMBER, TASKS
 from dora_dist.data.mixture import Mixture
@@ -19,7 +19,7 @@ from dora_dist.data.plan import TrainingPlan
 from dora_dist.data.prepared import PreparedSource
 from dora_dist.evaluation.metrics import final_number
 from dora_dist.method.budget import Budget, component_costs
-from dora_dist.method.schedule import BudgetSchedule, FixedRanks, automatic_interval
+from dora_dist.method.schedule import BudgetSchedule, FixedRanks, Schedule, automatic_interval
 from dora_dist.routing.model import routed_blocks
 from dora_dist.runs.fingerprint import Fingerprint
 from dora_dist.setup.fingerprint import fingerprint_of
@@ -221,7 +221,10 @@ def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int)
             f"be at most {most}, the largest rank that the layer {narrowest} can have, which is "
             f"{' x '.join(map(str, shapes[narrowest]))}; or leave that layer out of adapter.target_modules",
         )
-    schedule = FixedRanks(ranks) if config.pruning.rule == NONE else build_schedule(config, len(ranks), total_steps)
+    if config.pruning.rule == NONE:
+        schedule: Schedule = FixedRanks(ranks)
+    else:
+        schedule = build_schedule(config.pruning, config.adapter, len(ranks), total_steps)
     return ranks, Budget(schedule, component_costs(shapes, config.pruning.budget_unit))
 
 
@@ -309,18 +312,19 @@ def context_of(skeleton: PreTrainedModel) -> int | None:
     return context
 
 
-def build_schedule(config: RunConfig, num_layers: int, total_steps: int) -> BudgetSchedule:
+def build_schedule(
+    pruning: PruningConfig, adapter: DynamicLoraConfig, num_layers: int, total_steps: int
+) -> BudgetSchedule:
     """The budget over the run.
 
     Raises:
         ValueError: the run is too short for the phases of the pruning section.
     """
-    pruning = config.pruning
     return BudgetSchedule(
         total_steps=total_steps,
         num_layers=num_layers,
-        initial_rank=config.adapter.start_rank,
-        target_rank=config.adapter.target_rank,
+        initial_rank=adapter.start_rank,
+        target_rank=adapter.target_rank,
         warmup_fraction=pruning.warmup_fraction,
         final_fraction=pruning.final_fraction,
         interval=automatic_interval(total_steps, pruning.warmup_fraction, pruning.final_fraction)

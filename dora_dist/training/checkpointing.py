@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LRScheduler
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
+from dora_dist.adapter.unfolded import load_parameters
+from dora_dist.config.format_version import METHOD_TENSORS
 from dora_dist.runs import checkpoint
 from dora_dist.training import method_state
 from dora_dist.training.optimizer_shards import OptimizerShards
@@ -117,8 +119,8 @@ class Checkpointer:
         """
         with self._agreement.together(f"loading {folder}"), checkpoint.plain_values_only(folder):
             state = checkpoint.read_method_state(folder)
-            tensors = load_file(folder / checkpoint.METHOD_TENSORS)
-            method_state.load_parameters(tensors, self._controller)
+            tensors = load_file(folder / METHOD_TENSORS)
+            load_parameters(tensors, self._controller.layers, self._controller.head)
             self._read_optimizer(folder, state["step"])
             self._scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
             for group, rate in zip(self._optimizer.param_groups, self._scheduler.get_last_lr(), strict=True):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dora_dist.adapter.components import stacks_of
 from dora_dist.adapter.layer import DynamicLoraLinear
+from dora_dist.adapter.unfolded import load_masks
 from dora_dist.console.errors import ExpectedRunError, mark_common
 from dora_dist.distributed.agreement import Agreement, digest_tensors
 from dora_dist.distributed.engine import Moments
@@ -218,9 +219,7 @@ class DynamicRankController:
         failure = None
         try:
             self.criterion.scores.copy_(torch.cat([state[f"{name}.scores"] for name in self.layers]))
-            for name, layer in self.layers.items():
-                layer.component_mask.copy_(state[f"{name}.component_mask"])
-                layer.follow_mask()
+            load_masks(state, self.layers)
             self.kept = {name: state[f"{name}.kept"] for name in self.layers}
         except (KeyError, RuntimeError) as error:
             failure = f"the saved state does not fit the model: {error!r}"

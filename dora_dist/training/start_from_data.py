@@ -24,6 +24,7 @@ from dora_dist.adapter.model import DynamicLoraModel
 from dora_dist.config.adapter import INPUTS, LORA_ONE
 from dora_dist.console.text import say
 from dora_dist.distributed.agreement import Agreement
+from dora_dist.distributed.engine import write_entries
 from dora_dist.method.subspaces import EXTRA_PROBES, leading_directions, orthonormal
 
 PASSES = 4
@@ -52,6 +53,13 @@ class DataStart:
     def of_gradient(self) -> bool:
         """Whether it is made of gradients, and not of inputs alone."""
         return self.init != INPUTS
+
+
+def spread(count: int, num_rows: int) -> tuple[int, ...]:
+    """Numbers of ``count`` rows, or of all where there are fewer, spread over the data: rows that follow each other may
+    have been sorted."""
+    count = min(count, num_rows)
+    return tuple(number * num_rows // count for number in range(count))
 
 
 def start_from_data(
@@ -85,10 +93,12 @@ def start_from_data(
     with torch.no_grad():
         for leader, names in groups.items():
             for layer in map(layers.__getitem__, names):
-                rank = len(layer.lora_a)
-                layer.lora_a.copy_(probes.parts[leader][:, :rank].T * (LENGTH if images is None else 1))
+                rank, whole = len(layer.lora_a), torch.ones_like(layer.lora_a, dtype=torch.bool)
+                rows_a = probes.parts[leader][:, :rank].T * (LENGTH if images is None else 1)
+                write_entries(layer.lora_a, rows_a, whole)
                 if images is not None:
-                    layer.lora_b.copy_(images.parts[leader][:, :rank])
+                    columns = images.parts[leader][:, :rank]
+                    write_entries(layer.lora_b, columns, torch.ones_like(layer.lora_b, dtype=torch.bool))
     moved = ", one step down their gradient and not the base" if images is not None else ""
     say(f"the adapter starts from {len(start.rows)} training rows{moved} (adapter.init {start.init})")
 

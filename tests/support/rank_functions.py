@@ -173,8 +173,7 @@ def check_world_of_one() -> None:
 
     from dora_dist.distributed.world import check_world
 
-    trainer = SimpleNamespace(args=SimpleNamespace(world_size=1), accelerator=SimpleNamespace(num_processes=1))
-    check_world(Agreement(), trainer)
+    check_world(Agreement(), SimpleNamespace(world_size=1), SimpleNamespace(num_processes=1))
 
 
 def check_same_data() -> None:

@@ -24,6 +24,7 @@ FLOORS = [
     {"evaluation", "memory", "routing"},
     {"training"},
     {"setup"},
+    {"stock_trainer"},
     COMMANDS | (EXPERIMENTS - {"compare"}),
     {"compare", "__main__"},
 ]

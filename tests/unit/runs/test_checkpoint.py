@@ -6,6 +6,8 @@ from safetensors.torch import load_file
 from support.tiny_controller import make_controller
 from support.tiny_run import some_fingerprint
 
+from dora_dist.adapter.unfolded import load_parameters
+from dora_dist.config.format_version import METHOD_TENSORS
 from dora_dist.runs import checkpoint
 from dora_dist.training import method_state
 
@@ -116,8 +118,8 @@ def test_the_state_of_the_method_comes_back_bit_for_bit(tmp_path):
     loaded = make_controller()
     for layer in loaded.layers.values():
         layer.lora_a.data.zero_()
-    tensors = load_file(tmp_path / checkpoint.METHOD_TENSORS)
-    method_state.load_parameters(tensors, loaded)
+    tensors = load_file(tmp_path / METHOD_TENSORS)
+    load_parameters(tensors, loaded.layers, loaded.head)
     loaded.load_state_dict(tensors, checkpoint.read_method_state(tmp_path)["step"])
     assert loaded.step == 5
     assert all(torch.equal(loaded.kept[name], mask) for name, mask in event.kept.items())

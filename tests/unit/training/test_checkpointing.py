@@ -10,10 +10,11 @@ from support.tiny_controller import make_controller
 from support.tiny_run import some_fingerprint
 
 from dora_dist.base_model.recomputation import Recomputation
+from dora_dist.config.format_version import METHOD_STATE, METHOD_TENSORS
 from dora_dist.console import files
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.distributed.preemption import PreemptionNotice
-from dora_dist.runs import checkpoint, records
+from dora_dist.runs import records
 from dora_dist.training import checkpointing
 from dora_dist.training.checkpointing import Checkpointer
 from dora_dist.training.parts import LoopSettings, TrainingParts
@@ -123,9 +124,9 @@ def test_each_file_of_the_method_is_read_once(saved, monkeypatch):
     resumed = Loop(loop.run)
     resumed.checkpointer.restore(folder)
     resumed.checkpointer.restore_random_states(1, lambda: None)
-    assert {name: read[name] for name in (checkpoint.METHOD_STATE, checkpoint.METHOD_TENSORS)} == {
-        checkpoint.METHOD_STATE: 1,
-        checkpoint.METHOD_TENSORS: 1,
+    assert {name: read[name] for name in (METHOD_STATE, METHOD_TENSORS)} == {
+        METHOD_STATE: 1,
+        METHOD_TENSORS: 1,
     }
 
 
@@ -161,8 +162,8 @@ def test_random_states_are_restored_on_as_many_ranks_and_seeded_on_others(saved,
     assert loaded == [True]
     seeds = []
     monkeypatch.setattr(checkpointing, "set_seed", lambda seed, device_specific: seeds.append((seed, device_specific)))
-    state = files.read_json(folder / checkpoint.METHOD_STATE)
-    files.write_json(folder / checkpoint.METHOD_STATE, {**state, "processes": 2})
+    state = files.read_json(folder / METHOD_STATE)
+    files.write_json(folder / METHOD_STATE, {**state, "processes": 2})
     resumed.checkpointer.restore(folder)
     for seed in (1, 1, 2):
         resumed.checkpointer.restore_random_states(seed, lambda: pytest.fail("there is no state of this rank"))

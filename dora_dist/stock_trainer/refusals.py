@@ -1,0 +1,103 @@
+"""Trainers and settings with which the method would go wrong without a word."""
+
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from torch import nn
+from transformers import TrainerState, TrainingArguments
+
+from dora_dist.adapter.model import DynamicLoraModel
+from dora_dist.config.adapter import DynamicLoraConfig
+from dora_dist.config.pruning import PRUNE, PruningConfig, check_prunes
+
+ENGINES = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.DEEPSPEED)
+
+
+def check_model(model: nn.Module | None) -> DynamicLoraModel:
+    """The model of a trainer, as what it must be.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    if not isinstance(model, DynamicLoraModel):
+        raise ValueError(
+            f"the trainer's model is a {type(model).__name__}, but DynamicRankCallback prunes the one that "
+            "add_dynamic_lora(base, DynamicLoraConfig(...)) returns: give that to the trainer, without a peft_config"
+        )
+    return model
+
+
+def check_pruning(pruning: PruningConfig, adapter: DynamicLoraConfig) -> None:
+    """Refuse ranks that this callback does not change.
+
+    Raises:
+        ValueError: names the key.
+    """
+    if pruning.rule != PRUNE:
+        raise ValueError(
+            f"pruning.rule is {pruning.rule}, but DynamicRankCallback prunes: leave the callback out where ranks stay, "
+            f"or set rule to {PRUNE}"
+        )
+    check_prunes(pruning, adapter)
+
+
+def check_settings(arguments: TrainingArguments, state: TrainerState) -> None:
+    """Refuse settings of the trainer.
+
+    Raises:
+        ValueError: names the setting and what to do.
+    """
+    if arguments.fp16:
+        raise ValueError(
+            "fp16 is true, which multiplies gradients by a factor of its own, so that the penalty and the scores would "
+            "have another weight in every step: set bf16 to true instead"
+        )
+    if arguments.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size is true, so that training may begin again with an adapter that has been trained "
+            "already: set it to false, and per_device_train_batch_size to what fits"
+        )
+    if state.is_hyper_param_search:
+        raise ValueError(
+            "the trainer searches hyperparameters, and every trial needs a model and a callback of its own: make a "
+            "trainer for each trial"
+        )
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"one process sees {arguments.n_gpu} GPUs, over which the trainer copies the model (DataParallel), and the "
+            "copies' gradients are not seen: start one process for each GPU (accelerate launch), or set "
+            "CUDA_VISIBLE_DEVICES to one"
+        )
+    check_engine(AcceleratorState())
+
+
+def check_engine(accelerator: AcceleratorState) -> None:
+    """Refuse engines that shard parameters, or keep master copies where they are not looked for.
+
+    Raises:
+        ValueError: names the engine.
+    """
+    engine = accelerator.distributed_type
+    stage = accelerator.deepspeed_plugin.zero_stage if engine == DistributedType.DEEPSPEED else None
+    if engine not in ENGINES or stage not in (None, 2):
+        found = engine.value if stage is None else f"ZeRO stage {stage}"
+        raise ValueError(
+            f"the trainer runs under {found}, but components are pruned in one process, under DDP, or under ZeRO "
+            "stage 2: choose one of these in the configuration of accelerate or DeepSpeed"
+        )
+
+
+def check_dtype(model: DynamicLoraModel) -> None:
+    """Refuse an adapter that somebody has cast to fewer bits, where no engine keeps a float32 copy of it.
+
+    Raises:
+        ValueError: names both dtypes.
+    """
+    if AcceleratorState().distributed_type == DistributedType.DEEPSPEED:
+        return
+    found = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} - {model.adapter_dtype}
+    if found:
+        raise ValueError(
+            f"parameters of the adapter are {', '.join(sorted(map(str, found)))}, but were made in "
+            f"{model.adapter_dtype}: TRL casts those on a quantized base, in which small updates of the gates are "
+            "lost. Give the callback to the trainer as callbacks=[...], where it undoes that, and not by add_callback"
+        )
