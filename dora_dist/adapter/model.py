@@ -124,7 +124,7 @@ class DynamicLoraModel(PeftModel):
                 head={module: dict(head.named_parameters()) for module, head in self.heads().items()},
             )
 
-    # PEFT names adapters; here is one.
+    # Of PEFT's parameters, none is of use here.
     def load_adapter(self, model_id: str | Path, *_: Any, **__: Any) -> None:  # type: ignore[override]
         """PEFT's name for reading an adapter, by which a Trainer goes on from a checkpoint: parameters, gates and masks
         as the checkpoint of a :class:`~dora_dist.stock_trainer.callback.DynamicRankCallback` has them.

@@ -38,7 +38,7 @@ def test_the_penalty_enters_once_a_step_whatever_the_accumulation(base, tmp_path
     layers = model.adapted_layers().values()
     penalty = WEIGHT * equilibrium_penalty([(layer.lora_a, layer.lora_b) for layer in layers])
     without = first_gradients(base, tmp_path, 0.0, per_device_train_batch_size=4)
-    names = [name for name in trainable(model) if "gate" not in name]
+    names = [name for name in trainable(model) if "lora_gate" not in name]
     share = dict(zip(names, torch.autograd.grad(penalty, [trainable(model)[name] for name in names]), strict=True))
     expected = {name: value + share.get(name, torch.zeros_like(value)) for name, value in without.items()}
     assert_same_gradients(found, expected, 1e-4)
