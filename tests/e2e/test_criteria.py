@@ -10,7 +10,9 @@ from support.same_run import RELATIVE, assert_same_course, assert_same_run, stop
 from support.tiny_run import write_config
 
 
-@pytest.fixture(scope="module", params=["gate_sensitivity", "loss_change"])
+@pytest.fixture(
+    scope="module", params=["gate_sensitivity", pytest.param("loss_change", marks=pytest.mark.full("ranks"))]
+)
 def summed(request, tmp_path_factory) -> Path:
     """A run of two ranks under ZeRO-2, without dropout, by scores that are summed over steps, a checkpoint after every
     step."""

@@ -64,6 +64,7 @@ def unwrapped(text):
     return " ".join(text.split())
 
 
+@pytest.mark.full("install")
 def test_alone_on_a_machine(tmp_path):
     finished = run("python", "-m", "dora_dist.doctor", "--output", str(tmp_path / "new" / "run"), timeout=60)
     assert_report(finished.output)
@@ -75,6 +76,7 @@ def test_alone_on_a_machine(tmp_path):
     assert max(map(len, finished.output.splitlines())) <= WIDTH
 
 
+@pytest.mark.full("install")
 def test_two_ranks_under_the_launcher_of_zero_with_a_configuration(tmp_path):
     config = write_config(tmp_path)
     before = sorted(os.listdir(tmp_path))

@@ -31,6 +31,7 @@ def plan_of(run: Path) -> dict[str, int]:
     return {name: rank for name, rank in written["ranks"].items() if rank}
 
 
+@pytest.mark.full("ranks")
 def test_a_scale_by_rank_and_two_rates_do_not_depend_on_the_number_of_ranks(pruned, tmp_path):
     one = ("--training.gradient_accumulation_steps", "2")
     run_to_the_end(pruned, tmp_path / "run", tmp_path / "log", *one, ranks=1, engine="none")

@@ -60,6 +60,7 @@ def test_the_adapter_is_plain_lora_of_the_ranks_of_the_last_event(moved):
     assert max(summary["ranks"].values()) > 2
 
 
+@pytest.mark.full("ranks")
 def test_moves_do_not_depend_on_the_engine(moved, tmp_path):
     run_to_the_end(moved, tmp_path / "run", tmp_path / "log", engine="ddp")
     assert_same_course(moved.parent / "run", tmp_path / "run")

@@ -77,6 +77,7 @@ def statuses(processes):
     return [process.exitcode for process in processes]
 
 
+@pytest.mark.full("faults")
 def test_signals_at_every_stage_end_in_the_run_that_was_left_alone(whole, tmp_path):
     run = tmp_path / "run"
     burst = ["SIGTERM", "SIGUSR1", "SIGTERM"]

@@ -58,6 +58,7 @@ def test_routers_learn_and_the_balancing_loss_is_logged(run):
     assert all(line["balance_loss"] > 0 for line in steps_of(run / "run"))
 
 
+@pytest.mark.full("ranks")
 @pytest.mark.parametrize(
     ("engine", "packed"),
     [
@@ -82,6 +83,7 @@ def test_the_course_does_not_depend_on_the_number_of_ranks(tmp_path, engine, pac
     assert evaluation_of(runs[1])["eval_loss"] == pytest.approx(evaluation_of(runs[0])["eval_loss"], rel=2e-4)
 
 
+@pytest.mark.full("ranks")
 def test_generate_answers_with_what_was_trained(run):
     asked = ["w1 w2", "w7", "w30 w5 w6", "w11 w12"]
     finished = run_forked("generate", run / "run", "--prompt", *asked, "--input", "w3 w4", "--max-new-tokens", "6")

@@ -33,6 +33,7 @@ def test_a_forced_cpu_under_which_accelerate_trains_with_plain_ddp(arguments):
     assert_refused(finished, "ACCELERATE_USE_CPU is set")
 
 
+@pytest.mark.full("install")
 def test_a_launch_without_deepspeed(arguments):
     finished = run("torchrun", "--nproc_per_node", "2", *arguments, timeout=120)
     assert_refused(finished, "this process was not launched with DeepSpeed")
