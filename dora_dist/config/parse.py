@@ -4,6 +4,7 @@ import dataclasses
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -42,6 +43,15 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
+@cache
+def _parser_of(preset: str) -> ArgumentParser:
+    """With the defaults of a preset. A comparison has hundreds of configurations, each of which would wait a tenth of a
+    second for a parser of its own."""
+    parser = build_parser()
+    parser.set_defaults(dict(PRESETS[preset]))
+    return parser
+
+
 def parse_config(arguments: Sequence[str] | None = None) -> RunConfig:
     """Read the configuration from a command line.
 
@@ -60,10 +70,8 @@ def parse_config(arguments: Sequence[str] | None = None) -> RunConfig:
                 f"{option} is one entry of training.{whole}: give all of them in the file, or at once as "
                 f"--training.{whole} '{{name: value}}'"
             )
-    parser = build_parser()
     check_files(arguments, RunConfig)
-    parser.set_defaults(dict(PRESETS[given_preset(arguments)]))
-    return RunConfig(**parse_strictly(parser, arguments, RunConfig))
+    return RunConfig(**parse_strictly(_parser_of(given_preset(arguments)), arguments, RunConfig))
 
 
 def parse_strictly(parser: ArgumentParser, arguments: Sequence[str], section: type) -> dict[str, Any]:
@@ -111,8 +119,7 @@ def config_of(values: Mapping[str, Any]) -> RunConfig:
             raise ValueError(f"unknown key {name}{_hint(name, set(entries))}")
         if (dataclasses.is_dataclass(entries[name]) or name == "training") and not isinstance(value, Mapping):
             raise ValueError(f"{name} is {value!r}, but must be a section of the configuration of a run")
-    parser = build_parser()
-    parser.set_defaults(dict(PRESETS[preset_of(values)]))
+    parser = _parser_of(preset_of(values))
     try:
         parsed = parser.parse_object(dict(values))
     except ArgumentError as error:

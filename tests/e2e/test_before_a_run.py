@@ -9,6 +9,7 @@ from support.forked_run import run_forked, run_to_the_end
 from support.tiny_run import write_config, write_rows
 
 
+@pytest.mark.full("data")
 def test_prepared_data_is_read_by_the_run(tmp_path):
     config = write_config(tmp_path)
     prepared = run_forked("prepare", str(config))

@@ -54,7 +54,12 @@ def assert_same_end(expected, found):
 
 @pytest.mark.parametrize(
     ("before", "after", "step"),
-    [(2, 1, 5), (1, 2, 3), pytest.param(2, 4, 9, marks=FULL), pytest.param(4, 2, 5, marks=FULL)],
+    [
+        (2, 1, 5),
+        pytest.param(1, 2, 3, marks=FULL),
+        pytest.param(2, 4, 9, marks=FULL),
+        pytest.param(4, 2, 5, marks=FULL),
+    ],
 )
 def test_a_run_goes_on_with_another_number_of_ranks(before, after, step, config, whole, tmp_path):
     source = whole(before)

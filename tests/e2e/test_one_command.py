@@ -77,7 +77,7 @@ def test_other_engines_are_started_too(config, engine, tmp_path):
     assert about["processes"] == (2 if engine == "ddp" else 1)
 
 
-@pytest.mark.parametrize("name", ["RANK", "SLURM_PROCID"])
+@pytest.mark.parametrize("name", [pytest.param("RANK", marks=pytest.mark.full("faults")), "SLURM_PROCID"])
 def test_a_batch_script_is_no_rank(config, name):
     """Only RANK and WORLD_SIZE together make one, which would refuse to start ranks of its own."""
     finished = run_forked("train", str(config), "--processes", "0", **{name: "0"})

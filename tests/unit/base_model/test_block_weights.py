@@ -6,6 +6,7 @@ from support.tiny_models import tiny_model
 
 from dora_dist.adapter.targets import resolve_targets
 from dora_dist.base_model.block_weights import check_quantized, describe_left_out, left_out
+from dora_dist.config.adapter import DynamicLoraConfig
 
 ATTENTION = 64 * 64 + 2 * 64 * 32 + 64 * 64
 EXPERTS = {"gate_up_proj": 4 * 2 * 64 * 128, "down_proj": 4 * 64 * 128, "gate": 4 * 64}
@@ -21,11 +22,12 @@ def test_fused_experts_are_named_with_their_share():
         f"model.layers.*.mlp.{kind}" for kind in ("experts.gate_up_proj", "experts.down_proj", "gate")
     ]
     assert list(shares.values()) == [pytest.approx(size / total) for size in EXPERTS.values()]
-    said = describe_left_out(mixtral, "all-linear", names)
+    said = describe_left_out(mixtral, DynamicLoraConfig(), names)
     assert said.startswith(
         "all-linear leaves out 88.9% of the block weights: model.layers.*.mlp.experts.gate_up_proj 59.1%"
     )
-    assert describe_left_out(mixtral, ["q_proj"], ["model.layers.0.self_attn.q_proj"]) is None
+    named = DynamicLoraConfig(target_modules=["q_proj"])
+    assert describe_left_out(mixtral, named, ["model.layers.0.self_attn.q_proj"]) is None
 
 
 def test_a_tower_is_one_part():
@@ -35,7 +37,7 @@ def test_a_tower_is_one_part():
 
 def test_nothing_is_said_of_a_model_that_is_adapted_as_a_whole():
     llama = tiny_model()
-    assert describe_left_out(llama, "all-linear", resolve_targets(llama, "all-linear")) is None
+    assert describe_left_out(llama, DynamicLoraConfig(), resolve_targets(llama, "all-linear")) is None
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])

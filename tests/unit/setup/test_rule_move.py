@@ -32,7 +32,7 @@ def test_the_controller_has_the_rule_and_its_importance_and_the_adapter_its_slot
     settings = load(write_run(config.parent, {"data": {"train": str(config.parent / "train.jsonl")}}, MOVE))
     run = resolved(settings)
     model = load_model(settings, torch.device("cpu"), tiny_tokenizer())
-    controller = build_controller(settings, model, Agreement(), run.budget)
+    controller = build_controller(settings.pruning, 0, model, Agreement(), run.budget)
     assert isinstance(controller.rule, Move)
     assert isinstance(controller.criterion, Ablation)
     assert controller.num_kept == run.budget.initial == run.budget.final == 28
