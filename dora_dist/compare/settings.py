@@ -115,7 +115,7 @@ def parse_compare(arguments: Sequence[str] | None = None) -> CompareConfig:
     parser.add_argument("--config", action=ActionConfigFile)
     parser.add_class_arguments(CompareConfig)
     plain, nested = _split(sys.argv[1:] if arguments is None else arguments)
-    config = CompareConfig(**parse_strictly(parser, plain, CompareConfig))
+    config = CompareConfig(**parse_strictly(lambda: parser, plain, CompareConfig))
     for path, text in nested:
         _set(config, path, text)
     return config

@@ -8,9 +8,9 @@ ALL_LINEAR = "all-linear"
 Init = Literal["lora", "paper", "adalora", "inputs", "gradient", "lora_one"]
 INITS: tuple[str, ...] = get_args(Init)
 """``lora``: a_i as LoRA's, b_i = 0, c_i = 1. ``paper``: a_i and b_i Kaiming-uniform, c_i = 0. ``adalora``: a_i and
-b_i normal with a standard deviation of 0.02, c_i = 0. The others are ``lora``
-with a_i of the same length along directions from data: ``inputs``, the principal ones of the layer's inputs;
-``gradient``, the right singular vectors of the gradient of its weight. ``lora_one`` is one step down that gradient."""
+b_i normal with a standard deviation of 0.02, c_i = 0. ``inputs`` and ``gradient`` are ``lora`` with a_i of the same
+length along directions from data: the principal ones of the layer's inputs, or the right singular vectors of the
+gradient of its weight. ``lora_one`` is one step down that gradient."""
 INPUTS = "inputs"
 GRADIENT = "gradient"
 LORA_ONE = "lora_one"

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -70,22 +70,24 @@ def parse_config(arguments: Sequence[str] | None = None) -> RunConfig:
                 f"{option} is one entry of training.{whole}: give all of them in the file, or at once as "
                 f"--training.{whole} '{{name: value}}'"
             )
-    check_files(arguments, RunConfig)
-    return RunConfig(**parse_strictly(_parser_of(given_preset(arguments)), arguments, RunConfig))
+    return RunConfig(**parse_strictly(lambda: _parser_of(given_preset(arguments)), arguments, RunConfig))
 
 
-def parse_strictly(parser: ArgumentParser, arguments: Sequence[str], section: type) -> dict[str, Any]:
+def parse_strictly(
+    make_parser: Callable[[], ArgumentParser], arguments: Sequence[str], section: type
+) -> dict[str, Any]:
     """Values of a command line with ``--config FILE``, without ``config`` itself.
 
     Args:
-        parser: of the command.
+        make_parser: of the command; called when the files can be read.
         arguments: of the command line.
         section: dataclass that the files describe; its keys are refused where they are null and must not be.
 
     Raises:
         ValueError: see :func:`parse_config`.
     """
-    check_files(arguments, section)
+    _check_files(arguments, section)
+    parser = make_parser()
     try:
         parsed = parser.parse_args(arguments)
     except ArgumentError as error:
@@ -93,8 +95,8 @@ def parse_strictly(parser: ArgumentParser, arguments: Sequence[str], section: ty
     return _instances(parsed, given_by(arguments, _keys(parser)), section)
 
 
-def check_files(arguments: Sequence[str], section: type) -> None:
-    """Refuse files of a command line that cannot be read; see :func:`parse_strictly`."""
+def _check_files(arguments: Sequence[str], section: type) -> None:
+    """Refuse files of a command line that cannot be read."""
     for path in config_files(arguments):
         if not path.is_file():
             what = f"{path} is a folder" if path.is_dir() else f"there is no file {path}"

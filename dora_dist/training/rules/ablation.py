@@ -89,7 +89,7 @@ def ablation_scores(
     starts = torch.tensor([0, *(mask.numel() for mask in masks)]).cumsum(0).tolist()
     scores = torch.zeros(starts[-1], dtype=torch.float64, device=agreement.device)
     mine = places[agreement.rank :: agreement.size]
-    with agreement.together("scoring components by ablation"), _evaluating(model), _masks_restored(layers):
+    with agreement.together("scoring components by ablation"), _evaluating(model), _masks_restored(layers, masks):
         began = time.monotonic()
         for done, (number, index) in enumerate(mine):
             layers[number].component_mask[index] = False
@@ -134,7 +134,11 @@ def ablation_gradient_scores(
     gates = [layer.gate for layer in layers]
     values = [gate.detach().clone() for gate in gates]
     share = losses[agreement.rank :: agreement.size]
-    with agreement.together("scoring components by ablation gradients"), _evaluating(model), _gates_restored(gates):
+    with (
+        agreement.together("scoring components by ablation gradients"),
+        _evaluating(model),
+        _gates_restored(gates, values),
+    ):
         total = _gate_gradients(gates, share)
         for gate in gates:
             gate.data.zero_()
@@ -182,8 +186,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _masks_restored(layers: Sequence[DynamicLoraLinear]) -> Iterator[None]:
-    masks = [layer.component_mask.clone() for layer in layers]
+def _masks_restored(layers: Sequence[DynamicLoraLinear], masks: Sequence[Tensor]) -> Iterator[None]:
+    """Masks may be changed; in the end they are ``masks`` again."""
     try:
         yield
     finally:
@@ -192,14 +196,14 @@ def _masks_restored(layers: Sequence[DynamicLoraLinear]) -> Iterator[None]:
 
 
 @contextmanager
-def _gates_restored(gates: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Gates may be changed, and have gradients, also where they are not trained."""
-    before = [(gate.detach().clone(), gate.requires_grad) for gate in gates]
+def _gates_restored(gates: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
+    """Gates may be changed, and have gradients, also where they are not trained; in the end they are ``values``."""
+    trained = [gate.requires_grad for gate in gates]
     try:
         for gate in gates:
             gate.requires_grad_(True)
         yield
     finally:
-        for gate, (values, trained) in zip(gates, before, strict=True):
-            gate.data.copy_(values)
-            gate.requires_grad_(trained)
+        for gate, value, was_trained in zip(gates, values, trained, strict=True):
+            gate.data.copy_(value)
+            gate.requires_grad_(was_trained)
