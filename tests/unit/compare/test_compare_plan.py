@@ -107,7 +107,7 @@ def test_methods_differ_in_adapter_and_pruning_only_and_have_one_scale(plan_of):
 
 
 BUILT_IN_NAMES = (
-    "lora adalora dynamic no-dem no-smoothing hard-prune random magnitude sensitivity by-parameters".split()
+    "lora adalora eva dynamic no-dem no-smoothing hard-prune random magnitude sensitivity by-parameters".split()
 )
 
 
@@ -211,9 +211,11 @@ def test_what_is_wrong_with_a_task_is_said(plan_of, task, message):
         plan_of(tasks={"one": task})
 
 
-def test_adalora_is_for_tasks_that_it_can_be_measured_on(plan_of):
-    with pytest.raises(ValueError, match="cells one rank 4 adalora: task is seq2seq, but AdaLoRA is compared on"):
+def test_methods_of_peft_are_for_tasks_that_they_can_be_measured_on(plan_of):
+    with pytest.raises(ValueError, match="cells one rank 4 adalora: task is seq2seq, but PEFT's AdaLoRA is"):
         plan_of("--run.task", "seq2seq", methods=["lora", "adalora"])
+    with pytest.raises(ValueError, match="PEFT's EVA is compared on causal_lm only"):
+        plan_of("--run.task", "sequence_classification", methods=["lora", "eva"])
 
 
 def test_a_method_may_have_a_rate_of_the_columns_own_but_not_adalora(plan_of):
