@@ -27,3 +27,21 @@ def test_the_quickstart_learns_its_task_within_the_budget():
         assert str(folder.relative_to(REPOSITORY)) in finished.output
     assert "Traceback" not in finished.output
     assert "Warning" not in finished.output
+
+
+@pytest.mark.full("install")
+@pytest.mark.timeout(900)
+def test_a_real_model_is_fetched_once_and_tuned(tmp_path):
+    """As many steps as show that it learns; the whole run takes minutes."""
+    arguments = ("--model", "smollm2", "--output", tmp_path / "smollm2")
+    fetched = run("python", "-m", "dora_dist", "quickstart", *arguments, "--yes", "--prepare-only", timeout=300)
+    assert fetched.status == 0, fetched.output
+    keys = {"training.max_steps": 12, "evaluation.max_examples": 4, "evaluation.exact_match": "false"}
+    given = [word for key, value in keys.items() for word in (f"--{key}", value)]
+    finished = run("python", "-m", "dora_dist", "quickstart", *arguments, *given, timeout=600, DS_ACCELERATOR="")
+    assert finished.status == 0, finished.output
+    assert "is up to date" in finished.output
+    (folder,) = (tmp_path / "smollm2").glob("run-*")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["after"]["loss"] < summary["before"]["loss"] / 4
+    assert len(summary["ranks"]) == 7 * 30
