@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from dora_dist.console.errors import ExpectedRunError
 from dora_dist.console.files import follow_umask
@@ -50,13 +51,13 @@ def convert(packages: Path, folder: Path) -> None:
 
     disable_progress_bar()
     (source,) = packages.rglob("*.gguf")
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    tokenizer: Any = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     # It counts as quantized, and would not be saved as what it is now.
     config = loaded.config.to_dict()
     for key in ("quantization_config", "_name_or_path"):
         config.pop(key, None)
-    model = LlamaForCausalLM(LlamaConfig(**config))
+    model: Any = LlamaForCausalLM(LlamaConfig(**config))
     model.load_state_dict(loaded.state_dict())
     asked = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
