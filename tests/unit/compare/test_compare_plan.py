@@ -235,7 +235,7 @@ def test_adalora_needs_something_to_prune(plan_of):
 @pytest.mark.parametrize("pruning", [{"rebase": True}, {"importance": "gate_sensitivity"}])
 def test_the_baseline_is_plain_lora_whatever_is_set_for_all(plan_of, pruning):
     """Singular components would be made of LoRA's at every event; gates that are not trained have no sensitivity."""
-    plan = plan_of(run={**LEAST["run"], "pruning": pruning})
+    plan = plan_of(run={**LEAST["run"], "preset": "paper", "pruning": pruning})
     ours, lora = run_of(plan, "dynamic").pruning, run_of(plan, "lora").pruning
     assert all(getattr(ours, name) == value for name, value in pruning.items())
     assert lora.rule == "none"
