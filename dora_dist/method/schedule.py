@@ -103,7 +103,8 @@ class BudgetSchedule:
 
     With ``T = total_steps``, ``t = int(step - T * warmup_fraction)`` and
     ``t_max = int(T * (1 - warmup_fraction - final_fraction))``, the number of components pruned by a step is
-    ``int(num_layers * (initial_rank - target_rank) * (t / t_max)**3)`` for ``0 <= t <= t_max``; ``t_max`` is at least 1.
+    ``int(num_layers * (initial_rank - target_rank) * (t / t_max)**3)`` for ``0 <= t <= t_max``.
+    ``t_max`` is at least 1.
 
     Args:
         total_steps: optimizer steps of the whole run.
