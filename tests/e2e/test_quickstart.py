@@ -20,7 +20,10 @@ def test_the_quickstart_learns_its_task_within_the_budget():
     assert summary["after"]["loss"] < summary["before"]["loss"] / 4
     layers = len(summary["ranks"])
     assert summary["components_at_start"] == 12 * layers
-    assert summary["components_kept"] == sum(summary["ranks"].values()) == 8 * layers
+    assert summary["components_kept"] == sum(summary["ranks"].values())
+    # To within one component of the parameters of rank 8: a component of the MLP has 128 + 256.
+    wanted = 8 * layers // 7 * (4 * (128 + 128) + 3 * (128 + 256))
+    assert wanted - (128 + 256) < summary["parameters_kept"] <= wanted
     assert len(set(summary["ranks"].values())) > 1, "every layer kept the same rank"
     for name in ("adapter/adapter_model.safetensors", "ranks.png", "progress.png", "metrics.jsonl", "tensorboard"):
         assert (folder / name).exists(), name
