@@ -7,11 +7,13 @@ import argparse
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from shlex import quote
+from typing import TYPE_CHECKING, Any
 
+from dora_dist.config.adapter import PROMPT
 from dora_dist.config.parse import parse_config
 from dora_dist.console.arguments import SPEED_OPTION, add_speed_option, speed_of, with_config_option
 from dora_dist.console.command import capture, run_command
@@ -202,7 +204,7 @@ def train_or_go_on(
     resolved = decide(config, data, earlier, agreement, agreement.size)
     stop_before_training(notice, agreement)
     if earlier.finished:
-        say(f"{run} holds a finished run with these settings; {describe_adapter(run / 'adapter')}")
+        say(f"{run} holds a finished run with these settings; {describe_adapter(run / 'adapter', config)}")
         return
     from dora_dist.setup.describe import banner
 
@@ -312,6 +314,7 @@ def finish(run: Path, resolved: "ResolvedRun", trainer: "DynamicLoraTrainer") ->
     """
     from dora_dist.adapter.ranks import write_plan
     from dora_dist.runs import records, summary
+    from dora_dist.runs.card import card_of
 
     parts = trainer.parts
     parts.controller.finish()
@@ -319,9 +322,11 @@ def finish(run: Path, resolved: "ResolvedRun", trainer: "DynamicLoraTrainer") ->
         trainer.evaluate()
     with parts.agreement.together(f"writing the results into {run}"):
         if parts.agreement.is_first:
-            save_adapter(trainer.model, resolved.tokenizer, run / "adapter")
+            save_adapter(trainer.model, resolved.tokenizer, run / "adapter", card_of(run))
             write_plan(run / records.PLAN, parts.controller.ranks, resolved.fingerprint.as_dict())
-            print(summary.finish_run(run), describe_size(run, resolved.fingerprint.task), sep="\n", flush=True)
+            task, labels = resolved.fingerprint.task, resolved.fingerprint.labels
+            ending = describe_size(run, task), "", describe_use(run, task, labels)
+            print(summary.finish_run(run), *ending, sep="\n", flush=True)
 
 
 def stop_before_training(notice: PreemptionNotice, agreement: "Agreement") -> None:
@@ -352,10 +357,12 @@ def print_dry_run(
             print(describe(config, resolved, ranks, find_speed(run, dry_run.tokens_per_second)), flush=True)
 
 
-def describe_adapter(folder: Path) -> str:
+def describe_adapter(folder: Path, config: "RunConfig") -> str:
     """Where the adapter of a finished run is, or how to make it again."""
     if folder.is_dir():
         return f"its adapter is {folder}"
+    if config.adapter.routing == PROMPT:
+        return "its adapter is gone: its checkpoints hold one each, which dora_dist.load_adapter reads"
     return f"its adapter is gone: dora-dist export {folder.parent} --checkpoint NAME makes one of a checkpoint"
 
 
@@ -374,12 +381,57 @@ def describe_size(run: Path, task: str) -> str:
     return f"  {'adapter size':<16} {padded}, padded to one rank; {compact} with every module's own rank{hint}"
 
 
-def save_adapter(model: "DynamicLoraModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
-    """Write the adapter, folded to plain LoRA of one rank, with the tokenizer; ``folder`` is complete or not there."""
+def describe_use(run: Path, task: str, labels: list[str] | str | None) -> str:
+    """The lines that load the adapter of a finished run, serve it and share it.
+
+    Args:
+        run: its folder.
+        task: of the run.
+        labels: names of classes, or ``regression``; None where rows have no labels.
+    """
+    from dora_dist.adapter.plain_lora import ADAPTER_CONFIG
+    from dora_dist.config.tasks import CAUSAL_LM, TASKS
+    from dora_dist.console.files import read_json
+    from dora_dist.routing.files import SETTINGS, is_routed
+
+    folder = run / "adapter"
+    if is_routed(folder):
+        base, load = read_json(folder / SETTINGS)["base_model"], "dora_dist.load_adapter"
+    else:
+        base, load = read_json(folder / ADAPTER_CONFIG)["base_model_name_or_path"], "PeftModel.from_pretrained"
+    outputs = "" if labels is None else f", num_labels={len(labels) if isinstance(labels, list) else 1}"
+    lines = [("in Python", f"{load}({TASKS[task].auto_class}.from_pretrained({base!r}{outputs}), {str(folder)!r})")]
+    if task == CAUSAL_LM and not is_routed(folder):
+        rank = read_json(folder / ADAPTER_CONFIG)["r"]
+        adapter = f"--max-lora-rank {rank} --lora-modules NAME={quote(str(folder))}"
+        served = f"vllm serve {quote(base)} --enable-lora {adapter}"
+        lines.append(("served by vLLM", served))
+    lines.append(("shared", f"hf upload USER/NAME {quote(str(folder))}     # with README.md, its model card"))
+    return "\n".join(f"  {title:<16} {line}" for title, line in lines)
+
+
+def save_adapter(
+    model: "DynamicLoraModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    folder: Path,
+    card: tuple[Mapping[str, Any], str] | None = None,
+) -> None:
+    """Write the adapter, folded to plain LoRA of one rank, with the tokenizer; ``folder`` is complete or not there.
+
+    Args:
+        model: with the adapter.
+        tokenizer: that it was trained with.
+        folder: is replaced.
+        card: what the run adds to the model card.
+    """
+    from dora_dist.adapter.card import complete_card
+
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
+    if card is not None:
+        complete_card(temporary, *card)
     follow_umask(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
 CARD = "README.md"
 PAPER = "https://arxiv.org/abs/2405.17357"
@@ -13,22 +14,24 @@ PADDED = "They are padded with zeros to rank {} in every module, which PEFT, vLL
 MIXED = "Every module has its own rank, which PEFT and llama.cpp take and vLLM does not."
 
 
+def absolute_base(base_model: str | None) -> str | None:
+    """A base by a name that means the same from everywhere: a folder by its whole path, a name as it is."""
+    if base_model is not None and Path(base_model).is_dir():
+        return str(Path(base_model).resolve())
+    return base_model
+
+
 def write_card(folder: Path, ranks: Mapping[str, int], base_model: str | None, padded: int | None) -> None:
-    """Write ``README.md`` into an adapter's folder.
+    """Write the card of a plain LoRA adapter into its folder, as far as the adapter itself says it.
 
     Args:
         folder: exists.
         ranks: module name -> rank, of all modules that have one.
-        base_model: name or path of the base model.
+        base_model: name or absolute path of the base model.
         padded: rank that the factors are padded to with zeros; None where every module has its own.
     """
-    data = ModelCardData(base_model=base_model, library_name="peft", tags=["lora", "dynamic-lora", "dora-dist"])
     total, low, high = sum(ranks.values()), min(ranks.values()), max(ranks.values())
-    text = f"""---
-{data.to_yaml()}
----
-
-# LoRA adapter{f" for {base_model}" if base_model else ""}
+    text = f"""# LoRA adapter{_for(base_model)}
 
 [Dynamic Low-Rank Adaptation]({PAPER}) (DoRA, ACL 2024) chose the rank of every layer while it trained this adapter:
 {total} rank-one components in {len(ranks)} modules, ranks {low} to {high}. {NOT_WEIGHT_DECOMPOSED}
@@ -38,4 +41,52 @@ The folder holds plain LoRA factors. {PADDED.format(padded) if padded else MIXED
     from peft import PeftModel
     model = PeftModel.from_pretrained(base, "path/to/this/folder")
 """
-    (folder / CARD).write_text(text, encoding="utf-8")
+    _save(folder, _metadata(base_model, "peft", ["lora", "dynamic-lora", "dora-dist"]), text)
+
+
+def write_routed_card(folder: Path, rank: int, num_modules: int, chosen: int, base_model: str | None) -> None:
+    """Write the card of a prompt-routed adapter, which PEFT cannot load, into its folder.
+
+    Args:
+        folder: exists.
+        rank: of every module.
+        num_modules: that the adapter has.
+        chosen: how many modules of a block a prompt has.
+        base_model: name or absolute path of the base model.
+    """
+    text = f"""# Prompt-routed LoRA adapter{_for(base_model)}
+
+A router in every block chooses for each prompt the {chosen} modules whose update is applied (MiLoRA, EMNLP 2024): LoRA
+of rank {rank} in {num_modules} modules. It cannot be folded into plain LoRA, so that PEFT, vLLM and llama.cpp cannot
+load it. The package dora-dist does:
+
+    import dora_dist
+    model = dora_dist.load_adapter(base, "path/to/this/folder")
+"""
+    _save(folder, _metadata(base_model, "dora-dist", ["lora", "milora", "dora-dist"]), text)
+
+
+def complete_card(folder: Path, data: Mapping[str, Any], text: str) -> None:
+    """Add what a run knows of its adapter to the card in the adapter's folder.
+
+    Args:
+        folder: with a card.
+        data: further metadata, by the Hub's names.
+        text: Markdown, for the end of the card.
+    """
+    card = ModelCard.load(folder / CARD)
+    _save(folder, ModelCardData(**{**card.data.to_dict(), **data}), f"{card.text.strip()}\n\n{text}")
+
+
+def _for(base_model: str | None) -> str:
+    return f" for `{' '.join(base_model.replace('`', '').split())}`" if base_model else ""
+
+
+def _metadata(base_model: str | None, library: str, tags: list[str]) -> ModelCardData:
+    """The base is among them only by a name of the Hub, which refuses a card with the path of a folder."""
+    known = base_model is not None and not Path(base_model).is_absolute()
+    return ModelCardData(base_model=base_model if known else None, library_name=library, tags=tags)
+
+
+def _save(folder: Path, data: ModelCardData, text: str) -> None:
+    (folder / CARD).write_text(f"---\n{data.to_yaml()}\n---\n\n{text}", encoding="utf-8")

@@ -16,9 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dora_dist.adapter.card import write_card
+from dora_dist.adapter.card import absolute_base, write_card
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 KEY_PREFIX = "base_model.model."
 Factors = tuple[Tensor, Tensor]
 """Of a layer: ``A (k, in)`` and ``B (out, k)``, whose product ``B A`` is the update."""
@@ -83,7 +84,7 @@ def write_lora_adapter(
     Args:
         folder: created if missing.
         factors: module name -> ``(A (k, in), B (out, k))`` as of :func:`fold_components`.
-        base_model: name or path of the base model, for ``base_model_name_or_path``.
+        base_model: name or path of the base model, for ``base_model_name_or_path``; of a folder the whole path.
         task_type: PEFT's task type.
         head: modules that were trained as a whole, by name, each with its parameters by their names in it.
         rank: of every module; :func:`common_rank` by default.
@@ -91,7 +92,7 @@ def write_lora_adapter(
     Raises:
         ValueError: every module has rank 0, so that there is no adapter to write.
     """
-    present = _with_components(factors)
+    present, base_model = _with_components(factors), absolute_base(base_model)
     rank = rank or common_rank(present)
     padded = {name: pad_rank(parts, rank) for name, parts in present.items()}
     config = _lora_config(padded, base_model, task_type, rank, sorted(head or {}))
@@ -113,7 +114,7 @@ def write_compact_adapter(folder: Path, factors: Mapping[str, Factors], base_mod
     Raises:
         ValueError: every module has rank 0.
     """
-    present = _with_components(factors)
+    present, base_model = _with_components(factors), absolute_base(base_model)
     ranks = {name: lora_a.shape[0] for name, (lora_a, _) in present.items()}
     alpha = max(ranks.values())
     folded = {name: (lora_a, lora_b * (ranks[name] / alpha)) for name, (lora_a, lora_b) in present.items()}

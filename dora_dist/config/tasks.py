@@ -31,6 +31,7 @@ class Task:
         name: value of the key ``task``.
         auto_class: transformers' class that loads a model for it.
         peft_type: PEFT's name of it.
+        pipeline_tag: the Hub's name of it.
         class_ending: how names of transformers' classes for it end; empty where they have many endings.
         trains_head: whether the model has a head of the task's own, which is trained.
         has_labels: whether a row has one label, a class or a number as ``data.labels`` says.
@@ -43,6 +44,7 @@ class Task:
     name: TaskName
     auto_class: str
     peft_type: str
+    pipeline_tag: str
     class_ending: str
     trains_head: bool
     has_labels: bool = False
@@ -58,6 +60,7 @@ TASKS: dict[str, Task] = {
             name=CAUSAL_LM,
             auto_class="AutoModelForCausalLM",
             peft_type="CAUSAL_LM",
+            pipeline_tag="text-generation",
             class_ending="",
             trains_head=False,
             formats=("messages", "sharegpt", "alpaca", "prompt_completion", "text"),
@@ -67,6 +70,7 @@ TASKS: dict[str, Task] = {
             name=SEQUENCE_CLASSIFICATION,
             auto_class="AutoModelForSequenceClassification",
             peft_type="SEQ_CLS",
+            pipeline_tag="text-classification",
             class_ending="ForSequenceClassification",
             trains_head=True,
             has_labels=True,
@@ -78,6 +82,7 @@ TASKS: dict[str, Task] = {
             name=QUESTION_ANSWERING,
             auto_class="AutoModelForQuestionAnswering",
             peft_type="QUESTION_ANS",
+            pipeline_tag="question-answering",
             class_ending="ForQuestionAnswering",
             trains_head=True,
             formats=("squad",),
@@ -88,6 +93,7 @@ TASKS: dict[str, Task] = {
             name=SEQ2SEQ,
             auto_class="AutoModelForSeq2SeqLM",
             peft_type="SEQ_2_SEQ_LM",
+            pipeline_tag="summarization",
             class_ending="",
             trains_head=False,
             formats=("summary",),

@@ -13,6 +13,8 @@ import torch
 
 SOURCES = Path(__file__).parents[1]
 """The folder of this package, in whose repository the commit is looked up."""
+NOT_INSTALLED = "not installed"
+"""The version of a package that is not there."""
 RUN_PACKAGES = (
     *("dora-dist", "torch", "deepspeed", "accelerate", "transformers", "peft", "bitsandbytes", "datasets"),
     *("liger-kernel", "triton"),
@@ -53,7 +55,7 @@ def _version_of(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "not installed"
+        return NOT_INSTALLED
 
 
 def _git(*arguments: str) -> str | None:

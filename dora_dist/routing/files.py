@@ -14,6 +14,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dora_dist.adapter.card import absolute_base, write_routed_card
 from dora_dist.adapter.plain_lora import Factors, pad_rank
 from dora_dist.console.files import read_json, write_json
 
@@ -70,6 +71,8 @@ def write_routed_adapter(
     for name, parts in factors.items():
         tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"] = (part.contiguous() for part in pad_rank(parts, rank))
     save_file(tensors, folder / TENSORS)
+    base_model = absolute_base(base_model)
+    write_routed_card(folder, rank, len(factors), modules_per_prompt, base_model)
     about = {"format": FORMAT, "base_model": base_model, "modules_per_prompt": modules_per_prompt}
     write_json(folder / SETTINGS, {**about, "blocks": [list(names) for names in blocks]})
 

@@ -153,7 +153,7 @@ def format_summary(summary: Mapping[str, Any], run: Path) -> str:
     if summary["session_seconds"]:
         seconds, tokens = summary["session_seconds"], summary["session_tokens"]
         lines.append(f"  {'training time':<16} {seconds:.0f} s, {tokens / seconds:.0f} tokens/s")
-    lines += ["", *_rank_table(summary["ranks"]), ""] if summary["ranks"] else [""]
+    lines += ["", *rank_table(summary["ranks"]), ""] if summary["ranks"] else [""]
     files = {
         "adapter": run / "adapter",
         "plan of ranks": run / records.PLAN,
@@ -165,7 +165,8 @@ def format_summary(summary: Mapping[str, Any], run: Path) -> str:
     return "\n".join(lines)
 
 
-def _rank_table(ranks: Mapping[str, int]) -> list[str]:
+def rank_table(ranks: Mapping[str, int]) -> list[str]:
+    """Ranks by layers and kinds of modules, with means, as lines."""
     blocks, kinds, grid = rank_grid(ranks)
     titles = short_kinds(kinds)
     widths = [max(len(title), 4) for title in titles]

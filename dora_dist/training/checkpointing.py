@@ -14,9 +14,12 @@ from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LRScheduler
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
+from dora_dist.adapter.card import complete_card
 from dora_dist.adapter.unfolded import load_parameters
 from dora_dist.config.format_version import METHOD_TENSORS
+from dora_dist.console.text import say
 from dora_dist.runs import checkpoint
+from dora_dist.runs.card import card_of
 from dora_dist.training import method_state
 from dora_dist.training.optimizer_shards import OptimizerShards
 from dora_dist.training.parts import LoopSettings, TrainingParts
@@ -87,6 +90,8 @@ class Checkpointer:
                 shutil.rmtree(folder)  # what an interrupted save left
         with self._agreement.together(f"writing {folder}"), checkpoint.room_needed(folder):
             write_trainer_files()
+            if self._agreement.is_first:
+                self._complete_card(folder)
             self._write_optimizer(folder)
             if self._agreement.is_first:
                 torch.save(self._scheduler.state_dict(), folder / SCHEDULER_NAME)
@@ -150,6 +155,13 @@ class Checkpointer:
         else:
             fresh = np.random.SeedSequence([seed, self._controller.step]).generate_state(1)[0]
             set_seed(int(fresh) % 2**31, device_specific=True)
+
+    def _complete_card(self, folder: Path) -> None:
+        """What the records say about the run goes into the adapter's card; a run does not end for want of it."""
+        try:
+            complete_card(folder, *card_of(self._records.folder))
+        except (OSError, ValueError) as error:
+            say(f"the card of {folder} says nothing about the run, whose records cannot be read: {error}")
 
     def _write_optimizer(self, folder: Path) -> None:
         if self._shards is not None:

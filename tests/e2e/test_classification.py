@@ -51,6 +51,7 @@ def test_stock_peft_predicts_what_was_measured(classification):
     predicted = outputs.logits.argmax(1)
     assert summary["after"]["loss"] == pytest.approx(float(outputs.loss), rel=1e-4)
     assert summary["after"]["accuracy"] == accuracy_score(wanted, predicted)
+    assert ", num_labels=2), " in classification.output, "the line that loads the adapter"
     assert summary["after"]["matthews"] == pytest.approx(matthews_corrcoef(wanted, predicted))
     assert summary["after"]["examples"] == len(labels) == 21
     assert f"accuracy         {summary['after']['accuracy']:.1%}  (21 examples)" in classification.output

@@ -1,8 +1,12 @@
 """What a run leaves behind, and the commands that read it."""
 
 import json
+import re
+import subprocess
+import sys
 
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from support.forked_run import run_forked
 
@@ -41,6 +45,35 @@ def test_the_adapter_in_every_checkpoint_is_the_trained_one(reference):
 def test_the_end_of_a_run_says_how_large_its_adapter_is_with_and_without_padding(reference):
     assert reference.output.count("  adapter size     ") == 1
     assert f"(dora-dist export {reference.run} --format compact)" in reference.output
+
+
+def test_the_line_that_it_ends_with_loads_the_adapter_in_stock_peft(reference):
+    (line,) = re.findall(r"^  in Python +(.*)$", reference.output, re.MULTILINE)
+    imported = "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n"
+    found = subprocess.run(
+        [sys.executable, "-c", f"{imported}print(sorted({line}.peft_config['default'].target_modules)[0])"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert found.returncode == 0, found.stderr
+    assert "proj" in found.stdout
+    folder = reference.run / "adapter"
+    assert re.search(rf"^  served by vLLM +vllm serve .* --max-lora-rank 8 .*NAME={folder}$", reference.output, re.M)
+    assert re.search(rf"^  shared +hf upload USER/NAME {folder} ", reference.output, re.MULTILINE)
+
+
+def test_every_adapter_has_a_card_of_its_own_training(reference):
+    for folder, step in ((reference.run / "adapter", 12), (reference.run / "checkpoint-5", 5)):
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.library_name == "peft"
+        assert (card.data.license, card.data.pipeline_tag) == ("unknown", "text-generation")
+        assert card.data.base_model is None, "the Hub refuses the path of a folder"
+        assert f"for `{reference.run.parent / 'model'}`" in card.text
+        assert f"{step} of 12, 8 rows each" in card.text
+        assert "as LoRA of rank 2, counted in components" in card.text
+        for section in ("Data", "Ranks", "Versions", "Licence"):
+            assert f"## {section}\n" in card.text
 
 
 def test_the_records_are_complete(reference):

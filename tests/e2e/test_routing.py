@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from support.commands import steps_of
 from support.forked_run import run_forked, run_that_fails, run_to_the_end
@@ -127,6 +128,12 @@ def test_other_routing_is_not_continued(run, tmp_path):
     assert status == 2
     assert "adapter.modules_per_prompt was 3 and is now 4" in text
     assert "adapter.balance_weight was 0.5 and is now 0" in text
+
+
+def test_its_card_says_what_loads_it(run):
+    card = ModelCard.load(run / "run" / "adapter" / "README.md")
+    assert card.data.library_name == "dora-dist"
+    assert "dora_dist.load_adapter" in card.text
 
 
 def test_the_folder_names_its_base(run):

@@ -156,6 +156,17 @@ def test_its_card_names_base_budget_and_what_it_is_not(tmp_path: Path):
     assert "This is not weight-decomposed DoRA" in card.text
 
 
+def test_a_base_that_is_a_folder_is_named_by_its_whole_path_outside_of_the_metadata(tmp_path: Path, monkeypatch):
+    base = tmp_path / "a `base`: {odd}"
+    base.mkdir()
+    monkeypatch.chdir(tmp_path)
+    write_lora_adapter(tmp_path / "adapter", {"a": (torch.ones(2, 4), torch.ones(3, 2))}, base.name)
+    card = ModelCard.load(tmp_path / "adapter" / "README.md")
+    assert card.data.base_model is None
+    assert f"# LoRA adapter for `{str(base).replace('`', '')}`\n" in card.text
+    assert LoraConfig.from_pretrained(str(tmp_path / "adapter")).base_model_name_or_path == str(base)
+
+
 def test_an_adapter_without_any_component_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="no adapter to write"):
         write_lora_adapter(tmp_path / "adapter", {"q": fold_components(*draw_layer([0.0]), scale=1.0)}, None)

@@ -1,0 +1,87 @@
+"""What a run adds to the card of its adapter: data, budget, ranks, held-out figures, versions."""
+
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dora_dist.config.data import SourceConfig
+from dora_dist.config.parse import load_config
+from dora_dist.config.tasks import METRICS, TASKS, Metric
+from dora_dist.console import files
+from dora_dist.console.provenance import NOT_INSTALLED
+from dora_dist.console.text import aligned
+from dora_dist.runs import records
+from dora_dist.runs.summary import rank_table, summarize
+
+LICENCE = (
+    "Not chosen. What applies is for whoever publishes the adapter to say, by the licences of its base and of its "
+    "data: set `license` above."
+)
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def card_of(run: Path) -> tuple[dict[str, Any], str]:
+    """Metadata and text for :func:`~dora_dist.adapter.card.complete_card`, by the records so far.
+
+    Args:
+        run: folder of the run, which may be going on.
+    """
+    about, summary = files.read_json(run / records.RUN), summarize(run)
+    config = load_config(run / records.CONFIG)
+    settings, versions = about["settings"], about["versions"]
+    data: dict[str, Any] = {"license": "unknown", "pipeline_tag": TASKS[config.task].pipeline_tag}
+    datasets = sorted({str(source.path) for source in config.data.train_sources if _is_of_the_hub(source)})
+    if datasets:
+        data["datasets"] = datasets
+    kept, parameters = summary["components_kept"], summary["parameters_kept"]
+    adapter = [
+        ("task", config.task),
+        ("base", f"{settings['model.path']}, quantization {settings['model.quantization']}"),
+        ("steps", f"{summary['steps']} of {settings['optimizer steps']}, {settings['global batch']} rows each"),
+        ("learning rate", str(settings["training.learning_rate"])),
+        ("seed", str(config.seed)),
+        ("preset", f"{config.preset}; start {config.adapter.init}, rule {config.pruning.rule}"),
+        ("budget", f"as LoRA of rank {config.adapter.target_rank}, counted in {config.pruning.budget_unit}"),
+    ]
+    if kept is not None:
+        state = "" if summary["final_event"] else ", and pruning has not ended"
+        size = "" if parameters is None else f" of {parameters:,} parameters"
+        adapter.append(("components", f"{summary['components_at_start']} -> {kept}{size}{state}"))
+    parts = [
+        ("Training", _lines(adapter)),
+        ("Data", _lines([("source", "rows", "format"), *map(_source, about["data"]["train"])])),
+        ("Held-out figures", _figures(summary)),
+        ("Ranks", "\n".join(rank_table(summary["ranks"])) if summary["ranks"] else ""),
+        ("Versions", ", ".join(f"{name} {number}" for name, number in versions.items() if number != NOT_INSTALLED)),
+    ]
+    sections = [f"## {title}\n\n{textwrap.indent(text, '    ')}" for title, text in parts if text]
+    return data, "\n\n".join([*sections, f"## Licence\n\n{LICENCE}"]) + "\n"
+
+
+def _is_of_the_hub(source: SourceConfig) -> bool:
+    path = source.path
+    return isinstance(path, str) and HUB_NAME.fullmatch(path) is not None and not Path(path).exists()
+
+
+def _source(source: Mapping[str, Any]) -> tuple[str, str, str]:
+    return str(source["name"]), f"{source['rows']:,}", str(source["format"])
+
+
+def _figures(summary: Mapping[str, Any]) -> str:
+    before, after = summary["before"], summary["after"]
+    if not after:
+        return ""
+    titles = {"loss": Metric("loss"), **METRICS}
+    figures = [(metric.title, name, metric.style) for name, metric in titles.items() if name in after]
+    rows = [
+        (title, f"{before[name]:{style}}" if before else "-", f"{after[name]:{style}}")
+        for title, name, style in figures
+    ]
+    return _lines([(f"of {after['examples']} examples", "base", "adapter"), *rows])
+
+
+def _lines(rows: Sequence[Sequence[str]]) -> str:
+    """Columns; a line break in a name would end the block that they are shown in."""
+    return aligned([[" ".join(cell.split()) for cell in row] for row in rows], num_words=1 if len(rows[0]) > 2 else 2)
