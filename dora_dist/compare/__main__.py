@@ -25,7 +25,7 @@ REPORTING = "DORA_DIST_COMPARE_REPORTS"
 
 
 class CellsMissingError(ExpectedRunError):
-    """Some cells have failed; the others are in the table."""
+    """Some cells of a comparison have failed. The table holds the others."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

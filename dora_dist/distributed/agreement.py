@@ -22,11 +22,11 @@ Result = TypeVar("Result")
 
 
 class DisagreementError(ExpectedRunError):
-    """Ranks that must hold the same state do not. Raised on every rank, with the same message."""
+    """Ranks that must hold the same state differ. Raised on every rank, with the same message."""
 
 
 class RankFailedError(ExpectedRunError):
-    """At least one rank failed before a collective. Raised on every rank, with the same message."""
+    """At least one rank failed, and the message names it. Raised on every rank, with the same message."""
 
 
 class Agreement:

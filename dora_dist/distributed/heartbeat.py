@@ -26,7 +26,7 @@ _ADVICE = "The same command goes on from the newest complete checkpoint"
 
 
 class RanksLostError(ExpectedRunError):
-    """A rank is gone, or failed where the others could not know. Raised on every other rank.
+    """Another rank stopped responding, or failed outside of a collective. Raised on every other rank.
 
     Attributes:
         status: exit status: that of a run which goes on when it is started again where a rank is gone, 1 where one has

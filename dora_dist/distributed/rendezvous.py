@@ -27,7 +27,7 @@ _KEPT: list[Any] = []
 
 
 class JoinError(ExpectedRunError):
-    """Not all ranks of the run have come. Raised on every rank that has."""
+    """Some ranks did not connect in time. Raised on every rank that did."""
 
 
 @dataclass(frozen=True)

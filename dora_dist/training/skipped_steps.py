@@ -12,7 +12,7 @@ from dora_dist.distributed.agreement import Agreement
 
 
 class NonFiniteLossError(ExpectedRunError):
-    """Losses or gradients stayed NaN or infinite for longer than the run may go on without them."""
+    """More consecutive steps than distributed.max_skipped_steps had a loss or gradient that is not finite."""
 
 
 class SkipPolicy:

@@ -35,11 +35,11 @@ BOOKKEEPING: dict[str, Any] = {
 
 
 class UnusableRowError(ValueError):
-    """A row that cannot be used, under the policy ``error``."""
+    """A row cannot be used, and data.bad_rows or data.overlong is error."""
 
 
 class ControlTokensError(ValueError):
-    """Rows with control tokens in their texts, under the policy ``error``."""
+    """Texts of rows hold control tokens, data.control_tokens is refuse, and data.bad_rows is error."""
 
 
 class ControlFlaw(RowFlaw):
