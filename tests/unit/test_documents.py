@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 from functools import cache
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import pytest
 from support.repository import REPOSITORY
@@ -83,6 +83,31 @@ def test_the_fields_of_a_line_of_metrics_are_documented():
     known = table_names("files.md", "metrics.jsonl") | {"step", "train_steps_per_second", "total_flos", "train_loss"}
     unknown = {name for line in lines for name in line if name not in known and not name.startswith("eval_")}
     assert not unknown
+
+
+def results(path: str) -> Any:
+    """A file of results."""
+    return json.loads((REPOSITORY / "benchmarks" / "results" / path).read_text(encoding="utf-8"))
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_files():
+    text = " ".join((REPOSITORY / "README.md").read_text(encoding="utf-8").split())
+    rows = results("evidence/planted/planted.json")["rows"]
+    half = {row["method"]: row["divergence"]["mean"] for row in rows if row["pattern"] == "half"}
+    assert f"falls from {half['uniform']:.3f} (uniform LoRA) to {half['gate_sensitivity']:.3f} by" in text
+    assert f"the score of the paper reaches {half['frobenius']:.3f}" in text
+    (record,) = [
+        record
+        for record in results("benchmark.json")["records"]
+        if record["shape"] == "512x8" and not record["checkpointing"]
+    ]
+    step, work = record["contestants"]["dynamic"], results("operations.json")["records"][0]["contestants"]["dynamic"]
+    assert f"takes {step['time_ratio']['median']:.2f} of the time and {step['memory_ratio']:.2f} of the peak" in text
+    assert f"dispatches {work['ratio']:.2f} of its operations" in text
+    groups = results("evidence/e2e-early-again/results.json")["groups"]
+    ahead = [-group["difference"]["mean"] for group in groups if group["method"] == "ends-at-25"]
+    assert all(f"by {mean:.3f} in held-out" in text for mean in ahead)
+    assert f"{results('soak.json')[1]['killed']['kills']} kills in half an hour" in text
 
 
 def test_every_module_with_a_workaround_is_there():
