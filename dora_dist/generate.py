@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Answer every prompt twice, printing as soon as both answers are there.
 
     Raises:
-        ValueError: something that the user can mend.
+        ValueError: The configuration or the input is invalid.
     """
     quiet_libraries()
     options = build_parser().parse_args(arguments)
@@ -252,7 +252,7 @@ def _question_of_json(text: str, number: int) -> Question:
         row: dict[str, Any] = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"line {number} of standard input begins with {{ and is not JSON ({error}): mend it, or give text that "
+            f"line {number} of standard input begins with {{ and is not JSON ({error}): fix it, or give text that "
             "begins so with --prompt"
         ) from None
     messages = row.get("messages") or []

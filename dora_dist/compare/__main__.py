@@ -87,7 +87,7 @@ def _run(plan: Plan, own: Sequence[str], workers: int | None) -> None:
         prepare(plan)  # once, before all workers read it, and with one message where something is wrong
         status = run_workers(own, workers, gpus)
         if status == PREEMPTED:
-            raise PreemptedError("preempted; start the same command again to go on")
+            raise PreemptedError("preempted; start the same command again to resume")
     finish(plan, own)
 
 
@@ -111,8 +111,8 @@ def finish(plan: Plan, own: Sequence[str]) -> None:
     if not found.complete:
         rows = sum(bool(group.missing) for group in found.groups)
         raise CellsMissingError(
-            f"{rows} of {len(found.groups)} rows of the table lack cells, see the end of {written}; start the same "
-            "command to run them"
+            f"{rows} of {len(found.groups)} table rows are incomplete, see the end of {written}; start the same "
+            "command to run the missing cells"
         )
 
 

@@ -215,7 +215,7 @@ class Agreement:
         nodes = self.gather(platform.node())
         listed = " against ".join(_name_ranks(group, nodes) for group in groups)
         message = (
-            f"the ranks disagree on {what}: {listed}; first difference in {first}. The run cannot go on from here: "
+            f"the ranks disagree on {what}: {listed}; first difference in {first}. The run cannot continue: "
             "resume from the last complete checkpoint"
         )
         raise mark_common(DisagreementError(message))

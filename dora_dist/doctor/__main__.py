@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the report, and leave with its exit status.
 
     Raises:
-        ValueError: something that the user can mend in the command.
+        ValueError: The command line is invalid.
         ExpectedRunError: the ranks did not come together, or one of them failed.
     """
     options, overrides = build_parser().parse_known_args(with_config_option(arguments))

@@ -191,7 +191,7 @@ class RowEncoder(ABC, Generic[P, E]):
 
     def _check_policy(self, flaw: RowFlaw, place: str) -> None:
         if self.rules.bad_rows == "error":
-            raise UnusableRowError(f"{place}: {flaw}; mend it, or set data.bad_rows to skip") from None
+            raise UnusableRowError(f"{place}: {flaw}; fix it, or set data.bad_rows to skip") from None
 
     @abstractmethod
     def _texts(self, sample: Any) -> Iterable[tuple[str, str]]:
