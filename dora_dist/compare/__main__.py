@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--config",
         required=True,
         metavar="CONFIG",
-        help="YAML file of the comparison, which may also be the first argument by itself; recipes are under compare/",
+        help="YAML file of the comparison; it can also be given as the first argument; recipes are under compare/",
     )
     parser.add_argument("--workers", type=int, help="processes of this machine; one per GPU by default, else one")
     parser.add_argument("--dry-run", action="store_true", help="print the cells, and end")
