@@ -14,6 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from docstring_parser import parse
 
 from dora_dist.config.data import SourceConfig
+from dora_dist.config.presets import DEFAULT, PRESETS
 from dora_dist.config.run import RunConfig
 from dora_dist.config.training import DEFAULT_TRAINING_ARGUMENTS, LORA_PLUS_RATIO, OWNED_TRAINING_ARGUMENTS
 from dora_dist.console.errors import PREEMPTED
@@ -52,7 +53,12 @@ def default_of(field: "dataclasses.Field[Any]", defaults: object) -> str:
         value = field.default_factory()
     if isinstance(value, list | dict):
         return "empty"
-    return f"`{'null' if value is None else str(value).lower() if isinstance(value, bool) else value}`"
+    return f"`{default_text(value)}`"
+
+
+def default_text(value: object) -> str:
+    """A value as YAML has it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def meanings(section: type) -> dict[str, str]:
@@ -80,7 +86,9 @@ def configuration() -> list[str]:
     lines = [
         "## Top level",
         "",
-        *table(RunConfig, RunConfig, ""),
+        *table(RunConfig, types.SimpleNamespace(preset=DEFAULT), ""),  # of a file; the class itself means the paper's
+        "",
+        *presets(),
     ]
     hints = get_type_hints(RunConfig)
     for field in dataclasses.fields(RunConfig):
@@ -93,6 +101,26 @@ def configuration() -> list[str]:
         if field.name == "data":
             lines += ["", "### A source", "", summary(SourceConfig), "", *table(SourceConfig, SourceConfig, "")]
     return [*lines, "", *training()]
+
+
+def presets() -> list[str]:
+    """Keys of which the presets have other defaults."""
+    rows = [
+        f"| `{name}`{' (default)' * (name == DEFAULT)} | "
+        + (", ".join(f"`{key}: {default_text(value)}`" for key, value in keys.items()) or "none: the tables below")
+        + " |"
+        for name, keys in PRESETS.items()
+    ]
+    return [
+        "## Presets",
+        "",
+        "`preset` sets defaults of the sections `adapter` and `pruning`. The tables below have those of `paper`;",
+        "the other presets differ in these keys:",
+        "",
+        "| preset | defaults that differ |",
+        "|---|---|",
+        *rows,
+    ]
 
 
 def training() -> list[str]:

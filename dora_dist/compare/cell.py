@@ -1,6 +1,5 @@
 """Running one cell in this process, with its output in the cell's own file."""
 
-import dataclasses
 import gc
 import os
 import shutil
@@ -14,8 +13,11 @@ from typing import Any
 import torch
 
 from dora_dist import train
-from dora_dist.compare.adalora import train_adalora
 from dora_dist.compare.cell_result import record_failure
+from dora_dist.compare.methods import ADALORA
+from dora_dist.compare.peers.adalora import AdaLora
+from dora_dist.compare.peers.eva import Eva
+from dora_dist.compare.peers.training import train_peer
 from dora_dist.compare.plan import Cell, Plan
 from dora_dist.console import files
 from dora_dist.console.errors import PreemptedError
@@ -72,8 +74,9 @@ def run_cell(plan: Plan, cell: Cell, identity: Mapping[str, Any], environment: M
 def _train(plan: Plan, cell: Cell) -> None:
     config = plan.run_config(cell)
     with PreemptionNotice() as notice:
-        if plan.method(cell.group).peer:
-            train_adalora(config, dataclasses.asdict(plan.config.adalora), notice)
+        peer = plan.method(cell.group).peer
+        if peer is not None:
+            train_peer(config, AdaLora(plan.config.adalora) if peer == ADALORA else Eva(), notice)
             return
         with (
             Phases("starting") as phases,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_dist.adapter.plain_lora import read_lora_adapter
+from dora_dist.compare.methods import ADALORA
 from dora_dist.compare.plan import REPORTED, SEARCH, Cell, Plan
 from dora_dist.config.data import DataConfig
 from dora_dist.config.model import ModelConfig
@@ -134,11 +135,11 @@ def identity_of(plan: Plan, cell: Cell, data: Mapping[str, str]) -> dict[str, An
         data: source -> digest of its examples.
     """
     method = plan.method(cell.group)
-    own = dataclasses.asdict(plan.config.adalora) if method.peer else {}
+    own = plan.config.adalora.named() if method.peer == ADALORA else {}
     config = flatten(dataclasses.asdict(plan.run_config(cell)))
     return {
         **{name: value for name, value in config.items() if not _may_differ(name)},
-        **{f"adalora.{name}": value for name, value in own.items()},
+        **own,
         **{f"examples of {name}": digest for name, digest in data.items()},
     }
 

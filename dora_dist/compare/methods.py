@@ -9,6 +9,9 @@ from dora_dist.config.training import LORA_PLUS_RATIO
 
 LORA = "lora"
 ADALORA = "adalora"
+EVA = "eva"
+PEER_TITLES = {ADALORA: "PEFT's AdaLoRA", EVA: "PEFT's EVA"}
+"""Methods that PEFT trains -> what messages call them."""
 DYNAMIC = "dynamic"
 SECTIONS = ("adapter", "pruning", "training")
 OF_TRAINING = (LORA_PLUS_RATIO,)
@@ -24,14 +27,14 @@ class Method:
         name: of the method.
         says: what it is, for the table.
         uniform: the initial rank is the target rank, so that nothing is pruned.
-        peer: trained by PEFT's own AdaLoRA.
+        peer: the method of PEFT that is trained instead, a key of :data:`PEER_TITLES`.
         sections: changes to ``adapter``, ``pruning`` and, of ``training``, to :data:`OF_TRAINING`.
     """
 
     name: str
     says: str
     uniform: bool = False
-    peer: bool = False
+    peer: str | None = None
     sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
@@ -49,7 +52,14 @@ BUILT_IN = {
             # Nothing of the method is left, whatever the comparison's run sets for the others.
             sections={"adapter": {"init": "lora", "train_gates": False}, "pruning": {"rule": "none"}},
         ),
-        Method(name=ADALORA, says="PEFT's AdaLoRA, one process", peer=True),
+        Method(name=ADALORA, says="PEFT's AdaLoRA, one process", peer=ADALORA),
+        Method(
+            name=EVA,
+            says="PEFT's EVA, one process",
+            uniform=True,
+            peer=EVA,
+            sections={"adapter": {"init": "lora", "train_gates": False}, "pruning": {"rule": "none"}},
+        ),
         Method(name=DYNAMIC, says="this method, as configured"),
         _ablation("no-dem", "without the Dimensional Equilibrium Modulator", equilibrium_weight=0.0),
         _ablation("no-smoothing", "scores of the last step only", smoothing=0.0),

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dora_dist.compare.methods import Method
+from dora_dist.compare.methods import ADALORA, EVA, PEER_TITLES, Method
 from dora_dist.compare.settings import CompareConfig
 from dora_dist.config.checks import nearest
 from dora_dist.config.parse import config_of
@@ -20,8 +20,8 @@ SEARCH = "search"
 REPORTED = "reported"
 """Names of the two held-out sources in a cell's run."""
 LOSS = "loss"
-ADALORA_TASKS = (CAUSAL_LM, SEQUENCE_CLASSIFICATION)
-"""Tasks that :mod:`dora_dist.compare.adalora` can train and measure."""
+PEER_TASKS = {ADALORA: (CAUSAL_LM, SEQUENCE_CLASSIFICATION), EVA: (CAUSAL_LM,)}
+"""Tasks that a method of PEFT can be trained and measured on (:mod:`dora_dist.compare.peers`)."""
 TASK_KEYS = ("search", "metric", "better")
 OWNED = {
     "output_dir": "it is made of the names of the cell",
@@ -152,18 +152,24 @@ class Plan:
         """Of the group's cells, with the first seed and learning rate."""
         try:
             config = config_of(self._values(group))
-            start = config.adapter.start_rank
-            if self.method(group).peer and config.task not in ADALORA_TASKS:
-                known = " and ".join(ADALORA_TASKS)
-                raise ValueError(f"task is {config.task}, but AdaLoRA is compared on {known} only: leave it out")
-            if self.method(group).peer and LORA_PLUS_RATIO in config.training:
-                raise ValueError(f"training.{LORA_PLUS_RATIO} is set, which PEFT's AdaLoRA does not know: leave it out")
-            if self.method(group).peer and start == group.budget:
-                raise ValueError(f"adapter.initial_rank is {start}, the budget, so that AdaLoRA has nothing to prune")
+            self._check_peer(group, config)
         except ValueError as error:
             raise ValueError(f"cells {group}: {error}") from None
-        adapter = dataclasses.replace(config.adapter, alpha=self.config.alpha_over_rank * start)
-        return dataclasses.replace(config, adapter=adapter)
+        alpha = self.config.alpha_over_rank * config.adapter.start_rank
+        return dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, alpha=alpha))
+
+    def _check_peer(self, group: Group, config: RunConfig) -> None:
+        peer, start = self.method(group).peer, config.adapter.start_rank
+        if peer is None:
+            return
+        title, tasks = PEER_TITLES[peer], PEER_TASKS[peer]
+        if config.task not in tasks:
+            known = " and ".join(tasks)
+            raise ValueError(f"task is {config.task}, but {title} is compared on {known} only: leave it out")
+        if LORA_PLUS_RATIO in config.training:
+            raise ValueError(f"training.{LORA_PLUS_RATIO} is set, which {title} does not know: leave it out")
+        if peer == ADALORA and start == group.budget:
+            raise ValueError(f"adapter.initial_rank is {start}, the budget, so that AdaLoRA has nothing to prune")
 
     def _values(self, group: Group) -> dict[str, Any]:
         config, method = self.config, self.method(group)

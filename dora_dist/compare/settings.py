@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import yaml
@@ -39,6 +39,10 @@ class AdaLoraSettings:
         for name in ("beta1", "beta2"):
             require(0 < getattr(self, name) < 1, f"adalora.{name}", getattr(self, name), "lie in (0, 1)")
         require(self.interval is None or self.interval >= 1, "adalora.interval", self.interval, "be at least 1")
+
+    def named(self) -> dict[str, Any]:
+        """Values by the names that they have in a comparison's configuration."""
+        return {f"adalora.{name}": value for name, value in asdict(self).items()}
 
 
 @dataclass(kw_only=True)

@@ -137,7 +137,7 @@ class DynamicLoraConfig:
         if self.init not in DRAWN_INITS:
             raise ValueError(
                 f"routing is {self.routing} and init is {self.init}, but a start from data is made for modules that "
-                f"see all rows: set init to {' or '.join(DRAWN_INITS)}"
+                f"see all rows: set init to {' or '.join(DRAWN_INITS)} (preset: lora does, and prunes nothing)"
             )
 
     @property

@@ -48,7 +48,7 @@ def _parser_of(preset: str) -> ArgumentParser:
     """With the defaults of a preset. A comparison has hundreds of configurations, each of which would wait a tenth of a
     second for a parser of its own."""
     parser = build_parser()
-    parser.set_defaults(dict(PRESETS[preset]))
+    parser.set_defaults({"preset": preset, **PRESETS[preset]})
     return parser
 
 

@@ -111,8 +111,9 @@ class PruningConfig:
     def __post_init__(self) -> None:
         for name in ("warmup_fraction", "final_fraction", "smoothing"):
             require(0 <= getattr(self, name) < 1, f"pruning.{name}", getattr(self, name), "lie in [0, 1)")
-        total = self.warmup_fraction + self.final_fraction
-        require(total < 1, "pruning.warmup_fraction + pruning.final_fraction", total, "be less than 1")
+        warmup, final = self.warmup_fraction, self.final_fraction
+        both = "pruning.warmup_fraction + pruning.final_fraction"
+        require(warmup + final < 1, both, f"{warmup} + {final}", "be less than 1")
         given = self.interval
         require(given == "auto" or given >= 1, "pruning.interval", given, "be at least 1, or auto")
         require(self.equilibrium_weight >= 0, "pruning.equilibrium_weight", self.equilibrium_weight, "be at least 0")

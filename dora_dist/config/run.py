@@ -12,7 +12,7 @@ from dora_dist.config.checks import require
 from dora_dist.config.data import DataConfig
 from dora_dist.config.format_version import FORMAT_VERSION
 from dora_dist.config.model import ModelConfig
-from dora_dist.config.presets import DEFAULT, PresetName
+from dora_dist.config.presets import PAPER, PresetName
 from dora_dist.config.pruning import MOVE, NONE, PruningConfig, check_prunes
 from dora_dist.config.tasks import CAUSAL_LM, EXACT_MATCH, TASKS, TaskName, metrics_of
 from dora_dist.config.training import CHECKPOINTING, DEFAULT_TRAINING_ARGUMENTS, check_training_section, with_strategies
@@ -112,8 +112,10 @@ class RunConfig:
 
     Args:
         output_dir: folder of the run, for checkpoints, adapter, metrics and pictures.
-        preset: defaults of the sections adapter and pruning, which keys of these sections override: paper (Dynamic
-            Low-Rank Adaptation as published), or lora (plain LoRA: no gates, no pruning).
+        preset: defaults of the sections adapter and pruning, which keys of these sections override. 2026-11, the
+            default of a configuration: a start from training rows, and pruning in the first tenth of the run by gate
+            sensitivity, to a budget in parameters. paper: Dynamic Low-Rank Adaptation as published. lora: plain LoRA,
+            without gates or pruning.
         task: causal_lm (instruction tuning), sequence_classification (classes, or regression), question_answering
             (parts of a text), or seq2seq (summaries, by an encoder and a decoder).
         seed: random seed of the data order, the adapter's initial values and dropout.
@@ -132,7 +134,7 @@ class RunConfig:
     output_dir: str
     model: ModelConfig
     data: DataConfig
-    preset: PresetName = DEFAULT
+    preset: PresetName = PAPER
     task: TaskName = "causal_lm"
     seed: int = 0
     adapter: DynamicLoraConfig = field(default_factory=lambda: DynamicLoraConfig(dtype="auto"))

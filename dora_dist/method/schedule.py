@@ -104,6 +104,7 @@ class BudgetSchedule:
     With ``T = total_steps``, ``t = int(step - T * warmup_fraction)`` and
     ``t_max = int(T * (1 - warmup_fraction - final_fraction))``, the number of components pruned by a step is
     ``int(num_layers * (initial_rank - target_rank) * (t / t_max)**3)`` for ``0 <= t <= t_max``.
+    ``t_max`` is at least 1.
 
     Args:
         total_steps: optimizer steps of the whole run.
@@ -138,7 +139,7 @@ class BudgetSchedule:
         for name in ("warmup_fraction", "final_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must lie in [0, 1)")
-        if self._last < 1:
+        if self.final_step > self.total_steps or self.warmup_fraction + self.final_fraction >= 1:
             raise ValueError(
                 f"{self.total_steps} optimizer steps with warmup_fraction {self.warmup_fraction} and final_fraction "
                 f"{self.final_fraction} leave no step to prune in: lower the fractions (they must sum to less "
@@ -199,7 +200,8 @@ class BudgetSchedule:
 
     @property
     def _last(self) -> int:
-        return int(self.total_steps * (1 - self.warmup_fraction - self.final_fraction))
+        """``t_max``; 1 where the phase is shorter than a step, so that a short run has an event."""
+        return max(1, int(self.total_steps * (1 - self.warmup_fraction - self.final_fraction)))
 
     def _position(self, step: int) -> int:
         """``t`` of the schedule. ``int`` truncates towards zero as in the authors' code, so that t = 0 may last

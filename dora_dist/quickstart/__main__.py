@@ -1,31 +1,45 @@
-"""From nothing to a tuned adapter: a small model and its data, training under ZeRO-2, summary."""
+"""From nothing to a tuned adapter: a model and its data, training under ZeRO-2, summary."""
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from dora_dist.console.command import run_command
 from dora_dist.console.shipped import shipped
+from dora_dist.quickstart import smollm2
+from dora_dist.quickstart.folder import SMOLLM2, TINY, ensure_quickstart
 
-DEFAULT_OUTPUT = Path("dora-quickstart")
-ROWS_PER_STEP = 16
+DEFAULT_OUTPUT = "dora-quickstart"
+CONFIGS = {TINY: "quickstart.yaml", SMOLLM2: "quickstart-smollm2.yaml"}
+ROWS_PER_STEP = {TINY: 16, SMOLLM2: 8}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line, without the overrides."""
     parser = argparse.ArgumentParser(
         prog="dora-dist quickstart",
-        usage="%(prog)s [--output DIR] [--prepare-only] [--seed N] [--section.key value ...]",
-        description="Generate a small LLaMA backbone and instruction data for it, without a network, and tune it: two "
-        "ranks on CPUs, or one for each GPU. Writes DIR/backbone (Hugging Face layout), DIR/train.jsonl, "
-        "DIR/heldout.jsonl and DIR/search.jsonl (alpaca rows; the last, held out too, is for choosing settings), and a "
-        "folder for each run. Data that are up to date are left as they are. Keys of the run can be overridden as "
-        "--section.key value.",
+        usage="%(prog)s [--model tiny|smollm2 [--yes]] [--output DIR] [--prepare-only] [--seed N] "
+        "[--section.key value ...]",
+        description="Generate instruction data, and tune a model on them: two ranks on CPUs, or one for each GPU. The "
+        "model is a small LLaMA that is generated too, without a network, or SmolLM2-135M-Instruct, which is fetched "
+        "once. Writes DIR/backbone (Hugging Face layout), DIR/train.jsonl, DIR/heldout.jsonl and DIR/search.jsonl "
+        "(alpaca rows; the last, held out too, is for choosing settings), and a folder for each run. Model and data "
+        "that are up to date are left as they are. Keys of the run can be overridden as --section.key value.",
         allow_abbrev=False,
     )
-    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR", help="default: %(default)s")
+    parser.add_argument(
+        "--model",
+        choices=list(CONFIGS),
+        default=TINY,
+        help=f"{TINY}: 1 million parameters, generated; {SMOLLM2}: {smollm2.WHAT}; default: %(default)s",
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help=f"default: {DEFAULT_OUTPUT}, or {DEFAULT_OUTPUT}-{SMOLLM2}"
+    )
+    parser.add_argument("--yes", action="store_true", help="fetch what is to be fetched without asking")
     parser.add_argument("--prepare-only", action="store_true", help="generate model and data, and do not train")
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of the text and the model; default: %(default)s"
@@ -37,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Generate, and train.
 
     Raises:
-        ValueError: The folder is not one of the quickstart, or a key of the run is wrong.
+        ValueError: The folder is not one of the quickstart, a key of the run is wrong, or a model is not to be fetched.
         SystemExit: Training has failed; with its exit status.
     """
     options, overrides = build_parser().parse_known_args(arguments)
@@ -50,14 +64,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     processes, gpus = number_of_ranks("zero2", None)
     if not gpus:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what transformers imports of DeepSpeed warns without it
-    from dora_dist.quickstart.folder import ensure_quickstart
-
-    ensure_quickstart(options.output, options.seed)
+    folder = options.output or Path(DEFAULT_OUTPUT if options.model == TINY else f"{DEFAULT_OUTPUT}-{options.model}")
+    ensure_quickstart(folder, options.seed, model=options.model, may_fetch=lambda: options.yes or agreed())
     if not options.prepare_only:
-        train(options.output, processes, gpus, overrides)
+        train(options.model, folder, processes, gpus, overrides)
 
 
-def train(folder: Path, processes: int, gpus: int, overrides: Sequence[str]) -> None:
+def agreed() -> bool:
+    """Ask whether to fetch a model.
+
+    Raises:
+        ValueError: there is nobody to ask.
+    """
+    question = f"fetch {smollm2.WHAT}"
+    if not sys.stdin.isatty():
+        raise ValueError(f"--model {SMOLLM2} would {question}, and nobody can be asked here: add --yes")
+    return input(f"{question[0].upper()}{question[1:]}? [y/N] ").strip().lower() in ("y", "yes")
+
+
+def train(model: str, folder: Path, processes: int, gpus: int, overrides: Sequence[str]) -> None:
     """Tune the model in ``folder`` into a new folder beside it, on that many ranks."""
     from dora_dist.distributed.start_ranks import start_ranks
 
@@ -67,10 +92,10 @@ def train(folder: Path, processes: int, gpus: int, overrides: Sequence[str]) -> 
         "data.eval": folder / "heldout.jsonl",
         "data.cache_dir": folder / "cache",
         "output_dir": folder / time.strftime("run-%Y%m%d-%H%M%S"),
-        "training.per_device_train_batch_size": max(1, ROWS_PER_STEP // processes),
+        "training.per_device_train_batch_size": max(1, ROWS_PER_STEP[model] // processes),
     }
     options = [word for key, value in values.items() for word in (f"--{key}", str(value))]
-    config = shipped("configs") / "quickstart.yaml"
+    config = shipped("configs") / CONFIGS[model]
     arguments = ["--config", str(config), *options, *overrides]
     if status := start_ranks("zero2", processes, gpus, "dora_dist.train", arguments):
         raise SystemExit(status)

@@ -6,24 +6,28 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 from dora_dist.console.files import digest_sources
 from dora_dist.quickstart.backbone import BackboneSettings, create_backbone
+from dora_dist.quickstart.smollm2 import fetch
 from dora_dist.quickstart.text import instruction_rows, pretraining_documents
 
 STAMP_NAME = "quickstart.json"
+TINY, SMOLLM2 = "tiny", "smollm2"
+"""The models: one that is generated, and one that is fetched."""
 NUM_TRAIN_ROWS = 2000
 NUM_HELD_OUT_ROWS = 200
 NUM_PROMPTS_FOR_TOKENIZER = 400
 
 
-def _fingerprint(seed: int, settings: BackboneSettings) -> str:
+def _fingerprint(seed: int, settings: BackboneSettings, model: str) -> str:
     """Hash of what the content depends on: this package's source, the settings, the libraries' versions."""
     versions = {name: version(name) for name in ("torch", "transformers", "sentencepiece")}
-    facts = [digest_sources(Path(__file__).parent), seed, asdict(settings), versions]
+    facts = [digest_sources(Path(__file__).parent), seed, asdict(settings), versions, model]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -41,13 +45,16 @@ def _as_prompt(row: dict[str, str]) -> str:
     return "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n{output}".format(**row)
 
 
-def _fill(folder: Path, seed: int, settings: BackboneSettings) -> None:
+def _fill(folder: Path, seed: int, settings: BackboneSettings, model: str) -> None:
     """Write the data and the backbone into the existing, empty `folder`."""
     train = instruction_rows(seed, NUM_TRAIN_ROWS)
     _write_rows(folder / "train.jsonl", train)
     held_out = instruction_rows(seed, 2 * NUM_HELD_OUT_ROWS, held_out=True)
     _write_rows(folder / "heldout.jsonl", held_out[:NUM_HELD_OUT_ROWS])
     _write_rows(folder / "search.jsonl", held_out[NUM_HELD_OUT_ROWS:])
+    if model == SMOLLM2:
+        fetch(folder / "backbone")
+        return
     documents = list(pretraining_documents(seed, settings.batch * settings.steps))
     prompts = [_as_prompt(row) for row in train[:NUM_PROMPTS_FOR_TOKENIZER]]
     create_backbone(documents, prompts, folder / "backbone", settings, seed)
@@ -64,15 +71,25 @@ def _replace(output: Path, finished: Path) -> None:
         os.rename(finished, output)
 
 
-def ensure_quickstart(output: Path, seed: int = 0, settings: BackboneSettings | None = None) -> Path:
+def ensure_quickstart(
+    output: Path,
+    seed: int = 0,
+    settings: BackboneSettings | None = None,
+    model: str = TINY,
+    may_fetch: Callable[[], bool] = lambda: False,
+) -> Path:
     """Make `output` hold backbone/, train.jsonl, heldout.jsonl and search.jsonl for this seed, and return it.
 
-    Nothing is done where the stamp file says that they are there already. Raises ValueError where `output`
-    holds something that is not a quickstart.
+    Nothing is done where the stamp file says that they are there already. `settings` are those of the model that is
+    generated, `TINY`; `may_fetch` is asked before another is fetched.
+
+    Raises:
+        ValueError: `output` holds something that is not a quickstart, or the model is not to be fetched.
+        ExpectedRunError: the model could not be fetched.
     """
     output = Path(output)
     settings = settings or BackboneSettings()
-    fingerprint = _fingerprint(seed, settings)
+    fingerprint = _fingerprint(seed, settings, model)
     if _is_current(output, fingerprint):
         print(f"quickstart: {output} is up to date")
         return output
@@ -82,13 +99,15 @@ def ensure_quickstart(output: Path, seed: int = 0, settings: BackboneSettings | 
             f"output {output} exists and holds no {STAMP_NAME}, so it is not a quickstart and is left alone: "
             "choose another --output or remove it"
         )
+    if model != TINY and not may_fetch():
+        raise ValueError(f"the model {model} is not fetched: nothing to tune. --model {TINY} generates one")
     output.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.partial-", dir=output.parent) as scratch:
         finished = Path(scratch) / "finished"
         finished.mkdir()
-        _fill(finished, seed, settings)
-        stamp = {"fingerprint": fingerprint, "seed": seed, "settings": asdict(settings)}
+        _fill(finished, seed, settings, model)
+        stamp = {"fingerprint": fingerprint, "seed": seed, "model": model, "settings": asdict(settings)}
         (finished / STAMP_NAME).write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
         _replace(output, finished)
     print(f"quickstart: {output} written in {time.monotonic() - started:.0f} s")

@@ -36,6 +36,7 @@ def _write(
     config: dict[str, Any] = {
         "output_dir": str(folder / "out"),
         "run": {
+            "preset": "paper",
             **run,
             "data": {"train": splits["train"], "cache_dir": str(folder / "cache"), **data},
             "adapter": {"dropout": 0.1},

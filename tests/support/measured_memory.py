@@ -35,6 +35,7 @@ def write_run(path: Path, model: Path, rows: int, length: int) -> Path:
     """The configuration of a run on one process, with micro-batches of so many rows of so many tokens."""
     config = {
         "output_dir": "runs/x",
+        "preset": "paper",
         "model": {"path": str(model)},
         "data": {"train": "train.jsonl", "max_length": length},
         "distributed": {"engine": "none"},

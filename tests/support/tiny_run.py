@@ -85,6 +85,7 @@ def write_run(folder: Path, *layers: Mapping[str, Any]) -> Path:
     """The configuration of such a run, of a model in ``folder``; later layers of sections win, key by key."""
     config: dict[str, Any] = {
         "output_dir": str(folder / "run"),
+        "preset": "paper",  # events over half of the run, and no time for a start from data
         "seed": 3,
         "model": {"path": str(folder / "model")},
         "data": {"cache_dir": str(folder / "cache")},

@@ -7,6 +7,7 @@ import pytest
 import reference
 from support.repository import REPOSITORY
 
+from dora_dist.config.presets import DEFAULT, PRESETS
 from dora_dist.config.run import RunConfig
 from dora_dist.console.command import INTERRUPTED
 from dora_dist.console.errors import PREEMPTED
@@ -30,6 +31,12 @@ def test_every_key_is_there_with_a_meaning():
     for key in keys:
         (row,) = [line for line in text.splitlines() if line.startswith(f"| `{key}` |")]
         assert len(row.split(" | ")[3]) > 15, row
+
+
+def test_the_default_preset_is_that_of_a_configuration_file():
+    text = (REPOSITORY / "docs" / "configuration.md").read_text()
+    assert f"| `{DEFAULT}` | defaults of the sections" in text
+    assert f"\n| `{DEFAULT}` (default) | `adapter.init: {PRESETS[DEFAULT]['adapter.init']}`" in text
 
 
 def test_a_changed_docstring_makes_the_page_differ(monkeypatch):

@@ -107,7 +107,7 @@ def test_methods_differ_in_adapter_and_pruning_only_and_have_one_scale(plan_of):
 
 
 BUILT_IN_NAMES = (
-    "lora adalora dynamic no-dem no-smoothing hard-prune random magnitude sensitivity by-parameters".split()
+    "lora adalora eva dynamic no-dem no-smoothing hard-prune random magnitude sensitivity by-parameters".split()
 )
 
 
@@ -211,9 +211,11 @@ def test_what_is_wrong_with_a_task_is_said(plan_of, task, message):
         plan_of(tasks={"one": task})
 
 
-def test_adalora_is_for_tasks_that_it_can_be_measured_on(plan_of):
-    with pytest.raises(ValueError, match="cells one rank 4 adalora: task is seq2seq, but AdaLoRA is compared on"):
+def test_methods_of_peft_are_for_tasks_that_they_can_be_measured_on(plan_of):
+    with pytest.raises(ValueError, match="cells one rank 4 adalora: task is seq2seq, but PEFT's AdaLoRA is"):
         plan_of("--run.task", "seq2seq", methods=["lora", "adalora"])
+    with pytest.raises(ValueError, match="PEFT's EVA is compared on causal_lm only"):
+        plan_of("--run.task", "sequence_classification", methods=["lora", "eva"])
 
 
 def test_a_method_may_have_a_rate_of_the_columns_own_but_not_adalora(plan_of):
@@ -233,7 +235,7 @@ def test_adalora_needs_something_to_prune(plan_of):
 @pytest.mark.parametrize("pruning", [{"rebase": True}, {"importance": "gate_sensitivity"}])
 def test_the_baseline_is_plain_lora_whatever_is_set_for_all(plan_of, pruning):
     """Singular components would be made of LoRA's at every event; gates that are not trained have no sensitivity."""
-    plan = plan_of(run={**LEAST["run"], "pruning": pruning})
+    plan = plan_of(run={**LEAST["run"], "preset": "paper", "pruning": pruning})
     ours, lora = run_of(plan, "dynamic").pruning, run_of(plan, "lora").pruning
     assert all(getattr(ours, name) == value for name, value in pruning.items())
     assert lora.rule == "none"

@@ -1,4 +1,4 @@
-"""PEFT's AdaLoRA beside this project's runs: the same loss on the same data, its own rules, a result that is whole."""
+"""Methods of PEFT beside this project's runs: the same loss on the same data, their own rules, a whole result."""
 
 import dataclasses
 import json
@@ -14,8 +14,10 @@ from support.tiny_run import save_tiny_model
 from transformers import AutoModelForSequenceClassification
 
 from dora_dist.adapter.model import prepare_heads
-from dora_dist.compare import adalora
+from dora_dist.adapter.plain_lora import read_lora_adapter, write_lora_adapter
 from dora_dist.compare.cell import run_cell
+from dora_dist.compare.peers import adalora
+from dora_dist.compare.peers.training import TaskLoss, check_finite
 from dora_dist.compare.plan import Cell, Group, Plan
 from dora_dist.compare.settings import parse_compare
 from dora_dist.config.parse import load_config
@@ -33,7 +35,7 @@ RUN_CHANGES = ("--run.adapter.dropout", "0.0")
 
 def run_one(folder: Path, method: str, *overrides: str, write=write_comparison):
     """Run one cell; its plan, the cell, and the lines of its metrics."""
-    path = write(folder, methods=["lora", "adalora"])
+    path = write(folder, methods=["lora", "adalora", *(["eva"] if method == "eva" else [])])
     plan = Plan(parse_compare(["--config", str(path), "--output_dir", str(folder / "out"), *RUN_CHANGES, *overrides]))
     cell = Cell(Group("echo", 2, method), 0.01, 1)
     assert run_cell(plan, cell, {}, {}) is None, (plan.cell_folder(cell) / LOG).read_text()
@@ -124,11 +126,11 @@ def test_what_is_saved_is_what_was_trained(tmp_path, quantization):
     _train(model, 6)
     kept = adalora.kept_triplets(model)
     factors = adalora.folded_triplets(model, kept)
-    adalora.check_result(factors, schedule)
+    adalora.check_budget(factors, schedule)
     ranks = [int(mask.sum()) for mask in kept.values()]
     assert sum(ranks) == 14 * 2
     assert len(set(ranks)) > 1
-    adalora.write_lora_adapter(tmp_path / "adapter", factors, None)
+    write_lora_adapter(tmp_path / "adapter", factors, None)
     stock = peft.PeftModel.from_pretrained(load_base(base, quantization, torch.float32), tmp_path / "adapter")
     with torch.no_grad():
         trained, saved = model.eval()(input_ids=tokens()).logits, stock.eval()(input_ids=tokens()).logits
@@ -156,17 +158,36 @@ def test_evaluation_is_of_the_task_alone(tmp_path):
     with torch.no_grad():
         plain = load_base(base, "none", torch.float32)(**batch).loss
         assert model(**batch).loss > plain + 0.1
-        assert adalora.TaskLoss(model)(**batch).loss == pytest.approx(float(plain), rel=1e-6)
+        assert TaskLoss(model)(**batch).loss == pytest.approx(float(plain), rel=1e-6)
 
 
 def test_an_adapter_that_is_none_is_refused():
     schedule = BudgetSchedule(total_steps=6, num_layers=1, initial_rank=4, target_rank=2, interval=1)
     good = torch.ones(2, 5), torch.ones(3, 2)
-    adalora.check_result({"layer": good}, schedule)
-    with pytest.raises(NonFiniteAdapterError, match="of layer is not finite"):
-        adalora.check_result({"layer": (good[0] * torch.nan, good[1])}, schedule)
+    check_finite("a peer", {"layer": good})
+    with pytest.raises(NonFiniteAdapterError, match="the adapter of a peer is not finite in layer"):
+        check_finite("a peer", {"layer": (good[0] * torch.nan, good[1])})
+    adalora.check_budget({"layer": good}, schedule)
     with pytest.raises(ExpectedRunError, match="kept 3 triplets instead of the budget 2"):
-        adalora.check_result({"layer": (torch.ones(3, 5), torch.ones(3, 3))}, schedule)
+        adalora.check_budget({"layer": (torch.ones(3, 5), torch.ones(3, 3))}, schedule)
+
+
+def test_eva_starts_at_the_base_with_pefts_ranks_and_ends_in_an_adapter_that_gives_what_was_reported(tmp_path):
+    """Its own PEFT loads the result; the budget in ranks is met, and not every layer has the same."""
+    plan, cell, lines = run_one(tmp_path / "eva", "eva")
+    _, _, of_lora = run_one(tmp_path / "lora", "lora")
+    assert lines[0]["loss"] == pytest.approx(of_lora[0]["loss"], rel=1e-5)
+    folder = plan.cell_folder(cell)
+    ranks = [a.shape[0] for a, _ in read_lora_adapter(folder / "adapter").values()]
+    assert sum(ranks) == lines[0]["components"] == of_lora[0]["components"]
+    assert len(set(ranks)) > 1
+    config = load_config(folder / "config.yaml")
+    tokenizer, data = run_data.read_data(config)
+    stock = peft.PeftModel.from_pretrained(load_base(config.model.path, "nf4", torch.float32), folder / "adapter")
+    resolved = resolve_run(config, tokenizer, data)
+    evaluator = TASK_PARTS[config.task].evaluator(config, resolved, Agreement(), stock)
+    measured = {f"eval_{name}": value for name, value in evaluator(TaskLoss(stock.eval())).items()}
+    assert measured == pytest.approx({name: value for name, value in lines[-1].items() if name in measured}, rel=1e-4)
 
 
 def _config(schedule: BudgetSchedule) -> peft.AdaLoraConfig:

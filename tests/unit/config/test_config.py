@@ -51,8 +51,8 @@ def test_the_quickstart_configuration_is_shipped():
     assert REPOSITORY / "configs" / "quickstart.yaml" in SHIPPED
 
 
-def test_what_is_not_given_has_the_defaults_of_the_paper(load):
-    config = load()
+def test_the_papers_preset_has_its_settings(load):
+    config = load("preset: paper\n")
     assert (config.adapter.target_rank, config.adapter.start_rank, config.adapter.alpha) == (8, 12, 8)
     assert (config.adapter.dropout, config.adapter.init, config.adapter.dtype) == (0.1, "lora", "auto")
     pruning = config.pruning
@@ -211,8 +211,12 @@ def test_owned_training_arguments_are_refused_when_loading(load):
             "routing is prompt, which does not go with pruning, but initial_rank is 12 .* set initial_rank to 8",
         ),
         (
-            ["--adapter.routing", "prompt"],
+            ["--adapter.routing", "prompt", "--preset", "paper"],
             "adapter.routing is prompt, .* but pruning.rule is prune: set it to none",
+        ),
+        (
+            ["--adapter.routing", "prompt"],
+            r"routing is prompt and init is inputs, .* set init to lora or .*preset: lora does",
         ),
         (
             ["--adapter.routing", "prompt", "--preset", "lora", "--adapter.init", "gradient"],
@@ -221,7 +225,7 @@ def test_owned_training_arguments_are_refused_when_loading(load):
         (["--model.quantization", "fp4"], "model.quantization.*fp4"),
         (["--pruning.smoothing", "1.0"], "pruning.smoothing is 1.0"),
         (["--pruning.warmup_fraction", "-0.1"], "pruning.warmup_fraction is -0.1"),
-        (["--pruning.final_fraction", "0.9"], r"warmup_fraction \+ pruning.final_fraction is 1.05"),
+        (["--pruning.warmup_fraction", "0.1"], r"warmup_fraction \+ pruning.final_fraction is 0.1 \+ 0.9, but must"),
         (["--pruning.interval", "0"], "pruning.interval is 0"),
         (["--pruning.equilibrium_weight", "-1"], "pruning.equilibrium_weight is -1"),
         (["--pruning.min_rank", "-1"], "pruning.min_rank is -1"),
@@ -245,7 +249,10 @@ def test_owned_training_arguments_are_refused_when_loading(load):
         (["--adapter.slots", "16"], "adapter.slots is 16, but pruning.rule is prune, which fills none"),
         ([*MOVE, "--adapter.slots", "7"], "slots is 7, but must be at least 8, the rank at the start"),
         ([*MOVE, "--adapter.initial_rank", "9"], "initial_rank is 9, but pruning.rule is move, .*target_rank, 8"),
-        ([*MOVE, "--pruning.rebase", "true"], "pruning.rebase is true, but must be false for the rule move"),
+        (
+            [*MOVE, "--pruning.rebase", "true", "--preset", "paper"],
+            "pruning.rebase is true, but must be false for the rule move",
+        ),
         ([*MOVE, "--pruning.max_rank", "9"], "pruning.max_rank is 9, but must be null for the rule move"),
         ([*MOVE, "--pruning.moved_per_event", "0"], "pruning.moved_per_event is 0"),
         ([*MOVE, "--training.optim", "adafactor"], "training.optim is adafactor, but pruning.rule is move"),

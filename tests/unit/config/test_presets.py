@@ -25,6 +25,16 @@ def test_a_preset_gives_the_keys_that_are_not_given(given):
     assert (config.pruning.rule, config.adapter.train_gates, config.adapter.start_rank) == ("none", True, 4)
 
 
+def test_the_default_starts_from_data_and_prunes_early_by_what_the_loss_says(given):
+    """A preset never changes once it is released."""
+    config = given({})
+    adapter, pruning = config.adapter, config.pruning
+    assert (config.preset, adapter.init, adapter.train_gates, adapter.start_rank) == ("2026-11", "inputs", True, 12)
+    assert (pruning.rule, pruning.importance, pruning.budget_unit) == ("prune", "gate_sensitivity", "parameters")
+    assert (pruning.warmup_fraction, pruning.final_fraction, pruning.equilibrium_weight) == (0.04, 0.9, 0.0)
+    assert config_of(NEEDED) == config
+
+
 def test_an_option_wins_over_the_file(given):
     assert given({"preset": "paper"}, "--preset", "lora").pruning.rule == "none"
     assert given({"preset": "lora"}, "--preset=paper").pruning.rule == "prune"
@@ -55,7 +65,9 @@ def test_a_file_of_a_run_from_before_there_were_presets_is_the_papers(given):
 
 def test_an_unknown_preset_is_refused_with_the_nearest(given):
     for parse in (lambda: given({"preset": "loar"}), lambda: given({}, "--preset", "loar")):
-        with pytest.raises(ValueError, match=r"preset is loar, but must be one of paper, lora.*did you mean lora"):
+        with pytest.raises(
+            ValueError, match=r"preset is loar, but must be one of 2026-11, paper, lora.*did you mean lora"
+        ):
             parse()
 
 

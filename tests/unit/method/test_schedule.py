@@ -83,6 +83,13 @@ def test_equal_ranks_prune_nothing():
     assert schedule.final_num_kept == schedule.num_components == 56
 
 
+@pytest.mark.parametrize(("total_steps", "fractions", "last"), [(2, (0.15, 0.5), 2), (10, (0.04, 0.9), 2)])
+def test_a_phase_shorter_than_a_step_has_one_event(total_steps, fractions, last):
+    schedule = make(total_steps, warmup_fraction=fractions[0], final_fraction=fractions[1])
+    assert schedule.prune_steps[-1] == schedule.final_step == last
+    assert schedule.num_pruned(last) == schedule.num_components - schedule.final_num_kept
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -94,7 +101,7 @@ def test_equal_ranks_prune_nothing():
         ({"warmup_fraction": -0.1}, "warmup_fraction is -0.1"),
         ({"final_fraction": 1.0}, "final_fraction is 1.0"),
         ({"warmup_fraction": 0.5, "final_fraction": 0.5}, "no step to prune in"),
-        ({"total_steps": 2}, "2 optimizer steps with warmup_fraction 0.15 and final_fraction 0.5"),
+        ({"total_steps": 1}, "1 optimizer steps with warmup_fraction 0.15 and final_fraction 0.5"),
     ],
 )
 def test_impossible_schedules_are_refused_with_the_value_and_the_knob(changes, message):

@@ -58,7 +58,7 @@ def test_every_method_is_trained_on_every_task_once_and_tables_are_kept(tmp_path
     cells = sorted((tmp_path / "out/search/cells").glob("*/rank2/*/lr0.01/seed0"))
     assert {cell.parents[3].name for cell in cells} == set(TASKS)
     methods = {cell.parents[1].name for cell in cells}
-    assert {"lora", "inputs", "change-gradient", "lora-plus", "adalora"} < methods
+    assert {"lora", "inputs", "change-gradient", "lora-plus", "adalora", "eva"} < methods
     assert len(cells) == len(TASKS) * len(methods)
 
 
