@@ -11,20 +11,20 @@ from dora_dist.console.command import run_command
 COMMANDS = {
     "quickstart": (
         "dora_dist.quickstart.__main__",
-        "make a small model and data, and tune it: about two minutes on a CPU",
+        "generate a small model and data, and tune it: a few minutes on a CPU",
     ),
-    "recipe": ("dora_dist.setup.recipe", "list or print configurations to start from, or write the Slurm scripts"),
+    "recipe": ("dora_dist.setup.recipe", "list or print configurations to start from, or write Slurm scripts"),
     "prepare": ("dora_dist.prepare", "encode the data of a run once, in parallel"),
     "preview": ("dora_dist.preview.__main__", "show examples token by token, as training will see them"),
-    "estimate": ("dora_dist.estimate", "memory per GPU and time, from configuration and data alone"),
-    "doctor": ("dora_dist.doctor.__main__", "look at this machine or job: versions, GPUs, network, folder"),
-    "train": ("dora_dist.train:start", "train; starts its own ranks, one for each GPU"),
-    "report": ("dora_dist.report", "summary and pictures of a run, from its files"),
-    "generate": ("dora_dist.generate", "answers of the base and of the adapter, side by side"),
-    "export": ("dora_dist.export.__main__", "write the adapter for PEFT, for servers of one rank, or merged"),
-    "compare": ("dora_dist.compare.__main__", "methods x budgets x seeds on the same data: a table with intervals"),
-    "benchmark": ("dora_dist.benchmark.__main__", "speed and memory beside the frozen base and PEFT"),
-    "planted": ("dora_dist.planted.__main__", "does the method find ranks that are known?"),
+    "estimate": ("dora_dist.estimate", "estimate memory per GPU and time; reads no weights"),
+    "doctor": ("dora_dist.doctor.__main__", "check this machine or job: versions, GPUs, network, folder"),
+    "train": ("dora_dist.train:start", "train or resume a run; starts one process for each GPU"),
+    "report": ("dora_dist.report", "print the summary of a run and draw its pictures"),
+    "generate": ("dora_dist.generate", "generate answers of the base and of the adapter, side by side"),
+    "export": ("dora_dist.export.__main__", "export the adapter for PEFT and servers, or merged into the model"),
+    "compare": ("dora_dist.compare.__main__", "compare methods x budgets x seeds on the same data"),
+    "benchmark": ("dora_dist.benchmark.__main__", "measure speed and memory beside the frozen base and PEFT"),
+    "planted": ("dora_dist.planted.__main__", "experiment: does the method find known ranks?"),
 }
 """Command -> module (and the function, where it is not ``main``) that takes its arguments, and what it does."""
 
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         module, _, function = COMMANDS[name][0].partition(":")
         getattr(import_module(module), function or "main")(rest)
     else:
-        raise ValueError(f"{name!r} is no command{nearest(name, COMMANDS)} (dora-dist --help lists them)")
+        raise ValueError(f"{name!r} is not a command{nearest(name, COMMANDS)} (dora-dist --help lists them)")
 
 
 def usage() -> str:
@@ -62,7 +62,7 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "dora-dist COMMAND --help says more.",
+            "dora-dist COMMAND --help describes a command.",
         ]
     )
 

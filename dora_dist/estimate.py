@@ -1,6 +1,6 @@
-"""Memory that a run takes on every GPU, by part, its tokens per step, and its time where a speed is known.
+"""Estimate the memory of a run on every GPU, by part, its tokens per step, and its time where a speed is known.
 
-No weight is read. Rows are as long as those of the data, which are encoded once and kept in data.cache_dir for the run.
+No weight is read. The lengths of rows come from the data, which are encoded once and kept in data.cache_dir.
 Every key of the configuration can be overridden as --section.key value, as for dora_dist.train.
 """
 
@@ -59,9 +59,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--world-size", type=int, metavar="N", help="number of GPUs; by default WORLD_SIZE of the environment, or 1"
     )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what the run will be on (cuda)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="device of the run (default: cuda)")
     parser.add_argument(
-        WITHOUT_DATA, action="store_true", help="do not read the data: take rows of data.max_length, and say no time"
+        WITHOUT_DATA,
+        action="store_true",
+        help="do not read the data: assume rows of data.max_length, and estimate no time",
     )
     add_speed_option(parser)
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON, in bytes")

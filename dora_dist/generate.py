@@ -1,4 +1,4 @@
-"""Answers of the base and of the adapter of a run side by side, decoded greedily.
+"""Generate answers of the base and of the adapter of a run side by side, decoded greedily.
 
 Without --prompt, instructions are read from standard input, one a line: plain text, or JSON objects with the field
 instruction (and perhaps input) or messages, rendered as in training, or the field prompt, taken as it is. Of a run
@@ -41,17 +41,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run (output_dir of its configuration)")
     parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or more instructions")
-    parser.add_argument("--input", metavar="TEXT", help="what the instructions of --prompt are about (Alpaca's input)")
+    parser.add_argument("--input", metavar="TEXT", help="input that belongs to the instructions (Alpaca's field input)")
     parser.add_argument("--raw", action="store_true", help="plain text is the whole prompt, not an instruction")
-    parser.add_argument(
-        "--system", metavar="TEXT", help="message of the system, in a chat template; by default that of data.system"
-    )
+    parser.add_argument("--system", metavar="TEXT", help="system message in a chat template; by default data.system")
     parser.add_argument("--checkpoint", metavar="NAME", help="such as checkpoint-120, instead of the final adapter")
     parser.add_argument(
         "--max-new-tokens",
         type=int,
         metavar="N",
-        help="longest answer in tokens; by default evaluation.max_new_tokens of the run",
+        help="length limit of an answer in tokens; by default evaluation.max_new_tokens of the run",
     )
     return parser
 
@@ -60,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Answer every prompt twice, printing as soon as both answers are there.
 
     Raises:
-        ValueError: something that the user can mend.
+        ValueError: The configuration or the input is invalid.
     """
     quiet_libraries()
     options = build_parser().parse_args(arguments)
@@ -252,7 +250,7 @@ def _question_of_json(text: str, number: int) -> Question:
         row: dict[str, Any] = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"line {number} of standard input begins with {{ and is not JSON ({error}): mend it, or give text that "
+            f"line {number} of standard input begins with {{ and is not JSON ({error}): fix it, or give text that "
             "begins so with --prompt"
         ) from None
     messages = row.get("messages") or []

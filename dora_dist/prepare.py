@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Prepare, and print what was found.
 
     Raises:
-        ValueError: something that the user can mend.
+        ValueError: The configuration or the input is invalid.
     """
     quiet_libraries()
     options, overrides = build_parser().parse_known_args(with_config_option(arguments))

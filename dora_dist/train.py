@@ -58,7 +58,7 @@ def start(arguments: Sequence[str]) -> None:
     """``dora-dist train``: be a rank where a launcher has started this process; start the ranks otherwise.
 
     Raises:
-        ValueError: something that the user can mend.
+        ValueError: The configuration or the input is invalid.
         SystemExit: a rank that was started here has failed or was preempted; with its exit status.
     """
     parser = argparse.ArgumentParser(
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """One rank: train as configured and write adapter, records and pictures into ``output_dir``.
 
     Raises:
-        ValueError: something that the user can mend.
+        ValueError: The configuration or the input is invalid.
         ExpectedRunError: the ranks failed or disagree, the budget was missed, or the loss is not finite.
         PreemptedError: a rank was told to stop before the last step.
     """
@@ -221,7 +221,7 @@ def train_or_go_on(
     if trainer.preempted:
         step = trainer.state.global_step
         raise PreemptedError(
-            f"preempted at step {step}: checkpoint-{step} is complete; start the same command again to go on"
+            f"preempted at step {step}: checkpoint-{step} is complete; start the same command again to resume"
         )
     finish(run, resolved, trainer)
 
@@ -330,13 +330,13 @@ def finish(run: Path, resolved: "ResolvedRun", trainer: "DynamicLoraTrainer") ->
 
 
 def stop_before_training(notice: PreemptionNotice, agreement: "Agreement") -> None:
-    """End the run before its first step if any rank was told to stop: one decision of all.
+    """End the run before its first step if any rank has received a signal: one decision of all ranks.
 
     Raises:
-        PreemptedError: one was.
+        PreemptedError: A rank has received a signal.
     """
     if agreement.any(notice.received is not None):
-        raise PreemptedError("preempted before training: nothing to save; start the same command again to go on")
+        raise PreemptedError("preempted before training: nothing to save; start the same command again to resume")
 
 
 def print_dry_run(

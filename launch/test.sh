@@ -9,6 +9,7 @@ source launch/environment.sh
 extras=dev
 case ",${CI_FULL:-}," in *,kernels,* | *,all,*) extras+=,gpu ;; esac
 case ",${CI_FULL:-}," in *,trl,* | *,all,*) extras+=,trl ;; esac
+case ",${CI_FULL:-}," in *,docs,* | *,all,*) extras+=,docs ;; esac
 ensure_environment "[$extras]"
 
 # Their findings depend on versions, and are those of today's.

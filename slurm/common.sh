@@ -87,7 +87,7 @@ end_job() {
   if ! stopped_on_demand "$status"; then
     [ "$status" = 0 ] || echo "the run ended with status $status: not requeued" >&2
   elif [ "$(job_field Requeue)" != 1 ]; then
-    echo "stopped with status $status; submit the same command again to go on (or submit with --requeue)" >&2
+    echo "stopped with status $status; submit the same command again to resume (or submit with --requeue)" >&2
   elif [ "$(job_field JobState)" != RUNNING ]; then
     echo "stopped with status $status: Slurm is ending this job, so it is not requeued from here" >&2
   else

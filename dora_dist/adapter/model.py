@@ -136,7 +136,7 @@ class DynamicLoraModel(PeftModel):
         if not path.is_file():
             raise ValueError(
                 f"{model_id} has no {METHOD_TENSORS}, which gated components are read from (an adapter alone has its "
-                "gates folded in): go on from a checkpoint that a trainer with callbacks=[DynamicRankCallback()] has "
+                "gates folded in): resume from a checkpoint that a trainer with callbacks=[DynamicRankCallback()] has "
                 "written to its end; for inference, PeftModel.from_pretrained(BASE, FOLDER) reads the adapter"
             )
         tensors, layers = load_file(path), self.adapted_layers()

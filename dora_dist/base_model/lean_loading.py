@@ -1,4 +1,5 @@
-"""Reading a base in little more memory than the base itself takes, and all of it or nothing.
+"""Loads the base model with a peak memory close to its final size, and raises if a weight is missing or has the wrong
+shape.
 
 transformers (5.23) quantizes one tensor at a time, but what lies around that costs several times the quantized base on
 a CPU: see "Loading" in docs/performance.md for what each of the parts here saves. None of them changes a bit.

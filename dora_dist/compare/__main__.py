@@ -25,7 +25,7 @@ REPORTING = "DORA_DIST_COMPARE_REPORTS"
 
 
 class CellsMissingError(ExpectedRunError):
-    """Some cells have failed; the others are in the table."""
+    """Some cells of a comparison have failed. The table holds the others."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--config",
         required=True,
         metavar="CONFIG",
-        help="YAML file of the comparison, which may also be the first argument by itself; recipes are under compare/",
+        help="YAML file of the comparison; it can also be given as the first argument; recipes are under compare/",
     )
     parser.add_argument("--workers", type=int, help="processes of this machine; one per GPU by default, else one")
     parser.add_argument("--dry-run", action="store_true", help="print the cells, and end")
@@ -87,7 +87,7 @@ def _run(plan: Plan, own: Sequence[str], workers: int | None) -> None:
         prepare(plan)  # once, before all workers read it, and with one message where something is wrong
         status = run_workers(own, workers, gpus)
         if status == PREEMPTED:
-            raise PreemptedError("preempted; start the same command again to go on")
+            raise PreemptedError("preempted; start the same command again to resume")
     finish(plan, own)
 
 
@@ -111,8 +111,8 @@ def finish(plan: Plan, own: Sequence[str]) -> None:
     if not found.complete:
         rows = sum(bool(group.missing) for group in found.groups)
         raise CellsMissingError(
-            f"{rows} of {len(found.groups)} rows of the table lack cells, see the end of {written}; start the same "
-            "command to run them"
+            f"{rows} of {len(found.groups)} table rows are incomplete, see the end of {written}; start the same "
+            "command to run the missing cells"
         )
 
 

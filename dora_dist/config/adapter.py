@@ -43,10 +43,10 @@ class DynamicLoraConfig:
             slots than components at the start.
         ranks: uniform; or, with pruning.rule none, what each layer has for the whole run: mlp-only, rising-with-depth
             (both with the parameters of a uniform rank target_rank), or the path of a plan (plan.json of a run).
-        alpha: the update of a layer is scaled by it, as scale says.
-        scale: constant (alpha / initial_rank for all layers and the whole run), or sqrt_rank (alpha / the square root
-            of the components that are left of the layer).
-        dropout: on the input of the components, in [0, 1).
+        alpha: numerator of the factor that scales the update of every layer; scale sets the denominator.
+        scale: constant (alpha / initial_rank, in all layers, for the whole run), or sqrt_rank (alpha / the square root
+            of the number of components that the layer still has).
+        dropout: dropout probability on the input of the components, in [0, 1).
         target_modules: all-linear (every linear layer of the text decoder that can be adapted, without the output
             head), a regular expression for full module names, or a list of names or their last parts.
         init: lora (a_i as LoRA's, b_i = 0, c_i = 1), paper (a_i, b_i Kaiming-uniform, c_i = 0), adalora (a_i, b_i
@@ -54,17 +54,17 @@ class DynamicLoraConfig:
             training rows: inputs (the principal directions of the layer's inputs) or gradient (the right singular
             vectors of the gradient of its weight). All of these start exactly as the base model; lora_one, LoRA-One's
             step down that gradient, does not.
-        calibration_rows: with init inputs, gradient or lora_one, training rows that the start is made from, spread over
-            the run.
-        dtype: of the adapter's parameters: float32, bfloat16, float64, or auto for that of the base's unquantized
-            weights.
-        train_gates: train c_i; without, the layer is plain LoRA that can be pruned but not regrow.
-        seed: of the initial values, which are the same on every rank and in every run; null for the seed of the run.
-        routing: none, or prompt (MiLoRA): a router before every decoder block chooses the modules that are adapted for
-            a prompt. It needs initial_rank equal to target_rank and a drawn init, runs layer by layer, and cannot be
-            exported; see docs/routing.md.
-        modules_per_prompt: with routing prompt, modules that are chosen in every block.
-        balance_weight: with routing prompt, weight of the loss that keeps the choices even.
+        calibration_rows: with init inputs, gradient or lora_one, number of training rows from which the initial values
+            are computed; they are spread over the run.
+        dtype: dtype of the adapter's parameters: float32, bfloat16, float64, or auto for the dtype of the base's
+            unquantized weights.
+        train_gates: train the gates c_i. With false the layer is plain LoRA, which can be pruned but cannot regrow.
+        seed: random seed of the initial values, which are the same on every rank; null for the seed of the run.
+        routing: none, or prompt (MiLoRA): a router before every decoder block selects, for each prompt, the modules
+            whose adapters are used. It needs initial_rank equal to target_rank and a drawn init, runs layer by layer,
+            and cannot be exported; see docs/routing.md.
+        modules_per_prompt: with routing prompt, number of modules that the router selects in every block.
+        balance_weight: with routing prompt, weight of the loss term that balances the selection.
     """
 
     target_rank: int = 8

@@ -20,27 +20,28 @@ MOST_FOLDERS = 8
 
 @dataclass(kw_only=True)
 class SourceConfig:
-    """One source of examples, in a list of several, or with settings of its own.
+    """One source of examples: a mapping in data.train or data.eval, alone or in a list.
 
     Args:
         path: file (JSON, JSONL, CSV, TSV, Parquet, Arrow; .gz too), glob of files, folder that Dataset.save_to_disk
             wrote, or name on the Hub; or a list of files and globs.
-        name: for messages and metrics; by default made from the path.
-        format: how its rows are written; auto tells by the fields of the first ones.
-        fields: the format's name of a field and the rows' own, where they differ, such as {prompt: question}.
-        columns: names of the columns of a CSV or TSV file whose first line is a row already.
-        quotes: false where quotation marks in a CSV or TSV file are characters like others, as in GLUE's.
-        text: rows of a .txt file: lines (a document a line), or whole (the file).
-        as_chat: as data.as_chat, for this source.
-        prompt: as data.prompt, for this source.
-        system: as data.system, for this source.
-        subset: configuration of a data set on the Hub.
-        split: of a data set on the Hub, or of a folder with several.
+        name: name in messages and metrics; null derives it from the path.
+        format: row format; auto detects it from the fields of the first rows.
+        fields: maps the format's name of a field to the name in the rows, such as {prompt: question}.
+        columns: column names of a CSV or TSV file that has no header line.
+        quotes: whether quotation marks enclose fields of a CSV or TSV file; false takes them as characters, as GLUE's
+            files need.
+        text: rows of a .txt file: lines (one document a line), or whole (one document a file).
+        as_chat: overrides data.as_chat for this source.
+        prompt: overrides data.prompt for this source.
+        system: overrides data.system for this source.
+        subset: configuration (subset) of a data set on the Hub.
+        split: split of a data set on the Hub, or of a saved folder with several.
         revision: commit or tag of a data set on the Hub.
-        max_rows: read only the first so many rows; null for all.
-        max_examples: train on a random choice of so many examples at most; null for all.
+        max_rows: read only the first rows, this many; null for all.
+        max_examples: train on a random choice of at most this many examples; null for all.
         weight: share of this source in the mixture, up to a common factor; for all sources or for none.
-        epochs: how many times its examples come in one pass over the mixture (1.5 is fine).
+        epochs: how many times its examples occur in one pass over the mixture (1.5 is possible).
     """
 
     path: str | list[str]
@@ -84,33 +85,33 @@ class DataConfig:
         train: file, glob, saved folder or Hub name to train on; or a list of several, each a path or a mapping with
             settings of its own (path, name, format, fields, columns, quotes, text, as_chat, prompt, system, subset,
             split, revision, max_rows, max_examples, weight, epochs).
-        eval: the same, held out, for evaluation, measured source by source; null for none.
-        format: how rows are written, for all sources that do not say it: messages (role, content), sharegpt
+        eval: held-out data, written as train is; each source is also measured by itself; null for none.
+        format: row format of all sources that do not set their own: messages (role, content), sharegpt
             (conversations), alpaca (instruction, input, output), prompt_completion, text; for other tasks
             classification (sentence1, sentence2, label), squad (question, context, answers), summary (document,
-            summary); auto tells by their fields.
-        labels: of the format classification: classes, or regression on numbers.
+            summary); auto detects it from the fields of the rows.
+        labels: labels of the format classification: classes, or regression on numbers.
         chat_template: auto (the tokenizer's own, a bundled one where it has none), one of llama3, chatml, gemma,
             mistral, plain, or the path of a Jinja file.
         as_chat: put rows of alpaca and prompt_completion into the chat template; false for Alpaca's plain headings, and
             for prompts as they are; null for true where the tokenizer has a chat template, or other sources need one.
-        prompt: the prompt of rows of any fields, such as "Summarise:\n{dialogue}"; a name may be a path
-            (answers.text.0). The answer is the field completion (fields names yours).
-        system: message of the system for all conversations that have none.
-        train_on: assistant (every answer of a conversation), last (answer only), or everything.
-        max_length: longest example in tokens, prompt and answer together; of a document without its summary.
-        max_target_length: longest summary in tokens.
-        stride: tokens of a context that neighbouring windows share, where it is longer than max_length (squad).
-        overlong: what to do with longer ones: stop with an error, drop them and say how many, or truncate what
-            comes before the answer.
-        bad_rows: what to do with rows that cannot be used: stop with an error, or skip them and say how many.
-        control_tokens: what to do with control tokens in the texts of rows (<|im_end|> in prose about it): refuse such
-            rows, or write them as text, tokenized like any other.
-        batching: padded (one example a row), packed (several examples a row that do not see each other), or by_length
-            (one a row, those of similar length in one batch).
+        prompt: template that builds the prompt from any fields of a row, such as "Summarise: {dialogue}"; a name may
+            be a path (answers.text.0). The answer is the field completion; fields maps it to yours.
+        system: system message of all conversations that have none.
+        train_on: assistant (every answer of a conversation), last (the last answer only), or everything.
+        max_length: length limit of an example in tokens, prompt and answer together; for summaries, of the document.
+        max_target_length: length limit of a summary in tokens.
+        stride: tokens that neighbouring windows of a context share, where it is longer than max_length (squad).
+        overlong: what happens to examples above max_length: error stops the run, drop skips and counts them, truncate
+            cuts what comes before the answer.
+        bad_rows: what happens to rows that cannot be used: error stops the run, skip skips and counts them.
+        control_tokens: what happens to rows whose texts hold control tokens, such as <|im_end|>: refuse treats them as
+            rows that cannot be used, text tokenizes the tokens as ordinary text.
+        batching: padded (one example a row), packed (several examples a row, which cannot attend to each other), or
+            by_length (one example a row, examples of similar length in one batch).
         temperature: mix sources in proportion to size ** (1 / temperature); null for their sizes, weights or epochs.
-        cache_dir: folder for encoded data, shared by all runs that use the same.
-        workers: processes that encode; null for one per core, 8 at most.
+        cache_dir: folder of the encoded data, which all runs with the same data and settings share.
+        workers: number of processes that encode; null for one per core, at most 8.
 
     Attributes:
         train_sources: what ``train`` describes, with short forms spelled out and a name for every source.

@@ -37,7 +37,7 @@ def build_parser() -> ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", action=ActionConfigFile, help="YAML file of the run, which may also be the first argument by itself"
+        "--config", action=ActionConfigFile, help="YAML file of the run; it can also be given as the first argument"
     )
     parser.add_class_arguments(RunConfig)
     return parser

@@ -29,14 +29,14 @@ class EvaluationConfig:
 
     Args:
         before: also evaluate before the first step.
-        exact_match: generate answers (greedily) and count those that equal the reference.
-        max_new_tokens: longest generated answer, in tokens.
+        exact_match: generate answers greedily and count those that equal the reference.
+        max_new_tokens: length limit of a generated answer, in tokens.
         max_examples: evaluate at most this many held-out examples; null for all.
-        num_beams: of generated summaries; 1 is greedy.
-        metrics: beside the loss. For causal_lm: final_number (generate answers greedily, and count those whose last
-            number is that of the reference); for classes: accuracy, matthews, f1 (of the second of two classes); for
-            regression: pearson, spearman; for question_answering: exact_match, f1; for summaries: rouge1, rouge2,
-            rouge_l; null for the task's own.
+        num_beams: number of beams for generated summaries; 1 is greedy.
+        metrics: what is measured beside the loss. For causal_lm: final_number (generate answers greedily and count
+            those whose last number is that of the reference); for classes: accuracy, matthews, f1 (of the second of two
+            classes); for regression: pearson, spearman; for question_answering: exact_match, f1; for summaries: rouge1,
+            rouge2, rouge_l; null for the defaults of the task.
     """
 
     before: bool = True
@@ -62,17 +62,17 @@ class EvaluationConfig:
 
 @dataclass(kw_only=True)
 class DistributedConfig:
-    """How the processes work together. The number of processes is the launcher's business.
+    """How the processes (ranks) work together. The launcher decides how many there are.
 
     Args:
         engine: zero2 (DeepSpeed ZeRO stage 2), ddp, or none (one process, no engine). The program checks that the
-            launcher started just that.
-        timeout_minutes: how long a rank waits for the others in a collective before it gives up.
-        join_minutes: how long the ranks that have come wait for the others at the start.
-        silent_seconds: without a sign of life of a rank before the others end, naming it. A rank that is stopped, or
-            whose node is cut off, is found by this; one that is killed mostly at once.
-        max_skipped_steps: steps in a row that all ranks leave out because some rank's loss or gradient is not finite,
-            before the run ends; 0 to end it at the first one.
+            launcher started this engine.
+        timeout_minutes: how long a rank waits for the others in a collective before it fails.
+        join_minutes: how long the ranks wait for each other at the start.
+        silent_seconds: how long a rank may send no heartbeat before the other ranks end and name it. This detects a
+            rank that is stopped or whose node is disconnected; a killed rank is mostly detected at once.
+        max_skipped_steps: consecutive steps that may be skipped on all ranks because the loss or gradient of some rank
+            is not finite; one more ends the run, and 0 ends it at the first one.
     """
 
     engine: Literal["zero2", "ddp", "none"] = "zero2"
@@ -91,12 +91,12 @@ class DistributedConfig:
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
-    """Checkpoints; how often is training.save_steps.
+    """Checkpoints. training.save_steps sets how often one is saved.
 
     Args:
         resume: auto (from the newest complete checkpoint in output_dir, if there is one), never, or the path of a
             checkpoint.
-        keep_last: complete checkpoints to keep; older ones are deleted.
+        keep_last: number of complete checkpoints to keep; older ones are deleted.
     """
 
     resume: str = "auto"
@@ -111,14 +111,14 @@ class RunConfig:
     """Train a dynamic-rank LoRA adapter (Dynamic Low-Rank Adaptation, ACL 2024) on a frozen, quantized language model.
 
     Args:
-        output_dir: folder of the run: checkpoints, adapter, metrics, pictures.
-        preset: defaults of the sections adapter and pruning, which every key that is given there changes. 2026-11, the
+        output_dir: folder of the run, for checkpoints, adapter, metrics and pictures.
+        preset: defaults of the sections adapter and pruning, which keys of these sections override. 2026-11, the
             default of a configuration: a start from training rows, and pruning in the first tenth of the run by gate
-            sensitivity, to a budget in parameters. paper: Dynamic Low-Rank Adaptation as it was published. lora: plain
-            LoRA, without gates or pruning.
+            sensitivity, to a budget in parameters. paper: Dynamic Low-Rank Adaptation as published. lora: plain LoRA,
+            without gates or pruning.
         task: causal_lm (instruction tuning), sequence_classification (classes, or regression), question_answering
             (parts of a text), or seq2seq (summaries, by an encoder and a decoder).
-        seed: of the data order, the adapter's start and dropout.
+        seed: random seed of the data order, the adapter's initial values and dropout.
         model: see the group below.
         adapter: see the group below.
         pruning: see the group below.
@@ -126,9 +126,9 @@ class RunConfig:
         evaluation: see the group below.
         distributed: see the group below.
         checkpoint: see the group below.
-        training: what transformers.TrainingArguments knows, such as learning_rate, num_train_epochs or max_steps,
+        training: fields of transformers.TrainingArguments, such as learning_rate, num_train_epochs or max_steps,
             per_device_train_batch_size, gradient_accumulation_steps, logging_steps, save_steps.
-        format_version: format of this file, which a run writes into its config.yaml; leave it out of your own.
+        format_version: format of this file. A run writes it into its config.yaml; do not set it in your own.
     """
 
     output_dir: str

@@ -5,7 +5,7 @@ import math
 import sys
 from collections.abc import Sequence
 
-CONFIG_HELP = "YAML file of the run, which may also be the first argument by itself; see dora-dist recipe"
+CONFIG_HELP = "YAML file of the run; it can also be given as the first argument; see dora-dist recipe"
 SPEED_OPTION = "--tokens-per-second"
 
 

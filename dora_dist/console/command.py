@@ -1,4 +1,4 @@
-"""How every command ends: errors that a user can mend, without a traceback."""
+"""How every command ends: errors that the user can correct are one message, without a traceback."""
 
 import os
 import sys
@@ -23,9 +23,9 @@ INTERRUPTED = 130
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's ``main`` and turn expected errors into a message and an exit status.
 
-    ``ValueError`` (something the user can mend) exits with 2; errors of the run itself that explain themselves
-    (disagreement or failure of ranks, missed budget, loss not finite) with 1. Anything else keeps its traceback, a
-    ``ValueError`` from inside another library too. A run that was preempted exits with :data:`PREEMPTED`.
+    ``ValueError`` (the configuration or the input is invalid) exits with 2; expected errors of the run (disagreement or
+    failure of ranks, missed budget, loss not finite) with 1. Anything else keeps its traceback, a ``ValueError`` from
+    inside another library too. A run that was preempted exits with :data:`PREEMPTED`.
     """
     try:
         main()

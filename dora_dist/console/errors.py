@@ -1,12 +1,12 @@
-"""Errors of a run that explain themselves, and the exit status of one that goes on."""
+"""Errors that end a run with a message instead of a traceback, and the exit status of a run that can be resumed."""
 
 from typing import TypeVar
 
 Error = TypeVar("Error", bound=Exception)
 
 PREEMPTED = 75
-"""Exit status of a run that stopped because it was told to, or because a rank was lost, and goes on when the same
-command is started again (EX_TEMPFAIL of sysexits.h)."""
+"""Exit status of a run that stopped after a signal or because a rank was lost. The same command resumes it
+(EX_TEMPFAIL of sysexits.h)."""
 
 
 def mark_common(error: Error) -> Error:
@@ -16,7 +16,7 @@ def mark_common(error: Error) -> Error:
 
 
 def is_common(error: Exception) -> bool:
-    """Whether all ranks raise this error together, so that nobody has to be told of it."""
+    """Whether all ranks raise this error together, so that it need not be reported to other ranks."""
     return isinstance(error, ExpectedRunError) or "raised_on_all_ranks" in error.__dict__
 
 
@@ -27,9 +27,8 @@ def is_same_everywhere(error: Exception) -> bool:
 
 
 class ExpectedRunError(RuntimeError):
-    """An error of a run whose message says all there is to say. With several ranks, all raise one together."""
+    """An error of a run, printed as its message without a traceback. With several ranks, all ranks raise one."""
 
 
 class PreemptedError(ExpectedRunError):
-    """The run was told to stop, and did so where the same command goes on. Raised on all ranks, with the same
-    message."""
+    """The run stopped after a signal, with a complete checkpoint from which the same command resumes."""

@@ -1,4 +1,4 @@
-"""Messages of libraries that say nothing to a user of this one."""
+"""Silences warnings of libraries that do not concern the user of this program."""
 
 import logging
 import os

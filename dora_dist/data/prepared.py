@@ -17,7 +17,7 @@ MOST_LISTED = 20
 
 @dataclass(frozen=True, kw_only=True)
 class SourceCounts:
-    """What became of the rows of a source; nothing is left out without being counted here.
+    """Counts of the rows of a source; whatever is skipped is counted here.
 
     Attributes:
         rows: that were read.
@@ -58,7 +58,7 @@ class SourceCounts:
             f"truncated {self.truncated} examples by {self.removed_tokens} tokens in all": self.truncated,
             f"made several examples of each of {self.split} rows (of every answer of a conversation, where the chat "
             "template rewrites earlier turns; of every window of a long context)": self.split,
-            f"left out the messages after the last trained answer in {self.trimmed} conversations": self.trimmed,
+            f"removed the messages after the last trained answer in {self.trimmed} conversations": self.trimmed,
             f"fields of messages that are not read (conversations that have them): {_listed(self.unread)}": len(
                 self.unread
             ),
@@ -99,10 +99,10 @@ class PreparedSource:
     digest: str
 
     def remarks(self) -> list[str]:
-        """:meth:`SourceCounts.remarks` with the source's name, and where the rows that were left out are listed."""
+        """:meth:`SourceCounts.remarks` with the source's name, and where the skipped rows are listed."""
         remarks = [f"{self.name}: {remark}" for remark in self.counts.remarks()]
         if self.counts.bad or self.counts.overlong:
-            remarks.append(f"{self.name}: what was left out is listed in {self.folder / LEFT_OUT}")
+            remarks.append(f"{self.name}: skipped rows are listed in {self.folder / LEFT_OUT}")
         return remarks
 
     def column(self, name: str) -> pa.ChunkedArray:
@@ -144,8 +144,8 @@ def list_lengths(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def render(title: str, sources: Sequence[PreparedSource]) -> str:
-    """A table of sources: what was read, what is left, and how much of it is trained."""
-    header = (title, "format", "rows", "examples", "left out", "truncated", "tokens", "trained", "longest")
+    """A table of sources: rows read, examples made of them, and the share of tokens that is trained."""
+    header = (title, "format", "rows", "examples", "skipped", "truncated", "tokens", "trained", "longest")
     lines = [header]
     for source in sources:
         counts = source.counts

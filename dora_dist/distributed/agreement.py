@@ -22,11 +22,11 @@ Result = TypeVar("Result")
 
 
 class DisagreementError(ExpectedRunError):
-    """Ranks that must hold the same state do not. Raised on every rank, with the same message."""
+    """Ranks that must hold the same state differ. Raised on every rank, with the same message."""
 
 
 class RankFailedError(ExpectedRunError):
-    """At least one rank failed before a collective. Raised on every rank, with the same message."""
+    """At least one rank failed, and the message names it. Raised on every rank, with the same message."""
 
 
 class Agreement:
@@ -215,7 +215,7 @@ class Agreement:
         nodes = self.gather(platform.node())
         listed = " against ".join(_name_ranks(group, nodes) for group in groups)
         message = (
-            f"the ranks disagree on {what}: {listed}; first difference in {first}. The run cannot go on from here: "
+            f"the ranks disagree on {what}: {listed}; first difference in {first}. The run cannot continue: "
             "resume from the last complete checkpoint"
         )
         raise mark_common(DisagreementError(message))

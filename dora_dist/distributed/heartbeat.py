@@ -1,9 +1,10 @@
-"""The watch over a run: which rank is gone, told on every other rank, instead of waiting for it.
+"""Detects ranks that have died or stopped responding, and reports them by name on every other rank, so that no rank
+waits for a time-out.
 
-A rank that dies leaves the others in a collective, whose error (if it has one before its time-out) does not say who it
-was. So every rank has a thread that shows a sign of life at the meeting place once a second. When a rank fails, or
-rank 0 misses somebody's signs, there is a roll call: threads answer even where their rank hangs, and who does not
-answer is gone. Every rank then ends with the same verdict.
+A rank that dies leaves the others in a collective, whose error (if it has one before its time-out) does not name the
+rank. So every rank has a thread that sends a heartbeat to the rendezvous store once a second. When a rank fails, or
+rank 0 misses the heartbeats of another, there is a roll call: threads answer even where their rank hangs, and a rank
+that does not answer is lost. Every rank then ends with the same verdict.
 """
 
 import json
@@ -17,20 +18,19 @@ from dora_dist.console.phases import Phases
 from dora_dist.distributed.rendezvous import POLL_SECONDS, Rendezvous, beat_key
 
 SIGN_SECONDS = 1.0
-"""Time between two signs of life."""
+"""Time between two heartbeats."""
 ANSWER_SECONDS = 5.0
 """Time for the answers to a roll call."""
 TAKING_SECONDS = 3.0
 """Time for a rank's main thread to report the verdict, if it does not hang."""
-_ADVICE = "The same command goes on from the newest complete checkpoint"
+_ADVICE = "Start the same command again to resume from the newest complete checkpoint"
 
 
 class RanksLostError(ExpectedRunError):
-    """A rank is gone, or failed where the others could not know. Raised on every other rank.
+    """Another rank stopped responding, or failed outside of a collective. Raised on every other rank.
 
     Attributes:
-        status: exit status: that of a run which goes on when it is started again where a rank is gone, 1 where one has
-            failed.
+        status: exit status: that of a run that can be resumed where a rank is lost, 1 where one has failed.
     """
 
     def __init__(self, message: str, gone: bool) -> None:
@@ -39,15 +39,15 @@ class RanksLostError(ExpectedRunError):
 
 
 class HeartbeatMonitor:
-    """Context in which this rank shows that it is alive, and learns of others that are not.
+    """Context in which this rank sends heartbeats, and learns which other ranks are lost.
 
-    An exception that leaves the context is told to the other ranks; one that is the consequence of another rank's end
-    becomes a :class:`RanksLostError` that names that rank.
+    An exception that leaves the context is reported to the other ranks. One that is the consequence of another rank's
+    end becomes a :class:`RanksLostError` that names that rank.
 
     Args:
-        rendezvous: where the ranks have met; None for a rank that is alone, which nobody watches.
-        silent_seconds: without a sign of life before a rank counts as gone.
-        phases: of this rank, for messages.
+        rendezvous: the rendezvous of the ranks; None for a single rank, which nobody watches.
+        silent_seconds: seconds without a heartbeat after which a rank counts as lost.
+        phases: the phases of this rank, for messages.
     """
 
     def __init__(self, rendezvous: Rendezvous | None, silent_seconds: float, phases: Phases) -> None:
@@ -135,8 +135,8 @@ class HeartbeatMonitor:
             host, port = self._rendezvous.place
             self._gone = True
             self._verdict = (
-                f"rank 0, or what keeps the meeting place for it at {host}:{port}, is gone or cut off; this rank was "
-                f"in: {self._phases.phase}. {_ADVICE}"
+                f"rank 0, or the launcher that keeps the rendezvous at {host}:{port}, is not responding (killed or "
+                f"disconnected); this rank was in: {self._phases.phase}. {_ADVICE}"
             )
         self._done.set()
         end = time.monotonic() + TAKING_SECONDS
@@ -157,7 +157,7 @@ class HeartbeatMonitor:
         self._store.set(beat_key(self._rendezvous.rank), f"{count} {self._phases.phase}")
 
     def _missed(self) -> str | None:
-        """The first rank that has shown no sign of life for too long. Rank 0 looks at all; all look at rank 0, whose
+        """The first rank that has sent no heartbeat for too long. Rank 0 looks at all; all look at rank 0, whose
         store a launcher may keep."""
         assert self._rendezvous is not None
         watched = range(self._rendezvous.size) if self._rendezvous.is_first else [0]
@@ -170,7 +170,7 @@ class HeartbeatMonitor:
             if sign != seen:
                 self._signs[rank] = (sign, now)
             elif now - since > self._silent_seconds:
-                return f"no sign of life of rank {rank} for {self._silent_seconds:g} s"
+                return f"rank {rank} sent no heartbeat for {self._silent_seconds:g} s"
         return None
 
     def _roll_call(self) -> str:
@@ -215,9 +215,9 @@ class HeartbeatMonitor:
 
     def _last_of(self, rank: int) -> str:
         if self._store.check([f"left/{rank}"]):
-            return f"{self._name(rank)} has left: {self._store.get(f'left/{rank}').decode()}"
+            return f"{self._name(rank)} has ended: {self._store.get(f'left/{rank}').decode()}"
         _, _, phase = self._store.get(beat_key(rank)).decode().partition(" ")
-        return f"{self._name(rank)} is gone (killed, or cut off); the last that was heard of it: {phase}"
+        return f"{self._name(rank)} is not responding (killed or disconnected); its last reported phase: {phase}"
 
     def _name(self, rank: int) -> str:
         assert self._rendezvous is not None

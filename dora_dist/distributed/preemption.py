@@ -1,21 +1,8 @@
-"""SIGTERM and SIGUSR1: the notice that a run is about to lose its machines.
+"""Records SIGTERM and SIGUSR1: a run is about to lose its machines.
 
-A signal is recorded here and served by the program: in training at the end of the optimizer step, by one decision of
-all ranks and a complete checkpoint; before training at the next phase that all ranks end together. It is served late
-where a phase is long (data preparation, reading weights, an evaluation), since none of them is cut short. A run that
-has done its last step ends by itself. If the deadline comes first, the run is one that was killed: it goes on from the
-newest sealed checkpoint.
-
-What a batch script sees of :data:`~dora_dist.console.errors.PREEMPTED`, as tried with torch 2.13 and accelerate 1.15:
-
-- a process that the script starts itself (``python``, or one ``srun`` task per rank) exits with it;
-- ``accelerate launch`` and ``torchrun`` exit with 1, whatever their ranks exit with. Their report names the status of
-  the ranks (``exitcode  : 75``) only where a rank was signalled and not they, so look for the line ``preempted at
-  step``. Told to restart ranks that fail (``--max_restarts``), they would do so with preempted ones (not tried);
-- a launcher that gets SIGTERM passes it on, kills the ranks that are left after 30 s, and exits with 1. Where a step
-  and a save take longer, a rank must be told instead of the launcher, and earlier;
-- SIGUSR1 kills a launcher, and leaves its ranks training without one, so send it to a rank. ``torchrun
-  --signals-to-handle SIGTERM,SIGUSR1`` passes it on as it does SIGTERM; ``accelerate launch`` has no such option.
+The program serves a recorded signal at the end of the optimizer step, by one decision of all ranks and a complete
+checkpoint; before training, at the next phase that all ranks end together. docs/reliability.md, "Preemption", says what
+a user sees of it, under every launcher.
 
 A rank that hangs, in a collective whose other end has died, does not end at the launcher's SIGTERM any more, but with
 the verdict of :mod:`dora_dist.distributed.heartbeat`.

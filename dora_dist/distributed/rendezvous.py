@@ -1,4 +1,4 @@
-"""The place where the ranks of a run find each other, before and beside the process group.
+"""The rendezvous of the ranks of a run, before and beside the process group.
 
 It is the key-value store of torch's rendezvous, under a prefix of its own. No collective takes part, so that a rank
 can ask it who is there while its collectives hang.
@@ -19,7 +19,7 @@ from dora_dist.distributed.launcher import world_size_of
 
 POLL_SECONDS = 0.2
 ANSWER_TIMEOUT = timedelta(seconds=20)
-"""How long the store may take for an answer once the ranks have met."""
+"""How long the store may take for an answer once the ranks are connected."""
 
 
 _KEPT: list[Any] = []
@@ -27,12 +27,12 @@ _KEPT: list[Any] = []
 
 
 class JoinError(ExpectedRunError):
-    """Not all ranks of the run have come. Raised on every rank that has."""
+    """Some ranks did not connect in time. Raised on every rank that did."""
 
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where the ranks of a run have met.
+    """The rendezvous of a run, once all ranks have connected.
 
     Attributes:
         rank: of this process.
@@ -67,14 +67,14 @@ class Rendezvous:
 
 
 def join_rendezvous(seconds: float, knob: str) -> Rendezvous | None:
-    """Wait until all ranks of the launch have come; None where this process is alone.
+    """Wait until all ranks of the launch have connected; None where this process is alone.
 
     Args:
         seconds: how long to wait.
-        knob: what the user sets it with, for messages.
+        knob: the key that sets it, for messages.
 
     Raises:
-        JoinError: some have not come in time, or rank 0 cannot be reached.
+        JoinError: some ranks did not connect in time, or rank 0 cannot be reached.
     """
     size = world_size_of(os.environ)
     if size == 1:
@@ -103,9 +103,8 @@ def join_rendezvous(seconds: float, knob: str) -> Rendezvous | None:
     missing = _wait_for_all(store, size, seconds) if found.is_first else _ask(store, seconds)
     if missing:
         raise JoinError(
-            f"joining the world: {missing} did not come within {seconds:g} s ({knob}), where "
-            f"WORLD_SIZE is {size} and the meeting place {host}:{port}: look at the logs of the ranks or nodes that "
-            "are missing, and whether all have the same MASTER_ADDR and MASTER_PORT"
+            f"{missing} did not connect to {host}:{port} within {seconds:g} s ({knob}). Check the logs of "
+            "the missing ranks or nodes, and that all ranks have the same MASTER_ADDR and MASTER_PORT"
         )
     _KEPT.append(server)
     return found
@@ -120,9 +119,9 @@ def _wait_for_all(store: Any, size: int, seconds: float) -> str:
         if missing:
             time.sleep(POLL_SECONDS)
     here = [f"rank {rank} ({store.get(_joined(rank)).decode()})" for rank in range(size) if rank not in missing]
-    text = f"rank{'s' * (len(missing) > 1)} {ranges(missing)}" if missing else ""
+    text = f"rank{'s' * (len(missing) > 1)} {ranges(missing)} of {size}" if missing else ""
     if missing and len(here) <= 8:
-        text += f" (there are {', '.join(here)})"
+        text += f" (connected: {', '.join(here)})"
     store.set("met", text)
     return text
 
@@ -147,17 +146,14 @@ def _explain(error: RuntimeError, rank: int, place: tuple[str, int], keeps_it: b
     reason = str(error).splitlines()[0]
     if keeps_it and ("address already in use" in reason.lower() or "EADDRINUSE" in reason):
         return (
-            f"joining the world: port {port} of {platform.node()} is in use: give another MASTER_PORT (accelerate "
-            "launch --main_process_port)"
+            f"port {port} of {platform.node()} is in use: set another MASTER_PORT (accelerate launch "
+            "--main_process_port)"
         )
-    return (
-        f"joining the world: rank {rank} ({platform.node()}) could not reach rank 0 at {host}:{port} within {waited}: "
-        f"{reason}"
-    )
+    return f"rank {rank} ({platform.node()}) could not reach rank 0 at {host}:{port} within {waited}: {reason}"
 
 
 def beat_key(rank: int) -> str:
-    """Key of a rank's signs of life (:mod:`dora_dist.distributed.heartbeat`)."""
+    """Key of a rank's heartbeat (:mod:`dora_dist.distributed.heartbeat`)."""
     return f"sign/{rank}"
 
 

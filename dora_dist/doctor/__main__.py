@@ -1,9 +1,9 @@
-"""What to know of a machine or a job before an allocation is spent on it, and what is wrong with it.
+"""Check a machine or a job before training, and report what is wrong with it.
 
-Alone, it looks at this machine. Started as dora_dist.train is (accelerate launch, torchrun, or tasks of Slurm), it
-looks at every rank, and at what they share: the network and the checkpoint folder. Nothing is left behind. Every key
-of a configuration can be overridden as --section.key value. Exit status: 0 nothing wrong found, 1 something is, 2 the
-command cannot be understood.
+Alone, it checks this machine. Started as dora_dist.train is (accelerate launch, torchrun, or tasks of Slurm), it
+checks every rank, and what the ranks share: the network and the checkpoint folder. It leaves no files behind. Every key
+of a configuration can be overridden as --section.key value. Exit status: 0 no problem found, 1 problems found, 2 the
+command line is invalid.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the report, and leave with its exit status.
 
     Raises:
-        ValueError: something that the user can mend in the command.
+        ValueError: The command line is invalid.
         ExpectedRunError: the ranks did not come together, or one of them failed.
     """
     options, overrides = build_parser().parse_known_args(with_config_option(arguments))

@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Export one run as one format.
 
     Raises:
-        ValueError: something that the user can mend.
+        ValueError: The configuration or the input is invalid.
         ExpectedRunError: what was written does not compute what was trained; it has been removed again.
     """
     quiet_libraries()

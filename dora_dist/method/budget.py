@@ -45,7 +45,8 @@ class Budget:
         return sum(self.costs[name] * rank for name, rank in ranks.items())
 
     def is_met_by(self, ranks: Mapping[str, int]) -> bool:
-        """Whether so many components of each layer are the final budget: no more, and less by no whole component."""
+        """Whether these ranks spend the final budget: at most the budget, with less than the cost of one component left
+        over."""
         return 0 <= self.final - self.spent(ranks) < max(self.costs.values())
 
     def select(

@@ -66,7 +66,7 @@ def read_result(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         if theirs.get(name) != value:
             raise ValueError(
                 f"--output is {path}, whose {name} is {theirs.get(name)} and not {value}: name another file, or give "
-                "the same settings to go on"
+                "the same settings to continue"
             )
     return result
 

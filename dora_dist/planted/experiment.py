@@ -23,7 +23,7 @@ SEARCH, REPORTED = "search", "reported"
 
 
 class DivergedError(ExpectedRunError):
-    """A student's loss is not a number."""
+    """The loss of a student is not finite."""
 
 
 def run_cells(options: Options, result: dict[str, Any], keep: Callable[[], None], tell: Callable[[str], None]) -> None:

@@ -1,4 +1,4 @@
-"""Examples of a run token by token, as training will see them, with lengths and the number of optimizer steps.
+"""Show examples of a run token by token, as training will see them, with lengths and the number of optimizer steps.
 
 Every key of the configuration can be overridden as --section.key value, as for dora_dist.train. Nothing is trained,
 and no weight is read.
@@ -39,21 +39,24 @@ def build_parser() -> argparse.ArgumentParser:
         "--examples",
         type=int,
         metavar="N",
-        help=f"how many to show; by default {FEW}, and one of every source at least",
+        help=f"number of examples to show; by default {FEW}, and at least one of every source",
     )
-    parser.add_argument("--source", metavar="NAME", help="look at this source only")
-    parser.add_argument("--eval", action="store_true", help="look at the held-out sources instead of the training ones")
+    parser.add_argument("--source", metavar="NAME", help="show this source only")
+    parser.add_argument("--eval", action="store_true", help="show the held-out sources instead of the training sources")
     parser.add_argument("--longest", action="store_true", help="show the longest examples instead of the first ones")
     parser.add_argument("--truncated", action="store_true", help="show only examples that were truncated")
     parser.add_argument(
         "--world-size",
         type=int,
         metavar="N",
-        help="processes to count steps for; by default WORLD_SIZE of the environment, or 1",
+        help="number of processes for which steps are counted; by default WORLD_SIZE of the environment, or 1",
     )
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write the same as a page, too")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write the output as an HTML page")
     parser.add_argument(
-        "--color", choices=("auto", "always", "never"), default="auto", help="by default on a terminal, unless NO_COLOR"
+        "--color",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="auto: colour on a terminal, unless NO_COLOR is set",
     )
     return parser
 
@@ -62,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the preview.
 
     Raises:
-        ValueError: something that the user can mend.
+        ValueError: The configuration or the input is invalid.
     """
     quiet_libraries()
     options, overrides = build_parser().parse_known_args(with_config_option(arguments))

@@ -76,7 +76,7 @@ def build_preview(config: RunConfig, choice: ExampleSelection, world_size: int) 
         world_size: processes that the optimizer steps are counted for.
 
     Raises:
-        ValueError: something that the user can mend.
+        ValueError: The configuration or the input is invalid.
     """
     import numpy as np
 

@@ -159,7 +159,7 @@ def seal(folder: Path, written: Mapping[str, dict[str, Any]] | None = None) -> N
     for name, expected in (written or {}).items():
         if files.get(name) != expected:
             raise ValueError(
-                f"{folder / name} is not here what the rank that wrote it sees ({files.get(name)}, not {expected}): "
+                f"{folder / name} differs from the file that another rank wrote ({files.get(name)}, not {expected}): "
                 "output_dir must be on a file system that all nodes share, and that shows closed files to all"
             )
     write_json(folder / MANIFEST, files)

@@ -104,7 +104,7 @@ def resolve_run(
     ranks: int = 1,
     card: int | None = None,
 ) -> ResolvedRun:
-    """Decide all that can be decided without weights, and refuse what cannot work.
+    """Resolve everything that needs no weights, and refuse what cannot work.
 
     Args:
         config: of the run.

@@ -277,9 +277,9 @@ def _prepare_all(
     if not flaws:
         return prepared
     advice = (
-        "mend them, or set data.bad_rows to skip"
+        "fix them, or set data.bad_rows to skip"
         if config.control_tokens == "text"
-        else "mend them, set data.control_tokens to text to write these as plain text, or data.bad_rows to skip; "
+        else "fix them, set data.control_tokens to text to write these as plain text, or data.bad_rows to skip; "
         "prompts that are rendered already need data.as_chat: false"
     )
     raise ValueError("\n".join([*flaws, advice]))

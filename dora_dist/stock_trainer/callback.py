@@ -187,7 +187,7 @@ class DynamicRankCallback(TrainerCallback):
         """
         if not (folder / METHOD_STATE).is_file():
             raise ValueError(
-                f"the trainer goes on from step {state.global_step}, but {folder / METHOD_STATE} is missing: go on "
+                f"the trainer resumes from step {state.global_step}, but {folder / METHOD_STATE} is missing: resume "
                 "from a checkpoint in output_dir that a trainer with a DynamicRankCallback has written to its end"
             )
         written, wanted = read_json(folder / METHOD_STATE)["settings"], self._settings(state)
@@ -195,7 +195,7 @@ class DynamicRankCallback(TrainerCallback):
             if written.get(name) != value:
                 raise ValueError(
                     f"{name} is {value}, but {folder} was written with {written.get(name)}: what decides on the "
-                    "pruning must not change when training goes on; set it back, or begin anew"
+                    "pruning must not change in a resume; set it back, or start a new run"
                 )
         tensors = load_file(folder / METHOD_TENSORS)
         trained = trained_parameters(self._running.layers, self._running.head)

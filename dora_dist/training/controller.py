@@ -22,7 +22,7 @@ from dora_dist.training.rules.rule import Rule
 
 
 class BudgetMissedError(ExpectedRunError):
-    """The run ended without the pruning that its configuration promised."""
+    """The run ended before its last pruning event, or with another number of components than the budget."""
 
 
 class NonFiniteAdapterError(ExpectedRunError):

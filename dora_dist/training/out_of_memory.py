@@ -19,7 +19,7 @@ EVALUATION_ADVICE = "in an evaluation: lower training.per_device_eval_batch_size
 
 
 class NoMemoryLeftError(ValueError):
-    """A device has no memory left for what is configured. Raised on the rank where it happens."""
+    """A device ran out of memory. Raised on the rank where it happens."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Steps that all ranks leave out because the loss or a gradient of some rank was not finite."""
+"""Steps that all ranks skip because the loss or a gradient of some rank is not finite."""
 
 import math
 import platform
@@ -12,21 +12,21 @@ from dora_dist.distributed.agreement import Agreement
 
 
 class NonFiniteLossError(ExpectedRunError):
-    """Losses or gradients stayed NaN or infinite for longer than the run may go on without them."""
+    """More consecutive steps than distributed.max_skipped_steps had a loss or gradient that is not finite."""
 
 
 class SkipPolicy:
-    """Counts the steps that were left out, says why, and ends the run after too many in a row.
+    """Counts the skipped steps, reports why, and ends the run after too many consecutive ones.
 
-    The engine leaves a step out where the reduced gradients are not finite, which is the same decision on all ranks
+    The engine skips a step where the reduced gradients are not finite, which is the same decision on all ranks
     (:class:`~dora_dist.distributed.engine.SkippedSteps`).
 
     Args:
         agreement: collectives over the ranks.
-        most: steps in a row that may be left out.
+        most: consecutive steps that may be skipped.
 
     Attributes:
-        last: whether the last step was left out.
+        last: whether the last step was skipped.
     """
 
     def __init__(self, agreement: Agreement, most: int) -> None:
@@ -55,10 +55,10 @@ class SkipPolicy:
 
         Args:
             step: optimizer steps so far, this one included.
-            skipped: whether the engine has left it out, the same on every rank.
+            skipped: whether the engine has skipped it, the same on every rank.
 
         Returns:
-            Why it was left out, naming the ranks whose loss it was; None if it was taken.
+            Why it was skipped, naming the ranks whose loss it was; None if it was taken.
         """
         if not skipped:
             self._in_a_row = 0
@@ -69,11 +69,11 @@ class SkipPolicy:
         by_rank = self._agreement.gather((platform.node(), bad[0] if bad else None))
         named = [f"rank {rank} ({node}): loss {loss}" for rank, (node, loss) in enumerate(by_rank) if loss is not None]
         why = "; ".join(named) or "gradients that are not finite, from finite losses"
-        say(f"step {step} was left out on all ranks: {why}")
+        say(f"step {step} was skipped on all ranks: {why}")
         return why
 
     def forget_logged(self) -> int:
-        """Steps left out since the last call."""
+        """Steps skipped since the last call."""
         count, self._since_log = self._since_log, 0
         return count
 
@@ -82,17 +82,19 @@ class SkipPolicy:
 
         Args:
             step: optimizer steps so far.
-            why: the last one was left out.
+            why: reason why the last one was skipped.
             last_good: the newest complete checkpoint, or None.
 
         Raises:
             NonFiniteLossError: on all ranks.
         """
         if self._in_a_row > self._most:
+            count = self._in_a_row
+            steps = "1 consecutive step was" if count == 1 else f"{count} consecutive steps were"
             message = (
-                f"step {step}: {self._in_a_row} steps in a row were left out ({why}), and "
-                f"distributed.max_skipped_steps is {self._most}; the last good checkpoint: {last_good or 'none'}. "
-                "Lower training.learning_rate, or look at the data of these steps; where it is one rank each time, at "
-                "its machine"
+                f"step {step}: {steps} skipped because of a loss or gradient that is not finite ({why}); "
+                f"distributed.max_skipped_steps allows {self._most}. The last good checkpoint: {last_good or 'none'}. "
+                "Lower training.learning_rate, or check the data of these steps; if it is the same rank each time, "
+                "check its machine"
             )
             raise mark_common(NonFiniteLossError(message))

@@ -181,7 +181,7 @@ def test_a_cell_that_fails_is_reported_and_the_ranks_of_a_launcher_run_the_other
     finished = run("torchrun", "--nproc_per_node", "2", "-m", "dora_dist.compare", str(config))
     assert finished.status == 1
     assert "FAILED: ValueError: output_dir" in finished.output
-    assert "1 of 2 rows of the table lack cells" in finished.output
+    assert "1 of 2 table rows are incomplete" in finished.output
     results = results_of(tmp_path / "out")
     assert not results["complete"]
     assert group_of(results, "lora")["mean"] is not None

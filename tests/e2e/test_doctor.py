@@ -128,7 +128,7 @@ def test_a_rank_that_does_not_come_ends_the_wait(tmp_path):
     wait_for_ranks([process], 60)
     output = Path(f"{log}-0").read_text()
     assert process.exitcode == 1
-    assert "[rank 0] error: joining the world: rank 1 (there are rank 0 (" in output
+    assert "[rank 0] error: rank 1 of 2 (connected: rank 0 (" in output
     assert "Traceback" not in output
 
 

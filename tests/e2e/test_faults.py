@@ -85,7 +85,9 @@ def test_a_rank_that_is_killed_is_named_on_the_others(place, victim, config, who
     assert codes[victim] == -9
     assert codes[survivor] == PREEMPTED, text
     (message,) = [line for line in text.splitlines() if line.startswith(f"[rank {survivor}] error: ")]
-    named = f"rank {victim} ({NODE}) is gone" if victim else "rank 0, or what keeps the meeting place"
+    named = (
+        f"rank {victim} ({NODE}) is not responding" if victim else "rank 0, or the launcher that keeps the rendezvous"
+    )
     assert named in message
     assert re.search(f"this rank was in: {PLACES[place]}", message), message
     assert "Traceback" not in text
@@ -116,8 +118,8 @@ def test_of_four_ranks_the_one_that_is_gone_is_named_and_nobody_else(config, who
     messages = [line for line in text.splitlines() if "error: " in line]
     assert len(messages) == 3
     for message in messages:
-        assert f"error: rank 2 ({NODE}) is gone" in message
-        assert message.count("is gone") == 1
+        assert f"error: rank 2 ({NODE}) is not responding" in message
+        assert message.count("is not responding") == 1
     assert "resuming from" in run_to_the_end(config, tmp_path / "run", tmp_path / "log", ranks=2)
 
 
@@ -125,7 +127,7 @@ def test_of_four_ranks_the_one_that_is_gone_is_named_and_nobody_else(config, who
 def test_a_rank_that_is_stopped_is_named_after_the_time_allowed(config, whole, tmp_path):
     codes, text = broken_run(config, tmp_path / "run", tmp_path / "log", {1: {"stop": "event 4"}})
     assert codes == [PREEMPTED, -9], text
-    assert f"error: rank 1 ({NODE}) is gone (killed, or cut off)" in text
+    assert f"error: rank 1 ({NODE}) is not responding (killed or disconnected)" in text
     assert_goes_on(config, tmp_path / "run", tmp_path / "log", whole)
 
 
@@ -158,7 +160,7 @@ def test_a_rank_that_fails_to_evaluate_is_named_on_all_ranks(config, whole, tmp_
     assert codes == [1, 1], text
     told = f"error: evaluation failed on 1 of 2 ranks: rank 1 ({NODE}): RuntimeError: something of this rank's own"
     assert told in text
-    assert "is gone" not in text
+    assert "is not responding" not in text
     assert_goes_on(config, tmp_path / "run", tmp_path / "log", whole)
 
 
@@ -176,11 +178,11 @@ def test_losses_that_are_not_finite_are_left_out_by_all_ranks(config, tmp_path):
     faults = {0: {"loss": {3: float("inf")}}, 1: {"loss": {5: float("nan"), 6: float("nan")}}}
     codes, text = broken_run(config, tmp_path / "run", tmp_path / "log", faults)
     assert codes == [0, 0], text
-    skipped = [line for line in text.splitlines() if "was left out" in line]
+    skipped = [line for line in text.splitlines() if "was skipped" in line]
     assert skipped == [
-        f"step 3 was left out on all ranks: rank 0 ({NODE}): loss inf",
-        f"step 5 was left out on all ranks: rank 1 ({NODE}): loss nan",
-        f"step 6 was left out on all ranks: rank 1 ({NODE}): loss nan",
+        f"step 3 was skipped on all ranks: rank 0 ({NODE}): loss inf",
+        f"step 5 was skipped on all ranks: rank 1 ({NODE}): loss nan",
+        f"step 6 was skipped on all ranks: rank 1 ({NODE}): loss nan",
     ]
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines if "skipped" in line] == [3, 5, 6]
@@ -195,7 +197,7 @@ def test_losses_that_are_not_finite_are_left_out_by_all_ranks(config, tmp_path):
     before, after = (load_file(tmp_path / "run" / f"checkpoint-{n}" / "dynamic_lora.safetensors") for n in (4, 6))
     assert not all(before[name].equal(after[name]) for name in before), "step 6's pruning took place"
     weights = [name for name in before if name.endswith((".lora_a", ".lora_b"))]
-    assert all(before[name].equal(after[name]) for name in weights), "a step that was left out changed the adapter"
+    assert all(before[name].equal(after[name]) for name in weights), "a skipped step changed the adapter"
 
 
 def test_too_many_in_a_row_end_the_run_at_its_last_good_checkpoint(config, whole, tmp_path):
@@ -203,9 +205,10 @@ def test_too_many_in_a_row_end_the_run_at_its_last_good_checkpoint(config, whole
     run, log = tmp_path / "run", tmp_path / "log"
     codes, text = broken_run(config, run, log, {1: {"loss": {5: float("nan")}}}, *strict)
     assert codes == [1, 1], text
-    assert f"[rank 0] error: step 5: 1 steps in a row were left out (rank 1 ({NODE}): loss nan)" in text
+    why = f"a loss or gradient that is not finite (rank 1 ({NODE}): loss nan)"
+    assert f"[rank 0] error: step 5: 1 consecutive step was skipped because of {why}" in text
     assert text.count("error: ") == 1, "what all ranks of a node find is said once"
-    assert f"the last good checkpoint: {run}/checkpoint-4" in text
+    assert f"The last good checkpoint: {run}/checkpoint-4" in text
     assert_goes_on(config, run, log, whole)
 
 
@@ -262,7 +265,7 @@ def test_a_disk_that_is_full_during_a_save(config, whole, small_disk, tmp_path):
 @pytest.mark.parametrize(
     ("present", "message"),
     [
-        (0, "joining the world: rank 1 (there are rank 0 ({node})) did not come"),
+        (0, "rank 1 of 2 (connected: rank 0 ({node})) did not connect"),
         pytest.param(1, "rank 1 ({node}) could not reach rank 0", marks=FULL),
     ],
 )

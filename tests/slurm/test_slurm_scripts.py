@@ -87,7 +87,7 @@ def test_a_site_may_read_variables_that_are_not_set(stand_in, cluster, printed, 
 def test_a_job_that_may_not_be_requeued_ends_with_the_status_of_its_ranks(stand_in, cluster, printed):
     job = stand_in("exit 75", "one_node.sbatch", ONE_RANK)
     assert outcome(cluster.wait(job, 30)) == [("FAILED", "75:0", "0")], printed(job)
-    assert "submit the same command again to go on" in printed(job)
+    assert "submit the same command again to resume" in printed(job)
 
 
 def test_ranks_that_leave_a_little_later_than_the_first_still_end_the_job_with_75(stand_in, cluster, printed):

@@ -138,7 +138,10 @@ def test_a_node_that_is_cut_off_is_named_and_the_run_goes_on(runs, cluster, subm
     try:
         rank = run_log(printed, job, 0)
         wait_for(lambda: "error: " in rank(), 60, lambda: printed(job))
-        assert "[rank 0] error: rank 1 (node2) is gone (killed, or cut off); the last that was heard of it: " in rank()
+        assert (
+            "[rank 0] error: rank 1 (node2) is not responding (killed or disconnected); its last reported phase: "
+            in rank()
+        )
         assert "Traceback" not in rank()
     finally:
         cluster.heal("node2")

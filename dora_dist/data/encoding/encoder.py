@@ -35,11 +35,11 @@ BOOKKEEPING: dict[str, Any] = {
 
 
 class UnusableRowError(ValueError):
-    """A row that cannot be used, under the policy ``error``."""
+    """A row cannot be used, and data.bad_rows or data.overlong is error."""
 
 
 class ControlTokensError(ValueError):
-    """Rows with control tokens in their texts, under the policy ``error``."""
+    """Texts of rows hold control tokens, data.control_tokens is refuse, and data.bad_rows is error."""
 
 
 class ControlFlaw(RowFlaw):
@@ -191,7 +191,7 @@ class RowEncoder(ABC, Generic[P, E]):
 
     def _check_policy(self, flaw: RowFlaw, place: str) -> None:
         if self.rules.bad_rows == "error":
-            raise UnusableRowError(f"{place}: {flaw}; mend it, or set data.bad_rows to skip") from None
+            raise UnusableRowError(f"{place}: {flaw}; fix it, or set data.bad_rows to skip") from None
 
     @abstractmethod
     def _texts(self, sample: Any) -> Iterable[tuple[str, str]]:

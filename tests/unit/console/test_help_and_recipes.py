@@ -34,7 +34,7 @@ def test_help_says_which_method_this_is_not(capsys):
 
 
 def test_an_unknown_command_is_refused_with_the_nearest():
-    with pytest.raises(ValueError, match=r"'trian' is no command; did you mean train\?"):
+    with pytest.raises(ValueError, match=r"'trian' is not a command; did you mean train\?"):
         console.main(["trian"])
 
 

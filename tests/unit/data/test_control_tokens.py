@@ -269,7 +269,7 @@ def test_all_rows_with_control_tokens_are_counted_and_the_first_ones_named(tmp_p
 
 
 def test_other_bad_rows_stop_the_preparation_first(tmp_path):
-    with pytest.raises(ValueError, match=r"line 2: field 'messages' must be a list .*; mend it, or set data\.bad_rows"):
+    with pytest.raises(ValueError, match=r"line 2: field 'messages' must be a list .*; fix it, or set data\.bad_rows"):
         prepare(tmp_path, byte_tokenizer("chatml"), [about("<|im_end|>"), {"messages": 3}])
 
 

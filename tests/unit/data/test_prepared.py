@@ -102,7 +102,7 @@ FLAW_NAMES = [f"{name}: {flaw}" for name, _, flaw in FLAWS]
 @pytest.mark.parametrize(("row_format", "row", "flaw"), FLAWS, ids=FLAW_NAMES)
 def test_a_row_that_cannot_be_used_stops_with_file_row_and_field(tmp_path, row_format, row, flaw):
     path = write(tmp_path / "rows.jsonl", [GOOD[row_format], row, GOOD[row_format]])
-    with pytest.raises(ValueError, match=r"; mend it, or set data\.bad_rows to skip$") as caught:
+    with pytest.raises(ValueError, match=r"; fix it, or set data\.bad_rows to skip$") as caught:
         prepare(path, row_format)
     assert str(caught.value).startswith(f"{path}, line 2: {flaw}")
     assert list((tmp_path / "cache").glob("src-*/*")) == []

@@ -233,7 +233,7 @@ def test_dropped_examples_are_counted_and_said(config):
     assert source.counts.overlong + source.counts.examples == 50
     assert data.remarks()[:2] == [
         f"train: dropped {source.counts.overlong} examples that do not fit into data.max_length",
-        f"train: what was left out is listed in {source.folder}/left_out.jsonl",
+        f"train: skipped rows are listed in {source.folder}/left_out.jsonl",
     ]
 
 

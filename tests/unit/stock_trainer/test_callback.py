@@ -69,7 +69,7 @@ def test_a_resume_that_would_go_another_way_is_refused(finished, base, tmp_path)
 
     with pytest.raises(ValueError, match=r"pruning\.min_rank is 1, but .*checkpoint-2 was written with 0"):
         resume(min_rank=1)
-    with pytest.raises(ValueError, match=r"goes on from step 2, but .*dynamic_lora\.json is missing"):
+    with pytest.raises(ValueError, match=r"resumes from step 2, but .*dynamic_lora\.json is missing"):
         resume(output=tmp_path)
     other = tmp_path / "checkpoint-2"
     other.mkdir()

@@ -1,0 +1,122 @@
+"""What the documents say of keys, files, exit statuses and modules, against the code; their links lead somewhere."""
+
+import dataclasses
+import json
+import re
+from functools import cache
+from typing import Any, get_type_hints
+
+import pytest
+from support.repository import REPOSITORY
+from transformers import TrainingArguments
+
+from dora_dist.config.checks import ELSEWHERE
+from dora_dist.config.run import RunConfig
+from dora_dist.config.training import DEFAULT_TRAINING_ARGUMENTS
+from dora_dist.runs import summary
+from dora_dist.runs.records import RecordedEvent
+
+DOCS = REPOSITORY / "docs"
+DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+OLD_RUN = REPOSITORY / "tests" / "earlier_versions" / "73e868c" / "run"
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+@cache
+def keys() -> set[str]:
+    """All keys of a configuration, sections included."""
+    hints = get_type_hints(RunConfig)
+    found = {"training"} | {f"training.{field.name}" for field in dataclasses.fields(TrainingArguments)}
+    found |= {f"training.{name}" for name in DEFAULT_TRAINING_ARGUMENTS}
+    for section in dataclasses.fields(RunConfig):
+        found.add(section.name)
+        if dataclasses.is_dataclass(hints[section.name]):
+            found |= {f"{section.name}.{key.name}" for key in dataclasses.fields(hints[section.name])}
+    return found
+
+
+def anchors(path) -> set[str]:
+    """Anchors of the headings of a document, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_to_files_and_headings(document):
+    for link in LINK.findall(document.read_text(encoding="utf-8")):
+        if link.startswith("http"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = document.parent / name if name else document
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("name", ["coming_from.md", "choosing.md", "tutorial.md", "errors.md", "glossary.md"])
+def test_keys_that_a_document_names_exist(name):
+    sections = "|".join(sorted(key for key in keys() if "." not in key))
+    text = (DOCS / name).read_text(encoding="utf-8")
+    named = set(re.findall(rf"`((?:{sections})\.\w+)", text)) - {f"training.{other}" for other in ("X",)}
+    assert named
+    assert named <= keys(), named - keys()
+
+
+def test_every_name_that_an_error_knows_from_other_trainers_is_in_the_table():
+    text = (DOCS / "coming_from.md").read_text(encoding="utf-8")
+    assert all(f"| `{key}" in text for key in ELSEWHERE)
+
+
+def table_names(document: str, heading: str) -> set[str]:
+    """Names in the first column of the table below a heading; a row may have several."""
+    section = (DOCS / document).read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return {name for row in re.findall(r"^\| (`.+?) \|", section, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+
+
+def test_the_fields_of_an_event_and_of_a_summary_are_documented():
+    assert table_names("files.md", "allocation.jsonl") == {field.name for field in dataclasses.fields(RecordedEvent)}
+    assert table_names("files.md", "summary.json") == set(summary.summarize(OLD_RUN))
+
+
+def test_the_fields_of_a_line_of_metrics_are_documented():
+    lines = [json.loads(line) for line in (OLD_RUN / "metrics.jsonl").read_text().splitlines()]
+    known = table_names("files.md", "metrics.jsonl") | {"step", "train_steps_per_second", "total_flos", "train_loss"}
+    unknown = {name for line in lines for name in line if name not in known and not name.startswith("eval_")}
+    assert not unknown
+
+
+def results(path: str) -> Any:
+    """A file of results."""
+    return json.loads((REPOSITORY / "benchmarks" / "results" / path).read_text(encoding="utf-8"))
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_files():
+    text = " ".join((REPOSITORY / "README.md").read_text(encoding="utf-8").split())
+    rows = results("evidence/planted/planted.json")["rows"]
+    half = {row["method"]: row["divergence"]["mean"] for row in rows if row["pattern"] == "half"}
+    assert f"falls from {half['uniform']:.3f} (uniform LoRA) to {half['gate_sensitivity']:.3f} by" in text
+    assert f"the score of the paper reaches {half['frobenius']:.3f}" in text
+    (record,) = [
+        record
+        for record in results("benchmark.json")["records"]
+        if record["shape"] == "512x8" and not record["checkpointing"]
+    ]
+    step, work = record["contestants"]["dynamic"], results("operations.json")["records"][0]["contestants"]["dynamic"]
+    assert f"takes {step['time_ratio']['median']:.2f} of the time and {step['memory_ratio']:.2f} of the peak" in text
+    assert f"dispatches {work['ratio']:.2f} of its operations" in text
+    groups = results("evidence/e2e-early-again/results.json")["groups"]
+    ahead = [-group["difference"]["mean"] for group in groups if group["method"] == "ends-at-25"]
+    assert all(f"by {mean:.3f} in held-out" in text for mean in ahead)
+    assert f"{results('soak.json')[1]['killed']['kills']} kills in half an hour" in text
+
+
+def test_every_module_with_a_workaround_is_there():
+    text = (DOCS / "upstream.md").read_text(encoding="utf-8")
+    modules = re.findall(r"`([a-z_]+(?:/[a-z_]+)+(?:\.py|\.sh|/))", text)
+    assert len(modules) > 20
+    for module in modules:
+        assert (
+            (REPOSITORY / module).exists()
+            or (REPOSITORY / "dora_dist" / module).exists()
+            or module.startswith(("unit/", "e2e/", "distributed/test_"))
+        ), module
