@@ -311,6 +311,7 @@ def finish(run: Path, resolved: "ResolvedRun", trainer: "DynamicLoraTrainer") ->
         BudgetMissedError: the kept components are not the budget.
     """
     from dora_dist.adapter.ranks import write_plan
+    from dora_dist.page.document import keep_current
     from dora_dist.runs import records, summary
 
     parts = trainer.parts
@@ -321,7 +322,10 @@ def finish(run: Path, resolved: "ResolvedRun", trainer: "DynamicLoraTrainer") ->
         if parts.agreement.is_first:
             save_adapter(trainer.model, resolved.tokenizer, run / "adapter")
             write_plan(run / records.PLAN, parts.controller.ranks, resolved.fingerprint.as_dict())
-            print(summary.finish_run(run), describe_size(run, resolved.fingerprint.task), sep="\n", flush=True)
+            text = summary.finish_run(run)
+            keep_current(run)
+            page = f"  {'page':<16} {run / records.PAGE}"
+            print(text, page, describe_size(run, resolved.fingerprint.task), sep="\n", flush=True)
 
 
 def stop_before_training(notice: PreemptionNotice, agreement: "Agreement") -> None:

@@ -232,11 +232,17 @@ def test_records_after_a_step_can_be_forgotten_and_a_half_written_line_is_not_co
     with (tmp_path / records.METRICS).open("a") as file:
         file.write('{"step": 31, "lo')
     assert [line["step"] for line in files.read_lines(tmp_path / records.METRICS)] == [0, 10, 20, 30, 30]
+    answer = {"number": 0, "prompt": "2+2", "reference": "4", "answer": "5"}
+    for step in (10, 20):
+        records.RunRecords(tmp_path, writes=False).answers(step, "eval", [answer])
+        records.RunRecords(tmp_path, writes=True).answers(step, "eval", [answer])
+    assert records.read_answers(tmp_path) == [{"step": s, "source": "eval", **answer} for s in (10, 20)]
     records.RunRecords(tmp_path, writes=False).truncate_after(10)
     assert len(records.read_events(tmp_path / records.ALLOCATION)) == 2
     run = records.RunRecords(tmp_path, writes=True)
     run.truncate_after(10)
     run.metrics(11, {"loss": 1.0})
+    assert [line["step"] for line in records.read_answers(tmp_path)] == [10]
     assert [line["step"] for line in files.read_lines(tmp_path / records.METRICS)] == [0, 10, 11]
     assert [event.step for event in records.read_events(tmp_path / records.ALLOCATION)] == [10]
 
