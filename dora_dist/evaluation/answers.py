@@ -75,7 +75,7 @@ class AnswerEvaluator(Evaluator[AnswerSums]):
                 answers = generate_answers(model, self.tokenizer, prompts, self.max_new_tokens, self.stop)
                 for index, prompt, row, answer in zip(indices, prompts, rows, answers, strict=True):
                     if index < NUM_SHOWN:
-                        question = self.tokenizer.decode(prompt, skip_special_tokens=True)
+                        question = str(self.tokenizer.decode(prompt, skip_special_tokens=True))
                         shown.append(ShownAnswer.of(index, question, row["answer"], answer))
                 for number, name in enumerate(self.metrics):
                     right[number] += sum(

@@ -63,7 +63,7 @@ class SummaryEvaluator(OutcomeEvaluator):
     def _shown(self, index: int, row: Mapping[str, Any], text: str) -> ShownAnswer | None:
         if not self.metrics or index >= NUM_SHOWN:
             return None
-        document = self.tokenizer.decode(row["input_ids"], skip_special_tokens=True)
+        document = str(self.tokenizer.decode(row["input_ids"], skip_special_tokens=True))
         return ShownAnswer.of(index, document, row["answer"], text)
 
     def _generate(self, model: DynamicLoraModel, batch: dict[str, Any]) -> list[str]:

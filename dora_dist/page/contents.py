@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from dora_dist.console.text import format_bytes, ranges, time_span
@@ -96,7 +97,7 @@ def _facts(runs: Sequence[OpenRun]) -> list[list[str]]:
     rows: dict[str, Callable[[OpenRun], str]] = {
         "base": lambda run: str(run.fingerprint.model.get("path", "")),
         "task": lambda run: run.fingerprint.task,
-        **{metric.title: lambda run, key=key: _figure(run, key) for key, metric in HELD_OUT.items()},
+        **{metric.title: partial(_figure, key=key) for key, metric in HELD_OUT.items()},
         "held-out examples": lambda run: _number((run.summary["after"] or {}).get("examples")),
         "components": _components,
         "parameters of the adapter": lambda run: _number(run.summary["parameters_kept"]),

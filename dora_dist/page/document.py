@@ -18,6 +18,9 @@ REFRESH_SECONDS = 30
 NO_NETWORK = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 """The browser asks nobody for anything."""
 
+NOTHING = '<span class="faint">(nothing)</span>'
+"""Where an answer is empty."""
+
 
 def write_page(folders: Sequence[Path], path: Path) -> None:
     """Write the page of one run, or of several beside each other.
@@ -135,7 +138,8 @@ def _examples(examples: Sequence[Example]) -> str:
 
 def _example(example: Example) -> str:
     answers = "\n".join(
-        f'<dt>{text_of(where)}</dt><dd dir="auto">{text_of(answer)}</dd>' for where, answer in example.answers
+        f'<dt>{text_of(where)}</dt><dd dir="auto">{text_of(answer) or NOTHING}</dd>'
+        for where, answer in example.answers
     )
     return f"""<article>
 <h3 dir="auto">{text_of(example.title)}</h3>

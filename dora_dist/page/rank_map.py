@@ -55,7 +55,7 @@ def rank_map(run: OpenRun) -> RankMap:
     """The map of a run, with its start where that is before the first event."""
     events = list(run.events)
     if not events:
-        return RankMap(run=run.name, rows=[], columns=[], most=0, frames=[], note="no event yet")
+        return RankMap(run=run.name, rows=[], columns=[], most=0, frames=[], note="")
     rows, kinds, _ = rank_grid(events[0].ranks)
 
     def frame(step: int, final: bool, ranks: Mapping[str, int], scores: Mapping[str, float] | None) -> Frame:

@@ -256,7 +256,10 @@ def is_held(run: Path) -> bool:
     holder = None if content is None else _holder(content)
     if holder is None or holder.end_seen_by(Holder.here(os.environ)) is not None:
         return False
-    return time.time() - path.stat().st_mtime < MISSED_BEATS * BEAT_SECONDS
+    try:
+        return time.time() - path.stat().st_mtime < MISSED_BEATS * BEAT_SECONDS
+    except FileNotFoundError:
+        return False  # it has come to its end meanwhile
 
 
 def _newest(run: Path) -> int:

@@ -90,11 +90,16 @@ class RunRecords:
         """Append a line to ``metrics.jsonl``."""
         self._append(METRICS, json.dumps({"step": step, **values}))
 
-    def answers(self, step: int, source: str, answers: Sequence[Mapping[str, Any]]) -> None:
-        """Append generated answers to ``answers.jsonl``, a line each: ``number`` in its source, ``prompt``,
-        ``reference``, ``answer``."""
-        for answer in answers:
-            self._append(ANSWERS, json.dumps({"step": step, "source": source, **answer}))
+    def answers(self, step: int, shown: Mapping[str, Sequence[Any]]) -> None:
+        """Append generated answers to ``answers.jsonl``, a line each.
+
+        Args:
+            step: optimizer step.
+            shown: by source, dataclasses with ``number``, ``prompt``, ``reference`` and ``answer``.
+        """
+        for source, answers in shown.items():
+            for answer in answers:
+                self._append(ANSWERS, json.dumps({"step": step, "source": source, **asdict(answer)}))
 
     def event(self, event: PruneEvent) -> None:
         """Append a pruning event to ``allocation.jsonl``."""

@@ -5,7 +5,6 @@
 
 import time
 from collections.abc import Sized
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -192,8 +191,7 @@ class DynamicLoraTrainer(Trainer):
         with explained(lambda: EVALUATION_ADVICE):
             metrics = {f"eval_{name}": value for name, value in self.parts.evaluator(self.model).items()}
         self.log(dict(metrics))
-        for source, answers in self.parts.evaluator.shown.items():
-            self.parts.records.answers(self.state.global_step, source, list(map(asdict, answers)))
+        self.parts.records.answers(self.state.global_step, self.parts.evaluator.shown)
         if self.parts.agreement.is_first:
             keep_current(self.parts.records.folder)
         self.evaluated_step = self.state.global_step

@@ -37,12 +37,14 @@ def runs(tmp_path_factory):
     """A run that has ended, and one that was killed after an evaluation, with its page of that moment as text."""
     folder = tmp_path_factory.mktemp("pages")
     evaluation = {"before": True, "exact_match": True, "max_new_tokens": 4}
-    config = write_config(folder, evaluation=evaluation, training={"save_steps": 1000, "eval_steps": 3})
+    every_third = {"eval_strategy": "steps", "eval_steps": 3}
+    config = write_config(folder, evaluation=evaluation, training={"save_steps": 1000, **every_third})
     wait_for_ranks(start_run(config, folder / "ended", folder / "ended.log"), timeout=180)
     assert (folder / "ended" / records.SUMMARY).is_file(), log_of(folder / "ended.log")
 
     page = folder / "killed" / records.PAGE
-    ranks = start_run(config, folder / "killed", folder / "killed.log", "--training.max_steps", "2000")
+    alone = ("--training.max_steps", "2000", "--distributed.engine", "none")
+    ranks = start_run(config, folder / "killed", folder / "killed.log", *alone, ranks=1, more=("none",))
     while "at step 3 " not in (page.read_text() if page.is_file() else ""):
         assert all(rank.is_alive() for rank in ranks), log_of(folder / "killed.log")
         time.sleep(0.05)
@@ -73,7 +75,7 @@ def quiet(request, tab):
 def test_the_slider_moves_the_map_from_the_start_over_the_events(runs, tab):
     tab.open(runs / "ended" / records.PAGE)
     events = records.read_events(runs / "ended" / records.ALLOCATION)
-    assert [event.step for event in events] == [2, 4, 6]
+    assert [event.step for event in events] == [1, 2, 4, 6]
     last = tab.run(CELLS)
     assert sum(map(int, last)) == events[-1].num_kept
     assert tab.run(f"{MOVE}(0)") == "at the start: 56 components kept"
@@ -91,10 +93,10 @@ def test_the_slider_moves_the_map_from_the_start_over_the_events(runs, tab):
 
 def test_what_a_reader_has_chosen_survives_a_refresh(runs, tab):
     tab.open(runs / "ended" / records.PAGE)
-    tab.run(f"{MOVE}(1)")
+    tab.run(f"{MOVE}(2)")
     tab.open(runs / "ended" / records.PAGE)
     assert tab.run("document.getElementById('position').textContent") == "step 2"
-    tab.run(f"{MOVE}(3)")
+    tab.run(f"{MOVE}(4)")
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, False), (390, True)])
