@@ -313,6 +313,7 @@ def finish(run: Path, resolved: "ResolvedRun", trainer: "DynamicLoraTrainer") ->
         BudgetMissedError: the kept components are not the budget.
     """
     from dora_dist.adapter.ranks import write_plan
+    from dora_dist.page.document import keep_current
     from dora_dist.runs import records, summary
     from dora_dist.runs.card import card_of
 
@@ -325,8 +326,11 @@ def finish(run: Path, resolved: "ResolvedRun", trainer: "DynamicLoraTrainer") ->
             save_adapter(trainer.model, resolved.tokenizer, run / "adapter", card_of(run))
             write_plan(run / records.PLAN, parts.controller.ranks, resolved.fingerprint.as_dict())
             task, labels = resolved.fingerprint.task, resolved.fingerprint.labels
-            ending = describe_size(run, task), "", describe_use(run, task, labels)
-            print(summary.finish_run(run), *ending, sep="\n", flush=True)
+            text = summary.finish_run(run)
+            keep_current(run)
+            page = f"  {'page':<16} {run / records.PAGE}"
+            ending = page, describe_size(run, task), "", describe_use(run, task, labels)
+            print(text, *ending, sep="\n", flush=True)
 
 
 def stop_before_training(notice: PreemptionNotice, agreement: "Agreement") -> None:

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 MIB, GIB = 2**20, 2**30
+JOINERS = "\u200c\u200d\u3000"
+"""Not printable to Python, but without them Persian, emoji and Chinese are not what they should be."""
+SHORT_ESCAPES = {"\r": "\\r", "\t": "⇥"}
 _said = 0
 
 
@@ -60,6 +63,26 @@ def num_said() -> int:
 def printable(text: str) -> str:
     """The text with control characters written out: file names and data hold some, and a terminal would obey them."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def visible(text: str, marks: str = "") -> str:
+    """The text with control characters and the like written out, so that neither terminal nor browser obeys them.
+
+    Args:
+        text: any; line breaks are kept.
+        marks: characters that mean something else where this is shown, to be written out too.
+    """
+    if text.isprintable() and not any(mark in text for mark in marks):
+        return text
+    return "".join(character if character == "\n" else _visible(character, marks) for character in text)
+
+
+def _visible(character: str, marks: str) -> str:
+    if character in marks:
+        return character.encode("ascii", "backslashreplace").decode()
+    if character.isprintable() or character in JOINERS:
+        return character
+    return SHORT_ESCAPES.get(character) or character.encode("unicode_escape", "surrogatepass").decode()
 
 
 def rate(bytes_per_second: float) -> str:

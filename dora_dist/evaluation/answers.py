@@ -13,11 +13,11 @@ from dora_dist.adapter.model import DynamicLoraForCausalLM
 from dora_dist.data.batches import PaddedCollator, as_example
 from dora_dist.data.encoding.encoder import IGNORED
 from dora_dist.data.encoding.text import prompt_length
-from dora_dist.evaluation.evaluator import Evaluator, chunks
+from dora_dist.evaluation.evaluator import NUM_SHOWN, Evaluator, ShownAnswer, chunks
 from dora_dist.evaluation.metrics import ANSWER_METRICS
 
-AnswerSums = tuple[float, int, int, tuple[int, ...]]
-"""Sum of the losses, answer tokens, examples, and right answers by each metric."""
+AnswerSums = tuple[float, int, int, tuple[int, ...], list[ShownAnswer]]
+"""Sum of the losses, answer tokens, examples, right answers by each metric, and answers to look at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,18 +45,23 @@ class AnswerEvaluator(Evaluator[AnswerSums]):
         return list(chunks(range(self.agreement.rank, len(examples), self.agreement.size), self.batch_size))
 
     def join(self, parts: Sequence[AnswerSums]) -> AnswerSums:
-        losses, tokens, examples, right = zip(*parts, strict=True)
-        return sum(losses), sum(tokens), sum(examples), tuple(map(sum, zip(*right, strict=True)))
+        losses, tokens, examples, right, shown = zip(*parts, strict=True)
+        counts = tuple(map(sum, zip(*right, strict=True)))
+        return sum(losses), sum(tokens), sum(examples), counts, [answer for answers in shown for answer in answers]
 
     def figures(self, part: AnswerSums) -> dict[str, float]:
-        loss, tokens, examples, right = part
+        loss, tokens, examples, right, _ = part
         shares = {name: count / examples for name, count in zip(self.metrics, right, strict=True)}
         return {"loss": loss / tokens, "examples": examples, **shares}
+
+    def shown_of(self, part: AnswerSums) -> list[ShownAnswer]:
+        return sorted(part[-1], key=lambda answer: answer.number)
 
     def measure(
         self, model: DynamicLoraForCausalLM, examples: Dataset, share: list[range], progress: tqdm
     ) -> AnswerSums:
         loss, tokens, right = 0.0, 0, [0] * len(self.metrics)
+        shown: list[ShownAnswer] = []
         collate = PaddedCollator(self.tokenizer)
         for indices in share:
             rows = [examples[index] for index in indices]
@@ -68,12 +73,16 @@ class AnswerEvaluator(Evaluator[AnswerSums]):
             if self.metrics:
                 prompts = [row["input_ids"][: prompt_length(row["spans"])] for row in rows]
                 answers = generate_answers(model, self.tokenizer, prompts, self.max_new_tokens, self.stop)
+                for index, prompt, row, answer in zip(indices, prompts, rows, answers, strict=True):
+                    if index < NUM_SHOWN:
+                        question = str(self.tokenizer.decode(prompt, skip_special_tokens=True))
+                        shown.append(ShownAnswer.of(index, question, row["answer"], answer))
                 for number, name in enumerate(self.metrics):
                     right[number] += sum(
                         ANSWER_METRICS[name](answer, row["answer"]) for answer, row in zip(answers, rows, strict=True)
                     )
             progress.update(len(indices))
-        return loss, tokens, sum(map(len, share)), tuple(right)
+        return loss, tokens, sum(map(len, share)), tuple(right), shown
 
 
 @torch.no_grad()

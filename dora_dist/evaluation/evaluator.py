@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -13,6 +13,36 @@ from tqdm import tqdm
 from dora_dist.distributed.agreement import Agreement
 
 Part = TypeVar("Part")
+NUM_SHOWN = 4
+"""Examples of a source whose generated answers are kept to look at: its first ones."""
+MOST_CHARACTERS = 2000
+"""Of a text that is kept to look at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownAnswer:
+    """What a model has generated for a held-out example. Long texts are cut short, and say so.
+
+    Attributes:
+        number: of the example in its source.
+        prompt: what the model was given.
+        reference: the answer of the data.
+        answer: the model's.
+    """
+
+    number: int
+    prompt: str
+    reference: str
+    answer: str
+
+    @classmethod
+    def of(cls, number: int, prompt: str, reference: str, answer: str) -> "ShownAnswer":
+        return cls(number=number, prompt=_shorter(prompt), reference=_shorter(reference), answer=_shorter(answer))
+
+
+def _shorter(text: str) -> str:
+    left_out = len(text) - MOST_CHARACTERS
+    return text if left_out <= 0 else f"{text[:MOST_CHARACTERS]} [... {left_out} more characters]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +55,16 @@ class Evaluator(ABC, Generic[Part]):
         sources: held-out examples by the name of their source.
         agreement: collectives over the ranks.
         batch_size: examples at a time on a rank.
+
+    Attributes:
+        shown: of the latest evaluation, by source, what was generated for its first :data:`NUM_SHOWN` examples; the
+            same on every rank. Nothing for a task that generates nothing.
     """
 
     sources: Mapping[str, Dataset]
     agreement: Agreement
     batch_size: int
+    shown: dict[str, list[ShownAnswer]] = field(default_factory=dict, init=False, compare=False)
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> dict[str, float]:
@@ -52,6 +87,7 @@ class Evaluator(ABC, Generic[Part]):
         self.agreement.raise_together(failure, "evaluation")
         ranks = self.agreement.gather(local)
         parts = {name: self.join([rank[name] for rank in ranks]) for name in self.sources}
+        self.shown.update({name: self.shown_of(part) for name, part in parts.items()})
         result = self.figures(self.join(list(parts.values())))
         if len(self.sources) > 1:
             for name, part in parts.items():
@@ -85,6 +121,10 @@ class Evaluator(ABC, Generic[Part]):
     @abstractmethod
     def figures(self, part: Part) -> dict[str, float]:
         """``loss``, ``examples`` and the rest of what a part says."""
+
+    def shown_of(self, part: Part) -> list[ShownAnswer]:
+        """What a part has kept to look at, in the order of the examples."""
+        return []
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Held-out loss and ROUGE of generated summaries, the same numbers on any number of ranks."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,12 @@ from dora_dist.adapter.model import DynamicLoraModel
 from dora_dist.base_model.losses import token_losses
 from dora_dist.data.batches import TARGETS, TargetCollator
 from dora_dist.data.encoding.encoder import IGNORED
-from dora_dist.evaluation.evaluator import OutcomeEvaluator
+from dora_dist.evaluation.evaluator import NUM_SHOWN, OutcomeEvaluator, ShownAnswer
 from dora_dist.evaluation.metrics import rouge_scores
 
-Outcome = tuple[int, float, int, dict[str, float]]
-"""Of one document: its index, sum of the losses, tokens of its summary, scores of the generated one."""
+Outcome = tuple[int, float, int, dict[str, float], ShownAnswer | None]
+"""Of one document: its index, sum of the losses, tokens of its summary, scores of the generated one, and of the first
+documents, that one to look at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +55,16 @@ class SummaryEvaluator(OutcomeEvaluator):
                 rouge_scores(text, row["answer"]) if self.metrics else {}
                 for text, row in zip(written, rows, strict=True)
             ]
-            outcomes += zip(indices, losses, tokens, scores, strict=True)
+            shown = [self._shown(*one) for one in zip(indices, rows, written, strict=True)]
+            outcomes += zip(indices, losses, tokens, scores, shown, strict=True)
             progress.update(len(indices))
         return outcomes
+
+    def _shown(self, index: int, row: Mapping[str, Any], text: str) -> ShownAnswer | None:
+        if not self.metrics or index >= NUM_SHOWN:
+            return None
+        document = str(self.tokenizer.decode(row["input_ids"], skip_special_tokens=True))
+        return ShownAnswer.of(index, document, row["answer"], text)
 
     def _generate(self, model: DynamicLoraModel, batch: dict[str, Any]) -> list[str]:
         output = model.generate(  # type: ignore[no-untyped-call]  # PEFT has no types for it
@@ -71,6 +79,9 @@ class SummaryEvaluator(OutcomeEvaluator):
         return texts
 
     def figures(self, part: list[Outcome]) -> dict[str, float]:
-        _, losses, tokens, scores = zip(*part, strict=True)
+        _, losses, tokens, scores, _ = zip(*part, strict=True)
         means = {name: math.fsum(one[name] for one in scores) / len(part) for name in self.metrics}
         return {"loss": math.fsum(losses) / sum(tokens), "examples": len(part), **means}
+
+    def shown_of(self, part: list[Outcome]) -> list[ShownAnswer]:
+        return [shown for *_, shown in part if shown is not None]

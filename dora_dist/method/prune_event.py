@@ -17,6 +17,8 @@ class PruneEvent:
             or with rule move those that started anew.
         final: Whether the mask is fixed from here on.
         num_parameters: Entries of the kept components' vectors, over the whole model.
+        scores: Layer -> mean score, before the event, of its components that no mask leaves out; 0 for a layer without
+            any. None where nothing was scored.
     """
 
     step: int
@@ -24,6 +26,7 @@ class PruneEvent:
     returned: int
     final: bool
     num_parameters: int
+    scores: Mapping[str, float] | None = None
 
     @property
     def ranks(self) -> dict[str, int]:

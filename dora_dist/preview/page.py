@@ -1,10 +1,10 @@
 """A preview as a page: one HTML file that needs nothing else."""
 
-from collections.abc import Iterator, Sequence
-from html import escape
+from collections.abc import Iterator
 
+from dora_dist.page.html import table_of, text_of
 from dora_dist.preview.contents import Preview, ShownExample
-from dora_dist.preview.tokens import Piece, visible
+from dora_dist.preview.tokens import Piece
 
 BAR_WIDTH, BAR_HEIGHT, LABEL_WIDTH, COUNT_WIDTH = 420, 20, 110, 300
 """Of the histogram, in pixels."""
@@ -43,35 +43,31 @@ svg .bar { fill: var(--edge); } svg .limit { fill: var(--mark); }
 def build_page(preview: Preview) -> str:
     """The preview as a complete HTML document."""
     examples = "\n".join(map(_example, preview.examples))
-    remarks = "\n".join(f"<p>{_text(line)}</p>" for line in preview.remarks)
+    remarks = "\n".join(f"<p>{text_of(line)}</p>" for line in preview.remarks)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{_text(preview.title)}</title>
+<title>{text_of(preview.title)}</title>
 <style>{STYLE}</style>
 </head>
 <body>
-<h1>{_text(preview.title)}</h1>
+<h1>{text_of(preview.title)}</h1>
 <p><span class="trained-0">&nbsp;green, underlined&nbsp;</span> tokens are trained,
 <span class="given-1">&nbsp;grey&nbsp;</span> ones are only read. Point at a token for its position, id and name.</p>
-<p class="faint">{_text(preview.note)}</p>
+<p class="faint">{text_of(preview.note)}</p>
 {examples}
 <h2>Sources</h2>
-<div class="scroll">{_table(preview.table)}</div>
+<div class="scroll">{table_of(preview.table)}</div>
 <h2>Lengths in tokens</h2>
-<p>{_text(preview.lengths)}</p>
+<p>{text_of(preview.lengths)}</p>
 {_histogram(preview)}
 <h2>Steps</h2>
 {remarks}
 </body>
 </html>
 """
-
-
-def _text(text: str) -> str:
-    return escape(visible(text))
 
 
 def _example(example: ShownExample) -> str:
@@ -85,7 +81,7 @@ def _example(example: ShownExample) -> str:
         lines.pop()
     # A line of its own for each, so that right-to-left ones are laid out as such.
     body = "\n".join(f'<div dir="auto">{"".join(line)}</div>' for line in lines)
-    return f'<section>\n<h3 dir="auto">{_text(example.title)}</h3>\n<div class="tokens">\n{body}\n</div>\n</section>'
+    return f'<section>\n<h3 dir="auto">{text_of(example.title)}</h3>\n<div class="tokens">\n{body}\n</div>\n</section>'
 
 
 def _lines(text: str) -> Iterator[tuple[str, bool]]:
@@ -105,14 +101,7 @@ def _token(piece: Piece, number: int, part: str, ended: bool) -> str:
     tip = f"position {positions}, id {' '.join(map(str, piece.ids))}, {' '.join(piece.names)}"
     tip += ", trained" if piece.trained else ", not trained"
     end = '<span class="break">↵</span>' if ended else ""
-    return f'<span class="{classes}" title="{_text(tip)}">{_text(part)}{end}</span>'
-
-
-def _table(table: Sequence[Sequence[str]]) -> str:
-    header, *rows = table
-    lines = ["<tr>" + "".join(f"<th>{_text(cell)}</th>" for cell in header) + "</tr>"]
-    lines += ["<tr>" + "".join(f'<td dir="auto">{_text(cell)}</td>' for cell in row) + "</tr>" for row in rows]
-    return "<table>\n" + "\n".join(lines) + "\n</table>"
+    return f'<span class="{classes}" title="{text_of(tip)}">{text_of(part)}{end}</span>'
 
 
 def _histogram(preview: Preview) -> str:
@@ -129,6 +118,6 @@ def _histogram(preview: Preview) -> str:
             f'<rect class="bar" x="{LABEL_WIDTH}" y="{top + 3}" width="{length:.1f}" height="{BAR_HEIGHT - 6}"/>'
         )
         mark = preview.limit_mark(number)
-        note = f'<tspan class="limit" dx="8">◂ {_text(mark)}</tspan>' if mark else ""
+        note = f'<tspan class="limit" dx="8">◂ {text_of(mark)}</tspan>' if mark else ""
         lines.append(f'<text x="{LABEL_WIDTH + length + 6:.1f}" y="{base}">{entry.count:,}{note}</text>')
     return "\n".join([*lines, "</svg>"])

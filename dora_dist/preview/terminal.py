@@ -3,9 +3,9 @@
 import itertools
 from collections.abc import Iterator, Sequence
 
-from dora_dist.console.text import aligned
+from dora_dist.console.text import aligned, visible
 from dora_dist.preview.contents import Preview
-from dora_dist.preview.tokens import Piece, visible
+from dora_dist.preview.tokens import Piece
 
 BAR_LENGTH = 40
 BLOCKS = " ▏▎▍▌▋▊▉█"

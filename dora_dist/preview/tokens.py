@@ -12,9 +12,6 @@ MOST_TOKENS = 8
 CONTEXT = 4
 """Pieces before a token that decide whether it begins with a space."""
 BYTE_NAME = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-JOINERS = "\u200c\u200d\u3000"
-"""Not printable to Python, but without them Persian, emoji and Chinese are not what they should be."""
-SHORT_ESCAPES = {"\r": "\\r", "\t": "⇥"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,23 +128,3 @@ def _name_bytes(name: str) -> str:
         return name
     text = _bytes_of(name).decode("utf-8", "surrogateescape")
     return "".join(f"<0x{ord(c) - 0xDC00:02X}>" if "\udc80" <= c <= "\udcff" else c for c in text)
-
-
-def visible(text: str, marks: str = "") -> str:
-    """The text with control characters and the like written out, so that neither terminal nor browser obeys them.
-
-    Args:
-        text: any; line breaks are kept.
-        marks: characters that mean something else where this is shown, to be written out too.
-    """
-    if text.isprintable() and not any(mark in text for mark in marks):
-        return text
-    return "".join(character if character == "\n" else _visible(character, marks) for character in text)
-
-
-def _visible(character: str, marks: str) -> str:
-    if character in marks:
-        return character.encode("ascii", "backslashreplace").decode()
-    if character.isprintable() or character in JOINERS:
-        return character
-    return SHORT_ESCAPES.get(character) or character.encode("unicode_escape", "surrogatepass").decode()

@@ -248,6 +248,20 @@ def claims(run: Path) -> list[Path]:
     return [path for path in run.glob("claim-*.json") if re.fullmatch(r"claim-\d+\.json", path.name)]
 
 
+def is_held(run: Path) -> bool:
+    """Whether a run is writing into a folder, as far as can be told at once: its claim has been kept up lately, and the
+    process is not seen to have ended."""
+    path = run / f"claim-{_newest(run)}.json"
+    content = _read(path)
+    holder = None if content is None else _holder(content)
+    if holder is None or holder.end_seen_by(Holder.here(os.environ)) is not None:
+        return False
+    try:
+        return time.time() - path.stat().st_mtime < MISSED_BEATS * BEAT_SECONDS
+    except FileNotFoundError:
+        return False  # it has come to its end meanwhile
+
+
 def _newest(run: Path) -> int:
     """The highest number of a claim; 0 where there is none."""
     return max((int(path.stem.removeprefix("claim-")) for path in claims(run)), default=0)

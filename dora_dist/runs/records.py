@@ -1,7 +1,7 @@
 """The files of a run other than weights: what it was, what it measured, which components it kept."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from dora_dist.runs.fingerprint import Fingerprint
 
 METRICS = "metrics.jsonl"
 ALLOCATION = "allocation.jsonl"
+ANSWERS = "answers.jsonl"
 PLAN = "plan.json"
 CONFIG = "config.yaml"
 RUN = "run.json"
 SUMMARY = "summary.json"
+PAGE = "report.html"
 IDENTITY = "cell.json"
 FAILURE = "failure.json"
 LOG = "log.txt"
@@ -38,6 +40,8 @@ class RecordedEvent:
         returned: Number of components kept that the event before had pruned.
         final: Whether the mask is fixed from here on.
         num_parameters: Entries of the kept components' vectors, over the whole model; None in older records.
+        scores: Layer -> mean score of its components before the event, see :class:`PruneEvent`; None where nothing was
+            scored, and in older records.
     """
 
     step: int
@@ -46,6 +50,7 @@ class RecordedEvent:
     returned: int
     final: bool
     num_parameters: int | None = None
+    scores: Mapping[str, float] | None = None
 
     @classmethod
     def of(cls, event: PruneEvent) -> "RecordedEvent":
@@ -57,6 +62,7 @@ class RecordedEvent:
             returned=event.returned,
             final=event.final,
             num_parameters=event.num_parameters,
+            scores=event.scores,
         )
 
     @property
@@ -83,6 +89,17 @@ class RunRecords:
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
         """Append a line to ``metrics.jsonl``."""
         self._append(METRICS, json.dumps({"step": step, **values}))
+
+    def answers(self, step: int, shown: Mapping[str, Sequence[Any]]) -> None:
+        """Append generated answers to ``answers.jsonl``, a line each.
+
+        Args:
+            step: optimizer step.
+            shown: by source, dataclasses with ``number``, ``prompt``, ``reference`` and ``answer``.
+        """
+        for source, answers in shown.items():
+            for answer in answers:
+                self._append(ANSWERS, json.dumps({"step": step, "source": source, **asdict(answer)}))
 
     def event(self, event: PruneEvent) -> None:
         """Append a pruning event to ``allocation.jsonl``."""
@@ -139,7 +156,7 @@ class RunRecords:
         """Forget what was recorded after ``step``: the run goes on from there."""
         if not self.writes:
             return
-        for name in (METRICS, ALLOCATION):
+        for name in (METRICS, ALLOCATION, ANSWERS):
             path = self.folder / name
             if path.exists():
                 kept = [line for line in read_lines(path) if line["step"] <= step]
@@ -158,6 +175,18 @@ def read_fingerprint(run: Path) -> Fingerprint:
         ValueError: a setting is missing.
     """
     return Fingerprint.from_dict(read_json(run / RUN)["settings"], run / RUN)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Lines of a run's ``metrics.jsonl``; none before the first."""
+    path = run / METRICS
+    return read_lines(path) if path.is_file() else []
+
+
+def read_answers(run: Path) -> list[dict[str, Any]]:
+    """Lines of a run's ``answers.jsonl``; none where nothing was generated, and in older runs."""
+    path = run / ANSWERS
+    return read_lines(path) if path.is_file() else []
 
 
 def read_events(path: Path) -> list[RecordedEvent]:

@@ -54,26 +54,25 @@ def report(run: Path) -> str:
 
 
 def _draw(run: Path, summary: Mapping[str, Any]) -> None:
-    fingerprint = records.read_fingerprint(run)
-    events = records.read_events(run / records.ALLOCATION)
     if summary["ranks"]:
         draw_ranks(summary["ranks"], summary["initial_rank"], run / RANK_PICTURE)
+    draw_progress(records.read_metrics(run), budget_of(run, summary), run / PROGRESS_PICTURE)
+
+
+def budget_of(run: Path, summary: Mapping[str, Any]) -> Budget:
+    """Components of the whole model over a run that :func:`summarize` has summarized."""
+    fingerprint = records.read_fingerprint(run)
+    events = records.read_events(run / records.ALLOCATION)
     pruned_by_number = (
         fingerprint.pruning.get("rule", PRUNE) == PRUNE
         and fingerprint.pruning.get("budget_unit", "components") == "components"
     )
     target = fingerprint.adapter.get("target_rank") if pruned_by_number else None
-    budget = Budget(
+    return Budget(
         start=summary["components_at_start"],
         left={event.step: event.num_kept for event in events},
         target=target * len(summary["ranks"]) if target is not None and events else None,
     )
-    draw_progress(_metrics(run), budget, run / PROGRESS_PICTURE)
-
-
-def _metrics(run: Path) -> list[dict[str, Any]]:
-    path = run / records.METRICS
-    return files.read_lines(path) if path.is_file() else []
 
 
 def summarize(run: Path) -> dict[str, Any]:
@@ -86,7 +85,7 @@ def summarize(run: Path) -> dict[str, Any]:
         raise ValueError(f"there is no folder {run}: give the output_dir of a run")
     if not (run / records.RUN).is_file():
         raise ValueError(f"{run} is not the folder of a run: it has no {records.RUN}; give the output_dir of a run")
-    lines = _metrics(run)
+    lines = records.read_metrics(run)
     events = records.read_events(run / records.ALLOCATION)
     evaluations = [line for line in lines if "eval_loss" in line]
     last_session: Mapping[str, Any] = next((line for line in reversed(lines) if "session_seconds" in line), {})
@@ -119,7 +118,7 @@ def _source_lines(before: Mapping[str, Any] | None, after: Mapping[str, Any]) ->
     lines = []
     for name in names:
         parts = [
-            f"{metric.title} {_change(before, after, f'{name}_{key}', metric.style)}"
+            f"{metric.title} {change(before, after, f'{name}_{key}', metric.style)}"
             for key, metric in {"loss": Metric("loss"), **METRICS}.items()
             if f"{name}_{key}" in after
         ]
@@ -127,7 +126,8 @@ def _source_lines(before: Mapping[str, Any] | None, after: Mapping[str, Any]) ->
     return lines
 
 
-def _change(before: Mapping[str, Any] | None, after: Mapping[str, Any], name: str, style: str) -> str:
+def change(before: Mapping[str, Any] | None, after: Mapping[str, Any], name: str, style: str) -> str:
+    """A held-out figure before and after training, or after it only where it was not measured before."""
     start = f"{before[name]:{style}} -> " if before else ""
     return f"{start}{after[name]:{style}}"
 
@@ -139,8 +139,8 @@ def format_summary(summary: Mapping[str, Any], run: Path) -> str:
     if after:
         for name, metric in {"loss": Metric("held-out loss"), **METRICS}.items():
             if name in after:
-                change = _change(before, after, name, metric.style)
-                lines.append(f"  {metric.title:<16} {change}  ({after['examples']} examples)")
+                figures = change(before, after, name, metric.style)
+                lines.append(f"  {metric.title:<16} {figures}  ({after['examples']} examples)")
         lines += _source_lines(before, after)
     kept, start = summary["components_kept"], summary["components_at_start"]
     state = "" if summary["final_event"] else "  (pruning has not ended)"

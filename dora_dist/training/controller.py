@@ -146,10 +146,11 @@ class DynamicRankController:
         self.rule.prepare(self.criterion, self.agreement)
         # One flat tensor, one all-reduce; from here on every rank computes from the reduced values only.
         scores = self._by_layer(self.agreement.mean(self.criterion.scores))
+        means = self._mean_scores(scores)
         kept, self.kept = self.kept, self.rule.select(step, scores, self.kept)
         self.rule.apply(step, kept, self.kept, self.moments)
         self.criterion.after_event()
-        return self._event(kept)
+        return self._event(kept, means)
 
     def verify(self, what: str) -> None:
         """Prove that all ranks hold the same adapter, head, masks, budget and step.
@@ -246,8 +247,13 @@ class DynamicRankController:
             return "all scores are 0, so that there is nothing to select by: no step has changed the adapter"
         return None
 
-    def _event(self, before: Mapping[str, Tensor]) -> PruneEvent:
-        """What has just been done, given what the event before had kept."""
+    def _mean_scores(self, scores: Mapping[str, Tensor]) -> dict[str, float]:
+        """Layer -> mean over its components that no mask leaves out; 0 without any."""
+        alive = {name: scores[name][layer.component_mask] for name, layer in self.layers.items()}
+        return {name: float(values.mean()) if values.numel() else 0.0 for name, values in alive.items()}
+
+    def _event(self, before: Mapping[str, Tensor], scores: Mapping[str, float] | None = None) -> PruneEvent:
+        """What has just been done, given what the event before had kept, and what the layers had scored."""
         # A rule that renews makes other components at every event, of which none has been there before.
         new = 0 if self.rule.renews else sum(int((mask & ~before[name]).sum()) for name, mask in self.kept.items())
         widths = {name: layer.lora_a.shape[1] + layer.lora_b.shape[0] for name, layer in self.layers.items()}
@@ -257,4 +263,5 @@ class DynamicRankController:
             returned=new,
             final=self.finished_pruning,
             num_parameters=sum(int(mask.sum()) * widths[name] for name, mask in self.kept.items()),
+            scores=scores,
         )

@@ -1,6 +1,7 @@
 """The log of optimizer steps: what a line of training says beside loss, gradient norm and learning rate."""
 
 import math
+import resource
 import time
 from collections.abc import Callable, Mapping
 
@@ -78,7 +79,15 @@ class StepLog:
         now = time.monotonic()
         logs["seconds_per_step"] = (now - last_time) / steps
         logs["tokens_per_second"] = self._tokens_of(last_step, step) / (now - last_time)
+        logs["peak_memory_bytes"] = self._peak_memory()
         self._last_line = (step, now)
+
+    def _peak_memory(self) -> int:
+        """Bytes that this rank has used at most since it started: of its GPU, as torch allocates; without one, of the
+        process."""
+        if self.term_sums.is_cuda:
+            return torch.cuda.max_memory_allocated(self.term_sums.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # which Linux counts in KiB
 
     def progress(self, logs: Mapping[str, float], step: int, max_steps: int) -> str:
         """A completed line for a person.

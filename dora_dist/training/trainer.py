@@ -24,6 +24,7 @@ from dora_dist.data.batches import Collator, Example, PlannedRows
 from dora_dist.distributed.engine import Moments, SkippedSteps
 from dora_dist.distributed.world import check_prepared, set_engine_timeout
 from dora_dist.method.prune_event import PruneEvent
+from dora_dist.page.document import keep_current
 from dora_dist.runs import checkpoint
 from dora_dist.training.batch_size import global_batch
 from dora_dist.training.checkpointing import Checkpointer
@@ -190,6 +191,9 @@ class DynamicLoraTrainer(Trainer):
         with explained(lambda: EVALUATION_ADVICE):
             metrics = {f"eval_{name}": value for name, value in self.parts.evaluator(self.model).items()}
         self.log(dict(metrics))
+        self.parts.records.answers(self.state.global_step, self.parts.evaluator.shown)
+        if self.parts.agreement.is_first:
+            keep_current(self.parts.records.folder)
         self.evaluated_step = self.state.global_step
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -49,7 +49,16 @@ def test_it_logs_its_steps(short):
     (tokens,) = re.findall(r"steps   6 of about (\d+) tokens", log_of(short / "log"))
     of_steps = [line["tokens_per_second"] * line["seconds_per_step"] for line in lines]
     assert sum(of_steps) / 6 == pytest.approx(int(tokens), abs=1)
+    assert all(2**20 < line["peak_memory_bytes"] < 2**40 for line in lines)
     assert len(re.findall(r" s/step  [\d,]+ tokens/s  [\d.]+ min left", log_of(short / "log"))) == 6
+
+
+def test_it_leaves_its_page_and_the_scores_of_its_events(short):
+    assert "run ended, at step 6 of 6." in (short / "run" / "report.html").read_text()
+    assert f"  {'page':<16} {short}/run/report.html\n" in log_of(short / "log")
+    events = read_lines(short / "run" / "allocation.jsonl")
+    assert all(event["scores"].keys() == event["kept"].keys() for event in events)
+    assert min(events[-1]["scores"].values()) > 0
 
 
 def test_its_files_follow_the_umask(short):

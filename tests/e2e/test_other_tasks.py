@@ -12,7 +12,9 @@ from support.same_run import assert_invariant, assert_same_run, evaluation_of, s
 from support.tiny_encoders import save_tiny_encoder, write_questions, write_summaries
 from transformers import AutoModelForQuestionAnswering, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from dora_dist.evaluation.evaluator import NUM_SHOWN
 from dora_dist.evaluation.metrics import rouge_scores, squad_scores
+from dora_dist.runs.records import read_answers
 
 WITHOUT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
@@ -88,18 +90,22 @@ def test_stock_peft_writes_the_summaries_that_were_measured(summaries):
     base = AutoModelForSeq2SeqLM.from_pretrained(folder / "model")
     model = PeftModel.from_pretrained(base, folder / "run" / "adapter").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder / "run" / "adapter")
-    losses, tokens, scores = 0.0, 0, []
+    losses, tokens, scores, written = 0.0, 0, [], []
     for row in held_out(folder):
         inputs = tokenizer(row["document"], return_tensors="pt", return_token_type_ids=False)
         labels = tokenizer(text_target=row["summary"], return_tensors="pt")["input_ids"]
         losses += float(model(**inputs, labels=labels).loss) * labels.numel()
         tokens += labels.numel()
         output = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=8)
-        scores.append(rouge_scores(tokenizer.decode(output[0], skip_special_tokens=True), row["summary"]))
+        written.append(tokenizer.decode(output[0], skip_special_tokens=True))
+        scores.append(rouge_scores(written[-1], row["summary"]))
     assert summary["loss"] == pytest.approx(losses / tokens, rel=1e-4)
     assert summary["rouge1"] > 0
     for name in ("rouge1", "rouge2", "rouge_l"):
         assert summary[name] == pytest.approx(sum(score[name] for score in scores) / 9)
+    recorded = read_answers(folder / "run")[-NUM_SHOWN:]
+    assert [line["answer"] for line in recorded] == written[:NUM_SHOWN]
+    assert [line["reference"] for line in recorded] == [row["summary"] for row in held_out(folder)[:NUM_SHOWN]]
     saved = json.loads((folder / "run" / "adapter" / "adapter_config.json").read_text())
     assert saved["task_type"] == "SEQ_2_SEQ_LM"
     assert saved["modules_to_save"] is None

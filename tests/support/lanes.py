@@ -17,6 +17,7 @@ PARTS = {
     "kernels": "kernels for GPUs, in Triton's interpreter",
     "memory": "the estimate of memory against the allocator",
     "models": "every architecture against stock PEFT, quantized and not",
+    "pages": "the page of runs in a real browser, Debian's Chromium",
     "ranks": "other numbers of ranks, engines and batches: the same course",
     "slurm": "the batch scripts on a cluster of two nodes",
     "tasks": "classification, question answering, summaries",

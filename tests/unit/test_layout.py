@@ -21,7 +21,7 @@ FLOORS = [
     {"config", "console", "method"},
     {"distributed", "base_model", "data"},
     {"adapter", "runs"},
-    {"evaluation", "memory", "routing"},
+    {"evaluation", "memory", "page", "routing"},
     {"training"},
     {"setup"},
     {"stock_trainer"},

@@ -235,6 +235,7 @@ def _write_result(
     evaluator = TASK_PARTS[config.task].evaluator(config, resolved, Agreement(base.device), model)
     measured = {f"eval_{name}": value for name, value in evaluator(TaskLoss(model)).items()}
     run_records.metrics(resolved.arguments.max_steps, measured)
+    run_records.answers(resolved.arguments.max_steps, evaluator.shown)
     adapter = Path(config.output_dir) / "adapter"
     write_lora_adapter(
         adapter,

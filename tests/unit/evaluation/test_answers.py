@@ -7,6 +7,7 @@ from support.tiny_tokenizer import word_tokenizer
 
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.evaluation.answers import AnswerEvaluator, generate_answers
+from dora_dist.evaluation.evaluator import NUM_SHOWN
 from dora_dist.evaluation.metrics import final_number
 
 PROMPTS = [[1, first, second] for first, second in ((7, 8), (9, 10), (20, 30), (31, 44), (50, 60))]
@@ -52,10 +53,26 @@ def test_right_answers_are_counted_by_every_metric_that_is_asked_for(tokenizer, 
 
 def test_without_metrics_nothing_is_generated(tokenizer, model, monkeypatch):
     monkeypatch.setattr(type(model), "generate", None)
-    assert set(evaluator(tokenizer, ["1"] * 5)(model)) == {"loss", "examples"}
+    measured = evaluator(tokenizer, ["1"] * 5)
+    assert set(measured(model)) == {"loss", "examples"}
+    assert measured.shown == {"eval": []}
+
+
+def test_the_first_answers_are_kept_to_look_at_in_the_order_of_the_examples(tokenizer, model):
+    said = [generate_answers(model, tokenizer, [prompt], NEW_TOKENS, [2])[0] for prompt in PROMPTS]
+    measured = evaluator(tokenizer, ["1", "2", "3", "4" * 2001, "5"], "exact_match")
+    for _ in range(2):
+        measured(model)
+        shown = measured.shown["eval"]
+        assert [(one.number, one.answer) for one in shown] == list(enumerate(said[:NUM_SHOWN]))
+        assert [one.prompt for one in shown] == [tokenizer.decode(p, skip_special_tokens=True) for p in PROMPTS[:4]]
+        assert [one.reference for one in shown[:3]] == ["1", "2", "3"]
+        assert shown[3].reference == "4" * 2000 + " [... 1 more characters]"
+    of_ranks = [(0.0, 1, 1, (0,), shown[1:2]), (0.0, 1, 1, (0,), shown[:1])]
+    assert measured.shown_of(measured.join(of_ranks)) == shown[:2]
 
 
 def test_the_figures_of_ranks_are_those_of_all_their_examples(tokenizer):
     measured = evaluator(tokenizer, ["1"] * 5, "exact_match", "final_number")
-    joined = measured.join([(2.0, 4, 3, (1, 2)), (0.0, 0, 0, (0, 0)), (1.0, 2, 1, (0, 1))])
+    joined = measured.join([(2.0, 4, 3, (1, 2), []), (0.0, 0, 0, (0, 0), []), (1.0, 2, 1, (0, 1), [])])
     assert measured.figures(joined) == {"loss": 0.5, "examples": 4, "exact_match": 1 / 4, "final_number": 3 / 4}

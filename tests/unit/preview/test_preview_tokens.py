@@ -4,8 +4,9 @@ from support.tiny_run import tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from dora_dist.console.text import visible
 from dora_dist.preview.terminal import MARKS
-from dora_dist.preview.tokens import split_tokens, visible
+from dora_dist.preview.tokens import split_tokens
 
 TEXTS = [
     "Hello  world,\n\n\tthe end .  ",

@@ -1,6 +1,7 @@
 """One run at a time in a folder: who holds it, who is refused, and who takes over."""
 
 import dataclasses
+import json
 import os
 import signal
 import threading
@@ -171,3 +172,27 @@ HERE = Holder.here({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"})
 )
 def test_what_shows_at_once_that_a_holder_is_gone(changes, reason):
     assert dataclasses.replace(HERE, **changes).end_seen_by(HERE) == reason
+
+
+def test_a_folder_is_held_while_its_claim_is_kept_up_by_a_process_that_lives(tmp_path):
+    assert not claim.is_held(tmp_path)
+    mine = Claim(tmp_path)
+    mine.take()
+    assert claim.is_held(tmp_path)
+    mine.release()
+    assert not claim.is_held(tmp_path)
+
+    (process,) = started(tmp_path)
+    assert claim.is_held(tmp_path / "run")
+    process.kill()
+    process.join()
+    assert not claim.is_held(tmp_path / "run"), "the process has ended"
+
+    elsewhere = dataclasses.replace(HERE, host="another")
+    path = tmp_path / "claim-7.json"
+    path.write_text(json.dumps({**dataclasses.asdict(elsewhere), "beat": "1"}))
+    assert claim.is_held(tmp_path)
+    os.utime(path, (time.time() - 10 * BEAT,) * 2)
+    assert not claim.is_held(tmp_path), "its beats are missing"
+    path.write_text("{")
+    assert not claim.is_held(tmp_path)

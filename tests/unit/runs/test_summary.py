@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import struct
 from pathlib import Path
@@ -7,6 +8,7 @@ from support.tiny_models import PROJECTIONS
 from support.tiny_run import some_fingerprint
 
 from dora_dist.console import files
+from dora_dist.evaluation.evaluator import ShownAnswer
 from dora_dist.runs import pictures, records
 from dora_dist.runs.summary import _rank_table, finish_run, format_summary, is_finished, report, summarize
 
@@ -232,11 +234,19 @@ def test_records_after_a_step_can_be_forgotten_and_a_half_written_line_is_not_co
     with (tmp_path / records.METRICS).open("a") as file:
         file.write('{"step": 31, "lo')
     assert [line["step"] for line in files.read_lines(tmp_path / records.METRICS)] == [0, 10, 20, 30, 30]
+    answer = ShownAnswer.of(0, "2+2", "4", "5")
+    for step in (10, 20):
+        records.RunRecords(tmp_path, writes=False).answers(step, {"eval": [answer]})
+        records.RunRecords(tmp_path, writes=True).answers(step, {"eval": [answer]})
+    assert records.read_answers(tmp_path) == [
+        {"step": s, "source": "eval", **dataclasses.asdict(answer)} for s in (10, 20)
+    ]
     records.RunRecords(tmp_path, writes=False).truncate_after(10)
     assert len(records.read_events(tmp_path / records.ALLOCATION)) == 2
     run = records.RunRecords(tmp_path, writes=True)
     run.truncate_after(10)
     run.metrics(11, {"loss": 1.0})
+    assert [line["step"] for line in records.read_answers(tmp_path)] == [10]
     assert [line["step"] for line in files.read_lines(tmp_path / records.METRICS)] == [0, 10, 11]
     assert [event.step for event in records.read_events(tmp_path / records.ALLOCATION)] == [10]
 

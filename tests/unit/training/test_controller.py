@@ -9,6 +9,7 @@ from dora_dist.distributed.agreement import Agreement
 from dora_dist.method.budget import Budget
 from dora_dist.method.importance import score_layers
 from dora_dist.method.schedule import BudgetSchedule, FixedRanks
+from dora_dist.runs.records import RecordedEvent
 from dora_dist.training.controller import BudgetMissedError, DynamicRankController, NonFiniteAdapterError
 from dora_dist.training.criterion import SmoothedScores
 from dora_dist.training.rules.prune import Prune
@@ -74,6 +75,21 @@ def test_the_penalty_ends_with_the_final_event():
         event = controller.after_optimizer_step(step)
     assert event.final
     assert controller.penalty() is None
+
+
+def test_an_event_says_what_every_layer_scored_on_average_before_it():
+    controller = make_controller(regrow=False)
+    empty, half, *_ = controller.layers.values()
+    empty.component_mask.fill_(False)
+    half.component_mask[0] = False
+    event = next(found for step in range(1, 3) if (found := controller.after_optimizer_step(step)))
+    scores = controller.scores
+    names = list(controller.layers)
+    expected = {name: float(scores[name].mean()) for name in names}
+    expected |= {names[0]: 0.0, names[1]: float(scores[names[1]][1:].mean())}
+    assert event.scores == pytest.approx(expected)
+    assert len(set(expected.values())) > 2
+    assert RecordedEvent.of(event).scores == event.scores
 
 
 def test_pruned_gates_are_zero_after_every_event():

@@ -1,0 +1,1 @@
+"""Pages in a browser: one file each, which needs neither network nor server."""

@@ -1,0 +1,173 @@
+"""What a page shows of runs, from their records alone."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from dora_dist.console.text import format_bytes, ranges, time_span
+from dora_dist.page.curves import HELD_OUT, Panel, panels
+from dora_dist.page.open_run import ENDED, GOING_ON, OpenRun, open_runs
+from dora_dist.page.rank_map import RankMap, rank_map
+from dora_dist.runs.summary import change
+
+MOST_STEPS_NAMED = 10
+"""Steps that are named one by one in the table."""
+MOST_OF_SETTING = 80
+"""Characters of a setting in the table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A held-out example with what was generated for it.
+
+    Attributes:
+        title: its source and number.
+        prompt: what the models were given.
+        reference: the answer of the data.
+        answers: run and step, and the answer at that step; the latest first.
+    """
+
+    title: str
+    prompt: str
+    reference: str
+    answers: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """All of a page.
+
+    Attributes:
+        title: of the page.
+        states: what has become of each run, as sentences.
+        written: date and time.
+        facts: a table: a header with the names of the runs, and a row for each figure.
+        settings: of several runs, a table like that with what differs between them; empty for one run.
+        panels: charts.
+        maps: of the ranks, one a run.
+        examples: that were generated at evaluations.
+        alive: whether one of the runs is going on.
+    """
+
+    title: str
+    states: list[str]
+    written: str
+    facts: list[list[str]]
+    settings: list[list[str]]
+    panels: list[Panel]
+    maps: list[RankMap]
+    examples: list[Example]
+    alive: bool
+
+
+def read_contents(folders: Sequence[Path]) -> Contents:
+    """Read what a page shows.
+
+    Args:
+        folders: of the runs, which may be going on.
+
+    Raises:
+        ValueError: one of them is not the folder of a run, or is there twice.
+    """
+    runs = open_runs(folders)
+    names = [run.name for run in runs]
+    return Contents(
+        title=f"Run {names[0]}" if len(runs) == 1 else f"{len(runs)} runs: {', '.join(names)}",
+        states=[_state(run) for run in runs],
+        written=time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        facts=_facts(runs),
+        settings=_settings(runs),
+        panels=panels(runs),
+        maps=[rank_map(run) for run in runs],
+        examples=_examples(runs),
+        alive=any(run.state == GOING_ON for run in runs),
+    )
+
+
+def _state(run: OpenRun) -> str:
+    hint = "" if run.state in (ENDED, GOING_ON) else ": start the same command again to go on"
+    return f"{run.name} {run.state}, at step {run.summary['steps']:,} of {run.fingerprint.num_steps:,}{hint}."
+
+
+def _facts(runs: Sequence[OpenRun]) -> list[list[str]]:
+    rows: dict[str, Callable[[OpenRun], str]] = {
+        "base": lambda run: str(run.fingerprint.model.get("path", "")),
+        "task": lambda run: run.fingerprint.task,
+        **{metric.title: partial(_figure, key=key) for key, metric in HELD_OUT.items()},
+        "held-out examples": lambda run: _number((run.summary["after"] or {}).get("examples")),
+        "components": _components,
+        "parameters of the adapter": lambda run: _number(run.summary["parameters_kept"]),
+        "training time": lambda run: time_span(s) if (s := run.summary["session_seconds"]) else "",
+        "peak memory": _memory,
+        "steps left out": lambda run: _number(run.summary["skipped_steps"] or None),
+        "values that are not finite": _not_finite,
+        "not adapted": lambda run: run.summary["left_out"] or "",
+    }
+    table = [[title, *(fact(run) for run in runs)] for title, fact in rows.items()]
+    return [["", *(run.name for run in runs)], *(row for row in table if any(row[1:]))]
+
+
+def _figure(run: OpenRun, key: str) -> str:
+    before, after = run.summary["before"], run.summary["after"]
+    return change(before, after, key, HELD_OUT[key].style) if after and key in after else ""
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,}"
+
+
+def _components(run: OpenRun) -> str:
+    start, kept = run.summary["components_at_start"], run.summary["components_kept"]
+    if start is None:
+        return ""
+    return f"{start:,} -> {kept:,}" + ("" if run.summary["final_event"] else " (pruning has not ended)")
+
+
+def _memory(run: OpenRun) -> str:
+    peak = max((line.get("peak_memory_bytes") or 0 for line in run.lines), default=0)
+    return format_bytes(peak) if peak else ""
+
+
+def _not_finite(run: OpenRun) -> str:
+    """They leave gaps in the curves."""
+    steps = {
+        line["step"]
+        for line in run.lines
+        if any(isinstance(value, float) and not math.isfinite(value) for value in line.values())
+    }
+    if not steps:
+        return ""
+    more = f" and {len(steps) - MOST_STEPS_NAMED:,} more" if len(steps) > MOST_STEPS_NAMED else ""
+    return f"at steps {ranges(sorted(steps)[:MOST_STEPS_NAMED])}{more}"
+
+
+def _settings(runs: Sequence[OpenRun]) -> list[list[str]]:
+    settings = [run.fingerprint.as_dict() for run in runs]
+    names = sorted({name for one in settings for name in one})
+    rows = [[name, *(_setting(one, name) for one in settings)] for name in names]
+    different = [row for row in rows if len(set(row[1:])) > 1]
+    return [["setting", *(run.name for run in runs)], *different] if different else []
+
+
+def _setting(settings: Mapping[str, object], name: str) -> str:
+    if name not in settings:
+        return ""
+    text = json.dumps(settings[name], ensure_ascii=False)
+    return text if len(text) <= MOST_OF_SETTING else f"{text[:MOST_OF_SETTING]}..."
+
+
+def _examples(runs: Sequence[OpenRun]) -> list[Example]:
+    """Runs that were given the same prompt stand under it together."""
+    found: dict[tuple[str, int, str, str], Example] = {}
+    lines = [(run, line) for run in runs for line in run.answers]
+    for run, line in sorted(lines, key=lambda entry: -entry[1]["step"]):
+        key = (line["source"], line["number"], line["prompt"], line["reference"])
+        title = f"{line['source']}, example {line['number'] + 1}"
+        example = found.setdefault(key, Example(title=title, prompt=line["prompt"], reference=line["reference"]))
+        where = f"step {line['step']:,}" + f", {run.name}" * (len(runs) > 1)
+        example.answers.append((where, line["answer"]))
+    return [found[key] for key in sorted(found, key=lambda key: key[:2])]

@@ -1,0 +1,149 @@
+"""Runs as a page: one HTML file, with the library that draws its charts (uPlot, MIT) inside."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+
+from dora_dist.console.files import write_text
+from dora_dist.console.text import say
+from dora_dist.page.contents import Contents, Example, read_contents
+from dora_dist.page.curves import Panel
+from dora_dist.page.html import table_of, text_of
+from dora_dist.runs.records import PAGE
+
+REFRESH_SECONDS = 30
+"""After which the page of a run that is going on reads its file again."""
+NO_NETWORK = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+"""The browser asks nobody for anything."""
+
+NOTHING = '<span class="faint">(nothing)</span>'
+"""Where an answer is empty."""
+
+
+def write_page(folders: Sequence[Path], path: Path) -> None:
+    """Write the page of one run, or of several beside each other.
+
+    Args:
+        folders: of the runs, which may be going on.
+        path: of the page. Where it is the one that a run writes itself, and the run is going on, it refreshes itself.
+
+    Raises:
+        ValueError: a folder is not that of a run, or is there twice.
+        OSError: the file cannot be written.
+    """
+    contents = read_contents(folders)
+    write_text(path, build_page(contents, refreshes=contents.alive and list(folders) == [path.parent]))
+
+
+def keep_current(run: Path) -> None:
+    """Write the page of a run into its folder. Never raises, since the run is worth more than the page: what is wrong
+    is said."""
+    try:
+        write_page([run], run / PAGE)
+    except Exception as error:
+        say(f"{run / PAGE} could not be written, and the run goes on without: {type(error).__name__}: {error}")
+
+
+def build_page(contents: Contents, refreshes: bool) -> str:
+    """The page as a complete HTML document.
+
+    Args:
+        contents: what it shows.
+        refreshes: whether it reads its own file again every :data:`REFRESH_SECONDS`.
+    """
+    refresh = f'<meta http-equiv="refresh" content="{REFRESH_SECONDS}">' if refreshes else ""
+    written = f"Written {contents.written}" + f"; reads itself again every {REFRESH_SECONDS} s" * refreshes
+    states = "\n".join(f"<p>{text_of(state)}</p>" for state in contents.states)
+    charts = "\n".join(_figure(panel, number) for number, panel in enumerate(contents.panels))
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{NO_NETWORK}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+{refresh}
+<title>{text_of(contents.title)}</title>
+<style>{_shipped("uplot/uPlot.min.css")}</style>
+<style>{_shipped("page.css")}</style>
+</head>
+<body>
+<h1 dir="auto">{text_of(contents.title)}</h1>
+<div id="states">{states}</div>
+<p class="faint">{text_of(written)}.</p>
+<noscript><p>The charts and the map of ranks need JavaScript, which this browser does not run.</p></noscript>
+<div class="scroll facts">{table_of(contents.facts)}</div>
+{_settings(contents)}
+<h2>Over the steps</h2>
+<div id="charts">
+{charts or "<p>Nothing is logged yet.</p>"}
+</div>
+<h2>Ranks by layer and module</h2>
+{_maps(contents)}
+<h2>Generated answers</h2>
+{_examples(contents.examples)}
+<script type="application/json" id="data">{_data(contents)}</script>
+<!-- The next script and the first style are uPlot.
+{_shipped("uplot/LICENSE")} -->
+<script>{_shipped("uplot/uPlot.iife.min.js")}</script>
+<script>{_shipped("page.js")}</script>
+</body>
+</html>
+"""
+
+
+@cache
+def _shipped(name: str) -> str:
+    """A file beside this one."""
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+
+
+def _data(contents: Contents) -> str:
+    """What the script draws. No text in it can end the script's element."""
+    values = {"panels": list(map(asdict, contents.panels)), "maps": list(map(asdict, contents.maps))}
+    return json.dumps(values, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _figure(panel: Panel, number: int) -> str:
+    unit = f' <span class="faint">({text_of(panel.unit)})</span>' if panel.unit else ""
+    note = f'<p class="faint">{text_of(panel.note)}</p>' if panel.note else ""
+    title = f"<figcaption>{text_of(panel.title)}{unit}</figcaption>"
+    return f'<figure>{title}<div class="chart" data-panel="{number}"></div>{note}</figure>'
+
+
+def _settings(contents: Contents) -> str:
+    if not contents.settings:
+        return ""
+    table = table_of(contents.settings)
+    return f'<details><summary>Settings that differ</summary><div class="scroll facts">{table}</div></details>'
+
+
+def _maps(contents: Contents) -> str:
+    if not any(one.frames for one in contents.maps):
+        return "<p>No event has taken place yet.</p>"
+    return """<div id="controls">
+<label>Show <select id="quantity"><option value="ranks">components kept</option>
+<option value="scores">mean score of the components</option></select></label>
+<label>After <output id="position"></output> <input type="range" id="slider" min="0" step="1"></label>
+</div>
+<div id="maps"></div>"""
+
+
+def _examples(examples: Sequence[Example]) -> str:
+    if not examples:
+        return "<p>None: the task or its metrics generate no text, or nothing was evaluated yet.</p>"
+    return "\n".join(map(_example, examples))
+
+
+def _example(example: Example) -> str:
+    answers = "\n".join(
+        f'<dt>{text_of(where)}</dt><dd dir="auto">{text_of(answer) or NOTHING}</dd>'
+        for where, answer in example.answers
+    )
+    return f"""<article>
+<h3 dir="auto">{text_of(example.title)}</h3>
+<dl><dt>prompt</dt><dd dir="auto" class="faint">{text_of(example.prompt)}</dd>
+<dt>reference</dt><dd dir="auto">{text_of(example.reference)}</dd></dl>
+<dl class="answers">{answers}</dl>
+</article>"""
