@@ -52,7 +52,7 @@ class Truth:
     seed: int
 
 
-class Remembering:
+class Remembering(Criterion):
     """A criterion that remembers the scores of the latest event (some criteria begin anew after each).
 
     Attributes:
@@ -61,21 +61,16 @@ class Remembering:
 
     def __init__(self, inner: Criterion) -> None:
         self._inner = inner
+        self.scores, self.at_events_only = inner.scores, inner.at_events_only
         self.used = inner.scores.clone()
-
-    @property
-    def scores(self) -> Tensor:
-        return self._inner.scores
-
-    @property
-    def at_events_only(self) -> bool:
-        return self._inner.at_events_only
 
     def update(self, layers: Sequence[Components], agreement: Agreement) -> None:
         self._inner.update(layers, agreement)
+        self.scores = self._inner.scores
 
     def rescore(self, layers: Sequence[Components]) -> None:
         self._inner.rescore(layers)
+        self.scores = self._inner.scores
 
     def after_event(self) -> None:
         self.used = self._inner.scores.clone()
