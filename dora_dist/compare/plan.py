@@ -79,6 +79,7 @@ class Plan:
         self._templates = {group: self._template(group) for group in self.groups}
         for task, entries in config.tasks.items():
             self._check_task(task, entries)
+        self._check_same_data()
 
     @property
     def num_cells(self) -> int:
@@ -148,6 +149,19 @@ class Plan:
                 f"{', '.join(measured)}"
             )
 
+    def _check_same_data(self) -> None:
+        """Methods are trained on the same rows, which is checked on their records again; cells cost too much for that
+        to be the first time."""
+        baseline = next(group for group in self.groups if group.method == self.config.baseline)
+        wanted = self._templates[baseline].pruning.num_held_back
+        for group, template in self._templates.items():
+            if template.pruning.num_held_back != wanted:
+                raise ValueError(
+                    f"cells {group}: pruning.importance is {template.pruning.importance}, for which "
+                    f"{template.pruning.num_held_back} training rows are held back, and for {self.config.baseline} "
+                    f"{wanted} are, so that they would be trained on other data: choose another importance"
+                )
+
     def _template(self, group: Group) -> RunConfig:
         """Of the group's cells, with the first seed and learning rate."""
         try:
@@ -162,7 +176,7 @@ class Plan:
                 raise ValueError(f"adapter.initial_rank is {start}, the budget, so that AdaLoRA has nothing to prune")
         except ValueError as error:
             raise ValueError(f"cells {group}: {error}") from None
-        adapter = dataclasses.replace(config.adapter, alpha=self.config.alpha_over_rank * start)
+        adapter = dataclasses.replace(config.adapter, alpha=self.config.alpha_over_rank * config.adapter.full_rank)
         return dataclasses.replace(config, adapter=adapter)
 
     def _values(self, group: Group) -> dict[str, Any]:
