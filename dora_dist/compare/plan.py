@@ -10,6 +10,7 @@ from typing import Any
 
 from dora_dist.compare.methods import Method
 from dora_dist.compare.settings import CompareConfig
+from dora_dist.config.adapter import PROMPT
 from dora_dist.config.checks import nearest
 from dora_dist.config.parse import config_of
 from dora_dist.config.run import RunConfig
@@ -167,6 +168,11 @@ class Plan:
         try:
             config = config_of(self._values(group))
             start = config.adapter.start_rank
+            if config.adapter.routing == PROMPT:
+                raise ValueError(
+                    f"adapter.routing is {PROMPT}, whose adapters are no plain LoRA, so that their parameters are not "
+                    "those of the others: leave it out"
+                )
             if self.method(group).peer and config.task not in ADALORA_TASKS:
                 known = " and ".join(ADALORA_TASKS)
                 raise ValueError(f"task is {config.task}, but AdaLoRA is compared on {known} only: leave it out")

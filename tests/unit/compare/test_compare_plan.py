@@ -254,3 +254,9 @@ def test_a_method_that_holds_rows_back_is_refused_before_any_cell_runs(plan_of):
         ValueError, match=r"cells one rank 4 move: .* ablation_gradient, for which 32 training rows are"
     ):
         plan_of(methods=["lora", move])
+
+
+def test_prompt_routing_is_refused(plan_of):
+    routed = {"routed": {"from": "lora", "adapter": {"routing": "prompt"}}}
+    with pytest.raises(ValueError, match=r"cells one rank 4 routed: adapter.routing is prompt, whose adapters are no"):
+        plan_of(methods=["lora", routed])
