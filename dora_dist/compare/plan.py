@@ -10,6 +10,7 @@ from typing import Any
 
 from dora_dist.compare.methods import ADALORA, EVA, PEER_TITLES, Method
 from dora_dist.compare.settings import CompareConfig
+from dora_dist.config.adapter import PROMPT
 from dora_dist.config.checks import nearest
 from dora_dist.config.parse import config_of
 from dora_dist.config.run import RunConfig
@@ -79,6 +80,7 @@ class Plan:
         self._templates = {group: self._template(group) for group in self.groups}
         for task, entries in config.tasks.items():
             self._check_task(task, entries)
+        self._check_same_data()
 
     @property
     def num_cells(self) -> int:
@@ -148,14 +150,32 @@ class Plan:
                 f"{', '.join(measured)}"
             )
 
+    def _check_same_data(self) -> None:
+        """Methods are trained on the same rows, which is checked on their records again; cells cost too much for that
+        to be the first time."""
+        baseline = next(group for group in self.groups if group.method == self.config.baseline)
+        wanted = self._templates[baseline].pruning.num_held_back
+        for group, template in self._templates.items():
+            if template.pruning.num_held_back != wanted:
+                raise ValueError(
+                    f"cells {group}: pruning.importance is {template.pruning.importance}, for which "
+                    f"{template.pruning.num_held_back} training rows are held back, and for {self.config.baseline} "
+                    f"{wanted} are, so that they would be trained on other data: choose another importance"
+                )
+
     def _template(self, group: Group) -> RunConfig:
         """Of the group's cells, with the first seed and learning rate."""
         try:
             config = config_of(self._values(group))
+            if config.adapter.routing == PROMPT:
+                raise ValueError(
+                    f"adapter.routing is {PROMPT}, whose adapters are no plain LoRA, so that their parameters are not "
+                    "those of the others: leave it out"
+                )
             self._check_peer(group, config)
         except ValueError as error:
             raise ValueError(f"cells {group}: {error}") from None
-        alpha = self.config.alpha_over_rank * config.adapter.start_rank
+        alpha = self.config.alpha_over_rank * config.adapter.full_rank
         return dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, alpha=alpha))
 
     def _check_peer(self, group: Group, config: RunConfig) -> None:

@@ -37,15 +37,15 @@ class DynamicLoraConfig:
     Args:
         target_rank: components per layer, on average, after pruning.
         initial_rank: components per layer at the start; by default 1.5 times the target rank, rounded up (the paper's);
-            with slots the target rank.
-        slots: with pruning.rule move, places for components in every layer, and so the most that a layer can get; the
-            run starts with target_rank components a layer, and slots beyond take memory but no time. Null for no more
-            slots than components at the start.
+            with slots the target rank; with pruning.rule grow 1, and always less than the target rank.
+        slots: with pruning.rule move or grow, places for components in every layer, and so the most that a layer can
+            get; slots without a component take memory but no time. Null for no more slots than components at the start,
+            and with pruning.rule grow for twice the target rank.
         ranks: uniform; or, with pruning.rule none, what each layer has for the whole run: mlp-only, rising-with-depth
             (both with the parameters of a uniform rank target_rank), or the path of a plan (plan.json of a run).
         alpha: numerator of the factor that scales the update of every layer; scale sets the denominator.
-        scale: constant (alpha / initial_rank, in all layers, for the whole run), or sqrt_rank (alpha / the square root
-            of the number of components that the layer still has).
+        scale: constant (alpha / initial_rank in all layers, for the whole run, or / target_rank where that is more), or
+            sqrt_rank (alpha / the square root of the number of components that the layer still has).
         dropout: dropout probability on the input of the components, in [0, 1).
         target_modules: all-linear (every linear layer of the text decoder that can be adapted, without the output
             head), a regular expression for full module names, or a list of names or their last parts.
@@ -87,13 +87,19 @@ class DynamicLoraConfig:
     def __post_init__(self) -> None:
         if self.target_rank < 1:
             raise ValueError(f"target_rank is {self.target_rank}, but must be at least 1")
-        if self.initial_rank is not None and self.initial_rank < self.target_rank:
+        if self.initial_rank is not None and self.slots is None and self.initial_rank < self.target_rank:
             raise ValueError(
                 f"initial_rank is {self.initial_rank}, below target_rank {self.target_rank}: pruning only removes "
-                "components, so raise initial_rank (1.5 x target_rank by default) or lower target_rank"
+                "components, so raise initial_rank (1.5 x target_rank by default) or lower target_rank; to start below "
+                "it with pruning.rule grow, set slots too"
             )
-        if self.slots is not None and self.slots < self.start_rank:
-            raise ValueError(f"slots is {self.slots}, but must be at least {self.start_rank}, the rank at the start")
+        if self.start_rank < 1:
+            raise ValueError(f"initial_rank is {self.initial_rank}, but must be at least 1")
+        if self.slots is not None and self.slots < self.full_rank:
+            raise ValueError(
+                f"slots is {self.slots}, but must be at least {self.full_rank}, the rank at the start or, on average, "
+                "in the end"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, but must lie in [0, 1)")
         if not self.alpha > 0:
@@ -149,10 +155,15 @@ class DynamicLoraConfig:
         return math.ceil(1.5 * self.target_rank) if uniform else self.target_rank
 
     @property
+    def full_rank(self) -> int:
+        """Components of a layer, on average, when there are most of them: those of the start, or those of the end."""
+        return max(self.start_rank, self.target_rank)
+
+    @property
     def num_slots(self) -> int:
         """Components that the tensors of a layer have room for, where ``ranks`` is uniform."""
         return self.slots if self.slots is not None else self.start_rank
 
     def scale_of(self, rank: int) -> float:
         """What the update of a layer is multiplied with that has so many components left, at least 1."""
-        return self.alpha / (math.sqrt(rank) if self.scale == "sqrt_rank" else self.start_rank)
+        return self.alpha / (math.sqrt(rank) if self.scale == "sqrt_rank" else self.full_rank)

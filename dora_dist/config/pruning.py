@@ -6,10 +6,13 @@ from typing import Literal
 from dora_dist.config.adapter import UNIFORM, DynamicLoraConfig
 from dora_dist.config.checks import require
 
-Rule = Literal["prune", "move", "none"]
+Rule = Literal["prune", "move", "grow", "none"]
 PRUNE: Rule = "prune"
 MOVE: Rule = "move"
+GROW: Rule = "grow"
 NONE: Rule = "none"
+FILL_SLOTS = (MOVE, GROW)
+"""Rules whose new components take free adapter.slots."""
 GATE_SENSITIVITY = "gate_sensitivity"
 LOSS_CHANGE = "loss_change"
 SUMMED = (GATE_SENSITIVITY, LOSS_CHANGE)
@@ -58,8 +61,10 @@ class PruningConfig:
     Args:
         rule: prune (from adapter.initial_rank down to the budget of adapter.target_rank), move (ALoRA's: the budget is
             met from the start; at every event the lowest components go, and the layers that lost none get as many, in
-            their adapter.slots), or none (the ranks stay as adapter.ranks says, and the other keys of this section have
-            no effect).
+            their adapter.slots), grow (IncreLoRA's: from adapter.initial_rank, 1 by default, up to the budget; at every
+            event the best layers get a component each; layers have a score of their own, and importance, smoothing and
+            equilibrium_weight have no effect), or none (the ranks stay as adapter.ranks says, and the other keys of
+            this section have no effect).
         warmup_fraction: share of the run before pruning begins.
         final_fraction: share of the run after the last pruning event, with a fixed mask.
         interval: steps between two events; auto for a twentieth of those from the first event to the last.
@@ -123,11 +128,11 @@ class PruningConfig:
         )
         for name in ("moved_per_event", "scoring_rows"):
             require(getattr(self, name) >= 1, f"pruning.{name}", getattr(self, name), "be at least 1")
-        if self.rule == MOVE:
-            require(not self.rebase, "pruning.rebase", "true", f"be false for the rule {MOVE}")
-            least = f"be null for the rule {MOVE}: adapter.slots is the bound"
+        if self.rule in FILL_SLOTS:
+            require(not self.rebase, "pruning.rebase", "true", f"be false for the rule {self.rule}")
+            least = f"be null for the rule {self.rule}: adapter.slots is the bound"
             require(self.max_rank is None, "pruning.max_rank", self.max_rank, least)
-        else:
+        if self.rule != MOVE:
             other = f"be another for the rule {self.rule}: it is for the rule {MOVE}"
             require(self.importance not in ABLATIONS, "pruning.importance", self.importance, other)
         self.selection()  # refuses bounds that contradict each other
@@ -157,10 +162,20 @@ def check_prunes(pruning: PruningConfig, adapter: DynamicLoraConfig) -> None:
             f"adapter.ranks is {adapter.ranks}, which are the ranks of the whole run, but pruning.rule is "
             f"{pruning.rule}: set it to none, or adapter.ranks to uniform"
         )
+    if pruning.rule == GROW and not adapter.train_gates:
+        raise ValueError(
+            f"pruning.rule is {GROW}, under which new components begin with gates near 0, but adapter.train_gates is "
+            "false: set it to true"
+        )
     if pruning.importance == GATE_SENSITIVITY and not adapter.train_gates:
         raise ValueError(
             f"pruning.importance is {GATE_SENSITIVITY}, which needs gradients of the gates, but "
             "adapter.train_gates is false: set it to true, or choose another importance"
+        )
+    if pruning.rule == GROW and pruning.min_rank > adapter.start_rank:
+        raise ValueError(
+            f"pruning.min_rank is {pruning.min_rank}, but pruning.rule is {GROW}, under which a layer may keep the "
+            f"{adapter.start_rank} of the start: raise adapter.initial_rank, or lower pruning.min_rank"
         )
     least, most, target = pruning.min_rank, pruning.max_rank, adapter.target_rank
     if least > target or (most is not None and most < target):

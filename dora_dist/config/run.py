@@ -7,13 +7,13 @@ import os
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from dora_dist.config.adapter import PROMPT, DynamicLoraConfig
+from dora_dist.config.adapter import PROMPT, UNIFORM, DynamicLoraConfig
 from dora_dist.config.checks import require
 from dora_dist.config.data import DataConfig
 from dora_dist.config.format_version import FORMAT_VERSION
 from dora_dist.config.model import ModelConfig
 from dora_dist.config.presets import PAPER, PresetName
-from dora_dist.config.pruning import MOVE, NONE, PruningConfig, check_prunes
+from dora_dist.config.pruning import FILL_SLOTS, GROW, MOVE, NONE, PruningConfig, check_prunes
 from dora_dist.config.tasks import CAUSAL_LM, EXACT_MATCH, TASKS, TaskName, metrics_of
 from dora_dist.config.training import CHECKPOINTING, DEFAULT_TRAINING_ARGUMENTS, check_training_section, with_strategies
 
@@ -184,6 +184,11 @@ class RunConfig:
                 f"adapter.routing is {PROMPT}, under which all components are needed, but pruning.rule is "
                 f"{self.pruning.rule}: set it to none (preset: lora does)"
             )
+        if self.pruning.rule == GROW and self.adapter.ranks == UNIFORM:
+            start, target = self.adapter.initial_rank or 1, self.adapter.target_rank
+            self.adapter = replace(self.adapter, initial_rank=start, slots=self.adapter.slots or 2 * target)
+            least = f"be less than adapter.target_rank, {target}, to which the rule {GROW} grows"
+            require(start < target, "adapter.initial_rank", start, least)
         check_prunes(self.pruning, self.adapter)
 
     @property
@@ -201,7 +206,7 @@ class RunConfig:
                 f"pruning.rule is {rule}, which needs slots for new components, but adapter.slots is null: set it to "
                 f"{2 * adapter.target_rank}, say, twice adapter.target_rank"
             )
-        if rule != MOVE and adapter.slots is not None:
+        if rule not in FILL_SLOTS and adapter.slots is not None:
             raise ValueError(
                 f"adapter.slots is {adapter.slots}, but pruning.rule is {rule}, which fills none: leave it out"
             )
@@ -210,10 +215,10 @@ class RunConfig:
                 f"adapter.initial_rank is {adapter.start_rank}, but pruning.rule is {rule}, which starts at "
                 f"adapter.target_rank, {adapter.target_rank}: leave it out"
             )
-        if rule == MOVE and optim not in ELEMENTWISE_OPTIMIZERS:
+        if rule in FILL_SLOTS and optim not in ELEMENTWISE_OPTIMIZERS:
             raise ValueError(
-                f"training.optim is {optim}, but pruning.rule is {rule}, which resets the optimizer's state of single "
-                f"entries: set it to one of {', '.join(ELEMENTWISE_OPTIMIZERS)}"
+                f"training.optim is {optim}, but pruning.rule is {rule}, which needs the optimizer's state to be "
+                f"one number for each entry: set it to one of {', '.join(ELEMENTWISE_OPTIMIZERS)}"
             )
 
     def _check_task(self) -> None:

@@ -1,6 +1,6 @@
 """The optimizer engine around the model: the only file that knows DeepSpeed's insides."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -195,6 +195,45 @@ class Moments:
             for name, state in part.tensors.items():
                 if name != MASTER:
                     state.masked_fill_(chosen.flatten().narrow(0, part.start, state.numel()), 0)
+
+    def slow_down(self, rates: Callable[[], Iterable[tuple[nn.Parameter, Tensor]]]) -> None:
+        """From now on, let entries learn slower than the optimizer makes them: ``new <- old + share (new - old)``. To
+        scale their gradients would do nothing under Adam.
+
+        It is done to what the optimizer itself steps, which under ZeRO is the part of the master copy that a rank owns,
+        before the engine makes live parameters of it: these follow, on all ranks. What the optimizer remembers of the
+        entries is what it would be anyway.
+
+        Args:
+            rates: asked before every step for parameters, and the share of each entry, in [0, 1], broadcastable to the
+                parameter's shape. 0 leaves an entry what it is to the bit, and 1 what the optimizer makes of it.
+        """
+        optimizer = self._optimizer if self._wrapped is None else deepspeed_of(self._wrapped).optimizer.optimizer
+        before: list[tuple[Tensor, Tensor, Tensor]] = []
+
+        @torch.no_grad()
+        def remember(*_: object) -> None:
+            for parameter, share in rates():
+                values, part = self._stepped(parameter, share.to(parameter.device).expand_as(parameter))
+                before.append((values, values.clone(), part.to(device=values.device, dtype=values.dtype)))
+
+        @torch.no_grad()
+        def bring_back(*_: object) -> None:
+            for values, old, share in before:
+                values.copy_(torch.lerp(old, values, share))
+            before.clear()
+
+        optimizer.register_step_pre_hook(remember)
+        optimizer.register_step_post_hook(bring_back)
+
+    def _stepped(self, parameter: nn.Parameter, other: Tensor) -> tuple[Tensor, Tensor]:
+        """What of a parameter this rank's optimizer steps, as a view, and the same part of a tensor of its shape."""
+        if self._wrapped is None:
+            return parameter.data, other
+        for part in owned_parts(self._wrapped, {"parameter": parameter}).values():
+            master = part.tensors[MASTER]
+            return master, other.flatten().narrow(0, part.start, master.numel())
+        return parameter.data.new_empty(0), other.flatten()[:0]
 
 
 def optimizer_counters(wrapped: nn.Module) -> list[dict[str, dict[str, object]]]:

@@ -131,11 +131,7 @@ class BudgetSchedule:
         for name in ("total_steps", "num_layers", "target_rank", "interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
-        if self.initial_rank < self.target_rank:
-            raise ValueError(
-                f"initial_rank is {self.initial_rank}, below target_rank {self.target_rank}: pruning only removes "
-                "components, so raise initial_rank (the paper uses 1.5 x target_rank) or lower target_rank"
-            )
+        self._check_ranks()
         for name in ("warmup_fraction", "final_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must lie in [0, 1)")
@@ -198,6 +194,13 @@ class BudgetSchedule:
         """Whether a step comes before pruning may begin. Of two steps in which t = 0 lasts, the first one does."""
         return step < self.total_steps * self.warmup_fraction
 
+    def _check_ranks(self) -> None:
+        if self.initial_rank < self.target_rank:
+            raise ValueError(
+                f"initial_rank is {self.initial_rank}, below target_rank {self.target_rank}: pruning only removes "
+                "components, so raise initial_rank (the paper uses 1.5 x target_rank) or lower target_rank"
+            )
+
     @property
     def _last(self) -> int:
         """``t_max``; 1 where the phase is shorter than a step, so that a short run has an event."""
@@ -207,3 +210,30 @@ class BudgetSchedule:
         """``t`` of the schedule. ``int`` truncates towards zero as in the authors' code, so that t = 0 may last
         two steps, and nothing is due in either."""
         return int(step - self.total_steps * self.warmup_fraction)
+
+
+@dataclass(frozen=True, slots=True)
+class GrowthSchedule(BudgetSchedule):
+    """The same steps, at which the budget rises in a straight line: every event pays for as many new components
+    (Zhang et al., 2023, IncreLoRA), the first one, at ``t = 0``, for none.
+
+    Args:
+        initial_rank: components of each layer at the start, at least 1.
+        target_rank: components of each layer, on average, after the final event; more than ``initial_rank``.
+
+    Raises:
+        ValueError: as of the parent, or the ranks do not grow.
+    """
+
+    def removed(self, step: int, removable: int) -> int:
+        """What comes is removed below 0: of ``-removable`` units that are there after the final event and were not at
+        the start, those that an event at ``step`` pays for, rounded down, with a minus sign."""
+        position = min(max(self._position(step), 0), self._last)
+        return -(-removable * position // self._last)
+
+    def _check_ranks(self) -> None:
+        if not 1 <= self.initial_rank < self.target_rank:
+            raise ValueError(
+                f"initial_rank is {self.initial_rank} and target_rank {self.target_rank}, but what grows must start "
+                "between 1 and less than it ends with: lower initial_rank or raise target_rank"
+            )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dora_dist.config.adapter import DRAWN_INITS
+from dora_dist.config.pruning import FILL_SLOTS, GROW, MOVE
 from dora_dist.planted.patterns import DEFAULT_KIND, PATTERNS
 
 UNIFORM = "uniform"
@@ -19,8 +20,12 @@ METHODS = {
     "squared_magnitude": "dynamic ranks by its square",
     "gate_sensitivity": "dynamic ranks by the first-order effect of a component on the loss",
     "random": "dynamic ranks by chance",
+    MOVE: "components of uniform LoRA that move between layers (pruning.rule move), by gate_sensitivity",
+    GROW: "ranks that grow from one (pruning.rule grow)",
     ORACLE: "LoRA of the planted ranks",
 }
+CRITERIA = [name for name in METHODS if name not in FILL_SLOTS]
+"""Methods that prune, and those that they are held to."""
 FIXED = (UNIFORM, ORACLE)
 """Methods whose ranks are known before the run."""
 
@@ -92,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="the base; by default a LLaMA of random weights")
     parser.add_argument("--patterns", nargs="+", default=list(PATTERNS), metavar="NAME", help="by default all")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="NAME", help="by default all")
+    parser.add_argument("--methods", nargs="+", default=CRITERIA, metavar="NAME", help="by default all but rules")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="by default 5")
     parser.add_argument(
         "--search-seeds", type=int, default=1, metavar="N", help="on which learning rates are chosen; by default 1"
@@ -145,6 +150,8 @@ def resolve(parsed: argparse.Namespace) -> Options:
     _require(
         UNIFORM in parsed.methods, "methods", " ".join(parsed.methods), f"include {UNIFORM}: others are held to it"
     )
+    growing = GROW in parsed.methods and parsed.target_rank < 2
+    _require(not growing, "target_rank", parsed.target_rank, f"be at least 2 for the method {GROW}, which starts at 1")
     if parsed.model is not None:
         _require(
             (parsed.model / "config.json").is_file(), "model", parsed.model, "be a folder with a model's config.json"

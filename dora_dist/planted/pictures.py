@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from dora_dist.config.pruning import GROW, MOVE
 from dora_dist.console.plot import pyplot, save_picture
 from dora_dist.planted.experiment import REPORTED, chosen_cells
 from dora_dist.planted.options import FIXED, ORACLE, UNIFORM, Options
@@ -20,6 +21,8 @@ COLORS = {
     "squared_magnitude": "#0072B2",
     "gate_sensitivity": "#009E73",
     "random": "#CC79A7",
+    MOVE: "#E69F00",
+    GROW: "#F0E442",
     ORACLE: "#000000",
 }
 MARKERS = {
@@ -29,6 +32,8 @@ MARKERS = {
     "squared_magnitude": "^",
     "gate_sensitivity": "D",
     "random": "X",
+    MOVE: "P",
+    GROW: "h",
     ORACLE: "*",
 }
 

@@ -10,16 +10,23 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
+from dora_dist.adapter.layer import DynamicLoraLinear
 from dora_dist.adapter.model import DynamicLoraModel, add_dynamic_lora
 from dora_dist.base_model.copies import share
 from dora_dist.config.adapter import DynamicLoraConfig
+from dora_dist.config.pruning import FILL_SLOTS, GATE_SENSITIVITY, GROW, MOVE, PruningConfig
 from dora_dist.distributed.agreement import Agreement
+from dora_dist.distributed.engine import Moments
 from dora_dist.method.budget import Budget
 from dora_dist.method.importance import Components
-from dora_dist.method.schedule import BudgetSchedule
+from dora_dist.method.schedule import BudgetSchedule, GrowthSchedule
 from dora_dist.planted.options import FIXED, ORACLE, Options
 from dora_dist.training.controller import DynamicRankController
-from dora_dist.training.criterion import Criterion, criterion_of
+from dora_dist.training.criterion import Criterion, LayerSensitivity, criterion_of
+from dora_dist.training.rules.grow import Grow
+from dora_dist.training.rules.move import Move
+from dora_dist.training.rules.prune import Prune
+from dora_dist.training.rules.rule import Rule
 
 WEIGHT_DECAY = 0.01
 MAX_NORM = 1.0
@@ -52,7 +59,7 @@ class Truth:
     seed: int
 
 
-class Remembering:
+class Remembering(Criterion):
     """A criterion that remembers the scores of the latest event (some criteria begin anew after each).
 
     Attributes:
@@ -61,21 +68,16 @@ class Remembering:
 
     def __init__(self, inner: Criterion) -> None:
         self._inner = inner
+        self.scores, self.at_events_only = inner.scores, inner.at_events_only
         self.used = inner.scores.clone()
-
-    @property
-    def scores(self) -> Tensor:
-        return self._inner.scores
-
-    @property
-    def at_events_only(self) -> bool:
-        return self._inner.at_events_only
 
     def update(self, layers: Sequence[Components], agreement: Agreement) -> None:
         self._inner.update(layers, agreement)
+        self.scores = self._inner.scores
 
     def rescore(self, layers: Sequence[Components]) -> None:
         self._inner.rescore(layers)
+        self.scores = self._inner.scores
 
     def after_event(self) -> None:
         self.used = self._inner.scores.clone()
@@ -94,6 +96,8 @@ def train_student(truth: Truth, method: str, learning_rate: float, options: Opti
     norms: dict[str, float] = {}
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
+    if controller is not None:
+        controller.attach(Moments(student, optimizer))
     schedule = get_linear_schedule_with_warmup(optimizer, round(LR_WARMUP * options.steps), options.steps)
     student.train()
     for step, rows in enumerate(truth.train.split(options.batch), 1):
@@ -137,10 +141,12 @@ def _build(truth: Truth, method: str, options: Options) -> tuple[DynamicLoraMode
     """A student; without a controller where the ranks are fixed: the mask is then set at the start, so that such a
     layer is plain LoRA of its rank (gates are 1 and stay so)."""
     dynamic = method not in FIXED
+    start = {MOVE: options.target_rank, GROW: 1}.get(method, truth.initial_rank)
     adapter = DynamicLoraConfig(
         target_rank=options.target_rank,
-        initial_rank=truth.initial_rank,
-        alpha=options.scale * truth.initial_rank,  # the scale of all methods, whatever their rank
+        initial_rank=start,
+        slots=truth.initial_rank if method in FILL_SLOTS else None,
+        alpha=options.scale * max(start, options.target_rank),  # the scale of all methods, whatever their rank
         dropout=0.0,
         init=options.init if dynamic else "lora",
         train_gates=dynamic,
@@ -153,17 +159,30 @@ def _build(truth: Truth, method: str, options: Options) -> tuple[DynamicLoraMode
             rank = truth.planted[name] if method == ORACLE else options.target_rank
             layer.component_mask.copy_(torch.arange(truth.initial_rank) < rank)
         return student, None
-    schedule = BudgetSchedule(
+    kind = GrowthSchedule if method == GROW else BudgetSchedule
+    schedule = kind(
         total_steps=options.steps,
         num_layers=len(layers),
-        initial_rank=truth.initial_rank,
+        initial_rank=start,
         target_rank=options.target_rank,
         interval=options.interval,
     )
-    parameters = [(layer.lora_a, layer.gate, layer.lora_b) for layer in layers.values()]
-    criterion = Remembering(criterion_of(method, parameters, SMOOTHING, truth.seed))
     budget = Budget(schedule, dict.fromkeys(layers, 1))
-    return student, DynamicRankController(layers, budget, Agreement(), criterion=criterion)
+    rule: Rule = Prune(layers, budget)
+    if method == MOVE:
+        rule = Move(layers, budget, num_moved=PruningConfig.moved_per_event, seed=truth.seed)
+    elif method == GROW:
+        rule = Grow(layers, budget, warmup=options.interval)
+    criterion = Remembering(_criterion(method, layers, truth.seed))
+    return student, DynamicRankController(layers, budget, Agreement(), criterion=criterion, rule=rule)
+
+
+def _criterion(method: str, layers: Mapping[str, DynamicLoraLinear], seed: int) -> Criterion:
+    """What a method with dynamic ranks goes by."""
+    if method == GROW:
+        return LayerSensitivity([layer.gate for layer in layers.values()])
+    parameters = [(layer.lora_a, layer.gate, layer.lora_b) for layer in layers.values()]
+    return criterion_of(GATE_SENSITIVITY if method == MOVE else method, parameters, SMOOTHING, seed)
 
 
 @torch.no_grad()

@@ -100,8 +100,9 @@ def balance_loss(
     """``N sum_i f_i p_i``, mean over the blocks: 1 where all N modules are equally probable. ``f_i`` is the share of
     prompts for which module i is the most probable, ``p_i`` its mean probability (equation 4).
 
-    Both are over the prompts of all ranks. No gradient goes through ``f``. That of ``p`` comes from the prompts of this
-    rank, times the number of ranks, over which engines take the mean of gradients.
+    Both are over the prompts of all ranks: those of the global batch, where nothing is accumulated. No gradient goes
+    through ``f``. That of ``p`` comes from the prompts of this rank, times the number of ranks, over which engines take
+    the mean of gradients.
 
     Args:
         probabilities: of every block, shape ``(prompts, modules)``.

@@ -16,7 +16,7 @@ from dora_dist.base_model import load
 from dora_dist.base_model.kernels import NO_KERNELS, use_kernels
 from dora_dist.base_model.recomputation import Recomputation
 from dora_dist.config.adapter import DRAWN_INITS, PROMPT, Init
-from dora_dist.config.pruning import ABLATION, ABLATIONS, MOVE, NONE, PruningConfig
+from dora_dist.config.pruning import ABLATION, ABLATIONS, GROW, MOVE, NONE, PruningConfig
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import TASKS
 from dora_dist.config.training import LORA_PLUS_RATIO, training_argument
@@ -25,6 +25,7 @@ from dora_dist.distributed.agreement import Agreement, digest_tensors
 from dora_dist.distributed.preemption import PreemptionNotice
 from dora_dist.evaluation.evaluator import Evaluator
 from dora_dist.method.budget import Budget
+from dora_dist.method.schedule import GrowthSchedule
 from dora_dist.routing.model import RoutedLoraForCausalLM, add_routed_lora
 from dora_dist.runs.fingerprint import Fingerprint
 from dora_dist.runs.records import RunRecords
@@ -32,9 +33,10 @@ from dora_dist.setup.fingerprint import adapter_seed
 from dora_dist.setup.resolve import ResolvedRun
 from dora_dist.setup.tasks import TASK_PARTS
 from dora_dist.training.controller import DynamicRankController
-from dora_dist.training.criterion import Criterion, criterion_of
+from dora_dist.training.criterion import Criterion, LayerSensitivity, criterion_of
 from dora_dist.training.parts import LoopSettings, TrainingParts, TrainingRows
 from dora_dist.training.rules.ablation import Ablation
+from dora_dist.training.rules.grow import Grow
 from dora_dist.training.rules.move import Move
 from dora_dist.training.rules.prune import Prune
 from dora_dist.training.rules.rule import Rule
@@ -131,7 +133,9 @@ def build_controller(
     if pruning.rule == NONE:  # without events, nothing has to be judged
         return DynamicRankController(layers, budget, agreement, head=head)
     criterion: Criterion
-    if pruning.importance in ABLATIONS:
+    if pruning.rule == GROW:
+        criterion = LayerSensitivity([layer.gate for layer in layers.values()])
+    elif pruning.importance in ABLATIONS:
         criterion = Ablation(model, exact=pruning.importance == ABLATION)
     else:
         parameters = [(layer.lora_a, layer.gate, layer.lora_b) for layer in layers.values()]
@@ -139,6 +143,9 @@ def build_controller(
     rule: Rule
     if pruning.rule == MOVE:
         rule = Move(layers, budget, num_moved=pruning.moved_per_event, min_rank=pruning.min_rank, seed=seed)
+    elif pruning.rule == GROW:
+        assert isinstance(budget.schedule, GrowthSchedule)
+        rule = Grow(layers, budget, warmup=budget.schedule.interval)
     else:
         rule = Prune(layers, budget, pruning.selection())
     return DynamicRankController(layers, budget, agreement, criterion=criterion, rule=rule, head=head)

@@ -3,7 +3,7 @@
 import textwrap
 from dataclasses import replace
 
-from dora_dist.config.pruning import MOVE, PruningConfig
+from dora_dist.config.pruning import GROW, MOVE, PruningConfig
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import CAUSAL_LM
 from dora_dist.data import prepared
@@ -76,6 +76,9 @@ def _budget_line(config: RunConfig, budget: Budget) -> str:
         return f"{budget.initial:,} {unit}, none pruned: {adapter.ranks} ranks, {scale}"
     if config.pruning.rule == MOVE:
         return f"{budget.initial:,} {unit}, moved between layers of {adapter.slots} slots, {scale}"
+    if config.pruning.rule == GROW:
+        grown = f"{budget.initial:,} {unit} that grow to {budget.final:,}, in layers of {adapter.slots} slots"
+        return f"{grown}: like LoRA of rank {adapter.target_rank}, {scale}"
     return f"{budget.initial:,} {unit}, {budget.final:,} in the end: like LoRA of rank {adapter.target_rank}, {scale}"
 
 
@@ -90,5 +93,8 @@ def _budget(budget: Budget, pruning: PruningConfig) -> str:
     if not budget.schedule.prune_steps:
         return f"budget of {budget.initial:,} {unit}, of which none is pruned (pruning.rule none)"
     events = [f"{step}: {budget.at(step):,}" for step in budget.schedule.prune_steps]
-    title = f"budget of {budget.initial:,} {unit}, pruned after steps (step: {unit} that are kept)"
+    does = f"grown after steps (step: {unit} that there are then)"
+    if pruning.rule != GROW:
+        does = f"pruned after steps (step: {unit} that are kept)"
+    title = f"budget of {budget.initial:,} {unit}, {does}"
     return title + "\n" + textwrap.fill(", ".join(events), 110, initial_indent="  ", subsequent_indent="  ")

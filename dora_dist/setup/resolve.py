@@ -11,7 +11,7 @@ from dora_dist.base_model.recomputation import Recomputation
 from dora_dist.base_model.shape import input_embedding, linear_layer
 from dora_dist.config.adapter import PROMPT, UNIFORM, DynamicLoraConfig
 from dora_dist.config.checks import require
-from dora_dist.config.pruning import NONE, PruningConfig
+from dora_dist.config.pruning import GROW, NONE, PruningConfig
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import CAUSAL_LM, FINAL_NUMBER, TASKS
 from dora_dist.data.mixture import Mixture
@@ -19,7 +19,7 @@ from dora_dist.data.plan import TrainingPlan
 from dora_dist.data.prepared import PreparedSource
 from dora_dist.evaluation.metrics import final_number
 from dora_dist.method.budget import Budget, component_costs
-from dora_dist.method.schedule import BudgetSchedule, FixedRanks, Schedule, automatic_interval
+from dora_dist.method.schedule import BudgetSchedule, FixedRanks, GrowthSchedule, Schedule, automatic_interval
 from dora_dist.routing.model import routed_blocks
 from dora_dist.runs.fingerprint import Fingerprint
 from dora_dist.setup.fingerprint import fingerprint_of
@@ -85,10 +85,11 @@ class ResolvedRun:
         advice = (
             f"set pruning.interval to auto, which is {fitting} here" if fitting < schedule.interval else "train longer"
         )
+        does = "removes" if self.budget.initial > self.budget.final else "adds"
         return [
             *self.data.remarks(),
             f"warning: pruning.interval {schedule.interval} gives {num_events} pruning events in "
-            f"{schedule.total_steps} steps, so that each removes many components at once: {advice}",
+            f"{schedule.total_steps} steps, so that each {does} many components at once: {advice}",
         ]
 
     def describe_data(self) -> dict[str, Any]:
@@ -315,12 +316,13 @@ def context_of(skeleton: PreTrainedModel) -> int | None:
 def build_schedule(
     pruning: PruningConfig, adapter: DynamicLoraConfig, num_layers: int, total_steps: int
 ) -> BudgetSchedule:
-    """The budget over the run.
+    """The budget over the run: one that rises with the rule grow.
 
     Raises:
         ValueError: the run is too short for the phases of the pruning section.
     """
-    return BudgetSchedule(
+    kind = GrowthSchedule if pruning.rule == GROW else BudgetSchedule
+    return kind(
         total_steps=total_steps,
         num_layers=num_layers,
         initial_rank=adapter.start_rank,

@@ -14,6 +14,7 @@ from transformers.integrations.integration_utils import (
 )
 
 from dora_dist.base_model import load
+from dora_dist.config.adapter import PROMPT, DynamicLoraConfig
 from dora_dist.config.run import RunConfig
 from dora_dist.config.training import CHECKPOINTING, DEFAULT_TRAINING_ARGUMENTS, LORA_PLUS_RATIO, STRATEGIES
 from dora_dist.data.mixture import Mixture
@@ -32,7 +33,8 @@ def training_arguments(
         ranks: of the run.
 
     Raises:
-        ValueError: a value of the training section is not one that ``TrainingArguments`` takes.
+        ValueError: a value of the training section is not one that ``TrainingArguments`` takes, or it does not go with
+            the adapter.
     """
     dtype = load.resolve_compute_dtype(config.model.compute_dtype)
     gpus = torch.cuda.is_available()
@@ -71,6 +73,7 @@ def training_arguments(
     except (TypeError, ValueError) as error:
         raise ValueError(f"training: {error}") from None
     _check_reporters(arguments.report_to or [])
+    _check_balance(config.adapter, arguments)
     if arguments.eval_strategy != "no" and config.data.eval is None:
         raise ValueError(
             f"training.eval_strategy is {IntervalStrategy(arguments.eval_strategy).value}, but data.eval is not set"
@@ -80,6 +83,19 @@ def training_arguments(
     if "logging_steps" not in config.training:
         arguments.logging_steps = max(1, min(DEFAULT_TRAINING_ARGUMENTS["logging_steps"], arguments.max_steps // 10))
     return arguments
+
+
+def _check_balance(adapter: DynamicLoraConfig, arguments: TrainingArguments) -> None:
+    """Refuse a balancing loss over less than the global batch: it is not linear in the micro-batches, for the share of
+    prompts that choose a module is known after the last of them."""
+    accumulation = arguments.gradient_accumulation_steps
+    if adapter.routing == PROMPT and adapter.balance_weight and accumulation > 1:
+        raise ValueError(
+            f"training.gradient_accumulation_steps is {accumulation}, but adapter.routing is {PROMPT}, whose balancing "
+            "loss is that of a global batch that goes through the model at once: set it to 1 and raise "
+            "training.per_device_train_batch_size or the number of processes, or set adapter.balance_weight to 0 "
+            f"(it is {adapter.balance_weight:g})"
+        )
 
 
 def _check_reporters(names: Sequence[str]) -> None:

@@ -78,6 +78,12 @@ class DynamicRankController:
         self.criterion = criterion or SmoothedScores(score_layers, 0.9, sum(self._sizes), device)
         if self.rule.renews:
             self.criterion.rescore(components_of(self.layers.values()))
+        self.rule.begin(self.kept)
+
+    def attach(self, moments: Moments) -> None:
+        """An engine has prepared the model: these are the moments of its optimizer."""
+        self.moments = moments
+        moments.slow_down(lambda: self.rule.rates(self.step + 1, self.kept))
 
     @property
     def scores(self) -> dict[str, Tensor]:
@@ -163,6 +169,7 @@ class DynamicRankController:
         for name, layer in self.layers.items():
             masks = (layer.component_mask, self.kept[name])
             digests[name] = digest_tensors(layer.lora_a, layer.gate, layer.lora_b, *masks)
+        digests["state of the rule"] = digest_tensors(*self.rule.state.values())
         digests |= {f"{name} of the head": digest_tensors(parameter) for name, parameter in self.head.items()}
         self.agreement.check_equal(digests, what)
 
@@ -208,7 +215,7 @@ class DynamicRankController:
         # Copies: safetensors does not write parts of one tensor.
         state |= {f"{name}.scores": scores.clone() for name, scores in self.scores.items()}
         state |= {f"{name}.kept": mask.clone() for name, mask in self.kept.items()}
-        return state
+        return state | {name: tensor.cpu().clone() for name, tensor in self._own_state().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor], step: int) -> None:
         """Continue after ``step``, on every rank.
@@ -222,11 +229,18 @@ class DynamicRankController:
             self.criterion.scores.copy_(torch.cat([state[f"{name}.scores"] for name in self.layers]))
             load_masks(state, self.layers)
             self.kept = {name: state[f"{name}.kept"] for name in self.layers}
+            for name, tensor in self._own_state().items():
+                tensor.copy_(state[name])
         except (KeyError, RuntimeError) as error:
             failure = f"the saved state does not fit the model: {error!r}"
         self.agreement.raise_together(failure, "loading the state of the method")
         self.step = step
         self.verify(f"the adapter resumed from step {step}")
+
+    def _own_state(self) -> dict[str, Tensor]:
+        """What the criterion keeps beside its scores, and what the rule does; no layer has such a name."""
+        parts = {"criterion": self.criterion.state, "rule": self.rule.state}
+        return {f"{part}/{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
 
     def _by_layer(self, flat: Tensor) -> dict[str, Tensor]:
         return dict(zip(self.layers, torch.split(flat, self._sizes), strict=True))
@@ -243,7 +257,7 @@ class DynamicRankController:
         for name, scores in self.scores.items():
             if not torch.isfinite(scores).all():
                 return f"layer {name} has non-finite scores {scores.tolist()}"
-        if self.budget.at(self.step) < self.budget.initial and not self.criterion.scores.any():
+        if self.budget.at(self.step) != self.budget.initial and not self.criterion.scores.any():
             return "all scores are 0, so that there is nothing to select by: no step has changed the adapter"
         return None
 

@@ -1,6 +1,6 @@
 """How components are judged while training runs: what is collected after every optimizer step, on every rank."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from dora_dist.adapter.layer import DynamicLoraLinear
 from dora_dist.config.pruning import GATE_SENSITIVITY, LOSS_CHANGE
 from dora_dist.distributed.agreement import Agreement
+from dora_dist.method.growing import ModuleScores, sensitivity_of_layers
 from dora_dist.method.importance import Components, ScoreFunction, smooth, weight_criterion
 
 
@@ -17,15 +18,17 @@ class Criterion(Protocol):
 
     Attributes:
         scores: shape ``(components of the model,)``, float64, higher is more important; the mean over the ranks is what
-            an event selects by. All of the criterion's state, which checkpoints keep.
+            an event selects by. Checkpoints keep it.
+        state: what checkpoints keep beside it; filled in place when a run goes on.
         at_events_only: whether the scores are those of a moment, so that steps without an event need none.
     """
 
-    @property
-    def scores(self) -> Tensor: ...
+    scores: Tensor
+    at_events_only: bool
 
     @property
-    def at_events_only(self) -> bool: ...
+    def state(self) -> Mapping[str, Tensor]:
+        return {}
 
     def update(self, layers: Sequence[Components], agreement: Agreement) -> None:
         """Look at the components once after every optimizer step until the final event, or before every event, on every
@@ -42,7 +45,7 @@ class Criterion(Protocol):
         """An event has selected by the scores."""
 
 
-class SmoothedScores:
+class SmoothedScores(Criterion):
     """Scores of the weights, smoothed over steps (equation 8). No collective: the weights are the same on all ranks.
 
     Args:
@@ -69,14 +72,41 @@ class SmoothedScores:
         pass
 
 
-class GateSensitivity:
-    """First-order effect of removing a component: ``|c_i dL/dc_i|``, summed over the steps since the last event.
+class _GateChanges:
+    """``c_i dL/dc_i`` of every step: to set ``c_i`` to 0 changes the loss by minus that, to first order.
 
-    To set ``c_i`` to 0 changes the loss by ``-c_i dL/dc_i`` to first order. The gradient is that of the task loss over
-    the whole global batch: it is linear, so that the mean over the ranks of what each has summed over its micro-batches
-    is the same on any number of ranks; the absolute value is taken after that. It is read by tensor hooks, before any
-    engine shards or clips it (under DeepSpeed the optimizer steps inside ``backward``, where no gradient is left). One
-    flat tensor is reduced in every step. Steps in which a gate's gradient is not finite do not count.
+    The gradient is that of the task loss over the whole global batch: it is linear, so that the mean over the ranks of
+    what each has summed over its micro-batches is the same on any number of ranks. It is read by tensor hooks, before
+    any engine shards or clips it (under DeepSpeed the optimizer steps inside ``backward``, where no gradient is left).
+    One flat tensor is reduced in every step.
+
+    Args:
+        gates: of all layers, shape ``(r,)`` each; they must be trained.
+    """
+
+    def __init__(self, gates: Sequence[Tensor]) -> None:
+        sizes = [gate.numel() for gate in gates]
+        self._gradient = torch.zeros(sum(sizes), dtype=torch.float32, device=gates[0].device)
+        # The hooks hold views of one flat tensor, so that nothing has to be gathered.
+        for gate, part in zip(gates, torch.split(self._gradient, sizes), strict=True):
+            gate.register_hook(_adder(part))
+
+    @torch.no_grad()
+    def take(self, layers: Sequence[Components], agreement: Agreement) -> tuple[Tensor, Tensor]:
+        """Of the step just taken, the same on every rank; the next one begins anew.
+
+        Returns:
+            Shape ``(components,)``, float64; and whether all gradients are finite, a scalar where they are: the host of
+            a GPU would wait for an answer.
+        """
+        gradient = agreement.mean(self._gradient).double()
+        self._gradient.zero_()
+        return torch.cat([gate for _, gate, _ in layers]) * gradient, torch.isfinite(gradient).all()
+
+
+class GateSensitivity(Criterion):
+    """First-order effect of removing a component: ``|c_i dL/dc_i|``, summed over the steps since the last event. The
+    absolute value is that of the global batch. Steps in which a gate's gradient is not finite do not count.
 
     Args:
         gates: of all layers, shape ``(r,)`` each, in the order of the scores; they must be trained.
@@ -85,26 +115,59 @@ class GateSensitivity:
     at_events_only = False
 
     def __init__(self, gates: Sequence[Tensor]) -> None:
-        sizes = [gate.numel() for gate in gates]
-        self.scores = torch.zeros(sum(sizes), dtype=torch.float64, device=gates[0].device)
-        self._gradient = torch.zeros(sum(sizes), dtype=torch.float32, device=gates[0].device)
-        # The hooks hold views of one flat tensor, so that nothing has to be gathered.
-        for gate, part in zip(gates, torch.split(self._gradient, sizes), strict=True):
-            gate.register_hook(_adder(part))
+        self._changes = _GateChanges(gates)
+        self.scores = torch.zeros(sum(map(len, gates)), dtype=torch.float64, device=gates[0].device)
 
     @torch.no_grad()
     def update(self, layers: Sequence[Components], agreement: Agreement) -> None:
-        gradient = agreement.mean(self._gradient).double()
-        self._gradient.zero_()
-        change = (torch.cat([gate for _, gate, _ in layers]) * gradient).abs()
-        # Chosen where the gradient is: the host of a GPU would wait for an answer.
-        self.scores += change.where(torch.isfinite(gradient).all(), 0)
+        change, finite = self._changes.take(layers, agreement)
+        self.scores += change.abs().where(finite, 0)
 
     def rescore(self, layers: Sequence[Components]) -> None:
         raise _cannot_rescore(GATE_SENSITIVITY)
 
     def after_event(self) -> None:
         self.scores.zero_()
+
+
+class LayerSensitivity(Criterion):
+    """How much a layer matters, and how unsure this is: IncreLoRA's smoothed sensitivity times its smoothed deviation
+    (:class:`~dora_dist.method.growing.ModuleScores`), over the global batch. The score of a layer stands at each of its
+    components. Steps in which a gate's gradient is not finite do not count.
+
+    Args:
+        gates: of all layers, shape ``(r,)`` each, in the order of the scores; they must be trained.
+    """
+
+    at_events_only = False
+
+    def __init__(self, gates: Sequence[Tensor]) -> None:
+        self._changes = _GateChanges(gates)
+        self._sizes = [len(gate) for gate in gates]
+        device = gates[0].device
+        self._averages = ModuleScores.start(len(gates), device)
+        self._repeats = torch.tensor(self._sizes, device=device)
+        self.scores = torch.zeros(sum(self._sizes), dtype=torch.float64, device=device)
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        return {"sensitivity": self._averages.sensitivity, "uncertainty": self._averages.uncertainty}
+
+    @torch.no_grad()
+    def update(self, layers: Sequence[Components], agreement: Agreement) -> None:
+        changes, finite = self._changes.take(layers, agreement)
+        before, after = self._averages, self._averages.after(sensitivity_of_layers(changes, self._sizes))
+        self._averages = ModuleScores(
+            sensitivity=after.sensitivity.where(finite, before.sensitivity),
+            uncertainty=after.uncertainty.where(finite, before.uncertainty),
+        )
+        self.scores = self._averages.scores.repeat_interleave(self._repeats, output_size=len(self.scores))
+
+    def rescore(self, layers: Sequence[Components]) -> None:
+        raise _cannot_rescore("that of the layers")
+
+    def after_event(self) -> None:
+        pass
 
 
 def components_of(layers: Iterable[DynamicLoraLinear]) -> list[Components]:
@@ -116,7 +179,7 @@ def components_of(layers: Iterable[DynamicLoraLinear]) -> list[Components]:
     return [(layer.lora_a, gate, layer.lora_b) for layer, gate in zip(layers, gates.split(sizes), strict=True)]
 
 
-class LossChange:
+class LossChange(Criterion):
     """How much each component's own movement has lowered the loss, to first order, over the run so far (loss change
     allocation, Lan et al., 2019, by component): in every step ``-<g, delta>`` over its row, column and gate, where g is
     the gradient before the step and delta what the step has made of the parameters. Signed: below 0 is a component

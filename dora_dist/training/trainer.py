@@ -229,7 +229,7 @@ class DynamicLoraTrainer(Trainer):
         assert isinstance(self.optimizer, AcceleratedOptimizer)
         assert self.lr_scheduler is not None
         self.skipped_steps = SkippedSteps(self.model_wrapped, self.optimizer.optimizer)
-        parts.controller.moments = Moments(self.model_wrapped, self.optimizer.optimizer)
+        parts.controller.attach(Moments(self.model_wrapped, self.optimizer.optimizer))
         if self.is_deepspeed_enabled:
             set_engine_timeout(settings.timeout_minutes)
             trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}

@@ -285,6 +285,68 @@ def move_under_engine(engine: str, model_folder: str) -> dict[str, Any]:
     return seen
 
 
+def grow_under_engine(engine: str, model_folder: str) -> dict[str, Any]:
+    """Train a tiny NF4 Llama under an engine with one component and a reserve in every layer, let an event grant one
+    layer its reserve, go on; report what is seen of this layer, of another, and of the optimizer."""
+    from dora_dist.distributed.engine import MASTER, Moments, deepspeed_of, owned_parts
+    from dora_dist.method.schedule import GrowthSchedule
+    from dora_dist.training.rules.grow import Grow
+
+    model = _tiny_adapted(model_folder)
+    layers = model.adapted_layers()
+    kept = {name: torch.tensor([True, False, False, False]) for name in layers}
+    for layer in layers.values():
+        layer.component_mask[1:] = False
+        layer.lora_b.data[:, 1:] = 0
+    schedule = GrowthSchedule(total_steps=40, num_layers=len(layers), initial_rank=1, target_rank=2, interval=4)
+    rule = Grow(layers, Budget(schedule, dict.fromkeys(layers, 1)), warmup=4)
+    rule.begin(kept)
+    step, number = _make_step(engine, model), 0
+    granted, other = layers[max(layers)], layers[min(layers)]
+    watched = {"lora_a": granted.lora_a, "lora_b": granted.lora_b, "gate": granted.gate, "other gate": other.gate}
+    raw: dict[str, tuple[int, Tensor]] = {}
+
+    def look(*_: object) -> None:  # what the optimizer has made, before anything is brought back
+        for name, parameter in watched.items():
+            part = owned_parts(step.model, {name: parameter}).get(name) if engine.startswith("zero2") else None
+            if part is not None or not engine.startswith("zero2"):
+                value = parameter.data.flatten() if part is None else part.tensors[MASTER]
+                raw[name] = (0 if part is None else part.start, value.clone())
+
+    inner = deepspeed_of(step.model).optimizer.optimizer if engine.startswith("zero2") else step.optimizer
+    inner.register_step_post_hook(look)
+    moments = Moments(step.model, step.optimizer)
+    moments.slow_down(lambda: rule.rates(number + 1, kept))
+    batches = torch.Generator().manual_seed(dist.get_rank())
+
+    def train(steps: int) -> None:
+        nonlocal number
+        for _ in range(steps):
+            step(torch.randint(4, 90, (2, 12), generator=batches))
+            number += 1
+
+    def state() -> dict[str, Tensor]:
+        found = {}
+        for name, parameter in watched.items():
+            found |= {name: parameter.detach().clone(), f"{name} master": read_master(parameter).clone()}
+            for key in ("exp_avg", "exp_avg_sq"):
+                found[f"{name} {key}"] = _read_moment(step, parameter, key).clone()
+        return found
+
+    def output() -> Tensor:
+        with torch.no_grad():
+            return model(input_ids=torch.arange(4, 16)[None]).logits
+
+    train(3)
+    seen: dict[str, Any] = {"before": state(), "output before": output()}
+    chosen = {**kept, max(layers): torch.tensor([True, True, False, False])}
+    rule.apply(number, kept, chosen, moments)
+    kept = chosen
+    seen |= {"output after": output(), "granted": state()}
+    train(1)
+    return seen | {"a step later": state(), "raw": raw}
+
+
 def _read_moment(step: Any, parameter: nn.Parameter, key: str) -> Tensor:
     """Of Adam, whole (a collective under ZeRO)."""
     from deepspeed.utils import safe_get_full_optimizer_state

@@ -19,12 +19,13 @@ from dora_dist.adapter.model import DynamicLoraForCausalLM, DynamicLoraModel
 from dora_dist.console.text import say
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.method.importance import Components
+from dora_dist.training.criterion import Criterion
 
 Losses = Sequence[Callable[[], Tensor]]
 """For every row of the fixed batch, its loss, a scalar. The batch's is their sum. The same on every rank."""
 
 
-class Ablation:
+class Ablation(Criterion):
     """The importance of components at the moment of an event, on rows that are held back from training.
 
     Args:

@@ -11,16 +11,14 @@ import torch
 from torch import Tensor
 
 from dora_dist.adapter.layer import DynamicLoraLinear
-from dora_dist.distributed.agreement import Agreement
 from dora_dist.distributed.engine import Moments, write_entries, zero_entries
 from dora_dist.method.budget import Budget
 from dora_dist.method.moving import move_components
-from dora_dist.training.criterion import Criterion
 from dora_dist.training.rules.masks import set_mask
-from dora_dist.training.rules.rule import Masks
+from dora_dist.training.rules.rule import Masks, Rule
 
 
-class Move:
+class Move(Rule):
     """The lowest components go, and the layers that lost none get their budget; see
     :func:`~dora_dist.method.moving.move_components`.
 
@@ -49,9 +47,6 @@ class Move:
         self._num_moved = num_moved
         self._min_rank = min_rank
         self._seed = seed
-
-    def prepare(self, criterion: Criterion, agreement: Agreement) -> None:
-        pass
 
     def select(self, step: int, scores: Mapping[str, Tensor], kept: Masks) -> Masks:
         if self._budget.schedule.in_warmup(step):

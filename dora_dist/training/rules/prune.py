@@ -13,10 +13,10 @@ from dora_dist.method.budget import Budget
 from dora_dist.method.rebasing import singular_components
 from dora_dist.training.criterion import Criterion, components_of
 from dora_dist.training.rules.masks import set_mask
-from dora_dist.training.rules.rule import Masks
+from dora_dist.training.rules.rule import Masks, Rule
 
 
-class Prune:
+class Prune(Rule):
     """The components with the highest scores stay, as far as the budget of the step goes.
 
     Args:

@@ -1,9 +1,9 @@
 """What the controller asks of a rule: a class for each value of ``pruning.rule``."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.distributed.engine import Moments
@@ -27,6 +27,27 @@ class Rule(Protocol):
 
     @property
     def renews(self) -> bool: ...
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        """What checkpoints keep of the rule itself, on the CPU, the same on every rank: filled in place when a run goes
+        on."""
+        return {}
+
+    def begin(self, kept: Masks) -> None:
+        """What the layers need before the first step, where ``kept`` is alive; no engine has prepared the model."""
+
+    def rates(self, step: int, kept: Masks) -> Iterable[tuple[nn.Parameter, Tensor]]:
+        """Which entries learn slower than the rest.
+
+        Args:
+            step: optimizer step that is about to be taken.
+            kept: what the latest event has left.
+
+        Returns:
+            Parameters, and for their entries the share of the update that stays, in [0, 1], broadcastable to the shape.
+        """
+        return ()
 
     def prepare(self, criterion: Criterion, agreement: Agreement) -> None:
         """An event is due: what it does before scores are compared. With collectives, on every rank."""

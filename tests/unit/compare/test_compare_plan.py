@@ -239,3 +239,26 @@ def test_the_baseline_is_plain_lora_whatever_is_set_for_all(plan_of, pruning):
     ours, lora = run_of(plan, "dynamic").pruning, run_of(plan, "lora").pruning
     assert all(getattr(ours, name) == value for name, value in pruning.items())
     assert lora.rule == "none"
+
+
+def test_a_method_that_grows_has_slots_of_its_budget_and_the_scale_of_all(plan_of):
+    plan = plan_of(methods=["lora", {"grow": {"from": "dynamic", "pruning": {"rule": "grow"}}}], budgets=[2, 4])
+    for budget in (2, 4):
+        adapter = run_of(plan, "grow", budget=budget).adapter
+        assert (adapter.start_rank, adapter.target_rank, adapter.slots) == (1, budget, 2 * budget)
+        assert adapter.scale_of(1) == run_of(plan, "lora", budget=budget).adapter.scale_of(budget) == 2.0
+
+
+def test_a_method_that_holds_rows_back_is_refused_before_any_cell_runs(plan_of):
+    pruning = {"rule": "move", "importance": "ablation_gradient"}
+    move = {"move": {"from": "dynamic", "adapter": {"slots": 8}, "pruning": pruning}}
+    with pytest.raises(
+        ValueError, match=r"cells one rank 4 move: .* ablation_gradient, for which 32 training rows are"
+    ):
+        plan_of(methods=["lora", move])
+
+
+def test_prompt_routing_is_refused(plan_of):
+    routed = {"routed": {"from": "lora", "adapter": {"routing": "prompt"}}}
+    with pytest.raises(ValueError, match=r"cells one rank 4 routed: adapter.routing is prompt, whose adapters are no"):
+        plan_of(methods=["lora", routed])

@@ -38,6 +38,7 @@ def load(tmp_path: Path):
 
 
 MOVE = ("--pruning.rule", "move", "--adapter.slots", "16")
+GROW = ("--pruning.rule", "grow")
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(REPOSITORY)))
@@ -256,6 +257,17 @@ def test_owned_training_arguments_are_refused_when_loading(load):
         ([*MOVE, "--pruning.max_rank", "9"], "pruning.max_rank is 9, but must be null for the rule move"),
         ([*MOVE, "--pruning.moved_per_event", "0"], "pruning.moved_per_event is 0"),
         ([*MOVE, "--training.optim", "adafactor"], "training.optim is adafactor, but pruning.rule is move"),
+        ([*GROW, "--adapter.slots", "7"], "slots is 7, but must be at least 8, the rank at the start or, on average"),
+        ([*GROW, "--adapter.initial_rank", "8"], "initial_rank is 8, but must be less than adapter.target_rank, 8"),
+        ([*GROW, "--adapter.initial_rank", "4"], "initial_rank is 4, below .*with pruning.rule grow, set slots too"),
+        (["--adapter.initial_rank", "0", "--adapter.slots", "9"], "initial_rank is 0, but must be at least 1"),
+        ([*GROW, "--adapter.train_gates", "false"], "pruning.rule is grow, .* adapter.train_gates is false"),
+        ([*GROW, "--adapter.ranks", "mlp-only"], "adapter.ranks is mlp-only, .* pruning.rule is grow"),
+        ([*GROW, "--pruning.min_rank", "2"], "min_rank is 2, but pruning.rule is grow, under which .* the 1 of the"),
+        ([*GROW, "--pruning.max_rank", "9"], "pruning.max_rank is 9, but must be null for the rule grow"),
+        ([*GROW, "--pruning.rebase", "true"], "pruning.rebase is true, but must be false for the rule grow"),
+        ([*GROW, "--training.optim", "adafactor"], "training.optim is adafactor, but pruning.rule is grow"),
+        ([*GROW, "--pruning.importance", "ablation"], "importance is ablation, but must be another for the rule grow"),
         (["--pruning.scoring_rows", "0"], "pruning.scoring_rows is 0"),
         (["--pruning.importance", "ablation"], "importance is ablation, but must be another for the rule prune"),
         (["--pruning.min_rank", "9"], "target_rank 8 .* pruning.min_rank 9"),

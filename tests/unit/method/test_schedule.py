@@ -4,7 +4,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dora_dist.method.schedule import BudgetSchedule
+from dora_dist.method.budget import Budget
+from dora_dist.method.schedule import BudgetSchedule, GrowthSchedule
 
 
 def make(total_steps: int = 1000, **changes) -> BudgetSchedule:
@@ -107,3 +108,28 @@ def test_a_phase_shorter_than_a_step_has_one_event(total_steps, fractions, last)
 def test_impossible_schedules_are_refused_with_the_value_and_the_knob(changes, message):
     with pytest.raises(ValueError, match=message):
         make(**{"total_steps": 200, **changes})
+
+
+@settings(max_examples=60, deadline=None)
+@given(schedules(), st.integers(1, 64))
+def test_growth_rises_in_a_straight_line_from_the_start_to_the_budget(pruning, more):
+    start, target = pruning.target_rank, pruning.target_rank + more
+    values = {**{field: getattr(pruning, field) for field in pruning.__dataclass_fields__}, "initial_rank": start}
+    schedule = GrowthSchedule(**{**values, "target_rank": target})
+    assert schedule.prune_steps == pruning.prune_steps
+    added = [-schedule.removed(step, -1000) for step in range(1, schedule.total_steps + 1)]
+    assert added == sorted(added)
+    assert added[schedule.final_step - 1] == 1000
+    first, last = schedule.prune_steps[0], schedule.final_step
+    assert first == last or added[first - 1] == 0
+    for step in schedule.prune_steps:
+        wanted = Fraction(1000 * int(step - schedule.total_steps * schedule.warmup_fraction), schedule._last)
+        assert 0 <= wanted - added[step - 1] < 1
+    assert Budget(schedule, {"wide": 5, "narrow": 2}).at(last) == 7 * target
+    assert Budget(schedule, {"wide": 5, "narrow": 2}).initial == 7 * start
+
+
+@pytest.mark.parametrize(("start", "target"), [(0, 2), (2, 2), (3, 2)])
+def test_what_grows_starts_below_its_end(start, target):
+    with pytest.raises(ValueError, match=f"initial_rank is {start} and target_rank {target}, but what grows"):
+        GrowthSchedule(total_steps=100, num_layers=1, initial_rank=start, target_rank=target)

@@ -54,10 +54,33 @@ def test_the_command_ends_with_all_figures_goes_on_and_refuses_other_settings(tm
 
 @pytest.mark.parametrize(
     "arguments",
-    ["--patterns none", "--methods frobenius", "--search-seeds 9", "--steps 0", "--strength -1", "--model nowhere"],
+    [
+        "--target-rank 1 --methods uniform grow",
+        "--patterns none",
+        "--methods frobenius",
+        "--search-seeds 9",
+        "--steps 0",
+        "--strength -1",
+        "--model nowhere",
+    ],
 )
 def test_what_cannot_be_ends_with_a_message_and_status_2(arguments, tmp_path):
     done = planted(*arguments.split(), "--output", tmp_path / "planted.json")
     assert done.status == 2
     assert done.output.startswith(f"error: {arguments.split()[0]}")
     assert not (tmp_path / "planted.json").exists()
+
+
+@pytest.mark.full("benchmark")
+def test_rules_are_methods_too(tmp_path):
+    tiny = "--steps 24 --interval 2 --batch 2 --length 4 --held-out 4 --patterns half --seeds 1 --learning-rates 0.02"
+    output = tmp_path / "planted.json"
+    done = planted(*tiny.split(), "--methods", "uniform", "move", "grow", "--output", output)
+    assert done.status == 0, done.output
+    result = json.loads(output.read_text())
+    assert {sum(cell["kept"]) for cell in result["cells"]} == {2 * len(result["layers"])}
+    for cell in result["cells"][1:]:
+        assert cell["method"] in ("move", "grow")
+        assert len(set(cell["kept"])) > 1
+        assert any(cell["at_final_event"]["score"])
+    assert output.with_suffix(".png").read_bytes().startswith(PNG)

@@ -22,7 +22,7 @@ from dora_dist.config.training import DEFAULT_TRAINING_ARGUMENTS, OWNED_TRAINING
 from dora_dist.data import mixture, plan
 from dora_dist.memory.estimate import estimate_memory
 from dora_dist.memory.table import render
-from dora_dist.setup import build, resolve, training_arguments
+from dora_dist.setup import build, resolve, run_data, training_arguments
 from dora_dist.setup.describe import describe
 
 ROUTED = (
@@ -420,3 +420,21 @@ def test_of_a_routed_run_memory_is_a_guess_and_what_is_turned_off_is_said(config
     assert "Activations are a guess" in render(estimate_memory(settings, 1))
     (remark,) = [line for line in resolved(settings).remarks() if "adapter.routing" in line]
     assert "as with model.fuse false and model.kernels none" in remark
+
+
+def test_a_balancing_loss_over_less_than_the_global_batch_is_refused(config):
+    two = ("--training.gradient_accumulation_steps", "2")
+    rule = "accumulation_steps is 2, but adapter.routing is prompt, .* set adapter.balance_weight to 0 .it is 0.01"
+    with pytest.raises(ValueError, match=rule):
+        resolved(load(config, *ROUTED, *two))
+    assert resolved(load(config, *ROUTED, *two, "--adapter.balance_weight", "0")).arguments.max_steps == 12
+    # As for a run that goes on with fewer ranks, whose accumulation follows from the global batch.
+    settings = load(config, *ROUTED)
+    with pytest.raises(ValueError, match=rule):
+        resolve.resolve_run(settings, *run_data.read_data(settings), accumulation=2)
+
+
+def test_a_run_of_few_events_says_what_each_of_them_does(config):
+    few = ("--pruning.rule", "grow", "--adapter.initial_rank", "null", "--pruning.interval", "5")
+    remarks = resolved(load(config, *few)).remarks()
+    assert any("gives 3 pruning events in 12 steps, so that each adds many components" in line for line in remarks)

@@ -6,10 +6,12 @@ from support.tiny_models import adapt, loss_and_gradients, shake, tiny_model, to
 
 from dora_dist.distributed.agreement import Agreement, RankFailedError
 from dora_dist.method.budget import PARAMETERS, Budget, component_costs
+from dora_dist.method.growing import ModuleScores
 from dora_dist.method.importance import component_magnitudes
-from dora_dist.method.schedule import BudgetSchedule
+from dora_dist.method.schedule import BudgetSchedule, GrowthSchedule
 from dora_dist.training.controller import DynamicRankController
-from dora_dist.training.criterion import GateSensitivity, LossChange, SmoothedScores
+from dora_dist.training.criterion import GateSensitivity, LayerSensitivity, LossChange, SmoothedScores
+from dora_dist.training.rules.grow import Grow
 
 
 @pytest.fixture
@@ -193,3 +195,43 @@ def test_a_budget_in_parameters_is_met_by_the_run_to_within_one_component():
     assert 0 <= 2 * sum(widths) - spent < max(widths)
     assert last.num_parameters == spent
     assert last.num_kept == sum(kept)
+
+
+def test_layers_are_judged_by_their_smoothed_sensitivity_times_how_much_it_varies(model):
+    gates = gates_of(model)
+    criterion, twin = LayerSensitivity(gates), GateSensitivity(gates)
+    expected = ModuleScores.start(len(gates))
+    for step in range(4):
+        model.zero_grad()
+        ids = tokens(seed=step)
+        (model(input_ids=ids, labels=ids).loss * (torch.nan if step == 2 else 1)).backward()
+        for one in (criterion, twin):
+            one.update(parts(model), Agreement())
+        if step != 2:  # of which no gradient is finite
+            expected = expected.after(twin.scores.view(len(gates), 3).sum(1))
+        twin.after_event()
+        criterion.after_event()
+    assert torch.equal(criterion.scores.view(len(gates), 3), expected.scores[:, None].expand(-1, 3))
+    assert criterion.state.keys() == {"sensitivity", "uncertainty"}
+    with pytest.raises(ValueError, match="summed over steps"):
+        criterion.rescore(parts(model))
+
+
+def test_what_a_criterion_and_a_rule_remember_is_in_the_state_of_a_checkpoint():
+    def make():
+        layers = shake(adapt(tiny_model(), initial_rank=1, target_rank=2, slots=3)).adapted_layers()
+        schedule = GrowthSchedule(total_steps=10, num_layers=len(layers), initial_rank=1, target_rank=2, interval=2)
+        budget, gates = Budget(schedule, dict.fromkeys(layers, 1)), [layer.gate for layer in layers.values()]
+        return DynamicRankController(
+            layers, budget, Agreement(), criterion=LayerSensitivity(gates), rule=Grow(layers, budget, warmup=2)
+        )
+
+    first, second = make(), make()
+    first.criterion.state["sensitivity"].uniform_(generator=torch.Generator().manual_seed(1))
+    first.rule.state["granted"][2] = 4
+    saved = first.state_dict()
+    second.load_state_dict(saved, 4)
+    assert all(torch.equal(second.state_dict()[name], tensor) for name, tensor in saved.items())
+    assert second.rule.state["granted"][2] == 4
+    with pytest.raises(RankFailedError, match="does not fit the model: KeyError\\('rule/granted'\\)"):
+        make().load_state_dict({name: tensor for name, tensor in saved.items() if name != "rule/granted"}, 4)
