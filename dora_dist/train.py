@@ -320,7 +320,7 @@ def finish(run: Path, resolved: "ResolvedRun", trainer: "DynamicLoraTrainer") ->
     with parts.agreement.together(f"writing the results into {run}"):
         if parts.agreement.is_first:
             save_adapter(trainer.model, resolved.tokenizer, run / "adapter")
-            write_plan(run / records.PLAN, parts.controller.ranks, resolved.fingerprint.as_dict())
+            write_plan(run / records.PLAN, parts.controller.plan, resolved.fingerprint.as_dict())
             print(summary.finish_run(run), describe_size(run, resolved.fingerprint.task), sep="\n", flush=True)
 
 

@@ -13,7 +13,7 @@ from dora_dist.config.data import DataConfig
 from dora_dist.config.format_version import FORMAT_VERSION
 from dora_dist.config.model import ModelConfig
 from dora_dist.config.presets import DEFAULT, PresetName
-from dora_dist.config.pruning import MOVE, NONE, PruningConfig, check_prunes
+from dora_dist.config.pruning import MODULES_PER_LAYER, MOVE, NONE, PruningConfig, check_prunes
 from dora_dist.config.tasks import CAUSAL_LM, EXACT_MATCH, TASKS, TaskName, metrics_of
 from dora_dist.config.training import CHECKPOINTING, DEFAULT_TRAINING_ARGUMENTS, check_training_section, with_strategies
 
@@ -166,7 +166,9 @@ class RunConfig:
             self.model = replace(self.model, fuse=False)  # what is fused computes all modules for all rows
 
     def _check_rule(self) -> None:
-        """Ranks that nothing changes are those of the start."""
+        """Ranks that nothing changes are those of the start, and so are those that go or stay whole."""
+        if self.pruning.rule == MODULES_PER_LAYER and self.adapter.initial_rank is None:
+            self.adapter = replace(self.adapter, initial_rank=self.adapter.target_rank)
         self._check_slots()
         if self.pruning.rule == NONE:
             if self.adapter.initial_rank not in (None, self.adapter.target_rank):
@@ -203,7 +205,7 @@ class RunConfig:
             raise ValueError(
                 f"adapter.slots is {adapter.slots}, but pruning.rule is {rule}, which fills none: leave it out"
             )
-        if rule == MOVE and adapter.start_rank != adapter.target_rank:
+        if rule in (MOVE, MODULES_PER_LAYER) and adapter.start_rank != adapter.target_rank:
             raise ValueError(
                 f"adapter.initial_rank is {adapter.start_rank}, but pruning.rule is {rule}, which starts at "
                 f"adapter.target_rank, {adapter.target_rank}: leave it out"

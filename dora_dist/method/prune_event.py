@@ -17,6 +17,7 @@ class PruneEvent:
             or with rule move those that started anew.
         final: Whether the mask is fixed from here on.
         num_parameters: Entries of the kept components' vectors, over the whole model.
+        planned: Layer -> components that other runs shall have, where the final event plans others than it keeps.
     """
 
     step: int
@@ -24,6 +25,7 @@ class PruneEvent:
     returned: int
     final: bool
     num_parameters: int
+    planned: Mapping[str, int] | None = None
 
     @property
     def ranks(self) -> dict[str, int]:

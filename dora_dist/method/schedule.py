@@ -205,3 +205,12 @@ class BudgetSchedule:
         """``t`` of the schedule. ``int`` truncates towards zero as in the authors' code, so that t = 0 may last
         two steps, and nothing is due in either."""
         return int(step - self.total_steps * self.warmup_fraction)
+
+
+@dataclass(frozen=True, slots=True)
+class OneEvent(BudgetSchedule):
+    """Of all events, only the last one takes place."""
+
+    def is_prune_step(self, step: int) -> bool:
+        """Whether it is that of the last event."""
+        return step == self.final_step

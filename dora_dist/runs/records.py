@@ -38,6 +38,7 @@ class RecordedEvent:
         returned: Number of components kept that the event before had pruned.
         final: Whether the mask is fixed from here on.
         num_parameters: Entries of the kept components' vectors, over the whole model; None in older records.
+        planned: Layer -> components that ``plan.json`` gives it, where they are others than those kept.
     """
 
     step: int
@@ -46,6 +47,7 @@ class RecordedEvent:
     returned: int
     final: bool
     num_parameters: int | None = None
+    planned: Mapping[str, int] | None = None
 
     @classmethod
     def of(cls, event: PruneEvent) -> "RecordedEvent":
@@ -57,6 +59,7 @@ class RecordedEvent:
             returned=event.returned,
             final=event.final,
             num_parameters=event.num_parameters,
+            planned=event.planned,
         )
 
     @property

@@ -16,7 +16,7 @@ from dora_dist.base_model import load
 from dora_dist.base_model.kernels import NO_KERNELS, use_kernels
 from dora_dist.base_model.recomputation import Recomputation
 from dora_dist.config.adapter import DRAWN_INITS, PROMPT, Init
-from dora_dist.config.pruning import ABLATION, ABLATIONS, MOVE, NONE, PruningConfig
+from dora_dist.config.pruning import ABLATION, ABLATIONS, MODULES_PER_LAYER, MOVE, NONE, PruningConfig
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import TASKS
 from dora_dist.config.training import LORA_PLUS_RATIO, training_argument
@@ -35,6 +35,7 @@ from dora_dist.training.controller import DynamicRankController
 from dora_dist.training.criterion import Criterion, criterion_of
 from dora_dist.training.parts import LoopSettings, TrainingParts, TrainingRows
 from dora_dist.training.rules.ablation import Ablation
+from dora_dist.training.rules.modules_per_layer import ModulesPerLayer
 from dora_dist.training.rules.move import Move
 from dora_dist.training.rules.prune import Prune
 from dora_dist.training.rules.rule import Rule
@@ -139,6 +140,8 @@ def build_controller(
     rule: Rule
     if pruning.rule == MOVE:
         rule = Move(layers, budget, num_moved=pruning.moved_per_event, min_rank=pruning.min_rank, seed=seed)
+    elif pruning.rule == MODULES_PER_LAYER:
+        rule = ModulesPerLayer(layers, budget, pruning.modules_per_layer)
     else:
         rule = Prune(layers, budget, pruning.selection())
     return DynamicRankController(layers, budget, agreement, criterion=criterion, rule=rule, head=head)

@@ -3,7 +3,7 @@
 import textwrap
 from dataclasses import replace
 
-from dora_dist.config.pruning import MOVE, PruningConfig
+from dora_dist.config.pruning import MODULES_PER_LAYER, MOVE, PruningConfig
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import CAUSAL_LM
 from dora_dist.data import prepared
@@ -76,6 +76,8 @@ def _budget_line(config: RunConfig, budget: Budget) -> str:
         return f"{budget.initial:,} {unit}, none pruned: {adapter.ranks} ranks, {scale}"
     if config.pruning.rule == MOVE:
         return f"{budget.initial:,} {unit}, moved between layers of {adapter.slots} slots, {scale}"
+    if config.pruning.rule == MODULES_PER_LAYER:
+        return f"{_modules(budget, config.pruning)}, {scale}"
     return f"{budget.initial:,} {unit}, {budget.final:,} in the end: like LoRA of rank {adapter.target_rank}, {scale}"
 
 
@@ -87,8 +89,15 @@ def _budget(budget: Budget, pruning: PruningConfig) -> str:
         return (
             title + "\n" + textwrap.fill(", ".join(map(str, steps)), 110, initial_indent="  ", subsequent_indent="  ")
         )
+    if pruning.rule == MODULES_PER_LAYER:
+        return f"budget of {_modules(budget, pruning)}; plan.json gives them the whole budget, for other runs"
     if not budget.schedule.prune_steps:
         return f"budget of {budget.initial:,} {unit}, of which none is pruned (pruning.rule none)"
     events = [f"{step}: {budget.at(step):,}" for step in budget.schedule.prune_steps]
     title = f"budget of {budget.initial:,} {unit}, pruned after steps (step: {unit} that are kept)"
     return title + "\n" + textwrap.fill(", ".join(events), 110, initial_indent="  ", subsequent_indent="  ")
+
+
+def _modules(budget: Budget, pruning: PruningConfig) -> str:
+    number, step = pruning.modules_per_layer, budget.schedule.final_step
+    return f"{budget.initial:,} {pruning.budget_unit}, of which {number} modules of every block stay after step {step}"

@@ -45,6 +45,8 @@ class DynamicRankController:
         step: Optimizer steps seen so far.
         kept: Layer -> boolean mask, shape ``(r,)``, on the CPU: the components that the latest event kept; those that
             no mask leaves out before the first event.
+        planned: What the final event has planned for other runs, layer -> components; None where it has not taken place
+            or plans what it has kept.
         moments: Of the optimizer, once an engine has prepared the model.
         failure: Why this rank could not score, or None. It ends the run on all ranks in the next exchange.
 
@@ -73,6 +75,7 @@ class DynamicRankController:
         self.moments: Moments | None = None
         masks = {name: layer.component_mask.cpu().clone() for name, layer in self.layers.items()}
         self.kept: Mapping[str, Tensor] = masks
+        self.planned: Mapping[str, int] | None = None
         self._sizes = [mask.numel() for mask in masks.values()]
         device = next(iter(self.layers.values())).gate.device
         self.criterion = criterion or SmoothedScores(score_layers, 0.9, sum(self._sizes), device)
@@ -88,6 +91,11 @@ class DynamicRankController:
     def ranks(self) -> dict[str, int]:
         """Layer -> components that no mask has left out."""
         return {name: int(layer.component_mask.sum()) for name, layer in self.layers.items()}
+
+    @property
+    def plan(self) -> Mapping[str, int]:
+        """Layer -> components that spend the final budget: those that are left, or what the rule has planned."""
+        return self.planned or self.ranks
 
     @property
     def num_kept(self) -> int:
@@ -148,17 +156,19 @@ class DynamicRankController:
         scores = self._by_layer(self.agreement.mean(self.criterion.scores))
         kept, self.kept = self.kept, self.rule.select(step, scores, self.kept)
         self.rule.apply(step, kept, self.kept, self.moments)
+        if self.finished_pruning:
+            self.planned = self.rule.plan(step, scores)
         self.criterion.after_event()
         return self._event(kept)
 
     def verify(self, what: str) -> None:
-        """Prove that all ranks hold the same adapter, head, masks, budget and step.
+        """Prove that all ranks hold the same adapter, head, masks, budget, plan and step.
 
         Raises:
             DisagreementError: they do not.
         """
-        position = f"{self.step}/{self.budget}"
-        digests = {"step and budget": sha256(position.encode()).digest()}
+        position = f"{self.step}/{self.budget}/{self.planned}"
+        digests = {"step, budget and plan": sha256(position.encode()).digest()}
         for name, layer in self.layers.items():
             masks = (layer.component_mask, self.kept[name])
             digests[name] = digest_tensors(layer.lora_a, layer.gate, layer.lora_b, *masks)
@@ -188,12 +198,13 @@ class DynamicRankController:
         """Check at the end of a run that the method did what its configuration promised.
 
         Raises:
-            BudgetMissedError: the final event never came, or the kept components are not the budget.
+            BudgetMissedError: the final event never came, or the components of :attr:`plan` are not the budget.
             DisagreementError: the ranks hold different adapters.
         """
         self.verify("the adapter at the end of the run")
-        kept = self.ranks
-        what = f"{sum(kept.values())} components (cost {self.budget.spent(kept)}) are left"
+        kept = self.plan
+        verb = "are planned" if self.planned else "are left"
+        what = f"{sum(kept.values())} components (cost {self.budget.spent(kept)}) {verb}"
         wanted = f"the budget {self.budget.final}"
         if not self.finished_pruning:
             early = f"the run ended at step {self.step} before the final pruning event of step"
@@ -202,12 +213,13 @@ class DynamicRankController:
             raise mark_common(BudgetMissedError(f"{what} instead of {wanted}"))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Masks, scores and what the latest event kept, by layer, as flat names; see :meth:`load_state_dict`."""
+        """Masks, scores, what the latest event kept and the final one planned, by layer, as flat names; see
+        :meth:`load_state_dict`."""
         state = {f"{name}.component_mask": layer.component_mask.cpu() for name, layer in self.layers.items()}
         # Copies: safetensors does not write parts of one tensor.
         state |= {f"{name}.scores": scores.clone() for name, scores in self.scores.items()}
         state |= {f"{name}.kept": mask.clone() for name, mask in self.kept.items()}
-        return state
+        return state | {f"{name}.planned": torch.tensor(rank) for name, rank in (self.planned or {}).items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor], step: int) -> None:
         """Continue after ``step``, on every rank.
@@ -221,6 +233,8 @@ class DynamicRankController:
             self.criterion.scores.copy_(torch.cat([state[f"{name}.scores"] for name in self.layers]))
             load_masks(state, self.layers)
             self.kept = {name: state[f"{name}.kept"] for name in self.layers}
+            planned = {name: state.get(f"{name}.planned") for name in self.layers}
+            self.planned = {name: int(rank) for name, rank in planned.items() if rank is not None} or None
         except (KeyError, RuntimeError) as error:
             failure = f"the saved state does not fit the model: {error!r}"
         self.agreement.raise_together(failure, "loading the state of the method")
@@ -257,4 +271,5 @@ class DynamicRankController:
             returned=new,
             final=self.finished_pruning,
             num_parameters=sum(int(mask.sum()) * widths[name] for name, mask in self.kept.items()),
+            planned=self.planned,
         )

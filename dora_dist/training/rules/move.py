@@ -68,6 +68,9 @@ class Move:
             start_components(layer, chosen[name] & ~kept[name], self._seed, f"{name}/{step}", moments)
             set_mask(layer, alive)
 
+    def plan(self, step: int, scores: Mapping[str, Tensor]) -> None:
+        return None
+
 
 @torch.no_grad()
 def start_components(

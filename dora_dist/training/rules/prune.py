@@ -78,3 +78,6 @@ class Prune:
             zero_entries(layer.gate, keep)
             if step == self._budget.schedule.final_step or not self._selection.regrow:
                 set_mask(layer, keep)
+
+    def plan(self, step: int, scores: Mapping[str, Tensor]) -> None:
+        return None

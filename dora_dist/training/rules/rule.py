@@ -50,3 +50,15 @@ class Rule(Protocol):
             chosen: what :meth:`select` returned.
             moments: of the optimizer; None where no engine has prepared the model.
         """
+
+    def plan(self, step: int, scores: Mapping[str, Tensor]) -> Mapping[str, int] | None:
+        """What the final event has found out for other runs, where it is not what it has left in this one.
+
+        Args:
+            step: as above.
+            scores: as above.
+
+        Returns:
+            Layer -> components, of all layers, that cost the final budget; None where they are those that
+            :meth:`select` leaves.
+        """

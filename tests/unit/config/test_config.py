@@ -38,6 +38,7 @@ def load(tmp_path: Path):
 
 
 MOVE = ("--pruning.rule", "move", "--adapter.slots", "16")
+MODULES = ("--pruning.rule", "modules_per_layer")
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(REPOSITORY)))
@@ -249,6 +250,12 @@ def test_owned_training_arguments_are_refused_when_loading(load):
         ([*MOVE, "--pruning.max_rank", "9"], "pruning.max_rank is 9, but must be null for the rule move"),
         ([*MOVE, "--pruning.moved_per_event", "0"], "pruning.moved_per_event is 0"),
         ([*MOVE, "--training.optim", "adafactor"], "training.optim is adafactor, but pruning.rule is move"),
+        ([*MODULES, "--adapter.initial_rank", "9"], "initial_rank is 9, but pruning.rule is modules_per_layer, .*8"),
+        ([*MODULES, "--pruning.rebase", "true"], "rebase is true, but must be false for the rule modules_per_layer"),
+        ([*MODULES, "--pruning.max_rank", "9"], "max_rank is 9, but must be null for the rule modules_per_layer"),
+        ([*MODULES, "--pruning.min_rank", "1"], "min_rank is 1, but must be 0 for the rule modules_per_layer"),
+        ([*MODULES, "--pruning.modules_per_layer", "0"], "pruning.modules_per_layer is 0"),
+        ([*MODULES, "--adapter.slots", "16"], "slots is 16, but pruning.rule is modules_per_layer, which fills none"),
         (["--pruning.scoring_rows", "0"], "pruning.scoring_rows is 0"),
         (["--pruning.importance", "ablation"], "importance is ablation, but must be another for the rule prune"),
         (["--pruning.min_rank", "9"], "target_rank 8 .* pruning.min_rank 9"),

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dora_dist.method.schedule import BudgetSchedule
+from dora_dist.method.schedule import BudgetSchedule, OneEvent
 
 
 def make(total_steps: int = 1000, **changes) -> BudgetSchedule:
@@ -100,3 +100,10 @@ def test_equal_ranks_prune_nothing():
 def test_impossible_schedules_are_refused_with_the_value_and_the_knob(changes, message):
     with pytest.raises(ValueError, match=message):
         make(**{"total_steps": 200, **changes})
+
+
+def test_of_one_event_only_the_last_of_the_schedule_takes_place():
+    for total in (12, 200, 333):
+        schedule = OneEvent(total_steps=total, num_layers=1, initial_rank=2, target_rank=2, interval=2)
+        all_events = make(total_steps=total, interval=2)
+        assert schedule.prune_steps == [all_events.final_step] == [schedule.final_step]
