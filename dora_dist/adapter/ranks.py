@@ -9,13 +9,13 @@ from torch import nn
 
 from dora_dist.adapter.targets import resolve_targets
 from dora_dist.base_model.shape import linear_layer
-from dora_dist.config.adapter import MLP_ONLY, RISING_WITH_DEPTH, UNIFORM, DynamicLoraConfig
+from dora_dist.config.adapter import MLP_ONLY, RISING_WITH_DEPTH, STRATA, UNIFORM, DynamicLoraConfig
 from dora_dist.console.files import write_json
-from dora_dist.method.ranks import apportion, in_mlps, rising_with_depth
+from dora_dist.method.ranks import apportion, in_mlps, in_strata, rising_with_depth
 
 PLAN_FORMAT = 1
 """Format of a plan. It grows by one with a change after which an older plan means something else."""
-WEIGHTS = {MLP_ONLY: in_mlps, RISING_WITH_DEPTH: rising_with_depth}
+WEIGHTS = {MLP_ONLY: in_mlps, RISING_WITH_DEPTH: rising_with_depth, STRATA: in_strata}
 
 
 def resolve_ranks(model: nn.Module, config: DynamicLoraConfig) -> dict[str, int]:

@@ -19,6 +19,7 @@ DRAWN_INITS = ("lora", "paper", "adalora")
 UNIFORM = "uniform"
 MLP_ONLY = "mlp-only"
 RISING_WITH_DEPTH = "rising-with-depth"
+STRATA = "strata"
 Scale = Literal["constant", "sqrt_rank"]
 SCALES: tuple[str, ...] = get_args(Scale)
 Routing = Literal["none", "prompt"]
@@ -41,8 +42,9 @@ class DynamicLoraConfig:
         slots: with pruning.rule move, places for components in every layer, and so the most that a layer can get; the
             run starts with target_rank components a layer, and slots beyond take memory but no time. Null for no more
             slots than components at the start.
-        ranks: uniform; or, with pruning.rule none, what each layer has for the whole run: mlp-only, rising-with-depth
-            (both with the parameters of a uniform rank target_rank), or the path of a plan (plan.json of a run).
+        ranks: uniform; or, with pruning.rule none, what each layer has for the whole run: mlp-only, rising-with-depth,
+            strata (thirds by depth: none, half, all; these with the parameters of a uniform rank target_rank), or the
+            path of a plan (plan.json of a run).
         alpha: the update of a layer is scaled by it, as scale says.
         scale: constant (alpha / initial_rank for all layers and the whole run), or sqrt_rank (alpha / the square root
             of the components that are left of the layer).

@@ -63,6 +63,28 @@ def rising_with_depth(names: Sequence[str]) -> dict[str, float]:
     Raises:
         ValueError: a layer is in no numbered block.
     """
+    return {name: 0.5 + (number / last if last else 0.5) for name, (number, last) in _depths(names).items()}
+
+
+def in_strata(names: Sequence[str]) -> dict[str, float]:
+    """Weights by depth in three strata: 0 in the lower third of the blocks, 1/2 in the middle one, 1 in the upper one,
+    in each stack of blocks on its own, as in SPAFIT (2024). Of a number of blocks that has no thirds, the upper ones
+    get more. The paper trains only biases in its middle stratum, which has no counterpart here: this one has half of
+    the upper one's rank.
+
+    Raises:
+        ValueError: a layer is in no numbered block.
+    """
+    strata = (1.0, 0.5, 0.0)
+    return {name: strata[3 * (last - number) // (last + 1)] for name, (number, last) in _depths(names).items()}
+
+
+def _depths(names: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Layer name -> number of its block, and of the last block of its stack.
+
+    Raises:
+        ValueError: a layer is in no numbered block.
+    """
     places: dict[str, tuple[str, int]] = {}
     for name in names:
         found = NUMBER.search(name)
@@ -72,4 +94,4 @@ def rising_with_depth(names: Sequence[str]) -> dict[str, float]:
     last: dict[str, int] = {}
     for stack, number in places.values():
         last[stack] = max(last.get(stack, 0), number)
-    return {name: 0.5 + (number / last[stack] if last[stack] else 0.5) for name, (stack, number) in places.items()}
+    return {name: (number, last[stack]) for name, (stack, number) in places.items()}

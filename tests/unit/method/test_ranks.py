@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from dora_dist.method.ranks import apportion, in_mlps, rising_with_depth
+from dora_dist.method.ranks import apportion, in_mlps, in_strata, rising_with_depth
 
 COSTS = {"a": 3, "b": 5, "c": 8}
 MOST = {"a": 4, "b": 4, "c": 4}
@@ -84,6 +84,16 @@ def test_weights_rise_from_a_half_to_one_and_a_half_in_each_stack():
     assert rising_with_depth(["h.0.q"]) == {"h.0.q": 1.0}
 
 
-def test_a_layer_outside_of_blocks_has_no_depth():
+@pytest.mark.parametrize(
+    ("blocks", "weights"),
+    [(1, [1]), (2, [0.5, 1]), (3, [0, 0.5, 1]), (4, [0, 0.5, 1, 1]), (6, [0, 0, 0.5, 0.5, 1, 1])],
+)
+def test_strata_are_thirds_of_the_blocks_of_each_stack(blocks, weights):
+    names = [f"{stack}.block.{number}.q" for stack in ("encoder", "decoder") for number in range(blocks)]
+    assert list(in_strata(names).values()) == weights * 2
+
+
+@pytest.mark.parametrize("generator", [rising_with_depth, in_strata])
+def test_a_layer_outside_of_blocks_has_no_depth(generator):
     with pytest.raises(ValueError, match=r"pooler\.dense is in no numbered block"):
-        rising_with_depth(["h.0.q", "pooler.dense"])
+        generator(["h.0.q", "pooler.dense"])
