@@ -20,6 +20,10 @@ UNIFORM = "uniform"
 MLP_ONLY = "mlp-only"
 RISING_WITH_DEPTH = "rising-with-depth"
 STRATA = "strata"
+GRADIENT_SPECTRUM = "gradient_spectrum"
+WEIGHT_GRADIENT = "weight_gradient"
+RANKS_FROM_DATA = (GRADIENT_SPECTRUM, WEIGHT_GRADIENT)
+"""Of ``ranks``, those that are made from training rows before the first step."""
 Scale = Literal["constant", "sqrt_rank"]
 SCALES: tuple[str, ...] = get_args(Scale)
 Routing = Literal["none", "prompt"]
@@ -39,12 +43,14 @@ class DynamicLoraConfig:
         target_rank: components per layer, on average, after pruning.
         initial_rank: components per layer at the start; by default 1.5 times the target rank, rounded up (the paper's);
             with slots the target rank.
-        slots: with pruning.rule move, places for components in every layer, and so the most that a layer can get; the
-            run starts with target_rank components a layer, and slots beyond take memory but no time. Null for no more
-            slots than components at the start.
+        slots: with pruning.rule move or ranks from data, places for components in every layer, and so the most that a
+            layer can get; the run starts with target_rank components a layer, and slots beyond take memory but no time.
+            Null for no more slots than components at the start, or with ranks from data for twice target_rank.
         ranks: uniform; or, with pruning.rule none, what each layer has for the whole run: mlp-only, rising-with-depth,
-            strata (thirds by depth: none, half, all; these with the parameters of a uniform rank target_rank), or the
-            path of a plan (plan.json of a run).
+            strata (thirds by depth: none, half, all; these with the parameters of a uniform rank target_rank), the path
+            of a plan (plan.json of a run), or of the same parameters from calibration_rows of the training data, within
+            slots: gradient_spectrum (by the singular values of every layer's gradient) or weight_gradient (GoRA's, by
+            the mean of |weight x gradient|).
         alpha: the update of a layer is scaled by it, as scale says.
         scale: constant (alpha / initial_rank for all layers and the whole run), or sqrt_rank (alpha / the square root
             of the components that are left of the layer).
@@ -152,7 +158,7 @@ class DynamicLoraConfig:
 
     @property
     def num_slots(self) -> int:
-        """Components that the tensors of a layer have room for, where ``ranks`` is uniform."""
+        """Components that the tensors of a layer have room for, where ``ranks`` is uniform or from data."""
         return self.slots if self.slots is not None else self.start_rank
 
     def scale_of(self, rank: int) -> float:

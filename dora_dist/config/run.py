@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from dora_dist.config.adapter import PROMPT, DynamicLoraConfig
+from dora_dist.config.adapter import PROMPT, RANKS_FROM_DATA, DynamicLoraConfig
 from dora_dist.config.checks import require
 from dora_dist.config.data import DataConfig
 from dora_dist.config.format_version import FORMAT_VERSION
@@ -169,6 +169,8 @@ class RunConfig:
         """Ranks that nothing changes are those of the start, and so are those that go or stay whole."""
         if self.pruning.rule == MODULES_PER_LAYER and self.adapter.initial_rank is None:
             self.adapter = replace(self.adapter, initial_rank=self.adapter.target_rank)
+        if self.adapter.ranks in RANKS_FROM_DATA:
+            self._prepare_ranks_from_data()
         self._check_slots()
         if self.pruning.rule == NONE:
             if self.adapter.initial_rank not in (None, self.adapter.target_rank):
@@ -186,6 +188,17 @@ class RunConfig:
             )
         check_prunes(self.pruning, self.adapter)
 
+    def _prepare_ranks_from_data(self) -> None:
+        """They fill slots, and are counted in parameters."""
+        if self.adapter.routing == PROMPT:
+            raise ValueError(
+                f"adapter.routing is {PROMPT}, but adapter.ranks is {self.adapter.ranks}, which is made for modules "
+                "that see all rows: set it to uniform"
+            )
+        if self.adapter.slots is None:
+            self.adapter = replace(self.adapter, slots=2 * self.adapter.target_rank)
+        self.pruning = replace(self.pruning, budget_unit="parameters")
+
     @property
     def measured(self) -> tuple[str, ...]:
         """What is measured on the held-out data beside the loss: names of
@@ -201,7 +214,7 @@ class RunConfig:
                 f"pruning.rule is {rule}, which needs slots for new components, but adapter.slots is null: set it to "
                 f"{2 * adapter.target_rank}, say, twice adapter.target_rank"
             )
-        if rule != MOVE and adapter.slots is not None:
+        if rule != MOVE and adapter.slots is not None and adapter.ranks not in RANKS_FROM_DATA:
             raise ValueError(
                 f"adapter.slots is {adapter.slots}, but pruning.rule is {rule}, which fills none: leave it out"
             )

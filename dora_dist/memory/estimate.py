@@ -13,7 +13,7 @@ from dora_dist.base_model.load import BaseModelSpec, load_skeleton
 from dora_dist.base_model.recomputation import Recomputation, number_of_recomputed, recomputable_layers
 from dora_dist.base_model.shape import read_shape
 from dora_dist.config.adapter import DRAWN_INITS, PROMPT
-from dora_dist.config.pruning import LOSS_CHANGE, NONE, PRUNE
+from dora_dist.config.pruning import LOSS_CHANGE, MODULES_PER_LAYER, NONE, PRUNE
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import CAUSAL_LM
 from dora_dist.config.training import recomputes_layers, training_argument, whole_number
@@ -242,7 +242,7 @@ def _adapter(config: RunConfig, dtype: str) -> Adapter:
         dropout=config.adapter.dropout > 0,
         trained_gates=config.adapter.train_gates,
         penalty=config.pruning.rule == PRUNE and config.pruning.equilibrium_weight > 0,
-        masked=config.pruning.rule != NONE and config.adapter.num_slots > config.adapter.target_rank,
+        masked=config.pruning.rule == MODULES_PER_LAYER or config.adapter.num_slots > config.adapter.target_rank,
         watched=config.pruning.rule != NONE and config.pruning.importance == LOSS_CHANGE,
     )
 

@@ -1,6 +1,6 @@
 """How much memory a start from data takes on one device, before the engine and its optimizer are there.
 
-Rows go through the model one at a time (:mod:`dora_dist.training.start_from_data`), with hooks on the layers, so that
+Rows go through the model one at a time (:mod:`dora_dist.training.from_data.start`), with hooks on the layers, so that
 gated MLPs run by their own forward.
 """
 

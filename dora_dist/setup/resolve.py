@@ -9,7 +9,7 @@ from dora_dist.adapter.ranks import resolve_ranks
 from dora_dist.base_model import block_weights, load
 from dora_dist.base_model.recomputation import Recomputation
 from dora_dist.base_model.shape import input_embedding, linear_layer
-from dora_dist.config.adapter import PROMPT, UNIFORM, DynamicLoraConfig
+from dora_dist.config.adapter import PROMPT, RANKS_FROM_DATA, UNIFORM, DynamicLoraConfig
 from dora_dist.config.checks import require
 from dora_dist.config.pruning import MODULES_PER_LAYER, NONE, PruningConfig
 from dora_dist.config.run import RunConfig
@@ -213,7 +213,7 @@ def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int)
     linears = {name: linear_layer(skeleton, name) for name in ranks}
     shapes = {name: (linear.in_features, linear.out_features) for name, linear in linears.items()}
     narrowest = min(shapes, key=lambda name: min(shapes[name]))
-    if config.adapter.ranks == UNIFORM:
+    if config.adapter.ranks in (UNIFORM, *RANKS_FROM_DATA):
         most = min(shapes[narrowest])
         require(
             config.adapter.num_slots <= most,
@@ -222,8 +222,10 @@ def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int)
             f"be at most {most}, the largest rank that the layer {narrowest} can have, which is "
             f"{' x '.join(map(str, shapes[narrowest]))}; or leave that layer out of adapter.target_modules",
         )
-    if config.pruning.rule == NONE:
-        schedule: Schedule = FixedRanks(ranks)
+    if config.adapter.ranks in RANKS_FROM_DATA:
+        schedule: Schedule = FixedRanks(dict.fromkeys(ranks, config.adapter.target_rank))
+    elif config.pruning.rule == NONE:
+        schedule = FixedRanks(ranks)
     else:
         schedule = build_schedule(config.pruning, config.adapter, len(ranks), total_steps)
     budget = Budget(schedule, component_costs(shapes, config.pruning.budget_unit))

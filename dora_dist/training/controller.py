@@ -17,6 +17,7 @@ from dora_dist.method.importance import score_layers
 from dora_dist.method.prune_event import PruneEvent
 from dora_dist.method.regularizer import penalty_of_stacks
 from dora_dist.training.criterion import Criterion, SmoothedScores, components_of
+from dora_dist.training.rules.masks import set_mask
 from dora_dist.training.rules.prune import Prune
 from dora_dist.training.rules.rule import Rule
 
@@ -118,6 +119,16 @@ class DynamicRankController:
         layers = list(self.layers.values())
         stacks = stacks_of(layers, layers[0].gathered)
         return penalty_of_stacks(stacks.rows, stacks.columns)
+
+    def fix_ranks(self, ranks: Mapping[str, int]) -> None:
+        """Before the first step: mask all slots of every layer but the first ones.
+
+        Args:
+            ranks: layer -> components that stay, at most its slots; the same on every rank.
+        """
+        for name, layer in self.layers.items():
+            set_mask(layer, torch.arange(len(layer.gate), device=layer.gate.device) < ranks[name])
+        self.kept = {name: layer.component_mask.cpu().clone() for name, layer in self.layers.items()}
 
     def before_first_step(self) -> PruneEvent | None:
         """The event that fixes the ranks of the start, where no other follows: it changes nothing."""

@@ -22,7 +22,7 @@ from dora_dist.config.run import RunConfig
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.distributed.world import use_gloo_only
 from dora_dist.method.regularizer import penalty_of_stacks
-from dora_dist.training.start_from_data import DataStart, start_from_data
+from dora_dist.training.from_data.start import DataStart, start_from_data
 from support.repository import REPOSITORY
 
 

@@ -76,7 +76,7 @@ def test_the_scale_of_a_layer(plan, scale, expected):
 @pytest.mark.parametrize(
     ("written", "says"),
     [
-        (None, "there is no such file: give uniform, mlp-only, rising-with-depth, strata, or the path of a plan"),
+        (None, "there is no such file: give uniform, mlp-only, rising-with-depth, strata, .*, or the path of a plan"),
         ("{", "is no JSON"),
         ("[1]", "is no plan"),
         (plan_of({}), "is no plan"),

@@ -38,6 +38,7 @@ def load(tmp_path: Path):
 
 
 MOVE = ("--pruning.rule", "move", "--adapter.slots", "16")
+FROM_DATA = ("--preset", "lora", "--adapter.ranks", "gradient_spectrum")
 MODULES = ("--pruning.rule", "modules_per_layer")
 
 
@@ -250,6 +251,12 @@ def test_owned_training_arguments_are_refused_when_loading(load):
         ([*MOVE, "--pruning.max_rank", "9"], "pruning.max_rank is 9, but must be null for the rule move"),
         ([*MOVE, "--pruning.moved_per_event", "0"], "pruning.moved_per_event is 0"),
         ([*MOVE, "--training.optim", "adafactor"], "training.optim is adafactor, but pruning.rule is move"),
+        (
+            ["--adapter.ranks", "weight_gradient"],
+            "adapter.ranks is weight_gradient, .* pruning.rule is prune: set it to",
+        ),
+        ([*FROM_DATA, "--adapter.slots", "7"], "slots is 7, but must be at least 8, the rank at the start"),
+        ([*FROM_DATA, "--adapter.routing", "prompt"], "routing is prompt, but adapter.ranks is gradient_spectrum"),
         ([*MODULES, "--adapter.initial_rank", "9"], "initial_rank is 9, but pruning.rule is modules_per_layer, .*8"),
         ([*MODULES, "--pruning.rebase", "true"], "rebase is true, but must be false for the rule modules_per_layer"),
         ([*MODULES, "--pruning.max_rank", "9"], "max_rank is 9, but must be null for the rule modules_per_layer"),
@@ -502,6 +509,14 @@ def test_routing_runs_layer_by_layer(load, tmp_path):
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == config
     assert load("").model.fuse
+
+
+def test_ranks_from_data_fill_slots_and_are_counted_in_parameters(load, tmp_path):
+    config = load("", *FROM_DATA)
+    assert (config.adapter.slots, config.adapter.start_rank, config.pruning.budget_unit) == (16, 8, "parameters")
+    assert load("", *FROM_DATA, "--adapter.slots", "32").adapter.num_slots == 32
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
 
 
 def test_metrics_are_those_of_the_task_unless_chosen():
