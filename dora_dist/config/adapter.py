@@ -62,8 +62,7 @@ class DynamicLoraConfig:
             training rows: inputs (the principal directions of the layer's inputs) or gradient (the right singular
             vectors of the gradient of its weight). All of these start exactly as the base model; lora_one, LoRA-One's
             step down that gradient, does not.
-        calibration_rows: with init inputs, gradient or lora_one, training rows that the start is made from, spread over
-            the run.
+        calibration_rows: training rows that a start or ranks from data are made from, spread over the run.
         dtype: of the adapter's parameters: float32, bfloat16, float64, or auto for that of the base's unquantized
             weights.
         train_gates: train c_i; without, the layer is plain LoRA that can be pruned but not regrow.
