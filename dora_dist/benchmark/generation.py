@@ -59,7 +59,7 @@ def measure_generation(shape: Shape, options: Options, agreement: Agreement) -> 
     return {
         "shape": shape.name,
         "layers": shape.layers,
-        "prompt": PROMPT,
+        "prompt": min(PROMPT, shape.sequence),
         "generated": count,
         "contestants": contestants,
     }
