@@ -39,7 +39,7 @@ def measure_generation(shape: Shape, options: Options, agreement: Agreement) -> 
     budget = options.target_rank * sum(costs.values())
     generator = torch.Generator().manual_seed(options.seed)
     scores = {name: torch.rand(1, generator=generator) for name in names}
-    plans = {f"{number} modules": select_modules(scores, costs, budget, number) for number in MODULES}
+    plans = {f"{number} a block": select_modules(scores, costs, budget, number) for number in MODULES}
     models: dict[str, nn.Module] = {FLOOR: share(base)}
     models |= {name: _with_lora(share(base), plan) for name, plan in plans.items()}
     count = QUICK_GENERATED if options.quick else GENERATED

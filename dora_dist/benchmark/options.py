@@ -30,6 +30,7 @@ DTYPES = ("float32", "bfloat16")
 MOST_ROUNDS = 1000
 COUNTED_SHAPE, COUNTED_LAYERS = "8b-tiny", 4
 """Whose operations are counted."""
+GENERATING = "measure generating with adapters that are not merged, of 7, 3 and 1 modules a block, instead"
 QUICK_SHAPE, QUICK_ROUNDS, QUICK_WARMUP = "64x2", 2, 1
 """For tests of the command: no figure of it means anything."""
 
@@ -94,12 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="count the operations of a step instead, by default of 8b-tiny with 4 layers",
     )
-    what.add_argument(
-        "--generating",
-        action="store_true",
-        help="measure generating with adapters that are not merged, of 7, 3 and 1 modules a block, instead; by default "
-        "with 512x8",
-    )
+    what.add_argument("--generating", action="store_true", help=f"{GENERATING}; by default with 512x8")
     parser.add_argument(
         "--shapes",
         nargs="+",

@@ -58,7 +58,7 @@ def test_generating_compares_adapters_of_as_many_parameters_in_fewer_modules(tmp
     result = json.loads((tmp_path / "generation.json").read_text())
     (record,) = result["records"]
     contestants = record["contestants"]
-    assert list(contestants) == ["floor", "7 modules", "3 modules", "1 modules"]
+    assert list(contestants) == ["floor", "7 a block", "3 a block", "1 a block"]
     assert [figures["adapted_modules"] for figures in contestants.values()] == [0, 14, 6, 2]
     parameters = [figures["adapter_parameters"] for figures in contestants.values()]
     assert parameters[0] == 0
@@ -68,7 +68,7 @@ def test_generating_compares_adapters_of_as_many_parameters_in_fewer_modules(tmp
         assert len(figures["times"]) == result["environment"]["rounds"]
         assert figures["tokens_per_second"] > 0
     assert contestants["floor"]["to_floor"]["median"] == 1
-    assert "7 modules" in done.output
+    assert "7 a block" in done.output
 
 
 @pytest.mark.full("benchmark")
