@@ -40,7 +40,7 @@ def measure_generation(shape: Shape, options: Options, agreement: Agreement) -> 
     generator = torch.Generator().manual_seed(options.seed)
     scores = {name: torch.rand(1, generator=generator) for name in names}
     plans = {f"{number} a block": select_modules(scores, costs, budget, number) for number in MODULES}
-    models: dict[str, nn.Module] = {FLOOR: share(base)}
+    models: dict[str, LlamaForCausalLM | peft.PeftModel] = {FLOOR: share(base)}
     models |= {name: _with_lora(share(base), plan) for name, plan in plans.items()}
     count = QUICK_GENERATED if options.quick else GENERATED
     generating = {name: partial(_generate, model, count=count) for name, model in models.items()}
@@ -80,14 +80,16 @@ def _cost(module: nn.Module) -> int:
     return module.in_features + module.out_features
 
 
-def _with_lora(model: LlamaForCausalLM, plan: Mapping[str, int]) -> nn.Module:
+def _with_lora(model: LlamaForCausalLM, plan: Mapping[str, int]) -> peft.PeftModel:
     """As stock PEFT loads an adapter of these ranks."""
     config = peft.LoraConfig(r=max(plan.values()), rank_pattern=dict(plan), target_modules=list(plan))
-    return peft.get_peft_model(model, config).eval()
+    adapted = peft.get_peft_model(model, config)
+    assert isinstance(adapted, peft.PeftModel)
+    return adapted.eval()
 
 
 @torch.inference_mode()
-def _generate(model: nn.Module, prompt: Tensor, count: int) -> None:
+def _generate(model: Any, prompt: Tensor, count: int) -> None:  # PEFT's types do not say that it generates
     generated = model.generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
