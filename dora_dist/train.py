@@ -324,7 +324,7 @@ def finish(run: Path, resolved: "ResolvedRun", trainer: "DynamicLoraTrainer") ->
     with parts.agreement.together(f"writing the results into {run}"):
         if parts.agreement.is_first:
             save_adapter(trainer.model, resolved.tokenizer, run / "adapter", card_of(run))
-            write_plan(run / records.PLAN, parts.controller.ranks, resolved.fingerprint.as_dict())
+            write_plan(run / records.PLAN, parts.controller.plan, resolved.fingerprint.as_dict())
             task, labels = resolved.fingerprint.task, resolved.fingerprint.labels
             text = summary.finish_run(run)
             keep_current(run)

@@ -27,7 +27,7 @@ from dora_dist.base_model.chunked_loss import ChunkedLoss, proved
 from dora_dist.base_model.head import head_modules, read_in_own_dtype, task_of
 from dora_dist.base_model.kernels import NO_KERNELS, KernelsInUse
 from dora_dist.base_model.quantization import forbid_inference_packing
-from dora_dist.config.adapter import UNIFORM, DynamicLoraConfig
+from dora_dist.config.adapter import RANKS_FROM_DATA, UNIFORM, DynamicLoraConfig
 from dora_dist.config.format_version import METHOD_TENSORS
 from dora_dist.config.tasks import CAUSAL_LM, TASKS, Task
 
@@ -309,6 +309,11 @@ def _check_arguments(model: PreTrainedModel, config: DynamicLoraConfig) -> None:
     if config.routing != "none":
         raise ValueError(
             f"config.routing is {config.routing}, but add_dynamic_lora adds no routers: call dora_dist.add_routed_lora"
+        )
+    if config.ranks in RANKS_FROM_DATA:
+        raise ValueError(
+            f"config.ranks is {config.ranks}, which is made from training rows in a run, by dora-dist train: set it to "
+            "uniform, or to the plan.json of such a run"
         )
     if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError(

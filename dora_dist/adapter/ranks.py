@@ -9,13 +9,13 @@ from torch import nn
 
 from dora_dist.adapter.targets import resolve_targets
 from dora_dist.base_model.shape import linear_layer
-from dora_dist.config.adapter import MLP_ONLY, RISING_WITH_DEPTH, UNIFORM, DynamicLoraConfig
+from dora_dist.config.adapter import MLP_ONLY, RANKS_FROM_DATA, RISING_WITH_DEPTH, STRATA, UNIFORM, DynamicLoraConfig
 from dora_dist.console.files import write_json
-from dora_dist.method.ranks import apportion, in_mlps, rising_with_depth
+from dora_dist.method.ranks import apportion, in_mlps, in_strata, rising_with_depth
 
 PLAN_FORMAT = 1
 """Format of a plan. It grows by one with a change after which an older plan means something else."""
-WEIGHTS = {MLP_ONLY: in_mlps, RISING_WITH_DEPTH: rising_with_depth}
+WEIGHTS = {MLP_ONLY: in_mlps, RISING_WITH_DEPTH: rising_with_depth, STRATA: in_strata}
 
 
 def resolve_ranks(model: nn.Module, config: DynamicLoraConfig) -> dict[str, int]:
@@ -31,7 +31,7 @@ def resolve_ranks(model: nn.Module, config: DynamicLoraConfig) -> dict[str, int]
     """
     names = resolve_targets(model, config.target_modules)
     linears = {name: linear_layer(model, name) for name in names}
-    if config.ranks == UNIFORM:
+    if config.ranks == UNIFORM or config.ranks in RANKS_FROM_DATA:
         return dict.fromkeys(names, config.num_slots)
     most = {name: min(linear.in_features, linear.out_features) for name, linear in linears.items()}
     if config.ranks not in WEIGHTS:
@@ -64,8 +64,8 @@ def read_plan(path: Path) -> dict[str, int]:
     """
     if not path.is_file():
         raise ValueError(
-            f"adapter.ranks is {path}, but there is no such file: give uniform, {', '.join(WEIGHTS)}, or the path of a "
-            "plan, such as the plan.json of a finished run"
+            f"adapter.ranks is {path}, but there is no such file: give uniform, "
+            f"{', '.join([*WEIGHTS, *RANKS_FROM_DATA])}, or the path of a plan, such as the plan.json of a finished run"
         )
     try:
         written = json.loads(path.read_text(encoding="utf-8"))

@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
         agreement = join_at_file(Path(folder) / "meeting", rank=0, size=1, device=device)
-        work = _growth if parsed.growth else _operations if parsed.operations else _comparison
+        chosen = {_growth: parsed.growth, _operations: parsed.operations, _generating: parsed.generating}
+        work = next((work for work, wanted in chosen.items() if wanted), _comparison)
         work(options, environment, agreement)
         agreement.close()
 
@@ -98,7 +99,7 @@ def _comparison(options: Options, environment: dict[str, Any], agreement: Any) -
 
 
 def _growth(options: Options, environment: dict[str, Any], agreement: Any) -> None:
-    from dora_dist.benchmark.growth import growth_rows, measure_growth
+    from dora_dist.benchmark.growth.measure import growth_rows, measure_growth
     from dora_dist.benchmark.pictures import draw_growth
 
     result = {"environment": environment, **measure_growth(options, agreement)}
@@ -114,6 +115,14 @@ def _operations(options: Options, environment: dict[str, Any], agreement: Any) -
     records = [record for shape in options.shapes for record in count_operations(shape, options, agreement)]
     print(aligned(operation_rows(records), num_words=5))
     _keep({"environment": environment, "records": records}, "operations", options)
+
+
+def _generating(options: Options, environment: dict[str, Any], agreement: Any) -> None:
+    from dora_dist.benchmark.generation import generation_rows, measure_generation
+
+    records = [measure_generation(shape, options, agreement) for shape in options.shapes]
+    print(aligned(generation_rows(records), num_words=3))
+    _keep({"environment": environment, "records": records}, "generation", options)
 
 
 def _scoring(options: Options, environment: dict[str, Any]) -> None:

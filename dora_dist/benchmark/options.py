@@ -30,6 +30,7 @@ DTYPES = ("float32", "bfloat16")
 MOST_ROUNDS = 1000
 COUNTED_SHAPE, COUNTED_LAYERS = "8b-tiny", 4
 """Whose operations are counted."""
+GENERATING = "measure generating with adapters that are not merged, of 7, 3 and 1 modules a block, instead"
 QUICK_SHAPE, QUICK_ROUNDS, QUICK_WARMUP = "64x2", 2, 1
 """For tests of the command: no figure of it means anything."""
 
@@ -94,6 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="count the operations of a step instead, by default of 8b-tiny with 4 layers",
     )
+    what.add_argument("--generating", action="store_true", help=f"{GENERATING}; by default with 512x8")
     parser.add_argument(
         "--shapes",
         nargs="+",
@@ -144,6 +146,8 @@ def resolve(parsed: argparse.Namespace) -> Options:
     names = parsed.shapes or ([QUICK_SHAPE] if quick else ["512x8", "1024x4", "2048x2"])
     if parsed.operations and parsed.shapes is None:
         names, parsed.layers = [COUNTED_SHAPE], parsed.layers or COUNTED_LAYERS
+    if parsed.generating and parsed.shapes is None and not quick:
+        names = ["512x8"]
     rounds = parsed.rounds if parsed.rounds is not None else QUICK_ROUNDS if quick else 10 if parsed.growth else 20
     warmup = parsed.warmup if parsed.warmup is not None else QUICK_WARMUP if quick else 3
     _check_numbers(parsed, rounds, warmup)

@@ -19,6 +19,11 @@ DRAWN_INITS = ("lora", "paper", "adalora")
 UNIFORM = "uniform"
 MLP_ONLY = "mlp-only"
 RISING_WITH_DEPTH = "rising-with-depth"
+STRATA = "strata"
+GRADIENT_SPECTRUM = "gradient_spectrum"
+WEIGHT_GRADIENT = "weight_gradient"
+RANKS_FROM_DATA = (GRADIENT_SPECTRUM, WEIGHT_GRADIENT)
+"""Of ``ranks``, those that are made from training rows before the first step."""
 Scale = Literal["constant", "sqrt_rank"]
 SCALES: tuple[str, ...] = get_args(Scale)
 Routing = Literal["none", "prompt"]
@@ -38,11 +43,14 @@ class DynamicLoraConfig:
         target_rank: components per layer, on average, after pruning.
         initial_rank: components per layer at the start; by default 1.5 times the target rank, rounded up (the paper's);
             with slots the target rank; with pruning.rule grow 1, and always less than the target rank.
-        slots: with pruning.rule move or grow, places for components in every layer, and so the most that a layer can
-            get; slots without a component take memory but no time. Null for no more slots than components at the start,
-            and with pruning.rule grow for twice the target rank.
-        ranks: uniform; or, with pruning.rule none, what each layer has for the whole run: mlp-only, rising-with-depth
-            (both with the parameters of a uniform rank target_rank), or the path of a plan (plan.json of a run).
+        slots: with pruning.rule move or grow, or ranks from data, places for components in every layer, and so the most
+            that a layer can get; slots without a component take memory but no time. Null for no more slots than
+            components at the start, and with pruning.rule grow or ranks from data for twice the target rank.
+        ranks: uniform; or, with pruning.rule none, what each layer has for the whole run: mlp-only, rising-with-depth,
+            strata (thirds by depth: none, half, all; these with the parameters of a uniform rank target_rank), the path
+            of a plan (plan.json of a run), or of the same parameters from calibration_rows of the training data, within
+            slots: gradient_spectrum (by the singular values of every layer's gradient) or weight_gradient (GoRA's, by
+            the mean of |weight x gradient|).
         alpha: numerator of the factor that scales the update of every layer; scale sets the denominator.
         scale: constant (alpha / initial_rank in all layers, for the whole run, or / target_rank where that is more), or
             sqrt_rank (alpha / the square root of the number of components that the layer still has).
@@ -54,8 +62,8 @@ class DynamicLoraConfig:
             training rows: inputs (the principal directions of the layer's inputs) or gradient (the right singular
             vectors of the gradient of its weight). All of these start exactly as the base model; lora_one, LoRA-One's
             step down that gradient, does not.
-        calibration_rows: with init inputs, gradient or lora_one, number of training rows from which the initial values
-            are computed; they are spread over the run.
+        calibration_rows: with a start or ranks from data, number of training rows from which they are computed, spread
+            over the run.
         dtype: dtype of the adapter's parameters: float32, bfloat16, float64, or auto for the dtype of the base's
             unquantized weights.
         train_gates: train the gates c_i. With false the layer is plain LoRA, which can be pruned but cannot regrow.
@@ -161,7 +169,7 @@ class DynamicLoraConfig:
 
     @property
     def num_slots(self) -> int:
-        """Components that the tensors of a layer have room for, where ``ranks`` is uniform."""
+        """Components that the tensors of a layer have room for, where ``ranks`` is uniform or from data."""
         return self.slots if self.slots is not None else self.start_rank
 
     def scale_of(self, rank: int) -> float:

@@ -6,10 +6,11 @@ from typing import Literal
 from dora_dist.config.adapter import UNIFORM, DynamicLoraConfig
 from dora_dist.config.checks import require
 
-Rule = Literal["prune", "move", "grow", "none"]
+Rule = Literal["prune", "move", "grow", "modules_per_layer", "none"]
 PRUNE: Rule = "prune"
 MOVE: Rule = "move"
 GROW: Rule = "grow"
+MODULES_PER_LAYER: Rule = "modules_per_layer"
 NONE: Rule = "none"
 FILL_SLOTS = (MOVE, GROW)
 """Rules whose new components take free adapter.slots."""
@@ -21,6 +22,8 @@ SUMMED = (GATE_SENSITIVITY, LOSS_CHANGE)
 ABLATION, ABLATION_GRADIENT = "ablation", "ablation_gradient"
 ABLATIONS = (ABLATION, ABLATION_GRADIENT)
 """The importances that are measured at events, on training rows that are held back for it."""
+ABLATING = (MOVE, MODULES_PER_LAYER)
+"""The rules whose events may select by :data:`ABLATIONS`."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,9 @@ class PruningConfig:
             met from the start; at every event the lowest components go, and the layers that lost none get as many, in
             their adapter.slots), grow (IncreLoRA's: from adapter.initial_rank, 1 by default, up to the budget; at every
             event the best layers get a component each; layers have a score of their own, and importance, smoothing and
-            equilibrium_weight have no effect), or none (the ranks stay as adapter.ranks says, and the other keys of
-            this section have no effect).
+            equilibrium_weight have no effect), modules_per_layer (a LoRA of rank adapter.target_rank; where pruning
+            would end, the best modules of every block stay, and plan.json gives them the whole budget, for other runs),
+            or none (the ranks stay as adapter.ranks says, and the other keys of this section have no effect).
         warmup_fraction: share of the run before pruning begins.
         final_fraction: share of the run after the last pruning event, with a fixed mask.
         interval: steps between two events; auto for a twentieth of those from the first event to the last.
@@ -72,9 +76,9 @@ class PruningConfig:
             magnitude (their norm as it is), squared_magnitude (its square), gate_sensitivity (first-order effect on the
             loss of removing them, summed over the steps since the last event), loss_change (how much their own movement
             has lowered the loss, to first order, summed over the steps of the run), or random (to compare with); with
-            rule move also ablation (ALoRA's: the loss on scoring_rows without the component, less that with it alone;
-            two forwards of all rows for each component, so for small models) or ablation_gradient (the same to second
-            order, by two backward passes over the rows).
+            rules move and modules_per_layer also ablation (ALoRA's: the loss on scoring_rows without the component,
+            less that with it alone; two forwards of all rows for each component, so for small models) or
+            ablation_gradient (the same to second order, by two backward passes over the rows).
         budget_unit: what the budget counts: components (the paper's), or parameters, of which a component has as many
             as its layer has inputs and outputs, so that the result has the parameters of a uniform rank target_rank.
         smoothing: weight of the past in the smoothed scores, in [0, 1); gate_sensitivity and loss_change are summed
@@ -86,6 +90,7 @@ class PruningConfig:
         min_rank: components that every layer keeps at least.
         max_rank: components that any layer keeps at most in the end; null for no bound.
         moved_per_event: with rule move, components of the whole model that an event moves.
+        modules_per_layer: with the rule of that name, adapted modules of every block that stay.
         scoring_rows: training examples that are held back to score by, with importance ablation or ablation_gradient.
     """
 
@@ -111,6 +116,7 @@ class PruningConfig:
     min_rank: int = 0
     max_rank: int | None = None
     moved_per_event: int = 8
+    modules_per_layer: int = 3
     scoring_rows: int = 32
 
     def __post_init__(self) -> None:
@@ -126,15 +132,18 @@ class PruningConfig:
         require(
             not (self.rebase and summed), "pruning.rebase", "true", f"be false for the importance {self.importance}"
         )
-        for name in ("moved_per_event", "scoring_rows"):
+        for name in ("moved_per_event", "modules_per_layer", "scoring_rows"):
             require(getattr(self, name) >= 1, f"pruning.{name}", getattr(self, name), "be at least 1")
-        if self.rule in FILL_SLOTS:
+        if self.rule in (*FILL_SLOTS, MODULES_PER_LAYER):
+            bound = "modules stay whole" if self.rule == MODULES_PER_LAYER else "adapter.slots is the bound"
             require(not self.rebase, "pruning.rebase", "true", f"be false for the rule {self.rule}")
-            least = f"be null for the rule {self.rule}: adapter.slots is the bound"
+            least = f"be null for the rule {self.rule}: {bound}"
             require(self.max_rank is None, "pruning.max_rank", self.max_rank, least)
-        if self.rule != MOVE:
-            other = f"be another for the rule {self.rule}: it is for the rule {MOVE}"
+        if self.rule not in ABLATING:
+            other = f"be another for the rule {self.rule}: it is for the rules {' and '.join(ABLATING)}"
             require(self.importance not in ABLATIONS, "pruning.importance", self.importance, other)
+        if self.rule == MODULES_PER_LAYER:
+            require(self.min_rank == 0, "pruning.min_rank", self.min_rank, f"be 0 for the rule {self.rule}: {bound}")
         self.selection()  # refuses bounds that contradict each other
 
     @property

@@ -7,13 +7,13 @@ import os
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from dora_dist.config.adapter import PROMPT, UNIFORM, DynamicLoraConfig
+from dora_dist.config.adapter import PROMPT, RANKS_FROM_DATA, UNIFORM, DynamicLoraConfig
 from dora_dist.config.checks import require
 from dora_dist.config.data import DataConfig
 from dora_dist.config.format_version import FORMAT_VERSION
 from dora_dist.config.model import ModelConfig
 from dora_dist.config.presets import PAPER, PresetName
-from dora_dist.config.pruning import FILL_SLOTS, GROW, MOVE, NONE, PruningConfig, check_prunes
+from dora_dist.config.pruning import FILL_SLOTS, GROW, MODULES_PER_LAYER, MOVE, NONE, PruningConfig, check_prunes
 from dora_dist.config.tasks import CAUSAL_LM, EXACT_MATCH, TASKS, TaskName, metrics_of
 from dora_dist.config.training import CHECKPOINTING, DEFAULT_TRAINING_ARGUMENTS, check_training_section, with_strategies
 
@@ -168,7 +168,11 @@ class RunConfig:
             self.model = replace(self.model, fuse=False)  # what is fused computes all modules for all rows
 
     def _check_rule(self) -> None:
-        """Ranks that nothing changes are those of the start."""
+        """Ranks that nothing changes are those of the start, and so are those that go or stay whole."""
+        if self.pruning.rule == MODULES_PER_LAYER and self.adapter.initial_rank is None:
+            self.adapter = replace(self.adapter, initial_rank=self.adapter.target_rank)
+        if self.adapter.ranks in RANKS_FROM_DATA:
+            self._prepare_ranks_from_data()
         self._check_slots()
         if self.pruning.rule == NONE:
             if self.adapter.initial_rank not in (None, self.adapter.target_rank):
@@ -191,6 +195,17 @@ class RunConfig:
             require(start < target, "adapter.initial_rank", start, least)
         check_prunes(self.pruning, self.adapter)
 
+    def _prepare_ranks_from_data(self) -> None:
+        """They fill slots, and are counted in parameters."""
+        if self.adapter.routing == PROMPT:
+            raise ValueError(
+                f"adapter.routing is {PROMPT}, but adapter.ranks is {self.adapter.ranks}, which is made for modules "
+                "that see all rows: set it to uniform"
+            )
+        if self.adapter.slots is None:
+            self.adapter = replace(self.adapter, slots=2 * self.adapter.target_rank)
+        self.pruning = replace(self.pruning, budget_unit="parameters")
+
     @property
     def measured(self) -> tuple[str, ...]:
         """What is measured on the held-out data beside the loss: names of
@@ -206,11 +221,11 @@ class RunConfig:
                 f"pruning.rule is {rule}, which needs slots for new components, but adapter.slots is null: set it to "
                 f"{2 * adapter.target_rank}, say, twice adapter.target_rank"
             )
-        if rule not in FILL_SLOTS and adapter.slots is not None:
+        if rule not in FILL_SLOTS and adapter.slots is not None and adapter.ranks not in RANKS_FROM_DATA:
             raise ValueError(
                 f"adapter.slots is {adapter.slots}, but pruning.rule is {rule}, which fills none: leave it out"
             )
-        if rule == MOVE and adapter.start_rank != adapter.target_rank:
+        if rule in (MOVE, MODULES_PER_LAYER) and adapter.start_rank != adapter.target_rank:
             raise ValueError(
                 f"adapter.initial_rank is {adapter.start_rank}, but pruning.rule is {rule}, which starts at "
                 f"adapter.target_rank, {adapter.target_rank}: leave it out"

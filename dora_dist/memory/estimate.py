@@ -12,8 +12,8 @@ from dora_dist.base_model.chunked_loss import obstacle
 from dora_dist.base_model.load import BaseModelSpec, load_skeleton
 from dora_dist.base_model.recomputation import Recomputation, number_of_recomputed, recomputable_layers
 from dora_dist.base_model.shape import read_shape
-from dora_dist.config.adapter import DRAWN_INITS, PROMPT
-from dora_dist.config.pruning import LOSS_CHANGE, NONE, PRUNE
+from dora_dist.config.adapter import DRAWN_INITS, PROMPT, RANKS_FROM_DATA
+from dora_dist.config.pruning import LOSS_CHANGE, MODULES_PER_LAYER, NONE, PRUNE
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import CAUSAL_LM
 from dora_dist.config.training import recomputes_layers, training_argument, whole_number
@@ -161,14 +161,14 @@ def estimate_memory(
 
 
 def _memory(config: RunConfig, step: TrainingStep) -> StepMemory:
-    """Of a training step, and where there is one, of the start from data."""
-    memory, init = step_memory(step), config.adapter.init
+    """Of a training step, and where there are any, of ranks and start from data."""
+    memory, adapter = step_memory(step), config.adapter
     if config.adapter.routing == PROMPT:
         memory = replace(memory, approximate=True)
-    if init in DRAWN_INITS:
-        return memory
+    made = [adapter.ranks] * (adapter.ranks in RANKS_FROM_DATA) + [adapter.init] * (adapter.init not in DRAWN_INITS)
     row = replace(step.batch, rows=1, padded=_is_padded(config, 1))
-    return replace(memory, moments=(at_start(replace(step, batch=row), init), *memory.moments))
+    first = [at_start(replace(step, batch=row), what) for what in made]
+    return replace(memory, moments=(*first, *memory.moments))
 
 
 def card_bytes(device: torch.device) -> int | None:
@@ -242,7 +242,7 @@ def _adapter(config: RunConfig, dtype: str) -> Adapter:
         dropout=config.adapter.dropout > 0,
         trained_gates=config.adapter.train_gates,
         penalty=config.pruning.rule == PRUNE and config.pruning.equilibrium_weight > 0,
-        masked=config.pruning.rule != NONE and config.adapter.num_slots > config.adapter.target_rank,
+        masked=config.pruning.rule == MODULES_PER_LAYER or config.adapter.num_slots > config.adapter.target_rank,
         watched=config.pruning.rule != NONE and config.pruning.importance == LOSS_CHANGE,
     )
 

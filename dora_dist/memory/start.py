@@ -1,27 +1,29 @@
-"""How much memory a start from data takes on one device, before the engine and its optimizer are there.
+"""How much memory a start or ranks from data take on one device, before the engine and its optimizer are there.
 
-Rows go through the model one at a time (:mod:`dora_dist.training.start_from_data`), with hooks on the layers, so that
+Rows go through the model one at a time (:mod:`dora_dist.training.from_data.passes`), with hooks on the layers, so that
 gated MLPs run by their own forward.
 """
 
 from dataclasses import replace
 
 from dora_dist.base_model.shape import ModelShape
-from dora_dist.config.adapter import INPUTS
+from dora_dist.config.adapter import GRADIENT, INPUTS, LORA_ONE, RANKS_FROM_DATA, WEIGHT_GRADIENT
 from dora_dist.memory.activations import FLOAT32, read_together
 from dora_dist.memory.step import MemoryInstant, TrainingStep, at_loss, base_parts, decoder_memory, in_backward
+from dora_dist.method.ranks import LARGEST_GRADIENT, groups_within
 from dora_dist.method.subspaces import EXTRA_PROBES
 
-NAME = "start from data"
+NAMES = dict.fromkeys(RANKS_FROM_DATA, "ranks from data")
+NAMES |= dict.fromkeys((INPUTS, GRADIENT, LORA_ONE), "start from data")
 
 
-def at_start(step: TrainingStep, init: str) -> MemoryInstant:
-    """The most that a start from data has in memory at once, with no engine.
+def at_start(step: TrainingStep, made: str) -> MemoryInstant:
+    """The most that a start or ranks from data have in memory at once, with no engine.
 
     Args:
         step: of the run, but with a batch of one row.
-        init: ``inputs``, for which what a decoder layer needs in its forward is an upper bound, ``gradient`` or
-            ``lora_one``.
+        made: ``inputs``, for which what a decoder layer needs in its forward is an upper bound, ``gradient`` or
+            ``lora_one`` of ``adapter.init``, ``gradient_spectrum`` or ``weight_gradient`` of ``adapter.ranks``.
     """
     blocks = tuple(replace(block, fused_mlp=False) for block in step.shape.blocks)
     optimizer = replace(step.optimizer, engine="none", gradients_between=False)
@@ -30,22 +32,30 @@ def at_start(step: TrainingStep, init: str) -> MemoryInstant:
     resident = {
         **base_parts(step.shape, step.quantization, step.batch.compute_bytes),
         "adapter": adapter.nbytes(step.shape),
-        "directions": _directions(step.shape, init),
+        "directions": _dense(step.shape) if made == WEIGHT_GRADIENT else _directions(step.shape, made),
     }
-    if init == INPUTS:
+    if made == INPUTS:
         step = replace(step, recomputed=len(blocks))
     layers = decoder_memory(step)
     moments = [at_loss(step, resident, layers), *in_backward(step, resident, layers)]
-    if init == INPUTS:
+    if made == INPUTS:
         # Nothing is kept; one layer's activations are there, as where a layer is computed again for a backward.
         moments = [_without(moment, layers.kept) for moment in moments]
     most = max(moments, key=lambda moment: moment.total)
-    return MemoryInstant(name=NAME, parts={**most.parts, "tokens in float32": _copies(step, init)})
+    return MemoryInstant(name=NAMES[made], parts={**most.parts, "tokens in float32": _copies(step, made)})
 
 
 def _without(moment: MemoryInstant, kept: int) -> MemoryInstant:
     activations = max(0, moment.parts.get("activations", 0) - kept)
     return replace(moment, parts={**moment.parts, "activations": activations})
+
+
+def _dense(shape: ModelShape) -> int:
+    """The gradients of a group of layers, and a weight of the largest one."""
+    adapted = [linear for linear in shape.linears if linear.adapted]
+    sizes = {str(number): linear.numel for number, linear in enumerate(adapted)}
+    groups = groups_within(sizes, LARGEST_GRADIENT)
+    return FLOAT32 * (max(sum(sizes[name] for name in group) for group in groups) + max(sizes.values()))
 
 
 def _directions(shape: ModelShape, init: str) -> int:

@@ -69,3 +69,13 @@ def select_modules(
             plan[name] += 1
             left -= costs[name]
     return plan
+
+
+def highest_rank(costs: Mapping[str, int], budget: int, per_block: int) -> int:
+    """The highest rank that :func:`select_modules` may give to a module: that of the cheapest choice.
+
+    Raises:
+        ValueError: as there, whatever the scores.
+    """
+    cheapest = {name: torch.tensor([-float(cost)]) for name, cost in costs.items()}
+    return max(select_modules(cheapest, costs, budget, per_block).values())

@@ -19,6 +19,7 @@ class PruneEvent:
         num_parameters: Entries of the kept components' vectors, over the whole model.
         scores: Layer -> mean score, before the event, of its components that no mask leaves out; 0 for a layer without
             any. None where nothing was scored.
+        planned: Layer -> components that other runs shall have, where the final event plans others than it keeps.
     """
 
     step: int
@@ -27,6 +28,7 @@ class PruneEvent:
     final: bool
     num_parameters: int
     scores: Mapping[str, float] | None = None
+    planned: Mapping[str, int] | None = None
 
     @property
     def ranks(self) -> dict[str, int]:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from dora_dist.method.allocation import select_within_budget
 
@@ -11,8 +12,12 @@ ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.)")
 
 
+LARGEST_GRADIENT = 2**28
+"""Elements of the gradients that are in memory at once, in float32: those of whole layers."""
+
+
 def apportion(
-    weights: Mapping[str, float], costs: Mapping[str, int], budget: int, most: Mapping[str, int]
+    weights: Mapping[str, float], costs: Mapping[str, int], budget: int, most: Mapping[str, int], least: int = 0
 ) -> dict[str, int]:
     """Whole ranks in proportion to weights, for as much of a budget as whole components can spend.
 
@@ -24,22 +29,23 @@ def apportion(
         costs: layer name -> cost of one component, at least 1, in the units of the budget.
         budget: what all components may cost together.
         most: layer name -> the largest rank that it can have.
+        least: rank that every layer has at least, whatever its weight.
 
     Returns:
-        Layer name -> rank, 0 where the weight is 0. What is left of the budget is less than the cost of any component
-        that could be added.
+        Layer name -> rank, the least one where the weight is 0. What is left of the budget is less than the cost of any
+        component that could be added.
 
     Raises:
         ValueError: the budget is more than the layers can hold, or the weights give nothing.
     """
-    chosen = {name: weight for name, weight in weights.items() if weight > 0}
-    if not chosen:
+    if not any(weight > 0 for weight in weights.values()):
         raise ValueError("no layer has a weight above 0, so that there is nothing to give ranks to")
+    chosen = {name: weight for name, weight in weights.items() if weight > 0 or least}
     claims = {
         name: costs[name] * weight / (2 * torch.arange(most[name], dtype=torch.float64) + 1)
         for name, weight in chosen.items()
     }
-    kept = select_within_budget(claims, {name: costs[name] for name in chosen}, budget)
+    kept = select_within_budget(claims, {name: costs[name] for name in chosen}, budget, least)
     return {name: int(kept[name].sum()) if name in kept else 0 for name in weights}
 
 
@@ -63,6 +69,28 @@ def rising_with_depth(names: Sequence[str]) -> dict[str, float]:
     Raises:
         ValueError: a layer is in no numbered block.
     """
+    return {name: 0.5 + (number / last if last else 0.5) for name, (number, last) in _depths(names).items()}
+
+
+def in_strata(names: Sequence[str]) -> dict[str, float]:
+    """Weights by depth in three strata: 0 in the lower third of the blocks, 1/2 in the middle one, 1 in the upper one,
+    in each stack of blocks on its own, as in SPAFIT (2024). Of a number of blocks that has no thirds, the upper ones
+    get more. The paper trains only biases in its middle stratum, which has no counterpart here: this one has half of
+    the upper one's rank.
+
+    Raises:
+        ValueError: a layer is in no numbered block.
+    """
+    strata = (1.0, 0.5, 0.0)
+    return {name: strata[3 * (last - number) // (last + 1)] for name, (number, last) in _depths(names).items()}
+
+
+def _depths(names: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Layer name -> number of its block, and of the last block of its stack.
+
+    Raises:
+        ValueError: a layer is in no numbered block.
+    """
     places: dict[str, tuple[str, int]] = {}
     for name in names:
         found = NUMBER.search(name)
@@ -72,4 +100,59 @@ def rising_with_depth(names: Sequence[str]) -> dict[str, float]:
     last: dict[str, int] = {}
     for stack, number in places.values():
         last[stack] = max(last.get(stack, 0), number)
-    return {name: 0.5 + (number / last[stack] if last[stack] else 0.5) for name, (stack, number) in places.items()}
+    return {name: (number, last[stack]) for name, (stack, number) in places.items()}
+
+
+def by_spectrum(spectra: Mapping[str, Tensor], costs: Mapping[str, int], budget: int) -> dict[str, int]:
+    """Ranks by the spectra of the gradients of the frozen weights: the components for which the sum of squared
+    singular values is largest for what they cost. To first order, a step of a fixed length along so many directions of
+    each gradient, chosen in this way, lowers the loss most.
+
+    Args:
+        spectra: layer name -> singular values, shape ``(slots,)``, the largest first.
+        costs: layer name -> cost of one component.
+        budget: what all components may cost together.
+
+    Returns:
+        Layer name -> rank, 0 for some perhaps.
+
+    Raises:
+        ValueError: a value is not finite, or the budget is more than the slots can hold.
+    """
+    kept = select_within_budget({name: values.square() for name, values in spectra.items()}, costs, budget)
+    return {name: int(mask.sum()) for name, mask in kept.items()}
+
+
+def by_weight_gradient(
+    importance: Mapping[str, float], costs: Mapping[str, int], budget: int, slots: Mapping[str, int], target_rank: int
+) -> dict[str, int]:
+    """GoRA's ranks (He et al., 2025): in proportion to ``p_m / sqrt(in + out)``, where p_m is the share of layer m in
+    the importance of all, within a half and four times the rank of a uniform adapter. Its rounding lets the parameters
+    come near to the budget; here the factor of proportion is the one for which they meet it (:func:`apportion`).
+
+    Args:
+        importance: layer name -> mean of ``|W o G|``, at least 0.
+        costs: layer name -> cost of one component, its inputs and outputs.
+        budget: what all components may cost together.
+        slots: layer name -> the most components that it has room for.
+        target_rank: of the uniform adapter.
+
+    Raises:
+        ValueError: nothing has an importance, or the budget is more than the layers can hold.
+    """
+    weights = {name: value / costs[name] ** 0.5 for name, value in importance.items()}
+    most = {name: min(number, 4 * target_rank) for name, number in slots.items()}
+    return apportion(weights, costs, budget, most, target_rank // 2)
+
+
+def groups_within(sizes: Mapping[str, int], most: int) -> list[list[str]]:
+    """Names that follow each other, in groups whose sizes add up to no more than ``most``, or of one."""
+    groups: list[list[str]] = []
+    total = 0
+    for name, size in sizes.items():
+        if not groups or total + size > most:
+            groups.append([])
+            total = 0
+        groups[-1].append(name)
+        total += size
+    return groups

@@ -237,3 +237,11 @@ class GrowthSchedule(BudgetSchedule):
                 f"initial_rank is {self.initial_rank} and target_rank {self.target_rank}, but what grows must start "
                 "between 1 and less than it ends with: lower initial_rank or raise target_rank"
             )
+
+
+class OneEvent(BudgetSchedule):
+    """Of all events, only the last one takes place."""
+
+    def is_prune_step(self, step: int) -> bool:
+        """Whether it is that of the last event."""
+        return step == self.final_step

@@ -42,6 +42,7 @@ class RecordedEvent:
         num_parameters: Entries of the kept components' vectors, over the whole model; None in older records.
         scores: Layer -> mean score of its components before the event, see :class:`PruneEvent`; None where nothing was
             scored, and in older records.
+        planned: Layer -> components that ``plan.json`` gives it, where they are others than those kept.
     """
 
     step: int
@@ -51,6 +52,7 @@ class RecordedEvent:
     final: bool
     num_parameters: int | None = None
     scores: Mapping[str, float] | None = None
+    planned: Mapping[str, int] | None = None
 
     @classmethod
     def of(cls, event: PruneEvent) -> "RecordedEvent":
@@ -63,6 +65,7 @@ class RecordedEvent:
             final=event.final,
             num_parameters=event.num_parameters,
             scores=event.scores,
+            planned=event.planned,
         )
 
     @property

@@ -105,6 +105,7 @@ def summarize(run: Path) -> dict[str, Any]:
         "parameters_kept": events[-1].num_parameters if events else None,
         "final_event": bool(events) and events[-1].final,
         "ranks": ranks,
+        "planned": events[-1].planned if events else None,
         "left_out": files.read_json(run / records.RUN).get("left_out"),
         "session_seconds": last_session.get("session_seconds"),
         "session_tokens": last_session.get("session_tokens"),
@@ -148,6 +149,12 @@ def format_summary(summary: Mapping[str, Any], run: Path) -> str:
     size = "" if parameters is None else f" of {parameters:,} parameters"
     if start is not None:
         lines.append(f"  {'components':<16} {start} -> {kept}{size}{state}")
+    if planned := summary["planned"]:
+        chosen = [rank for rank in planned.values() if rank]
+        lines.append(
+            f"  {'planned':<16} {sum(chosen)} components for the {len(chosen)} of {len(planned)} modules that stayed: "
+            f"adapter.ranks {run / records.PLAN} trains them"
+        )
     if summary["left_out"]:
         lines.append(f"  {'not adapted':<16} {summary['left_out']}")
     if summary["session_seconds"]:

@@ -15,8 +15,8 @@ from dora_dist.adapter.model import DynamicLoraForCausalLM, DynamicLoraModel, ad
 from dora_dist.base_model import load
 from dora_dist.base_model.kernels import NO_KERNELS, use_kernels
 from dora_dist.base_model.recomputation import Recomputation
-from dora_dist.config.adapter import DRAWN_INITS, PROMPT, Init
-from dora_dist.config.pruning import ABLATION, ABLATIONS, GROW, MOVE, NONE, PruningConfig
+from dora_dist.config.adapter import DRAWN_INITS, PROMPT, RANKS_FROM_DATA, UNIFORM, Init
+from dora_dist.config.pruning import ABLATION, ABLATIONS, GROW, MODULES_PER_LAYER, MOVE, NONE, PruningConfig
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import TASKS
 from dora_dist.config.training import LORA_PLUS_RATIO, training_argument
@@ -25,6 +25,7 @@ from dora_dist.distributed.agreement import Agreement, digest_tensors
 from dora_dist.distributed.preemption import PreemptionNotice
 from dora_dist.evaluation.evaluator import Evaluator
 from dora_dist.method.budget import Budget
+from dora_dist.method.ranks import LARGEST_GRADIENT, groups_within
 from dora_dist.method.schedule import GrowthSchedule
 from dora_dist.routing.model import RoutedLoraForCausalLM, add_routed_lora
 from dora_dist.runs.fingerprint import Fingerprint
@@ -34,14 +35,16 @@ from dora_dist.setup.resolve import ResolvedRun
 from dora_dist.setup.tasks import TASK_PARTS
 from dora_dist.training.controller import DynamicRankController
 from dora_dist.training.criterion import Criterion, LayerSensitivity, criterion_of
+from dora_dist.training.from_data.ranks import RankChoice
+from dora_dist.training.from_data.start import DataStart, spread
 from dora_dist.training.parts import LoopSettings, TrainingParts, TrainingRows
 from dora_dist.training.rules.ablation import Ablation
 from dora_dist.training.rules.grow import Grow
+from dora_dist.training.rules.modules_per_layer import ModulesPerLayer
 from dora_dist.training.rules.move import Move
 from dora_dist.training.rules.prune import Prune
 from dora_dist.training.rules.rule import Rule
 from dora_dist.training.skipped_steps import SkipPolicy
-from dora_dist.training.start_from_data import DataStart, spread
 from dora_dist.training.trainer import DynamicLoraTrainer
 
 
@@ -98,7 +101,9 @@ def load_model(
         adapter = dataclasses.replace(adapter, dtype="float32")
     # A start from data is made of LoRA's, when the data can go through the model.
     init: Init = adapter.init if adapter.init in DRAWN_INITS else "lora"
-    adapter = dataclasses.replace(adapter, init=init, seed=adapter_seed(config))
+    # And so are ranks from data; until then, all layers have as many slots.
+    ranks = UNIFORM if adapter.ranks in RANKS_FROM_DATA else adapter.ranks
+    adapter = dataclasses.replace(adapter, init=init, ranks=ranks, seed=adapter_seed(config))
     kernels = NO_KERNELS
     if config.model.fuse and config.model.kernels == "auto" and device.type == "cuda":
         kernels = use_kernels(base)
@@ -146,6 +151,8 @@ def build_controller(
     elif pruning.rule == GROW:
         assert isinstance(budget.schedule, GrowthSchedule)
         rule = Grow(layers, budget, warmup=budget.schedule.interval)
+    elif pruning.rule == MODULES_PER_LAYER:
+        rule = ModulesPerLayer(layers, budget, pruning.modules_per_layer)
     else:
         rule = Prune(layers, budget, pruning.selection())
     return DynamicRankController(layers, budget, agreement, criterion=criterion, rule=rule, head=head)
@@ -157,6 +164,20 @@ def data_start(config: RunConfig, resolved: ResolvedRun) -> DataStart | None:
         return None
     rows = spread(config.adapter.calibration_rows, resolved.plan.num_rows)
     return DataStart(init=config.adapter.init, rows=rows, seed=adapter_seed(config))
+
+
+def rank_choice(config: RunConfig, resolved: ResolvedRun, model: DynamicLoraModel) -> RankChoice | None:
+    """How the ranks are made from data; None where they are known."""
+    if config.adapter.ranks not in RANKS_FROM_DATA:
+        return None
+    sizes = {name: len(layer.lora_b) * layer.lora_a.shape[1] for name, layer in model.adapted_layers().items()}
+    return RankChoice(
+        ranks=config.adapter.ranks,
+        rows=spread(config.adapter.calibration_rows, resolved.plan.num_rows),
+        seed=adapter_seed(config),
+        target_rank=config.adapter.target_rank,
+        groups=groups_within(sizes, LARGEST_GRADIENT),
+    )
 
 
 def build_trainer(
@@ -186,6 +207,7 @@ def build_trainer(
         engine=config.distributed.engine,
         timeout_minutes=config.distributed.timeout_minutes,
         start=data_start(config, resolved),
+        rank_choice=rank_choice(config, resolved, model),
         adapter_dtype=next(iter(controller.layers.values())).gate.dtype,
         lora_plus_ratio=training_argument(config.training, LORA_PLUS_RATIO),
         equilibrium_weight=config.pruning.equilibrium_weight,

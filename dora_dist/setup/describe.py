@@ -3,7 +3,7 @@
 import textwrap
 from dataclasses import replace
 
-from dora_dist.config.pruning import GROW, MOVE, PruningConfig
+from dora_dist.config.pruning import GROW, MODULES_PER_LAYER, MOVE, PruningConfig
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import CAUSAL_LM
 from dora_dist.data import prepared
@@ -79,6 +79,8 @@ def _budget_line(config: RunConfig, budget: Budget) -> str:
     if config.pruning.rule == GROW:
         grown = f"{budget.initial:,} {unit} that grow to {budget.final:,}, in layers of {adapter.slots} slots"
         return f"{grown}: like LoRA of rank {adapter.target_rank}, {scale}"
+    if config.pruning.rule == MODULES_PER_LAYER:
+        return f"{_modules(budget, config.pruning)}, {scale}"
     return f"{budget.initial:,} {unit}, {budget.final:,} in the end: like LoRA of rank {adapter.target_rank}, {scale}"
 
 
@@ -90,6 +92,8 @@ def _budget(budget: Budget, pruning: PruningConfig) -> str:
         return (
             title + "\n" + textwrap.fill(", ".join(map(str, steps)), 110, initial_indent="  ", subsequent_indent="  ")
         )
+    if pruning.rule == MODULES_PER_LAYER:
+        return f"budget of {_modules(budget, pruning)}; plan.json gives them the whole budget, for other runs"
     if not budget.schedule.prune_steps:
         return f"budget of {budget.initial:,} {unit}, of which none is pruned (pruning.rule none)"
     events = [f"{step}: {budget.at(step):,}" for step in budget.schedule.prune_steps]
@@ -98,3 +102,8 @@ def _budget(budget: Budget, pruning: PruningConfig) -> str:
         does = f"pruned after steps (step: {unit} that are kept)"
     title = f"budget of {budget.initial:,} {unit}, {does}"
     return title + "\n" + textwrap.fill(", ".join(events), 110, initial_indent="  ", subsequent_indent="  ")
+
+
+def _modules(budget: Budget, pruning: PruningConfig) -> str:
+    number, step = pruning.modules_per_layer, budget.schedule.final_step
+    return f"{budget.initial:,} {pruning.budget_unit}, of which {number} modules of every block stay after step {step}"

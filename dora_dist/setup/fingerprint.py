@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from dora_dist.base_model import load
-from dora_dist.config.adapter import UNIFORM
+from dora_dist.config.adapter import RANKS_FROM_DATA, UNIFORM
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import TASKS
 from dora_dist.config.training import LORA_PLUS_RATIO, training_argument
@@ -47,7 +47,7 @@ def fingerprint_of(
     each layer starts with."""
     interval = schedule.interval if isinstance(schedule, BudgetSchedule) else config.pruning.interval
     adapter = {**dataclasses.asdict(config.adapter), "seed": adapter_seed(config)}
-    if config.adapter.ranks != UNIFORM:  # a plan's file may move, or be written again
+    if config.adapter.ranks not in (UNIFORM, *RANKS_FROM_DATA):  # a plan's file may move, or be written again
         digest = sha256(json.dumps(components, sort_keys=True).encode()).hexdigest()[:16]
         adapter["ranks"] = f"{sum(components.values())} components in {len(components)} layers, {digest}"
     return Fingerprint(

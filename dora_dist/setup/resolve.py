@@ -9,9 +9,9 @@ from dora_dist.adapter.ranks import resolve_ranks
 from dora_dist.base_model import block_weights, load
 from dora_dist.base_model.recomputation import Recomputation
 from dora_dist.base_model.shape import input_embedding, linear_layer
-from dora_dist.config.adapter import PROMPT, UNIFORM, DynamicLoraConfig
+from dora_dist.config.adapter import PROMPT, RANKS_FROM_DATA, UNIFORM, DynamicLoraConfig
 from dora_dist.config.checks import require
-from dora_dist.config.pruning import GROW, NONE, PruningConfig
+from dora_dist.config.pruning import GROW, MODULES_PER_LAYER, NONE, PruningConfig
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import CAUSAL_LM, FINAL_NUMBER, TASKS
 from dora_dist.data.mixture import Mixture
@@ -19,7 +19,15 @@ from dora_dist.data.plan import TrainingPlan
 from dora_dist.data.prepared import PreparedSource
 from dora_dist.evaluation.metrics import final_number
 from dora_dist.method.budget import Budget, component_costs
-from dora_dist.method.schedule import BudgetSchedule, FixedRanks, GrowthSchedule, Schedule, automatic_interval
+from dora_dist.method.modules import highest_rank
+from dora_dist.method.schedule import (
+    BudgetSchedule,
+    FixedRanks,
+    GrowthSchedule,
+    OneEvent,
+    Schedule,
+    automatic_interval,
+)
 from dora_dist.routing.model import routed_blocks
 from dora_dist.runs.fingerprint import Fingerprint
 from dora_dist.setup.fingerprint import fingerprint_of
@@ -213,7 +221,7 @@ def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int)
     linears = {name: linear_layer(skeleton, name) for name in ranks}
     shapes = {name: (linear.in_features, linear.out_features) for name, linear in linears.items()}
     narrowest = min(shapes, key=lambda name: min(shapes[name]))
-    if config.adapter.ranks == UNIFORM:
+    if config.adapter.ranks in (UNIFORM, *RANKS_FROM_DATA):
         most = min(shapes[narrowest])
         require(
             config.adapter.num_slots <= most,
@@ -222,11 +230,29 @@ def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int)
             f"be at most {most}, the largest rank that the layer {narrowest} can have, which is "
             f"{' x '.join(map(str, shapes[narrowest]))}; or leave that layer out of adapter.target_modules",
         )
-    if config.pruning.rule == NONE:
-        schedule: Schedule = FixedRanks(ranks)
+    if config.adapter.ranks in RANKS_FROM_DATA:
+        schedule: Schedule = FixedRanks(dict.fromkeys(ranks, config.adapter.target_rank))
+    elif config.pruning.rule == NONE:
+        schedule = FixedRanks(ranks)
     else:
         schedule = build_schedule(config.pruning, config.adapter, len(ranks), total_steps)
-    return ranks, Budget(schedule, component_costs(shapes, config.pruning.budget_unit))
+    budget = Budget(schedule, component_costs(shapes, config.pruning.budget_unit))
+    if config.pruning.rule == MODULES_PER_LAYER:
+        _check_plan(config, budget, shapes)
+    return ranks, budget
+
+
+def _check_plan(config: RunConfig, budget: Budget, shapes: dict[str, tuple[int, int]]) -> None:
+    """Refuse a plan that no other run could train, whichever modules stay."""
+    rank = highest_rank(budget.costs, budget.final, config.pruning.modules_per_layer)
+    narrowest = min(shapes, key=lambda name: min(shapes[name]))
+    if rank > min(shapes[narrowest]):
+        raise ValueError(
+            f"pruning.modules_per_layer is {config.pruning.modules_per_layer} and adapter.target_rank is "
+            f"{config.adapter.target_rank}, so that a module that stays may be planned a rank of {rank}, but "
+            f"{narrowest} can have {min(shapes[narrowest])} at most: keep more modules, lower adapter.target_rank, or "
+            "leave that layer out of adapter.target_modules"
+        )
 
 
 def _key_of_slots(adapter: DynamicLoraConfig) -> str:
@@ -321,7 +347,7 @@ def build_schedule(
     Raises:
         ValueError: the run is too short for the phases of the pruning section.
     """
-    kind = GrowthSchedule if pruning.rule == GROW else BudgetSchedule
+    kind = {GROW: GrowthSchedule, MODULES_PER_LAYER: OneEvent}.get(pruning.rule, BudgetSchedule)
     return kind(
         total_steps=total_steps,
         num_layers=num_layers,

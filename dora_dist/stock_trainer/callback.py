@@ -35,9 +35,9 @@ from dora_dist.stock_trainer import refusals
 from dora_dist.stock_trainer.penalty_gradient import PenaltyGradient
 from dora_dist.stock_trainer.rows import check_numbered, loss_of_row
 from dora_dist.training.controller import DynamicRankController
+from dora_dist.training.from_data.start import DataStart, spread, start_from_data
 from dora_dist.training.gradient_watch import GradientWatch
 from dora_dist.training.method_state import save_method_tensors
-from dora_dist.training.start_from_data import DataStart, spread, start_from_data
 
 
 class DynamicRankCallback(TrainerCallback):

@@ -17,6 +17,7 @@ from dora_dist.method.importance import score_layers
 from dora_dist.method.prune_event import PruneEvent
 from dora_dist.method.regularizer import penalty_of_stacks
 from dora_dist.training.criterion import Criterion, SmoothedScores, components_of
+from dora_dist.training.rules.masks import set_mask
 from dora_dist.training.rules.prune import Prune
 from dora_dist.training.rules.rule import Rule
 
@@ -45,6 +46,8 @@ class DynamicRankController:
         step: Optimizer steps seen so far.
         kept: Layer -> boolean mask, shape ``(r,)``, on the CPU: the components that the latest event kept; those that
             no mask leaves out before the first event.
+        planned: What the final event has planned for other runs, layer -> components; None where it has not taken place
+            or plans what it has kept.
         moments: Of the optimizer, once an engine has prepared the model.
         failure: Why this rank could not score, or None. It ends the run on all ranks in the next exchange.
 
@@ -73,6 +76,7 @@ class DynamicRankController:
         self.moments: Moments | None = None
         masks = {name: layer.component_mask.cpu().clone() for name, layer in self.layers.items()}
         self.kept: Mapping[str, Tensor] = masks
+        self.planned: Mapping[str, int] | None = None
         self._sizes = [mask.numel() for mask in masks.values()]
         device = next(iter(self.layers.values())).gate.device
         self.criterion = criterion or SmoothedScores(score_layers, 0.9, sum(self._sizes), device)
@@ -96,6 +100,11 @@ class DynamicRankController:
         return {name: int(layer.component_mask.sum()) for name, layer in self.layers.items()}
 
     @property
+    def plan(self) -> Mapping[str, int]:
+        """Layer -> components that spend the final budget: those that are left, or what the rule has planned."""
+        return self.planned or self.ranks
+
+    @property
     def num_kept(self) -> int:
         """Number of components that the latest event kept in the whole model."""
         return sum(int(mask.sum()) for mask in self.kept.values())
@@ -116,6 +125,16 @@ class DynamicRankController:
         layers = list(self.layers.values())
         stacks = stacks_of(layers, layers[0].gathered)
         return penalty_of_stacks(stacks.rows, stacks.columns)
+
+    def fix_ranks(self, ranks: Mapping[str, int]) -> None:
+        """Before the first step: mask all slots of every layer but the first ones.
+
+        Args:
+            ranks: layer -> components that stay, at most its slots; the same on every rank.
+        """
+        for name, layer in self.layers.items():
+            set_mask(layer, torch.arange(len(layer.gate), device=layer.gate.device) < ranks[name])
+        self.kept = {name: layer.component_mask.cpu().clone() for name, layer in self.layers.items()}
 
     def before_first_step(self) -> PruneEvent | None:
         """The event that fixes the ranks of the start, where no other follows: it changes nothing."""
@@ -155,17 +174,19 @@ class DynamicRankController:
         means = self._mean_scores(scores)
         kept, self.kept = self.kept, self.rule.select(step, scores, self.kept)
         self.rule.apply(step, kept, self.kept, self.moments)
+        if self.finished_pruning:
+            self.planned = self.rule.plan(step, scores)
         self.criterion.after_event()
         return self._event(kept, means)
 
     def verify(self, what: str) -> None:
-        """Prove that all ranks hold the same adapter, head, masks, budget and step.
+        """Prove that all ranks hold the same adapter, head, masks, budget, plan and step.
 
         Raises:
             DisagreementError: they do not.
         """
-        position = f"{self.step}/{self.budget}"
-        digests = {"step and budget": sha256(position.encode()).digest()}
+        position = f"{self.step}/{self.budget}/{self.planned}"
+        digests = {"step, budget and plan": sha256(position.encode()).digest()}
         for name, layer in self.layers.items():
             masks = (layer.component_mask, self.kept[name])
             digests[name] = digest_tensors(layer.lora_a, layer.gate, layer.lora_b, *masks)
@@ -196,12 +217,13 @@ class DynamicRankController:
         """Check at the end of a run that the method did what its configuration promised.
 
         Raises:
-            BudgetMissedError: the final event never came, or the kept components are not the budget.
+            BudgetMissedError: the final event never came, or the components of :attr:`plan` are not the budget.
             DisagreementError: the ranks hold different adapters.
         """
         self.verify("the adapter at the end of the run")
-        kept = self.ranks
-        what = f"{sum(kept.values())} components (cost {self.budget.spent(kept)}) are left"
+        kept = self.plan
+        verb = "are planned" if self.planned else "are left"
+        what = f"{sum(kept.values())} components (cost {self.budget.spent(kept)}) {verb}"
         wanted = f"the budget {self.budget.final}"
         if not self.finished_pruning:
             early = f"the run ended at step {self.step} before the final pruning event of step"
@@ -210,11 +232,13 @@ class DynamicRankController:
             raise mark_common(BudgetMissedError(f"{what} instead of {wanted}"))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Masks, scores and what the latest event kept, by layer, as flat names; see :meth:`load_state_dict`."""
+        """Masks, scores, what the latest event kept and the final one planned, by layer, as flat names; see
+        :meth:`load_state_dict`."""
         state = {f"{name}.component_mask": layer.component_mask.cpu() for name, layer in self.layers.items()}
         # Copies: safetensors does not write parts of one tensor.
         state |= {f"{name}.scores": scores.clone() for name, scores in self.scores.items()}
         state |= {f"{name}.kept": mask.clone() for name, mask in self.kept.items()}
+        state |= {f"{name}.planned": torch.tensor(rank) for name, rank in (self.planned or {}).items()}
         return state | {name: tensor.cpu().clone() for name, tensor in self._own_state().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor], step: int) -> None:
@@ -231,6 +255,8 @@ class DynamicRankController:
             self.kept = {name: state[f"{name}.kept"] for name in self.layers}
             for name, tensor in self._own_state().items():
                 tensor.copy_(state[name])
+            planned = {name: state.get(f"{name}.planned") for name in self.layers}
+            self.planned = {name: int(rank) for name, rank in planned.items() if rank is not None} or None
         except (KeyError, RuntimeError) as error:
             failure = f"the saved state does not fit the model: {error!r}"
         self.agreement.raise_together(failure, "loading the state of the method")
@@ -278,4 +304,5 @@ class DynamicRankController:
             final=self.finished_pruning,
             num_parameters=sum(int(mask.sum()) * widths[name] for name, mask in self.kept.items()),
             scores=scores,
+            planned=self.planned,
         )

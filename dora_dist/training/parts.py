@@ -16,8 +16,9 @@ from dora_dist.evaluation.evaluator import Evaluator
 from dora_dist.runs.fingerprint import Fingerprint
 from dora_dist.runs.records import RunRecords
 from dora_dist.training.controller import DynamicRankController
+from dora_dist.training.from_data.ranks import RankChoice
+from dora_dist.training.from_data.start import DataStart
 from dora_dist.training.skipped_steps import SkipPolicy
-from dora_dist.training.start_from_data import DataStart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,7 @@ class LoopSettings:
         engine: ``distributed.engine`` of the configuration.
         timeout_minutes: How long a rank waits for the others in a collective of the engine.
         start: How the adapter starts from data; None where it is drawn.
+        rank_choice: How the ranks are made from data; None where they are known.
         adapter_dtype: The dtype that the adapter's parameters must have when training begins.
         lora_plus_ratio: Learning rate of the columns b_i over that of all else.
         equilibrium_weight: Weight of the Dimensional Equilibrium Modulator in the loss.
@@ -66,6 +68,7 @@ class LoopSettings:
     engine: str
     timeout_minutes: float
     start: DataStart | None
+    rank_choice: RankChoice | None
     adapter_dtype: torch.dtype
     lora_plus_ratio: float
     equilibrium_weight: float

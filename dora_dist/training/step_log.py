@@ -98,11 +98,13 @@ class StepLog:
             max_steps: Optimizer steps of the run.
         """
         minutes_left = (max_steps - step) * logs["seconds_per_step"] / 60
+        # Where ranks never change, there is nothing to compare them with.
+        start = "" if self._controller.schedule.final_step == 0 else f"/{self._controller.schedule.num_components}"
         loss, norm = (logs.get(name, math.nan) for name in ("loss", "grad_norm"))  # nan: no step was taken
         return (
             f"step {step:>{len(str(max_steps))}}/{max_steps}  loss {loss:.4f}  grad norm {norm:.3f}  "
             f"lr {logs['learning_rate']:.2e}  "
-            f"components {logs['components']}/{self._controller.schedule.num_components}  "
+            f"components {logs['components']}{start}  "
             f"{logs['seconds_per_step']:.2f} s/step  {logs['tokens_per_second']:,.0f} tokens/s  "
             f"{minutes_left:.1f} min left"
         )

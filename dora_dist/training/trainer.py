@@ -28,11 +28,12 @@ from dora_dist.page.document import keep_current
 from dora_dist.runs import checkpoint
 from dora_dist.training.batch_size import global_batch
 from dora_dist.training.checkpointing import Checkpointer
+from dora_dist.training.from_data.ranks import choose_ranks
+from dora_dist.training.from_data.start import start_from_data
 from dora_dist.training.gradient_watch import GradientWatch
 from dora_dist.training.optimizer_shards import OptimizerShards
 from dora_dist.training.out_of_memory import EVALUATION_ADVICE, explained, step_advice
 from dora_dist.training.parts import LoopSettings, TrainingParts, TrainingRows
-from dora_dist.training.start_from_data import start_from_data
 from dora_dist.training.step_log import StepLog
 
 EQUILIBRIUM, BALANCE = "equilibrium_penalty", "balance_loss"
@@ -106,10 +107,8 @@ class DynamicLoraTrainer(Trainer):
         # Dropout of its own on every rank; a resumed run restores each rank's generators from its checkpoint.
         set_seed((self.args.seed + self.args.process_index) % 2**32)
         started = time.monotonic()
-        if self.settings.start is not None and self._resumed_from is None:
-            # Where the Trainer would switch it on.
-            recompute_first(self.model.get_base_model(), self.settings.recomputation.count)
-            start_from_data(self.model, self._loss_of_row, self.settings.start, self.parts.agreement)
+        if self._resumed_from is None:
+            self._prepare_from_data()
         self.parts.agreement.note("starting the engine")
         with explained(self._advice_on_memory):
             result = super().train(str(self._resumed_from) if self._resumed_from else None, *args, **kwargs)
@@ -117,6 +116,19 @@ class DynamicLoraTrainer(Trainer):
         seconds = time.monotonic() - started
         self.parts.records.metrics(self.state.global_step, {"session_seconds": seconds, "session_tokens": tokens})
         return result
+
+    def _prepare_from_data(self) -> None:
+        """Ranks and start, where they are made from training rows."""
+        agreement, controller = self.parts.agreement, self.parts.controller
+        choice, start = self.settings.rank_choice, self.settings.start
+        if choice is not None or start is not None:
+            # Where the Trainer would switch it on.
+            recompute_first(self.model.get_base_model(), self.settings.recomputation.count)
+        if choice is not None:
+            ranks = choose_ranks(self.model, self._loss_of_row, choice, controller.budget, agreement)
+            controller.fix_ranks(ranks)
+        if start is not None:
+            start_from_data(self.model, self._loss_of_row, start, agreement)
 
     def tokens_of(self, first: int, last: int) -> int:
         """Tokens of the optimizer steps after ``first`` up to ``last``, on all ranks together, without padding."""

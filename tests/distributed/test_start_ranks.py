@@ -32,7 +32,18 @@ def test_a_rank_that_cannot_read_its_rows_is_named_on_all():
     outcomes = run_ranks(rank_functions.start_from_rows, 2, "gradient", 1)
     assert {outcome.error_type for outcome in outcomes} == {"RankFailedError"}
     assert all(
-        "pass 1 of 4 over 7 rows for adapter.init failed on 1 of 2 ranks: "
+        "pass 1 of 4 over 7 rows (adapter.init is gradient) failed on 1 of 2 ranks: "
         f"rank 1 ({platform.node()}): OSError: no such row" in outcome.error
         for outcome in outcomes
     )
+
+
+@pytest.mark.parametrize("ranks", ["gradient_spectrum", "weight_gradient"])
+def test_ranks_from_rows_are_the_same_on_any_number_of_processes(ranks):
+    outcomes = [
+        *run_ranks(rank_functions.ranks_from_rows, 2, ranks),
+        *run_ranks(rank_functions.ranks_from_rows, 1, ranks),
+    ]
+    assert [outcome.error for outcome in outcomes] == [None] * 3
+    assert len({tuple(outcome.value.items()) for outcome in outcomes}) == 1
+    assert len(set(outcomes[0].value.values())) > 1

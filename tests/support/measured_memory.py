@@ -1,5 +1,6 @@
 """The peak memory of training steps on a CPU, in bytes: what ``torch.cuda.max_memory_allocated`` is on a GPU."""
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,8 +22,11 @@ from dora_dist.config.parse import load_config
 from dora_dist.config.run import RunConfig
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.distributed.world import use_gloo_only
+from dora_dist.method.budget import PARAMETERS, Budget, component_costs
 from dora_dist.method.regularizer import penalty_of_stacks
-from dora_dist.training.start_from_data import DataStart, start_from_data
+from dora_dist.method.schedule import FixedRanks
+from dora_dist.training.from_data.ranks import RankChoice, choose_ranks
+from dora_dist.training.from_data.start import DataStart, start_from_data
 from support.repository import REPOSITORY
 
 
@@ -81,9 +85,30 @@ def measure_start(config: RunConfig) -> int:
     meter = PeakMeter()
     model = _load(replace(config, adapter=replace(config.adapter, init="lora")), "float32")
     start = DataStart(init=config.adapter.init, rows=(0,), seed=0)
+    one_row = _one_row(config)
+    return meter.of_second(lambda: start_from_data(model, lambda _: _loss(model, model, one_row), start, Agreement()))
+
+
+def measure_rank_choice(config: RunConfig) -> int:
+    """The same of ranks from one row; their layers are one group."""
+    meter = PeakMeter()
+    slotted = copy.copy(config)  # whose slots a run would refuse
+    slotted.adapter = replace(config.adapter, ranks="uniform")
+    model = _load(slotted, "float32")
+    layers, target = model.adapted_layers(), config.adapter.target_rank
+    shapes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
+    budget = Budget(FixedRanks(dict.fromkeys(layers, target)), component_costs(shapes, PARAMETERS))
+    choice = RankChoice(ranks=config.adapter.ranks, rows=(0,), seed=0, target_rank=target, groups=[list(layers)])
+    one_row = _one_row(config)
+    return meter.of_second(
+        lambda: choose_ranks(model, lambda _: _loss(model, model, one_row), choice, budget, Agreement())
+    )
+
+
+def _one_row(config: RunConfig) -> RunConfig:
     one_row = replace(config, training={**config.training, "per_device_train_batch_size": 1})
     one_row.pruning.equilibrium_weight = 0.0
-    return meter.of_second(lambda: start_from_data(model, lambda _: _loss(model, model, one_row), start, Agreement()))
+    return one_row
 
 
 def measure_zero_peak(path: str, overrides: list[str], bucket_numel: int) -> int:

@@ -579,7 +579,7 @@ def agreement_first() -> Tensor:
 def start_from_rows(init: str, failing: int | None = None) -> dict[str, Tensor]:
     """Rows a_i and columns b_i of a tiny model after its start from 7 training rows, of which one rank perhaps cannot
     read any."""
-    from dora_dist.training.start_from_data import DataStart, start_from_data
+    from dora_dist.training.from_data.start import DataStart, start_from_data
     from support.tiny_models import adapt, tiny_model, tokens
 
     agreement, model, one = Agreement(), adapt(tiny_model()), torch.ones(())
@@ -595,6 +595,31 @@ def start_from_rows(init: str, failing: int | None = None) -> dict[str, Tensor]:
     return {
         name: torch.cat([layer.lora_a.detach().flatten(), layer.lora_b.detach().flatten()]) for name, layer in layers
     }
+
+
+def ranks_from_rows(ranks: str) -> dict[str, int]:
+    """Components of every layer of a tiny model, made from 7 training rows, which the controller verifies."""
+    from dora_dist.method.budget import PARAMETERS, Budget, component_costs
+    from dora_dist.method.schedule import FixedRanks
+    from dora_dist.training.controller import DynamicRankController
+    from dora_dist.training.from_data.ranks import RankChoice, choose_ranks
+    from support.tiny_models import adapt, tiny_model, tokens
+
+    agreement, model, one = Agreement(), adapt(tiny_model(), initial_rank=2, slots=6), torch.ones(())
+    layers = model.adapted_layers()
+    shapes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
+    budget = Budget(FixedRanks(dict.fromkeys(layers, 2)), component_costs(shapes, PARAMETERS))
+
+    def loss(number: int) -> Tensor:
+        ids = tokens(1, 8 + number, seed=number)
+        return model(input_ids=ids, labels=ids, num_items_in_batch=one).loss
+
+    groups = [[name] for name in layers]
+    choice = RankChoice(ranks=ranks, rows=range(7), seed=2, target_rank=2, groups=groups)
+    controller = DynamicRankController(layers, budget, agreement)
+    controller.fix_ranks(choose_ranks(model, loss, choice, budget, agreement))
+    controller.finish()
+    return controller.ranks
 
 
 def store_gathers() -> list[list[Any]]:

@@ -51,10 +51,11 @@ def evaluation_of(run_folder: Path) -> dict[str, float]:
     return [line for line in read_lines(run_folder / "metrics.jsonl") if "eval_loss" in line][-1]
 
 
-def assert_same_course(expected: Path, found: Path, gradient_tolerance: float = RELATIVE) -> None:
+def assert_same_course(expected: Path, found: Path, gradient_tolerance: float = RELATIVE, allocations: int = 3) -> None:
     """Two runs whose numbers are added up in another order: the same masks, and losses that differ by rounding only.
 
-    Tolerances are those of docs/numerics.md: float32 sums in another order, over twelve steps.
+    Tolerances are those of docs/numerics.md: float32 sums in another order, over twelve steps. The run must have had
+    ``allocations`` masks at least, or they would prove nothing.
     """
     old, new = steps_of(expected), steps_of(found)
     assert [line["step"] for line in new] == [line["step"] for line in old]
@@ -66,7 +67,7 @@ def assert_same_course(expected: Path, found: Path, gradient_tolerance: float = 
         assert abs(sum(residuals) / len(residuals)) < tolerance / 2, (key, residuals)
     for key in ("allocation", "learning_rate", "components"):
         assert [line[key] for line in new] == [line[key] for line in old], key
-    assert len({line["allocation"] for line in new}) >= 3, "nothing was pruned: the masks prove nothing"
+    assert len({line["allocation"] for line in new}) >= allocations, "the masks prove nothing"
     events = [read_lines(folder / "allocation.jsonl") for folder in (expected, found)]
     assert [event["kept"] for event in events[0]] == [event["kept"] for event in events[1]]
     before, after = evaluation_of(expected), evaluation_of(found)

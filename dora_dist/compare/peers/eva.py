@@ -20,7 +20,7 @@ from dora_dist.config.tasks import TASKS
 from dora_dist.data.batches import PaddedCollator
 from dora_dist.setup import resolve
 from dora_dist.setup.tasks import TASK_PARTS
-from dora_dist.training.start_from_data import spread
+from dora_dist.training.from_data.start import spread
 
 if TYPE_CHECKING:
     from dora_dist.config.run import RunConfig

@@ -36,6 +36,7 @@ class Rule(Protocol):
 
     def begin(self, kept: Masks) -> None:
         """What the layers need before the first step, where ``kept`` is alive; no engine has prepared the model."""
+        return
 
     def rates(self, step: int, kept: Masks) -> Iterable[tuple[nn.Parameter, Tensor]]:
         """Which entries learn slower than the rest.
@@ -51,6 +52,7 @@ class Rule(Protocol):
 
     def prepare(self, criterion: Criterion, agreement: Agreement) -> None:
         """An event is due: what it does before scores are compared. With collectives, on every rank."""
+        return
 
     def select(self, step: int, scores: Mapping[str, Tensor], kept: Masks) -> Masks:
         """What is alive after an event.
@@ -71,3 +73,16 @@ class Rule(Protocol):
             chosen: what :meth:`select` returned.
             moments: of the optimizer; None where no engine has prepared the model.
         """
+
+    def plan(self, step: int, scores: Mapping[str, Tensor]) -> Mapping[str, int] | None:
+        """What the final event has found out for other runs, where it is not what it has left in this one.
+
+        Args:
+            step: as above.
+            scores: as above.
+
+        Returns:
+            Layer -> components, of all layers, that cost the final budget; None where they are those that
+            :meth:`select` leaves.
+        """
+        return None

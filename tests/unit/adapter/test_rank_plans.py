@@ -30,7 +30,7 @@ def plan(tmp_path):
     return str(path)
 
 
-@pytest.mark.parametrize("generator", ["mlp-only", "rising-with-depth"])
+@pytest.mark.parametrize("generator", ["mlp-only", "rising-with-depth", "strata"])
 def test_a_generator_spends_what_uniform_ranks_cost(generator):
     model = tiny_model()
     uniform = resolve_ranks(model, DynamicLoraConfig(target_rank=3, initial_rank=3))
@@ -76,7 +76,7 @@ def test_the_scale_of_a_layer(plan, scale, expected):
 @pytest.mark.parametrize(
     ("written", "says"),
     [
-        (None, "there is no such file: give uniform, mlp-only, rising-with-depth, or the path of a plan"),
+        (None, "there is no such file: give uniform, mlp-only, rising-with-depth, strata, .*, or the path of a plan"),
         ("{", "is no JSON"),
         ("[1]", "is no plan"),
         (plan_of({}), "is no plan"),

@@ -52,6 +52,25 @@ def test_scoring_writes_its_figures(tmp_path):
     assert result["accuracy"]["opposing_closed_relative_error"] < 1e-5
 
 
+def test_generating_compares_adapters_of_as_many_parameters_in_fewer_modules(tmp_path):
+    done = benchmark("--quick", "--generating", "--output", tmp_path)
+    assert done.status == 0, done.output
+    result = json.loads((tmp_path / "generation.json").read_text())
+    (record,) = result["records"]
+    contestants = record["contestants"]
+    assert list(contestants) == ["floor", "7 a block", "3 a block", "1 a block"]
+    assert [figures["adapted_modules"] for figures in contestants.values()] == [0, 14, 6, 2]
+    parameters = [figures["adapter_parameters"] for figures in contestants.values()]
+    assert parameters[0] == 0
+    assert parameters[1] == 2 * 8 * (4 * 128 + 3 * 256)  # rank 8 of all modules of a width of 64
+    assert all(0 <= parameters[1] - number < 256 for number in parameters[2:])
+    for figures in contestants.values():
+        assert len(figures["times"]) == result["environment"]["rounds"]
+        assert figures["tokens_per_second"] > 0
+    assert contestants["floor"]["to_floor"]["median"] == 1
+    assert "7 a block" in done.output
+
+
 @pytest.mark.full("benchmark")
 def test_growth_has_all_axes_and_real_ranks(tmp_path):
     done = benchmark("--quick", "--growth", "--output", tmp_path)

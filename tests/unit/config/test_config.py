@@ -39,6 +39,8 @@ def load(tmp_path: Path):
 
 MOVE = ("--pruning.rule", "move", "--adapter.slots", "16")
 GROW = ("--pruning.rule", "grow")
+FROM_DATA = ("--preset", "lora", "--adapter.ranks", "gradient_spectrum")
+MODULES = ("--pruning.rule", "modules_per_layer")
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(REPOSITORY)))
@@ -268,6 +270,18 @@ def test_owned_training_arguments_are_refused_when_loading(load):
         ([*GROW, "--pruning.rebase", "true"], "pruning.rebase is true, but must be false for the rule grow"),
         ([*GROW, "--training.optim", "adafactor"], "training.optim is adafactor, but pruning.rule is grow"),
         ([*GROW, "--pruning.importance", "ablation"], "importance is ablation, but must be another for the rule grow"),
+        (
+            ["--adapter.ranks", "weight_gradient"],
+            "adapter.ranks is weight_gradient, .* pruning.rule is prune: set it to",
+        ),
+        ([*FROM_DATA, "--adapter.slots", "7"], "slots is 7, but must be at least 8, the rank at the start"),
+        ([*FROM_DATA, "--adapter.routing", "prompt"], "routing is prompt, but adapter.ranks is gradient_spectrum"),
+        ([*MODULES, "--adapter.initial_rank", "9"], "initial_rank is 9, but pruning.rule is modules_per_layer, .*8"),
+        ([*MODULES, "--pruning.rebase", "true"], "rebase is true, but must be false for the rule modules_per_layer"),
+        ([*MODULES, "--pruning.max_rank", "9"], "max_rank is 9, but must be null for the rule modules_per_layer"),
+        ([*MODULES, "--pruning.min_rank", "1"], "min_rank is 1, but must be 0 for the rule modules_per_layer"),
+        ([*MODULES, "--pruning.modules_per_layer", "0"], "pruning.modules_per_layer is 0"),
+        ([*MODULES, "--adapter.slots", "16"], "slots is 16, but pruning.rule is modules_per_layer, which fills none"),
         (["--pruning.scoring_rows", "0"], "pruning.scoring_rows is 0"),
         (["--pruning.importance", "ablation"], "importance is ablation, but must be another for the rule prune"),
         (["--pruning.min_rank", "9"], "target_rank 8 .* pruning.min_rank 9"),
@@ -514,6 +528,14 @@ def test_routing_runs_layer_by_layer(load, tmp_path):
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == config
     assert load("").model.fuse
+
+
+def test_ranks_from_data_fill_slots_and_are_counted_in_parameters(load, tmp_path):
+    config = load("", *FROM_DATA)
+    assert (config.adapter.slots, config.adapter.start_rank, config.pruning.budget_unit) == (16, 8, "parameters")
+    assert load("", *FROM_DATA, "--adapter.slots", "32").adapter.num_slots == 32
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
 
 
 def test_metrics_are_those_of_the_task_unless_chosen():

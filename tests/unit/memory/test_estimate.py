@@ -8,7 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.measured_memory import measure_peak, measure_start, measure_zero_peak, save_model, write_run
+from support.measured_memory import (
+    measure_peak,
+    measure_rank_choice,
+    measure_start,
+    measure_zero_peak,
+    save_model,
+    write_run,
+)
 from support.ranks import run_ranks
 from transformers import Gemma2Config, LlamaConfig, Qwen3Config
 
@@ -133,6 +140,17 @@ def test_the_peak_of_a_start_from_data(models, shape, recomputed, init):
     print(f"estimated {estimated / 2**20:.1f} MiB, measured {measured / 2**20:.1f} MiB, {estimated / measured:.3f}")
     # For inputs it is an upper bound: a forward without gradients frees what is reckoned with here.
     assert 0.85 * measured < estimated < 1.6 * measured
+
+
+@pytest.mark.parametrize("ranks", ["gradient_spectrum", "weight_gradient"])
+def test_the_peak_of_ranks_from_data(models, ranks):
+    changes = ["--preset", "lora", "--adapter.initial_rank", "null", "--adapter.ranks", ranks]
+    config = load_config(models("wide"), [*changes, "--model.recompute_layers", "all"])
+    moment = estimate_memory(config, 1, "cpu").configured.moments[0]
+    measured = measure_rank_choice(config)
+    print(f"estimated {moment.total / 2**20:.1f} MiB, measured {measured / 2**20:.1f} MiB")
+    assert moment.name == "ranks from data"
+    assert 0.85 * measured < moment.total < 1.6 * measured
 
 
 def test_a_model_that_needs_its_logits_has_them_in_its_peak(models):

@@ -4,8 +4,17 @@ import itertools
 import random
 
 import pytest
+import torch
 
-from dora_dist.method.ranks import apportion, in_mlps, rising_with_depth
+from dora_dist.method.ranks import (
+    apportion,
+    by_spectrum,
+    by_weight_gradient,
+    groups_within,
+    in_mlps,
+    in_strata,
+    rising_with_depth,
+)
 
 COSTS = {"a": 3, "b": 5, "c": 8}
 MOST = {"a": 4, "b": 4, "c": 4}
@@ -84,6 +93,66 @@ def test_weights_rise_from_a_half_to_one_and_a_half_in_each_stack():
     assert rising_with_depth(["h.0.q"]) == {"h.0.q": 1.0}
 
 
-def test_a_layer_outside_of_blocks_has_no_depth():
+@pytest.mark.parametrize(
+    ("blocks", "weights"),
+    [(1, [1]), (2, [0.5, 1]), (3, [0, 0.5, 1]), (4, [0, 0.5, 1, 1]), (6, [0, 0, 0.5, 0.5, 1, 1])],
+)
+def test_strata_are_thirds_of_the_blocks_of_each_stack(blocks, weights):
+    names = [f"{stack}.block.{number}.q" for stack in ("encoder", "decoder") for number in range(blocks)]
+    assert list(in_strata(names).values()) == weights * 2
+
+
+@pytest.mark.parametrize("generator", [rising_with_depth, in_strata])
+def test_a_layer_outside_of_blocks_has_no_depth(generator):
     with pytest.raises(ValueError, match=r"pooler\.dense is in no numbered block"):
-        rising_with_depth(["h.0.q", "pooler.dense"])
+        generator(["h.0.q", "pooler.dense"])
+
+
+def test_every_layer_has_the_least_whatever_its_weight():
+    assert apportion({"a": 0.0, "b": 1.0, "c": 0.0}, COSTS, 32, MOST, least=1) == {"a": 1, "b": 4, "c": 1}
+
+
+def test_ranks_by_spectrum_keep_the_largest_sum_of_squares_for_their_cost():
+    """Against all ranks that cost as much: 0 to 4 of each layer."""
+    source = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        spectra = {name: torch.rand(4, generator=source).sort(descending=True).values for name in COSTS}
+        found = by_spectrum(spectra, COSTS, 25)
+        cost = sum(COSTS[name] * rank for name, rank in found.items())
+        assert 0 <= 25 - cost < max(COSTS.values())
+
+        def worth(ranks, spectra=spectra):
+            return sum(float(spectra[name][:rank].square().sum()) for name, rank in ranks.items())
+
+        every = (dict(zip(COSTS, numbers, strict=True)) for numbers in itertools.product(range(5), repeat=3))
+        same = [ranks for ranks in every if sum(COSTS[name] * rank for name, rank in ranks.items()) <= cost]
+        # The order of worth per cost is within one component of the best choice.
+        assert worth(found) >= max(map(worth, same)) - max(float(values[0].square()) for values in spectra.values())
+
+
+def test_ranks_of_gora_are_its_formula_where_its_total_is_the_budget():
+    """``r_m = round(B p_m / sqrt(in + out))`` with ``B = sum r sqrt(in + out)``, chosen so that no rounding is left."""
+    costs = {"a": 16, "b": 64, "c": 144}
+    importance = {"a": 3 * 4.0, "b": 6 * 8.0, "c": 5 * 12.0}
+    scale = sum(importance.values())
+    total = 5 * sum(cost**0.5 for cost in costs.values())
+    formula = {name: total * value / scale / costs[name] ** 0.5 for name, value in importance.items()}
+    assert formula == pytest.approx({"a": 3, "b": 6, "c": 5})
+    budget = 3 * 16 + 6 * 64 + 5 * 144
+    assert by_weight_gradient(importance, costs, budget, dict.fromkeys(costs, 20), 5) == {"a": 3, "b": 6, "c": 5}
+
+
+def test_ranks_of_gora_lie_between_a_half_and_four_times_the_uniform_rank_and_within_the_slots():
+    costs = dict.fromkeys("abcdefgh", 2)
+    importance = {"a": 1e6, **dict.fromkeys("bcdefgh", 1.0)}
+    roomy = by_weight_gradient(importance, costs, 2 * 8 * 4, dict.fromkeys(costs, 99), 4)
+    assert roomy["a"] == 16
+    assert sum(roomy.values()) == 32
+    assert min(roomy.values()) == 2
+    assert by_weight_gradient(importance, costs, 2 * 8 * 4, dict.fromkeys(costs, 8), 4)["a"] == 8
+
+
+def test_groups_are_as_large_as_they_may_be_and_have_one_at_least():
+    sizes = {"a": 3, "b": 3, "c": 9, "d": 1, "e": 5, "f": 1}
+    assert groups_within(sizes, 6) == [["a", "b"], ["c"], ["d", "e"], ["f"]]
+    assert groups_within(sizes, 99) == [list(sizes)]

@@ -5,7 +5,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dora_dist.method.budget import Budget
-from dora_dist.method.schedule import BudgetSchedule, GrowthSchedule
+from dora_dist.method.schedule import BudgetSchedule, GrowthSchedule, OneEvent
 
 
 def make(total_steps: int = 1000, **changes) -> BudgetSchedule:
@@ -133,3 +133,10 @@ def test_growth_rises_in_a_straight_line_from_the_start_to_the_budget(pruning, m
 def test_what_grows_starts_below_its_end(start, target):
     with pytest.raises(ValueError, match=f"initial_rank is {start} and target_rank {target}, but what grows"):
         GrowthSchedule(total_steps=100, num_layers=1, initial_rank=start, target_rank=target)
+
+
+def test_of_one_event_only_the_last_of_the_schedule_takes_place():
+    for total in (12, 200, 333):
+        schedule = OneEvent(total_steps=total, num_layers=1, initial_rank=2, target_rank=2, interval=2)
+        all_events = make(total_steps=total, interval=2)
+        assert schedule.prune_steps == [all_events.final_step] == [schedule.final_step]

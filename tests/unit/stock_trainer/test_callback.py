@@ -136,7 +136,7 @@ class Start(TrainerCallback):
 @pytest.mark.parametrize("init", ["inputs", "gradient"])
 def test_a_start_from_the_trainers_rows_is_that_of_a_run(init, base, tmp_path):
     from dora_dist.distributed.agreement import Agreement
-    from dora_dist.training.start_from_data import DataStart, spread, start_from_data
+    from dora_dist.training.from_data.start import DataStart, spread, start_from_data
 
     data, one = rows(), torch.ones(())
 

@@ -42,6 +42,7 @@ class Loop:
             engine="none",
             timeout_minutes=1,
             start=None,
+            rank_choice=None,
             adapter_dtype=torch.float32,
             lora_plus_ratio=1.0,
             equilibrium_weight=0.1,

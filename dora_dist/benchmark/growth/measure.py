@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from dora_dist.benchmark.growth_point import measure_point
+from dora_dist.benchmark.growth.point import measure_point
+from dora_dist.benchmark.growth.rank_process import POINT, run_rank
 from dora_dist.benchmark.options import ADALORA, Options
-from dora_dist.benchmark.rank_process import POINT, run_rank
 from dora_dist.benchmark.shapes import Shape, llama_like
 from dora_dist.distributed.agreement import Agreement
 

@@ -18,7 +18,7 @@ def run_rank(rank: int, size: int, threads: int, folder: Path, shape: Shape, opt
     quiet_libraries()
     import torch
 
-    from dora_dist.benchmark.growth_point import measure_point
+    from dora_dist.benchmark.growth.point import measure_point
     from dora_dist.distributed.world import join_at_file
 
     torch.set_num_threads(threads)

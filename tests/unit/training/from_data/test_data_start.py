@@ -16,7 +16,7 @@ from dora_dist.base_model.quantization import dequantized_weight
 from dora_dist.base_model.recomputation import recompute_first
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.method.subspaces import EXTRA_PROBES, fixed_signs
-from dora_dist.training.start_from_data import GAMMA, LENGTH, DataStart, start_from_data
+from dora_dist.training.from_data.start import GAMMA, LENGTH, DataStart, start_from_data
 
 INITS = pytest.mark.parametrize("init", ["inputs", "gradient"])
 ROWS = [tokens(1, 8 + number, seed=number) for number in range(6)]

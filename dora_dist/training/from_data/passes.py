@@ -1,0 +1,268 @@
+"""Training rows that go through the model before the first step, while hooks on its layers add up what comes to them.
+
+What a pass adds up is linear in the tokens, so that its sum over the ranks is that of all rows. Rows go through the
+model one at a time, so that there is no padding.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from dora_dist.adapter.layer import DynamicLoraLinear, layer_generator
+from dora_dist.adapter.model import DynamicLoraModel
+from dora_dist.distributed.agreement import Agreement
+from dora_dist.method.subspaces import EXTRA_PROBES, leading_directions, orthonormal
+
+PASSES = 4
+"""Over all rows, for directions. Even: the gradient's passes make products with its columns and with its rows in turn.
+"""
+
+
+class Calibration(Protocol):
+    """What is made of training rows.
+
+    Attributes:
+        setting: the key of the configuration that asks for it, and its value.
+        instead: what to set that key to where it cannot be made.
+        of_gradient: whether it is made of gradients, and not of inputs alone.
+        num_passes: over the rows.
+        rows: numbers of the training rows.
+        seed: of the probes, and of what is random in the base.
+    """
+
+    @property
+    def setting(self) -> str: ...
+
+    @property
+    def instead(self) -> str: ...
+
+    @property
+    def of_gradient(self) -> bool: ...
+
+    @property
+    def num_passes(self) -> int: ...
+
+    @property
+    def rows(self) -> Sequence[int]: ...
+
+    @property
+    def seed(self) -> int: ...
+
+
+Add = Callable[[Tensor, Tensor], None]
+"""Adds up what the tokens of two tensors say, of shapes ``(..., in)`` and ``(..., in or out)``: the input of a layer,
+and what the sum's other vectors are, the same input or the gradient of its output."""
+
+
+class Columns:
+    """Columns for each of several layers, shape ``(width, number)``: views of one flat tensor."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, int]], like: Tensor) -> None:
+        sizes = [width * number for width, number in shapes.values()]
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        self.flat = torch.zeros(sum(sizes), dtype=dtype, device=like.device)
+        parts = zip(self.flat.split(sizes), shapes.items(), strict=True)
+        self.parts = {name: part.view(shape) for part, (name, shape) in parts}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Training rows that go through the model."""
+
+    model: DynamicLoraModel
+    loss_of_row: Callable[[int], Tensor]
+    calibration: Calibration
+
+    def run(self, numbers: Sequence[int]) -> None:
+        """Forward, and with ``gradient`` backward, of these rows one by one. What is random in the base depends on the
+        row only, and no other random state moves."""
+        device = self.model.device
+        backward = self.calibration.of_gradient
+        for number in numbers:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.set_grad_enabled(backward):
+                torch.manual_seed(self.calibration.seed + number)
+                loss = self.loss_of_row(number)
+                if backward:
+                    loss.backward()
+
+
+def draw_probes(
+    layers: Mapping[str, DynamicLoraLinear], groups: Mapping[str, Sequence[str]], calibration: Calibration
+) -> Columns:
+    """Random ones for the first layer of each group, shape ``(in, probes)``."""
+    shapes = {}
+    for name, group in groups.items():
+        layer = layers[name]
+        width, outputs = layer.lora_a.shape[1], len(layer.lora_b)
+        most = min(width, outputs) if calibration.of_gradient else width
+        wanted = max(len(layers[one].lora_a) for one in group)
+        shapes[name] = width, min(wanted + EXTRA_PROBES, most)
+    probes = Columns(shapes, next(iter(layers.values())).lora_a)
+    for name, part in probes.parts.items():
+        part.copy_(orthonormal(torch.randn(part.shape, generator=layer_generator(calibration.seed, name))))
+    return probes
+
+
+def next_probes(
+    number: int, layers: Mapping[str, DynamicLoraLinear], probes: Columns, rows: Rows, agreement: Agreement
+) -> Columns:
+    """What a pass makes of the probes: orthonormal, the same bits on every rank. After the last pass, the columns are
+    the directions, the largest first."""
+    sums = products_of(number, layers, probes, rows, agreement)
+    with agreement.together(f"the directions of pass {number}"):
+        if agreement.is_first:  # kinds of processors differ in the last bits of a decomposition
+            for part in sums.parts.values():
+                last = number == PASSES
+                part.copy_(leading_directions(part, part.shape[1]).T if last else orthonormal(part))
+    agreement.take_first(sums.flat)
+    return sums
+
+
+def products_of(
+    number: int, layers: Mapping[str, DynamicLoraLinear], probes: Columns, rows: Rows, agreement: Agreement
+) -> Columns:
+    """What a pass finds: products of each layer's matrix over all rows with its probes, the sum over the ranks."""
+    to_outputs = rows.calibration.of_gradient and number % 2 == 1
+    shapes = {
+        name: (len(layers[name].lora_b) if to_outputs else layers[name].lora_a.shape[1], part.shape[1])
+        for name, part in probes.parts.items()
+    }
+    sums = Columns(shapes, probes.flat)
+    adders = {name: _adder(probes.parts[name], total, to_outputs) for name, total in sums.parts.items()}
+    add_up_rows(number, layers, adders, sums, rows, agreement)
+    return sums
+
+
+def add_up_rows(
+    number: int,
+    layers: Mapping[str, DynamicLoraLinear],
+    adders: Mapping[str, Add],
+    sums: Columns,
+    rows: Rows,
+    agreement: Agreement,
+) -> None:
+    """A pass over all rows, which the ranks share.
+
+    Args:
+        number: of the pass, counted from 1.
+        layers: by name.
+        adders: for the layers that are looked at, what adds to ``sums`` what comes to the layer.
+        sums: becomes the sum over the ranks.
+        rows: that go through the model.
+        agreement: over the ranks.
+
+    Raises:
+        ValueError: no row has reached a layer, or what has is not finite; on all ranks.
+        RankFailedError: a rank has failed; on all ranks.
+    """
+    made_of = rows.calibration
+    phase = f"pass {number} of {made_of.num_passes} over {len(made_of.rows)} rows ({made_of.setting})"
+    with agreement.together(phase), _observed(layers, adders, made_of.of_gradient):
+        rows.run(made_of.rows[agreement.rank :: agreement.size])
+    agreement.add_up(sums.flat)
+    with agreement.together(f"end of pass {number}"):
+        _check_reached(sums, made_of)
+
+
+def _check_reached(sums: Columns, calibration: Calibration) -> None:
+    what = "a gradient" if calibration.of_gradient else "an input"
+    for name, part in sums.parts.items():
+        if not torch.isfinite(part).all():
+            raise ValueError(
+                f"{calibration.setting}, but {name} has {what} that is not finite, in {len(calibration.rows)} training "
+                f"rows: set {calibration.instead}, or find out what the base makes of them"
+            )
+        if not part.any():
+            raise ValueError(
+                f"{calibration.setting}, but none of {len(calibration.rows)} training rows has given {name} "
+                f"{what} other than 0: raise adapter.calibration_rows, leave the layer out of adapter.target_modules, "
+                f"or set {calibration.instead}"
+            )
+
+
+@contextmanager
+def _observed(layers: Mapping[str, DynamicLoraLinear], adders: Mapping[str, Add], of_gradient: bool) -> Iterator[None]:
+    """While it lasts, show what comes to layers to their adders."""
+    handles = []
+    for name, add in adders.items():
+        if of_gradient:
+            handles.append(layers[name].register_forward_hook(_tap(add)))
+        else:
+            handles.append(layers[name].register_forward_pre_hook(_reader(add)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _adder(probes: Tensor, total: Tensor, to_outputs: bool) -> Add:
+    """``total += sum other (x' probes)`` with ``to_outputs``, and ``total += sum x (other' probes)`` otherwise."""
+
+    @torch.no_grad()
+    def add(x: Tensor, other: Tensor) -> None:
+        projected, spread = (x, other) if to_outputs else (other, x)
+        hidden = tokens_of(projected, total.dtype) @ probes
+        total.addmm_(tokens_of(spread, total.dtype).T, hidden)
+
+    return add
+
+
+def tokens_of(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1]).to(dtype)
+
+
+def _reader(add: Add) -> Callable[..., None]:
+    def read(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        add(inputs[0], inputs[0])
+
+    return read
+
+
+def _tap(add: Add) -> Callable[..., Tensor]:
+    anchor = torch.zeros((), requires_grad=True)  # nothing below the first layer needs a gradient
+
+    def tap(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        tapped: Tensor = _Tap.apply(output, inputs[0], anchor, add)  # type: ignore[no-untyped-call]
+        return tapped
+
+    return tap
+
+
+class _Tap(torch.autograd.Function):
+    """A layer's output as it is. In the backward its gradient and the layer's input are looked at together; the input
+    is one that gradient checkpointing computes again, as any that a layer keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, anchor: Tensor, add: Add) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.add = add
+        return output.clone()  # a view could not be changed in place, which some models do
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        ctx.add(x, gradient)
+        return gradient, None, None, None
+
+
+@contextmanager
+def as_in_training(model: DynamicLoraModel) -> Iterator[None]:
+    """Compute as in training, but let no parameter have a gradient."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    was_training = model.training
+    model.train()
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        for parameter in trained:
+            parameter.requires_grad_(True)

@@ -1,0 +1,174 @@
+"""Ranks from training rows, before the first step: by the gradients of the frozen weights.
+
+``gradient_spectrum`` takes the singular values of every layer's gradient, found as the directions of ``adapter.init:
+gradient`` are, without building the matrix. ``weight_gradient`` is GoRA's measure (2025), the mean of ``|W o G|`` over
+the elements of a layer: an absolute value is not linear in the tokens, so that the whole gradient of a layer is added
+up over all rows and ranks before it is taken. So many layers are looked at in a pass as
+:data:`~dora_dist.method.ranks.LARGEST_GRADIENT` allows.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dora_dist.adapter.layer import DynamicLoraLinear
+from dora_dist.adapter.model import DynamicLoraModel
+from dora_dist.base_model.quantization import dequantized_weight
+from dora_dist.config.adapter import GRADIENT_SPECTRUM
+from dora_dist.console.text import say
+from dora_dist.distributed.agreement import Agreement
+from dora_dist.method.budget import Budget
+from dora_dist.method.ranks import by_spectrum, by_weight_gradient
+from dora_dist.training.from_data.passes import (
+    PASSES,
+    Add,
+    Columns,
+    Rows,
+    add_up_rows,
+    as_in_training,
+    draw_probes,
+    next_probes,
+    products_of,
+    tokens_of,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankChoice:
+    """How the ranks of a run are made from data.
+
+    Attributes:
+        ranks: ``gradient_spectrum`` or ``weight_gradient``.
+        rows: numbers of the training rows that they are made from.
+        seed: of the probes, and of what is random in the base.
+        target_rank: of a uniform adapter of the same budget.
+        groups: the layers that are looked at in one pass, of every pass; for ``weight_gradient``.
+    """
+
+    ranks: str
+    rows: Sequence[int]
+    seed: int
+    target_rank: int
+    groups: Sequence[Sequence[str]]
+
+    @property
+    def of_gradient(self) -> bool:
+        """They are made of gradients."""
+        return True
+
+    @property
+    def num_passes(self) -> int:
+        """Over all rows."""
+        return PASSES if self.ranks == GRADIENT_SPECTRUM else len(self.groups)
+
+    @property
+    def setting(self) -> str:
+        """For messages."""
+        return f"adapter.ranks is {self.ranks}"
+
+    @property
+    def instead(self) -> str:
+        """For messages."""
+        return "adapter.ranks to uniform"
+
+
+def choose_ranks(
+    model: DynamicLoraModel,
+    loss_of_row: Callable[[int], Tensor],
+    choice: RankChoice,
+    budget: Budget,
+    agreement: Agreement,
+) -> dict[str, int]:
+    """How many components each layer shall have, on every rank the same.
+
+    Args:
+        model: with its adapter at a start at which it computes what its base computes.
+        loss_of_row: the task loss of a training row by its number, a sum over its targets; a scalar.
+        choice: by what, from which rows.
+        budget: what the components may cost together, in parameters.
+        agreement: over the ranks, which share the rows.
+
+    Returns:
+        Layer name -> components, at most as many as the layer has slots.
+
+    Raises:
+        ValueError: no row has reached a layer, or what has is not finite; on all ranks.
+        RankFailedError: a rank has failed; on all ranks.
+    """
+    layers = model.adapted_layers()
+    rows = Rows(model, loss_of_row, choice)
+    slots = {name: len(layer.gate) for name, layer in layers.items()}
+    with as_in_training(model):
+        if choice.ranks == GRADIENT_SPECTRUM:
+            spectra = spectra_of_gradients(layers, rows, agreement)
+            ranks = by_spectrum(spectra, budget.costs, budget.final)
+        else:
+            importance = weight_gradients(layers, choice.groups, rows, agreement)
+            ranks = by_weight_gradient(importance, budget.costs, budget.final, slots, choice.target_rank)
+    empty = sum(not rank for rank in ranks.values())
+    say(
+        f"ranks from {len(choice.rows)} training rows ({choice.setting}): {min(ranks.values())} to "
+        f"{max(ranks.values())} components a layer, {sum(ranks.values())} together"
+        + (f"; {empty} of {len(ranks)} layers have none" if empty else "")
+    )
+    return ranks
+
+
+def spectra_of_gradients(
+    layers: Mapping[str, DynamicLoraLinear], rows: Rows, agreement: Agreement
+) -> dict[str, Tensor]:
+    """Leading singular values of the gradient of every layer's frozen weight, over all rows.
+
+    Returns:
+        Layer name -> shape ``(slots,)``, float64 on the CPU, the largest first; the same bits on every rank.
+    """
+    probes = draw_probes(layers, {name: [name] for name in layers}, rows.calibration)
+    for number in range(1, PASSES):
+        probes = next_probes(number, layers, probes, rows, agreement)
+    products = products_of(PASSES, layers, probes, rows, agreement)
+    sizes = [len(layer.gate) for layer in layers.values()]
+    found = torch.zeros(sum(sizes), dtype=torch.float64, device=products.flat.device)
+    spectra = dict(zip(layers, found.split(sizes), strict=True))
+    with agreement.together("the spectra of the gradients"):
+        if agreement.is_first:  # kinds of processors differ in the last bits of a decomposition
+            for name, part in products.parts.items():
+                spectra[name].copy_(torch.linalg.svdvals(part.double())[: len(spectra[name])])
+    agreement.take_first(found)
+    return {name: values.cpu() for name, values in spectra.items()}
+
+
+def weight_gradients(
+    layers: Mapping[str, DynamicLoraLinear], groups: Sequence[Sequence[str]], rows: Rows, agreement: Agreement
+) -> dict[str, float]:
+    """GoRA's importance of every layer, the mean of ``|W o G|`` over the elements of its frozen weight, where G is the
+    gradient of the loss of all rows: in a pass for each of ``groups``, whose gradients are in memory at once.
+
+    Returns:
+        Layer name -> importance; the same bits on every rank.
+    """
+    found = torch.zeros(len(layers), dtype=torch.float64, device=next(iter(layers.values())).gate.device)
+    places = {name: place for place, name in enumerate(layers)}
+    for number, names in enumerate(groups, start=1):
+        shapes = {name: (len(layers[name].lora_b), layers[name].lora_a.shape[1]) for name in names}
+        gradients = Columns(shapes, layers[names[0]].lora_a)
+        adders = {name: _dense(total) for name, total in gradients.parts.items()}
+        add_up_rows(number, layers, adders, gradients, rows, agreement)
+        with agreement.together(f"the weights of pass {number}"), torch.no_grad():
+            for name, gradient in gradients.parts.items():
+                weight = dequantized_weight(layers[name].base_layer, gradient.dtype)
+                found[places[name]] = gradient.mul_(weight).abs_().mean(dtype=torch.float64)
+        del gradients, adders  # before those of the next pass
+    agreement.take_first(found)
+    return dict(zip(layers, found.tolist(), strict=True))
+
+
+def _dense(total: Tensor) -> Add:
+    """``total += sum gradient x'``."""
+
+    @torch.no_grad()
+    def add(x: Tensor, gradient: Tensor) -> None:
+        total.addmm_(tokens_of(gradient, total.dtype).T, tokens_of(x, total.dtype))
+
+    return add

@@ -1,0 +1,68 @@
+"""``pruning.rule: modules_per_layer``: one event leaves the best modules of every block, and plans their ranks for
+other runs (after FanLoRA, Tian et al., EMNLP 2024)."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dora_dist.adapter.layer import DynamicLoraLinear
+from dora_dist.console.text import say
+from dora_dist.distributed.agreement import Agreement
+from dora_dist.distributed.engine import Moments, zero_entries
+from dora_dist.method.budget import Budget
+from dora_dist.method.modules import select_modules
+from dora_dist.training.criterion import Criterion
+from dora_dist.training.rules.masks import set_mask
+from dora_dist.training.rules.rule import Masks, Rule
+
+
+class ModulesPerLayer(Rule):
+    """The modules with the highest scores of every block keep all their components, the others lose theirs; see
+    :func:`~dora_dist.method.modules.select_modules`.
+
+    Args:
+        layers: Adapted layers by name; the same names on every rank.
+        budget: What the components of the plan may cost; that of all components of ``layers``.
+        per_block: Modules of every block that stay.
+    """
+
+    regularized = False
+    renews = False
+
+    def __init__(self, layers: Mapping[str, DynamicLoraLinear], budget: Budget, per_block: int) -> None:
+        self._layers = dict(sorted(layers.items()))
+        self._budget = budget
+        self._per_block = per_block
+
+    def prepare(self, criterion: Criterion, agreement: Agreement) -> None:
+        """
+        Raises:
+            RankFailedError: Nothing tells the modules apart; on all ranks.
+        """
+        flaw = None
+        if not criterion.scores.any():
+            flaw = "all scores are 0, so that there is nothing to choose modules by: no step has changed the adapter"
+        agreement.raise_together(flaw, "choosing the modules of every block")
+
+    def select(self, step: int, scores: Mapping[str, Tensor], kept: Masks) -> Masks:
+        plan = self.plan(step, scores)
+        return {name: mask if plan[name] else torch.zeros_like(mask) for name, mask in kept.items()}
+
+    @torch.no_grad()
+    def apply(self, step: int, kept: Masks, chosen: Masks, moments: Moments | None) -> None:
+        for name, layer in self._layers.items():
+            alive = chosen[name].to(layer.gate.device)
+            zero_entries(layer.gate, alive)
+            set_mask(layer, alive)
+        num_kept = sum(bool(mask.any()) for mask in chosen.values())
+        say(
+            f"step {step}: {self._per_block} modules of every block stay, {num_kept} of {len(chosen)}; the others have "
+            "no adapter from here on. plan.json of this run will spend the whole budget on those that stay"
+        )
+
+    def plan(self, step: int, scores: Mapping[str, Tensor]) -> Mapping[str, int]:
+        """The whole budget spent on the modules that stay; 0 for the others."""
+        budget = self._budget.at(step)
+        found = select_modules(scores, self._budget.costs, budget, self._per_block)
+        return dict.fromkeys(self._layers, 0) | found
