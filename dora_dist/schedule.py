@@ -1,5 +1,5 @@
 """Public: the code is in :mod:`dora_dist.method.schedule`."""
 
-from dora_dist.method.schedule import BudgetSchedule, FixedRanks, Schedule, automatic_interval
+from dora_dist.method.schedule import BudgetSchedule, FixedRanks, GrowthSchedule, Schedule, automatic_interval
 
-__all__ = ["BudgetSchedule", "FixedRanks", "Schedule", "automatic_interval"]
+__all__ = ["BudgetSchedule", "FixedRanks", "GrowthSchedule", "Schedule", "automatic_interval"]

@@ -141,7 +141,8 @@ def _build(truth: Truth, method: str, options: Options) -> tuple[DynamicLoraMode
     """A student; without a controller where the ranks are fixed: the mask is then set at the start, so that such a
     layer is plain LoRA of its rank (gates are 1 and stay so)."""
     dynamic = method not in FIXED
-    start = {MOVE: options.target_rank, GROW: 1}.get(method, truth.initial_rank)
+    starts: dict[str, int] = {MOVE: options.target_rank, GROW: 1}
+    start = starts.get(method, truth.initial_rank)
     adapter = DynamicLoraConfig(
         target_rank=options.target_rank,
         initial_rank=start,

@@ -36,6 +36,7 @@ class Rule(Protocol):
 
     def begin(self, kept: Masks) -> None:
         """What the layers need before the first step, where ``kept`` is alive; no engine has prepared the model."""
+        return
 
     def rates(self, step: int, kept: Masks) -> Iterable[tuple[nn.Parameter, Tensor]]:
         """Which entries learn slower than the rest.
@@ -51,6 +52,7 @@ class Rule(Protocol):
 
     def prepare(self, criterion: Criterion, agreement: Agreement) -> None:
         """An event is due: what it does before scores are compared. With collectives, on every rank."""
+        return
 
     def select(self, step: int, scores: Mapping[str, Tensor], kept: Masks) -> Masks:
         """What is alive after an event.
