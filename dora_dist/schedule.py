@@ -1,5 +1,12 @@
 """Public: the code is in :mod:`dora_dist.method.schedule`."""
 
-from dora_dist.method.schedule import BudgetSchedule, FixedRanks, OneEvent, Schedule, automatic_interval
+from dora_dist.method.schedule import (
+    BudgetSchedule,
+    FixedRanks,
+    GrowthSchedule,
+    OneEvent,
+    Schedule,
+    automatic_interval,
+)
 
-__all__ = ["BudgetSchedule", "FixedRanks", "OneEvent", "Schedule", "automatic_interval"]
+__all__ = ["BudgetSchedule", "FixedRanks", "GrowthSchedule", "OneEvent", "Schedule", "automatic_interval"]

@@ -56,20 +56,8 @@ def training_arguments(
                 f"training.{name} is epoch, but a run is one long sequence of steps without epoch boundaries: "
                 f"set it to steps, and {name.removesuffix('strategy')}steps to how many"
             )
-    owned: dict[str, Any] = {
-        "output_dir": config.output_dir,
-        "seed": config.seed,
-        "bf16": dtype is torch.bfloat16,
-        "accelerator_config": {"use_configured_state": True},
-        "average_tokens_across_devices": True,
-        "ddp_broadcast_buffers": False,
-        "ddp_find_unused_parameters": False,
-        "remove_unused_columns": False,
-        "logging_nan_inf_filter": False,
-        "disable_tqdm": True,
-    }
     try:
-        arguments = TrainingArguments(**values, **owned)
+        arguments = TrainingArguments(**values, **_owned(config, dtype))
     except (TypeError, ValueError) as error:
         raise ValueError(f"training: {error}") from None
     _check_reporters(arguments.report_to or [])
@@ -83,6 +71,22 @@ def training_arguments(
     if "logging_steps" not in config.training:
         arguments.logging_steps = max(1, min(DEFAULT_TRAINING_ARGUMENTS["logging_steps"], arguments.max_steps // 10))
     return arguments
+
+
+def _owned(config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Settings that are not the user's."""
+    return {
+        "output_dir": config.output_dir,
+        "seed": config.seed,
+        "bf16": dtype is torch.bfloat16,
+        "accelerator_config": {"use_configured_state": True},
+        "average_tokens_across_devices": True,
+        "ddp_broadcast_buffers": False,
+        "ddp_find_unused_parameters": False,
+        "remove_unused_columns": False,
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+    }
 
 
 def _check_balance(adapter: DynamicLoraConfig, arguments: TrainingArguments) -> None:
