@@ -37,6 +37,7 @@ def load(tmp_path: Path):
     return load
 
 
+PAPER = ("--preset", "paper")
 MOVE = ("--pruning.rule", "move", "--adapter.slots", "16")
 GROW = ("--pruning.rule", "grow")
 FROM_DATA = ("--preset", "lora", "--adapter.ranks", "gradient_spectrum")
@@ -267,7 +268,7 @@ def test_owned_training_arguments_are_refused_when_loading(load):
         ([*GROW, "--adapter.ranks", "mlp-only"], "adapter.ranks is mlp-only, .* pruning.rule is grow"),
         ([*GROW, "--pruning.min_rank", "2"], "min_rank is 2, but pruning.rule is grow, under which .* the 1 of the"),
         ([*GROW, "--pruning.max_rank", "9"], "pruning.max_rank is 9, but must be null for the rule grow"),
-        ([*GROW, "--pruning.rebase", "true"], "pruning.rebase is true, but must be false for the rule grow"),
+        ([*GROW, *PAPER, "--pruning.rebase", "true"], "pruning.rebase is true, but must be false for the rule grow"),
         ([*GROW, "--training.optim", "adafactor"], "training.optim is adafactor, but pruning.rule is grow"),
         ([*GROW, "--pruning.importance", "ablation"], "importance is ablation, but must be another for the rule grow"),
         (
@@ -277,7 +278,10 @@ def test_owned_training_arguments_are_refused_when_loading(load):
         ([*FROM_DATA, "--adapter.slots", "7"], "slots is 7, but must be at least 8, the rank at the start"),
         ([*FROM_DATA, "--adapter.routing", "prompt"], "routing is prompt, but adapter.ranks is gradient_spectrum"),
         ([*MODULES, "--adapter.initial_rank", "9"], "initial_rank is 9, but pruning.rule is modules_per_layer, .*8"),
-        ([*MODULES, "--pruning.rebase", "true"], "rebase is true, but must be false for the rule modules_per_layer"),
+        (
+            [*MODULES, *PAPER, "--pruning.rebase", "true"],
+            "rebase is true, but must be false for the rule modules_per_layer",
+        ),
         ([*MODULES, "--pruning.max_rank", "9"], "max_rank is 9, but must be null for the rule modules_per_layer"),
         ([*MODULES, "--pruning.min_rank", "1"], "min_rank is 1, but must be 0 for the rule modules_per_layer"),
         ([*MODULES, "--pruning.modules_per_layer", "0"], "pruning.modules_per_layer is 0"),

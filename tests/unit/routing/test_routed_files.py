@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from support.tiny_models import adapt, decisions, load_base, logits, routed, shake, tiny_model
 
 import dora_dist
+from dora_dist.adapter.card import CARD
 from dora_dist.routing.files import SETTINGS, TENSORS
 
 
@@ -46,7 +47,9 @@ def test_the_folder_says_what_it_is(folder):
     assert tensors["routers.1.pooler"].shape == (64,)
     assert tensors["model.layers.0.mlp.down_proj.lora_A"].shape == (2, 128)
     assert len(tensors) == 2 * (7 * 2 + 2)
-    assert {path.name for path in folder.iterdir()} == {SETTINGS, TENSORS}, "nothing that PEFT would take for its own"
+    assert {path.name for path in folder.iterdir()} == {SETTINGS, TENSORS, CARD}, (
+        "nothing that PEFT would take for its own"
+    )
 
 
 def test_a_plain_adapter_is_read_too(tmp_path):

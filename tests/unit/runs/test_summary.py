@@ -10,7 +10,7 @@ from support.tiny_run import some_fingerprint
 from dora_dist.console import files
 from dora_dist.evaluation.evaluator import ShownAnswer
 from dora_dist.runs import pictures, records
-from dora_dist.runs.summary import _rank_table, finish_run, format_summary, is_finished, report, summarize
+from dora_dist.runs.summary import finish_run, format_summary, is_finished, rank_table, report, summarize
 
 PARENTS = dict.fromkeys(PROJECTIONS[:4], "self_attn") | dict.fromkeys(PROJECTIONS[4:], "mlp")
 
@@ -96,7 +96,7 @@ def test_blocks_of_the_same_number_in_two_stacks_are_two_rows(tmp_path, stacks, 
     assert kinds == ["self_attn.q_proj", "self_attn.v_proj"]
     assert sorted(grid.values()) == sorted(ranks.values())
     assert grid[f"{titles[1]} 7", kinds[0]] == 17
-    table = _rank_table(ranks)
+    table = rank_table(ranks)
     assert table[12].split() == [*titles[1].split(), "0", "10", "10", "10.0"]
     assert table[-1].split() == ["mean", "10.0", "10.0", "10.0"]
     assert len({len(line) for line in table}) == 1
@@ -145,7 +145,7 @@ def test_what_was_left_out_is_in_the_summary(tmp_path):
     assert f"  not adapted      {left_out}\n" in finish_run(tmp_path)
 
 
-def test_the_rank_table_shows_every_rank_and_the_means(tmp_path):
+def test_therank_table_shows_every_rank_and_the_means(tmp_path):
     ranks = write_run(tmp_path)
     lines = format_summary(summarize(tmp_path), tmp_path).splitlines()
     start = next(number for number, line in enumerate(lines) if "rank by layer" in line)

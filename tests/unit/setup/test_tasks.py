@@ -77,6 +77,7 @@ def stars(monkeypatch, tmp_path):
         name="stars",
         auto_class="AutoModelForSequenceClassification",
         peft_type="SEQ_CLS",
+        pipeline_tag="text-classification",
         class_ending="ForSequenceClassification",
         trains_head=True,
         formats=("review",),
