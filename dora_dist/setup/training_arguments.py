@@ -19,6 +19,9 @@ from dora_dist.config.training import CHECKPOINTING, DEFAULT_TRAINING_ARGUMENTS,
 from dora_dist.data.mixture import Mixture
 from dora_dist.training.batch_size import global_batch
 
+EXTRAS = ("mlflow", "trackio", "wandb")
+"""Trackers whose packages are extras of this one, of the same name."""
+
 
 def training_arguments(
     config: RunConfig, mixture: Mixture, accumulation: int | None = None, ranks: int = 1
@@ -92,8 +95,9 @@ def _check_reporters(names: Sequence[str]) -> None:
             # The Trainer makes one of these too.
             get_reporting_integration_callbacks([name])[0]()
         except (ImportError, RuntimeError, ValueError, AssertionError) as error:
+            advice = f'pip install "dora-dist[{name}]"' if name in EXTRAS else "Install it"
             raise ValueError(
-                f"training.report_to has {name}, which cannot be used here: {error}. Install it, or set "
+                f"training.report_to has {name}, which cannot be used here: {str(error).rstrip('.')}. {advice}, or set "
                 f"training.report_to to {', '.join([*available, 'none'])}"
             ) from None
 
