@@ -234,8 +234,8 @@ class Trackers:
                 self.end(failed=True)
                 what = (str(error) or type(error).__name__).rstrip(".")
                 raise ValueError(
-                    f"training.report_to has {name}, which does not start: {what}. To go on, {ADVICE[name]}, or take it "
-                    "out of training.report_to"
+                    f"training.report_to has {name}, which does not start: {what}. To go on, {ADVICE[name]}, or take "
+                    "it out of training.report_to"
                 ) from error
 
     def attach(self, callbacks: list[TrainerCallback]) -> None:
