@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,11 @@ def _check_reporters(names: Sequence[str]) -> None:
             # The Trainer makes one of these too.
             get_reporting_integration_callbacks([name])[0]()
         except (ImportError, RuntimeError, ValueError, AssertionError) as error:
-            advice = f'pip install "dora-dist[{name}]"' if name in EXTRAS else "Install it"
+            reason = f"{error}. Install it"
+            if name in EXTRAS and find_spec(name) is None:
+                reason = f'it needs the package {name}: pip install "dora-dist[{name}]"'
             raise ValueError(
-                f"training.report_to has {name}, which cannot be used here: {str(error).rstrip('.')}. {advice}, or set "
+                f"training.report_to has {name}, which cannot be used here: {reason}, or set "
                 f"training.report_to to {', '.join([*available, 'none'])}"
             ) from None
 

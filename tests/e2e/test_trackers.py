@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from importlib.util import find_spec
 from io import BytesIO
 
 import numpy as np
@@ -65,7 +66,7 @@ def only_run(tracker, folder):
 @pytest.mark.parametrize("tracker", TRACKERS)
 def test_a_tracker_has_all_of_a_run_that_was_killed_and_went_on(tmp_path, tracker):
     pytest.importorskip(tracker, reason=f'the package {tracker} is not installed: pip install "dora-dist[{tracker}]"')
-    write_config(tmp_path, training={"max_steps": 10})
+    write_config(tmp_path)
     kill_after_step(6, tmp_path, start(tracker, tmp_path))
     so_far = figures(tmp_path / "run")
     deadline = time.monotonic() + KEPT_SECONDS
@@ -73,7 +74,7 @@ def test_a_tracker_has_all_of_a_run_that_was_killed_and_went_on(tmp_path, tracke
         time.sleep(0.5)
     name, killed = only_run(tracker, tmp_path)
     assert kept(killed, so_far) == so_far
-    assert killed.pictures.keys() == {2, 4, 6}
+    assert killed.pictures.keys() == {1, 2, 4, 6}
 
     processes = start(tracker, tmp_path)
     wait_for_ranks(processes, timeout=120)
@@ -82,13 +83,11 @@ def test_a_tracker_has_all_of_a_run_that_was_killed_and_went_on(tmp_path, tracke
     again, whole = only_run(tracker, tmp_path)
     assert again == name, "a resumed run goes on in the history of the run that it resumes"
     wanted = figures(tmp_path / "run")
-    assert {step for step, entry in wanted if entry == "loss"} == set(range(1, 11))
-    assert {step for step, entry in wanted if entry == "eval_loss"} == {0, 10}
+    assert {step for step, entry in wanted if entry == "loss"} == set(range(1, 13))
+    assert {step for step, entry in wanted if entry == "eval_loss"} == {0, 12}
     assert kept(whole, wanted) == wanted
     repeated = [] if tracker == "tensorboard" else [5, 6]  # after checkpoint-4
-    assert [
-        step for step, entry in whole.figures if entry == "loss" and len(whole.figures[step, entry]) > 1
-    ] == repeated
+    assert [step for (step, entry), values in whole.figures.items() if entry == "loss" and values[1:]] == repeated
 
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     del config["format_version"]
@@ -100,6 +99,18 @@ def test_a_tracker_has_all_of_a_run_that_was_killed_and_went_on(tmp_path, tracke
     )
     assert (last == drawn).all()
     assert whole.end == {"wandb": 0, "mlflow": "FINISHED"}.get(tracker)
+
+
+@pytest.mark.parametrize("tracker", PACKAGES)
+def test_a_tracker_without_its_package_ends_a_dry_run_with_the_command_that_installs_it(tmp_path, tracker):
+    if find_spec(tracker) is not None:
+        pytest.skip(f"the package {tracker} is installed")
+    alone = ("--distributed.engine", "none", "--training.report_to", tracker)
+    finished = run_forked("train", str(write_config(tmp_path)), "--dry-run", *alone)
+    assert finished.status == 2, finished.output
+    (line,) = (line for line in finished.output.splitlines() if line.startswith("error: "))
+    assert f'it needs the package {tracker}: pip install "dora-dist[{tracker}]", or set training.report_to to' in line
+    assert "Traceback" not in finished.output
 
 
 @pytest.mark.full("trackers")

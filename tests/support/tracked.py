@@ -116,7 +116,7 @@ def in_mlflow(folder: Path) -> dict[str, Tracked]:
     import yaml
     from mlflow import MlflowClient
 
-    runs, client = {}, MlflowClient(f"sqlite:///{folder / 'mlflow.db'}"), {}
+    runs, client = {}, MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     for found in client.search_runs(["0"]):
         files = folder / "mlruns" / "0" / found.info.run_id / "artifacts"
         run = runs[found.info.run_id] = Tracked(end=found.info.status)
