@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from dora_dist.distributed.agreement import Agreement
     from dora_dist.distributed.heartbeat import HeartbeatMonitor
     from dora_dist.runs.resume import Earlier
+    from dora_dist.runs.trackers import Trackers
     from dora_dist.setup.resolve import ResolvedRun
     from dora_dist.setup.run_data import RunData
     from dora_dist.training.trainer import DynamicLoraTrainer
@@ -198,6 +199,7 @@ def train_or_go_on(
         PreemptedError: a rank was told to stop before the last step.
     """
     from dora_dist.runs import resume
+    from dora_dist.setup import build
 
     run = Path(config.output_dir)
     earlier = agreement.of_first(f"looking into {run}", lambda: resume.look(run, config.checkpoint.resume))
@@ -214,16 +216,17 @@ def train_or_go_on(
         say(resolved.left_out)
     for remark in resume.describe(earlier, config, agreement.size):
         say(remark)
-    trainer = build_parts(config, resolved, agreement, notice)
-    record_start(config, resolved, earlier, trainer)
-    stop_before_training(notice, agreement)
-    trainer.train(resume_from_checkpoint=earlier.checkpoint)
-    if trainer.preempted:
-        step = trainer.state.global_step
-        raise PreemptedError(
-            f"preempted at step {step}: checkpoint-{step} is complete; start the same command again to resume"
-        )
-    finish(run, resolved, trainer)
+    with build.start_trackers(config, resolved, earlier, agreement) as trackers:
+        trainer = build_parts(config, resolved, agreement, notice, trackers)
+        record_start(config, resolved, earlier, trainer)
+        stop_before_training(notice, agreement)
+        trainer.train(resume_from_checkpoint=earlier.checkpoint)
+        if trainer.preempted:
+            step = trainer.state.global_step
+            raise PreemptedError(
+                f"preempted at step {step}: checkpoint-{step} is complete; start the same command again to resume"
+            )
+        finish(run, resolved, trainer)
 
 
 def decide(
@@ -253,7 +256,11 @@ def decide(
 
 
 def build_parts(
-    config: "RunConfig", resolved: "ResolvedRun", agreement: "Agreement", notice: PreemptionNotice
+    config: "RunConfig",
+    resolved: "ResolvedRun",
+    agreement: "Agreement",
+    notice: PreemptionNotice,
+    trackers: "Trackers",
 ) -> "DynamicLoraTrainer":
     """Model, controller, records, evaluator, and the trainer that has them all.
 
@@ -286,6 +293,7 @@ def build_parts(
         records=RunRecords(Path(config.output_dir), writes=agreement.is_first),
         evaluator=task.evaluator(config, resolved, agreement, model) if resolved.data.evaluation else None,
         notice=notice,
+        trackers=trackers,
     )
     check_world(agreement, trainer.args, trainer.accelerator)
     return trainer
@@ -300,6 +308,7 @@ def record_start(
     with agreement.together(f"writing into {config.output_dir}"):
         records.forget_end()
         records.describe_run(config, resolved.fingerprint, resolved.describe_data(), agreement.size, resolved.left_out)
+        trainer.parts.trackers.record(records.folder)
         if begins:
             records.truncate_after(-1)
     if begins and trainer.parts.evaluator and config.evaluation.before:

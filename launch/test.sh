@@ -8,6 +8,7 @@ source launch/environment.sh
 # Only their parts of the full lane need these. The kernels for GPUs bring Triton along, a gigabyte.
 extras=dev
 case ",${CI_FULL:-}," in *,kernels,* | *,all,*) extras+=,gpu ;; esac
+case ",${CI_FULL:-}," in *,trackers,* | *,all,*) extras+=,mlflow,trackio,wandb ;; esac
 case ",${CI_FULL:-}," in *,trl,* | *,all,*) extras+=,trl ;; esac
 case ",${CI_FULL:-}," in *,docs,* | *,all,*) extras+=,docs ;; esac
 ensure_environment "[$extras]"

@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from dora_dist.console.plot import pyplot, save_picture
 from dora_dist.runs.records import evaluation_of, source_names
@@ -86,8 +86,8 @@ def short_kinds(kinds: list[str]) -> list[str]:
     return short if len(set(short)) == len(short) else kinds
 
 
-def draw_ranks(ranks: Mapping[str, int], initial_rank: int, path: Path) -> None:
-    """Heat map of the final ranks, layers x module kinds, with the number in every cell."""
+def draw_ranks(ranks: Mapping[str, int], initial_rank: int, path: Path | BinaryIO) -> None:
+    """Heat map of ranks, layers x module kinds, with the number in every cell."""
     plot = pyplot()
     blocks, kinds, grid = rank_grid(ranks)
     values = [[grid.get((block, kind), float("nan")) for kind in kinds] for block in blocks]

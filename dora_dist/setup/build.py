@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,8 +29,11 @@ from dora_dist.method.budget import Budget
 from dora_dist.method.ranks import LARGEST_GRADIENT, groups_within
 from dora_dist.method.schedule import GrowthSchedule
 from dora_dist.routing.model import RoutedLoraForCausalLM, add_routed_lora
+from dora_dist.runs.checkpoint import read_method_state
 from dora_dist.runs.fingerprint import Fingerprint
 from dora_dist.runs.records import RunRecords
+from dora_dist.runs.resume import Earlier
+from dora_dist.runs.trackers import TrackedRun, Trackers, known_as
 from dora_dist.setup.fingerprint import adapter_seed
 from dora_dist.setup.resolve import ResolvedRun
 from dora_dist.setup.tasks import TASK_PARTS
@@ -180,6 +184,27 @@ def rank_choice(config: RunConfig, resolved: ResolvedRun, model: DynamicLoraMode
     )
 
 
+def start_trackers(config: RunConfig, resolved: ResolvedRun, earlier: Earlier, agreement: Agreement) -> Trackers:
+    """The trackers of ``training.report_to``, on the first rank.
+
+    Raises:
+        ValueError: one cannot be started; on all ranks.
+    """
+    trackers = Trackers()
+
+    def start() -> None:
+        run = TrackedRun(
+            config=dataclasses.asdict(config),
+            arguments=resolved.arguments,
+            step=read_method_state(earlier.checkpoint)["step"] if earlier.checkpoint else 0,
+            known_as=known_as(Path(config.output_dir)) if earlier.checkpoint else {},
+        )
+        trackers.start(resolved.arguments.report_to or [], run)
+
+    agreement.of_first("starting the trackers", start)
+    return trackers
+
+
 def build_trainer(
     config: RunConfig,
     resolved: ResolvedRun,
@@ -190,6 +215,7 @@ def build_trainer(
     records: RunRecords,
     evaluator: Evaluator[Any] | None,
     notice: PreemptionNotice,
+    trackers: Trackers,
 ) -> DynamicLoraTrainer:
     """The loop."""
     task = TASK_PARTS[config.task]
@@ -200,6 +226,7 @@ def build_trainer(
         evaluator=evaluator,
         notice=notice,
         skip_policy=SkipPolicy(agreement, config.distributed.max_skipped_steps),
+        trackers=trackers,
         row_losses=task.row_losses(config),
         balance=partial(model.balance_loss, agreement) if isinstance(model, RoutedLoraForCausalLM) else None,
     )

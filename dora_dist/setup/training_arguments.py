@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from dora_dist.config.run import RunConfig
 from dora_dist.config.training import CHECKPOINTING, DEFAULT_TRAINING_ARGUMENTS, LORA_PLUS_RATIO, STRATEGIES
 from dora_dist.data.mixture import Mixture
 from dora_dist.training.batch_size import global_batch
+
+EXTRAS = ("mlflow", "trackio", "wandb")
+"""Trackers whose packages are extras of this one, of the same name."""
 
 
 def training_arguments(
@@ -112,8 +116,11 @@ def _check_reporters(names: Sequence[str]) -> None:
             # The Trainer makes one of these too.
             get_reporting_integration_callbacks([name])[0]()
         except (ImportError, RuntimeError, ValueError, AssertionError) as error:
+            reason = f"{error}. Install it"
+            if name in EXTRAS and find_spec(name) is None:
+                reason = f'it needs the package {name}: pip install "dora-dist[{name}]"'
             raise ValueError(
-                f"training.report_to has {name}, which cannot be used here: {error}. Install it, or set "
+                f"training.report_to has {name}, which cannot be used here: {reason}, or set "
                 f"training.report_to to {', '.join([*available, 'none'])}"
             ) from None
 

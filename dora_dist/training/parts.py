@@ -15,6 +15,7 @@ from dora_dist.distributed.preemption import PreemptionNotice
 from dora_dist.evaluation.evaluator import Evaluator
 from dora_dist.runs.fingerprint import Fingerprint
 from dora_dist.runs.records import RunRecords
+from dora_dist.runs.trackers import Trackers
 from dora_dist.training.controller import DynamicRankController
 from dora_dist.training.from_data.ranks import RankChoice
 from dora_dist.training.from_data.start import DataStart
@@ -32,6 +33,7 @@ class TrainingParts:
         evaluator: Measures the model on held-out data; None without any.
         notice: Set when this rank has been told to stop.
         skip_policy: Decides about steps whose loss or gradients are not finite.
+        trackers: Get the rank map at every event.
         row_losses: Loss of every row, for a task with one target a row; None where the model's own loss is taken,
             over tokens.
         balance: The balancing loss of the latest forward, over all ranks, which call it together; None without routing.
@@ -43,6 +45,7 @@ class TrainingParts:
     evaluator: Evaluator[Any] | None
     notice: PreemptionNotice
     skip_policy: SkipPolicy
+    trackers: Trackers
     row_losses: RowLosses | None = None
     balance: Callable[[], Tensor] | None = None
 

@@ -26,6 +26,7 @@ from dora_dist.distributed.world import check_prepared, set_engine_timeout
 from dora_dist.method.prune_event import PruneEvent
 from dora_dist.page.document import keep_current
 from dora_dist.runs import checkpoint
+from dora_dist.runs.records import RecordedEvent
 from dora_dist.training.batch_size import global_batch
 from dora_dist.training.checkpointing import Checkpointer
 from dora_dist.training.from_data.ranks import choose_ranks
@@ -82,6 +83,7 @@ class DynamicLoraTrainer(Trainer):
         self._resumed_from: Path | None = None
         self._first_step = 0
         self._choose_loss_scale()
+        parts.trackers.attach(self.callback_handler.callbacks)
         self.add_callback(_MethodCallback(self))
 
     def _choose_loss_scale(self) -> None:
@@ -285,6 +287,8 @@ class DynamicLoraTrainer(Trainer):
     def _record(self, event: PruneEvent | None) -> None:
         if event is not None:
             self.parts.records.event(event)
+            initial_rank = self.settings.fingerprint.initial_rank
+            self.parts.trackers.show_ranks(RecordedEvent.of(event).ranks, initial_rank, event.step)
 
     def account_for_skipping(self) -> None:
         """Where all ranks have left out the step just taken, since its loss or gradients were not finite: say so, and

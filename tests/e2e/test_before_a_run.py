@@ -101,7 +101,7 @@ def test_a_dry_run_refuses_what_a_run_would(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("--training.report_to", "wandb"), "training.report_to has wandb, which cannot be used here: "),
+        (("--training.report_to", "dvclive"), "training.report_to has dvclive, which cannot be used here: "),
         (("--training.report_to", "[tensorboard, wnadb]"), "training.report_to has wnadb, which cannot be used here: "),
         (("--model.attention", "flash_attention_2"), "model.attention is 'flash_attention_2', which cannot be used"),
         (("--model.attention", "fast"), "model.attention is 'fast', which cannot be used here"),

@@ -21,6 +21,7 @@ PARTS = {
     "ranks": "other numbers of ranks, engines and batches: the same course",
     "slurm": "the batch scripts on a cluster of two nodes",
     "tasks": "classification, question answering, summaries",
+    "trackers": "Weights & Biases, MLflow and Trackio, offline, read back",
     "trl": "TRL's trainer with the callback, by the examples",
 }
 EVERYTHING = "all"

@@ -15,6 +15,7 @@ from dora_dist.console import files
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.distributed.preemption import PreemptionNotice
 from dora_dist.runs import records
+from dora_dist.runs.trackers import Trackers
 from dora_dist.training import checkpointing
 from dora_dist.training.checkpointing import Checkpointer
 from dora_dist.training.parts import LoopSettings, TrainingParts
@@ -37,6 +38,7 @@ class Loop:
             evaluator=None,
             notice=PreemptionNotice(),
             skip_policy=SkipPolicy(agreement, 0),
+            trackers=Trackers(),
         )
         settings = LoopSettings(
             engine="none",
