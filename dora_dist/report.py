@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the summary of every run, draw its pictures, and write the page where it is asked for.
 
     Raises:
-        ValueError: a folder is not that of a run, or the page has no place.
+        ValueError: a folder is not that of a run, or the page has no place, or nothing to draw its charts with.
     """
     parser = argparse.ArgumentParser(prog="dora-dist report", description=__doc__)
     parser.add_argument(
@@ -32,6 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     page = None if options.html is None else place_of_page(options.html, options.runs)
+    if page is not None:
+        from dora_dist.page.library import chart_library
+
+        chart_library()  # where it is missing, nothing is drawn or printed
     from dora_dist.runs.summary import report  # matplotlib and torch are heavy imports
 
     print("\n\n".join(report(run) for run in options.runs))

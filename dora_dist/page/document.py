@@ -1,4 +1,4 @@
-"""Runs as a page: one HTML file, with the library that draws its charts (uPlot, MIT) inside."""
+"""Runs as a page: one HTML file, with the library that draws its charts inside."""
 
 import json
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from dora_dist.console.text import say
 from dora_dist.page.contents import Contents, Example, read_contents
 from dora_dist.page.curves import Panel
 from dora_dist.page.html import table_of, text_of
+from dora_dist.page.library import chart_library
 from dora_dist.runs.records import PAGE
 
 REFRESH_SECONDS = 30
@@ -30,7 +31,7 @@ def write_page(folders: Sequence[Path], path: Path) -> None:
         path: of the page. Where it is the one that a run writes itself, and the run is going on, it refreshes itself.
 
     Raises:
-        ValueError: a folder is not that of a run, or is there twice.
+        ValueError: a folder is not that of a run, or is there twice; or bokeh is not installed.
         OSError: the file cannot be written.
     """
     contents = read_contents(folders)
@@ -52,6 +53,9 @@ def build_page(contents: Contents, refreshes: bool) -> str:
     Args:
         contents: what it shows.
         refreshes: whether it reads its own file again every :data:`REFRESH_SECONDS`.
+
+    Raises:
+        ValueError: bokeh is not installed.
     """
     refresh = f'<meta http-equiv="refresh" content="{REFRESH_SECONDS}">' if refreshes else ""
     written = f"Written {contents.written}" + f"; reads itself again every {REFRESH_SECONDS} s" * refreshes
@@ -65,7 +69,6 @@ def build_page(contents: Contents, refreshes: bool) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 {refresh}
 <title>{text_of(contents.title)}</title>
-<style>{_shipped("uplot/uPlot.min.css")}</style>
 <style>{_shipped("page.css")}</style>
 </head>
 <body>
@@ -84,9 +87,7 @@ def build_page(contents: Contents, refreshes: bool) -> str:
 <h2>Generated answers</h2>
 {_examples(contents.examples)}
 <script type="application/json" id="data">{_data(contents)}</script>
-<!-- The next script and the first style are uPlot.
-{_shipped("uplot/LICENSE")} -->
-<script>{_shipped("uplot/uPlot.iife.min.js")}</script>
+<script>{chart_library()}</script>
 <script>{_shipped("page.js")}</script>
 </body>
 </html>

@@ -1,7 +1,7 @@
 "use strict";
 // Draws what document.py has put into the element "data": panels (curves.py) and maps (rank_map.py).
 const data = JSON.parse(document.getElementById("data").textContent);
-const NUM_COLOURS = 8, HEIGHT = 230, LIGHT_BELOW = 0.55;
+const NUM_COLOURS = 8, HEIGHT = 230, FEW_POINTS = 30, LIGHT_BELOW = 0.55;
 
 function theme(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -21,40 +21,93 @@ function element(tag, text, className) {
   return made;
 }
 
-// Charts
+// Charts, which Bokeh draws. Names, values and colours stand under them as elements of the page.
 
-function chart(panel, host) {
-  const axis = { stroke: theme("--faint"), grid: { stroke: theme("--line"), width: 1 }, ticks: { stroke: theme("--line"), width: 1 } };
-  const curves = panel.curves.map(curve => ({
-    label: curve.name,
-    stroke: theme(`--series-${curve.colour % NUM_COLOURS}`),
-    width: 1.5,
-    // More curves than colours differ by their dashes.
-    dash: curve.dashed ? [2, 4] : curve.colour < NUM_COLOURS ? undefined : [4 + 4 * Math.floor(curve.colour / NUM_COLOURS), 3],
-    points: curve.dashed ? { show: false } : undefined,
-    paths: panel.stepped ? uPlot.paths.stepped({ align: 1 }) : undefined,
-    value: (_, value) => show(value),
-  }));
-  const options = {
-    width: host.clientWidth, height: HEIGHT,
-    scales: { x: { time: false } },
-    axes: [{ ...axis, label: "optimizer step", labelSize: 18, size: 36, values: (_, steps) => steps.map(n => Number.isInteger(n) ? show(n) : "") },
-           { ...axis, size: 62, values: (_, values) => values.map(show) }],
-    series: [{ label: "step", value: (_, step) => show(step) }, ...curves],
-    cursor: { sync: { key: "step" } },
+function at(curve, step) {
+  // The last value at or before a step of the curve; without a step its last one.
+  if (step === null) return curve.values.at(-1);
+  return step > curve.steps.at(-1) ? null : curve.values[curve.steps.findLastIndex(one => one <= step)];
+}
+
+function legend(panel, lines) {
+  const host = element("div", undefined, "legend"), where = element("span", undefined, "faint");
+  const values = panel.curves.map((curve, number) => {
+    const button = element("button"), mark = element("span", undefined, "mark"), value = element("span", undefined, "value");
+    mark.style.borderTop = `2px ${curve.dashed ? "dotted" : curve.colour < NUM_COLOURS ? "solid" : "dashed"} var(--series-${curve.colour % NUM_COLOURS})`;
+    button.append(mark, element("bdi", curve.name), value);
+    button.title = "show or hide";
+    button.setAttribute("aria-pressed", "true");
+    button.addEventListener("click", () => {
+      const shown = button.getAttribute("aria-pressed") !== "true";
+      button.setAttribute("aria-pressed", shown);
+      lines[number].forEach(line => { line.visible = shown; });
+    });
+    host.append(button);
+    return value;
+  });
+  host.prepend(where);
+  const point = step => {
+    where.textContent = step === null ? "latest" : `step ${show(step)}`;
+    panel.curves.forEach((curve, number) => { values[number].textContent = show(at(curve, step)); });
   };
-  return new uPlot(options, uPlot.join(panel.curves.map(curve => [curve.steps, curve.values])), host);
+  return { host, point };
+}
+
+function draw(figure, panel, curve) {
+  const x = curve.steps, y = curve.values.map(value => value ?? NaN);
+  const colour = theme(`--series-${curve.colour % NUM_COLOURS}`);
+  // More curves than colours differ by their dashes.
+  const line_dash = curve.dashed ? [2, 4] : curve.colour < NUM_COLOURS ? [] : [4 + 4 * Math.floor(curve.colour / NUM_COLOURS), 3];
+  const look = { line_color: colour, line_width: 1.5, line_dash };
+  const line = panel.stepped ? figure.step(x, y, "after", look) : figure.line(x, y, look);
+  // A point without neighbours is seen only as a dot.
+  const size = x.length <= FEW_POINTS ? 5 : 1.5;
+  return curve.dashed ? [line] : [line, figure.scatter(x, y, { size, fill_color: colour, line_color: null })];
+}
+
+async function chart(panel, host) {
+  const figure = Bokeh.Plotting.figure({
+    height: HEIGHT, sizing_mode: "stretch_width", toolbar_location: null, background_fill_color: null, border_fill_color: null,
+    outline_line_color: null, min_border_right: 12,
+    // On a touch screen a finger moves the page.
+    tools: matchMedia("(pointer: fine)").matches ? "xbox_zoom" : "",
+  });
+  const [text, lines] = [theme("--faint"), theme("--line")];
+  [figure.xaxis, figure.yaxis].forEach(axis => Object.assign(axis, {
+    axis_line_color: lines, major_tick_line_color: lines, minor_tick_line_color: null, major_label_text_color: text,
+    axis_label_text_color: text, axis_label_text_font_style: "normal", axis_label_text_font_size: "12px",
+    major_label_text_font_size: "12px",
+  }));
+  figure.xaxis.axis_label = "optimizer step";
+  figure.xaxis.ticker = new Bokeh.BasicTicker({ min_interval: 1, desired_num_ticks: 5 });
+  figure.xaxis.formatter = new Bokeh.NumeralTickFormatter({ format: "0,0" });
+  [figure.xgrid, figure.ygrid].forEach(grid => { grid.grid_line_color = lines; });
+  const mark = new Bokeh.Span({ dimension: "height", line_color: text, line_width: 1, visible: false });
+  figure.add_layout(mark);
+  const below = legend(panel, panel.curves.map(curve => draw(figure, panel, curve)));
+  const steps = [...new Set(panel.curves.flatMap(curve => curve.steps))];
+  figure.on_event("mousemove", ({ x }) => pointAt(steps.reduce((a, b) => Math.abs(b - x) < Math.abs(a - x) ? b : a)));
+  figure.on_event("mouseleave", () => pointAt(null));
+  const point = step => {
+    Object.assign(mark, { location: step ?? 0, visible: step !== null });
+    below.point(step);
+  };
+  point(null);
+  host.replaceChildren();
+  await Bokeh.Plotting.show(figure, host);
+  host.append(below.host);
+  return { point, figure };
 }
 
 let charts = [];
 
-function drawCharts() {
-  charts.forEach(one => one.destroy());
-  charts = [...document.querySelectorAll(".chart")].map(host => chart(data.panels[host.dataset.panel], host));
+// One step in all charts.
+function pointAt(step) {
+  charts.forEach(one => one.point(step));
 }
 
-function resizeCharts() {
-  charts.forEach(one => one.setSize({ width: one.root.parentElement.clientWidth, height: HEIGHT }));
+async function drawCharts() {
+  charts = await Promise.all([...document.querySelectorAll(".chart")].map(host => chart(data.panels[host.dataset.panel], host)));
 }
 
 // Maps of the ranks
@@ -159,4 +212,3 @@ function drawMaps() {
 drawCharts();
 drawMaps();
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawCharts);
-addEventListener("resize", resizeCharts);

@@ -28,6 +28,22 @@ SHOW_SCORES = """(() => {
   quantity.value = "scores";
   quantity.dispatchEvent(new Event("change"));
 })()"""
+DRAWN = """(async () => {
+  const [red, green, blue] = theme("--series-0").match(/../g).map(pair => parseInt(pair, 16));
+  const canvases = root => [...root.querySelectorAll("*")].flatMap(
+    one => one.matches("canvas") ? [one] : one.shadowRoot ? canvases(one.shadowRoot) : []);
+  const drawn = canvas => {
+    const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+    for (let i = 0; i < data.length; i += 4) {
+      if (data[i] === red && data[i + 1] === green && data[i + 2] === blue && data[i + 3] === 255) return true;
+    }
+  };
+  const hosts = [...document.querySelectorAll(".chart")];
+  while (!hosts.every(host => canvases(host).some(drawn))) await new Promise(again => setTimeout(again, 50));
+  return hosts.length;
+})()"""
+"""Charts that have something in the first curve's colour, once all have."""
+LEGENDS = """[...document.querySelectorAll(".legend")].map(one => one.textContent)"""
 REFRESHES = """document.querySelector("meta[http-equiv=refresh]") !== null"""
 STATES = """document.getElementById("states").textContent"""
 
@@ -107,11 +123,31 @@ def test_every_chart_is_drawn_and_nothing_is_wider_than_the_window(runs, tab, wi
         "training loss", "held-out loss", "exact match", "components kept", "parameters of the kept components",
         "learning rate", "gradient norm", "equilibrium penalty", "speed", "peak memory since the start",
     ]  # fmt: skip
-    inked = """[...document.querySelectorAll(".chart canvas")].map(canvas =>
-        canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data.some(part => part))"""
-    assert tab.run(inked) == [True] * len(titles)
+    assert tab.run(DRAWN) == len(titles)
     assert tab.run("document.documentElement.scrollWidth") <= width
     assert tab.picture()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_pointer_shows_one_step_in_all_charts_and_a_name_hides_its_curve(runs, tab):
+    tab.open(runs / "ended" / records.PAGE)
+    tab.run(DRAWN)
+    assert {text.partition("ended")[0].partition("all")[0] for text in tab.run(LEGENDS)} == {"latest"}
+    losses = {line["step"]: line["loss"] for line in records.read_metrics(runs / "ended") if "loss" in line}
+    tab.run("pointAt(6)")
+    legends = tab.run(LEGENDS)
+    assert all(text.startswith("step 6") for text in legends)
+    assert float(legends[0].removeprefix("step 6ended")) == pytest.approx(losses[6], rel=1e-3)
+    left, top = tab.run("(({left, top}) => [left, top])(document.querySelector('.chart').getBoundingClientRect())")
+    for place in (150, 151):
+        tab.call("Input.dispatchMouseEvent", type="mouseMoved", x=left + place, y=top + 80)
+    until = "(async () => { while (%s) await new Promise(again => setTimeout(again, 50)); return true; })()"
+    assert tab.run(until % f"{LEGENDS}[0].startsWith('step 6')")
+    assert tab.run(f"{LEGENDS}.every(text => text.startsWith('step ') && !text.startsWith('step 6'))")
+    tab.run("document.querySelector('.legend button').click()")
+    visible = "charts[0].figure.renderers.map(one => one.visible)"
+    assert tab.run(visible) == [False, False]
+    tab.run("document.querySelector('.legend button').click()")
+    assert tab.run(visible) == [True, True]
 
 
 def test_the_answers_of_every_evaluation_are_there(runs, tab):
@@ -142,5 +178,6 @@ def test_runs_stand_beside_each_other(runs, tab):
     assert made.status == 0, made.output
     tab.open(both)
     assert tab.run("[...document.querySelectorAll('.map h3')].map(one => one.textContent)") == ["ended", "killed"]
-    names = "[...document.querySelector('.chart').querySelectorAll('.u-label')].map(one => one.textContent)"
-    assert tab.run(names) == ["step", "ended", "killed"]
+    tab.run(DRAWN)
+    names = "[...document.querySelector('.legend').querySelectorAll('bdi')].map(one => one.textContent)"
+    assert tab.run(names) == ["ended", "killed"]

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from dora_dist.console import files
 from dora_dist.page.contents import read_contents
 from dora_dist.page.curves import MOST_POINTS
 from dora_dist.page.document import REFRESH_SECONDS, build_page, keep_current, write_page
+from dora_dist.page.library import chart_library
 from dora_dist.page.rank_map import MOST_FRAMES
 from dora_dist.report import main
 from dora_dist.runs import records
@@ -207,11 +209,13 @@ def test_answers_of_several_runs_to_one_prompt_stand_together(tmp_path):
 def test_the_page_asks_nobody_for_anything(tmp_path):
     write_page([write_run(tmp_path, [training(1, 2.0)])], tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
-    # The first line of the library, a comment, says where it is from.
-    assert re.findall(r"[a-z]*:?//[a-z][\w.-]*\.[a-z]+[^\s\"')]*", text) == ["https://github.com/leeoniya/uPlot"]
-    assert "/*! https://github.com/leeoniya/uPlot" in text
-    assert "Copyright (c) 2022 Leon Sorokin" in text, "its licence goes with it"
-    assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest|WebSocket|import\(", text)
+    assert text.count(chart_library()) == 1
+    assert "Copyright (c) Anaconda, Inc., and Bokeh Contributors" in text, "its licence goes with it"
+    # The library has addresses of what is not used here; that none is asked is seen in tests/e2e/test_page.py.
+    own = text.replace(chart_library(), "")
+    assert not re.findall(r"[a-z]*:?//[a-z][\w.-]*\.[a-z]+[^\s\"')]*", own)
+    assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest|WebSocket|import\(", own)
+    assert 1_000_000 < len(text) < 1_600_000
     page = Page(text)
     assert not [tag for tag, attributes in page.elements if {"src", "href", "srcset"} & attributes.keys()]
     policies = [a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"]
@@ -251,6 +255,20 @@ def test_a_page_that_cannot_be_written_is_a_remark(tmp_path, capsys):
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith(f"{run / records.PAGE} could not be written, and the run goes on without: IsADirectory")
     assert "it has no run.json" in second
+
+
+def test_without_bokeh_the_command_ends_before_it_draws_and_a_run_goes_on(tmp_path, monkeypatch, capsys):
+    run = write_run(tmp_path / "run", [training(1, 2.0)])
+    before = sorted(os.listdir(run))
+    monkeypatch.setitem(sys.modules, "bokeh.resources", None)
+    with pytest.raises(
+        ValueError, match=r"^bokeh draws the charts of a page, but cannot be imported \(.*\): pip install"
+    ):
+        main([str(run), "--html"])
+    assert (sorted(os.listdir(run)), capsys.readouterr().out) == (before, "")
+    keep_current(run)
+    assert "could not be written, and the run goes on without: ValueError: bokeh draws" in capsys.readouterr().err
+    main([str(run)])
 
 
 def test_the_command_writes_the_page_of_a_run_into_its_folder(tmp_path, capsys):
