@@ -86,7 +86,7 @@ def test_a_dry_run_on_two_ranks_counts_them(tmp_path):
 def test_a_dry_run_refuses_what_a_run_would(tmp_path):
     config = write_config(tmp_path)
     for overrides, message in (
-        (("--training.max_steps", "2"), "2 optimizer steps with warmup_fraction"),
+        (("--training.max_steps", "1"), "1 optimizer steps with warmup_fraction"),
         (
             ("--data.chat_template", "llama3", "--data.format", "messages"),
             "the tokenizer does not know <|start_header_id|>",

@@ -18,7 +18,7 @@ from support.tracked import READERS, tracked_rank
 from dora_dist.console.files import read_lines
 
 PACKAGES = ("wandb", "mlflow", "trackio")
-TRACKERS = ["tensorboard", *(pytest.param(name, marks=pytest.mark.full("trackers")) for name in PACKAGES)]
+TRACKERS = [pytest.param(name, marks=pytest.mark.full("trackers")) for name in ("tensorboard", *PACKAGES)]
 KEPT_SECONDS = 45
 """How long a tracker may take to write down what it has been given. Weights & Biases does it every 15 seconds."""
 

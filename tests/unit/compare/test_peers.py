@@ -172,6 +172,7 @@ def test_an_adapter_that_is_none_is_refused():
         adalora.check_budget({"layer": (torch.ones(3, 5), torch.ones(3, 3))}, schedule)
 
 
+@pytest.mark.full("compare")
 def test_eva_starts_at_the_base_with_pefts_ranks_and_ends_in_an_adapter_that_gives_what_was_reported(tmp_path):
     """Its own PEFT loads the result; the budget in ranks is met, and not every layer has the same."""
     plan, cell, lines = run_one(tmp_path / "eva", "eva")
