@@ -78,7 +78,7 @@ def build_page(contents: Contents, refreshes: bool) -> str:
 <noscript><p>The charts and the map of ranks need JavaScript, which this browser does not run.</p></noscript>
 <div class="scroll facts">{table_of(contents.facts)}</div>
 {_settings(contents)}
-<h2>Over the steps</h2>
+<h2>Over the optimizer steps</h2>
 <div id="charts">
 {charts or "<p>Nothing is logged yet.</p>"}
 </div>

@@ -75,10 +75,8 @@ async function chart(panel, host) {
   const [text, lines] = [theme("--faint"), theme("--line")];
   [figure.xaxis, figure.yaxis].forEach(axis => Object.assign(axis, {
     axis_line_color: lines, major_tick_line_color: lines, minor_tick_line_color: null, major_label_text_color: text,
-    axis_label_text_color: text, axis_label_text_font_style: "normal", axis_label_text_font_size: "12px",
     major_label_text_font_size: "12px",
   }));
-  figure.xaxis.axis_label = "optimizer step";
   figure.xaxis.ticker = new Bokeh.BasicTicker({ min_interval: 1, desired_num_ticks: 5 });
   figure.xaxis.formatter = new Bokeh.NumeralTickFormatter({ format: "0,0" });
   [figure.xgrid, figure.ygrid].forEach(grid => { grid.grid_line_color = lines; });

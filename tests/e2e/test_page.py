@@ -29,7 +29,7 @@ SHOW_SCORES = """(() => {
   quantity.dispatchEvent(new Event("change"));
 })()"""
 DRAWN = """(async () => {
-  const [red, green, blue] = theme("--series-0").match(/../g).map(pair => parseInt(pair, 16));
+  const [red, green, blue] = theme("--series-0").slice(1).match(/../g).map(pair => parseInt(pair, 16));
   const canvases = root => [...root.querySelectorAll("*")].flatMap(
     one => one.matches("canvas") ? [one] : one.shadowRoot ? canvases(one.shadowRoot) : []);
   const drawn = canvas => {
