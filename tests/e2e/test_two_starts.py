@@ -47,6 +47,6 @@ def test_a_second_start_of_a_run_is_refused_by_all_ranks_and_changes_nothing(tmp
 
 def test_a_run_that_is_refused_leaves_no_claim_and_no_folder(tmp_path):
     config = write_config(tmp_path)
-    finished = run_forked("train", str(config), "--distributed.engine", "none", "--training.max_steps", "2")
+    finished = run_forked("train", str(config), "--distributed.engine", "none", "--training.max_steps", "1")
     assert finished.status == 2, finished.output
     assert not (tmp_path / "run").exists()
