@@ -103,6 +103,7 @@ def test_one_rank_makes_the_plan_of_two(probe, step, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.full("ranks")
 def test_the_plan_trains_another_task_and_no_other_module_has_an_adapter(probe, tmp_path):
     rows = [{"sentence1": f"w{n % 40} w{n % 7}", "label": ("no", "yes")[n % 2]} for n in range(40)]
     for name in ("train", "eval"):
