@@ -283,7 +283,7 @@ class DynamicRankController:
         for name, scores in self.scores.items():
             if not torch.isfinite(scores).all():
                 return f"layer {name} has non-finite scores {scores.tolist()}"
-        if self.budget.at(self.step) != self.budget.initial and not self.criterion.scores.any():
+        if self.rule.chooses(self.step, self.budget) and not self.criterion.scores.any():
             return "all scores are 0, so that there is nothing to select by: no step has changed the adapter"
         return None
 

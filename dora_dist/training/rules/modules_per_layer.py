@@ -8,11 +8,9 @@ from torch import Tensor
 
 from dora_dist.adapter.layer import DynamicLoraLinear
 from dora_dist.console.text import say
-from dora_dist.distributed.agreement import Agreement
 from dora_dist.distributed.engine import Moments, zero_entries
 from dora_dist.method.budget import Budget
 from dora_dist.method.modules import select_modules
-from dora_dist.training.criterion import Criterion
 from dora_dist.training.rules.masks import set_mask
 from dora_dist.training.rules.rule import Masks, Rule
 
@@ -35,15 +33,8 @@ class ModulesPerLayer(Rule):
         self._budget = budget
         self._per_block = per_block
 
-    def prepare(self, criterion: Criterion, agreement: Agreement) -> None:
-        """
-        Raises:
-            RankFailedError: Nothing tells the modules apart; on all ranks.
-        """
-        flaw = None
-        if not criterion.scores.any():
-            flaw = "all scores are 0, so that there is nothing to choose modules by: no step has changed the adapter"
-        agreement.raise_together(flaw, "choosing the modules of every block")
+    def chooses(self, step: int, budget: Budget) -> bool:
+        return True
 
     def select(self, step: int, scores: Mapping[str, Tensor], kept: Masks) -> Masks:
         plan = self.plan(step, scores)

@@ -48,6 +48,9 @@ class Move(Rule):
         self._min_rank = min_rank
         self._seed = seed
 
+    def chooses(self, step: int, budget: Budget) -> bool:
+        return not budget.schedule.in_warmup(step)
+
     def select(self, step: int, scores: Mapping[str, Tensor], kept: Masks) -> Masks:
         if self._budget.schedule.in_warmup(step):
             return kept

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.distributed.engine import Moments
+from dora_dist.method.budget import Budget
 from dora_dist.training.criterion import Criterion
 
 Masks = Mapping[str, Tensor]
@@ -53,6 +54,15 @@ class Rule(Protocol):
     def prepare(self, criterion: Criterion, agreement: Agreement) -> None:
         """An event is due: what it does before scores are compared. With collectives, on every rank."""
         return
+
+    def chooses(self, step: int, budget: Budget) -> bool:
+        """Whether an event after a step chooses by scores, which are nothing to choose by where they are all 0.
+
+        Args:
+            step: optimizer step after which the event takes place.
+            budget: of the run.
+        """
+        return budget.at(step) != budget.initial
 
     def select(self, step: int, scores: Mapping[str, Tensor], kept: Masks) -> Masks:
         """What is alive after an event.

@@ -4,16 +4,17 @@ import pytest
 import torch
 from support.tiny_models import adapt, logits, shake, tiny_model
 
-from dora_dist.distributed.agreement import Agreement
+from dora_dist.distributed.agreement import Agreement, RankFailedError
 from dora_dist.method.budget import PARAMETERS, Budget, component_costs
 from dora_dist.method.schedule import BudgetSchedule
 from dora_dist.training.controller import DynamicRankController
 from dora_dist.training.rules.move import Move
 
 
-def make_controller(unit: str = PARAMETERS, **options) -> DynamicRankController:
+def make_controller(unit: str = PARAMETERS, shaken: bool = True, **options) -> DynamicRankController:
     """Forty steps, the first event after step 6, the last one after step 20; two components in five slots."""
-    layers = shake(adapt(tiny_model(), slots=5)).adapted_layers()
+    model = adapt(tiny_model(), slots=5)
+    layers = (shake(model) if shaken else model).adapted_layers()
     schedule = BudgetSchedule(total_steps=40, num_layers=len(layers), initial_rank=2, target_rank=2, interval=2)
     shapes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
     budget = Budget(schedule, component_costs(shapes, unit))
@@ -47,6 +48,14 @@ def test_events_keep_the_budget_and_the_run_ends_with_it(unit):
         assert torch.equal(layer.effective_gate() != 0, events[-1].kept[name])
     if unit == "components":
         assert {event.num_kept for event in events} == {2 * len(controller.layers)}
+
+
+def test_an_adapter_that_has_not_moved_gives_nothing_to_move_by():
+    controller = make_controller(shaken=False)
+    for step in range(1, 6):
+        controller.after_optimizer_step(step)
+    with pytest.raises(RankFailedError, match="all scores are 0, so that there is nothing to select by"):
+        controller.after_optimizer_step(6)
 
 
 def test_nothing_is_moved_before_the_warmup_ends():
