@@ -14,6 +14,7 @@ from dora_dist.adapter.plain_lora import read_lora_adapter
 from dora_dist.compare.methods import ADALORA
 from dora_dist.compare.plan import REPORTED, SEARCH, Cell, Plan
 from dora_dist.config.data import DataConfig
+from dora_dist.config.given import flatten
 from dora_dist.config.model import ModelConfig
 from dora_dist.config.run import RunConfig
 from dora_dist.console import files
@@ -173,14 +174,6 @@ def _defaults() -> dict[str, Any]:
 
 def _may_differ(name: str) -> bool:
     return any(name == key or name.startswith(f"{key}.") for key in MAY_DIFFER)
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with ``section.key`` names."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def training_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,11 @@ SECTIONS = ("adapter", "pruning", "training")
 OF_TRAINING = (LORA_PLUS_RATIO,)
 """Of the training section, what a method may have for itself."""
 FROM = "from"
+PLAIN: Mapping[str, Mapping[str, Any]] = {
+    "adapter": {"init": "lora", "train_gates": False},
+    "pruning": {"rule": "none"},
+}
+"""Nothing of the method is left, whatever the comparison's run sets for the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +54,7 @@ BUILT_IN = {
             name=LORA,
             says="LoRA of one rank for all layers",
             uniform=True,
-            # Nothing of the method is left, whatever the comparison's run sets for the others.
-            sections={"adapter": {"init": "lora", "train_gates": False}, "pruning": {"rule": "none"}},
+            sections=PLAIN,
         ),
         Method(name=ADALORA, says="PEFT's AdaLoRA, one process", peer=ADALORA),
         Method(
@@ -58,7 +62,7 @@ BUILT_IN = {
             says="PEFT's EVA, one process",
             uniform=True,
             peer=EVA,
-            sections={"adapter": {"init": "lora", "train_gates": False}, "pruning": {"rule": "none"}},
+            sections=PLAIN,
         ),
         Method(name=DYNAMIC, says="this method, as configured"),
         _ablation("no-dem", "without the Dimensional Equilibrium Modulator", equilibrium_weight=0.0),

@@ -62,6 +62,14 @@ def values_of(nested: object, keys: Iterable[str]) -> dict[str, Any]:
     return found
 
 
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with ``section.key`` names."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
 def keep_text(parsed: Any, given: Mapping[str, Any], section: type) -> None:
     """Put what was given into the place of what the parser has made of it, where that is something else.
 

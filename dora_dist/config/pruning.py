@@ -19,6 +19,12 @@ LOSS_CHANGE = "loss_change"
 SUMMED = (GATE_SENSITIVITY, LOSS_CHANGE)
 """Importances that are summed over steps from gradients; all others are computed from the weights."""
 
+BOUNDS = {
+    MOVE: "adapter.slots is the bound",
+    GROW: "adapter.slots is the bound",
+    MODULES_PER_LAYER: "modules stay whole",
+}
+"""Rules that know neither re-basing nor a highest rank, and why."""
 ABLATION, ABLATION_GRADIENT = "ablation", "ablation_gradient"
 ABLATIONS = (ABLATION, ABLATION_GRADIENT)
 """The importances that are measured at events, on training rows that are held back for it."""
@@ -134,8 +140,7 @@ class PruningConfig:
         )
         for name in ("moved_per_event", "modules_per_layer", "scoring_rows"):
             require(getattr(self, name) >= 1, f"pruning.{name}", getattr(self, name), "be at least 1")
-        if self.rule in (*FILL_SLOTS, MODULES_PER_LAYER):
-            bound = "modules stay whole" if self.rule == MODULES_PER_LAYER else "adapter.slots is the bound"
+        if (bound := BOUNDS.get(self.rule)) is not None:
             require(not self.rebase, "pruning.rebase", "true", f"be false for the rule {self.rule}")
             least = f"be null for the rule {self.rule}: {bound}"
             require(self.max_rank is None, "pruning.max_rank", self.max_rank, least)

@@ -20,6 +20,7 @@ from PIL import Image
 from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback, TrackioCallback
 
+from dora_dist.config.given import flatten
 from dora_dist.console.files import read_json, write_json
 from dora_dist.console.text import say
 from dora_dist.runs.pictures import draw_ranks
@@ -107,7 +108,7 @@ class MLflow:
         self.known_as: str = started.info.run_id
         mlflow.log_dict(dict(run.config), "config.yaml")
         # A parameter cannot be changed. What is too long for one is in the file.
-        values = {name: str(value) for name, value in flat(run.config, CONFIG).items()}
+        values = {name: str(value) for name, value in flatten(run.config, f"{CONFIG}.").items()}
         new = {name: value for name, value in values.items() if name not in started.data.params}
         mlflow.log_params({name: value for name, value in new.items() if len(value) <= MAX_PARAM_VAL_LENGTH})
 
@@ -286,12 +287,3 @@ def known_as(folder: Path) -> dict[str, str]:
     """What the trackers of an earlier start of a run called it."""
     path = folder / TRACKERS
     return dict(read_json(path)) if path.is_file() else {}
-
-
-def flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Nested mappings as one, with dotted names."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        key = f"{prefix}.{name}"
-        found |= flat(value, key) if isinstance(value, Mapping) else {key: value}
-    return found
