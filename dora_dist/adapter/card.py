@@ -33,8 +33,8 @@ def write_card(folder: Path, ranks: Mapping[str, int], base_model: str | None, p
     total, low, high = sum(ranks.values()), min(ranks.values()), max(ranks.values())
     text = f"""# LoRA adapter{_for(base_model)}
 
-[Dynamic Low-Rank Adaptation]({PAPER}) (DoRA, ACL 2024) chose the rank of every layer while it trained this adapter:
-{total} rank-one components in {len(ranks)} modules, ranks {low} to {high}. {NOT_WEIGHT_DECOMPOSED}
+{total} rank-one components in {len(ranks)} modules, ranks {low} to {high}, written by dora-dist, a trainer of
+[Dynamic Low-Rank Adaptation]({PAPER}) (DoRA, ACL 2024). {NOT_WEIGHT_DECOMPOSED}
 
 The folder holds plain LoRA factors. {PADDED.format(padded) if padded else MIXED} PEFT loads them as they are:
 
