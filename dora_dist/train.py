@@ -10,10 +10,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from dora_dist.config.adapter import PROMPT
 from dora_dist.config.parse import parse_config
 from dora_dist.console.arguments import SPEED_OPTION, add_speed_option, speed_of, with_config_option
 from dora_dist.console.command import capture, run_command
@@ -200,6 +198,7 @@ def train_or_go_on(
     """
     from dora_dist.runs import resume
     from dora_dist.setup import build
+    from dora_dist.setup.ending import describe_adapter
 
     run = Path(config.output_dir)
     earlier = agreement.of_first(f"looking into {run}", lambda: resume.look(run, config.checkpoint.resume))
@@ -325,6 +324,7 @@ def finish(run: Path, resolved: "ResolvedRun", trainer: "DynamicLoraTrainer") ->
     from dora_dist.page.document import keep_current
     from dora_dist.runs import records, summary
     from dora_dist.runs.card import card_of
+    from dora_dist.setup.ending import describe_size, describe_use
 
     parts = trainer.parts
     parts.controller.finish()
@@ -337,9 +337,8 @@ def finish(run: Path, resolved: "ResolvedRun", trainer: "DynamicLoraTrainer") ->
             task, labels = resolved.fingerprint.task, resolved.fingerprint.labels
             text = summary.finish_run(run)
             keep_current(run)
-            page = f"  {'page':<16} {run / records.PAGE}"
-            ending = page, describe_size(run, task), "", describe_use(run, task, labels)
-            print(text, *ending, sep="\n", flush=True)
+            page = [f"  {'page':<16} {run / records.PAGE}"] if (run / records.PAGE).is_file() else []
+            print(text, *page, describe_size(run, task), "", describe_use(run, task, labels), sep="\n", flush=True)
 
 
 def stop_before_training(notice: PreemptionNotice, agreement: "Agreement") -> None:
@@ -368,59 +367,6 @@ def print_dry_run(
     with agreement.together("estimating"):
         if agreement.is_first:
             print(describe(config, resolved, ranks, find_speed(run, dry_run.tokens_per_second)), flush=True)
-
-
-def describe_adapter(folder: Path, config: "RunConfig") -> str:
-    """Where the adapter of a finished run is, or how to make it again."""
-    if folder.is_dir():
-        return f"its adapter is {folder}"
-    if config.adapter.routing == PROMPT:
-        return "its adapter is gone: its checkpoints hold one each, which dora_dist.load_adapter reads"
-    return f"its adapter is gone: dora-dist export {folder.parent} --checkpoint NAME makes one of a checkpoint"
-
-
-def describe_size(run: Path, task: str) -> str:
-    """How large the adapter of a finished run is, padded to one rank, and how large it would be without padding."""
-    from dora_dist.adapter.plain_lora import adapter_bytes
-    from dora_dist.config.tasks import CAUSAL_LM
-    from dora_dist.console.text import format_bytes
-    from dora_dist.routing.files import TENSORS, is_routed
-
-    if is_routed(run / "adapter"):
-        size = format_bytes((run / "adapter" / TENSORS).stat().st_size)
-        return f"  {'adapter size':<16} {size}, routed by prompt: for dora-dist generate and dora_dist.load_adapter"
-    padded, compact = map(format_bytes, adapter_bytes(run / "adapter"))
-    hint = f" (dora-dist export {run} --format compact)" if task == CAUSAL_LM else ""
-    return f"  {'adapter size':<16} {padded}, padded to one rank; {compact} with every module's own rank{hint}"
-
-
-def describe_use(run: Path, task: str, labels: list[str] | str | None) -> str:
-    """The lines that load the adapter of a finished run, serve it and share it.
-
-    Args:
-        run: its folder.
-        task: of the run.
-        labels: names of classes, or ``regression``; None where rows have no labels.
-    """
-    from dora_dist.adapter.plain_lora import ADAPTER_CONFIG
-    from dora_dist.config.tasks import CAUSAL_LM, TASKS
-    from dora_dist.console.files import read_json
-    from dora_dist.routing.files import SETTINGS, is_routed
-
-    folder = run / "adapter"
-    if is_routed(folder):
-        base, load = read_json(folder / SETTINGS)["base_model"], "dora_dist.load_adapter"
-    else:
-        base, load = read_json(folder / ADAPTER_CONFIG)["base_model_name_or_path"], "PeftModel.from_pretrained"
-    outputs = "" if labels is None else f", num_labels={len(labels) if isinstance(labels, list) else 1}"
-    lines = [("in Python", f"{load}({TASKS[task].auto_class}.from_pretrained({base!r}{outputs}), {str(folder)!r})")]
-    if task == CAUSAL_LM and not is_routed(folder):
-        rank = read_json(folder / ADAPTER_CONFIG)["r"]
-        adapter = f"--max-lora-rank {rank} --lora-modules NAME={quote(str(folder))}"
-        served = f"vllm serve {quote(base)} --enable-lora {adapter}"
-        lines.append(("served by vLLM", served))
-    lines.append(("shared", f"hf upload USER/NAME {quote(str(folder))}     # with README.md, its model card"))
-    return "\n".join(f"  {title:<16} {line}" for title, line in lines)
 
 
 def save_adapter(

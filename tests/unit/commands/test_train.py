@@ -7,7 +7,8 @@ import torch
 from support.tiny_models import adapt, shake, tiny_model
 from support.tiny_run import tiny_tokenizer
 
-from dora_dist.train import describe_size, save_adapter
+from dora_dist.setup.ending import describe_size
+from dora_dist.train import save_adapter
 
 COMPONENT_KIB = 2 * (128 + 96 + 96 + 128 + 192 + 192 + 192) * 4 / 1024
 """Of one component of each layer of the tiny model, in float32."""
