@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from support.commands import steps_of
-from support.forked_run import run_to_the_end
+from support.forked_run import finished_run, run_to_the_end
 from support.same_run import RELATIVE, assert_same_course, assert_same_run, stopped_at
 from support.tiny_run import write_config
 
@@ -16,10 +16,8 @@ from support.tiny_run import write_config
 def summed(request, tmp_path_factory) -> Path:
     """A run of two ranks under ZeRO-2, without dropout, by scores that are summed over steps, a checkpoint after every
     step."""
-    folder = tmp_path_factory.mktemp(request.param)
-    config = write_config(folder, pruning={"importance": request.param, "budget_unit": "parameters"})
-    run_to_the_end(config, folder / "run", folder / "log")
-    return config
+    pruning = {"importance": request.param, "budget_unit": "parameters"}
+    return finished_run(tmp_path_factory.mktemp(request.param), pruning=pruning)[0]
 
 
 @pytest.mark.parametrize(

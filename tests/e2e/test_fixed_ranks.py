@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.forked_run import run_that_fails, run_to_the_end
+from support.forked_run import finished_run, run_that_fails, run_to_the_end
 from support.same_run import assert_same_course, assert_same_run, stopped_at
-from support.tiny_run import write_config
 
 from dora_dist.adapter.plain_lora import read_lora_adapter
 
@@ -15,11 +14,9 @@ from dora_dist.adapter.plain_lora import read_lora_adapter
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory) -> Path:
     """Configuration of a finished run of two ranks under ZeRO-2, with a scale by rank and another rate for columns."""
-    folder = tmp_path_factory.mktemp("pruned")
     adapter, training = {"scale": "sqrt_rank"}, {"lora_plus_ratio": 4}
-    config = write_config(folder, adapter=adapter, pruning={"regrow": False}, training=training)
-    run_to_the_end(config, folder / "run", folder / "log")
-    return config
+    folder = tmp_path_factory.mktemp("pruned")
+    return finished_run(folder, adapter=adapter, pruning={"regrow": False}, training=training)[0]
 
 
 def ranks_of(run: Path) -> dict[str, int]:

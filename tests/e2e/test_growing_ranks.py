@@ -10,9 +10,8 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from support.commands import steps_of
-from support.forked_run import run_to_the_end
+from support.forked_run import finished_run, run_to_the_end
 from support.same_run import assert_same_course, assert_same_run, stopped_at
-from support.tiny_run import write_config
 from transformers import AutoModelForCausalLM
 
 from dora_dist.console.files import read_lines
@@ -25,10 +24,7 @@ LAYERS = 14
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory) -> Path:
     """A run of two ranks under ZeRO-2, a checkpoint after every step."""
-    folder = tmp_path_factory.mktemp("grown")
-    config = write_config(folder, **RULE)
-    run_to_the_end(config, folder / "run", folder / "log")
-    return config
+    return finished_run(tmp_path_factory.mktemp("grown"), **RULE)[0]
 
 
 def test_events_grow_to_the_budget_and_take_nothing_away(grown):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from support.forked_run import log_of, run_forked, run_to_the_end
+from support.forked_run import finished_run, log_of, run_forked, run_to_the_end
 from support.same_run import assert_same_course, assert_same_run, stopped_at
-from support.tiny_run import write_config, write_run
+from support.tiny_run import write_run
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from dora_dist.adapter.plain_lora import read_lora_adapter
@@ -34,10 +34,7 @@ COSTS = {"q_proj": 128, "k_proj": 96, "v_proj": 96, "o_proj": 128, "gate_proj": 
 @pytest.fixture(scope="module")
 def probe(tmp_path_factory) -> Path:
     """Configuration of a finished run of two ranks under ZeRO-2, a checkpoint after every step."""
-    folder = tmp_path_factory.mktemp("probe")
-    config = write_config(folder, **RULE)
-    run_to_the_end(config, folder / "run", folder / "log")
-    return config
+    return finished_run(tmp_path_factory.mktemp("probe"), **RULE)[0]
 
 
 def planned(run: Path) -> dict[str, int]:

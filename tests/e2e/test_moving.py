@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 from support.commands import steps_of
-from support.forked_run import run_to_the_end
+from support.forked_run import finished_run, run_to_the_end
 from support.same_run import assert_same_course, assert_same_run, stopped_at
-from support.tiny_run import write_config
 
 from dora_dist.console.files import read_lines
 
@@ -22,10 +21,7 @@ LAYERS = 14
 @pytest.fixture(scope="module")
 def moved(tmp_path_factory) -> Path:
     """A run of two ranks under ZeRO-2, a checkpoint after every step."""
-    folder = tmp_path_factory.mktemp("moved")
-    config = write_config(folder, **RULE)
-    run_to_the_end(config, folder / "run", folder / "log")
-    return config
+    return finished_run(tmp_path_factory.mktemp("moved"), **RULE)[0]
 
 
 def test_every_event_moves_components_and_keeps_their_number(moved):

@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from support.forked_run import run_that_fails, run_to_the_end
+from support.forked_run import finished_run, run_that_fails, run_to_the_end
 from support.same_run import assert_same_run, evaluation_of, stopped_at
-from support.tiny_run import write_config
 
 from dora_dist.adapter.plain_lora import read_lora_adapter
 from dora_dist.console.files import read_lines
@@ -19,10 +18,9 @@ COSTS = {"q_proj": 128, "k_proj": 96, "v_proj": 96, "o_proj": 128, "gate_proj": 
 def spectral(tmp_path_factory) -> tuple[Path, str]:
     """A run of two ranks under ZeRO-2, whose adapter starts along the directions of the same gradient, with a scale by
     rank; and what it printed."""
-    folder = tmp_path_factory.mktemp("spectral")
     adapter = {"initial_rank": None, "ranks": "gradient_spectrum", "init": "gradient", "scale": "sqrt_rank"}
-    config = write_config(folder, preset="lora", adapter={**adapter, "calibration_rows": 20})
-    return config, run_to_the_end(config, folder / "run", folder / "log")
+    folder = tmp_path_factory.mktemp("spectral")
+    return finished_run(folder, preset="lora", adapter={**adapter, "calibration_rows": 20})
 
 
 def planned(run: Path) -> dict[str, int]:

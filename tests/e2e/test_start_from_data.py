@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import pytest
-from support.forked_run import run_that_fails, run_to_the_end
+from support.forked_run import finished_run, run_that_fails, run_to_the_end
 from support.same_run import assert_same_course, assert_same_run, stopped_at
-from support.tiny_run import write_config
 
 SAID = "the adapter starts from 20 training rows (adapter.init inputs)"
 
@@ -13,9 +12,7 @@ SAID = "the adapter starts from 20 training rows (adapter.init inputs)"
 @pytest.fixture(scope="module")
 def started(tmp_path_factory) -> tuple[Path, str]:
     """A run of two ranks under ZeRO-2 that starts from inputs, and what it printed."""
-    folder = tmp_path_factory.mktemp("started")
-    config = write_config(folder, adapter={"init": "inputs", "calibration_rows": 20})
-    return config, run_to_the_end(config, folder / "run", folder / "log")
+    return finished_run(tmp_path_factory.mktemp("started"), adapter={"init": "inputs", "calibration_rows": 20})
 
 
 def test_the_start_and_the_course_do_not_depend_on_the_number_of_ranks(started, tmp_path):

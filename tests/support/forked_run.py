@@ -16,6 +16,7 @@ from typing import Any
 from support.commands import Finished
 from support.ranks import rank_environment, start_ranks, wait_for_ranks
 from support.repository import REPOSITORY
+from support.tiny_run import write_config
 
 RANKS = 2
 LAUNCHED_AS = {
@@ -101,6 +102,13 @@ def run_to_the_end(
     text = log_of(log, ranks)
     assert [process.exitcode for process in processes] == [0] * ranks, text
     return text
+
+
+def finished_run(folder: Path, **sections: Any) -> tuple[Path, str]:
+    """Configuration of a run of two ranks under ZeRO-2 into ``folder/run`` (see
+    :func:`~support.tiny_run.write_config`), which has ended, and what it printed."""
+    config = write_config(folder, **sections)
+    return config, run_to_the_end(config, folder / "run", folder / "log")
 
 
 def run_that_fails(config: Path, output: Path, log: Path, *overrides: str, ranks: int = RANKS) -> tuple[int, str]:

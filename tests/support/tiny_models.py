@@ -1,5 +1,6 @@
 """Language models of a few thousand parameters, made on the spot without a network."""
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,12 @@ def shake(model: DynamicLoraModel, seed: int = 1) -> DynamicLoraModel:
         for parameter in (layer.lora_a, layer.gate, layer.lora_b):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return model
+
+
+def add_unreached_layer(model: DynamicLoraModel) -> None:
+    """An adapted layer that the model has and never calls."""
+    layer = copy.deepcopy(model.adapted_layers()["model.layers.1.mlp.down_proj"])
+    model.get_submodule("base_model.model.model.layers.1.mlp").unused = layer
 
 
 def tokens(rows: int = 2, length: int = 12, seed: int = 2) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_models import SIZES, adapt, load_base, tiny_model, tokens, trainable
+from support.tiny_models import SIZES, adapt, add_unreached_layer, load_base, tiny_model, tokens, trainable
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -169,8 +169,7 @@ def test_no_matrix_of_the_size_of_a_layer_is_made(init):
 @INITS
 def test_a_layer_that_no_row_reaches_is_named(init):
     model = adapt(tiny_model())
-    layer = copy.deepcopy(model.adapted_layers()["model.layers.1.mlp.down_proj"])
-    model.get_submodule("base_model.model.model.layers.1.mlp").unused = layer
+    add_unreached_layer(model)
     with pytest.raises(ValueError, match=r"none of 6 training rows has given .*unused .*adapter\.calibration_rows"):
         start(model, init)
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support.tiny_models import adapt, load_base, logits, tiny_model, tokens, trainable
+from support.tiny_models import adapt, add_unreached_layer, load_base, logits, tiny_model, tokens, trainable
 from torch import Tensor, nn
 
 from dora_dist.adapter.model import DynamicLoraModel
@@ -169,8 +169,7 @@ def test_ranks_that_miss_the_budget_end_in_an_error():
 @BOTH
 def test_a_layer_that_no_row_reaches_is_named(ranks):
     model = student()
-    layer = copy.deepcopy(model.adapted_layers()["model.layers.1.mlp.down_proj"])
-    model.get_submodule("base_model.model.model.layers.1.mlp").unused = layer
+    add_unreached_layer(model)
     with pytest.raises(ValueError, match=r"adapter\.ranks is \w+, but none of 6 .*unused .*set adapter\.ranks to unif"):
         chosen(model, ranks)
 
