@@ -2,7 +2,7 @@
 # VERSIONS=2026-05 takes the versions of launch/constraints-2026-05.txt instead, and .venv-2026-05.
 # shellcheck shell=bash
 
-# ensure_environment EXTRAS: EXTRAS is "" or "[dev]". Activates .venv, installs into it only if something changed.
+# ensure_environment EXTRAS: EXTRAS is "", "[dev]" or "[dev,trl]" and the like. Activates .venv, installs into it only if something changed.
 ensure_environment() {
   local extras=$1 python=${PYTHON:-python3} set=${VERSIONS:+-$VERSIONS} venv constraints stamp wanted
   venv=.venv$set constraints=launch/constraints$set.txt
@@ -20,7 +20,8 @@ ensure_environment() {
   stamp="$venv/installed${extras}"
   wanted=$(cat pyproject.toml "$constraints" | sha256sum)
   # What was installed with the extra packages of developers serves users as well.
-  if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] && [ "$(cat "$venv/installed[dev]" 2>/dev/null)" != "$wanted" ]; then
+  [ -n "$extras" ] || [ "$(cat "$venv/installed[dev]" 2>/dev/null)" != "$wanted" ] || stamp="$venv/installed[dev]"
+  if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "installing dora-dist${extras} into $venv (a few minutes the first time)"
     python -m pip install --quiet --disable-pip-version-check -c "$constraints" -e ".${extras}"
     echo "$wanted" > "$stamp"
