@@ -18,6 +18,7 @@ from dora_dist.config.given import flatten
 from dora_dist.config.model import ModelConfig
 from dora_dist.config.run import RunConfig
 from dora_dist.console import files
+from dora_dist.routing.files import is_routed, read_routed_adapter
 from dora_dist.runs import records
 from dora_dist.runs.fingerprint import Fingerprint
 from dora_dist.runs.records import FAILURE, IDENTITY
@@ -34,7 +35,9 @@ class CellResult:
     Attributes:
         search: figure on the split that learning rates are chosen on; NaN where training diverged.
         reported: figure on the reported split, at the last step; NaN where training diverged.
-        parameters: elements of the saved adapter's factors.
+        parameters: elements of the saved adapter's factors that a prompt uses. With routing this is their mean if all
+            modules of a block are chosen equally often.
+        stored: elements of the saved adapter's factors, whether a prompt uses them or not.
         widest: parameters of a component of the widest layer.
         ranks: components kept by layer.
         initial_rank: components of a layer at the start.
@@ -46,7 +49,8 @@ class CellResult:
 
     search: float
     reported: float
-    parameters: int
+    parameters: float
+    stored: int
     widest: int
     ranks: Mapping[str, int]
     initial_rank: int
@@ -71,6 +75,7 @@ def read_result(plan: Plan, cell: Cell) -> CellResult | None:
             search=math.nan,
             reported=math.nan,
             parameters=0,
+            stored=0,
             widest=0,
             ranks={},
             initial_rank=0,
@@ -84,10 +89,11 @@ def read_result(plan: Plan, cell: Cell) -> CellResult | None:
     summary = files.read_json(folder / records.SUMMARY)
     metric = plan.metric(cell.group.task)
     figures = {name: float(summary["after"][f"{name}_{metric}"]) for name in (SEARCH, REPORTED)}
-    parameters, widest = adapter_size(folder / "adapter")
+    stored, widest, share = adapter_size(folder / "adapter")
     return CellResult(
         **figures,
-        parameters=parameters,
+        parameters=stored * share,
+        stored=stored,
         widest=widest,
         ranks=summary["ranks"],
         initial_rank=summary["initial_rank"],
@@ -98,12 +104,16 @@ def read_result(plan: Plan, cell: Cell) -> CellResult | None:
     )
 
 
-def adapter_size(folder: Path) -> tuple[int, int]:
-    """Elements of the LoRA factors in a saved adapter, and those of a component of its widest layer. Gates and singular
-    values are folded in; padding and a head do not count."""
-    factors = read_lora_adapter(folder).values()
-    total = sum(lora_a.numel() + lora_b.numel() for lora_a, lora_b in factors)
-    return total, max(lora_a.shape[1] + lora_b.shape[0] for lora_a, lora_b in factors)
+def adapter_size(folder: Path) -> tuple[int, int, float]:
+    """Elements of the LoRA factors in a saved adapter, those of a component of its widest layer, and the share of its
+    modules that a prompt uses. Gates and singular values are folded in; padding, a head and routers do not count."""
+    if is_routed(folder):
+        routed = read_routed_adapter(folder)
+        factors, share = routed.factors.values(), routed.modules_per_prompt / len(routed.blocks[0])
+    else:
+        factors, share = read_lora_adapter(folder).values(), 1.0
+    stored = sum(lora_a.numel() + lora_b.numel() for lora_a, lora_b in factors)
+    return stored, max(lora_a.shape[1] + lora_b.shape[0] for lora_a, lora_b in factors), share
 
 
 def training_seconds(lines: Sequence[Mapping[str, Any]]) -> float:

@@ -1,5 +1,6 @@
 """The methods that can be compared."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ SECTIONS = ("adapter", "pruning", "training")
 OF_TRAINING = (LORA_PLUS_RATIO,)
 """Of the training section, what a method may have for itself."""
 FROM = "from"
+RANK_PER_BUDGET = "rank_per_budget"
 PLAIN: Mapping[str, Mapping[str, Any]] = {
     "adapter": {"init": "lora", "train_gates": False},
     "pruning": {"rule": "none"},
@@ -33,6 +35,8 @@ class Method:
         says: what it is, for the table.
         uniform: the initial rank is the target rank, so that nothing is pruned.
         peer: the method of PEFT that is trained instead, a key of :data:`PEER_TITLES`.
+        rank_per_budget: the adapter's target rank over the budget. With ``adapter.routing: prompt``, modules of a block
+            over modules per prompt: a prompt then uses as many parameters as the baseline has.
         sections: changes to ``adapter``, ``pruning`` and, of ``training``, to :data:`OF_TRAINING`.
     """
 
@@ -40,6 +44,7 @@ class Method:
     says: str
     uniform: bool = False
     peer: str | None = None
+    rank_per_budget: float = 1.0
     sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
@@ -103,7 +108,7 @@ def _method(entry: str | Mapping[str, Any]) -> Method:
         raise ValueError(f"methods has {name}: {described!r}, but what belongs there is {{from: ..., adapter: ...}}")
     if name in BUILT_IN:
         raise ValueError(f"methods describes {name}, which is a built-in method: give yours another name")
-    known = (FROM, *SECTIONS)
+    known = (FROM, RANK_PER_BUDGET, *SECTIONS)
     for key in described:
         if key not in known:
             raise ValueError(
@@ -111,6 +116,9 @@ def _method(entry: str | Mapping[str, Any]) -> Method:
                 "must be the same for all methods"
             )
     parent = _method(str(described.get(FROM, DYNAMIC)))
+    factor = described.get(RANK_PER_BUDGET, parent.rank_per_budget)
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
+        raise ValueError(f"methods.{name}.{RANK_PER_BUDGET} is {factor!r}, but must be a positive number")
     sections = {}
     for section in SECTIONS:
         own = described.get(section, {})
@@ -131,5 +139,6 @@ def _method(entry: str | Mapping[str, Any]) -> Method:
         says=f"{parent.name}, {', '.join(changes) or 'unchanged'}",
         uniform=parent.uniform,
         peer=parent.peer,
+        rank_per_budget=factor,
         sections=sections,
     )

@@ -8,9 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dora_dist.compare.methods import ADALORA, EVA, PEER_TITLES, Method
+from dora_dist.compare.methods import ADALORA, EVA, PEER_TITLES, RANK_PER_BUDGET, Method
 from dora_dist.compare.settings import CompareConfig
-from dora_dist.config.adapter import PROMPT
 from dora_dist.config.checks import nearest
 from dora_dist.config.parse import config_of
 from dora_dist.config.run import RunConfig
@@ -167,11 +166,6 @@ class Plan:
         """Of the group's cells, with the first seed and learning rate."""
         try:
             config = config_of(self._values(group))
-            if config.adapter.routing == PROMPT:
-                raise ValueError(
-                    f"adapter.routing is {PROMPT}, whose adapters are no plain LoRA, so that their parameters are not "
-                    "those of the others: leave it out"
-                )
             self._check_peer(group, config)
         except ValueError as error:
             raise ValueError(f"cells {group}: {error}") from None
@@ -191,6 +185,16 @@ class Plan:
         if peer == ADALORA and start == group.budget:
             raise ValueError(f"adapter.initial_rank is {start}, the budget, so that AdaLoRA has nothing to prune")
 
+    def _target_rank(self, group: Group) -> int:
+        factor = self.method(group).rank_per_budget
+        rank = group.budget * factor
+        if abs(rank - round(rank)) > 1e-6 or round(rank) < 1:
+            raise ValueError(
+                f"{RANK_PER_BUDGET} is {factor:g}, which makes the target rank {rank:g} of the budget {group.budget}, "
+                "but a rank is a whole number: change budgets or the factor"
+            )
+        return round(rank)
+
     def _values(self, group: Group) -> dict[str, Any]:
         config, method = self.config, self.method(group)
         task = config.tasks[group.task]
@@ -204,10 +208,10 @@ class Plan:
         _refuse_owned(method.sections, f"methods.{group.method}")
         values = _merged(config.run, overrides, method.sections)
         values["data"] = {**values.get("data", {}), "eval": _held_out(group.task, task, values.get("data", {}))}
-        adapter = {**values.get("adapter", {}), "target_rank": group.budget}
+        adapter = {**values.get("adapter", {}), "target_rank": self._target_rank(group)}
         adapter.setdefault("dtype", "auto")
         if method.uniform:
-            adapter["initial_rank"] = group.budget
+            adapter["initial_rank"] = adapter["target_rank"]
         values["adapter"] = adapter
         values["evaluation"] = {"before": False, **values.get("evaluation", {})}
         values["training"] = {

@@ -38,7 +38,8 @@ class GroupResult:
         deviation: Their sample standard deviation; None with fewer than two.
         difference: To the baseline, paired by seed; None for the baseline itself.
         p_holm: The p-value of the difference, adjusted for all comparisons of the table; None where there is none.
-        parameters: Mean number of elements of the saved LoRA factors.
+        parameters: Mean number of elements of the saved LoRA factors that a prompt uses.
+        stored: Mean number of all of them.
         parameters_of_baseline: The same of the baseline.
         parameters_differ: Whether the two differ by more than one component of the widest layer.
         seconds: Mean seconds of training.
@@ -62,6 +63,7 @@ class GroupResult:
     deviation: float | None
     difference: Difference | None
     parameters: float | None
+    stored: float | None
     parameters_of_baseline: float | None
     parameters_differ: bool
     seconds: float | None
@@ -220,6 +222,7 @@ def _group_result(
         deviation=values.deviation,
         difference=None if group == baseline else _difference(own, base),
         parameters=_mean(result.parameters for result in own.values()),
+        stored=_mean(result.stored for result in own.values()),
         parameters_of_baseline=_mean(result.parameters for result in base.values()),
         parameters_differ=_parameters_differ(own, base),
         seconds=_mean(result.seconds for result in own.values()),
@@ -272,6 +275,7 @@ def _cells(plan: Plan, progress: Progress) -> Iterator[dict[str, Any]]:
             "search": None if result is None else _finite(result.search),
             "reported": None if result is None else _finite(result.reported),
             "parameters": None if result is None else result.parameters,
+            "stored": None if result is None else result.stored,
             "seconds": None if result is None else _finite(result.seconds),
             "ranks": None if result is None else result.ranks,
             "failure": failure,

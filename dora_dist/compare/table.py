@@ -57,9 +57,16 @@ def _row(group: GroupResult, seeds: int) -> list[str]:
         "missing" if mean is None else f"{mean:.4f} ± {sd}",
         str(number) if number == seeds else f"**{number} of {seeds}**",
         *_difference_cells(group),
-        "" if group.parameters is None else f"{group.parameters:,.0f}{' †' * group.parameters_differ}",
+        _parameters(group),
         "" if group.seconds is None else f"{group.seconds:.0f}",
     ]
+
+
+def _parameters(group: GroupResult) -> str:
+    if group.parameters is None or group.stored is None:
+        return ""
+    of = f" of {group.stored:,.0f}" if group.stored != group.parameters else ""
+    return f"{group.parameters:,.0f}{of}{' †' * group.parameters_differ}"
 
 
 def _difference_cells(group: GroupResult) -> tuple[str, str]:
@@ -94,6 +101,11 @@ def _remarks(results: ComparisonResults) -> Iterator[str]:
         f"Parameters are the elements of the saved LoRA factors; gates and singular values are folded in. All adapters "
         f"are scaled by alpha / initial rank = {config.alpha_over_rank:g}."
     )
+    if any(group.stored != group.parameters for group in groups):
+        yield (
+            "Of an adapter with prompt routing, parameters are those that a prompt uses if all modules of a block are "
+            "chosen equally often; routers do not count."
+        )
     if any(group.parameters_differ for group in groups):
         yield f"† differs from {config.baseline} by more than one component of the widest layer."
     for group in groups:

@@ -1,5 +1,6 @@
 """From the YAML of a comparison to the runs of its cells."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -258,7 +259,23 @@ def test_a_method_that_holds_rows_back_is_refused_before_any_cell_runs(plan_of):
         plan_of(methods=["lora", move])
 
 
-def test_prompt_routing_is_refused(plan_of):
-    routed = {"routed": {"from": "lora", "adapter": {"routing": "prompt"}}}
-    with pytest.raises(ValueError, match=r"cells one rank 4 routed: adapter.routing is prompt, whose adapters are no"):
-        plan_of(methods=["lora", routed])
+def test_a_routed_method_has_the_rank_at_which_a_prompt_uses_the_budget(plan_of):
+    routed = {"from": "lora", "rank_per_budget": 3.5, "adapter": {"routing": "prompt", "modules_per_prompt": 2}}
+    plan = plan_of(methods=["lora", {"routed": routed}], budgets=[2, 4])
+    for budget, rank in ((2, 7), (4, 14)):
+        adapter = run_of(plan, "routed", budget=budget).adapter
+        assert (adapter.target_rank, adapter.start_rank) == (rank, rank)
+        assert adapter.scale_of(rank) == run_of(plan, "lora", budget=budget).adapter.scale_of(budget)
+
+
+@pytest.mark.parametrize(
+    ("factor", "message"),
+    [
+        (0, "methods.routed.rank_per_budget is 0, but must be a positive number"),
+        ("a", "methods.routed.rank_per_budget is 'a', but must be a positive number"),
+        (1.3, "cells one rank 4 routed: rank_per_budget is 1.3, which makes the target rank 5.2 of the budget 4"),
+    ],
+)
+def test_a_rank_that_is_no_whole_number_is_refused(plan_of, factor, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plan_of(methods=["lora", {"routed": {"from": "lora", "rank_per_budget": factor}}])
