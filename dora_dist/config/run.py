@@ -16,6 +16,7 @@ from dora_dist.config.presets import PAPER, PresetName
 from dora_dist.config.pruning import FILL_SLOTS, GROW, MODULES_PER_LAYER, MOVE, NONE, PruningConfig, check_prunes
 from dora_dist.config.tasks import CAUSAL_LM, EXACT_MATCH, TASKS, TaskName, metrics_of
 from dora_dist.config.training import CHECKPOINTING, DEFAULT_TRAINING_ARGUMENTS, check_training_section, with_strategies
+from dora_dist.config.unused import check_used
 
 LARGEST_SEED = 2**32 - 1
 """numpy takes no larger one."""
@@ -162,6 +163,7 @@ class RunConfig:
             )
         self._check_task()
         self._check_rule()
+        check_used(self)
         if self.task == CAUSAL_LM and self.measured and self.data.eval is None:
             raise ValueError(f"{self.evaluation.asks}, but there is no held-out data: set data.eval")
         if self.adapter.routing == PROMPT:
