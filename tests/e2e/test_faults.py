@@ -154,6 +154,7 @@ def test_an_error_of_one_rank_is_told_by_the_others_too(kind, odd, config, whole
     assert_goes_on(config, tmp_path / "run", tmp_path / "log", whole)
 
 
+@FULL
 def test_a_rank_that_fails_to_evaluate_is_named_on_all_ranks(config, whole, tmp_path):
     faults = {1: {"raise": "evaluation", "kind": "RuntimeError"}}
     codes, text = broken_run(config, tmp_path / "run", tmp_path / "log", faults)
@@ -200,6 +201,7 @@ def test_losses_that_are_not_finite_are_left_out_by_all_ranks(config, tmp_path):
     assert all(before[name].equal(after[name]) for name in weights), "a skipped step changed the adapter"
 
 
+@FULL
 def test_too_many_in_a_row_end_the_run_at_its_last_good_checkpoint(config, whole, tmp_path):
     strict = ("--distributed.max_skipped_steps", "0")
     run, log = tmp_path / "run", tmp_path / "log"

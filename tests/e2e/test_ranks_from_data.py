@@ -11,6 +11,7 @@ from dora_dist.adapter.plain_lora import read_lora_adapter
 from dora_dist.console.files import read_lines
 
 SAID = "ranks from 20 training rows (adapter.ranks is gradient_spectrum)"
+pytestmark = pytest.mark.full("ranks")
 COSTS = {"q_proj": 128, "k_proj": 96, "v_proj": 96, "o_proj": 128, "gate_proj": 192, "up_proj": 192, "down_proj": 192}
 
 
@@ -64,7 +65,6 @@ def test_a_run_is_not_gone_on_with_by_another_choice(spectral, tmp_path):
     assert "adapter.ranks was 'gradient_spectrum' and is now 'weight_gradient'" in text
 
 
-@pytest.mark.full("ranks")
 @pytest.mark.parametrize("ranks", ["gradient_spectrum", "weight_gradient"])
 def test_the_choice_and_the_course_do_not_depend_on_the_number_of_ranks(spectral, ranks, tmp_path):
     runs = []
