@@ -11,6 +11,10 @@ from typing import Protocol
 EVENTS = 20
 """Events, or one more, that :func:`automatic_interval` gives."""
 
+FIRST_SCORED_STEP = 3
+"""Earliest optimizer step of a final event. Step 1 may have a learning rate of 0, step 2 then moves the components that
+start at 0, and so step 3 is the first in which every gate has a gradient."""
+
 
 def automatic_interval(total_steps: int, warmup_fraction: float, final_fraction: float) -> int:
     """Optimizer steps between two events, so that a run of any length has about :data:`EVENTS` of them.
@@ -104,7 +108,7 @@ class BudgetSchedule:
     With ``T = total_steps``, ``t = int(step - T * warmup_fraction)`` and
     ``t_max = int(T * (1 - warmup_fraction - final_fraction))``, the number of components pruned by a step is
     ``int(num_layers * (initial_rank - target_rank) * (t / t_max)**3)`` for ``0 <= t <= t_max``.
-    ``t_max`` is at least 1.
+    ``t_max`` is at least 1, and the final event is at step :data:`FIRST_SCORED_STEP` or later, if the run has so many.
 
     Args:
         total_steps: optimizer steps of the whole run.
@@ -156,7 +160,8 @@ class BudgetSchedule:
     def final_step(self) -> int:
         """Optimizer step of the last event; the mask is fixed from then on."""
         guess = int(self._last + self.total_steps * self.warmup_fraction)
-        return next(step for step in range(max(guess, 1), guess + 3) if self._position(step) == self._last)
+        final = next(step for step in range(max(guess, 1), guess + 3) if self._position(step) == self._last)
+        return max(final, min(FIRST_SCORED_STEP, self.total_steps))
 
     @property
     def prune_steps(self) -> list[int]:
@@ -186,9 +191,7 @@ class BudgetSchedule:
     def is_prune_step(self, step: int) -> bool:
         """Whether an event takes place after optimizer step ``step``."""
         position = self._position(step)
-        if not 0 <= position <= self._last:
-            return False
-        return position % self.interval == 0 or position == self._last
+        return step == self.final_step or (0 <= position < self._last and position % self.interval == 0)
 
     def in_warmup(self, step: int) -> bool:
         """Whether a step comes before pruning may begin. Of two steps in which t = 0 lasts, the first one does."""

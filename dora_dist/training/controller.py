@@ -284,7 +284,10 @@ class DynamicRankController:
             if not torch.isfinite(scores).all():
                 return f"layer {name} has non-finite scores {scores.tolist()}"
         if self.rule.chooses(self.step, self.budget) and not self.criterion.scores.any():
-            return "all scores are 0, so that there is nothing to select by: no step has changed the adapter"
+            return (
+                "all scores are 0, so there is nothing to select by: no step with a learning rate above 0 has changed "
+                "the adapter yet. Train for more steps (training.max_steps), or raise pruning.warmup_fraction"
+            )
         return None
 
     def _mean_scores(self, scores: Mapping[str, Tensor]) -> dict[str, float]:
