@@ -13,8 +13,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from docstring_parser import parse
 
+from dora_dist.config.adapter import DynamicLoraConfig
 from dora_dist.config.data import SourceConfig
 from dora_dist.config.presets import DEFAULT, PRESETS
+from dora_dist.config.pruning import PruningConfig
 from dora_dist.config.run import RunConfig
 from dora_dist.config.training import DEFAULT_TRAINING_ARGUMENTS, LORA_PLUS_RATIO, OWNED_TRAINING_ARGUMENTS
 from dora_dist.console.errors import PREEMPTED
@@ -22,6 +24,7 @@ from dora_dist.console.errors import PREEMPTED
 DOCS = Path(__file__).resolve().parent
 PACKAGE = DOCS.parent / "dora_dist"
 NOTICE = "<!-- Made by `python docs/reference.py` from docstrings: change those, and run it. -->"
+SECTIONS = {"adapter": DynamicLoraConfig(), "pruning": PruningConfig()}
 KINDS = {int: "whole number", float: "number", str: "text", bool: "`true` or `false`", type(None): "`null`"}
 
 
@@ -67,13 +70,15 @@ def meanings(section: type) -> dict[str, str]:
 
 
 def table(section: type, defaults: object, prefix: str) -> Iterator[str]:
-    """The keys of one section as a table."""
+    """The keys of one section as a table. Defaults are those of a configuration file, with the default preset."""
     hints, said = get_type_hints(section), meanings(section)
     yield from ("| key | value | default | meaning |", "|---|---|---|---|")
     for field in dataclasses.fields(section):
         if not dataclasses.is_dataclass(hints[field.name]):
             name, kind = f"`{prefix}{field.name}`", kind_of(hints[field.name])
-            yield f"| {name} | {kind} | {default_of(field, defaults)} | {in_cell(said[field.name])} |"
+            of_preset = PRESETS[DEFAULT].get(f"{prefix}{field.name}")
+            default = default_of(field, defaults) if of_preset is None else f"`{default_text(of_preset)}`"
+            yield f"| {name} | {kind} | {default} | {in_cell(said[field.name])} |"
 
 
 def summary(section: type) -> str:
@@ -105,20 +110,20 @@ def configuration() -> list[str]:
 
 def presets() -> list[str]:
     """Keys of which the presets have other defaults."""
-    rows = [
-        f"| `{name}`{' (default)' * (name == DEFAULT)} | "
-        + (", ".join(f"`{key}: {default_text(value)}`" for key, value in keys.items()) or "none: the tables below")
-        + " |"
-        for name, keys in PRESETS.items()
-    ]
+    rows = []
+    for key in dict.fromkeys(key for keys in PRESETS.values() for key in keys):
+        section, name = key.split(".")
+        values = [keys.get(key, getattr(SECTIONS[section], name)) for keys in PRESETS.values()]
+        rows.append(f"| `{key}` | {' | '.join(f'`{default_text(value)}`' for value in values)} |")
+    names = [f"`{name}`{' (default)' * (name == DEFAULT)}" for name in PRESETS]
     return [
         "## Presets",
         "",
-        "`preset` sets defaults of the sections `adapter` and `pruning`. The tables below have those of `paper`;",
-        "the other presets differ in these keys:",
+        "`preset` sets defaults of the sections `adapter` and `pruning`; a key that you set wins. The presets differ",
+        f"in these keys. The tables below have the defaults of `{DEFAULT}`.",
         "",
-        "| preset | defaults that differ |",
-        "|---|---|",
+        f"| key | {' | '.join(names)} |",
+        "|---" * (len(names) + 1) + "|",
         *rows,
     ]
 

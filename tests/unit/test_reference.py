@@ -29,14 +29,17 @@ def test_every_key_is_there_with_a_meaning():
     ]
     assert len(keys) > 60
     for key in keys:
-        (row,) = [line for line in text.splitlines() if line.startswith(f"| `{key}` |")]
+        row = [line for line in text.splitlines() if line.startswith(f"| `{key}` |")][-1]  # after that of the presets
         assert len(row.split(" | ")[3]) > 15, row
 
 
 def test_the_default_preset_is_that_of_a_configuration_file():
     text = (REPOSITORY / "docs" / "configuration.md").read_text()
     assert f"| `{DEFAULT}` | defaults of the sections" in text
-    assert f"\n| `{DEFAULT}` (default) | `adapter.init: {PRESETS[DEFAULT]['adapter.init']}`" in text
+    init = f"`{PRESETS[DEFAULT]['adapter.init']}`"
+    assert f"| `{DEFAULT}` (default) | `paper` | `lora` |\n|---|---|---|---|\n| `adapter.init` | {init} |" in text
+    of_files = [line for line in text.splitlines() if line.startswith("| `adapter.init` |")][-1]
+    assert f" | {init} | lora (a_i" in of_files
 
 
 def test_a_changed_docstring_makes_the_page_differ(monkeypatch):
