@@ -1,6 +1,6 @@
-"""The budget over time: how many components the whole model has lost by a given step (equation 9).
+"""The budget over time: how many components of the whole model are pruned by a given step (equation 9).
 
-The form is the one of the authors' released code, which reaches its target; the printed equation does not.
+The form follows the authors' released code, which reaches its target; the printed equation does not.
 Every step here is an *optimizer* step, counted from 1.
 """
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 EVENTS = 20
-"""Events, or one more, that :func:`automatic_interval` gives."""
+"""Number of events with the interval of :func:`automatic_interval`; rounding can add one."""
 
 
 def automatic_interval(total_steps: int, warmup_fraction: float, final_fraction: float) -> int:
-    """Optimizer steps between two events, so that a run of any length has about :data:`EVENTS` of them.
+    """Interval between two events, in optimizer steps, that gives a run of any length about :data:`EVENTS` events.
 
     Args:
         total_steps: optimizer steps of the whole run.
@@ -24,7 +24,7 @@ def automatic_interval(total_steps: int, warmup_fraction: float, final_fraction:
 
 
 class Schedule(Protocol):
-    """What a budget and a controller ask of a schedule."""
+    """What a budget and a controller need from a schedule."""
 
     @property
     def num_components(self) -> int:
@@ -42,24 +42,24 @@ class Schedule(Protocol):
         """Whether an event takes place after optimizer step ``step``."""
 
     def in_warmup(self, step: int) -> bool:
-        """Whether a step comes before anything may change."""
+        """Whether a step is in the warm-up, in which nothing may change."""
 
     def removed(self, step: int, removable: int) -> int:
-        """Of ``removable`` units that are gone after the final event, how many an event at ``step`` leaves removed."""
+        """How many of the ``removable`` units (those removed by the final event) are removed after an event at ``step``."""
 
     def cost_at_start(self, costs: Mapping[str, int]) -> int:
-        """What all components cost, by the cost of one component of each layer."""
+        """Total cost of the components at the start, given the cost of one component of each layer."""
 
     def cost_at_end(self, costs: Mapping[str, int]) -> int:
-        """What the components may cost that are left in the end."""
+        """Largest total cost of the components that remain after the final event."""
 
 
 @dataclass(frozen=True)
 class FixedRanks:
-    """No event: the ranks of the start stay.
+    """A schedule without events: the initial ranks stay.
 
     Args:
-        ranks: layer name -> components.
+        ranks: layer name -> number of components.
     """
 
     ranks: Mapping[str, int]
@@ -73,27 +73,27 @@ class FixedRanks:
 
     @property
     def prune_steps(self) -> list[int]:
-        """None."""
+        """Empty."""
         return []
 
     def is_prune_step(self, step: int) -> bool:
-        """Never."""
+        """Always False."""
         return False
 
     def in_warmup(self, step: int) -> bool:
-        """No step is."""
+        """Always False."""
         return False
 
     def removed(self, step: int, removable: int) -> int:
-        """Nothing."""
+        """Always 0."""
         return 0
 
     def cost_at_start(self, costs: Mapping[str, int]) -> int:
-        """What the components cost."""
+        """Total cost of the components."""
         return sum(costs[name] * rank for name, rank in self.ranks.items())
 
     def cost_at_end(self, costs: Mapping[str, int]) -> int:
-        """The same."""
+        """The cost at the start."""
         return self.cost_at_start(costs)
 
 
@@ -108,7 +108,7 @@ class BudgetSchedule:
 
     Args:
         total_steps: optimizer steps of the whole run.
-        num_layers: adapted layers.
+        num_layers: number of adapted layers.
         initial_rank: components of each layer at the start.
         target_rank: components of each layer, on average, after the final event.
         warmup_fraction: share of the steps before pruning may begin, in [0, 1).
@@ -116,7 +116,7 @@ class BudgetSchedule:
         interval: optimizer steps between two events.
 
     Raises:
-        ValueError: a value is out of range, or the run is too short for the phases asked for.
+        ValueError: a value is out of range, or the run is too short for the requested phases.
     """
 
     total_steps: int
@@ -171,16 +171,16 @@ class BudgetSchedule:
         return self.removed(step, self.num_layers * (self.initial_rank - self.target_rank))
 
     def removed(self, step: int, removable: int) -> int:
-        """Of ``removable`` units that are gone after the final event, how many an event at ``step`` leaves removed."""
+        """How many of the ``removable`` units (those removed by the final event) are removed after an event at ``step``."""
         position = min(max(self._position(step), 0), self._last)
         return removable * position**3 // self._last**3
 
     def cost_at_start(self, costs: Mapping[str, int]) -> int:
-        """What all components cost, by the cost of one component of each layer."""
+        """Total cost of the components at the start, given the cost of one component of each layer."""
         return self.initial_rank * sum(costs.values())
 
     def cost_at_end(self, costs: Mapping[str, int]) -> int:
-        """What the components may cost that are left in the end: those of a uniform target rank."""
+        """Largest total cost of the components that remain after the final event: that of a uniform target rank."""
         return self.target_rank * sum(costs.values())
 
     def is_prune_step(self, step: int) -> bool:
@@ -191,7 +191,7 @@ class BudgetSchedule:
         return position % self.interval == 0 or position == self._last
 
     def in_warmup(self, step: int) -> bool:
-        """Whether a step comes before pruning may begin. Of two steps in which t = 0 lasts, the first one does."""
+        """Whether a step is before pruning may begin. Where t = 0 lasts two steps, the first of them is."""
         return step < self.total_steps * self.warmup_fraction
 
     def _check_ranks(self) -> None:
@@ -203,31 +203,31 @@ class BudgetSchedule:
 
     @property
     def _last(self) -> int:
-        """``t_max``; 1 where the phase is shorter than a step, so that a short run has an event."""
+        """``t_max``; 1 where the phase is shorter than a step: a short run then still has an event."""
         return max(1, int(self.total_steps * (1 - self.warmup_fraction - self.final_fraction)))
 
     def _position(self, step: int) -> int:
-        """``t`` of the schedule. ``int`` truncates towards zero as in the authors' code, so that t = 0 may last
-        two steps, and nothing is due in either."""
+        """``t`` of the schedule. ``int`` truncates towards zero as in the authors' code. t = 0 may therefore last two
+        steps; no component is due for removal in either."""
         return int(step - self.total_steps * self.warmup_fraction)
 
 
 @dataclass(frozen=True, slots=True)
 class GrowthSchedule(BudgetSchedule):
-    """The same steps, at which the budget rises in a straight line: every event pays for as many new components
-    (Zhang et al., 2023, IncreLoRA), the first one, at ``t = 0``, for none.
+    """The same steps, with a budget that rises linearly: every event allows the same number of new components (Zhang et
+    al., 2023, IncreLoRA), except that the first one, at ``t = 0``, allows none.
 
     Args:
         initial_rank: components of each layer at the start, at least 1.
         target_rank: components of each layer, on average, after the final event; more than ``initial_rank``.
 
     Raises:
-        ValueError: as of the parent, or the ranks do not grow.
+        ValueError: as in :class:`BudgetSchedule`, or not ``1 <= initial_rank < target_rank``.
     """
 
     def removed(self, step: int, removable: int) -> int:
-        """What comes is removed below 0: of ``-removable`` units that are there after the final event and were not at
-        the start, those that an event at ``step`` pays for, rounded down, with a minus sign."""
+        """Growth is negative removal. ``-removable`` units are added by the final event; the result is minus the number
+        that an event at ``step`` allows, rounded down."""
         position = min(max(self._position(step), 0), self._last)
         return -(-removable * position // self._last)
 
@@ -240,8 +240,8 @@ class GrowthSchedule(BudgetSchedule):
 
 
 class OneEvent(BudgetSchedule):
-    """Of all events, only the last one takes place."""
+    """A schedule of which only the last event takes place."""
 
     def is_prune_step(self, step: int) -> bool:
-        """Whether it is that of the last event."""
+        """Whether ``step`` is the step of the last event."""
         return step == self.final_step
