@@ -66,7 +66,7 @@ def component_costs(shapes: Mapping[str, tuple[int, int]], unit: str) -> dict[st
 
     Args:
         shapes: layer name -> (inputs, outputs).
-        unit: ``components`` (1 each) or ``parameters`` (inputs plus outputs; the gate is free: it is folded in the end).
+        unit: ``components`` (1 each) or ``parameters`` (inputs plus outputs; the gate is free, as it is folded away).
 
     Raises:
         ValueError: the unit is neither.

@@ -86,5 +86,5 @@ def test_an_adapter_that_has_not_moved_gives_nothing_to_choose_by():
     controller = make_controller(shaken=False)
     for step in range(1, 6):
         controller.after_optimizer_step(step)
-    with pytest.raises(RankFailedError, match="all scores are 0, so that there is nothing to select by"):
+    with pytest.raises(RankFailedError, match="all scores are 0, so there is nothing to select by"):
         controller.after_optimizer_step(6)
