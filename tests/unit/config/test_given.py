@@ -76,7 +76,7 @@ def test_the_command_line_wins_over_text_of_the_file(load):
 @pytest.mark.parametrize(
     ("added", "message"),
     [
-        ("seed: '3'", "seed is the text '3', but must be a number: leave the quotation marks out"),
+        ("seed: '3'", "seed is the text '3', but must be a number: remove the quotation marks"),
         ("adapter: {train_gates: 'no'}", "train_gates is the text 'no', but must be true or false: leave the quot"),
         ("adapter: {initial_rank: '12'}", "initial_rank is the text '12', but must be a number"),
         ("pruning: {interval: '12'}", "pruning.interval is the text '12', but must be a number"),

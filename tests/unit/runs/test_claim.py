@@ -73,7 +73,7 @@ def test_a_second_run_is_refused_and_told_who_the_first_one_is(tmp_path, capfd):
         holder.join()
     for part in (f"process {holder.pid} on {os.uname().nodename}, since 20", "set output_dir to another folder"):
         assert part in str(refusal.value)
-    assert "looking for 0.6 s whether it shows a sign of life" in capfd.readouterr().err
+    assert "waiting 0.6 s for a sign of life" in capfd.readouterr().err
 
 
 def test_the_claim_of_a_process_that_was_killed_is_taken_over_at_once(tmp_path, capfd):
@@ -149,7 +149,7 @@ def test_a_claim_that_nobody_can_read_is_watched_like_others(tmp_path, capfd):
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="file/run cannot be written into: "):
+    with pytest.raises(ValueError, match="file/run cannot be written to: "):
         Claim(tmp_path / "file" / "run").take()
 
 
