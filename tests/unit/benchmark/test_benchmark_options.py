@@ -29,7 +29,7 @@ def options(*arguments):
         ("--contestants peft-lora floo", "--contestants has 'floo', but must be of floor, "),
         ("--contestants peft-lora peft-liger", "--contestants has peft-liger, .* give --device cuda"),
         ("--contestants floor dynamic", "must include peft-lora"),
-        ("--profile floor --contestants peft-lora", "--profile is floor, which --contestants leaves out"),
+        ("--profile floor --contestants peft-lora", "--profile is floor, which is not among --contestants"),
         ("--profile nobody", "--profile has 'nobody'"),
         ("--peak-tflops 0", "--peak-tflops is 0.0, but must be positive"),
         ("--adapter-dtype bfloat16", "--adapter-dtype is bfloat16, but must be float32"),

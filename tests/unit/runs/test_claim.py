@@ -160,9 +160,9 @@ HERE = Holder.here({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"})
     ("changes", "reason"),
     [
         ({}, None),
-        ({"restart": 0}, "Slurm has requeued job 7 since"),
+        ({"restart": 0}, "Slurm has requeued job 7 since then"),
         ({"restart": 0, "job": "8"}, None),
-        ({"boot": "another"}, f"{HERE.host} was booted since"),
+        ({"boot": "another"}, f"{HERE.host} was booted since then"),
         ({"boot": "another", "host": "elsewhere"}, None),
         ({"born": "1"}, "it has ended"),
         ({"born": "1", "host": "elsewhere"}, None),
