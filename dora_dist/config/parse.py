@@ -167,7 +167,7 @@ def _refuse_repeated_keys(path: Path) -> None:
         for key, value in node.value:
             name = f"{prefix}{key.value}"
             if name in seen:
-                raise ValueError(f"{path}, line {key.start_mark.line + 1}: the key {name} is there twice")
+                raise ValueError(f"{path}, line {key.start_mark.line + 1}: the key {name} appears twice")
             seen.add(name)
             check(value, f"{name}.")
 

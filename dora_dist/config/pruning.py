@@ -174,7 +174,7 @@ def check_prunes(pruning: PruningConfig, adapter: DynamicLoraConfig) -> None:
     """
     if adapter.ranks != UNIFORM:
         raise ValueError(
-            f"adapter.ranks is {adapter.ranks}, which are the ranks of the whole run, but pruning.rule is "
+            f"adapter.ranks is {adapter.ranks}, which fixes the ranks of the whole run, but pruning.rule is "
             f"{pruning.rule}: set it to none, or adapter.ranks to uniform"
         )
     if pruning.rule == GROW and not adapter.train_gates:
@@ -189,8 +189,8 @@ def check_prunes(pruning: PruningConfig, adapter: DynamicLoraConfig) -> None:
         )
     if pruning.rule == GROW and pruning.min_rank > adapter.start_rank:
         raise ValueError(
-            f"pruning.min_rank is {pruning.min_rank}, but pruning.rule is {GROW}, under which a layer may keep the "
-            f"{adapter.start_rank} of the start: raise adapter.initial_rank, or lower pruning.min_rank"
+            f"pruning.min_rank is {pruning.min_rank}, but pruning.rule is {GROW}, under which a layer may keep its "
+            f"initial rank {adapter.start_rank}: raise adapter.initial_rank, or lower pruning.min_rank"
         )
     least, most, target = pruning.min_rank, pruning.max_rank, adapter.target_rank
     if least > target or (most is not None and most < target):

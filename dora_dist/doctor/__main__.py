@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     options, overrides = build_parser().parse_known_args(with_config_option(arguments))
     if overrides and options.config is None:
-        raise ValueError(f"{overrides[0]} is no option of the doctor, and keys of a run need its --config")
+        raise ValueError(f"{overrides[0]} is no option of the doctor, and keys of a run need --config")
     if options.timeout <= 0:
         raise ValueError(f"--timeout is {options.timeout:g}, but must be positive")
     # c10d logs a failed rendezvous as a C++ stack; the exception that it raises says the same in a line.

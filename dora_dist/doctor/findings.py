@@ -30,7 +30,7 @@ def world_problems(ranks: Sequence[RankFacts]) -> list[Problem]:
             ranks,
             lambda facts: facts.launch,
             "launcher and engine go together",
-            "use the command that is named; dora_dist.train refuses this one",
+            "use the command named here; dora_dist.train refuses this launch",
         ),
         *alike(
             ranks,
@@ -138,7 +138,7 @@ def node_problems(ranks: Sequence[RankFacts]) -> list[Problem]:
                     where,
                     f"the clock is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} that of {ranks[0].node}",
                     f"clocks of nodes differ by at most {LARGEST_SKEW:g} s",
-                    "have time synchronization (chrony, ntpd) looked at on that node; logs and file times mislead",
+                    "fix time synchronization (chrony, ntpd) on that node; until then, logs and file times mislead",
                 )
             )
         problems += _too_many_threads(group, ranks)

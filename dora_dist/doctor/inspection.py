@@ -50,9 +50,9 @@ def join(timeout_seconds: float) -> StoreAgreement:
         said = next(iter(str(error).splitlines()), type(error).__name__)
         where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
         raise ExpectedRunError(
-            f"this rank could not join the {wanted} of the job at MASTER_ADDR:MASTER_PORT {where} within "
-            f"{timeout_seconds:g} s, though all have come there: {said} Look for a firewall, and for the interface "
-            "that GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name; --timeout waits longer"
+            f"this rank could not join the {wanted} ranks of the job at MASTER_ADDR:MASTER_PORT {where} within "
+            f"{timeout_seconds:g} s, although all have connected there: {said} Check the firewall, and the "
+            "interface in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, or raise --timeout"
         ) from None
     assert state.device is not None
     return StoreAgreement(state.device, timeout_seconds + SLACK_SECONDS)

@@ -33,7 +33,7 @@ def storage_problems(
         ranks,
         lambda facts: storage[facts.rank].failure and f"{folder}: {storage[facts.rank].failure}",
         "every rank can make, write, rename and read files in output_dir",
-        "choose another folder (output_dir, or --output here), or have permissions, quota and space looked at",
+        "choose another folder (output_dir, or --output here), or check its permissions, quota and free space",
     )
     if storage[0].failure is not None:
         return unusable

@@ -37,7 +37,6 @@ def select_modules(
     Returns:
         Layer name -> rank, for the kept modules only. Their cost is at most the budget; less than the cost of the most
         expensive kept module's component is unspent.
-        component of the most expensive one.
 
     Raises:
         ValueError: a score is not finite, a block has fewer modules than ``per_block``, or the budget does not allow

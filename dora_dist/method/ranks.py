@@ -39,7 +39,7 @@ def apportion(
         ValueError: the budget is more than the layers can hold, or all weights are 0.
     """
     if not any(weight > 0 for weight in weights.values()):
-        raise ValueError("no layer has a weight above 0, so that there is nothing to give ranks to")
+        raise ValueError("no layer has a weight above 0, so there is nothing to give ranks to")
     chosen = {name: weight for name, weight in weights.items() if weight > 0 or least}
     claims = {
         name: costs[name] * weight / (2 * torch.arange(most[name], dtype=torch.float64) + 1)
@@ -95,7 +95,7 @@ def _depths(names: Sequence[str]) -> dict[str, tuple[int, int]]:
     for name in names:
         found = NUMBER.search(name)
         if found is None:
-            raise ValueError(f"{name} is in no numbered block, so that it has no depth")
+            raise ValueError(f"{name} is in no numbered block, so it has no depth")
         places[name] = name[: found.start()], int(found[1])
     last: dict[str, int] = {}
     for stack, number in places.values():

@@ -35,7 +35,7 @@ def singular_components(lora_a: Tensor, gate: Tensor, lora_b: Tensor) -> Compone
     if rank > min(inputs, outputs):
         raise ValueError(
             f"cannot turn {rank} components of a layer with {inputs} inputs and {outputs} outputs into singular "
-            "vectors, of which there are fewer: lower adapter.initial_rank, or set pruning.rebase to false"
+            "vectors, because there are fewer of these: lower adapter.initial_rank, or set pruning.rebase to false"
         )
     rows, row_mix = torch.linalg.qr(lora_a.double().T)
     columns, column_mix = torch.linalg.qr(lora_b.double() * gate.double())

@@ -234,8 +234,8 @@ class GrowthSchedule(BudgetSchedule):
     def _check_ranks(self) -> None:
         if not 1 <= self.initial_rank < self.target_rank:
             raise ValueError(
-                f"initial_rank is {self.initial_rank} and target_rank {self.target_rank}, but what grows must start "
-                "between 1 and less than it ends with: lower initial_rank or raise target_rank"
+                f"initial_rank is {self.initial_rank} and target_rank {self.target_rank}, but growth must start "
+                "at 1 or more and below target_rank: lower initial_rank or raise target_rank"
             )
 
 

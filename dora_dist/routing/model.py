@@ -263,10 +263,9 @@ def add_routed_lora(model: PreTrainedModel, config: DynamicLoraConfig) -> Routed
     Raises:
         ValueError: as in ``add_dynamic_lora``; or ``routing`` is none; or the model is for another task, or its blocks
             do not fit (:func:`routed_blocks`).
-            blocks, or too few modules in them.
     """
     if config.routing != "prompt":
-        raise ValueError(f"routing is {config.routing}, but must be prompt: add_dynamic_lora adds an adapter without")
+        raise ValueError(f"routing is {config.routing}, but must be prompt: use add_dynamic_lora without it")
     if task_of(model).name != CAUSAL_LM:
         raise ValueError(
             f"a {type(model).__name__} is for {task_of(model).name}, but routing prompt is for {CAUSAL_LM}"

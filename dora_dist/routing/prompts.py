@@ -54,8 +54,8 @@ def find_prompts(
         if attention_mask is not None:
             if attention_mask.shape != shape:
                 raise ValueError(
-                    f"attention_mask has shape {tuple(attention_mask.shape)}, but a prompt is found by one of shape "
-                    f"{tuple(shape)} (rows, tokens): give the mask of the padding"
+                    f"attention_mask has shape {tuple(attention_mask.shape)}, but must have "
+                    f"{tuple(shape)} (rows, tokens) to show where prompts begin: give the padding mask"
                 )
             real = attention_mask.to(device).bool()
         starts = real & (real.cumsum(1) == 1)
