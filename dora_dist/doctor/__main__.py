@@ -1,9 +1,9 @@
 """Check a machine or a job before training, and report what is wrong with it.
 
-Alone, it checks this machine. Started as dora_dist.train is (accelerate launch, torchrun, or tasks of Slurm), it
-checks every rank, and what the ranks share: the network and the checkpoint folder. It leaves no files behind. Every key
-of a configuration can be overridden as --section.key value. Exit status: 0 no problem found, 1 problems found, 2 the
-command line is invalid.
+Alone, it checks this machine. Started with the launcher of dora_dist.train (accelerate launch, torchrun, or tasks of
+Slurm), it checks every rank, and what the ranks share: the network and the checkpoint folder. It leaves no files
+behind. Every key of a configuration can be overridden as --section.key value. Exit status: 0 no problem found, 1
+problems found, 2 the command line is invalid.
 """
 
 import argparse

@@ -105,8 +105,8 @@ def _fill(order: Tensor, cost: Tensor, budget: int) -> Tensor:
 
 
 def _places_in_layer(scores: Tensor, eligible: Tensor) -> Tensor:
-    """Rank of each component within its layer, 0 for the best. Ties go by index; ineligible components come last. Shape
-    ``(r,)``, int64."""
+    """Place of each component within its layer, 0 for the best. Ties go by index; ineligible components come last.
+    Shape ``(r,)``, int64."""
     ranked = scores.detach().double().cpu().masked_fill(~eligible, -torch.inf)
     order = torch.sort(ranked, descending=True, stable=True).indices
     places = torch.empty_like(order)

@@ -17,7 +17,7 @@ def singular_components(lora_a: Tensor, gate: Tensor, lora_b: Tensor) -> Compone
 
     Every ``a_i`` has the root mean square length of the given ones, because the learning rate fits that scale. ``b_i``
     has the rest of the norm, and all gates are 1. Where the update has a lower rank, the surplus components can grow,
-    as at LoRA's start: ``b_i`` is 0 and ``a_i`` is another orthogonal direction. The largest entry of ``a_i`` fixes the
+    as at LoRA's start: ``b_i`` is 0 and ``a_i`` is another direction. The largest entry of ``a_i`` fixes the
     sign.
 
     Args:
