@@ -36,7 +36,7 @@ def options(*arguments):
         ("--device cuda --kernels rope silu", "--kernels has 'silu', but must be of rms_norm, rope, swiglu"),
         ("--kernels rope", "--kernels is given, which are for GPUs, but --device is cpu: give --device cuda"),
         ("--growth --device cuda", "--device is cuda, but --growth"),
-        (f"--output {__file__}", "--output is .*, but .* is no folder"),
+        (f"--output {__file__}", "--output is .*, but .* is not a writable folder"),
     ],
 )
 def test_an_option_that_cannot_be_is_refused(arguments, message):

@@ -224,7 +224,7 @@ def test_a_method_may_have_a_rate_of_the_columns_own_but_not_adalora(plan_of):
     plan = plan_of(methods=["lora", {"plus": {"from": "lora", **own}}])
     assert run_of(plan, "plus").training["lora_plus_ratio"] == 4
     assert "lora_plus_ratio" not in run_of(plan, "lora").training
-    with pytest.raises(ValueError, match="which PEFT's AdaLoRA does not know"):
+    with pytest.raises(ValueError, match="but PEFT's AdaLoRA does not support it"):
         plan_of(methods=["lora", {"plus": {"from": "adalora", **own}}])
 
 
