@@ -54,7 +54,7 @@ def find_prompts(
         if attention_mask is not None:
             if attention_mask.shape != shape:
                 raise ValueError(
-                    f"attention_mask has shape {tuple(attention_mask.shape)}, but must have "
+                    f"attention_mask has shape {tuple(attention_mask.shape)}, but must have shape "
                     f"{tuple(shape)} (rows, tokens) to show where prompts begin: give the padding mask"
                 )
             real = attention_mask.to(device).bool()
