@@ -20,6 +20,7 @@ from dora_dist.console.files import follow_umask
 from dora_dist.console.library_warnings import quiet_libraries
 from dora_dist.console.phases import Phases
 from dora_dist.console.text import say
+from dora_dist.data.reading.files import locate
 from dora_dist.distributed.launcher import check_launch, check_world_size
 from dora_dist.distributed.preemption import PreemptionNotice
 
@@ -76,13 +77,17 @@ def start(arguments: Sequence[str]) -> None:
         main(given)
         return
     given, _ = split_dry_run(given)
-    engine = parse_config(given).distributed.engine  # what is wrong with it is said before any rank is there
+    config = parse_config(given)  # what is wrong with it is said before any rank is there
+    for source in (*config.data.train_sources, *config.data.eval_sources):
+        locate(source.path)  # of whatever is missing here, the ranks would say so much later
+    engine = config.distributed.engine
     if engine == "none" and options.processes in (None, 1):
         main(given)
         return
     from dora_dist.distributed.start_ranks import number_of_ranks, start_ranks
 
     processes, gpus = number_of_ranks(engine, options.processes)
+    say(f"starting {processes} {'process' if processes == 1 else 'processes'} on {'GPUs' if gpus else 'CPUs'}")
     status = start_ranks(engine, processes, gpus, "dora_dist.train", given)
     if status:
         raise SystemExit(status)

@@ -43,6 +43,14 @@ def test_an_error_of_the_command_line_is_said_before_any_rank_is_started(config)
     )
 
 
+def test_data_that_are_not_there_are_said_before_any_rank_is_started(config):
+    finished = train(config, "--data.train", "nope.jsonl")
+    assert (finished.status, finished.output) == (
+        2,
+        f"error: no data file matches 'nope.jsonl' (looked from {REPOSITORY})\n",
+    )
+
+
 @pytest.mark.full("faults")
 def test_it_is_told_to_stop_and_ends_with_the_status_of_a_run_that_goes_on(config, tmp_path):
     command = [BIN / "python", "-m", "dora_dist", "train", config, "--output_dir", tmp_path / "run"]

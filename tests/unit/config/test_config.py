@@ -266,7 +266,7 @@ def test_owned_training_arguments_are_refused_when_loading(load):
         (["--adapter.initial_rank", "0", "--adapter.slots", "9"], "initial_rank is 0, but must be at least 1"),
         ([*GROW, "--adapter.train_gates", "false"], "pruning.rule is grow, .* adapter.train_gates is false"),
         ([*GROW, "--adapter.ranks", "mlp-only"], "adapter.ranks is mlp-only, .* pruning.rule is grow"),
-        ([*GROW, "--pruning.min_rank", "2"], "min_rank is 2, but pruning.rule is grow, under which .* its initial rank 1"),
+        ([*GROW, "--pruning.min_rank", "2"], "min_rank is 2, but pruning.rule is grow, .* its initial rank 1"),
         ([*GROW, "--pruning.max_rank", "9"], "pruning.max_rank is 9, but must be null for the rule grow"),
         ([*GROW, *PAPER, "--pruning.rebase", "true"], "pruning.rebase is true, but must be false for the rule grow"),
         ([*GROW, "--training.optim", "adafactor"], "training.optim is adafactor, but pruning.rule is grow"),
