@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dora_dist.adapter.plain_lora import (
     Factors,
@@ -50,6 +50,7 @@ class Exported:
     content: str
     verification: Sequence[str]
     usage: str
+    how_checked: str = "by logits, loaded back and computed in float32"
 
 
 def export_peft(trained: TrainedRun, folder: Path, rank: int | None) -> Exported:
@@ -69,7 +70,7 @@ def export_peft(trained: TrainedRun, folder: Path, rank: int | None) -> Exported
     reference = _reference(trained, trained.load_base(default_device(), in_float32=True))
     write_lora_adapter(folder, factors, trained.config.model.path, rank=rank)
     content = f"LoRA adapter of {len(factors)} modules, all of rank {rank}"
-    usage = _with_base(PEFT_USAGE + "\n" + SERVERS_USAGE, trained).replace("RANK", str(rank))
+    usage = with_base(PEFT_USAGE + "\n" + SERVERS_USAGE, trained).replace("RANK", str(rank))
     return Exported(content, _check_adapter(trained, folder, reference), usage)
 
 
@@ -84,7 +85,7 @@ def export_compact(trained: TrainedRun, folder: Path) -> Exported:
     write_compact_adapter(folder, factors, trained.config.model.path)
     ranks = [lora_a.shape[0] for lora_a, _ in factors.values()]
     content = f"LoRA adapter of {len(ranks)} modules with ranks from {min(ranks)} to {max(ranks)}"
-    usage = _with_base(PEFT_USAGE + "\n" + COMPACT_USAGE, trained)
+    usage = with_base(PEFT_USAGE + "\n" + COMPACT_USAGE, trained)
     return Exported(content, _check_adapter(trained, folder, reference), usage)
 
 
@@ -132,16 +133,20 @@ def _merge(trained: TrainedRun, original: bool) -> tuple[PreTrainedModel, Refere
     return plain, _reference(trained, base)
 
 
+def end_tokens(trained: TrainedRun, settings: GenerationConfig) -> list[int]:
+    """What the model stops at when it generates: what ended an answer in training, the end token first, and then all
+    that its base stops at by ``settings``."""
+    tokenizer, of_base = trained.load_tokenizer(), settings.eos_token_id
+    trained_ends = stop_tokens(tokenizer, tokenizer.get_chat_template() if trained.chat else None)
+    base_ends = of_base if isinstance(of_base, list) else [] if of_base is None else [of_base]
+    return list(dict.fromkeys([tokenizer.eos_token_id, *trained_ends, *base_ends]))
+
+
 def _set_special_tokens(plain: PreTrainedModel, trained: TrainedRun) -> None:
-    """What the model stops at when it generates: all that its base stops at, and what ended an answer in training."""
     tokenizer, settings = trained.load_tokenizer(), plain.generation_config
     assert settings is not None
-    of_base = settings.eos_token_id
-    ends = {
-        *(of_base if isinstance(of_base, list) else [] if of_base is None else [of_base]),
-        *stop_tokens(tokenizer, tokenizer.get_chat_template() if trained.chat else None),
-    }
-    settings.eos_token_id = sorted(ends) if len(ends) > 1 else ends.pop()
+    ends = end_tokens(trained, settings)
+    settings.eos_token_id = sorted(ends) if len(ends) > 1 else ends[0]
     settings.pad_token_id, settings.bos_token_id = tokenizer.pad_token_id, tokenizer.bos_token_id
 
 
@@ -196,5 +201,6 @@ def _quantization(trained: TrainedRun) -> str:
     return QUANTIZATION_TITLES[trained.config.model.quantization]
 
 
-def _with_base(usage: str, trained: TrainedRun) -> str:
+def with_base(usage: str, trained: TrainedRun) -> str:
+    """``usage`` with the names of the run's base and of its quantization."""
     return usage.replace("BASE", trained.config.model.path).replace("{quantization}", _quantization(trained))
