@@ -24,7 +24,7 @@ PIECES = 400
 
 
 def make_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Write ``tokenizer.model`` and transformers' files into the new ``folder``; one token is beyond sentencepiece's."""
+    """Write a tokenizer of sentencepiece into the new ``folder``, with one token beyond those of sentencepiece."""
     documents = [f"{text} {number} of {number + 7} words." for number in range(40) for text in TEXTS[:2]]
     train_tokenizer(documents, folder, PIECES)
     tokenizer = AutoTokenizer.from_pretrained(folder)

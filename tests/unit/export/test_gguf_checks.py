@@ -1,4 +1,4 @@
-"""What is checked around llama.cpp's converters, without them: where they are, which vocabulary and updates they write."""
+"""What is checked around llama.cpp's converters, without them: where they are, and the vocabulary that they write."""
 
 import json
 from pathlib import Path
