@@ -1,7 +1,7 @@
 """Write the adapter of a run in a form that other programs load, and prove by logits that it computes what was trained.
 
-peft     an adapter with one rank for all modules, padded with zeros, as in RUN/adapter: for PEFT, vLLM and llama.cpp
-compact  an adapter with every module's own rank, without padding: for PEFT and llama.cpp; vLLM does not take it
+peft     an adapter with one rank for all modules, padded with zeros, as in RUN/adapter: for PEFT, vLLM and SGLang
+compact  an adapter with every module's own rank, without padding: for PEFT; older versions of vLLM do not take it
 merged   a plain 16-bit model without adapter: the base's weights, as the adapter was trained on them, plus its update
 gguf     adapter.gguf and merged.gguf for llama.cpp, by its own converters
 """
