@@ -63,7 +63,7 @@ def prompts(run: TrainedFolder) -> Tensor:
     return torch.randint(4, size, (3, 24), generator=generator)
 
 
-def compare(model: LlamaCppModel, stock: torch.nn.Module, without: torch.nn.Module | None, tokens: Tensor) -> None:
+def compare(model: LlamaCppModel, stock: torch.nn.Module, without: torch.nn.Module, tokens: Tensor) -> None:
     """Logits and greedy tokens of llama.cpp and of stock PEFT, beside what the adapter does to the logits."""
     wanted = torch_logits(stock, tokens)
     effect = (wanted - torch_logits(without, tokens)).abs().max()

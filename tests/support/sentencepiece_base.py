@@ -34,10 +34,11 @@ def make_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def make_sentencepiece_base(folder: Path, **changes: object) -> PreTrainedTokenizerBase:
-    """Write model and tokenizer; returns the tokenizer. ``changes`` are to the model's sizes."""
+def make_sentencepiece_base(folder: Path) -> PreTrainedTokenizerBase:
+    """Write model and tokenizer; returns the tokenizer. Its weights are large enough for attention to matter."""
     tokenizer = make_tokenizer(folder)
-    model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=256, use_cache=True, **changes)
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 256, "use_cache": True}
+    model = tiny_model(**sizes, initializer_range=0.2)
     model.save_pretrained(folder)
     return tokenizer
 
