@@ -17,6 +17,7 @@ from transformers.utils import cached_file
 from dora_dist.adapter.plain_lora import Factors, read_lora_adapter, write_lora_adapter
 from dora_dist.console import files
 from dora_dist.console.errors import ExpectedRunError
+from dora_dist.data.encoding.chat import PROBE
 from dora_dist.export.formats import Exported, end_tokens, export_merged, with_base
 from dora_dist.export.llama_cpp import ADAPTER, MERGED, LlamaCpp
 from dora_dist.export.read_gguf import update_norm
@@ -27,7 +28,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 """Types of tokens in GGUF. Those of the last three are read as one token wherever their text stands."""
 FURTHER_ENDS = ("eot", "eom")
 """Names that GGUF has for end tokens beside ``eos``; llama.cpp stops at each."""
-SENTENCEPIECE = "tokenizer.model"
+SENTENCEPIECE, WORD = "tokenizer.model", "▁"
 NORM_TOLERANCE = 1e-4
 """Largest share by which the size of a module's update may differ when it is read back: both are float32."""
 HOW_CHECKED = "before the conversion by logits, computed in float32; the files by reading them back"
@@ -62,7 +63,7 @@ def export_gguf(
     ends = end_tokens(trained, _generation_config(trained))
     written = []
     if MERGED in parts:
-        complete_tokenizer(base, tokenizer, trained.config.model.path)
+        complete_tokenizer(base, tokenizer, trained.config.model.path, trained.chat)
         llama_cpp.convert_model(base, scratch / "vocabulary.gguf", "f32", "--vocab-only")
         further_ends(ends, tokenizer)
         check_vocabulary(llama_cpp.read(scratch / "vocabulary.gguf")["fields"], tokenizer, trained.chat)
@@ -91,7 +92,7 @@ def _generation_config(trained: TrainedRun) -> GenerationConfig:
         return GenerationConfig.from_model_config(trained.load_model_config())
 
 
-def complete_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, base_path: str) -> None:
+def complete_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, base_path: str, chat: bool) -> None:
     """Add what the converter reads and transformers does not write, where the base has it.
 
     Without ``tokenizer.model`` the converter gives all pieces of sentencepiece one score, and llama.cpp merges others
@@ -101,17 +102,39 @@ def complete_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, base_pa
         folder: with the tokenizer's files.
         tokenizer: of the run.
         base_path: folder or name of the base.
+        chat: the run was trained in the tokenizer's chat template.
     """
     file = folder / "tokenizer_config.json"
     added = {
         str(number): {"content": token.content, "special": token.special}
         for number, token in tokenizer.added_tokens_decoder.items()
     }
-    files.write_json(file, {**files.read_json(file), "added_tokens_decoder": added})
+    completed = {**files.read_json(file), "added_tokens_decoder": added}
     with suppress(OSError):  # only tokenizers of sentencepiece have it
         found = cached_file(os.path.expanduser(base_path), SENTENCEPIECE)
         if found is not None:
             shutil.copyfile(found, folder / SENTENCEPIECE)
+            completed["add_prefix_space"] = marks_first_word(tokenizer, chat)
+    files.write_json(file, completed)
+
+
+def marks_first_word(tokenizer: PreTrainedTokenizerBase, chat: bool) -> bool:
+    """Whether sentencepiece's mark of a word is put before the first text of a prompt.
+
+    Most tokenizers put it at the beginning and not behind a control token. llama.cpp has one setting for both, so that
+    the place counts where the prompts of the run begin.
+
+    Args:
+        tokenizer: of the run.
+        chat: the run was trained in the tokenizer's chat template.
+    """
+    begin = ""
+    if chat:
+        prompt = tokenizer.apply_chat_template(PROBE[:1], tokenize=False, add_generation_prompt=True)
+        first = tokenizer(prompt, add_special_tokens=False)["input_ids"][0]
+        begin = tokenizer.convert_ids_to_tokens(first) if first in tokenizer.added_tokens_decoder else ""
+    tokens = tokenizer(f"{begin}x", add_special_tokens=False).tokens()
+    return bool(tokens[1 if begin else 0].startswith(WORD))
 
 
 def further_ends(ends: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
@@ -146,7 +169,7 @@ def check_vocabulary(fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBa
     added = tokenizer.added_tokens_decoder
     for number, text in enumerate(wanted):
         found = texts[number] if number < len(texts) else None
-        if found not in (text, text.replace("▁", " ")):
+        if found not in (text, text.replace(WORD, " ")):
             raise _other_tokens(f"token {number} is {text!r} in the run's tokenizer, and {found!r} in the file")
         if number in added and added[number].special and types[number] not in (UNKNOWN, CONTROL, USER_DEFINED):
             raise _other_tokens(f"token {number} ({text!r}) is a special one, and not so in the file")
@@ -156,6 +179,8 @@ def check_vocabulary(fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBa
             raise _other_tokens(
                 f"all pieces have the same score, since the base has no {SENTENCEPIECE}: put that file into its folder"
             )
+        if fields.get("tokenizer.ggml.add_space_prefix", True) != marks_first_word(tokenizer, chat):
+            raise _other_tokens("before the first text of a prompt stands a mark of a word in one and not in the other")
     if fields.get("tokenizer.ggml.eos_token_id") != tokenizer.eos_token_id:
         raise _other_tokens(
             f"the end token is {tokenizer.eos_token_id} in the run's tokenizer, and "
@@ -213,7 +238,7 @@ def _write_merged(trained: TrainedRun, folder: Path, llama_cpp: LlamaCpp, dtype:
     tokenizer, plain, file = trained.load_tokenizer(), folder / "scratch" / MERGED, folder / f"{MERGED}.gguf"
     merged = export_merged(trained, plain, dtype, original)
     ends = end_tokens(trained, GenerationConfig.from_pretrained(plain))
-    complete_tokenizer(plain, tokenizer, trained.config.model.path)
+    complete_tokenizer(plain, tokenizer, trained.config.model.path, trained.chat)
     llama_cpp.convert_model(plain, file, OUTTYPES[dtype], "--model-name", trained.folder.resolve().name)
     shutil.rmtree(plain)
     named = further_ends(ends, tokenizer)

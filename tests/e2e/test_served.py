@@ -1,5 +1,6 @@
 """Exports to GGUF in llama.cpp itself, against stock PEFT and transformers: logits, greedy tokens, tokenizer, ends."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -19,11 +20,12 @@ from support.trained_run import TrainedFolder, make_base, make_run, one_thread, 
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dora_dist.export import to_gguf
 from dora_dist.export.llama_cpp import LlamaCpp
 
 pytestmark = [pytest.mark.full("served"), pytest.mark.timeout(900)]
-SHARE_OF_EFFECT = 2e-3
-"""Largest difference of logits, over the largest that the adapter makes. Two kernels in float32 gave ..."""
+SHARE_OF_EFFECT = 1e-4
+"""Largest difference of logits, over the largest that the adapter makes. Two kernels in float32 gave 2e-6."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -88,11 +90,27 @@ def test_a_merged_model_computes_what_was_trained(run: TrainedFolder, merged: Ll
     compare(merged, run.model, load_base(run.base), prompts(run))
 
 
-def test_llama_cpp_reads_the_tokens_that_were_trained(run: TrainedFolder, merged: LlamaCppModel) -> None:
+def test_llama_cpp_reads_the_conversations_that_were_trained(run: TrainedFolder, merged: LlamaCppModel) -> None:
     tokenizer = AutoTokenizer.from_pretrained(run.folder / "adapter")
-    for text in [*TEXTS, f"user: Where is it?{END_OF_TURN}", f"Yes{END_OF_TURN}"]:
-        assert merged.tokens(text) == tokenizer(text)["input_ids"], text
+    messages = [
+        {"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), TEXTS, strict=True)
+    ]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert merged.tokens(text, add_bos=False) == tokenizer(text, add_special_tokens=False)["input_ids"]
     assert merged.llama.metadata["tokenizer.chat_template"] == tokenizer.chat_template
+
+
+def test_llama_cpp_reads_the_texts_that_were_trained(run: TrainedFolder, llama_cpp: LlamaCpp, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(run.base)
+    source = shutil.copytree(run.base, tmp_path / "base")
+    to_gguf.complete_tokenizer(source, tokenizer, str(run.base), chat=False)
+    llama_cpp.convert_model(source, tmp_path / "vocabulary.gguf", "f32", "--vocab-only")
+    to_gguf.check_vocabulary(llama_cpp.read(tmp_path / "vocabulary.gguf")["fields"], tokenizer, chat=False)
+    model = LlamaCppModel(tmp_path / "vocabulary.gguf", vocab_only=True)
+    for text in TEXTS:
+        assert model.tokens(text, add_bos=True) == tokenizer(text)["input_ids"], text
+    # The known difference, in docs/files.md: transformers takes a space for the mark, llama.cpp puts one before it.
+    assert model.tokens(" one", add_bos=True) != tokenizer(" one")["input_ids"]
 
 
 def test_a_merged_model_knows_its_ends(run: TrainedFolder, merged: LlamaCppModel) -> None:

@@ -18,7 +18,7 @@ CHAT = (
 TEXTS = [
     "The pet of the writer is lost.",
     "user: Where is it?\nassistant: In Oslo, 1234 miles  away!",
-    "  two spaces, a\ttab, and é, ü, 🚀",
+    "two  spaces, a\ttab, and é, ü, 🚀",
 ]
 PIECES = 400
 

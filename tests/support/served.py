@@ -41,14 +41,16 @@ class LlamaCppModel:
     Args:
         model: GGUF file.
         adapter: GGUF file of an adapter for it.
+        vocab_only: the file has no weights.
     """
 
-    def __init__(self, model: Path, adapter: Path | None = None) -> None:
+    def __init__(self, model: Path, adapter: Path | None = None, vocab_only: bool = False) -> None:
         from llama_cpp import Llama
 
         self.llama = Llama(
             str(model),
             lora_path=None if adapter is None else str(adapter),
+            vocab_only=vocab_only,
             n_ctx=256,
             n_threads=1,
             n_threads_batch=1,
@@ -67,8 +69,8 @@ class LlamaCppModel:
             rows.append(torch.tensor(self.llama.scores[: len(row)]))
         return torch.stack(rows)
 
-    def tokens(self, text: str) -> list[int]:
-        return self.llama.tokenize(text.encode(), add_bos=True, special=True)
+    def tokens(self, text: str, add_bos: bool) -> list[int]:
+        return self.llama.tokenize(text.encode(), add_bos=add_bos, special=True)
 
     def stops_at(self, token: int) -> bool:
         import llama_cpp

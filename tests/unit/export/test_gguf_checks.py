@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.sentencepiece_base import CHAT, END_OF_TURN, make_tokenizer
 from support.trained_run import TrainedFolder, run_export
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dora_dist.console.errors import ExpectedRunError
 from dora_dist.export import to_gguf
@@ -25,13 +25,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
     return AutoTokenizer.from_pretrained(folder)
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The fields that a faultless converter writes."""
+    """The fields that a faultless converter writes for a run on conversations."""
     number = len(tokenizer)
     special = {token for token, kind in tokenizer.added_tokens_decoder.items() if kind.special}
     return {
@@ -41,6 +39,7 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
             to_gguf.CONTROL if token in special else to_gguf.NORMAL for token in range(number)
         ],
         "tokenizer.ggml.scores": [-float(token) for token in range(number)],
+        "tokenizer.ggml.add_space_prefix": False,
         "tokenizer.ggml.eos_token_id": tokenizer.eos_token_id,
         "tokenizer.chat_template": CHAT,
     }
@@ -92,6 +91,7 @@ def test_the_same_vocabulary_is_accepted(tokenizer: PreTrainedTokenizerBase) -> 
         ("tokens", lambda tokens: tokens[:-1], f"token 400 is '{END_OF_TURN}' in the run's tokenizer, and None"),
         ("token_type", lambda types: [*types[:-1], to_gguf.NORMAL], f"400 .'{END_OF_TURN}'. is a special one"),
         ("scores", lambda scores: [-1000.0 for _ in scores], "the base has no tokenizer.model: put that file"),
+        ("add_space_prefix", lambda _: True, "a mark of a word in one and not in the other"),
         ("eos_token_id", lambda token: token + 1, "the end token is 2 in the run's tokenizer, and 3"),
     ],
 )
@@ -106,7 +106,7 @@ def test_a_vocabulary_that_llama_cpp_would_read_otherwise_is_refused(
 
 def test_another_chat_template_matters_to_a_run_on_conversations(tokenizer: PreTrainedTokenizerBase) -> None:
     fields = {**vocabulary(tokenizer), "tokenizer.chat_template": "{{ messages }}"}
-    to_gguf.check_vocabulary(fields, tokenizer, chat=False)
+    to_gguf.check_vocabulary({**fields, "tokenizer.ggml.add_space_prefix": True}, tokenizer, chat=False)
     with pytest.raises(ValueError, match="chat template is not the one"):
         to_gguf.check_vocabulary(fields, tokenizer, chat=True)
 
@@ -115,11 +115,24 @@ def test_the_converter_gets_added_tokens_and_the_file_of_sentencepiece(
     folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     tokenizer.save_pretrained(tmp_path)
-    to_gguf.complete_tokenizer(tmp_path, tokenizer, str(folder))
+    to_gguf.complete_tokenizer(tmp_path, tokenizer, str(folder), chat=True)
     written = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert written["added_tokens_decoder"]["400"] == {"content": END_OF_TURN, "special": True}
     assert written["eos_token"] == "</s>"
+    assert written["add_prefix_space"] is False
     assert (tmp_path / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("chat", "template", "marked"),
+    [(False, CHAT, True), (True, CHAT, False), (True, CHAT.removeprefix("{{ bos_token }}"), True)],
+)
+def test_the_first_word_is_marked_as_where_prompts_of_the_run_begin(
+    folder: Path, chat: bool, template: str, marked: bool
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template
+    assert to_gguf.marks_first_word(tokenizer, chat) == marked
 
 
 def test_end_tokens_have_names_in_the_file(tokenizer: PreTrainedTokenizerBase) -> None:
