@@ -9,6 +9,12 @@ source launch/environment.sh
 extras=dev
 case ",${CI_FULL:-}," in *,kernels,* | *,all,*) extras+=,gpu ;; esac
 case ",${CI_FULL:-}," in *,trackers,* | *,all,*) extras+=,mlflow,trackio,wandb ;; esac
+case ",${CI_FULL:-}," in *,served,* | *,all,*)
+  extras+=,served
+  # pip builds llama.cpp: the library alone, without its programs.
+  export CMAKE_ARGS="${CMAKE_ARGS:--DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF}"
+  ;;
+esac
 case ",${CI_FULL:-}," in *,trl,* | *,all,*) extras+=,trl ;; esac
 case ",${CI_FULL:-}," in *,docs,* | *,all,*) extras+=,docs ;; esac
 ensure_environment "[$extras]"

@@ -11,7 +11,9 @@ PAPER = "https://arxiv.org/abs/2405.17357"
 NOT_WEIGHT_DECOMPOSED = "This is not weight-decomposed DoRA (`use_dora` of PEFT), which shares the name."
 
 PADDED = "They are padded with zeros to rank {} in every module, which PEFT, vLLM and llama.cpp take."
-MIXED = "Every module has its own rank, which PEFT and llama.cpp take and vLLM does not."
+MIXED = (
+    "Every module has its own rank, which PEFT and llama.cpp take, and of vLLM only versions that read rank_pattern."
+)
 
 
 def absolute_base(base_model: str | None) -> str | None:

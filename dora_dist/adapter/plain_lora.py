@@ -76,10 +76,12 @@ def write_lora_adapter(
     task_type: str = "CAUSAL_LM",
     head: Mapping[str, Mapping[str, Tensor]] | None = None,
     rank: int | None = None,
+    keep_empty: bool = False,
 ) -> None:
     """Write plain LoRA factors as an adapter folder that PEFT, vLLM and llama.cpp load exactly, with its model card.
 
-    Every module has the same rank, padded with zeros, and ``r == lora_alpha``. Modules of rank 0 are left out.
+    Every module has the same rank, padded with zeros, and ``r == lora_alpha``. Modules of rank 0 are left out, unless
+    ``keep_empty``.
 
     Args:
         folder: created if missing.
@@ -88,13 +90,15 @@ def write_lora_adapter(
         task_type: PEFT's task type.
         head: modules that were trained as a whole, by name, each with its parameters by their names in it.
         rank: of every module; :func:`common_rank` by default.
+        keep_empty: write modules of rank 0 too, as zeros.
 
     Raises:
         ValueError: every module has rank 0, so that there is no adapter to write.
     """
     present, base_model = _with_components(factors), absolute_base(base_model)
     rank = rank or common_rank(present)
-    padded = {name: pad_rank(parts, rank) for name, parts in present.items()}
+    written = factors if keep_empty else present
+    padded = {name: pad_rank(parts, rank) for name, parts in sorted(written.items())}
     config = _lora_config(padded, base_model, task_type, rank, sorted(head or {}))
     _write(folder, config, _named_tensors(padded, head or {}))
     write_card(folder, {name: lora_a.shape[0] for name, (lora_a, _) in present.items()}, base_model, rank)

@@ -1,8 +1,9 @@
 """Write the adapter of a run in a form that other programs load, and prove by logits that it computes what was trained.
 
-peft     an adapter with one rank for all modules, padded with zeros, as in RUN/adapter: for PEFT, vLLM and llama.cpp
-compact  an adapter with every module's own rank, without padding: for PEFT and llama.cpp; vLLM does not take it
+peft     an adapter with one rank for all modules, padded with zeros, as in RUN/adapter: for PEFT, vLLM and SGLang
+compact  an adapter with every module's own rank, without padding: for PEFT; older versions of vLLM do not take it
 merged   a plain 16-bit model without adapter: the base's weights, as the adapter was trained on them, plus its update
+gguf     adapter.gguf and merged.gguf for llama.cpp, by its own converters
 """
 
 import argparse
@@ -11,17 +12,29 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dora_dist.console.command import run_command
 from dora_dist.console.files import follow_umask
 from dora_dist.console.library_warnings import quiet_libraries
 from dora_dist.console.phases import Phases
+from dora_dist.export.llama_cpp import PARTS, find_llama_cpp
 
-FORMATS = ("peft", "compact", "merged")
+if TYPE_CHECKING:
+    from dora_dist.export.formats import Exported
+
+FORMATS = ("peft", "compact", "merged", "gguf")
 RANKS = (8, 16, 32, 64, 128, 256, 512)
 """Ranks that vLLM takes as ``max_lora_rank`` and that are a power of two."""
 DTYPES = ("bfloat16", "float16", "float32")
-OWN_OPTIONS = {"base": "merged", "dtype": "merged", "rank": "peft"}
+OWN_OPTIONS = {
+    "base": ("merged", "gguf"),
+    "dtype": ("merged", "gguf"),
+    "llama_cpp": ("gguf",),
+    "part": ("gguf",),
+    "rank": ("peft",),
+}
+"""Options that only some formats have."""
 
 EPILOG = """\
 Nothing is written that has not been loaded back and compared with base and adapter of the run, in float32. This needs
@@ -44,10 +57,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--base",
         choices=("quantized", "original"),
-        help="merged: the dequantized base that the adapter was trained on (default), or the one that was never "
+        help="merged, gguf: the dequantized base that the adapter was trained on (default), or the one that was never "
         "quantized, to which the adapter has not been fitted",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="merged: of the weights written; bfloat16 by default")
+    parser.add_argument("--dtype", choices=DTYPES, help="merged, gguf: of the weights written; bfloat16 by default")
+    parser.add_argument(
+        "--llama-cpp",
+        type=Path,
+        metavar="DIR",
+        help="gguf: folder of llama.cpp, with its converters; LLAMA_CPP of the environment by default",
+    )
+    parser.add_argument("--part", choices=PARTS, help="gguf: write only this one; both by default")
     parser.add_argument(
         "--rank",
         type=int,
@@ -66,18 +86,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     quiet_libraries()
     options = build_parser().parse_args(arguments)
-    for name, owner in OWN_OPTIONS.items():
-        if getattr(options, name) is not None and options.format != owner:
-            raise ValueError(
-                f"--{name} is an option of --format {owner}, but --format is {options.format}: leave it out"
-            )
-    if options.rank is not None and options.rank not in RANKS:
-        raise ValueError(f"--rank is {options.rank}, but must be one of {', '.join(map(str, RANKS))}")
+    check_options(options)
     output = options.output or options.run / f"export-{options.format}"
     if output.exists():
         raise ValueError(f"{output} exists already: choose another folder with --output, or delete it")
+    llama_cpp = find_llama_cpp(options.llama_cpp) if options.format == "gguf" else None
     # Heavy imports wait until the arguments have been found to be sound.
-    from dora_dist.export import formats
+    from dora_dist.export import formats, to_gguf
     from dora_dist.runs.trained_run import open_run
 
     trained = open_run(options.run, options.checkpoint)
@@ -87,15 +102,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "adapted depends on the prompt, so that no plain LoRA and no merged model computes the same. Its adapter "
             "is for dora-dist generate and dora_dist.load_adapter"
         )
+    dtype, original = options.dtype or DTYPES[0], options.base == "original"
     with Phases(f"exporting {options.run}"), new_folder(output) as folder:
         if options.format == "peft":
             exported = formats.export_peft(trained, folder, options.rank)
         elif options.format == "compact":
             exported = formats.export_compact(trained, folder)
+        elif options.format == "merged":
+            exported = formats.export_merged(trained, folder, dtype, original)
         else:
-            original = options.base == "original"
-            exported = formats.export_merged(trained, folder, options.dtype or DTYPES[0], original)
-    print(describe(output, exported.content, exported.verification, exported.usage))
+            assert llama_cpp is not None
+            parts = PARTS if options.part is None else (options.part,)
+            exported = to_gguf.export_gguf(trained, folder, llama_cpp, parts, dtype, original)
+    print(describe(output, exported))
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Refuse options that do not go together.
+
+    Raises:
+        ValueError: they do not.
+    """
+    for name, owners in OWN_OPTIONS.items():
+        if getattr(options, name) is not None and options.format not in owners:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is an option of --format {' and '.join(owners)}, but --format is "
+                f"{options.format}: leave it out"
+            )
+    for name in ("base", "dtype"):
+        if options.part == "adapter" and getattr(options, name) is not None:
+            raise ValueError(f"--{name} is for the merged model, but --part is adapter: leave one of them out")
+    if options.rank is not None and options.rank not in RANKS:
+        raise ValueError(f"--rank is {options.rank}, but must be one of {', '.join(map(str, RANKS))}")
 
 
 @contextmanager
@@ -111,12 +149,12 @@ def new_folder(output: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def describe(output: Path, content: str, verification: Sequence[str], usage: str) -> str:
-    """What is said at the end. ``{folder}`` in ``usage`` stands for the folder written."""
-    lines = [f"Wrote {output}", f"  {content}", "", "Verified by logits, loaded back and computed in float32"]
-    lines += [f"  {line}" for line in verification]
+def describe(output: Path, exported: "Exported") -> str:
+    """What is said at the end. ``{folder}`` in its usage stands for the folder written."""
+    lines = [f"Wrote {output}", f"  {exported.content}", "", f"Verified {exported.how_checked}"]
+    lines += [f"  {line}" for line in exported.verification]
     lines += ["", "How to load it"]
-    lines += [f"  {line}" for line in usage.replace("{folder}", str(output)).splitlines()]
+    lines += [f"  {line}" for line in exported.usage.replace("{folder}", str(output)).splitlines()]
     return "\n".join(lines)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dora_dist.adapter.plain_lora import (
     Factors,
@@ -20,22 +20,15 @@ from dora_dist.adapter.plain_lora import (
 )
 from dora_dist.data.encoding.chat import stop_tokens
 from dora_dist.export.merge import cast_parameters, merge_into
+from dora_dist.export.servers import serve_lines, with_neighbours
 from dora_dist.export.verification import Reference, logits_of, make_reference
 from dora_dist.runs.trained_run import TrainedRun, default_device
 
 PEFT_USAGE = """\
 from peft import PeftModel
 model = PeftModel.from_pretrained(base, "{folder}")     # base: BASE, {quantization}"""
-LLAMA_CPP = "python convert_lora_to_gguf.py --base BASE {folder}     # of llama.cpp"
 SERVED_QUANTIZED = "The adapter was trained on BASE with {quantization}: serve it so, or compare the answers."
-SERVERS_USAGE = f"""\
-vllm serve BASE --enable-lora --max-lora-rank RANK --lora-modules NAME={{folder}}
-{LLAMA_CPP}
-{SERVED_QUANTIZED}"""
-COMPACT_USAGE = f"""\
-{LLAMA_CPP}
-vLLM does not take mixed ranks: give it the adapter of the run, or --format peft.
-{SERVED_QUANTIZED}"""
+LLAMA_CPP = "For llama.cpp and what is built on it: --format gguf"
 MERGED_USAGE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{folder}")
@@ -50,6 +43,7 @@ class Exported:
     content: str
     verification: Sequence[str]
     usage: str
+    how_checked: str = "by logits, loaded back and computed in float32"
 
 
 def export_peft(trained: TrainedRun, folder: Path, rank: int | None) -> Exported:
@@ -66,11 +60,15 @@ def export_peft(trained: TrainedRun, folder: Path, rank: int | None) -> Exported
     """
     factors = read_lora_adapter(trained.adapter)
     rank = choose_rank(factors, rank)
-    reference = _reference(trained, trained.load_base(default_device(), in_float32=True))
-    write_lora_adapter(folder, factors, trained.config.model.path, rank=rank)
+    base = trained.load_base(default_device(), in_float32=True)
+    completed = with_neighbours(factors, base)
+    reference = _reference(trained, base)
+    del base
+    write_lora_adapter(folder, completed, trained.config.model.path, rank=rank, keep_empty=True)
     content = f"LoRA adapter of {len(factors)} modules, all of rank {rank}"
-    usage = _with_base(PEFT_USAGE + "\n" + SERVERS_USAGE, trained).replace("RANK", str(rank))
-    return Exported(content, _check_adapter(trained, folder, reference), usage)
+    if len(completed) > len(factors):
+        content += f", and zeros for {len(completed) - len(factors)} more, which servers compute together with them"
+    return Exported(content, _check_adapter(trained, folder, reference), _adapter_usage(trained, folder))
 
 
 def export_compact(trained: TrainedRun, folder: Path) -> Exported:
@@ -84,8 +82,12 @@ def export_compact(trained: TrainedRun, folder: Path) -> Exported:
     write_compact_adapter(folder, factors, trained.config.model.path)
     ranks = [lora_a.shape[0] for lora_a, _ in factors.values()]
     content = f"LoRA adapter of {len(ranks)} modules with ranks from {min(ranks)} to {max(ranks)}"
-    usage = _with_base(PEFT_USAGE + "\n" + COMPACT_USAGE, trained)
-    return Exported(content, _check_adapter(trained, folder, reference), usage)
+    return Exported(content, _check_adapter(trained, folder, reference), _adapter_usage(trained, folder))
+
+
+def _adapter_usage(trained: TrainedRun, folder: Path) -> str:
+    served = serve_lines(folder, trained.config.model.path)
+    return "\n".join([with_base(PEFT_USAGE, trained), *served, LLAMA_CPP, with_base(SERVED_QUANTIZED, trained)])
 
 
 def export_merged(trained: TrainedRun, folder: Path, dtype: str, original: bool) -> Exported:
@@ -132,16 +134,20 @@ def _merge(trained: TrainedRun, original: bool) -> tuple[PreTrainedModel, Refere
     return plain, _reference(trained, base)
 
 
+def end_tokens(trained: TrainedRun, settings: GenerationConfig) -> list[int]:
+    """What the model stops at when it generates: what ended an answer in training, the end token first, and then all
+    that its base stops at by ``settings``."""
+    tokenizer, of_base = trained.load_tokenizer(), settings.eos_token_id
+    trained_ends = stop_tokens(tokenizer, tokenizer.get_chat_template() if trained.chat else None)
+    base_ends = of_base if isinstance(of_base, list) else [] if of_base is None else [of_base]
+    return list(dict.fromkeys([tokenizer.eos_token_id, *trained_ends, *base_ends]))
+
+
 def _set_special_tokens(plain: PreTrainedModel, trained: TrainedRun) -> None:
-    """What the model stops at when it generates: all that its base stops at, and what ended an answer in training."""
     tokenizer, settings = trained.load_tokenizer(), plain.generation_config
     assert settings is not None
-    of_base = settings.eos_token_id
-    ends = {
-        *(of_base if isinstance(of_base, list) else [] if of_base is None else [of_base]),
-        *stop_tokens(tokenizer, tokenizer.get_chat_template() if trained.chat else None),
-    }
-    settings.eos_token_id = sorted(ends) if len(ends) > 1 else ends.pop()
+    ends = end_tokens(trained, settings)
+    settings.eos_token_id = sorted(ends) if len(ends) > 1 else ends[0]
     settings.pad_token_id, settings.bos_token_id = tokenizer.pad_token_id, tokenizer.bos_token_id
 
 
@@ -196,5 +202,6 @@ def _quantization(trained: TrainedRun) -> str:
     return QUANTIZATION_TITLES[trained.config.model.quantization]
 
 
-def _with_base(usage: str, trained: TrainedRun) -> str:
+def with_base(usage: str, trained: TrainedRun) -> str:
+    """``usage`` with the names of the run's base and of its quantization."""
     return usage.replace("BASE", trained.config.model.path).replace("{quantization}", _quantization(trained))

@@ -1,5 +1,7 @@
 """Opens a finished run for use: its adapter, its configuration, and the base the adapter was trained on."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,7 +9,7 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dora_dist.base_model import load
 from dora_dist.base_model.quantization import dequantized_weight, quantized_weight
@@ -72,15 +74,31 @@ class TrainedRun:
         """The base as it is stored, without quantization, in float32."""
         return self._load("none", torch.float32, device)
 
+    def load_model_config(self) -> PreTrainedConfig:
+        """transformers' configuration of the base.
+
+        Raises:
+            ValueError: the base cannot be found.
+        """
+        with self._looking():
+            return load.load_model_config(self._spec("none", self.compute_dtype))
+
     def _load(self, quantization: str, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
-        spec = load.BaseModelSpec(
+        with self._looking():
+            return load.load_base_model(self._spec(quantization, dtype), device)
+
+    def _spec(self, quantization: str, dtype: torch.dtype) -> load.BaseModelSpec:
+        return load.BaseModelSpec(
             path=self.config.model.path,
             quantization=quantization,
             compute_dtype=dtype,
             trust_remote_code=self.config.model.trust_remote_code,
         )
+
+    @contextmanager
+    def _looking(self) -> Iterator[None]:
         try:
-            return load.load_base_model(spec, device)
+            yield
         except ValueError as error:
             raise ValueError(
                 f"the base of {self.folder} cannot be loaded: {error}; run this from the folder where the "

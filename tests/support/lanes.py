@@ -19,6 +19,7 @@ PARTS = {
     "models": "every architecture against stock PEFT, quantized and not",
     "pages": "the page of runs in a real browser, Debian's Chromium",
     "ranks": "other numbers of ranks, engines and batches: the same course",
+    "served": "exports to GGUF in llama.cpp itself",
     "slurm": "the batch scripts on a cluster of two nodes",
     "tasks": "classification, question answering, summaries",
     "trackers": "Weights & Biases, MLflow and Trackio, offline, read back",

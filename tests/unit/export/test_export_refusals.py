@@ -32,8 +32,16 @@ def left_in(folder: Path) -> list[str]:
     [
         (["--format", "peft", "--rank", "12"], "--rank is 12, but must be one of 8, 16, 32"),
         (["--format", "compact", "--rank", "8"], "--rank is an option of --format peft"),
-        (["--format", "peft", "--dtype", "float32"], "--dtype is an option of --format merged"),
-        (["--format", "peft", "--base", "original"], "--base is an option of --format merged"),
+        (["--format", "peft", "--dtype", "float32"], "--dtype is an option of --format merged and gguf"),
+        (["--format", "peft", "--base", "original"], "--base is an option of --format merged and gguf"),
+        (
+            ["--format", "merged", "--llama-cpp", "x"],
+            "--llama-cpp is an option of --format gguf, but --format is merged",
+        ),
+        (
+            ["--format", "gguf", "--part", "adapter", "--dtype", "float32"],
+            "--dtype is for the merged model, but --part",
+        ),
     ],
 )
 def test_options_that_do_not_fit(run: TrainedFolder, tmp_path: Path, options: list[str], message: str) -> None:
