@@ -345,6 +345,12 @@ class DynamicLoraTrainer(Trainer):
         # transformers has no types for it.
         return super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[no-untyped-call]
 
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """With a sharded base, DDP is put around the model here: accelerate refuses to."""
+        wrapped: nn.Module = super()._wrap_model(model, training, dataloader)
+        shards = self.parts.agreement.sharded_base
+        return wrapped if shards is None else shards.wrap(wrapped, self.accelerator)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Left to :meth:`Checkpointer.restore`: the adapter that the Trainer would read is folded for PEFT."""
 
