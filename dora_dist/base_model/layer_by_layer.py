@@ -69,6 +69,9 @@ class LayersTaken:
         keep_for_shards(layer)
         self._take(layer)
         self._taken.add(layer)
+        for parameter in layer.parameters():
+            # transformers draws random values for what it does not know to have been read, shards too.
+            vars(parameter)["_is_hf_initialized"] = True
 
 
 def _parameters_of_layers(model: PreTrainedModel) -> dict[nn.Module, set[str]]:

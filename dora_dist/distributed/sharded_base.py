@@ -49,7 +49,9 @@ class ShardedBase:
         ranks = agreement.size if over is True else self._ranks_of_a_node()
         # Groups of their own: what ranks exchange besides must not come between the gathers of a rank that has failed.
         starts = range(0, agreement.size, ranks)
-        groups = [dist.new_group(list(range(start, start + ranks)), timedelta(minutes=timeout_minutes)) for start in starts]
+        groups = [
+            dist.new_group(list(range(start, start + ranks)), timedelta(minutes=timeout_minutes)) for start in starts
+        ]
         self._mesh = DeviceMesh.from_group(groups[agreement.rank // ranks], agreement.device.type)
         self._layers: list[FSDPModule] = []
         self._uneven = False
@@ -75,6 +77,9 @@ class ShardedBase:
         """All layers of this model have been taken: from now on they are gathered one after the other, in backwards
         ahead of time."""
         fully_shard(model, mesh=self._mesh, ignored_params=set(model.parameters()))
+        # transformers (5.23) generates in step with all ranks where it sees this, by collectives of its own; in step
+        # are the gathers here. torch sets it for its compiler only.
+        model._is_fsdp_managed_module = False
 
     def wrap(self, model: nn.Module, accelerator: Any) -> nn.Module:
         """DDP around a model, for what is trained of it.

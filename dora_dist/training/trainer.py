@@ -218,6 +218,8 @@ class DynamicLoraTrainer(Trainer):
         step = self.state.global_step
         # The Trainer's summary at the end: in a run that was resumed, a sum since then over all steps.
         logs.pop("train_loss", None)
+        # Its guess from the number of parameters, for which it takes codes of 4 bits that are in shards.
+        logs.pop("total_flos", None)
         logs["epoch"] = step * global_batch(self.args, self.args.world_size) / self.rows.per_epoch
         # The Trainer overwrites it with the share of the run, which is one long epoch to it.
         self.state.epoch = logs["epoch"]
