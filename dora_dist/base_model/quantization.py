@@ -83,8 +83,8 @@ def quantized_weight(module: Linear4bit) -> Params4bit:
 
 
 def quantization_state(module: Linear4bit) -> bnb_functional.QuantState:
-    """What a 4-bit layer's codes mean: the weight's, or the layer's own, for codes that ranks gather from their shards are
-    a plain tensor without it."""
+    """What a 4-bit layer's codes mean: the weight's, or the layer's own, for codes that ranks gather from their shards
+    are a plain tensor without it."""
     state = getattr(module.weight, "quant_state", None)
     return cast(bnb_functional.QuantState, module.quant_state if state is None else state)
 

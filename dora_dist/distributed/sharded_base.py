@@ -1,4 +1,4 @@
-"""A frozen base of which every rank holds a shard: torch's FSDP2 on whole decoder layers, and on nothing that is trained.
+"""A frozen base of which every rank holds a shard: torch's FSDP2 on whole layers, and on nothing that is trained.
 
 A layer's weights are gathered from the ranks for its forward, let go, and gathered again for its backward. What is
 trained is added to the model afterwards, so that FSDP does not know of it, and DDP averages its gradients as ever.

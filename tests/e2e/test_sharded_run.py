@@ -1,14 +1,15 @@
-"""Runs with a base in shards: the run with a whole base, bit for bit, and one that goes on where the other has stopped."""
+"""Runs with a base in shards: those with a whole base, bit for bit, also where one goes on from the other."""
 
 import re
 
 import pytest
-from support.commands import PREEMPTED
 from support.faulty_rank import faulty_rank
 from support.forked_run import log_of, run_to_the_end, start_run
 from support.ranks import wait_for_ranks
 from support.same_run import assert_same_run, stopped_at
 from support.tiny_run import write_config
+
+from dora_dist.console.errors import PREEMPTED
 
 SHARDED = ("--distributed.shard_base", "true")
 FULL = pytest.mark.full("ranks")
@@ -72,7 +73,13 @@ def test_four_ranks_take_the_same_course_with_a_base_in_shards_of_each_node(conf
 @pytest.mark.parametrize("importance", ["ablation", "ablation_gradient"])
 def test_components_are_scored_by_ablation_as_with_a_whole_base(importance, tmp_path):
     config = write_config(
-        tmp_path, pruning={"importance": importance, "scoring_examples": 3}, training={"max_steps": 4}
+        tmp_path,
+        adapter={"initial_rank": None},
+        pruning={
+            **{"rule": "modules_per_layer", "modules_per_layer": 4},
+            **{"importance": importance, "scoring_rows": 3},
+        },
+        training={"max_steps": 4},
     )
     for name, options in (("whole", ()), ("shards", SHARDED)):
         run_to_the_end(config, tmp_path / name, tmp_path / f"{name}.log", *options, engine="ddp")

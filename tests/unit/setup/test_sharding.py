@@ -39,7 +39,7 @@ def test_a_model_without_layers_of_its_own_is_refused(config):
 
 def test_prompt_routing_is_refused(config):
     options = ("--adapter.routing", "prompt", "--pruning.rule", "none", "--adapter.initial_rank", "2")
-    with pytest.raises(ValueError, match="shard_base is true, but adapter.routing is prompt"):
+    with pytest.raises(ValueError, match=r"shard_base is true, but adapter.routing is prompt"):
         load(config, *SHARDED, *options)
 
 
