@@ -246,11 +246,11 @@ class DynamicLoraTrainer(Trainer):
         assert self.lr_scheduler is not None
         self.skipped_steps = SkippedSteps(self.model_wrapped, self.optimizer.optimizer)
         parts.controller.attach(Moments(self.model_wrapped, self.optimizer.optimizer))
+        trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
         if self.is_deepspeed_enabled:
             set_engine_timeout(settings.timeout_minutes)
-            trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
             shards = OptimizerShards(self.model_wrapped, trained, parts.agreement)
-        self.checkpointer = Checkpointer(parts, settings, self.optimizer, self.lr_scheduler, shards)
+        self.checkpointer = Checkpointer(parts, settings, self.optimizer, self.lr_scheduler, shards, trained)
         if self._resumed_from is None:
             parts.controller.verify("the adapter at the start")
             self._gradient_watch = GradientWatch(parts.controller.layers)

@@ -6,7 +6,7 @@ import pytest
 from support.faulty_rank import faulty_rank
 from support.forked_run import log_of, run_to_the_end, start_run
 from support.ranks import wait_for_ranks
-from support.same_run import assert_same_run, stopped_at
+from support.same_run import assert_same_course, assert_same_run, stopped_at
 from support.tiny_run import write_config
 
 from dora_dist.console.errors import PREEMPTED
@@ -117,3 +117,18 @@ def test_a_rank_that_dies_while_the_others_gather_is_named(config, tmp_path):
     assert re.search("rank 1 .* is not responding.*this rank was in: forward, backward and update of step 5", message)
     assert "Traceback" not in text
     assert "resuming from" in run_to_the_end(config, tmp_path / "run", tmp_path / "log", *SHARDED, engine="ddp")
+
+
+@FULL
+def test_a_checkpoint_of_zero2_goes_on_with_a_base_in_shards_and_back(tmp_path):
+    config = write_config(tmp_path)
+    runs = {"zero2": (), "ddp": SHARDED}
+    for engine, options in runs.items():
+        run_to_the_end(config, tmp_path / engine, tmp_path / f"{engine}.log", *options, engine=engine)
+    for before, after in (("zero2", "ddp"), ("ddp", "zero2")):
+        folder = tmp_path / f"{before}-{after}"
+        folder.mkdir()
+        run = stopped_at(5, tmp_path / before, folder)
+        text = run_to_the_end(config, run, folder / "log", *runs[after], engine=after)
+        assert f"it was written under the engine {before}, and this is {after}" in text
+        assert_same_course(tmp_path / before, run)
