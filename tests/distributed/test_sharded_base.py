@@ -1,10 +1,16 @@
 """A base in shards on real ranks: the numbers of a whole one, bit for bit, and never more of it than a shard and a
 layer."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 from many_shards import save_many_shards, size_of_shards
 from support import shard_functions
 from support.ranks import run_ranks
+from support.repository import REPOSITORY
 from support.tiny_models import tiny_model
 from support.tiny_run import save_tiny_model
 
@@ -82,6 +88,24 @@ def test_ranks_with_shards_of_different_bases_are_found_out(tiny, tmp_path):
     for outcome in run_ranks(shard_functions.compare_bases, 2, tiny, str(tmp_path)):
         assert outcome.error_type == "DisagreementError"
         assert "base weights of model.layers" in outcome.error
+
+
+@pytest.mark.full("benchmark")
+def test_the_script_for_gpus_finds_the_same_bits_and_a_smaller_peak(tmp_path):
+    model = save_many_shards(tmp_path, hidden=256, layers=8, shard_bytes=100 * MB)
+    done = subprocess.run(
+        [sys.executable, "benchmarks/sharded_step.py", str(model)],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["same"]
+    assert found["tensors"] > 100
+    assert found["peak_bytes_sharded"] < found["peak_bytes_whole"]
 
 
 @pytest.fixture(scope="module")
