@@ -2,8 +2,8 @@
 
     python benchmarks/sharded_step.py BASE                        # a rank for each GPU, or two on a machine without any
 
-BASE is the folder of a causal language model. Codes in uint8 that torch gathers are what bitsandbytes#1945 is about. The
-last line is JSON; the exit status is 1 where a bit differs.
+BASE is the folder of a causal language model. Codes in uint8 that torch gathers are what bitsandbytes#1945 is about.
+The last line is JSON; the exit status is 1 where a bit differs.
 """
 
 import argparse
