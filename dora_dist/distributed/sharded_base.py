@@ -41,7 +41,7 @@ class ShardedBase:
         timeout_minutes: how long a rank waits for the others in a gather.
 
     Raises:
-        ExpectedRunError: a base is shared by the ranks of a node, but nodes have different numbers of ranks.
+        ExpectedRunError: a base is to be shared by the ranks of a node, but the nodes differ in their ranks.
     """
 
     def __init__(self, agreement: "Agreement", over: bool | str, timeout_minutes: float) -> None:
@@ -57,13 +57,17 @@ class ShardedBase:
         self._uneven = False
 
     def _ranks_of_a_node(self) -> int:
-        counts = set(self._agreement.gather(int(os.environ.get("LOCAL_WORLD_SIZE", self._agreement.size))))
-        if len(counts) > 1:
+        """As the launcher says. Those of a node must follow each other, and be as many on every node."""
+        here, place = (int(os.environ.get(name, -1)) for name in ("LOCAL_WORLD_SIZE", "LOCAL_RANK"))
+        counts, places = zip(*self._agreement.gather((here, place)), strict=True)
+        if len(set(counts)) > 1 or here < 1 or any(place != rank % here for rank, place in enumerate(places)):
             raise ExpectedRunError(
-                f"distributed.shard_base is {NODE}, but the nodes have different numbers of ranks ("
-                f"{', '.join(map(str, sorted(counts)))}): start as many on each, or set it to true"
+                f"distributed.shard_base is {NODE}, for which every node must have as many ranks, that follow each "
+                f"other, but by LOCAL_WORLD_SIZE of all ranks the nodes have {', '.join(map(str, counts))}, and by "
+                f"LOCAL_RANK they are number {', '.join(map(str, places))} there (-1 is not set): start them so, or set "
+                "it to true"
             )
-        return counts.pop()
+        return here
 
     def take_layer(self, layer: nn.Module) -> None:
         """Leave this rank's shard of the matrices of a frozen layer, in place."""

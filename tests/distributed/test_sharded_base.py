@@ -58,6 +58,12 @@ def test_each_node_has_a_whole_base_in_shards_over_its_ranks(tiny):
         assert held * 2 == there
 
 
+def test_nodes_with_different_numbers_of_ranks_are_refused():
+    for outcome in run_ranks(shard_functions.share_out_over_odd_nodes, 3):
+        assert outcome.error_type == "ExpectedRunError"
+        assert "the nodes have 2, 2, 1," in outcome.error
+
+
 def test_ranks_run_the_model_as_often_as_each_of_them_likes(tiny):
     for number, rank in enumerate(values(shard_functions.run_unevenly, 3, tiny, None)):
         assert len(rank["found"]) == number

@@ -7,6 +7,7 @@ from support.faulty_rank import faulty_rank
 from support.forked_run import log_of, run_to_the_end, start_run
 from support.ranks import wait_for_ranks
 from support.same_run import assert_same_course, assert_same_run, stopped_at
+from support.tiny_encoders import write_summaries
 from support.tiny_run import write_config
 
 from dora_dist.console.errors import PREEMPTED
@@ -132,3 +133,13 @@ def test_a_checkpoint_of_zero2_goes_on_with_a_base_in_shards_and_back(tmp_path):
         text = run_to_the_end(config, run, folder / "log", *runs[after], engine=after)
         assert f"it was written under the engine {before}, and this is {after}" in text
         assert_same_course(tmp_path / before, run)
+
+
+@pytest.mark.full("tasks")
+@pytest.mark.parametrize("architecture", ["bart", "t5"])
+def test_summaries_are_trained_and_written_as_with_a_whole_base(architecture, tmp_path):
+    """Encoder and decoder are called on their own, and each rank writes summaries of other lengths."""
+    config = write_summaries(tmp_path, architecture, training={"max_steps": 4, "learning_rate": 3e-2})
+    for name, options in (("whole", ()), ("shards", SHARDED)):
+        run_to_the_end(config, tmp_path / name, tmp_path / f"{name}.log", *options, engine="ddp")
+    assert_same_run(tmp_path / "whole", tmp_path / "shards")

@@ -69,7 +69,7 @@ def train_both(
         node: ranks of a node, where that counts.
     """
     if node:
-        os.environ["LOCAL_WORLD_SIZE"] = str(node)
+        os.environ.update(LOCAL_WORLD_SIZE=str(node), LOCAL_RANK=str(int(os.environ["RANK"]) % node))
     agreement = Agreement()
     whole = adapted(load_base_model(BaseModelSpec(path=folder, quantization=quantization)), recomputed)
     expected = train(nn.parallel.DistributedDataParallel(whole, broadcast_buffers=False), agreement.rank)
@@ -189,3 +189,10 @@ def _sizes(base: nn.Module) -> dict[str, int]:
         "shard": sum(one.numel() * one.element_size() for one in local),
         "layer": max(sum(one.numel() * one.element_size() for one in layer) for layer in layers),
     }
+
+
+def share_out_over_odd_nodes() -> None:
+    """One node has two ranks, and the other has one."""
+    rank = int(os.environ["RANK"])
+    os.environ.update(LOCAL_WORLD_SIZE="1" if rank == 2 else "2", LOCAL_RANK=str(rank % 2))
+    ShardedBase(Agreement(), "node", timeout_minutes=1)
