@@ -281,6 +281,8 @@ def build_parts(
         apply_recomputation(config, model.get_base_model(), resolved.recomputation)
         seed = adapter_seed(config)
         controller = build.build_controller(config.pruning, seed, model, agreement, resolved.budget)
+    with agreement.together("trying the loss without logits", runs_model=True), explained(lambda: LOADING_ADVICE):
+        build.leave_out_logits(model)
     stop_before_training(notice, agreement)
     build.check_same_on_all_ranks(agreement, resolved.fingerprint, resolved.recomputation, model)
     task = TASK_PARTS[config.task]

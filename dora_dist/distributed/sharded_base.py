@@ -64,8 +64,8 @@ class ShardedBase:
             raise ExpectedRunError(
                 f"distributed.shard_base is {NODE}, for which every node must have as many ranks, that follow each "
                 f"other, but by LOCAL_WORLD_SIZE of all ranks the nodes have {', '.join(map(str, counts))}, and by "
-                f"LOCAL_RANK they are number {', '.join(map(str, places))} there (-1 is not set): start them so, or set "
-                "it to true"
+                f"LOCAL_RANK they are number {', '.join(map(str, places))} there (-1 is not set): start them so, or "
+                "set it to true"
             )
         return here
 

@@ -137,13 +137,17 @@ def load_model(
         kernels = use_kernels(base)
     if adapter.routing == PROMPT:
         return add_routed_lora(base, adapter)
-    model = add_dynamic_lora(base, adapter, config.model.fuse, kernels)
-    if isinstance(model, DynamicLoraForCausalLM):
-        reason = model.leave_out_logits()
-        if reason is not None:
-            name = type(base).__name__
-            say(f"the loss of {name} takes the logits of all positions at once, and their memory: {reason}")
-    return model
+    return add_dynamic_lora(base, adapter, config.model.fuse, kernels)
+
+
+def leave_out_logits(model: DynamicLoraModel) -> None:
+    """Compute the loss without the logits of all positions where a trial on the model agrees; say where it does not."""
+    if not isinstance(model, DynamicLoraForCausalLM) or isinstance(model, RoutedLoraForCausalLM):
+        return
+    reason = model.leave_out_logits()
+    if reason is not None:
+        name = type(model.get_base_model()).__name__
+        say(f"the loss of {name} takes the logits of all positions at once, and their memory: {reason}")
 
 
 def set_special_tokens(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
