@@ -83,7 +83,7 @@ class ShardedBase:
         fully_shard(model, mesh=self._mesh, ignored_params=set(model.parameters()))
         # transformers (5.23) generates in step with all ranks where it sees this, by collectives of its own; in step
         # are the gathers here. torch sets it for its compiler only.
-        model._is_fsdp_managed_module = False
+        vars(model)["_is_fsdp_managed_module"] = False
 
     def wrap(self, model: nn.Module, accelerator: Any) -> nn.Module:
         """DDP around a model, for what is trained of it.

@@ -34,7 +34,7 @@ def values(function, ranks, *args):
     ("ranks", "quantization", "recomputed"),
     [
         (2, "nf4", 0),
-        (2, "nf4", 2),
+        pytest.param(2, "nf4", 2, marks=FULL),
         pytest.param(2, "none", 1, marks=FULL),
         pytest.param(4, "nf4", 0, marks=FULL),
         pytest.param(4, "nf4", 1, marks=FULL),
