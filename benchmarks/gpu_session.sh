@@ -47,6 +47,7 @@ for rows in 1 4; do compare "step-$rows-rows" 110 --batch $rows --profile dynami
 beside=(python3 benchmarks/run_beside_trl.py "$scratch/run")
 mkdir "$scratch/run" && show='error' part "make a base" 60 "${beside[@]}" make --shape "$SHAPE" --device "$DEVICE"
 show='^\{|^error' part "run, this project" 100 "${beside[@]}" ours
+show='^\{|Error' part "a base in shards" 100 python3 benchmarks/sharded_step.py "$scratch/run/model"
 if has trl; then show='^\{|Error' part "run, TRL" 100 "${beside[@]}" trl; else say "run, TRL: left out, trl is not installed"; fi
 compare "memory" 60 --batch 4 --checkpointing both --contestants peft-lora dynamic --rounds 1
 for checkpointing in false true; do estimate 4 $checkpointing; done

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from dora_dist.base_model.head import belongs_to, head_modules, start_parameters
+from dora_dist.base_model.layer_by_layer import LayersTaken, TakeLayer
 from dora_dist.base_model.lean_loading import check_loaded, find_mismatches, lean_loading, listed
 from dora_dist.base_model.quantization import forbid_inference_packing, quantization_config
 from dora_dist.config.model import ModelConfig
@@ -222,7 +223,10 @@ class HeadStart:
 
 
 def load_base_model(
-    spec: BaseModelSpec, device: torch.device | str = "cpu", head: HeadStart | None = None
+    spec: BaseModelSpec,
+    device: torch.device | str = "cpu",
+    head: HeadStart | None = None,
+    take_layer: TakeLayer | None = None,
 ) -> PreTrainedModel:
     """A model for a task, quantized while it is read, tensor by tensor, on one device, frozen.
 
@@ -230,8 +234,10 @@ def load_base_model(
 
     Args:
         spec: the model.
-        device: where the whole model goes (every rank holds all of it).
+        device: where the model goes.
         head: the start of the head, for a task that trains one.
+        take_layer: is given each layer when it has been read and quantized, before the next one is read; where ranks
+            shard the base, it leaves this rank's shard. None where every rank holds all of it.
 
     Raises:
         ValueError: the path or the quantization is not usable, or the weights are not those that the model needs.
@@ -245,7 +251,8 @@ def load_base_model(
     if head is not None:
         head.configure(config)
         heads = head_modules(_skeleton(spec, config))
-    model, loading_info = _read_weights(spec, config, device, heads)
+    layers = None if take_layer is None else LayersTaken(take_layer)
+    model, loading_info = _read_weights(spec, config, device, heads, layers)
     wanting = [*loading_info["missing_keys"], *(name for name, *_ in loading_info["mismatched_keys"])]
     fresh = {name for name in wanting if belongs_to(name, heads)}
     check_loaded(model, spec.path, loading_info, fresh)
@@ -254,16 +261,23 @@ def load_base_model(
     forbid_inference_packing(model)
     model.config.use_cache = False
     model.requires_grad_(False)
+    if layers is not None:
+        layers.take_the_rest(model)
     return model
 
 
 def _read_weights(
-    spec: BaseModelSpec, config: PreTrainedConfig, device: torch.device | str, heads: Sequence[str]
+    spec: BaseModelSpec,
+    config: PreTrainedConfig,
+    device: torch.device | str,
+    heads: Sequence[str],
+    layers: LayersTaken | None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model, ``heads`` left unquantized, and what ``from_pretrained`` says of missing and mismatched weights."""
     dtype = spec.compute_dtype
-    unchanged = spec.quantization == "none" and config.dtype == dtype
-    with _reading(spec.path), lean_loading(torch.device(device), shared=unchanged) as not_finite:
+    unchanged = spec.quantization == "none" and config.dtype == dtype and layers is None
+    by_layer = nullcontext() if layers is None else layers.while_loading()
+    with _reading(spec.path), by_layer, lean_loading(torch.device(device), shared=unchanged) as not_finite:
         loaded: tuple[PreTrainedModel, dict[str, Any]] = spec.auto_class.from_pretrained(
             find_model(spec.path),
             config=config,

@@ -64,8 +64,7 @@ def forbid_inference_packing(model: nn.Module) -> None:
 def dequantized_weight(module: nn.Linear, dtype: torch.dtype = torch.float32) -> Tensor:
     """Weight ``(out, in)`` that a linear layer computes with, in ``dtype``: dequantized where it is quantized."""
     if isinstance(module, Linear4bit):
-        weight = quantized_weight(module)
-        return bnb_functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+        return bnb_functional.dequantize_4bit(module.weight.data, quantization_state(module)).to(dtype)
     if isinstance(module, Linear8bitLt):
         state = module.state
         # Before the first forward the codes and scales are with the parameter, afterwards with the layer's state.
@@ -81,6 +80,39 @@ def dequantized_weight(module: nn.Linear, dtype: torch.dtype = torch.float32) ->
 def quantized_weight(module: Linear4bit) -> Params4bit:
     """The weight of a 4-bit layer, of whose types bitsandbytes says only that it is a tensor."""
     return cast(Params4bit, module.weight)
+
+
+def quantization_state(module: Linear4bit) -> bnb_functional.QuantState:
+    """What a 4-bit layer's codes mean: the weight's, or the layer's own, for codes that ranks gather from their shards
+    are a plain tensor without it."""
+    state = getattr(module.weight, "quant_state", None)
+    return cast(bnb_functional.QuantState, module.quant_state if state is None else state)
+
+
+SAMPLE = 256
+"""Elements of a weight that ranks compare."""
+
+
+def keep_for_shards(layer: nn.Module) -> None:
+    """Let modules keep what can be read of a whole weight only: its constants, and the sample of it that ranks compare.
+
+    Args:
+        layer: whose weights are whole.
+    """
+    for module in layer.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.ndim >= 2:
+            if isinstance(module, Linear4bit):
+                module.quant_state = quantization_state(module)
+            module.weight_sample = sample_of(module).clone()
+
+
+def sample_of(module: nn.Module) -> Tensor:
+    """The first :data:`SAMPLE` elements of a module's weight, as it is stored, also where ranks hold shards of it."""
+    kept = vars(module).get("weight_sample")
+    if kept is not None:
+        return cast(Tensor, kept)
+    return cast(Tensor, module.weight).detach().flatten()[:SAMPLE]
 
 
 def product_dtype(module: nn.Module, output: Tensor) -> torch.dtype:

@@ -236,25 +236,46 @@ class Moments:
         return parameter.data.new_empty(0), other.flatten()[:0]
 
 
-def optimizer_counters(wrapped: nn.Module) -> list[dict[str, dict[str, object]]]:
-    """What ZeRO's optimizer counts (Adam's ``step``), by parameter group, as plain values: the same on every rank."""
-    zero, groups = deepspeed_of(wrapped).optimizer, []
-    for flat in zero.single_partition_of_fp32_groups:
-        counters: dict[str, dict[str, object]] = {}
-        for key, value in zero.optimizer.state.get(flat, {}).items():
-            if isinstance(value, Tensor) and not value.ndim:
-                dtype = str(value.dtype).removeprefix("torch.")
-                counters[key] = {"value": value.item(), "dtype": dtype, "device": value.device.type}
-            elif isinstance(value, int | float):
-                counters[key] = {"value": value}
-        groups.append(counters)
-    return groups
+Counters = Mapping[str, Mapping[str, Any]]
+"""What an optimizer counts (Adam's ``step``), as plain values."""
+
+
+def optimizer_counters(wrapped: nn.Module) -> list[Counters]:
+    """What ZeRO's optimizer counts, by parameter group: the same on every rank."""
+    zero = deepspeed_of(wrapped).optimizer
+    return [counters_of(zero.optimizer.state.get(flat, {})) for flat in zero.single_partition_of_fp32_groups]
+
+
+def counters_of(state: Mapping[str, object]) -> Counters:
+    """Of the state of one parameter."""
+    counters: dict[str, dict[str, object]] = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor) and not value.ndim:
+            dtype = str(value.dtype).removeprefix("torch.")
+            counters[key] = {"value": value.item(), "dtype": dtype, "device": value.device.type}
+        elif isinstance(value, int | float):
+            counters[key] = {"value": value}
+    return counters
+
+
+def read_counters(counters: Counters, device: torch.device) -> dict[str, object]:
+    """What :func:`counters_of` was given, where the parameter is on ``device``."""
+    return {
+        key: saved["value"]
+        if "dtype" not in saved
+        else torch.tensor(
+            saved["value"],
+            dtype=getattr(torch, saved["dtype"]),
+            device=device if saved["device"] != "cpu" else "cpu",
+        )
+        for key, saved in counters.items()
+    }
 
 
 def prepare_optimizer_state(
     wrapped: nn.Module,
     dtypes: Mapping[str, torch.dtype],
-    counters: Sequence[Mapping[str, Mapping[str, Any]]],
+    counters: Sequence[Counters],
     step: int,
 ) -> None:
     """Give a fresh ZeRO optimizer the state that it would have made itself at its first step, filled with zeros.
@@ -269,13 +290,7 @@ def prepare_optimizer_state(
     zero = engine.optimizer
     for flat, counted in zip(zero.single_partition_of_fp32_groups, counters, strict=True):
         state: dict[str, object] = {key: torch.zeros_like(flat, dtype=dtype) for key, dtype in dtypes.items()}
-        for key, saved in counted.items():
-            if "dtype" in saved:
-                device = flat.device if saved["device"] != "cpu" else "cpu"
-                state[key] = torch.tensor(saved["value"], dtype=getattr(torch, saved["dtype"]), device=device)
-            else:
-                state[key] = saved["value"]
-        zero.optimizer.state[flat] = state
+        zero.optimizer.state[flat] = {**state, **read_counters(counted, flat.device)}
     engine.global_steps = step
 
 

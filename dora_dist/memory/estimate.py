@@ -1,5 +1,6 @@
 """Memory per GPU of a run that is configured, before any weight is read."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -28,6 +29,8 @@ WORLD_SIZES = (1, 2, 4, 8, 16, 32)
 DEVICES = ("cuda", "cpu")
 GPU_SIZES = (16, 24, 40, 48, 80, 96, 141, 192)
 """Memory of common GPUs, in GiB."""
+GPUS_OF_A_NODE = 8
+"""Where no launcher says how many there are."""
 LEFT_FREE = 0.15
 """Share of a GPU that ``model.recompute_layers: auto`` leaves free: the estimate has not been compared with a GPU, and
 does not know CUDA's context, NCCL's buffers and fragmentation."""
@@ -116,8 +119,7 @@ def estimate_memory(
     """
     if config.task != CAUSAL_LM:
         raise ValueError(f"task is {config.task}, but memory can be estimated for {CAUSAL_LM} only")
-    engine = config.distributed.engine
-    check_world_size(world_size, engine)
+    check_world_size(world_size, config.distributed.engine)
     if device not in DEVICES:
         raise ValueError(f"--device is {device!r}, but must be one of {', '.join(DEVICES)}")
     rows, accumulation = (
@@ -136,6 +138,7 @@ def estimate_memory(
         optimizer=_optimizer(config, world_size, device, accumulation),
         recomputed=0,
         chunked_loss=config.model.fuse and obstacle(skeleton.requires_grad_(False)) is None,
+        shards=_base_shards(config, world_size),
     )
     steps = [_memory(config, replace(step, recomputed=count)) for count in range(len(shape.blocks) + 1)]
     again = _recomputed(config, skeleton, steps, card)
@@ -144,7 +147,7 @@ def estimate_memory(
         quantization=step.quantization,
         compute_dtype=compute_dtype,
         adapter_dtype=adapter_dtype,
-        engine=engine,
+        engine=config.distributed.engine,
         device=device,
         world_size=world_size,
         rows=rows,
@@ -267,6 +270,14 @@ def _optimizer(config: RunConfig, world_size: int, device: str, accumulation: in
         scratch=scratch,
         gradients_between=accumulation > 1,
     )
+
+
+def _base_shards(config: RunConfig, world_size: int) -> int:
+    """Ranks that share a base: of a node, those that the launcher says it has, or eight."""
+    over = config.distributed.shard_base
+    if not over:
+        return 1
+    return world_size if over is True else min(world_size, int(os.environ.get("LOCAL_WORLD_SIZE", GPUS_OF_A_NODE)))
 
 
 def _shards(step: TrainingStep) -> dict[int, int]:

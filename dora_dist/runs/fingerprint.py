@@ -101,10 +101,11 @@ class Fingerprint:
         return cls(**values, others=left)
 
     def differences(self, current: "Fingerprint") -> list[str]:
-        """The differences from another run, in words; empty if there are none."""
+        """The differences from another run, in words; empty if there are none. Another engine is not one: each engine
+        reads what the others have written."""
         before, now = (json.loads(json.dumps(run.as_dict())) for run in (self, current))
         return [
             f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
-            for name in sorted(before.keys() | now.keys())
+            for name in sorted((before.keys() | now.keys()) - {NAMES["engine"]})
             if before.get(name) != now.get(name)
         ]

@@ -159,6 +159,9 @@ def describe(earlier: Earlier, config: RunConfig, processes: int) -> list[str]:
     if earlier.checkpoint is None:
         return earlier.remarks
     remarks = [*earlier.remarks, f"resuming from {earlier.checkpoint}"]
+    engine = config.distributed.engine
+    if earlier.fingerprint is not None and earlier.fingerprint.engine != engine:
+        remarks.append(f"it was written under the engine {earlier.fingerprint.engine}, and this is {engine}")
     steps = accumulation(earlier, config, processes)
     if earlier.fingerprint is not None and steps is not None:
         remarks.append(

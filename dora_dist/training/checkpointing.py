@@ -4,25 +4,29 @@
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate.utils.random import set_seed
 from safetensors.torch import load_file
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from dora_dist.adapter.card import complete_card
-from dora_dist.adapter.unfolded import load_parameters
+from dora_dist.adapter.unfolded import load_parameters, trained_parameters
 from dora_dist.config.format_version import METHOD_TENSORS
 from dora_dist.console.text import say
 from dora_dist.runs import checkpoint
 from dora_dist.runs.card import card_of
 from dora_dist.training import method_state
-from dora_dist.training.optimizer_shards import OptimizerShards
+from dora_dist.training.optimizer_shards import OptimizerShards, WholeState, is_sharded, load_whole
 from dora_dist.training.parts import LoopSettings, TrainingParts
+
+NAMES = "names"
+"""Beside what torch saves of an optimizer: its parameters' names, in their order."""
 
 
 class Checkpointer:
@@ -35,6 +39,7 @@ class Checkpointer:
         scheduler: The schedule of its learning rate.
         shards: The state of a ZeRO optimizer, of which every rank holds a part; None under the other engines, where
             every rank holds all of it.
+        trained: The trained parameters by name.
     """
 
     def __init__(
@@ -44,6 +49,7 @@ class Checkpointer:
         optimizer: torch.optim.Optimizer,
         scheduler: LRScheduler,
         shards: OptimizerShards | None,
+        trained: Mapping[str, nn.Parameter],
     ) -> None:
         self._controller = parts.controller
         self._agreement = parts.agreement
@@ -52,6 +58,7 @@ class Checkpointer:
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._shards = shards
+        self._names = {parameter: name for name, parameter in trained.items()}
         self._optimizer_checked = False
         self._restored_from: Path | None = None
         self._written_by: int | None = None
@@ -126,7 +133,7 @@ class Checkpointer:
             state = checkpoint.read_method_state(folder)
             tensors = load_file(folder / METHOD_TENSORS)
             load_parameters(tensors, self._controller.layers, self._controller.head)
-            self._read_optimizer(folder, state["step"])
+            self._read_optimizer(folder, state["step"], tensors)
             self._scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
             for group, rate in zip(self._optimizer.param_groups, self._scheduler.get_last_lr(), strict=True):
                 group["lr"] = rate
@@ -167,11 +174,27 @@ class Checkpointer:
         if self._shards is not None:
             self._shards.save(folder)
         elif self._agreement.is_first:
-            torch.save(self._optimizer.state_dict(), folder / OPTIMIZER_NAME)
+            names = [self._names[one] for group in self._optimizer.param_groups for one in group["params"]]
+            torch.save({**self._optimizer.state_dict(), NAMES: names}, folder / OPTIMIZER_NAME)
 
-    def _read_optimizer(self, folder: Path, step: int) -> None:
-        if self._shards is not None:
+    def _read_optimizer(self, folder: Path, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Whichever engine has written it."""
+        if self._shards is None and is_sharded(folder):
+            load_whole(folder, self._optimizer, self._names)
+            return
+        if self._shards is not None and is_sharded(folder):
             self._shards.load(folder, step)
-        else:
-            state = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+            return
+        state = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+        if self._shards is None:
             self._optimizer.load_state_dict(state)
+            return
+        if NAMES not in state:
+            raise ValueError(
+                f"{folder} was written by an earlier version under another engine than zero2, and does not say whose "
+                "its optimizer's states are: set distributed.engine to what wrote it"
+            )
+        states = {name: state["state"].get(number, {}) for number, name in enumerate(state[NAMES])}
+        saved_as = trained_parameters(self._controller.layers, self._controller.head)
+        whole = {self._names[one]: tensors[name] for name, one in saved_as.items() if one in self._names}
+        self._shards.take_over(WholeState(states, whole), step)

@@ -8,6 +8,7 @@ separate conversion to become universal ones (docs/log.md).
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,15 @@ from torch import Tensor, nn
 
 from dora_dist.console.files import read_json, write_json
 from dora_dist.distributed.agreement import Agreement
-from dora_dist.distributed.engine import MASTER, OwnedPart, optimizer_counters, owned_parts, prepare_optimizer_state
+from dora_dist.distributed.engine import (
+    MASTER,
+    counters_of,
+    deepspeed_of,
+    optimizer_counters,
+    owned_parts,
+    prepare_optimizer_state,
+    read_counters,
+)
 from dora_dist.runs.checkpoint import SHARDS, shard_name
 
 INDEX = "index.json"
@@ -88,7 +97,65 @@ class OptimizerShards:
             prepare_optimizer_state(self._wrapped, files.state_dtypes(), index["counters"], step)
             for name, part in owned_parts(self._wrapped, self._parameters).items():
                 for key, target in part.tensors.items():
-                    _fill(target, part, files.pieces(f"{name}:{key}", owners[name]))
+                    _fill(target, part.start, files.pieces(f"{name}:{key}", owners[name]))
+
+    def take_over(self, whole: "WholeState", step: int) -> None:
+        """Take over from the checkpoint of an engine under which every rank holds all of the optimizer. No collectives.
+
+        Args:
+            whole: what is in it.
+            step: optimizer steps taken by then.
+        """
+        first = next(iter(whole.states.values()), {})
+        dtypes = {key: value.dtype for key, value in first.items() if isinstance(value, Tensor) and value.ndim}
+        # A step is a step of all parameters.
+        counters = [counters_of(first)] * len(deepspeed_of(self._wrapped).optimizer.single_partition_of_fp32_groups)
+        prepare_optimizer_state(self._wrapped, dtypes, counters, step)
+        for name, part in owned_parts(self._wrapped, self._parameters).items():
+            for key, target in part.tensors.items():
+                source = whole.parameters[name] if key == MASTER else whole.states[name][key]
+                target.copy_(source.flatten().narrow(0, part.start, target.numel()))
+
+
+@dataclass(frozen=True)
+class WholeState:
+    """What a checkpoint has of an optimizer of which every rank holds all.
+
+    Attributes:
+        states: name of a parameter -> what the optimizer keeps of it.
+        parameters: name -> the parameter as it was saved.
+    """
+
+    states: Mapping[str, Mapping[str, Any]]
+    parameters: Mapping[str, Tensor]
+
+
+def is_sharded(folder: Path) -> bool:
+    """Whether ZeRO wrote the optimizer of a checkpoint."""
+    return (folder / SHARDS / INDEX).is_file()
+
+
+def load_whole(folder: Path, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> None:
+    """Let an optimizer of which every rank holds all take over from a checkpoint that ZeRO wrote, with the parameters
+    as its master copy has them. No collectives.
+
+    Args:
+        folder: of the checkpoint.
+        optimizer: as torch made it.
+        names: of its parameters.
+    """
+    index = read_json(folder / SHARDS / INDEX)
+    with _Files(folder) as files:
+        dtypes = {MASTER: torch.float32, **files.state_dtypes()}
+        for group, counters in zip(optimizer.param_groups, index["counters"], strict=True):
+            for parameter in group["params"]:
+                name = names[parameter]
+                found = {key: torch.empty(parameter.numel(), dtype=dtype) for key, dtype in dtypes.items()}
+                for key, target in found.items():
+                    _fill(target, 0, files.pieces(f"{name}:{key}", index["owners"][name]))
+                parameter.data.copy_(found.pop(MASTER).view_as(parameter))
+                state = {key: value.view_as(parameter).to(parameter.device) for key, value in found.items()}
+                optimizer.state[parameter] = {**state, **read_counters(counters, parameter.device)}
 
 
 class _Files:
@@ -126,10 +193,10 @@ class _Files:
             yield start, count, lambda rank=rank: self._file(rank).get_slice(name)
 
 
-def _fill(target: Tensor, part: OwnedPart, pieces: Iterator[tuple[int, int, Any]]) -> None:
-    """Copy into ``target`` those elements of ``pieces`` that start at ``part.start``, as far as they overlap."""
-    end = part.start + target.numel()
+def _fill(target: Tensor, first: int, pieces: Iterator[tuple[int, int, Any]]) -> None:
+    """Copy into ``target`` those elements of ``pieces`` that start at ``first``, as far as they overlap."""
+    end = first + target.numel()
     for start, count, open_slice in pieces:
-        low, high = max(start, part.start), min(start + count, end)
+        low, high = max(start, first), min(start + count, end)
         if low < high:
-            target[low - part.start : high - part.start].copy_(open_slice()[low - start : high - start])
+            target[low - first : high - first].copy_(open_slice()[low - start : high - start])

@@ -218,6 +218,8 @@ class DynamicLoraTrainer(Trainer):
         step = self.state.global_step
         # The Trainer's summary at the end: in a run that was resumed, a sum since then over all steps.
         logs.pop("train_loss", None)
+        # Its guess from the number of parameters, for which it takes codes of 4 bits that are in shards.
+        logs.pop("total_flos", None)
         logs["epoch"] = step * global_batch(self.args, self.args.world_size) / self.rows.per_epoch
         # The Trainer overwrites it with the share of the run, which is one long epoch to it.
         self.state.epoch = logs["epoch"]
@@ -244,11 +246,11 @@ class DynamicLoraTrainer(Trainer):
         assert self.lr_scheduler is not None
         self.skipped_steps = SkippedSteps(self.model_wrapped, self.optimizer.optimizer)
         parts.controller.attach(Moments(self.model_wrapped, self.optimizer.optimizer))
+        trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
         if self.is_deepspeed_enabled:
             set_engine_timeout(settings.timeout_minutes)
-            trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
             shards = OptimizerShards(self.model_wrapped, trained, parts.agreement)
-        self.checkpointer = Checkpointer(parts, settings, self.optimizer, self.lr_scheduler, shards)
+        self.checkpointer = Checkpointer(parts, settings, self.optimizer, self.lr_scheduler, shards, trained)
         if self._resumed_from is None:
             parts.controller.verify("the adapter at the start")
             self._gradient_watch = GradientWatch(parts.controller.layers)
@@ -344,6 +346,12 @@ class DynamicLoraTrainer(Trainer):
         """No checkpoint is handed on: :meth:`Checkpointer.restore` reads it, in the same order for every engine."""
         # transformers has no types for it.
         return super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[no-untyped-call]
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """With a sharded base, DDP is put around the model here: accelerate refuses to."""
+        wrapped: nn.Module = super()._wrap_model(model, training, dataloader)
+        shards = self.parts.agreement.sharded_base
+        return wrapped if shards is None else shards.wrap(wrapped, self.accelerator)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Left to :meth:`Checkpointer.restore`: the adapter that the Trainer would read is folded for PEFT."""

@@ -141,7 +141,8 @@ def test_only_agreement_uses_collectives():
     users |= {name for name, path in SOURCES.items() if re.search(r"torch\.distributed\.|\bdist\.", path.read_text())}
     assert "distributed.agreement" in users
     assert users <= {
-        f"distributed.{name}" for name in ("agreement", "store_agreement", "world", "rendezvous", "start_ranks")
+        f"distributed.{name}"
+        for name in ("agreement", "store_agreement", "world", "rendezvous", "start_ranks", "sharded_base")
     }
     # These two use a key-value store beside the process group: ranks can use it while collectives hang.
     for name in ("distributed.store_agreement", "distributed.rendezvous"):

@@ -30,7 +30,16 @@ def test_every_part_runs_and_its_figures_are_in_few_files(tmp_path):
     # pytest's status 5 would be that no test was found; skipped ones are a success.
     assert all(": status 0, " in line for line in parts), table
     begun = "\n".join(parts)
-    for name in ("step-1-rows", "step-4-rows", "make a base", "run, this project", "memory", "estimate-4", "tests"):
+    for name in (
+        "step-1-rows",
+        "step-4-rows",
+        "make a base",
+        "run, this project",
+        "a base in shards",
+        "memory",
+        "estimate-4",
+        "tests",
+    ):
         assert f"== {name}" in begun
     assert "estimate, peak MiB" in table
     files = {path.name: path for path in tmp_path.iterdir()}
@@ -39,6 +48,8 @@ def test_every_part_runs_and_its_figures_are_in_few_files(tmp_path):
     runs = [json.loads(line) for line in files["runs.jsonl"].read_text().splitlines()]
     assert runs[0]["what"] == "ours"
     assert runs[0]["median"] > 0
+    assert runs[1]["what"] == "sharded base"
+    assert runs[1]["same"]
 
 
 def test_a_session_without_time_begins_no_part(tmp_path):

@@ -52,11 +52,12 @@ class Loop:
             fingerprint=some_fingerprint(),
             recomputation=Recomputation(0, 2),
         )
-        self.parameters = [layer.lora_b for layer in self.controller.layers.values()]
+        trained = {f"{name}.lora_b": layer.lora_b for name, layer in self.controller.layers.items()}
+        self.parameters = list(trained.values())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.1)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 / (1 + step))
         self.records = parts.records
-        self.checkpointer = Checkpointer(parts, settings, self.optimizer, self.scheduler, None)
+        self.checkpointer = Checkpointer(parts, settings, self.optimizer, self.scheduler, None, trained)
 
     def train(self, first: int, last: int) -> None:
         for step in range(first, last + 1):

@@ -14,6 +14,7 @@ from dora_dist.training.trainer import DynamicLoraTrainer
 OVERRIDDEN = {
     "_get_train_sampler": ["self", "train_dataset"],
     "_prepare_for_training": ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"],
+    "_wrap_model": ["self", "model", "training", "dataloader"],
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
     "_load_rng_state": ["self", "checkpoint"],
     "_save_checkpoint": ["self", "model", "trial"],
@@ -23,6 +24,7 @@ CALLS = {
     "_save_checkpoint": ["save_model(", "_save_optimizer_and_scheduler(", "_save_rng_state(", "state.save_to_json("],
     "_run_epoch": ["iter(train_dataloader)", "_load_rng_state(resume_from_checkpoint)"],
     "train": ["_load_from_checkpoint(", "TrainerState.load_from_json("],
+    "_prepare_for_training": ["self._wrap_model(self.model_wrapped)", "use_accelerator_prepare = model is self.model"],
     "_inner_training_loop": ["_prepare_for_training(", "callback_handler.on_train_begin("],
 }
 """Method of the Trainer -> what it calls of the above, and what is relied on beside it, in this order."""
