@@ -23,6 +23,7 @@ ELSEWHERE = {
     "data.max_length": ("cutoff_len", "max_seq_length", "max_seq_len", "sequence_len", "model_max_length"),
     "data.chat_template": ("template", "prompt_template"),
     "data.batching": ("packing", "sample_packing"),
+    "data.chat_template_kwargs": ("template_kwargs", "enable_thinking"),
     "data.train_on": ("train_on_inputs", "train_on_prompt", "assistant_only_loss"),
     "model.path": ("model_name_or_path", "name_or_path", "base_model", "model_name", "model_id"),
     "model.quantization": ("load_in_4bit", "load_in_8bit", "quantization_bit"),

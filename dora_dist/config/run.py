@@ -162,6 +162,11 @@ class RunConfig:
             )
         self._check_task()
         self._check_rule()
+        if self.evaluation.exact_match and not self.data.train_on_thoughts:
+            raise ValueError(
+                "evaluation.exact_match is true, but data.train_on_thoughts is false: exact match compares answers "
+                "with their thoughts, which are not learned; set evaluation.metrics to final_number, or leave it out"
+            )
         if self.task == CAUSAL_LM and self.measured and self.data.eval is None:
             raise ValueError(f"{self.evaluation.asks}, but there is no held-out data: set data.eval")
         if self.adapter.routing == PROMPT:
@@ -255,6 +260,8 @@ class RunConfig:
             ("data.batching", data.batching, data.batching != "packed"),
             ("data.train_on", data.train_on, data.train_on == "assistant"),
             ("data.chat_template", data.chat_template, data.chat_template == "auto"),
+            ("data.chat_template_kwargs", data.chat_template_kwargs, not data.chat_template_kwargs),
+            ("data.train_on_thoughts", "false", data.train_on_thoughts),
             ("adapter.routing", self.adapter.routing, self.adapter.routing != PROMPT),
             ("evaluation.exact_match", "true", not self.evaluation.exact_match),
         ):
