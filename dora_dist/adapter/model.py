@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dora_dist.adapter.components import GatheredComponents
+from dora_dist.adapter.from_folder import find_start, start_from
 from dora_dist.adapter.gated_mlp import fuse_gated_mlps
 from dora_dist.adapter.layer import ADAPTER_NAME, DynamicLoraLinear
 from dora_dist.adapter.plain_lora import KEY_PREFIX, fold_components, write_lora_adapter
@@ -257,10 +258,12 @@ def add_dynamic_lora(
 
     Raises:
         ValueError: ``config`` is another method's or has routing, the model has an adapter, ``target_modules`` matches
-            nothing, or a 4-bit weight has been repacked for inference.
+            nothing, ``start_from`` names an adapter that cannot be gone on with, or a 4-bit weight has been repacked
+            for inference.
     """
     _check_arguments(model, config)
     ranks = resolve_ranks(model, config)
+    found = find_start(model, config, ranks)
     forbid_inference_packing(model)
     task, heads = task_of(model), head_modules(model)
     lora_config = LoraConfig(
@@ -283,6 +286,8 @@ def add_dynamic_lora(
     _check_all_adapted(ranks, layers)
     for name, layer in layers.items():
         _start(layer, name, config, dtype)
+    if found is not None:
+        start_from(layers, found)
     prepare_heads(peft_model, heads, dtype, cast_inputs=fuse)
     peft_model.fused, peft_model.kernels = fuse, kernels
     peft_model.dynamic_config, peft_model.adapter_dtype = config, dtype

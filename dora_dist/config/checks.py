@@ -18,6 +18,7 @@ ELSEWHERE = {
     "adapter.alpha": ("lora_alpha",),
     "adapter.dropout": ("lora_dropout",),
     "adapter.target_modules": ("lora_target", "lora_target_modules"),
+    "adapter.start_from": ("from", "adapter_name_or_path", "lora_model_dir", "adapter_path"),
     "data.train": ("dataset", "datasets", "dataset_name", "data_path", "train_file", "train_data"),
     "data.eval": ("eval_dataset", "validation_file", "val_file", "val_data"),
     "data.max_length": ("cutoff_len", "max_seq_length", "max_seq_len", "sequence_len", "model_max_length"),

@@ -123,6 +123,7 @@ def test_a_dry_run_refuses_what_a_run_would(tmp_path):
             ("--data.train_on_thoughts", "false", "--evaluation.exact_match", "true"),
             "exact match compares answers with",
         ),
+        (("--adapter.start_from", "{folder}/model"), "/model, which has no adapter_config.json: give the folder of a "),
         (("--model.path", "{folder}/bare"), "bare' holds no tokenizer that can be read ("),
     ],
 )
