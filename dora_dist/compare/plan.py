@@ -186,6 +186,10 @@ class Plan:
         if config.task not in tasks:
             known = " and ".join(tasks)
             raise ValueError(f"task is {config.task}, but {title} is compared on {known} only: leave it out")
+        if config.adapter.start_from is not None:
+            raise ValueError(
+                f"adapter.start_from is {config.adapter.start_from}, but {title} makes a new adapter: leave it out"
+            )
         if LORA_PLUS_RATIO in config.training:
             raise ValueError(f"training.{LORA_PLUS_RATIO} is set, which {title} does not know: leave it out")
         if peer == ADALORA and start == group.budget:

@@ -36,6 +36,8 @@ def test_an_extended_run_begins_where_the_first_one_ended_and_can_be_resumed(fin
         name: rank for name, rank in json.loads((first / "plan.json").read_text())["ranks"].items() if rank
     }
 
+    assert f"start from {adapter}, rule none" in (tmp_path / "run" / "adapter" / "README.md").read_text()
+
     for name in ("again", "other"):
         (tmp_path / name).mkdir()
     resumed = stopped_at(3, tmp_path / "run", tmp_path / "again")
