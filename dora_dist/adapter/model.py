@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dora_dist.adapter.components import GatheredComponents
+from dora_dist.adapter.from_folder import FoundAdapter, find_start, start_from
 from dora_dist.adapter.gated_mlp import fuse_gated_mlps
 from dora_dist.adapter.layer import ADAPTER_NAME, DynamicLoraLinear
 from dora_dist.adapter.plain_lora import KEY_PREFIX, fold_components, write_lora_adapter
@@ -257,10 +258,12 @@ def add_dynamic_lora(
 
     Raises:
         ValueError: ``config`` is another method's or has routing, the model has an adapter, ``target_modules`` matches
-            nothing, or a 4-bit weight has been repacked for inference.
+            nothing, ``start_from`` names an adapter that cannot be gone on with, or a 4-bit weight has been repacked
+            for inference.
     """
     _check_arguments(model, config)
     ranks = resolve_ranks(model, config)
+    found = find_start(model, config, ranks)
     forbid_inference_packing(model)
     task, heads = task_of(model), head_modules(model)
     lora_config = LoraConfig(
@@ -281,8 +284,7 @@ def add_dynamic_lora(
     dtype: torch.dtype = model.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     layers = peft_model.adapted_layers()
     _check_all_adapted(ranks, layers)
-    for name, layer in layers.items():
-        _start(layer, name, config, dtype)
+    _start(layers, config, dtype, found)
     prepare_heads(peft_model, heads, dtype, cast_inputs=fuse)
     peft_model.fused, peft_model.kernels = fuse, kernels
     peft_model.dynamic_config, peft_model.adapter_dtype = config, dtype
@@ -291,13 +293,18 @@ def add_dynamic_lora(
     return peft_model
 
 
-def _start(layer: DynamicLoraLinear, name: str, config: DynamicLoraConfig, dtype: torch.dtype) -> None:
-    layer.component_mask[config.start_rank :] = config.slots is None
-    layer.scale_of = config.scale_of
-    # Of the components that no mask leaves out, which on the meta device cannot be counted.
-    layer.scaling[ADAPTER_NAME] = config.scale_of(len(layer.gate) if config.slots is None else config.start_rank)
-    layer.initialize(config.init, config.seed or 0, name, dtype)
-    layer.gate.requires_grad_(config.train_gates)
+def _start(
+    layers: Mapping[str, DynamicLoraLinear], config: DynamicLoraConfig, dtype: torch.dtype, found: FoundAdapter | None
+) -> None:
+    for name, layer in layers.items():
+        layer.component_mask[config.start_rank :] = config.slots is None
+        layer.scale_of = config.scale_of
+        # Of the components that no mask leaves out, which on the meta device cannot be counted.
+        layer.scaling[ADAPTER_NAME] = config.scale_of(len(layer.gate) if config.slots is None else config.start_rank)
+        layer.initialize(config.init, config.seed or 0, name, dtype)
+        layer.gate.requires_grad_(config.train_gates)
+    if found is not None:
+        start_from(layers, found)
 
 
 def _check_arguments(model: PreTrainedModel, config: DynamicLoraConfig) -> None:

@@ -180,6 +180,10 @@ class Plan:
         if config.task not in tasks:
             known = " and ".join(tasks)
             raise ValueError(f"task is {config.task}, but {title} is compared on {known} only: remove it from methods")
+        if config.adapter.start_from is not None:
+            raise ValueError(
+                f"adapter.start_from is {config.adapter.start_from}, but {title} makes a new adapter: remove it"
+            )
         if LORA_PLUS_RATIO in config.training:
             raise ValueError(f"training.{LORA_PLUS_RATIO} is set, but {title} does not support it: remove it")
         if peer == ADALORA and start == group.budget:

@@ -62,6 +62,9 @@ class DynamicLoraConfig:
             training rows: inputs (the principal directions of the layer's inputs) or gradient (the right singular
             vectors of the gradient of its weight). All of these start exactly as the base model; lora_one, LoRA-One's
             step down that gradient, does not.
+        start_from: folder of a plain LoRA adapter, of a run (RUN/adapter) or of PEFT, to go on from: the model starts
+            as that adapter's, and components that it does not have start as init says. Needs a drawn init (lora, say),
+            and at least as many components in every layer; see docs/choosing.md. Null for a new adapter.
         calibration_rows: with a start or ranks from data, number of training rows from which they are computed, spread
             over the run.
         dtype: dtype of the adapter's parameters: float32, bfloat16, float64, or auto for the dtype of the base's
@@ -84,6 +87,7 @@ class DynamicLoraConfig:
     dropout: float = 0.1
     target_modules: str | list[str] = ALL_LINEAR
     init: Init = "lora"
+    start_from: str | None = None
     calibration_rows: int = 64
     dtype: AdapterDtype = "float32"
     train_gates: bool = True
@@ -129,7 +133,23 @@ class DynamicLoraConfig:
             raise ValueError(
                 f"init {self.init!r} starts with all gates at 0, which never change unless train_gates is true"
             )
+        self._check_start_from()
         self._check_routing()
+
+    def _check_start_from(self) -> None:
+        if self.start_from is None:
+            return
+        beside = f"start_from is {self.start_from}, but"
+        if self.init not in DRAWN_INITS:
+            raise ValueError(
+                f"{beside} init is {self.init}, a start from data, which would write over it: set adapter.init to lora"
+            )
+        if self.ranks in RANKS_FROM_DATA:
+            raise ValueError(
+                f"{beside} ranks is {self.ranks}, which is for a new adapter: set it to uniform, or a plan"
+            )
+        if self.routing != "none":
+            raise ValueError(f"{beside} routing is {self.routing}, which is for a new adapter: leave one of them out")
 
     def _check_routing(self) -> None:
         if self.routing not in ROUTINGS:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,12 +94,16 @@ class DataConfig:
         labels: labels of the format classification: classes, or regression on numbers.
         chat_template: auto (the tokenizer's own, a bundled one where it has none), one of llama3, chatml, gemma,
             mistral, plain, or the path of a Jinja file.
+        chat_template_kwargs: values for variables that the chat template reads, such as {enable_thinking: false}. They
+            are saved with the adapter, as defaults of its template.
         as_chat: put rows of alpaca and prompt_completion into the chat template; false for Alpaca's plain headings, and
             for prompts as they are; null for true where the tokenizer has a chat template, or other sources need one.
         prompt: template that builds the prompt from any fields of a row, such as "Summarise: {dialogue}"; a name may
             be a path (answers.text.0). The answer is the field completion; fields maps it to yours.
         system: system message of all conversations that have none.
         train_on: assistant (every answer of a conversation), last (the last answer only), or everything.
+        train_on_thoughts: whether thoughts of answers (reasoning_content, <think>...</think>) have a loss. With
+            false, the loss of an answer begins with what stands after its thought.
         max_length: length limit of an example in tokens, prompt and answer together; for summaries, of the document.
         max_target_length: length limit of a summary in tokens.
         stride: tokens that neighbouring windows of a context share, where it is longer than max_length (squad).
@@ -123,10 +128,12 @@ class DataConfig:
     format: Format = "auto"
     labels: Literal["classes", "regression"] = "classes"
     chat_template: str = "auto"
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     as_chat: bool | None = None
     prompt: str | None = None
     system: str | None = None
     train_on: Literal["assistant", "last", "everything"] = "assistant"
+    train_on_thoughts: bool = True
     max_length: int = 2048
     max_target_length: int = 128
     stride: int = 128
@@ -145,6 +152,9 @@ class DataConfig:
         require(self.temperature is None or self.temperature > 0, "data.temperature", self.temperature, "be positive")
         require(self.workers is None or self.workers >= 1, "data.workers", self.workers, "be at least 1")
         _check_prompt(self.prompt, "data.prompt")
+        for name, value in self.chat_template_kwargs.items():
+            rule = "be text, a number, true, false, null, or lists and mappings of these"
+            require(_is_plain(value), f"data.chat_template_kwargs.{name}", repr(value), rule)
         for key, given in (("data.train", self.train), ("data.eval", self.eval)):
             require(given not in ([], "", {}), key, given, "name a file, or several")
         # No fields: what is saved, compared and asked for on the command line is the configuration as it was given.
@@ -174,6 +184,15 @@ class DataConfig:
                 f"{len(weighted)} of {len(sources)} sources in data.train have a weight, but {missing.path} has none: "
                 "give it to all or to none"
             )
+
+
+def _is_plain(value: object) -> bool:
+    """Whether JSON has a way to write a value."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(entry) for key, entry in value.items())
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _check_prompt(prompt: str | None, key: str) -> None:

@@ -22,6 +22,12 @@ LARGEST_SEED = 2**32 - 1
 """numpy takes no larger one."""
 ELEMENTWISE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
 """Those of transformers that keep a floating-point number per parameter, or none."""
+UNSPLITTABLE = {
+    "8bit": "keeps its state in blocks of 8 bits with constants of their own",
+    "4bit": "keeps its state in blocks of 4 bits with constants of their own",
+    "paged": "keeps its state in memory that only it can page, and not after a resume",
+}
+"""Part of an optimizer's name -> why ZeRO's checkpoints cannot hold its state for any number of ranks."""
 
 
 @dataclass(kw_only=True)
@@ -169,6 +175,12 @@ class RunConfig:
         self._check_rule()
         check_used(self)
         self._check_sharding()
+        self._check_optimizer()
+        if self.evaluation.exact_match and not self.data.train_on_thoughts:
+            raise ValueError(
+                "evaluation.exact_match is true, but data.train_on_thoughts is false: exact match compares answers "
+                "with their thoughts, which are not learned; set evaluation.metrics to final_number, or leave it out"
+            )
         if self.task == CAUSAL_LM and self.measured and self.data.eval is None:
             raise ValueError(f"{self.evaluation.asks}, but there is no held-out data: set data.eval")
         if self.adapter.routing == PROMPT:
@@ -233,9 +245,23 @@ class RunConfig:
         exact_match = (EXACT_MATCH,) if self.evaluation.exact_match else ()
         return (*exact_match, *metrics_of(self.task, self.data.labels, self.evaluation.metrics))
 
+    @property
+    def _optim(self) -> str:
+        return str({**DEFAULT_TRAINING_ARGUMENTS, **self.training}["optim"])
+
+    def _check_optimizer(self) -> None:
+        """Refuse what ZeRO could not save: otherwise the run would end after its first step."""
+        reason = next((why for part, why in UNSPLITTABLE.items() if part in self._optim), None)
+        if self.distributed.engine == "zero2" and reason is not None:
+            raise ValueError(
+                f"training.optim is {self._optim}, which {reason}, but distributed.engine is zero2, whose checkpoints "
+                "split the state among any number of ranks: set training.optim to adamw_torch (ZeRO divides its state "
+                "by the ranks already, and an adapter's is small), or distributed.engine to ddp"
+            )
+
     def _check_slots(self) -> None:
         """Of rules that start components in slots that are free."""
-        adapter, rule, optim = self.adapter, self.pruning.rule, {**DEFAULT_TRAINING_ARGUMENTS, **self.training}["optim"]
+        adapter, rule, optim = self.adapter, self.pruning.rule, self._optim
         if rule == MOVE and adapter.slots is None:
             raise ValueError(
                 f"pruning.rule is {rule}, which needs slots for new components, but adapter.slots is null: set it to "
@@ -275,6 +301,8 @@ class RunConfig:
             ("data.batching", data.batching, data.batching != "packed"),
             ("data.train_on", data.train_on, data.train_on == "assistant"),
             ("data.chat_template", data.chat_template, data.chat_template == "auto"),
+            ("data.chat_template_kwargs", data.chat_template_kwargs, not data.chat_template_kwargs),
+            ("data.train_on_thoughts", "false", data.train_on_thoughts),
             ("adapter.routing", self.adapter.routing, self.adapter.routing != PROMPT),
             ("evaluation.exact_match", "true", not self.evaluation.exact_match),
         ):

@@ -41,6 +41,21 @@ OWNED_TRAINING_ARGUMENTS = {
     "include_num_input_tokens_seen": "tokens are counted by the program",
     "disable_tqdm": "the program prints its own lines of progress",
     "push_to_hub": "upload the adapter folder when the run has ended",
+    **dict.fromkeys(
+        (
+            *("bf16_full_eval", "fp16_full_eval", "prediction_loss_only", "eval_accumulation_steps"),
+            *("eval_do_concat_batches", "eval_use_gather_object", "include_for_metrics", "batch_eval_metrics"),
+        ),
+        "the program evaluates by itself, as it trains: the section evaluation says what is measured",
+    ),
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "the command trains, and evaluates where data.eval is set"),
+    **dict.fromkeys(
+        ("hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"),
+        "upload the adapter folder when the run has ended",
+    ),
+    **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), "set model.kernels"),
+    **dict.fromkeys(("label_names", "length_column_name"), "the examples have just the columns that the model takes"),
+    "local_rank": "the launcher sets it",
     "label_smoothing_factor": "the loss is the model's own cross-entropy",
     "optim_target_modules": "set adapter.target_modules",
 }

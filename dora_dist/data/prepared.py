@@ -120,11 +120,7 @@ class PreparedSource:
 
     def unprompted(self) -> np.ndarray:
         """Indices of the examples whose last answer has nothing before it, int64, shape (found,)."""
-        starts = []
-        for chunk in self.column("spans").chunks:
-            ends = chunk.offsets.to_numpy()[1:] - chunk.offsets[0].as_py()
-            starts.append(chunk.flatten().to_numpy()[ends - 2])
-        return np.flatnonzero(np.concatenate(starts) == 0)
+        return np.flatnonzero(self.column("answer_start").to_numpy() == 0)
 
     def keys(self) -> np.ndarray:
         """Hash of every example, int64, shape (examples,)."""

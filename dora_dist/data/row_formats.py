@@ -17,6 +17,7 @@ from dora_dist.data.reading.samples import (
     ROLES,
     THOUGHTS,
     UNTRAINED,
+    WANTED,
     Chat,
     Document,
     Instruction,
@@ -44,7 +45,7 @@ MESSAGE_EXTRAS = ("tool_call_id", "name")
 """Fields of a message that are handed to the chat template as they are."""
 THOUGHT_FIELDS = (THOUGHTS, "thinking", "reasoning")
 WEIGHT_FIELDS = ("weight", "train", "trainable", "loss")
-"""Fields of an answer that say whether it is trained."""
+"""Fields of a message that say whether it has a loss."""
 MESSAGE_FIELDS = {*MESSAGE_EXTRAS, *THOUGHT_FIELDS, *WEIGHT_FIELDS, "tool_calls"}
 REFUSED_MESSAGE_FIELDS = (
     *("function_call", "functions", "image", "images", "audio", "audios", "video", "videos"),
@@ -152,24 +153,39 @@ def _message(entry: Any, place: str, role_key: str, text_key: str, roles: Mappin
     if thoughts := next((entry[name] for name in THOUGHT_FIELDS if entry.get(name)), None):
         message[THOUGHTS] = thoughts
     is_answer = message["role"] == "assistant"
-    if is_answer and not _is_trained(entry, place):
-        message[UNTRAINED] = True
-    text = entry.get(text_key)
-    if is_answer and calls and not text:
+    message |= _loss_marks(entry, place, is_answer)
+    content = entry.get(text_key)
+    if is_answer and calls and not content:
         return message
-    if not isinstance(text, str):
-        raise RowFlaw(f"{place}.{text_key}", f"must be text, got {shortened(text)}")
-    if is_answer and not text.strip() and UNTRAINED not in message:
+    if isinstance(content, list):
+        content = [_text_of_part(part, f"{place}.{text_key}[{n}]") for n, part in enumerate(content)]
+    elif not isinstance(content, str):
+        raise RowFlaw(f"{place}.{text_key}", f"must be text, got {shortened(content)}")
+    if is_answer and not "".join(content).strip() and UNTRAINED not in message:
         raise RowFlaw(f"{place}.{text_key}", "is empty, so that there is nothing to learn from it")
-    return {**message, "content": text}
+    return {**message, "content": content}
 
 
-def _is_trained(entry: Mapping[str, Any], place: str) -> bool:
-    for name in WEIGHT_FIELDS:
-        value = entry.get(name)
-        if value not in (None, 0, 1):
+def _loss_marks(entry: Mapping[str, Any], place: str, is_answer: bool) -> dict[str, Any]:
+    """What a message says of its own loss. A mark can only take a loss away: that of another role than the assistant's
+    is kept to be told of, where the run does not train that role."""
+    values = {name: entry[name] for name in WEIGHT_FIELDS if entry.get(name) is not None}
+    for name, value in values.items():
+        if value not in (0, 1):
             raise RowFlaw(f"{place}.{name}", f"must be 0 or 1, true or false, got {shortened(value)}")
-    return not any(entry.get(name) == 0 for name in WEIGHT_FIELDS)
+    if any(value == 0 for value in values.values()):
+        return {UNTRAINED: True}
+    return {WANTED: next(iter(values))} if values and not is_answer else {}
+
+
+def _text_of_part(part: Any, place: str) -> str:
+    """The text of one of OpenAI's content parts."""
+    if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        raise RowFlaw(
+            place, f"must be a part of text, {{type: text, text: ...}}, since no other is read, got {shortened(part)}"
+        )
+    text: str = part["text"]
+    return text
 
 
 def _calls(calls: Any, place: str) -> list[dict[str, Any]]:

@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 from dora_dist.adapter.model import DynamicLoraForCausalLM
 from dora_dist.data.batches import PaddedCollator, as_example
 from dora_dist.data.encoding.encoder import IGNORED
-from dora_dist.data.encoding.text import prompt_length
 from dora_dist.evaluation.evaluator import NUM_SHOWN, Evaluator, ShownAnswer, chunks
 from dora_dist.evaluation.metrics import ANSWER_METRICS
 
@@ -71,7 +70,7 @@ class AnswerEvaluator(Evaluator[AnswerSums]):
                 loss += float(model(**batch, num_items_in_batch=1).loss)
             tokens += int((batch["labels"] != IGNORED).sum())
             if self.metrics:
-                prompts = [row["input_ids"][: prompt_length(row["spans"])] for row in rows]
+                prompts = [row["input_ids"][: row["answer_start"]] for row in rows]
                 answers = generate_answers(model, self.tokenizer, prompts, self.max_new_tokens, self.stop)
                 for index, prompt, row, answer in zip(indices, prompts, rows, answers, strict=True):
                     if index < NUM_SHOWN:

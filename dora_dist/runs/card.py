@@ -36,13 +36,14 @@ def card_of(run: Path) -> tuple[dict[str, Any], str]:
     if datasets:
         data["datasets"] = datasets
     kept, parameters = summary["components_kept"], summary["parameters_kept"]
+    start = config.adapter.init if config.adapter.start_from is None else f"from {config.adapter.start_from}"
     adapter = [
         ("task", config.task),
         ("base", f"{settings['model.path']}, quantization {settings['model.quantization']}"),
         ("steps", f"{summary['steps']} of {settings['optimizer steps']}, {settings['global batch']} rows each"),
         ("learning rate", str(settings["training.learning_rate"])),
         ("seed", str(config.seed)),
-        ("preset", f"{config.preset}; start {config.adapter.init}, rule {config.pruning.rule}"),
+        ("preset", f"{config.preset}; start {start}, rule {config.pruning.rule}"),
         ("budget", f"as LoRA of rank {config.adapter.target_rank}, counted in {config.pruning.budget_unit}"),
     ]
     if kept is not None:
@@ -52,7 +53,7 @@ def card_of(run: Path) -> tuple[dict[str, Any], str]:
     parts = [
         ("Training", _lines(adapter)),
         ("Data", _lines([("source", "rows", "format"), *map(_source, about["data"]["train"])])),
-        ("Held-out figures", _figures(summary)),
+        ("Held-out figures", _figures(summary, "base" if config.adapter.start_from is None else "start")),
         ("Ranks", "\n".join(rank_table(summary["ranks"])) if summary["ranks"] else ""),
         ("Versions", ", ".join(f"{name} {number}" for name, number in versions.items() if number != NOT_INSTALLED)),
     ]
@@ -69,7 +70,7 @@ def _source(source: Mapping[str, Any]) -> tuple[str, str, str]:
     return str(source["name"]), f"{source['rows']:,}", str(source["format"])
 
 
-def _figures(summary: Mapping[str, Any]) -> str:
+def _figures(summary: Mapping[str, Any], start: str) -> str:
     before, after = summary["before"], summary["after"]
     if not after:
         return ""
@@ -79,7 +80,7 @@ def _figures(summary: Mapping[str, Any]) -> str:
         (title, f"{before[name]:{style}}" if before else "-", f"{after[name]:{style}}")
         for title, name, style in figures
     ]
-    return _lines([(f"of {after['examples']} examples", "base", "adapter"), *rows])
+    return _lines([(f"of {after['examples']} examples", start, "adapter"), *rows])
 
 
 def _lines(rows: Sequence[Sequence[str]]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from dora_dist.adapter.from_folder import FoundAdapter
 from dora_dist.base_model import load
 from dora_dist.config.adapter import RANKS_FROM_DATA, UNIFORM
 from dora_dist.config.run import RunConfig
@@ -42,14 +43,17 @@ def fingerprint_of(
     ranks: int,
     components: Mapping[str, int],
     schedule: Schedule,
+    start: FoundAdapter | None = None,
 ) -> Fingerprint:
-    """The fingerprint of the run that is decided by these; ``ranks`` are processes, and ``components`` has those that
-    each layer starts with."""
+    """The fingerprint of the run that is decided by these; ``ranks`` are processes, ``components`` has those that each
+    layer starts with, and ``start`` is the adapter that the run goes on from."""
     interval = schedule.interval if isinstance(schedule, BudgetSchedule) else config.pruning.interval
     adapter = {**dataclasses.asdict(config.adapter), "seed": adapter_seed(config)}
     if config.adapter.ranks not in (UNIFORM, *RANKS_FROM_DATA):  # a plan's file may move, or be written again
         digest = sha256(json.dumps(components, sort_keys=True).encode()).hexdigest()[:16]
         adapter["ranks"] = f"{sum(components.values())} components in {len(components)} layers, {digest}"
+    if start is not None:
+        adapter["start_from"] = f"{len(start.layers)} layers, {start.digest()}"
     return Fingerprint(
         task=config.task,
         seed=config.seed,

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+from dora_dist.adapter.from_folder import describe_start, find_start
 from dora_dist.adapter.ranks import resolve_ranks
 from dora_dist.base_model import block_weights, load
 from dora_dist.base_model.recomputation import Recomputation
@@ -139,6 +140,8 @@ def resolve_run(
     notes = check_vocabulary(skeleton, tokenizer, data)
     ranks_of_layers, budget = check_method(config, skeleton, arguments.max_steps)
     check_context(skeleton, data)
+    found = find_start(skeleton, config.adapter, ranks_of_layers)
+    notes += [] if found is None else describe_start(found, config.model.path, ranks_of_layers)
     recomputation, remarks = resolve_recomputation(config, skeleton, data, ranks, card)
     if config.adapter.routing == PROMPT:
         remarks = [*remarks, LAYER_BY_LAYER]
@@ -153,7 +156,7 @@ def resolve_run(
         left_out=block_weights.describe_left_out(skeleton, config.adapter, ranks_of_layers),
         budget=budget,
         recomputation=recomputation,
-        fingerprint=fingerprint_of(config, arguments, data, plan, ranks, ranks_of_layers, budget.schedule),
+        fingerprint=fingerprint_of(config, arguments, data, plan, ranks, ranks_of_layers, budget.schedule, found),
     )
 
 

@@ -90,8 +90,10 @@ def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task: s
     notes = _unlike_what_is_served(found["train"], tokenizer)
     chats = [source for entries in found.values() for source in entries if source.as_chat]
     template = None
-    if chats or config.chat_template != "auto":  # a name that is wrong is refused in any case
-        template = choose_template(tokenizer, config.chat_template)
+    named = config.chat_template != "auto" or config.chat_template_kwargs
+    if chats or named:  # a name that is wrong is refused in any case
+        template = choose_template(tokenizer, config.chat_template, config.chat_template_kwargs)
+    _check_chats_are_there(config, bool(chats))
     template = template if chats else None
     prepared = _prepare_all(config, found, tokenizer, template)
     if template is not None:
@@ -174,6 +176,19 @@ def _check_alike(train: Sequence[_FoundSource], held_out: Sequence[_FoundSource]
             raise ValueError(
                 f"the held-out source {source.config.name} is rendered {ways[source.as_chat]}, but the training data "
                 f"{ways[not source.as_chat]}: give both the same as_chat"
+            )
+
+
+def _check_chats_are_there(config: DataConfig, there: bool) -> None:
+    """Settings that only conversations have would do nothing without one."""
+    for name, given in (
+        ("chat_template_kwargs", bool(config.chat_template_kwargs)),
+        ("train_on_thoughts", not config.train_on_thoughts),
+    ):
+        if given and not there:
+            raise ValueError(
+                f"data.{name} is set, but no source is rendered in a chat template: set data.as_chat: true, or leave "
+                "it out"
             )
 
 
@@ -297,6 +312,7 @@ def _prepared(
         system=config.system_of(source),
         template=template.text if template is not None and found.as_chat else None,
         train_on=config.train_on,
+        thoughts=config.train_on_thoughts,
         max_length=config.max_length,
         overlong=config.overlong,
         bad_rows=config.bad_rows,

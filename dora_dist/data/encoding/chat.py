@@ -4,7 +4,7 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from dora_dist.data.encoding.control_tokens import ControlTokens, control_tokens
 from dora_dist.data.encoding.proof import LEFT_OUT, ContentProof
-from dora_dist.data.reading.samples import THOUGHTS, UNTRAINED, Chat, RowFlaw
+from dora_dist.data.encoding.template_options import with_options
+from dora_dist.data.reading.samples import THOUGHTS, UNTRAINED, WANTED, Chat, RowFlaw
 
 BUNDLED = Path(__file__).parent / "templates"
 FAMILIES = {
@@ -46,16 +47,25 @@ class ChosenTemplate:
     bundled: bool = False
 
 
-def choose_template(tokenizer: PreTrainedTokenizerBase, wanted: str = "auto") -> ChosenTemplate:
+def choose_template(
+    tokenizer: PreTrainedTokenizerBase, wanted: str = "auto", options: Mapping[str, Any] | None = None
+) -> ChosenTemplate:
     """The tokenizer's own template, a bundled one where it has none, or the one asked for.
 
     Args:
         tokenizer: of the model.
         wanted: ``auto``, a name of :data:`FAMILIES`, or the path of a Jinja file.
+        options: values for variables of the template, which become its defaults.
 
     Raises:
-        ValueError: there is no such template, or the tokenizer lacks a token that it needs.
+        ValueError: there is no such template, the tokenizer lacks a token that it needs, or the template never reads
+            such a variable.
     """
+    chosen = _found_template(tokenizer, wanted)
+    return replace(chosen, text=with_options(chosen.text, options or {}, tokenizer.special_tokens_map))
+
+
+def _found_template(tokenizer: PreTrainedTokenizerBase, wanted: str) -> ChosenTemplate:
     if wanted == "auto":
         if tokenizer.chat_template:
             return ChosenTemplate(tokenizer.get_chat_template(), "the tokenizer's own chat template")
@@ -172,9 +182,8 @@ class ChatRenderer:
         answers = chat.answers()[-1:] if last_only else chat.answers()
         spans = []
         for number in answers:
-            before = self.render(chat, number, prompt=True)
-            after = text if number == len(chat.messages) - 1 else self.render(chat, number + 1)
-            if not (text.startswith(before) and text.startswith(after) and len(after) > len(before)):
+            span = self.turn(chat, number, text)
+            if span is None:
                 if number == len(chat.messages) - 1:
                     raise RowFlaw(
                         "messages",
@@ -183,9 +192,26 @@ class ChatRenderer:
                         "to another template",
                     )
                 return None
-            spans.append((len(before), len(after)))
+            spans.append(span)
         self._proof.check(chat, text, answers)
         return text, spans
+
+    def turn(self, chat: Chat, number: int, text: str) -> tuple[int, int] | None:
+        """Start and end of the characters of an answer; None where the template renders it otherwise once more messages
+        follow.
+
+        Args:
+            chat: the conversation.
+            number: of a message of the assistant.
+            text: the rendered conversation.
+
+        Raises:
+            RowFlaw: the template refuses these messages.
+        """
+        before = self.render(chat, number, prompt=True)
+        after = text if number == len(chat.messages) - 1 else self.render(chat, number + 1)
+        found = text.startswith(before) and text.startswith(after) and len(after) > len(before)
+        return (len(before), len(after)) if found else None
 
     def last_span(self, chat: Chat) -> tuple[str, list[tuple[int, int]]]:
         """:meth:`spans` of the last turn, which every template has."""
@@ -195,7 +221,8 @@ class ChatRenderer:
 
     def _as_template_reads(self, message: dict[str, Any]) -> dict[str, Any]:
         """A message under the names and in the forms that this template reads."""
-        read = {name: value for name, value in message.items() if name not in (THOUGHTS, UNTRAINED, "tool_calls")}
+        own = (THOUGHTS, UNTRAINED, WANTED, "tool_calls")
+        read = {name: value for name, value in message.items() if name not in own}
         if THOUGHTS in message:
             read[self._thoughts_key] = message[THOUGHTS]
         if "tool_calls" in message:
@@ -205,6 +232,28 @@ class ChatRenderer:
             read["tool_calls"] = [_with_arguments(call, style.as_text) for call in message["tool_calls"]]
             read.setdefault("content", style.empty)
         return read
+
+    def joined(self, chat: Chat) -> Chat:
+        """The conversation with one text in the place of the content parts of a message: joined as the template joins
+        parts, or, where it reads texts only, by a line break, as vLLM's server joins them for such a template."""
+        messages = [
+            {**message, "content": self._between_parts.join(message["content"])}
+            if isinstance(message.get("content"), list)
+            else message
+            for message in chat.messages
+        ]
+        return replace(chat, messages=messages)
+
+    @cached_property
+    def _between_parts(self) -> str:
+        parts = [{"type": "text", "text": f"{PROBE_WORD}{number}"} for number in range(2)]
+        with suppress(RowFlaw):
+            text = self._render([{**PROBE[0], "content": parts}, PROBE[1]], None, False)
+            first, last = (text.find(part["text"]) for part in parts)
+            between = text[first + len(parts[0]["text"]) : last]
+            if 0 <= first < last and not between.strip():
+                return between
+        return "\n"
 
     @cached_property
     def _thoughts_key(self) -> str:

@@ -76,6 +76,7 @@ class EncodingRules:
         system: message of the system for conversations that have none; empty for none.
         template: Jinja source, or None where no row needs one.
         train_on: ``assistant`` (all turns), ``last`` (turn) or ``everything``.
+        thoughts: whether thoughts in what is trained have a loss.
         max_length: longest example in tokens.
         overlong: ``error``, ``drop`` or ``truncate``.
         bad_rows: ``error`` or ``skip``.
@@ -92,6 +93,7 @@ class EncodingRules:
     system: str = ""
     template: str | None = None
     train_on: str = "assistant"
+    thoughts: bool = True
     max_length: int = 2048
     overlong: str = "error"
     bad_rows: str = "error"

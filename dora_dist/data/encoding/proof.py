@@ -16,7 +16,7 @@ from dora_dist.data.reading.samples import THOUGHTS, Chat, RowFlaw
 LEFT_OUT = (
     "is left out by the chat template, so that it would be lost: leave it out of the rows, or set data.chat_template"
 )
-_THOUGHT_TAGS = re.compile(r"</?think(?:ing)?>")
+THOUGHT_TAGS = re.compile(r"</?think(?:ing)?>")
 
 
 @dataclass
@@ -51,7 +51,7 @@ class ContentProof:
         for number, message in enumerate(chat.messages):
             content = message.get("content") or ""
             if message["role"] == "assistant" and number not in answers:
-                content = _THOUGHT_TAGS.split(content)[-1]
+                content = THOUGHT_TAGS.split(content)[-1]
             if not _stands_in(content, squeezed):
                 raise RowFlaw(f"messages[{number}].content", f"does not stand in its rendering: it {LEFT_OUT}")
 
@@ -137,4 +137,4 @@ def _stands_in(content: str, squeezed: str) -> bool:
     """Whether a text is in a rendering: as it is, as a JSON string, or in parts, without the tags of thoughts."""
     if _squeeze(content) in squeezed or _squeeze(json.dumps(content, ensure_ascii=False)[1:-1]) in squeezed:
         return True
-    return all(_squeeze(part) in squeezed for part in _THOUGHT_TAGS.split(content))
+    return all(_squeeze(part) in squeezed for part in THOUGHT_TAGS.split(content))

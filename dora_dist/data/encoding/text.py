@@ -20,8 +20,10 @@ from dora_dist.data.encoding.encoder import (
     RowParser,
     Status,
 )
+from dora_dist.data.encoding.proof import THOUGHT_TAGS
 from dora_dist.data.encoding.shorten import Shortener
-from dora_dist.data.reading.samples import UNTRAINED, Chat, Document, Instruction, Pair, RowFlaw, Sample
+from dora_dist.data.encoding.without_loss import Span, WithoutLoss
+from dora_dist.data.reading.samples import UNTRAINED, WANTED, Chat, Document, Instruction, Pair, RowFlaw, Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +32,15 @@ class Encoded:
 
     Attributes:
         ids: token ids.
-        spans: start and end (excluded) of every run of trained tokens, one after the other: ``[3, 7, 12, 15]``. The
-            last run is the last answer, also where what is before it is trained too: ``[0, 12, 12, 15]``.
+        spans: start and end (excluded) of every run of trained tokens, one after the other: ``[3, 7, 12, 15]``.
+        answer_start: tokens before the last answer: what the model is given when it must answer itself.
         answer: the last answer as its tokens are decoded, to compare a generated one with.
         num_removed: tokens that were cut off to make it fit.
     """
 
     ids: list[int]
     spans: list[int]
+    answer_start: int
     answer: str
     num_removed: int = 0
 
@@ -49,12 +52,14 @@ class _Part:
     Attributes:
         sample: what is encoded.
         text: a conversation as the template renders it.
-        characters: the assistant's in it.
+        characters: those of the answers in it.
+        without_loss: characters that have no loss, whatever is trained.
     """
 
     sample: Sample
     text: str = ""
-    characters: Sequence[tuple[int, int]] = ()
+    characters: Sequence[Span] = ()
+    without_loss: Sequence[Span] = ()
 
 
 def labels_of(ids: Sequence[int], spans: Sequence[int]) -> list[int]:
@@ -64,11 +69,6 @@ def labels_of(ids: Sequence[int], spans: Sequence[int]) -> list[int]:
         labels[start:end] = ids[start:end]
     labels[:1] = [IGNORED] * len(labels[:1])
     return labels
-
-
-def prompt_length(spans: Sequence[int]) -> int:
-    """Tokens before the last run of trained ones: what the model is given when it must answer itself."""
-    return spans[-2]
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
@@ -89,6 +89,24 @@ def _is_inside_a_token(offsets: Sequence[tuple[int, int]], place: int) -> bool:
     return number < len(offsets) and offsets[number][0] < place
 
 
+def _tokens_in(offsets: Sequence[tuple[int, int]], first: int, last: int) -> Span:
+    """Tokens of the characters from ``first`` to ``last``: a token across a border belongs to what follows it."""
+    begin, end = (bisect.bisect_right(offsets, place, key=lambda offset: offset[1]) for place in (first, last))
+    return begin, end
+
+
+def _outside(runs: Iterable[Span], masked: Sequence[Span]) -> list[int]:
+    """What is left of runs of tokens without others, both in their order, as starts and ends one after the other."""
+    left: list[int] = []
+    for start, end in runs:
+        for first, last in masked:
+            if max(first, start) < min(last, end):
+                left += [start, first] * (start < first)
+                start = last
+        left += [start, end] * (start < end)
+    return left
+
+
 class TextEncoder(RowEncoder[_Part, Encoded]):
     """Text for a causal language model, of which some tokens are trained.
 
@@ -105,6 +123,7 @@ class TextEncoder(RowEncoder[_Part, Encoded]):
     columns: ClassVar[dict[str, Any]] = {
         "input_ids": List(Value("int32")),
         "spans": List(Value("int32")),
+        "answer_start": Value("int32"),
         "answer": Value("string"),
     }
 
@@ -130,10 +149,11 @@ class TextEncoder(RowEncoder[_Part, Encoded]):
                 raise ValueError(f"data.{name} is {text!r}, with the control token {found[0]!r}, {reason}: {advice}")
 
     def _content(self, example: Encoded | None) -> dict[str, Any]:
-        example = example or Encoded([], [], "")
+        example = example or Encoded([], [], 0, "")
         return {
             "input_ids": example.ids,
             "spans": example.spans,
+            "answer_start": example.answer_start,
             "answer": example.answer,
             "removed": example.num_removed,
         }
@@ -146,7 +166,14 @@ class TextEncoder(RowEncoder[_Part, Encoded]):
         return part.sample.num_trimmed if isinstance(part.sample, Chat) else 0
 
     def _unread(self, part: _Part) -> Sequence[str]:
-        return part.sample.unread if isinstance(part.sample, Chat) else ()
+        if not isinstance(part.sample, Chat):
+            return ()
+        wanted = [] if self.rules.train_on == "everything" else [m for m in part.sample.messages if WANTED in m]
+        return [*part.sample.unread, *dict.fromkeys(f"{m[WANTED]} of the role {m['role']}" for m in wanted)]
+
+    def _parse(self, text: str, flaw: str) -> Any:
+        sample = super()._parse(text, flaw)
+        return self.renderer.joined(sample) if isinstance(sample, Chat) and self.renderer is not None else sample
 
     def _texts(self, sample: Sample) -> Iterable[tuple[str, str]]:
         if isinstance(sample, Chat):
@@ -198,15 +225,54 @@ class TextEncoder(RowEncoder[_Part, Encoded]):
         """A conversation is rendered; one whose earlier turns the template rewrites becomes a part for every answer."""
         sample = self._as_rendered(sample)
         if not isinstance(sample, Chat):
+            self._check_plain_thoughts(sample)
             return [_Part(sample)]
         assert self.renderer is not None
-        if self.rules.train_on == "everything" and any(UNTRAINED in message for message in sample.messages):
-            raise RowFlaw("messages", "holds an answer that is not to be trained, but data.train_on is everything")
         rendered = self.renderer.spans(sample, last_only=self.rules.train_on != "assistant")
         if rendered is not None:
-            return [_Part(sample, *rendered)]
-        parts = [replace(sample, messages=sample.messages[: number + 1]) for number in sample.answers()]
-        return [_Part(part, *self.renderer.last_span(part)) for part in parts]
+            return [_Part(sample, *rendered, self._without_loss(sample, *rendered))]
+        chats = [replace(sample, messages=sample.messages[: number + 1]) for number in sample.answers()]
+        ends = [(chat, *self.renderer.last_span(chat)) for chat in chats]
+        return [_Part(chat, text, spans, self._without_loss(chat, text, spans)) for chat, text, spans in ends]
+
+    def _check_plain_thoughts(self, sample: Sample) -> None:
+        """Refuse plain text with thoughts that are to have no loss: no template says where they are."""
+        if self.rules.thoughts:
+            return
+        for name, text in (*self._texts(sample), *self._rendered(sample)):
+            if found := THOUGHT_TAGS.search(text):
+                raise RowFlaw(
+                    name,
+                    f"holds {found[0]}, but data.train_on_thoughts is false, which is for conversations: set "
+                    "data.as_chat: true, or leave the thought out",
+                )
+
+    def _without_loss(self, chat: Chat, text: str, spans: Sequence[Span]) -> list[Span]:
+        """Characters of a rendered conversation that have no loss: thoughts of answers, where the run leaves them out,
+        and where everything is trained the messages that are not to be.
+
+        Raises:
+            RowFlaw: they cannot be told from the rest.
+        """
+        assert self.renderer is not None
+        found, everything = WithoutLoss(self.renderer.render), self.rules.train_on == "everything"
+        trained = dict(zip(chat.answers()[-len(spans) :], spans, strict=True))
+        masked: list[Span] = []
+        for number, message in enumerate(chat.messages):
+            untrained, is_answer = UNTRAINED in message, message["role"] == "assistant"
+            if not is_answer and untrained and everything:
+                masked.append(found.content(chat, number, text))
+            if not is_answer or not (everything or number in trained) or (self.rules.thoughts and not untrained):
+                continue
+            turn = trained.get(number) or self.renderer.turn(chat, number, text)
+            if turn is None:
+                raise RowFlaw(
+                    f"messages[{number}]",
+                    "is rendered otherwise once more messages follow, so that its loss cannot be left out where "
+                    "data.train_on is everything: set that to assistant",
+                )
+            masked.append(turn if untrained else found.thought(chat, number, text, turn[0]))
+        return masked
 
     def _encode(self, parts: Sequence[_Part]) -> list[Encoded | RowFlaw]:
         """Examples of parts of one kind, without a look at their length."""
@@ -226,13 +292,10 @@ class TextEncoder(RowEncoder[_Part, Encoded]):
         answers = self.writer([pair.completion for pair in pairs], add_special_tokens=False, **IDS_ONLY)["input_ids"]
         rows = [[*_without_end(answer, end), end] for answer in answers]
         return [
-            Encoded(prompt + answer, self._trained([len(prompt), len(prompt) + len(answer)]), self._decoded(answer))
+            Encoded(prompt + answer, [first, len(prompt) + len(answer)], len(prompt), self._decoded(answer))
             for prompt, answer in zip(prompts, rows, strict=True)
+            for first in [0 if self.rules.train_on == "everything" else len(prompt)]
         ]
-
-    def _trained(self, spans: list[int]) -> list[int]:
-        """Spans of answers, or of everything up to the last of them and that one."""
-        return [0, spans[-2], *spans[-2:]] if self.rules.train_on == "everything" else spans
 
     def _decoded(self, answer: list[int]) -> str:
         return str(self.tokenizer.decode(answer, skip_special_tokens=True))
@@ -240,7 +303,7 @@ class TextEncoder(RowEncoder[_Part, Encoded]):
     def _encode_documents(self, documents: Sequence[Document]) -> list[Encoded | RowFlaw]:
         rows = encode_prompts(self.writer, [document.text for document in documents])
         rows = [[*ids, self.tokenizer.eos_token_id] for ids in rows]
-        return [Encoded(ids, [0, len(ids)], "") for ids in rows]
+        return [Encoded(ids, [0, len(ids)], 0, "") for ids in rows]
 
     def _encode_chats(self, parts: Sequence[_Part]) -> Iterator[Encoded | RowFlaw]:
         encoded = self.writer(
@@ -254,10 +317,10 @@ class TextEncoder(RowEncoder[_Part, Encoded]):
             except RowFlaw as flaw:
                 yield flaw
                 continue
-            answer = self._decoded(ids[spans[-2] : spans[-1]])
-            if self.rules.train_on == "everything":
-                spans[-1] = len(ids)
-            yield Encoded(ids, self._trained(spans), answer)
+            start, end = spans[-1]
+            runs = [(0, len(ids))] if self.rules.train_on == "everything" else spans
+            masked = [_tokens_in(offsets, first, last) for first, last in part.without_loss]
+            yield Encoded(ids, _outside(runs, masked), start, self._decoded(ids[start:end]))
 
     def _encode_apart(self, part: _Part, together: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
         """Tokens and offsets of a conversation of which a token covers the border between a prompt and its answer: what
@@ -284,11 +347,11 @@ class TextEncoder(RowEncoder[_Part, Encoded]):
 
     def _token_spans(
         self, ids: Sequence[int], offsets: Sequence[tuple[int, int]], characters: Sequence[tuple[int, int]]
-    ) -> list[int]:
+    ) -> list[Span]:
         """From characters to tokens: all that overlap, up to and with the token that ends the turn."""
         assert self.renderer is not None
         starts, ends = np.array(offsets, dtype=np.int64).T
-        spans: list[int] = []
+        spans: list[Span] = []
         for first, last in characters:
             begin = int(np.searchsorted(ends, first, side="right"))
             stop = int(np.searchsorted(starts, last, side="left"))
@@ -306,7 +369,7 @@ class TextEncoder(RowEncoder[_Part, Encoded]):
                     f"is rendered with {self.tokenizer.convert_ids_to_tokens(early[0])!r} in the middle of an answer, "
                     "where generation would stop: set data.chat_template to one that ends answers only with it",
                 )
-            spans += [begin, inside[-1] + 1]
+            spans.append((begin, inside[-1] + 1))
         return spans
 
     def _fit(self, part: _Part, example: Encoded, place: str) -> tuple[Encoded | None, Status, str]:

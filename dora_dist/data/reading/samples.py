@@ -10,7 +10,9 @@ ROLES = ("system", "user", "assistant", "tool")
 THOUGHTS = "reasoning_content"
 """Key of a message's thoughts, whatever the rows and the template call them."""
 UNTRAINED = "untrained"
-"""Key of an answer that is given, but not trained."""
+"""Key of a message that is given, but has no loss."""
+WANTED = "wanted"
+"""Key of a message that is no answer and says that it is to be trained; the value is the field that says so."""
 
 
 class RowFlaw(Exception):
@@ -81,7 +83,9 @@ class Chat:
 
     Attributes:
         messages: with ``role`` (one of :data:`ROLES`) and ``content``, or ``tool_calls`` (as ``{function: {name,
-            arguments: object}}``), and perhaps :data:`THOUGHTS`, :data:`UNTRAINED`, ``tool_call_id`` and ``name``.
+            arguments: object}}``), and perhaps :data:`THOUGHTS`, :data:`UNTRAINED`, :data:`WANTED`, ``tool_call_id``
+            and ``name``. A content is text, or a list of texts as OpenAI's content parts, until
+            :meth:`~dora_dist.data.encoding.chat.ChatRenderer.joined` has made one text of it.
         tools: JSON schemas of the tools that the assistant may call, or None.
         num_trimmed: messages after the last one that is trained, which were left out.
         unread: fields of messages that are not read.

@@ -16,7 +16,7 @@ from dora_dist import generate
 from dora_dist.data.encoding.chat import choose_template
 from dora_dist.data.encoding.control_tokens import control_tokens
 from dora_dist.data.encoding.encoder import EncodingRules
-from dora_dist.data.encoding.text import encode_prompts, prompt_length
+from dora_dist.data.encoding.text import encode_prompts
 from dora_dist.data.reading.samples import alpaca_prompt
 from dora_dist.data.row_formats import build_encoder
 from dora_dist.evaluation.answers import generate_answers
@@ -199,7 +199,7 @@ def test_control_tokens_in_a_question_are_what_they_were_in_training(row: dict[s
     )
     line = json.dumps({**row, "completion": "a", "output": "a"})
     trained = build_encoder(tokenizer, rules)({"place": [""], "json": [line], "flaw": [""]})
-    prompt = trained["input_ids"][0][: prompt_length(trained["spans"][0])]
+    prompt = trained["input_ids"][0][: trained["answer_start"][0]]
     assert question.ids(tokenizer, chat, control_tokens(tokenizer, "text")) == prompt
     assert prompt.count(tokenizer.eos_token_id) == 0, "the answer has the first one"
     refusing = control_tokens(tokenizer)

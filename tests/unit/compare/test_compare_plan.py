@@ -228,6 +228,11 @@ def test_a_method_may_have_a_rate_of_the_columns_own_but_not_adalora(plan_of):
         plan_of(methods=["lora", {"plus": {"from": "adalora", **own}}])
 
 
+def test_a_method_of_peft_makes_a_new_adapter(plan_of):
+    with pytest.raises(ValueError, match=r"adapter\.start_from is x, but PEFT's AdaLoRA makes a new adapter"):
+        plan_of(methods=["lora", {"more": {"from": "adalora", "adapter": {"start_from": "x"}}}])
+
+
 def test_adalora_needs_something_to_prune(plan_of):
     with pytest.raises(ValueError, match="AdaLoRA has nothing to prune"):
         plan_of(methods=["lora", {"flat": {"from": "adalora", "adapter": {"initial_rank": 4}}}])

@@ -189,6 +189,21 @@ def test_a_training_argument_that_the_program_sets_is_refused_with_the_reason(na
     assert OWNED_TRAINING_ARGUMENTS[name] in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("optim", "reason"),
+    [
+        ("adamw_8bit", "blocks of 8 bits"),
+        ("paged_adamw_8bit", "blocks of 8 bits"),
+        ("adamw_torch_4bit", "blocks of 4 bits"),
+        ("paged_adamw_32bit", "memory that only it can page"),
+    ],
+)
+def test_an_optimizer_whose_state_zero_could_not_save_is_refused_before_anything_is_loaded(load, optim, reason):
+    with pytest.raises(ValueError, match=f"training.optim is {optim}, which keeps its state in .*{reason}.* is zero2"):
+        load("", "--training.optim", optim)
+    assert load("", "--training.optim", optim, "--distributed.engine", "ddp").training["optim"] == optim
+
+
 def test_owned_training_arguments_are_refused_when_loading(load):
     with pytest.raises(ValueError, match=r"training\.bf16 .* set model\.compute_dtype"):
         load("", "--training.bf16", "true")
@@ -391,7 +406,7 @@ def test_help_lists_every_section_without_starting_anything():
     [
         ("learning_rate", "fast", "a number"),
         ("max_steps", "1e3 steps", "a whole number"),
-        ("do_train", "yes", "true or false"),
+        ("logging_first_step", "yes", "true or false"),
     ],
 )
 def test_training_arguments_of_a_wrong_type_are_refused(name, value, rule):
@@ -407,7 +422,7 @@ def test_training_arguments_of_a_wrong_type_are_refused(name, value, rule):
         "per_device_train_batch_size",
         "per_device_eval_batch_size",
         "gradient_accumulation_steps",
-        "eval_accumulation_steps",
+        "torch_empty_cache_steps",
         "dataloader_num_workers",
         "dataloader_prefetch_factor",
     ],
@@ -420,7 +435,7 @@ def test_training_arguments_that_are_no_whole_numbers_are_refused(name, value):
 
 def test_numbers_of_steps_that_may_be_fractions_or_none_are_taken():
     check_training_section({"logging_steps": 0.1, "save_steps": 12.0, "eval_steps": 0.5, "warmup_steps": 0.06})
-    check_training_section({"eval_accumulation_steps": None})
+    check_training_section({"torch_empty_cache_steps": None})
 
 
 def test_a_training_argument_is_the_users_before_ours_before_the_librarys():

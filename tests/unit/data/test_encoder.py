@@ -6,7 +6,7 @@ from support.tiny_tokenizer import word_tokenizer
 
 from dora_dist.data.encoding.chat import choose_template
 from dora_dist.data.encoding.encoder import IGNORED, EncodingRules
-from dora_dist.data.encoding.text import encode_prompts, labels_of, prompt_length
+from dora_dist.data.encoding.text import encode_prompts, labels_of
 from dora_dist.data.reading.samples import alpaca_prompt
 from dora_dist.data.row_formats import build_encoder
 
@@ -38,7 +38,7 @@ def test_a_pair_is_prompt_completion_and_end_and_the_loss_is_on_the_latter_two(t
     assert tokenizer.convert_ids_to_tokens(columns["input_ids"][0]) == [*start, "one", "two", "three", "</s>"]
     assert trained(tokenizer, columns) == "three </s>"
     (prompt,) = encode_prompts(tokenizer, ["one two"])
-    assert columns["input_ids"][0][: prompt_length(columns["spans"][0])] == prompt
+    assert columns["input_ids"][0][: columns["answer_start"][0]] == prompt
 
 
 def test_an_end_that_the_completion_has_already_is_not_doubled():

@@ -27,7 +27,8 @@ def model():
 
 def evaluator(tokenizer, answers: list[str], *metrics: str) -> AnswerEvaluator:
     rows = [
-        {"input_ids": [*prompt, 5], "spans": [3, 4], "answer": a} for prompt, a in zip(PROMPTS, answers, strict=True)
+        {"input_ids": [*prompt, 5], "spans": [3, 4], "answer_start": 3, "answer": a}
+        for prompt, a in zip(PROMPTS, answers, strict=True)
     ]
     return AnswerEvaluator(
         sources={"eval": Dataset.from_list(rows)},

@@ -7,6 +7,8 @@ from support.byte_tokenizer import byte_tokenizer
 
 from dora_dist.config.data import DataConfig
 from dora_dist.data.encoding.chat import choose_template
+from dora_dist.data.encoding.control_tokens import control_tokens
+from dora_dist.generate import Question
 from dora_dist.setup.run_data import prepare_data
 
 ALPACA = {"instruction": "Add.", "input": "1 2", "output": "3"}
@@ -109,3 +111,45 @@ def test_a_prompt_that_is_rendered_already_is_refused_with_the_way_out(prepared)
     row = {"prompt": "<|im_start|>user\nq", "completion": "a"}
     with pytest.raises(ValueError, match=r"prompts that are rendered already need data\.as_chat: false"):
         prepared({"train": row}, tokenizer_with_template())
+
+
+SWITCHED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}{{ opening | default('') }}{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{{ opening | default('') }}{% endif %}"
+)
+
+
+def test_options_of_the_template_hold_for_training_and_for_what_is_asked_with_the_saved_tokenizer(prepared, tmp_path):
+    tokenizer = byte_tokenizer("chatml")
+    tokenizer.chat_template = SWITCHED
+    plain, _ = prepared({"train": PAIR}, tokenizer)
+    tokenizer.chat_template = SWITCHED
+    data, text = prepared({"train": PAIR}, tokenizer, chat_template_kwargs={"opening": "Well, "})
+    assert text.endswith("<|im_start|>assistant\nWell, 3<|im_end|>\n")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    saved = type(tokenizer).from_pretrained(tmp_path / "adapter")
+    (row,) = data.train[0].dataset
+    asked = Question(PAIR["prompt"]).ids(saved, True, control_tokens(saved))
+    assert asked == row["input_ids"][: row["answer_start"]]
+    assert tokenizer.decode(asked).endswith("<|im_start|>assistant\nWell, ")
+    assert plain.train[0].folder != data.train[0].folder
+
+
+@pytest.mark.parametrize("changes", [{"train_on_thoughts": False}, {"chat_template_kwargs": {"opening": ""}}])
+def test_each_option_has_data_of_its_own_in_the_cache(prepared, changes):
+    folders = set()
+    for settings in ({}, changes):
+        tokenizer = byte_tokenizer("chatml")
+        tokenizer.chat_template = SWITCHED
+        data, _ = prepared({"train": PAIR}, tokenizer, **settings)
+        folders.add(data.train[0].folder)
+    assert len(folders) == 2
+
+
+@pytest.mark.parametrize("changes", [{"train_on_thoughts": False}, {"chat_template_kwargs": {"opening": ""}}])
+def test_options_of_conversations_are_refused_where_there_is_none(prepared, changes):
+    tokenizer = byte_tokenizer("chatml")
+    tokenizer.chat_template = SWITCHED
+    with pytest.raises(ValueError, match=f"data.{next(iter(changes))} is set, but no source is rendered in a chat tem"):
+        prepared({"train": PAIR}, tokenizer, as_chat=False, **changes)
