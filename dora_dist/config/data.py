@@ -82,8 +82,8 @@ class SourceConfig:
         _check_prompt(self.prompt, f"{where}.prompt")
         if isinstance(self.path, str) and SHARE.fullmatch(self.path):
             raise ValueError(
-                f"{where}.path is {self.path!r}, but must name a file: a share of the training rows stands alone, as in "
-                f"data.eval: {self.path} (a file of this name is ./{self.path})"
+                f"{where}.path is {self.path!r}, but must name a file: a share of the training rows stands alone, as "
+                f"in data.eval: {self.path} (a file of this name is ./{self.path})"
             )
 
 

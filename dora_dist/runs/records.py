@@ -25,6 +25,8 @@ PAGE = "report.html"
 IDENTITY = "cell.json"
 FAILURE = "failure.json"
 LOG = "log.txt"
+BEST_STEP = "best_step"
+"""Key of the line of ``metrics.jsonl`` that says which checkpoint's adapter a run has ended with."""
 OF_CELL = (IDENTITY, FAILURE, LOG)
 """What a comparison puts beside the files of its cell's run."""
 
@@ -156,13 +158,14 @@ class RunRecords:
             (self.folder / SUMMARY).unlink(missing_ok=True)
 
     def truncate_after(self, step: int) -> None:
-        """Forget what was recorded after ``step``: the run goes on from there."""
+        """Forget what was recorded after ``step``, and which checkpoint was the best in the end: the run goes on from
+        there."""
         if not self.writes:
             return
         for name in (METRICS, ALLOCATION, ANSWERS):
             path = self.folder / name
             if path.exists():
-                kept = [line for line in read_lines(path) if line["step"] <= step]
+                kept = [line for line in read_lines(path) if line["step"] <= step and BEST_STEP not in line]
                 write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def _append(self, name: str, line: str) -> None:

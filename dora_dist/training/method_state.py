@@ -1,6 +1,8 @@
 """The state of the method in a checkpoint: adapter, head, masks, scores."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 
@@ -19,16 +21,22 @@ def save_method_tensors(folder: Path, controller: DynamicRankController) -> None
 
 
 def save_method_state(
-    folder: Path, controller: DynamicRankController, fingerprint: Fingerprint, processes: int
+    folder: Path,
+    controller: DynamicRankController,
+    fingerprint: Fingerprint,
+    processes: int,
+    best: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the tensors of the method; step, number of processes and fingerprint as JSON.
+    """Write the tensors of the method; step, number of processes, fingerprint and the best checkpoint as JSON.
 
     Args:
         folder: Folder of the checkpoint.
         controller: The controller, with its layers and head.
         fingerprint: Settings that a resumed run must not change.
         processes: Number of ranks that write the checkpoint.
+        best: State of the search for the best checkpoint; None where there is none.
     """
     save_method_tensors(folder, controller)
     about = {"format": FORMAT_VERSION, "step": controller.step, "processes": processes}
-    write_json(folder / METHOD_STATE, {**about, "fingerprint": fingerprint.as_dict()})
+    found = {} if best is None else {"best": best}
+    write_json(folder / METHOD_STATE, {**about, **found, "fingerprint": fingerprint.as_dict()})
