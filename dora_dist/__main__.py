@@ -21,6 +21,7 @@ COMMANDS = {
     "train": ("dora_dist.train:start", "train or resume a run; starts one process for each GPU"),
     "report": ("dora_dist.report", "print the summary of a run and draw its pictures"),
     "generate": ("dora_dist.generate.__main__", "generate answers of the base and of the adapter, or converse"),
+    "evaluate": ("dora_dist.evaluate.__main__", "measure base and adapter on tasks of lm-eval-harness"),
     "export": ("dora_dist.export.__main__", "export the adapter for PEFT and servers, or merged into the model"),
     "compare": ("dora_dist.compare.__main__", "compare methods x budgets x seeds on the same data"),
     "benchmark": ("dora_dist.benchmark.__main__", "measure speed and memory beside the frozen base and PEFT"),

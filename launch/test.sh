@@ -9,6 +9,7 @@ source launch/environment.sh
 extras=dev
 case ",${CI_FULL:-}," in *,kernels,* | *,all,*) extras+=,gpu ;; esac
 case ",${CI_FULL:-}," in *,trackers,* | *,all,*) extras+=,mlflow,trackio,wandb ;; esac
+case ",${CI_FULL:-}," in *,evaluate,* | *,all,*) extras+=,evaluate ;; esac
 case ",${CI_FULL:-}," in *,trl,* | *,all,*) extras+=,trl ;; esac
 case ",${CI_FULL:-}," in *,docs,* | *,all,*) extras+=,docs ;; esac
 ensure_environment "[$extras]"

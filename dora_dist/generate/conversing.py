@@ -54,7 +54,7 @@ def converse(answerer: Answerer, system: str | None) -> None:
                 "answers"
             )
             continue
-        streamer = _Printed(answerer.tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+        streamer = _Printed(answerer.tokenizer, skip_prompt=True, skip_special_tokens=True)
         (answer,) = answerer.answers(model, [ids], turn, streamer=streamer)
         said += [question.messages[-1], {"role": "assistant", "content": answer}]
 

@@ -20,6 +20,7 @@ from dora_dist.runs.pictures import (
     short_kinds,
 )
 from dora_dist.runs.records import evaluation_of, source_names
+from dora_dist.runs.task_figures import latest_figures, table_of
 
 
 def is_finished(run: Path) -> bool:
@@ -50,7 +51,8 @@ def report(run: Path) -> str:
     """
     summary = summarize(run)
     _draw(run, summary)
-    return format_summary(summary, run)
+    figures = latest_figures(run)
+    return "\n\n".join([format_summary(summary, run), *([table_of(figures)] if figures else [])])
 
 
 def _draw(run: Path, summary: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """By which evaluations the best checkpoint of a run is found."""
 
 from transformers import DefaultFlowCallback, IntervalStrategy, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from dora_dist.config.checks import nearest
 from dora_dist.config.run import RunConfig
@@ -31,11 +32,12 @@ def best_rule(config: RunConfig, arguments: TrainingArguments, data: RunData, fi
         )
     steps = _steps_evaluated_and_saved(arguments, final_event)
     if not steps:
-        eval_strategy = IntervalStrategy(arguments.eval_strategy).value
+        evaluates = IntervalStrategy(arguments.eval_strategy).value
+        saves = SaveStrategy(arguments.save_strategy).value
         raise ValueError(
             f"evaluation.keep_best is {figure}, but no step is both evaluated and saved from step {final_event} on "
             f"(where no event is to come) and before the last one, {arguments.max_steps}: training.eval_strategy is "
-            f"{eval_strategy}, eval_steps {arguments.eval_steps}, save_strategy {arguments.save_strategy.value}, "
+            f"{evaluates}, eval_steps {arguments.eval_steps}, save_strategy {saves}, "
             f"save_steps {arguments.save_steps}. Set eval_strategy to steps, and eval_steps and save_steps to one "
             f"number, well below {arguments.max_steps - final_event}"
         )

@@ -371,7 +371,7 @@ class DynamicLoraTrainer(Trainer):
         return due and self.state.global_step not in done
 
     @wraps(Trainer._run_epoch)
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """Nothing, where a resumed run finds that it has been stopped early: the Trainer would look after a step."""
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]

@@ -53,4 +53,4 @@ class SplitLocation(Location):
             said.append(None if value == "" else value)
         content = json.dumps(said, sort_keys=True).encode()
         number = int.from_bytes(blake2b(content, digest_size=DIGEST_BYTES).digest(), "little")
-        return number < self.share * 2 ** (8 * DIGEST_BYTES)
+        return number < self.share * float(1 << 8 * DIGEST_BYTES)
