@@ -254,6 +254,7 @@ def decide(
         accumulation = resume.accumulation(earlier, config, ranks)
         resolved = resolve_run(config, *data.result(), accumulation, ranks, card)
         resume.check_settings(earlier, resolved.fingerprint)
+        resume.check_best(earlier, config)
     for remark in resolved.remarks():
         say(remark)
     return resolved
@@ -336,8 +337,9 @@ def finish(run: Path, resolved: "ResolvedRun", trainer: "DynamicLoraTrainer") ->
 
     parts = trainer.parts
     parts.controller.finish()
-    if parts.evaluator and trainer.evaluated_step != resolved.arguments.max_steps:
+    if parts.evaluator and trainer.evaluated_step != trainer.state.global_step:
         trainer.evaluate()
+    trainer.take_best()
     with parts.agreement.together(f"writing the results into {run}"):
         if parts.agreement.is_first:
             save_adapter(trainer.model, resolved.tokenizer, run / "adapter", card_of(run))

@@ -15,6 +15,7 @@ case ",${CI_FULL:-}," in *,served,* | *,all,*)
   export CMAKE_ARGS="${CMAKE_ARGS:--DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF}"
   ;;
 esac
+case ",${CI_FULL:-}," in *,evaluate,* | *,all,*) extras+=,evaluate ;; esac
 case ",${CI_FULL:-}," in *,trl,* | *,all,*) extras+=,trl ;; esac
 case ",${CI_FULL:-}," in *,docs,* | *,all,*) extras+=,docs ;; esac
 ensure_environment "[$extras]"

@@ -1,5 +1,6 @@
 """The model card of an adapter: what it is, for whoever finds the folder later."""
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,19 @@ def complete_card(folder: Path, data: Mapping[str, Any], text: str) -> None:
     """
     card = ModelCard.load(folder / CARD)
     _save(folder, ModelCardData(**{**card.data.to_dict(), **data}), f"{card.text.strip()}\n\n{text}")
+
+
+def set_last_section(folder: Path, title: str, table: str) -> None:
+    """Put a table under a title at the end of the card in an adapter's folder, in the place of the one before.
+
+    Args:
+        folder: with a card.
+        title: of the section.
+        table: lines of text.
+    """
+    card = ModelCard.load(folder / CARD)
+    before = card.text.partition(f"\n## {title}\n")[0]
+    _save(folder, card.data, f"{before.strip()}\n\n## {title}\n\n{textwrap.indent(table, '    ')}\n")
 
 
 def _for(base_model: str | None) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,10 @@ from dora_dist.config.tasks import FormatName
 Format = Literal["auto", FormatName]
 MOST_FOLDERS = 8
 """More folders than a path has between two sources of one name."""
+SHARE = re.compile(r"\s*(-?\d+(?:\.\d+)?)\s*%\s*")
+"""A share of the training rows, as ``data.eval`` can be."""
+LARGEST_SHARE = 50
+"""Percent, below which a share must be: more would be held out than is trained on."""
 
 
 @dataclass(kw_only=True)
@@ -76,6 +81,11 @@ class SourceConfig:
             value = getattr(self, name)
             require(value is None or value > 0, f"{where}.{name}", value, "be positive")
         _check_prompt(self.prompt, f"{where}.prompt")
+        if isinstance(self.path, str) and SHARE.fullmatch(self.path):
+            raise ValueError(
+                f"{where}.path is {self.path!r}, but must name a file: a share of the training rows stands alone, as "
+                f"in data.eval: {self.path} (a file of this name is ./{self.path})"
+            )
 
 
 @dataclass(kw_only=True)
@@ -86,7 +96,9 @@ class DataConfig:
         train: file, glob, saved folder or Hub name to train on; or a list of several, each a path or a mapping with
             settings of its own (path, name, format, fields, columns, quotes, text, as_chat, prompt, system, subset,
             split, revision, max_rows, max_examples, weight, epochs).
-        eval: held-out data, written as train is; each source is also measured by itself; null for none.
+        eval: held-out data, written as train is; each source is also measured by itself; null for none. Or a share of
+            the rows of every training source, such as 5%: which ones is a hash of what a row says, so that a row stays
+            where it is when others are added, and rows that are alike are together.
         format: row format of all sources that do not set their own: messages (role, content), sharegpt
             (conversations), alpaca (instruction, input, output), prompt_completion, text; for other tasks
             classification (sentence1, sentence2, label), squad (question, context, answers), summary (document,
@@ -120,7 +132,9 @@ class DataConfig:
 
     Attributes:
         train_sources: what ``train`` describes, with short forms spelled out and a name for every source.
-        eval_sources: the same for ``eval``; empty where there is no held-out data.
+        eval_sources: the same for ``eval``; empty where there is no held-out data, or a share of the training rows.
+        eval_share: of the rows of every training source that are held out, between 0 and 0.5; None where ``eval`` is
+            no share.
     """
 
     train: str | dict[str, Any] | list[str | dict[str, Any]]
@@ -158,7 +172,8 @@ class DataConfig:
         for key, given in (("data.train", self.train), ("data.eval", self.eval)):
             require(given not in ([], "", {}), key, given, "name a file, or several")
         # No fields: what is saved, compared and asked for on the command line is the configuration as it was given.
-        self.eval_sources = [] if self.eval is None else _sources(self.eval, "data.eval")
+        self.eval_share = _share(self.eval)
+        self.eval_sources = [] if self.eval is None or self.eval_share else _sources(self.eval, "data.eval")
         self.train_sources = _sources(self.train, "data.train")
         self._check_shares()
 
@@ -195,6 +210,17 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
 
 
+def _share(given: object) -> float | None:
+    """The share that ``data.eval`` says; None where it names files."""
+    found = SHARE.fullmatch(given) if isinstance(given, str) else None
+    if found is None:
+        return None
+    percent = float(found[1])
+    within = 0 < percent < LARGEST_SHARE
+    require(within, "data.eval", given, f"be more than 0% and less than {LARGEST_SHARE}%, or name held-out files")
+    return percent / 100
+
+
 def _check_prompt(prompt: str | None, key: str) -> None:
     if prompt is None:
         return
@@ -221,7 +247,7 @@ def _sources(given: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]],
 def _source(entry: str | Mapping[str, Any], where: str) -> SourceConfig:
     """One source, checked by itself: as a part of a union, its errors would be those of all the union's members."""
     if isinstance(entry, str):
-        return SourceConfig(path=entry)
+        entry = {"path": entry}
     known = [field.name for field in dataclasses.fields(SourceConfig)]
     for name in entry:
         if name not in known:

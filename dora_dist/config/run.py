@@ -44,6 +44,11 @@ class EvaluationConfig:
             those whose last number is that of the reference); for classes: accuracy, matthews, f1 (of the second of two
             classes); for regression: pearson, spearman; for question_answering: exact_match, f1; for summaries: rouge1,
             rouge2, rouge_l; null for the defaults of the task.
+        keep_best: the held-out figure by which the best checkpoint is found, such as loss, exact_match, or SOURCE_loss
+            of one of several sources. That checkpoint is kept whatever checkpoint.keep_last says, and its adapter is
+            that of the run. What counts are evaluations from the final event on, at steps that are also saved, and at
+            the last step; null ends with the last adapter.
+        early_stopping: end the run after this many of these evaluations in a row that are no better; null for never.
     """
 
     before: bool = True
@@ -52,12 +57,21 @@ class EvaluationConfig:
     max_examples: int | None = None
     num_beams: int = 1
     metrics: list[str] | None = None
+    keep_best: str | None = None
+    early_stopping: int | None = None
 
     def __post_init__(self) -> None:
         require(self.max_new_tokens >= 1, "evaluation.max_new_tokens", self.max_new_tokens, "be at least 1")
         require(self.num_beams >= 1, "evaluation.num_beams", self.num_beams, "be at least 1")
         most = self.max_examples
         require(most is None or most >= 1, "evaluation.max_examples", most, "be at least 1, or null for all")
+        patience = self.early_stopping
+        require(patience is None or patience >= 1, "evaluation.early_stopping", patience, "be at least 1, or null")
+        if patience is not None and self.keep_best is None:
+            raise ValueError(
+                f"evaluation.early_stopping is {patience}, but evaluation.keep_best is null, which names the figure "
+                "that must get better: set it to loss, say"
+            )
 
     @property
     def asks(self) -> str:
@@ -183,6 +197,10 @@ class RunConfig:
             )
         if self.task == CAUSAL_LM and self.measured and self.data.eval is None:
             raise ValueError(f"{self.evaluation.asks}, but there is no held-out data: set data.eval")
+        if self.evaluation.keep_best is not None and self.data.eval is None:
+            raise ValueError(
+                f"evaluation.keep_best is {self.evaluation.keep_best}, but there is no held-out data: set data.eval"
+            )
         if self.adapter.routing == PROMPT:
             self.model = replace(self.model, fuse=False)  # what is fused computes all modules for all rows
 

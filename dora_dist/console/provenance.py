@@ -27,6 +27,8 @@ BENCHMARK_PACKAGES = (
     *("liger-kernel", "triton"),
 )
 """Packages that the measurements of ``dora_dist.benchmark`` depend on."""
+EVALUATE_PACKAGES = ("dora-dist", "lm-eval", "torch", "transformers", "peft", "bitsandbytes", "datasets", "numpy")
+"""Packages that the figures of ``dora-dist evaluate`` depend on."""
 PLANTED_PACKAGES = ("torch", "transformers", "peft", "scipy")
 """Packages that the results of ``dora_dist.planted`` depend on."""
 

@@ -48,6 +48,10 @@ FIRST_ROWS = 20
 """From how many rows the format of a source is told."""
 
 
+class NoExamplesError(ValueError):
+    """A source has no rows, or none that can be used."""
+
+
 def first_rows(location: Location) -> list[dict[str, Any]]:
     """The first rows that can be read as objects at all, to tell the format by.
 
@@ -86,7 +90,8 @@ def prepare_source(
         workers: processes that encode.
 
     Raises:
-        ValueError: the data cannot be used.
+        NoExamplesError: there are no rows, or none that can be used.
+        ValueError: the data cannot be used otherwise.
     """
     encoder = build_encoder(tokenizer, rules)
     key = _cache_key(location, rules, tokenizer)
@@ -148,7 +153,7 @@ def _prepare(
         work = Path(scratch)
         rows = _store_rows(location, work / "rows.arrow")
         if not len(rows):
-            raise ValueError(f"{name} has no rows")
+            raise NoExamplesError(f"{name} has no rows")
         workers = max(1, min(workers, len(rows) // LEAST_ROWS_PER_WORKER))
         examples = _encode_rows(name, rows, encoder, work, key, workers)
         finished = work / "finished"
@@ -158,7 +163,7 @@ def _prepare(
         kept = examples if (status == Status.KEPT).all() else examples.select(np.flatnonzero(status == Status.KEPT))
         if not len(kept):
             first = examples[0]
-            raise ValueError(f"{name}: none of {len(rows)} rows can be used; the first: {_reason(first)}")
+            raise NoExamplesError(f"{name}: none of {len(rows)} rows can be used; the first: {_reason(first)}")
         kept.select_columns([*encoder.columns, *KEPT_BOOKKEEPING]).save_to_disk(str(finished))
         _list_left_out(examples, status, finished / LEFT_OUT)
         content = {

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from string import Formatter
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -301,6 +302,23 @@ FORMATS: dict[str, RowFormat] = {
     "summary": RowFormat(required=("document", "summary"), parse=_summary, encoder=SummaryEncoder),
 }
 """By name; where a row fits several of a task, the first one is meant."""
+
+
+def fields_read(row_format: str, renamed: Mapping[str, str], prompt: str | None) -> tuple[str, ...]:
+    """Names or paths of all that is read of a row, as the rows have them.
+
+    Args:
+        row_format: a name of :data:`FORMATS`.
+        renamed: the format's name of a field -> the rows' own.
+        prompt: text with names of fields in braces, which is a row's prompt; None for the row's own.
+    """
+    layout = FORMATS[row_format]
+    names = [*layout.required, *layout.optional]
+    own = set()
+    if prompt is not None:
+        names = ["completion"]
+        own = {name for _, name, _, _ in Formatter().parse(prompt) if name is not None}
+    return tuple(sorted({renamed.get(name, name) for name in names} | own))
 
 
 def build_encoder(tokenizer: PreTrainedTokenizerBase, rules: EncodingRules) -> RowEncoder[Any, Any]:

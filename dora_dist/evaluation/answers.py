@@ -1,7 +1,8 @@
 """Held-out loss over answer tokens, and how many generated answers are right."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -15,6 +16,8 @@ from dora_dist.data.encoding.encoder import IGNORED
 from dora_dist.evaluation.evaluator import NUM_SHOWN, Evaluator, ShownAnswer, chunks
 from dora_dist.evaluation.metrics import ANSWER_METRICS
 
+GREEDY = {"do_sample": False}
+"""Arguments of ``generate``: the most likely token."""
 AnswerSums = tuple[float, int, int, tuple[int, ...], list[ShownAnswer]]
 """Sum of the losses, answer tokens, examples, right answers by each metric, and answers to look at."""
 
@@ -91,8 +94,9 @@ def generate_answers(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     stop: Sequence[int],
+    options: Mapping[str, Any] = GREEDY,
 ) -> list[str]:
-    """Greedy answers to prompts, without special tokens, in the same order.
+    """Answers to prompts, without special tokens, in the same order.
 
     Args:
         model: causal language model.
@@ -100,6 +104,7 @@ def generate_answers(
         prompts: token ids.
         max_new_tokens: longest answer, in tokens.
         stop: tokens that end an answer.
+        options: how the next token is chosen, and other arguments of ``generate``.
     """
     width = max(map(len, prompts))
     pad = tokenizer.pad_token_id
@@ -108,11 +113,11 @@ def generate_answers(
     output = model.generate(
         input_ids=ids,
         attention_mask=mask,
-        do_sample=False,
         use_cache=True,
         max_new_tokens=max_new_tokens,
         pad_token_id=pad,
         eos_token_id=list(stop),
+        **options,
     )
     texts: list[str] = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
     return texts

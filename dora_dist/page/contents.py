@@ -99,6 +99,7 @@ def _facts(runs: Sequence[OpenRun]) -> list[list[str]]:
         "task": lambda run: run.fingerprint.task,
         **{metric.title: partial(_figure, key=key) for key, metric in HELD_OUT.items()},
         "held-out examples": lambda run: _number((run.summary["after"] or {}).get("examples")),
+        "best checkpoint": _best,
         "components": _components,
         "parameters of the adapter": lambda run: _number(run.summary["parameters_kept"]),
         "training time": lambda run: time_span(s) if (s := run.summary["session_seconds"]) else "",
@@ -125,6 +126,11 @@ def _components(run: OpenRun) -> str:
     if start is None:
         return ""
     return f"{start:,} -> {kept:,}" + ("" if run.summary["final_event"] else " (pruning has not ended)")
+
+
+def _best(run: OpenRun) -> str:
+    best = run.summary["best"]
+    return f"step {best['step']:,}, by {best['figure']}" if best else ""
 
 
 def _memory(run: OpenRun) -> str:

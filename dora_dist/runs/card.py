@@ -46,6 +46,8 @@ def card_of(run: Path) -> tuple[dict[str, Any], str]:
         ("preset", f"{config.preset}; start {start}, rule {config.pruning.rule}"),
         ("budget", f"as LoRA of rank {config.adapter.target_rank}, counted in {config.pruning.budget_unit}"),
     ]
+    if best := summary["best"]:
+        adapter.append(("checkpoint", f"of step {best['step']}, the best one by held-out {best['figure']}"))
     if kept is not None:
         state = "" if summary["final_event"] else ", and pruning has not ended"
         size = "" if parameters is None else f" of {parameters:,} parameters"

@@ -51,7 +51,8 @@ def newest(run: Path) -> Path | None:
 
 
 def read_method_state(folder: Path) -> dict[str, Any]:
-    """``format``, ``step``, ``processes`` and ``fingerprint`` of a checkpoint."""
+    """``format``, ``step``, ``processes`` and ``fingerprint`` of a checkpoint, and ``best`` where it has one
+    (:meth:`~dora_dist.evaluation.best.BestCheckpoint.state`)."""
     state: dict[str, Any] = read_json(folder / METHOD_STATE)
     return state
 
@@ -235,12 +236,24 @@ def _refuse_to_mix(run: Path, others: Sequence[Path], reason: str) -> None:
         )
 
 
+def best_of(folder: Path) -> Path | None:
+    """The best checkpoint so far, as a checkpoint names it, in the same run; None where it names none."""
+    try:
+        step = (read_method_state(folder).get("best") or {}).get("step")
+    except (OSError, ValueError):  # of one that was damaged since, which is no reason to end a healthy run
+        return None
+    return None if step is None else folder.with_name(f"checkpoint-{step}")
+
+
 def rotate(run: Path, keep_last: int) -> None:
-    """Delete all but the newest ``keep_last`` complete checkpoints, and incomplete ones older than the newest."""
+    """Delete all but the newest ``keep_last`` complete checkpoints and those that they name as the best ones, and
+    incomplete ones older than the newest."""
     existing = checkpoints(run)
     complete = _sealed(existing)
+    kept = complete[-keep_last:]
+    kept += [best for path in kept if (best := best_of(path))]
     for path in existing:
-        if complete and path not in complete[-keep_last:] and _step(path) < _step(complete[-1]):
+        if complete and path not in kept and _step(path) < _step(complete[-1]):
             # First the manifest, so that a deletion that is interrupted leaves nothing that looks complete.
             (path / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(path, ignore_errors=True)  # what is left of it is no reason to end a healthy run

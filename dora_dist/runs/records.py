@@ -25,6 +25,8 @@ PAGE = "report.html"
 IDENTITY = "cell.json"
 FAILURE = "failure.json"
 LOG = "log.txt"
+BEST_STEP = "best_step"
+"""Key of the line of ``metrics.jsonl`` that says which checkpoint's adapter a run has ended with."""
 OF_CELL = (IDENTITY, FAILURE, LOG)
 """Files that a comparison adds to the run of each cell."""
 
@@ -157,13 +159,13 @@ class RunRecords:
             (self.folder / SUMMARY).unlink(missing_ok=True)
 
     def truncate_after(self, step: int) -> None:
-        """Drop records after ``step``, from which the run continues."""
+        """Drop records after ``step``, from which the run continues, and which checkpoint was the best in the end."""
         if not self.writes:
             return
         for name in (METRICS, ALLOCATION, ANSWERS):
             path = self.folder / name
             if path.exists():
-                kept = [line for line in read_lines(path) if line["step"] <= step]
+                kept = [line for line in read_lines(path) if line["step"] <= step and BEST_STEP not in line]
                 write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def _append(self, name: str, line: str) -> None:

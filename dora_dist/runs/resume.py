@@ -154,6 +154,26 @@ def check_settings(earlier: Earlier, fingerprint: Fingerprint) -> None:
         )
 
 
+def check_best(earlier: Earlier, config: RunConfig) -> None:
+    """Refuse to resume from a checkpoint whose best one is not in the folder of the run, where it would be taken from
+    in the end.
+
+    Raises:
+        ValueError: it is not, or not complete.
+    """
+    if earlier.checkpoint is None or config.evaluation.keep_best is None:
+        return
+    best = checkpoint.best_of(earlier.checkpoint)
+    if best is None:
+        return
+    own = Path(config.output_dir) / best.name
+    if flaw := checkpoint.flaw_of(own):
+        raise ValueError(
+            f"{earlier.checkpoint} names {best.name} as the best one so far, but {own} cannot be used: {flaw}. Copy it "
+            "there, or set evaluation.keep_best to null to end with the last adapter"
+        )
+
+
 def describe(earlier: Earlier, config: RunConfig, processes: int) -> list[str]:
     """What the log says of how this start goes on."""
     if earlier.checkpoint is None:

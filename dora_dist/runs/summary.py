@@ -20,6 +20,7 @@ from dora_dist.runs.pictures import (
     short_kinds,
 )
 from dora_dist.runs.records import evaluation_of, source_names
+from dora_dist.runs.task_figures import latest_figures, table_of
 
 
 def is_finished(run: Path) -> bool:
@@ -50,7 +51,8 @@ def report(run: Path) -> str:
     """
     summary = summarize(run)
     _draw(run, summary)
-    return format_summary(summary, run)
+    figures = latest_figures(run)
+    return "\n\n".join([format_summary(summary, run), *([table_of(figures)] if figures else [])])
 
 
 def _draw(run: Path, summary: Mapping[str, Any]) -> None:
@@ -88,6 +90,9 @@ def summarize(run: Path) -> dict[str, Any]:
     lines = records.read_metrics(run)
     events = records.read_events(run / records.ALLOCATION)
     evaluations = [line for line in lines if "eval_loss" in line]
+    best = next((line for line in reversed(lines) if records.BEST_STEP in line), None)
+    # What was measured of the adapter that the run has ended with.
+    last = [line for line in evaluations if best is None or line["step"] == best[records.BEST_STEP]]
     last_session: Mapping[str, Any] = next((line for line in reversed(lines) if "session_seconds" in line), {})
     ranks = events[-1].ranks if events else {}
     # Before the first event nothing has been pruned.
@@ -98,7 +103,8 @@ def summarize(run: Path) -> dict[str, Any]:
     return {
         "steps": lines[-1]["step"] if lines else 0,
         "before": evaluation_of(evaluations[0]) if evaluations and evaluations[0]["step"] == 0 else None,
-        "after": evaluation_of(evaluations[-1]) if evaluations else None,
+        "after": evaluation_of(last[-1]) if last else None,
+        "best": None if best is None else {"step": best[records.BEST_STEP], "figure": best["best_figure"]},
         "initial_rank": initial_rank,
         "components_at_start": at_start,
         "components_kept": events[-1].num_kept if events else unpruned,
@@ -143,6 +149,8 @@ def format_summary(summary: Mapping[str, Any], run: Path) -> str:
                 figures = change(before, after, name, metric.style)
                 lines.append(f"  {metric.title:<16} {figures}  ({after['examples']} examples)")
         lines += _source_lines(before, after)
+    if best := summary["best"]:
+        lines.append(f"  {'best checkpoint':<16} of step {best['step']}, by {best['figure']}: its adapter is the run's")
     kept, start = summary["components_kept"], summary["components_at_start"]
     state = "" if summary["final_event"] else "  (pruning has not ended)"
     parameters = summary["parameters_kept"]

@@ -26,6 +26,7 @@ from dora_dist.console.text import say
 from dora_dist.distributed.agreement import Agreement, digest_tensors
 from dora_dist.distributed.preemption import PreemptionNotice
 from dora_dist.distributed.sharded_base import ShardedBase
+from dora_dist.evaluation.best import BestCheckpoint
 from dora_dist.evaluation.evaluator import Evaluator
 from dora_dist.method.budget import Budget
 from dora_dist.method.ranks import LARGEST_GRADIENT, groups_within
@@ -255,6 +256,7 @@ def build_trainer(
         notice=notice,
         skip_policy=SkipPolicy(agreement, config.distributed.max_skipped_steps),
         trackers=trackers,
+        best=None if resolved.best is None else BestCheckpoint(resolved.best),
         row_losses=task.row_losses(config),
         balance=partial(model.balance_loss, agreement) if isinstance(model, RoutedLoraForCausalLM) else None,
     )

@@ -19,6 +19,7 @@ from dora_dist.config.tasks import CAUSAL_LM, FINAL_NUMBER, TASKS
 from dora_dist.data.mixture import Mixture
 from dora_dist.data.plan import TrainingPlan
 from dora_dist.data.prepared import PreparedSource
+from dora_dist.evaluation.best import BestRule
 from dora_dist.evaluation.metrics import final_number
 from dora_dist.method.budget import Budget, component_costs
 from dora_dist.method.modules import highest_rank
@@ -32,6 +33,7 @@ from dora_dist.method.schedule import (
 )
 from dora_dist.routing.model import routed_blocks
 from dora_dist.runs.fingerprint import Fingerprint
+from dora_dist.setup.best import best_rule
 from dora_dist.setup.fingerprint import fingerprint_of
 from dora_dist.setup.recomputation import resolve_recomputation
 from dora_dist.setup.run_data import RunData, build_mixture, describe_data
@@ -63,6 +65,7 @@ class ResolvedRun:
         budget: over the run.
         recomputation: layers that are computed again in the backward.
         fingerprint: settings that a resumed run must not change.
+        best: how the best checkpoint is found; None where the last one is taken.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -75,6 +78,7 @@ class ResolvedRun:
     budget: Budget
     recomputation: Recomputation
     fingerprint: Fingerprint
+    best: BestRule | None
 
     @property
     def num_tokens(self) -> int:
@@ -157,6 +161,7 @@ def resolve_run(
         budget=budget,
         recomputation=recomputation,
         fingerprint=fingerprint_of(config, arguments, data, plan, ranks, ranks_of_layers, budget.schedule, found),
+        best=best_rule(config, arguments, data, budget.schedule.final_step),
     )
 
 

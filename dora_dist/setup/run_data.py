@@ -15,14 +15,15 @@ from dora_dist.config.checks import nearest
 from dora_dist.config.data import DataConfig, SourceConfig
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import CAUSAL_LM, TASKS
-from dora_dist.data.cache import first_rows, prepare_source
+from dora_dist.data.cache import NoExamplesError, first_rows, prepare_source
 from dora_dist.data.encoding.chat import ChosenTemplate, choose_template
 from dora_dist.data.encoding.classification import class_names
 from dora_dist.data.encoding.encoder import ControlTokensError, EncodingRules
 from dora_dist.data.mixture import Mixture, cap_examples, hold_back, pass_counts
 from dora_dist.data.prepared import PreparedSource
 from dora_dist.data.reading.files import Location, locate
-from dora_dist.data.row_formats import FORMATS, tell_format
+from dora_dist.data.reading.split import SplitLocation
+from dora_dist.data.row_formats import FORMATS, fields_read, tell_format
 
 MOST_WORKERS = 8
 MOST_NAMED = 20
@@ -101,6 +102,8 @@ def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task: s
     seen = np.concatenate([source.keys() for source in prepared["train"]])
     overlap = {source.name: int(np.isin(source.keys(), seen).sum()) for source in prepared["eval"]}
     notes += [template.origin] if template is not None and template.bundled else []
+    if config.eval_share is not None:
+        notes += _held_out_shares(str(config.eval), prepared["train"], prepared["eval"])
     has_classes = TASKS[task].has_labels and config.labels == "classes"
     return RunData(
         train=prepared["train"],
@@ -110,6 +113,24 @@ def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task: s
         notes=[*notes, *_warnings(prepared["train"], prepared["eval"], overlap)],
         labels=find_classes(prepared["train"], prepared["eval"]) if has_classes else None,
     )
+
+
+def _held_out_shares(share: str, train: Sequence[PreparedSource], held_out: Sequence[PreparedSource]) -> Iterator[str]:
+    """How many rows of every source are held out.
+
+    Raises:
+        ValueError: none at all.
+    """
+    rows = {source.name: source.counts.rows for source in held_out}
+    if not rows:
+        names = ", ".join(f"{source.name} has {source.counts.rows}" for source in train)
+        raise ValueError(
+            f"data.eval is {share}, which holds out no row that can be used ({names}): raise the share, or name "
+            "held-out files"
+        )
+    for source in train:
+        out = rows.get(source.name, 0)
+        yield f"{source.name}: {out:,} of {out + source.counts.rows:,} rows are held out (data.eval {share})"
 
 
 def find_classes(train: Sequence[PreparedSource], held_out: Sequence[PreparedSource]) -> list[str]:
@@ -207,6 +228,11 @@ def _find_sources(config: DataConfig, has_template: bool, formats: Sequence[str]
     """All sources; rows that may be conversations are, where there is a chat template or other rows need one."""
     wanted = {"train": config.train_sources, "eval": config.eval_sources}
     placed = {part: [(s, *_find(s, config, formats)) for s in sources] for part, sources in wanted.items()}
+    if config.eval_share is not None:
+        placed = {
+            part: [(s, _side_of(where, held_out, config, s, name), name) for s, where, name in placed["train"]]
+            for part, held_out in (("train", False), ("eval", True))
+        }
     default = has_template or any(FORMATS[name].is_chat for entries in placed.values() for _, _, name in entries)
     return {
         part: [
@@ -215,6 +241,14 @@ def _find_sources(config: DataConfig, has_template: bool, formats: Sequence[str]
         ]
         for part, entries in placed.items()
     }
+
+
+def _side_of(
+    location: Location, held_out: bool, config: DataConfig, source: SourceConfig, row_format: str
+) -> SplitLocation:
+    assert config.eval_share is not None
+    fields = fields_read(row_format, source.fields, config.prompt_of(source))
+    return SplitLocation(**vars(location), share=config.eval_share, held_out=held_out, fields=fields)
 
 
 def _find(source: SourceConfig, config: DataConfig, formats: Sequence[str]) -> tuple[Location, str]:
@@ -280,6 +314,9 @@ def _prepare_all(
 
     Raises:
         ValueError: data that cannot be used.
+
+    Returns:
+        By part. A source of which a share is held out is missing where that share is empty.
     """
     prepared: dict[str, list[PreparedSource]] = {part: [] for part in found}
     flaws = []
@@ -289,6 +326,14 @@ def _prepare_all(
                 prepared[part].append(_prepared(config, entry, tokenizer, template))
             except ControlTokensError as error:
                 flaws.append(str(error))
+            except NoExamplesError as error:
+                if config.eval_share is None:
+                    raise
+                if part == "train":
+                    raise ValueError(
+                        f"{error} on the side that is trained on (data.eval is {config.eval}): lower the share, or "
+                        "name held-out files"
+                    ) from None
     if not flaws:
         return prepared
     advice = (

@@ -60,6 +60,11 @@ def training_arguments(
                 f"training.{name} is epoch, but a run is one long sequence of steps without epoch boundaries: "
                 f"set it to steps, and {name.removesuffix('strategy')}steps to how many"
             )
+    if values.get("save_strategy") == "best":
+        raise ValueError(
+            "training.save_strategy is best, but a run resumes from its newest checkpoint: set it to steps, and "
+            "evaluation.keep_best to the figure by which the best one is kept"
+        )
     try:
         arguments = TrainingArguments(**values, **_owned(config, dtype))
     except (TypeError, ValueError) as error:

@@ -54,6 +54,7 @@ class Checkpointer:
         self._controller = parts.controller
         self._agreement = parts.agreement
         self._records = parts.records
+        self._best = parts.best
         self._settings = settings
         self._optimizer = optimizer
         self._scheduler = scheduler
@@ -102,8 +103,9 @@ class Checkpointer:
             self._write_optimizer(folder)
             if self._agreement.is_first:
                 torch.save(self._scheduler.state_dict(), folder / SCHEDULER_NAME)
+                best = None if self._best is None else self._best.state()
                 method_state.save_method_state(
-                    folder, self._controller, self._settings.fingerprint, self._agreement.size
+                    folder, self._controller, self._settings.fingerprint, self._agreement.size, best
                 )
             self._records.save_events(folder)
             mine = checkpoint.files_of_rank(folder, self._agreement.rank, self._agreement.size)
@@ -140,7 +142,28 @@ class Checkpointer:
         self._controller.load_state_dict(tensors, state["step"])
         with self._agreement.together(f"cutting the records back to step {state['step']}"):
             self._records.resume_from(folder, state["step"])
+        if self._best is not None:
+            self._best.load_state(state.get("best"))
         self._restored_from, self._written_by = folder, state["processes"]
+
+    def load_best(self) -> None:
+        """Take the adapter, and the head, of the best checkpoint of this run, which is not its last step; to be called
+        on every rank when nothing is trained any more.
+
+        Raises:
+            ValueError: The checkpoint is not there, or damaged; on all ranks.
+            DisagreementError: The ranks read different ones.
+        """
+        assert self._best is not None
+        folder = self._records.folder / f"checkpoint-{self._best.step}"
+        with self._agreement.together(f"loading {folder}, the best checkpoint"):
+            if self._agreement.is_first and (flaw := checkpoint.flaw_of(folder)):
+                raise ValueError(
+                    f"{folder} is the best checkpoint by evaluation.keep_best ({self._best.rule.figure}), but cannot "
+                    f"be used: {flaw}. Set evaluation.keep_best to null to end with the last adapter"
+                )
+            load_parameters(load_file(folder / METHOD_TENSORS), self._controller.layers, self._controller.head)
+        self._controller.verify("the adapter of the best checkpoint")
 
     def restore_random_states(self, seed: int, load_trainer_states: Callable[[], None]) -> None:
         """Restore this rank's random states; on another number of ranks than wrote the checkpoint, seed new ones from

@@ -1,6 +1,8 @@
 """The method's part of a checkpoint: adapter, head, masks, scores."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 
@@ -19,16 +21,22 @@ def save_method_tensors(folder: Path, controller: DynamicRankController) -> None
 
 
 def save_method_state(
-    folder: Path, controller: DynamicRankController, fingerprint: Fingerprint, processes: int
+    folder: Path,
+    controller: DynamicRankController,
+    fingerprint: Fingerprint,
+    processes: int,
+    best: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the method's tensors, and as JSON the step, the number of processes and the fingerprint.
+    """Write the method's tensors, and as JSON the step, the number of processes, the fingerprint and the best checkpoint.
 
     Args:
         folder: The checkpoint's folder.
         controller: The controller, with its layers and head.
         fingerprint: Settings that a resumed run must not change.
         processes: Number of ranks that write the checkpoint.
+        best: State of the search for the best checkpoint; None where there is none.
     """
     save_method_tensors(folder, controller)
     about = {"format": FORMAT_VERSION, "step": controller.step, "processes": processes}
-    write_json(folder / METHOD_STATE, {**about, "fingerprint": fingerprint.as_dict()})
+    found = {} if best is None else {"best": best}
+    write_json(folder / METHOD_STATE, {**about, **found, "fingerprint": fingerprint.as_dict()})

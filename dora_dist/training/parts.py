@@ -12,6 +12,7 @@ from dora_dist.base_model.losses import RowLosses
 from dora_dist.base_model.recomputation import Recomputation
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.distributed.preemption import PreemptionNotice
+from dora_dist.evaluation.best import BestCheckpoint
 from dora_dist.evaluation.evaluator import Evaluator
 from dora_dist.runs.fingerprint import Fingerprint
 from dora_dist.runs.records import RunRecords
@@ -34,6 +35,7 @@ class TrainingParts:
         notice: Set when this rank has been told to stop.
         skip_policy: Decides about steps whose loss or gradients are not finite.
         trackers: Get the rank map at every event.
+        best: Finds the best checkpoint; None where the last one is taken.
         row_losses: Loss of every row, for a task with one target a row; None where the model's own loss is taken,
             over tokens.
         balance: The balancing loss of the latest forward, over all ranks, which call it together; None without routing.
@@ -46,6 +48,7 @@ class TrainingParts:
     notice: PreemptionNotice
     skip_policy: SkipPolicy
     trackers: Trackers
+    best: BestCheckpoint | None = None
     row_losses: RowLosses | None = None
     balance: Callable[[], Tensor] | None = None
 

@@ -5,7 +5,7 @@
 
 import time
 from collections.abc import Sized
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +26,7 @@ from dora_dist.distributed.world import check_prepared, set_engine_timeout
 from dora_dist.method.prune_event import PruneEvent
 from dora_dist.page.document import keep_current
 from dora_dist.runs import checkpoint
-from dora_dist.runs.records import RecordedEvent
+from dora_dist.runs.records import BEST_STEP, RecordedEvent
 from dora_dist.training.batch_size import global_batch
 from dora_dist.training.checkpointing import Checkpointer
 from dora_dist.training.from_data.ranks import choose_ranks
@@ -210,7 +210,39 @@ class DynamicLoraTrainer(Trainer):
             keep_current(self.parts.records.folder)
         self.evaluated_step = self.state.global_step
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._follow_best(metrics)
         return metrics
+
+    def _follow_best(self, metrics: dict[str, float]) -> None:
+        """Take note of an evaluation for ``evaluation.keep_best``, and end the run where none has been better for long
+        enough: the same on all ranks, which have the same figures."""
+        best, step = self.parts.best, self.state.global_step
+        if best is None:
+            return
+        best.after_evaluation(step, {name.removeprefix("eval_"): value for name, value in metrics.items()})
+        if best.has_waited_long_enough and step < self.state.max_steps:
+            self.control.should_training_stop = True
+            say(
+                f"evaluation.early_stopping: no better {best.rule.figure} in {best.waited} evaluations since step "
+                f"{best.step}; the run ends at step {step} of {self.state.max_steps}"
+            )
+
+    def take_best(self) -> None:
+        """Where there is a best checkpoint to be taken: make its adapter that of the model, and record it.
+
+        Raises:
+            RankFailedError: The checkpoint cannot be read; on all ranks.
+        """
+        best = self.parts.best
+        if best is None:
+            return
+        if best.step is None:
+            say(f"evaluation.keep_best: no {best.rule.figure} was a number; the last adapter is taken")
+            return
+        if best.step != self.state.global_step:
+            self.checkpointer.load_best()
+        found = {BEST_STEP: best.step, "best_figure": best.rule.figure}
+        self.parts.records.metrics(self.state.global_step, found)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Record and pass on. ``loss`` is the task loss, comparable with a run without the penalty, which has its own
@@ -233,7 +265,7 @@ class DynamicLoraTrainer(Trainer):
         # All of it is in metrics.jsonl; the Trainer would keep it in memory, and write it into every checkpoint again.
         del self.state.log_history[:-KEPT_LOGS]
 
-    def begin_training(self) -> None:
+    def begin_training(self, control: TrainerControl) -> None:
         """Check what the engine has made of the model, and take over from a checkpoint if there is one.
 
         Raises:
@@ -259,6 +291,7 @@ class DynamicLoraTrainer(Trainer):
             self.checkpointer.restore(self._resumed_from)
             if self.owes_evaluation():
                 self.evaluate()
+            control.should_training_stop = parts.best is not None and parts.best.has_waited_long_enough
         self._first_step = self.state.global_step
         self.step_log.start_clock(self._first_step)
 
@@ -339,6 +372,12 @@ class DynamicLoraTrainer(Trainer):
         done = (line["step"] for line in self.state.log_history if "eval_loss" in line)
         return due and self.state.global_step not in done
 
+    @wraps(Trainer._run_epoch)
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """Nothing, where a resumed run finds that it has been stopped early: the Trainer would look after a step."""
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
+
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(cast(Sized, self.train_dataset))  # of a number of rows that is known
 
@@ -373,7 +412,7 @@ class _MethodCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.begin_training()
+        self.trainer.begin_training(control)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.begin_step()

@@ -128,3 +128,20 @@ def test_signals_from_outside_again_and_again(whole, tmp_path):
     assert [checkpoint.flaw_of(path) for path in checkpoint.checkpoints(run)] == [None]
     assert statuses(start_run(whole, run, log)) == [0, 0], log_of(log)
     assert_same_run(whole.parent / "run", run)
+
+
+@pytest.mark.full("faults")
+def test_a_signal_at_the_step_whose_evaluation_ends_the_run_early_changes_nothing(tmp_path):
+    """That evaluation is left to the resumed run, which then has to stop before its first step."""
+    sections = {
+        "evaluation": {"exact_match": True, "max_new_tokens": 2, "keep_best": "exact_match", "early_stopping": 2},
+        "training": {"eval_strategy": "steps", "eval_steps": 1},
+    }
+    config = write_config(tmp_path, **sections)
+    run_to_the_end(config, tmp_path / "run", tmp_path / "log")
+    run, log = tmp_path / "signalled", tmp_path / "log-2"
+    signals = {1: {"8": ["SIGTERM"]}}
+    assert statuses(start_run(config, run, log, target=signalled_rank, more=(signals,))) == [PREEMPTED] * RANKS
+    text = run_to_the_end(config, run, tmp_path / "log-3")
+    assert "the run ends at step 8 of 12" in text
+    assert_same_run(tmp_path / "run", run)

@@ -12,6 +12,7 @@ PARTS = {
     "compare": "comparisons of methods, and AdaLoRA beside this project's runs",
     "data": "real instruction data of every kind",
     "docs": "the documents as a site, without a warning",
+    "evaluate": "tasks of lm-eval-harness",
     "faults": "what breaks on a cluster: ranks that die, hang or fail, disks, signals, kills during a save",
     "install": "the wheel, the quickstart, and other launchers",
     "kernels": "kernels for GPUs, in Triton's interpreter",

@@ -14,7 +14,9 @@ from support.repository import REPOSITORY
 PACKAGE = REPOSITORY / "dora_dist"
 FACES = {"importance", "schedule", "allocation", "regularizer"}
 """Public modules, whose code is in ``method/``."""
-COMMANDS = {"train", "prepare", "estimate", "generate", "report", "preview", "export", "doctor", "quickstart"}
+COMMANDS = {
+    *("train", "prepare", "estimate", "generate", "report", "preview", "export", "doctor", "quickstart", "evaluate"),
+}
 EXPERIMENTS = {"benchmark", "planted", "compare"}
 """Commands that use the rest, and that nothing uses."""
 FLOORS = [

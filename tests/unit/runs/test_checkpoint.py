@@ -1,5 +1,7 @@
 """What makes a checkpoint complete, which one is taken, and which are deleted."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -7,7 +9,7 @@ from support.tiny_controller import make_controller
 from support.tiny_run import some_fingerprint
 
 from dora_dist.adapter.unfolded import load_parameters
-from dora_dist.config.format_version import METHOD_TENSORS
+from dora_dist.config.format_version import METHOD_STATE, METHOD_TENSORS
 from dora_dist.runs import checkpoint
 from dora_dist.training import method_state
 
@@ -107,6 +109,17 @@ def test_rotation_keeps_the_newest_complete_ones_and_never_the_only_one(tmp_path
     ]
     checkpoint.rotate(tmp_path, keep_last=1)
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-100", "checkpoint-200"]
+
+
+def test_rotation_keeps_the_best_one_that_any_kept_one_names(tmp_path):
+    for step, best in ((5, 5), (10, 5), (15, 5), (20, 20)):
+        folder = make_checkpoint(tmp_path, step)
+        (folder / METHOD_STATE).write_text(json.dumps({"best": {"step": best}}))
+    checkpoint.rotate(tmp_path, keep_last=2)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in (5, 15, 20)]
+    (tmp_path / "checkpoint-20" / METHOD_STATE).write_text("damaged")
+    checkpoint.rotate(tmp_path, keep_last=1)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-20"]
 
 
 def test_the_state_of_the_method_comes_back_bit_for_bit(tmp_path):

@@ -11,12 +11,13 @@ from support.repository import REPOSITORY
 from support.tiny_run import save_tiny_model, write_rows
 from support.trained_run import one_thread
 
-from dora_dist import generate, report
+from dora_dist import report
 from dora_dist.adapter.plain_lora import read_lora_adapter
 from dora_dist.config.format_version import FORMAT_VERSION
 from dora_dist.config.parse import load_config
 from dora_dist.console.files import read_json
 from dora_dist.export import __main__ as export
+from dora_dist.generate.__main__ import main as generate
 from dora_dist.runs import records, resume
 from dora_dist.runs.trained_run import open_run
 from dora_dist.setup import resolve, run_data
@@ -51,7 +52,7 @@ def test_its_report_says_what_it_said_then(run, capsys):
 
 
 def test_it_generates(run, capsys):
-    generate.main([str(run), "--prompt", "w1 w2", "--input", "w5 w6", "--max-new-tokens", "3"])
+    generate([str(run), "--prompt", "w1 w2", "--input", "w5 w6", "--max-new-tokens", "3"])
     assert "--- adapter" in capsys.readouterr().out
 
 

@@ -17,6 +17,11 @@ OVERRIDDEN = {
     "_wrap_model": ["self", "model", "training", "dataloader"],
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
     "_load_rng_state": ["self", "checkpoint"],
+    "_run_epoch": [
+        *("self", "model", "epoch", "train_dataloader", "steps_in_epoch", "num_update_steps_per_epoch", "trial"),
+        *("ignore_keys_for_eval", "start_time", "resume_from_checkpoint", "epochs_trained"),
+        "steps_trained_in_current_epoch",
+    ],
     "_save_checkpoint": ["self", "model", "trial"],
     "_save_optimizer_and_scheduler": ["self", "output_dir"],
 }
@@ -25,7 +30,8 @@ CALLS = {
     "_run_epoch": ["iter(train_dataloader)", "_load_rng_state(resume_from_checkpoint)"],
     "train": ["_load_from_checkpoint(", "TrainerState.load_from_json("],
     "_prepare_for_training": ["self._wrap_model(self.model_wrapped)", "use_accelerator_prepare = model is self.model"],
-    "_inner_training_loop": ["_prepare_for_training(", "callback_handler.on_train_begin("],
+    "_inner_training_loop": ["_prepare_for_training(", "callback_handler.on_train_begin(", "_run_epoch("],
+    "_maybe_log_save_evaluate": ["_evaluate(", "control.should_save:", "_save_checkpoint("],
 }
 """Method of the Trainer -> what it calls of the above, and what is relied on beside it, in this order."""
 

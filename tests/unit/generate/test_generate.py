@@ -12,7 +12,6 @@ import pytest
 from support.tiny_models import load_base
 from support.trained_run import TrainedFolder, character_tokenizer, make_base, make_run, one_thread
 
-from dora_dist import generate
 from dora_dist.data.encoding.chat import choose_template
 from dora_dist.data.encoding.control_tokens import control_tokens
 from dora_dist.data.encoding.encoder import EncodingRules
@@ -20,6 +19,9 @@ from dora_dist.data.encoding.text import encode_prompts
 from dora_dist.data.reading.samples import alpaca_prompt
 from dora_dist.data.row_formats import build_encoder
 from dora_dist.evaluation.answers import generate_answers
+from dora_dist.generate import __main__ as command
+from dora_dist.generate import questions as asking
+from dora_dist.generate import showing
 from dora_dist.runs import records
 
 
@@ -36,7 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> TrainedFolder:
 
 
 def shown(prompt: str, base: str, adapted: str) -> str:
-    return generate.render(prompt, base, adapted, None) + "\n"
+    return showing.render(prompt, base, adapted, None) + "\n"
 
 
 def test_each_answer_comes_from_its_model(run: TrainedFolder, capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,7 +51,7 @@ def test_each_answer_comes_from_its_model(run: TrainedFolder, capsys: pytest.Cap
         for model in (alone, run.model.eval())
     )
     assert base != adapted, "the adapter changes the answers, or this test shows nothing"
-    generate.main(
+    command.main(
         [str(run.folder), "--prompt", "Say it.", "And this?", "--input", "a b", "--max-new-tokens", "12"],
     )
     expected = "".join(map(shown, prompts, base, adapted))
@@ -60,7 +62,7 @@ def test_lines_from_standard_input(
     run: TrainedFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("One\n\nTwo\n"))
-    generate.main([str(run.folder), "--max-new-tokens", "2"])
+    command.main([str(run.folder), "--max-new-tokens", "2"])
     output = capsys.readouterr().out
     assert output.count("--- adapter\n") == 2
     assert output.index("One") < output.index("Two")
@@ -68,7 +70,7 @@ def test_lines_from_standard_input(
 
 def collect(lines: str, raw: bool, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-    questions = generate.as_asked(trained_on(), generate.collect_questions(None, None, raw), None)
+    questions = asking.as_asked(trained_on(), asking.collect_questions(None, None, raw), None)
     return [question.prompt(None, chat=False) for question in questions]
 
 
@@ -78,7 +80,7 @@ def trained_on(prompts=(None,), systems=("",), chat=False) -> SimpleNamespace:
 
 def asked(trained: SimpleNamespace, *lines: str, system: str | None = None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
-    return generate.as_asked(trained, generate.collect_questions(None, None, False), system)
+    return asking.as_asked(trained, asking.collect_questions(None, None, False), system)
 
 
 def test_a_run_is_asked_with_the_message_of_the_system_that_it_was_trained_with(
@@ -157,7 +159,7 @@ def test_lines_that_cannot_be_used(lines: str, message: str, monkeypatch: pytest
 
 
 def test_raw_prompts_are_left_alone() -> None:
-    raw, rendered = generate.collect_questions([" a\n"], None, True), generate.collect_questions(["a"], "b", False)
+    raw, rendered = asking.collect_questions([" a\n"], None, True), asking.collect_questions(["a"], "b", False)
     assert [question.prompt(None, chat=False) for question in raw] == [" a\n"]
     assert [question.prompt(None, chat=False) for question in rendered] == [alpaca_prompt("a", "b")]
 
@@ -172,7 +174,7 @@ def test_a_run_on_conversations_is_asked_in_its_chat_template(monkeypatch: pytes
     ]
     lines = ["Do it", json.dumps({"instruction": "Do", "input": "x"}), json.dumps({"messages": conversation})]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
-    questions = list(generate.collect_questions(None, None, False))
+    questions = list(asking.collect_questions(None, None, False))
     end = "\n\n### Response:\n"
     assert [question.prompt(tokenizer, chat=True) for question in questions] == [
         f"<s>### Instruction:\nDo it{end}",
@@ -189,7 +191,7 @@ def test_a_run_on_conversations_is_asked_in_its_chat_template(monkeypatch: pytes
 def test_control_tokens_in_a_question_are_what_they_were_in_training(row: dict[str, str], chat: bool) -> None:
     tokenizer = character_tokenizer()
     tokenizer.chat_template = choose_template(tokenizer, "plain").text
-    (question,) = generate.read_questions([json.dumps(row)], raw=False)
+    (question,) = asking.read_questions([json.dumps(row)], raw=False)
     as_chat = chat and not question.raw
     rules = EncodingRules(
         format="prompt_completion" if question.raw else "alpaca",
@@ -223,12 +225,12 @@ def test_control_tokens_in_a_question_are_what_they_were_in_training(row: dict[s
 )
 def test_options_that_do_not_fit(run: TrainedFolder, options: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        generate.main([str(run.folder), *options])
+        command.main([str(run.folder), *options])
 
 
 def test_folder_that_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not the folder of a run"):
-        generate.main([str(tmp_path), "--prompt", "a"])
+        command.main([str(tmp_path), "--prompt", "a"])
 
 
 @pytest.mark.parametrize("trained_on", ["prompt_completion", "text"])
@@ -239,7 +241,7 @@ def test_run_trained_on_texts_as_they_are(
     text = config.read_text()
     config.write_text(text.replace("format: auto", f"format: {trained_on}"))
     try:
-        generate.main([str(run.folder), "--prompt", "a", "--max-new-tokens", "1"])
+        command.main([str(run.folder), "--prompt", "a", "--max-new-tokens", "1"])
     finally:
         config.write_text(text)
     assert f"(format {trained_on}): --raw gives" in capsys.readouterr().err
@@ -247,7 +249,7 @@ def test_run_trained_on_texts_as_they_are(
 
 def test_side_by_side_in_a_wide_terminal() -> None:
     base = "the base has much to say about this matter and goes on and on\n\nand ends"
-    text = generate.render("The prompt", base, "short", 80)
+    text = showing.render("The prompt", base, "short", 80)
     lines = text.split("\n")
     assert max(map(len, lines)) == 80
     assert lines[:2] == ["The prompt", ""]
@@ -259,19 +261,19 @@ def test_side_by_side_in_a_wide_terminal() -> None:
 
 def test_one_below_the_other_where_it_is_narrow() -> None:
     expected = "--- prompt\np\n--- base\nx  y\n--- adapter\nz\n"
-    assert generate.render("p\n", " x  y ", "z\x1b\x07", 79) == expected
-    assert generate.render("p\n", " x  y ", "z\x1b\x07", None) == expected
+    assert showing.render("p\n", " x  y ", "z\x1b\x07", 79) == expected
+    assert showing.render("p\n", " x  y ", "z\x1b\x07", None) == expected
 
 
 def test_width_is_that_of_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "132")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
-    assert generate.terminal_width() is None
+    assert showing.terminal_width() is None
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    assert generate.terminal_width() == 132
+    assert showing.terminal_width() == 132
 
 
-@pytest.mark.parametrize("module", ["generate", "export.__main__"])
+@pytest.mark.parametrize("module", ["generate.__main__", "export.__main__"])
 def test_help_does_not_wait_for_torch(module: str) -> None:
     program = (
         f"import sys; from dora_dist.{module} import build_parser\nprint(build_parser().format_help())\n"

@@ -1,15 +1,7 @@
-"""Generate answers of the base and of the adapter of a run side by side, decoded greedily.
+"""What is asked: texts, lines and conversations, worded as the run was trained."""
 
-Without --prompt, instructions are read from standard input, one a line: plain text, or JSON objects with the field
-instruction (and perhaps input) or messages, rendered as in training, or the field prompt, taken as it is. Of a run
-with a prompt of its own (data.prompt), they are the rows that it takes, or text in the place of its only field.
-"""
-
-import argparse
 import json
-import shutil
 import sys
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,71 +9,12 @@ from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
-from dora_dist.console.command import run_command
-from dora_dist.console.library_warnings import quiet_libraries
-from dora_dist.console.phases import Phases
 from dora_dist.console.text import say
 from dora_dist.data.reading.samples import ROLES
 
 if TYPE_CHECKING:
     from dora_dist.data.encoding.control_tokens import ControlTokens
     from dora_dist.runs.trained_run import TrainedRun
-
-LEAST_WIDTH = 80
-"""Columns of a terminal from which two answers fit side by side."""
-GAP = " | "
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="dora-dist generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run (output_dir of its configuration)")
-    parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or more instructions")
-    parser.add_argument("--input", metavar="TEXT", help="input that belongs to the instructions (Alpaca's field input)")
-    parser.add_argument("--raw", action="store_true", help="plain text is the whole prompt, not an instruction")
-    parser.add_argument("--system", metavar="TEXT", help="system message in a chat template; by default data.system")
-    parser.add_argument("--checkpoint", metavar="NAME", help="such as checkpoint-120, instead of the final adapter")
-    parser.add_argument(
-        "--max-new-tokens",
-        type=int,
-        metavar="N",
-        help="length limit of an answer in tokens; by default evaluation.max_new_tokens of the run",
-    )
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Answer every prompt twice, printing as soon as both answers are there.
-
-    Raises:
-        ValueError: The configuration or the input is invalid.
-    """
-    quiet_libraries()
-    options = build_parser().parse_args(arguments)
-    if options.max_new_tokens is not None and options.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens is {options.max_new_tokens}, but must be at least 1")
-    if options.input is not None and (options.prompt is None or options.raw):
-        raise ValueError(
-            f"--input is {options.input!r}, but it belongs to the instructions of --prompt: leave out --raw, and give "
-            'the input of lines from standard input as {"instruction": ..., "input": ...}'
-        )
-    questions = collect_questions(options.prompt, options.input, options.raw)
-    # Heavy imports wait until the arguments have been found to be sound.
-    from dora_dist.runs.trained_run import open_run
-
-    trained = open_run(options.run, options.checkpoint)
-    plain = not trained.chat and trained.formats <= {"prompt_completion", "text"}
-    if plain and options.prompt is not None and not options.raw:
-        formats = ", ".join(sorted(trained.formats))
-        say(f"this run was trained on texts as they are (format {formats}): --raw gives prompts so")
-    questions = as_asked(trained, questions, options.system)
-    answers = answer_twice(trained, questions, options.max_new_tokens or trained.config.evaluation.max_new_tokens)
-    for prompt, base, adapted in answers:
-        print(render(prompt, base, adapted, terminal_width()), flush=True)
 
 
 @dataclass(frozen=True)
@@ -211,17 +144,30 @@ def _in_own_prompt(question: Question, own: str, chat: bool) -> Question:
     return Question(messages=[{"role": "user", "content": text}]) if chat else Question(text, raw=True)
 
 
-def collect_questions(texts: Sequence[str] | None, context: str | None, raw: bool) -> Iterable[Question]:
+def collect_questions(
+    texts: Sequence[str] | None, context: str | None, raw: bool, file: Path | None = None
+) -> Iterable[Question]:
     """Everything that is asked. All is checked at once, except what is typed line by line.
 
+    Args:
+        texts: of ``--prompt``; None without.
+        context: that belongs to them.
+        raw: plain text is the whole prompt.
+        file: with a line for each; None for standard input, where there are no texts.
+
     Raises:
-        ValueError: a prompt is empty or a JSON line is of no known form.
+        ValueError: a prompt is empty, a JSON line is of no known form, or the file cannot be read.
     """
     if texts is not None:
         for number, text in enumerate(texts, start=1):
             if not text.strip():
                 raise ValueError(f"--prompt number {number} is {text!r}, but must have some text")
         return [Question(text, context or "", raw) for text in texts]
+    if file is not None:
+        found = list(read_questions(_lines_of(file), raw, str(file)))
+        if not found:
+            raise ValueError(f"--file {file} has no lines: give an instruction a line")
+        return found
     questions = read_questions(sys.stdin, raw)
     if sys.stdin.isatty():
         say("One instruction a line; Ctrl-D ends.")
@@ -232,8 +178,20 @@ def collect_questions(texts: Sequence[str] | None, context: str | None, raw: boo
     return found
 
 
-def read_questions(lines: Iterable[str], raw: bool) -> Iterator[Question]:
+def _lines_of(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--file is {file}, which cannot be read: {error}") from None
+
+
+def read_questions(lines: Iterable[str], raw: bool, where: str = "standard input") -> Iterator[Question]:
     """Questions from lines of text or JSON; empty lines are passed over.
+
+    Args:
+        lines: to read.
+        raw: plain text is the whole prompt.
+        where: they come from, for messages.
 
     Raises:
         ValueError: a line begins as a JSON object and is none, or its fields are not known.
@@ -242,23 +200,26 @@ def read_questions(lines: Iterable[str], raw: bool) -> Iterator[Question]:
         text = line.rstrip("\r\n")
         if not text.strip():
             continue
-        yield _question_of_json(text, number) if text.lstrip().startswith("{") else Question(text, raw=raw)
+        yield (
+            _question_of_json(text, f"line {number} of {where}")
+            if text.lstrip().startswith("{")
+            else Question(text, raw=raw)
+        )
 
 
-def _question_of_json(text: str, number: int) -> Question:
+def _question_of_json(text: str, place: str) -> Question:
     try:
         row: dict[str, Any] = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"line {number} of standard input begins with {{ and is not JSON ({error}): fix it, or give text that "
-            "begins so with --prompt"
+            f"{place} begins with {{ and is not JSON ({error}): fix it, or give text that begins so with --prompt"
         ) from None
     messages = row.get("messages") or []
     fields = {name: row.get(name) or "" for name in ("prompt", "instruction", "input")}
     known = all(isinstance(value, str) for value in fields.values()) and _are_messages(messages)
     if not known or [bool(part) for part in (fields["prompt"], fields["instruction"], messages)].count(True) != 1:
         flaw = (
-            f"line {number} of standard input is {text}, but must have text either in the field prompt or in the field "
+            f"{place} is {text}, but must have text either in the field prompt or in the field "
             f"instruction (and perhaps input), or a list of messages, each with role ({', '.join(ROLES)}) and content"
         )
         return Question(row=row, flaw=flaw)
@@ -274,72 +235,3 @@ def _are_messages(value: object) -> bool:
         isinstance(entry, dict) and entry.get("role") in ROLES and isinstance(entry.get("content"), str)
         for entry in value
     )
-
-
-def answer_twice(trained: Any, questions: Iterable[Question], max_new_tokens: int) -> Iterator[tuple[str, str, str]]:
-    """Prompt, answer of the base, answer of the adapter: one model in memory, with the adapter switched off and on.
-
-    Args:
-        trained: the :class:`~dora_dist.runs.trained_run.TrainedRun`.
-        questions: what is asked.
-        max_new_tokens: longest answer, in tokens.
-    """
-    from dora_dist.data.encoding.chat import stop_tokens
-    from dora_dist.data.encoding.control_tokens import control_tokens
-    from dora_dist.evaluation.answers import generate_answers
-    from dora_dist.routing.loading import load_adapter
-    from dora_dist.runs.trained_run import default_device
-
-    device = default_device()
-    tokenizer = trained.load_tokenizer()
-    stop = stop_tokens(tokenizer, tokenizer.get_chat_template() if trained.chat else None)
-    controls = control_tokens(tokenizer, trained.config.data.control_tokens)
-    asked: Iterable[tuple[Question, list[int]]]
-    asked = ((question, question.ids(tokenizer, trained.chat, controls)) for question in questions)
-    if isinstance(questions, list):  # all is checked before the model is read, except what is typed line by line
-        asked = list(asked)
-    # bfloat16 is far slower than float32 on most CPUs.
-    with Phases("loading the model"):
-        base = trained.load_base(device, in_float32=device.type == "cpu")
-        model = load_adapter(base, trained.adapter)
-    for question, ids in asked:
-        with model.disable_adapter():
-            (before,) = generate_answers(model, tokenizer, [ids], max_new_tokens, stop)
-        (after,) = generate_answers(model, tokenizer, [ids], max_new_tokens, stop)
-        yield question.prompt(tokenizer, trained.chat), before, after
-
-
-def terminal_width() -> int | None:
-    """Columns of the terminal that is written to, or None if it is not one."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-
-
-def render(prompt: str, base: str, adapted: str, width: int | None) -> str:
-    """Prompt and answers: in two columns where ``width`` allows it, otherwise one below the other."""
-    prompt, base, adapted = (_printable(text).strip() for text in (prompt, base, adapted))
-    if width is None or width < LEAST_WIDTH:
-        return f"--- prompt\n{prompt}\n--- base\n{base}\n--- adapter\n{adapted}\n"
-    column = (width - len(GAP)) // 2
-    left, right = _column("base", base, column), _column("adapter", adapted, column)
-    height = max(len(left), len(right))
-    left += [""] * (height - len(left))
-    right += [""] * (height - len(right))
-    rows = [f"{a:<{column}}{GAP}{b}".rstrip() for a, b in zip(left, right, strict=True)]
-    return "\n".join([*_wrapped(prompt, width), "", *rows, "=" * width, ""])
-
-
-def _column(title: str, text: str, width: int) -> list[str]:
-    return [title, "-" * width, *_wrapped(text, width)]
-
-
-def _wrapped(text: str, width: int) -> list[str]:
-    return [part for line in text.split("\n") for part in textwrap.wrap(line, width) or [""]]
-
-
-def _printable(text: str) -> str:
-    """Without control characters, which a model may produce and a terminal would obey."""
-    return "".join(character for character in text.expandtabs(4) if character.isprintable() or character == "\n")
-
-
-if __name__ == "__main__":
-    run_command(main)

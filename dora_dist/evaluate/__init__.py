@@ -1,0 +1,1 @@
+"""``dora-dist evaluate``: base and adapter on the tasks of lm-eval-harness."""

@@ -1,0 +1,107 @@
+"""One model in memory that answers with its adapter switched off and on."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from dora_dist.console.phases import Phases
+from dora_dist.data.encoding.chat import stop_tokens
+from dora_dist.data.encoding.control_tokens import ControlTokens, control_tokens
+from dora_dist.evaluation.answers import generate_answers
+from dora_dist.generate.questions import Question
+from dora_dist.generate.sampling import Sampling
+from dora_dist.routing.loading import load_adapter
+from dora_dist.runs.trained_run import TrainedRun, default_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answerer:
+    """What answers the questions of a run.
+
+    Attributes:
+        trained: the run.
+        tokenizer: of its adapter.
+        controls: what becomes of control tokens in texts.
+        sampling: how the next token is chosen.
+        max_new_tokens: longest answer, in tokens.
+    """
+
+    trained: TrainedRun
+    tokenizer: PreTrainedTokenizerBase
+    controls: ControlTokens
+    sampling: Sampling
+    max_new_tokens: int
+
+    @classmethod
+    def of(cls, trained: TrainedRun, sampling: Sampling, max_new_tokens: int | None) -> "Answerer":
+        """Without the model, which :meth:`load` reads when all else is known to be sound.
+
+        Args:
+            trained: the run.
+            sampling: how the next token is chosen.
+            max_new_tokens: longest answer; None for that of the run's evaluations.
+        """
+        tokenizer = trained.load_tokenizer()
+        return cls(
+            trained=trained,
+            tokenizer=tokenizer,
+            controls=control_tokens(tokenizer, trained.config.data.control_tokens),
+            sampling=sampling,
+            max_new_tokens=max_new_tokens or trained.config.evaluation.max_new_tokens,
+        )
+
+    def load(self) -> PeftModel:
+        """The base with the adapter."""
+        device = default_device()
+        # bfloat16 is far slower than float32 on most CPUs.
+        with Phases("loading the model"):
+            return load_adapter(self.trained.load_base(device, in_float32=device.type == "cpu"), self.trained.adapter)
+
+    def ids(self, question: Question) -> list[int]:
+        """Token ids of what is asked, as in training.
+
+        Raises:
+            ValueError: a text holds a control token that training would have refused.
+        """
+        return question.ids(self.tokenizer, self.trained.chat, self.controls)
+
+    def prompt(self, question: Question) -> str:
+        """What is asked, as text."""
+        return question.prompt(self.tokenizer, self.trained.chat)
+
+    def answers(self, model: PeftModel, prompts: list[list[int]], turn: int, **options: Any) -> list[str]:
+        """Answers to prompts of one batch; the same ones for the same seed, batch and turn."""
+        stop = stop_tokens(self.tokenizer, self.tokenizer.get_chat_template() if self.trained.chat else None)
+        self.sampling.begin(turn)
+        options = {**self.sampling.options(), **options}
+        return generate_answers(model, self.tokenizer, prompts, self.max_new_tokens, stop, options)
+
+
+def answer_twice(
+    answerer: Answerer, questions: Iterable[Question], batch_size: int = 1
+) -> Iterator[tuple[str, str, str]]:
+    """Prompt, answer of the base, answer of the adapter.
+
+    Args:
+        answerer: of the run.
+        questions: what is asked.
+        batch_size: prompts that are answered at a time, padded on the left.
+    """
+    asked: Iterable[tuple[Question, list[int]]]
+    asked = ((question, answerer.ids(question)) for question in questions)
+    if isinstance(questions, list):  # all is checked before the model is read, except what is typed line by line
+        asked = list(asked)
+    model = answerer.load()
+    remaining, turn = iter(asked), 0
+    while batch := list(itertools.islice(remaining, batch_size)):
+        prompts = [ids for _, ids in batch]
+        with model.disable_adapter():
+            before = answerer.answers(model, prompts, turn)
+        after = answerer.answers(model, prompts, turn)
+        turn += 1
+        for (question, _), base, adapted in zip(batch, before, after, strict=True):
+            yield answerer.prompt(question), base, adapted

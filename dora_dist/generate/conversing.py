@@ -1,0 +1,74 @@
+"""A conversation with the adapter of a run, on a terminal or line by line."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from transformers import TextStreamer
+
+from dora_dist.console.text import say
+from dora_dist.generate.answering import Answerer
+from dora_dist.generate.questions import Question, as_asked
+from dora_dist.generate.showing import printable
+
+RESET = "/reset"
+
+
+class _Printed(TextStreamer):
+    """Prints an answer while it is made, without characters that a terminal would obey."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        print(printable(text), end="\n" if stream_end else "", flush=True)
+
+
+def converse(answerer: Answerer, system: str | None) -> None:
+    """Answer every line of standard input, each with all that was said before, until it ends.
+
+    Args:
+        answerer: of the run.
+        system: message of the system, instead of the run's.
+
+    Raises:
+        ValueError: the run was not trained in a chat template, or its sources have different messages of the system.
+    """
+    if not answerer.trained.chat:
+        raise ValueError(
+            "--chat is given, but this run was not trained in a chat template: ask it with --prompt, --file or lines "
+            "of standard input"
+        )
+    said: list[Mapping[str, Any]] = []
+    questions = as_asked(answerer.trained, _typed(said), system)
+    model = answerer.load()
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    say(f"The adapter answers. {RESET} forgets what was said; Ctrl-D ends.")
+    for turn, question in enumerate(questions):
+        try:
+            ids = answerer.ids(question)
+        except ValueError as error:  # which is about this line
+            say(str(error))
+            continue
+        if context is not None and len(ids) + answerer.max_new_tokens > context:
+            say(
+                f"the conversation has {len(ids)} tokens, which with an answer of {answerer.max_new_tokens} are more "
+                f"than the model's context of {context}: {RESET} begins a new one, --max-new-tokens allows shorter "
+                "answers"
+            )
+            continue
+        streamer = _Printed(answerer.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        (answer,) = answerer.answers(model, [ids], turn, streamer=streamer)
+        said += [question.messages[-1], {"role": "assistant", "content": answer}]
+
+
+def _typed(said: list[Mapping[str, Any]]) -> Iterator[Question]:
+    """Every line that has some text, behind what has been said by then."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip() == RESET:
+            said.clear()
+            say("a new conversation")
+        elif line.strip():
+            yield Question(messages=[*said, {"role": "user", "content": line.strip()}])

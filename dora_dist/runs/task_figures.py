@@ -1,0 +1,119 @@
+"""What base and adapter of a run have reached on tasks of lm-eval-harness: ``evaluations.jsonl``, and its table."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dora_dist.console.files import read_lines
+from dora_dist.console.text import aligned
+
+EVALUATIONS = "evaluations.jsonl"
+SAME_MEAN = 1e-6
+"""How far the mean over examples may be from a reported figure that is taken for this mean."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskFigure:
+    """One figure of one task.
+
+    Attributes:
+        task: its name, or that of a group.
+        metric: such as ``acc``; with the name of the filter behind a colon, where there is one.
+        examples: that were answered; None for a group.
+        base: of the base.
+        adapter: of the adapter on it.
+        base_error: standard error of ``base``; None where the harness gives none.
+        adapter_error: likewise.
+        difference_error: standard error of ``adapter - base``, over the same examples; None where the figure is no mean
+            over examples.
+    """
+
+    task: str
+    metric: str
+    examples: int | None
+    base: float
+    adapter: float
+    base_error: float | None
+    adapter_error: float | None
+    difference_error: float | None
+
+    @property
+    def difference(self) -> float:
+        """How much more the adapter has reached than the base."""
+        return self.adapter - self.base
+
+
+def paired_error(
+    base: Mapping[int, float], adapter: Mapping[int, float], base_mean: float, adapter_mean: float
+) -> float | None:
+    """Standard error of the mean difference over examples, each of which both have answered.
+
+    Args:
+        base: number of an example -> its figure.
+        adapter: likewise.
+        base_mean: the figure that was reported.
+        adapter_mean: likewise.
+
+    Returns:
+        None where the reported figures are not the means, there is one example only, or the examples are not the same.
+    """
+    count = len(base)
+    if base.keys() != adapter.keys() or count < 2:
+        return None
+    for values, reported in ((base, base_mean), (adapter, adapter_mean)):
+        if not abs(math.fsum(values.values()) / count - reported) <= SAME_MEAN * max(1.0, abs(reported)):
+            return None
+    differences = [adapter[number] - base[number] for number in base]
+    mean = math.fsum(differences) / count
+    variance = math.fsum((value - mean) ** 2 for value in differences) / (count - 1)
+    return math.sqrt(variance / count)
+
+
+def table_of(figures: Sequence[TaskFigure]) -> str:
+    """Base, adapter and their difference, each with its standard error where it has one."""
+    rows = [
+        (
+            figure.task,
+            figure.metric,
+            "" if figure.examples is None else f"{figure.examples:,}",
+            _with_error(figure.base, figure.base_error),
+            _with_error(figure.adapter, figure.adapter_error),
+            _with_error(figure.difference, figure.difference_error, sign="+"),
+        )
+        for figure in figures
+    ]
+    return aligned([("task", "metric", "examples", "base", "adapter", "difference"), *rows], num_words=2)
+
+
+def _with_error(value: float, error: float | None, sign: str = "") -> str:
+    return f"{value:{sign}.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def record_figures(run: Path, adapter: str, figures: Sequence[TaskFigure], about: Mapping[str, Any]) -> dict[str, Any]:
+    """Append a line to ``evaluations.jsonl``, and return it.
+
+    Args:
+        run: folder of the run.
+        adapter: name of the adapter's folder in it: ``adapter``, or a checkpoint.
+        figures: of all tasks.
+        about: settings and provenance; plain JSON.
+    """
+    line = {"adapter": adapter, "figures": [asdict(figure) for figure in figures], **about}
+    with (run / EVALUATIONS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    return line
+
+
+def latest_figures(run: Path, adapter: str = "adapter") -> list[TaskFigure]:
+    """The latest figures of an adapter, one for each task and metric; none where nothing was evaluated."""
+    path = run / EVALUATIONS
+    found: dict[tuple[str, str], TaskFigure] = {}
+    for line in read_lines(path) if path.is_file() else []:
+        if line["adapter"] == adapter:
+            for entry in line["figures"]:
+                figure = TaskFigure(**entry)
+                found[figure.task, figure.metric] = figure
+    return list(found.values())

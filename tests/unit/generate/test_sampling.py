@@ -1,0 +1,140 @@
+"""What is drawn, how many prompts are answered at a time, and conversations."""
+
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from support.trained_run import TrainedFolder, character_tokenizer, make_base, make_run, one_thread
+
+from dora_dist.console import files
+from dora_dist.data.encoding.chat import choose_template
+from dora_dist.generate import __main__ as command
+from dora_dist.generate.answering import Answerer
+from dora_dist.generate.conversing import converse
+from dora_dist.generate.questions import Question
+from dora_dist.generate.sampling import Sampling
+from dora_dist.runs import records
+from dora_dist.runs.trained_run import open_run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def single_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> TrainedFolder:
+    folder = tmp_path_factory.mktemp("sampling")
+    return make_run(folder / "run", make_base(folder / "base"))
+
+
+@pytest.fixture(scope="module")
+def chatting(tmp_path_factory: pytest.TempPathFactory) -> TrainedFolder:
+    """A run that was trained in a chat template."""
+    folder = tmp_path_factory.mktemp("chatting")
+    made = make_run(folder / "run", make_base(folder / "base"))
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = choose_template(tokenizer, "plain").text
+    tokenizer.save_pretrained(made.folder / "adapter")
+    about = made.folder / records.RUN
+    files.write_json(about, {**files.read_json(about), "data": {"chat": True, "train": [{"format": "messages"}]}})
+    return made
+
+
+def generated(run: TrainedFolder, capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    command.main([str(run.folder), "--max-new-tokens", "8", *options])
+    return capsys.readouterr().out
+
+
+def test_answers_in_batches_are_those_one_by_one(run: TrainedFolder, tmp_path: Path, capsys) -> None:
+    """Greedy, in float32, with prompts of several lengths, which are padded on the left."""
+    rows = ["Say it.", {"instruction": "And this", "input": "x" * 40}, {"prompt": "as it is"}, "a", "the last one"]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    one_by_one = generated(run, capsys, "--file", str(file))
+    assert one_by_one.count("--- adapter\n") == len(rows)
+    for size in ("2", "5"):
+        assert generated(run, capsys, "--file", str(file), "--batch-size", size) == one_by_one
+
+
+def test_what_is_drawn_follows_from_the_seed(run: TrainedFolder, capsys) -> None:
+    drawn = {
+        seed: generated(run, capsys, "--prompt", "a", "b", "--temperature", "2", "--seed", seed) for seed in ("0", "1")
+    }
+    assert drawn["0"] != drawn["1"]
+    assert generated(run, capsys, "--prompt", "a", "b", "--temperature", "2") == drawn["0"]
+
+
+@pytest.mark.parametrize("cut", [("--top-k", "1"), ("--top-p", "1e-9")])
+def test_a_cut_to_the_most_likely_token_is_greedy(run: TrainedFolder, capsys, cut: tuple[str, str]) -> None:
+    greedy = generated(run, capsys, "--prompt", "a")
+    assert generated(run, capsys, "--prompt", "a", "--temperature", "5", *cut) == greedy
+    assert generated(run, capsys, "--prompt", "a", "--temperature", "5") != greedy
+
+
+def test_tokens_come_as_often_as_their_probabilities_say(run: TrainedFolder) -> None:
+    """The first token of many answers, against the softmax of the logits over the temperature."""
+    answerer = Answerer.of(open_run(run.folder), Sampling(temperature=0.05), 1)
+    model = answerer.load()
+    ids = answerer.ids(Question("a"))
+    with torch.no_grad():
+        wanted = torch.softmax(model(input_ids=torch.tensor([ids])).logits[0, -1] / 0.05, -1)
+    answers = answerer.answers(model, [ids] * 2000, 0)
+    top = int(wanted.argmax())
+    share = answers.count(answerer.tokenizer.decode([top], skip_special_tokens=True)) / len(answers)
+    assert 0.05 < float(wanted[top]) < 0.95, "the most likely token is neither certain nor rare, or this shows nothing"
+    assert share == pytest.approx(float(wanted[top]), abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--top-p", "0.9"], "--top-p is 0.9, but without a temperature"),
+        (["--seed", "3"], "--seed is 3, but without a temperature"),
+        (["--temperature", "-1"], "--temperature is -1.0, but must be at least 0"),
+        (["--temperature", "nan"], "--temperature is nan, but must"),
+        (["--temperature", "1", "--top-p", "0"], "--top-p is 0.0, but must be above 0"),
+        (["--temperature", "1", "--top-k", "0"], "--top-k is 0, but must be at least 1"),
+        (["--batch-size", "0"], "--batch-size is 0, but must be at least 1"),
+        (["--file", "nowhere.jsonl"], "--file is nowhere.jsonl, which cannot be read"),
+        (["--chat", "--raw"], "--raw is True, but with --chat what is asked is typed"),
+        (["--chat"], "--chat is given, but this run was not trained in a chat template"),
+    ],
+)
+def test_options_that_do_not_fit(run: TrainedFolder, options: list[str], message: str, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a\n"))
+    with pytest.raises(ValueError, match=message):
+        command.main([str(run.folder), *options])
+
+
+def test_a_line_of_a_file_that_cannot_be_used_is_named(run: TrainedFolder, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    for text, message in (("ok\n{bad\n", f"line 2 of {file} begins"), ("\n", f"--file {file} has no lines")):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            command.main([str(run.folder), "--file", str(file)])
+
+
+def test_a_conversation_is_asked_with_all_that_was_said_until_it_is_reset(
+    chatting: TrainedFolder, capsys, monkeypatch
+) -> None:
+    answerer = Answerer.of(open_run(chatting.folder), Sampling(), 8)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n\nIs </s> it?\nAnd?\n/reset\nAnd?\n" + "x" * 300 + "\n"))
+    converse(answerer, "Be brief.")
+    shown = capsys.readouterr()
+    model, said, answers = answerer.load(), [{"role": "system", "content": "Be brief."}], []
+    for text in ("Hi", "And?"):
+        said.append({"role": "user", "content": text})
+        answers += answerer.answers(model, [answerer.ids(Question(messages=said))], 0)
+        said.append({"role": "assistant", "content": answers[-1]})
+    alone = Question(messages=[said[0], said[3]])
+    answers += answerer.answers(model, [answerer.ids(alone)], 0)
+    assert shown.out == "".join(f"{answer}\n" for answer in answers)
+    assert "a prompt holds the control token '</s>'" in shown.err
+    assert "a new conversation" in shown.err
+    assert "more than the model's context of 256" in shown.err
