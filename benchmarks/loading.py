@@ -43,7 +43,7 @@ def load(loader: str, folder: str, quantization: str, dtype: str) -> Any:
         return load.load_base_model(spec)
     cpu = torch.device("cpu")
     read = lean_loading._files_read(cpu, mapped=False) if "read" in loader else contextlib.nullcontext()
-    pieces = lean_loading._QuantizedInPieces() if "pieces" in loader else contextlib.nullcontext()
+    pieces = lean_loading.QuantizedInPieces() if "pieces" in loader else contextlib.nullcontext()
     with read, pieces:
         return AutoModelForCausalLM.from_pretrained(
             folder,

@@ -6,14 +6,11 @@ merged   a plain 16-bit model without adapter: the base's weights, as the adapte
 """
 
 import argparse
-import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from dora_dist.console.command import run_command
-from dora_dist.console.files import follow_umask
+from dora_dist.console.files import new_folder
 from dora_dist.console.library_warnings import quiet_libraries
 from dora_dist.console.phases import Phases
 
@@ -96,19 +93,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             original = options.base == "original"
             exported = formats.export_merged(trained, folder, options.dtype or DTYPES[0], original)
     print(describe(output, exported.content, exported.verification, exported.usage))
-
-
-@contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``output`` at the end, or is removed if anything fails."""
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        follow_umask(temporary)
-        temporary.rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def describe(output: Path, content: str, verification: Sequence[str], usage: str) -> str:

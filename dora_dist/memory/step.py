@@ -40,7 +40,7 @@ def base_parts(shape: ModelShape, quantization: str, compute_bytes: int) -> dict
         quantization: ``nf4`` (double quantization), ``int8`` or ``none``; the output head is never quantized.
         compute_bytes: Bytes per element of what is not quantized.
     """
-    inner = [linear for linear in shape.linears if not linear.is_head]
+    inner = [linear for linear in shape.linears if not linear.unquantized]
     if quantization == "nf4":
         weights = {"4-bit weights": sum(math.ceil(linear.numel / 2) for linear in inner)}
         constants = sum(_nf4_constants(linear.numel) for linear in inner)

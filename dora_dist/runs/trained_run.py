@@ -69,18 +69,34 @@ class TrainedRun:
         return model
 
     def load_original(self, device: torch.device | str) -> PreTrainedModel:
-        """The base as it is stored, never quantized, in float32."""
+        """The base as it is stored, never quantized, in float32.
+
+        Raises:
+            ValueError: the base cannot be found, or is stored quantized.
+        """
         return self._load("none", torch.float32, device)
 
-    def _load(self, quantization: str, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
-        spec = load.BaseModelSpec(
+    @property
+    def stored_quantized(self) -> bool:
+        """Whether the base comes in 4 bits, so that there is none that was never quantized."""
+        config = load.load_model_config(self._spec(self.config.model.quantization, self.compute_dtype))
+        return getattr(config, "quantization_config", None) is not None
+
+    def make_plain_model(self) -> PreTrainedModel:
+        """See :func:`~dora_dist.base_model.load.make_plain_model`."""
+        return load.make_plain_model(self._spec(self.config.model.quantization, torch.float32))
+
+    def _spec(self, quantization: str, dtype: torch.dtype) -> load.BaseModelSpec:
+        return load.BaseModelSpec(
             path=self.config.model.path,
             quantization=quantization,
             compute_dtype=dtype,
             trust_remote_code=self.config.model.trust_remote_code,
         )
+
+    def _load(self, quantization: str, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
         try:
-            return load.load_base_model(spec, device)
+            return load.load_base_model(self._spec(quantization, dtype), device)
         except ValueError as error:
             raise ValueError(
                 f"the base of {self.folder} cannot be loaded: {error}; run this from the folder where the "

@@ -15,6 +15,7 @@ PACKAGE = REPOSITORY / "dora_dist"
 FACES = {"importance", "schedule", "allocation", "regularizer"}
 """Public modules, whose code is in ``method/``."""
 COMMANDS = {"train", "prepare", "estimate", "generate", "report", "preview", "export", "doctor", "quickstart"}
+COMMANDS |= {"quantize"}
 EXPERIMENTS = {"benchmark", "planted", "compare"}
 """Commands that use the rest, and that nothing uses."""
 FLOORS = [
