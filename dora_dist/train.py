@@ -275,8 +275,9 @@ def build_parts(
     from dora_dist.setup.tasks import TASK_PARTS
     from dora_dist.training.out_of_memory import LOADING_ADVICE, explained
 
+    shards = agreement.sharded_base = build.shards_of_base(config, agreement)
     with agreement.together("loading the model"), explained(lambda: LOADING_ADVICE):
-        model = build.load_model(config, agreement.device, resolved.tokenizer, resolved.data.labels)
+        model = build.load_model(config, agreement.device, resolved.tokenizer, resolved.data.labels, shards)
         apply_recomputation(config, model.get_base_model(), resolved.recomputation)
         seed = adapter_seed(config)
         controller = build.build_controller(config.pruning, seed, model, agreement, resolved.budget)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import modeling_utils
 
-from dora_dist.base_model.quantization import quantized_weight
+from dora_dist.base_model.quantization import quantization_state
 
 PIECE_NUMEL = 2**17
 """Elements that are quantized at a time on a CPU; a multiple of every block size. Scratch is 13 bytes for each."""
@@ -245,7 +245,7 @@ def _wrong_quantized_shapes(model: nn.Module) -> list[str]:
     found = []
     for name, module in model.named_modules():
         if isinstance(module, Linear4bit):
-            shape = tuple(quantized_weight(module).quant_state.shape)
+            shape = tuple(quantization_state(module).shape)
         elif isinstance(module, Linear8bitLt):
             shape = tuple(module.weight.shape)
         else:

@@ -3,8 +3,9 @@
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,13 +24,13 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from dora_dist.base_model.head import belongs_to, head_modules, start_parameters
+from dora_dist.base_model.layer_by_layer import LayersTaken, TakeLayer
 from dora_dist.base_model.lean_loading import check_loaded, find_mismatches, lean_loading, listed
 from dora_dist.base_model.quantization import (
-    check_constants,
     forbid_inference_packing,
+    prepare_stored,
     quantization_config,
     stored_quantization,
-    use_dtype,
 )
 from dora_dist.config.model import ModelConfig
 from dora_dist.config.tasks import CAUSAL_LM, TASKS
@@ -291,7 +292,10 @@ class HeadStart:
 
 
 def load_base_model(
-    spec: BaseModelSpec, device: torch.device | str = "cpu", head: HeadStart | None = None
+    spec: BaseModelSpec,
+    device: torch.device | str = "cpu",
+    head: HeadStart | None = None,
+    take_layer: TakeLayer | None = None,
 ) -> PreTrainedModel:
     """A model for a task, on one device, frozen: quantized while it is read, tensor by tensor, or in the 4 bits that it
     is stored in.
@@ -300,8 +304,10 @@ def load_base_model(
 
     Args:
         spec: the model.
-        device: where the whole model goes (every rank holds all of it).
+        device: where the model goes.
         head: the start of the head, for a task that trains one.
+        take_layer: is given each layer when it has been read and quantized, before the next one is read; where ranks
+            shard the base, it leaves this rank's shard. None where every rank holds all of it.
 
     Raises:
         ValueError: the path or the quantization is not usable, or the weights are not those that the model needs.
@@ -311,7 +317,10 @@ def load_base_model(
     if head is not None:
         head.configure(config)
         heads = head_modules(_skeleton(spec, config))
-    model, loading_info = _read_weights(spec, config, device, heads)
+    stored = getattr(config, "quantization_config", None) is not None
+    prepare = partial(prepare_stored, path=spec.path, dtype=spec.compute_dtype) if stored else None
+    layers = None if take_layer is None else LayersTaken(take_layer, prepare)
+    model, loading_info = _read_weights(spec, config, device, heads, layers)
     wanting = [*loading_info["missing_keys"], *(name for name, *_ in loading_info["mismatched_keys"])]
     fresh = {name for name in wanting if belongs_to(name, heads)}
     check_loaded(model, spec.path, loading_info, fresh)
@@ -320,21 +329,29 @@ def load_base_model(
     forbid_inference_packing(model)
     model.config.use_cache = False
     model.requires_grad_(False)
+    if layers is not None:
+        layers.take_the_rest(model)
     return model
 
 
 def _read_weights(
-    spec: BaseModelSpec, config: PreTrainedConfig, device: torch.device | str, heads: Sequence[str]
+    spec: BaseModelSpec,
+    config: PreTrainedConfig,
+    device: torch.device | str,
+    heads: Sequence[str],
+    layers: LayersTaken | None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model, ``heads`` left unquantized, and what ``from_pretrained`` says of missing and mismatched weights."""
     dtype = spec.compute_dtype
     stored = getattr(config, "quantization_config", None)
     if stored is not None and heads:
         stored["llm_int8_skip_modules"] = [*(stored["llm_int8_skip_modules"] or []), *heads]
-    unchanged = stored is not None or (spec.quantization == "none" and config.dtype == dtype)
+    unchanged = layers is None and (stored is not None or (spec.quantization == "none" and config.dtype == dtype))
+    by_layer = nullcontext() if layers is None else layers.while_loading()
     with (
         _reading(spec.path),
         _putting_together(spec.path, stored is not None),
+        by_layer,
         lean_loading(torch.device(device), shared=unchanged) as not_finite,
     ):
         loaded: tuple[PreTrainedModel, dict[str, Any]] = spec.auto_class.from_pretrained(
@@ -354,8 +371,7 @@ def _read_weights(
             f"{listed(sorted(not_finite))}: copy or download the model again"
         )
     if stored is not None:
-        check_constants(loaded[0], spec.path)
-        use_dtype(loaded[0], dtype)
+        prepare_stored(loaded[0], spec.path, dtype)
     if spec.quantization != "none" and Version(transformers.__version__) < Version("5.23"):
         model, loading_info = loaded
         find_mismatches(model, _skeleton(spec, config), loading_info)

@@ -86,36 +86,29 @@ def stays_in_16_bits(model: PreTrainedModel, name: str) -> bool:
     return stored is not None and not should_convert_module(name, stored["llm_int8_skip_modules"])
 
 
-def check_constants(model: nn.Module, path: str) -> None:
-    """Refuse a base that came in 4 bits without the constants by which its constants are quantized, which bitsandbytes
-    (0.50.2) takes for constants that are not: ``QuantState.from_dict`` asks for no more than there is.
+def prepare_stored(model: nn.Module, path: str, dtype: torch.dtype) -> None:
+    """Let a base that came in 4 bits, or a part of it, compute in a dtype, in place: its unquantized weights, and what
+    its 4-bit layers dequantize to.
+
+    transformers (5.23) leaves both as they are stored (``HfQuantizer.get_new_dtype`` of a quantized model), and
+    bitsandbytes (0.50.2) takes quantized constants without theirs for constants that are not quantized
+    (``QuantState.from_dict``). This can go when tests/unit/base_model/test_stored_nf4.py passes without it.
 
     Raises:
-        ValueError: names the first layer.
+        ValueError: the constants by which its constants are quantized are missing; names the first layer.
     """
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
     for name, module in model.named_modules():
         if isinstance(module, Linear4bit):
-            state = quantized_weight(module).quant_state
+            state = quantization_state(module)
             if not state.nested and not state.absmax.is_floating_point():
                 raise ValueError(
                     f"the model at model.path {path!r} lacks {name}.weight.nested_absmax, without which its weight "
                     "cannot be dequantized: copy or download the model again"
                 )
-
-
-def use_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Let a base that came in 4 bits compute in a dtype, in place: its unquantized weights, and what its 4-bit layers
-    dequantize to.
-
-    transformers (5.23) leaves both as they are stored (``HfQuantizer.get_new_dtype`` of a quantized model). This can
-    go when tests/unit/base_model/test_stored_nf4.py passes without it.
-    """
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            quantized_weight(module).quant_state.dtype = dtype
+            state.dtype = dtype
 
 
 def forbid_inference_packing(model: nn.Module) -> None:
@@ -142,8 +135,7 @@ def forbid_inference_packing(model: nn.Module) -> None:
 def dequantized_weight(module: nn.Linear, dtype: torch.dtype = torch.float32) -> Tensor:
     """Weight ``(out, in)`` that a linear layer computes with, in ``dtype``: dequantized where it is quantized."""
     if isinstance(module, Linear4bit):
-        weight = quantized_weight(module)
-        return bnb_functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+        return bnb_functional.dequantize_4bit(module.weight.data, quantization_state(module)).to(dtype)
     if isinstance(module, Linear8bitLt):
         state = module.state
         # Before the first forward the codes and scales are with the parameter, afterwards with the layer's state.
@@ -159,6 +151,39 @@ def dequantized_weight(module: nn.Linear, dtype: torch.dtype = torch.float32) ->
 def quantized_weight(module: Linear4bit) -> Params4bit:
     """The weight of a 4-bit layer, of whose types bitsandbytes says only that it is a tensor."""
     return cast(Params4bit, module.weight)
+
+
+def quantization_state(module: Linear4bit) -> bnb_functional.QuantState:
+    """What a 4-bit layer's codes mean: the weight's, or the layer's own, since codes that ranks gather from their shards
+    are a plain tensor without it."""
+    state = getattr(module.weight, "quant_state", None)
+    return cast(bnb_functional.QuantState, module.quant_state if state is None else state)
+
+
+SAMPLE = 256
+"""Elements of a weight that ranks compare."""
+
+
+def keep_for_shards(layer: nn.Module) -> None:
+    """Let modules keep what can be read of a whole weight only: its constants, and the sample of it that ranks compare.
+
+    Args:
+        layer: whose weights are whole.
+    """
+    for module in layer.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.ndim >= 2:
+            if isinstance(module, Linear4bit):
+                module.quant_state = quantization_state(module)
+            module.weight_sample = sample_of(module).clone()
+
+
+def sample_of(module: nn.Module) -> Tensor:
+    """The first :data:`SAMPLE` elements of a module's weight, as it is stored, also where ranks hold shards of it."""
+    kept = vars(module).get("weight_sample")
+    if kept is not None:
+        return cast(Tensor, kept)
+    return cast(Tensor, module.weight).detach().flatten()[:SAMPLE]
 
 
 def product_dtype(module: nn.Module, output: Tensor) -> torch.dtype:

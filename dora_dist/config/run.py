@@ -67,6 +67,9 @@ class DistributedConfig:
     Args:
         engine: zero2 (DeepSpeed ZeRO stage 2), ddp, or none (one process, no engine). The program checks that the
             launcher started this engine.
+        shard_base: whether each rank holds a part of the frozen base only, whose layers are gathered from all ranks
+            when they are computed: false; true, over all ranks; or node, over the ranks of each node, so that layers
+            are gathered within it. With engine ddp, and quantization nf4 or none. A resumed run may change it.
         timeout_minutes: how long a rank waits for the others in a collective before it fails.
         join_minutes: how long the ranks wait for each other at the start.
         silent_seconds: how long a rank may send no heartbeat before the other ranks end and name it. This detects a
@@ -76,6 +79,7 @@ class DistributedConfig:
     """
 
     engine: Literal["zero2", "ddp", "none"] = "zero2"
+    shard_base: bool | Literal["node"] = False
     timeout_minutes: float = 30.0
     join_minutes: float = 10.0
     silent_seconds: float = 60.0
@@ -162,10 +166,24 @@ class RunConfig:
             )
         self._check_task()
         self._check_rule()
+        self._check_sharding()
         if self.task == CAUSAL_LM and self.measured and self.data.eval is None:
             raise ValueError(f"{self.evaluation.asks}, but there is no held-out data: set data.eval")
         if self.adapter.routing == PROMPT:
             self.model = replace(self.model, fuse=False)  # what is fused computes all modules for all rows
+
+    def _check_sharding(self) -> None:
+        """What a base can be sharded with."""
+        if not self.distributed.shard_base:
+            return
+        given = f"distributed.shard_base is {str(self.distributed.shard_base).lower()}"
+        for key, value, works, advice in (
+            ("distributed.engine", self.distributed.engine, self.distributed.engine == "ddp", "set it to ddp"),
+            ("model.quantization", self.model.quantization, self.model.quantization != "int8", "set it to nf4 or none"),
+            ("adapter.routing", self.adapter.routing, self.adapter.routing != PROMPT, "leave it out"),
+        ):
+            if not works:
+                raise ValueError(f"{given}, but {key} is {value}, with which no base can be sharded: {advice}")
 
     def _check_rule(self) -> None:
         """Ranks that nothing changes are those of the start, and so are those that go or stay whole."""

@@ -7,16 +7,19 @@ between two collectives reports its failure in the next one, so that all ranks r
 import platform
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from hashlib import sha256
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from dora_dist.console.errors import ExpectedRunError, mark_common
 from dora_dist.distributed.heartbeat import HeartbeatMonitor
+
+if TYPE_CHECKING:
+    from dora_dist.distributed.sharded_base import ShardedBase
 
 Result = TypeVar("Result")
 
@@ -37,6 +40,10 @@ class Agreement:
         monitor: over this run; it is told what the ranks are doing, and ends with the process group.
         host_group: all ranks, for what lies in host memory: flags, digests, objects. None where the default group
             serves the CPU; see :func:`~dora_dist.distributed.world.host_group`.
+
+    Attributes:
+        sharded_base: of the model, whose forwards and backwards are collectives then; None where every rank has all of
+            its base.
     """
 
     def __init__(
@@ -51,6 +58,7 @@ class Agreement:
         self.device = torch.device(device)
         self._monitor = monitor
         self._host_group = host_group
+        self.sharded_base: ShardedBase | None = None
 
     @property
     def is_first(self) -> bool:
@@ -69,6 +77,14 @@ class Agreement:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self._host_group)
         return values
+
+    def gather_numbers(self, number: int) -> list[int]:
+        """The whole numbers of all ranks, by rank, on every rank; in host memory, and faster than :meth:`gather`."""
+        if not self.distributed:
+            return [number]
+        numbers = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(numbers, torch.tensor([number]), group=self._host_group)
+        return [int(one) for one in numbers]
 
     def mean(self, flat: Tensor) -> Tensor:
         """Mean over the ranks of a tensor of the same shape everywhere; the same bits on every rank."""
@@ -118,12 +134,28 @@ class Agreement:
         if self.distributed:
             dist.destroy_process_group()
 
+    def uneven_forwards(self) -> AbstractContextManager[None]:
+        """While it lasts, a rank runs the model without gradients as often as it likes: see
+        :meth:`~dora_dist.distributed.sharded_base.ShardedBase.uneven`."""
+        return nullcontext() if self.sharded_base is None else self.sharded_base.uneven()
+
+    def runs_more(self, total: int) -> int:
+        """How often this rank has to run the model besides, with gradients or without, where ``total`` rows are shared
+        out one by one, from the first rank on: with a sharded base, all ranks run it equally often."""
+        return int(self.sharded_base is not None and self.rank >= total % self.size > 0)
+
+    def whole_weight(self, module: nn.Module) -> AbstractContextManager[None]:
+        """While it lasts, a module of the base has its whole weight; all ranks ask for the same one."""
+        return nullcontext() if self.sharded_base is None else self.sharded_base.whole(module)
+
     @contextmanager
-    def together(self, phase: str) -> Iterator[None]:
+    def together(self, phase: str, runs_model: bool = False) -> Iterator[None]:
         """A phase without collectives that all ranks leave together: well, or all with an error. Also a barrier.
 
         Args:
             phase: what the ranks are doing, for the message.
+            runs_model: the model runs in it, equally often on all ranks. With a sharded base that is a collective: a
+                failure then ends this rank at once, and the heartbeat tells the others.
 
         Raises:
             RankFailedError: a rank has failed; names every failed rank with its failure.
@@ -134,6 +166,8 @@ class Agreement:
         try:
             yield
         except Exception as error:
+            if runs_model and self.sharded_base is not None:
+                raise
             failure, cause = f"{type(error).__name__}: {error}", error
         failures = self._exchange(failure, phase)
         if cause is not None and failures.count(failure) == self.size:

@@ -79,7 +79,8 @@ class Evaluator(ABC, Generic[Part]):
         model.eval()
         failure, local = None, {}
         try:
-            local = self._local_parts(model)
+            with self.agreement.uneven_forwards():
+                local = self._local_parts(model)
         except Exception as error:
             failure = f"{type(error).__name__}: {error}"
         finally:

@@ -1,5 +1,6 @@
 """Memory per GPU of a run that is configured, before any weight is read."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -28,6 +29,8 @@ WORLD_SIZES = (1, 2, 4, 8, 16, 32)
 DEVICES = ("cuda", "cpu")
 GPU_SIZES = (16, 24, 40, 48, 80, 96, 141, 192)
 """Memory of common GPUs, in GiB."""
+GPUS_OF_A_NODE = 8
+"""Where no launcher says how many there are."""
 LEFT_FREE = 0.15
 """Share of a GPU that ``model.recompute_layers: auto`` leaves free: the estimate has not been compared with a GPU, and
 does not know CUDA's context, NCCL's buffers and fragmentation."""
@@ -136,6 +139,7 @@ def estimate_memory(
         optimizer=_optimizer(config, world_size, device, accumulation),
         recomputed=0,
         chunked_loss=config.model.fuse and obstacle(skeleton.requires_grad_(False)) is None,
+        shards=_base_shards(config, world_size),
     )
     steps = [_memory(config, replace(step, recomputed=count)) for count in range(len(shape.blocks) + 1)]
     again = _recomputed(config, skeleton, steps, card)
@@ -267,6 +271,14 @@ def _optimizer(config: RunConfig, world_size: int, device: str, accumulation: in
         scratch=scratch,
         gradients_between=accumulation > 1,
     )
+
+
+def _base_shards(config: RunConfig, world_size: int) -> int:
+    """Ranks that share a base: of a node, those that the launcher says it has, or eight."""
+    over = config.distributed.shard_base
+    if not over:
+        return 1
+    return world_size if over is True else min(world_size, int(os.environ.get("LOCAL_WORLD_SIZE", GPUS_OF_A_NODE)))
 
 
 def _shards(step: TrainingStep) -> dict[int, int]:

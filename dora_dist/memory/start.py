@@ -30,7 +30,7 @@ def at_start(step: TrainingStep, made: str) -> MemoryInstant:
     adapter = replace(step.adapter, penalty=False)
     step = replace(step, shape=replace(step.shape, blocks=blocks), optimizer=optimizer, adapter=adapter)
     resident = {
-        **base_parts(step.shape, step.quantization, step.batch.compute_bytes),
+        **base_parts(step.shape, step.quantization, step.batch.compute_bytes, step.shards),
         "adapter": adapter.nbytes(step.shape),
         "directions": _dense(step.shape) if made == WEIGHT_GRADIENT else _directions(step.shape, made),
     }

@@ -28,17 +28,22 @@ NF4_TABLES = 16 * FLOAT32 + 256 * FLOAT32 + FLOAT32
 """Per weight: the 16 values of NF4, the 256 of its constants' code, and their offset."""
 ZERO_ALIGNMENT = 2
 """DeepSpeed pads its flat buffers to a multiple of this per rank (``nccl_start_alignment_factor``)."""
+GATHERED_LAYERS = 3
+"""Layers of a sharded base that a rank has whole at a time: the one that is computed, and what is gathered of it and of
+the next one before it is taken apart. By torch's code (FSDP2 of 2.13); no GPU has been looked at."""
 KEPT_LAYER = "backward of a decoder layer"
 RECOMPUTED_LAYER = "backward of a recomputed layer"
 
 
-def base_parts(shape: ModelShape, quantization: str, compute_bytes: int) -> dict[str, int]:
-    """Bytes of the frozen base by part.
+def base_parts(shape: ModelShape, quantization: str, compute_bytes: int, shards: int = 1) -> dict[str, int]:
+    """Bytes of the frozen base by part, on one rank.
 
     Args:
         shape: The model's shape.
         quantization: ``nf4`` (double quantization), ``int8`` or ``none``; the output head is never quantized.
         compute_bytes: Bytes per element of what is not quantized.
+        shards: Ranks that the weights of the layers are shared out to (``distributed.shard_base``). The rest is whole
+            on each of them, and so are :data:`GATHERED_LAYERS` at a time.
     """
     inner = [linear for linear in shape.linears if not linear.unquantized]
     if quantization == "nf4":
@@ -50,6 +55,10 @@ def base_parts(shape: ModelShape, quantization: str, compute_bytes: int) -> dict
     else:
         weights = {"linear weights": compute_bytes * sum(linear.numel for linear in inner)}
         constants = 0
+    if shards > 1:
+        ((name, whole),) = weights.items()
+        gathered = min(whole, math.ceil(GATHERED_LAYERS * whole / max(1, len(shape.blocks))))
+        weights = {f"{name}, in {shards} shards": math.ceil(whole / shards), "gathered layers": gathered}
     return {
         **weights,
         "quantization constants": constants,
@@ -126,6 +135,7 @@ class TrainingStep:
         optimizer: The numbers of the optimizer and of the engine.
         recomputed: The first so many decoder layers are computed again in the backward.
         chunked_loss: Whether the loss is computed without the logits of all positions.
+        shards: Ranks that share the weights of the layers.
     """
 
     shape: ModelShape
@@ -135,6 +145,7 @@ class TrainingStep:
     optimizer: Optimizer
     recomputed: int
     chunked_loss: bool = True
+    shards: int = 1
 
     @property
     def trained_numel(self) -> int:
@@ -211,7 +222,7 @@ def chunked_loss_memory(tokens: int, vocabulary: int, hidden_size: int, compute_
 def step_memory(step: TrainingStep) -> StepMemory:
     """Memory of a training step: what stays, what comes and goes, and the instants that can be the peak."""
     resident = {
-        **base_parts(step.shape, step.quantization, step.batch.compute_bytes),
+        **base_parts(step.shape, step.quantization, step.batch.compute_bytes, step.shards),
         "adapter": step.adapter.nbytes(step.shape),
         **step.optimizer.parts(step.trained_numel, step.adapter.bytes_per_element),
     }

@@ -15,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from dora_dist.adapter.model import DynamicLoraForCausalLM, DynamicLoraModel, add_dynamic_lora
 from dora_dist.base_model import load
 from dora_dist.base_model.kernels import NO_KERNELS, use_kernels
+from dora_dist.base_model.quantization import sample_of
 from dora_dist.base_model.recomputation import Recomputation
 from dora_dist.config.adapter import DRAWN_INITS, PROMPT, RANKS_FROM_DATA, UNIFORM, Init
 from dora_dist.config.pruning import ABLATION, ABLATIONS, GROW, MODULES_PER_LAYER, MOVE, NONE, PruningConfig
@@ -24,6 +25,7 @@ from dora_dist.config.training import LORA_PLUS_RATIO, training_argument
 from dora_dist.console.text import say
 from dora_dist.distributed.agreement import Agreement, digest_tensors
 from dora_dist.distributed.preemption import PreemptionNotice
+from dora_dist.distributed.sharded_base import ShardedBase
 from dora_dist.evaluation.evaluator import Evaluator
 from dora_dist.method.budget import Budget
 from dora_dist.method.ranks import LARGEST_GRADIENT, groups_within
@@ -70,35 +72,57 @@ def check_same_on_all_ranks(
     }
     digests = {name: sha256(json.dumps(value).encode()).digest() for name, value in facts.items()}
     for name, layer in model.adapted_layers().items():
-        digests[f"base weights of {name}"] = digest_tensors(layer.weight.detach().flatten()[:256])
+        digests[f"base weights of {name}"] = digest_tensors(sample_of(layer.base_layer))
     agreement.check_equal(digests, "settings, data or base model")
 
 
+def shards_of_base(config: RunConfig, agreement: Agreement) -> ShardedBase | None:
+    """What will hold this rank's part of the base; None where every rank holds all of it. All ranks call it together.
+
+    Raises:
+        ExpectedRunError: see :class:`~dora_dist.distributed.sharded_base.ShardedBase`.
+    """
+    over = config.distributed.shard_base
+    return ShardedBase(agreement, over, config.distributed.timeout_minutes) if over else None
+
+
 def load_base(
-    config: RunConfig, device: torch.device, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] | None = None
+    config: RunConfig,
+    device: torch.device,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: Sequence[str] | None = None,
+    shards: ShardedBase | None = None,
 ) -> PreTrainedModel:
     """The frozen base, and the head of its task at the start.
 
     Args:
         config: of the run.
-        device: where the whole model goes.
+        device: where the model goes.
         tokenizer: of the model.
         labels: names of the classes in the order of their numbers, where the task has any.
+        shards: hold this rank's part of it; None for all of it.
     """
     head = None
     if TASKS[config.task].trains_head:
         outputs = TASK_PARTS[config.task].num_outputs
         head = load.HeadStart(labels=labels, num_outputs=outputs, seed=adapter_seed(config))
-    base = load.load_base_model(load.BaseModelSpec.of(config.model, config.task), device, head)
+    spec = load.BaseModelSpec.of(config.model, config.task)
+    base = load.load_base_model(spec, device, head, None if shards is None else shards.take_layer)
+    if shards is not None:
+        shards.complete(base)
     set_special_tokens(base, tokenizer)
     return base
 
 
 def load_model(
-    config: RunConfig, device: torch.device, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] | None = None
+    config: RunConfig,
+    device: torch.device,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: Sequence[str] | None = None,
+    shards: ShardedBase | None = None,
 ) -> DynamicLoraModel:
     """The frozen base with its adapter, and the head of its task, at the start; arguments as of :func:`load_base`."""
-    base = load_base(config, device, tokenizer, labels)
+    base = load_base(config, device, tokenizer, labels, shards)
     adapter = config.adapter
     if adapter.dtype == "auto" and not config.distributed.engine.startswith("zero"):
         # Only ZeRO keeps a float32 master copy of low-precision parameters.

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from dora_dist.adapter.ranks import resolve_ranks
@@ -33,6 +34,7 @@ from dora_dist.runs.fingerprint import Fingerprint
 from dora_dist.setup.fingerprint import fingerprint_of
 from dora_dist.setup.recomputation import resolve_recomputation
 from dora_dist.setup.run_data import RunData, build_mixture, describe_data
+from dora_dist.setup.sharding import check_sharding
 from dora_dist.setup.training_arguments import training_arguments
 from dora_dist.training.batch_size import global_batch
 
@@ -133,6 +135,7 @@ def resolve_run(
     spec = load.BaseModelSpec.of(config.model, config.task)
     skeleton = load.load_skeleton(spec)
     load.check_attention(spec, skeleton)
+    check_sharding(config, skeleton, torch.__version__)
     notes = check_vocabulary(skeleton, tokenizer, data)
     ranks_of_layers, budget = check_method(config, skeleton, arguments.max_steps)
     check_context(skeleton, data)

@@ -218,6 +218,8 @@ class DynamicLoraTrainer(Trainer):
         step = self.state.global_step
         # The Trainer's summary at the end: in a run that was resumed, a sum since then over all steps.
         logs.pop("train_loss", None)
+        # Its guess from the number of parameters, for which it takes codes of 4 bits that are in shards.
+        logs.pop("total_flos", None)
         logs["epoch"] = step * global_batch(self.args, self.args.world_size) / self.rows.per_epoch
         # The Trainer overwrites it with the share of the run, which is one long epoch to it.
         self.state.epoch = logs["epoch"]
@@ -344,6 +346,12 @@ class DynamicLoraTrainer(Trainer):
         """No checkpoint is handed on: :meth:`Checkpointer.restore` reads it, in the same order for every engine."""
         # transformers has no types for it.
         return super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[no-untyped-call]
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """With a sharded base, DDP is put around the model here: accelerate refuses to."""
+        wrapped: nn.Module = super()._wrap_model(model, training, dataloader)
+        shards = self.parts.agreement.sharded_base
+        return wrapped if shards is None else shards.wrap(wrapped, self.accelerator)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Left to :meth:`Checkpointer.restore`: the adapter that the Trainer would read is folded for PEFT."""

@@ -16,14 +16,16 @@ Faults = dict[int, dict[str, Any]]
 optimizer step, or ``evaluation``; ``loss`` takes steps and values."""
 
 
-def faulty_rank(rank: int, world_size: int, arguments: list[str], port: int, log: str, faults: Faults) -> None:
+def faulty_rank(
+    rank: int, world_size: int, arguments: list[str], port: int, log: str, faults: Faults, engine: str = "zero2"
+) -> None:
     """One rank; what breaks on it is in ``faults``."""
     mine = faults.get(rank, {})
     if mine:
         _break_at_places(mine)
     if "loss" in mine:
         _spoil_loss(mine["loss"])
-    train_rank(rank, world_size, arguments, port, log)
+    train_rank(rank, world_size, arguments, port, log, engine)
 
 
 def _break_at_places(mine: dict[str, Any]) -> None:

@@ -162,8 +162,10 @@ def add_up_rows(
     """
     made_of = rows.calibration
     phase = f"pass {number} of {made_of.num_passes} over {len(made_of.rows)} rows ({made_of.setting})"
-    with agreement.together(phase), _observed(layers, adders, made_of.of_gradient):
-        rows.run(made_of.rows[agreement.rank :: agreement.size])
+    with agreement.together(phase, runs_model=True):
+        with _observed(layers, adders, made_of.of_gradient):
+            rows.run(made_of.rows[agreement.rank :: agreement.size])
+        rows.run(made_of.rows[: agreement.runs_more(len(made_of.rows))])
     agreement.add_up(sums.flat)
     with agreement.together(f"end of pass {number}"):
         _check_reached(sums, made_of)

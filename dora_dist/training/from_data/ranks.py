@@ -155,9 +155,11 @@ def weight_gradients(
         gradients = Columns(shapes, layers[names[0]].lora_a)
         adders = {name: _dense(total) for name, total in gradients.parts.items()}
         add_up_rows(number, layers, adders, gradients, rows, agreement)
-        with agreement.together(f"the weights of pass {number}"), torch.no_grad():
+        with agreement.together(f"the weights of pass {number}", runs_model=True), torch.no_grad():
             for name, gradient in gradients.parts.items():
-                weight = dequantized_weight(layers[name].base_layer, gradient.dtype)
+                base = layers[name].base_layer
+                with agreement.whole_weight(base):
+                    weight = dequantized_weight(base, gradient.dtype)
                 found[places[name]] = gradient.mul_(weight).abs_().mean(dtype=torch.float64)
         del gradients, adders  # before those of the next pass
     agreement.take_first(found)

@@ -100,7 +100,7 @@ def start_from_data(
         if start.of_gradient:
             groups = {name: [name] for name in layers}
         else:
-            with agreement.together("looking which layers read one tensor"):
+            with agreement.together("looking which layers read one tensor", runs_model=True):
                 groups = _read_together(layers, rows)
         probes = draw_probes(layers, groups, start)
         for number in range(1, PASSES + 1):

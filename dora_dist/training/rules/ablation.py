@@ -90,7 +90,12 @@ def ablation_scores(
     starts = torch.tensor([0, *(mask.numel() for mask in masks)]).cumsum(0).tolist()
     scores = torch.zeros(starts[-1], dtype=torch.float64, device=agreement.device)
     mine = places[agreement.rank :: agreement.size]
-    with agreement.together("scoring components by ablation"), _evaluating(model), _masks_restored(layers, masks):
+    with (
+        agreement.together("scoring components by ablation"),
+        _evaluating(model),
+        _masks_restored(layers, masks),
+        agreement.uneven_forwards(),
+    ):
         began = time.monotonic()
         for done, (number, index) in enumerate(mine):
             layers[number].component_mask[index] = False
@@ -134,16 +139,18 @@ def ablation_gradient_scores(
     """
     gates = [layer.gate for layer in layers]
     values = [gate.detach().clone() for gate in gates]
-    share = losses[agreement.rank :: agreement.size]
+    share, more = losses[agreement.rank :: agreement.size], losses[: agreement.runs_more(len(losses))]
     with (
-        agreement.together("scoring components by ablation gradients"),
+        agreement.together("scoring components by ablation gradients", runs_model=True),
         _evaluating(model),
         _gates_restored(gates, values),
     ):
         total = _gate_gradients(gates, share)
+        _gate_gradients(gates, more)
         for gate in gates:
             gate.data.zero_()
         total += _gate_gradients(gates, share)
+        _gate_gradients(gates, more)
     total = total.to(agreement.device)
     agreement.add_up(total)
     return -torch.cat(values).double() * total.to(gates[0].device)

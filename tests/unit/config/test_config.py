@@ -297,6 +297,15 @@ def test_owned_training_arguments_are_refused_when_loading(load):
         (["--evaluation.max_new_tokens", "0"], "evaluation.max_new_tokens is 0"),
         (["--evaluation.max_examples", "0"], "evaluation.max_examples is 0"),
         (["--distributed.engine", "zero3"], "distributed.engine.*zero3"),
+        (["--distributed.shard_base", "yess"], "distributed.shard_base is yess, but must be true or false or node"),
+        (
+            ["--distributed.shard_base", "true"],
+            "distributed.shard_base is true, but distributed.engine is zero2, .* set it to ddp",
+        ),
+        (
+            ["--distributed.shard_base", "node", "--distributed.engine", "ddp", "--model.quantization", "int8"],
+            "distributed.shard_base is node, but model.quantization is int8, .* set it to nf4 or none",
+        ),
         (["--distributed.timeout_minutes", "0"], "distributed.timeout_minutes is 0"),
         (["--distributed.join_minutes", "0"], "distributed.join_minutes is 0"),
         (["--distributed.silent_seconds", "1"], "distributed.silent_seconds is 1.*at least 5"),

@@ -15,6 +15,7 @@ from dora_dist.base_model.load import BaseModelSpec, load_skeleton
 from dora_dist.base_model.shape import read_shape
 from dora_dist.memory.activations import Adapter, Batch, SideBySide, block_memory
 from dora_dist.memory.step import (
+    GATHERED_LAYERS,
     Optimizer,
     TrainingStep,
     base_parts,
@@ -73,6 +74,15 @@ def test_the_base_takes_just_the_bytes_of_its_tensors(saved, quantization, tied,
     parts = base_parts(shape_of(folder), quantization, dtype.itemsize)
     assert list(parts.values()) == tensor_bytes(load_base(folder, quantization, dtype))
     assert ("4-bit weights" in parts) == (quantization == "nf4")
+
+
+def test_of_a_sharded_base_a_rank_has_its_part_of_the_layers_and_all_else(saved):
+    folder = saved(num_hidden_layers=8)
+    whole, sharded = (base_parts(shape_of(folder), "nf4", 4, shards) for shards in (1, 4))
+    weights = whole.pop("4-bit weights")
+    assert sharded.pop("4-bit weights, in 4 shards") == weights / 4
+    assert sharded.pop("gathered layers") == weights * GATHERED_LAYERS / 8
+    assert sharded == whole
 
 
 @pytest.mark.parametrize("architecture", ["mistral", "qwen3", "gemma"])

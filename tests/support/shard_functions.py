@@ -1,0 +1,191 @@
+"""What ranks run in the tests of a sharded base."""
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from dora_dist.adapter.model import DynamicLoraModel
+from dora_dist.base_model.load import BaseModelSpec, load_base_model
+from dora_dist.base_model.recomputation import recompute_first
+from dora_dist.distributed.agreement import Agreement
+from dora_dist.distributed.sharded_base import ShardedBase
+from support.tiny_models import adapt, shake, tokens
+
+STEPS = 3
+
+
+class Accelerator:
+    """What of accelerate's prepares a model and is of no matter to its base."""
+
+    class ddp_handler:
+        @staticmethod
+        def to_kwargs() -> dict[str, Any]:
+            return {"broadcast_buffers": False}
+
+    @staticmethod
+    def prepare_model(model: nn.Module, **_: Any) -> nn.Module:
+        return model
+
+
+def sharded_base(folder: str, quantization: str, over: bool | str, agreement: Agreement) -> Any:
+    """The base, of which this rank holds a shard."""
+    shards = agreement.sharded_base = ShardedBase(agreement, over, timeout_minutes=1)
+    base = load_base_model(BaseModelSpec(path=folder, quantization=quantization), take_layer=shards.take_layer)
+    shards.complete(base)
+    return base
+
+
+def adapted(base: Any, recomputed: int = 0) -> DynamicLoraModel:
+    """With an adapter whose components all have an effect, the same on every rank."""
+    model = shake(adapt(base))
+    model.leave_out_logits()
+    recompute_first(base, recomputed)
+    return model.train()
+
+
+def held_numel(model: nn.Module) -> tuple[int, int]:
+    """Elements of the frozen matrices of all layers that this rank holds, and those that there are."""
+    matrices = [one for name, one in model.named_parameters() if ".layers." in name and ".lora_" not in name]
+    matrices = [one for one in matrices if one.ndim > 1]
+    return sum(one.to_local().numel() if isinstance(one, DTensor) else one.numel() for one in matrices), sum(
+        one.numel() for one in matrices
+    )
+
+
+def train_both(
+    folder: str, quantization: str, recomputed: int, over: bool | str = True, node: int = 0
+) -> dict[str, Any]:
+    """Some steps of DDP on a whole base and on a sharded one, from the same start, with other rows on every rank.
+
+    Args:
+        folder: of the base.
+        quantization: of the base.
+        recomputed: layers that are computed again.
+        over: ``distributed.shard_base``.
+        node: ranks of a node, where that counts.
+    """
+    if node:
+        os.environ["LOCAL_WORLD_SIZE"] = str(node)
+    agreement = Agreement()
+    whole = adapted(load_base_model(BaseModelSpec(path=folder, quantization=quantization)), recomputed)
+    expected = train(nn.parallel.DistributedDataParallel(whole, broadcast_buffers=False), agreement.rank)
+    model = adapted(sharded_base(folder, quantization, over, agreement), recomputed)
+    before = held_numel(model)
+    found = train(agreement.sharded_base.wrap(model, Accelerator), agreement.rank)
+    return {"expected": expected, "found": found, "before": before, "after": held_numel(model)}
+
+
+def train(wrapped: nn.Module, rank: int) -> list[Tensor]:
+    """Loss and gradients of every step, and the adapter in the end."""
+    trained = [one for one in wrapped.parameters() if one.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    seen: list[Tensor] = []
+    for step in range(STEPS):
+        ids = tokens(rows=2, seed=10 * step + rank)
+        loss = wrapped(input_ids=ids, labels=ids).loss
+        loss.backward()
+        seen += [loss.detach().clone(), *(one.grad.clone() for one in trained)]
+        optimizer.step()
+        optimizer.zero_grad()
+    return [*seen, *(one.detach().clone() for one in trained)]
+
+
+@torch.no_grad()
+def run_unevenly(folder: str, failing: int | None) -> dict[str, Any]:
+    """Each rank runs the model once more than the one before it, the first one never; what it computes, and what is
+    computed with a whole base. One rank fails in the middle of its first forward, and is named by all."""
+    agreement = Agreement()
+    whole = adapted(load_base_model(BaseModelSpec(path=folder))).eval()
+    model = adapted(sharded_base(folder, "nf4", True, agreement)).eval()
+    rows = [tokens(seed=number) for number in range(agreement.rank)]
+    found: list[Tensor] = []
+    if failing == agreement.rank:
+        model.adapted_layers()["model.layers.1.mlp.down_proj"].register_forward_pre_hook(fail)
+        model.get_base_model().model.layers[1].mlp.forward = fail
+    with agreement.together("running the model"), agreement.uneven_forwards():
+        found += [model(input_ids=ids).logits for ids in rows]
+    return {"found": found, "expected": [whole(input_ids=ids).logits for ids in rows], "held": held_numel(model)}
+
+
+def fail(*_: Any) -> None:
+    raise RuntimeError("something of this rank's own")
+
+
+def fail_with_gradients(folder: str, failing: int) -> None:
+    """One rank fails where all run the model with gradients."""
+    agreement = Agreement()
+    model = adapted(sharded_base(folder, "nf4", True, agreement))
+    with agreement.together("a pass", runs_model=True):
+        if agreement.rank == failing:
+            fail()
+        if failing >= agreement.size:
+            model(input_ids=tokens()).logits.sum().backward()
+
+
+def weights_one_by_one(folder: str) -> list[bool]:
+    """Whether each layer's weight is the whole base's where all ranks ask for it."""
+    from dora_dist.base_model.quantization import dequantized_weight
+
+    agreement = Agreement()
+    whole = adapted(load_base_model(BaseModelSpec(path=folder))).adapted_layers()
+    model = adapted(sharded_base(folder, "nf4", True, agreement))
+    same = []
+    for name, layer in model.adapted_layers().items():
+        with agreement.whole_weight(layer.base_layer):
+            same.append(dequantized_weight(layer.base_layer).equal(dequantized_weight(whole[name].base_layer)))
+    return same
+
+
+def compare_bases(folder: str, odd: str) -> None:
+    """Ranks compare the bases that they hold shards of; the last one has read another."""
+    from dora_dist.base_model.recomputation import Recomputation
+    from dora_dist.setup.build import check_same_on_all_ranks
+    from support.tiny_run import some_fingerprint
+
+    agreement = Agreement()
+    model = adapt(sharded_base(odd if agreement.rank == agreement.size - 1 else folder, "nf4", True, agreement))
+    check_same_on_all_ranks(agreement, some_fingerprint(), Recomputation(0, 2), model)
+
+
+def load_shard_and_watch(tiny: str, folder: str, quantization: str, hoard: bool) -> dict[str, int]:
+    """What loading a shard of a base takes on this rank while the others load theirs, in bytes.
+
+    Args:
+        tiny: another base, loaded before, so that what is imported on first use is not counted.
+        folder: of the base.
+        quantization: of the base.
+        hoard: hold every layer as long as the base is loaded, as a loader would that shards in the end.
+    """
+    from process_memory import MemoryWatch
+
+    agreement = Agreement()
+    sharded_base(tiny, quantization, True, agreement)
+    shards = ShardedBase(agreement, True, timeout_minutes=1)
+    held: list[Tensor] = []
+
+    def take(layer: nn.Module) -> None:
+        if hoard:
+            held.extend(one.data for one in layer.parameters())
+        shards.take_layer(layer)
+
+    dist.barrier()
+    with MemoryWatch() as watch:
+        base = load_base_model(BaseModelSpec(path=folder, quantization=quantization), take_layer=take)
+        held.clear()
+    return {"resident": watch.resident, "own": watch.anonymous, "kept": watch.kept, **_sizes(base)}
+
+
+def _sizes(base: nn.Module) -> dict[str, int]:
+    """Bytes that a rank holds of a base, and of the largest of its layers when it is whole."""
+    local = [one.to_local() if isinstance(one, DTensor) else one for one in (*base.parameters(), *base.buffers())]
+    states = [getattr(module, "quant_state", None) for module in base.modules()]
+    local += [one for state in states if state is not None for one in (state.absmax, state.state2.absmax)]
+    layers = [list(layer.parameters()) for layer in base.model.layers]
+    return {
+        "shard": sum(one.numel() * one.element_size() for one in local),
+        "layer": max(sum(one.numel() * one.element_size() for one in layer) for layer in layers),
+    }
