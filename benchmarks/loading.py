@@ -1,6 +1,10 @@
 """Memory and time of loading a base on CPU ranks: transformers' own loading against this project's.
 
     OMP_NUM_THREADS=1 python benchmarks/loading.py
+    OMP_NUM_THREADS=1 python benchmarks/loading.py --layers 16 --only nf4 stored \\
+        --output benchmarks/results/loading_stored.json
+
+``stored`` is a base that ``dora-dist quantize`` has written in NF4, and is read as it is.
 
 Makes a random Llama in bfloat16, in many files. Every rank is a process of its own that loads the model once, all ranks
 of a run at the same time; files are in the page cache. Before, a tiny model is loaded, so that what is imported on
@@ -16,12 +20,22 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "transformers", "safetensors", "bitsandbytes", "accelerate")
-CASES = (("nf4", "float32"), ("nf4", "bfloat16"), ("int8", "float32"), ("none", "float32"), ("none", "bfloat16"))
+STORED = "stored"
+CASES = (
+    ("nf4", "float32"),
+    ("nf4", "bfloat16"),
+    (STORED, "float32"),
+    (STORED, "bfloat16"),
+    ("int8", "float32"),
+    ("none", "float32"),
+    ("none", "bfloat16"),
+)
 LOADERS = ("transformers", "ours")
 PARTS = ("read", "read, pieces")
 """Of what ``ours`` adds to ``transformers``: files read instead of mapped; and weights quantized in pieces. The rest
@@ -39,18 +53,34 @@ def load(loader: str, folder: str, quantization: str, dtype: str) -> Any:
 
     compute = getattr(torch, dtype)
     if loader == "ours":
-        spec = load.BaseModelSpec(path=folder, quantization=quantization, compute_dtype=compute)
+        as_read = "nf4" if quantization == STORED else quantization
+        spec = load.BaseModelSpec(path=folder, quantization=as_read, compute_dtype=compute)
         return load.load_base_model(spec)
     cpu = torch.device("cpu")
     read = lean_loading._files_read(cpu, mapped=False) if "read" in loader else contextlib.nullcontext()
-    pieces = lean_loading._QuantizedInPieces() if "pieces" in loader else contextlib.nullcontext()
+    pieces = lean_loading.QuantizedInPieces() if "pieces" in loader else contextlib.nullcontext()
+    # Even None would take the place of what the base says of itself.
+    settings = {} if quantization == STORED else {"quantization_config": quantization_config(quantization, compute)}
     with read, pieces:
         return AutoModelForCausalLM.from_pretrained(
             folder,
-            quantization_config=quantization_config(quantization, compute),
+            **settings,
             dtype=compute,
             device_map={"": "cpu"},
         )
+
+
+def write_stored(folder: Path) -> Path:
+    """The model in 4 bits, beside the one in ``folder``."""
+    import torch
+
+    from dora_dist.base_model.load import BaseModelSpec
+    from dora_dist.quantize.writing import write_quantized
+
+    stored = folder.with_name(f"{folder.name}-stored")
+    stored.mkdir()
+    write_quantized(BaseModelSpec(path=str(folder)), stored, torch.device("cpu"))
+    return stored
 
 
 def run_rank(loader: str, quantization: str, dtype: str, tiny: str, folder: str) -> None:
@@ -101,6 +131,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--shard-mb", type=int, default=60, help="size of one file of weights")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "loading.json")
+    parser.add_argument("--only", nargs="+", choices=[STORED, "nf4", "int8", "none"], help="these quantizations")
     parser.add_argument("--rank", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank:
@@ -116,22 +147,29 @@ def main() -> None:
         folder = save_many_shards(Path(temporary) / "model", options.hidden, options.layers, options.shard_mb * MB)
         shards = size_of_shards(folder)
         whole, largest = sum(shards) / MB, max(shards) / MB
+        started = time.monotonic()
+        stored = [str(write_stored(path)) for path in (tiny, folder)]
+        quantizing = time.monotonic() - started
         print(f"{whole:.0f} MB in {len(shards)} files, the largest of {largest:.0f} MB; per rank, in MB:")
         titles = ("model", "+ file", "resident", "own", "kept")
         print(f"{'':<38}{''.join(f'{title:>10}' for title in titles)}{'seconds':>9}")
         for quantization, dtype in CASES:
-            parts = PARTS if (quantization, dtype) == CASES[0] else ()
+            if quantization not in (options.only or quantization):
+                continue
+            parts = PARTS if (quantization, dtype) == CASES[0] and not options.only else ()
             for ranks, loader in [*product((1,), parts), *product((1, 2), LOADERS)]:
-                found = run_ranks(ranks, loader, quantization, dtype, str(tiny), str(folder))
+                folders = stored if quantization == STORED else [str(tiny), str(folder)]
+                found = run_ranks(ranks, loader, quantization, dtype, *folders)
                 runs.append({"loader": loader, "quantization": quantization, "dtype": dtype, "ranks": found})
                 most = {name: max(rank[name] for rank in found) for name in found[0]}
-                title = f"{quantization:<5} {dtype:<9} {ranks} rank{'s' if ranks > 1 else ' '} {loader}"
+                title = f"{quantization:<6} {dtype:<9} {ranks} rank{'s' if ranks > 1 else ' '} {loader}"
                 cells = [most["model"] / MB, most["model"] / MB + largest]
                 cells += [most[name] / MB for name in ("resident", "own", "kept")]
                 print(f"{title:<38}{''.join(f'{cell:>10.0f}' for cell in cells)}{most['seconds']:>9.1f}", flush=True)
     result = {
         "command": " ".join(["python", "benchmarks/loading.py", *sys.argv[1:]]),
         "shards": shards,
+        "seconds of dora-dist quantize": quantizing,
         "runs": runs,
         "libc": " ".join(platform.libc_ver()),
         "environment": where,

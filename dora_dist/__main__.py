@@ -14,6 +14,7 @@ COMMANDS = {
         "generate a small model and data, and tune it: a few minutes on a CPU",
     ),
     "recipe": ("dora_dist.setup.recipe", "list or print configurations to start from, or write Slurm scripts"),
+    "quantize": ("dora_dist.quantize.__main__", "write a base in 4 bits once, for all runs on it"),
     "prepare": ("dora_dist.prepare", "encode the data of a run once, in parallel"),
     "preview": ("dora_dist.preview.__main__", "show examples token by token, as training will see them"),
     "estimate": ("dora_dist.estimate", "estimate memory per GPU and time; reads no weights"),

@@ -8,9 +8,11 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dora_dist.base_model.head import belongs_to, head_modules
+from dora_dist.base_model.quantization import stays_in_16_bits
 from dora_dist.base_model.shape import text_decoder
 from dora_dist.config.adapter import ALL_LINEAR, UNIFORM, DynamicLoraConfig
 
@@ -70,7 +72,7 @@ def _percent(share: float) -> str:
     return f"{share:.1%}" if share >= 0.0005 else "<0.1%"
 
 
-def check_quantized(model: nn.Module, quantization: str, allow_unquantized: bool) -> None:
+def check_quantized(model: PreTrainedModel, quantization: str, allow_unquantized: bool) -> None:
     """Refuse to quantize a model of whose weights quantization would leave much as it is.
 
     bitsandbytes quantizes layers of just the class ``torch.nn.Linear``, and transformers' ``Conv1D``. Experts that are
@@ -87,7 +89,9 @@ def check_quantized(model: nn.Module, quantization: str, allow_unquantized: bool
     if quantization == "none" or allow_unquantized:
         return
     quantized = {
-        name for name, module in model.named_modules() if type(module) is nn.Linear or isinstance(module, Conv1D)
+        name
+        for name, module in model.named_modules()
+        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and not stays_in_16_bits(model, name)
     }
     kept = left_out(model, quantized)
     share = sum(kept.values())

@@ -21,10 +21,12 @@ class LayersTaken:
 
     Args:
         take: what becomes of a layer.
+        prepare: what is done to it before that, if anything.
     """
 
-    def __init__(self, take: TakeLayer) -> None:
+    def __init__(self, take: TakeLayer, prepare: TakeLayer | None = None) -> None:
         self._take = take
+        self._prepare = prepare
         self._missing: dict[nn.Module, set[str]] = {}
         self._taken: set[nn.Module] = set()
 
@@ -66,6 +68,8 @@ class LayersTaken:
 
     def _hand_on(self, layer: nn.Module) -> None:
         layer.requires_grad_(False)
+        if self._prepare is not None:
+            self._prepare(layer)
         keep_for_shards(layer)
         self._take(layer)
         self._taken.add(layer)

@@ -44,9 +44,9 @@ def lean_loading(device: torch.device, shared: bool) -> Iterator[set[str]]:
             yield not_finite
         return
     # torch has no types for the constructor.
-    with _files_read(device, mapped=shared) as not_finite, _QuantizedInPieces():  # type: ignore[no-untyped-call]
+    with _files_read(device, mapped=shared) as not_finite, QuantizedInPieces():  # type: ignore[no-untyped-call]
         yield not_finite
-    _return_freed_memory()
+    return_freed_memory()
 
 
 @contextmanager
@@ -122,19 +122,23 @@ class _CheckedSlice:
     def __getitem__(self, index: Any) -> Tensor:
         read: Tensor = self._part[index].to(self._device)
         if read.dtype in CHECKED and read.numel():
-            # The two ends of the values, without a second copy; NaN is both.
-            self._looked.append((self._name, torch.stack(read.aminmax()).isfinite().all()))
+            self._looked.append((self._name, is_finite(read)))
         return read
 
 
-def _return_freed_memory() -> None:
+def is_finite(tensor: Tensor) -> Tensor:
+    """Whether all values of a tensor with any are finite: a boolean scalar on its device. Makes no copy."""
+    return torch.stack(tensor.aminmax()).isfinite().all()  # the two ends of the values; NaN is both
+
+
+def return_freed_memory() -> None:
     """glibc keeps what was freed between small blocks that stay; other allocators have no such function."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
-class _QuantizedInPieces(TorchDispatchMode):
+class QuantizedInPieces(TorchDispatchMode):
     """Quantize a weight on a CPU a piece at a time. bitsandbytes (0.50.2) has no kernel for it there and computes
     with whole copies, of 13 bytes per element beside the weight. Its blocks and rows do not know of each other, so
     that the pieces are the whole."""
@@ -149,7 +153,7 @@ class _QuantizedInPieces(TorchDispatchMode):
                 pieces = args[0].split(max(1, PIECE_NUMEL // args[0].shape[-1]))
         if pieces is None or len(pieces) < 2:
             return func(*args, **(kwargs or {}))
-        _return_freed_memory()  # of the weights before, whose place may be too scattered for this one
+        return_freed_memory()  # of the weights before, whose place may be too scattered for this one
         return _apply_in_pieces(func, pieces, args[1:])
 
 

@@ -5,11 +5,13 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from packaging.version import Version
 from safetensors import SafetensorError
 from transformers import (
@@ -19,13 +21,22 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.initialization import no_init_weights
 
 from dora_dist.base_model.head import belongs_to, head_modules, start_parameters
 from dora_dist.base_model.layer_by_layer import LayersTaken, TakeLayer
 from dora_dist.base_model.lean_loading import check_loaded, find_mismatches, lean_loading, listed
-from dora_dist.base_model.quantization import forbid_inference_packing, quantization_config
+from dora_dist.base_model.quantization import (
+    forbid_inference_packing,
+    prepare_stored,
+    quantization_config,
+    stored_quantization,
+)
 from dora_dist.config.model import ModelConfig
 from dora_dist.config.tasks import CAUSAL_LM, TASKS
+
+FETCHED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py", "LICENSE*", "NOTICE*"]
+"""Files of a model on the Hub that :func:`local_folder` fetches."""
 
 
 def find_model(path: str) -> str:
@@ -42,6 +53,19 @@ def find_model(path: str) -> str:
             "name of a model on the Hub"
         )
     return str(Path(path).expanduser()) if local else path
+
+
+def local_folder(path: str) -> Path:
+    """The folder of a model with all its files, which are fetched where the model is on the Hub.
+
+    Raises:
+        ValueError: the path is not usable.
+    """
+    found = find_model(path)
+    if Path(found).is_dir():
+        return Path(found)
+    with _reading(path):
+        return Path(snapshot_download(found, allow_patterns=FETCHED))
 
 
 def _refuse_adapter(path: str) -> None:
@@ -73,6 +97,24 @@ def _reading(path: str) -> Iterator[None]:
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(
             f"the weights at model.path {path!r} cannot be read: {error}; copy or download the model again"
+        ) from None
+
+
+@contextmanager
+def _putting_together(path: str, stored: bool) -> Iterator[None]:
+    """Turn a failure to put 4-bit weights and their constants together, as they are stored, into an error that says so.
+
+    Raises:
+        ValueError: instead of the ``RuntimeError`` of transformers.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not stored:
+            raise
+        raise ValueError(
+            f"the 4-bit weights at model.path {path!r} cannot be put together: constants of some are missing or "
+            f"damaged ({str(error).partition(chr(10))[0]}); copy or download the model again"
         ) from None
 
 
@@ -145,15 +187,25 @@ class BaseModelSpec:
 
 
 def load_model_config(spec: BaseModelSpec) -> PreTrainedConfig:
-    """transformers' configuration of the model.
+    """transformers' configuration of the model; of one that is stored in 4 bits, with the compute dtype of ``spec``.
 
     Raises:
-        ValueError: the path is not usable.
+        ValueError: the path is not usable, or the model is stored quantized in another way than ``spec`` says.
     """
     with _reading(spec.path):
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             find_model(spec.path), trust_remote_code=spec.trust_remote_code
         )
+    stored = stored_quantization(config, spec.path)
+    if stored is None:
+        return config
+    if spec.quantization != "nf4":
+        raise ValueError(
+            f"model.quantization is {spec.quantization}, but the model at model.path {spec.path!r} is stored in NF4, "
+            "and is read as it is: set model.quantization to nf4, or give the model in 16 bits"
+        )
+    stored.bnb_4bit_compute_dtype = spec.compute_dtype
+    config.quantization_config = stored.to_dict()
     return config
 
 
@@ -197,6 +249,23 @@ def _skeleton(spec: BaseModelSpec, config: PreTrainedConfig) -> PreTrainedModel:
     return skeleton
 
 
+def make_plain_model(spec: BaseModelSpec) -> PreTrainedModel:
+    """The model without quantization, in float32, with weights of any values, which are to be overwritten.
+
+    Raises:
+        ValueError: see :func:`load_skeleton`.
+    """
+    config = load_model_config(spec)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with no_init_weights():
+        plain: PreTrainedModel = spec.auto_class.from_config(
+            config, dtype=torch.float32, trust_remote_code=spec.trust_remote_code
+        )
+    plain.tie_weights()
+    return plain
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeadStart:
     """What a head needs to know that is trained beside the adapter.
@@ -228,7 +297,8 @@ def load_base_model(
     head: HeadStart | None = None,
     take_layer: TakeLayer | None = None,
 ) -> PreTrainedModel:
-    """A model for a task, quantized while it is read, tensor by tensor, on one device, frozen.
+    """A model for a task, on one device, frozen: quantized while it is read, tensor by tensor, or in the 4 bits that it
+    is stored in.
 
     Weights of its head that its files do not have, or have for another number of classes, start anew.
 
@@ -243,15 +313,13 @@ def load_base_model(
         ValueError: the path or the quantization is not usable, or the weights are not those that the model needs.
     """
     config = load_model_config(spec)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
-            f"the model at {spec.path!r} is stored quantized; give the 16-bit model, it is quantized on loading"
-        )
     heads: list[str] = []
     if head is not None:
         head.configure(config)
         heads = head_modules(_skeleton(spec, config))
-    layers = None if take_layer is None else LayersTaken(take_layer)
+    stored = getattr(config, "quantization_config", None) is not None
+    prepare = partial(prepare_stored, path=spec.path, dtype=spec.compute_dtype) if stored else None
+    layers = None if take_layer is None else LayersTaken(take_layer, prepare)
     model, loading_info = _read_weights(spec, config, device, heads, layers)
     wanting = [*loading_info["missing_keys"], *(name for name, *_ in loading_info["mismatched_keys"])]
     fresh = {name for name in wanting if belongs_to(name, heads)}
@@ -275,13 +343,21 @@ def _read_weights(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model, ``heads`` left unquantized, and what ``from_pretrained`` says of missing and mismatched weights."""
     dtype = spec.compute_dtype
-    unchanged = spec.quantization == "none" and config.dtype == dtype and layers is None
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None and heads:
+        stored["llm_int8_skip_modules"] = [*(stored["llm_int8_skip_modules"] or []), *heads]
+    unchanged = layers is None and (stored is not None or (spec.quantization == "none" and config.dtype == dtype))
     by_layer = nullcontext() if layers is None else layers.while_loading()
-    with _reading(spec.path), by_layer, lean_loading(torch.device(device), shared=unchanged) as not_finite:
+    with (
+        _reading(spec.path),
+        _putting_together(spec.path, stored is not None),
+        by_layer,
+        lean_loading(torch.device(device), shared=unchanged) as not_finite,
+    ):
         loaded: tuple[PreTrainedModel, dict[str, Any]] = spec.auto_class.from_pretrained(
             find_model(spec.path),
             config=config,
-            quantization_config=quantization_config(spec.quantization, dtype, heads),
+            quantization_config=None if stored else quantization_config(spec.quantization, dtype, heads),
             dtype=dtype,
             device_map={"": device},
             attn_implementation=spec.attention,
@@ -294,6 +370,8 @@ def _read_weights(
             f"the model at model.path {spec.path!r} has values that are not finite (NaN or infinite) in "
             f"{listed(sorted(not_finite))}: copy or download the model again"
         )
+    if stored is not None:
+        prepare_stored(loaded[0], spec.path, dtype)
     if spec.quantization != "none" and Version(transformers.__version__) < Version("5.23"):
         model, loading_info = loaded
         find_mismatches(model, _skeleton(spec, config), loading_info)

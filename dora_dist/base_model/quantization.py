@@ -1,4 +1,5 @@
-"""What this project needs to know about bitsandbytes: how a base is quantized, and how to read it back."""
+"""What this project needs to know about bitsandbytes: how a base is quantized, or comes quantized, and how to read it
+back."""
 
 from collections.abc import Sequence
 from typing import cast
@@ -7,9 +8,13 @@ import torch
 from bitsandbytes import functional as bnb_functional
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from dora_dist.config.model import QUANTIZATIONS
+
+STORED_TITLES = {"nf4": "bitsandbytes' NF4", "fp4": "bitsandbytes' FP4", "int8": "bitsandbytes' 8 bits"}
+"""How a base may come quantized by bitsandbytes, in words."""
 
 
 def quantization_config(
@@ -38,6 +43,72 @@ def quantization_config(
     if quantization == "none":
         return None
     raise ValueError(f"quantization is {quantization!r}, but must be one of {', '.join(QUANTIZATIONS)}")
+
+
+def stored_quantization(config: PreTrainedConfig, path: str) -> BitsAndBytesConfig | None:
+    """How a base is quantized in its files, by bitsandbytes to NF4 with or without double quantization; None where it
+    is not quantized.
+
+    Args:
+        config: of the base.
+        path: of the base, for the message.
+
+    Raises:
+        ValueError: it is quantized in any other way.
+    """
+    given = getattr(config, "quantization_config", None)
+    if given is None:
+        return None
+    settings = dict(given)
+    bits = "int8" if settings.get("load_in_8bit") else settings.get("bnb_4bit_quant_type", "fp4")
+    by_bitsandbytes = "load_in_4bit" in settings or settings.get("quant_method") == "bitsandbytes"
+    storage = settings.get("bnb_4bit_quant_storage") or "uint8"
+    kind = STORED_TITLES[bits] if by_bitsandbytes else str(settings.get("quant_method", "an unknown method"))
+    if not by_bitsandbytes or bits != "nf4" or storage != "uint8":
+        raise ValueError(
+            f"the model at model.path {path!r} is stored quantized by {kind}"
+            f"{f' in tensors of {storage}' if storage != 'uint8' else ''}, on which nothing is trained here: of "
+            "quantized models, those in bitsandbytes' NF4 in tensors of uint8 are read as they are. Give the model in "
+            "16 bits: it is quantized while it is read (model.quantization), or once for all runs by dora-dist quantize"
+        )
+    stored: BitsAndBytesConfig = BitsAndBytesConfig.from_dict(settings)
+    return stored
+
+
+def stays_in_16_bits(model: PreTrainedModel, name: str) -> bool:
+    """Whether the base comes quantized and its files have this linear layer unquantized.
+
+    Args:
+        model: without weights, of the configuration that ``load_model_config`` gives.
+        name: full name of the layer.
+    """
+    stored = getattr(model.config, "quantization_config", None)
+    return stored is not None and not should_convert_module(name, stored["llm_int8_skip_modules"])
+
+
+def prepare_stored(model: nn.Module, path: str, dtype: torch.dtype) -> None:
+    """Let a base that came in 4 bits, or a part of it, compute in a dtype, in place: its unquantized weights, and what
+    its 4-bit layers dequantize to.
+
+    transformers (5.23) leaves both as they are stored (``HfQuantizer.get_new_dtype`` of a quantized model), and
+    bitsandbytes (0.50.2) takes quantized constants without theirs for constants that are not quantized
+    (``QuantState.from_dict``). This can go when tests/unit/base_model/test_stored_nf4.py passes without it.
+
+    Raises:
+        ValueError: the constants by which its constants are quantized are missing; names the first layer.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            state = quantization_state(module)
+            if not state.nested and not state.absmax.is_floating_point():
+                raise ValueError(
+                    f"the model at model.path {path!r} lacks {name}.weight.nested_absmax, without which its weight "
+                    "cannot be dequantized: copy or download the model again"
+                )
+            state.dtype = dtype
 
 
 def forbid_inference_packing(model: nn.Module) -> None:

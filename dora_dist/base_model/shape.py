@@ -25,7 +25,8 @@ class Linear:
     in_features: int
     out_features: int
     rank: int = 0
-    is_head: bool = False
+    unquantized: bool = False
+    """Whether it stays in 16 bits where the base is quantized: the head, and what a base in 4 bits has so."""
 
     @property
     def adapted(self) -> bool:
@@ -130,6 +131,8 @@ def read_shape(skeleton: "PreTrainedModel", ranks: Mapping[str, int], fuse: bool
         ranks: full name of a linear layer that is adapted -> the components that it starts with.
         fuse: adapted layers are computed together where they can.
     """
+    from dora_dist.base_model.quantization import stays_in_16_bits
+
     head, embedding = skeleton.get_output_embeddings(), input_embedding(skeleton)
     linears = {
         name: Linear(
@@ -137,7 +140,7 @@ def read_shape(skeleton: "PreTrainedModel", ranks: Mapping[str, int], fuse: bool
             in_features=module.in_features,
             out_features=module.out_features,
             rank=ranks.get(name, 0),
-            is_head=module is head,
+            unquantized=module is head or stays_in_16_bits(skeleton, name),
         )
         for name, module in skeleton.named_modules()
         if isinstance(module, nn.Linear)
@@ -154,7 +157,7 @@ def read_shape(skeleton: "PreTrainedModel", ranks: Mapping[str, int], fuse: bool
         adapted_mlp = all(linear.adapted for linear in inside if linear.kind in GATED_MLP)
         blocks.append(Block(inside, norms, fused_mlp=fuse and gated and adapted_mlp))
     ends = {id(part.weight): part.weight.numel() for part in (embedding, head) if part is not None}
-    inner = sum(linear.numel for linear in linears.values() if not linear.is_head)
+    quantizable = sum(linear.numel for linear in linears.values() if not linear.unquantized)
     total = sum(parameter.numel() for parameter in skeleton.parameters())
     return ModelShape(
         linears=tuple(linears.values()),
@@ -163,7 +166,7 @@ def read_shape(skeleton: "PreTrainedModel", ranks: Mapping[str, int], fuse: bool
         vocabulary=embedding.num_embeddings if head is None else head.out_features,
         heads=getattr(skeleton.config.get_text_config(), "num_attention_heads", 1),
         embedding_numel=sum(ends.values()),
-        other_numel=total - inner - sum(ends.values()),
+        other_numel=total - quantizable - sum(ends.values()),
         buffer_bytes=sum(buffer.nbytes for buffer in skeleton.buffers()),
         fused=fuse,
     )

@@ -1,6 +1,10 @@
-"""Reads and writes JSON files, JSONL records and text, and hashes source files."""
+"""Reads and writes JSON files, JSONL records and text, makes new folders, and hashes source files."""
 
 import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -32,6 +36,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return lines
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``output`` at the end, or is removed if anything fails."""
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        follow_umask(temporary)
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def follow_umask(folder: Path) -> None:

@@ -7,15 +7,12 @@ gguf     adapter.gguf and merged.gguf for llama.cpp, by its own converters
 """
 
 import argparse
-import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_dist.console.command import run_command
-from dora_dist.console.files import follow_umask
+from dora_dist.console.files import new_folder
 from dora_dist.console.library_warnings import quiet_libraries
 from dora_dist.console.phases import Phases
 from dora_dist.export.llama_cpp import PARTS, find_llama_cpp
@@ -134,19 +131,6 @@ def check_options(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name} is for the merged model, but --part is adapter: leave one of them out")
     if options.rank is not None and options.rank not in RANKS:
         raise ValueError(f"--rank is {options.rank}, but must be one of {', '.join(map(str, RANKS))}")
-
-
-@contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``output`` at the end, or is removed if anything fails."""
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        follow_umask(temporary)
-        temporary.rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def describe(output: Path, exported: "Exported") -> str:

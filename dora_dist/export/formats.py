@@ -103,8 +103,14 @@ def export_merged(trained: TrainedRun, folder: Path, dtype: str, original: bool)
         original: add to the base as it is stored, instead of the dequantized one.
 
     Raises:
+        ValueError: ``original`` is asked for, and the base is stored quantized.
         ExpectedRunError: the result does not compute the same, or rounding loses the adapter.
     """
+    if original and trained.stored_quantized:
+        raise ValueError(
+            f"--base is original, but the base {trained.config.model.path} is stored in NF4, and there is none that "
+            "was never quantized: leave --base out, or set model.path in the run's config.yaml to the model in 16 bits"
+        )
     plain, reference = _merge(trained, original)
     merged = reference.check("the merged model", logits_of(plain, reference.tokens))
     _set_special_tokens(plain, trained)
@@ -129,7 +135,8 @@ def _merge(trained: TrainedRun, original: bool) -> tuple[PreTrainedModel, Refere
     """The merged model in float32 on the CPU, and what it is compared with; the base itself is gone again."""
     device = default_device()
     base = trained.load_original(device) if original else trained.load_base(device, in_float32=True)
-    plain = trained.load_original("cpu")
+    plain = trained.make_plain_model()
+    plain.generation_config = base.generation_config
     merge_into(plain, base, read_lora_adapter(trained.adapter))
     return plain, _reference(trained, base)
 

@@ -318,7 +318,7 @@ def _components_backward(linear: Linear, batch: Batch, adapter: Adapter) -> int:
 
 
 def _dequantized(linear: Linear, quantization: str, compute_bytes: int) -> int:
-    if quantization == "none":
+    if quantization == "none" or linear.unquantized:
         return 0
     # The constants of NF4 are dequantized first, into float32, and shifted into a copy.
     constants = FLOAT32 * math.ceil(linear.numel / NF4_BLOCK) if quantization == "nf4" else 0

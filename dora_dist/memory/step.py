@@ -45,7 +45,7 @@ def base_parts(shape: ModelShape, quantization: str, compute_bytes: int, shards:
         shards: Ranks that the weights of the layers are shared out to (``distributed.shard_base``). The rest is whole
             on each of them, and so are :data:`GATHERED_LAYERS` at a time.
     """
-    inner = [linear for linear in shape.linears if not linear.is_head]
+    inner = [linear for linear in shape.linears if not linear.unquantized]
     if quantization == "nf4":
         weights = {"4-bit weights": sum(math.ceil(linear.numel / 2) for linear in inner)}
         constants = sum(_nf4_constants(linear.numel) for linear in inner)

@@ -71,7 +71,11 @@ class TrainedRun:
         return model
 
     def load_original(self, device: torch.device | str) -> PreTrainedModel:
-        """The base as it is stored, without quantization, in float32."""
+        """The base as it is stored, without quantization, in float32.
+
+        Raises:
+            ValueError: the base cannot be found, or is stored quantized.
+        """
         return self._load("none", torch.float32, device)
 
     def load_model_config(self) -> PreTrainedConfig:
@@ -81,7 +85,16 @@ class TrainedRun:
             ValueError: the base cannot be found.
         """
         with self._looking():
-            return load.load_model_config(self._spec("none", self.compute_dtype))
+            return load.load_model_config(self._spec(self.config.model.quantization, self.compute_dtype))
+
+    @property
+    def stored_quantized(self) -> bool:
+        """Whether the base is stored in 4 bits, so that there is none without quantization."""
+        return getattr(self.load_model_config(), "quantization_config", None) is not None
+
+    def make_plain_model(self) -> PreTrainedModel:
+        """See :func:`~dora_dist.base_model.load.make_plain_model`."""
+        return load.make_plain_model(self._spec(self.config.model.quantization, torch.float32))
 
     def _load(self, quantization: str, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
         with self._looking():

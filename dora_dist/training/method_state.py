@@ -27,7 +27,7 @@ def save_method_state(
     processes: int,
     best: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the method's tensors, and as JSON the step, the number of processes, the fingerprint and the best checkpoint.
+    """Write the method's tensors, and as JSON the step, number of processes, fingerprint and best checkpoint.
 
     Args:
         folder: The checkpoint's folder.

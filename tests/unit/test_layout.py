@@ -16,6 +16,7 @@ FACES = {"importance", "schedule", "allocation", "regularizer"}
 """Public modules, whose code is in ``method/``."""
 COMMANDS = {
     *("train", "prepare", "estimate", "generate", "report", "preview", "export", "doctor", "quickstart", "evaluate"),
+    "quantize",
 }
 EXPERIMENTS = {"benchmark", "planted", "compare"}
 """Commands that use the rest, and that nothing uses."""

@@ -110,7 +110,7 @@ def test_a_piece_of_a_large_weight_is_not_rounded_differently():
     weight = torch.randn(1000, 1001, generator=torch.Generator().manual_seed(0))
     packed, absmax = torch.ops.bitsandbytes.quantize_4bit.default(weight, 64, "nf4", torch.uint8)
     codes, scales, _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(weight.half())
-    with lean_loading._QuantizedInPieces():
+    with lean_loading.QuantizedInPieces():
         again = torch.ops.bitsandbytes.quantize_4bit.default(weight, 64, "nf4", torch.uint8)
         rows = torch.ops.bitsandbytes.int8_vectorwise_quant.default(weight.half())
     assert torch.equal(packed, again[0])
@@ -124,7 +124,7 @@ def test_outliers_of_a_whole_weight_stay_a_matter_of_the_whole_weight(monkeypatc
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)).half()
     weight[20, 3] = 50
     expected = torch.ops.bitsandbytes.int8_vectorwise_quant.default(weight.clone(), 6.0)
-    with lean_loading._QuantizedInPieces():
+    with lean_loading.QuantizedInPieces():
         found = torch.ops.bitsandbytes.int8_vectorwise_quant.default(weight.clone(), 6.0)
     assert expected[2].tolist() == found[2].tolist() == [3]
     assert torch.equal(expected[0], found[0])

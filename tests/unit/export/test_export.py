@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS, read_lora_adapter
 from dora_dist.console import files
 from dora_dist.export import __main__ as export
+from dora_dist.quantize import __main__ as quantize
 from dora_dist.runs import checkpoint, records
 
 NUM_MODULES = 14
@@ -136,6 +137,32 @@ def test_merged_is_a_plain_model(run: TrainedFolder, tmp_path: Path, capsys: pyt
     # Rounding to 8 significant bits, and no more than that: far nearer to what was trained than the base is.
     assert distance(stock_logits(output), run.logits()) < 2**-6
     assert "as bfloat16" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def on_stored(tmp_path_factory: pytest.TempPathFactory, base: Path) -> TrainedFolder:
+    """A run on a base that comes in 4 bits."""
+    folder = tmp_path_factory.mktemp("stored")
+    quantize.main([str(base), str(folder / "base")])
+    return make_run(folder / "run", folder / "base")
+
+
+def test_merged_into_a_base_in_4_bits_is_a_plain_model(on_stored: TrainedFolder, tmp_path: Path) -> None:
+    output = run_export(on_stored, tmp_path / "out", "--format", "merged", "--dtype", "float32")
+    assert "quantization_config" not in json.loads((output / "config.json").read_text())
+    assert distance(stock_logits(output), on_stored.logits()) < 1e-5
+    assert AutoTokenizer.from_pretrained(output).eos_token_id == 2
+
+
+def test_adapter_of_a_base_in_4_bits_goes_with_it(on_stored: TrainedFolder, tmp_path: Path) -> None:
+    output = run_export(on_stored, tmp_path / "out", "--format", "compact")
+    assert distance(stock_adapter_logits(output, on_stored.base), on_stored.logits()) < 1e-5
+
+
+def test_there_is_no_original_of_a_base_in_4_bits(on_stored: TrainedFolder, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--base is original, but the base .* is stored in NF4"):
+        run_export(on_stored, tmp_path / "out", "--format", "merged", "--base", "original")
+    assert left_in(tmp_path) == []
 
 
 CHAT = (

@@ -1,0 +1,1 @@
+"""A base that is written in 4 bits once."""
