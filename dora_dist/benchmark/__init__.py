@@ -1,1 +1,1 @@
-"""``python -m dora_dist.benchmark``: speed and memory against the frozen base and PEFT, on the same work."""
+"""``python -m dora_dist.benchmark``: speed and memory compared with the frozen base and PEFT, on the same work."""

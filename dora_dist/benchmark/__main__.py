@@ -1,4 +1,4 @@
-"""The command: measure, print a table, keep JSON and picture."""
+"""The command: measures, prints a table, and writes JSON and a picture."""
 
 import os
 import shlex
@@ -16,15 +16,15 @@ from dora_dist.console.text import aligned, say
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure what the options ask for.
+    """Run the requested measurement.
 
     Raises:
-        ValueError: an option cannot be.
+        ValueError: an option is invalid.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     parsed = build_parser().parse_args(arguments)
     options = resolve(parsed)
-    # Libraries read both when they are imported.
+    # Libraries read both variables when they are imported.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     quiet_libraries()
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def describe(options: Options, arguments: Sequence[str]) -> dict[str, Any]:
-    """Environment and settings of a measurement, to be called before it."""
+    """Environment and settings of a measurement; must be called before it."""
     import torch
 
     from dora_dist.console.provenance import BENCHMARK_PACKAGES, environment
@@ -134,7 +134,7 @@ def _scoring(options: Options, environment: dict[str, Any]) -> None:
 
 
 def _keep(result: dict[str, Any], name: str, options: Options) -> Path:
-    """Write the JSON; the path of a picture beside it."""
+    """Write the JSON; returns the path for a picture beside it."""
     path = options.output / f"{name}{_suffix(options)}.json"
     write_json(path, result)
     say(f"wrote {path}")
@@ -142,7 +142,7 @@ def _keep(result: dict[str, Any], name: str, options: Options) -> Path:
 
 
 def _suffix(options: Options) -> str:
-    """Results of a GPU stand beside those of a CPU."""
+    """Suffix that distinguishes results of a GPU from those of a CPU."""
     return "_cuda" if options.device == "cuda" else ""
 
 

@@ -1,4 +1,4 @@
-"""All contestants on one shape: in turns for time, one after the other for memory."""
+"""Measures all contestants on one shape: in turns for time, one after another for memory."""
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
@@ -32,10 +32,10 @@ PROFILE_ROWS = 60
 
 
 def compare(shape: Shape, options: Options, agreement: Agreement) -> list[dict[str, Any]]:
-    """A record for each way of checkpointing and each dropout.
+    """Compare the contestants; one record for each checkpointing setting and each dropout.
 
     Raises:
-        RuntimeError: contestants do not do the same work.
+        RuntimeError: contestants do different work.
     """
     device = agreement.device
     gc.collect()
@@ -71,10 +71,10 @@ def compare(shape: Shape, options: Options, agreement: Agreement) -> list[dict[s
 def start(
     make: Callable[[str], Contestant], names: Sequence[str], rows: Callable[[int], Tensor]
 ) -> dict[str, Contestant]:
-    """Contestants that have been proved to begin alike and to train, and are prepared.
+    """Prepared contestants that are checked to start from the same function and to train.
 
     Raises:
-        RuntimeError: they do not.
+        RuntimeError: a check failed.
     """
     contestants = {name: make(name) for name in names}
     check_same_start(contestants, rows(0))
@@ -91,7 +91,7 @@ def time_in_turns(
     rounds: int,
     device: torch.device,
 ) -> dict[str, list[float]]:
-    """Seconds of every step by contestant; in each round all take a step on the same rows."""
+    """Seconds of every step by contestant; in each round, all contestants take a step on the same rows."""
     now = clock(device)
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for number in tqdm(range(warmup + rounds), desc="rounds", leave=False, disable=None):
@@ -106,7 +106,7 @@ def time_in_turns(
 
 
 def _peak(make: Callable[[str], Contestant], name: str, rows: Callable[[int], Tensor], meter: PeakMeter) -> int:
-    """With nothing but the base beside the contestant."""
+    """Peak memory of a contestant when only the base is in memory beside it."""
     contestant = make(name)
     contestant.prepare(rows)
     peak = meter.of_second(partial(contestant.step, rows(0)))
@@ -138,7 +138,7 @@ def _figures(
 def _own_figures(
     contestants: Mapping[str, Contestant], rows: Callable[[int], Tensor], times: int, device: torch.device
 ) -> dict[str, Any]:
-    """The method's own parts of a step, and the ranks it has kept."""
+    """Times of the method's own parts in a step, and the ranks it has kept."""
     found: dict[str, Any] = {}
     dynamic, pruned = contestants.get(DYNAMIC), contestants.get(PRUNED)
     if isinstance(dynamic, Dynamic):
@@ -154,7 +154,7 @@ def _own_figures(
 
 
 def _profile(contestant: Contestant, batch: Tensor, device: torch.device) -> str:
-    """Table of the operations of one step, the longest first."""
+    """Table of the operations in one step, the longest first."""
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as profiler:
@@ -166,7 +166,7 @@ def _profile(contestant: Contestant, batch: Tensor, device: torch.device) -> str
 
 
 def comparison_rows(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """For a table: one line for every contestant of every comparison, ratios being to PEFT's LoRA."""
+    """Rows of a table: one for every contestant of every comparison; ratios are relative to PEFT's LoRA."""
     with_share = any(
         figures["model_flops_utilisation"] is not None
         for record in records
@@ -193,7 +193,7 @@ def comparison_rows(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def method_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the method itself costs within a step, and the ranks that are left after the final event."""
+    """Lines on the method's own cost within a step, and on the ranks after the final event."""
     lines = []
     for record in records:
         where = f"{record['shape']}, checkpointing {'on' if record['checkpointing'] else 'off'}"
@@ -203,5 +203,5 @@ def method_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
             lines.append(f"{where}: the method takes {method['share_of_step']:.2%} of the step: {parts}")
         if "kept_ranks" in record:
             kept = record["kept_ranks"]
-            lines.append(f"{where}: ranks after the final event from {min(kept)} to {max(kept)}, {kept.count(0)} of 0")
+            lines.append(f"{where}: ranks after the final event from {min(kept)} to {max(kept)}, {kept.count(0)} are 0")
     return lines

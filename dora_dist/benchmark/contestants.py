@@ -1,6 +1,6 @@
-"""What is compared: the same step of the same base with different adapters.
+"""The contestants: the same step of the same base with different adapters.
 
-A step is forward with labels, backward, clipping, AdamW (fused, the Trainer's default) and ``zero_grad``.
+A step consists of forward with labels, backward, clipping, AdamW (fused, the Trainer's default) and ``zero_grad``.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -37,15 +37,15 @@ EQUILIBRIUM_WEIGHT = 0.1
 STEPS_TO_PRUNE = 6
 """Optimizer steps before the final event of the pruned contestant."""
 ENDLESS = 10**6
-"""Optimizer steps of a run whose first event is never reached here."""
+"""Optimizer steps of a run so long that its first event is never reached here."""
 ADALORA_STEPS = 10_000
-"""Of AdaLoRA's schedule, which prunes in every step from the first one (``deltaT`` is 1 by default)."""
+"""Steps of AdaLoRA's schedule, which prunes in every step from the first (``deltaT`` is 1 by default)."""
 SAME_LOSS = 1e-5
-"""Relative difference between losses that must be equal."""
+"""Largest relative difference between losses that must be equal."""
 NEAR_LOSS = 1e-2
-"""And between losses that other kernels compute in bfloat16."""
+"""Largest relative difference between losses that different kernels compute in bfloat16."""
 SAME_LOSS_OF_KERNELS = 1e-3
-"""The same where some are computed by kernels, which round bfloat16 in other places."""
+"""Largest relative difference if kernels, which round bfloat16 in other places, compute some of the losses."""
 
 
 class Contestant:
@@ -54,8 +54,8 @@ class Contestant:
     Args:
         model: The model, with or without an adapter.
         agreement: Exchanges over the ranks.
-        autocast: Dtype to compute in where the adapter has another one, or None.
-        average: Whether gradients are averaged over the ranks, as data-parallel training does: in one all-reduce of one
+        autocast: Dtype to compute in if the adapter has another one, or None.
+        average: Whether gradients are averaged over the ranks, as in data-parallel training: in one all-reduce of a
             flat tensor.
     """
 
@@ -75,17 +75,17 @@ class Contestant:
         )
 
     def loss(self, rows: Tensor) -> Tensor:
-        """Of rows of shape ``(batch, sequence)``, each token being a label."""
+        """Loss of rows of shape ``(batch, sequence)``, with every token as a label."""
         with torch.autocast(rows.device.type, self._autocast, enabled=self._autocast is not None):
             loss: Tensor = self.model(input_ids=rows, labels=rows, **self._beside(rows)).loss
         return loss
 
     def _beside(self, rows: Tensor) -> dict[str, Tensor]:
-        """What a batch of a run holds beside rows and labels."""
+        """The other inputs that a run's batch contains beside rows and labels."""
         return {}
 
     def prepare(self, rows: Callable[[int], Tensor]) -> None:
-        """Whatever precedes the first step that is measured; rows by their number."""
+        """Work before the first measured step; ``rows`` maps a step's number to its rows."""
 
     def step(self, rows: Tensor) -> None:
         """One optimizer step."""
@@ -120,7 +120,7 @@ class Contestant:
 
 
 class Liger(Contestant):
-    """With Liger's kernels for norms, MLPs and the loss in its own modules, and for rotary positions during a step."""
+    """Uses Liger's kernels: in its own modules for norms, MLPs and the loss; during a step, for rotary positions."""
 
     def step(self, rows: Tensor) -> None:
         from liger_kernel.transformers.rope import liger_rotary_pos_emb
@@ -130,14 +130,14 @@ class Liger(Contestant):
 
 
 class AdaLora(Contestant):
-    """As PEFT's documentation has the loop: the update between the optimizer's step and ``zero_grad``."""
+    """Follows the loop in PEFT's documentation: AdaLoRA's update is between the optimizer's step and ``zero_grad``."""
 
     def _after_update(self) -> None:
         cast(peft.AdaLoraModel, self.model.base_model).update_and_allocate(self.steps)
 
 
 class Dynamic(Contestant):
-    """As :class:`~dora_dist.training.trainer.DynamicLoraTrainer` drives the method.
+    """Runs the method like :class:`~dora_dist.training.trainer.DynamicLoraTrainer`.
 
     Args:
         model: The model with an adapter, as :func:`~dora_dist.adapter.model.add_dynamic_lora` makes it.
@@ -173,11 +173,11 @@ class Dynamic(Contestant):
 
     def _after_update(self) -> None:
         self.controller.after_optimizer_step(self.steps)
-        self.agreement.any(False)  # whether a rank was told to stop
+        self.agreement.any(False)  # stands for the exchange on whether a rank must stop
 
     def step_in_parts(self, rows: Tensor, now: Callable[[], float]) -> dict[str, float]:
-        """One optimizer step; seconds of the method's own parts, and of the ``step``. The penalty has a backward of
-        its own here, to be timed alone; the gradients are the same."""
+        """Take one optimizer step; returns the seconds of the method's parts and of the whole ``step``. The penalty has
+        its own backward here, so that it can be timed alone; the gradients are the same."""
         self.steps += 1
         began = now()
         loss = self.loss(rows)
@@ -207,7 +207,7 @@ class Dynamic(Contestant):
 
 
 class Pruned(Dynamic):
-    """After a few steps and the final event: neither penalty nor scores any more, fewer components."""
+    """The method after a few steps and the final event: without penalty and scores, and with fewer components."""
 
     def prepare(self, rows: Callable[[int], Tensor]) -> None:
         for number in range(STEPS_TO_PRUNE):
@@ -221,10 +221,10 @@ class Pruned(Dynamic):
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """What all contestants of a comparison have in common.
+    """The conditions that all contestants of a comparison share.
 
     Args:
-        base: The frozen base, whose tensors they share and never change.
+        base: The frozen base; all share its tensors, and none changes them.
         options: Ranks, dtypes and seed.
         agreement: Exchanges over the ranks.
         checkpointing: Whether gradient checkpointing is on.
@@ -254,7 +254,7 @@ class Conditions:
 def all_conditions(
     shape: Shape, base: LlamaForCausalLM, options: Options, agreement: Agreement
 ) -> Iterator[Conditions]:
-    """Each way of checkpointing of a shape with each dropout; which it is, is said."""
+    """Conditions for each checkpointing setting of a shape with each dropout; each is printed."""
     for checkpointing in shape.checkpointing:
         for dropout in options.dropouts:
             say(f"{shape.name}, checkpointing {'on' if checkpointing else 'off'}, dropout {dropout:g}")
@@ -291,7 +291,7 @@ def _liger(model: LlamaForCausalLM, conditions: Conditions) -> Liger:
     config = peft.LoraConfig(r=conditions.options.rank, **_peft_settings(conditions))
     wrapped = _with_peft(model, config, conditions)
     with ExitStack() as kept:
-        # Liger replaces names of transformers' module too, which are every contestant's.
+        # Liger also replaces names in transformers' module, which all contestants share.
         for name in ("LlamaRMSNorm", "LlamaMLP"):
             kept.enter_context(mock.patch.object(modeling_llama, name, getattr(modeling_llama, name)))
         apply_liger_kernel_to_llama(rope=False, model=model)
@@ -388,20 +388,20 @@ def _sizes(adapted: DynamicLoraModel, conditions: Conditions) -> dict[str, int]:
 
 
 def _let_gradients_begin(model: LlamaForCausalLM) -> None:
-    """Where they end for an adapter on every linear layer: at the outputs of the first projections. Begun at the
-    embedding, the floor would do work that no contestant does (the input gradients of q, k and v in the first layer:
-    a tenth of the step for two layers), and every contestant would look nearer to it."""
+    """Start gradients where they end for an adapter on every linear layer: at the outputs of the first projections.
+    With a start at the embedding, the floor would do work that no contestant does (the input gradients of q, k and v in
+    the first layer: a tenth of the step for two layers), and every contestant would look closer to the floor."""
     attention = model.model.layers[0].self_attn
     for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
         projection.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
 
 
 def check_same_start(contestants: dict[str, Contestant], rows: Tensor) -> None:
-    """All adapters begin as the base model: a contestant whose first loss is another one does other work. Liger's loss
-    is that of other kernels, which round otherwise.
+    """Check that all adapters start as the base model: a contestant with a different first loss does other work.
+    Liger's kernels round differently, so its loss has a larger tolerance.
 
     Raises:
-        RuntimeError: one does.
+        RuntimeError: a loss differs.
     """
     losses = {name: contestant.loss(rows).item() for name, contestant in contestants.items() if name != ADALORA}
     exact = [loss for name, loss in losses.items() if name != LIGER]
@@ -410,14 +410,14 @@ def check_same_start(contestants: dict[str, Contestant], rows: Tensor) -> None:
     by_kernels = any(isinstance(model, DynamicLoraModel) and model.kernels.names for model in models)
     near = abs(losses.get(LIGER, high) - high) <= NEAR_LOSS * abs(high)
     if not (high - low <= (SAME_LOSS_OF_KERNELS if by_kernels else SAME_LOSS) * abs(high) and near):
-        raise RuntimeError(f"the contestants do not begin as the same model: losses {losses}")
+        raise RuntimeError(f"the contestants do not start as the same model: losses {losses}")
 
 
 def check_gradients(contestants: dict[str, Contestant], rows: Tensor) -> None:
-    """Every parameter that is trained gets a gradient, and not all of them are 0.
+    """Check that every trained parameter gets a gradient, and that not all of them are 0.
 
     Raises:
-        RuntimeError: one does not.
+        RuntimeError: a check failed.
     """
     for name, contestant in contestants.items():
         contestant.loss(rows).backward()
@@ -425,7 +425,7 @@ def check_gradients(contestants: dict[str, Contestant], rows: Tensor) -> None:
         moved = sum(bool(parameter.grad.any()) for parameter in contestant.parameters if parameter.grad is not None)
         if contestant.parameters and (missing or not moved):
             raise RuntimeError(
-                f"{name}: {missing} of {len(contestant.parameters)} parameters have no gradient, {moved} one that is "
-                "not 0"
+                f"{name}: {missing} of {len(contestant.parameters)} parameters have no gradient, {moved} have one that "
+                "is not 0"
             )
         contestant.model.zero_grad()

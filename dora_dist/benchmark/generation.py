@@ -1,5 +1,5 @@
-"""What it costs to generate with an adapter that is not merged, as a server of many adapters does, with more or fewer
-adapted modules in every block at the same number of parameters: fewer modules are fewer operations for each token."""
+"""Measures generation with an adapter that is not merged, as on a server with many adapters. At the same number of
+parameters, the number of adapted modules per block varies: fewer modules need fewer operations per token."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -22,15 +22,16 @@ from dora_dist.distributed.agreement import Agreement
 from dora_dist.method.modules import select_modules
 
 MODULES = (7, 3, 1)
-"""Adapted modules of every block, of seven."""
+"""Numbers of adapted modules in every block, of seven."""
 PROMPT, GENERATED = 32, 32
-"""Tokens of one row."""
+"""Number of tokens in a row."""
 QUICK_GENERATED = 2
 
 
 def measure_generation(shape: Shape, options: Options, agreement: Agreement) -> dict[str, Any]:
-    """Tokens a second of one row, greedily, with a cache, by the frozen base and by adapters of stock PEFT: one of rank
-    ``target_rank`` in all modules, and those that spend its parameters on fewer of them, drawn by the seed."""
+    """Tokens per second for one row, greedy, with a cache: for the frozen base, and for adapters of stock PEFT. One
+    adapter has rank ``target_rank`` in all modules. The others spend the same parameters on fewer modules, which the
+    seed selects."""
     device = agreement.device
     say(f"{shape.name}: a random base in NF4")
     base = build_base(shape, device, getattr(torch, options.compute_dtype), options.seed).eval()
@@ -66,7 +67,7 @@ def measure_generation(shape: Shape, options: Options, agreement: Agreement) -> 
 
 
 def generation_rows(records: list[dict[str, Any]]) -> list[list[str]]:
-    """For a table."""
+    """Rows of a table."""
     rows = [["shape", "contestant", "adapted modules", "parameters", "tokens/s", "time to floor"]]
     for record in records:
         for name, figures in record["contestants"].items():
@@ -81,7 +82,7 @@ def _cost(module: nn.Module) -> int:
 
 
 def _with_lora(model: LlamaForCausalLM, plan: Mapping[str, int]) -> peft.PeftModel:
-    """As stock PEFT loads an adapter of these ranks."""
+    """The model with an adapter of these ranks, as stock PEFT loads it."""
     config = peft.LoraConfig(r=max(plan.values()), rank_pattern=dict(plan), target_modules=list(plan))
     adapted = peft.get_peft_model(model, config)
     assert isinstance(adapted, peft.PeftModel)
@@ -89,7 +90,7 @@ def _with_lora(model: LlamaForCausalLM, plan: Mapping[str, int]) -> peft.PeftMod
 
 
 @torch.inference_mode()
-def _generate(model: Any, prompt: Tensor, count: int) -> None:  # PEFT's types do not say that it generates
+def _generate(model: Any, prompt: Tensor, count: int) -> None:  # Any, because PEFT's types lack generate
     generated = model.generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
@@ -108,7 +109,7 @@ def _in_turns(
     options: Options,
     device: torch.device,
 ) -> dict[str, list[float]]:
-    """Seconds of every round by contestant; in each round all go on from the same prompt."""
+    """Seconds of every round by contestant; in each round, all continue the same prompt."""
     now = clock(device)
     seconds: dict[str, list[float]] = {name: [] for name in generating}
     for number in tqdm(range(options.warmup + options.rounds), desc="rounds", leave=False, disable=None):

@@ -1,7 +1,7 @@
-"""How many operations a step dispatches: what the host of a GPU launches, counted on any machine.
+"""Counts the operations that a step dispatches: what the host launches on a GPU, counted on any machine.
 
-A step of few tokens waits for its launches, not for its arithmetic. Counted is what is dispatched below autograd, views
-and allocations left out. One operation may be several kernels on a GPU, or a part of one.
+The time of a step with few tokens is determined by its launches, not by its arithmetic. Operations dispatched below
+autograd are counted, except views and allocations. On a GPU, one operation may be several kernels, or part of one.
 """
 
 from collections import Counter
@@ -32,20 +32,20 @@ NO_WORK = {
     "profiler::_record_function_enter_new",
     "profiler::_record_function_exit",
 }
-"""Views and allocations that torch does not call views, and what computes no tensor."""
+"""Views and allocations that torch does not mark as views, and operations that compute no tensor."""
 READS = {"aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::masked_select", "aten::nonzero"}
-"""For which the host waits until the device has computed the values."""
+"""Operations for which the host waits until the device has computed the values."""
 FROM_HOST = {"aten::lift_fresh", "aten::lift_fresh_copy"}
-"""Tensors made of the host's numbers, which are copied to a GPU."""
+"""Operations that make tensors from the host's numbers, which are copied to a GPU."""
 WARMUP = 2
-"""Steps before the one that is counted: the first ones make what is kept."""
+"""Steps before the counted one: the first steps create tensors that are kept."""
 
 
 class Operations(TorchDispatchMode):
-    """Counts what is dispatched within it.
+    """Counts the operations that are dispatched inside the context.
 
     Attributes:
-        counts: by name.
+        counts: name -> number of operations.
     """
 
     def __init__(self) -> None:
@@ -55,13 +55,13 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name().partition(".")[0]
         if name == "aten::index" and any(one is not None and one.dtype == torch.bool for one in args[1]):
-            name = "aten::nonzero"  # which it calls first
+            name = "aten::nonzero"  # indexing by a mask calls it first
         if name in FROM_HOST or not (func.is_view or name in NO_WORK):
             self.counts[name] += 1
         return func(*args, **(kwargs or {}))
 
     def figures(self) -> dict[str, Any]:
-        """All of them, those for which the host waits, those made from its numbers, and all by name."""
+        """Number of all operations, of those for which the host waits, of those made from its numbers, and by name."""
         total = {name: count for name, count in self.counts.most_common() if name not in FROM_HOST}
         return {
             "operations": sum(total.values()),
@@ -72,7 +72,7 @@ class Operations(TorchDispatchMode):
 
 
 def count_step(contestant: Contestant, rows: Callable[[int], Tensor]) -> dict[str, Any]:
-    """Of one step; rows by their number."""
+    """Figures of one step; ``rows`` maps a step's number to its rows."""
     contestant.prepare(rows)
     for number in range(WARMUP):
         contestant.step(rows(number))
@@ -83,7 +83,7 @@ def count_step(contestant: Contestant, rows: Callable[[int], Tensor]) -> dict[st
 
 
 def count_operations(shape: Shape, options: Options, agreement: Agreement) -> list[dict[str, Any]]:
-    """A record for each way of checkpointing and each dropout."""
+    """Count the operations; one record for each checkpointing setting and each dropout."""
     base = build_base(shape, agreement.device, getattr(torch, options.compute_dtype), options.seed)
     rows = partial(random_rows, shape, agreement.device, options.seed, agreement.rank)
     records = []
@@ -104,7 +104,7 @@ def count_operations(shape: Shape, options: Options, agreement: Agreement) -> li
 
 
 def operation_rows(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """For a table."""
+    """Rows of a table."""
     header = ["shape", "layers", "checkpointing", "dropout", "contestant", "operations", "of peft-lora", "reads"]
     rows = [[*header, "from host"]]
     for record in records:

@@ -1,4 +1,4 @@
-"""What is to be measured: the command line, checked before anything expensive."""
+"""The command line: what to measure, checked before expensive work."""
 
 import argparse
 import os
@@ -29,10 +29,10 @@ CHECKPOINTING = {"off": (False,), "on": (True,), "both": (False, True)}
 DTYPES = ("float32", "bfloat16")
 MOST_ROUNDS = 1000
 COUNTED_SHAPE, COUNTED_LAYERS = "8b-tiny", 4
-"""Whose operations are counted."""
-GENERATING = "measure generating with adapters that are not merged, of 7, 3 and 1 modules a block, instead"
+"""Contestants whose operations are counted."""
+GENERATING = "measure generation with adapters that are not merged, of 7, 3 and 1 modules per block, instead"
 QUICK_SHAPE, QUICK_ROUNDS, QUICK_WARMUP = "64x2", 2, 1
-"""For tests of the command: no figure of it means anything."""
+"""Sizes for tests of the command; the figures are meaningless."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,21 +40,21 @@ class Options:
     """The command line, resolved.
 
     Args:
-        shapes: to be measured.
-        contestants: in their order.
-        rounds: measured rounds, in each of which every contestant takes one step.
-        warmup: rounds before them.
-        dropouts: each of them is a comparison of its own.
+        shapes: shapes to measure.
+        contestants: contestants in their order.
+        rounds: number of measured rounds; in each, every contestant takes one step.
+        warmup: number of rounds before them.
+        dropouts: dropout values; each is a separate comparison.
         rank: components of each layer at the start, and the rank of PEFT's adapters.
         target_rank: components of each layer, on average, after the final event.
         device: ``cpu`` or ``cuda``.
-        compute_dtype: of the base's computation.
-        adapter_dtype: of the adapters' parameters.
-        kernels: which of the base model's kernels this project's contestants use; they have no part in the others.
-        peak_tflops: of the device, for utilisation; None where the user gave none.
+        compute_dtype: dtype of the base's computation.
+        adapter_dtype: dtype of the adapters' parameters.
+        kernels: kernels for parts of the base model in this project's contestants; the others do not use them.
+        peak_tflops: the device's peak, for utilization; None if not given.
         profile: contestant whose step is profiled, or None.
-        seed: of weights, adapters and rows.
-        quick: everything tiny.
+        seed: seed of weights, adapters and rows.
+        quick: whether all sizes are tiny.
         output: folder of the results.
     """
 
@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="dora-dist benchmark",
-        description="Step time and peak memory of this project beside the frozen base, PEFT's LoRA and PEFT's AdaLoRA: "
+        description="Step time and peak memory of this project, the frozen base, PEFT's LoRA and PEFT's AdaLoRA: "
         "one process, one random base in NF4, the same rows, contestants in turns. Nothing is downloaded.",
         epilog="contestants: " + "; ".join(f"{name}: {text}" for name, text in CONTESTANTS.items()),
         allow_abbrev=False,
@@ -88,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--scoring", action="store_true", help="measure the scoring of an 8B model's components instead")
     what.add_argument(
-        "--growth", action="store_true", help="measure steps against layers, width, rank and number of ranks instead"
+        "--growth", action="store_true", help="measure steps by layers, width, rank and number of ranks instead"
     )
     what.add_argument(
         "--operations",
@@ -104,7 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--contestants", nargs="+", metavar="NAME", help=f"by default all but {LIGER}")
     parser.add_argument("--rounds", type=int, metavar="N", help="measured rounds; by default 20, for --growth 10")
-    parser.add_argument("--warmup", type=int, metavar="N", help="rounds before them; by default 3")
+    parser.add_argument("--warmup", type=int, metavar="N", help="rounds before the measured ones; by default 3")
     parser.add_argument("--dropout", nargs="+", type=float, default=[0.0], metavar="P", help="by default 0")
     parser.add_argument("--checkpointing", choices=CHECKPOINTING, help="by default both, for 8b on")
     parser.add_argument("--sequence", type=int, metavar="N", help="tokens of a row; by default 256, for 8b 2048")
@@ -128,19 +128,19 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"of {' '.join(KERNELS)}, for this project's contestants on a GPU; by default none",
     )
-    parser.add_argument("--peak-tflops", type=float, metavar="X", help="of the device, for the utilisation")
-    parser.add_argument("--profile", metavar="NAME", help="write a profile of one step of this contestant, too")
+    parser.add_argument("--peak-tflops", type=float, metavar="X", help="the device's peak, for the utilization")
+    parser.add_argument("--profile", metavar="NAME", help="also write a profile of one step of this contestant")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="by default 0")
-    parser.add_argument("--quick", action="store_true", help="tiny and meaningless: to see that the command works")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to test the command; figures are meaningless")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), metavar="FOLDER")
     return parser
 
 
 def resolve(parsed: argparse.Namespace) -> Options:
-    """Defaults, and checks.
+    """Fill in defaults, and check the options.
 
     Raises:
-        ValueError: an option cannot be; with its value, the rule and the option.
+        ValueError: an option is invalid; with its value, the rule and the option.
     """
     quick = parsed.quick
     names = parsed.shapes or ([QUICK_SHAPE] if quick else ["512x8", "1024x4", "2048x2"])
@@ -182,10 +182,10 @@ def resolve(parsed: argparse.Namespace) -> Options:
 
 
 def check_device(device: str) -> None:
-    """Refuse a GPU that is not there.
+    """Refuse a GPU that does not exist.
 
     Raises:
-        ValueError: it is not.
+        ValueError: torch sees no GPU.
     """
     import torch
 
@@ -235,18 +235,16 @@ def _contestants(parsed: argparse.Namespace) -> tuple[str, ...]:
             if name not in CONTESTANTS:
                 raise ValueError(f"--{option} has {name!r}, but must be of {', '.join(CONTESTANTS)}")
     if LIGER in chosen and parsed.device != "cuda":
-        raise ValueError(
-            f"--contestants has {LIGER}, whose kernels run on GPUs only: give --device cuda, or leave it out"
-        )
+        raise ValueError(f"--contestants has {LIGER}, whose kernels run on GPUs only: give --device cuda, or omit it")
     if LIGER in chosen and find_spec("liger_kernel") is None:
         raise ValueError(
             f"--contestants has {LIGER}, but the package liger-kernel is not installed: pip install liger-kernel, or "
-            "leave it out"
+            "omit it"
         )
     if LORA not in chosen:
-        raise ValueError(f"--contestants is {' '.join(chosen)}, but must include {LORA}: all ratios are to it")
+        raise ValueError(f"--contestants is {' '.join(chosen)}, but must include {LORA}, the reference of all ratios")
     if parsed.profile and parsed.profile not in chosen:
-        raise ValueError(f"--profile is {parsed.profile}, which --contestants leaves out")
+        raise ValueError(f"--profile is {parsed.profile}, which is not among --contestants: add it there")
     return tuple(name for name in CONTESTANTS if name in chosen)
 
 
@@ -262,8 +260,8 @@ def _shape(name: str, parsed: argparse.Namespace) -> Shape:
 
 
 def _folder(path: Path) -> Path:
-    """A folder that can be written into, without making it yet."""
+    """Check that a folder is writable, or could be created, without creating it yet."""
     existing = next(part for part in (path, *path.absolute().parents) if part.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"--output is {path}, but {existing} is no folder that can be written into")
+        raise ValueError(f"--output is {path}, but {existing} is not a writable folder")
     return path

@@ -1,4 +1,4 @@
-"""Statistics of contestants that were measured in turns: always of what was measured in the same round."""
+"""Statistics of contestants measured in turns: only values of the same round are compared."""
 
 from collections.abc import Mapping, Sequence
 from statistics import median, quantiles
@@ -12,30 +12,30 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def paired_ratios(values: Sequence[float], reference: Sequence[float]) -> list[float]:
-    """Of every round."""
+    """Ratio to the reference in every round."""
     return [value / other for value, other in zip(values, reference, strict=True)]
 
 
 def paired_differences(values: Sequence[float], reference: Sequence[float]) -> list[float]:
-    """Of every round."""
+    """Difference from the reference in every round."""
     return [value - other for value, other in zip(values, reference, strict=True)]
 
 
 def own_cost(values: Sequence[float], floor: Sequence[float], reference: Sequence[float]) -> float:
-    """What an adapter costs beyond the frozen base, over what the reference adapter costs: ``(x - a) / (b - a)`` from
-    the medians of paired differences. Not a number where the reference costs nothing."""
+    """An adapter's cost beyond the frozen base, relative to the reference adapter's: ``(x - a) / (b - a)``, from the
+    medians of paired differences. NaN if the reference costs nothing."""
     cost = median(paired_differences(reference, floor))
     return median(paired_differences(values, floor)) / cost if cost else float("nan")
 
 
 def adapter_share(values: Sequence[float], floor: Sequence[float]) -> dict[str, float]:
-    """Share of the step beyond the frozen base, ``(x - a) / x``, over the rounds."""
+    """The part of a step beyond the frozen base, ``(x - a) / x``, over the rounds."""
     return spread([(value - base) / value for value, base in zip(values, floor, strict=True)])
 
 
 def turns(names: Sequence[str], round_number: int) -> list[str]:
-    """Order of the contestants in a round: each begins in turn, and every second round goes backwards, so that nobody
-    always follows the same neighbour."""
+    """Order of the contestants in a round: each starts in turn, and every second round is reversed, so that no
+    contestant always follows the same neighbour."""
     start = round_number // 2 % len(names)
     order = [*names[start:], *names[:start]]
     return order[::-1] if round_number % 2 else order
@@ -44,7 +44,7 @@ def turns(names: Sequence[str], round_number: int) -> list[str]:
 def summarize(
     seconds: Mapping[str, Sequence[float]], floor: str, reference: str, tokens: int
 ) -> dict[str, dict[str, Any]]:
-    """Figures of every contestant; ratios to the reference and to the floor where these were measured."""
+    """Figures of every contestant; ratios to the reference and to the floor if these were measured."""
     found: dict[str, dict[str, Any]] = {}
     for name, own in seconds.items():
         time = spread(own)

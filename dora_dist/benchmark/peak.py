@@ -1,4 +1,4 @@
-"""The peak memory of steps, in bytes: from the allocator's counters on a GPU, from its events on a CPU."""
+"""Measures the peak memory of steps in bytes: by the allocator's counters on a GPU, by its events on a CPU."""
 
 import gc
 import time
@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def live_storages() -> dict[int, int]:
-    """Address and bytes of the storage of every tensor on the CPU that Python can reach."""
+    """Address -> bytes, for the storage of every CPU tensor that Python can reach."""
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
@@ -25,11 +25,11 @@ def live_storages() -> dict[int, int]:
 
 @contextmanager
 def rise_of_allocator() -> Iterator[SimpleNamespace]:
-    """How far the allocated bytes on the CPU rise, at most, above those at the start (``peak``), and the largest
-    single allocation (``largest``), by the events of the allocator itself.
+    """Measures how far the allocated CPU bytes rise above those at the start (``peak``), and the largest single
+    allocation (``largest``), by the allocator's own events.
 
-    What a kernel allocates and frees within one operation counts; scratch of MKL or oneDNN, outside the allocator,
-    does not.
+    Memory that a kernel allocates and frees within one operation is counted. Scratch memory of MKL or oneDNN, which is
+    outside the allocator, is not.
     """
     found = SimpleNamespace(peak=0, largest=0)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -44,7 +44,7 @@ def rise_of_allocator() -> Iterator[SimpleNamespace]:
 
 @contextmanager
 def rise_on(device: torch.device) -> Iterator[SimpleNamespace]:
-    """:func:`rise_of_allocator` for any device; a GPU's counters do not tell the largest allocation, which is None."""
+    """:func:`rise_of_allocator` for any device; on a GPU, whose counters do not show it, ``largest`` is None."""
     if device.type != "cuda":
         with rise_of_allocator() as found:
             yield found
@@ -59,10 +59,10 @@ def rise_on(device: torch.device) -> Iterator[SimpleNamespace]:
 
 
 class PeakMeter:
-    """The peak of steps on a device, with everything that was made after this object.
+    """Measures the peak memory of steps on a device, including everything made after this object.
 
     Args:
-        device: on which the steps compute.
+        device: device of the steps.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -71,8 +71,8 @@ class PeakMeter:
         self._storages = live_storages()
 
     def of_second(self, step: Callable[[], object]) -> int:
-        """Take two steps; the peak of the second, which has the optimizer's state from the start, resident tensors
-        included."""
+        """Take two steps, and return the peak of the second, resident tensors included. The second step has the
+        optimizer's state from the start."""
         step()
         resident = self._resident()
         with rise_on(self.device) as found:
@@ -88,7 +88,7 @@ class PeakMeter:
 
 
 def clock(device: torch.device) -> Callable[[], float]:
-    """A function that waits until the device has done what it was given, and reads the time."""
+    """A function that waits for the device's pending work and returns the time in seconds."""
 
     def now() -> float:
         if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Pictures of what was measured."""
+"""Draws pictures of measurements."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ AXES = {"layers": "decoder layers", "hidden": "width", "rank": "initial rank of 
 
 
 def draw_comparison(records: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
-    """Step time and peak memory of all contestants, as ratios to PEFT's LoRA, by shape."""
+    """Draw step time and peak memory of all contestants, as ratios to PEFT's LoRA, by shape."""
     names = list(records[0]["contestants"])
     figure, axes = pyplot().subplots(
         1, 2, figsize=(13, 1.8 + 0.75 * len(records)), layout="constrained", sharey=True, squeeze=True
@@ -41,7 +41,7 @@ def draw_comparison(records: Sequence[Mapping[str, Any]], title: str, path: Path
 
 
 def row_label(record: Mapping[str, Any]) -> str:
-    """Of a comparison: its shape and what else it differs in."""
+    """Label of a comparison: its shape, checkpointing and dropout."""
     dropout = f", dropout {record['dropout']:g}" if record["dropout"] else ""
     return f"{record['shape']}\ncheckpointing {'on' if record['checkpointing'] else 'off'}{dropout}"
 
@@ -73,7 +73,7 @@ def _draw_ratios(axis: Axes, records: Sequence[Mapping[str, Any]], name: str, ke
 
 
 def draw_growth(record: Mapping[str, Any], title: str, path: Path) -> None:
-    """Step time above, the adapter's share of it below, along each of the axes."""
+    """Draw step time (above) and the adapter's share of it (below) along each axis."""
     points = record["points"]
     figure, axes = pyplot().subplots(2, len(points), figsize=(4 * len(points), 7), layout="constrained", sharex="col")
     for (upper, lower), (name, along) in zip(axes.T, points.items(), strict=True):

@@ -1,4 +1,4 @@
-"""Scoring all components of an 8B model in closed form, against the definition that builds matrices."""
+"""Measures the scoring of all components of an 8B model in closed form, against the definition that builds matrices."""
 
 from collections.abc import Callable
 from statistics import median
@@ -19,12 +19,12 @@ DENSE_TIMES = 3
 CLOSED_TIMES = 20
 QUICK_SHAPE = "8b-tiny"
 OPPOSING = 1e-3
-"""Relative difference of the two components that otherwise cancel."""
+"""Relative difference of two components that otherwise cancel."""
 WARMUP = 3
 
 
 def measure_scoring(options: Options) -> dict[str, Any]:
-    """Time, memory and accuracy, in float32."""
+    """Measure time, memory and accuracy, in float32."""
     device = torch.device(options.device)
     shape = NAMED[QUICK_SHAPE if options.quick else "8b"]
     sizes = list(shape.linears()) * shape.layers
@@ -68,7 +68,7 @@ def random_layer(out: int, width: int, rank: int, generator: torch.Generator) ->
 
 
 def dense_scores(lora_a: Tensor, gate: Tensor, lora_b: Tensor, eps: float = 1e-8) -> Tensor:
-    """Equation 7 by its definition, as the authors' code has it: one tensor ``(r, out, in)`` of all components."""
+    """Equation 7 by its definition, as in the authors' code: one tensor ``(r, out, in)`` of all components."""
     components = (lora_b.T * gate[:, None])[:, :, None] * lora_a[:, None, :]
     whole: Tensor = components.sum(0).norm() + eps
     norms: Tensor = components.flatten(1).norm(dim=1)
@@ -77,7 +77,7 @@ def dense_scores(lora_a: Tensor, gate: Tensor, lora_b: Tensor, eps: float = 1e-8
 
 def measure_accuracy(out: int, width: int, rank: int, generator: torch.Generator) -> dict[str, Any]:
     """Largest relative error of a layer's scores against the definition in float64: with random components, and with
-    all of them in pairs that cancel but for a thousandth."""
+    components in pairs that cancel except for a thousandth."""
     plain = random_layer(out, width, rank, generator)
     opposing = tuple(tensor.clone() for tensor in plain)
     lora_a, gate, lora_b = opposing
@@ -117,7 +117,7 @@ def _seconds(work: Callable[[], object], warmup: int, times: int, device: torch.
 
 
 def scoring_rows(record: dict[str, Any]) -> list[list[str]]:
-    """For a table."""
+    """Rows of a table."""
     accuracy, largest = record["accuracy"], record["largest_allocation_bytes"]
     return [
         ["scoring of", "", "value"],

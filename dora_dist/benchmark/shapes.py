@@ -1,4 +1,4 @@
-"""Shapes of the models that are measured, and the operations of a step on them. Plain numbers."""
+"""Shapes of the measured models, and the number of operations in a step. Plain numbers."""
 
 import re
 from collections.abc import Iterator
@@ -9,19 +9,19 @@ HEAD_WIDTH = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A Llama of random weights, and the rows it is trained on.
+    """A Llama with random weights, and the rows it is trained on.
 
     Args:
-        name: what the user calls it.
+        name: the user's name for it.
         hidden: width of the residual stream.
         intermediate: width of the MLP.
-        layers: decoder layers.
-        heads: of the queries.
-        key_value_heads: of keys and values.
-        vocabulary: tokens.
+        layers: number of decoder layers.
+        heads: number of query heads.
+        key_value_heads: number of key and value heads.
+        vocabulary: number of tokens in the vocabulary.
         sequence: tokens of a row.
         batch: rows of a step.
-        checkpointing: with and without gradient checkpointing, unless the user says otherwise.
+        checkpointing: settings of gradient checkpointing to measure, unless the user chooses one.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Shape:
 
     @property
     def tokens(self) -> int:
-        """Of a step."""
+        """Number of tokens in a step."""
         return self.sequence * self.batch
 
     def linears(self) -> Iterator[tuple[int, int]]:
@@ -54,9 +54,9 @@ class Shape:
 
     @property
     def step_flops(self) -> int:
-        """Floating point operations of a step of the frozen base: 2 x weights x tokens forward and as many for the
-        gradients of the inputs, none for those of the weights; attention's two products, causal, forward and twice
-        backward. What an adapter adds is not counted, nor what checkpointing computes again."""
+        """Floating point operations in a step of the frozen base: 2 x weights x tokens forward and as many for the
+        gradients of the inputs, but none for those of the weights; and attention's two products, causal, once forward
+        and twice backward. An adapter's operations and recomputation are not counted."""
         weights = self.layers * sum(out * width for out, width in self.linears()) + self.vocabulary * self.hidden
         attention = self.layers * self.batch * 3 * 2 * 2 * self.hidden * self.sequence**2 // 2
         return 4 * weights * self.tokens + attention
@@ -69,7 +69,7 @@ FLOPS_FORMULA = (
 
 
 def llama_like(hidden: int, layers: int) -> Shape:
-    """Heads of 64, an MLP of 8/3 of the width, as in Llama, rounded up to 64."""
+    """A shape as in Llama: heads of 64, an MLP of 8/3 of the width, rounded up to 64."""
     heads = hidden // HEAD_WIDTH
     return Shape(
         name=f"{hidden}x{layers}",
@@ -94,7 +94,7 @@ NAMED = {
         batch=1,
         checkpointing=(True,),
     ),
-    # What the 8B shape has and the others have not, at a size for a CPU.
+    # The features that only the 8B shape has, at a size for a CPU.
     "8b-tiny": Shape(
         name="8b-tiny",
         hidden=256,
@@ -111,10 +111,10 @@ NAMED = {
 
 
 def parse_shape(name: str) -> Shape:
-    """A shape by its name, or as ``WIDTHxLAYERS``.
+    """A shape by its name, or by ``WIDTHxLAYERS``.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the text is neither.
     """
     if name in NAMED:
         return NAMED[name]

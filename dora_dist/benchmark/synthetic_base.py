@@ -1,4 +1,4 @@
-"""The frozen base that all contestants share: a Llama of random weights, quantized to NF4 while it is made."""
+"""The frozen base that all contestants share: a Llama with random weights, quantized to NF4 while it is created."""
 
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
@@ -28,14 +28,14 @@ def llama_config(shape: Shape) -> LlamaConfig:
 
 
 def build_base(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int) -> LlamaForCausalLM:
-    """A quantized model, frozen. Weights are made and quantized layer by layer on the device: the model never exists
-    in 16 bits, and nothing is read.
+    """A quantized, frozen model. Weights are created and quantized layer by layer on the device: the model never exists
+    in 16 bits, and no file is read.
 
     Args:
-        shape: of the model.
-        device: where it goes.
-        dtype: of the computation and of what is not quantized (embedding, head, norms).
-        seed: of the weights.
+        shape: shape of the model.
+        device: device of the model.
+        dtype: dtype of the computation and of the unquantized parts (embedding, head, norms).
+        seed: seed of the weights.
     """
     config = llama_config(shape)
     quantization = quantization_config("nf4", dtype)
@@ -47,7 +47,7 @@ def build_base(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, name, _random(module, parameter, device, dtype, generator))
-    # As transformers leaves a model that it has quantized: PEFT looks for both. torch's types know no such attributes.
+    # Attributes that transformers sets on a quantized model; PEFT reads both. torch's types lack them.
     model.config.quantization_config = quantization
     model.is_loaded_in_4bit = model.is_quantized = True  # type: ignore[assignment]
     model.requires_grad_(False)
@@ -58,7 +58,7 @@ def build_base(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int
 def _random(
     module: nn.Module, parameter: Tensor, device: torch.device, dtype: torch.dtype, generator: torch.Generator
 ) -> nn.Parameter:
-    """Weights of norms are 1, all others normally distributed, those of linear layers quantized."""
+    """Norm weights are 1; all others are normally distributed, those of linear layers quantized."""
     value = torch.ones(parameter.shape, device=device, dtype=dtype)
     if value.ndim > 1:
         value.normal_(0, STANDARD_DEVIATION, generator=generator)
@@ -72,13 +72,13 @@ def _random(
             quant_storage=former.quant_storage,
             module=module,
         )
-        # It quantizes. bitsandbytes' types of it are those of a tensor.
+        # This quantizes. bitsandbytes' type says that it returns a tensor.
         return weight.to(device)  # type: ignore[misc]
     return nn.Parameter(value, requires_grad=False)
 
 
 def random_rows(shape: Shape, device: torch.device, seed: int, rank: int, number: int) -> Tensor:
-    """Tokens of a step by its number, shape ``(batch, sequence)``: the same for all contestants, others on each
-    rank."""
+    """Tokens of a step by the step's number, shape ``(batch, sequence)``: the same for all contestants, different on
+    each rank."""
     generator = torch.Generator().manual_seed((seed * 2**12 + rank) * 2**16 + number)
     return torch.randint(0, shape.vocabulary, (shape.batch, shape.sequence), generator=generator).to(device)

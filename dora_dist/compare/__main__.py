@@ -1,4 +1,4 @@
-"""The command: run what is missing, and write table, pictures and results."""
+"""The command: runs the missing cells, and writes table, pictures and results."""
 
 import argparse
 import os
@@ -14,27 +14,27 @@ from dora_dist.console.errors import PREEMPTED, ExpectedRunError, PreemptedError
 from dora_dist.console.library_warnings import quiet_libraries
 from dora_dist.console.text import is_first_rank
 
-DESCRIPTION = """Run methods x seeds x tasks as CONFIG says, and compare. Finished cells are skipped and
-interrupted ones resumed, so that the same command goes on. Any number of workers may share the work, also started
-later, on other nodes, or by accelerate launch, where every rank is a worker. Keys of CONFIG can be overridden as
+DESCRIPTION = """Run methods x seeds x tasks as CONFIG says, and compare. Finished cells are skipped and interrupted
+ones resumed: the same command continues a comparison. Any number of workers may share the work; they may start later,
+on other nodes, or by accelerate launch, where every rank is a worker. Keys of CONFIG can be overridden as
 --key value."""
 
 
 REPORTING = "DORA_DIST_COMPARE_REPORTS"
-"""Tells a worker that was a launcher's first rank to write the results."""
+"""Option for a worker that was a launcher's first rank: it writes the results."""
 
 
 class CellsMissingError(ExpectedRunError):
-    """Some cells of a comparison have failed. The table holds the others."""
+    """Some cells of a comparison failed. The table holds the others."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do what the command line asks for.
+    """Run the command.
 
     Raises:
         ValueError: The configuration or an option is invalid.
-        CellsMissingError: A cell has failed.
-        PreemptedError: A worker was told to stop.
+        CellsMissingError: A cell failed.
+        PreemptedError: A worker received a signal to stop.
     """
     parser = argparse.ArgumentParser(prog="dora-dist compare", description=DESCRIPTION)
     parser.add_argument(
@@ -43,9 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="CONFIG",
         help="YAML file of the comparison; it can also be given as the first argument; recipes are under compare/",
     )
-    parser.add_argument("--workers", type=int, help="processes of this machine; one per GPU by default, else one")
-    parser.add_argument("--dry-run", action="store_true", help="print the cells, and end")
-    parser.add_argument("--report", action="store_true", help="write table and pictures from what is there, and end")
+    parser.add_argument("--workers", type=int, help="number of processes on this machine; by default one per GPU, or 1")
+    parser.add_argument("--dry-run", action="store_true", help="only print the cells")
+    parser.add_argument("--report", action="store_true", help="only write table and pictures from the finished cells")
     parser.add_argument(WORKER, dest="worker_of", type=int, help=argparse.SUPPRESS)
     options, overrides = parser.parse_known_args(with_config_option(arguments))
     if options.workers is not None and options.workers < 1:
@@ -84,7 +84,7 @@ def _run(plan: Plan, own: Sequence[str], workers: int | None) -> None:
     else:
         from dora_dist.compare.data import prepare
 
-        prepare(plan)  # once, before all workers read it, and with one message where something is wrong
+        prepare(plan)  # once, before all workers read it, so that an error is reported once
         status = run_workers(own, workers, gpus)
         if status == PREEMPTED:
             raise PreemptedError("preempted; start the same command again to resume")
@@ -95,7 +95,7 @@ def finish(plan: Plan, own: Sequence[str]) -> None:
     """Write results and pictures, and print the table.
 
     Raises:
-        CellsMissingError: The results are not complete.
+        CellsMissingError: The results are incomplete.
     """
     from dora_dist.compare import pictures, results, table
     from dora_dist.compare.data import check_recorded
@@ -117,7 +117,7 @@ def finish(plan: Plan, own: Sequence[str]) -> None:
 
 
 def describe(plan: Plan) -> str:
-    """What there is to do."""
+    """The number of cells and rows, in words."""
     config = plan.config
     rates, groups = len(config.learning_rates), len(plan.groups)
     searched = groups * rates * config.search_seeds

@@ -1,4 +1,4 @@
-"""Running one cell in this process, with its output in the cell's own file."""
+"""Runs one cell in this process, with its output in the cell's own log file."""
 
 import gc
 import os
@@ -33,19 +33,19 @@ DIVERGED = (NonFiniteLossError, NonFiniteAdapterError)
 
 
 def run_cell(plan: Plan, cell: Cell, identity: Mapping[str, Any], environment: Mapping[str, Any]) -> str | None:
-    """Train and evaluate a cell, or go on with it, and delete its checkpoints.
+    """Train and evaluate a cell, or resume it, and delete its checkpoints at the end.
 
     Args:
-        plan: of the comparison.
-        cell: that is not finished, and that no other worker runs.
-        identity: what its results depend on.
-        environment: in which it is run.
+        plan: plan of the comparison.
+        cell: a cell that is not finished and that no other worker runs.
+        identity: everything the cell's results depend on.
+        environment: environment in which it runs, for the record.
 
     Returns:
-        None, or why the cell has not come to its end; others can go on.
+        None, or why the cell failed; other cells can still run.
 
     Raises:
-        PreemptedError: the process was told to stop.
+        PreemptedError: the process received a signal to stop.
     """
     folder = plan.cell_folder(cell)
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def _train(plan: Plan, cell: Cell) -> None:
 
 @contextmanager
 def output_into(path: Path) -> Iterator[None]:
-    """While it lasts, whatever this process writes to the terminal goes into a file, libraries' own writes too."""
+    """Redirects everything this process writes to the terminal into a file, including libraries' own writes."""
     sys.stdout.flush()
     sys.stderr.flush()
     kept = os.dup(1), os.dup(2)

@@ -1,4 +1,4 @@
-"""What became of a cell, read from its folder."""
+"""Reads the result of a cell from its folder."""
 
 import dataclasses
 import json
@@ -25,26 +25,26 @@ from dora_dist.runs.records import FAILURE, IDENTITY
 from dora_dist.runs.summary import is_finished
 
 MAY_DIFFER = ("output_dir", "format_version", "data.cache_dir", "data.workers", "distributed", "checkpoint")
-"""Of a cell's configuration, without changing its results."""
+"""Keys of a cell's configuration that may change without changing its results."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CellResult:
-    """A cell that has come to its end.
+    """The result of a finished cell.
 
     Attributes:
-        search: figure on the split that learning rates are chosen on; NaN where training diverged.
-        reported: figure on the reported split, at the last step; NaN where training diverged.
-        parameters: elements of the saved adapter's factors that a prompt uses. With routing this is their mean if all
-            modules of a block are chosen equally often.
-        stored: elements of the saved adapter's factors, whether a prompt uses them or not.
-        widest: parameters of a component of the widest layer.
-        ranks: components kept by layer.
+        search: figure on the split for choosing learning rates; NaN if training diverged.
+        reported: figure on the reported split, at the last step; NaN if training diverged.
+        parameters: number of elements in the saved adapter's factors that a prompt uses. With routing, their mean if
+            all modules of a block are chosen equally often.
+        stored: number of elements in the saved adapter's factors, used by a prompt or not.
+        widest: parameters of one component in the widest layer.
+        ranks: number of components kept, by layer.
         initial_rank: components of a layer at the start.
         steps: optimizer steps.
-        seconds: of training, logging included.
-        settings: that the run was recorded with.
-        environment: that it was run in.
+        seconds: seconds of training, logging included.
+        settings: settings that the run recorded.
+        environment: environment in which the cell ran.
     """
 
     search: float
@@ -61,12 +61,12 @@ class CellResult:
 
     @property
     def diverged(self) -> bool:
-        """Whether there is no finite figure."""
+        """Whether a figure is not finite."""
         return not (math.isfinite(self.search) and math.isfinite(self.reported))
 
 
 def read_result(plan: Plan, cell: Cell) -> CellResult | None:
-    """What the cell's run has measured; None where it has not come to its end."""
+    """The measurements of a cell's run; None if it has not finished."""
     folder = plan.cell_folder(cell)
     failure = read_failure(folder)
     if failure is not None and failure["diverged"]:
@@ -105,8 +105,9 @@ def read_result(plan: Plan, cell: Cell) -> CellResult | None:
 
 
 def adapter_size(folder: Path) -> tuple[int, int, float]:
-    """Elements of the LoRA factors in a saved adapter, those of a component of its widest layer, and the share of its
-    modules that a prompt uses. Gates and singular values are folded in; padding, a head and routers do not count."""
+    """Three figures of a saved adapter: the number of elements in its LoRA factors, the number in one component of its
+    widest layer, and the share of its modules that a prompt uses. Gates and singular values are folded in. Padding, a
+    head and routers are not counted."""
     if is_routed(folder):
         routed = read_routed_adapter(folder)
         factors, share = routed.factors.values(), routed.modules_per_prompt / len(routed.blocks[0])
@@ -117,7 +118,7 @@ def adapter_size(folder: Path) -> tuple[int, int, float]:
 
 
 def training_seconds(lines: Sequence[Mapping[str, Any]]) -> float:
-    """Seconds of all training steps that were logged, whichever session took them."""
+    """Seconds of all logged training steps, over all sessions."""
     seconds, before = 0.0, 0
     for line in lines:
         if "seconds_per_step" in line:
@@ -127,22 +128,23 @@ def training_seconds(lines: Sequence[Mapping[str, Any]]) -> float:
 
 
 def read_failure(folder: Path) -> dict[str, Any] | None:
-    """How the cell last failed: ``error``, ``diverged`` and ``when`` (seconds of the clock)."""
+    """The cell's last failure: ``error``, ``diverged`` and ``when`` (seconds since the epoch); None if there is
+    none."""
     path = folder / FAILURE
     return files.read_json(path) if path.is_file() else None
 
 
 def record_failure(folder: Path, error: str, diverged: bool) -> None:
-    """Keep why a cell did not come to its end."""
+    """Record why a cell failed."""
     files.write_json(folder / FAILURE, {"error": error, "diverged": diverged, "when": time.time()})
 
 
 def identity_of(plan: Plan, cell: Cell, data: Mapping[str, str]) -> dict[str, Any]:
-    """What a cell's results depend on.
+    """Everything that a cell's results depend on.
 
     Args:
-        plan: of the comparison.
-        cell: of the plan.
+        plan: plan of the comparison.
+        cell: a cell of the plan.
         data: source -> digest of its examples.
     """
     method = plan.method(cell.group)
@@ -165,9 +167,9 @@ def check_identity(plan: Plan, cell: Cell, identity: Mapping[str, Any]) -> None:
     if not (folder / IDENTITY).is_file():
         return
     recorded = files.read_json(folder / IDENTITY)["identity"]
-    identity = json.loads(json.dumps(identity))  # as it would have been recorded
+    identity = json.loads(json.dumps(identity))  # in the form in which it is recorded
     for name in {**recorded, **identity}:
-        former = recorded.get(name, _defaults().get(name))  # a setting that came later had its default
+        former = recorded.get(name, _defaults().get(name))  # a setting added later had its default value
         if former != identity.get(name):
             raise ValueError(
                 f"{folder} was made with {name} {former!r}, but now it is {identity.get(name)!r}: choose "
@@ -187,7 +189,7 @@ def _may_differ(name: str) -> bool:
 
 
 def training_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a run's recorded settings, those that methods to be compared must have in common."""
+    """The part of a run's recorded settings that must be equal for methods to be compared."""
     run = Fingerprint.from_dict(settings, records.RUN)
     training = {name: value for name, value in run.training.items() if name != "learning_rate"}
     common = dataclasses.replace(run, initial_rank=0, adapter={}, pruning={}, training=training, others={})

@@ -1,4 +1,4 @@
-"""The data of a comparison: read and checked before any cell runs, and recorded beside the cells."""
+"""Reads and checks a comparison's data before any cell runs, and records their digests beside the cells."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ from dora_dist.setup import resolve, run_data
 
 DATA = "data.json"
 MOST_SHARED = 0.05
-"""Share of the search split's examples that may also be reported ones: natural data repeat themselves a little."""
+"""Largest share of search examples that may also be reported ones, because natural data contain some duplicates."""
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """What the comparison must know of a task's data.
+    """What the comparison needs from a task's data.
 
     Attributes:
         digests: Source -> digest of its examples.
@@ -31,12 +31,12 @@ class TaskData:
 
 
 def prepare(plan: Plan) -> dict[str, TaskData]:
-    """Read or find the data of all tasks, and try every group's targets, phases and budget on its model's structure.
+    """Read or find the data of all tasks, and check every group's targets, phases and budget on its model's structure.
 
     Raises:
-        ValueError: something cannot work, or what is on disk was made otherwise.
+        ValueError: the configuration cannot work, or differs from what is on disk.
     """
-    world.connect("none", 1)  # which TrainingArguments wants to find
+    world.connect("none", 1)  # which TrainingArguments needs
     found: dict[str, TaskData] = {}
     for task in plan.config.tasks:
         groups = [group for group in plan.groups if group.task == task]
@@ -55,13 +55,13 @@ def prepare(plan: Plan) -> dict[str, TaskData]:
 
 
 def check_recorded(plan: Plan) -> list[str]:
-    """Check that the cells on disk are those of this configuration, with the data that were there when they were run.
+    """Check that the cells on disk belong to this configuration, and to the data of the time when they ran.
 
     Returns:
         Notes on the data.
 
     Raises:
-        ValueError: they are not, or nothing has been run.
+        ValueError: they do not, or there are no cells.
     """
     if not (plan.folder / DATA).is_file():
         raise ValueError(f"{plan.folder} holds no comparison: start one without --report")
@@ -69,7 +69,7 @@ def check_recorded(plan: Plan) -> list[str]:
         task: TaskData(**entry) for task, entry in read_json(plan.folder / DATA).items() if task in plan.config.tasks
     }
     if missing := [task for task in plan.config.tasks if task not in data]:
-        raise ValueError(f"{plan.folder} has nothing of the task {missing[0]}: start the comparison without --report")
+        raise ValueError(f"{plan.folder} has no cell of the task {missing[0]}: start the comparison without --report")
     _check_identities(plan, data)
     return [note for task in plan.config.tasks for note in data[task].notes]
 
@@ -85,8 +85,8 @@ def _task_data(task: str, data: run_data.RunData) -> TaskData:
     shared = int(np.isin(search.keys(), reported.keys()).sum())
     if shared > MOST_SHARED * search.counts.examples:
         raise ValueError(
-            f"tasks.{task}: {shared} of {search.counts.examples} examples of search are also in data.eval, so that "
-            "learning rates would be chosen on what is reported: give two splits"
+            f"tasks.{task}: {shared} of {search.counts.examples} examples of search are also in data.eval, so "
+            "learning rates would be chosen on reported examples: use two separate splits"
         )
     notes = [f"{shared} examples of the search split are also reported ones"] if shared else []
     notes += [

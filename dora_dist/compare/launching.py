@@ -1,4 +1,4 @@
-"""Workers of a comparison: processes of this machine, each with one GPU or none, or the ranks of a launcher."""
+"""Starts the workers of a comparison: processes on this machine with one GPU or none, or a launcher's ranks."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from types import FrameType
 from dora_dist.console.errors import PREEMPTED
 
 WORKER = "--worker-of"
-"""Option of the process that a worker is, with the number of workers."""
+"""Option that makes a process a worker; its value is the number of workers."""
 LAUNCHER_VARIABLES = (
     "RANK",
     "WORLD_SIZE",
@@ -26,7 +26,7 @@ LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "ROLE_", "FSDP_")
 
 
 def alone(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment without what a launcher tells its ranks: a worker is a world of its own."""
+    """The environment without a launcher's variables: each worker is a world of its own."""
     return {
         name: value
         for name, value in environment.items()
@@ -35,7 +35,7 @@ def alone(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def visible_gpus(environment: Mapping[str, str]) -> list[str]:
-    """Names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES takes them."""
+    """Names of the GPUs that this process may use, in the form of CUDA_VISIBLE_DEVICES."""
     import torch
 
     count = torch.cuda.device_count()
@@ -46,13 +46,13 @@ def visible_gpus(environment: Mapping[str, str]) -> list[str]:
 def worker_environment(
     environment: Mapping[str, str], number: int, workers: int, gpus: Sequence[str]
 ) -> dict[str, str]:
-    """Of the worker with this number on its machine: one GPU, or its share of the cores.
+    """The environment of a worker: one GPU, or its share of the cores.
 
     Args:
-        environment: of this process.
-        number: of the worker, from 0.
-        workers: on this machine.
-        gpus: of this machine.
+        environment: environment of this process.
+        number: number of the worker on this machine, from 0.
+        workers: number of workers on this machine.
+        gpus: names of this machine's GPUs.
     """
     own = alone(environment)
     if gpus:
@@ -63,18 +63,18 @@ def worker_environment(
 
 
 def become_worker(arguments: Sequence[str]) -> None:
-    """Turn a launcher's rank into a worker: the same process, begun anew without the launcher's variables and before
-    anything has touched a GPU. Does not return."""
+    """Turn a launcher's rank into a worker: restart the same process without the launcher's variables, before anything
+    has used a GPU. Does not return."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
     own = worker_environment(os.environ, int(os.environ["LOCAL_RANK"]), here, visible_gpus(os.environ))
     os.execve(sys.executable, _command(arguments, int(os.environ["WORLD_SIZE"])), own)
 
 
 def run_workers(arguments: Sequence[str], workers: int, gpus: Sequence[str]) -> int:
-    """Start workers and wait for them. SIGTERM, SIGUSR1 and SIGINT are handed on.
+    """Start workers and wait for them. SIGTERM, SIGUSR1 and SIGINT are forwarded to them.
 
     Returns:
-        The worst of their exit statuses; :data:`~dora_dist.console.errors.PREEMPTED` where one was told to stop.
+        The worst of their exit statuses; :data:`~dora_dist.console.errors.PREEMPTED` if such a signal was received.
     """
     running = [
         subprocess.Popen(_command(arguments, workers), env=worker_environment(os.environ, number, workers, gpus))
@@ -93,7 +93,7 @@ def run_workers(arguments: Sequence[str], workers: int, gpus: Sequence[str]) -> 
     former = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         statuses = [process.wait() for process in running]
-    except KeyboardInterrupt:  # the terminal has sent it to all of them
+    except KeyboardInterrupt:  # the terminal has sent SIGINT to all workers
         statuses = [process.wait() for process in running]
         raise
     finally:

@@ -12,32 +12,32 @@ LORA = "lora"
 ADALORA = "adalora"
 EVA = "eva"
 PEER_TITLES = {ADALORA: "PEFT's AdaLoRA", EVA: "PEFT's EVA"}
-"""Methods that PEFT trains -> what messages call them."""
+"""Methods that PEFT trains -> their names in messages."""
 DYNAMIC = "dynamic"
 SECTIONS = ("adapter", "pruning", "training")
 OF_TRAINING = (LORA_PLUS_RATIO,)
-"""Of the training section, what a method may have for itself."""
+"""Keys of the training section that a method may set for itself."""
 FROM = "from"
 RANK_PER_BUDGET = "rank_per_budget"
 PLAIN: Mapping[str, Mapping[str, Any]] = {
     "adapter": {"init": "lora", "train_gates": False},
     "pruning": {"rule": "none"},
 }
-"""Nothing of the method is left, whatever the comparison's run sets for the others."""
+"""Settings that switch the method off, whatever the comparison's run sets for the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What a method changes in the run that it is a part of.
+    """What a method changes in the comparison's run.
 
     Attributes:
-        name: of the method.
-        says: what it is, for the table.
-        uniform: the initial rank is the target rank, so that nothing is pruned.
-        peer: the method of PEFT that is trained instead, a key of :data:`PEER_TITLES`.
-        rank_per_budget: the adapter's target rank over the budget. With ``adapter.routing: prompt``, modules of a block
-            over modules per prompt: a prompt then uses as many parameters as the baseline has.
-        sections: changes to ``adapter``, ``pruning`` and, of ``training``, to :data:`OF_TRAINING`.
+        name: name of the method.
+        says: description for the table.
+        uniform: whether the initial rank is the target rank, so that nothing is pruned.
+        peer: the PEFT method that is trained instead, a key of :data:`PEER_TITLES`; None for a run of this project.
+        rank_per_budget: ratio of the adapter's target rank to the budget. With ``adapter.routing: prompt``, set it to
+            the modules of a block over the modules per prompt: a prompt then uses as many parameters as the baseline.
+        sections: changes to ``adapter``, ``pruning`` and the keys :data:`OF_TRAINING` of ``training``.
     """
 
     name: str
@@ -72,7 +72,7 @@ BUILT_IN = {
         Method(name=DYNAMIC, says="this method, as configured"),
         _ablation("no-dem", "without the Dimensional Equilibrium Modulator", equilibrium_weight=0.0),
         _ablation("no-smoothing", "scores of the last step only", smoothing=0.0),
-        _ablation("hard-prune", "what is pruned stays out", regrow=False),
+        _ablation("hard-prune", "pruned components stay pruned", regrow=False),
         _ablation("random", "components chosen at random", importance="random"),
         _ablation("magnitude", "norms not divided by that of their layer", importance="magnitude"),
         _ablation("sensitivity", "first-order effect on the loss", importance="gate_sensitivity"),
@@ -88,7 +88,7 @@ def methods_of(entries: Sequence[str | Mapping[str, Any]]) -> dict[str, Method]:
         entries: names of built-in methods, or ``{name: {from: built-in, adapter: ..., pruning: ...}}``.
 
     Raises:
-        ValueError: no such method, or a description that cannot work.
+        ValueError: there is no such method, or its description is invalid.
     """
     return {method.name: method for method in map(_method, entries)}
 
@@ -105,15 +105,15 @@ def _method(entry: str | Mapping[str, Any]) -> Method:
         raise ValueError(f"methods has {dict(entry)}, but an entry is a name, or one {{name: {{...}}}}")
     ((name, described),) = entry.items()
     if not isinstance(described, Mapping):
-        raise ValueError(f"methods has {name}: {described!r}, but what belongs there is {{from: ..., adapter: ...}}")
+        raise ValueError(f"methods has {name}: {described!r}, but its value must be {{from: ..., adapter: ...}}")
     if name in BUILT_IN:
         raise ValueError(f"methods describes {name}, which is a built-in method: give yours another name")
     known = (FROM, RANK_PER_BUDGET, *SECTIONS)
     for key in described:
         if key not in known:
             raise ValueError(
-                f"unknown key methods.{name}.{key}{nearest(key, known)}: a method has {', '.join(known)}, for all else "
-                "must be the same for all methods"
+                f"unknown key methods.{name}.{key}{nearest(key, known)}: a method has {', '.join(known)}; everything "
+                "else must be the same for all methods"
             )
     parent = _method(str(described.get(FROM, DYNAMIC)))
     factor = described.get(RANK_PER_BUDGET, parent.rank_per_budget)
@@ -129,8 +129,8 @@ def _method(entry: str | Mapping[str, Any]) -> Method:
         for key in own if section == "training" else ():
             if key not in OF_TRAINING:
                 raise ValueError(
-                    f"methods.{name}.training.{key} is set, but of training a method has {', '.join(OF_TRAINING)} "
-                    "only, for all else must be the same for all methods"
+                    f"methods.{name}.training.{key} is set, but a method may set only {', '.join(OF_TRAINING)} of "
+                    "training; everything else must be the same for all methods"
                 )
         sections[section] = {**parent.sections.get(section, {}), **own}
     changes = [f"{key} {value}" for section in SECTIONS for key, value in described.get(section, {}).items()]

@@ -1,4 +1,4 @@
-"""Pictures of a comparison."""
+"""Draws the pictures of a comparison."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,14 +12,14 @@ from dora_dist.runs.pictures import rank_grid, short_kinds
 
 COMPARISON = "comparison.png"
 RANKS = "ranks.png"
-# Okabe and Ito's colours, which colour-blind people can tell apart.
+# Okabe and Ito's colours, which colour-blind people can distinguish.
 BETTER, WORSE, UNDECIDED, BASELINE = "#0072B2", "#D55E00", "#666666", "#000000"
 MOST_NUMBERED = 400
-"""Cells of a rank map that are numbered at most."""
+"""Most cells of a rank map that show their number."""
 
 
 def draw_comparison(results: ComparisonResults, path: Path) -> None:
-    """For every task and budget: a dot for every seed, and the paired difference to the baseline."""
+    """For every task and budget, draw one dot per seed, and the paired difference from the baseline."""
     panels = results.by_task_and_budget()
     heights = [0.9 + 0.34 * len(groups) for groups in panels]
     figure, axes = pyplot().subplots(
@@ -30,7 +30,7 @@ def draw_comparison(results: ComparisonResults, path: Path) -> None:
         _draw_differences(right, groups, results)
     figure.suptitle(
         f"Every dot is a seed, every bar a mean. Right: paired by seed, with the {results.confidence:.0%} "
-        "confidence interval;\nblue: better than the baseline, orange: worse, grey: the interval holds 0"
+        "confidence interval;\nblue: better than the baseline, orange: worse, grey: the interval contains 0"
         f"{_marks(results)}",
         fontsize=10,
     )
@@ -61,7 +61,7 @@ def _label(group: GroupResult) -> str:
 
 
 def _marks(results: ComparisonResults) -> str:
-    """What the marks behind names mean, where there are some."""
+    """Explanation of the marks behind names, if any are used."""
     edge = "; ! rate at the edge of the grid" if any(group.at_edge for group in results.groups) else ""
     parameters = "; † other number of parameters" if any(group.parameters_differ for group in results.groups) else ""
     return edge + parameters
@@ -78,7 +78,7 @@ def _draw_differences(axis: Axes, groups: Sequence[GroupResult], results: Compar
         if difference.low is not None and difference.high is not None:
             axis.plot([difference.low, difference.high], [row, row], "-", color=colour, linewidth=2)
         axis.plot([difference.mean], [row], "D", color=colour, markersize=5.5)
-    axis.set_xlabel(f"difference to {baseline}")
+    axis.set_xlabel(f"difference from {baseline}")
     axis.set_yticks(range(len(groups)), [])
     axis.margins(x=0.12)
     _finish(axis, len(groups))
@@ -103,7 +103,7 @@ def _finish(axis: Axes, rows: int) -> None:
 
 
 def draw_rank_maps(results: ComparisonResults, path: Path) -> None:
-    """Mean final ranks, layers x module kinds: a column for every method, a row for every task and budget."""
+    """Draw mean final ranks, layers x module kinds: one column per method, one row per task and budget."""
     panels = results.by_task_and_budget()
     known = [group for groups in panels for group in groups if group.mean_ranks]
     if not known:

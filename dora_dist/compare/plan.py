@@ -1,4 +1,4 @@
-"""Which cells there are, and the configuration of the run of each."""
+"""The plan of a comparison: its cells, and the configuration of each cell's run."""
 
 import copy
 import dataclasses
@@ -21,23 +21,23 @@ REPORTED = "reported"
 """Names of the two held-out sources in a cell's run."""
 LOSS = "loss"
 PEER_TASKS = {ADALORA: (CAUSAL_LM, SEQUENCE_CLASSIFICATION), EVA: (CAUSAL_LM,)}
-"""Tasks that a method of PEFT can be trained and measured on (:mod:`dora_dist.compare.peers`)."""
+"""Tasks on which a PEFT method can be trained and measured (:mod:`dora_dist.compare.peers`)."""
 TASK_KEYS = ("search", "metric", "better")
 OWNED = {
-    "output_dir": "it is made of the names of the cell",
+    "output_dir": "it is derived from the cell's names",
     "seed": "set seeds",
     "adapter.target_rank": "set budgets",
     "adapter.alpha": "set alpha_over_rank, which is the same for all methods",
     "training.learning_rate": "set learning_rates",
     "distributed": "a cell is one process; start several workers instead",
-    "checkpoint.resume": "a cell goes on by itself",
+    "checkpoint.resume": "a cell resumes automatically",
 }
-"""Keys of a run that the comparison sets, with what to do instead."""
+"""Keys of a run that the comparison sets, and what to do instead."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """A row of the table: cells that differ in learning rate and seed only."""
+    """A row of the table: cells that differ only in learning rate and seed."""
 
     task: str
     budget: int
@@ -49,7 +49,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run."""
+    """One run of a comparison."""
 
     group: Group
     learning_rate: float
@@ -63,10 +63,10 @@ class Plan:
     """All cells of a comparison.
 
     Args:
-        config: of the comparison.
+        config: configuration of the comparison.
 
     Raises:
-        ValueError: the configuration of some cell cannot work; says of which.
+        ValueError: the configuration of a cell is invalid; names the cell.
     """
 
     def __init__(self, config: CompareConfig) -> None:
@@ -83,7 +83,7 @@ class Plan:
 
     @property
     def num_cells(self) -> int:
-        """Cells that will have been run in the end."""
+        """Total number of cells that will have run in the end."""
         searched, seeds = self.config.search_seeds, len(self.config.seeds)
         return len(self.groups) * (len(self.config.learning_rates) * searched + seeds - searched)
 
@@ -92,16 +92,16 @@ class Plan:
         return self.methods[group.method]
 
     def search_cells(self, group: Group) -> list[Cell]:
-        """Cells that the learning rate is chosen by."""
+        """Cells by which the learning rate is chosen."""
         seeds = self.config.seeds[: self.config.search_seeds]
         return [Cell(group, rate, seed) for rate in self.config.learning_rates for seed in seeds]
 
     def reported_cells(self, group: Group, learning_rate: float) -> list[Cell]:
-        """Cells that are reported, given the rate that was chosen; those of the search seeds are among the searched."""
+        """Cells that are reported at the chosen rate; those of the search seeds are also search cells."""
         return [Cell(group, learning_rate, seed) for seed in self.config.seeds]
 
     def possible_cells(self) -> Iterator[Cell]:
-        """Every cell that there could be, whatever is chosen."""
+        """Every cell that could exist, whatever rate is chosen."""
         for group in self.groups:
             for rate in self.config.learning_rates:
                 yield from self.reported_cells(group, rate)
@@ -113,7 +113,7 @@ class Plan:
         return self.folder.joinpath("cells", *parts)
 
     def lock_file(self, cell: Cell) -> Path:
-        """What a worker holds while it runs the cell."""
+        """File that a worker locks while it runs the cell."""
         name = "_".join(self.cell_folder(cell).relative_to(self.folder / "cells").parts)
         return self.folder / "locks" / f"{name}.lock"
 
@@ -122,7 +122,7 @@ class Plan:
         return str(self.config.tasks[task].get("metric", LOSS))
 
     def lower_is_better(self, task: str) -> bool:
-        """Whether the task's figure is better where it is lower."""
+        """Whether lower is better for the task's figure."""
         default = "lower" if self.metric(task).endswith(LOSS) else "higher"
         return bool(self.config.tasks[task].get("better", default) == "lower")
 
@@ -150,20 +150,20 @@ class Plan:
             )
 
     def _check_same_data(self) -> None:
-        """Methods are trained on the same rows, which is checked on their records again; cells cost too much for that
-        to be the first time."""
+        """Check that all methods are trained on the same rows. The records are checked again later, but cells are too
+        expensive to find out only then."""
         baseline = next(group for group in self.groups if group.method == self.config.baseline)
         wanted = self._templates[baseline].pruning.num_held_back
         for group, template in self._templates.items():
             if template.pruning.num_held_back != wanted:
                 raise ValueError(
-                    f"cells {group}: pruning.importance is {template.pruning.importance}, for which "
-                    f"{template.pruning.num_held_back} training rows are held back, and for {self.config.baseline} "
-                    f"{wanted} are, so that they would be trained on other data: choose another importance"
+                    f"cells {group}: pruning.importance {template.pruning.importance} holds back "
+                    f"{template.pruning.num_held_back} training rows, but {self.config.baseline} holds back {wanted}, "
+                    "so they would be trained on different data: choose another importance"
                 )
 
     def _template(self, group: Group) -> RunConfig:
-        """Of the group's cells, with the first seed and learning rate."""
+        """Configuration of the group's cells, with the first seed and learning rate."""
         try:
             config = config_of(self._values(group))
             self._check_peer(group, config)
@@ -179,18 +179,18 @@ class Plan:
         title, tasks = PEER_TITLES[peer], PEER_TASKS[peer]
         if config.task not in tasks:
             known = " and ".join(tasks)
-            raise ValueError(f"task is {config.task}, but {title} is compared on {known} only: leave it out")
+            raise ValueError(f"task is {config.task}, but {title} is compared on {known} only: remove it from methods")
         if LORA_PLUS_RATIO in config.training:
-            raise ValueError(f"training.{LORA_PLUS_RATIO} is set, which {title} does not know: leave it out")
+            raise ValueError(f"training.{LORA_PLUS_RATIO} is set, but {title} does not support it: remove it")
         if peer == ADALORA and start == group.budget:
-            raise ValueError(f"adapter.initial_rank is {start}, the budget, so that AdaLoRA has nothing to prune")
+            raise ValueError(f"adapter.initial_rank is {start}, the budget, so AdaLoRA has nothing to prune: raise it")
 
     def _target_rank(self, group: Group) -> int:
         factor = self.method(group).rank_per_budget
         rank = group.budget * factor
         if abs(rank - round(rank)) > 1e-6 or round(rank) < 1:
             raise ValueError(
-                f"{RANK_PER_BUDGET} is {factor:g}, which makes the target rank {rank:g} of the budget {group.budget}, "
+                f"{RANK_PER_BUDGET} is {factor:g}, which gives the target rank {rank:g} for budget {group.budget}, "
                 "but a rank is a whole number: change budgets or the factor"
             )
         return round(rank)
@@ -232,7 +232,7 @@ def _run_keys() -> tuple[str, ...]:
 
 
 def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections of later layers change keys of earlier ones; the values of keys are replaced as a whole."""
+    """Sections of later layers override keys of earlier ones; a key's value is replaced as a whole."""
     values: dict[str, Any] = {}
     for layer in layers:
         for key, value in layer.items():
@@ -253,7 +253,7 @@ def _refuse_owned(values: Mapping[str, Any], where: str) -> None:
 
 
 def _held_out(task: str, entries: Mapping[str, Any], data: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The two held-out sources, under the names that their figures are found by."""
+    """The two held-out sources, under the names by which their figures are found."""
     found = []
     for name, key, source in (
         (SEARCH, f"tasks.{task}.search", entries.get("search")),
@@ -261,8 +261,8 @@ def _held_out(task: str, entries: Mapping[str, Any], data: Mapping[str, Any]) ->
     ):
         if source is None:
             raise ValueError(
-                f"{key} is missing: a task needs data.eval, the split that is reported, and search, another one that "
-                "learning rates are chosen on"
+                f"{key} is missing: a task needs data.eval, the reported split, and search, another split for "
+                "choosing learning rates"
             )
         source = source[0] if isinstance(source, list) and len(source) == 1 else source
         if isinstance(source, list):
@@ -270,7 +270,7 @@ def _held_out(task: str, entries: Mapping[str, Any], data: Mapping[str, Any]) ->
         found.append({**({"path": source} if isinstance(source, str) else source), "name": name})
     if {**found[0], "name": ""} == {**found[1], "name": ""}:
         raise ValueError(
-            f"tasks.{task}: search and data.eval are the same source, so that learning rates would be chosen on what "
-            "is reported: give two splits"
+            f"tasks.{task}: search and data.eval are the same source, so learning rates would be chosen on reported "
+            "examples: use two separate splits"
         )
     return found

@@ -1,4 +1,4 @@
-"""The results of a comparison, from the cells' folders alone: ``results.json``."""
+"""Gathers the results of a comparison from its cells' folders alone: ``results.json``."""
 
 import dataclasses
 import math
@@ -21,7 +21,7 @@ RESULTS = "results.json"
 
 @dataclass(frozen=True, kw_only=True)
 class GroupResult:
-    """A row of the table: what the cells of a group give together.
+    """A row of the table: the combined results of a group's cells.
 
     Attributes:
         task: Name of the task.
@@ -29,24 +29,24 @@ class GroupResult:
         method: Name of the method.
         metric: Name of the metric that is compared.
         lower_is_better: Whether lower values of the metric are better.
-        learning_rate: The rate that was chosen; None before that, or where every rate has diverged.
-        search: Learning rate -> mean on the search split, None where a run diverged.
-        at_edge: ``lowest`` or ``highest`` where the chosen rate is that of the grid, else None.
+        learning_rate: The chosen rate; None before the choice, or if every rate has diverged.
+        search: Learning rate -> mean on the search split; None if a run diverged.
+        at_edge: ``lowest`` or ``highest`` if the chosen rate is at that edge of the grid, else None.
         searched: Whether there was more than one rate to choose from.
         reported: Seed -> value on the reported split.
-        mean: Mean of these.
+        mean: Mean of the reported values.
         deviation: Their sample standard deviation; None with fewer than two.
-        difference: To the baseline, paired by seed; None for the baseline itself.
-        p_holm: The p-value of the difference, adjusted for all comparisons of the table; None where there is none.
-        parameters: Mean number of elements of the saved LoRA factors that a prompt uses.
-        stored: Mean number of all of them.
-        parameters_of_baseline: The same of the baseline.
+        difference: Difference from the baseline, paired by seed; None for the baseline itself.
+        p_holm: The difference's p-value, adjusted for all comparisons of the table; None without a p-value.
+        parameters: Mean number of elements in the saved LoRA factors that a prompt uses.
+        stored: Mean number of all elements in the saved LoRA factors.
+        parameters_of_baseline: ``parameters`` of the baseline.
         parameters_differ: Whether the two differ by more than one component of the widest layer.
         seconds: Mean seconds of training.
         steps: Optimizer steps.
         initial_rank: Components of a layer at the start.
         mean_ranks: Layer -> mean number of components that are kept.
-        missing: What the row lacks, in words.
+        missing: What is missing for this row, in words.
     """
 
     task: str
@@ -88,16 +88,16 @@ class ComparisonResults:
 
     Attributes:
         command: The command that makes this comparison.
-        written: When the results were gathered.
-        began: When the first cell was begun; None without any.
-        commits: Commits that the cells were run at.
-        dirty: Whether a cell was run from sources that were not committed.
+        written: Time at which the results were gathered.
+        began: Time at which the first cell began; None without any cell.
+        commits: Commits of the sources that ran the cells.
+        dirty: Whether a cell was run from uncommitted sources.
         config: The configuration of the comparison.
-        methods: Method -> what it is, in words.
+        methods: Method -> description.
         confidence: Level of the confidence intervals.
-        comparisons: Number of differences to a baseline.
+        comparisons: Number of differences from a baseline.
         notes: Notes on the data.
-        complete: Whether no row lacks a cell.
+        complete: Whether all cells of all rows are finished.
         groups: Rows of the table.
         cells: The cells, as ``results.json`` holds them.
     """
@@ -121,7 +121,7 @@ class ComparisonResults:
         return {**dataclasses.asdict(self), "groups": [group.as_dict() for group in self.groups]}
 
     def by_task_and_budget(self) -> list[list[GroupResult]]:
-        """The rows that are compared with each other, in the order of the table."""
+        """Groups of rows that are compared with each other, in the order of the table."""
         panels: dict[tuple[str, int], list[GroupResult]] = {}
         for group in self.groups:
             panels.setdefault((group.task, group.budget), []).append(group)
@@ -137,7 +137,7 @@ def gather(plan: Plan, notes: Sequence[str], command: str) -> ComparisonResults:
         command: The command that makes this comparison.
 
     Raises:
-        ValueError: Cells that are compared were not run under the same conditions.
+        ValueError: Compared cells were run under different conditions.
     """
     progress = Progress(plan)
     choices = {group: progress.choice(group) for group in plan.groups}
@@ -171,7 +171,7 @@ def write_results(results: ComparisonResults, path: Path) -> None:
 
 
 def _reported(plan: Plan, progress: Progress, group: Group, choice: RateChoice | None) -> dict[int, CellResult]:
-    """Seed -> result, of the group's reported cells that have not diverged."""
+    """Seed -> result, for the group's reported cells that are finished and have not diverged."""
     if choice is None:
         return {}
     found = {cell.seed: progress.result(cell) for cell in plan.reported_cells(group, choice.learning_rate)}
@@ -179,10 +179,10 @@ def _reported(plan: Plan, progress: Progress, group: Group, choice: RateChoice |
 
 
 def _check_same_conditions(reported: Mapping[Group, Mapping[int, CellResult]]) -> None:
-    """Methods are compared on one base, with the same data in the same order, and as many steps.
+    """Check that methods were compared on one base, with the same data in the same order, and the same number of steps.
 
     Raises:
-        ValueError: Two of them were not.
+        ValueError: Two methods differ in one of these.
     """
     first: dict[tuple[str, int], tuple[Group, Mapping[str, Any]]] = {}
     for group, results in reported.items():
@@ -193,7 +193,7 @@ def _check_same_conditions(reported: Mapping[Group, Mapping[int, CellResult]]) -
                 if settings[name] != expected[name]:
                     raise ValueError(
                         f"seed {seed}: {name} is {settings[name]!r} in cells {group} and {expected[name]!r} in "
-                        f"cells {other}, but must be the same: delete those that are wrong, and start again"
+                        f"cells {other}, but must be the same: delete the cells that are wrong, and start again"
                     )
 
 
@@ -234,13 +234,13 @@ def _group_result(
 
 
 def _difference(own: Mapping[int, CellResult], base: Mapping[int, CellResult]) -> Difference:
-    """To the baseline, over the seeds that both have."""
+    """Difference from the baseline, over the seeds that both have."""
     seeds = [seed for seed in own if seed in base]
     return paired_difference([own[seed].reported for seed in seeds], [base[seed].reported for seed in seeds])
 
 
 def _parameters_differ(own: Mapping[int, CellResult], base: Mapping[int, CellResult]) -> bool:
-    """Whether the mean numbers differ by more than one component of the widest layer."""
+    """Whether the mean numbers of parameters differ by more than one component of the widest layer."""
     if not own or not base:
         return False
     found, wanted = (fmean(result.parameters for result in results.values()) for results in (own, base))
@@ -248,7 +248,7 @@ def _parameters_differ(own: Mapping[int, CellResult], base: Mapping[int, CellRes
 
 
 def _missing(plan: Plan, progress: Progress, group: Group, choice: RateChoice | None) -> Iterator[str]:
-    """What the group's row lacks, in words."""
+    """What is missing for the group's row, in words."""
     cells = plan.search_cells(group)
     if choice is not None:
         cells = plan.reported_cells(group, choice.learning_rate)

@@ -1,4 +1,4 @@
-"""The configuration of a comparison: one YAML, as strict as that of a run."""
+"""The configuration of a comparison: one YAML file, checked as strictly as that of a run."""
 
 import contextlib
 import os
@@ -20,13 +20,13 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
 @dataclass(kw_only=True)
 class AdaLoraSettings:
-    """What is AdaLoRA's own; its ranks, scale and phases are those of the other methods.
+    """AdaLoRA's own settings; its ranks, scale and phases are those of the other methods.
 
     Args:
-        orth_reg_weight: of the orthogonal regularizer, once per optimizer step (PEFT's default).
+        orth_reg_weight: weight of the orthogonal regularizer, once per optimizer step (PEFT's default).
         beta1: smoothing of the sensitivity (PEFT's default).
         beta2: smoothing of the uncertainty (PEFT's default).
-        interval: optimizer steps between two allocations; null for pruning.interval of the run.
+        interval: optimizer steps between two allocations; null for the run's pruning.interval.
     """
 
     orth_reg_weight: float = 0.5
@@ -41,7 +41,7 @@ class AdaLoraSettings:
         require(self.interval is None or self.interval >= 1, "adalora.interval", self.interval, "be at least 1")
 
     def named(self) -> dict[str, Any]:
-        """Values by the names that they have in a comparison's configuration."""
+        """Values by their names in a comparison's configuration."""
         return {f"adalora.{name}": value for name, value in asdict(self).items()}
 
 
@@ -51,15 +51,16 @@ class CompareConfig:
 
     Args:
         output_dir: folder of the comparison: cells, table, pictures.
-        run: a run as for dora_dist.train, common to all cells.
-        tasks: name of a task and what is its own: sections of a run on top of the common ones, where data.eval is the
-            split that is reported; search, the split that learning rates are chosen on; metric, the held-out figure
-            (loss by default); better: lower or higher (lower for losses, higher for others by default).
+        run: configuration of a run as for dora_dist.train, common to all cells.
+        tasks: name of each task and its own settings: sections of a run that override the common ones, where data.eval
+            is the reported split; search, the split for choosing learning rates; metric, the compared held-out figure
+            (loss by default); better: lower or higher (by default lower for losses, higher for others).
         methods: names of built-in methods, or {name: {from: a built-in one, adapter: ..., pruning: ...}}.
         budgets: target ranks.
-        seeds: of data order, adapter start and dropout; the same for all methods, whose results are paired by them.
-        learning_rates: the grid, the same for all methods.
-        search_seeds: how many of the seeds, from the first, the learning rate is chosen on.
+        seeds: seeds of data order, adapter start and dropout; the same for all methods, whose results are paired by
+            them.
+        learning_rates: learning rates to choose from, the same for all methods.
+        search_seeds: number of seeds, from the first, on which the learning rate is chosen.
         baseline: method that the others are compared with, seed by seed.
         alpha_over_rank: factor of the adapter's output, alpha / initial rank, the same for all methods.
         adalora: see the group below.
@@ -95,7 +96,7 @@ class CompareConfig:
         for name in (*self.tasks, *self.built_methods()):
             good = NAME.fullmatch(name) is not None
             require(
-                good, "a name of a task or method", repr(name), "be letters, digits and _.+-, for it names a folder"
+                good, "a name of a task or method", repr(name), "be letters, digits and _.+-, because it names a folder"
             )
         names = ", ".join(self.built_methods())
         require(self.baseline in self.built_methods(), "baseline", repr(self.baseline), f"be one of methods: {names}")
@@ -104,7 +105,7 @@ class CompareConfig:
         """The methods by name, in their order.
 
         Raises:
-            ValueError: one is described in a way that cannot work.
+            ValueError: the description of a method is invalid.
         """
         return methods_of(self.methods)
 
@@ -113,7 +114,7 @@ def parse_compare(arguments: Sequence[str] | None = None) -> CompareConfig:
     """Read the configuration of a comparison from ``--config FILE`` and ``--key value`` on top of it.
 
     Raises:
-        ValueError: as :func:`~dora_dist.config.parse.parse_config` does.
+        ValueError: as in :func:`~dora_dist.config.parse.parse_config`.
     """
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile)
@@ -126,8 +127,8 @@ def parse_compare(arguments: Sequence[str] | None = None) -> CompareConfig:
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Arguments for the parser, and keys of ``run`` and ``tasks`` with their values: the parser would put the last such
-    key in the place of its whole section."""
+    """Arguments for the parser, and (key, value) pairs for ``run`` and ``tasks``. The parser would let the last such
+    key replace its whole section."""
     plain: list[str] = []
     nested: list[tuple[str, str]] = []
     words = iter(arguments)
@@ -154,7 +155,7 @@ def _set(config: CompareConfig, key: str, text: str) -> None:
 
 
 def _value(text: str) -> Any:
-    """As in a YAML file, with 1e-3 for a number."""
+    """Reads a value as in a YAML file, but with 1e-3 as a number."""
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:

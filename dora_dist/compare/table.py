@@ -1,4 +1,4 @@
-"""The table of a comparison: ``results.md``."""
+"""Formats the table of a comparison: ``results.md``."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -70,7 +70,7 @@ def _parameters(group: GroupResult) -> str:
 
 
 def _difference_cells(group: GroupResult) -> tuple[str, str]:
-    """The difference with its interval, and the p-value with the adjusted one."""
+    """Two cells: the difference with its interval, and the p-value with the adjusted one."""
     difference = group.difference
     if difference is None:
         return "", ""
@@ -88,12 +88,12 @@ def _remarks(results: ComparisonResults) -> Iterator[str]:
     if len(config.learning_rates) > 1:
         yield (
             f"The learning rate of every method was chosen from {rates} by the mean over {config.search_seeds} of "
-            "the seeds on the split `search`, which is not the reported one. Figures are of the last step."
+            "the seeds on the split `search`, which is not the reported one. Figures are from the last step."
         )
     else:
-        yield f"The learning rate was not searched: it is {rates} for all methods. Figures are of the last step."
+        yield f"The learning rate was not searched: it is {rates} for all methods. Figures are from the last step."
     yield (
-        f"Differences are paired by seed; their intervals are Student's, the p-values those of the paired t test. "
+        f"Differences are paired by seed, with Student's intervals; p-values are from the paired t test. "
         f"{results.comparisons} comparisons were made: the p-values in brackets are adjusted for that (Holm), the "
         "intervals are not."
     )
@@ -103,8 +103,8 @@ def _remarks(results: ComparisonResults) -> Iterator[str]:
     )
     if any(group.stored != group.parameters for group in groups):
         yield (
-            "Of an adapter with prompt routing, parameters are those that a prompt uses if all modules of a block are "
-            "chosen equally often; routers do not count."
+            "For an adapter with prompt routing, parameters are those that a prompt uses if all modules of a block are "
+            "chosen equally often; routers are not counted."
         )
     if any(group.parameters_differ for group in groups):
         yield f"† differs from {config.baseline} by more than one component of the widest layer."
@@ -116,4 +116,4 @@ def _remarks(results: ComparisonResults) -> Iterator[str]:
             )
     yield from results.notes
     if len(results.commits) > 1:
-        yield f"Cells are of several commits: {', '.join(results.commits)}."
+        yield f"Cells were run at several commits: {', '.join(results.commits)}."

@@ -1,7 +1,7 @@
-"""Working through the cells, beside any number of other workers on the same folder.
+"""Works through the cells, together with any number of other workers on the same folder.
 
-A worker claims a cell by a lock that ends with its process, whatever ends that. A cell that is not finished and not
-locked is anybody's, and is resumed where it was.
+A worker claims a cell by a lock that ends with its process, however that ends. Any worker may run a cell that is
+neither finished nor locked, and resumes it where it stopped.
 """
 
 import time
@@ -21,11 +21,11 @@ POLL_SECONDS = 1.0
 
 
 class Progress:
-    """What has become of the cells so far, as the folders show it.
+    """The state of the cells so far, read from their folders.
 
     Args:
         plan: The comparison.
-        since: Time of the clock from which on a failure counts; a cell that failed earlier is tried again.
+        since: Time (seconds since the epoch) from which on a failure counts; cells that failed earlier are run again.
     """
 
     def __init__(self, plan: Plan, since: float = 0.0) -> None:
@@ -40,12 +40,12 @@ class Progress:
         return self._results.get(cell)
 
     def failure(self, cell: Cell) -> str | None:
-        """Why the cell has failed, if it has."""
+        """Why the cell failed, or None."""
         failure = read_failure(self.plan.cell_folder(cell))
         return failure["error"] if failure is not None and failure["when"] >= self._since else None
 
     def choice(self, group: Group) -> RateChoice | None:
-        """The group's learning rate, once all its search cells are finished; None before, or where all diverged."""
+        """The group's learning rate once all its search cells are finished; None before, or if all diverged."""
         figures: dict[float, list[float]] = {rate: [] for rate in self.plan.config.learning_rates}
         for cell in self.plan.search_cells(group):
             result = self.result(cell)
@@ -55,8 +55,8 @@ class Progress:
         return choose(figures, self.plan.lower_is_better(group.task))
 
     def known_cells(self) -> Iterator[Cell]:
-        """Cells of which it is certain that they are to be run, group by group, so that rows of the table are completed
-        one after another: those of the search, then those at the chosen rate."""
+        """Cells that are certain to be needed, group by group, which completes the table row by row: first the search
+        cells, then those at the chosen rate."""
         for group in self.plan.groups:
             yield from self.plan.search_cells(group)
             if (choice := self.choice(group)) is not None:
@@ -65,7 +65,7 @@ class Progress:
                 yield from (cell for cell in reported if cell not in searched)
 
     def open_cells(self) -> list[Cell]:
-        """Cells to run that have neither been finished nor failed."""
+        """Needed cells that have neither finished nor failed."""
         return [cell for cell in self.known_cells() if self.result(cell) is None and self.failure(cell) is None]
 
     def finished(self) -> int:
@@ -79,7 +79,7 @@ class Worker:
     Args:
         plan: The comparison.
         data: Task -> its data.
-        workers: Number of processes that share the cells, for the time that is left.
+        workers: Number of processes that share the cells, for the estimate of remaining time.
     """
 
     def __init__(self, plan: Plan, data: Mapping[str, TaskData], workers: int) -> None:
@@ -92,22 +92,22 @@ class Worker:
         self._seconds: list[float] = []
 
     def work(self) -> None:
-        """Run cells until none is left that could be run.
+        """Run cells until no cell is left to run.
 
         Raises:
-            PreemptedError: The process was told to stop.
+            PreemptedError: The process received a signal to stop.
         """
         (self._plan.folder / "locks").mkdir(parents=True, exist_ok=True)
         while open_cells := self._progress.open_cells():
             if not any(self._run_if_free(cell) for cell in open_cells):
-                time.sleep(POLL_SECONDS)  # all are others', whose ends may open new ones
+                time.sleep(POLL_SECONDS)  # other workers run them all; when these end, new cells may be known
 
     def _run_if_free(self, cell: Cell) -> bool:
-        """Run the cell if no other worker does; returns whether it was free."""
+        """Run the cell if no other worker does. Returns whether it was free."""
         try:
             with FileLock(self._plan.lock_file(cell), timeout=0):
                 if self._progress.result(cell) is not None or self._progress.failure(cell) is not None:
-                    return True  # another has ended it since we looked
+                    return True  # another worker has finished it in the meantime
                 began = time.monotonic()
                 identity = identity_of(self._plan, cell, self._data[cell.group.task].digests)
                 reason = run_cell(self._plan, cell, identity, self._environment)
@@ -118,7 +118,7 @@ class Worker:
         return True
 
     def _line(self, cell: Cell, reason: str | None) -> str:
-        """The cell's line for the terminal; ``reason`` says why it has not come to its end."""
+        """The cell's line for the terminal; ``reason`` is its failure, or None."""
         done, total = self._progress.finished(), self._plan.num_cells
         result = self._progress.result(cell)
         if reason is not None:

@@ -1,13 +1,13 @@
-"""Checks of single values, with the message that a user needs."""
+"""Checks of single configuration values, with their error messages."""
 
 import difflib
 from collections.abc import Iterable
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``; did you mean X?``, or nothing where no known name is near."""
+    """``; did you mean X?``, or an empty string where no known name is close."""
     known = sorted(known)
-    # The right key in the wrong section, before a similar one.
+    # The right key in the wrong section comes before a similar key.
     near = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
     near = near or difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {near[0]}?" if near else ""
@@ -32,16 +32,16 @@ ELSEWHERE = {
     "training.per_device_train_batch_size": ("batch_size", "micro_batch_size"),
     "training.num_train_epochs": ("num_epochs", "epochs"),
 }
-"""Key of this program -> what other trainers call it."""
+"""Key of this program -> its names in other trainers."""
 
 
 def of_other_trainers(name: str) -> str:
-    """``; here it is X`` for a key that other trainers have under this name, or nothing."""
+    """``; here it is X`` if other trainers use this name for key X, otherwise an empty string."""
     last = name.rsplit(".", 1)[-1]
     return next((f"; here it is {key}" for key, names in ELSEWHERE.items() if last in names), "")
 
 
 def require(holds: bool, name: str, value: object, rule: str) -> None:
-    """Raise a ``ValueError`` with name, value and rule where the rule does not hold."""
+    """Raise a ``ValueError`` with name, value and rule if the rule does not hold."""
     if not holds:
         raise ValueError(f"{name} is {value}, but must {rule}")

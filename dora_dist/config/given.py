@@ -1,7 +1,7 @@
-"""What a configuration says in the words of its author.
+"""The values of a configuration as its author wrote them.
 
-jsonargparse reads every text of a file as YAML a second time, so that ``"no"`` becomes false and ``"3"`` a number. Here
-is what keeps text that was written as text.
+jsonargparse reads every text of a file as YAML a second time, which turns ``"no"`` into false and ``"3"`` into a
+number. This module keeps quoted text as text.
 """
 
 import dataclasses
@@ -15,20 +15,20 @@ import yaml
 from jsonargparse import get_loader
 
 TRAINING = "training"
-"""The section without a class of its own, whose keys the command line sets one by one."""
+"""The section without a dataclass; the command line sets its keys one by one."""
 
 
 def config_files(arguments: Sequence[str]) -> list[Path]:
-    """Files that a command line gives as ``--config``."""
+    """Files that a command line passes as ``--config``."""
     return [Path(value) for option, value in options(arguments) if option == "config"]
 
 
 def given_by(arguments: Sequence[str], keys: Iterable[str]) -> dict[str, Any]:
-    """Values of keys as a command line and its files have them, without the numbers and texts that it sets itself
-    outside of the section ``training``, which the parser leaves as they are.
+    """Values of keys as written in a command line and its files. Numbers and texts that the command line itself sets
+    outside the section ``training`` are omitted: the parser does not change them.
 
     Args:
-        arguments: of the command line; its files can be read.
+        arguments: the command line's arguments; its files must be readable.
         keys: dotted names of all keys of the configuration.
     """
     keys = list(keys)
@@ -46,12 +46,12 @@ def given_by(arguments: Sequence[str], keys: Iterable[str]) -> dict[str, Any]:
             elif option != "config":
                 given = {key: value for key, value in given.items() if not f"{key}.".startswith(f"{option}.")}
     except yaml.YAMLError:
-        return {}  # the parser says what is wrong with it
+        return {}  # the parser reports the error
     return given
 
 
 def values_of(nested: object, keys: Iterable[str]) -> dict[str, Any]:
-    """Dotted key -> its value, for those that are there."""
+    """Dotted key -> value, for the keys that are present."""
     found = {}
     for key in keys:
         value = nested
@@ -63,7 +63,7 @@ def values_of(nested: object, keys: Iterable[str]) -> dict[str, Any]:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with ``section.key`` names."""
+    """Nested mappings as a flat one with ``section.key`` names."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -71,15 +71,15 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def keep_text(parsed: Any, given: Mapping[str, Any], section: type) -> None:
-    """Put what was given into the place of what the parser has made of it, where that is something else.
+    """Restore the given values where the parser has turned them into something else.
 
     Args:
-        parsed: values by dotted key; changed.
-        given: see :func:`given_by`.
+        parsed: values by dotted key; changed in place.
+        given: result of :func:`given_by`.
         section: dataclass of the configuration.
 
     Raises:
-        ValueError: a text is in the place of a number or a switch.
+        ValueError: a number or a switch was given as quoted text.
     """
     for key, value in given.items():
         if isinstance(value, dict | list):
@@ -88,12 +88,12 @@ def keep_text(parsed: Any, given: Mapping[str, Any], section: type) -> None:
             hint = _hint_of(section, key)
             if not _takes_text(hint, value):
                 wanted = "true or false" if hint is bool else "a number"
-                raise ValueError(f"{key} is the text {value!r}, but must be {wanted}: leave the quotation marks out")
+                raise ValueError(f"{key} is the text {value!r}, but must be {wanted}: remove the quotation marks")
             parsed[key] = value
 
 
 def options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Name and value of the options of a command line, as ``--name value`` or ``--name=value``."""
+    """Name and value of each option in a command line, written as ``--name value`` or ``--name=value``."""
     for word, after in pairwise([*arguments, ""]):
         name, equals, value = word.partition("=")
         if name.startswith("--"):

@@ -1,4 +1,4 @@
-"""Reading a configuration: YAML files, command lines, and messages about what is wrong with them."""
+"""Reads a configuration from YAML files and command lines, and explains what is wrong with it."""
 
 import dataclasses
 import re
@@ -19,7 +19,7 @@ from dora_dist.config.run import RunConfig
 from dora_dist.config.training import owner_of
 
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
-"""Types by the names that jsonargparse gives them, in words."""
+"""jsonargparse's names of types, in words."""
 
 
 def build_parser() -> ArgumentParser:
@@ -31,8 +31,8 @@ def build_parser() -> ArgumentParser:
         description="Dynamic Low-Rank Adaptation (ACL 2024), not weight-decomposed DoRA. Starts one rank for each GPU, "
         "or --processes N; accelerate launch --config_file launch/X.yaml -m dora_dist.train --config CONFIG starts the "
         "same ranks. Every key of the YAML can be overridden as --section.key value. --dry-run checks all that can be "
-        "checked without reading weights, and says what the run would do, on --world-size N ranks, and how long it "
-        "would take at --tokens-per-second N; it starts none.",
+        "checked without reading weights and starts no rank. It reports what the run would do on --world-size N ranks, "
+        "and how long it would take at --tokens-per-second N.",
         exit_on_error=False,
         allow_abbrev=False,
     )
@@ -45,8 +45,8 @@ def build_parser() -> ArgumentParser:
 
 @cache
 def _parser_of(preset: str) -> ArgumentParser:
-    """With the defaults of a preset. A comparison has hundreds of configurations, each of which would wait a tenth of a
-    second for a parser of its own."""
+    """A parser with the defaults of a preset. Cached: a comparison has hundreds of configurations, and building a
+    parser takes a tenth of a second."""
     parser = build_parser()
     parser.set_defaults({"preset": preset, **PRESETS[preset]})
     return parser
@@ -59,15 +59,15 @@ def parse_config(arguments: Sequence[str] | None = None) -> RunConfig:
         arguments: such as ``["--config", "configs/x.yaml", "--adapter.target_rank", "4"]``; ``sys.argv`` by default.
 
     Raises:
-        ValueError: unknown key (the nearest one is offered), wrong type, impossible value, unreadable file.
+        ValueError: unknown key (the message names the nearest one), wrong type, impossible value, unreadable file.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     for option in (word.partition("=")[0] for word in arguments if word.startswith("--training.")):
-        # The parser would put it into the place of the whole mapping, as text.
+        # The parser would use it as the whole mapping, as text.
         whole, dot, _ = option.removeprefix("--training.").partition(".")
         if dot:
             raise ValueError(
-                f"{option} is one entry of training.{whole}: give all of them in the file, or at once as "
+                f"{option} is one entry of training.{whole}: give all entries in the file, or together as "
                 f"--training.{whole} '{{name: value}}'"
             )
     return RunConfig(**parse_strictly(lambda: _parser_of(given_preset(arguments)), arguments, RunConfig))
@@ -79,9 +79,9 @@ def parse_strictly(
     """Values of a command line with ``--config FILE``, without ``config`` itself.
 
     Args:
-        make_parser: of the command; called when the files can be read.
-        arguments: of the command line.
-        section: dataclass that the files describe; its keys are refused where they are null and must not be.
+        make_parser: makes the command's parser; called once the files are known to be readable.
+        arguments: the command line's arguments.
+        section: dataclass that the files describe; null values of its keys are refused where a value is required.
 
     Raises:
         ValueError: see :func:`parse_config`.
@@ -96,7 +96,7 @@ def parse_strictly(
 
 
 def _check_files(arguments: Sequence[str], section: type) -> None:
-    """Refuse files of a command line that cannot be read."""
+    """Refuse a command line's files that cannot be read."""
     for path in config_files(arguments):
         if not path.is_file():
             what = f"{path} is a folder" if path.is_dir() else f"there is no file {path}"
@@ -107,17 +107,17 @@ def _check_files(arguments: Sequence[str], section: type) -> None:
 
 
 def config_of(values: Mapping[str, Any]) -> RunConfig:
-    """The configuration of a run that a program has put together, as strict as one from a file.
+    """A run's configuration from values assembled by a program, checked as strictly as a file.
 
     Args:
-        values: nested as in the YAML.
+        values: values, nested as in the YAML.
 
     Raises:
         ValueError: see :func:`parse_config`.
     """
     entries = {entry.name: entry.type for entry in dataclasses.fields(RunConfig)}
     for name, value in values.items():
-        if name not in entries:  # the parser would let an empty section pass
+        if name not in entries:  # the parser would accept an empty section
             raise ValueError(f"unknown key {name}{_hint(name, set(entries))}")
         if (dataclasses.is_dataclass(entries[name]) or name == "training") and not isinstance(value, Mapping):
             raise ValueError(f"{name} is {value!r}, but must be a section of the configuration of a run")
@@ -146,10 +146,10 @@ def _keys(parser: ArgumentParser) -> set[str]:
 
 
 def _instances(parsed: Any, given: Mapping[str, Any], section: type) -> dict[str, Any]:
-    """The sections and values of a configuration, with text as it was given."""
+    """The configuration's sections and values, with text as it was given."""
     keep_text(parsed, given, section)
     hints = get_type_hints(section)
-    # Not parser.instantiate, which reads text in mappings as YAML once more (jsonargparse 4.53).
+    # Not parser.instantiate, which reads text in mappings as YAML again (jsonargparse 4.53).
     return {
         name: hints[name](**value.as_dict()) if dataclasses.is_dataclass(hints[name]) else value
         for name, value in vars(parsed).items()
@@ -158,7 +158,7 @@ def _instances(parsed: Any, given: Mapping[str, Any], section: type) -> dict[str
 
 
 def _refuse_repeated_keys(path: Path) -> None:
-    """YAML takes the last of several equal keys, and the others would be lost without a word."""
+    """YAML silently takes the last of several equal keys, and drops the others."""
 
     def check(node: yaml.Node | None, prefix: str) -> None:
         if not isinstance(node, yaml.MappingNode):
@@ -167,18 +167,18 @@ def _refuse_repeated_keys(path: Path) -> None:
         for key, value in node.value:
             name = f"{prefix}{key.value}"
             if name in seen:
-                raise ValueError(f"{path}, line {key.start_mark.line + 1}: the key {name} is there twice")
+                raise ValueError(f"{path}, line {key.start_mark.line + 1}: the key {name} appears twice")
             seen.add(name)
             check(value, f"{name}.")
 
     try:
         check(yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader), "")
     except yaml.YAMLError:
-        return  # the parser says what is wrong with it
+        return  # the parser reports the error
 
 
 def _refuse_nulls(path: Path, section: type) -> None:
-    """A key without a value is null, which the parser takes for any key of a file."""
+    """A key without a value is null, which the parser accepts for any key of a file."""
 
     def check(values: object, section: type, prefix: str) -> None:
         hints = get_type_hints(section)
@@ -192,17 +192,17 @@ def _refuse_nulls(path: Path, section: type) -> None:
     try:
         check(yaml.safe_load(path.read_text(encoding="utf-8")), section, "")
     except yaml.YAMLError:
-        return  # the parser says what is wrong with it
+        return  # the parser reports the error
 
 
 def _hint(key: str, keys: set[str]) -> str:
-    """What an unknown key is called here, where that is known."""
+    """A hint at the right name of an unknown key, or an empty string."""
     last = key.rsplit(".", 1)[-1]
     return of_other_trainers(key) or owner_of(last) or nearest(key, keys)
 
 
 def _explain(message: str, parser: ArgumentParser) -> str:
-    """jsonargparse's message, with the nearest valid key where the key is unknown."""
+    """jsonargparse's message, with the nearest valid key if the key is unknown."""
     keys = _keys(parser)
     unknown = re.search(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'", message)
     if unknown:
@@ -221,7 +221,8 @@ def _explain(message: str, parser: ArgumentParser) -> str:
 
 
 def _wrong_type(message: str) -> str | None:
-    """jsonargparse's message on a value of another type in words; None where it is none, or a type has no words."""
+    """jsonargparse's message about a value of the wrong type, in words. None if it is another message, or a type has
+    no words."""
     key = re.search(r"^(?:Parser key )?\"([\w.]+)\":", message)
     value = re.search(r"^ *(?:Expected [^\n]*\. Got|Given) value: ([^\n]*)$", message, re.MULTILINE)
     types = re.search(r"Subtypes: \[(.*)\]$|Expected an? (.*?)(?:\. Got value: [^\n]*)?$", message, re.MULTILINE)

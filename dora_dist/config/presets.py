@@ -1,7 +1,6 @@
-"""Settings of the method under one name: defaults of the sections ``adapter`` and ``pruning``.
+"""Presets: named sets of defaults for the sections ``adapter`` and ``pruning``.
 
-A preset never changes: what it means is written out into the config.yaml of a run, and another setting gets another
-name.
+A preset never changes: a run's config.yaml has all its values written out, and new settings get a new name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from dora_dist.config.given import config_files, options
 PresetName = Literal["2026-11", "paper", "lora"]
 PAPER: PresetName = "paper"
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    # What docs/evidence.md speaks for: a start from data, and what is pruned is pruned in the first tenth.
+    # What docs/evidence.md supports: a start from data, and all pruning within the first tenth.
     "2026-11": {
         "adapter.init": "inputs",
         "pruning.importance": "gate_sensitivity",
@@ -25,21 +24,21 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "pruning.warmup_fraction": 0.04,
         "pruning.final_fraction": 0.9,
     },
-    # The defaults of the sections themselves.
+    # The sections' own defaults.
     PAPER: {},
-    # Nothing is gated, and nothing is pruned.
+    # No gates and no pruning.
     "lora": {"adapter.train_gates": False, "pruning.rule": "none"},
 }
 DEFAULT: PresetName = "2026-11"
-"""Of a configuration that names none."""
+"""The preset of a configuration that names none."""
 assert PRESETS.keys() == set(get_args(PresetName))
 
 
 def given_preset(arguments: Sequence[str]) -> str:
-    """The preset that a command line and its files choose.
+    """The preset chosen by a command line and its files.
 
     Raises:
-        ValueError: there is none of this name, or it would change nothing.
+        ValueError: there is no preset of this name, or it would have no effect.
     """
     name: str = DEFAULT
     complete: Path | None = None
@@ -47,7 +46,7 @@ def given_preset(arguments: Sequence[str]) -> str:
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
         except yaml.YAMLError:
-            continue  # the parser says what is wrong with it
+            continue  # the parser reports the error
         if isinstance(values, Mapping):
             name = preset_of(values)
             complete = path if "format_version" in values else complete
@@ -56,18 +55,18 @@ def given_preset(arguments: Sequence[str]) -> str:
             continue
         if _known(value) != name and complete is not None:
             raise ValueError(
-                f"preset is {value}, but {complete} was written by a run and has every key, of preset {name}, so that "
-                "another one would change nothing: leave it out, or take the file that the run was started with"
+                f"preset is {value}, but {complete} was written by a run and sets every key, from preset {name}: "
+                "another preset would have no effect; omit it, or use the file that the run was started with"
             )
         name = value
     return name
 
 
 def preset_of(values: Mapping[str, Any]) -> str:
-    """The preset of a configuration, nested as in the YAML. What a run wrote before there were presets is the paper's.
+    """The preset of a configuration, nested as in the YAML. Runs from before there were presets have the paper's.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: there is no preset of this name.
     """
     return _known(values.get("preset", PAPER if "format_version" in values else DEFAULT))
 

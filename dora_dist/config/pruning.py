@@ -24,25 +24,25 @@ BOUNDS = {
     GROW: "adapter.slots is the bound",
     MODULES_PER_LAYER: "modules stay whole",
 }
-"""Rules that know neither re-basing nor a highest rank, and why."""
+"""Rules that allow neither re-basing nor a highest rank, and why."""
 ABLATION, ABLATION_GRADIENT = "ablation", "ablation_gradient"
 ABLATIONS = (ABLATION, ABLATION_GRADIENT)
-"""The importances that are measured at events, on training rows that are held back for it."""
+"""The importances that are measured at events, on held-back training rows."""
 ABLATING = (MOVE, MODULES_PER_LAYER)
 """The rules whose events may select by :data:`ABLATIONS`."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """How an event may select, beside the budget.
+    """Bounds and options of an event's selection, beside the budget.
 
     Args:
-        min_rank: Components that every layer keeps at least.
-        max_rank: Components that any layer keeps at most in the end; None for no bound.
-        regrow: Prune softly before the final event (the gate is set to 0 and may grow back), as the paper does;
-            otherwise pruned components stay out for good.
-        rebase: Before an event selects, turn every layer's components into the singular vectors of its update, and
-            score those as they are then, without the past.
+        min_rank: Least number of components that every layer keeps.
+        max_rank: Most components that a layer may keep in the end; None for no bound.
+        regrow: Prune softly before the final event, as in the paper: the gate is set to 0 and may grow back. Otherwise
+            pruning is permanent.
+        rebase: Before an event selects, replace every layer's components by the singular vectors of its update, and
+            score these without smoothing.
 
     Raises:
         ValueError: The values contradict each other.
@@ -57,9 +57,9 @@ class Selection:
         require(self.min_rank >= 0, "pruning.min_rank", self.min_rank, "be at least 0")
         if self.max_rank is not None and not self.regrow:
             raise ValueError(
-                f"pruning.max_rank is {self.max_rank} and regrow is false: what is pruned for good early could be "
-                "needed to fill the final budget under the bound; set pruning.regrow to true, or pruning.max_rank to "
-                "null"
+                f"pruning.max_rank is {self.max_rank} and regrow is false: components that are pruned permanently at "
+                "an early event could be needed to fill the final budget under the bound; set pruning.regrow to true, "
+                "or pruning.max_rank to null"
             )
 
 
@@ -69,35 +69,36 @@ class PruningConfig:
 
     Args:
         rule: prune (from adapter.initial_rank down to the budget of adapter.target_rank), move (ALoRA's: the budget is
-            met from the start; at every event the lowest components go, and the layers that lost none get as many, in
-            their adapter.slots), grow (IncreLoRA's: from adapter.initial_rank, 1 by default, up to the budget; at every
-            event the best layers get a component each; layers have a score of their own, and importance, smoothing and
-            equilibrium_weight have no effect), modules_per_layer (a LoRA of rank adapter.target_rank; where pruning
-            would end, the best modules of every block stay, and plan.json gives them the whole budget, for other runs),
-            or none (the ranks stay as adapter.ranks says, and the other keys of this section have no effect).
+            met from the start; every event removes the lowest components, and the layers that lost none get as many, in
+            their adapter.slots), grow (IncreLoRA's: from adapter.initial_rank, 1 by default, up to the budget; every
+            event gives one component to each of the best layers; layers have a score of their own, and importance,
+            smoothing and equilibrium_weight have no effect), modules_per_layer (a LoRA of rank adapter.target_rank; at
+            the step of the last event, the best modules of every block stay, and plan.json gives them the whole budget,
+            for later runs), or none (the ranks stay as adapter.ranks sets them, and the other keys of this section have
+            no effect).
         warmup_fraction: share of the run before pruning begins.
         final_fraction: share of the run after the last pruning event, with a fixed mask.
-        interval: steps between two events; auto for a twentieth of those from the first event to the last.
-        importance: by what components are judged: frobenius (the paper's share in the norm of their layer's update),
+        interval: steps between two events; auto is a twentieth of the steps from the first event to the last.
+        importance: criterion that scores components: frobenius (the paper's share in the norm of their layer's update),
             magnitude (their norm as it is), squared_magnitude (its square), gate_sensitivity (first-order effect on the
             loss of removing them, summed over the steps since the last event), loss_change (how much their own movement
-            has lowered the loss, to first order, summed over the steps of the run), or random (to compare with); with
+            has lowered the loss, to first order, summed over the steps of the run), or random (a baseline); with
             rules move and modules_per_layer also ablation (ALoRA's: the loss on scoring_rows without the component,
-            less that with it alone; two forwards of all rows for each component, so for small models) or
+            minus the loss with it alone; two forwards of all rows for each component, so for small models) or
             ablation_gradient (the same to second order, by two backward passes over the rows).
-        budget_unit: what the budget counts: components (the paper's), or parameters, of which a component has as many
-            as its layer has inputs and outputs, so that the result has the parameters of a uniform rank target_rank.
-        smoothing: weight of the past in the smoothed scores, in [0, 1); gate_sensitivity and loss_change are summed
-            instead.
+        budget_unit: unit of the budget: components (the paper's), or parameters (a component has as many as its layer
+            has inputs and outputs; the result then has as many parameters as an adapter of uniform rank target_rank).
+        smoothing: weight of the past in the smoothed scores, in [0, 1); no effect on gate_sensitivity and loss_change,
+            which are sums.
         equilibrium_weight: weight of the Dimensional Equilibrium Modulator in the loss until the last event; 0 is off.
         regrow: a component pruned before the last event may grow back (the paper's gentle pruning).
-        rebase: before an event, turn the components of each layer into the singular vectors of its update, which leaves
-            the model as it is, and judge those; smoothing is not used then.
-        min_rank: components that every layer keeps at least.
-        max_rank: components that any layer keeps at most in the end; null for no bound.
-        moved_per_event: with rule move, components of the whole model that an event moves.
-        modules_per_layer: with the rule of that name, adapted modules of every block that stay.
-        scoring_rows: training examples that are held back to score by, with importance ablation or ablation_gradient.
+        rebase: before an event, replace the components of each layer by the singular vectors of its update, which
+            leaves the model's function unchanged, and score these without smoothing.
+        min_rank: least number of components that every layer keeps.
+        max_rank: most components that a layer may keep in the end; null for no bound.
+        moved_per_event: with rule move, number of components of the whole model that an event moves.
+        modules_per_layer: with the rule of that name, number of adapted modules that stay in every block.
+        scoring_rows: number of training examples held back for scoring, with importance ablation or ablation_gradient.
     """
 
     rule: Rule = PRUNE
@@ -153,11 +154,11 @@ class PruningConfig:
 
     @property
     def num_held_back(self) -> int:
-        """Training examples that are not trained on."""
+        """Number of training examples that are not trained on."""
         return self.scoring_rows if self.importance in ABLATIONS else 0
 
     def selection(self) -> Selection:
-        """The part that an event selects by.
+        """The bounds and options of an event's selection.
 
         Raises:
             ValueError: See :class:`Selection`.
@@ -166,14 +167,14 @@ class PruningConfig:
 
 
 def check_prunes(pruning: PruningConfig, adapter: DynamicLoraConfig) -> None:
-    """Refuse an adapter that cannot be pruned so.
+    """Refuse an adapter that these pruning settings cannot be applied to.
 
     Raises:
         ValueError: Names both keys.
     """
     if adapter.ranks != UNIFORM:
         raise ValueError(
-            f"adapter.ranks is {adapter.ranks}, which are the ranks of the whole run, but pruning.rule is "
+            f"adapter.ranks is {adapter.ranks}, which fixes the ranks of the whole run, but pruning.rule is "
             f"{pruning.rule}: set it to none, or adapter.ranks to uniform"
         )
     if pruning.rule == GROW and not adapter.train_gates:
@@ -188,8 +189,8 @@ def check_prunes(pruning: PruningConfig, adapter: DynamicLoraConfig) -> None:
         )
     if pruning.rule == GROW and pruning.min_rank > adapter.start_rank:
         raise ValueError(
-            f"pruning.min_rank is {pruning.min_rank}, but pruning.rule is {GROW}, under which a layer may keep the "
-            f"{adapter.start_rank} of the start: raise adapter.initial_rank, or lower pruning.min_rank"
+            f"pruning.min_rank is {pruning.min_rank}, but pruning.rule is {GROW}, under which a layer may keep its "
+            f"initial rank {adapter.start_rank}: raise adapter.initial_rank, or lower pruning.min_rank"
         )
     least, most, target = pruning.min_rank, pruning.max_rank, adapter.target_rank
     if least > target or (most is not None and most < target):

@@ -1,6 +1,6 @@
-"""What a model can be tuned for: the class of the model, the formats of its rows, and what is measured.
+"""The tasks a model can be tuned for: model class, row formats and metrics of each.
 
-Plain values, so that a command line is parsed without waiting for torch. What a run of a task is built from is in
+Plain values without torch, which keeps command lines fast. The parts of a run for a task are in
 :mod:`dora_dist.setup.tasks`.
 """
 
@@ -29,16 +29,15 @@ class Task:
 
     Attributes:
         name: value of the key ``task``.
-        auto_class: transformers' class that loads a model for it.
-        peft_type: PEFT's name of it.
-        pipeline_tag: the Hub's name of it.
-        class_ending: how names of transformers' classes for it end; empty where they have many endings.
-        trains_head: whether the model has a head of the task's own, which is trained.
+        auto_class: transformers' class that loads a model for the task.
+        peft_type: PEFT's name of the task.
+        pipeline_tag: the Hub's name of the task.
+        class_ending: ending of the names of transformers' classes for the task; empty if the endings differ.
+        trains_head: whether the model has a task head, which is trained.
         has_labels: whether a row has one label, a class or a number as ``data.labels`` says.
-        formats: formats that its rows can have, tried in this order; see
-            :data:`~dora_dist.data.row_formats.FORMATS`.
-        metrics: those of :data:`METRICS` that ``evaluation.metrics`` can name.
-        default_metrics: those that are measured where ``evaluation.metrics`` is null.
+        formats: formats of its rows, tried in this order; see :data:`~dora_dist.data.row_formats.FORMATS`.
+        metrics: the :data:`METRICS` that ``evaluation.metrics`` can name.
+        default_metrics: the metrics that are measured if ``evaluation.metrics`` is null.
     """
 
     name: TaskName
@@ -103,7 +102,7 @@ TASKS: dict[str, Task] = {
     )
 }
 REGRESSION_METRICS = ("pearson", "spearman")
-"""Metrics of a task with labels where these are numbers."""
+"""Metrics of a task whose labels are numbers."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +110,8 @@ class Metric:
     """How a metric is shown.
 
     Attributes:
-        title: its name in a summary.
-        style: format of its value.
+        title: the metric's name in a summary.
+        style: format of the metric's value.
     """
 
     title: str
@@ -131,19 +130,19 @@ METRICS = {
     "rouge2": Metric("ROUGE-2"),
     "rouge_l": Metric("ROUGE-L"),
 }
-"""What can be measured beside the loss, in the order in which it is shown."""
+"""Metrics that can be measured beside the loss, in display order."""
 
 
 def metrics_of(task: str, labels: str, wanted: list[str] | None) -> tuple[str, ...]:
-    """Metrics that are measured beside the loss.
+    """The metrics that are measured beside the loss.
 
     Args:
         task: one of :data:`TASKS`.
         labels: ``data.labels``.
-        wanted: ``evaluation.metrics``; None for the task's own.
+        wanted: ``evaluation.metrics``; None for the task's defaults.
 
     Raises:
-        ValueError: one of them is not a metric of this task, or is there twice.
+        ValueError: a metric does not belong to this task, or is named twice.
     """
     regression = labels == "regression"
     known = REGRESSION_METRICS if regression else TASKS[task].metrics

@@ -1,1 +1,1 @@
-"""What every command needs: errors and exit statuses, text, files, pictures."""
+"""Shared parts of all commands: errors and exit statuses, text, files, pictures."""

@@ -1,4 +1,4 @@
-"""What several commands have on their command lines."""
+"""Command-line options that several commands share."""
 
 import argparse
 import math
@@ -10,10 +10,10 @@ SPEED_OPTION = "--tokens-per-second"
 
 
 def with_config_option(arguments: Sequence[str] | None) -> list[str]:
-    """The arguments of a command with ``--config FILE``, where the file may also be the first argument, by itself.
+    """The arguments of a command with ``--config FILE``; the file may also be given alone as the first argument.
 
     Args:
-        arguments: as given to the command; None for ``sys.argv``.
+        arguments: arguments of the command; None for ``sys.argv``.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     as_first = bool(arguments) and not arguments[0].startswith("-")
@@ -21,20 +21,20 @@ def with_config_option(arguments: Sequence[str] | None) -> list[str]:
 
 
 def add_speed_option(parser: argparse.ArgumentParser) -> None:
-    """Let a command take the speed of a run, by which it estimates the time; :func:`speed_of` reads it."""
+    """Add the option for the speed of a run, from which the time is estimated; :func:`speed_of` reads it."""
     parser.add_argument(
         SPEED_OPTION,
         type=float,
         metavar="N",
-        help="of all ranks together, to estimate the time by; by default what the folder of the run shows, if anything",
+        help="speed of all ranks together, for the estimate of time; by default that of the run in output_dir, if any",
     )
 
 
 def speed_of(options: argparse.Namespace) -> float | None:
-    """Tokens per second, where they are given.
+    """The given tokens per second, or None.
 
     Raises:
-        ValueError: they are 0, less, or not finite.
+        ValueError: the number is not positive or not finite.
     """
     speed: float | None = options.tokens_per_second
     if speed is not None and not 0 < speed < math.inf:

@@ -1,4 +1,4 @@
-"""How every command ends: errors that the user can correct are one message, without a traceback."""
+"""How every command ends: an error that the user can correct is one message, without a traceback."""
 
 import os
 import sys
@@ -17,15 +17,15 @@ Result = TypeVar("Result")
 
 LINGER_SECONDS = 5.0
 INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it."""
+"""Exit status after Ctrl-C, as in shells."""
 
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's ``main`` and turn expected errors into a message and an exit status.
 
-    ``ValueError`` (the configuration or the input is invalid) exits with 2; expected errors of the run (disagreement or
-    failure of ranks, missed budget, loss not finite) with 1. Anything else keeps its traceback, a ``ValueError`` from
-    inside another library too. A run that was preempted exits with :data:`PREEMPTED`.
+    ``ValueError`` (the configuration or the input is invalid) exits with 2, and expected errors of the run
+    (disagreement or failure of ranks, missed budget, loss not finite) with 1. A preempted run exits with
+    :data:`PREEMPTED`. Anything else keeps its traceback, including a ``ValueError`` raised inside another library.
     """
     try:
         main()
@@ -43,14 +43,14 @@ def run_command(main: Callable[[], None]) -> None:
             traceback.print_exc()
         leave(error, getattr(error, "status", 2 if own and isinstance(error, ValueError) else 1))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Seen once under DDP: a thread of the process group aborted a rank whose work was done and written, in the
-        # interpreter's shutdown, and the launcher reported a failed run.
+        # Seen once under DDP: after all work was done and written, a thread of the process group aborted a rank during
+        # the interpreter's shutdown, and the launcher reported a failed run.
         _exit(0)
 
 
 @dataclass(frozen=True)
 class Captured(Generic[Result]):
-    """What came of a call: its value, or the exception that it raised."""
+    """The outcome of a call: its value, or the exception that it raised."""
 
     _value: Result | None = None
     _error: Exception | None = None
@@ -59,7 +59,7 @@ class Captured(Generic[Result]):
         """The value of the call.
 
         Raises:
-            Exception: the one that the call raised.
+            Exception: the exception of the call.
         """
         if self._error is not None:
             raise self._error
@@ -67,7 +67,7 @@ class Captured(Generic[Result]):
 
 
 def capture(function: Callable[..., Result], *arguments: Any) -> Captured[Result]:
-    """Call a function now, and keep its exception for where :meth:`Captured.result` is asked for."""
+    """Call a function now, and keep its exception until :meth:`Captured.result` is called."""
     try:
         return Captured(function(*arguments))
     except Exception as error:
@@ -75,32 +75,32 @@ def capture(function: Callable[..., Result], *arguments: Any) -> Captured[Result
 
 
 def _raised_here(error: Exception) -> bool:
-    """Whether the innermost frame is this project's: then the message was written for the user."""
+    """Whether the innermost frame is in this project, so that its message was written for the user."""
     frames = traceback.extract_tb(error.__traceback__)
     return Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1])
 
 
 def leave(error: Exception, status: int, linger: bool = True) -> None:
-    """Say what went wrong and end this process, from whichever thread.
+    """Report an error and end this process, from any thread.
 
-    What all ranks say with the same words is printed by the first one of each node. Whoever started the ranks may print
-    it instead (:mod:`dora_dist.console.notes`).
+    If all ranks have the same message, the first rank of each node prints it. The process that started the ranks may
+    print it instead (:mod:`dora_dist.console.notes`).
 
     Args:
-        error: what went wrong.
+        error: the error.
         status: exit status of this process.
-        linger: with several ranks, leave the others time to say what they have found.
+        linger: with several ranks, wait a moment, so that the others can report their errors.
     """
     message = f"error: {printable(str(error))}"
     sys.stdout.flush()
     is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
     if not leave_note(Note(status, message)) and (is_first_here or not is_same_everywhere(error)):
         rank = os.environ.get("RANK")
-        # In one piece: ranks share the terminal.
+        # One write: ranks share the terminal.
         sys.stderr.write(f"{message}\n" if rank is None else f"[rank {rank}] {message}\n")
         sys.stderr.flush()
     if linger and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # The launcher ends all ranks as soon as one has gone.
+        # The launcher ends all ranks as soon as one has exited.
         time.sleep(LINGER_SECONDS)
     _exit(status)
 

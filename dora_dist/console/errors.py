@@ -16,13 +16,13 @@ def mark_common(error: Error) -> Error:
 
 
 def is_common(error: Exception) -> bool:
-    """Whether all ranks raise this error together, so that it need not be reported to other ranks."""
+    """Whether all ranks raise this error together; then it need not be reported to other ranks."""
     return isinstance(error, ExpectedRunError) or "raised_on_all_ranks" in error.__dict__
 
 
 def is_same_everywhere(error: Exception) -> bool:
-    """Whether all ranks raise this error with the same message, so that one of them can print it for all. Others, of a
-    rank that is alone with it (it cannot reach the others, say), every rank prints."""
+    """Whether all ranks raise this error with the same message; then one of them prints it for all. Every rank prints
+    its other errors itself (for example, that it cannot reach the others)."""
     return "raised_on_all_ranks" in error.__dict__
 
 

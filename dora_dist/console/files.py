@@ -1,4 +1,4 @@
-"""JSON files, records of lines, and source files."""
+"""Reads and writes JSON files, JSONL records and text, and hashes source files."""
 
 import json
 from hashlib import sha256
@@ -12,7 +12,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file atomically: a reader sees the old or the new one, never a part."""
+    """Write a file atomically: a reader sees the old or the new content, never a part."""
     temporary = path.with_suffix(path.suffix + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
@@ -24,7 +24,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of a JSONL record. A last line that a killed run left half-written is not counted."""
+    """Lines of a JSONL record. An incomplete last line, left by a killed run, is ignored."""
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -35,8 +35,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def follow_umask(folder: Path) -> None:
-    """Let whoever may read a folder, which was made under the umask, read its files too. (safetensors 0.8 makes files
-    that their owner alone can read.)"""
+    """Give a folder's files its own read permissions, which follow the umask. (safetensors 0.8 makes files that only
+    their owner can read.)"""
     readers = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
         if path.is_file():
@@ -44,7 +44,7 @@ def follow_umask(folder: Path) -> None:
 
 
 def digest_sources(folder: Path) -> str:
-    """SHA-256 of the names and contents of all Python files in a folder and the folders below it."""
+    """SHA-256 of the names and contents of all Python files in a folder and its subfolders."""
     digest = sha256()
     for path in sorted(folder.rglob("*.py")):
         digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())

@@ -9,24 +9,24 @@ from dora_dist.console.text import is_first_rank
 
 
 def quiet_libraries() -> None:
-    """Silence known noise; to be called by commands (never at import) before the heavy imports.
+    """Silence known warnings; commands call this (never at import) before the heavy imports.
 
-    Only messages whose cause has been understood are named here, and only those.
+    Only messages whose cause is understood are silenced.
     """
-    # Offers a CPU kernel for inference, which training cannot use (see quantization.forbid_inference_packing).
+    # It offers a CPU kernel for inference, which training cannot use (see quantization.forbid_inference_packing).
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # PEFT 0.21 asks transformers 5 for a renamed property; DeepSpeed 0.19 calls renamed collectives of torch 2.13.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing.*")
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*(all_gather_into|reduce_scatter)_tensor.*")
-    # accelerate 1.15 hands DDP's broadcast_buffers on to torch 2.13, which has renamed it.
+    # accelerate 1.15 passes DDP's broadcast_buffers to torch 2.13, which has renamed it.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*broadcast_buffers.*")
     # accelerate 1.15 compares its own setting, which the Trainer leaves at 1, with DeepSpeed's; check_prepared compares
-    # those that count.
+    # the settings that matter.
     logging.getLogger("accelerate.accelerator").addFilter(_is_no_known_mismatch)
     if not (is_first_rank() and sys.stderr.isatty()):
         _hide_progress_bars()
     if not is_first_rank():
-        # What all ranks would say, one rank says.
+        # A message that all ranks have is printed by one.
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.set_verbosity_error()
@@ -37,8 +37,8 @@ def _is_no_known_mismatch(record: logging.LogRecord) -> bool:
 
 
 def _hide_progress_bars() -> None:
-    """Bars are for a terminal: in a log, each of their states is a line."""
-    # Variables for libraries that are not imported yet: --help and errors in a configuration do not wait for them.
+    """Progress bars are for terminals: in a log, each state of a bar is a line."""
+    # Environment variables, because the libraries are not imported yet: --help and configuration errors must be fast.
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")
     if "transformers" in sys.modules:

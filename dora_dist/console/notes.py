@@ -1,4 +1,4 @@
-"""Notes that ranks leave of how they ended, for whoever started them."""
+"""Notes in which ranks record how they ended, for the process that started them."""
 
 import json
 import os
@@ -9,10 +9,10 @@ from pathlib import Path
 from dora_dist.console.files import write_json
 
 NOTES = "DORA_DIST_NOTES"
-"""Environment variable: process number of ``dora-dist train`` and folder for the notes of its ranks. While that process
-is there, the ranks leave it to it to print how they ended."""
+"""Environment variable: process number of ``dora-dist train``, and the folder for its ranks' notes. While that process
+is alive, it prints how the ranks ended, and the ranks do not."""
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
-"""Environment variable: file that torch's launcher (``torchrun``, ``accelerate launch``) quotes in its last words."""
+"""Environment variable: file that torch's launcher (``torchrun``, ``accelerate launch``) quotes in its summary."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Note:
     """How a rank ended.
 
     Attributes:
-        status: Its exit status.
-        message: What a user should know, in words.
+        status: The rank's exit status.
+        message: The rank's message for the user.
     """
 
     status: int
@@ -29,7 +29,7 @@ class Note:
 
 
 def leave_note(note: Note) -> bool:
-    """Leave a note for whoever started this process. Never raises: the process is about to end.
+    """Leave a note for the process that started this one. Never raises, because this process is about to end.
 
     Returns:
         Whether the starter prints it.
@@ -43,11 +43,11 @@ def leave_note(note: Note) -> bool:
         if not folder or os.getppid() != int(starter):
             return False
         write_json(Path(folder) / f"{os.environ['RANK']}.json", asdict(note))
-    except (OSError, KeyError, ValueError):  # a full disk, say
+    except (OSError, KeyError, ValueError):  # a full disk, for example
         return False
     return True
 
 
 def read_notes(folder: Path) -> dict[int, Note]:
-    """Rank -> its note, for the ranks that left one."""
+    """Rank -> its note, for all ranks that left one."""
     return {int(path.stem): Note(**json.loads(path.read_text(encoding="utf-8"))) for path in folder.glob("*.json")}

@@ -1,4 +1,4 @@
-"""What a command is doing, said whenever it takes long: a silent screen looks like a program that hangs."""
+"""Reports what a command is doing whenever that takes long, so that it does not seem to hang."""
 
 import sys
 import threading
@@ -12,22 +12,22 @@ from tqdm import tqdm
 from dora_dist.console.text import is_first_rank, num_said, say, time_span
 
 QUIET_SECONDS = 10.0
-"""Time without a remark after which the phase is said; it doubles with every time."""
+"""Time without output after which the phase is reported; it doubles with every report."""
 LOOK_SECONDS = 1.0
 _WITHOUT_NUMBERS = str.maketrans("", "", "0123456789")
 
 
 class Phases:
-    """Context in which the first rank says what it is doing, whenever nothing else has been said for a while.
+    """Context in which the first rank reports the current phase whenever nothing has been printed for a while.
 
-    Phases that differ in their numbers only, as steps do, are one here.
+    Phases that differ only in numbers, such as steps, count as one.
 
     Args:
-        phase: with which it begins.
-        clock: seconds, for tests.
+        phase: the first phase.
+        clock: returns seconds; replaced in tests.
 
     Attributes:
-        phase: what is being done, for messages; to be set by whoever begins something.
+        phase: what is being done, for messages; set by the code that begins it.
     """
 
     def __init__(self, phase: str, clock: Callable[[], float] = time.monotonic) -> None:
@@ -54,7 +54,7 @@ class Phases:
             self._thread.join()
 
     def look(self) -> None:
-        """Say the phase if it is time to; to be called again and again."""
+        """Report the phase if it is time to; must be called repeatedly."""
         now, phase = self._clock(), self.phase
         if (kind := phase.translate(_WITHOUT_NUMBERS)) != self._kind:
             self._kind, self._began, self._wait = kind, now, QUIET_SECONDS
@@ -62,7 +62,7 @@ class Phases:
         elif num_said() != self._said:
             self._quiet_since = now
         elif now - self._quiet_since >= self._wait:
-            with tqdm.external_write_mode(file=sys.stderr):  # not into the middle of a bar
+            with tqdm.external_write_mode(file=sys.stderr):  # not in the middle of a progress bar
                 say(f"still in: {phase} ({time_span(now - self._began)})")
             self._wait *= 2
             self._quiet_since = now

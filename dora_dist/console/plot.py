@@ -1,10 +1,10 @@
-"""Pictures are drawn with matplotlib, without a screen."""
+"""Draws pictures with matplotlib, without a screen."""
 
 from pathlib import Path
 from typing import Any, BinaryIO
 
 DOTS_PER_INCH = 140
-"""Resolution of a picture, unless its size asks for another one."""
+"""Default resolution of a picture."""
 
 
 def pyplot() -> Any:
@@ -18,11 +18,11 @@ def pyplot() -> Any:
 
 
 def save_picture(figure: Any, path: Path | BinaryIO, dpi: int = DOTS_PER_INCH) -> None:
-    """Write a matplotlib figure into a file and close it.
+    """Write a matplotlib figure to a file and close it.
 
     Args:
         figure: The matplotlib figure.
-        path: The file; its suffix is the format, and that of an open file PNG.
+        path: The file; its suffix gives the format. An open file gets PNG.
         dpi: Dots per inch.
     """
     figure.savefig(path, dpi=dpi)

@@ -1,4 +1,4 @@
-"""What a result is recorded with: when, where, with which versions and from which sources it was made."""
+"""The origin of a result: date, machine, versions, and the sources it was made from."""
 
 import os
 import platform
@@ -12,16 +12,16 @@ from typing import Any
 import torch
 
 SOURCES = Path(__file__).parents[1]
-"""The folder of this package, in whose repository the commit is looked up."""
+"""The package's folder; its git repository gives the commit."""
 NOT_INSTALLED = "not installed"
-"""The version of a package that is not there."""
+"""The version of a package that is not installed."""
 RUN_PACKAGES = (
     *("dora-dist", "torch", "deepspeed", "accelerate", "transformers", "peft", "bitsandbytes", "datasets"),
     *("liger-kernel", "triton"),
 )
 """Packages that the result of a training run depends on."""
 COMPARE_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "numpy")
-"""Packages that the cells of ``dora_dist.compare`` depend on; each of them is one process without DeepSpeed."""
+"""Packages that the cells of ``dora_dist.compare`` depend on; each cell is one process without DeepSpeed."""
 BENCHMARK_PACKAGES = (
     *("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "accelerate", "numpy"),
     *("liger-kernel", "triton"),
@@ -32,7 +32,7 @@ PLANTED_PACKAGES = ("torch", "transformers", "peft", "scipy")
 
 
 def environment(packages: Sequence[str]) -> dict[str, Any]:
-    """When, where, with which versions of the packages and from which sources something is measured."""
+    """Date, machine, versions of the packages, and commit of the sources."""
     return {
         "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": _git("rev-parse", "HEAD"),
@@ -59,7 +59,7 @@ def _version_of(package: str) -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    """Answer of git about these sources; None where there is no git or no repository."""
+    """Git's output for these sources; None if there is no git or no repository."""
     try:
         done = subprocess.run(["git", *arguments], cwd=SOURCES, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

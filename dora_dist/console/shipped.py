@@ -1,4 +1,4 @@
-"""Folders that come with the program beside its code: launch files, recipes, batch scripts."""
+"""Finds the folders that are shipped beside the code: launch files, recipes, batch scripts."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def shipped(folder: str) -> Path:
-    """Where ``launch``, ``configs`` or ``slurm`` is: inside the package where a wheel was installed, beside it in a
+    """Path of ``launch``, ``configs`` or ``slurm``: inside the package in an installed wheel, beside it in a
     checkout."""
     inside = PACKAGE / "shipped" / folder
     return inside if inside.is_dir() else PACKAGE.parent / folder

@@ -1,4 +1,4 @@
-"""What commands print: remarks, tables, numbers with units."""
+"""Formats what commands print: remarks, tables, numbers with units."""
 
 import os
 import sys
@@ -7,13 +7,13 @@ from itertools import pairwise
 
 MIB, GIB = 2**20, 2**30
 JOINERS = "\u200c\u200d\u3000"
-"""Not printable to Python, but without them Persian, emoji and Chinese are not what they should be."""
+"""Characters that Python calls unprintable, but that Persian, emoji and Chinese text needs."""
 SHORT_ESCAPES = {"\r": "\\r", "\t": "⇥"}
 _said = 0
 
 
 def aligned(rows: Sequence[Sequence[str]], num_words: int = 2) -> str:
-    """Columns of one width, header first: the first ``num_words`` to the left, the numbers after them to the right."""
+    """A table with aligned columns, header first: the first ``num_words`` columns left-aligned, the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
 
     def line(row: Sequence[str]) -> str:
@@ -27,7 +27,7 @@ def aligned(rows: Sequence[Sequence[str]], num_words: int = 2) -> str:
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Whole numbers in order: ``0-3, 7``."""
+    """Whole numbers as ranges, in order: ``0-3, 7``."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][-1] + 1:
@@ -38,16 +38,16 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the first rank, as its launcher numbers them; True without a launcher.
+    """Whether the launcher has made this process the first rank; True without a launcher.
 
-    For what happens outside of a process group; inside of one,
-    :attr:`~dora_dist.distributed.agreement.Agreement.is_first` says it.
+    For code outside a process group; inside one, use
+    :attr:`~dora_dist.distributed.agreement.Agreement.is_first`.
     """
     return os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str, from_any_rank: bool = False) -> None:
-    """A remark for the log, once: from the first rank only, or from whichever rank alone does what it is about."""
+    """Print a remark to the log: from the first rank only, or with ``from_any_rank`` from the rank it concerns."""
     global _said
     if from_any_rank or is_first_rank():
         sys.stderr.write(f"{printable(text)}\n")
@@ -56,21 +56,21 @@ def say(text: str, from_any_rank: bool = False) -> None:
 
 
 def num_said() -> int:
-    """Remarks that this process has written so far."""
+    """Number of remarks that this process has printed so far."""
     return _said
 
 
 def printable(text: str) -> str:
-    """The text with control characters written out: file names and data hold some, and a terminal would obey them."""
+    """The text with control characters escaped, because a terminal would obey those in file names and data."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def visible(text: str, marks: str = "") -> str:
-    """The text with control characters and the like written out, so that neither terminal nor browser obeys them.
+    """The text with control characters and the like escaped, so that neither a terminal nor a browser obeys them.
 
     Args:
-        text: any; line breaks are kept.
-        marks: characters that mean something else where this is shown, to be written out too.
+        text: any text; line breaks are kept.
+        marks: characters with a special meaning in the output; they are escaped too.
     """
     if text.isprintable() and not any(mark in text for mark in marks):
         return text
@@ -86,7 +86,7 @@ def _visible(character: str, marks: str) -> str:
 
 
 def rate(bytes_per_second: float) -> str:
-    """As makers of networks and disks count: ``12.3 GB/s``, ``450 MB/s``."""
+    """In decimal units, as makers of networks and disks count: ``12.3 GB/s``, ``450 MB/s``."""
     for unit, bytes_ in (("GB/s", 1e9), ("MB/s", 1e6)):
         if bytes_per_second >= 0.9995 * bytes_:
             return f"{_digits(bytes_per_second / bytes_)} {unit}"
@@ -102,7 +102,7 @@ def duration(seconds: float) -> str:
 
 
 def time_span(seconds: float) -> str:
-    """As a person would say it: ``40 s``, ``3 min 20 s``, ``3 h 20 min``, ``2 d 4 h``."""
+    """In the largest two units: ``40 s``, ``3 min 20 s``, ``3 h 20 min``, ``2 d 4 h``."""
     for (large, length), (small, part) in pairwise({"d": 86_400, "h": 3_600, "min": 60, "s": 1}.items()):
         if seconds >= length:
             whole, rest = divmod(round(seconds / part), length // part)
@@ -111,7 +111,7 @@ def time_span(seconds: float) -> str:
 
 
 def format_bytes(count: int) -> str:
-    """Three digits or so: ``5.31 GiB``, ``812 MiB``, ``20.1 KiB``."""
+    """With about three digits: ``5.31 GiB``, ``812 MiB``, ``20.1 KiB``."""
     for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", 2**10)):
         if count >= 0.9995 * size:
             return f"{_digits(count / size)} {unit}"

@@ -1,9 +1,9 @@
 """Check a machine or a job before training, and report what is wrong with it.
 
-Alone, it checks this machine. Started as dora_dist.train is (accelerate launch, torchrun, or tasks of Slurm), it
-checks every rank, and what the ranks share: the network and the checkpoint folder. It leaves no files behind. Every key
-of a configuration can be overridden as --section.key value. Exit status: 0 no problem found, 1 problems found, 2 the
-command line is invalid.
+Alone, it checks this machine. Started with the launcher of dora_dist.train (accelerate launch, torchrun, or tasks of
+Slurm), it checks every rank, and what the ranks share: the network and the checkpoint folder. It leaves no files
+behind. Every key of a configuration can be overridden as --section.key value. Exit status: 0 no problem found, 1
+problems found, 2 the command line is invalid.
 """
 
 import argparse
@@ -30,7 +30,7 @@ TIMEOUT_SECONDS = 120.0
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line, without the overrides."""
+    """The command's own options, without the overrides."""
     parser = argparse.ArgumentParser(
         prog="dora-dist doctor",
         usage="%(prog)s [CONFIG [--section.key value ...]] [--output DIR] [--timeout SECONDS]",
@@ -53,23 +53,23 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the report, and leave with its exit status.
+    """Print the report, and exit with its status.
 
     Raises:
         ValueError: The command line is invalid.
-        ExpectedRunError: the ranks did not come together, or one of them failed.
+        ExpectedRunError: the ranks did not connect, or one of them failed.
     """
     options, overrides = build_parser().parse_known_args(with_config_option(arguments))
     if overrides and options.config is None:
-        raise ValueError(f"{overrides[0]} is no option of the doctor, and keys of a run need its --config")
+        raise ValueError(f"{overrides[0]} is no option of the doctor, and keys of a run need --config")
     if options.timeout <= 0:
         raise ValueError(f"--timeout is {options.timeout:g}, but must be positive")
-    # What c10d logs of a failed meeting is a C++ stack; what it raises says the same in a line.
+    # c10d logs a failed rendezvous as a C++ stack; the exception that it raises says the same in a line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
-    # Schedulers and launchers end a job with it; files must go then too.
+    # Schedulers and launchers end a job with SIGTERM; temporary files must be removed then too.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # where libraries print
+        with contextlib.redirect_stdout(sys.stderr):  # because libraries print to standard output
             quiet_libraries()
             config = capture(read_config, options.config, overrides)
             problems = inspect_job(config.result, options.output, options.timeout)
@@ -78,14 +78,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{error}: activate the environment of this project, or pip install -c launch/constraints.txt -e ."
         ) from None
     if problems:
-        # As run_command does, without the interpreter's shutdown, which may wait for other ranks.
+        # Like run_command, but without the interpreter's shutdown, which may wait for other ranks.
         sys.stderr.flush()
         os._exit(1)
 
 
 def read_config(path: Path | None, overrides: Sequence[str]) -> "RunConfig | None":
     """The configuration of the run to prepare for, if there is one."""
-    # Here, so that an environment in which something is missing is told without a traceback.
+    # Imported here, so that an incomplete environment is reported without a traceback.
     from dora_dist.config.parse import load_config
 
     return load_config(path, overrides) if path else None
@@ -99,11 +99,11 @@ def inspect_job(config_of: "Callable[[], RunConfig | None]", output: Path | None
     """Inspect this machine or job, and print each section of the report as soon as it is known.
 
     Args:
-        config_of: gives the configuration, or raises what is wrong with it.
-        output: folder to check instead of the configuration's.
-        timeout: seconds for ranks to wait for each other.
+        config_of: returns the configuration, or raises if it is invalid.
+        output: folder to check instead of the configuration's output_dir.
+        timeout: seconds that ranks wait for each other.
     """
-    # Heavy imports wait until the command line has been found to be sound.
+    # Heavy imports come after the checks of the command line.
     from dora_dist.doctor import report
     from dora_dist.doctor.device_findings import device_problems
     from dora_dist.doctor.findings import node_problems, software_problems, world_problems
@@ -111,7 +111,7 @@ def inspect_job(config_of: "Callable[[], RunConfig | None]", output: Path | None
     from dora_dist.doctor.network import measure_network
     from dora_dist.doctor.shared_findings import network_problems
 
-    say("waiting for all ranks ..." if "RANK" in os.environ else "looking at this machine ...")
+    say("waiting for all ranks ..." if "RANK" in os.environ else "checking this machine ...")
     environment = dict(os.environ)
     agreement = join(timeout)
     with agreement.together("reading the configuration"):
@@ -140,7 +140,7 @@ def inspect_job(config_of: "Callable[[], RunConfig | None]", output: Path | None
 def inspect_folder(
     agreement: "Agreement", ranks: "Sequence[RankFacts]", config: "RunConfig | None", output: Path | None
 ) -> "list[Problem]":
-    """Try the checkpoint folder on all ranks and print what came out; see :func:`inspect_job`."""
+    """Test the checkpoint folder on all ranks and print the result; see :func:`inspect_job`."""
     from dora_dist.doctor import report
     from dora_dist.doctor.grouping import by_node
     from dora_dist.doctor.inspection import checkpoint_bytes

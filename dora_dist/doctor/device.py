@@ -1,4 +1,4 @@
-"""What this process computes on, and whether it computes right: real arithmetic, not look-ups of versions."""
+"""Tests the devices of this process with real arithmetic instead of version checks."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -12,15 +12,15 @@ ROWS, IN_FEATURES, OUT_FEATURES = 16, 256, 128
 MATMUL_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 """Largest error of a product, relative in the Frobenius norm. Loose enough for TF32; a wrong kernel is off by 1."""
 LAYER_TOLERANCE = {"nf4": 1e-2, "int8": 5e-2, "none": 1e-3}
-"""The same of a layer against its own dequantized weight; int8 quantizes the input too. bfloat16 adds its own."""
+"""The same for a layer against its own dequantized weight; int8 also quantizes the input. bfloat16 adds its own."""
 QUANTIZATION_TOLERANCE = {"nf4": 0.15, "int8": 0.02, "none": 0.01}
-"""The same of the dequantized weight against the original one: normal weights give 0.09 in NF4 and 0.007 in int8."""
+"""The same for the dequantized weight against the original: normal weights give 0.09 in NF4 and 0.007 in int8."""
 
 
 def describe_gpus(devices: Sequence[torch.device]) -> tuple[Gpu, ...]:
-    """The GPUs among the devices; to be called before they are used, so that what others hold is what is missing.
+    """The GPUs among the devices. Must be called before they are used, so that missing memory is what others hold.
 
-    One that does not answer is left out: what is computed on it fails too, and says why.
+    A GPU that does not respond is not included: the arithmetic on it fails too, and reports why.
     """
     found = []
     for device in devices:
@@ -46,12 +46,12 @@ def _describe(device: torch.device) -> Gpu:
 
 
 def check_device(device: torch.device, dtype: torch.dtype, quantization: str) -> tuple[Check, ...]:
-    """A matrix product in the compute dtype, and forward and backward of a quantized layer.
+    """Test a matrix product in the compute dtype, and forward and backward of a quantized layer.
 
     Args:
-        device: where.
-        dtype: of the computation; where training would fall back to float32, that is what to ask for.
-        quantization: of the base, as in the configuration.
+        device: device to test.
+        dtype: dtype of the computation; pass float32 if training would fall back to it.
+        quantization: quantization of the base, as in the configuration.
     """
     name = str(dtype).removeprefix("torch.")
     return (
@@ -61,15 +61,15 @@ def check_device(device: torch.device, dtype: torch.dtype, quantization: str) ->
 
 
 def check_matmul(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """Error of a product and the one allowed; float64 on the CPU is the truth."""
+    """Error of a product and the largest allowed one; the reference is float64 on the CPU."""
     left, right = _random(ROWS, IN_FEATURES), _random(IN_FEATURES, OUT_FEATURES)
     product = left.to(device, dtype) @ right.to(device, dtype)
     return _error(product, left.double() @ right.double()), MATMUL_TOLERANCE[dtype]
 
 
 def check_layer(device: torch.device, dtype: torch.dtype, quantization: str) -> tuple[float, float]:
-    """Quantize a linear layer; compare output and input gradient with its dequantized weight, and that with the
-    original. The largest of the three errors, as a share of what it may be, and 1."""
+    """Quantize a linear layer; compare its output and input gradient with its dequantized weight, and that weight with
+    the original. Returns the largest of the three errors, each as a share of the allowed one, and 1."""
     from dora_dist.base_model.quantization import dequantized_weight
 
     weight = _random(OUT_FEATURES, IN_FEATURES)
@@ -89,7 +89,7 @@ def check_layer(device: torch.device, dtype: torch.dtype, quantization: str) -> 
 
 
 def _quantized(weight: Tensor, device: torch.device, dtype: torch.dtype, quantization: str) -> nn.Linear:
-    # Here, so that a bitsandbytes that cannot be loaded is a finding and not the end.
+    # Imported here, so that a bitsandbytes that cannot be loaded is a finding and does not end the command.
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
     from dora_dist.base_model.quantization import forbid_inference_packing
@@ -110,7 +110,7 @@ def _quantized(weight: Tensor, device: torch.device, dtype: torch.dtype, quantiz
 
 
 def _attempt(name: str, device: torch.device, measure: Callable[[], tuple[float, float]]) -> Check:
-    """Whatever goes wrong on a device, also in a library that cannot be loaded, is a finding."""
+    """Any error on a device is a finding, including a library that cannot be loaded."""
     try:
         error, allowed = measure()
     except Exception as failure:
@@ -129,7 +129,7 @@ def _random(*shape: int) -> Tensor:
 
 
 def _error(found: Tensor | None, expected: Tensor) -> float:
-    """Of a tensor against the truth, relative in the Frobenius norm; NaN where there is none."""
+    """Relative error of a tensor in the Frobenius norm; NaN if there is no tensor."""
     if found is None:
         return float("nan")
     return float((found.detach().cpu().double() - expected).norm() / expected.norm())

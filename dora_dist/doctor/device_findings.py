@@ -1,4 +1,4 @@
-"""The rules on GPUs, and on what devices compute."""
+"""Rules for GPUs, and for the results of arithmetic on devices."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -8,13 +8,13 @@ from dora_dist.doctor.facts import Problem, RankFacts
 from dora_dist.doctor.grouping import alike, by_node, listed, place
 
 HELD_SHARE = 0.1
-"""Of a GPU's memory, others may hold so much: its display, a context, this process's own one."""
+"""Share of a GPU's memory that others may hold: its display, a context, this process itself."""
 HIDDEN = ("", "-1")
 """Values of CUDA_VISIBLE_DEVICES that hide all GPUs on purpose."""
 
 
 def device_problems(ranks: Sequence[RankFacts], compute_dtype: str) -> list[Problem]:
-    """Everything that is wrong with the devices of the ranks.
+    """All problems with the ranks' devices.
 
     Args:
         ranks: facts of all ranks, by rank.
@@ -95,7 +95,7 @@ def _shared_gpus(ranks: Sequence[RankFacts]) -> list[Problem]:
 
 
 def _idle_gpus(ranks: Sequence[RankFacts]) -> list[Problem]:
-    """Nodes on which ranks see more GPUs than all of them use; two ranks on one, or none, are problems of their own."""
+    """Nodes on which ranks see more GPUs than they use. Shared and missing GPUs are reported elsewhere."""
     problems = []
     for group in by_node(ranks).values():
         used = len({gpu.uuid for facts in group for gpu in facts.gpus})
@@ -113,7 +113,7 @@ def _idle_gpus(ranks: Sequence[RankFacts]) -> list[Problem]:
 
 
 def arithmetic_problems(ranks: Sequence[RankFacts]) -> list[Problem]:
-    """Devices that compute wrong, or not at all."""
+    """Devices that compute wrong results, or none."""
     problems: list[Problem] = []
     for name in dict.fromkeys(check.name for facts in ranks for check in facts.checks):
         problems += alike(

@@ -1,4 +1,4 @@
-"""What the doctor knows: plain values that ranks send each other, and a problem made of them."""
+"""Data of the doctor: plain values that ranks exchange, and the problems derived from them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """A GPU as this process sees it, before it has used it.
+    """A GPU as this process sees it before using it.
 
     Args:
-        uuid: the same for all processes that see this GPU.
+        uuid: identifier, the same for all processes that see this GPU.
         total: memory in bytes.
         free: memory in bytes that no process holds.
         capability: compute capability, such as ``9.0``.
@@ -26,11 +26,11 @@ class Gpu:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """Something that was really done on a device, and how it went.
+    """The outcome of a test on a device.
 
     Args:
-        name: what was done.
-        detail: what came out, for the report.
+        name: what was tested.
+        detail: the result, for the report.
         failure: what is wrong, or None.
     """
 
@@ -44,26 +44,26 @@ class RankFacts:
     """A process, its node, and what it found there.
 
     Args:
-        rank: in the process group; 0 alone.
+        rank: rank in the process group; 0 without one.
         node: host name.
-        versions: distribution -> version, of everything this project requires; None where it is not installed.
+        versions: distribution -> version, for everything this project requires; None if it is not installed.
         below: requirements of this project that the installed versions do not meet, such as ``torch>=2.13``.
         source: short digest of this project's source files.
-        cuda: CUDA that torch was built for; None for a CPU build.
-        driver: version of the NVIDIA driver of the node, or None.
+        cuda: CUDA version that torch was built for; None for a CPU build.
+        driver: version of the node's NVIDIA driver, or None.
         cores: logical cores that this process may use.
-        threads: that torch computes with.
-        memory: bytes that this process may use at most: the node's, or the limit of its control group.
-        open_files: that this process may have at once.
-        shm: free bytes of /dev/shm; None where there is none.
-        clock: seconds since the epoch, when all ranks were asked.
+        threads: number of threads that torch computes with.
+        memory: most bytes that this process may use: the node's memory, or the limit of its control group.
+        open_files: most files that this process may have open.
+        shm: free bytes in /dev/shm; None if there is none.
+        clock: seconds since the epoch, read on all ranks at about the same moment.
         local_rank: LOCAL_RANK as the launcher set it, or None.
         environment: variables that decide how ranks find each other.
-        device: what this rank computes on, such as ``cuda:3`` or ``cpu``.
-        gpus: that this rank uses; all that it sees, if it runs alone.
-        visible_gpus: number of those that it sees.
-        checks: of arithmetic, on its devices.
-        launch: what :func:`~dora_dist.distributed.launcher.check_launch` has to say, or None.
+        device: device that this rank computes on, such as ``cuda:3`` or ``cpu``.
+        gpus: GPUs that this rank uses; if it runs alone, all that it sees.
+        visible_gpus: number of GPUs that it sees.
+        checks: tests of arithmetic on its devices.
+        launch: error of :func:`~dora_dist.distributed.launcher.check_launch`, or None.
         model: why the configured model cannot be found here, or None.
     """
 
@@ -93,17 +93,17 @@ class RankFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class StorageFacts:
-    """The checkpoint folder as one rank finds it.
+    """The checkpoint folder as one rank sees it.
 
     Args:
         node: host name.
-        sees: whether the file that rank 0 wrote is there.
-        failure: what could not be done there, or None.
-        filesystem: its type, such as ``lustre``; None where it is not known.
-        free: bytes that a user may still write; None where the folder is not there.
-        free_inodes: files that may still be made; None where the file system does not count them.
-        write: bytes per second into a file, until they are on the disk; None on ranks that did not measure.
-        read: bytes per second back out of it.
+        sees: whether the file that rank 0 wrote is visible.
+        failure: the operation that failed, or None.
+        filesystem: type of the file system, such as ``lustre``; None if unknown.
+        free: bytes that a user may still write; None if the folder does not exist.
+        free_inodes: number of files that may still be made; None if the file system does not count them.
+        write: bytes per second of writing to the disk; None on ranks that did not measure.
+        read: bytes per second of reading back.
     """
 
     node: str
@@ -118,12 +118,12 @@ class StorageFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkFacts:
-    """All-reduces over all ranks.
+    """Results of all-reduces over all ranks.
 
     Args:
-        backend: of the process group, such as ``nccl``.
-        failures: rank -> what went wrong there.
-        seconds: bytes of the tensor -> seconds of one all-reduce, on the slowest rank.
+        backend: backend of the process group, such as ``nccl``.
+        failures: rank -> error on this rank.
+        seconds: bytes of the tensor -> seconds of one all-reduce on the slowest rank.
     """
 
     backend: str
@@ -133,12 +133,12 @@ class NetworkFacts:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is wrong.
+    """A problem in the report.
 
     Args:
-        where: the ranks and nodes.
+        where: the ranks and nodes it concerns.
         found: what was found.
-        rule: what should be.
+        rule: what is required.
         action: what to do.
     """
 

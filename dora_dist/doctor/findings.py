@@ -1,4 +1,4 @@
-"""The rules on processes, software and nodes. Facts in, problems out; nothing is looked up here."""
+"""Rules for processes, software and nodes: derives problems from facts, without looking anything up."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ from dora_dist.doctor.grouping import alike, by_node, place
 FEWEST_OPEN_FILES = 1024
 SHM_PER_RANK = 128 * MIB
 LARGEST_SKEW = 5.0
-"""Seconds between the clocks of two nodes."""
+"""Most seconds by which the clocks of two nodes may differ."""
 
 
 def world_problems(ranks: Sequence[RankFacts]) -> list[Problem]:
-    """Ranks that do not form the world that was launched."""
+    """Problems with the world size and the launch."""
     problems = [
         *alike(
             ranks,
@@ -30,7 +30,7 @@ def world_problems(ranks: Sequence[RankFacts]) -> list[Problem]:
             ranks,
             lambda facts: facts.launch,
             "launcher and engine go together",
-            "use the command that is named; dora_dist.train refuses this one",
+            "use the command named here; dora_dist.train refuses this launch",
         ),
         *alike(
             ranks,
@@ -68,7 +68,7 @@ def _wrong_world(facts: RankFacts, joined: int) -> str | None:
 
 
 def software_problems(ranks: Sequence[RankFacts]) -> list[Problem]:
-    """Versions that are too old, missing, or not the same everywhere."""
+    """Versions that are too old, missing, or different between ranks."""
     install = "pip install -c launch/constraints.txt -e ."
     problems: list[Problem] = []
     for name in dict.fromkeys(name for facts in ranks for name in facts.versions):
@@ -100,13 +100,13 @@ def _different(name: str, first: RankFacts, facts: RankFacts) -> str | None:
         {"Python": of.python, "dora_dist's source": of.source, "torch's CUDA": of.cuda, **of.versions}.get(name)
         for of in (facts, first)
     )
-    if found == wanted or (name in facts.versions and found is None):  # what is missing has been said
+    if found == wanted or (name in facts.versions and found is None):  # a missing package is reported already
         return None
     return f"{name} is {found}, and {wanted} on rank {first.rank}"
 
 
 def node_problems(ranks: Sequence[RankFacts]) -> list[Problem]:
-    """Too few cores, files or shared memory, and clocks that are wrong."""
+    """Too few cores, open files or too little shared memory, and wrong clocks."""
     problems = [
         *alike(
             ranks,
@@ -138,7 +138,7 @@ def node_problems(ranks: Sequence[RankFacts]) -> list[Problem]:
                     where,
                     f"the clock is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} that of {ranks[0].node}",
                     f"clocks of nodes differ by at most {LARGEST_SKEW:g} s",
-                    "have time synchronization (chrony, ntpd) looked at on that node; logs and file times mislead",
+                    "fix time synchronization (chrony, ntpd) on that node; until then, logs and file times mislead",
                 )
             )
         problems += _too_many_threads(group, ranks)
@@ -146,7 +146,7 @@ def node_problems(ranks: Sequence[RankFacts]) -> list[Problem]:
 
 
 def _too_many_threads(group: Sequence[RankFacts], everyone: Sequence[RankFacts]) -> list[Problem]:
-    """On one node: more threads than cores, of all its ranks together or of one that is bound to few."""
+    """More threads than cores on a node: of all its ranks together, or of one rank that is bound to few cores."""
     cores = len({core for facts in group for core in facts.cores})
     threads = sum(facts.threads for facts in group)
     if threads <= cores and all(facts.threads <= len(facts.cores) for facts in group):

@@ -1,4 +1,4 @@
-"""Ranks with the same finding, and how to name them."""
+"""Groups ranks with the same finding, and names them."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -6,18 +6,18 @@ from dora_dist.console.text import ranges
 from dora_dist.doctor.facts import Problem, RankFacts
 
 FEW_NODES = 4
-"""As many are named; of more, the number is enough."""
+"""Most nodes that are named; of the others, only the number is given."""
 
 
 def alike(
     ranks: Sequence[RankFacts], found: Callable[[RankFacts], str | None], rule: str, action: str
 ) -> list[Problem]:
-    """One problem for all ranks of which the same is found.
+    """One problem for each finding, with all ranks that have it.
 
     Args:
         ranks: facts of all ranks.
-        found: what is wrong with a rank, or None.
-        rule: what should be.
+        found: returns what is wrong with a rank, or None.
+        rule: what is required.
         action: what to do.
     """
     groups: dict[str, list[RankFacts]] = {}
@@ -29,7 +29,7 @@ def alike(
 
 
 def by_node(ranks: Sequence[RankFacts]) -> dict[str, list[RankFacts]]:
-    """Ranks of every node, in order."""
+    """Node -> its ranks, in order."""
     nodes: dict[str, list[RankFacts]] = {}
     for facts in ranks:
         nodes.setdefault(facts.node, []).append(facts)
@@ -37,12 +37,12 @@ def by_node(ranks: Sequence[RankFacts]) -> dict[str, list[RankFacts]]:
 
 
 def listed(texts: Iterable[str]) -> str | None:
-    """Texts in one, each once; None for none."""
+    """The distinct texts joined by commas; None if there is none."""
     return ", ".join(dict.fromkeys(texts)) or None
 
 
 def place(some: Sequence[RankFacts], everyone: Sequence[RankFacts]) -> str:
-    """Ranks with their nodes: ``rank 1 on node02``, ``all 16 ranks``; alone, the node is enough."""
+    """Names ranks with their nodes: ``rank 1 on node02``, ``all 16 ranks``; a single process by its node."""
     if len(everyone) == 1:
         return everyone[0].node
     if len(some) == len(everyone):

@@ -1,4 +1,4 @@
-"""Joining the ranks of a job as the trainer does, and collecting what each of them finds."""
+"""Connects the ranks of a job as the trainer does, and collects each rank's facts."""
 
 import os
 import time
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 
 FLOAT32 = 4
 KEPT_COPIES = 3
-"""Of the adapter in a checkpoint, beside the optimizer's moments: our own file, ZeRO's float32 master copy, and the
-plain LoRA adapter, which is smaller once components have been pruned."""
+"""Number of copies of the adapter in a checkpoint, beside the optimizer's moments: our own file, ZeRO's float32 master
+copy, and the plain LoRA adapter, which is smaller once components have been pruned."""
 MOMENTS = 2
-"""Of Adam."""
+"""Number of Adam's moments."""
 SLACK_SECONDS = 30.0
-"""What ranks wait for each other's words longer than for a collective: it may have to fail first."""
+"""Time that ranks wait for each other beyond the time-out of a collective, which may have to fail first."""
 
 
 def join(timeout_seconds: float) -> StoreAgreement:
     """Join the process group as ``dora_dist.train`` would; alone without a launcher.
 
     Raises:
-        ExpectedRunError: not all ranks have come.
+        ExpectedRunError: not all ranks have connected.
     """
-    # An all-reduce that hangs then raises after the time-out, instead of taking the process down.
+    # With this, an all-reduce that hangs raises after the time-out instead of aborting the process.
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     engine = "zero2" if with_deepspeed(os.environ) else "ddp" if launched(os.environ) else "none"
     if launched(os.environ):
@@ -50,16 +50,16 @@ def join(timeout_seconds: float) -> StoreAgreement:
         said = next(iter(str(error).splitlines()), type(error).__name__)
         where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
         raise ExpectedRunError(
-            f"this rank could not join the {wanted} of the job at MASTER_ADDR:MASTER_PORT {where} within "
-            f"{timeout_seconds:g} s, though all have come there: {said} Look for a firewall, and for the interface "
-            "that GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name; --timeout waits longer"
+            f"this rank could not join the {wanted} ranks of the job at MASTER_ADDR:MASTER_PORT {where} within "
+            f"{timeout_seconds:g} s, although all have connected there: {said} Check the firewall, and the "
+            "interface in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, or raise --timeout"
         ) from None
     assert state.device is not None
     return StoreAgreement(state.device, timeout_seconds + SLACK_SECONDS)
 
 
 def launched(environment: Mapping[str, str]) -> bool:
-    """Whether this process is a rank, by what dora_dist.train goes by."""
+    """Whether this process is a rank, by the same test as in dora_dist.train."""
     return "LOCAL_RANK" in environment
 
 
@@ -70,18 +70,18 @@ def with_deepspeed(environment: Mapping[str, str]) -> bool:
 def inspect_rank(
     agreement: StoreAgreement, config: "RunConfig | None", environment: Mapping[str, str]
 ) -> list[RankFacts]:
-    """Look at every process, its node and its devices.
+    """Collect the facts of every process, its node and its devices.
 
     Args:
-        agreement: over all ranks.
-        config: of the run to prepare for, if there is one.
-        environment: as the launcher set it; joining the ranks sets variables of its own.
+        agreement: collectives over all ranks.
+        config: configuration of the run to prepare for, if there is one.
+        environment: variables as the launcher set them; connecting the ranks sets others.
 
     Returns:
         Facts of all ranks, by rank, on every rank.
 
     Raises:
-        RankFailedError: one could not be looked at.
+        RankFailedError: a rank failed.
     """
     with agreement.together("looking at the nodes"):
         facts = node_facts(environment)
@@ -91,7 +91,7 @@ def inspect_rank(
         checks = [
             check for device in devices for check in check_device(device, resolve_compute_dtype(name), quantization)
         ]
-        # After DeepSpeed's imports: some change it.
+        # After DeepSpeed's imports, because some of them change the number of threads.
         facts.update(threads=torch.get_num_threads(), cuda=torch.version.cuda, device=str(agreement.device))
         facts.update(visible_gpus=torch.cuda.device_count() if torch.cuda.is_available() else 0)
         facts.update(
@@ -102,20 +102,20 @@ def inspect_rank(
 
 
 def _clock(agreement: StoreAgreement) -> float:
-    """The time on this node's clock, asked on all ranks at about the same moment."""
+    """The node's time, read on all ranks at about the same moment."""
     agreement.barrier()
     return time.time()
 
 
 def _devices(own: torch.device) -> Sequence[torch.device]:
-    """What this process looks at: its own device as a rank, all GPUs of the node alone."""
+    """Devices that this process tests: a rank its own, a single process all GPUs of the node."""
     if own.type != "cuda" or launched(os.environ):
         return [own]
     return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
 
 
 def _launch_failure(config: "RunConfig | None", environment: Mapping[str, str]) -> str | None:
-    """What dora_dist.train would say of this launch; nothing where no engine is known, or nothing is launched."""
+    """The error that dora_dist.train would raise for this launch; None if there is none, or nothing is launched."""
     engine = config.distributed.engine if config else "zero2" if with_deepspeed(environment) else None
     if engine is None or not launched(environment):
         return None
@@ -127,7 +127,7 @@ def _launch_failure(config: "RunConfig | None", environment: Mapping[str, str]) 
 
 
 def _model_failure(config: "RunConfig | None") -> str | None:
-    """Why the model's folder cannot be found here; a name on the Hub is not looked up."""
+    """Why the model's folder cannot be found here; a name on the Hub is not checked."""
     if config is None:
         return None
     try:
@@ -138,9 +138,9 @@ def _model_failure(config: "RunConfig | None") -> str | None:
 
 
 def checkpoint_bytes(config: "RunConfig") -> int | None:
-    """About what one checkpoint of the run takes; None where the model's configuration cannot be read.
+    """Approximate size of one checkpoint of the run, in bytes; None if the model's configuration cannot be read.
 
-    The adapter at its start rank, all in float32, with Adam's moments.
+    Counted are the adapter at its start rank and Adam's moments, all in float32.
     """
     from dora_dist.adapter.ranks import resolve_ranks
     from dora_dist.base_model.shape import read_shape

@@ -1,4 +1,4 @@
-"""All-reduces over all ranks: first whether the sum is right, then how long they take."""
+"""Tests all-reduces over all ranks: first whether the sum is right, then how long they take."""
 
 import time
 from collections.abc import Callable
@@ -13,20 +13,20 @@ from dora_dist.doctor.facts import NetworkFacts
 Result = TypeVar("Result")
 
 SIZES = {"nccl": (8, MIB, 64 * MIB, 256 * MIB), "gloo": (8, MIB, 16 * MIB)}
-"""Bytes of the tensors that are reduced: the first shows the latency, the last the bandwidth."""
+"""Sizes of the reduced tensors in bytes: the smallest shows the latency, the largest the bandwidth."""
 OTHER_SIZES = (8, MIB)
 SECONDS_PER_SIZE = 2.0
 MOST_ROUNDS = 20
 LONGEST_SECONDS = 10.0
-"""An all-reduce that would take longer, judged by the last size, is not begun."""
+"""Longest expected time of an all-reduce that is started, estimated from the previous size."""
 PERIOD = 7
 
 
 class _FailedError(Exception):
-    """It failed somewhere; raised on all ranks.
+    """The collective failed on some rank; raised on all ranks.
 
     Args:
-        failures: rank -> what went wrong there.
+        failures: rank -> error on this rank.
     """
 
     def __init__(self, failures: dict[int, str]) -> None:
@@ -37,8 +37,8 @@ def measure_network(agreement: Agreement) -> NetworkFacts | None:
     """Reduce tensors over all ranks; None where there is no process group.
 
     Args:
-        agreement: a :class:`~dora_dist.distributed.store_agreement.StoreAgreement`, whose gather does not need what is
-            measured here, so that a rank on which it fails can say so.
+        agreement: a :class:`~dora_dist.distributed.store_agreement.StoreAgreement`. Its gather does not use the backend
+            that is measured here, so a rank whose backend fails can still report it.
     """
     backend = agreement.backend
     if backend is None:
@@ -50,7 +50,7 @@ def measure_network(agreement: Agreement) -> NetworkFacts | None:
             raise _FailedError(wrong)
         for size in SIZES.get(backend, OTHER_SIZES):
             last = max(seconds, default=0)
-            # Of a small one the time is latency, which does not grow with the size.
+            # A small tensor's time is latency, which does not grow with the size.
             if last >= MIB and seconds[last] * size / last > LONGEST_SECONDS:
                 break
             seconds[size] = _seconds_of_one(agreement, size)
@@ -60,7 +60,7 @@ def measure_network(agreement: Agreement) -> NetworkFacts | None:
 
 
 def _on_all(agreement: Agreement, work: Callable[[], Result]) -> list[Result]:
-    """Results of all ranks, by rank, of something in which the backend may fail on any of them."""
+    """Results of all ranks, by rank, of work in which the backend may fail on any rank."""
     try:
         mine: tuple[Result | None, str | None] = (work(), None)
     except RuntimeError as error:
@@ -73,7 +73,7 @@ def _on_all(agreement: Agreement, work: Callable[[], Result]) -> list[Result]:
 
 
 def _wrong_sums(agreement: Agreement) -> str | None:
-    """Add up known whole numbers, which float32 holds exactly, and compare every element."""
+    """Sum known whole numbers, which float32 represents exactly, and compare every element."""
     pattern = torch.arange(MIB // 4, device=agreement.device, dtype=torch.float32) % PERIOD + 1
     expected = pattern * (agreement.size * (agreement.size + 1) // 2)
     total = pattern * (agreement.rank + 1)
@@ -83,7 +83,7 @@ def _wrong_sums(agreement: Agreement) -> str | None:
 
 
 def _seconds_of_one(agreement: Agreement, size: int) -> float:
-    """Mean time of an all-reduce of so many bytes on the slowest rank, after one that does not count."""
+    """Mean time of an all-reduce of ``size`` bytes on the slowest rank, after one warm-up that is not counted."""
     tensor = torch.zeros(size // 4, device=agreement.device)
     first = max(_on_all(agreement, lambda: _timed(agreement, tensor, 1)))
     rounds = max(1, min(MOST_ROUNDS, int(SECONDS_PER_SIZE / max(first, 1e-6))))
@@ -100,6 +100,6 @@ def _timed(agreement: Agreement, tensor: torch.Tensor, rounds: int) -> float:
 
 
 def _finish(agreement: Agreement) -> None:
-    """Wait for what the GPU still has to do."""
+    """Wait for pending work on the GPU."""
     if agreement.device.type == "cuda":
         torch.cuda.synchronize(agreement.device)

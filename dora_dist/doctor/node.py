@@ -1,4 +1,4 @@
-"""Facts of this process and its node, none of which needs another rank."""
+"""Collects facts about this process and its node, without other ranks."""
 
 import os
 import platform
@@ -26,10 +26,10 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 def node_facts(environment: Mapping[str, str]) -> dict[str, Any]:
-    """The fields of :class:`~dora_dist.doctor.facts.RankFacts` that are read off the operating system.
+    """The fields of :class:`~dora_dist.doctor.facts.RankFacts` that come from the operating system.
 
     Args:
-        environment: as the launcher set it.
+        environment: variables as the launcher set them.
     """
     versions, below = software(DISTRIBUTION)
     return {
@@ -51,7 +51,7 @@ def node_facts(environment: Mapping[str, str]) -> dict[str, Any]:
 def software(distribution: str) -> tuple[dict[str, str | None], list[str]]:
     """Versions of everything a distribution requires, and the requirements that are not met.
 
-    Its own metadata say what it requires; where it is not installed itself, nothing is known but that.
+    The requirements come from its own metadata. If it is not installed, the result shows only that.
     """
     try:
         required = [Requirement(line) for line in metadata.requires(distribution) or []]
@@ -76,7 +76,7 @@ def _version_of(name: str) -> str | None:
 
 
 def driver_version() -> str | None:
-    """Of the NVIDIA driver that the node's kernel runs, or None."""
+    """Version of the NVIDIA driver in the node's kernel, or None."""
     try:
         text = DRIVER_VERSION.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -86,7 +86,8 @@ def driver_version() -> str | None:
 
 
 def memory_limit() -> int:
-    """Bytes that this process may use: the node's memory, or less where its control group says so (Slurm's --mem)."""
+    """Most bytes that this process may use: the node's memory, or the lower limit of its control group (Slurm's
+    --mem)."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     try:
         entries = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
@@ -94,7 +95,7 @@ def memory_limit() -> int:
         entries = []
     for entry in entries:
         if not entry.startswith("0::/"):
-            continue  # of version 1, which modern systems have left
+            continue  # control groups version 1, which modern systems no longer use
         group = CONTROL_GROUPS / entry.removeprefix("0::/")
         for folder in (group, *group.parents):
             limits += _limit_in(folder / "memory.max")
@@ -109,7 +110,7 @@ def _limit_in(path: Path) -> list[int]:
 
 
 def free_bytes(folder: Path) -> int | None:
-    """What a user may still write into the file system of a folder; None where it is not there."""
+    """Bytes that a user may still write to a folder's file system; None if the folder does not exist."""
     try:
         space = os.statvfs(folder)
     except OSError:
@@ -118,7 +119,7 @@ def free_bytes(folder: Path) -> int | None:
 
 
 def shown_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that decide how ranks find each other and what they compute on."""
+    """The variables that decide how ranks find each other and which devices they use."""
     return {
         name: value for name, value in sorted(environment.items()) if name in SHOWN or name.startswith(SHOWN_PREFIXES)
     }

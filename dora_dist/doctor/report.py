@@ -1,4 +1,4 @@
-"""The report as text, section by section."""
+"""Formats the report as text, section by section."""
 
 import textwrap
 from collections.abc import Callable, Sequence
@@ -12,16 +12,16 @@ from dora_dist.doctor.shared_findings import bus_bandwidth
 
 WIDTH = 110
 FIRST = ("torch", "deepspeed", "accelerate", "transformers", "peft", "bitsandbytes", "datasets")
-"""Distributions whose versions are shown; all that are required are checked."""
+"""Distributions whose versions are shown; all required ones are checked."""
 
 
 def section(title: str, lines: Sequence[str]) -> str:
-    """A title and what belongs to it, indented, with an empty line after it."""
+    """A title and its indented lines, followed by an empty line."""
     return "\n".join([title, *(f"  {line}" for text in lines for line in text.splitlines()), ""])
 
 
 def software_section(ranks: Sequence[RankFacts]) -> str:
-    """Versions, as rank 0 has them."""
+    """Versions on rank 0, and whether other ranks have the same."""
     first = ranks[0]
     cuda = "build for CPUs" if first.cuda is None else f"CUDA {first.cuda}"
     shown = [
@@ -39,7 +39,7 @@ def _versions(facts: RankFacts) -> tuple[object, ...]:
 
 
 def nodes_section(ranks: Sequence[RankFacts]) -> str:
-    """A row per node."""
+    """Table with one row per node."""
     rows = [("node", "ranks", "driver", "cores", "threads", "memory", "/dev/shm free", "open files", "clock")]
     for node, group in by_node(ranks).items():
         first = group[0]
@@ -61,7 +61,7 @@ def nodes_section(ranks: Sequence[RankFacts]) -> str:
 
 
 def environment_section(ranks: Sequence[RankFacts]) -> str:
-    """Variables that decide how ranks find each other; of one that differs, each value with its ranks."""
+    """Variables that decide how ranks find each other. If a variable differs, each value is shown with its ranks."""
     lines = []
     for name in dict.fromkeys(name for facts in ranks for name in facts.environment):
         values = grouped(ranks, partial(_value, name))
@@ -85,7 +85,7 @@ def grouped(ranks: Sequence[RankFacts], value: Callable[[RankFacts], str]) -> st
 
 
 def devices_section(ranks: Sequence[RankFacts]) -> str:
-    """GPUs, a row for all of one kind on a node, and the arithmetic that was tried on every rank's device."""
+    """GPUs, one row for each kind on a node, and the results of arithmetic on every rank's device."""
     lines = _gpu_table(ranks) or ["no GPU: training computes on CPUs, in float32 unless configured otherwise"]
     for name in dict.fromkeys(check.name for facts in ranks for check in facts.checks):
         lines.append(f"{name}: {grouped(ranks, partial(_outcome, name))}")
@@ -120,12 +120,12 @@ def _outcome(name: str, facts: RankFacts) -> str:
 
 
 def storage_section(storage: Sequence[StorageFacts], folder: Path, checkpoint: int | None) -> str:
-    """A row per node: the rank that measured speaks for it.
+    """One row per node, with the figures of the rank that measured.
 
     Args:
         storage: facts of all ranks, by rank.
         folder: ``output_dir``.
-        checkpoint: bytes of one checkpoint of the configured run, if it is known.
+        checkpoint: bytes of one checkpoint of the configured run, if known.
     """
     rows = [("node", "file system", "seen by", "free", "free inodes", "write", "read")]
     for node in dict.fromkeys(facts.node for facts in storage):
@@ -166,7 +166,7 @@ def network_section(network: NetworkFacts | None, ranks: int) -> str:
 
 
 def problems_section(problems: Sequence[Problem]) -> str:
-    """The end of the report."""
+    """The last section: all problems with rule and action."""
     if not problems:
         return "nothing wrong found"
     lines = [f"{len(problems)} problem{'s' * (len(problems) > 1)}"]

@@ -1,4 +1,4 @@
-"""The rules on what ranks share: the checkpoint folder and the network."""
+"""Rules for what ranks share: the checkpoint folder and the network."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,32 +8,32 @@ from dora_dist.doctor.facts import NetworkFacts, Problem, RankFacts, StorageFact
 from dora_dist.doctor.grouping import alike, place
 
 LEAST_SPACE = GIB
-"""Free bytes without a configuration: about a checkpoint of a 7B model whose layers start with 16 components."""
+"""Least free bytes without a configuration: about a checkpoint of a 7B model whose layers start with 16 components."""
 FEWEST_INODES = 1000
-"""A checkpoint has some 20 files, a prepared data set a few more."""
+"""Least number of free files: a checkpoint has about 20 files, a prepared data set a few more."""
 SLOW_NCCL = 1e9
-"""Bytes per second of bus bandwidth, what Ethernet of 10 Gbit/s gives; InfiniBand and NVLink give tens of times as
-much, so that less means that NCCL has not found them."""
+"""Bus bandwidth in bytes per second that Ethernet with 10 Gbit/s gives. InfiniBand and NVLink give tens of times as
+much, so a lower value means that NCCL does not use them."""
 LARGE = 64 * MIB
-"""Tensors of at least so many bytes show the bandwidth."""
+"""Least size in bytes of a tensor that shows the bandwidth."""
 
 
 def storage_problems(
     storage: Sequence[StorageFacts], ranks: Sequence[RankFacts], folder: Path, needed: int | None
 ) -> list[Problem]:
-    """A checkpoint folder that is not usable from a rank, not shared, or too small.
+    """Problems with the checkpoint folder: unusable on a rank, not shared, or too small.
 
     Args:
         storage: facts of all ranks, by rank.
-        ranks: their processes.
+        ranks: the ranks' processes.
         folder: ``output_dir``.
-        needed: bytes that the checkpoints of the configured run take; None without a configuration.
+        needed: bytes for the configured run's checkpoints; None without a configuration.
     """
     unusable = alike(
         ranks,
         lambda facts: storage[facts.rank].failure and f"{folder}: {storage[facts.rank].failure}",
         "every rank can make, write, rename and read files in output_dir",
-        "choose another folder (output_dir, or --output here), or have permissions, quota and space looked at",
+        "choose another folder (output_dir, or --output here), or check its permissions, quota and free space",
     )
     if storage[0].failure is not None:
         return unusable
@@ -45,7 +45,7 @@ def storage_problems(
         "all ranks write one output_dir, on a file system that all nodes share",
         "choose a folder on the shared file system, by a path that is the same on all nodes",
     )
-    # Where all see one folder, rank 0's view of its space is that of all.
+    # If all ranks see the same folder, rank 0's free space holds for all.
     return [*unusable, *apart, *_space_problems(storage[0], place(ranks, ranks), folder, needed)]
 
 
@@ -76,7 +76,7 @@ def _space_problems(facts: StorageFacts, where: str, folder: Path, needed: int |
 
 
 def network_problems(network: NetworkFacts | None, ranks: Sequence[RankFacts]) -> list[Problem]:
-    """Sums that are wrong or do not come, and NCCL that has not found the fast network."""
+    """Wrong or missing sums, and NCCL without the fast network."""
     if network is None:
         return []
     prefix = "NCCL" if network.backend == "nccl" else "GLOO"
@@ -104,5 +104,5 @@ def network_problems(network: NetworkFacts | None, ranks: Sequence[RankFacts]) -
 
 
 def bus_bandwidth(size: int, seconds: float, ranks: int) -> float:
-    """Bytes per second over the slowest link, as nccl-tests define it for all-reduce: size / time x 2 (n - 1) / n."""
+    """Bytes per second over the slowest link, as nccl-tests defines it for all-reduce: size / time x 2 (n - 1) / n."""
     return size / seconds * 2 * (ranks - 1) / ranks

@@ -1,4 +1,5 @@
-"""The checkpoint folder, as every rank finds it: there, shared, writable, and how fast. Leaves nothing behind."""
+"""Tests the checkpoint folder on every rank: whether it exists, is shared and writable, and its speed. Removes its
+files."""
 
 import dataclasses
 import os
@@ -15,21 +16,21 @@ from dora_dist.doctor.facts import StorageFacts
 FIRST_PIECE, MOST_BYTES = 4 * MIB, 256 * MIB
 MOST_SECONDS = 5.0
 LARGEST_SHARE = 4
-"""Of the free space, all nodes together write at most one part in so many."""
+"""All nodes together write at most one part in this many of the free space."""
 PATIENCE_SECONDS = 5.0
-"""What a network file system gets to show a new file on another node."""
+"""Time for a network file system to show a new file on another node."""
 PREFIX = ".dora-doctor-"
 MOUNTS = Path("/proc/self/mounts")
 
 
 def check_storage(folder: Path, node: str, agreement: Agreement, measures: bool) -> list[StorageFacts]:
-    """Try the folder on all ranks; the facts of all, by rank.
+    """Test the folder on all ranks; returns the facts of all ranks, by rank.
 
     Args:
-        folder: ``output_dir``; made if it is not there, and taken away again.
-        node: name of this rank's.
-        agreement: over all ranks.
-        measures: whether this rank is the one of its node that measures the speed.
+        folder: ``output_dir``; created if missing, and removed again.
+        node: name of this rank's node.
+        agreement: collectives over the ranks.
+        measures: whether this rank measures the speed for its node.
     """
     name = agreement.gather(PREFIX + secrets.token_hex(4))[0]
     mine = f"{name}-{agreement.rank}"
@@ -40,54 +41,54 @@ def check_storage(folder: Path, node: str, agreement: Agreement, measures: bool)
             measuring = sum(agreement.gather(able))
             if able:
                 facts = measured(facts, folder / f"{mine}-speed", measuring)
-            agreement.barrier()  # the token stays until all have looked
-        return agreement.gather(facts)  # and the folder until all have tidied up
+            agreement.barrier()  # keeps the token until all ranks have looked for it
+        return agreement.gather(facts)  # keeps the folder until all ranks have removed their files
 
 
 def _look(folder: Path, node: str, agreement: Agreement, name: str, failure: str | None) -> StorageFacts:
-    """What this rank finds, without speeds.
+    """Facts of this rank, without speeds.
 
     Args:
-        folder: to look at.
-        node: name of this rank's.
-        agreement: over all ranks.
-        name: that all files of this look begin with.
-        failure: why rank 0 could not make the folder; None on all others.
+        folder: folder to test.
+        node: name of this rank's node.
+        agreement: collectives over the ranks.
+        name: prefix of all file names in this test.
+        failure: on rank 0, why it could not create the folder; None on all others.
     """
     token = folder / f"{name}-0-token"
     if agreement.is_first and failure is None:
         failure = _failure_of(lambda: write_file(token, name))
     (of_first, *_) = agreement.gather(failure)
     if of_first is not None:
-        # The others have nothing to find.
+        # The other ranks cannot find anything.
         there = failure is not None and os.path.isdir(folder)
         return describe(folder, node, False, failure) if there else StorageFacts(node=node, failure=failure)
     sees = sees_token(token, name)
-    if not os.path.isdir(folder):  # unlike Path.is_dir, no error where a parent may not be looked into
+    if not os.path.isdir(folder):  # unlike Path.is_dir, no error if a parent folder is not readable
         return StorageFacts(node=node, filesystem=filesystem_of(folder.resolve(), MOUNTS))
     return describe(folder, node, sees, _failure_of(lambda: try_files(folder, f"{name}-{agreement.rank}")))
 
 
 @contextmanager
 def made(folder: Path | None) -> Iterator[str | None]:
-    """Make a folder and its parents, and take away again what was made; why it could not be, or None."""
+    """Creates a folder and its parents, and removes what it created at the end. Yields why that failed, or None."""
     missing = [] if folder is None else [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
         yield None if folder is None else _failure_of(lambda: folder.mkdir(parents=True, exist_ok=True))
     finally:
         for path in missing:
-            with suppress(OSError):  # no longer empty: someone else has begun to use it
+            with suppress(OSError):  # not empty: another process has started to use it
                 path.rmdir()
 
 
 @contextmanager
 def cleaned(folder: Path, prefix: str) -> Iterator[None]:
-    """Take away the files of this rank in the end, whatever happened; and wait for nobody."""
+    """Removes this rank's files at the end, in any case, without waiting for other ranks."""
     try:
         yield
     finally:
         left: list[Path] = []
-        with suppress(OSError):  # a folder that may not be looked into
+        with suppress(OSError):  # a folder that is not readable
             left = list(folder.glob(f"{prefix}-*"))
         for path in left:
             with suppress(OSError):
@@ -95,7 +96,7 @@ def cleaned(folder: Path, prefix: str) -> Iterator[None]:
 
 
 def write_file(path: Path, text: str) -> None:
-    """A small file, brought to the disk."""
+    """Write a small file and flush it to the disk."""
     with path.open("w", encoding="ascii") as file:
         file.write(text)
         file.flush()
@@ -103,11 +104,11 @@ def write_file(path: Path, text: str) -> None:
 
 
 def sees_token(path: Path, text: str) -> bool:
-    """Whether a file that rank 0 has just written is here; another node may learn of it a little later."""
+    """Whether a file that rank 0 has just written is visible here; on another node it may appear a little later."""
     end = time.monotonic() + PATIENCE_SECONDS
     while True:
         with suppress(OSError):
-            os.listdir(path.parent)  # makes a client of NFS look again
+            os.listdir(path.parent)  # makes an NFS client refresh its view
             if path.read_text(encoding="ascii") == text:
                 return True
         if time.monotonic() > end:
@@ -116,10 +117,10 @@ def sees_token(path: Path, text: str) -> bool:
 
 
 def try_files(folder: Path, prefix: str) -> None:
-    """Do with small files what a checkpoint does: write, replace one by another, read back.
+    """Do with small files what a checkpoint needs: write, replace one by another, read back.
 
     Raises:
-        OSError: one of it cannot be done.
+        OSError: one of these operations failed.
     """
     old, new = folder / f"{prefix}-old", folder / f"{prefix}-new"
     write_file(old, "old")
@@ -130,7 +131,7 @@ def try_files(folder: Path, prefix: str) -> None:
 
 
 def describe(folder: Path, node: str, sees: bool, failure: str | None) -> StorageFacts:
-    """What the file system says of itself."""
+    """The facts that the file system reports about itself."""
     space = os.statvfs(folder)
     return StorageFacts(
         node=node,
@@ -148,15 +149,15 @@ def filesystem_of(folder: Path, mounts: Path) -> str | None:
         lines = [line.split() for line in mounts.read_text(encoding="utf-8", errors="replace").splitlines()]
     except OSError:
         return None
-    # The list writes blanks as \040.
+    # The list writes spaces as \040.
     holding = [(fields[1].replace("\\040", " "), fields[2]) for fields in lines if len(fields) > 2]
     holding = [(point, kind) for point, kind in holding if folder.is_relative_to(point)]
-    # The deepest mount point; of several at one place, the last covers the others.
+    # The deepest mount point; of several mounts at one place, the last covers the others.
     return max(enumerate(holding), key=lambda entry: (len(entry[1][0]), entry[0]))[1][1] if holding else None
 
 
 def measured(facts: StorageFacts, path: Path, measuring: int) -> StorageFacts:
-    """The facts with the speed of writing and reading, or with why it could not be measured."""
+    """The facts with the speeds of writing and reading, or with the reason why they could not be measured."""
     most = min(MOST_BYTES, (facts.free or 0) // (LARGEST_SHARE * measuring))
     try:
         written, write = write_speed(path, most)
@@ -166,13 +167,13 @@ def measured(facts: StorageFacts, path: Path, measuring: int) -> StorageFacts:
 
 
 def write_speed(path: Path, most: int) -> tuple[int, float | None]:
-    """Write a file in pieces that double, each brought to the disk, until there is enough or time is over.
+    """Write a file in pieces of doubling size, each flushed to the disk, until the size or time limit is reached.
 
     Returns:
-        Bytes written, and bytes per second; None where there was no room for the first piece.
+        Bytes written, and bytes per second; None if there was no room for the first piece.
     """
     piece, written = FIRST_PIECE, 0
-    data = memoryview(os.urandom(FIRST_PIECE))  # what compresses well would measure the compression
+    data = memoryview(os.urandom(FIRST_PIECE))  # compressible data would measure the compression
     start = time.perf_counter()
     with path.open("wb", buffering=0) as file:
         while written + piece <= most and time.perf_counter() - start < MOST_SECONDS:
@@ -185,7 +186,7 @@ def write_speed(path: Path, most: int) -> tuple[int, float | None]:
 
 
 def read_speed(path: Path, size: int) -> float | None:
-    """Bytes per second out of a file that this node has let go of, as far as its system lets us say so."""
+    """Bytes per second of reading a file after asking the node to drop its cache, as far as the system allows."""
     buffer = bytearray(FIRST_PIECE)
     read = 0
     with path.open("rb", buffering=0) as file:
@@ -197,7 +198,7 @@ def read_speed(path: Path, size: int) -> float | None:
 
 
 def _failure_of(work: Callable[[], object]) -> str | None:
-    """What an operating system says against some work, or None."""
+    """The operating system's error for some work, or None."""
     try:
         work()
     except OSError as error:

@@ -1,6 +1,6 @@
-"""Which components stay: one selection over all layers of the model (Algorithm 1 of Mao et al., 2024).
+"""Selects the components to keep, in one ranking over all layers of the model (Algorithm 1 of Mao et al., 2024).
 
-Pure functions on tensors. Another selection rule is another function with the signature of
+Pure functions on tensors. To add a selection rule, write another function with the signature of
 :func:`select_within_budget`.
 """
 
@@ -15,14 +15,14 @@ def select_components(
 ) -> dict[str, Tensor]:
     """Keep exactly the ``num_keep`` components with the highest scores of the whole model.
 
-    :func:`select_within_budget` with components that cost 1 each. The kept sum of scores is the largest possible under
-    the bounds.
+    Equivalent to :func:`select_within_budget` where every component costs 1. The sum of the kept scores is the largest
+    possible under the bounds.
 
     Args:
         scores: layer name -> scores, shape ``(r,)``, any floating dtype; compared in float64 on the CPU.
         num_keep: components to keep over all layers.
-        min_rank: components that every layer keeps at least.
-        max_rank: components that any layer keeps at most; ``None`` for no bound.
+        min_rank: least number of components that every layer keeps.
+        max_rank: most components that a layer may keep; ``None`` for no bound.
 
     Returns:
         Layer name -> boolean mask of shape ``(r,)`` on the CPU, True where the component is kept.
@@ -41,26 +41,25 @@ def select_within_budget(
     max_rank: int | None = None,
     eligible: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Keep what is worth most for its cost, as far as the budget goes.
+    """Keep the components with the highest score per cost, up to the budget.
 
-    All components of all layers compete. Each layer's best ``min_rank`` are reserved. The others are taken in the order
-    of score per cost until one does not fit; from there on, whatever still fits is taken in the same order. Ties are
-    broken by a fixed total order (score per cost, then layer name, then index within the layer), so that the result
-    depends neither on the order of the mapping nor on a device.
+    All components of all layers compete. The best ``min_rank`` components of each layer are reserved. The others are
+    taken in the order of score per cost until one does not fit; after it, every component that still fits is taken in
+    the same order. A fixed total order breaks ties (score per cost, then layer name, then index within the layer). The
+    result therefore depends neither on the order of the mapping nor on the device.
 
-    Guarantee: to keep the largest sum of scores under a budget is the knapsack
-    problem, and the order of score per cost solves its relaxation, in which components can be split. So the kept sum is
-    less than the best possible one by no more than the score of the first component that did not fit (where all cost
-    the same: by nothing), and what is left of the budget is less than the cost of any admitted component that was
-    pruned. A score below 0 counts as 0 in it: such components come after all others, and fill what is left of the
-    budget, those first that do the least harm for their cost.
+    Guarantee: the largest sum of scores under a budget is a knapsack problem. The order of score per cost solves its
+    relaxation, in which components can be split. The kept sum is therefore below the optimum by at most the score of
+    the first component that did not fit (by nothing where all costs are equal). The unspent budget is less than the
+    cost of any eligible component that was pruned. A score below 0 counts as 0 in this guarantee: such components come
+    after all others and fill the remaining budget, those with the least harm per cost first.
 
     Args:
         scores: layer name -> scores, shape ``(r,)``, any floating dtype; compared in float64 on the CPU.
-        costs: layer name -> cost of one component of it, at least 1, in the units of the budget.
-        budget: what the kept components may cost together.
-        min_rank: components that every layer keeps at least.
-        max_rank: components that any layer keeps at most; ``None`` for no bound.
+        costs: layer name -> cost of one component of the layer, at least 1, in the units of the budget.
+        budget: largest total cost of the kept components.
+        min_rank: least number of components that every layer keeps.
+        max_rank: most components that a layer may keep; ``None`` for no bound.
         eligible: layer name -> boolean mask of shape ``(r,)``, False where the component must not be kept; ``None``
             for all.
 
@@ -92,7 +91,7 @@ def select_within_budget(
 
 
 def _fill(order: Tensor, cost: Tensor, budget: int) -> Tensor:
-    """Those of ``order`` that are taken one after the other wherever they fit into what is left of the budget."""
+    """Entries of ``order`` that are taken: one after the other, each that fits the remaining budget."""
     prefix = int((cost.cumsum(0) <= budget).sum())
     taken = [order[:prefix]]
     left = budget - int(cost[:prefix].sum())
@@ -106,8 +105,8 @@ def _fill(order: Tensor, cost: Tensor, budget: int) -> Tensor:
 
 
 def _places_in_layer(scores: Tensor, eligible: Tensor) -> Tensor:
-    """Place of each component among those of its layer, 0 for the best; ties by index, those that must not be kept
-    last. Shape ``(r,)``, int64."""
+    """Place of each component within its layer, 0 for the best. Ties go by index; ineligible components come last.
+    Shape ``(r,)``, int64."""
     ranked = scores.detach().double().cpu().masked_fill(~eligible, -torch.inf)
     order = torch.sort(ranked, descending=True, stable=True).indices
     places = torch.empty_like(order)

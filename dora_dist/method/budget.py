@@ -1,4 +1,4 @@
-"""What the components of a model may cost over a run, counted in components or in parameters."""
+"""The budget of a run: what a model's components may cost, counted in components or in parameters."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ COMPONENTS, PARAMETERS = "components", "parameters"
 
 @dataclass(frozen=True)
 class Budget:
-    """The schedule, applied to what is counted.
+    """A schedule and the cost of each layer's components.
 
-    Counted in parameters, a component of a wide layer costs more than one of a narrow layer, and the kept components
-    cost together what those of a uniform target rank would, to within one component.
+    Counted in parameters, a component of a wide layer costs more than one of a narrow layer. The kept components then
+    cost as much as those of a uniform adapter of the target rank, to within one component.
 
     Args:
-        schedule: of the run.
-        costs: layer name -> what one component of it costs.
+        schedule: how the budget changes over the run.
+        costs: layer name -> cost of one component of the layer.
     """
 
     schedule: Schedule
@@ -33,15 +33,15 @@ class Budget:
 
     @property
     def final(self) -> int:
-        """What the components may cost that are left in the end."""
+        """Largest total cost of the components that remain after the last event."""
         return self.schedule.cost_at_end(self.costs)
 
     def at(self, step: int) -> int:
-        """What the components may cost that an event at ``step`` keeps."""
+        """Largest total cost of the components that an event at ``step`` keeps."""
         return self.initial - self.schedule.removed(step, self.initial - self.final)
 
     def spent(self, ranks: Mapping[str, int]) -> int:
-        """Cost of so many components of each layer."""
+        """Total cost of these ranks (layer name -> number of components)."""
         return sum(self.costs[name] * rank for name, rank in ranks.items())
 
     def is_met_by(self, ranks: Mapping[str, int]) -> bool:
@@ -57,16 +57,16 @@ class Budget:
         max_rank: int | None = None,
         eligible: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """What an event at ``step`` keeps; see :func:`~dora_dist.method.allocation.select_within_budget`."""
+        """Components that an event at ``step`` keeps; see :func:`~dora_dist.method.allocation.select_within_budget`."""
         return select_within_budget(scores, self.costs, self.at(step), min_rank, max_rank, eligible)
 
 
 def component_costs(shapes: Mapping[str, tuple[int, int]], unit: str) -> dict[str, int]:
-    """What one component of each layer costs.
+    """Cost of one component of each layer.
 
     Args:
-        shapes: layer name -> inputs, outputs.
-        unit: ``components`` (1 each) or ``parameters`` (inputs plus outputs: the gate is folded away in the end).
+        shapes: layer name -> (inputs, outputs).
+        unit: ``components`` (1 each) or ``parameters`` (inputs plus outputs; the gate is free, as it is folded away).
 
     Raises:
         ValueError: the unit is neither.

@@ -1,8 +1,8 @@
-"""Ranks that grow from one to the budget, layer by layer (Zhang et al., 2023, IncreLoRA).
+"""Rank growth: layers start with few components and grow up to the budget (Zhang et al., 2023, IncreLoRA).
 
-Pure functions on tensors. The layers with the highest scores get a component at every event. The paper's sensitivity
-is the mean of ``|DW o dL/dDW|`` over the elements of a layer's matrix, which needs the gradient of that matrix; here it
-is the sum over the components of ``|c_i dL/dc_i|``, which the gates' gradients say.
+Pure functions on tensors. At every event, the layers with the highest scores get one component each. The paper's
+sensitivity is the mean of ``|DW o dL/dDW|`` over the elements of a layer's matrix, which needs the gradient of that
+matrix. Here it is the sum of ``|c_i dL/dc_i|`` over the components, which needs only the gradients of the gates.
 """
 
 import math
@@ -18,7 +18,7 @@ from dora_dist.method.moving import first_free, in_turns
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ModuleScores:
-    """Smoothed sensitivity of every layer, and how much it varies.
+    """Smoothed sensitivity of every layer, and its smoothed deviation.
 
     Attributes:
         sensitivity: shape ``(layers,)``, float64: ``I <- beta I + (1 - beta) S``.
@@ -30,15 +30,15 @@ class ModuleScores:
 
     @classmethod
     def start(cls, num_layers: int, device: torch.device | str = "cpu") -> "ModuleScores":
-        """Zeros, before the first step."""
+        """All zeros: the state before the first step."""
         zeros = torch.zeros(num_layers, dtype=torch.float64, device=device)
         return cls(sensitivity=zeros, uncertainty=zeros.clone())
 
     def after(self, sensitivity: Tensor, beta: float = 0.85) -> "ModuleScores":
-        """With one more step.
+        """The averages after one more step.
 
         Args:
-            sensitivity: of this step, ``S``, shape ``(layers,)``.
+            sensitivity: sensitivity ``S`` of the new step, shape ``(layers,)``.
             beta: weight of the past in both averages, in [0, 1).
 
         Raises:
@@ -57,7 +57,7 @@ class ModuleScores:
 
 
 def sensitivity_of_layers(changes: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Sum over the components of every layer of ``|c_i dL/dc_i|``.
+    """Sensitivity of each layer: the sum of ``|c_i dL/dc_i|`` over its components.
 
     Args:
         changes: ``c_i dL/dc_i`` of all components, shape ``(components,)``.
@@ -72,24 +72,24 @@ def sensitivity_of_layers(changes: Tensor, sizes: Sequence[int]) -> Tensor:
 def grow_components(
     scores: Mapping[str, float], alive: Mapping[str, Tensor], costs: Mapping[str, int], budget: int
 ) -> dict[str, Tensor]:
-    """Give new components to the best layers until the budget is spent.
+    """Give new components to the layers with the highest scores until the budget is spent.
 
-    Layers take turns in the order of score per cost, ties by name, and get one component a turn; one without a free
-    slot, or whose component the budget does not pay for, is passed by. A budget that pays for ``h`` components more
-    than there are so goes to the ``h`` best layers, as in the paper.
+    Layers take turns in the order of score per cost, ties by name, and get one component a turn. A layer is passed over
+    if it has no free slot or if its component does not fit the budget. As in the paper, a budget with room for ``h``
+    new components gives one to each of the ``h`` best layers.
 
     Args:
-        scores: layer name -> score of the layer.
-        alive: layer name -> boolean mask of shape ``(slots,)``, True where there is a component.
-        costs: layer name -> cost of one component of it, at least 1, in the units of the budget.
-        budget: what the components may cost together after the event.
+        scores: layer name -> the layer's score.
+        alive: layer name -> boolean mask of shape ``(slots,)``, True where a component is alive.
+        costs: layer name -> cost of one component of the layer, at least 1, in the units of the budget.
+        budget: largest total cost of the components after the event.
 
     Returns:
-        Layer name -> boolean mask of shape ``(slots,)`` on the CPU, True where a new component starts, in the first
-        free slots. What is left of the budget is less than the cost of any component for which there is a slot.
+        Layer name -> boolean mask of shape ``(slots,)`` on the CPU, True where a new component starts: always the first
+        free slots. The unspent budget is less than the cost of any component that has a free slot.
 
     Raises:
-        ValueError: a score is not finite, or what is alive costs more than the budget.
+        ValueError: a score is not finite, or the live components already cost more than the budget.
     """
     for name, score in scores.items():
         if not math.isfinite(score):

@@ -1,8 +1,8 @@
-"""Importance of rank-one components, from weights alone (Mao et al., ACL 2024, equations 7 and 8), and what it is
-compared with.
+"""Importance scores of rank-one components, computed from weights alone (Mao et al., ACL 2024, equations 7 and 8), and
+the scores that they are compared with.
 
-Pure functions on tensors: nothing here knows a model, a rank or a file. Another criterion is another
-function with the signature of :func:`score_layers`, and a name in :data:`WEIGHT_CRITERIA`.
+Pure functions on tensors: no model, process or file. To add a criterion, write a function with the signature of
+:func:`score_layers` and add its name to :data:`WEIGHT_CRITERIA`.
 """
 
 import functools
@@ -15,54 +15,54 @@ from torch.linalg import vector_norm
 from dora_dist.method.stacking import in_order, stacked
 
 Components = tuple[Tensor, Tensor, Tensor]
-"""Of one layer: ``lora_a (r, in), gate (r,), lora_b (out, r)``."""
+"""One layer's components: ``lora_a (r, in), gate (r,), lora_b (out, r)``."""
 ScoreFunction = Callable[[Sequence[Components]], Tensor]
-"""Layers with the same number of components ``r`` -> scores ``(layers, r)``, higher is more important."""
+"""Maps layers with the same number of components ``r`` to scores ``(layers, r)``; higher is more important."""
 SHORTEST_BLOCK, LONGEST_BLOCK = 64, 512
-"""Entries of a vector that are multiplied at a time."""
+"""Number of a vector's entries that are multiplied at a time."""
 COPIED_AT_ONCE = 2**19
-"""Elements in float64: 4 MiB."""
+"""Number of float64 elements: 4 MiB."""
 COPIED_AT_ONCE_ON_GPU = 2**24
-"""128 MiB: the adapter of an 8B model in a few pieces."""
+"""128 MiB: enough for the adapter of an 8B model in a few pieces."""
 
 
 @torch.no_grad()
 def component_scores(lora_a: Tensor, gate: Tensor, lora_b: Tensor, eps: float = 1e-8) -> Tensor:
     """Share of each component in the Frobenius norm of its layer's update (equation 7).
 
-    ``s_i = ||c_i b_i a_i||_F / (||sum_j c_j b_j a_j||_F + eps)``, without building any matrix of the
-    layer's size: a rank-one norm is ``|c_i| ||a_i|| ||b_i||``, and the squared norm of the sum is
-    ``c' [(A A') o (B' B)] c``. Opposing components cancel in that sum, so that it is accumulated in
-    float64 whatever the inputs' dtype, and clamped at 0. Cost O(r^2 (in + out)).
+    ``s_i = ||c_i b_i a_i||_F / (||sum_j c_j b_j a_j||_F + eps)``. No matrix of the layer's size is built: a rank-one
+    norm is ``|c_i| ||a_i|| ||b_i||``, and the squared norm of the sum is ``c' [(A A') o (B' B)] c``. Opposing
+    components cancel in that sum, so it is accumulated in float64 whatever the inputs' dtype, and clamped at 0. Cost
+    O(r^2 (in + out)).
 
     Args:
         lora_a: rows ``a_i``, shape ``(r, in)``, any floating dtype.
         gate: ``c_i``, shape ``(r,)``.
         lora_b: columns ``b_i``, shape ``(out, r)``.
-        eps: keeps a layer whose update is zero at score 0.
+        eps: gives a layer whose update is zero the score 0.
 
     Returns:
         Scores of shape ``(r,)`` on the inputs' device, in their dtype but at least float32. Non-finite inputs give
         non-finite scores.
 
     Raises:
-        ValueError: the three shapes do not belong together, or a tensor is not floating point.
+        ValueError: the three shapes do not match, or a tensor is not floating point.
     """
     return score_layers([(lora_a, gate, lora_b)], eps)[0]
 
 
 @torch.no_grad()
 def score_layers(layers: Sequence[Components], eps: float = 1e-8) -> Tensor:
-    """:func:`component_scores` of many layers with the same number of components, in fewer operations.
+    """:func:`component_scores` for many layers with the same number of components, in fewer operations.
 
-    Gram products are made of layers of one shape together, in pieces, as all ``A`` and ``B`` in float64 would take much
-    memory; all that follows is done for all layers at once.
+    Gram products are computed for layers of one shape together. This is done in pieces, because all ``A`` and ``B`` in
+    float64 would take much memory. All further steps handle all layers at once.
 
     Returns:
         Scores of shape ``(layers, r)`` in the widest of the inputs' dtypes, but at least float32.
 
     Raises:
-        ValueError: as for :func:`component_scores`, there are no layers, or their numbers of components differ.
+        ValueError: as in :func:`component_scores`, or there are no layers, or their numbers of components differ.
     """
     _check_layers(layers)
     gram = _grams([lora_a for lora_a, _, _ in layers], 1) * _grams([lora_b for _, _, lora_b in layers], 0)
@@ -76,15 +76,15 @@ def score_layers(layers: Sequence[Components], eps: float = 1e-8) -> Tensor:
 
 @torch.no_grad()
 def component_magnitudes(layers: Sequence[Components]) -> Tensor:
-    """Frobenius norm of each component, ``|c_i| ||a_i|| ||b_i||``: equation 7 without the layer's own norm below it.
+    """Frobenius norm of each component, ``|c_i| ||a_i|| ||b_i||``: the numerator of equation 7.
 
-    A component of a layer whose update is small counts for little here; its share in that layer does not show it.
+    A component of a layer with a small update therefore gets a low score, even if it dominates that layer.
 
     Returns:
         Scores of shape ``(layers, r)``, float64.
 
     Raises:
-        ValueError: as for :func:`score_layers`.
+        ValueError: as in :func:`score_layers`.
     """
     _check_layers(layers)
     gates = torch.stack([gate for _, gate, _ in layers]).double()
@@ -92,14 +92,14 @@ def component_magnitudes(layers: Sequence[Components]) -> Tensor:
 
 
 def squared_magnitudes(layers: Sequence[Components]) -> Tensor:
-    """Squares of :func:`component_magnitudes`: what removing a component takes from the update's squared norm, where
-    components are orthogonal. Shape ``(layers, r)``, float64."""
+    """Squares of :func:`component_magnitudes`. Where components are orthogonal, this is how much the update's squared
+    norm falls when the component is removed. Shape ``(layers, r)``, float64."""
     return component_magnitudes(layers).square()
 
 
 def random_scores(seed: int) -> ScoreFunction:
-    """A criterion that knows nothing, to compare others with: scores in [0, 1) that depend on ``seed`` and the place of
-    a component, and stay the same for the whole run."""
+    """A random criterion as a baseline for the others. Its scores are in [0, 1), depend on ``seed`` and the component's
+    position only, and stay the same for the whole run."""
 
     def score(layers: Sequence[Components]) -> Tensor:
         _check_layers(layers)
@@ -111,11 +111,11 @@ def random_scores(seed: int) -> ScoreFunction:
 
 
 def weight_criterion(name: str, seed: int) -> ScoreFunction:
-    """The criterion of a name.
+    """The criterion with this name.
 
     Args:
         name: one of :data:`WEIGHT_CRITERIA`.
-        seed: for the random one.
+        seed: seed of the random criterion.
 
     Raises:
         ValueError: there is no such criterion.
@@ -131,29 +131,29 @@ WEIGHT_CRITERIA: dict[str, Callable[[int], ScoreFunction]] = {
     "squared_magnitude": lambda seed: squared_magnitudes,
     "random": random_scores,
 }
-"""Criteria that look at weights alone, given a seed: the paper's, its numerator, the square of that, and chance."""
+"""Criteria that use weights alone, each made from a seed: the paper's, its numerator, the numerator squared, random."""
 
 
 def _lengths(matrices: Sequence[Tensor], dim: int) -> Tensor:
-    """Norms of a matrix' vectors, shape ``(matrices, r)``, float64; arguments as of :func:`_grams`."""
+    """Norms of each matrix' vectors, shape ``(matrices, r)``, float64; arguments as in :func:`_grams`."""
     return in_order(
         [(vector_norm(stack, dim=1 + dim, dtype=torch.float64), places) for stack, places in stacked(matrices)]
     )
 
 
 def _grams(matrices: Sequence[Tensor], dim: int) -> Tensor:
-    """Products of all pairs of a matrix' vectors, shape ``(matrices, r, r)``, float64.
+    """Products of all pairs of each matrix' vectors, shape ``(matrices, r, r)``, float64.
 
-    Matrices of one shape are multiplied together; on a CPU as many at a time as stay in its cache. Vectors are cut into
-    blocks, so that there is work for all cores: a product of each whole matrix takes twice the time.
+    Matrices of one shape are multiplied together; on a CPU, only as many at a time as fit in its cache. Vectors are
+    split into blocks to give work to all cores: a product of each whole matrix takes twice the time.
 
     Args:
-        matrices: with ``r`` vectors each, of lengths of their own.
-        dim: along which the entries of a vector lie: 1 for rows, 0 for columns.
+        matrices: each with ``r`` vectors; the lengths may differ between matrices.
+        dim: dimension of a vector's entries: 1 if vectors are rows, 0 if they are columns.
     """
     device = matrices[0].device
     most = max(COPIED_AT_ONCE if device.type == "cpu" else COPIED_AT_ONCE_ON_GPU, *(m.numel() for m in matrices))
-    # One copy's memory for all: asked for anew, it would cost as much time as the products.
+    # One buffer for all copies: a new allocation for each would cost as much time as the products.
     scratch = torch.empty(min(most, sum(m.numel() for m in matrices)), dtype=torch.float64, device=device)
     found = []
     for stack, places in stacked(matrices, most):
@@ -170,7 +170,7 @@ def _grams(matrices: Sequence[Tensor], dim: int) -> Tensor:
 
 
 def _block_size(length: int) -> int:
-    """The largest divisor that is no longer than a block; the length itself where that would be tiny."""
+    """The largest divisor of ``length`` that is at most a block; ``length`` itself where that divisor would be tiny."""
     size = next(size for size in range(min(length, LONGEST_BLOCK), 0, -1) if length % size == 0)
     return size if size >= SHORTEST_BLOCK else length
 

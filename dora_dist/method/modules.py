@@ -1,6 +1,6 @@
-"""Whole modules chosen in every block, by the scores of their components, as in FanLoRA (Tian et al., EMNLP 2024).
+"""Selects whole modules in every block by the scores of their components, as in FanLoRA (Tian et al., EMNLP 2024).
 
-The paper's own score could not be read; any criterion takes its place.
+The paper's own score was not available to us; any criterion can be used instead.
 """
 
 import re
@@ -13,8 +13,8 @@ _BLOCK = re.compile(r"(?:^|.*?\.)\d+(?=\.)")
 
 
 def block_of(name: str) -> str:
-    """The block that a layer belongs to: its name up to the first number, ``model.layers.3`` of
-    ``model.layers.3.mlp.up_proj``; empty for a layer outside of all blocks."""
+    """The block that a layer belongs to: its name up to the first number, such as ``model.layers.3`` for
+    ``model.layers.3.mlp.up_proj``. Empty for a layer outside all blocks."""
     found = _BLOCK.match(name)
     return found.group() if found else ""
 
@@ -22,24 +22,24 @@ def block_of(name: str) -> str:
 def select_modules(
     scores: Mapping[str, Tensor], costs: Mapping[str, int], budget: int, per_block: int
 ) -> dict[str, int]:
-    """Keep the best modules of every block, and spend the budget on them alone.
+    """Keep the best modules of every block, and spend the whole budget on them.
 
-    A module is a layer of the model; its score is the sum over its components. The kept modules all get the same rank,
-    the largest that the budget pays for, and those with the highest scores one more component, in their order, as far
-    as what is left goes. Ties are broken by name.
+    A module is an adapted layer; its score is the sum of its components' scores. All kept modules get the same rank,
+    the largest that the budget allows. What remains buys one more component each for the modules with the highest
+    scores, in that order. Ties are broken by name.
 
     Args:
         scores: layer name -> scores, shape ``(r,)``, any floating dtype; summed in float64 on the CPU.
-        costs: layer name -> cost of one component of it, at least 1, in the units of the budget.
-        budget: what the components of the plan may cost together.
-        per_block: modules that stay in every block (:func:`block_of`).
+        costs: layer name -> cost of one component of the layer, at least 1, in the units of the budget.
+        budget: largest total cost of the planned components.
+        per_block: number of modules kept in every block (:func:`block_of`).
 
     Returns:
-        Layer name -> rank, of the kept modules only. Together they cost at most the budget, and less by no whole
-        component of the most expensive one.
+        Layer name -> rank, for the kept modules only. Their cost is at most the budget; less than the cost of the most
+        expensive kept module's component is unspent.
 
     Raises:
-        ValueError: a score is not finite, a block has fewer modules than ``per_block``, or the budget does not pay for
+        ValueError: a score is not finite, a block has fewer modules than ``per_block``, or the budget does not allow
             one component of every kept module.
     """
     totals = {name: float(values.detach().double().cpu().sum()) for name, values in sorted(scores.items())}
@@ -72,10 +72,10 @@ def select_modules(
 
 
 def highest_rank(costs: Mapping[str, int], budget: int, per_block: int) -> int:
-    """The highest rank that :func:`select_modules` may give to a module: that of the cheapest choice.
+    """The highest rank that :func:`select_modules` can give a module: the rank when the cheapest modules are kept.
 
     Raises:
-        ValueError: as there, whatever the scores.
+        ValueError: :func:`select_modules` would raise with any scores.
     """
     cheapest = {name: torch.tensor([-float(cost)]) for name, cost in costs.items()}
     return max(select_modules(cheapest, costs, budget, per_block).values())

@@ -1,7 +1,8 @@
-"""Components moved from where they help least to layers that lost none, at one budget (ALoRA, Liu et al., NAACL 2024).
+"""Moves components from where they help least to layers that lost none, at a constant budget (ALoRA, Liu et al., NAACL
+2024).
 
-Pure functions on tensors. Every layer has slots, in some of which a component is alive; a component that is pruned
-leaves its slot, and a new one takes a slot that is free.
+Pure functions on tensors. Every layer has slots; some of them hold a live component. Pruning a component frees its
+slot, and a new component takes a free slot.
 """
 
 import math
@@ -14,11 +15,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Move:
-    """What an event takes and gives; no component is in both.
+    """The components that an event removes and adds; no component is in both.
 
     Attributes:
-        pruned: layer name -> boolean mask of shape ``(slots,)`` on the CPU, True where a component goes.
-        grown: layer name -> the same, True where a new component starts, in a slot that was free before.
+        pruned: layer name -> boolean mask of shape ``(slots,)`` on the CPU, True where a component is removed.
+        grown: layer name -> boolean mask of the same kind, True where a new component starts in a free slot.
     """
 
     pruned: Mapping[str, Tensor]
@@ -35,26 +36,27 @@ def move_components(
 ) -> Move:
     """Prune the lowest components of the whole model, and give their budget to the layers that lost none.
 
-    The layers that lost none take turns, the one with the highest mean score first, and get one component a turn, as
-    long as they have a free slot and the budget pays for it: 8 components for three layers are 3, 3 and 2. Layers
-    without a component have no mean score, and come last. Scores may be negative: only their order counts, and that of
-    their means. Ties are broken by layer name, then by index within the layer.
+    The layers that lost none take turns, the one with the highest mean score first. Each gets one component a turn, as
+    long as it has a free slot and the budget allows it: 8 components for three layers are 3, 3 and 2. Layers without
+    a component have no mean score and come last. Scores may be negative, since only the order of scores and of their
+    means counts. Ties are broken by layer name, then by index within the layer.
 
-    Guarantee: what is alive afterwards costs no more than the budget, and less by no whole component of the most
-    expensive layer, provided that the same held before. Where the layers that lost none have too few free slots for
-    this, or there are none, fewer than ``num_moved`` are moved: the most for which it holds, which may be none. (The
-    paper has no slots, and lets the number of components shrink where every layer lost one.)
+    Guarantee: if the live components spend the budget before the event, they spend it afterwards too: they cost at most
+    the budget, and less than one component of the most expensive layer is unspent. Where the layers that lost none
+    have too few free slots for this, or no such layer exists, fewer than ``num_moved`` components are moved: the most
+    for which the guarantee holds, possibly none. (The paper has no slots; its number of components shrinks where every
+    layer lost one.)
 
     Args:
-        scores: layer name -> scores, shape ``(slots,)``, any floating dtype; those of free slots are not looked at.
-        alive: layer name -> boolean mask of shape ``(slots,)``, True where there is a component.
-        costs: layer name -> cost of one component of it, at least 1, in the units of the budget.
-        budget: what the components may cost together.
-        num_moved: components to prune, at most.
-        min_rank: components that are left to every layer that has as many.
+        scores: layer name -> scores, shape ``(slots,)``, any floating dtype; scores of free slots are ignored.
+        alive: layer name -> boolean mask of shape ``(slots,)``, True where a component is alive.
+        costs: layer name -> cost of one component of the layer, at least 1, in the units of the budget.
+        budget: largest total cost of the components.
+        num_moved: most components to prune.
+        min_rank: least number of components that a layer keeps, if it has that many.
 
     Raises:
-        ValueError: a score is not finite, or what is alive is not the budget.
+        ValueError: a score is not finite, or the live components do not spend the budget.
     """
     names = sorted(scores)
     alive = {name: alive[name].cpu() for name in names}
@@ -93,7 +95,7 @@ def first_free(alive: Tensor, count: int) -> Tensor:
 
 
 def _lowest_first(scores: Mapping[str, Tensor], alive: Mapping[str, Tensor], min_rank: int) -> list[tuple[str, int]]:
-    """Layer and index of all components that may go, the lowest first."""
+    """(layer, index) of all components that may be pruned, the lowest score first."""
     found: list[tuple[float, str, int]] = []
     for name, values in scores.items():
         indices = alive[name].nonzero().flatten().tolist()
@@ -105,16 +107,16 @@ def _lowest_first(scores: Mapping[str, Tensor], alive: Mapping[str, Tensor], min
 def in_turns(
     order: Sequence[str], free: Mapping[str, int], costs: Mapping[str, int], left: int
 ) -> tuple[dict[str, int], int]:
-    """Components for layers that take turns, one a turn, as long as they have a slot and the budget pays for it.
+    """Distribute components among layers in turns, one a turn, as long as the layer has a slot and the budget allows.
 
     Args:
-        order: names of the layers in the order of their turns.
-        free: layer name -> its free slots.
-        costs: layer name -> cost of one component of it.
-        left: of the budget.
+        order: layer names in the order of their turns.
+        free: layer name -> number of free slots.
+        costs: layer name -> cost of one component of the layer.
+        left: budget that may be spent.
 
     Returns:
-        Layer name -> how many components it gets (of all layers of ``free``), and what is left of the budget then.
+        Layer name -> number of components it gets (for all layers in ``free``), and the budget that remains.
     """
     given = dict.fromkeys(free, 0)
     while order := [name for name in order if given[name] < free[name] and costs[name] <= left]:

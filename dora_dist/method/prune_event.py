@@ -1,4 +1,4 @@
-"""What a pruning event selects."""
+"""The result of a pruning event."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ class PruneEvent:
     """One pruning event, the same on every rank.
 
     Attributes:
-        step: Optimizer step after which it took place.
+        step: Optimizer step after which the event took place.
         kept: Layer -> boolean mask, shape ``(r,)``, on the CPU; True where the component is kept.
-        returned: Number of components kept now that were not after the event before: pruned ones that have grown back,
-            or with rule move those that started anew.
+        returned: Number of components that are kept now but were not after the previous event: pruned components that
+            have regrown, or, with rule move, new components.
         final: Whether the mask is fixed from here on.
-        num_parameters: Entries of the kept components' vectors, over the whole model.
-        scores: Layer -> mean score, before the event, of its components that no mask leaves out; 0 for a layer without
-            any. None where nothing was scored.
-        planned: Layer -> components that other runs shall have, where the final event plans others than it keeps.
+        num_parameters: Total number of entries in the kept components' vectors, over the whole model.
+        scores: Layer -> mean score, before the event, of its unmasked components; 0 for a layer without any. None if
+            nothing was scored.
+        planned: Layer -> number of components for a later run, if the final event's plan differs from what it keeps.
     """
 
     step: int

@@ -1,7 +1,7 @@
-"""The components of a layer turned into the singular vectors of its update: the same function, other components.
+"""Replaces a layer's components by the singular vectors of its update, which leaves the function unchanged.
 
-Pruned by their norms, singular components leave the best approximation of the update that so many components can give
-(Eckart and Young, 1936); components as training has left them overlap and oppose each other, and do not.
+Singular components pruned by norm leave the best approximation of the update with that many components (Eckart and
+Young, 1936). Components as trained do not: they overlap and oppose each other.
 """
 
 import torch
@@ -15,9 +15,10 @@ from dora_dist.method.subspaces import fixed_signs
 def singular_components(lora_a: Tensor, gate: Tensor, lora_b: Tensor) -> Components:
     """Components ``sigma_i u_i v_i`` with the same sum, the largest first.
 
-    Every ``a_i`` has the root mean square length of those given, which is the scale that the learning rate is right
-    for; ``b_i`` has the rest of the norm, and gates are 1. Where the update has a lower rank, ``b_i`` is 0 and ``a_i``
-    a direction of its own, as LoRA starts: such a component can grow. Signs are fixed by the largest entry of ``a_i``.
+    Every ``a_i`` has the root mean square length of the given ones, because the learning rate fits that scale. ``b_i``
+    has the rest of the norm, and all gates are 1. Where the update has a lower rank, the surplus components can grow,
+    as at LoRA's start: ``b_i`` is 0 and ``a_i`` is another direction. The largest entry of ``a_i`` fixes the
+    sign.
 
     Args:
         lora_a: rows ``a_i``, shape ``(r, in)``.
@@ -28,13 +29,13 @@ def singular_components(lora_a: Tensor, gate: Tensor, lora_b: Tensor) -> Compone
         The same shapes, in float64.
 
     Raises:
-        ValueError: there are more components than inputs or outputs, and so than singular vectors.
+        ValueError: there are more components than inputs or outputs, and therefore too few singular vectors.
     """
     rank, (inputs, outputs) = len(gate), (lora_a.shape[1], lora_b.shape[0])
     if rank > min(inputs, outputs):
         raise ValueError(
             f"cannot turn {rank} components of a layer with {inputs} inputs and {outputs} outputs into singular "
-            "vectors, of which there are fewer: lower adapter.initial_rank, or set pruning.rebase to false"
+            "vectors, because there are fewer of these: lower adapter.initial_rank, or set pruning.rebase to false"
         )
     rows, row_mix = torch.linalg.qr(lora_a.double().T)
     columns, column_mix = torch.linalg.qr(lora_b.double() * gate.double())

@@ -11,10 +11,10 @@ from dora_dist.method.stacking import stacked
 
 
 def equilibrium_penalty(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Mean over layers and components of ``(Var(a_i) + Var(b_i)) / 2``, the variance unbiased over the entries.
+    """Mean over layers and components of ``(Var(a_i) + Var(b_i)) / 2``, with unbiased variances over the entries.
 
-    It discourages components that live in a few entries, for which the Frobenius norm would overstate their
-    importance. A function of the weights alone: gradient accumulation, world size and token counts do not enter.
+    It discourages components whose weight is in a few entries: the Frobenius norm would overstate their importance. It
+    depends on the weights alone, not on gradient accumulation, world size or token counts.
 
     Args:
         pairs: one ``(lora_a (r, in), lora_b (out, r))`` per layer, any floating dtype; computed in at least float32.
@@ -36,11 +36,11 @@ def equilibrium_penalty(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def penalty_of_stacks(rows: Sequence[Tensor], columns: Sequence[Tensor]) -> Tensor:
-    """:func:`equilibrium_penalty` of layers that lie side by side, in a few operations for each kind of layer.
+    """:func:`equilibrium_penalty` for layers that are stacked by shape, in a few operations for each shape.
 
     Args:
-        rows: ``a_i`` of layers of one width, shape ``(components, in)``, for each width.
-        columns: ``lora_b`` of layers of one shape, shape ``(layers, out, r)``, for each shape.
+        rows: one stack for each input width: all ``a_i`` of that width, shape ``(components, in)``.
+        columns: one stack for each shape of ``lora_b``, shape ``(layers, out, r)``.
     """
     # torch has no types for `apply`.
     penalty: Tensor = _Penalty.apply(*rows, *columns)  # type: ignore[no-untyped-call]
@@ -48,8 +48,8 @@ def penalty_of_stacks(rows: Sequence[Tensor], columns: Sequence[Tensor]) -> Tens
 
 
 class _Penalty(torch.autograd.Function):
-    """With its gradient in closed form, ``(t - mean(t)) / (n - 1)`` over the number of components. Every stack has the
-    entries of its vectors in dimension 1."""
+    """The penalty with its gradient in closed form, ``(t - mean(t)) / (n - 1)`` divided by the number of components.
+    In every stack, dimension 1 is the one of a vector's entries."""
 
     @staticmethod
     def forward(ctx: Any, *stacks: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""The budget over time: how many components the whole model has lost by a given step (equation 9).
+"""The budget over time: how many components of the whole model are pruned by a given step (equation 9).
 
-The form is the one of the authors' released code, which reaches its target; the printed equation does not.
+The form follows the authors' released code, which reaches its target; the printed equation does not.
 Every step here is an *optimizer* step, counted from 1.
 """
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 EVENTS = 20
-"""Events, or one more, that :func:`automatic_interval` gives."""
+"""Number of events with the interval of :func:`automatic_interval`; rounding can add one."""
 
 FIRST_SCORED_STEP = 3
 """Earliest optimizer step of a final event. Step 1 may have a learning rate of 0, step 2 then moves the components that
@@ -17,7 +17,7 @@ start at 0, and so step 3 is the first in which every gate has a gradient."""
 
 
 def automatic_interval(total_steps: int, warmup_fraction: float, final_fraction: float) -> int:
-    """Optimizer steps between two events, so that a run of any length has about :data:`EVENTS` of them.
+    """Interval between two events, in optimizer steps, that gives a run of any length about :data:`EVENTS` events.
 
     Args:
         total_steps: optimizer steps of the whole run.
@@ -28,7 +28,7 @@ def automatic_interval(total_steps: int, warmup_fraction: float, final_fraction:
 
 
 class Schedule(Protocol):
-    """What a budget and a controller ask of a schedule."""
+    """What a budget and a controller need from a schedule."""
 
     @property
     def num_components(self) -> int:
@@ -46,24 +46,24 @@ class Schedule(Protocol):
         """Whether an event takes place after optimizer step ``step``."""
 
     def in_warmup(self, step: int) -> bool:
-        """Whether a step comes before anything may change."""
+        """Whether a step is in the warm-up, in which nothing may change."""
 
     def removed(self, step: int, removable: int) -> int:
-        """Of ``removable`` units that are gone after the final event, how many an event at ``step`` leaves removed."""
+        """Of ``removable`` units that the final event has removed, how many are removed after an event at ``step``."""
 
     def cost_at_start(self, costs: Mapping[str, int]) -> int:
-        """What all components cost, by the cost of one component of each layer."""
+        """Total cost of the components at the start, given the cost of one component of each layer."""
 
     def cost_at_end(self, costs: Mapping[str, int]) -> int:
-        """What the components may cost that are left in the end."""
+        """Largest total cost of the components that remain after the final event."""
 
 
 @dataclass(frozen=True)
 class FixedRanks:
-    """No event: the ranks of the start stay.
+    """A schedule without events: the initial ranks stay.
 
     Args:
-        ranks: layer name -> components.
+        ranks: layer name -> number of components.
     """
 
     ranks: Mapping[str, int]
@@ -77,27 +77,27 @@ class FixedRanks:
 
     @property
     def prune_steps(self) -> list[int]:
-        """None."""
+        """Empty."""
         return []
 
     def is_prune_step(self, step: int) -> bool:
-        """Never."""
+        """Always False."""
         return False
 
     def in_warmup(self, step: int) -> bool:
-        """No step is."""
+        """Always False."""
         return False
 
     def removed(self, step: int, removable: int) -> int:
-        """Nothing."""
+        """Always 0."""
         return 0
 
     def cost_at_start(self, costs: Mapping[str, int]) -> int:
-        """What the components cost."""
+        """Total cost of the components."""
         return sum(costs[name] * rank for name, rank in self.ranks.items())
 
     def cost_at_end(self, costs: Mapping[str, int]) -> int:
-        """The same."""
+        """The cost at the start."""
         return self.cost_at_start(costs)
 
 
@@ -112,7 +112,7 @@ class BudgetSchedule:
 
     Args:
         total_steps: optimizer steps of the whole run.
-        num_layers: adapted layers.
+        num_layers: number of adapted layers.
         initial_rank: components of each layer at the start.
         target_rank: components of each layer, on average, after the final event.
         warmup_fraction: share of the steps before pruning may begin, in [0, 1).
@@ -120,7 +120,7 @@ class BudgetSchedule:
         interval: optimizer steps between two events.
 
     Raises:
-        ValueError: a value is out of range, or the run is too short for the phases asked for.
+        ValueError: a value is out of range, or the run is too short for the requested phases.
     """
 
     total_steps: int
@@ -176,16 +176,16 @@ class BudgetSchedule:
         return self.removed(step, self.num_layers * (self.initial_rank - self.target_rank))
 
     def removed(self, step: int, removable: int) -> int:
-        """Of ``removable`` units that are gone after the final event, how many an event at ``step`` leaves removed."""
+        """Of ``removable`` units that the final event has removed, how many are removed after an event at ``step``."""
         position = min(max(self._position(step), 0), self._last)
         return removable * position**3 // self._last**3
 
     def cost_at_start(self, costs: Mapping[str, int]) -> int:
-        """What all components cost, by the cost of one component of each layer."""
+        """Total cost of the components at the start, given the cost of one component of each layer."""
         return self.initial_rank * sum(costs.values())
 
     def cost_at_end(self, costs: Mapping[str, int]) -> int:
-        """What the components may cost that are left in the end: those of a uniform target rank."""
+        """Largest total cost of the components that remain after the final event: that of a uniform target rank."""
         return self.target_rank * sum(costs.values())
 
     def is_prune_step(self, step: int) -> bool:
@@ -194,7 +194,7 @@ class BudgetSchedule:
         return step == self.final_step or (0 <= position < self._last and position % self.interval == 0)
 
     def in_warmup(self, step: int) -> bool:
-        """Whether a step comes before pruning may begin. Of two steps in which t = 0 lasts, the first one does."""
+        """Whether a step is before pruning may begin. Where t = 0 lasts two steps, the first of them is."""
         return step < self.total_steps * self.warmup_fraction
 
     def _check_ranks(self) -> None:
@@ -206,45 +206,45 @@ class BudgetSchedule:
 
     @property
     def _last(self) -> int:
-        """``t_max``; 1 where the phase is shorter than a step, so that a short run has an event."""
+        """``t_max``; 1 where the phase is shorter than a step: a short run then still has an event."""
         return max(1, int(self.total_steps * (1 - self.warmup_fraction - self.final_fraction)))
 
     def _position(self, step: int) -> int:
-        """``t`` of the schedule. ``int`` truncates towards zero as in the authors' code, so that t = 0 may last
-        two steps, and nothing is due in either."""
+        """``t`` of the schedule. ``int`` truncates towards zero as in the authors' code. t = 0 may therefore last two
+        steps; no component is due for removal in either."""
         return int(step - self.total_steps * self.warmup_fraction)
 
 
 @dataclass(frozen=True, slots=True)
 class GrowthSchedule(BudgetSchedule):
-    """The same steps, at which the budget rises in a straight line: every event pays for as many new components
-    (Zhang et al., 2023, IncreLoRA), the first one, at ``t = 0``, for none.
+    """The same steps, with a budget that rises linearly: every event allows the same number of new components (Zhang et
+    al., 2023, IncreLoRA), except that the first one, at ``t = 0``, allows none.
 
     Args:
         initial_rank: components of each layer at the start, at least 1.
         target_rank: components of each layer, on average, after the final event; more than ``initial_rank``.
 
     Raises:
-        ValueError: as of the parent, or the ranks do not grow.
+        ValueError: as in :class:`BudgetSchedule`, or not ``1 <= initial_rank < target_rank``.
     """
 
     def removed(self, step: int, removable: int) -> int:
-        """What comes is removed below 0: of ``-removable`` units that are there after the final event and were not at
-        the start, those that an event at ``step`` pays for, rounded down, with a minus sign."""
+        """Growth is negative removal. ``-removable`` units are added by the final event; the result is minus the number
+        that an event at ``step`` allows, rounded down."""
         position = min(max(self._position(step), 0), self._last)
         return -(-removable * position // self._last)
 
     def _check_ranks(self) -> None:
         if not 1 <= self.initial_rank < self.target_rank:
             raise ValueError(
-                f"initial_rank is {self.initial_rank} and target_rank {self.target_rank}, but what grows must start "
-                "between 1 and less than it ends with: lower initial_rank or raise target_rank"
+                f"initial_rank is {self.initial_rank} and target_rank {self.target_rank}, but growth must start "
+                "at 1 or more and below target_rank: lower initial_rank or raise target_rank"
             )
 
 
 class OneEvent(BudgetSchedule):
-    """Of all events, only the last one takes place."""
+    """A schedule of which only the last event takes place."""
 
     def is_prune_step(self, step: int) -> bool:
-        """Whether it is that of the last event."""
+        """Whether ``step`` is the step of the last event."""
         return step == self.final_step

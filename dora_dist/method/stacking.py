@@ -1,4 +1,4 @@
-"""Tensors of one shape side by side, so that one operation computes with all of them."""
+"""Stacks tensors of one shape, which lets one operation compute with all of them."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def stacked(tensors: Sequence[Tensor], most: int | None = None) -> Iterator[tuple[Tensor, list[int]]]:
-    """Tensors of one shape in one of one more dimension, and their places in the sequence, until all have been there.
+    """Yield stacks of tensors of one shape, each with the tensors' positions in the sequence, until all are yielded.
 
     Args:
-        tensors: of any shapes. Those that come out are copies, differentiable in these.
-        most: elements that are copied at a time; by default all that have one shape.
+        tensors: tensors of any shapes. The stacks are copies, differentiable with respect to these.
+        most: number of elements to copy at a time; by default all tensors of one shape.
     """
     places: dict[torch.Size, list[int]] = {}
     for place, tensor in enumerate(tensors):
@@ -24,7 +24,7 @@ def stacked(tensors: Sequence[Tensor], most: int | None = None) -> Iterator[tupl
 
 
 def in_order(parts: Sequence[tuple[Tensor, list[int]]]) -> Tensor:
-    """What has been computed from each tensor of :func:`stacked`, in the order of the sequence, in one tensor."""
+    """Results computed from the stacks of :func:`stacked`, as one tensor in the order of the original sequence."""
     found: dict[int, Tensor] = {}
     for stack, places in parts:
         found |= zip(places, stack.unbind(), strict=True)

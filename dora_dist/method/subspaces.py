@@ -1,32 +1,32 @@
 """Leading directions of a matrix that is never built, by subspace iteration (Halko, Martinsson and Tropp, 2011).
 
-The matrix is known by its products with a few orthonormal columns, the probes. Products of it and its transpose in
-turn (or of a symmetric matrix again and again) turn the probes towards the directions of the largest singular values.
+The matrix is accessed only through its products with a few orthonormal columns, the probes. Multiplying alternately by
+it and its transpose (or repeatedly by a symmetric matrix) turns the probes towards the largest singular vectors.
 """
 
 import torch
 from torch import Tensor
 
 EXTRA_PROBES = 4
-"""Beside one for each direction that is wanted: those at the edge are found in fewer products."""
+"""Probes beyond one for each wanted direction: with them, the last directions converge in fewer products."""
 
 
 def orthonormal(columns: Tensor) -> Tensor:
-    """Orthonormal columns of the same span, float64, of the same shape ``(width, probes)``; no more than ``width``."""
+    """Orthonormal columns with the same span, float64, shape ``(width, probes)``; at most ``width`` columns."""
     found: Tensor = torch.linalg.qr(columns.double()).Q
     return found
 
 
 def leading_directions(products: Tensor, count: int) -> Tensor:
-    """The directions that the matrix stretches most, of those that the probes have found.
+    """The directions that the matrix stretches most, among those that the probes have found.
 
     Args:
-        products: of the matrix with orthonormal probes, shape ``(width, probes)``.
-        count: how many are wanted, at most as many as probes.
+        products: products of the matrix with orthonormal probes, shape ``(width, probes)``.
+        count: number of wanted directions, at most the number of probes.
 
     Returns:
-        Orthonormal rows, shape ``(count, width)``, float64, the largest first, with :func:`fixed_signs`. Where the
-        matrix has a lower rank, the last ones are any that are orthogonal.
+        Orthonormal rows, shape ``(count, width)``, float64, the largest first, with :func:`fixed_signs`. If the matrix
+        has a rank below ``count``, the last rows are arbitrary orthogonal directions.
     """
     left: Tensor = torch.linalg.svd(products.double(), full_matrices=False).U
     directions = left[:, :count].T
@@ -34,6 +34,6 @@ def leading_directions(products: Tensor, count: int) -> Tensor:
 
 
 def fixed_signs(directions: Tensor) -> Tensor:
-    """1 or -1 for each of the rows, shape ``(count, width)``: what makes its largest entry positive. ``(count, 1)``."""
+    """For each row, the sign (1 or -1) that makes its largest entry positive. ``(count, width)`` -> ``(count, 1)``."""
     largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
     return torch.where(largest < 0, -1.0, 1.0)

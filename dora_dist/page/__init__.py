@@ -1,1 +1,1 @@
-"""Pages in a browser: one file each, which needs neither network nor server."""
+"""Reports of runs as web pages: a single file that needs neither network nor server."""

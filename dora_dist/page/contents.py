@@ -1,4 +1,4 @@
-"""What a page shows of runs, from their records alone."""
+"""Collects a page's content from the runs' records alone."""
 
 import json
 import math
@@ -15,20 +15,20 @@ from dora_dist.page.rank_map import RankMap, rank_map
 from dora_dist.runs.summary import change
 
 MOST_STEPS_NAMED = 10
-"""Steps that are named one by one in the table."""
+"""Number of steps that are listed individually in the table."""
 MOST_OF_SETTING = 80
-"""Characters of a setting in the table."""
+"""Most characters of a setting in the table."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A held-out example with what was generated for it.
+    """A held-out example with its generated answers.
 
     Attributes:
         title: its source and number.
-        prompt: what the models were given.
-        reference: the answer of the data.
-        answers: run and step, and the answer at that step; the latest first.
+        prompt: the prompt given to the models.
+        reference: the answer in the data.
+        answers: (run and step, answer at that step); the latest first.
     """
 
     title: str
@@ -39,18 +39,18 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """All of a page.
+    """The complete content of a page.
 
     Attributes:
-        title: of the page.
-        states: what has become of each run, as sentences.
+        title: title of the page.
+        states: one sentence for each run about its state.
         written: date and time.
-        facts: a table: a header with the names of the runs, and a row for each figure.
-        settings: of several runs, a table like that with what differs between them; empty for one run.
+        facts: a table with the names of the runs as header, and one row for each figure.
+        settings: with several runs, a table of the same form with the settings that differ; empty for one run.
         panels: charts.
-        maps: of the ranks, one a run.
-        examples: that were generated at evaluations.
-        alive: whether one of the runs is going on.
+        maps: maps of the ranks, one for each run.
+        examples: examples with answers generated at evaluations.
+        alive: whether one of the runs is still running.
     """
 
     title: str
@@ -65,13 +65,13 @@ class Contents:
 
 
 def read_contents(folders: Sequence[Path]) -> Contents:
-    """Read what a page shows.
+    """Read the content of a page.
 
     Args:
-        folders: of the runs, which may be going on.
+        folders: folders of the runs, which may still be running.
 
     Raises:
-        ValueError: one of them is not the folder of a run, or is there twice.
+        ValueError: a folder is not a run's folder, or is given twice.
     """
     runs = open_runs(folders)
     names = [run.name for run in runs]
@@ -89,7 +89,7 @@ def read_contents(folders: Sequence[Path]) -> Contents:
 
 
 def _state(run: OpenRun) -> str:
-    hint = "" if run.state in (ENDED, GOING_ON) else ": start the same command again to go on"
+    hint = "" if run.state in (ENDED, GOING_ON) else ": start the same command again to resume"
     return f"{run.name} {run.state}, at step {run.summary['steps']:,} of {run.fingerprint.num_steps:,}{hint}."
 
 
@@ -103,7 +103,7 @@ def _facts(runs: Sequence[OpenRun]) -> list[list[str]]:
         "parameters of the adapter": lambda run: _number(run.summary["parameters_kept"]),
         "training time": lambda run: time_span(s) if (s := run.summary["session_seconds"]) else "",
         "peak memory": _memory,
-        "steps left out": lambda run: _number(run.summary["skipped_steps"] or None),
+        "skipped steps": lambda run: _number(run.summary["skipped_steps"] or None),
         "values that are not finite": _not_finite,
         "not adapted": lambda run: run.summary["left_out"] or "",
     }
@@ -133,7 +133,7 @@ def _memory(run: OpenRun) -> str:
 
 
 def _not_finite(run: OpenRun) -> str:
-    """They leave gaps in the curves."""
+    """Steps with values that are not finite, which leave gaps in the curves."""
     steps = {
         line["step"]
         for line in run.lines
@@ -161,7 +161,7 @@ def _setting(settings: Mapping[str, object], name: str) -> str:
 
 
 def _examples(runs: Sequence[OpenRun]) -> list[Example]:
-    """Runs that were given the same prompt stand under it together."""
+    """Examples with their answers; runs with the same prompt share one example."""
     found: dict[tuple[str, int, str, str], Example] = {}
     lines = [(run, line) for run in runs for line in run.answers]
     for run, line in sorted(lines, key=lambda entry: -entry[1]["step"]):

@@ -1,4 +1,4 @@
-"""Figures over the steps, as a page draws them: plain values, as JSON takes them."""
+"""Figures over the steps, in the form in which a page draws them: plain values that JSON can hold."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,7 @@ from dora_dist.page.open_run import OpenRun
 from dora_dist.runs.records import evaluation_of, source_names
 
 MOST_POINTS = 1000
-"""Of a curve: of a longer one every second is left out, or more. An ordinary screen is not wider."""
+"""Most points of a curve; a longer one is thinned. An ordinary screen is not wider."""
 HELD_OUT = {"loss": Metric("held-out loss"), **METRICS}
 
 
@@ -19,11 +19,11 @@ class Curve:
     """A figure of one run over its steps.
 
     Attributes:
-        name: in the legend.
-        colour: number of its colour, the same in all charts of several runs.
-        dashed: whether it is a mark to compare with.
+        name: name in the legend.
+        colour: number of its colour; with several runs, a run has the same colour in all charts.
+        dashed: whether it is a reference line.
         steps: optimizer steps.
-        values: at these steps; None where a value is not finite, which leaves a gap.
+        values: values at these steps; None if a value is not finite, which leaves a gap.
     """
 
     name: str
@@ -38,11 +38,11 @@ class Panel:
     """Curves in one chart.
 
     Attributes:
-        title: of the chart.
-        unit: of the values; empty for a number without one.
-        stepped: whether a value holds until the next one, and is not drawn as a line between them.
-        curves: at least one.
-        note: what else to know; may be empty.
+        title: title of the chart.
+        unit: unit of the values; empty for a plain number.
+        stepped: whether a value holds until the next one, instead of being joined to it by a line.
+        curves: at least one curve.
+        note: additional remark; may be empty.
     """
 
     title: str
@@ -54,7 +54,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class _Logged:
-    """A figure that lines of training have: its title, its unit, and the number by which it is divided."""
+    """A logged figure: its title, its unit, and the divisor of its values."""
 
     title: str
     unit: str = ""
@@ -72,14 +72,14 @@ LOGGED = {
 
 
 def panels(runs: Sequence[OpenRun]) -> list[Panel]:
-    """All charts for which there is a value."""
+    """All charts that have a value."""
     training = {key: _panel(one.title, one.unit, _logged(runs, key, one.divisor)) for key, one in LOGGED.items()}
     found = [training.pop("loss"), *_held_out(runs), _budget(runs), _parameters(runs), *training.values()]
     return [panel for panel in found if panel.curves]
 
 
 def _panel(title: str, unit: str, curves: Iterable[Curve], stepped: bool = False) -> Panel:
-    """A chart of what is left of the curves when they are thinned, and without those that have no point."""
+    """A chart of the curves that have points, thinned to at most :data:`MOST_POINTS` points each."""
     kept = [curve for curve in curves if curve.steps]
     every = math.ceil(max((len(curve.steps) for curve in kept), default=0) / MOST_POINTS)
     note = f"one point of {every} is drawn" if every > 1 else ""
@@ -87,14 +87,14 @@ def _panel(title: str, unit: str, curves: Iterable[Curve], stepped: bool = False
 
 
 def _thinned(curve: Curve, every: int) -> Curve:
-    """Every so many points, counted from the last, which is always there."""
+    """Every n-th point, counted from the last, which is always kept."""
     if every <= 1:
         return curve
     return replace(curve, steps=curve.steps[::-every][::-1], values=curve.values[::-every][::-1])
 
 
 def _curve(name: str, colour: int, points: Iterable[tuple[int, float]], dashed: bool = False) -> Curve:
-    """The points in the order of their steps. Of two at one step the later one counts."""
+    """The points in the order of their steps. If two have the same step, the later one counts."""
     by_step = dict(points)
     steps = sorted(by_step)
     values = [by_step[step] if math.isfinite(by_step[step]) else None for step in steps]
@@ -109,13 +109,13 @@ def _logged(runs: Sequence[OpenRun], key: str, divisor: float) -> list[Curve]:
 
 
 def _held_out(runs: Sequence[OpenRun]) -> list[Panel]:
-    """For every figure: of one run all its sources in one chart; of several runs a chart for each source."""
+    """One chart per figure: for one run with all its sources; for several runs one chart for each source."""
     measured = [[(line["step"], evaluation_of(line)) for line in run.lines if "eval_loss" in line] for run in runs]
     sources = list(dict.fromkeys(name for lines in measured for _, figures in lines for name in source_names(figures)))
     found = []
     for key, metric in HELD_OUT.items():
         unit, factor = ("%", 100) if metric.style.endswith("%") else ("", 1)
-        # Colour and name of a curve: what tells the curves of a chart apart.
+        # Colour and name of a curve distinguish the curves of a chart.
         by_source = [
             [
                 _curve(
@@ -137,7 +137,7 @@ def _held_out(runs: Sequence[OpenRun]) -> list[Panel]:
 
 
 def _budget(runs: Sequence[OpenRun]) -> Panel:
-    """Components that are kept, and how many the configuration wants to be left."""
+    """Components that are kept, and the number that the configuration sets as target."""
     curves = []
     for number, run in enumerate(runs):
         start, target = run.budget.start, run.budget.target
@@ -158,6 +158,6 @@ def _parameters(runs: Sequence[OpenRun]) -> Panel:
 
 
 def _held(run: OpenRun, points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """The points, and the last value once more at the last step of the run."""
+    """The points, with the last value repeated at the run's last step."""
     last = run.summary["steps"]
     return [*points, (last, points[-1][1])] if points and points[-1][0] < last else list(points)

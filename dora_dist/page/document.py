@@ -1,4 +1,4 @@
-"""Runs as a page: one HTML file, with the library that draws its charts inside."""
+"""Renders runs as a page: one HTML file that contains the charting library."""
 
 import json
 from collections.abc import Sequence
@@ -15,23 +15,23 @@ from dora_dist.page.library import chart_library
 from dora_dist.runs.records import PAGE
 
 REFRESH_SECONDS = 30
-"""After which the page of a run that is going on reads its file again."""
+"""Interval after which the page of a running run reloads its file."""
 NO_NETWORK = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-"""The browser asks nobody for anything."""
+"""Content security policy: the browser sends no requests."""
 
 NOTHING = '<span class="faint">(nothing)</span>'
-"""Where an answer is empty."""
+"""Shown for an empty answer."""
 
 
 def write_page(folders: Sequence[Path], path: Path) -> None:
-    """Write the page of one run, or of several beside each other.
+    """Write the page of one run, or of several runs side by side.
 
     Args:
-        folders: of the runs, which may be going on.
-        path: of the page. Where it is the one that a run writes itself, and the run is going on, it refreshes itself.
+        folders: folders of the runs, which may still be running.
+        path: file of the page. If a running run writes this file itself, the page reloads itself.
 
     Raises:
-        ValueError: a folder is not that of a run, or is there twice; or bokeh is not installed.
+        ValueError: a folder is not a run's folder, or is given twice; or bokeh is not installed.
         OSError: the file cannot be written.
     """
     contents = read_contents(folders)
@@ -39,26 +39,26 @@ def write_page(folders: Sequence[Path], path: Path) -> None:
 
 
 def keep_current(run: Path) -> None:
-    """Write the page of a run into its folder. Never raises, since the run is worth more than the page: what is wrong
-    is said."""
+    """Write a run's page into its folder. Never raises, because the run matters more than the page; errors are
+    printed."""
     try:
         write_page([run], run / PAGE)
     except Exception as error:
-        say(f"{run / PAGE} could not be written, and the run goes on without: {type(error).__name__}: {error}")
+        say(f"{run / PAGE} could not be written; the run continues without it: {type(error).__name__}: {error}")
 
 
 def build_page(contents: Contents, refreshes: bool) -> str:
     """The page as a complete HTML document.
 
     Args:
-        contents: what it shows.
-        refreshes: whether it reads its own file again every :data:`REFRESH_SECONDS`.
+        contents: the page's content.
+        refreshes: whether the page reloads its own file every :data:`REFRESH_SECONDS`.
 
     Raises:
         ValueError: bokeh is not installed.
     """
     refresh = f'<meta http-equiv="refresh" content="{REFRESH_SECONDS}">' if refreshes else ""
-    written = f"Written {contents.written}" + f"; reads itself again every {REFRESH_SECONDS} s" * refreshes
+    written = f"Written {contents.written}" + f"; reloads every {REFRESH_SECONDS} s" * refreshes
     states = "\n".join(f"<p>{text_of(state)}</p>" for state in contents.states)
     charts = "\n".join(_figure(panel, number) for number, panel in enumerate(contents.panels))
     return f"""<!DOCTYPE html>
@@ -96,12 +96,12 @@ def build_page(contents: Contents, refreshes: bool) -> str:
 
 @cache
 def _shipped(name: str) -> str:
-    """A file beside this one."""
+    """Content of a file in this room's folder."""
     return (Path(__file__).parent / name).read_text(encoding="utf-8")
 
 
 def _data(contents: Contents) -> str:
-    """What the script draws. No text in it can end the script's element."""
+    """The data that the script draws. No text in it can close the script element."""
     values = {"panels": list(map(asdict, contents.panels)), "maps": list(map(asdict, contents.maps))}
     return json.dumps(values, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 

@@ -1,4 +1,4 @@
-"""Text and tables of a page."""
+"""Escapes text and renders tables for a page."""
 
 from collections.abc import Sequence
 from html import escape
@@ -7,12 +7,12 @@ from dora_dist.console.text import visible
 
 
 def text_of(text: str) -> str:
-    """A text from anywhere, as part of a page; line breaks are kept."""
+    """Any text, escaped for a page; line breaks are kept."""
     return escape(visible(text))
 
 
 def table_of(table: Sequence[Sequence[str]]) -> str:
-    """A table, header first."""
+    """An HTML table, header first."""
     header, *rows = table
     lines = ["<tr>" + "".join(f"<th>{text_of(cell)}</th>" for cell in header) + "</tr>"]
     lines += ["<tr>" + "".join(f'<td dir="auto">{text_of(cell)}</td>' for cell in row) + "</tr>" for row in rows]

@@ -1,11 +1,11 @@
-"""The library that draws the charts of a page: BokehJS, from the package bokeh."""
+"""The library that draws a page's charts: BokehJS, from the package bokeh."""
 
 
 def chart_library() -> str:
-    """The scripts that a page takes in, 1.4 MB, with their licence (BSD-3-Clause) as a comment in each.
+    """The library's scripts for inclusion in a page, 1.4 MB, each with its licence (BSD-3-Clause) as a comment.
 
     Raises:
-        ValueError: bokeh is not installed, or not whole.
+        ValueError: bokeh is not installed, or incomplete.
     """
     try:
         from bokeh.resources import Resources  # imported here: a program that writes no page does not need it

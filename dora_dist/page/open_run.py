@@ -1,4 +1,4 @@
-"""The records of a run, read for a page."""
+"""Reads a run's records for a page."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,23 +10,23 @@ from dora_dist.runs.fingerprint import Fingerprint
 from dora_dist.runs.pictures import Budget
 from dora_dist.runs.summary import budget_of, is_finished, summarize
 
-ENDED, GOING_ON, NOT_ENDED = "ended", "is going on", "has not ended, and nothing is writing into its folder"
+ENDED, GOING_ON, NOT_ENDED = "ended", "is running", "has not ended, but no process is writing to its folder"
 
 
 @dataclass(frozen=True, kw_only=True)
 class OpenRun:
-    """What a page is made of.
+    """The data of one run on a page.
 
     Attributes:
-        name: by which its curves and maps are told from those of other runs on the page.
-        folder: of the run.
+        name: name that distinguishes its curves and maps from those of other runs on the page.
+        folder: the run's folder.
         state: one of :data:`ENDED`, :data:`GOING_ON`, :data:`NOT_ENDED`.
         summary: see :func:`~dora_dist.runs.summary.summarize`.
-        fingerprint: its settings.
-        budget: components over the steps.
-        lines: of ``metrics.jsonl``.
-        events: of ``allocation.jsonl``.
-        answers: of ``answers.jsonl``.
+        fingerprint: the run's settings.
+        budget: number of components over the steps.
+        lines: lines of ``metrics.jsonl``.
+        events: lines of ``allocation.jsonl``.
+        answers: lines of ``answers.jsonl``.
     """
 
     name: str
@@ -44,19 +44,19 @@ def open_runs(folders: Sequence[Path]) -> list[OpenRun]:
     """Read the records of runs.
 
     Args:
-        folders: of the runs, in the order in which they are shown.
+        folders: folders of the runs, in display order.
 
     Raises:
-        ValueError: one of them is not the folder of a run, or is there twice.
+        ValueError: a folder is not a run's folder, or is given twice.
     """
     for number, folder in enumerate(folders):
         if folder.resolve() in {other.resolve() for other in folders[:number]}:
-            raise ValueError(f"the run {folder} is given twice: a page shows a run once, leave one of them out")
+            raise ValueError(f"the run {folder} is given twice, but a page shows a run once: remove one of them")
     return [_open(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The last parts of the paths, as many as tell them apart."""
+    """The shortest last parts of the paths that are all different."""
     parts = [folder.resolve().parts for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]

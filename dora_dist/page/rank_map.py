@@ -1,4 +1,4 @@
-"""The ranks of a run over its events, as a page draws them: plain values, as JSON takes them."""
+"""The ranks of a run over its events, in the form in which a page draws them: plain values that JSON can hold."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from dora_dist.page.open_run import OpenRun
 from dora_dist.runs.pictures import Rank, rank_grid, short_kinds
 
 MOST_FRAMES = 200
-"""Of a map: of more events every second is left out, or more."""
+"""Most frames of a map; with more events, the map is thinned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,10 +17,10 @@ class Frame:
 
     Attributes:
         step: optimizer step of the event; 0 for the start.
-        kept: components in the whole model.
+        kept: number of components in the whole model.
         final: whether the ranks are fixed from here on.
-        ranks: components by row and column; None where a block has no such module.
-        scores: mean score before the event, by row and column; None where nothing was scored.
+        ranks: number of components by row and column; None if a block has no such module.
+        scores: mean score before the event, by row and column; None if nothing was scored.
     """
 
     step: int
@@ -39,8 +39,8 @@ class RankMap:
         rows: blocks of the model, in order.
         columns: kinds of modules, in the order in which a block computes.
         most: the highest rank of all frames.
-        frames: in the order of their steps; empty before the first event.
-        note: what else to know; may be empty.
+        frames: frames in the order of their steps; empty before the first event.
+        note: additional remark; may be empty.
     """
 
     run: str
@@ -52,7 +52,7 @@ class RankMap:
 
 
 def rank_map(run: OpenRun) -> RankMap:
-    """The map of a run, with its start where that is before the first event."""
+    """The map of a run. If the first event is after step 0, a frame for the start comes first."""
     events = list(run.events)
     if not events:
         return RankMap(run=run.name, rows=[], columns=[], most=0, frames=[], note="")
@@ -88,5 +88,5 @@ def _grid(values: Mapping[str, Rank], rows: Sequence[str], kinds: Sequence[str])
 
 
 def _rounded(scores: Mapping[str, float]) -> dict[str, float]:
-    """Four digits are enough to look at, and keep the page small."""
+    """Rounded to four digits, which suffice for display and keep the page small."""
     return {name: float(f"{score:.4g}") for name, score in scores.items()}

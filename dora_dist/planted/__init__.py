@@ -1,5 +1,5 @@
-"""A controlled truth: a frozen teacher that differs from the base by updates of known ranks, and what allocates them.
+"""An experiment with known ranks: how well do methods recover the ranks of a frozen teacher?
 
-The student starts from the base with real dynamic-rank layers and learns the teacher's distribution; the ranks that it
-keeps are held against those that were planted.
+The teacher differs from the base by updates of planted ranks. A student starts from the base with real dynamic-rank
+layers and learns the teacher's distribution. The ranks it keeps are compared with the planted ones.
 """

@@ -1,4 +1,4 @@
-"""The command: plant, train, print a table, keep JSON and picture."""
+"""The command: plants ranks, trains students, prints a table, and writes JSON and a picture."""
 
 import json
 import os
@@ -16,10 +16,10 @@ from dora_dist.planted.options import build_parser, resolve
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run what the options ask for, or what is left of it.
+    """Run the requested students, except those that ``--output`` already holds.
 
     Raises:
-        ValueError: an option cannot be, or ``--output`` holds a result of other settings.
+        ValueError: an option is invalid, or ``--output`` holds a result with other settings.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     options = resolve(build_parser().parse_args(arguments))
@@ -44,16 +44,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def command_line(arguments: Sequence[str]) -> str:
-    """How the result was made, without the folders of the machine it was made on."""
+    """The command that made the result, without the machine's folders."""
     named = [Path(argument).name if Path(argument).is_absolute() else argument for argument in arguments]
     return shlex.join(["python", "-m", "dora_dist.planted", *named])
 
 
 def read_result(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a path holds, to go on with; empty where it holds nothing.
+    """The result in a file, to be continued; empty if there is no file.
 
     Raises:
-        ValueError: it is no result of these settings.
+        ValueError: the file is not a result with these settings.
     """
     if not path.exists():
         return {"settings": dict(settings), "sessions": [], "truths": [], "cells": []}
@@ -61,7 +61,9 @@ def read_result(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         theirs = result["settings"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--output is {path}, which is no result of this command ({error!r}): name another") from None
+        raise ValueError(
+            f"--output is {path}, which is not a result of this command ({error!r}): name another"
+        ) from None
     for name, value in settings.items():
         if theirs.get(name) != value:
             raise ValueError(
@@ -72,7 +74,7 @@ def read_result(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Header and rows."""
+    """Header and rows of the table."""
     header = (
         "pattern|method|rate|divergence|sd|to uniform|95 % interval|gain|correlation|overlap|idle|parameters|"
         "score idle|score planted"

@@ -1,4 +1,4 @@
-"""All students of all truths, cell by cell, and what they say together."""
+"""Trains all students of all truths, one cell each, and summarizes them."""
 
 import itertools
 import math
@@ -27,13 +27,13 @@ class DivergedError(ExpectedRunError):
 
 
 def run_cells(options: Options, result: dict[str, Any], keep: Callable[[], None], tell: Callable[[str], None]) -> None:
-    """Train the students that the result lacks, and add a cell for each.
+    """Train the students that are missing in the result, and add a cell for each.
 
-    On the first ``search_seeds`` seeds every method is trained at every learning rate; on the others at the one with
-    the lowest divergence on the search split.
+    On the first ``search_seeds`` seeds, every method is trained at every learning rate. On the others it is trained at
+    the rate with the lowest divergence on the search split.
 
     Args:
-        options: What to run.
+        options: Settings of the experiment.
         result: ``layers``, ``truths`` and ``cells``; changed in place.
         keep: Called after every cell.
         tell: Takes a line of progress.
@@ -43,7 +43,7 @@ def run_cells(options: Options, result: dict[str, Any], keep: Callable[[], None]
         ValueError: The planted ranks do not fit the base.
     """
     for seed in range(options.seeds):
-        # The rates of later seeds are chosen by the cells of earlier ones.
+        # The rates for later seeds are chosen by the cells of earlier ones.
         missing = missing_students(options, result, seed)
         if not missing:
             continue
@@ -61,9 +61,9 @@ def run_cells(options: Options, result: dict[str, Any], keep: Callable[[], None]
 
 
 def missing_students(options: Options, result: Mapping[str, Any], seed: int) -> dict[str, list[tuple[str, float]]]:
-    """Pattern -> method and learning rate of every student that the result lacks for the seed.
+    """Pattern -> (method, learning rate) of every student that is missing in the result for this seed.
 
-    Patterns that lack none are left out. Seeds that are not searched need the cells of those that are.
+    Patterns without missing students are not included. Seeds after the search seeds need the cells of those.
     """
     missing: dict[str, list[tuple[str, float]]] = {}
     for pattern, method in itertools.product(options.patterns, options.methods):
@@ -79,7 +79,7 @@ def missing_students(options: Options, result: Mapping[str, Any], seed: int) -> 
 def run_cell(
     options: Options, pattern: str, truth: Truth, method: str, learning_rate: float, layers: Sequence[str]
 ) -> dict[str, Any]:
-    """Train a student and describe what it has learnt; figures by layer are lists in the order of ``layers``.
+    """Train a student and describe the result; figures by layer are lists in the order of ``layers``.
 
     Raises:
         DivergedError: The student's loss is not a number.
@@ -103,7 +103,7 @@ def run_cell(
 
 
 def make_material(options: Options, seed: int) -> tuple[PreTrainedModel, Tensor]:
-    """What all truths of a seed share: base, and text of shape ``(rows, length)``."""
+    """Material that all truths of a seed share: the base, and text of shape ``(rows, length)``."""
     base = load_base(options.model, seed)
     return base, sample_rows(base, 2 * options.held_out + options.steps * options.batch, options.length, seed)
 
@@ -111,7 +111,7 @@ def make_material(options: Options, seed: int) -> tuple[PreTrainedModel, Tensor]
 def make_truth(
     options: Options, pattern: str, seed: int, base: PreTrainedModel, rows: Tensor, result: dict[str, Any]
 ) -> Truth:
-    """Plant a teacher; described in ``result["truths"]``."""
+    """Plant a teacher, and describe it in ``result["truths"]``."""
     names = resolve_targets(base, "all-linear")
     result.setdefault("layers", {name: sum(linear_layer(base, name).weight.shape) for name in names})
     ranks = planted_ranks(pattern, names, options.target_rank, seed, options.kind)
@@ -139,12 +139,12 @@ def make_truth(
 
 
 def initial_rank(planted: Mapping[str, int], target_rank: int) -> int:
-    """Twice the target, or what the highest planted rank needs: a truth that cannot be reached would say nothing."""
+    """Twice the target, or the highest planted rank if that is more: a truth out of reach would show nothing."""
     return max(2 * target_rank, *planted.values())
 
 
 def choice_of(result: Mapping[str, Any], pattern: str, method: str, options: Options) -> RateChoice:
-    """Which rate of the grid: that with the lowest mean divergence on the search split of the search seeds."""
+    """The rate of the grid with the lowest mean divergence on the search split of the search seeds."""
     figures: dict[float, list[float]] = {rate: [] for rate in options.learning_rates}
     for cell in result["cells"]:
         searched = cell["seed"] < options.search_seeds and cell["learning_rate"] in figures
@@ -157,7 +157,7 @@ def choice_of(result: Mapping[str, Any], pattern: str, method: str, options: Opt
 
 
 def chosen_cells(result: Mapping[str, Any], pattern: str, method: str, options: Options) -> list[Mapping[str, Any]]:
-    """Of a method at its chosen rate, in the order of the seeds."""
+    """Cells of a method at its chosen rate, in the order of the seeds."""
     rate = choice_of(result, pattern, method, options).learning_rate
     cells = [
         cell

@@ -1,4 +1,4 @@
-"""What is to be planted and trained: the command line, checked before anything expensive."""
+"""The command line: what to plant and train, checked before expensive work."""
 
 import argparse
 import math
@@ -25,7 +25,7 @@ METHODS = {
     ORACLE: "LoRA of the planted ranks",
 }
 CRITERIA = [name for name in METHODS if name not in FILL_SLOTS]
-"""Methods that prune, and those that they are held to."""
+"""Methods that prune, and the baselines they are compared with."""
 FIXED = (UNIFORM, ORACLE)
 """Methods whose ranks are known before the run."""
 
@@ -35,12 +35,12 @@ class Options:
     """The command line, resolved.
 
     Args:
-        model: folder of the base, or None for one of random weights.
-        patterns: of the planted ranks.
-        methods: to train, in the order of ``METHODS``.
-        seeds: number of them; each has planted ranks and directions, text and a start of its own, and a base where that
+        model: folder of the base, or None for a base with random weights.
+        patterns: patterns of the planted ranks.
+        methods: methods to train, in the order of ``METHODS``.
+        seeds: number of seeds; each has its own planted ranks, directions, text and start, and its own base if the base
             is random.
-        search_seeds: the first of them, on which the learning rate of every method is chosen.
+        search_seeds: number of first seeds, on which every method's learning rate is chosen.
         learning_rates: the grid, ascending.
         target_rank: components per layer, on average: planted, and kept.
         steps: optimizer steps of a run.
@@ -49,11 +49,11 @@ class Options:
         length: tokens of a row.
         held_out: rows of each of the two held-out splits.
         strength: Frobenius norm of a planted component relative to its layer's weight.
-        decay: singular values of a layer's planted update fall as 1, 1/2, 1/3, ..., or are equal.
-        kind: of projection, for the pattern ``one-kind``.
-        scale: s of all adapters, whatever their rank.
-        init: of dynamic ranks.
-        output: the JSON file; the picture lies beside it.
+        decay: whether singular values of a layer's planted update fall as 1, 1/2, 1/3, ...; otherwise they are equal.
+        kind: kind of projection, for the pattern ``one-kind``.
+        scale: scale s of all adapters, whatever their rank.
+        init: start of dynamic ranks.
+        output: the JSON file; the picture is written beside it.
     """
 
     model: Path | None
@@ -76,10 +76,10 @@ class Options:
     output: Path
 
     def settings(self) -> dict[str, Any]:
-        """What all cells of one result must have in common; it can grow in everything else."""
+        """Settings that all cells of a result must share; everything else may be extended later."""
         left_out = ("patterns", "methods", "seeds", "learning_rates", "output")
         found = {name: value for name, value in asdict(self).items() if name not in left_out}
-        # The folder's name only: a result holds no paths of a machine.
+        # Only the folder's name: a result contains no paths of a machine.
         return found | {"model": self.model and self.model.name}
 
 
@@ -88,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dora-dist planted",
         description="Plant updates of known ranks in a teacher, train students with fixed and dynamic ranks on its "
-        "distribution, and say how well the kept ranks recover the planted ones. Goes on with what --output holds.",
+        "distribution, and measure how well the kept ranks recover the planted ones. Continues the result in --output.",
         epilog="patterns: "
         + "; ".join(f"{name}: {text}" for name, text in PATTERNS.items())
         + ". methods: "
@@ -97,10 +97,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="the base; by default a LLaMA of random weights")
     parser.add_argument("--patterns", nargs="+", default=list(PATTERNS), metavar="NAME", help="by default all")
-    parser.add_argument("--methods", nargs="+", default=CRITERIA, metavar="NAME", help="by default all but rules")
+    parser.add_argument("--methods", nargs="+", default=CRITERIA, metavar="NAME", help="by default all but the rules")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="by default 5")
     parser.add_argument(
-        "--search-seeds", type=int, default=1, metavar="N", help="on which learning rates are chosen; by default 1"
+        "--search-seeds", type=int, default=1, metavar="N", help="seeds that choose learning rates; by default 1"
     )
     parser.add_argument(
         "--learning-rates",
@@ -108,10 +108,10 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         default=[0.015, 0.03, 0.06, 0.12],
         metavar="X",
-        help="the grid of all methods; by default 0.015 to 0.12",
+        help="learning rates tried for all methods; by default 0.015 to 0.12",
     )
     parser.add_argument("--target-rank", type=int, default=2, metavar="R", help="by default 2")
-    parser.add_argument("--steps", type=int, default=150, metavar="N", help="of a run; by default 150")
+    parser.add_argument("--steps", type=int, default=150, metavar="N", help="steps of a run; by default 150")
     parser.add_argument("--interval", type=int, default=10, metavar="N", help="steps between events; by default 10")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="rows of a step; by default 8")
     parser.add_argument("--length", type=int, default=32, metavar="N", help="tokens of a row; by default 32")
@@ -120,18 +120,18 @@ def build_parser() -> argparse.ArgumentParser:
         "--strength", type=float, default=0.2, metavar="X", help="a component's norm over its weight's; by default 0.2"
     )
     parser.add_argument("--decay", action="store_true", help="planted singular values fall as 1, 1/2, 1/3, ...")
-    parser.add_argument("--kind", default=DEFAULT_KIND, metavar="NAME", help=f"of one-kind; by default {DEFAULT_KIND}")
-    parser.add_argument("--scale", type=float, default=1.0, metavar="S", help="of all adapters; by default 1")
-    parser.add_argument("--init", choices=DRAWN_INITS, default="lora", help="of dynamic ranks; by default lora")
+    parser.add_argument("--kind", default=DEFAULT_KIND, metavar="NAME", help=f"for one-kind; by default {DEFAULT_KIND}")
+    parser.add_argument("--scale", type=float, default=1.0, metavar="S", help="scale of all adapters; by default 1")
+    parser.add_argument("--init", choices=DRAWN_INITS, default="lora", help="start of dynamic ranks; by default lora")
     parser.add_argument("--output", type=Path, default=Path("planted.json"), metavar="FILE", help="by default here")
     return parser
 
 
 def resolve(parsed: argparse.Namespace) -> Options:
-    """Checks.
+    """Check the parsed command line.
 
     Raises:
-        ValueError: an option cannot be; with its value, the rule and the option.
+        ValueError: an option is invalid; with its value, the rule and the option.
     """
     for name in ("seeds", "search_seeds", "target_rank", "steps", "interval", "batch", "held_out"):
         _require(getattr(parsed, name) >= 1, name, getattr(parsed, name), "be at least 1")
@@ -147,9 +147,7 @@ def resolve(parsed: argparse.Namespace) -> Options:
     for option, known in (("patterns", PATTERNS), ("methods", METHODS)):
         for name in getattr(parsed, option):
             _require(name in known, option, name, f"be of {', '.join(known)}")
-    _require(
-        UNIFORM in parsed.methods, "methods", " ".join(parsed.methods), f"include {UNIFORM}: others are held to it"
-    )
+    _require(UNIFORM in parsed.methods, "methods", " ".join(parsed.methods), f"include {UNIFORM}, the baseline")
     growing = GROW in parsed.methods and parsed.target_rank < 2
     _require(not growing, "target_rank", parsed.target_rank, f"be at least 2 for the method {GROW}, which starts at 1")
     if parsed.model is not None:
@@ -158,7 +156,7 @@ def resolve(parsed: argparse.Namespace) -> Options:
         )
     folder = parsed.output.absolute().parent
     _require(parsed.output.suffix == ".json", "output", parsed.output, "end in .json")
-    _require(folder.is_dir() and os.access(folder, os.W_OK), "output", parsed.output, "lie in a folder that exists")
+    _require(folder.is_dir() and os.access(folder, os.W_OK), "output", parsed.output, "be in an existing folder")
     values = vars(parsed) | {
         "patterns": tuple(name for name in PATTERNS if name in parsed.patterns),
         "methods": tuple(name for name in METHODS if name in parsed.methods),

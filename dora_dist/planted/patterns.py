@@ -15,14 +15,14 @@ DEFAULT_KIND = "down_proj"
 def planted_ranks(
     pattern: str, names: Sequence[str], target_rank: int, seed: int, kind: str = DEFAULT_KIND
 ) -> dict[str, int]:
-    """Ranks by layer whose sum is exactly ``target_rank`` x layers: the truth fits into the student's budget.
+    """Ranks by layer whose sum is exactly ``target_rank`` x layers, so the truth fits the student's budget.
 
     Args:
-        pattern: of :data:`PATTERNS`.
+        pattern: one of :data:`PATTERNS`.
         names: full names of the layers.
         target_rank: components per layer, on average.
         seed: decides which layer gets which rank.
-        kind: last part of the names that ``one-kind`` plants in.
+        kind: last part of the layer names in which ``one-kind`` plants.
 
     Raises:
         ValueError: there is no such pattern or kind.
@@ -35,7 +35,7 @@ def planted_ranks(
     chance = random.Random(f"{seed}/{pattern}")
     pairs = len(names) // 2
     lower = {
-        # The first pair has a layer that needs nothing, whatever is drawn.
+        # In the first pair, one layer needs nothing, whatever is drawn.
         "varied": [0, *(chance.randint(0, target_rank) for _ in range(pairs - 1))][:pairs],
         "half": [0] * pairs,
         "uniform": [target_rank] * pairs,

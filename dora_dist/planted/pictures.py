@@ -1,4 +1,4 @@
-"""The picture of a result."""
+"""Draws the picture of a result."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from dora_dist.console.plot import pyplot, save_picture
 from dora_dist.planted.experiment import REPORTED, chosen_cells
 from dora_dist.planted.options import FIXED, ORACLE, UNIFORM, Options
 
-# Okabe and Ito's colours, told apart by colour-blind readers.
+# Okabe and Ito's colours, which colour-blind readers can distinguish.
 COLORS = {
     UNIFORM: "#777777",
     "frobenius": "#D55E00",
@@ -39,8 +39,7 @@ MARKERS = {
 
 
 def draw(result: Mapping[str, Any], options: Options, path: Path) -> None:
-    """A line of panels for every pattern: divergence, overlap, kept against planted ranks, scores against planted
-    ranks."""
+    """Draw one row of panels for every pattern: divergence, overlap, kept and planted ranks, scores by planted rank."""
     figure, axes = pyplot().subplots(
         len(options.patterns), 4, figsize=(17, 1 + 3.3 * len(options.patterns)), layout="constrained", squeeze=False
     )

@@ -1,4 +1,4 @@
-"""How well kept ranks recover planted ones. Plain numbers."""
+"""Measures how well kept ranks recover planted ones. Plain numbers."""
 
 from collections.abc import Mapping
 
@@ -6,18 +6,18 @@ from scipy import stats
 
 
 def rank_correlation(kept: Mapping[str, int], planted: Mapping[str, int]) -> float | None:
-    """Spearman's correlation over the layers, ties by their mean rank; None where either side is the same everywhere,
-    for which it is not defined."""
+    """Spearman's correlation over the layers, with mean ranks for ties; None if either side is constant, for which it
+    is undefined."""
     if len(set(kept.values())) < 2 or len(set(planted.values())) < 2:
         return None
     return float(stats.spearmanr([kept[name] for name in planted], list(planted.values())).statistic)
 
 
 def budget_overlap(kept: Mapping[str, int], planted: Mapping[str, int]) -> float:
-    """Share of the planted components for which their layer has kept one: ``sum min(kept, planted) / sum planted``."""
+    """Share of the planted components that their layer has kept: ``sum min(kept, planted) / sum planted``."""
     return sum(min(kept[name], rank) for name, rank in planted.items()) / sum(planted.values())
 
 
 def idle_share(kept: Mapping[str, int], planted: Mapping[str, int]) -> float:
-    """Share of the kept components that lie in layers that need none."""
+    """Share of the kept components that are in layers without planted components."""
     return sum(kept[name] for name, rank in planted.items() if rank == 0) / sum(kept.values())

@@ -1,4 +1,4 @@
-"""The base, the teacher planted in it, and the text that both read."""
+"""The base, the teacher planted in it, and the text for both."""
 
 import hashlib
 import math
@@ -22,12 +22,12 @@ RANDOM_SIZES: Mapping[str, Any] = {
     "num_key_value_heads": 4,
 }
 HEAD_FACTOR = 2.0
-"""Logits of standard deviation 2: a next token that is neither certain nor a matter of chance."""
+"""Gives logits a standard deviation of 2: the next token is neither certain nor purely random."""
 SAMPLED_AT_ONCE = 512
 
 
 def load_base(path: Path | None, seed: int) -> PreTrainedModel:
-    """A frozen causal language model in float32: from a folder, or a small LLaMA of random weights."""
+    """A frozen causal language model in float32: from a folder, or a small LLaMA with random weights."""
     if path is None:
         small = LlamaForCausalLM(LlamaConfig(**RANDOM_SIZES, tie_word_embeddings=False))
         _randomize(small, seed)
@@ -42,8 +42,8 @@ def load_base(path: Path | None, seed: int) -> PreTrainedModel:
 
 @torch.no_grad()
 def _randomize(base: LlamaForCausalLM, seed: int) -> None:
-    """Weights with which every layer matters: each keeps the variance of its input. With transformers' own, so narrow
-    a model predicts next to nothing, and updates of the late layers are not seen in its output."""
+    """Set weights that make every layer matter: each preserves the variance of its input. With transformers' own
+    initialization, so narrow a model predicts almost nothing, and updates of late layers do not show in its output."""
     generator = torch.Generator().manual_seed(seed)
     for module in base.modules():
         if isinstance(module, nn.Linear):
@@ -55,21 +55,21 @@ def _randomize(base: LlamaForCausalLM, seed: int) -> None:
 def plant(
     base: PreTrainedModel, ranks: Mapping[str, int], strength: float, decay: bool, seed: int
 ) -> tuple[PreTrainedModel, dict[str, float]]:
-    """A teacher: the base plus an update of exactly the given rank in every layer, random orthogonal directions.
+    """A teacher: the base plus, in every layer, an update of exactly the given rank in random orthogonal directions.
 
     Args:
-        base: stays as it is.
+        base: the base; not changed.
         ranks: planted ranks by full name of the linear layer.
-        strength: Frobenius norm of a component relative to that of its layer's weight.
-        decay: singular values of a layer fall as 1, 1/2, 1/3, ... at the same norm of its whole update; else equal.
-        seed: of the directions.
+        strength: Frobenius norm of a component relative to its layer's weight.
+        decay: singular values of a layer fall as 1, 1/2, 1/3, ... at the same norm of the whole update; else equal.
+        seed: seed of the directions.
 
     Returns:
-        The teacher (layers of rank 0 share the base's weights), and the norm of each layer's update relative to that
-        of its weight.
+        The teacher (layers with rank 0 share the base's weights), and for each layer the norm of its update relative to
+        its weight.
 
     Raises:
-        ValueError: a rank does not fit into its layer.
+        ValueError: a rank is too high for its layer.
     """
     teacher = share(base)
     norms = {}
@@ -84,7 +84,7 @@ def plant(
 
 
 def _update(layer: nn.Linear, name: str, rank: int, decay: bool, seed: int) -> Tensor:
-    """Shape ``(out, in)``, Frobenius norm sqrt(rank)."""
+    """The update of one layer, shape ``(out, in)``, Frobenius norm sqrt(rank)."""
     smaller = min(layer.weight.shape)
     if rank > smaller:
         raise ValueError(
@@ -104,8 +104,8 @@ def _update(layer: nn.Linear, name: str, rank: int, decay: bool, seed: int) -> T
 
 @torch.no_grad()
 def sample_rows(base: PreTrainedModel, count: int, length: int, seed: int) -> Tensor:
-    """Texts that the base itself writes at temperature 1, shape ``(count, length)``, int64. They begin with its bos
-    token, or a random one where it has none."""
+    """Texts sampled from the base at temperature 1, shape ``(count, length)``, int64. They begin with its bos token, or
+    with a random token if it has none."""
     generator = torch.Generator().manual_seed(seed)
     vocabulary, bos = base.config.vocab_size, base.config.bos_token_id
     first = torch.randint(vocabulary, (count, 1), generator=generator)

@@ -1,4 +1,4 @@
-"""One student: real layers, the real controller and the trainer's settings, learning what the teacher predicts."""
+"""Trains one student to match the teacher's predictions, with real layers, the real controller and real settings."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -38,16 +38,16 @@ HELD_OUT_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Truth:
-    """What a student is to learn, and what it is held against.
+    """What a student must learn, and the data that measure it.
 
     Args:
-        base: frozen.
-        teacher: frozen.
-        planted: ranks by layer.
-        initial_rank: components of each layer of a student with dynamic ranks.
-        train: rows of training in their order, shape ``(steps x batch, length)``.
-        held_out: rows by split.
-        seed: of the student's start.
+        base: the frozen base.
+        teacher: the frozen teacher.
+        planted: planted ranks by layer.
+        initial_rank: initial components of each layer in a student with dynamic ranks.
+        train: training rows in order, shape ``(steps x batch, length)``.
+        held_out: split -> held-out rows.
+        seed: seed of the student's start.
     """
 
     base: PreTrainedModel
@@ -60,7 +60,7 @@ class Truth:
 
 
 class Remembering(Criterion):
-    """A criterion that remembers the scores of the latest event (some criteria begin anew after each).
+    """A criterion that keeps the scores of the latest event, because some criteria reset theirs after each event.
 
     Attributes:
         used: shape ``(components of the model,)``, float64.
@@ -85,11 +85,10 @@ class Remembering(Criterion):
 
 
 def train_student(truth: Truth, method: str, learning_rate: float, options: Options) -> dict[str, Any]:
-    """Train from the base and measure at the end of the run.
+    """Train a student from the base, and measure it at the end of the run.
 
     Returns:
-        Held-out divergences by split (nats a token), kept ranks by layer, what the final event chose from, and
-        seconds.
+        Held-out divergences by split (nats per token), kept ranks by layer, the scores of the final event, and seconds.
     """
     began = time.perf_counter()
     student, controller = _build(truth, method, options)
@@ -138,8 +137,8 @@ def divergence(teacher: PreTrainedModel, student: torch.nn.Module, rows: Tensor)
 
 
 def _build(truth: Truth, method: str, options: Options) -> tuple[DynamicLoraModel, DynamicRankController | None]:
-    """A student; without a controller where the ranks are fixed: the mask is then set at the start, so that such a
-    layer is plain LoRA of its rank (gates are 1 and stay so)."""
+    """A student, and its controller. With fixed ranks there is no controller: the mask is set at the start, and the
+    layer is plain LoRA of its rank (gates are 1 and stay 1)."""
     dynamic = method not in FIXED
     starts: dict[str, int] = {MOVE: options.target_rank, GROW: 1}
     start = starts.get(method, truth.initial_rank)
@@ -147,7 +146,7 @@ def _build(truth: Truth, method: str, options: Options) -> tuple[DynamicLoraMode
         target_rank=options.target_rank,
         initial_rank=start,
         slots=truth.initial_rank if method in FILL_SLOTS else None,
-        alpha=options.scale * max(start, options.target_rank),  # the scale of all methods, whatever their rank
+        alpha=options.scale * max(start, options.target_rank),  # the same scale for all methods, whatever their rank
         dropout=0.0,
         init=options.init if dynamic else "lora",
         train_gates=dynamic,
@@ -179,7 +178,7 @@ def _build(truth: Truth, method: str, options: Options) -> tuple[DynamicLoraMode
 
 
 def _criterion(method: str, layers: Mapping[str, DynamicLoraLinear], seed: int) -> Criterion:
-    """What a method with dynamic ranks goes by."""
+    """The criterion of a method with dynamic ranks."""
     if method == GROW:
         return LayerSensitivity([layer.gate for layer in layers.values()])
     parameters = [(layer.lora_a, layer.gate, layer.lora_b) for layer in layers.values()]
@@ -188,14 +187,14 @@ def _criterion(method: str, layers: Mapping[str, DynamicLoraLinear], seed: int) 
 
 @torch.no_grad()
 def held_out_divergence(teacher: PreTrainedModel, student: torch.nn.Module, rows: Tensor) -> float:
-    """:func:`divergence` over rows of any number."""
+    """:func:`divergence` over any number of rows."""
     parts = rows.split(HELD_OUT_AT_ONCE)
     total: float = sum(divergence(teacher, student, part).item() * part.numel() for part in parts)
     return total / rows.numel()
 
 
 def _mean_scores(controller: DynamicRankController) -> dict[str, float]:
-    """What the final event chose by: mean over the components of each layer."""
+    """Layer -> mean over its components of the scores that the final event used."""
     assert isinstance(controller.criterion, Remembering)
     sizes = [layer.gate.numel() for layer in controller.layers.values()]
     return dict(
@@ -205,7 +204,7 @@ def _mean_scores(controller: DynamicRankController) -> dict[str, float]:
 
 @torch.no_grad()
 def update_norms(student: DynamicLoraModel) -> dict[str, float]:
-    """Layer -> Frobenius norm of its update relative to that of its weight."""
+    """Layer -> Frobenius norm of its update relative to its weight."""
     return {
         name: (layer.scale * (layer.lora_b * layer.effective_gate()) @ layer.lora_a).norm().item()
         / layer.base_layer.weight.norm().item()

@@ -1,1 +1,1 @@
-"""A look at the data of a run before it starts."""
+"""Shows the data of a run before it starts."""

@@ -1,7 +1,7 @@
-"""Show examples of a run token by token, as training will see them, with lengths and the number of optimizer steps.
+"""Show a run's examples token by token, as training will see them, with lengths and the number of optimizer steps.
 
-Every key of the configuration can be overridden as --section.key value, as for dora_dist.train. Nothing is trained,
-and no weight is read.
+Every key of the configuration can be overridden as --section.key value, as in dora_dist.train. The command trains
+nothing and reads no weights.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from dora_dist.preview.terminal import render
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line, without the overrides."""
+    """The command's own options, without the overrides."""
     parser = argparse.ArgumentParser(
         prog="dora-dist preview",
         usage="%(prog)s CONFIG [--section.key value ...] [options]",
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         truncated=options.truncated,
     )
     config = load_config(options.config, overrides)
-    # Standard output is for the preview; libraries write there too (DeepSpeed, a tokenizer's own code).
+    # Standard output is for the preview, but libraries print there too (DeepSpeed, a tokenizer's own code).
     with Phases("preparing data"), contextlib.redirect_stdout(sys.stderr):
         preview = build_preview(config, choice, world_size)
     if options.html is not None:
@@ -100,12 +100,12 @@ def _in_colour(wanted: str) -> bool:
 
 def _print(text: str) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A terminal that cannot show a character must not end the command.
+        # A character that the terminal cannot show must not end the command.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        # Whoever reads has seen enough (head, less); the interpreter flushes again when it ends.
+        # The reader has closed the pipe (head, less); the interpreter would flush again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -1,4 +1,4 @@
-"""What a preview shows, put together from the data of the run."""
+"""Builds the content of a preview from the run's data."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dora_dist.setup.run_data import RunData
 
 UNLIMITED = 2**31 - 1
-"""For data.max_length, to look at examples that are too long for the real one."""
+"""Replaces data.max_length when examples that are too long for the real value are shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,17 +30,17 @@ class ShownExample:
 
 @dataclass(frozen=True, kw_only=True)
 class Preview:
-    """All that a preview shows.
+    """Everything that a preview shows.
 
     Attributes:
-        title: of the whole.
-        note: on the choice of examples.
-        examples: token by token.
-        table: of the sources, header first; the first two columns are words, the others numbers.
-        lengths: the lengths in words.
-        bins: the same as a histogram.
+        title: title of the preview.
+        note: how the examples were chosen.
+        examples: examples, token by token.
+        table: table of the sources, header first; the first two columns are words, the others numbers.
+        lengths: summary of the lengths, in words.
+        bins: histogram of the lengths.
         limit: ``data.max_length``.
-        remarks: on rows that were left out or cut, and the steps of the run, a line each.
+        remarks: lines about rows that were skipped or truncated, and about the steps of the run.
     """
 
     title: str
@@ -54,11 +54,11 @@ class Preview:
 
     @property
     def most(self) -> int:
-        """Examples in the fullest bin, at least 1."""
+        """Number of examples in the fullest bin, at least 1."""
         return max([1, *(entry.count for entry in self.bins)])
 
     def limit_mark(self, number: int) -> str:
-        """What stands beside a bin: the limit on lengths, where it lies in it, above the last or below the first."""
+        """Label of a bin that contains the limit on lengths, or beyond which the limit is; otherwise empty."""
         entry, limit = self.bins[number], f"data.max_length {self.limit:,}"
         if entry.low <= self.limit <= entry.high:
             return limit
@@ -68,12 +68,12 @@ class Preview:
 
 
 def build_preview(config: RunConfig, choice: ExampleSelection, world_size: int) -> Preview:
-    """Read the data and put together all that is shown.
+    """Read the data and build the preview.
 
     Args:
-        config: of the run.
-        choice: of examples.
-        world_size: processes that the optimizer steps are counted for.
+        config: the run's configuration.
+        choice: which examples to show.
+        world_size: number of processes for which optimizer steps are counted.
 
     Raises:
         ValueError: The configuration or the input is invalid.
@@ -106,10 +106,10 @@ def build_preview(config: RunConfig, choice: ExampleSelection, world_size: int) 
 
 
 def _read(config: RunConfig) -> tuple[RunConfig, Any, "RunData", str]:
-    """Configuration, tokenizer, data, and what training would stop with.
+    """Configuration, tokenizer, data, and the error that training would stop with (or an empty string).
 
-    Examples that are too long stop a training under ``data.overlong: error``, and are what one wants to see then: all
-    are encoded again without a limit, in the cache too.
+    With ``data.overlong: error``, examples that are too long stop a training, and are what the user wants to see. In
+    that case all examples are encoded again without a limit, in the cache too.
     """
     from dora_dist.setup.run_data import read_data
 
@@ -126,7 +126,7 @@ def _read(config: RunConfig) -> tuple[RunConfig, Any, "RunData", str]:
 
 
 def _note(choice: ExampleSelection, examples: Sequence[ShownExample], num_sources: int) -> str:
-    """Which examples are shown."""
+    """Describes which examples are shown."""
     if not examples:
         return "no example was truncated"
     which = "the longest" if choice.longest else "the first"
@@ -140,7 +140,7 @@ def _note(choice: ExampleSelection, examples: Sequence[ShownExample], num_source
 
 
 def _show(tokenizer: Any, pool: Pool, index: int, course: TrainingOrder | None, limit: int) -> ShownExample:
-    """One example, title and tokens."""
+    """One example: its title and its tokens."""
     import numpy as np
 
     from dora_dist.data.encoding.encoder import IGNORED

@@ -1,4 +1,4 @@
-"""A preview as a page: one HTML file that needs nothing else."""
+"""Renders a preview as a single self-contained HTML file."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ from dora_dist.preview.contents import Preview, ShownExample
 from dora_dist.preview.tokens import Piece
 
 BAR_WIDTH, BAR_HEIGHT, LABEL_WIDTH, COUNT_WIDTH = 420, 20, 110, 300
-"""Of the histogram, in pixels."""
+"""Sizes in the histogram, in pixels."""
 STYLE = """
 :root { color-scheme: light dark;
   --text: #1c1c1c; --page: #ffffff; --faint: #767676; --line: #d4d4d4; --given-a: #f0f0f0; --given-b: #e2e2e2;
@@ -79,13 +79,14 @@ def _example(example: ShownExample) -> str:
                 lines.append([])
     if not lines[-1]:
         lines.pop()
-    # A line of its own for each, so that right-to-left ones are laid out as such.
+        # One element per line, so that each right-to-left line is laid out correctly.
     body = "\n".join(f'<div dir="auto">{"".join(line)}</div>' for line in lines)
     return f'<section>\n<h3 dir="auto">{text_of(example.title)}</h3>\n<div class="tokens">\n{body}\n</div>\n</section>'
 
 
 def _lines(text: str) -> Iterator[tuple[str, bool]]:
-    """The parts of a text between its line breaks, each with whether a break ends it; never an empty part alone."""
+    """The parts of a text between its line breaks, each with whether a break ends it. An empty part only before a
+    break."""
     parts = text.split("\n")
     for part in parts[:-1]:
         yield part, True
@@ -105,13 +106,13 @@ def _token(piece: Piece, number: int, part: str, ended: bool) -> str:
 
 
 def _histogram(preview: Preview) -> str:
-    """Bars from top to bottom, as in the terminal."""
+    """Bars from top to bottom, as in the terminal's output."""
     width, height = LABEL_WIDTH + BAR_WIDTH + COUNT_WIDTH, BAR_HEIGHT * len(preview.bins)
     lines = [f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">']
     lines.append("<title>Examples by their number of tokens</title>")
     for number, entry in enumerate(preview.bins):
         top, base = number * BAR_HEIGHT, number * BAR_HEIGHT + BAR_HEIGHT - 6
-        # A bin that is not empty can be seen.
+        # A bin with any example is visible.
         length = max(1.0, BAR_WIDTH * entry.count / preview.most) if entry.count else 0.0
         lines.append(f'<text x="{LABEL_WIDTH - 8}" y="{base}" text-anchor="end">{entry.label}</text>')
         lines.append(

@@ -1,4 +1,4 @@
-"""Which examples a preview shows."""
+"""Chooses the examples that a preview shows."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,19 +12,19 @@ if TYPE_CHECKING:
     from dora_dist.setup.run_data import RunData
 
 FEW = 3
-"""Examples that are shown, unless there are more sources."""
+"""Default number of examples, unless there are more sources."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleSelection:
-    """Which examples to look at.
+    """The user's choice of examples.
 
     Attributes:
-        number: of examples; None for a few, with one of every source.
-        source: only those of this source.
-        held_out: of the held-out sources instead of the training ones.
-        longest: the longest ones instead of those that come first.
-        truncated: only those that were truncated.
+        number: number of examples; None for a few, with at least one from every source.
+        source: show only this source.
+        held_out: show the held-out sources instead of the training sources.
+        longest: show the longest examples instead of the first ones.
+        truncated: show only truncated examples.
     """
 
     number: int | None = None
@@ -36,12 +36,12 @@ class ExampleSelection:
 
 @dataclass(frozen=True)
 class Pool:
-    """The sources that are looked at, and which examples of them take part.
+    """The chosen sources and their eligible examples.
 
     Attributes:
-        sources: of the part of the data, training or held-out; indices of examples run through all of them.
-        chosen: numbers of those that are looked at.
-        members: indices of the examples that take part, of each chosen source.
+        sources: all sources of one part of the data, training or held-out; an example's index counts through all.
+        chosen: numbers of the chosen sources.
+        members: for each chosen source, the indices of its eligible examples.
     """
 
     sources: "Sequence[PreparedSource]"
@@ -49,20 +49,20 @@ class Pool:
     members: "Sequence[np.ndarray]"
 
     def first(self) -> "np.ndarray":
-        """Index of the first example of each source, and the number of all."""
+        """Index of each source's first example, and the total number of examples."""
         import numpy as np
 
         return np.cumsum([0, *(source.counts.examples for source in self.sources)])
 
     def column(self, of: Callable[["PreparedSource"], "np.ndarray"]) -> "np.ndarray":
-        """A number for every example of all sources."""
+        """One number for every example of all sources."""
         import numpy as np
 
         return np.concatenate([of(source) for source in self.sources])
 
 
 def build_pool(data: "RunData", mixture: "Mixture", choice: ExampleSelection) -> Pool:
-    """The sources of the choice.
+    """The chosen sources and their eligible examples.
 
     Raises:
         ValueError: there is no such source.
@@ -83,18 +83,18 @@ def build_pool(data: "RunData", mixture: "Mixture", choice: ExampleSelection) ->
 
 
 def choose_examples(pool: Pool, training_order: "np.ndarray", choice: ExampleSelection) -> list[int]:
-    """Indices of the examples to show, in the order in which they are shown.
+    """Indices of the examples to show, in display order.
 
     Args:
-        pool: to choose from.
-        training_order: indices of the examples, as training sees them.
-        choice: of the user.
+        pool: examples to choose from.
+        training_order: indices of the examples in the order of training.
+        choice: the user's choice.
     """
     import numpy as np
 
     members = np.concatenate(pool.members)
     removed = pool.column(lambda source: source.column("removed").to_numpy())
-    # Training first; what it never reaches can be asked for too.
+    # Trained examples come first, but the user may also ask for those that training never reaches.
     order = members if choice.held_out else np.concatenate([training_order, members])
     order = order[np.sort(np.unique(order, return_index=True)[1])]
     order = order[np.isin(order, members)]

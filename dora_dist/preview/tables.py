@@ -1,4 +1,4 @@
-"""Figures of the sources: what became of their rows, and how long their examples are."""
+"""Tables of the sources: what became of their rows, and the lengths of their examples."""
 
 import dataclasses
 from collections import Counter
@@ -18,7 +18,7 @@ NUM_BINS = 10
 
 @dataclass(frozen=True)
 class Bin:
-    """A bar of the histogram: ``count`` examples of ``low`` to ``high`` tokens, ``high`` included."""
+    """A histogram bar: ``count`` examples with ``low`` to ``high`` tokens, both included."""
 
     low: int
     high: int
@@ -30,7 +30,7 @@ class Bin:
 
 
 def table_of(pool: Pool, data: "RunData", mixture: "Mixture | None") -> list[tuple[str, ...]]:
-    """Sources and what became of their rows, with their shares in a mixture where there is one."""
+    """Table of the sources: what became of their rows, and for a mixture their shares."""
     last = ("also trained on",) if mixture is None else ("a pass", "share")
     columns = (
         "source",
@@ -71,7 +71,7 @@ def table_of(pool: Pool, data: "RunData", mixture: "Mixture | None") -> list[tup
 
 
 def left_out(pool: Pool, lengths: "np.ndarray", limit: int) -> list[str]:
-    """What was cut or left out, and where it is listed."""
+    """Remarks on skipped or truncated rows, with the files that list them, and on examples that are too long."""
     remarks = [remark for number in pool.chosen for remark in pool.sources[number].remarks()]
     if longer := int((lengths > limit).sum()):
         remarks.append(f"{longer:,} of {len(lengths):,} examples are longer than data.max_length {limit:,}")
@@ -89,7 +89,7 @@ def describe_lengths(lengths: "np.ndarray") -> str:
 
 
 def bins_of(lengths: "np.ndarray") -> list[Bin]:
-    """About :data:`NUM_BINS` bins of a round width."""
+    """About :data:`NUM_BINS` bins with a round width."""
     import numpy as np
 
     least, longest = int(lengths.min()), int(lengths.max())

@@ -1,4 +1,4 @@
-"""A preview for the terminal, or as plain text."""
+"""Renders a preview for the terminal, or as plain text."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -14,13 +14,13 @@ SHADES = {
     False: ("\x1b[38;5;252;48;5;236m", "\x1b[38;5;252;48;5;240m"),
     True: ("\x1b[30;48;5;114m", "\x1b[30;48;5;78m"),
 }
-"""Of tokens that are not trained, and of those that are; neighbours differ."""
+"""Styles of untrained and trained tokens, two each: neighbouring tokens alternate between them."""
 MARKS = "⟦⟧│↵⇥"
-"""Without colour: around trained tokens, between tokens, before a line break. Written out where they are text."""
+"""Marks without colour: around trained tokens, between tokens, before a line break. Escaped where they are text."""
 
 
 def render(preview: Preview, colour: bool) -> str:
-    """The preview for a terminal, or without colour for a file."""
+    """The preview for a terminal, or without colour as plain text."""
     bold, end = (BOLD, RESET) if colour else ("", "")
     said = (
         f"{SHADES[True][0]}trained{RESET} {SHADES[False][0]}not trained{RESET}"
@@ -42,7 +42,7 @@ def _coloured(pieces: Sequence[Piece]) -> str:
     parts = []
     for number, piece in enumerate(pieces):
         style = SHADES[piece.trained][number % 2] + BOLD * piece.special
-        # A background would run on to the end of the line.
+        # Without a reset, the background would extend to the end of the line.
         text = visible(piece.text).replace("\n", f"{FAINT}↵{RESET}\n{style}")
         parts.append(f"{style}{text}{RESET}")
     return "".join(parts)
@@ -59,7 +59,7 @@ def _plain(pieces: Sequence[Piece]) -> str:
 def _bars(preview: Preview) -> Iterator[str]:
     width = max(len(entry.label) for entry in preview.bins)
     for number, entry in enumerate(preview.bins):
-        # A bin that is not empty can be seen.
+        # A bin with any example is visible.
         eighths = max(round(entry.count / preview.most * BAR_LENGTH * 8), min(entry.count, 1))
         bar = "█" * (eighths // 8) + BLOCKS[eighths % 8].strip()
         mark = preview.limit_mark(number)

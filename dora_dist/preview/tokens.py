@@ -1,4 +1,4 @@
-"""The tokens of an example as pieces of text that can be shown."""
+"""Splits an example's tokens into pieces of text that can be shown."""
 
 import functools
 import re
@@ -8,23 +8,23 @@ from typing import Any
 
 NOT_TEXT = "\N{REPLACEMENT CHARACTER}"
 MOST_TOKENS = 8
-"""That are tried together, until they are text: a character has up to four bytes, and tokens may end inside of one."""
+"""Most tokens that are decoded together: a character has up to four bytes, and tokens may end inside one."""
 CONTEXT = 4
-"""Pieces before a token that decide whether it begins with a space."""
+"""Number of pieces before a token that are decoded with it, to see whether it begins with a space."""
 BYTE_NAME = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Tokens that are shown as one: a single one, or those whose bytes are text only together.
+    """One token, or several tokens whose bytes are text only together.
 
     Attributes:
-        text: what is shown.
-        position: of the first token in its example.
-        ids: of the tokens.
-        names: of the tokens in the vocabulary.
-        trained: whether they have a loss.
-        special: a control token, or one that is no text: ``text`` is a name.
+        text: displayed text.
+        position: position of the first token in its example.
+        ids: ids of the tokens.
+        names: names of the tokens in the vocabulary.
+        trained: whether the tokens have a loss.
+        special: whether this is a control token or not text; ``text`` is then its name.
     """
 
     text: str
@@ -36,21 +36,21 @@ class Piece:
 
 
 def split_tokens(tokenizer: Any, ids: Sequence[int], trained: Sequence[bool]) -> list[Piece]:
-    """Tokens with the text that each of them adds.
+    """Split tokens into pieces, each with the text that it adds.
 
-    Tokens that are text only together (the bytes of a character) become one piece; bytes that are never text, and
-    tokens without any, are shown by their names. Otherwise the pieces' texts together are the decoded text.
+    Tokens that are text only together (the bytes of a character) become one piece. Bytes that never form text, and
+    tokens without text, are shown by their names. Otherwise the pieces' texts together are the decoded text.
 
     Args:
-        tokenizer: of the ids.
-        ids: of the tokens.
-        trained: whether each of them is; no piece is both.
+        tokenizer: tokenizer of the ids.
+        ids: ids of the tokens.
+        trained: whether each token is trained; a piece never mixes both kinds.
     """
     names = [str(name) for name in tokenizer.convert_ids_to_tokens(list(ids))]
     control = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     control |= set(tokenizer.all_special_ids)
     pieces: list[Piece] = []
-    starts: list[int] = []  # of pieces that the next one is decoded with
+    starts: list[int] = []  # starts of the pieces that the next one is decoded with
     first = 0
     while first < len(ids):
         end, text = _next_text(tokenizer, ids, names, trained, first, starts[-CONTEXT:])
@@ -77,7 +77,7 @@ def _next_text(
     first: int,
     context: Sequence[int],
 ) -> tuple[int, str | None]:
-    """End and text of the piece that starts at ``first``; None for a token that is no text."""
+    """End and text of the piece that starts at ``first``; None for a token that is not text."""
     begin = context[0] if context else first
 
     def decode(end: int) -> str:
@@ -90,7 +90,7 @@ def _next_text(
             break
         after = decode(end)
         text = after[len(before) :]
-        # The character may also stand in the text itself.
+        # The text itself may contain the replacement character.
         if after.startswith(before) and (NOT_TEXT not in text or _is_text(names[first:end])):
             return end, text
     return first + 1, None
@@ -105,7 +105,7 @@ def _is_text(names: Sequence[str]) -> bool:
 
 
 def _bytes_of(name: str) -> bytes:
-    """The bytes that the name of a token stands for."""
+    """The bytes that a token's name stands for."""
     if match := BYTE_NAME.fullmatch(name):
         return bytes([int(match[1], 16)])
     letters = _byte_letters()
@@ -123,7 +123,7 @@ def _byte_letters() -> dict[str, int]:
 
 
 def _name_bytes(name: str) -> str:
-    """``<0xE4>`` for every byte that is no text."""
+    """The name with ``<0xE4>`` for every byte that is not text."""
     if BYTE_NAME.fullmatch(name):
         return name
     text = _bytes_of(name).decode("utf-8", "surrogateescape")

@@ -1,4 +1,4 @@
-"""The course of a training: in which optimizer step it sees which example."""
+"""The order of training: which example is seen in which optimizer step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingOrder:
-    """What training sees when.
+    """The order in which training sees examples.
 
     Attributes:
-        examples: in the order of training.
-        steps: optimizer step of each, or None where there is no training.
-        remarks: the number of steps and how it comes about.
+        examples: indices of the examples in the order of training.
+        steps: optimizer step of each; None if no training is possible.
+        remarks: the number of steps and how it is computed.
     """
 
     examples: "np.ndarray"
@@ -29,7 +29,7 @@ class TrainingOrder:
 
 
 def build_course(config: RunConfig, mixture: "Mixture", world_size: int, flaw: str) -> TrainingOrder:
-    """The course of the training, with ``flaw`` as a reason for none."""
+    """The order of training; ``flaw`` is the reason why there is none, or empty."""
     import numpy as np
 
     from dora_dist.setup.training_arguments import count_steps
@@ -63,7 +63,7 @@ def build_course(config: RunConfig, mixture: "Mixture", world_size: int, flaw: s
 
 
 def _explain_steps(mixture: "Mixture", num_steps: int, batch: int, epochs: float | None, divisor: str) -> str:
-    """The number of steps as what it follows from: the epochs, or where these are None ``max_steps``."""
+    """Explains the number of steps by the epochs, or by ``max_steps`` if ``epochs`` is None."""
     rows = mixture.rows_per_epoch
     of = f"{rows:,} rows" + " of packed examples" * (mixture.batching == "packed")
     steps = f"{num_steps:,} optimizer step" + "s" * (num_steps != 1)

@@ -1,1 +1,1 @@
-"""A backbone and instruction data generated on the spot, so that the quickstart needs no network."""
+"""Generates a backbone and instruction data, so that the quickstart needs no network."""

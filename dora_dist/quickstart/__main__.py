@@ -1,4 +1,4 @@
-"""From nothing to a tuned adapter: a model and its data, training under ZeRO-2, summary."""
+"""The quickstart command: prepares a model and data, trains under ZeRO-2, and prints a summary."""
 
 import argparse
 import os
@@ -21,16 +21,16 @@ ROWS_PER_STEP = {TINY: 16, SMOLLM2: 8}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line, without the overrides."""
+    """The command's own options, without the overrides."""
     parser = argparse.ArgumentParser(
         prog="dora-dist quickstart",
         usage="%(prog)s [--model tiny|smollm2 [--yes]] [--output DIR] [--prepare-only] [--seed N] "
         "[--section.key value ...]",
         description="Generate instruction data, and tune a model on them: two ranks on CPUs, or one for each GPU. The "
-        "model is a small LLaMA that is generated too, without a network, or SmolLM2-135M-Instruct, which is fetched "
+        "model is a small generated LLaMA, which needs no network, or SmolLM2-135M-Instruct, which is downloaded "
         "once. Writes DIR/backbone (Hugging Face layout), DIR/train.jsonl, DIR/heldout.jsonl and DIR/search.jsonl "
-        "(alpaca rows; the last, held out too, is for choosing settings), and a folder for each run. Model and data "
-        "that are up to date are left as they are. Keys of the run can be overridden as --section.key value.",
+        "(alpaca rows; the last, also held out, is for choosing settings), and a folder for each run. Model and data "
+        "that are up to date are reused. Keys of the run can be overridden as --section.key value.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -42,31 +42,29 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help=f"default: {DEFAULT_OUTPUT}, or {DEFAULT_OUTPUT}-{SMOLLM2}"
     )
-    parser.add_argument("--yes", action="store_true", help="fetch what is to be fetched without asking")
-    parser.add_argument("--prepare-only", action="store_true", help="generate model and data, and do not train")
+    parser.add_argument("--yes", action="store_true", help="download without asking")
+    parser.add_argument("--prepare-only", action="store_true", help="prepare model and data without training")
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the text and the model; default: %(default)s"
+        "--seed", type=int, default=0, metavar="N", help="seed of the text and the model; default: %(default)s"
     )
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Generate, and train.
+    """Prepare model and data, and train.
 
     Raises:
-        ValueError: The folder is not one of the quickstart, a key of the run is wrong, or a model is not to be fetched.
-        SystemExit: Training has failed; with its exit status.
+        ValueError: The folder is not a quickstart's, a key of the run is wrong, or a download is not permitted.
+        SystemExit: Training failed; with its exit status.
     """
     given, overrides = build_parser().parse_known_args(arguments)
     if given.prepare_only and overrides:
-        raise ValueError(
-            f"{overrides[0]} is a key of the run, but --prepare-only does not train: leave one of them out"
-        )
+        raise ValueError(f"{overrides[0]} is a key of the run, but --prepare-only does not train: omit one of them")
     from dora_dist.distributed.start_ranks import number_of_ranks
 
     processes, gpus = number_of_ranks("zero2", None)
     if not gpus:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what transformers imports of DeepSpeed warns without it
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # without it, DeepSpeed warns when transformers imports it
     folder = given.output or Path(DEFAULT_OUTPUT if given.model == TINY else f"{DEFAULT_OUTPUT}-{given.model}")
     ensure_quickstart(folder, given.seed, model=given.model, may_fetch=lambda: given.yes or agreed())
     if not given.prepare_only:
@@ -74,19 +72,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def agreed() -> bool:
-    """Ask whether to fetch a model.
+    """Ask the user whether to download a model.
 
     Raises:
-        ValueError: there is nobody to ask.
+        ValueError: there is no terminal to ask on.
     """
     question = f"fetch {smollm2.WHAT}"
     if not sys.stdin.isatty():
-        raise ValueError(f"--model {SMOLLM2} would {question}, and nobody can be asked here: add --yes")
+        raise ValueError(f"--model {SMOLLM2} would {question}, but there is no terminal to ask on: add --yes")
     return input(f"{question[0].upper()}{question[1:]}? [y/N] ").strip().lower() in ("y", "yes")
 
 
 def train(model: str, folder: Path, processes: int, gpus: int, overrides: Sequence[str]) -> None:
-    """Tune the model in ``folder`` into a new folder beside it, on that many ranks."""
+    """Tune the model in ``folder`` in a new folder beside it, on ``processes`` ranks."""
     from dora_dist.distributed.start_ranks import start_ranks
 
     values = {
@@ -106,7 +104,7 @@ def train(model: str, folder: Path, processes: int, gpus: int, overrides: Sequen
 
 
 def first_answers(run: Path) -> str:
-    """What was generated for the first held-out example before and after training; empty where nothing was."""
+    """The answers to the first held-out example before and after training; empty if none were generated."""
     from dora_dist.runs.records import ANSWERS
 
     path = run / ANSWERS

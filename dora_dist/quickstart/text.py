@@ -1,7 +1,7 @@
-"""The two texts of the quickstart: what the backbone is pretrained on, and the rows it is tuned on.
+"""The quickstart's two texts: documents for pretraining the backbone, and rows for tuning it.
 
-Pretraining documents say each fact several times in different words, which is what teaches a small model to
-copy from its context. The instructions ask for four output formats that no pretraining document has.
+Pretraining documents state each fact several times in different words, which teaches a small model to copy from its
+context. The instructions ask for four output formats that no pretraining document has.
 """
 
 from collections.abc import Iterator
@@ -9,9 +9,9 @@ from random import Random
 
 from dora_dist.quickstart.world import ENTITIES, NAMES, Person, draw_person
 
-# Words of the answers and of the prompt, those that start a line first. The backbone meets most of them only
-# in word lists: a token that is never seen would keep a random embedding and a suppressed output row, which
-# an adapter on the linear layers cannot repair.
+# Words of the answers and of the prompt; those that start a line come first. The backbone sees most of them only in
+# word lists. A token that is never seen would keep a random embedding and a suppressed output row, which an adapter on
+# the linear layers cannot repair.
 FIRST_WORDS = "Name Lost Dear Answer Write Make Fill The Who Which Where What".split()
 LATER_WORDS = (
     "job city pet food lost call in thank you for greetings to and not the note who has lives letter card "
@@ -28,8 +28,8 @@ JOB_SENTENCES = ("{name} is a {job}.", "{name} works as a {job}.", "{name} is th
 FOOD_SENTENCES = ("{name} likes {food}.", "{name} often eats {food}.", "{name} buys the {food}.")
 FACTS = (PET_SENTENCES, CITY_SENTENCES, JOB_SENTENCES, FOOD_SENTENCES)
 
-# None of these starts with a name: at the start of a line a word has another piece (without the word mark) than inside
-# one, and an answer would have to translate the piece instead of copying it.
+# None of these starts with a name: at the start of a line, a word has another piece (without the word mark) than inside
+# one, so an answer would have to translate the piece instead of copying it.
 FULL_SENTENCES = (
     "This is {name}, a {job} from {city}. {pronoun} has a {colour} {animal} and likes {food}.",
     "In {city} lives {name}, who works as a {job}, likes {food} and has a {colour} {animal}.",
@@ -54,8 +54,7 @@ def _say(sentence: str, person: Person) -> str:
 def _portrait(rng: Random) -> str:
     """One person as keywords in two random orders, then in full, fact by fact, and in questions.
 
-    The keyword lines are what starts the copying: most of their second half can only be predicted by looking
-    back.
+    The keyword lines are what starts the copying: most of their second half can only be predicted by looking back.
     """
     person = draw_person(rng)
     keywords = [rng.sample(list(vars(person).values()), 6) for _ in range(2)]
@@ -67,7 +66,7 @@ def _portrait(rng: Random) -> str:
 
 
 def _word_list(rng: Random) -> str:
-    """A list of random words, said twice: nothing but copying can predict the second time."""
+    """A list of random words, given twice: only copying can predict the second half."""
     if rng.random() < 0.3:
         words = rng.sample(FIRST_WORDS + NAMES, rng.randint(3, 8))
         separator = "\n"
@@ -103,7 +102,7 @@ KINDS = (
 
 
 def _draw_row(rng: Random, held_out: bool) -> dict[str, str]:
-    """A row about one person: the output says what the text says, in its kind's words and order."""
+    """A row about one person: the output restates the text in the words and order of its kind."""
     person = draw_person(rng, held_out)
     instructions, output = rng.choice(KINDS)
     return {

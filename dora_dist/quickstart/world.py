@@ -1,4 +1,4 @@
-"""The generated world: its words, its people, and which people are kept for the held-out rows."""
+"""The generated world: its words, its people, and which people are reserved for the held-out rows."""
 
 from dataclasses import dataclass
 from random import Random
@@ -34,14 +34,14 @@ class Person:
 def is_held_out(name: str, animal: str) -> bool:
     """Whether a person of this name with this animal may occur only in the held-out rows: one pair in ten.
 
-    A rule on pairs, not on whole rows, so that held-out rows cannot be answered from memory, while every
-    single word of them does occur in the training rows.
+    The rule is on pairs, not on whole rows: held-out rows cannot be answered from memory, but every single word of them
+    occurs in the training rows.
     """
     return (NAMES.index(name) + 3 * ANIMALS.index(animal)) % 10 == 0
 
 
 def draw_person(rng: Random, held_out: bool = False) -> Person:
-    """Draw a person on the wanted side of `is_held_out`."""
+    """Draw a person that `is_held_out` assigns to the wanted rows."""
     while True:
         person = Person(
             name=rng.choice(NAMES),

@@ -1,1 +1,1 @@
-"""Prompt-routed LoRA: for every prompt and decoder block, a router chooses the modules that are adapted."""
+"""Prompt-routed LoRA: for every prompt and decoder block, a router chooses which modules are adapted."""

@@ -1,8 +1,8 @@
 """A prompt-routed adapter on disk: ``routed_adapter.safetensors`` beside ``routed_adapter.json``.
 
-The tensors are float32: ``MODULE.lora_A`` ``(r, in)`` and ``MODULE.lora_B`` ``(out, r)``, whose product is the update
-of a module at gate 1, and ``routers.BLOCK.pooler`` and ``routers.BLOCK.weight`` as of
-:class:`~dora_dist.routing.router.Router`. The JSON has the format's number, the base, how many modules a prompt has,
+The tensors are float32. ``MODULE.lora_A`` ``(r, in)`` and ``MODULE.lora_B`` ``(out, r)`` have the module's update at
+gate 1 as their product. ``routers.BLOCK.pooler`` and ``routers.BLOCK.weight`` are the parameters of a
+:class:`~dora_dist.routing.router.Router`. The JSON has the format's number, the base, the number of modules per prompt,
 and the modules of every block in the order of a router's outputs.
 """
 
@@ -19,20 +19,20 @@ from dora_dist.adapter.plain_lora import Factors, pad_rank
 from dora_dist.console.files import read_json, write_json
 
 FORMAT = 1
-"""Grows by one with a change after which an older folder means something else, or can no longer be read."""
+"""Incremented by changes after which older folders mean something else or cannot be read."""
 SETTINGS = "routed_adapter.json"
 TENSORS = "routed_adapter.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoutedAdapter:
-    """What a folder holds.
+    """The contents of a routed adapter's folder.
 
     Attributes:
         factors: module name -> ``(A (r, in), B (out, r))``; r is the same for all.
-        routers: parameters of the routers by their names among them.
+        routers: parameter name -> parameter, over all routers.
         blocks: names of the modules of every block.
-        modules_per_prompt: how many of them are chosen.
+        modules_per_prompt: number of modules chosen in a block.
     """
 
     factors: Mapping[str, Factors]
@@ -42,7 +42,7 @@ class RoutedAdapter:
 
     @property
     def rank(self) -> int:
-        """Of every module."""
+        """The rank r of every module."""
         return len(next(iter(self.factors.values()))[0])
 
 
@@ -59,10 +59,10 @@ def write_routed_adapter(
 
     Args:
         folder: created if missing.
-        factors: as of :class:`RoutedAdapter`; lower ranks are padded with zeros to the highest.
-        routers: see there.
-        blocks: see there.
-        modules_per_prompt: see there.
+        factors: see :class:`RoutedAdapter`; lower ranks are padded with zeros to the highest.
+        routers: see :class:`RoutedAdapter`.
+        blocks: see :class:`RoutedAdapter`.
+        modules_per_prompt: see :class:`RoutedAdapter`.
         base_model: name or path of the base model.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,15 +78,15 @@ def write_routed_adapter(
 
 
 def is_routed(folder: Path) -> bool:
-    """Whether a folder holds an adapter of this kind."""
+    """Whether a folder holds a prompt-routed adapter."""
     return (folder / SETTINGS).is_file()
 
 
 def read_routed_adapter(folder: Path) -> RoutedAdapter:
-    """What :func:`write_routed_adapter` wrote.
+    """Read a folder that :func:`write_routed_adapter` wrote.
 
     Raises:
-        ValueError: the folder has another format, or lacks a part.
+        ValueError: the folder has another format, or a part is missing.
     """
     about: dict[str, Any] = read_json(folder / SETTINGS)
     if about.get("format") != FORMAT:

@@ -1,4 +1,4 @@
-"""Reading the adapter of a run, of whichever kind it is."""
+"""Loads a run's adapter, plain LoRA or prompt-routed."""
 
 from pathlib import Path
 
@@ -12,14 +12,14 @@ from dora_dist.routing.model import RoutedLoraForCausalLM, add_routed_lora
 
 
 def load_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
-    """Put the adapter that a run has written on its base, for use: frozen, in evaluation mode.
+    """Load the adapter of a run onto its base, for use: frozen, in evaluation mode.
 
     Args:
-        base: the model that it was trained on; changed in place.
-        folder: with the adapter: plain LoRA, which PEFT reads, or a prompt-routed one, which it cannot.
+        base: the model that the adapter was trained on; changed in place.
+        folder: folder of the adapter: plain LoRA, which PEFT reads, or a prompt-routed one, which PEFT cannot read.
 
     Raises:
-        ValueError: the folder holds no adapter, one of another format, or that of another base.
+        ValueError: the folder holds no adapter, one in another format, or one for another base.
     """
     folder = Path(folder)
     if is_routed(folder):

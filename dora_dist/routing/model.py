@@ -1,4 +1,4 @@
-"""A model with prompt-routed LoRA: who decides, when, and how a layer follows the decision."""
+"""A model with prompt-routed LoRA: when the routers choose modules, and how layers apply the choice."""
 
 import dataclasses
 import weakref
@@ -27,20 +27,20 @@ from dora_dist.routing.prompts import Prompts, find_prompts
 from dora_dist.routing.router import Decision, Router, balance_loss, decide
 
 ROUTERS = "routers"
-"""What the names of the routers' parameters begin with."""
+"""Prefix of the names of the routers' parameters."""
 Selected = Sequence[tuple[Tensor, Tensor]]
-"""For each module of a block: the places in the flattened batch of the tokens that it is computed for, int64, and their
+"""For each module of a block: indices, in the flattened batch, of the tokens it is computed for (int64), and their
 gates; both of shape ``(tokens,)``."""
 
 
 class Routing:
-    """What one forward of the model has decided.
+    """The routing decisions of one forward of the model.
 
     Attributes:
-        number: of the forward.
-        prompts: of its batch.
+        number: number of the forward.
+        prompts: prompts of its batch.
         decisions: number of a block -> its decision.
-        selected: number of a block -> the tokens of its modules.
+        selected: number of a block -> the tokens of each of its modules.
     """
 
     def __init__(self, number: int, prompts: Prompts) -> None:
@@ -51,18 +51,18 @@ class Routing:
 
 
 class RoutedLoraForCausalLM(DynamicLoraForCausalLM):
-    """A causal language model in which every prompt has its own choice of adapted modules, made before each block.
+    """A causal language model in which adapted modules are chosen for each prompt, before each block.
 
-    The choice is made once for a prompt and followed by all tokens after it: by those of the same forward, and in
-    :meth:`generate` (or :meth:`one_prompt`) by those of later forwards, with or without a cache. Modules that were not
-    chosen are not computed. Such an adapter is no plain LoRA: it is saved in a format of its own
+    The choice is made once per prompt and applies to all tokens after it: those of the same forward and, in
+    :meth:`generate` or :meth:`one_prompt`, those of later forwards, with or without a cache. Modules that are not
+    chosen are not computed. Such an adapter is not plain LoRA, and is saved in its own format
     (:mod:`dora_dist.routing.files`).
 
     Attributes:
-        routers: one for each block.
+        routers: one router for each block.
         blocks: names of the adapted modules of every block, in the order of a router's outputs.
-        modules_per_prompt: how many of them are chosen.
-        routing: of the latest forward; None before the first.
+        modules_per_prompt: number of modules chosen in a block.
+        routing: decisions of the latest forward; None before the first.
     """
 
     routers: nn.ModuleList
@@ -73,7 +73,7 @@ class RoutedLoraForCausalLM(DynamicLoraForCausalLM):
     _kept: dict[int, Decision] | None = None
 
     def route(self, blocks: list[list[str]], modules_per_prompt: int, seed: int) -> None:
-        """Add the routers, and let the blocks follow them; to be called once."""
+        """Add the routers and attach them to the blocks; must be called once."""
         base, layers = self.get_base_model(), self.adapted_layers()
         self.blocks, self.modules_per_prompt = blocks, modules_per_prompt
         gate = next(iter(layers.values())).gate
@@ -89,11 +89,11 @@ class RoutedLoraForCausalLM(DynamicLoraForCausalLM):
                 layers[name].shared = partial(self._compute, number, index)
 
     def head_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters of the routers, which are trained beside the adapter as a head is."""
+        """The routers' parameters, which are trained beside the adapter as a task head is."""
         return {f"{ROUTERS}.{name}": parameter for name, parameter in self.routers.named_parameters()}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The parent's, with the routers."""
+        """The parent's state, and the routers' parameters."""
         return {**super().state_dict(*args, **kwargs), **self.routers.state_dict(prefix=f"{ROUTERS}.")}
 
     def save_pretrained(self, save_directory: str | Path, *_: Any, is_main_process: bool = True, **__: Any) -> None:
@@ -109,13 +109,13 @@ class RoutedLoraForCausalLM(DynamicLoraForCausalLM):
             )
 
     def merge_and_unload(self, *_: Any, **__: Any) -> NoReturn:
-        """PEFT's name for a merge.
+        """Refused: a routed adapter cannot be merged.
 
         Raises:
-            ValueError: always; there is none.
+            ValueError: always.
         """
         raise ValueError(
-            "adapter.routing is prompt, so that every prompt has weights of its own: such an adapter cannot be merged. "
+            "adapter.routing is prompt, so every prompt has its own weights: such an adapter cannot be merged. "
             "Write it with save_pretrained(FOLDER), and read it with dora_dist.load_adapter(BASE, FOLDER)"
         )
 
@@ -128,7 +128,7 @@ class RoutedLoraForCausalLM(DynamicLoraForCausalLM):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """The parent's; ``labels`` also say where the prompts end."""
+        """The parent's forward; ``labels`` also show where the prompts end."""
         self._labels = labels
         try:
             return super().forward(input_ids, attention_mask, inputs_embeds, labels, *args, **kwargs)
@@ -136,25 +136,23 @@ class RoutedLoraForCausalLM(DynamicLoraForCausalLM):
             self._labels = None
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """PEFT's; the prompt is all that is given.
+        """PEFT's ``generate``; the whole input is the prompt.
 
         Raises:
-            ValueError: the prompt is to be read in chunks, of which the first alone would decide.
+            ValueError: the prompt would be read in chunks, and the first chunk alone would decide.
         """
         settings = kwargs.get("generation_config") or self.get_base_model().generation_config
         chunk = kwargs.get("prefill_chunk_size", getattr(settings, "prefill_chunk_size", None))
         if chunk is not None:
-            raise ValueError(
-                f"prefill_chunk_size is {chunk}, but modules are chosen by a prompt as a whole: leave it out"
-            )
+            raise ValueError(f"prefill_chunk_size is {chunk}, but modules are chosen by the whole prompt: omit it")
         with self.one_prompt():
-            # PEFT has no types for it.
+            # PEFT's method has no types.
             return super().generate(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     @contextmanager
     def one_prompt(self) -> Iterator[None]:
-        """While it lasts, the first forward decides by all that it reads, and the others follow: they go on with the
-        same rows, from a cache or from the start."""
+        """Inside the block, the first forward decides by all that it reads, and the later ones reuse its decision: they
+        continue the same rows, from a cache or from the start."""
         before, self._kept = self._kept, {}
         try:
             yield
@@ -162,8 +160,8 @@ class RoutedLoraForCausalLM(DynamicLoraForCausalLM):
             self._kept = before
 
     def balance_loss(self, agreement: Agreement) -> Tensor:
-        """Of the latest forward, over all ranks; see :func:`~dora_dist.routing.router.balance_loss`. To be called on
-        every rank."""
+        """Balancing loss of the latest forward, over all ranks; see :func:`~dora_dist.routing.router.balance_loss`.
+        Must be called on every rank."""
         assert self.routing is not None, "no forward has decided yet"
         probabilities = [self.routing.decisions[number].probabilities for number in range(len(self.routers))]
         return balance_loss(probabilities, self.routing.prompts.trained, agreement.add_up, agreement.size)
@@ -174,7 +172,7 @@ class RoutedLoraForCausalLM(DynamicLoraForCausalLM):
         return router
 
     def _begin(self, _: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
-        """Before the decoder: find the prompts."""
+        """Before the decoder: find the batch's prompts."""
         read = next(
             value for value in (*args, inputs.get("input_ids"), inputs.get("inputs_embeds")) if value is not None
         )
@@ -191,14 +189,14 @@ class RoutedLoraForCausalLM(DynamicLoraForCausalLM):
             return
         if cache is not None and cache.get_seq_length() > 0:
             raise ValueError(
-                f"a forward goes on from a cache of {cache.get_seq_length()} tokens, but which modules were chosen for "
-                "them is not known: use generate(), or make all forwards of a text within model.one_prompt()"
+                f"a forward continues a cache of {cache.get_seq_length()} tokens, but the modules chosen for them are "
+                "not known: use generate(), or make all forwards of a text within model.one_prompt()"
             )
         mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
         self.routing = Routing(number, find_prompts(shape, read.device, mask, positions, self._labels))
 
     def _end(self, decoder: nn.Module, _: Any, outputs: Any) -> None:
-        """After the decoder: let its backward make sure that the blocks that are computed again can know the choice."""
+        """After the decoder: make the backward check that recomputed blocks follow the latest forward."""
         recomputes = any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules())
         hidden: Tensor = outputs[0]
         if recomputes and hidden.requires_grad:
@@ -206,8 +204,8 @@ class RoutedLoraForCausalLM(DynamicLoraForCausalLM):
             hidden.register_hook(partial(_check_latest, weakref.ref(self), self.routing.number))
 
     def _decide(self, number: int, _: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
-        """Before a block: decide, unless that was done for the prompt. Some versions of transformers compute a
-        block again together with its hooks: what was chosen then stays."""
+        """Before a block: decide, unless a decision for the prompt exists. Some versions of transformers run a block's
+        hooks again when they recompute it; the earlier choice then stays."""
         routing = self.routing
         assert routing is not None
         decision = self._kept.get(number) if self._kept is not None else None
@@ -221,12 +219,12 @@ class RoutedLoraForCausalLM(DynamicLoraForCausalLM):
         routing.selected[number] = _select(decision, routing.prompts.of_token.flatten())
 
     def _compute(self, number: int, index: int, layer: DynamicLoraLinear, x: Tensor) -> Tensor:
-        """In the place of a layer's own forward."""
+        """Replaces a layer's own forward."""
         routing = self.routing
         if routing is None or x.shape[:-1] != routing.prompts.of_token.shape:
             raise ValueError(
                 f"{self.blocks[number][index]} reads a tensor of shape {tuple(x.shape)}, but a module is chosen for "
-                "(rows, tokens) of a forward of the whole model: leave it out of adapter.target_modules"
+                "(rows, tokens) of a forward of the whole model: remove it from adapter.target_modules"
             )
         tokens, gates = routing.selected[number][index]
         if gates.requires_grad and not torch.is_grad_enabled():
@@ -235,14 +233,14 @@ class RoutedLoraForCausalLM(DynamicLoraForCausalLM):
 
 
 def routed_linear(layer: DynamicLoraLinear, x: Tensor, tokens: Tensor, gates: Tensor) -> Tensor:
-    """``W0 x``, plus the components' output times a gate for some tokens, of which alone it is computed.
+    """``W0 x``, plus the components' output times a gate, computed for the chosen tokens only.
 
     Args:
         layer: the adapted layer.
         x: shape ``(..., in)``.
-        tokens: places of the tokens in the flattened batch, int64, shape ``(chosen,)``. There may be none: the
-            components then have gradients that are 0, which engines wait for.
-        gates: shape ``(chosen,)``.
+        tokens: indices of the chosen tokens in the flattened batch, int64, shape ``(chosen,)``. May be empty: the
+            components then get gradients of 0, because engines wait for gradients.
+        gates: gates of the chosen tokens, shape ``(chosen,)``.
 
     Returns:
         Shape ``(..., out)`` in the base layer's output dtype.
@@ -255,19 +253,19 @@ def routed_linear(layer: DynamicLoraLinear, x: Tensor, tokens: Tensor, gates: Te
 
 
 def add_routed_lora(model: PreTrainedModel, config: DynamicLoraConfig) -> RoutedLoraForCausalLM:
-    """As :func:`~dora_dist.adapter.model.add_dynamic_lora`, with a router before every decoder block. The model runs
+    """Like :func:`~dora_dist.adapter.model.add_dynamic_lora`, with a router before every decoder block. The model runs
     layer by layer: nothing is fused.
 
     Args:
         model: a causal language model of transformers; changed in place.
-        config: the adapter, with ``routing`` prompt.
+        config: the adapter's configuration, with ``routing`` prompt.
 
     Raises:
-        ValueError: as of ``add_dynamic_lora``; ``routing`` is none; or the model is for another task, or has no such
-            blocks, or too few modules in them.
+        ValueError: as in ``add_dynamic_lora``; or ``routing`` is none; or the model is for another task, or its blocks
+            do not fit (:func:`routed_blocks`).
     """
     if config.routing != "prompt":
-        raise ValueError(f"routing is {config.routing}, but must be prompt: add_dynamic_lora adds an adapter without")
+        raise ValueError(f"routing is {config.routing}, but must be prompt: use add_dynamic_lora without it")
     if task_of(model).name != CAUSAL_LM:
         raise ValueError(
             f"a {type(model).__name__} is for {task_of(model).name}, but routing prompt is for {CAUSAL_LM}"
@@ -284,12 +282,12 @@ def routed_blocks(model: PreTrainedModel, names: Sequence[str], modules_per_prom
     """Names of the adapted modules of every decoder block, each sorted.
 
     Args:
-        model: perhaps on the meta device.
-        names: of all adapted modules.
-        modules_per_prompt: how many of a block are to be chosen.
+        model: the model; may be on the meta device.
+        names: names of all adapted modules.
+        modules_per_prompt: number of modules to choose in a block.
 
     Raises:
-        ValueError: a module lies in no block, blocks have different numbers of modules, or fewer than are to be chosen.
+        ValueError: a module is in no block, or the blocks have different or too small numbers of modules.
     """
     names_of: dict[int, str] = {id(module): name for name, module in model.named_modules()}
     prefixes = [f"{names_of[id(block)]}." for block in recomputable_layers(model)]
@@ -298,8 +296,8 @@ def routed_blocks(model: PreTrainedModel, names: Sequence[str], modules_per_prom
     outside = [name for name in names if name not in inside]
     if outside or not blocks:
         raise ValueError(
-            f"adapter.routing is prompt, but {len(outside)} of {len(names)} adapted modules lie in no decoder block of "
-            f"a {type(model).__name__} (first {outside[0]}): leave them out of adapter.target_modules, or set "
+            f"adapter.routing is prompt, but {len(outside)} of {len(names)} adapted modules are in no decoder block of "
+            f"a {type(model).__name__} (first {outside[0]}): remove them from adapter.target_modules, or set "
             "adapter.routing to none"
         )
     sizes = sorted({len(block) for block in blocks})
@@ -316,8 +314,8 @@ def _select(decision: Decision, owners: Tensor) -> Selected:
     """The tokens of every module of a block.
 
     Args:
-        decision: of the block.
-        owners: number of the prompt of every token, int64, shape ``(tokens,)``.
+        decision: the block's decision.
+        owners: number of each token's prompt, int64, shape ``(tokens,)``.
     """
     chosen = decision.chosen[owners].T
     modules, tokens = chosen.nonzero(as_tuple=True)
@@ -327,10 +325,10 @@ def _select(decision: Decision, owners: Tensor) -> Selected:
 
 
 def _check_latest(model: "weakref.ref[RoutedLoraForCausalLM]", number: int, _: Tensor) -> None:
-    """As a hook of a tensor, of which it may hold nothing. A block that is computed again follows the latest forward.
+    """A tensor hook, which therefore holds no reference to the model. Recomputed blocks follow the latest forward.
 
     Raises:
-        RuntimeError: the backward is that of an earlier one.
+        RuntimeError: the backward belongs to an earlier forward.
     """
     alive = model()
     if alive is not None and alive.routing is not None and alive.routing.number != number:

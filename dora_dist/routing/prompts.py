@@ -1,4 +1,4 @@
-"""Where the prompts of a batch are."""
+"""Finds the prompts in a batch."""
 
 from dataclasses import dataclass
 
@@ -10,14 +10,13 @@ from dora_dist.data.encoding.encoder import IGNORED
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of a batch, and which tokens belong to them.
+    """The prompts of a batch, and the tokens that belong to them.
 
     Attributes:
-        of_token: int64, shape (rows, length); number of the prompt whose decision a token follows.
-        pooled: int64, shape (tokens,); places of the tokens of all prompts in the flattened batch. A router reads
-            these, and no other.
-        trained: bool, shape (prompts,); whether a prompt has an answer that is trained. The others are padding of
-            packed rows.
+        of_token: int64, shape (rows, length); number of the prompt whose decision applies to a token.
+        pooled: int64, shape (tokens,); indices, in the flattened batch, of all prompts' tokens. A router reads only
+            these.
+        trained: bool, shape (prompts,); whether a prompt has a trained answer. The others are padding of packed rows.
     """
 
     of_token: Tensor
@@ -26,7 +25,7 @@ class Prompts:
 
     @property
     def owners(self) -> Tensor:
-        """Number of the prompt of each of the pooled tokens; int64, shape (tokens,)."""
+        """Number of each pooled token's prompt; int64, shape (tokens,)."""
         return self.of_token.flatten()[self.pooled]
 
 
@@ -37,26 +36,26 @@ def find_prompts(
     position_ids: Tensor | None = None,
     labels: Tensor | None = None,
 ) -> Prompts:
-    """The prompts of a batch: in every row, or in every example of a packed row, all tokens before the first target;
-    without labels all tokens. The first token is no target, since nothing predicts it.
+    """The prompts of a batch: in every row, or every example of a packed row, all tokens before the first target.
+    Without labels, all tokens. The first token is never a target, because nothing predicts it.
 
     Args:
-        shape: rows and length.
-        device: of the batch.
-        attention_mask: shape (rows, length), 0 at padding on either side. Rows that have one hold one example.
-        position_ids: shape (rows or 1, length). Without a mask, every start anew begins an example.
-        labels: shape (rows, length), ``IGNORED`` where nothing is trained.
+        shape: (rows, length).
+        device: device of the batch.
+        attention_mask: shape (rows, length), 0 at padding on either side. With a mask, a row holds one example.
+        position_ids: shape (rows or 1, length). Without a mask, an example begins wherever positions restart.
+        labels: shape (rows, length), ``IGNORED`` at tokens that are not trained.
 
     Raises:
-        ValueError: the mask has another shape, so that it does not say what is padding.
+        ValueError: the mask has another shape and does not show the padding.
     """
     real = torch.ones(shape, dtype=torch.bool, device=device)
     if attention_mask is not None or position_ids is None:
         if attention_mask is not None:
             if attention_mask.shape != shape:
                 raise ValueError(
-                    f"attention_mask has shape {tuple(attention_mask.shape)}, but a prompt is found by one of shape "
-                    f"{tuple(shape)} (rows, tokens): give the mask of the padding"
+                    f"attention_mask has shape {tuple(attention_mask.shape)}, but must have "
+                    f"{tuple(shape)} (rows, tokens) to show where prompts begin: give the padding mask"
                 )
             real = attention_mask.to(device).bool()
         starts = real & (real.cumsum(1) == 1)

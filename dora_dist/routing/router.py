@@ -1,6 +1,6 @@
-"""The router of a decoder block: from the hidden states of a prompt to the modules that are adapted for it.
+"""The router of a decoder block: maps a prompt's hidden states to the modules that are adapted for it.
 
-MiLoRA (Zhang et al., Findings of EMNLP 2024), equations 3 to 5 and 8, with GELU in the place of the learned activation.
+MiLoRA (Zhang et al., Findings of EMNLP 2024), equations 3 to 5 and 8, with GELU instead of the learned activation.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,18 +15,18 @@ from dora_dist.routing.prompts import Prompts
 
 
 class Router(nn.Module):
-    """``softmax(W_r gelu(h))``, where ``h`` is the mean of the prompt's hidden states, weighted by an attention of
-    their own: ``softmax`` over its tokens of ``w_sa . H``.
+    """``softmax(W_r gelu(h))``, where ``h`` is the mean of the prompt's hidden states H, weighted by an attention over
+    its tokens: ``softmax(w_sa . H)``.
 
     Parameters (adapter dtype): ``pooler``, the paper's ``w_sa``, shape ``(hidden,)``; ``weight``, its ``W_r``, shape
-    ``(modules, hidden)``. What they compute is in float32 at least, whatever autocast says: a choice would change with
-    its rounding.
+    ``(modules, hidden)``. All computation is in float32 at least, whatever autocast says, because rounding would change
+    choices.
 
     Args:
-        hidden_size: of the hidden states.
-        num_modules: adapted modules of a block.
-        device: of the parameters.
-        dtype: of the parameters.
+        hidden_size: size of the hidden states.
+        num_modules: number of adapted modules in a block.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
     """
 
     def __init__(self, hidden_size: int, num_modules: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -36,8 +36,8 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int, name: str) -> None:
-        """Start with the plain mean of a prompt, and with weights as a linear layer's: zeros would choose the same
-        modules for every prompt. The values depend on ``seed`` and ``name`` only."""
+        """Start with the plain mean over a prompt, and with weights as in a linear layer: zeros would choose the same
+        modules for every prompt. The values depend only on ``seed`` and ``name``."""
         weight = torch.empty(self.weight.shape)
         nn.init.kaiming_uniform_(weight, a=5**0.5, generator=layer_generator(seed, name))
         self.weight.copy_(weight)
@@ -47,8 +47,8 @@ class Router(nn.Module):
         """Probabilities of the modules.
 
         Args:
-            hidden: what the block reads, shape ``(rows, length, hidden)``.
-            prompts: of the batch.
+            hidden: the block's input, shape ``(rows, length, hidden)``.
+            prompts: prompts of the batch.
 
         Returns:
             Shape ``(prompts, modules)``, float32 or float64; every row sums to 1.
@@ -65,12 +65,12 @@ class Router(nn.Module):
 
 @dataclass(frozen=True)
 class Decision:
-    """What a router has decided for the prompts of a batch.
+    """A router's decision for the prompts of a batch.
 
     Attributes:
         probabilities: shape ``(prompts, modules)``.
-        chosen: bool, shape ``(prompts, modules)``; the k most probable of every row.
-        gates: shape ``(prompts, modules)``; what the output of a chosen module is multiplied by.
+        chosen: bool, shape ``(prompts, modules)``; the k most probable modules of every row.
+        gates: shape ``(prompts, modules)``; factors of the chosen modules' outputs.
     """
 
     probabilities: Tensor
@@ -79,13 +79,13 @@ class Decision:
 
 
 def decide(probabilities: Tensor, count: int, chosen: Tensor | None = None) -> Decision:
-    """Choose the most probable modules. Their gates are the probabilities, renormalised over those that are chosen,
-    times their number: 1 where they are equal, as in plain LoRA.
+    """Choose the most probable modules. Their gates are the probabilities, renormalized over the chosen modules, times
+    the number of chosen modules: 1 if they are equal, as in plain LoRA.
 
     Args:
         probabilities: shape ``(prompts, modules)``.
-        count: modules to choose.
-        chosen: what has been chosen before, where a forward is computed again.
+        count: number of modules to choose.
+        chosen: the earlier choice, if a forward is recomputed.
     """
     if chosen is None:
         best = probabilities.detach().topk(count, dim=1).indices
@@ -97,18 +97,18 @@ def decide(probabilities: Tensor, count: int, chosen: Tensor | None = None) -> D
 def balance_loss(
     probabilities: Sequence[Tensor], trained: Tensor, add_up: Callable[[Tensor], None], ranks: int
 ) -> Tensor:
-    """``N sum_i f_i p_i``, mean over the blocks: 1 where all N modules are equally probable. ``f_i`` is the share of
-    prompts for which module i is the most probable, ``p_i`` its mean probability (equation 4).
+    """``N sum_i f_i p_i``, mean over the blocks; 1 if all N modules are equally probable. ``f_i`` is the share of
+    prompts for which module i is the most probable, and ``p_i`` its mean probability (equation 4).
 
-    Both are over the prompts of all ranks: those of the global batch, where nothing is accumulated. No gradient goes
-    through ``f``. That of ``p`` comes from the prompts of this rank, times the number of ranks, over which engines take
-    the mean of gradients.
+    Both are taken over the prompts of all ranks, which are the global batch without gradient accumulation. No gradient
+    flows through ``f``. The gradient through ``p`` comes from this rank's prompts, multiplied by the number of ranks,
+    because engines take the mean of gradients over the ranks.
 
     Args:
-        probabilities: of every block, shape ``(prompts, modules)``.
+        probabilities: one tensor for each block, shape ``(prompts, modules)``.
         trained: bool, shape ``(prompts,)``; the prompts that count.
         add_up: replaces a tensor by its sum over the ranks; called once.
-        ranks: their number.
+        ranks: number of ranks.
 
     Returns:
         Scalar, float64, the same on every rank.
@@ -120,7 +120,7 @@ def balance_loss(
     flat = torch.cat([first.flatten().double(), sums.detach().flatten(), mine.new_tensor([mine.shape[1]])])
     add_up(flat)
     counts, all_sums = flat[:-1].view(2, *sums.shape)
-    total = flat[-1].clamp(min=1)  # 0 where no rank has a prompt with an answer
+    total = flat[-1].clamp(min=1)  # it is 0 if no rank has a prompt with an answer
     factor = modules / len(mine) * counts / total**2
     local: Tensor = (factor * sums).sum() * ranks
     everywhere: Tensor = (factor * all_sums).sum()

@@ -1,9 +1,9 @@
-"""One run at a time in a folder: a second start of it is refused while the first one lives.
+"""Ensures that only one run at a time writes to a folder: a second start is refused while the first one is alive.
 
-The first rank writes ``claim-N.json`` into the folder before anything else: who it is, and a count that a thread raises
-every :data:`BEAT_SECONDS`. The claim with the highest number holds. Whoever takes over from a claim that nobody keeps
-up makes the next number, which the file system gives to one of several (``O_EXCL``). A claim is removed with the last
-thing that its run does; one that is left behind is taken over.
+Before anything else, the first rank writes ``claim-N.json`` into the folder: who it is, and a counter that a thread
+increments every :data:`BEAT_SECONDS`. The claim with the highest number is valid. A process that takes over from a
+claim without beats creates the next number; the file system gives it to only one of several (``O_EXCL``). A run removes
+its claim as its very last act. A claim that a dead run left behind is taken over.
 """
 
 import json
@@ -25,17 +25,17 @@ from dora_dist.distributed.agreement import Agreement
 BEAT_SECONDS = 10.0
 """Time between two beats."""
 MISSED_BEATS = 3
-"""Beats that a newcomer must miss, one after another, before it takes over."""
+"""Consecutive beats that a new start must see missing before it takes over."""
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 @contextmanager
 def held(run: Path, agreement: Agreement) -> Iterator[None]:
-    """While the ranks write into the folder of a run: it is theirs alone.
+    """Holds the claim on a run's folder while the ranks write to it.
 
     Args:
-        run: the folder; made where it is not there.
-        agreement: over the ranks, of which the first one claims it.
+        run: the run's folder; created if missing.
+        agreement: collectives over the ranks; the first rank holds the claim.
 
     Raises:
         ValueError: another run is writing there, or this one cannot.
@@ -53,12 +53,12 @@ class Holder:
     """The process that holds a claim.
 
     Attributes:
-        host: its node.
-        pid: number of the process there.
-        born: when it began, in ticks since the boot: another process may have its number later.
-        boot: the node's start that it began in.
-        pids: name space of the number.
-        job: of Slurm.
+        host: name of its node.
+        pid: its process number.
+        born: its start time in ticks since boot, because process numbers are reused.
+        boot: identifier of the node's boot.
+        pids: namespace of the process number.
+        job: its Slurm job.
         restart: how often Slurm has requeued the job.
         since: date and time of the claim.
     """
@@ -74,7 +74,7 @@ class Holder:
 
     @classmethod
     def here(cls, environment: Mapping[str, str]) -> "Holder":
-        """This process, with the variables that its launcher has set."""
+        """This process, with the variables set by its launcher."""
         return cls(
             host=platform.node(),
             pid=os.getpid(),
@@ -91,22 +91,22 @@ class Holder:
         return f"process {self.pid} on {self.host}{job}, since {self.since}"
 
     def end_seen_by(self, other: "Holder") -> str | None:
-        """How another process knows at once that this one is gone; None where it does not."""
+        """Proof, for another process, that this one has ended; None if there is none at the moment."""
         if self.job is not None and self.job == other.job and self.restart < other.restart:
-            return f"Slurm has requeued job {self.job} since"
+            return f"Slurm has requeued job {self.job} since then"
         if self.host != other.host or self.boot is None or other.boot is None:
             return None
         if self.boot != other.boot:
-            return f"{self.host} was booted since"
+            return f"{self.host} was booted since then"
         if self.pids == other.pids and _birth(self.pid) != self.born:
             return "it has ended"
         return None
 
 
 def _birth(pid: int) -> str | None:
-    """When a process of this node began; None where there is none, or only what is left of it."""
+    """Start time of a process on this node; None if there is none, or only a zombie."""
     try:
-        # The name of the command, in parentheses, may hold spaces and parentheses of its own.
+        # The command's name, in parentheses, may itself contain spaces and parentheses.
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return None
@@ -114,10 +114,10 @@ def _birth(pid: int) -> str | None:
 
 
 class Claim:
-    """A claim on the folder of a run.
+    """A claim on a run's folder.
 
     Args:
-        run: the folder.
+        run: the run's folder.
     """
 
     def __init__(self, run: Path) -> None:
@@ -130,20 +130,20 @@ class Claim:
         self._thread = threading.Thread(target=self._keep_up, name="claim", daemon=True)
 
     def take(self) -> None:
-        """Claim the folder, from nobody or from a run that has ended without a word.
+        """Claim the folder if it is free or if its last run ended without releasing it.
 
         Raises:
-            ValueError: a run is alive there, or the folder cannot be written into.
+            ValueError: another run is alive there, or the folder is not writable.
         """
         try:
             while not self._make(self._take_over(_newest(self._run)) + 1):
                 pass  # another newcomer was faster
         except OSError as error:
-            raise ValueError(f"output_dir {self._run} cannot be written into: {error}") from None
+            raise ValueError(f"output_dir {self._run} cannot be written to: {error}") from None
         self._thread.start()
 
     def release(self) -> None:
-        """Give the folder back; nothing where it is not held."""
+        """Release the folder; does nothing if it is not claimed."""
         if self._path is None:
             return
         self._ended.set()
@@ -157,7 +157,7 @@ class Claim:
         os.close(self._descriptor)
 
     def _make(self, number: int) -> bool:
-        """Whether the claim of this number is now ours."""
+        """Whether the claim with this number is now ours."""
         if not self._run.is_dir():
             self._run.mkdir(parents=True, exist_ok=True)
             self._made_folder = True
@@ -168,7 +168,7 @@ class Claim:
             return False
         os.write(descriptor, self._content(0))
         os.fsync(descriptor)
-        if _newest(self._run) != number:  # from a stale view of the folder: others have gone on
+        if _newest(self._run) != number:  # our view of the folder was stale: there are newer claims
             os.close(descriptor)
             path.unlink(missing_ok=True)
             return False
@@ -178,10 +178,10 @@ class Claim:
         return True
 
     def _take_over(self, number: int) -> int:
-        """The number of a claim that does not hold any more.
+        """The number of the latest claim, once that claim is known to be invalid.
 
         Raises:
-            ValueError: it does.
+            ValueError: its run is alive.
         """
         path = self._run / f"claim-{number}.json"
         before = _read(path)
@@ -192,16 +192,13 @@ class Claim:
         if holder is not None and (reason := holder.end_seen_by(self._holder)):
             say(f"taking {self._run} over from {who}: {reason}")
             return number
-        say(
-            f"{self._run} is claimed by {who}: looking for {MISSED_BEATS * BEAT_SECONDS:g} s whether it shows a sign "
-            "of life"
-        )
-        # By looks, not by this clock alone: a file system that answers late holds up the other one's beats too.
+        say(f"{self._run} is claimed by {who}: waiting {MISSED_BEATS * BEAT_SECONDS:g} s for a sign of life")
+        # Count observations, not only seconds: a slow file system also delays the other process's beats.
         for _ in range(MISSED_BEATS):
             time.sleep(BEAT_SECONDS)
             now = _read(path)
             if now is None:
-                return number  # it has come to its end meanwhile
+                return number  # it has ended in the meantime
             if now != before:
                 raise ValueError(
                     f"output_dir {self._run} is in use by another run: {_holder(now) or who}. Wait for its end, or set "
@@ -211,11 +208,11 @@ class Claim:
         return number
 
     def _content(self, count: int) -> bytes:
-        """Always of the same length, so that a beat replaces it in one piece."""
+        """Always the same length, so that one write replaces it completely."""
         return json.dumps({**asdict(self._holder), "beat": f"{count:010d}"}).encode()
 
     def _is_there(self) -> bool:
-        """Whether the file of the claim is the one that was made. Raises OSError where it is gone."""
+        """Whether the claim's file is still the one we made. Raises OSError if it is gone."""
         assert self._path is not None
         return os.path.samestat(os.stat(self._path), os.fstat(self._descriptor))
 
@@ -224,19 +221,19 @@ class Claim:
         while not self._ended.wait(BEAT_SECONDS):
             count += 1
             try:
-                # Into the open file: where another run has made a file of this name, that one is left alone.
+                # Write to the open file: if another run has made a file of this name, it is not touched.
                 os.pwrite(self._descriptor, self._content(count), 0)
                 os.fsync(self._descriptor)
                 lost = not self._is_there()
             except FileNotFoundError:
                 lost = True
             except OSError:
-                lost = False  # a disk that is full, say; the next beat may come through
+                lost = False  # a full disk, for example; the next beat may succeed
             if lost and not self._ended.is_set():
                 leave(
                     ExpectedRunError(
                         f"{self._path} is gone: another start of this run has taken {self._run} over, while this "
-                        "process was stopped or cut off. It ends at once, so that two do not write there"
+                        "process was stopped or disconnected. It ends now, so that only one run writes there"
                     ),
                     status=1,
                     linger=False,
@@ -244,13 +241,13 @@ class Claim:
 
 
 def claims(run: Path) -> list[Path]:
-    """Files of claims in a folder."""
+    """All claim files in a folder."""
     return [path for path in run.glob("claim-*.json") if re.fullmatch(r"claim-\d+\.json", path.name)]
 
 
 def is_held(run: Path) -> bool:
-    """Whether a run is writing into a folder, as far as can be told at once: its claim has been kept up lately, and the
-    process is not seen to have ended."""
+    """Whether a run is writing to a folder, as far as one look can show: its claim was updated recently, and its
+    process is not known to have ended."""
     path = run / f"claim-{_newest(run)}.json"
     content = _read(path)
     holder = None if content is None else _holder(content)
@@ -259,11 +256,11 @@ def is_held(run: Path) -> bool:
     try:
         return time.time() - path.stat().st_mtime < MISSED_BEATS * BEAT_SECONDS
     except FileNotFoundError:
-        return False  # it has come to its end meanwhile
+        return False  # it has ended in the meantime
 
 
 def _newest(run: Path) -> int:
-    """The highest number of a claim; 0 where there is none."""
+    """The highest claim number; 0 if there is no claim."""
     return max((int(path.stem.removeprefix("claim-")) for path in claims(run)), default=0)
 
 
@@ -275,7 +272,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _holder(content: bytes) -> Holder | None:
-    """Who wrote a claim; None where it is not written yet, or not by a run."""
+    """The process that wrote a claim; None if the claim is incomplete or not written by a run."""
     try:
         values = json.loads(content)
         values.pop("beat")

@@ -1,4 +1,4 @@
-"""The fingerprint of a run: what its ranks have in common, and what a resumed run has in common with its checkpoint."""
+"""The fingerprint of a run: settings that are equal on all its ranks, and unchanged when it resumes."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ NAMES = {
     "batching": "data.batching",
     "data_order": "data order",
 }
-"""Field -> its name in files and messages, where the two differ."""
+"""Field -> its name in files and messages, if the two differ."""
 PREFIXES = {
     "model": "model.",
     "adapter": "adapter.",
@@ -22,7 +22,7 @@ PREFIXES = {
     "training": "training.",
     "examples": "examples of ",
 }
-"""Field that holds several settings -> what their names in files and messages begin with."""
+"""Field that holds several settings -> prefix of their names in files and messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Fingerprint:
         training: the Trainer's settings that change the result.
         examples: name of a training source -> number and digest of its examples.
         labels: class names in the order of their numbers, or ``regression``; None for tasks without labels.
-        others: settings that belong to no field: those of another method, or of another version of this program.
+        others: settings without a field: those of another method, or of another version of this program.
     """
 
     task: str
@@ -64,7 +64,7 @@ class Fingerprint:
     others: Mapping[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Every setting by the name that files and messages give it."""
+        """Every setting by its name in files and messages."""
         found: dict[str, Any] = {}
         for entry in dataclasses.fields(self):
             value = getattr(self, entry.name)
@@ -85,7 +85,7 @@ class Fingerprint:
             where: the file, for the message.
 
         Raises:
-            ValueError: a setting that every version has written is missing.
+            ValueError: a setting that every version writes is missing.
         """
         left = dict(settings)
         values: dict[str, Any] = {}
@@ -101,7 +101,7 @@ class Fingerprint:
         return cls(**values, others=left)
 
     def differences(self, current: "Fingerprint") -> list[str]:
-        """What is different in another run, in words; empty if nothing is."""
+        """The differences from another run, in words; empty if there are none."""
         before, now = (json.loads(json.dumps(run.as_dict())) for run in (self, current))
         return [
             f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"

@@ -10,24 +10,24 @@ from dora_dist.console.plot import pyplot, save_picture
 from dora_dist.runs.records import evaluation_of, source_names
 
 Rank = TypeVar("Rank", int, float)
-"""Of one run, or the mean of several."""
+"""An int for one run, a float for the mean of several."""
 
 RANK_PICTURE = "ranks.png"
 
 
 PROGRESS_PICTURE = "progress.png"
 MOST_MARKED = 50
-"""Steps of a line that has a marker at each."""
+"""Most steps in a line for which every step gets a marker."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Components of the whole model over a run.
+    """Number of components in the whole model over a run.
 
     Attributes:
-        start: at the start; None where it is not known yet.
-        left: step of an event -> components that it has left.
-        target: after the last event; None where the budget counts something else.
+        start: number at the start; None if it is not known yet.
+        left: step of an event -> number that remains after it.
+        target: number after the last event; None if the budget counts something else.
     """
 
     start: int | None
@@ -39,18 +39,18 @@ def split_name(name: str) -> tuple[str, str, str]:
     """Stack of blocks, block number and kind of a module: ``model.layers.3.self_attn.q_proj`` ->
     ``("model.layers", "3", "self_attn.q_proj")``.
 
-    Kinds that share a last part (an encoder's ``attention.output.dense`` and ``output.dense``) keep what follows the
-    number; a module outside all blocks is block ``-``.
+    The kind is the whole name after the number, because kinds can share their last part (an encoder's
+    ``attention.output.dense`` and ``output.dense``). A module outside all blocks has block ``-``.
     """
     match = re.match(r"(.*?)\.(\d+)\.(.+)$", name)
     return (match[1], match[2], match[3]) if match else ("", "-", name)
 
 
 def rank_grid(ranks: Mapping[str, Rank]) -> tuple[list[str], list[str], dict[tuple[str, str], Rank]]:
-    """Blocks in order, kinds in order of their names' first appearance, and rank by (block, kind).
+    """Blocks in order, kinds in the order of computation, and a mapping (block, kind) -> rank.
 
-    A block is known by its number; where a model has several stacks of blocks (encoder and decoder, a tower and text),
-    by stack and number.
+    A block's title is its number. If a model has several stacks of blocks (encoder and decoder, a tower and text), the
+    title is stack and number.
     """
     parts = {name: split_name(name) for name in ranks}
     stacks = _short_stacks({stack for stack, number, _ in parts.values() if number != "-"}) | {"": ""}
@@ -62,7 +62,7 @@ def rank_grid(ranks: Mapping[str, Rank]) -> tuple[list[str], list[str], dict[tup
 
 
 def _short_stacks(stacks: Collection[str]) -> dict[str, str]:
-    """Name of a stack -> the part of it that the others do not have: ``model.encoder.layers`` -> ``encoder``."""
+    """Stack name -> the part of it that distinguishes it from the others: ``model.encoder.layers`` -> ``encoder``."""
     paths = {stack: stack.split(".") for stack in sorted(stacks)}
     shortest = min(map(len, paths.values()), default=0)
     first = last = 0
@@ -74,20 +74,20 @@ def _short_stacks(stacks: Collection[str]) -> dict[str, str]:
 
 
 def _kind_order(kind: str) -> tuple[int, str]:
-    """The order in which a block of a LLaMA-class model computes."""
+    """Sort key: the order in which a block of a LLaMA-class model computes."""
     order = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     last = kind.rsplit(".", 1)[-1]
     return (order.index(last) if last in order else len(order), kind)
 
 
 def short_kinds(kinds: list[str]) -> list[str]:
-    """Last parts of the kinds' names, where they tell them apart."""
+    """Last parts of the kinds' names if these are unique; otherwise the whole names."""
     short = [kind.rsplit(".", 1)[-1] for kind in kinds]
     return short if len(set(short)) == len(short) else kinds
 
 
 def draw_ranks(ranks: Mapping[str, int], initial_rank: int, path: Path | BinaryIO) -> None:
-    """Heat map of ranks, layers x module kinds, with the number in every cell."""
+    """Draw a heat map of ranks, layers x module kinds, with the number in every cell."""
     plot = pyplot()
     blocks, kinds, grid = rank_grid(ranks)
     values = [[grid.get((block, kind), float("nan")) for kind in kinds] for block in blocks]
@@ -112,12 +112,12 @@ def draw_ranks(ranks: Mapping[str, int], initial_rank: int, path: Path | BinaryI
 
 
 def draw_progress(lines: Sequence[Mapping[str, Any]], budget: Budget, path: Path) -> None:
-    """Training and held-out loss over the steps, and the components that are left.
+    """Draw training and held-out loss, and the number of remaining components, over the steps.
 
     Args:
-        lines: of ``metrics.jsonl``.
-        budget: of the run.
-        path: of the picture.
+        lines: lines of ``metrics.jsonl``.
+        budget: the run's number of components.
+        path: file of the picture.
     """
     plot = pyplot()
     figure, (top, bottom) = plot.subplots(2, 1, figsize=(7, 5), sharex=True, height_ratios=(2, 1), layout="constrained")
@@ -143,7 +143,7 @@ def draw_progress(lines: Sequence[Mapping[str, Any]], budget: Budget, path: Path
 
 
 def _draw_losses(axes: Any, lines: Sequence[Mapping[str, Any]], plot: Any) -> None:
-    """Of training, and of the held-out data by source; a point has a marker, since a line of one point is not seen."""
+    """Training loss, and held-out loss by source. Points have markers, because a line of one point is invisible."""
     trained = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "eval_loss" in line]
     marker = "o" if len(trained) <= MOST_MARKED else None

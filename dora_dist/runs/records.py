@@ -1,4 +1,4 @@
-"""The files of a run other than weights: what it was, what it measured, which components it kept."""
+"""A run's files other than weights: settings, measurements, and the components it kept."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ IDENTITY = "cell.json"
 FAILURE = "failure.json"
 LOG = "log.txt"
 OF_CELL = (IDENTITY, FAILURE, LOG)
-"""What a comparison puts beside the files of its cell's run."""
+"""Files that a comparison adds to the run of each cell."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +37,13 @@ class RecordedEvent:
         step: Optimizer step after which it took place.
         num_kept: Number of components kept in the whole model.
         kept: Layer -> indices of the components kept.
-        returned: Number of components kept that the event before had pruned.
+        returned: Number of kept components that were pruned after the previous event.
         final: Whether the mask is fixed from here on.
-        num_parameters: Entries of the kept components' vectors, over the whole model; None in older records.
-        scores: Layer -> mean score of its components before the event, see :class:`PruneEvent`; None where nothing was
+        num_parameters: Total number of entries in the kept components' vectors, over the whole model; None in older
+            records.
+        scores: Layer -> mean score of its components before the event, see :class:`PruneEvent`; None if nothing was
             scored, and in older records.
-        planned: Layer -> components that ``plan.json`` gives it, where they are others than those kept.
+        planned: Layer -> number of components in ``plan.json``, if they differ from those kept.
     """
 
     step: int
@@ -56,7 +57,7 @@ class RecordedEvent:
 
     @classmethod
     def of(cls, event: PruneEvent) -> "RecordedEvent":
-        """The line that records an event."""
+        """The record of an event."""
         return cls(
             step=event.step,
             num_kept=event.num_kept,
@@ -75,11 +76,11 @@ class RecordedEvent:
 
 
 class RunRecords:
-    """Appends to the records of a run; does nothing on ranks that do not write.
+    """Appends to a run's records; does nothing on ranks that do not write.
 
     Args:
-        folder: of the run.
-        writes: whether this process is the one that writes.
+        folder: the run's folder.
+        writes: whether this process writes.
     """
 
     def __init__(self, folder: Path, writes: bool) -> None:
@@ -94,11 +95,11 @@ class RunRecords:
         self._append(METRICS, json.dumps({"step": step, **values}))
 
     def answers(self, step: int, shown: Mapping[str, Sequence[Any]]) -> None:
-        """Append generated answers to ``answers.jsonl``, a line each.
+        """Append generated answers to ``answers.jsonl``, one line each.
 
         Args:
             step: optimizer step.
-            shown: by source, dataclasses with ``number``, ``prompt``, ``reference`` and ``answer``.
+            shown: source -> dataclasses with ``number``, ``prompt``, ``reference`` and ``answer``.
         """
         for source, answers in shown.items():
             for answer in answers:
@@ -116,11 +117,11 @@ class RunRecords:
         """Write ``run.json`` and ``config.yaml``, when a run starts or resumes.
 
         Args:
-            config: of the run.
-            fingerprint: of the run.
-            data: what the record says about the data; plain JSON.
+            config: the run's configuration.
+            fingerprint: the run's fingerprint.
+            data: description of the data; plain JSON.
             processes: number of ranks.
-            left_out: what ``all-linear`` leaves out of the model, in words.
+            left_out: the modules that ``all-linear`` does not adapt, in words.
         """
         if self.writes:
             settings = fingerprint.as_dict()
@@ -136,14 +137,14 @@ class RunRecords:
             save_config(config, self.folder / CONFIG)
 
     def save_events(self, checkpoint: Path) -> None:
-        """Write all events so far into the folder of a checkpoint, as ``allocation.jsonl``: not a copy of the run's own
-        file, which somebody may have deleted or damaged while the run goes on."""
+        """Write all events so far to a checkpoint's folder, as ``allocation.jsonl``. Not copied from the run's own
+        file, which may have been deleted or damaged during the run."""
         if self.writes:
             write_text(checkpoint / ALLOCATION, "".join(f"{line}\n" for line in self._events))
 
     def resume_from(self, checkpoint: Path, step: int) -> None:
-        """Forget what was recorded after the step of a checkpoint, and take the events from the checkpoint: the run's
-        own file may be damaged or missing, or the checkpoint may come from another run's folder."""
+        """Drop records after the checkpoint's step, and restore the events from the checkpoint: the run's own file may
+        be damaged or missing, or the checkpoint may come from another run's folder."""
         self.truncate_after(step)
         if self.writes:
             text = (checkpoint / ALLOCATION).read_text(encoding="utf-8")
@@ -151,12 +152,12 @@ class RunRecords:
             write_text(self.folder / ALLOCATION, text)
 
     def forget_end(self) -> None:
-        """The run is going on: what was written when it had come to an end no longer holds."""
+        """Delete the summary of a run that continues: it is no longer valid."""
         if self.writes:
             (self.folder / SUMMARY).unlink(missing_ok=True)
 
     def truncate_after(self, step: int) -> None:
-        """Forget what was recorded after ``step``: the run goes on from there."""
+        """Drop records after ``step``, from which the run continues."""
         if not self.writes:
             return
         for name in (METRICS, ALLOCATION, ANSWERS):
@@ -181,24 +182,24 @@ def read_fingerprint(run: Path) -> Fingerprint:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Lines of a run's ``metrics.jsonl``; none before the first."""
+    """Lines of a run's ``metrics.jsonl``; empty before the first line is written."""
     path = run / METRICS
     return read_lines(path) if path.is_file() else []
 
 
 def read_answers(run: Path) -> list[dict[str, Any]]:
-    """Lines of a run's ``answers.jsonl``; none where nothing was generated, and in older runs."""
+    """Lines of a run's ``answers.jsonl``; empty if nothing was generated, and in older runs."""
     path = run / ANSWERS
     return read_lines(path) if path.is_file() else []
 
 
 def read_events(path: Path) -> list[RecordedEvent]:
-    """Pruning events of an ``allocation.jsonl``."""
+    """Pruning events in an ``allocation.jsonl``."""
     return [RecordedEvent(**line) for line in read_lines(path)] if path.exists() else []
 
 
 def source_names(evaluation: Mapping[str, Any]) -> list[str]:
-    """Held-out sources with figures of their own, in their order."""
+    """Held-out sources that have figures of their own, in order."""
     return [name.removesuffix("_loss") for name in evaluation if name.endswith("_loss")]
 
 

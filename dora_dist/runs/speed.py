@@ -1,4 +1,4 @@
-"""How fast a run goes: as somebody says, or as the records of an earlier start show."""
+"""The speed of a run: given by the user, or measured from the records of an earlier start."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -9,16 +9,16 @@ from dora_dist.console.files import read_json, read_lines
 from dora_dist.runs.records import METRICS, RUN
 
 LATEST_LINES = 50
-"""Lines of the log that count: an earlier start may have had other ranks, and the first steps are slow."""
+"""Log lines that are used: an earlier start may have had other ranks, and the first steps are slow."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Of a run.
+    """The speed of a run.
 
     Attributes:
-        tokens_per_second: of all ranks together, without padding; evaluations and saves count as time.
-        origin: where it is from, in words.
+        tokens_per_second: tokens of all ranks together, without padding; the time includes evaluations and saves.
+        origin: where the figure comes from, in words.
     """
 
     tokens_per_second: float
@@ -26,17 +26,17 @@ class Speed:
 
 
 def find_speed(run: Path, given: float | None) -> Speed | None:
-    """The speed that was given, or else the one seen in the folder of the run; None where there is neither.
+    """The given speed, otherwise the one measured in the run's folder; None if there is neither.
 
     Args:
-        run: folder of the run, which need not be there.
-        given: tokens per second of the command line, or None.
+        run: the run's folder, which need not exist.
+        given: tokens per second from the command line, or None.
     """
     return _seen(run) if given is None else Speed(given, SPEED_OPTION)
 
 
 def _seen(run: Path) -> Speed | None:
-    """The speed over the latest logged steps of a run, which may be going on."""
+    """The speed over the latest logged steps of a run, which may still be active."""
     if not ((run / METRICS).is_file() and (run / RUN).is_file()):
         return None
     lines = [line for line in read_lines(run / METRICS) if "seconds_per_step" in line]

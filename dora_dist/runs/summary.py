@@ -1,4 +1,4 @@
-"""The summary of a run, from its files alone."""
+"""Summarizes a run from its files alone."""
 
 import statistics
 from collections import defaultdict
@@ -23,7 +23,7 @@ from dora_dist.runs.records import evaluation_of, source_names
 
 
 def is_finished(run: Path) -> bool:
-    """Whether a run has come to its end, adapter included."""
+    """Whether a run has ended and written its adapter."""
     return (run / records.SUMMARY).is_file()
 
 
@@ -42,11 +42,11 @@ def finish_run(run: Path) -> str:
 
 
 def report(run: Path) -> str:
-    """Draw the pictures of what there is so far, and return the summary as text. The run may be going on: nothing is
-    written by which it would be taken for finished.
+    """Draw the pictures of the run so far, and return the summary as text. The run may still be active: this writes
+    nothing that marks a run as finished.
 
     Raises:
-        ValueError: the folder is not that of a run.
+        ValueError: the folder is not a run's folder.
     """
     summary = summarize(run)
     _draw(run, summary)
@@ -60,7 +60,7 @@ def _draw(run: Path, summary: Mapping[str, Any]) -> None:
 
 
 def budget_of(run: Path, summary: Mapping[str, Any]) -> Budget:
-    """Components of the whole model over a run that :func:`summarize` has summarized."""
+    """Number of components of the whole model over a run, given the run's :func:`summarize`."""
     fingerprint = records.read_fingerprint(run)
     events = records.read_events(run / records.ALLOCATION)
     pruned_by_number = (
@@ -76,10 +76,10 @@ def budget_of(run: Path, summary: Mapping[str, Any]) -> Budget:
 
 
 def summarize(run: Path) -> dict[str, Any]:
-    """The figures of a run, read from ``metrics.jsonl``, ``allocation.jsonl`` and ``run.json``.
+    """A run's figures, read from ``metrics.jsonl``, ``allocation.jsonl`` and ``run.json``.
 
     Raises:
-        ValueError: the folder is not that of a run.
+        ValueError: the folder is not a run's folder.
     """
     if not run.is_dir():
         raise ValueError(f"there is no folder {run}: give the output_dir of a run")
@@ -128,13 +128,13 @@ def _source_lines(before: Mapping[str, Any] | None, after: Mapping[str, Any]) ->
 
 
 def change(before: Mapping[str, Any] | None, after: Mapping[str, Any], name: str, style: str) -> str:
-    """A held-out figure before and after training, or after it only where it was not measured before."""
+    """A held-out figure before and after training; only after it if it was not measured before."""
     start = f"{before[name]:{style}} -> " if before else ""
     return f"{start}{after[name]:{style}}"
 
 
 def format_summary(summary: Mapping[str, Any], run: Path) -> str:
-    """The summary as lines for a person."""
+    """The summary in readable lines."""
     lines = [f"Run {run}, {summary['steps']} optimizer steps"]
     before, after = summary["before"], summary["after"]
     if after:
@@ -173,7 +173,7 @@ def format_summary(summary: Mapping[str, Any], run: Path) -> str:
 
 
 def rank_table(ranks: Mapping[str, int]) -> list[str]:
-    """Ranks by layers and kinds of modules, with means, as lines."""
+    """Table of ranks by layer and kind of module, with means, as lines."""
     blocks, kinds, grid = rank_grid(ranks)
     titles = short_kinds(kinds)
     widths = [max(len(title), 4) for title in titles]

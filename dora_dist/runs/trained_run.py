@@ -1,4 +1,4 @@
-"""A run on disk, opened for use: its adapter, its configuration, and the base as the adapter knows it."""
+"""Opens a finished run for use: its adapter, its configuration, and the base the adapter was trained on."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +21,15 @@ from dora_dist.runs.checkpoint import checkpoints, flaw_of
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedRun:
-    """What a later command needs of a run.
+    """The parts of a run that later commands need.
 
     Attributes:
-        folder: of the run.
+        folder: the run's folder.
         adapter: folder with the adapter (plain LoRA) and the tokenizer.
-        config: resolved configuration of the run.
-        compute_dtype: the dtype that the base was read in before it was quantized.
-        chat: it was trained on conversations, in the chat template that is saved with the tokenizer.
-        formats: of the training data.
+        config: the run's resolved configuration.
+        compute_dtype: the dtype in which the base was read before it was quantized.
+        chat: whether it was trained on conversations, in the chat template saved with the tokenizer.
+        formats: row formats of the training data.
     """
 
     folder: Path
@@ -41,12 +41,12 @@ class TrainedRun:
 
     @property
     def prompts(self) -> set[str | None]:
-        """The prompts of their own (``data.prompt``) that its sources have; None for those that have none."""
+        """The ``data.prompt`` of each of its sources; None stands for sources without one."""
         return set(map(self.config.data.prompt_of, self.config.data.train_sources))
 
     @property
     def systems(self) -> set[str]:
-        """The messages of the system that its sources give to conversations without one."""
+        """The system messages that its sources add to conversations without one."""
         return set(map(self.config.data.system_of, self.config.data.train_sources))
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -54,10 +54,10 @@ class TrainedRun:
         return load.load_tokenizer(str(self.adapter), self.config.model.trust_remote_code)
 
     def load_base(self, device: torch.device | str, in_float32: bool) -> PreTrainedModel:
-        """The base with the weights that the adapter was trained against, read and quantized as they were then.
+        """The base with the weights that the adapter was trained against: same dtype, same quantization.
 
         Args:
-            device: where the whole model goes.
+            device: device of the whole model.
             in_float32: compute in float32; see :func:`compute_in_float32`.
 
         Raises:
@@ -69,7 +69,7 @@ class TrainedRun:
         return model
 
     def load_original(self, device: torch.device | str) -> PreTrainedModel:
-        """The base as it is stored, never quantized, in float32."""
+        """The base as it is stored, without quantization, in float32."""
         return self._load("none", torch.float32, device)
 
     def _load(self, quantization: str, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
@@ -90,10 +90,10 @@ class TrainedRun:
 
 
 def find_adapter(run: Path, checkpoint: str | None) -> Path:
-    """The folder of the final adapter, or of that in a checkpoint.
+    """The folder of the final adapter, or of the adapter in a checkpoint.
 
     Raises:
-        ValueError: ``run`` is no run, has no final adapter, or has no such (complete) checkpoint.
+        ValueError: ``run`` is not a run's folder, has no final adapter, or has no such (complete) checkpoint.
     """
     if not (run / records.CONFIG).is_file():
         raise ValueError(f"{run} is not the folder of a run: it has no {records.CONFIG}; give its output_dir")
@@ -102,8 +102,8 @@ def find_adapter(run: Path, checkpoint: str | None) -> Path:
         adapter = run / "adapter"
         if not adapter.is_dir():
             raise ValueError(
-                f"{run} has no final adapter in adapter/: the run has not come to its end. Finish it with the command "
-                f"that started it, or take a checkpoint with --checkpoint NAME (there are: {known})"
+                f"{run} has no final adapter in adapter/: the run has not finished. Finish it with the command "
+                f"that started it, or choose a checkpoint with --checkpoint NAME (there are: {known})"
             )
         return adapter
     folder = run / checkpoint
@@ -115,7 +115,7 @@ def find_adapter(run: Path, checkpoint: str | None) -> Path:
 
 
 def open_run(run: Path, checkpoint: str | None = None) -> TrainedRun:
-    """Find the parts of a run.
+    """Open a run from its folder.
 
     Raises:
         ValueError: the run, its adapter or its configuration cannot be used.
@@ -132,7 +132,7 @@ def open_run(run: Path, checkpoint: str | None = None) -> TrainedRun:
     if (run / records.RUN).is_file():
         recorded = files.read_json(run / records.RUN)
         data = recorded.get("data", {})
-        # `auto` meant what it did on the machine of the run.
+        # `auto` was resolved on the machine of the run.
         dtype = getattr(torch, records.read_fingerprint(run).model["compute_dtype"].removeprefix("torch."))
     return TrainedRun(
         folder=run,
@@ -150,10 +150,10 @@ def default_device() -> torch.device:
 
 
 def compute_in_float32(model: PreTrainedModel) -> None:
-    """Let a model compute in float32 with the weights that it has, in place.
+    """Make a model compute in float32 with its present weights, in place.
 
     4-bit weights stay as they are, and are dequantized to float32 from now on. 8-bit layers become plain ones with the
-    dequantized weight, since LLM.int8 also rounds the activations, which no comparison of models could see through.
+    dequantized weight, because LLM.int8 also rounds the activations, which would blur any comparison of models.
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, Linear8bitLt):
@@ -164,7 +164,7 @@ def compute_in_float32(model: PreTrainedModel) -> None:
         elif isinstance(module, Linear4bit):
             module.compute_dtype = torch.float32
             quantized_weight(module).quant_state.dtype = torch.float32
-    # Not model.float(): transformers refuses it on quantized models, and it is right about their codes.
+        # Not model.float(): transformers refuses it for quantized models, and it would convert their codes.
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
             tensor.data = tensor.data.float()

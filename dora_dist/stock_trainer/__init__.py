@@ -1,1 +1,1 @@
-"""The method in trainers of other people: transformers' Trainer and those that are made from it."""
+"""Pruning in other trainers: transformers' Trainer and its subclasses, such as TRL's."""

@@ -1,7 +1,7 @@
-"""A callback that makes the method work in transformers' Trainer and in trainers that are made from it, such as TRL's.
+"""A callback that prunes during training with transformers' Trainer or a subclass, such as TRL's.
 
-It holds no method of its own: it builds the controller of :mod:`dora_dist.training.controller` and calls it where the
-trainer's loop has come.
+It contains no method of its own: it builds the controller of :mod:`dora_dist.training.controller` and calls it from the
+trainer's loop.
 """
 
 from dataclasses import asdict
@@ -42,27 +42,27 @@ from dora_dist.training.method_state import save_method_tensors
 
 class DynamicRankCallback(TrainerCallback):
     """Prunes the model of :func:`~dora_dist.add_dynamic_lora` while a ``transformers.Trainer`` trains it, in one
-    process, under DDP or under ZeRO stage 2. Give it to the trainer as ``callbacks=[...]``; one callback serves one
-    training.
+    process, under DDP or under ZeRO stage 2. Pass it to the trainer as ``callbacks=[...]``. One callback serves one
+    training run.
 
-    What the trainer saves is the folded adapter. Its checkpoints get the files ``dynamic_lora.*`` as well, from which
-    ``train(resume_from_checkpoint=...)`` goes on.
+    The trainer saves the folded adapter. The callback adds the files ``dynamic_lora.*`` to its checkpoints, from which
+    ``train(resume_from_checkpoint=...)`` resumes.
 
     Args:
-        pruning: As the section ``pruning`` of a run; by default the paper's.
-        init: Where the adapter shall start from data, ``inputs`` or ``gradient``, as ``adapter.init`` of a run; the
-            adapter itself is made with ``init="lora"``.
-        calibration_rows: Training rows that such a start is made from, spread over the training data.
+        pruning: Settings as in the section ``pruning`` of a run; by default the paper's.
+        init: ``inputs`` or ``gradient`` to start the adapter from data, as ``adapter.init`` of a run; the adapter
+            itself is made with ``init="lora"``. None for no such start.
+        calibration_rows: Number of training rows for such a start, spread over the training data.
 
     Attributes:
-        controller: The method, once training has begun.
-        events: Pruning events since training began, or was resumed.
+        controller: The pruning controller, once training has begun.
+        events: Pruning events since training began or was resumed.
 
     Raises:
-        ValueError: A value is out of range. When training begins, also: the trainer or its settings do not fit, or the
-            checkpoint that it goes on from does not; each on all ranks.
+        ValueError: A value is out of range. When training begins, also: the trainer, its settings or the checkpoint to
+            resume from does not fit; on all ranks.
         BudgetMissedError: When training ends, on all ranks: it ended before the last event.
-        NonFiniteAdapterError: When a checkpoint is due, or training ends: the adapter is NaN or infinite.
+        NonFiniteAdapterError: When a checkpoint is due or training ends: the adapter holds NaN or infinite values.
     """
 
     def __init__(
@@ -83,8 +83,8 @@ class DynamicRankCallback(TrainerCallback):
         self._watch: GradientWatch | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Give the adapter its dtype back. TRL 1.16 casts what is trained on a quantized base to bfloat16, in which
-        small updates of a gate are lost (``test_sft_trainer.py`` fails when this can go)."""
+        """Restore the adapter's dtype. TRL 1.16 casts trained parameters on a quantized base to bfloat16, which loses
+        small updates of a gate (``test_sft_trainer.py`` fails when this can go)."""
         model = refusals.check_model(kwargs["model"])
         refusals.check_pruning(self.pruning, model.dynamic_config)
         for parameter in model.parameters():
@@ -94,7 +94,7 @@ class DynamicRankCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Build the method, and start from data or go on from a checkpoint, where that is wanted."""
+        """Build the controller, and start from data or resume from a checkpoint if requested."""
         if self.controller is not None:
             raise ValueError(
                 "this DynamicRankCallback has pruned a model already: make a new model with add_dynamic_lora, a new "
@@ -123,12 +123,12 @@ class DynamicRankCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Let the penalty take part in the step."""
+        """Add the penalty's gradient to this step."""
         if self._penalty is not None:
             self._penalty.begin_step()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Score and, where it is due, prune."""
+        """Update the scores, and prune if an event is due."""
         controller = self._running
         if self._watch is not None:
             self._watch.check(controller.agreement)
@@ -141,7 +141,7 @@ class DynamicRankCallback(TrainerCallback):
                 say(f"step {event.step}: the last pruning event has kept {controller.num_kept} of {of} components")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the method's part of the checkpoint that the trainer has just written."""
+        """Add the method's part to the checkpoint that the trainer has just written."""
         controller, folder = self._running, _checkpoint(args, state)
         controller.verify(f"the adapter in the checkpoint of step {state.global_step}")
         with controller.agreement.together(f"writing {folder}"):
@@ -154,10 +154,10 @@ class DynamicRankCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Prove that the budget is met."""
+        """Verify that the budget is met."""
         if self._penalty is not None:
             self._penalty.end()
-        with self._running.agreement.together("looking at the adapter at the end of training"):
+        with self._running.agreement.together("checking the adapter at the end of training"):
             self._running.check_finite()
         self._running.finish()
 
@@ -167,7 +167,7 @@ class DynamicRankCallback(TrainerCallback):
         return self.controller
 
     def _settings(self, state: TrainerState) -> dict[str, Any]:
-        """What must not change when training goes on."""
+        """Settings that must not change in a resume."""
         return {
             "total steps": state.max_steps,
             **{f"pruning.{key}": value for key, value in asdict(self.pruning).items()},
@@ -180,10 +180,10 @@ class DynamicRankCallback(TrainerCallback):
         controller.load_state_dict(tensors, state.global_step)
 
     def _read(self, folder: Path, state: TrainerState) -> dict[str, Tensor]:
-        """The tensors of a checkpoint, whose parameters the trainer has put into the model already.
+        """The tensors of a checkpoint. The trainer has already loaded the checkpoint's parameters into the model.
 
         Raises:
-            ValueError: It is not the checkpoint that the trainer has read, or it is one of another method.
+            ValueError: The trainer has read another checkpoint, or this one is of another method.
         """
         if not (folder / METHOD_STATE).is_file():
             raise ValueError(
@@ -194,7 +194,7 @@ class DynamicRankCallback(TrainerCallback):
         for name, value in wanted.items():
             if written.get(name) != value:
                 raise ValueError(
-                    f"{name} is {value}, but {folder} was written with {written.get(name)}: what decides on the "
+                    f"{name} is {value}, but {folder} was written with {written.get(name)}: settings that affect "
                     "pruning must not change in a resume; set it back, or start a new run"
                 )
         tensors = load_file(folder / METHOD_TENSORS)
@@ -202,8 +202,8 @@ class DynamicRankCallback(TrainerCallback):
         for name, parameter in trained.items():
             if name not in tensors or not torch.equal(parameter.detach().cpu(), tensors[name]):
                 raise ValueError(
-                    f"{name} in the model is not what {folder} holds: the trainer has gone on from another folder, or "
-                    "the model is another one. Go on from a checkpoint in output_dir, with the model that was trained"
+                    f"{name} in the model is not what {folder} holds: the trainer has resumed from another folder, or "
+                    "with another model. Resume from a checkpoint in output_dir, with the model that was trained"
                 )
         return tensors
 
@@ -224,7 +224,7 @@ def _budget(model: DynamicLoraModel, pruning: PruningConfig, total_steps: int) -
 def _start(
     model: DynamicLoraModel, dataloader: DataLoader[Any], init: str, rows: int, seed: int, agreement: Agreement
 ) -> None:
-    with agreement.together("looking at the training data for a start from them"):
+    with agreement.together("checking the training data for a start from data"):
         numbers = spread(rows, check_numbered(dataloader))
     start_from_data(
         model, partial(loss_of_row, model, dataloader), DataStart(init=init, rows=numbers, seed=seed), agreement

@@ -1,4 +1,4 @@
-"""The penalty in a loop whose loss is somebody else's: its gradient is added to that of the loss."""
+"""The penalty in a loop that computes its own loss: the penalty's gradient is added to the loss's gradient."""
 
 from functools import partial
 
@@ -11,13 +11,13 @@ from dora_dist.training.controller import DynamicRankController
 class PenaltyGradient:
     """Adds ``weight`` times the gradient of the Dimensional Equilibrium Modulator, once in every optimizer step.
 
-    Tensor hooks add it where a parameter gets its first gradient of a step, before an engine reduces or clips: whatever
-    the number of micro-batches, it enters once, and the mean over the ranks leaves it as it is, since all of them add
-    the same.
+    Tensor hooks add it where a parameter gets its first gradient of a step, before an engine reduces or clips. It thus
+    enters once, whatever the number of micro-batches. All ranks add the same, so the mean over the ranks leaves it
+    unchanged.
 
     Args:
-        controller: whose layers it is of, and which knows when it ends.
-        weight: of the penalty in the loss.
+        controller: its layers are regularized, until its penalty is None.
+        weight: weight of the penalty in the loss.
     """
 
     def __init__(self, controller: DynamicRankController, weight: float) -> None:
@@ -28,8 +28,8 @@ class PenaltyGradient:
         self._hooks = [part.register_hook(partial(self._add, at)) for at, part in enumerate(self._parameters)]
 
     def begin_step(self) -> None:
-        """To be called before the first forward of every optimizer step."""
-        self._due = {}  # torch calls the hooks for the next line too
+        """Must be called before the first forward of every optimizer step."""
+        self._due = {}  # because torch calls the hooks for the next line too
         penalty = self._controller.penalty()
         if penalty is None:
             self.end()
@@ -38,7 +38,7 @@ class PenaltyGradient:
             self._due = dict(enumerate(torch.autograd.grad(penalty, self._parameters, weight)))
 
     def end(self) -> None:
-        """Leave the parameters alone from now on."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()

@@ -1,4 +1,4 @@
-"""Trainers and settings with which the method would go wrong without a word."""
+"""Refuses trainers and settings with which the method would silently be wrong."""
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
@@ -13,10 +13,10 @@ ENGINES = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_
 
 
 def check_model(model: nn.Module | None) -> DynamicLoraModel:
-    """The model of a trainer, as what it must be.
+    """The trainer's model, with its type checked.
 
     Raises:
-        ValueError: it is another one.
+        ValueError: it was not made by ``add_dynamic_lora``.
     """
     if not isinstance(model, DynamicLoraModel):
         raise ValueError(
@@ -27,51 +27,51 @@ def check_model(model: nn.Module | None) -> DynamicLoraModel:
 
 
 def check_pruning(pruning: PruningConfig, adapter: DynamicLoraConfig) -> None:
-    """Refuse ranks that this callback does not change.
+    """Refuse pruning settings that this callback does not support.
 
     Raises:
         ValueError: names the key.
     """
     if pruning.rule != PRUNE:
         raise ValueError(
-            f"pruning.rule is {pruning.rule}, but DynamicRankCallback prunes: leave the callback out where ranks stay, "
+            f"pruning.rule is {pruning.rule}, but DynamicRankCallback prunes: omit the callback if ranks stay fixed, "
             f"or set rule to {PRUNE}"
         )
     check_prunes(pruning, adapter)
 
 
 def check_settings(arguments: TrainingArguments, state: TrainerState) -> None:
-    """Refuse settings of the trainer.
+    """Refuse trainer settings that do not work with the callback.
 
     Raises:
         ValueError: names the setting and what to do.
     """
     if arguments.fp16:
         raise ValueError(
-            "fp16 is true, which multiplies gradients by a factor of its own, so that the penalty and the scores would "
-            "have another weight in every step: set bf16 to true instead"
+            "fp16 is true, which scales gradients by a varying factor, so penalty and scores would have another weight "
+            "in every step: set bf16 to true instead"
         )
     if arguments.auto_find_batch_size:
         raise ValueError(
-            "auto_find_batch_size is true, so that training may begin again with an adapter that has been trained "
-            "already: set it to false, and per_device_train_batch_size to what fits"
+            "auto_find_batch_size is true, so training may start again with an adapter that is already trained: "
+            "set it to false, and per_device_train_batch_size to what fits"
         )
     if state.is_hyper_param_search:
         raise ValueError(
-            "the trainer searches hyperparameters, and every trial needs a model and a callback of its own: make a "
+            "the trainer searches hyperparameters, but every trial needs its own model and callback: make a "
             "trainer for each trial"
         )
     if arguments.n_gpu > 1:
         raise ValueError(
-            f"one process sees {arguments.n_gpu} GPUs, over which the trainer copies the model (DataParallel), and the "
-            "copies' gradients are not seen: start one process for each GPU (accelerate launch), or set "
+            f"one process sees {arguments.n_gpu} GPUs, over which the trainer copies the model (DataParallel); the "
+            "copies' gradients are lost to the callback: start one process for each GPU (accelerate launch), or set "
             "CUDA_VISIBLE_DEVICES to one"
         )
     check_engine(AcceleratorState())
 
 
 def check_engine(accelerator: AcceleratorState) -> None:
-    """Refuse engines that shard parameters, or keep master copies where they are not looked for.
+    """Refuse engines that shard parameters, or keep master copies that the callback cannot reach.
 
     Raises:
         ValueError: names the engine.
@@ -87,7 +87,7 @@ def check_engine(accelerator: AcceleratorState) -> None:
 
 
 def check_dtype(model: DynamicLoraModel) -> None:
-    """Refuse an adapter that somebody has cast to fewer bits, where no engine keeps a float32 copy of it.
+    """Refuse an adapter that was cast to fewer bits, if no engine keeps a float32 copy of it.
 
     Raises:
         ValueError: names both dtypes.
@@ -98,6 +98,6 @@ def check_dtype(model: DynamicLoraModel) -> None:
     if found:
         raise ValueError(
             f"parameters of the adapter are {', '.join(sorted(map(str, found)))}, but were made in "
-            f"{model.adapter_dtype}: TRL casts those on a quantized base, in which small updates of the gates are "
-            "lost. Give the callback to the trainer as callbacks=[...], where it undoes that, and not by add_callback"
+            f"{model.adapter_dtype}: TRL casts those on a quantized base, which loses small updates of the gates. "
+            "Give the callback to the trainer as callbacks=[...], where it undoes the cast, and not by add_callback"
         )

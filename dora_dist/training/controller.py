@@ -1,4 +1,4 @@
-"""The method in motion: joins schedule, importance, agreement and selection, and owns all state of the method."""
+"""The pruning controller: connects schedule, importance, agreement and selection, and owns the method's state."""
 
 from collections.abc import Mapping
 from hashlib import sha256
@@ -23,7 +23,7 @@ from dora_dist.training.rules.rule import Rule
 
 
 class BudgetMissedError(ExpectedRunError):
-    """The run ended before its last pruning event, or with another number of components than the budget."""
+    """The run ended before its last pruning event, or its number of components is not the budget."""
 
 
 class NonFiniteAdapterError(ExpectedRunError):
@@ -31,28 +31,28 @@ class NonFiniteAdapterError(ExpectedRunError):
 
 
 class DynamicRankController:
-    """Scores after every optimizer step, holds an event when the schedule says so, and proves that all ranks agree.
+    """Updates scores after every optimizer step, holds the scheduled events, and verifies that all ranks agree.
 
     Args:
         layers: Adapted layers by name; the same names on every rank.
-        budget: What the components of ``layers`` may cost over the run.
+        budget: Budget of the components of ``layers`` over the run.
         agreement: Collectives over the ranks.
-        criterion: What makes the scores, of the components of ``layers`` in the order of their names; by default the
-            paper's, with its smoothing of 0.9.
-        rule: What events do to ``layers``; by default they prune, without bounds, and with regrowth.
-        head: Parameters by name that are trained beside the adapter; the ranks prove that they agree on these too.
+        criterion: Scores the components of ``layers``, in the order of their names; by default the paper's criterion
+            with smoothing 0.9.
+        rule: What events do to ``layers``; by default they prune, without bounds and with regrowth.
+        head: Other trained parameters by name; the ranks verify that they agree on these too.
 
     Attributes:
         step: Optimizer steps seen so far.
-        kept: Layer -> boolean mask, shape ``(r,)``, on the CPU: the components that the latest event kept; those that
-            no mask leaves out before the first event.
-        planned: What the final event has planned for other runs, layer -> components; None where it has not taken place
-            or plans what it has kept.
-        moments: Of the optimizer, once an engine has prepared the model.
+        kept: Layer -> boolean mask, shape ``(r,)``, on the CPU: the components that the latest event kept; before the
+            first event, those that are not masked.
+        planned: Layer -> number of components that the final event plans for later runs. None before that event, or if
+            the plan is what the event kept.
+        moments: The optimizer's moments, once an engine has prepared the model.
         failure: Why this rank could not score, or None. It ends the run on all ranks in the next exchange.
 
     Raises:
-        ValueError: The bounds of ``selection`` do not admit the final budget.
+        ValueError: The bounds of the rule's selection do not admit the final budget.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class DynamicRankController:
         self.rule.begin(self.kept)
 
     def attach(self, moments: Moments) -> None:
-        """An engine has prepared the model: these are the moments of its optimizer."""
+        """Use the moments of the optimizer, once an engine has prepared the model."""
         self.moments = moments
         moments.slow_down(lambda: self.rule.rates(self.step + 1, self.kept))
 
@@ -96,12 +96,12 @@ class DynamicRankController:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Layer -> components that no mask has left out."""
+        """Layer -> number of unmasked components."""
         return {name: int(layer.component_mask.sum()) for name, layer in self.layers.items()}
 
     @property
     def plan(self) -> Mapping[str, int]:
-        """Layer -> components that spend the final budget: those that are left, or what the rule has planned."""
+        """Layer -> number of components, at the cost of the final budget: the remaining ones, or the rule's plan."""
         return self.planned or self.ranks
 
     @property
@@ -111,14 +111,14 @@ class DynamicRankController:
 
     @property
     def finished_pruning(self) -> bool:
-        """Whether the final event has taken place, after which the mask is fixed and DEM is off."""
+        """Whether the final event has taken place. From then on the mask is fixed and DEM is off."""
         return self.step >= self.schedule.final_step
 
     def penalty(self) -> Tensor | None:
-        """The Dimensional Equilibrium Modulator of all layers (scalar), or None once the mask is fixed, and where the
-        rule has none.
+        """The Dimensional Equilibrium Modulator over all layers, a scalar. None once the mask is fixed, or if the rule
+        does not use it.
 
-        To be differentiated together with the forward that went before, where there was one.
+        Where a forward came before, its graph is shared: differentiate both together.
         """
         if self.finished_pruning or not self.rule.regularized:
             return None
@@ -127,23 +127,24 @@ class DynamicRankController:
         return penalty_of_stacks(stacks.rows, stacks.columns)
 
     def fix_ranks(self, ranks: Mapping[str, int]) -> None:
-        """Before the first step: mask all slots of every layer but the first ones.
+        """Before the first step: keep the first slots of every layer and mask the others.
 
         Args:
-            ranks: layer -> components that stay, at most its slots; the same on every rank.
+            ranks: layer -> number of components to keep, at most its slots; the same on every rank.
         """
         for name, layer in self.layers.items():
             set_mask(layer, torch.arange(len(layer.gate), device=layer.gate.device) < ranks[name])
         self.kept = {name: layer.component_mask.cpu().clone() for name, layer in self.layers.items()}
 
     def before_first_step(self) -> PruneEvent | None:
-        """The event that fixes the ranks of the start, where no other follows: it changes nothing."""
+        """The event that fixes the initial ranks where no other event follows; it changes nothing."""
         if not self.finished_pruning:
             return None
         return self._event(self.kept)
 
     def after_optimizer_step(self, step: int) -> PruneEvent | None:
-        """Score and, where it is due, hold an event. To be called once after every optimizer step, on every rank.
+        """Update the scores and hold an event if one is due. Must be called once after every optimizer step, on every
+        rank.
 
         Args:
             step: optimizer steps taken so far, counted from 1.
@@ -152,8 +153,8 @@ class DynamicRankController:
             The event, if there was one.
 
         Raises:
-            RankFailedError: At an event, on all ranks: a rank has failed to score (:attr:`failure`), or its scores are
-                not finite.
+            RankFailedError: at an event, on all ranks: a rank has failed to score (:attr:`failure`), or its scores are
+                not finite, or all are 0 where the event selects by them.
             DisagreementError: the ranks hold different adapters, on all ranks.
         """
         assert step == self.step + 1, f"step {step} after step {self.step}: each step must be seen exactly once"
@@ -180,10 +181,10 @@ class DynamicRankController:
         return self._event(kept, means)
 
     def verify(self, what: str) -> None:
-        """Prove that all ranks hold the same adapter, head, masks, budget, plan and step.
+        """Verify that all ranks hold the same adapter, head, masks, budget, plan and step.
 
         Raises:
-            DisagreementError: they do not.
+            DisagreementError: they differ.
         """
         position = f"{self.step}/{self.budget}/{self.planned}"
         digests = {"step, budget and plan": sha256(position.encode()).digest()}
@@ -195,7 +196,7 @@ class DynamicRankController:
         self.agreement.check_equal(digests, what)
 
     def check_finite(self) -> None:
-        """Refuse an adapter that is no longer one.
+        """Refuse an adapter or head that is not finite.
 
         Raises:
             NonFiniteAdapterError: a parameter of the adapter or of the head is NaN or infinite.
@@ -209,15 +210,16 @@ class DynamicRankController:
                 raise NonFiniteAdapterError(f"step {self.step}: {name} of the head is not finite")
 
     def allocation_digest(self) -> str:
-        """Short fingerprint of which components are alive (gate not 0, mask set), for the log."""
+        """Short hash of which components are alive (gate not 0, not masked), for the log."""
         alive = torch.cat([layer.effective_gate().detach().cpu() != 0 for layer in self.layers.values()])
         return digest_tensors(alive).hex()[:16]
 
     def finish(self) -> None:
-        """Check at the end of a run that the method did what its configuration promised.
+        """Check at the end of a run that the configured budget was met.
 
         Raises:
-            BudgetMissedError: the final event never came, or the components of :attr:`plan` are not the budget.
+            BudgetMissedError: the final event never took place, or the components of :attr:`plan` do not spend the
+                budget.
             DisagreementError: the ranks hold different adapters.
         """
         self.verify("the adapter at the end of the run")
@@ -232,17 +234,17 @@ class DynamicRankController:
             raise mark_common(BudgetMissedError(f"{what} instead of {wanted}"))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Masks, scores, what the latest event kept and the final one planned, by layer, as flat names; see
-        :meth:`load_state_dict`."""
+        """Masks, scores, the components that the latest event kept and the final event's plan, as a flat dictionary of
+        tensors; see :meth:`load_state_dict`."""
         state = {f"{name}.component_mask": layer.component_mask.cpu() for name, layer in self.layers.items()}
-        # Copies: safetensors does not write parts of one tensor.
+        # Copies, because safetensors cannot write views of one tensor.
         state |= {f"{name}.scores": scores.clone() for name, scores in self.scores.items()}
         state |= {f"{name}.kept": mask.clone() for name, mask in self.kept.items()}
         state |= {f"{name}.planned": torch.tensor(rank) for name, rank in (self.planned or {}).items()}
         return state | {name: tensor.cpu().clone() for name, tensor in self._own_state().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor], step: int) -> None:
-        """Continue after ``step``, on every rank.
+        """Restore the state after ``step``, on every rank.
 
         Raises:
             RankFailedError: a rank could not load the state, on all ranks.
@@ -264,7 +266,7 @@ class DynamicRankController:
         self.verify(f"the adapter resumed from step {step}")
 
     def _own_state(self) -> dict[str, Tensor]:
-        """What the criterion keeps beside its scores, and what the rule does; no layer has such a name."""
+        """State of the criterion (beside its scores) and of the rule. No layer's name can equal one of these keys."""
         parts = {"criterion": self.criterion.state, "rule": self.rule.state}
         return {f"{part}/{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
 
@@ -272,14 +274,14 @@ class DynamicRankController:
         return dict(zip(self.layers, torch.split(flat, self._sizes), strict=True))
 
     def _update_scores(self) -> None:
-        """Never raises: a failure is kept in :attr:`failure` for the next exchange, where all ranks learn of it."""
+        """Never raises: a failure is kept in :attr:`failure` until the next exchange reports it to all ranks."""
         try:
             self.criterion.update(components_of(self.layers.values()), self.agreement)
         except Exception as error:
             self.failure = self.failure or f"{type(error).__name__} after step {self.step}: {error}"
 
     def _flaw_of_scores(self) -> str | None:
-        """A non-finite score stays in the average for ever, so that looking at events is enough."""
+        """Checked at events only, because a non-finite score never leaves the average."""
         for name, scores in self.scores.items():
             if not torch.isfinite(scores).all():
                 return f"layer {name} has non-finite scores {scores.tolist()}"
@@ -291,13 +293,13 @@ class DynamicRankController:
         return None
 
     def _mean_scores(self, scores: Mapping[str, Tensor]) -> dict[str, float]:
-        """Layer -> mean over its components that no mask leaves out; 0 without any."""
+        """Layer -> mean score of its unmasked components; 0 for a layer without any."""
         alive = {name: scores[name][layer.component_mask] for name, layer in self.layers.items()}
         return {name: float(values.mean()) if values.numel() else 0.0 for name, values in alive.items()}
 
     def _event(self, before: Mapping[str, Tensor], scores: Mapping[str, float] | None = None) -> PruneEvent:
-        """What has just been done, given what the event before had kept, and what the layers had scored."""
-        # A rule that renews makes other components at every event, of which none has been there before.
+        """The event just held, given what the previous event kept and the layers' mean scores."""
+        # A rule that renews replaces all components at every event, so none of them existed before.
         new = 0 if self.rule.renews else sum(int((mask & ~before[name]).sum()) for name, mask in self.kept.items())
         widths = {name: layer.lora_a.shape[1] + layer.lora_b.shape[0] for name, layer in self.layers.items()}
         return PruneEvent(

@@ -1,4 +1,4 @@
-"""How components are judged while training runs: what is collected after every optimizer step, on every rank."""
+"""Importance criteria during training: scores that are updated after every optimizer step, on every rank."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
@@ -14,13 +14,13 @@ from dora_dist.method.importance import Components, ScoreFunction, smooth, weigh
 
 
 class Criterion(Protocol):
-    """What the controller asks for scores.
+    """The interface between the controller and a criterion.
 
     Attributes:
-        scores: shape ``(components of the model,)``, float64, higher is more important; the mean over the ranks is what
-            an event selects by. Checkpoints keep it.
-        state: what checkpoints keep beside it; filled in place when a run goes on.
-        at_events_only: whether the scores are those of a moment, so that steps without an event need none.
+        scores: shape ``(components of the model,)``, float64, higher is more important. Events select by the mean over
+            the ranks. Checkpoints keep the scores.
+        state: tensors that checkpoints keep in addition; a resumed run fills them in place.
+        at_events_only: whether scores are computed only at events, and not after every step.
     """
 
     scores: Tensor
@@ -31,28 +31,28 @@ class Criterion(Protocol):
         return {}
 
     def update(self, layers: Sequence[Components], agreement: Agreement) -> None:
-        """Look at the components once after every optimizer step until the final event, or before every event, on every
-        rank together. May raise after its collectives only."""
+        """Update the scores on every rank together: after every optimizer step until the final event, or before every
+        event with ``at_events_only``. May raise only after its collectives."""
 
     def rescore(self, layers: Sequence[Components]) -> None:
-        """Other components have taken the places of those scored so far.
+        """Score again after all components have been replaced.
 
         Raises:
-            ValueError: of new components it cannot know anything.
+            ValueError: the criterion cannot score components without their past.
         """
 
     def after_event(self) -> None:
-        """An event has selected by the scores."""
+        """Called after an event has selected by the scores."""
 
 
 class SmoothedScores(Criterion):
     """Scores of the weights, smoothed over steps (equation 8). No collective: the weights are the same on all ranks.
 
     Args:
-        score: of the weights.
+        score: function that scores the weights.
         smoothing: weight of the past, in [0, 1).
-        num_components: of the model.
-        device: where the components are.
+        num_components: number of components of the model.
+        device: device of the components.
     """
 
     at_events_only = False
@@ -73,31 +73,31 @@ class SmoothedScores(Criterion):
 
 
 class _GateChanges:
-    """``c_i dL/dc_i`` of every step: to set ``c_i`` to 0 changes the loss by minus that, to first order.
+    """``c_i dL/dc_i`` at every step. To first order, setting ``c_i`` to 0 changes the loss by minus this value.
 
-    The gradient is that of the task loss over the whole global batch: it is linear, so that the mean over the ranks of
-    what each has summed over its micro-batches is the same on any number of ranks. It is read by tensor hooks, before
-    any engine shards or clips it (under DeepSpeed the optimizer steps inside ``backward``, where no gradient is left).
-    One flat tensor is reduced in every step.
+    The gradient is that of the task loss over the whole global batch. It is linear: each rank sums over its
+    micro-batches, and the mean over the ranks is the same on any number of ranks. Tensor hooks read the gradient before
+    an engine shards or clips it. (Under DeepSpeed the optimizer steps inside ``backward``, and no gradient is left
+    afterwards.) Each step reduces one flat tensor.
 
     Args:
-        gates: of all layers, shape ``(r,)`` each; they must be trained.
+        gates: gates of all layers, shape ``(r,)`` each; they must be trained.
     """
 
     def __init__(self, gates: Sequence[Tensor]) -> None:
         sizes = [gate.numel() for gate in gates]
         self._gradient = torch.zeros(sum(sizes), dtype=torch.float32, device=gates[0].device)
-        # The hooks hold views of one flat tensor, so that nothing has to be gathered.
+        # The hooks write to views of one flat tensor, which needs no gathering.
         for gate, part in zip(gates, torch.split(self._gradient, sizes), strict=True):
             gate.register_hook(_adder(part))
 
     @torch.no_grad()
     def take(self, layers: Sequence[Components], agreement: Agreement) -> tuple[Tensor, Tensor]:
-        """Of the step just taken, the same on every rank; the next one begins anew.
+        """Values of the step just taken, the same on every rank; then starts anew for the next step.
 
         Returns:
-            Shape ``(components,)``, float64; and whether all gradients are finite, a scalar where they are: the host of
-            a GPU would wait for an answer.
+            The values, shape ``(components,)``, float64; and whether all gradients are finite, as a scalar tensor on
+            their device, because reading it would make the host wait for the GPU.
         """
         gradient = agreement.mean(self._gradient).double()
         self._gradient.zero_()
@@ -106,10 +106,10 @@ class _GateChanges:
 
 class GateSensitivity(Criterion):
     """First-order effect of removing a component: ``|c_i dL/dc_i|``, summed over the steps since the last event. The
-    absolute value is that of the global batch. Steps in which a gate's gradient is not finite do not count.
+    absolute value is taken after the mean over the global batch. Steps with a non-finite gate gradient do not count.
 
     Args:
-        gates: of all layers, shape ``(r,)`` each, in the order of the scores; they must be trained.
+        gates: gates of all layers, shape ``(r,)`` each, in the order of the scores; they must be trained.
     """
 
     at_events_only = False
@@ -131,12 +131,12 @@ class GateSensitivity(Criterion):
 
 
 class LayerSensitivity(Criterion):
-    """How much a layer matters, and how unsure this is: IncreLoRA's smoothed sensitivity times its smoothed deviation
-    (:class:`~dora_dist.method.growing.ModuleScores`), over the global batch. The score of a layer stands at each of its
-    components. Steps in which a gate's gradient is not finite do not count.
+    """IncreLoRA's score of a layer: smoothed sensitivity times smoothed deviation
+    (:class:`~dora_dist.method.growing.ModuleScores`), over the global batch. All components of a layer have the layer's
+    score. Steps with a non-finite gate gradient do not count.
 
     Args:
-        gates: of all layers, shape ``(r,)`` each, in the order of the scores; they must be trained.
+        gates: gates of all layers, shape ``(r,)`` each, in the order of the scores; they must be trained.
     """
 
     at_events_only = False
@@ -164,14 +164,14 @@ class LayerSensitivity(Criterion):
         self.scores = self._averages.scores.repeat_interleave(self._repeats, output_size=len(self.scores))
 
     def rescore(self, layers: Sequence[Components]) -> None:
-        raise _cannot_rescore("that of the layers")
+        raise _cannot_rescore("the layers' own")
 
     def after_event(self) -> None:
         pass
 
 
 def components_of(layers: Iterable[DynamicLoraLinear]) -> list[Components]:
-    """The components of layers as criteria look at them, with those that a mask leaves out at gate 0."""
+    """The components of layers in the form that criteria take; masked components have gate 0."""
     layers = list(layers)
     gates = torch.cat([layer.gate.detach() for layer in layers])
     sizes = [layer.gate.numel() for layer in layers]
@@ -180,20 +180,20 @@ def components_of(layers: Iterable[DynamicLoraLinear]) -> list[Components]:
 
 
 class LossChange(Criterion):
-    """How much each component's own movement has lowered the loss, to first order, over the run so far (loss change
-    allocation, Lan et al., 2019, by component): in every step ``-<g, delta>`` over its row, column and gate, where g is
-    the gradient before the step and delta what the step has made of the parameters. Signed: below 0 is a component
-    whose movement has raised the loss. The sum over all components is the drop of the loss, to first order.
+    """How much each component's own movement has lowered the loss so far, to first order (loss change allocation, Lan
+    et al., 2019, by component). Every step adds ``-<g, delta>`` over the component's row, column and gate, where g is
+    the gradient before the step and delta the step's change of the parameters. The score is negative if the component's
+    movement has raised the loss. The sum over all components is the drop of the loss, to first order.
 
-    The gradient is that of the loss that is trained, over the whole global batch (with the equilibrium penalty, where
-    there is one), before an engine clips it. Each rank keeps what its own micro-batches have added up, read by tensor
-    hooks as :class:`GateSensitivity` does. ``<g, delta>`` is linear in g, and delta is the same on every rank, so that
-    the mean over the ranks of one number a component is that of the global batch. A parameter's values before the step
-    are taken in its hook: what an event or a resume changes between two steps is no step's doing. Steps in which a
-    product is not finite do not count.
+    The gradient is that of the trained loss over the whole global batch (with the equilibrium penalty, if used), before
+    an engine clips it. Each rank keeps the sum over its own micro-batches, read by tensor hooks as in
+    :class:`GateSensitivity`. ``<g, delta>`` is linear in g and delta is the same on every rank. The mean over the ranks
+    of one number per component is therefore that of the global batch. A parameter's value before the step is read in
+    its hook, which excludes changes that an event or a resume makes between two steps. Steps with a non-finite product
+    do not count.
 
     Args:
-        layers: parameters of all layers, in the order of the scores; those that are not trained do not move.
+        layers: parameters of all layers, in the order of the scores; untrained parameters do not move.
     """
 
     at_events_only = False
@@ -212,7 +212,7 @@ class LossChange(Criterion):
         for total, moves in self._moves:
             total.copy_(torch.stack([move.effect() for move in moves]).sum(0))
         effect = agreement.mean(self._effect)
-        # Chosen where the products are: the host of a GPU would wait for an answer.
+        # Selected on the device: reading the answer would make the host wait for the GPU.
         self.scores -= effect.where(torch.isfinite(effect).all(), 0)
 
     def rescore(self, layers: Sequence[Components]) -> None:
@@ -223,27 +223,27 @@ class LossChange(Criterion):
 
 
 class _Move:
-    """A parameter over one optimizer step: its values before it, and the gradient there.
+    """One parameter's change over an optimizer step: its value before the step, and the gradient there.
 
     Args:
-        parameter: that is trained.
-        dim: along which its components lie.
+        parameter: a trained parameter.
+        dim: dimension of its components.
     """
 
     def __init__(self, parameter: Tensor, dim: int) -> None:
-        self._parameter = parameter  # an engine may give it another storage
+        self._parameter = parameter  # not its data: an engine may replace the storage
         self._before = parameter.detach().clone()
         self._gradient = torch.zeros_like(self._before, dtype=torch.promote_types(parameter.dtype, torch.float32))
         self._others = [other for other in range(parameter.ndim) if other != dim]
         parameter.register_hook(self._look)
 
-    def _look(self, gradient: Tensor) -> None:  # what a hook returns would replace the gradient
+    def _look(self, gradient: Tensor) -> None:  # returns None: a hook's return value would replace the gradient
         self._before.copy_(self._parameter.detach())
         self._gradient.add_(gradient)
 
     def effect(self) -> Tensor:
-        """What the step has done to this rank's loss by each component, to first order: shape ``(r,)``, float64. The
-        next step begins anew."""
+        """First-order effect of the step on this rank's loss, for each component: shape ``(r,)``, float64. Then starts
+        anew for the next step."""
         change = self._gradient * (self._parameter.to(self._gradient.dtype) - self._before)
         effect = change.sum(self._others, dtype=torch.float64) if self._others else change.double()
         self._gradient.zero_()
@@ -251,14 +251,14 @@ class _Move:
 
 
 def criterion_of(name: str, layers: Sequence[Components], smoothing: float, seed: int) -> Criterion:
-    """The criterion of a name, at its start.
+    """A new criterion by name.
 
     Args:
         name: :data:`~dora_dist.config.pruning.GATE_SENSITIVITY`, :data:`~dora_dist.config.pruning.LOSS_CHANGE`, or one
             of :data:`~dora_dist.method.importance.WEIGHT_CRITERIA`.
         layers: parameters of all layers, in the order of the scores.
-        smoothing: of scores of weights.
-        seed: of the random ones.
+        smoothing: weight of the past, for scores of weights.
+        seed: seed of random scores.
 
     Raises:
         ValueError: there is no such criterion.
@@ -274,13 +274,13 @@ def criterion_of(name: str, layers: Sequence[Components], smoothing: float, seed
 
 def _cannot_rescore(name: str) -> ValueError:
     return ValueError(
-        f"importance is {name}, which is summed over steps, so that components that an event makes have none: set "
+        f"importance is {name}, which is summed over steps, so components that an event makes have no score: set "
         "rebase to false, or choose another importance"
     )
 
 
 def _adder(total: Tensor) -> Callable[[Tensor], None]:
-    def add(gradient: Tensor) -> None:  # what a hook returns would replace the gradient
+    def add(gradient: Tensor) -> None:  # returns None: a hook's return value would replace the gradient
         total.add_(gradient)
 
     return add

@@ -1,4 +1,4 @@
-"""Whether the loss depends on every adapted layer, seen in the backwards of the first step."""
+"""Checks that the loss depends on every adapted layer, by watching the backward passes of the first step."""
 
 import re
 from collections.abc import Mapping
@@ -9,18 +9,19 @@ from dora_dist.console.errors import mark_common
 from dora_dist.distributed.agreement import Agreement
 
 EXPERT = r"\bexperts\.\d+\."
-"""In the name of a layer of an expert of its own, which is not reached where no token is sent to it."""
+"""Part of the name of a layer that belongs to one expert; no gradient reaches it if no token is routed to the
+expert."""
 MOST_NAMED = 3
 
 
 class GradientWatch:
-    """Watches layers until :meth:`check`. One that the loss does not depend on would count in the budget for nothing.
+    """Watches layers until :meth:`check`. A layer that the loss does not depend on would waste its share of the budget.
 
-    Gradients of parameters do not tell: the regularizer gives one to every component, and ZeRO takes them away. So a
-    layer reports when the backward comes to it.
+    The gradients of parameters cannot show this: the regularizer gives one to every component, and ZeRO removes them.
+    Each layer therefore reports when the backward pass reaches it.
 
     Args:
-        layers: by name, the same on every rank.
+        layers: adapted layers by name, the same on every rank.
     """
 
     def __init__(self, layers: Mapping[str, DynamicLoraLinear]) -> None:
@@ -30,10 +31,10 @@ class GradientWatch:
             layer.on_gradient = partial(self._reached.add, name)
 
     def check(self, agreement: Agreement) -> None:
-        """End the watch; to be called on every rank, after the first step.
+        """End the watch; must be called on every rank, after the first step.
 
         Raises:
-            ValueError: no gradient has come to a layer, on any rank; on all ranks.
+            ValueError: no gradient has reached a layer on any rank; raised on all ranks.
         """
         for layer in self._layers.values():
             layer.on_gradient = None
@@ -44,6 +45,6 @@ class GradientWatch:
             raise mark_common(
                 ValueError(
                     f"no gradient has come to {len(missing)} of {len(self._layers)} adapted layers in the first step "
-                    f"({named}), so that the loss does not depend on them: leave them out of adapter.target_modules"
+                    f"({named}), so the loss does not depend on them: leave them out of adapter.target_modules"
                 )
             )

@@ -1,4 +1,4 @@
-"""The state of the method in a checkpoint: adapter, head, masks, scores."""
+"""The method's part of a checkpoint: adapter, head, masks, scores."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from dora_dist.training.controller import DynamicRankController
 
 
 def save_method_tensors(folder: Path, controller: DynamicRankController) -> None:
-    """Write the adapter (unfolded), the head and the state of the controller into a checkpoint's folder."""
+    """Write the adapter (unfolded), the head and the controller's state to a checkpoint's folder."""
     trained = trained_parameters(controller.layers, controller.head)
     parameters = {name: value.detach().cpu().contiguous() for name, value in trained.items()}
     save_file({**controller.state_dict(), **parameters}, folder / METHOD_TENSORS)
@@ -21,10 +21,10 @@ def save_method_tensors(folder: Path, controller: DynamicRankController) -> None
 def save_method_state(
     folder: Path, controller: DynamicRankController, fingerprint: Fingerprint, processes: int
 ) -> None:
-    """Write the tensors of the method; step, number of processes and fingerprint as JSON.
+    """Write the method's tensors, and as JSON the step, the number of processes and the fingerprint.
 
     Args:
-        folder: Folder of the checkpoint.
+        folder: The checkpoint's folder.
         controller: The controller, with its layers and head.
         fingerprint: Settings that a resumed run must not change.
         processes: Number of ranks that write the checkpoint.

@@ -1,9 +1,9 @@
-"""The optimizer's state of a ZeRO run on disk, from which any number of ranks can go on.
+"""Saves the optimizer state of a ZeRO run in a form that any number of ranks can resume from.
 
-Every rank writes what it owns into a safetensors file of its own; the first rank writes an index of who owns which
-elements of which parameter. A rank that resumes owns other elements, and reads just those, from whichever files hold
-them. DeepSpeed's own checkpoints can be read by the number of ranks that wrote them only, are pickles, and need a
-conversion of their own to become universal ones (docs/log.md).
+Every rank writes the elements it owns to its own safetensors file. The first rank writes an index: which rank owns
+which elements of which parameter. A rank that resumes owns other elements, and reads only those, from whichever files
+hold them. DeepSpeed's own checkpoints can only be read by the number of ranks that wrote them, are pickles, and need a
+separate conversion to become universal ones (docs/log.md).
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,7 +25,7 @@ INDEX = "index.json"
 
 
 class OptimizerShards:
-    """Saves and restores the state of ZeRO's optimizer.
+    """Saves and restores the state of a ZeRO optimizer.
 
     Args:
         wrapped: DeepSpeed's engine.
@@ -48,15 +48,15 @@ class OptimizerShards:
             assert covered == parameter.numel(), f"{covered} of {parameter.numel()} elements of {name} have an owner"
 
     def check(self) -> None:
-        """Refuse an optimizer whose state cannot be split among ranks, once it has taken a step. No collectives.
+        """Refuse an optimizer whose state cannot be split among ranks, after its first step. No collectives.
 
         Raises:
-            ValueError: names the state.
+            ValueError: names the state that cannot be split.
         """
         owned_parts(self._wrapped, self._parameters)
 
     def save(self, folder: Path) -> None:
-        """Write this rank's part into a checkpoint's folder, and on the first rank the index. No collectives."""
+        """Write this rank's part to a checkpoint's folder; the first rank also writes the index. No collectives."""
         (folder / SHARDS).mkdir(parents=True, exist_ok=True)
         parts = owned_parts(self._wrapped, self._parameters)
         tensors = {
@@ -68,21 +68,21 @@ class OptimizerShards:
             write_json(folder / SHARDS / INDEX, {"owners": self._owners, "counters": counters})
 
     def load(self, folder: Path, step: int) -> None:
-        """Take over from a checkpoint, written by any number of ranks. No collectives.
+        """Restore the state from a checkpoint written by any number of ranks. No collectives.
 
         Args:
-            folder: of the checkpoint.
-            step: optimizer steps taken by then.
+            folder: the checkpoint's folder.
+            step: optimizer steps taken at the checkpoint.
 
         Raises:
-            ValueError: it is not the state of these parameters.
+            ValueError: the state belongs to other parameters.
         """
         index = read_json(folder / SHARDS / INDEX)
         owners: dict[str, list[tuple[int, int, int]]] = index["owners"]
         if owners.keys() != self._parameters.keys():
             strange = sorted(owners.keys() ^ self._parameters.keys())
             raise ValueError(
-                f"{folder / SHARDS} is of other parameters than this model's: {', '.join(strange[:3])} ..."
+                f"{folder / SHARDS} holds parameters that this model does not have: {', '.join(strange[:3])} ..."
             )
         with _Files(folder) as files:
             prepare_optimizer_state(self._wrapped, files.state_dtypes(), index["counters"], step)
@@ -111,7 +111,7 @@ class _Files:
         return self._opened[rank]
 
     def state_dtypes(self) -> dict[str, torch.dtype]:
-        """dtype of each tensor of the optimizer's state, the master copy left out."""
+        """dtype of each tensor of the optimizer's state, except the master copy."""
         first = self._file(0)
         found: dict[str, torch.dtype] = {}
         for full in first.keys():  # noqa: SIM118 (not a dictionary)
@@ -121,13 +121,13 @@ class _Files:
         return found
 
     def pieces(self, name: str, owners: list[tuple[int, int, int]]) -> Iterator[tuple[int, int, Any]]:
-        """Where each piece of a tensor starts, how long it is, and what reads a range of it."""
+        """For each piece of a tensor: its start, its length, and a function that opens it for reading a range."""
         for rank, start, count in owners:
             yield start, count, lambda rank=rank: self._file(rank).get_slice(name)
 
 
 def _fill(target: Tensor, part: OwnedPart, pieces: Iterator[tuple[int, int, Any]]) -> None:
-    """Copy what ``pieces`` hold of the elements ``part.start`` and following into ``target``."""
+    """Copy into ``target`` those elements of ``pieces`` that start at ``part.start``, as far as they overlap."""
     end = part.start + target.numel()
     for start, count, open_slice in pieces:
         low, high = max(start, part.start), min(start + count, end)

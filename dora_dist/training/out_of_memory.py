@@ -1,4 +1,4 @@
-"""Memory that runs out, in words that say which setting to change next."""
+"""Explains out-of-memory errors: when memory ran out, and which setting to change next."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -10,10 +10,10 @@ from dora_dist.base_model.recomputation import Recomputation
 from dora_dist.console.errors import ExpectedRunError
 
 SIGNS = ("DefaultCPUAllocator: can't allocate memory", "out of memory")
-"""Parts of the messages of torch's errors that have no type of their own: of its allocator on CPUs, and of CUDA."""
+"""Parts of messages of torch errors without a type of their own: from the CPU allocator, and from CUDA."""
 LOADING_ADVICE = (
-    "while the model was loaded, so that it does not fit at all: set model.quantization to nf4, or take a smaller "
-    "model, or a device with more memory that nobody else uses"
+    "while loading the model, so it does not fit at all: set model.quantization to nf4, choose a smaller model, or use "
+    "a device with more memory that no other process uses"
 )
 EVALUATION_ADVICE = "in an evaluation: lower training.per_device_eval_batch_size, or evaluation.max_new_tokens"
 
@@ -24,10 +24,10 @@ class NoMemoryLeftError(ValueError):
 
 @contextmanager
 def explained(advice: Callable[[], str]) -> Iterator[None]:
-    """Turn the errors of a block in which memory runs out into one that says what to do.
+    """Replaces an out-of-memory error in the block by one that says what to change.
 
     Args:
-        advice: asked when that happens: where it was, and which settings to change.
+        advice: called after such an error; returns when it happened and which settings to change.
 
     Raises:
         NoMemoryLeftError: memory has run out.
@@ -36,7 +36,7 @@ def explained(advice: Callable[[], str]) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        # What other ranks report of theirs is no error of this one.
+        # Another rank's report of its own memory error is not an error of this rank.
         told = isinstance(error, ExpectedRunError)
         if told or not (known or any(sign in str(error) for sign in SIGNS)):
             raise
@@ -45,12 +45,12 @@ def explained(advice: Callable[[], str]) -> Iterator[None]:
 
 
 def step_advice(step: int, recomputation: Recomputation, rows: int, accumulation: int) -> str:
-    """What to change after memory has run out in an optimizer step, in the order in which it costs least.
+    """Settings to change after memory ran out in an optimizer step, the cheapest first.
 
     Args:
-        step: its number, from 1.
-        recomputation: layers that are recomputed.
-        rows: of a micro-batch on one device.
+        step: number of the step, from 1.
+        recomputation: which layers are recomputed.
+        rows: rows of a micro-batch on one device.
         accumulation: micro-batches of an optimizer step.
     """
     settings = []

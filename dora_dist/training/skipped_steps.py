@@ -41,24 +41,24 @@ class SkipPolicy:
         return self._in_a_row > 0
 
     def begin_step(self) -> None:
-        """To be called before every optimizer step."""
+        """Must be called before every optimizer step."""
         self._losses.clear()
 
     def guard(self, loss: Tensor) -> Tensor:
-        """The loss of a micro-batch, with gradients that are not finite where it is not finite itself: an infinite loss
-        can have finite ones."""
+        """The loss of a micro-batch. If it is not finite, its gradients become NaN too, because an infinite loss can
+        have finite gradients."""
         self._losses.append(loss.detach())
         return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
 
     def after_step(self, step: int, skipped: bool) -> str | None:
-        """Account for an optimizer step; to be called on every rank.
+        """Record the outcome of an optimizer step; must be called on every rank.
 
         Args:
             step: optimizer steps so far, this one included.
             skipped: whether the engine has skipped it, the same on every rank.
 
         Returns:
-            Why it was skipped, naming the ranks whose loss it was; None if it was taken.
+            Why the step was skipped, with the ranks whose loss was not finite; None if it was taken.
         """
         if not skipped:
             self._in_a_row = 0
@@ -68,7 +68,7 @@ class SkipPolicy:
         bad = [float(loss) for loss in self._losses if not math.isfinite(loss)]
         by_rank = self._agreement.gather((platform.node(), bad[0] if bad else None))
         named = [f"rank {rank} ({node}): loss {loss}" for rank, (node, loss) in enumerate(by_rank) if loss is not None]
-        why = "; ".join(named) or "gradients that are not finite, from finite losses"
+        why = "; ".join(named) or "gradients are not finite, although all losses are"
         say(f"step {step} was skipped on all ranks: {why}")
         return why
 
@@ -78,11 +78,11 @@ class SkipPolicy:
         return count
 
     def check(self, step: int, why: str, last_good: object) -> None:
-        """End the run after too many.
+        """End the run if too many consecutive steps were skipped.
 
         Args:
             step: optimizer steps so far.
-            why: reason why the last one was skipped.
+            why: reason for the last skip.
             last_good: the newest complete checkpoint, or None.
 
         Raises:

@@ -1,4 +1,4 @@
-"""The log of optimizer steps: what a line of training says beside loss, gradient norm and learning rate."""
+"""The training log: adds the method's figures to the Trainer's lines (loss, gradient norm, learning rate)."""
 
 import math
 import resource
@@ -13,17 +13,18 @@ from dora_dist.training.skipped_steps import SkipPolicy
 
 
 class StepLog:
-    """Completes the Trainer's lines of training, each of which covers the steps since the line before.
+    """Completes the Trainer's log lines; each line covers the steps since the previous one.
 
     Args:
-        controller: The method.
-        skip_policy: Knows the steps that were left out since the last line.
-        weights: Weights in the loss of the terms beside the task loss, by their names in a line.
-        device: Where the loss is computed.
-        tokens_of: Tokens of the optimizer steps after one number up to another, on all ranks together.
+        controller: The pruning controller.
+        skip_policy: Counts the steps skipped since the previous line.
+        weights: Weights of the loss terms other than the task loss, by their names in a line.
+        device: Device of the loss.
+        tokens_of: Returns the number of tokens, over all ranks, in the optimizer steps after the first argument up to
+            the second one.
 
     Attributes:
-        term_sums: Shape ``(terms,)`` on ``device``; the sums of these terms over the steps since the last line.
+        term_sums: Shape ``(terms,)`` on ``device``; sums of these terms over the steps since the previous line.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class StepLog:
         self._last_line = (0, time.monotonic())
 
     def start_clock(self, step: int) -> None:
-        """Count steps and seconds from here on.
+        """Start counting steps and seconds.
 
         Args:
             step: Optimizer steps taken so far.
@@ -50,17 +51,17 @@ class StepLog:
         self._last_line = (step, time.monotonic())
 
     def add(self, name: str, term: Tensor) -> Tensor:
-        """Note a micro-batch's share of a term, and return what it adds to the loss; both scalars."""
+        """Record a micro-batch's share of a term, and return its contribution to the loss; both scalars."""
         self.term_sums[list(self._weights).index(name)] += term.detach()
         return self._weights[name] * term
 
     def complete(self, logs: dict[str, float], step: int) -> None:
-        """Turn the Trainer's means over all steps into means over the steps that were taken, and add the figures of
-        the method.
+        """Convert the Trainer's means over all steps to means over the steps that were not skipped, and add the
+        method's figures.
 
         Args:
             logs: The Trainer's line, changed in place. ``loss`` becomes the task loss without the other terms; it is
-                removed where every step was left out.
+                removed if all steps were skipped.
             step: Optimizer steps taken so far.
         """
         last_step, last_time = self._last_line
@@ -74,7 +75,7 @@ class StepLog:
             del logs["loss"]
         self.term_sums.zero_()
         if self._skip_policy.last:
-            logs.pop("grad_norm", None)  # it is that of the last step
+            logs.pop("grad_norm", None)  # the last step's norm
         logs["components"] = self._controller.num_kept
         now = time.monotonic()
         logs["seconds_per_step"] = (now - last_time) / steps
@@ -83,14 +84,14 @@ class StepLog:
         self._last_line = (step, now)
 
     def _peak_memory(self) -> int:
-        """Bytes that this rank has used at most since it started: of its GPU, as torch allocates; without one, of the
-        process."""
+        """Peak memory of this rank since its start, in bytes: on a GPU, what torch has allocated; without one, that of
+        the process."""
         if self.term_sums.is_cuda:
             return torch.cuda.max_memory_allocated(self.term_sums.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # which Linux counts in KiB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
     def progress(self, logs: Mapping[str, float], step: int, max_steps: int) -> str:
-        """A completed line for a person.
+        """A completed line in readable form.
 
         Args:
             logs: As :meth:`complete` left it.
@@ -98,7 +99,7 @@ class StepLog:
             max_steps: Optimizer steps of the run.
         """
         minutes_left = (max_steps - step) * logs["seconds_per_step"] / 60
-        # Where ranks never change, there is nothing to compare them with.
+        # Where ranks never change, there is no initial number to compare with.
         start = "" if self._controller.schedule.final_step == 0 else f"/{self._controller.schedule.num_components}"
         loss, norm = (logs.get(name, math.nan) for name in ("loss", "grad_norm"))  # nan: no step was taken
         return (

@@ -49,7 +49,7 @@ def test_the_state_of_another_model_is_refused(model, tmp_path):
     write_json(tmp_path / "optimizer" / "index.json", index)
     (outcome,) = run_ranks(rank_functions.load_optimizer, 1, model, str(tmp_path))
     assert outcome.error_type == "ValueError"
-    assert "is of other parameters than this model's: " in outcome.error
+    assert "holds parameters that this model does not have: " in outcome.error
 
 
 def test_an_optimizer_whose_state_cannot_be_split_is_refused(model):

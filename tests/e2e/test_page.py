@@ -161,12 +161,12 @@ def test_the_answers_of_every_evaluation_are_there(runs, tab):
 def test_a_run_that_is_going_on_refreshes_and_after_a_kill_a_new_page_says_so(runs, tab):
     tab.open(runs / "alive.html")
     assert tab.run(REFRESHES)
-    assert tab.run(STATES) == "killed is going on, at step 3 of 2,000."
+    assert tab.run(STATES) == "killed is running, at step 3 of 2,000."
     made = run_forked("report", str(runs / "killed"), "--html")
     assert made.status == 0, made.output
     tab.open(runs / "killed" / records.PAGE)
     assert not tab.run(REFRESHES)
-    assert tab.run(STATES).startswith("killed has not ended, and nothing is writing into its folder, at step ")
+    assert tab.run(STATES).startswith("killed has not ended, but no process is writing to its folder, at step ")
     tab.open(runs / "ended" / records.PAGE)
     assert not tab.run(REFRESHES)
     assert tab.run(STATES) == "ended ended, at step 12 of 12."

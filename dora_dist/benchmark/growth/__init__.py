@@ -1,1 +1,1 @@
-"""A step as layers, width, rank and number of ranks grow."""
+"""Measures a step as layers, width, rank and number of ranks grow."""

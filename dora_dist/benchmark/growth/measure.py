@@ -1,8 +1,8 @@
-"""How step time, and the adapter's share of it, grow with the work: layers, width, rank, ranks of the world.
+"""How step time, and the adapter's share of it, grow with layers, width, rank, and the number of ranks (processes).
 
-The ranks are processes of this machine over gloo. Each takes a data-parallel step: adapter gradients averaged in one
-flat all-reduce (not DeepSpeed's engine), and the method's own exchanges. Every number of ranks is given the same
-threads per rank, the cores divided by the largest number, so that only the number changes.
+The processes run on this machine over gloo. Each takes a data-parallel step: adapter gradients averaged in one
+flat all-reduce (not DeepSpeed's engine), and the method's own exchanges. With any number of processes, each has the
+same number of threads (the cores divided by the largest number), so that only the number of processes changes.
 """
 
 import json
@@ -26,7 +26,7 @@ MOST_WORLD = 4
 
 
 def measure_growth(options: Options, agreement: Agreement) -> dict[str, Any]:
-    """All points along four axes."""
+    """Measure all points along four axes."""
     options = replace(options, contestants=tuple(name for name in options.contestants if name != ADALORA))
     quick = options.quick
     few, narrow, shallow = (1, 64, 1) if quick else (4, 512, 2)
@@ -43,13 +43,13 @@ def measure_growth(options: Options, agreement: Agreement) -> dict[str, Any]:
 
 
 def world_sizes() -> list[int]:
-    """Numbers of ranks that this machine has cores for."""
+    """Numbers of processes for which this machine has enough cores."""
     cores = len(os.sched_getaffinity(0))
     return [size for size in (1, 2, MOST_WORLD) if size <= max(2, cores)]
 
 
 def _sized(hidden: int, layers: int, options: Options) -> Shape:
-    """Rows as those of the first shape asked for."""
+    """A shape of this size, with rows like those of the first requested shape."""
     first = options.shapes[0]
     return replace(llama_like(hidden, layers), sequence=first.sequence, batch=first.batch, vocabulary=first.vocabulary)
 
@@ -67,7 +67,7 @@ def _worlds(shape: Shape, options: Options) -> list[dict[str, Any]]:
 
 
 def growth_rows(record: dict[str, Any]) -> list[list[str]]:
-    """For a table."""
+    """Rows of a table."""
     rows = [["axis", "contestant", "value", "ms/step", "adapter's share"]]
     for axis, points in record["points"].items():
         for point in points:

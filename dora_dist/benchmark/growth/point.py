@@ -1,4 +1,4 @@
-"""One point of the growth: the contestants in turns on one shape, with one rank, in one world."""
+"""Measures one point: the contestants in turns, on one shape, with one rank of the adapter and one number of ranks."""
 
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from dora_dist.distributed.agreement import Agreement
 def measure_point(
     value: int, shape: Shape, options: Options, agreement: Agreement, average: bool = False
 ) -> dict[str, Any]:
-    """Figures of all contestants, where one of the axes has the value."""
+    """Figures of all contestants at one value of an axis."""
     say(f"{shape.name}, rank {options.rank}, {agreement.size} ranks")
     base = build_base(shape, agreement.device, getattr(torch, options.compute_dtype), options.seed)
     conditions = Conditions(base=base, options=options, agreement=agreement, average=average)
@@ -27,7 +27,7 @@ def measure_point(
     contestants = start(make, options.contestants, rows)
     mine = time_in_turns(contestants, rows, options.warmup, options.rounds, agreement.device)
     by_rank = agreement.gather(mine)
-    # The slowest rank's: a step of the world ends with its last rank.
+    # The slowest rank's time: a step of the world ends with its last rank.
     seconds = {name: [max(times) for times in zip(*(one[name] for one in by_rank), strict=True)] for name in mine}
     figures: dict[str, dict[str, Any]] = {}
     for name, times in seconds.items():

@@ -1,5 +1,5 @@
-"""A rank of a small world on this machine: what a spawned process runs. Light to import, for libraries that speak when
-they are imported are to be silenced before."""
+"""The program of a spawned process, one rank of a small world on this machine. Its imports are light: heavy libraries
+print when they are imported, and must be silenced before."""
 
 import json
 import os
@@ -13,8 +13,9 @@ POINT = "point.json"
 
 
 def run_rank(rank: int, size: int, threads: int, folder: Path, shape: Shape, options: Options) -> None:
-    """Measure together with the other ranks; the first one leaves the figures in :data:`POINT` of the folder."""
-    os.environ["RANK"] = str(rank)  # only the first one speaks
+    """Measure together with the other ranks; the first rank writes the figures to the file :data:`POINT` in
+    ``folder``."""
+    os.environ["RANK"] = str(rank)  # only the first rank prints
     quiet_libraries()
     import torch
 

@@ -1,1 +1,1 @@
-"""Methods of PEFT, trained on the data, steps and schedule of a run of this project."""
+"""Trains methods of PEFT on the data, steps and schedule of a run of this project."""

@@ -1,9 +1,9 @@
-"""PEFT's AdaLoRA: causal language models and sequence classification.
+"""PEFT's AdaLoRA, for causal language models and sequence classification.
 
-One process without an engine: under ZeRO no callback of the Trainer can drive it (docs/method.md). What is AdaLoRA's
-own: sensitivity times uncertainty as importance, the cubic that begins fast, the orthogonal regularizer. Two things
-are put right, so that the comparison is one of methods: the regularizer, which PEFT adds to every micro-batch, counts
-once per optimizer step, and evaluation is of the task's loss alone.
+It runs in one process without an engine, because under ZeRO no callback of the Trainer can drive it (docs/method.md).
+Specific to AdaLoRA are its importance (sensitivity times uncertainty), its cubic schedule, which prunes fast at first,
+and its orthogonal regularizer. Two things differ from PEFT, to compare methods and not loops: the regularizer, which
+PEFT adds to every micro-batch, counts once per optimizer step, and evaluation uses the task's loss alone.
 """
 
 import sys
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
     from dora_dist.config.run import RunConfig
 
 RANK_EPSILON = 1e-5
-"""What PEFT adds to the rank that it divides by."""
+"""PEFT adds this to the rank that it divides by."""
 
 
 class AdaLora:
-    """AdaLoRA with the ranks, layers, scale and phases of a run: it begins to prune after the same warm-up, and ends
-    after the same step.
+    """AdaLoRA with the ranks, layers, scale and phases of a run: pruning begins after the same warm-up and ends after
+    the same step.
 
     Args:
-        settings: What is its own; an interval of None is that of ``pruning``.
+        settings: AdaLoRA's own settings; an interval of None means that of ``pruning``.
     """
 
     title = PEER_TITLES[ADALORA]
@@ -50,7 +50,7 @@ class AdaLora:
         return self._settings.named()
 
     def adapted(self, config: "RunConfig", resolved: resolve.ResolvedRun, base: PreTrainedModel) -> PeftModel:
-        # How many times the regularizer enters an optimizer step in full.
+        # How often an optimizer step includes the full regularizer.
         regularizers = 1 if is_mean_of_rows(config) else resolved.arguments.gradient_accumulation_steps
         own, schedule = self._settings, _schedule(resolved)
         peft_config = AdaLoraConfig(
@@ -62,9 +62,9 @@ class AdaLora:
             total_step=schedule.total_steps,
             beta1=own.beta1,
             beta2=own.beta2,
-            # PEFT adds it to the loss of every micro-batch. PEFT before 0.20 refuses 0: in float32, this is 0.
+            # PEFT adds it to every micro-batch's loss. PEFT before 0.20 refuses 0; in float32, this value is 0.
             orth_reg_weight=own.orth_reg_weight / regularizers or sys.float_info.min,
-            # Divided by init_r for the whole run. PEFT multiplies by it; its type is an int.
+            # PEFT divides by init_r for the whole run, and multiplies by this; its type is an int.
             lora_alpha=config.adapter.alpha,  # type: ignore[arg-type]
             lora_dropout=config.adapter.dropout,
             target_modules=list(resolved.ranks),
@@ -99,8 +99,8 @@ def _layers(model: PeftModel) -> dict[str, AdaLoraLayer]:
 
 
 def kept_triplets(model: PeftModel) -> dict[str, Tensor]:
-    """Layer -> boolean mask, shape ``(r,)``, of the triplets that AdaLoRA has not pruned, by its own record; all before
-    its first event."""
+    """Layer -> boolean mask, shape ``(r,)``, of the triplets that AdaLoRA has not pruned, by its own record. All True
+    before its first event."""
     pattern = cast(AdaLoraConfig, model.peft_config["default"]).rank_pattern
     if pattern is None:
         return {name: torch.ones(len(layer.lora_E["default"])).bool() for name, layer in _layers(model).items()}
@@ -110,7 +110,7 @@ def kept_triplets(model: PeftModel) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def folded_triplets(model: PeftModel, kept: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Plain LoRA factors ``(A (k, in), B (out, k))`` by layer: singular values and scale go into B."""
+    """Plain LoRA factors ``(A (k, in), B (out, k))`` by layer; singular values and scale are folded into B."""
     factors = {}
     for name, layer in _layers(model).items():
         scale = layer.scaling["default"] / (layer.ranknum["default"] + RANK_EPSILON)
@@ -124,7 +124,7 @@ def check_budget(factors: Factors, schedule: BudgetSchedule) -> None:
     """Refuse an adapter that is larger than its budget.
 
     Raises:
-        ExpectedRunError: more triplets are left than the budget has.
+        ExpectedRunError: more triplets remain than the budget allows.
     """
     left = sum(a.shape[0] for a, _ in factors.values())
     if left > schedule.final_num_kept:

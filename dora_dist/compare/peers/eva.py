@@ -1,8 +1,8 @@
-"""PEFT's EVA (Paischl et al., 2024): LoRA that starts along the principal directions of the layers' inputs, with ranks
-by how much of its input each direction explains. Causal language models.
+"""PEFT's EVA (Paischl et al., 2024), for causal language models: LoRA that starts along the principal directions of the
+layers' inputs, with ranks by how much of a layer's input each direction explains.
 
-PEFT computes both from training rows before the first step; nothing moves later. It counts ranks, so that parameters
-differ from those of the run's rank by what goes from wide layers to narrow ones.
+PEFT computes both from training rows before the first step; ranks do not change later. It counts ranks, not parameters:
+the total differs from that of the run's uniform rank where rank moves between wide and narrow layers.
 """
 
 from collections.abc import Mapping
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 
 class Eva:
-    """EVA as PEFT has it, with its own defaults, on ``adapter.calibration_rows`` rows that are spread over the training
-    data and read in micro-batches of the run's size."""
+    """EVA with PEFT's defaults, on ``adapter.calibration_rows`` rows that are spread over the training data and read in
+    micro-batches of the run's size."""
 
     title = PEER_TITLES[EVA]
     own: Mapping[str, Any] = {}
@@ -36,7 +36,7 @@ class Eva:
     def adapted(self, config: "RunConfig", resolved: resolve.ResolvedRun, base: PreTrainedModel) -> PeftModel:
         peft_config = LoraConfig(
             r=config.adapter.target_rank,
-            # PEFT multiplies by it; its type is an int. It changes with a layer's rank, so that alpha / r does not.
+            # PEFT multiplies by it; its type is an int. PEFT scales it with a layer's rank, so alpha / r is constant.
             lora_alpha=config.adapter.alpha,  # type: ignore[arg-type]
             lora_dropout=config.adapter.dropout,
             target_modules=list(resolved.ranks),
@@ -46,7 +46,7 @@ class Eva:
         )
         model = cast(PeftModel, get_peft_model(base, peft_config))
         rows = TASK_PARTS[config.task].training_rows(resolved)
-        # One example a row, packed or not: PEFT leaves out padding by a mask that knows no packing.
+        # One example per row, even if the data are packed: PEFT's padding mask does not support packing.
         examples = [[one] for number in spread(config.adapter.calibration_rows, len(rows)) for one in rows[number]]
         size, collate = resolved.arguments.per_device_train_batch_size, PaddedCollator(resolved.tokenizer)
         batches = [collate(examples[start : start + size]) for start in range(0, len(examples), size)]

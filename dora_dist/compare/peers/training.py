@@ -1,5 +1,5 @@
-"""Training a method of PEFT as a run of this project is trained: the stock Trainer in one process, on the same rows in
-the same order. What comes out is what a run writes, with the adapter as plain LoRA.
+"""Trains a method of PEFT like a run of this project: with the stock Trainer in one process, on the same rows in the
+same order. The output is that of a run, with the adapter as plain LoRA.
 """
 
 import dataclasses
@@ -46,8 +46,8 @@ class Peer(Protocol):
     """A method of PEFT.
 
     Attributes:
-        title: What messages call it.
-        own: Settings of its own, plain values: a run with others is another run.
+        title: Its name in messages.
+        own: Its own settings, plain values; a run with other values is another run.
     """
 
     @property
@@ -57,45 +57,45 @@ class Peer(Protocol):
     def own(self) -> Mapping[str, Any]: ...
 
     def adapted(self, config: "RunConfig", resolved: resolve.ResolvedRun, base: PreTrainedModel) -> PeftModel:
-        """The base with this method's adapter, of the run's layers, rank and scale.
+        """The base with this method's adapter, with the run's layers, rank and scale.
 
         Args:
-            config: of the run.
-            resolved: of the run.
-            base: loaded; its random generators have the seed of the adapter.
+            config: the run's configuration.
+            resolved: the resolved run.
+            base: the loaded base; the random generators have the adapter's seed.
         """
         ...
 
     def after_gradients(self, model: PeftModel, step: int) -> None:
-        """What it does in every optimizer step while gradients are there; ``step`` is counted from 1."""
+        """Called in every optimizer step while gradients exist; ``step`` is counted from 1."""
 
     def kept(self, model: PeftModel, resolved: resolve.ResolvedRun) -> Mapping[str, Tensor]:
-        """Layer -> boolean mask of the components that are there now, on the CPU."""
+        """Layer -> boolean mask of the present components, on the CPU."""
         ...
 
     def factors(self, model: PeftModel, resolved: resolve.ResolvedRun) -> Factors:
         """The adapter as plain LoRA.
 
         Raises:
-            ExpectedRunError: it is larger than its budget.
+            ExpectedRunError: the adapter is larger than its budget.
         """
         ...
 
 
 def train_peer(config: "RunConfig", peer: Peer, notice: PreemptionNotice) -> None:
-    """Train as configured and write what a run of this project writes.
+    """Train as configured, and write the files of a run of this project.
 
-    There are no checkpoints to resume from: PEFT's AdaLoRA cannot be resumed after pruning, and a stock Trainer writes
-    none of ours. A run that was stopped begins anew.
+    There are no checkpoints to resume from: PEFT's AdaLoRA cannot be resumed after pruning, and a stock Trainer does
+    not write ours. An interrupted run starts again from step 0.
 
     Args:
-        config: of the run.
-        peer: what is trained.
-        notice: of this process's preemption.
+        config: the run's configuration.
+        peer: method to train.
+        notice: set when this process has received a signal to stop.
 
     Raises:
         ExpectedRunError: the adapter is not finite, or larger than its budget.
-        PreemptedError: the process was told to stop.
+        PreemptedError: the process received a signal to stop.
     """
     tokenizer, data = run_data.read_data(config)
     device = world.connect("none", config.distributed.timeout_minutes).device
@@ -113,7 +113,7 @@ def train_peer(config: "RunConfig", peer: Peer, notice: PreemptionNotice) -> Non
     began, steps = time.monotonic(), resolved.arguments.max_steps
     trainer.train()
     if trainer.state.global_step < steps:
-        raise PreemptedError(f"preempted: {peer.title} begins anew when the same command is started again")
+        raise PreemptedError(f"preempted: {peer.title} starts again from step 0 when the same command is run again")
     tokens = int(resolved.plan.row_lengths(resolved.mixture.lengths).sum())
     run_records.metrics(steps, {"session_seconds": time.monotonic() - began, "session_tokens": tokens})
     _write_result(config, resolved, peer, model, run_records)
@@ -121,19 +121,19 @@ def train_peer(config: "RunConfig", peer: Peer, notice: PreemptionNotice) -> Non
 
 
 def is_mean_of_rows(config: "RunConfig") -> bool:
-    """Whether a micro-batch's loss is a mean over its rows, which the Trainer divides by the accumulation steps; else
-    it is a sum over tokens divided by those of the global batch."""
+    """Whether a micro-batch's loss is a mean over its rows, which the Trainer divides by the accumulation steps.
+    Otherwise it is a sum over tokens, divided by the tokens of the global batch."""
     return TASK_PARTS[config.task].row_losses(config) is not None
 
 
 def base_of(model: PeftModel) -> PreTrainedModel:
-    """The base in a model of PEFT, with the adapter in its layers."""
-    # PEFT's type is that of every base: a module.
+    """The base inside a PEFT model, with the adapter in its layers."""
+    # PEFT's type is only nn.Module.
     return cast(PreTrainedModel, model.get_base_model())
 
 
 def check_finite(title: str, factors: Factors) -> None:
-    """Refuse an adapter that is none.
+    """Refuse an adapter that is not finite.
 
     Raises:
         NonFiniteAdapterError: a factor is NaN or infinite.
@@ -144,10 +144,10 @@ def check_finite(title: str, factors: Factors) -> None:
 
 
 class TaskLoss(nn.Module):
-    """A model of PEFT as an evaluation wants it: its ``loss`` is the task's, without what a method adds to it.
+    """A PEFT model for evaluation: its ``loss`` is the task's, without additional terms of the method.
 
     Args:
-        model: of PEFT.
+        model: the PEFT model.
     """
 
     def __init__(self, model: PeftModel) -> None:
@@ -158,11 +158,11 @@ class TaskLoss(nn.Module):
         return self.base(**batch)
 
     def loss_only(self) -> AbstractContextManager[None]:
-        """The logits are computed in any case."""
+        """Does nothing: the logits are computed in any case."""
         return nullcontext()
 
     def generate(self, **arguments: Any) -> Tensor:
-        # transformers' type is that of every model, of which some do not generate.
+        # transformers' type covers all models, and some of them do not generate.
         output: Tensor = self.base.generate(**arguments)  # type: ignore[operator]
         return output
 
@@ -174,7 +174,7 @@ class TaskLoss(nn.Module):
 def _begin_records(
     config: "RunConfig", resolved: resolve.ResolvedRun, own: Mapping[str, Any]
 ) -> records.RunRecords | None:
-    """Records of a run that begins; None where its folder holds it finished."""
+    """Start the records of a run; None if its folder holds the finished run."""
     run = Path(config.output_dir)
     fingerprint = dataclasses.replace(resolved.fingerprint, others=dict(own))
     earlier = resume.look(run, "auto")
@@ -188,7 +188,7 @@ def _begin_records(
 
 
 def _adapted(config: "RunConfig", resolved: resolve.ResolvedRun, peer: Peer, base: PreTrainedModel) -> PeftModel:
-    """The base with the peer's adapter and the heads that it trains, in float32, started by the run's seed."""
+    """The base with the peer's adapter and trained heads, in float32, initialized by the run's seeds."""
     heads = head_modules(base)
     set_seed(adapter_seed(config))
     model = peer.adapted(config, resolved, base)
@@ -198,7 +198,7 @@ def _adapted(config: "RunConfig", resolved: resolve.ResolvedRun, peer: Peer, bas
 
 
 def _build_trainer(config: "RunConfig", resolved: resolve.ResolvedRun, model: PeftModel) -> Trainer:
-    """The stock Trainer on the rows of a run in their order; it neither saves nor evaluates nor prints."""
+    """The stock Trainer on the run's rows in their order; it does not save, evaluate or print."""
     arguments, parts = resolved.arguments, TASK_PARTS[config.task]
     arguments.train_sampling_strategy = "sequential"
     arguments.save_strategy = "no"
@@ -220,7 +220,7 @@ def _build_trainer(config: "RunConfig", resolved: resolve.ResolvedRun, model: Pe
 def _write_result(
     config: "RunConfig", resolved: resolve.ResolvedRun, peer: Peer, model: PeftModel, run_records: records.RunRecords
 ) -> None:
-    """Check, measure and save what was trained."""
+    """Check, measure and save the trained adapter."""
     factors = peer.factors(model, resolved)
     check_finite(peer.title, factors)
     event = PruneEvent(
@@ -249,7 +249,7 @@ def _write_result(
 
 
 class _PeerCallback(TrainerCallback):
-    """Lets a peer act where gradients are still there, and keeps the records of a run."""
+    """Calls the peer while gradients exist, and writes the run's records."""
 
     def __init__(
         self,
@@ -279,7 +279,7 @@ class _PeerCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, **event: Any) -> None:
         values: dict[str, float] = dict(event["logs"])
         values.pop("train_loss", None)
-        if "loss" in values:  # as the stock Trainer has it, with what the method adds
+        if "loss" in values:  # the stock Trainer's loss, including the method's additional terms
             now, step = time.monotonic(), state.global_step
             kept = self._peer.kept(self._model, self._resolved)
             values["seconds_per_step"] = (now - self._last[1]) / max(step - self._last[0], 1)

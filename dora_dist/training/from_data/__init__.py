@@ -1,1 +1,1 @@
-"""What is made of training rows before the first step: directions to start in, and ranks."""
+"""Uses training rows before the first step: to choose initial directions, and to choose ranks."""

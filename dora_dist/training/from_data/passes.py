@@ -1,7 +1,7 @@
-"""Training rows that go through the model before the first step, while hooks on its layers add up what comes to them.
+"""Passes over training rows before the first step; hooks on the layers accumulate statistics of inputs and gradients.
 
-What a pass adds up is linear in the tokens, so that its sum over the ranks is that of all rows. Rows go through the
-model one at a time, so that there is no padding.
+The statistics are linear in the tokens, so their sum over the ranks is the sum over all rows. Rows are run one at a
+time, without padding.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,20 +19,20 @@ from dora_dist.distributed.agreement import Agreement
 from dora_dist.method.subspaces import EXTRA_PROBES, leading_directions, orthonormal
 
 PASSES = 4
-"""Over all rows, for directions. Even: the gradient's passes make products with its columns and with its rows in turn.
-"""
+"""Passes over all rows that find directions. Even, because with gradients the passes alternate between products with
+the matrix and with its transpose."""
 
 
 class Calibration(Protocol):
-    """What is made of training rows.
+    """A quantity that is computed from training rows.
 
     Attributes:
-        setting: the key of the configuration that asks for it, and its value.
-        instead: what to set that key to where it cannot be made.
-        of_gradient: whether it is made of gradients, and not of inputs alone.
-        num_passes: over the rows.
-        rows: numbers of the training rows.
-        seed: of the probes, and of what is random in the base.
+        setting: configuration key and value that ask for it, for messages.
+        instead: another value for that key, suggested where the quantity cannot be computed.
+        of_gradient: whether it needs gradients, or inputs alone.
+        num_passes: number of passes over the rows.
+        rows: indices of the training rows.
+        seed: seed of the probes and of randomness in the base.
     """
 
     @property
@@ -55,12 +55,12 @@ class Calibration(Protocol):
 
 
 Add = Callable[[Tensor, Tensor], None]
-"""Adds up what the tokens of two tensors say, of shapes ``(..., in)`` and ``(..., in or out)``: the input of a layer,
-and what the sum's other vectors are, the same input or the gradient of its output."""
+"""Accumulates a statistic of two tensors, shapes ``(..., in)`` and ``(..., in or out)``: a layer's input, and either
+the same input or the gradient of the layer's output."""
 
 
 class Columns:
-    """Columns for each of several layers, shape ``(width, number)``: views of one flat tensor."""
+    """A matrix of shape ``(width, number)`` for each of several layers; all are views of one flat tensor."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, int]], like: Tensor) -> None:
         sizes = [width * number for width, number in shapes.values()]
@@ -72,15 +72,15 @@ class Columns:
 
 @dataclass(frozen=True)
 class Rows:
-    """Training rows that go through the model."""
+    """Runs training rows through the model."""
 
     model: DynamicLoraModel
     loss_of_row: Callable[[int], Tensor]
     calibration: Calibration
 
     def run(self, numbers: Sequence[int]) -> None:
-        """Forward, and with ``gradient`` backward, of these rows one by one. What is random in the base depends on the
-        row only, and no other random state moves."""
+        """Run these rows one by one: forward, and backward if the calibration needs gradients. Randomness in the base
+        depends on the row only, and no other random state changes."""
         device = self.model.device
         backward = self.calibration.of_gradient
         for number in numbers:
@@ -94,7 +94,7 @@ class Rows:
 def draw_probes(
     layers: Mapping[str, DynamicLoraLinear], groups: Mapping[str, Sequence[str]], calibration: Calibration
 ) -> Columns:
-    """Random ones for the first layer of each group, shape ``(in, probes)``."""
+    """Random orthonormal probes for the first layer of each group, shape ``(in, probes)``."""
     shapes = {}
     for name, group in groups.items():
         layer = layers[name]
@@ -111,11 +111,11 @@ def draw_probes(
 def next_probes(
     number: int, layers: Mapping[str, DynamicLoraLinear], probes: Columns, rows: Rows, agreement: Agreement
 ) -> Columns:
-    """What a pass makes of the probes: orthonormal, the same bits on every rank. After the last pass, the columns are
-    the directions, the largest first."""
+    """The probes after one more pass: orthonormal, with the same bits on every rank. After the last pass, their columns
+    are the directions, the largest first."""
     sums = products_of(number, layers, probes, rows, agreement)
     with agreement.together(f"the directions of pass {number}"):
-        if agreement.is_first:  # kinds of processors differ in the last bits of a decomposition
+        if agreement.is_first:  # the last bits of a decomposition depend on the processor
             for part in sums.parts.values():
                 last = number == PASSES
                 part.copy_(leading_directions(part, part.shape[1]).T if last else orthonormal(part))
@@ -126,7 +126,7 @@ def next_probes(
 def products_of(
     number: int, layers: Mapping[str, DynamicLoraLinear], probes: Columns, rows: Rows, agreement: Agreement
 ) -> Columns:
-    """What a pass finds: products of each layer's matrix over all rows with its probes, the sum over the ranks."""
+    """Products of each layer's matrix with its probes from one pass over all rows, summed over the ranks."""
     to_outputs = rows.calibration.of_gradient and number % 2 == 1
     shapes = {
         name: (len(layers[name].lora_b) if to_outputs else layers[name].lora_a.shape[1], part.shape[1])
@@ -146,18 +146,18 @@ def add_up_rows(
     rows: Rows,
     agreement: Agreement,
 ) -> None:
-    """A pass over all rows, which the ranks share.
+    """Make one pass over all rows, which the ranks share.
 
     Args:
-        number: of the pass, counted from 1.
-        layers: by name.
-        adders: for the layers that are looked at, what adds to ``sums`` what comes to the layer.
-        sums: becomes the sum over the ranks.
-        rows: that go through the model.
-        agreement: over the ranks.
+        number: number of the pass, counted from 1.
+        layers: adapted layers by name.
+        adders: for each observed layer, the function that adds its statistic to ``sums``.
+        sums: afterwards holds the sum over the ranks.
+        rows: rows to run through the model.
+        agreement: collectives over the ranks.
 
     Raises:
-        ValueError: no row has reached a layer, or what has is not finite; on all ranks.
+        ValueError: a layer's statistic is 0 because no row reached it, or is not finite; on all ranks.
         RankFailedError: a rank has failed; on all ranks.
     """
     made_of = rows.calibration
@@ -175,19 +175,19 @@ def _check_reached(sums: Columns, calibration: Calibration) -> None:
         if not torch.isfinite(part).all():
             raise ValueError(
                 f"{calibration.setting}, but {name} has {what} that is not finite, in {len(calibration.rows)} training "
-                f"rows: set {calibration.instead}, or find out what the base makes of them"
+                f"rows: set {calibration.instead}, or check these rows and the base's output on them"
             )
         if not part.any():
             raise ValueError(
                 f"{calibration.setting}, but none of {len(calibration.rows)} training rows has given {name} "
-                f"{what} other than 0: raise adapter.calibration_rows, leave the layer out of adapter.target_modules, "
+                f"{what} other than 0: raise adapter.calibration_rows, remove the layer from adapter.target_modules, "
                 f"or set {calibration.instead}"
             )
 
 
 @contextmanager
 def _observed(layers: Mapping[str, DynamicLoraLinear], adders: Mapping[str, Add], of_gradient: bool) -> Iterator[None]:
-    """While it lasts, show what comes to layers to their adders."""
+    """Calls the adders with the observed layers' tensors inside the block."""
     handles = []
     for name, add in adders.items():
         if of_gradient:
@@ -202,7 +202,7 @@ def _observed(layers: Mapping[str, DynamicLoraLinear], adders: Mapping[str, Add]
 
 
 def _adder(probes: Tensor, total: Tensor, to_outputs: bool) -> Add:
-    """``total += sum other (x' probes)`` with ``to_outputs``, and ``total += sum x (other' probes)`` otherwise."""
+    """``total += sum other (x' probes)`` with ``to_outputs``, otherwise ``total += sum x (other' probes)``."""
 
     @torch.no_grad()
     def add(x: Tensor, other: Tensor) -> None:
@@ -225,7 +225,7 @@ def _reader(add: Add) -> Callable[..., None]:
 
 
 def _tap(add: Add) -> Callable[..., Tensor]:
-    anchor = torch.zeros((), requires_grad=True)  # nothing below the first layer needs a gradient
+    anchor = torch.zeros((), requires_grad=True)  # makes autograd run where nothing below needs a gradient
 
     def tap(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         tapped: Tensor = _Tap.apply(output, inputs[0], anchor, add)  # type: ignore[no-untyped-call]
@@ -235,14 +235,14 @@ def _tap(add: Add) -> Callable[..., Tensor]:
 
 
 class _Tap(torch.autograd.Function):
-    """A layer's output as it is. In the backward its gradient and the layer's input are looked at together; the input
-    is one that gradient checkpointing computes again, as any that a layer keeps."""
+    """Returns a layer's output unchanged. The backward passes the layer's input and the output's gradient to the adder.
+    The input is a saved tensor, so gradient checkpointing recomputes it like any other."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, x: Tensor, anchor: Tensor, add: Add) -> Tensor:
         ctx.save_for_backward(x)
         ctx.add = add
-        return output.clone()  # a view could not be changed in place, which some models do
+        return output.clone()  # some models change the output in place, which a view would not allow
 
     @staticmethod
     @once_differentiable
@@ -254,7 +254,7 @@ class _Tap(torch.autograd.Function):
 
 @contextmanager
 def as_in_training(model: DynamicLoraModel) -> Iterator[None]:
-    """Compute as in training, but let no parameter have a gradient."""
+    """Computes as in training, without gradients for parameters."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     was_training = model.training
     model.train()

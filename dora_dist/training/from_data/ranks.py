@@ -1,9 +1,9 @@
-"""Ranks from training rows, before the first step: by the gradients of the frozen weights.
+"""Chooses ranks from training rows before the first step, by the gradients of the frozen weights.
 
-``gradient_spectrum`` takes the singular values of every layer's gradient, found as the directions of ``adapter.init:
-gradient`` are, without building the matrix. ``weight_gradient`` is GoRA's measure (2025), the mean of ``|W o G|`` over
-the elements of a layer: an absolute value is not linear in the tokens, so that the whole gradient of a layer is added
-up over all rows and ranks before it is taken. So many layers are looked at in a pass as
+``gradient_spectrum`` uses the leading singular values of every layer's gradient. They are found like the directions of
+``adapter.init: gradient``, without building the matrix. ``weight_gradient`` is GoRA's measure (2025), the mean of
+``|W o G|`` over a layer's elements. An absolute value is not linear in the tokens, so the layer's whole gradient is
+first summed over all rows and ranks. One pass handles as many layers as
 :data:`~dora_dist.method.ranks.LARGEST_GRADIENT` allows.
 """
 
@@ -37,14 +37,14 @@ from dora_dist.training.from_data.passes import (
 
 @dataclass(frozen=True, kw_only=True)
 class RankChoice:
-    """How the ranks of a run are made from data.
+    """How a run's ranks are chosen from data.
 
     Attributes:
         ranks: ``gradient_spectrum`` or ``weight_gradient``.
-        rows: numbers of the training rows that they are made from.
-        seed: of the probes, and of what is random in the base.
-        target_rank: of a uniform adapter of the same budget.
-        groups: the layers that are looked at in one pass, of every pass; for ``weight_gradient``.
+        rows: indices of the training rows.
+        seed: seed of the probes and of randomness in the base.
+        target_rank: rank of a uniform adapter with the same budget.
+        groups: layers handled together in each pass; for ``weight_gradient``.
     """
 
     ranks: str
@@ -55,22 +55,22 @@ class RankChoice:
 
     @property
     def of_gradient(self) -> bool:
-        """They are made of gradients."""
+        """Always True: both measures need gradients."""
         return True
 
     @property
     def num_passes(self) -> int:
-        """Over all rows."""
+        """Number of passes over all rows."""
         return PASSES if self.ranks == GRADIENT_SPECTRUM else len(self.groups)
 
     @property
     def setting(self) -> str:
-        """For messages."""
+        """The configuration key and its value, for messages."""
         return f"adapter.ranks is {self.ranks}"
 
     @property
     def instead(self) -> str:
-        """For messages."""
+        """A setting that needs no training rows, for messages."""
         return "adapter.ranks to uniform"
 
 
@@ -81,20 +81,20 @@ def choose_ranks(
     budget: Budget,
     agreement: Agreement,
 ) -> dict[str, int]:
-    """How many components each layer shall have, on every rank the same.
+    """Choose how many components each layer gets; the same on every rank.
 
     Args:
-        model: with its adapter at a start at which it computes what its base computes.
-        loss_of_row: the task loss of a training row by its number, a sum over its targets; a scalar.
-        choice: by what, from which rows.
-        budget: what the components may cost together, in parameters.
-        agreement: over the ranks, which share the rows.
+        model: model whose adapter is at a start that leaves the base's function unchanged.
+        loss_of_row: maps the index of a training row to its task loss, summed over its targets; a scalar.
+        choice: measure and rows to choose by.
+        budget: budget of all components, in parameters.
+        agreement: collectives over the ranks, which share the rows.
 
     Returns:
-        Layer name -> components, at most as many as the layer has slots.
+        Layer name -> number of components, at most the layer's slots.
 
     Raises:
-        ValueError: no row has reached a layer, or what has is not finite; on all ranks.
+        ValueError: no row has reached a layer, or its gradient is not finite; on all ranks.
         RankFailedError: a rank has failed; on all ranks.
     """
     layers = model.adapted_layers()
@@ -109,8 +109,8 @@ def choose_ranks(
             ranks = by_weight_gradient(importance, budget.costs, budget.final, slots, choice.target_rank)
     empty = sum(not rank for rank in ranks.values())
     say(
-        f"ranks from {len(choice.rows)} training rows ({choice.setting}): {min(ranks.values())} to "
-        f"{max(ranks.values())} components a layer, {sum(ranks.values())} together"
+        f"chose ranks from {len(choice.rows)} training rows ({choice.setting}): {min(ranks.values())} to "
+        f"{max(ranks.values())} components a layer, {sum(ranks.values())} in total"
         + (f"; {empty} of {len(ranks)} layers have none" if empty else "")
     )
     return ranks
@@ -122,7 +122,8 @@ def spectra_of_gradients(
     """Leading singular values of the gradient of every layer's frozen weight, over all rows.
 
     Returns:
-        Layer name -> shape ``(slots,)``, float64 on the CPU, the largest first; the same bits on every rank.
+        Layer name -> singular values, shape ``(slots,)``, float64 on the CPU, the largest first; the same bits on every
+        rank.
     """
     probes = draw_probes(layers, {name: [name] for name in layers}, rows.calibration)
     for number in range(1, PASSES):
@@ -132,7 +133,7 @@ def spectra_of_gradients(
     found = torch.zeros(sum(sizes), dtype=torch.float64, device=products.flat.device)
     spectra = dict(zip(layers, found.split(sizes), strict=True))
     with agreement.together("the spectra of the gradients"):
-        if agreement.is_first:  # kinds of processors differ in the last bits of a decomposition
+        if agreement.is_first:  # the last bits of a decomposition depend on the processor
             for name, part in products.parts.items():
                 spectra[name].copy_(torch.linalg.svdvals(part.double())[: len(spectra[name])])
     agreement.take_first(found)
@@ -142,8 +143,8 @@ def spectra_of_gradients(
 def weight_gradients(
     layers: Mapping[str, DynamicLoraLinear], groups: Sequence[Sequence[str]], rows: Rows, agreement: Agreement
 ) -> dict[str, float]:
-    """GoRA's importance of every layer, the mean of ``|W o G|`` over the elements of its frozen weight, where G is the
-    gradient of the loss of all rows: in a pass for each of ``groups``, whose gradients are in memory at once.
+    """GoRA's importance of every layer: the mean of ``|W o G|`` over the elements of its frozen weight, where G is the
+    gradient of all rows' summed loss. Each group takes one pass, with its layers' gradients in memory at once.
 
     Returns:
         Layer name -> importance; the same bits on every rank.
@@ -159,7 +160,7 @@ def weight_gradients(
             for name, gradient in gradients.parts.items():
                 weight = dequantized_weight(layers[name].base_layer, gradient.dtype)
                 found[places[name]] = gradient.mul_(weight).abs_().mean(dtype=torch.float64)
-        del gradients, adders  # before those of the next pass
+        del gradients, adders  # frees the memory before the next pass
     agreement.take_first(found)
     return dict(zip(layers, found.tolist(), strict=True))
 

@@ -1,10 +1,10 @@
-"""The start of an adapter from training rows: ``a_i`` along directions that matter, ``b_i = 0``, ``c_i = 1``.
+"""Starts an adapter from training rows: ``a_i`` along informative directions, ``b_i = 0``, ``c_i = 1``.
 
-With ``inputs`` these are the principal directions of what a layer reads, over all tokens x of the rows: eigenvectors of
-``sum x x'``. With ``gradient`` they are the right singular vectors of the gradient of the layer's frozen weight,
-``sum g x'``, where g is the gradient of the loss by the layer's output. Neither matrix is built: a few probes a layer
-go through the rows again and again (:mod:`dora_dist.method.subspaces`). With ``lora_one`` one more pass gives what the
-singular vectors have on the other side, and ``b_i`` is not 0: the adapter is a step down the gradient.
+With ``inputs``, the directions are the principal directions of a layer's inputs x over all tokens of the rows, the
+eigenvectors of ``sum x x'``. With ``gradient``, they are the right singular vectors of the frozen weight's gradient,
+``sum g x'``, where g is the gradient of the loss with respect to the layer's output. Neither matrix is built: a few
+probes per layer are multiplied in repeated passes over the rows (:mod:`dora_dist.method.subspaces`). With ``lora_one``,
+one more pass gives the left singular vectors, and ``b_i`` is not 0: the adapter is one step down the gradient.
 """
 
 import weakref
@@ -31,19 +31,19 @@ from dora_dist.training.from_data.passes import (
 )
 
 GAMMA = 128
-"""Divides LoRA-One's step (Zhang, Liu and Chen, 2025)."""
+"""Divisor of LoRA-One's step (Zhang, Liu and Chen, 2025)."""
 LENGTH = 3**-0.5
-"""Root mean square length of the rows a_i as LoRA draws them, which is the scale that learning rates are right for."""
+"""Root mean square length of the rows a_i in LoRA's start, the scale that usual learning rates fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataStart:
-    """How an adapter starts from data.
+    """How an adapter's start is computed from data.
 
     Attributes:
         init: ``inputs``, ``gradient`` or ``lora_one``.
-        rows: numbers of the training rows that it is made from.
-        seed: of the probes, and of what is random in the base.
+        rows: indices of the training rows.
+        seed: seed of the probes and of randomness in the base.
     """
 
     init: str
@@ -52,28 +52,28 @@ class DataStart:
 
     @property
     def of_gradient(self) -> bool:
-        """Whether it is made of gradients, and not of inputs alone."""
+        """Whether the start needs gradients, or inputs alone."""
         return self.init != INPUTS
 
     @property
     def num_passes(self) -> int:
-        """Over all rows."""
+        """Number of passes over all rows."""
         return PASSES + (self.init == LORA_ONE)
 
     @property
     def setting(self) -> str:
-        """For messages."""
+        """The configuration key and its value, for messages."""
         return f"adapter.init is {self.init}"
 
     @property
     def instead(self) -> str:
-        """For messages."""
+        """A setting that needs no training rows, for messages."""
         return "adapter.init to lora"
 
 
 def spread(count: int, num_rows: int) -> tuple[int, ...]:
-    """Numbers of ``count`` rows, or of all where there are fewer, spread over the data: rows that follow each other may
-    have been sorted."""
+    """Indices of ``count`` rows (all, where there are fewer), spread evenly over the data, because the data may be
+    sorted."""
     count = min(count, num_rows)
     return tuple(number * num_rows // count for number in range(count))
 
@@ -81,17 +81,17 @@ def spread(count: int, num_rows: int) -> tuple[int, ...]:
 def start_from_data(
     model: DynamicLoraModel, loss_of_row: Callable[[int], Tensor], start: DataStart, agreement: Agreement
 ) -> None:
-    """Turn the rows ``a_i`` of every layer to directions from data, and with ``lora_one`` give ``b_i`` values too, on
-    every rank to the same bits.
+    """Set the rows ``a_i`` of every layer to directions from data. With ``lora_one``, set ``b_i`` too. Every rank gets
+    the same bits.
 
     Args:
-        model: with its adapter at LoRA's start, so that it computes what its base computes.
-        loss_of_row: the task loss of a training row by its number, a sum over its targets; a scalar.
+        model: model whose adapter is at LoRA's start: it computes what its base computes.
+        loss_of_row: maps the index of a training row to its task loss, summed over its targets; a scalar.
         start: which directions, from which rows.
-        agreement: over the ranks, which share the rows.
+        agreement: collectives over the ranks, which share the rows.
 
     Raises:
-        ValueError: no row has reached a layer, or what has is not finite; on all ranks.
+        ValueError: no row has reached a layer, or its inputs or gradient are not finite; on all ranks.
         RankFailedError: a rank has failed; on all ranks.
     """
     layers = model.adapted_layers()
@@ -100,7 +100,7 @@ def start_from_data(
         if start.of_gradient:
             groups = {name: [name] for name in layers}
         else:
-            with agreement.together("looking which layers read one tensor"):
+            with agreement.together("finding layers that read the same tensor"):
                 groups = _read_together(layers, rows)
         probes = draw_probes(layers, groups, start)
         for number in range(1, PASSES + 1):
@@ -115,14 +115,14 @@ def start_from_data(
                 if images is not None:
                     columns = images.parts[leader][:, :rank]
                     write_entries(layer.lora_b, columns, torch.ones_like(layer.lora_b, dtype=torch.bool))
-    moved = ", one step down their gradient and not the base" if images is not None else ""
+    moved = ", one step down their gradient instead of at the base" if images is not None else ""
     say(f"the adapter starts from {len(start.rows)} training rows{moved} (adapter.init {start.init})")
 
 
 def _images(layers: Mapping[str, DynamicLoraLinear], probes: Columns, rows: Rows, agreement: Agreement) -> Columns:
-    """LoRA-One's start from the right singular vectors of each layer's gradient G. With ``-G = U S V'``, S divided by
-    its first entry: columns ``b_k = u_k sqrt(S_k / gamma)``, shape ``(out, probes)``; the probes become
-    ``a_k = v_k sqrt(S_k / gamma)``."""
+    """LoRA-One's start from the right singular vectors of each layer's gradient G. With ``-G = U S V'`` and S divided
+    by its first entry, the result holds ``b_k = u_k sqrt(S_k / gamma)``, shape ``(out, probes)``, and the probes are
+    overwritten with ``a_k = v_k sqrt(S_k / gamma)``."""
     images = products_of(PASSES + 1, layers, probes, rows, agreement)
     with agreement.together("LoRA-One's start"):
         if agreement.is_first:
@@ -137,8 +137,8 @@ def _images(layers: Mapping[str, DynamicLoraLinear], probes: Columns, rows: Rows
 
 
 def _read_together(layers: Mapping[str, DynamicLoraLinear], rows: Rows) -> dict[str, list[str]]:
-    """First layer -> all layers that read the same tensor, found out by the first row. A layer that this row does not
-    come to is alone."""
+    """First layer -> all layers that read the same tensor, determined with the first row. A layer that this row does
+    not reach is in a group of its own."""
     leaders: dict[str, str] = {}
     seen: list[tuple[str, weakref.ref[Tensor], int]] = []
 

@@ -1,1 +1,1 @@
-"""What an event does to the components: one class for each value of ``pruning.rule``, and what it scores by."""
+"""Pruning rules: one class for each value of ``pruning.rule``, and the scores measured at events."""

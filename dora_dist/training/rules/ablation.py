@@ -1,10 +1,11 @@
-"""What the model loses without a component, and what one gives alone (ALoRA, Liu et al., NAACL 2024, equation 6).
+"""Scores by ablation: the loss without a component minus the loss with it alone (ALoRA, Liu et al., NAACL 2024,
+equation 6).
 
-With the loss CE on a fixed batch, M the model with all components that are alive, M\\r without r, and M_r with r alone,
-the score is ``CE(M\\r) - CE(M_r)``; the paper's ``S(M)`` is the same for all and left out. As functions of the gates,
-both are the loss at corners of one cube. To second order the score is ``-c_r (dL/dc_r at the gates + dL/dc_r at 0)``,
-up to the same constant ``CE(M_0) - CE(M)`` of all: exact for a loss that is quadratic in the gates, and twice the
-trapezoid of the integrated gradient between the base and M. Scores are signed.
+CE is the loss on a fixed batch, M the model with all live components, M\\r the model without component r, and M_r the
+model with r alone. The score is ``CE(M\\r) - CE(M_r)``; the paper's ``S(M)`` is the same for all r and is omitted. As
+functions of the gates, both losses are taken at corners of one cube. To second order the score is
+``-c_r (dL/dc_r at the gates + dL/dc_r at 0)``, up to the constant ``CE(M_0) - CE(M)``: exact for a loss that is
+quadratic in the gates, and twice the trapezoid of the integrated gradient between the base and M. Scores are signed.
 """
 
 import time
@@ -22,18 +23,19 @@ from dora_dist.method.importance import Components
 from dora_dist.training.criterion import Criterion
 
 Losses = Sequence[Callable[[], Tensor]]
-"""For every row of the fixed batch, its loss, a scalar. The batch's is their sum. The same on every rank."""
+"""One function for each row of the fixed batch, returning the row's loss, a scalar. The batch's loss is their sum. The
+same on every rank."""
 
 
 class Ablation(Criterion):
-    """The importance of components at the moment of an event, on rows that are held back from training.
+    """Importance measured at an event, on rows that are held back from training.
 
     Args:
-        model: with the components.
-        exact: by :func:`ablation_scores`, otherwise by :func:`ablation_gradient_scores`.
+        model: model with the components.
+        exact: use :func:`ablation_scores`; otherwise :func:`ablation_gradient_scores`.
 
     Attributes:
-        losses: Of the rows; given when all is there that makes a loss of a row.
+        losses: Losses of the held-back rows; assigned once everything that a row's loss needs exists.
     """
 
     at_events_only = True
@@ -55,7 +57,7 @@ class Ablation(Criterion):
 
     def rescore(self, layers: Sequence[Components]) -> None:
         raise ValueError(
-            "importance ablation is scored by the model as it is: set pruning.rebase to false, or choose another "
+            "importance ablation is measured on the model as it is: set pruning.rebase to false, or choose another "
             "pruning.importance"
         )
 
@@ -67,22 +69,22 @@ class Ablation(Criterion):
 def ablation_scores(
     model: nn.Module, layers: Sequence[DynamicLoraLinear], losses: Losses, agreement: Agreement
 ) -> Tensor:
-    """``CE(M\\r) - CE(M_r)`` for every component that is alive, by running the model without it and with it alone.
+    """``CE(M\\r) - CE(M_r)`` for every live component, by running the model without it and with it alone.
 
-    Every number is computed once, by one rank, over the whole batch: there is nothing that ranks could make different.
-    The first rank says how long it will take, when it knows the time of one component.
+    Every score is computed once, by one rank, over the whole batch; ranks therefore cannot disagree about it. The first
+    rank prints the expected duration after its first component.
 
     Args:
-        model: whose components these are; it computes as in evaluation.
+        model: model with these components; it computes as in evaluation.
         layers: all adapted layers, the same on every rank.
-        losses: of the fixed batch.
-        agreement: over the ranks.
+        losses: losses of the fixed batch's rows.
+        agreement: collectives over the ranks.
 
     Returns:
-        Shape ``(components,)``, float64, in the order of ``layers``; 0 for those that a mask leaves out.
+        Shape ``(components,)``, float64, in the order of ``layers``; 0 for masked components.
 
     Raises:
-        ValueError: a loss is not finite; on all ranks, if it is on all of them.
+        ValueError: a loss is not finite; on all ranks if that is so on all of them.
         RankFailedError: a rank has failed; on all ranks.
     """
     masks = [layer.component_mask.clone() for layer in layers]
@@ -115,21 +117,21 @@ def ablation_scores(
 def ablation_gradient_scores(
     model: nn.Module, layers: Sequence[DynamicLoraLinear], losses: Losses, agreement: Agreement
 ) -> Tensor:
-    """``-c_r (dL/dc_r at the gates + dL/dc_r at gates of 0)`` for every component that is alive: two backward passes.
+    """``-c_r (dL/dc_r at the gates + dL/dc_r at gates of 0)`` for every live component, by two backward passes.
 
-    The ranks share the rows of the batch. No parameter gets a gradient, and no engine sees the passes.
+    The ranks share the batch's rows. No parameter's ``.grad`` is set, and no engine takes part in the passes.
 
     Args:
-        model: whose components these are; it computes as in evaluation.
+        model: model with these components; it computes as in evaluation.
         layers: all adapted layers, the same on every rank.
-        losses: of the fixed batch.
-        agreement: over the ranks.
+        losses: losses of the fixed batch's rows.
+        agreement: collectives over the ranks.
 
     Returns:
-        Shape ``(components,)``, float64, in the order of ``layers``; 0 for those that a mask leaves out.
+        Shape ``(components,)``, float64, in the order of ``layers``; 0 for masked components.
 
     Raises:
-        ValueError: a gradient is not finite; on all ranks, if it is on all of them.
+        ValueError: a gradient is not finite; on all ranks if that is so on all of them.
         RankFailedError: a rank has failed; on all ranks.
     """
     gates = [layer.gate for layer in layers]
@@ -150,18 +152,18 @@ def ablation_gradient_scores(
 
 
 def _sum(losses: Losses) -> float:
-    """Of the rows, in float64."""
+    """Sum of the rows' losses, in float64."""
     total = sum(float(loss().double()) for loss in losses)
     if not torch.isfinite(torch.tensor(total)):
         raise ValueError(
-            f"the loss of the scoring rows is {total}, so that no component can be scored: find out what the model "
-            "makes of them, or choose another pruning.importance"
+            f"the loss of the scoring rows is {total}, so no component can be scored: check these rows and the model's "
+            "output on them, or choose another pruning.importance"
         )
     return total
 
 
 def _gate_gradients(gates: Sequence[nn.Parameter], losses: Losses) -> Tensor:
-    """Sum over the rows of the gradient of their loss by all gates, shape ``(components,)``, float64."""
+    """Gradient of the rows' summed loss with respect to all gates, shape ``(components,)``, float64."""
     total = torch.zeros(sum(gate.numel() for gate in gates), dtype=torch.float64, device=gates[0].device)
     for loss in losses:
         with torch.enable_grad():
@@ -169,15 +171,15 @@ def _gate_gradients(gates: Sequence[nn.Parameter], losses: Losses) -> Tensor:
         total += torch.cat([gradient.double() for gradient in gradients])
     if not torch.isfinite(total).all():
         raise ValueError(
-            "the gradient of the scoring rows' loss is not finite, so that no component can be scored: find out what "
-            "the model makes of them, or choose another pruning.importance"
+            "the gradient of the scoring rows' loss is not finite, so no component can be scored: check these rows and "
+            "the model's output on them, or choose another pruning.importance"
         )
     return total
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout."""
+    """Switches dropout off."""
     was_training = model.training
     model.eval()
     try:
@@ -188,7 +190,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _masks_restored(layers: Sequence[DynamicLoraLinear], masks: Sequence[Tensor]) -> Iterator[None]:
-    """Masks may be changed; in the end they are ``masks`` again."""
+    """Allows changes to the masks, and restores them to ``masks`` at the end."""
     try:
         yield
     finally:
@@ -198,7 +200,8 @@ def _masks_restored(layers: Sequence[DynamicLoraLinear], masks: Sequence[Tensor]
 
 @contextmanager
 def _gates_restored(gates: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
-    """Gates may be changed, and have gradients, also where they are not trained; in the end they are ``values``."""
+    """Allows changes to the gates and gives them gradients, even if untrained; restores them to ``values`` at the
+    end."""
     trained = [gate.requires_grad for gate in gates]
     try:
         for gate in gates:

@@ -1,8 +1,8 @@
-"""``pruning.rule: grow``: layers start with few components, and events give the best ones more, up to the budget (Zhang
-et al., 2023, IncreLoRA).
+"""``pruning.rule: grow``: layers start with few components, and each event gives more to the best layers, up to the
+budget (Zhang et al., 2023, IncreLoRA).
 
-Every layer has slots, more than it has components. The next free one holds a reserve: a component whose gate stays at
-:data:`RESERVE_GATE`, so that its row and column train before it counts (the paper's advance learning).
+Every layer has more slots than components. The next free slot holds a reserve: a component whose gate stays at
+:data:`RESERVE_GATE`. Its row and column thus train before the component counts (the paper's advance learning).
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,21 +19,21 @@ from dora_dist.training.rules.masks import set_mask
 from dora_dist.training.rules.rule import Masks, Rule
 
 RESERVE_GATE = 1e-5
-"""``c_i`` of a component that waits; from there it grows when it is granted (the paper's lambda)."""
+"""``c_i`` of a reserve (the paper's lambda). Once the component is granted, its gate grows from this value."""
 
 
 class Grow(Rule):
-    """The layers with the highest scores get a component each, as far as the budget of the step goes; see
+    """The layers with the highest scores get one component each, within the budget of the step; see
     :func:`~dora_dist.method.growing.grow_components`.
 
-    A component that is granted keeps its vectors, its gate and what the optimizer remembers of them: the function does
-    not change. From then on its gate trains too, and for ``warmup`` steps all of it learns at a rate that rises from
-    ``1 / warmup`` of the run's. A new reserve takes the next slot, whose ``a_i`` and ``b_i`` are those of the start.
-    After the final event there is none: it takes its ``c_i b_i (a_i . x)``, of ``c_i = 1e-5``, out of the function.
+    A granted component keeps its vectors, its gate and its optimizer state, and the function does not change. From then
+    on its gate trains too. For ``warmup`` steps, its learning rate rises from ``1 / warmup`` of the run's to all of it.
+    A new reserve takes the next slot; its ``a_i`` and ``b_i`` are those of the start. After the final event there is no
+    reserve. Removing the last one takes ``c_i b_i (a_i . x)``, with ``c_i = 1e-5``, out of the function.
 
     Args:
-        layers: Adapted layers by name, with the components alive that the run starts with; the same on every rank.
-        budget: What their components may cost, which rises over the run.
+        layers: Adapted layers by name, each with its initial live components; the same on every rank.
+        budget: Budget of the layers' components, which rises over the run.
         warmup: Optimizer steps until a new component learns at the run's rate, at least 1.
     """
 
@@ -45,7 +45,7 @@ class Grow(Rule):
         self._budget = budget
         self._warmup = warmup
         sizes = [len(layer.gate) for layer in self._layers.values()]
-        # The step after which each component was granted: those of the start learn at the run's rate from the first.
+        # The step after which each component was granted. Initial components learn at the run's rate from step 1.
         self._granted = torch.full((sum(sizes),), -warmup)
         self._granted_of = dict(zip(self._layers, self._granted.split(sizes), strict=True))
 
@@ -58,7 +58,7 @@ class Grow(Rule):
             _let_live(layer, kept[name], _reserve(kept[name]))
 
     def select(self, step: int, scores: Mapping[str, Tensor], kept: Masks) -> Masks:
-        """``scores`` have the score of the layer at each of its components."""
+        """``scores`` repeat the layer's score at each of its components."""
         first = torch.stack([scores[name][0] for name in self._layers]).tolist()
         of_layers = dict(zip(self._layers, first, strict=True))
         grown = grow_components(of_layers, kept, self._budget.costs, self._budget.at(step))
@@ -71,7 +71,7 @@ class Grow(Rule):
             _let_live(layer, chosen[name], torch.zeros_like(chosen[name]) if final else _reserve(chosen[name]))
 
     def rates(self, step: int, kept: Masks) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """The gate of a reserve does not learn at all, whatever the optimizer makes of it."""
+        """The gate of a reserve has rate 0, whatever the optimizer does with it."""
         for name, layer in self._layers.items():
             share = ((step - self._granted_of[name]) / self._warmup).clamp(max=1)
             of_gate = share
@@ -85,13 +85,13 @@ class Grow(Rule):
 
 
 def _reserve(kept: Tensor) -> Tensor:
-    """The slot of a layer's reserve, boolean mask of shape ``(slots,)``; none where all slots have components."""
+    """Boolean mask of the layer's reserve slot, shape ``(slots,)``; all False where every slot has a component."""
     return first_free(kept, 1)
 
 
 @torch.no_grad()
 def _let_live(layer: DynamicLoraLinear, kept: Tensor, reserve: Tensor) -> None:
-    """Unmask these components, and mask all others. What was masked starts with the gate of a reserve."""
+    """Unmask these components and mask all others. A component that was masked starts with the gate of a reserve."""
     alive = (kept | reserve).to(layer.gate.device)
     new = alive & ~layer.component_mask
     zero_entries(layer.gate, alive)

@@ -1,4 +1,4 @@
-"""A mask given to a layer, with what depends on it."""
+"""Sets the component mask of a layer, and updates what depends on it."""
 
 import torch
 from torch import Tensor
@@ -9,12 +9,12 @@ from dora_dist.distributed.engine import scale_entries
 
 @torch.no_grad()
 def set_mask(layer: DynamicLoraLinear, mask: Tensor) -> None:
-    """Leave components out for good, or take them in. A scale that depends on how many there are follows, and what it
-    gains or loses goes into ``lora_b`` and its master copy: what stays computes what it did.
+    """Mask components out or in. If the layer's scale depends on their number, the scale changes, and ``lora_b`` and
+    its master copy are multiplied by the inverse factor: the remaining components compute what they did before.
 
     Args:
-        layer: any.
-        mask: boolean, shape ``(r,)``, on any device; False where a component contributes nothing.
+        layer: any adapted layer.
+        mask: boolean, shape ``(r,)``, on any device; False for components that contribute nothing.
     """
     layer.component_mask.copy_(mask)
     factor = layer.follow_mask()

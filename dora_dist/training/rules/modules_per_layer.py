@@ -1,5 +1,5 @@
-"""``pruning.rule: modules_per_layer``: one event leaves the best modules of every block, and plans their ranks for
-other runs (after FanLoRA, Tian et al., EMNLP 2024)."""
+"""``pruning.rule: modules_per_layer``: one event keeps the best modules of every block, and plans their ranks for later
+runs (after FanLoRA, Tian et al., EMNLP 2024)."""
 
 from collections.abc import Mapping
 
@@ -16,13 +16,13 @@ from dora_dist.training.rules.rule import Masks, Rule
 
 
 class ModulesPerLayer(Rule):
-    """The modules with the highest scores of every block keep all their components, the others lose theirs; see
+    """The modules with the highest scores in every block keep all their components; the others lose all. See
     :func:`~dora_dist.method.modules.select_modules`.
 
     Args:
         layers: Adapted layers by name; the same names on every rank.
-        budget: What the components of the plan may cost; that of all components of ``layers``.
-        per_block: Modules of every block that stay.
+        budget: Budget of the plan's components; it equals the cost of all components of ``layers``.
+        per_block: Number of modules that stay in every block.
     """
 
     regularized = False
@@ -49,11 +49,11 @@ class ModulesPerLayer(Rule):
         num_kept = sum(bool(mask.any()) for mask in chosen.values())
         say(
             f"step {step}: {self._per_block} modules of every block stay, {num_kept} of {len(chosen)}; the others have "
-            "no adapter from here on. plan.json of this run will spend the whole budget on those that stay"
+            "no adapter from here on. This run's plan.json gives the whole budget to those that stay"
         )
 
     def plan(self, step: int, scores: Mapping[str, Tensor]) -> Mapping[str, int]:
-        """The whole budget spent on the modules that stay; 0 for the others."""
+        """The whole budget distributed over the modules that stay; 0 for the others."""
         budget = self._budget.at(step)
         found = select_modules(scores, self._budget.costs, budget, self._per_block)
         return dict.fromkeys(self._layers, 0) | found

@@ -1,8 +1,8 @@
-"""``pruning.rule: move``: the budget is met from the start, and events move components between layers (ALoRA, Liu et
+"""``pruning.rule: move``: the budget is spent from the start, and events move components between layers (ALoRA, Liu et
 al., NAACL 2024).
 
-Every layer has slots, more than it has components. Shapes never change: a component that goes leaves a slot that is
-masked, and a new one takes such a slot.
+Every layer has more slots than components. Shapes never change: removing a component masks its slot, and a new
+component takes a masked slot.
 """
 
 from collections.abc import Mapping
@@ -19,15 +19,15 @@ from dora_dist.training.rules.rule import Masks, Rule
 
 
 class Move(Rule):
-    """The lowest components go, and the layers that lost none get their budget; see
+    """The components with the lowest scores are removed, and the layers that lost none get their budget; see
     :func:`~dora_dist.method.moving.move_components`.
 
     Args:
-        layers: Adapted layers by name, with the components alive that the run starts with; the same on every rank.
-        budget: What their components may cost, which does not change over the run.
-        num_moved: Components that an event moves, at most.
-        min_rank: Components that every layer keeps at least.
-        seed: Of the new components.
+        layers: Adapted layers by name, each with its initial live components; the same on every rank.
+        budget: Budget of the layers' components, constant over the run.
+        num_moved: Most components that an event moves.
+        min_rank: Least number of components that every layer keeps.
+        seed: Seed of the new components.
     """
 
     regularized = False
@@ -71,16 +71,16 @@ class Move(Rule):
 def start_components(
     layer: DynamicLoraLinear, new: Tensor, seed: int, name: str, moments: Moments | None, gate: float = 1.0
 ) -> None:
-    """Let new components start in slots that are masked: ``a_i`` as LoRA's, ``b_i = 0``. The layer's output stays what
-    it is, and the optimizer knows nothing of what had been there.
+    """Start new components in masked slots: ``a_i`` as in LoRA, ``b_i = 0``. The layer's output does not change, and
+    the optimizer's state in these slots is reset.
 
     Args:
-        layer: whose mask is left to the caller.
+        layer: adapted layer; the caller sets its mask.
         new: boolean, shape ``(r,)``; the slots.
-        seed: of ``a_i``.
-        name: of the layer and the event, on which ``a_i`` depends too.
-        moments: of the optimizer; None where no engine has prepared the model.
-        gate: ``c_i``.
+        seed: seed of ``a_i``.
+        name: name of the layer and the event, on which ``a_i`` depends too.
+        moments: the optimizer's moments; None where no engine has prepared the model.
+        gate: value of ``c_i``.
     """
     if not new.any():
         return

@@ -1,4 +1,4 @@
-"""``pruning.rule: prune``: all components start, and events leave fewer and fewer (Mao et al., ACL 2024)."""
+"""``pruning.rule: prune``: all components are there at the start, and events remove some (Mao et al., ACL 2024)."""
 
 from collections.abc import Mapping
 
@@ -17,15 +17,15 @@ from dora_dist.training.rules.rule import Masks, Rule
 
 
 class Prune(Rule):
-    """The components with the highest scores stay, as far as the budget of the step goes.
+    """The components with the highest scores stay, within the budget of the step.
 
     Args:
         layers: Adapted layers by name; the same names on every rank.
-        budget: What their components may cost over the run.
-        selection: How events select beside the budget; by default without bounds, and with regrowth.
+        budget: Budget of the layers' components over the run.
+        selection: Bounds of a layer's rank, regrowth and re-basing; by default no bounds, and regrowth.
 
     Raises:
-        ValueError: The bounds of ``selection`` do not admit the final budget.
+        ValueError: No selection within the bounds spends the final budget.
     """
 
     regularized = True
@@ -36,7 +36,7 @@ class Prune(Rule):
         self._layers = dict(sorted(layers.items()))
         self._budget = budget
         self._selection = selection or Selection()
-        # Refuse bounds that cannot be met before the run; all other budgets lie above the final one.
+        # Refuse bounds that cannot be met, before the run; every other budget is above the final one.
         if final_step := budget.schedule.final_step:
             anything = {name: torch.zeros(layer.gate.numel()) for name, layer in layers.items()}
             budget.select(anything, final_step, self._selection.min_rank, self._selection.max_rank)
@@ -47,8 +47,8 @@ class Prune(Rule):
 
     @torch.no_grad()
     def prepare(self, criterion: Criterion, agreement: Agreement) -> None:
-        """With re-basing, turn the components of every layer into singular ones. The ranks hold the same components,
-        and take the mean of what they make of them: kinds of processors differ in the last bits of a decomposition."""
+        """With re-basing, replaces the components of every layer by singular ones. All ranks decompose the same
+        components, but different processors differ in the last bits, so the mean over the ranks is used."""
         if not self._selection.rebase:
             return
         for layer in self._layers.values():

@@ -1,4 +1,4 @@
-"""What the controller asks of a rule: a class for each value of ``pruning.rule``."""
+"""The interface between the controller and a pruning rule (one class for each value of ``pruning.rule``)."""
 
 from collections.abc import Iterable, Mapping
 from typing import Protocol
@@ -15,12 +15,12 @@ Masks = Mapping[str, Tensor]
 
 
 class Rule(Protocol):
-    """How events change which components are alive: the same on every rank, by scores that are the same there.
+    """How events change which components are alive. The scores and the result are the same on every rank.
 
     Attributes:
         regularized: Whether the Dimensional Equilibrium Modulator is part of the loss until the final event.
-        renews: Whether an event turns all components into others before it scores them, so that scores of the steps
-            before say nothing.
+        renews: Whether an event replaces all components before it scores them, which makes scores of earlier steps
+            meaningless.
     """
 
     @property
@@ -31,68 +31,68 @@ class Rule(Protocol):
 
     @property
     def state(self) -> Mapping[str, Tensor]:
-        """What checkpoints keep of the rule itself, on the CPU, the same on every rank: filled in place when a run goes
-        on."""
+        """The rule's own state for checkpoints, on the CPU, the same on every rank. A resumed run fills it in place."""
         return {}
 
     def begin(self, kept: Masks) -> None:
-        """What the layers need before the first step, where ``kept`` is alive; no engine has prepared the model."""
+        """Prepares the layers before the first step. ``kept`` is alive; no engine has prepared the model yet."""
         return
 
     def rates(self, step: int, kept: Masks) -> Iterable[tuple[nn.Parameter, Tensor]]:
-        """Which entries learn slower than the rest.
+        """Entries that learn more slowly than the rest.
 
         Args:
             step: optimizer step that is about to be taken.
-            kept: what the latest event has left.
+            kept: components that the latest event kept.
 
         Returns:
-            Parameters, and for their entries the share of the update that stays, in [0, 1], broadcastable to the shape.
+            Pairs of a parameter and the share of the update that each entry takes, in [0, 1], broadcastable to the
+            parameter's shape.
         """
         return ()
 
     def prepare(self, criterion: Criterion, agreement: Agreement) -> None:
-        """An event is due: what it does before scores are compared. With collectives, on every rank."""
+        """Called when an event is due, before scores are compared. May use collectives; called on every rank."""
         return
 
     def chooses(self, step: int, budget: Budget) -> bool:
-        """Whether an event after a step chooses by scores, which are nothing to choose by where they are all 0.
+        """Whether the event after this step selects by scores; if it does, scores that are all 0 are an error.
 
         Args:
             step: optimizer step after which the event takes place.
-            budget: of the run.
+            budget: the run's budget.
         """
         return budget.at(step) != budget.initial
 
     def select(self, step: int, scores: Mapping[str, Tensor], kept: Masks) -> Masks:
-        """What is alive after an event.
+        """Components that are alive after an event.
 
         Args:
             step: optimizer step after which the event takes place.
             scores: layer -> scores, shape ``(r,)``, the same on every rank.
-            kept: what the event before has left.
+            kept: components that the previous event kept.
         """
         ...
 
     def apply(self, step: int, kept: Masks, chosen: Masks, moments: Moments | None) -> None:
-        """Make it so: in the parameters, their master copies and the masks of the layers.
+        """Apply the selection to the layers' parameters, their master copies and their masks.
 
         Args:
-            step: as above.
-            kept: as above.
-            chosen: what :meth:`select` returned.
-            moments: of the optimizer; None where no engine has prepared the model.
+            step: optimizer step after which the event takes place.
+            kept: components that the previous event kept.
+            chosen: the result of :meth:`select`.
+            moments: the optimizer's moments; None where no engine has prepared the model.
         """
 
     def plan(self, step: int, scores: Mapping[str, Tensor]) -> Mapping[str, int] | None:
-        """What the final event has found out for other runs, where it is not what it has left in this one.
+        """Ranks that the final event plans for later runs, if they differ from what it keeps in this one.
 
         Args:
-            step: as above.
-            scores: as above.
+            step: optimizer step after which the event takes place.
+            scores: layer -> scores, shape ``(r,)``, the same on every rank.
 
         Returns:
-            Layer -> components, of all layers, that cost the final budget; None where they are those that
-            :meth:`select` leaves.
+            Layer -> number of components, for all layers, at the cost of the final budget. None if they are those that
+            :meth:`select` keeps.
         """
         return None

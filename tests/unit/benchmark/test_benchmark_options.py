@@ -29,14 +29,14 @@ def options(*arguments):
         ("--contestants peft-lora floo", "--contestants has 'floo', but must be of floor, "),
         ("--contestants peft-lora peft-liger", "--contestants has peft-liger, .* give --device cuda"),
         ("--contestants floor dynamic", "must include peft-lora"),
-        ("--profile floor --contestants peft-lora", "--profile is floor, which --contestants leaves out"),
+        ("--profile floor --contestants peft-lora", "--profile is floor, which is not among --contestants"),
         ("--profile nobody", "--profile has 'nobody'"),
         ("--peak-tflops 0", "--peak-tflops is 0.0, but must be positive"),
         ("--adapter-dtype bfloat16", "--adapter-dtype is bfloat16, but must be float32"),
         ("--device cuda --kernels rope silu", "--kernels has 'silu', but must be of rms_norm, rope, swiglu"),
         ("--kernels rope", "--kernels is given, which are for GPUs, but --device is cpu: give --device cuda"),
         ("--growth --device cuda", "--device is cuda, but --growth"),
-        (f"--output {__file__}", "--output is .*, but .* is no folder"),
+        (f"--output {__file__}", "--output is .*, but .* is not a writable folder"),
     ],
 )
 def test_an_option_that_cannot_be_is_refused(arguments, message):

@@ -128,7 +128,7 @@ def test_contestants_that_do_not_begin_alike_are_refused(make):
         for name, parameter in contestants[LORA].model.named_parameters():
             if "lora_B" in name:
                 parameter.fill_(0.1)
-    with pytest.raises(RuntimeError, match="do not begin as the same model"):
+    with pytest.raises(RuntimeError, match="do not start as the same model"):
         check_same_start(contestants, rows(0))
 
 

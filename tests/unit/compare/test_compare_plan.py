@@ -164,7 +164,7 @@ def test_wrong_keys_on_the_command_line_are_refused(plan_of, overrides, message)
         ({"methods": ["dynamic"]}, "baseline is 'lora', but must be one of methods: dynamic"),
         ({"methods": ["lora", {"mine": {"prunning": {}}}]}, "methods.mine.prunning; did you mean pruning"),
         ({"methods": ["lora", {"mine": {"pruning": {"smooth": 0}}}]}, "pruning.smooth; did you mean pruning.smoothing"),
-        ({"methods": ["lora", {"mine": {"training": {"optim": "sgd"}}}]}, "all else must be the same for all methods"),
+        ({"methods": ["lora", {"mine": {"training": {"optim": "sgd"}}}]}, "else must be the same for all methods"),
         ({"methods": ["lora", {"mine": {"adapter": {"alpha": 3}}}]}, "adapter.alpha is set by the comparison"),
         ({"methods": ["lora", {"dynamic": {}}]}, "built-in method: give yours another name"),
         ({"methods": ["lora", {"a/b": {}}]}, "'a/b', but must be letters"),
@@ -224,7 +224,7 @@ def test_a_method_may_have_a_rate_of_the_columns_own_but_not_adalora(plan_of):
     plan = plan_of(methods=["lora", {"plus": {"from": "lora", **own}}])
     assert run_of(plan, "plus").training["lora_plus_ratio"] == 4
     assert "lora_plus_ratio" not in run_of(plan, "lora").training
-    with pytest.raises(ValueError, match="which PEFT's AdaLoRA does not know"):
+    with pytest.raises(ValueError, match="but PEFT's AdaLoRA does not support it"):
         plan_of(methods=["lora", {"plus": {"from": "adalora", **own}}])
 
 
@@ -254,7 +254,7 @@ def test_a_method_that_holds_rows_back_is_refused_before_any_cell_runs(plan_of):
     pruning = {"rule": "move", "importance": "ablation_gradient"}
     move = {"move": {"from": "dynamic", "adapter": {"slots": 8}, "pruning": pruning}}
     with pytest.raises(
-        ValueError, match=r"cells one rank 4 move: .* ablation_gradient, for which 32 training rows are"
+        ValueError, match=r"cells one rank 4 move: .* ablation_gradient holds back 32 training rows, but"
     ):
         plan_of(methods=["lora", move])
 
@@ -273,7 +273,7 @@ def test_a_routed_method_has_the_rank_at_which_a_prompt_uses_the_budget(plan_of)
     [
         (0, "methods.routed.rank_per_budget is 0, but must be a positive number"),
         ("a", "methods.routed.rank_per_budget is 'a', but must be a positive number"),
-        (1.3, "cells one rank 4 routed: rank_per_budget is 1.3, which makes the target rank 5.2 of the budget 4"),
+        (1.3, "cells one rank 4 routed: rank_per_budget is 1.3, which gives the target rank 5.2 for budget 4"),
     ],
 )
 def test_a_rank_that_is_no_whole_number_is_refused(plan_of, factor, message):

@@ -82,7 +82,7 @@ def test_the_command_line_wins_over_the_file(load):
 
 @pytest.mark.parametrize("option", [["--training.lr_scheduler_kwargs.a", "5"], ["--training.lr_scheduler_kwargs.a=5"]])
 def test_one_entry_of_a_mapping_is_refused_where_it_would_take_the_place_of_all(load, option):
-    with pytest.raises(ValueError, match=r"a is one entry of training\.lr_scheduler_kwargs: give all of them"):
+    with pytest.raises(ValueError, match=r"a is one entry of training\.lr_scheduler_kwargs: give all entries"):
         load("", *option)
 
 

@@ -76,8 +76,8 @@ def test_the_command_line_wins_over_text_of_the_file(load):
 @pytest.mark.parametrize(
     ("added", "message"),
     [
-        ("seed: '3'", "seed is the text '3', but must be a number: leave the quotation marks out"),
-        ("adapter: {train_gates: 'no'}", "train_gates is the text 'no', but must be true or false: leave the quot"),
+        ("seed: '3'", "seed is the text '3', but must be a number: remove the quotation marks"),
+        ("adapter: {train_gates: 'no'}", "train_gates is the text 'no', but must be true or false: remove the quot"),
         ("adapter: {initial_rank: '12'}", "initial_rank is the text '12', but must be a number"),
         ("pruning: {interval: '12'}", "pruning.interval is the text '12', but must be a number"),
         ("training: {max_steps: '12'}", "training.max_steps is '12', but must be a whole number"),

@@ -55,7 +55,7 @@ def test_what_a_run_has_saved_means_the_same_without_its_preset(given, tmp_path)
 
 def test_another_preset_on_top_of_a_saved_configuration_is_refused(given, tmp_path):
     save_config(given({"preset": "lora"}), tmp_path / "saved.yaml")
-    with pytest.raises(ValueError, match="was written by a run and has every key, of preset lora"):
+    with pytest.raises(ValueError, match="was written by a run and sets every key, from preset lora"):
         parse_config(["--config", str(tmp_path / "saved.yaml"), "--preset", "paper"])
 
 

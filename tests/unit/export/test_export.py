@@ -220,7 +220,7 @@ def test_checkpoint_instead_of_the_final_adapter(run: TrainedFolder, tmp_path: P
     for step in (3, 12):
         save_adapter(run.model, unfinished.folder / f"checkpoint-{step}")
     checkpoint.seal(unfinished.folder / "checkpoint-12")
-    with pytest.raises(ValueError, match=r"not come to its end.*--checkpoint NAME.*checkpoint-3, checkpoint-12"):
+    with pytest.raises(ValueError, match=r"has not finished.*--checkpoint NAME.*checkpoint-3, checkpoint-12"):
         run_export(unfinished, tmp_path / "out", "--format", "peft")
     with pytest.raises(ValueError, match=r"checkpoint-3 cannot be used: it was not completed"):
         run_export(unfinished, tmp_path / "out", "--format", "peft", "--checkpoint", "checkpoint-3")

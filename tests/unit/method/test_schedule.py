@@ -135,7 +135,7 @@ def test_growth_rises_in_a_straight_line_from_the_start_to_the_budget(pruning, m
 
 @pytest.mark.parametrize(("start", "target"), [(0, 2), (2, 2), (3, 2)])
 def test_what_grows_starts_below_its_end(start, target):
-    with pytest.raises(ValueError, match=f"initial_rank is {start} and target_rank {target}, but what grows"):
+    with pytest.raises(ValueError, match=f"initial_rank is {start} and target_rank {target}, but growth must start"):
         GrowthSchedule(total_steps=100, num_layers=1, initial_rank=start, target_rank=target)
 
 

@@ -127,7 +127,7 @@ def test_several_runs_have_a_chart_for_each_source_and_one_colour_each(tmp_path)
 def test_runs_of_one_name_are_told_apart_and_one_run_twice_is_refused(tmp_path):
     runs = [write_run(tmp_path / parent / "run", []) for parent in ("x", "y")]
     assert [one.run for one in read_contents(runs).maps] == ["x/run", "y/run"]
-    with pytest.raises(ValueError, match="is given twice: a page shows a run once"):
+    with pytest.raises(ValueError, match="is given twice, but a page shows a run once"):
         read_contents([runs[0], runs[1] / ".." / ".." / "x" / "run"])
 
 
@@ -233,13 +233,13 @@ def test_only_the_page_of_a_run_that_is_going_on_refreshes_itself(tmp_path):
     claim.take()
     keep_current(run)
     assert refresh_of(page) == [str(REFRESH_SECONDS)]
-    assert "run is going on, at step 12 of 40." in page.read_text()
+    assert "run is running, at step 12 of 40." in page.read_text()
     write_page([run], tmp_path / "copy.html")
     assert refresh_of(tmp_path / "copy.html") == [], "nobody writes this one again"
     claim.release()
     keep_current(run)
     assert refresh_of(page) == []
-    assert "run has not ended, and nothing is writing into its folder, at step 12 of 40: start" in page.read_text()
+    assert "run has not ended, but no process is writing to its folder, at step 12 of 40: start" in page.read_text()
     files.write_json(run / records.SUMMARY, {})
     keep_current(run)
     assert refresh_of(page) == []
@@ -253,7 +253,7 @@ def test_a_page_that_cannot_be_written_is_a_remark(tmp_path, capsys):
     (run / records.RUN).unlink()
     keep_current(run)
     first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith(f"{run / records.PAGE} could not be written, and the run goes on without: IsADirectory")
+    assert first.startswith(f"{run / records.PAGE} could not be written; the run continues without it: IsADirectory")
     assert "it has no run.json" in second
 
 
@@ -267,7 +267,7 @@ def test_without_bokeh_the_command_ends_before_it_draws_and_a_run_goes_on(tmp_pa
         main([str(run), "--html"])
     assert (sorted(os.listdir(run)), capsys.readouterr().out) == (before, "")
     keep_current(run)
-    assert "could not be written, and the run goes on without: ValueError: bokeh draws" in capsys.readouterr().err
+    assert "could not be written; the run continues without it: ValueError: bokeh draws" in capsys.readouterr().err
     main([str(run)])
 
 

@@ -181,7 +181,7 @@ def test_a_forward_from_a_cache_needs_to_know_the_prompt():
     model, ids = routed(), tokens()
     with torch.no_grad():
         cache = model(input_ids=ids[:, :8], use_cache=True).past_key_values
-        with pytest.raises(ValueError, match=r"goes on from a cache of 8 tokens, .* use generate\(\), or .*one_prompt"):
+        with pytest.raises(ValueError, match=r"continues a cache of 8 tokens, .* use generate\(\), or .*one_prompt"):
             model(input_ids=ids[:, 8:], past_key_values=cache)
         with model.one_prompt():
             first = model(input_ids=ids[:, :8], use_cache=True)
@@ -200,7 +200,7 @@ def test_other_rows_within_one_prompt_are_refused():
 
 
 def test_a_prompt_that_is_read_in_chunks_is_refused():
-    with pytest.raises(ValueError, match="prefill_chunk_size is 4, but modules are chosen by a prompt as a whole"):
+    with pytest.raises(ValueError, match="prefill_chunk_size is 4, but modules are chosen by the whole prompt"):
         routed().generate(input_ids=tokens(), max_new_tokens=2, prefill_chunk_size=4)
 
 

@@ -73,7 +73,7 @@ def test_a_second_run_is_refused_and_told_who_the_first_one_is(tmp_path, capfd):
         holder.join()
     for part in (f"process {holder.pid} on {os.uname().nodename}, since 20", "set output_dir to another folder"):
         assert part in str(refusal.value)
-    assert "looking for 0.6 s whether it shows a sign of life" in capfd.readouterr().err
+    assert "waiting 0.6 s for a sign of life" in capfd.readouterr().err
 
 
 def test_the_claim_of_a_process_that_was_killed_is_taken_over_at_once(tmp_path, capfd):
@@ -149,7 +149,7 @@ def test_a_claim_that_nobody_can_read_is_watched_like_others(tmp_path, capfd):
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="file/run cannot be written into: "):
+    with pytest.raises(ValueError, match="file/run cannot be written to: "):
         Claim(tmp_path / "file" / "run").take()
 
 
@@ -160,9 +160,9 @@ HERE = Holder.here({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"})
     ("changes", "reason"),
     [
         ({}, None),
-        ({"restart": 0}, "Slurm has requeued job 7 since"),
+        ({"restart": 0}, "Slurm has requeued job 7 since then"),
         ({"restart": 0, "job": "8"}, None),
-        ({"boot": "another"}, f"{HERE.host} was booted since"),
+        ({"boot": "another"}, f"{HERE.host} was booted since then"),
         ({"boot": "another", "host": "elsewhere"}, None),
         ({"born": "1"}, "it has ended"),
         ({"born": "1", "host": "elsewhere"}, None),

@@ -188,7 +188,7 @@ def test_rows_that_are_streamed_have_no_start(base, tmp_path):
     callback = DynamicRankCallback(PruningConfig(**PRUNING), init="inputs")
     trainer = make_trainer(adapted(base), callback, tmp_path)
     trainer.train_dataset = rows().to_iterable_dataset()
-    with pytest.raises(ValueError, match=r"init needs training rows by their numbers, but the train_dataset is a"):
+    with pytest.raises(ValueError, match=r"init needs access to training rows by number, but the train_dataset is a"):
         trainer.train()
 
 

@@ -80,7 +80,7 @@ def test_the_loss_is_lower_from_lora_one_than_from_the_base(capsys):
     start(model, "lora_one")
     after = sum(loss(number).item() for number in range(len(ROWS)))
     assert after < before - 0.01
-    assert "one step down their gradient and not the base (adapter.init lora_one)" in capsys.readouterr().err
+    assert "one step down their gradient instead of at the base (adapter.init lora_one)" in capsys.readouterr().err
 
 
 @INITS
