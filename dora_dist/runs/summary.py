@@ -195,7 +195,7 @@ def format_summary(summary: Mapping[str, Any], run: Path, state: RunState | None
     kept, start = summary["components_kept"], summary["components_at_start"]
     state = "" if summary["final_event"] else "  (pruning has not ended)"
     parameters = summary["parameters_kept"]
-    size = "" if parameters is None else f" of {parameters:,} parameters"
+    size = "" if parameters is None else f", which have {parameters:,} parameters"
     if start is not None:
         lines.append(f"  {'components':<16} {start} -> {kept}{size}{state}")
     if planned := summary["planned"]:

@@ -109,7 +109,7 @@ def test_a_rank_without_memory_names_the_setting_that_lets_the_run_go_on(config,
     assert "Traceback" not in text
     # With another number of recomputed layers it is the same run, dropout included.
     assert_goes_on(config, tmp_path / "run", tmp_path / "log", whole, "--model.recompute_layers", "1")
-    assert "recomputes 1 of 2 layers" in log_of(tmp_path / "log")
+    assert "recomputes the activations of 1 of 2 layers" in log_of(tmp_path / "log")
 
 
 @FULL
