@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dora_dist.config.parse import parse_config
 from dora_dist.console.arguments import SPEED_OPTION, add_speed_option, speed_of, with_config_option
-from dora_dist.console.command import capture, run_command
+from dora_dist.console.command import capture, do_last, run_command
 from dora_dist.console.errors import PreemptedError, mark_common
 from dora_dist.console.files import follow_umask
 from dora_dist.console.library_warnings import quiet_libraries
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from dora_dist.distributed.heartbeat import HeartbeatMonitor
     from dora_dist.runs.resume import Earlier
     from dora_dist.runs.trackers import Trackers
+    from dora_dist.setup.failure import Ending
     from dora_dist.setup.resolve import ResolvedRun
     from dora_dist.setup.run_data import RunData
     from dora_dist.training.trainer import DynamicLoraTrainer
@@ -129,7 +130,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             join_rendezvous(60 * config.distributed.join_minutes, "distributed.join_minutes") if launched else None
         )
         with HeartbeatMonitor(rendezvous, config.distributed.silent_seconds, phases) as monitor:
-            train(config, notice, monitor, launched, dry_run)
+            from dora_dist.setup.failure import Ending
+
+            ending = Ending(Path(config.output_dir))
+            do_last(ending.record)
+            train(config, notice, monitor, launched, dry_run, ending)
 
 
 def split_dry_run(arguments: Sequence[str]) -> tuple[list[str], DryRun | None]:
@@ -160,7 +165,12 @@ def split_dry_run(arguments: Sequence[str]) -> tuple[list[str], DryRun | None]:
 
 
 def train(
-    config: "RunConfig", notice: PreemptionNotice, monitor: "HeartbeatMonitor", launched: bool, dry_run: DryRun | None
+    config: "RunConfig",
+    notice: PreemptionNotice,
+    monitor: "HeartbeatMonitor",
+    launched: bool,
+    dry_run: DryRun | None,
+    ending: "Ending | None" = None,
 ) -> None:
     """Run the training, or with ``dry_run`` print what it would do.
 
@@ -170,6 +180,7 @@ def train(
         monitor: over all ranks.
         launched: whether the processes that the engine needs are there.
         dry_run: print what the run would be, and end; None to train.
+        ending: learns when the run begins to write into its folder; None where the caller records failures itself.
     """
     from dora_dist.distributed import world
     from dora_dist.runs import claim
@@ -187,7 +198,7 @@ def train(
             print_dry_run(config, data, agreement, dry_run)
             return
         with claim.held(run, agreement):
-            train_or_go_on(config, data, agreement, notice)
+            train_or_go_on(config, data, agreement, notice, ending)
 
 
 def train_or_go_on(
@@ -195,6 +206,7 @@ def train_or_go_on(
     data: "Captured[tuple[PreTrainedTokenizerBase, RunData]]",
     agreement: "Agreement",
     notice: PreemptionNotice,
+    ending: "Ending | None",
 ) -> None:
     """The run, from what an earlier start has left in its folder to its end.
 
@@ -222,6 +234,8 @@ def train_or_go_on(
         say(remark)
     with build.start_trackers(config, resolved, earlier, agreement) as trackers:
         trainer = build_parts(config, resolved, agreement, notice, trackers)
+        if ending is not None:
+            ending.begin(lambda: trainer.begun_step)
         record_start(config, resolved, earlier, trainer)
         stop_before_training(notice, agreement)
         trainer.train(resume_from_checkpoint=earlier.checkpoint)

@@ -22,9 +22,13 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
-from trl import SFTConfig, SFTTrainer
 
 from dora_dist import DynamicLoraConfig, DynamicRankCallback, PruningConfig, add_dynamic_lora
+
+try:
+    from trl import SFTConfig, SFTTrainer
+except ModuleNotFoundError as error:
+    raise SystemExit(f'error: this example needs TRL ({error}): pip install "dora-dist[trl]"') from None
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "copy", ":", *(f"w{number}" for number in range(40))]
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from dora_dist import train
-from dora_dist.compare.cell_result import record_failure
 from dora_dist.compare.methods import ADALORA
 from dora_dist.compare.peers.adalora import AdaLora
 from dora_dist.compare.peers.eva import Eva
@@ -25,7 +24,7 @@ from dora_dist.console.phases import Phases
 from dora_dist.distributed.heartbeat import HeartbeatMonitor
 from dora_dist.distributed.preemption import PreemptionNotice
 from dora_dist.runs import checkpoint
-from dora_dist.runs.records import FAILURE, IDENTITY, LOG
+from dora_dist.runs.records import FAILURE, IDENTITY, LOG, record_failure
 from dora_dist.training.controller import NonFiniteAdapterError
 from dora_dist.training.skipped_steps import NonFiniteLossError
 
@@ -64,7 +63,7 @@ def run_cell(plan: Plan, cell: Cell, identity: Mapping[str, Any], environment: M
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if reason is not None:
-        record_failure(folder, reason, diverged)
+        record_failure(folder, reason, diverged=diverged)
         return reason
     for left in checkpoint.checkpoints(folder):
         shutil.rmtree(left)

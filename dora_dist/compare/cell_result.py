@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +20,7 @@ from dora_dist.console import files
 from dora_dist.routing.files import is_routed, read_routed_adapter
 from dora_dist.runs import records
 from dora_dist.runs.fingerprint import Fingerprint
-from dora_dist.runs.records import FAILURE, IDENTITY
+from dora_dist.runs.records import IDENTITY, read_failure
 from dora_dist.runs.summary import is_finished
 
 MAY_DIFFER = ("output_dir", "format_version", "data.cache_dir", "data.workers", "distributed", "checkpoint")
@@ -125,18 +124,6 @@ def training_seconds(lines: Sequence[Mapping[str, Any]]) -> float:
             seconds += line["seconds_per_step"] * (line["step"] - before)
             before = line["step"]
     return seconds
-
-
-def read_failure(folder: Path) -> dict[str, Any] | None:
-    """The cell's last failure: ``error``, ``diverged`` and ``when`` (seconds since the epoch); None if there is
-    none."""
-    path = folder / FAILURE
-    return files.read_json(path) if path.is_file() else None
-
-
-def record_failure(folder: Path, error: str, diverged: bool) -> None:
-    """Record why a cell failed."""
-    files.write_json(folder / FAILURE, {"error": error, "diverged": diverged, "when": time.time()})
 
 
 def identity_of(plan: Plan, cell: Cell, data: Mapping[str, str]) -> dict[str, Any]:

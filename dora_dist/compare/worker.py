@@ -11,11 +11,12 @@ import torch
 from filelock import FileLock, Timeout
 
 from dora_dist.compare.cell import run_cell
-from dora_dist.compare.cell_result import CellResult, identity_of, read_failure, read_result
+from dora_dist.compare.cell_result import CellResult, identity_of, read_result
 from dora_dist.compare.data import TaskData
 from dora_dist.compare.plan import Cell, Group, Plan
 from dora_dist.console.provenance import COMPARE_PACKAGES, environment
 from dora_dist.evaluation.seeds import RateChoice, choose
+from dora_dist.runs.records import read_failure
 
 POLL_SECONDS = 1.0
 

@@ -2,9 +2,11 @@
 
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -16,8 +18,24 @@ from dora_dist.console.text import printable, say
 Result = TypeVar("Result")
 
 LINGER_SECONDS = 5.0
+LAST_ACT_SECONDS = 5.0
+"""Longest time that :func:`do_last` may take."""
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as in shells."""
+_last_act: Callable[[str, bool], None] | None = None
+
+
+def do_last(act: Callable[[str, bool], None]) -> None:
+    """Have something done when this process ends without a result, after it has said why.
+
+    It runs in a thread of its own, for at most :data:`LAST_ACT_SECONDS`. Its errors are dropped, because this process
+    is about to end with another one.
+
+    Args:
+        act: takes the first line of the message, and whether the process was stopped (by a signal) rather than failed.
+    """
+    global _last_act
+    _last_act = act
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -32,10 +50,12 @@ def run_command(main: Callable[[], None]) -> None:
     except PreemptedError as end:
         if not leave_note(Note(PREEMPTED, str(end))):
             say(str(end))
+        _act_last(str(end), stopped=True)
         _exit(PREEMPTED)
     except KeyboardInterrupt:
         if not leave_note(Note(INTERRUPTED, "interrupted")):
             say("interrupted")
+        _act_last("interrupted", stopped=True)
         _exit(INTERRUPTED)
     except Exception as error:
         own = isinstance(error, ExpectedRunError) or (isinstance(error, ValueError) and _raised_here(error))
@@ -89,7 +109,8 @@ def leave(error: Exception, status: int, linger: bool = True) -> None:
     Args:
         error: the error.
         status: exit status of this process.
-        linger: with several ranks, wait a moment, so that the others can report their errors.
+        linger: do what :func:`do_last` was given, and with several ranks wait a moment, so that the others can report
+            their errors.
     """
     message = f"error: {printable(str(error))}"
     sys.stdout.flush()
@@ -99,10 +120,27 @@ def leave(error: Exception, status: int, linger: bool = True) -> None:
         # One write: ranks share the terminal.
         sys.stderr.write(f"{message}\n" if rank is None else f"[rank {rank}] {message}\n")
         sys.stderr.flush()
-    if linger and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # The launcher ends all ranks as soon as one has exited.
-        time.sleep(LINGER_SECONDS)
+    if linger:
+        reported = time.monotonic()
+        _act_last(str(error), stopped=False)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # The launcher ends all ranks as soon as one has exited.
+            time.sleep(max(0.0, reported + LINGER_SECONDS - time.monotonic()))
     _exit(status)
+
+
+def _act_last(message: str, stopped: bool) -> None:
+    if (act := _last_act) is None:
+        return
+
+    def run() -> None:
+        with suppress(Exception):
+            act(message.strip().partition("\n")[0], stopped)
+
+    # A daemon: it must not keep this process alive, on a file system that has gone, say.
+    thread = threading.Thread(target=run, name="last act", daemon=True)
+    thread.start()
+    thread.join(LAST_ACT_SECONDS)
 
 
 def _exit(status: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dora_dist.console.text import format_bytes, ranges, time_span
 from dora_dist.page.curves import HELD_OUT, Panel, panels
-from dora_dist.page.open_run import ENDED, GOING_ON, OpenRun, open_runs
+from dora_dist.page.open_run import OpenRun, open_runs
 from dora_dist.page.rank_map import RankMap, rank_map
 from dora_dist.runs.summary import change
 
@@ -77,20 +77,15 @@ def read_contents(folders: Sequence[Path]) -> Contents:
     names = [run.name for run in runs]
     return Contents(
         title=f"Run {names[0]}" if len(runs) == 1 else f"{len(runs)} runs: {', '.join(names)}",
-        states=[_state(run) for run in runs],
+        states=[f"{run.name} {run.state.text}." for run in runs],
         written=time.strftime("%Y-%m-%d %H:%M:%S %z"),
         facts=_facts(runs),
         settings=_settings(runs),
         panels=panels(runs),
         maps=[rank_map(run) for run in runs],
         examples=_examples(runs),
-        alive=any(run.state == GOING_ON for run in runs),
+        alive=any(run.state.alive for run in runs),
     )
-
-
-def _state(run: OpenRun) -> str:
-    hint = "" if run.state in (ENDED, GOING_ON) else ": start the same command again to resume"
-    return f"{run.name} {run.state}, at step {run.summary['steps']:,} of {run.fingerprint.num_steps:,}{hint}."
 
 
 def _facts(runs: Sequence[OpenRun]) -> list[list[str]]:

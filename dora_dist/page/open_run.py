@@ -5,12 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dora_dist.runs import claim, records
+from dora_dist.runs import records
 from dora_dist.runs.fingerprint import Fingerprint
 from dora_dist.runs.pictures import Budget
-from dora_dist.runs.summary import budget_of, is_finished, summarize
-
-ENDED, GOING_ON, NOT_ENDED = "ended", "is running", "has not ended, but no process is writing to its folder"
+from dora_dist.runs.summary import RunState, budget_of, state_of, summarize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +18,7 @@ class OpenRun:
     Attributes:
         name: name that distinguishes its curves and maps from those of other runs on the page.
         folder: the run's folder.
-        state: one of :data:`ENDED`, :data:`GOING_ON`, :data:`NOT_ENDED`.
+        state: whether it is running, has ended or has failed.
         summary: see :func:`~dora_dist.runs.summary.summarize`.
         fingerprint: the run's settings.
         budget: number of components over the steps.
@@ -31,7 +29,7 @@ class OpenRun:
 
     name: str
     folder: Path
-    state: str
+    state: RunState
     summary: Mapping[str, Any]
     fingerprint: Fingerprint
     budget: Budget
@@ -70,7 +68,7 @@ def _open(folder: Path, name: str) -> OpenRun:
     return OpenRun(
         name=name,
         folder=folder,
-        state=ENDED if is_finished(folder) else GOING_ON if claim.is_held(folder) else NOT_ENDED,
+        state=state_of(folder, summary),
         summary=summary,
         fingerprint=records.read_fingerprint(folder),
         budget=budget_of(folder, summary),

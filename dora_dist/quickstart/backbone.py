@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_dist.console.files import follow_umask
+from dora_dist.console.text import say
 
 if TYPE_CHECKING:
     import torch
     from transformers import LlamaForCausalLM, LlamaTokenizer
 
+PROGRESS_SECONDS = 8.0
+"""Time between two lines of the pretraining."""
 UNKNOWN_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 
 
@@ -145,7 +148,7 @@ def pretrain(model: "LlamaForCausalLM", encoded: Sequence[list[int]], settings: 
     model.train()
     losses: list[float] = []
     num_tokens = 0
-    started = time.monotonic()
+    started = last_said = time.monotonic()
     for step, (input_ids, labels) in enumerate(padded_batches(encoded, settings.batch), start=1):
         # No attention mask is needed: padding is on the right, where causal attention never looks.
         loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
@@ -156,10 +159,14 @@ def pretrain(model: "LlamaForCausalLM", encoded: Sequence[list[int]], settings: 
         optimizer.zero_grad()
         losses.append(loss.item())
         num_tokens += input_ids.numel()
-        if step % (settings.steps // 8) == 0:
-            speed = num_tokens / (time.monotonic() - started)
-            progress = f"step {step}/{settings.steps}  loss {losses[-1]:.3f}  {speed:,.0f} tokens/s"
-            print(f"backbone: {progress}", flush=True)
+        now = time.monotonic()
+        if now - last_said >= PROGRESS_SECONDS or step == settings.steps:
+            last_said = now
+            minutes_left = (settings.steps - step) * (now - started) / step / 60
+            say(
+                f"backbone: step {step:>{len(str(settings.steps))}}/{settings.steps}  loss {losses[-1]:.3f}  "
+                f"{num_tokens / (now - started):,.0f} tokens/s  {minutes_left:.1f} min left"
+            )
     last_tenth = losses[-(settings.steps // 10) :]
     return sum(last_tenth) / len(last_tenth)
 
@@ -172,9 +179,9 @@ def create_backbone(
 
     tokenizer = train_tokenizer([*documents[:2000], *prompts], folder, settings.vocabulary)
     model = build_model(settings, len(tokenizer), seed)
-    print(f"backbone: {model.num_parameters():,} parameters, {len(tokenizer)} pieces", flush=True)
+    say(f"backbone: {model.num_parameters():,} parameters, {len(tokenizer)} pieces")
     loss = pretrain(model, encode_documents(documents, folder / "tokenizer.model"), settings)
-    print(f"backbone: mean loss of the last tenth {loss:.3f} nats/token", flush=True)
+    say(f"backbone: mean loss of the last tenth {loss:.3f} nats/token")
     disable_progress_bar()  # it is one small file
     model.save_pretrained(folder)
     follow_umask(folder)

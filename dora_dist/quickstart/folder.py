@@ -1,17 +1,22 @@
 """The quickstart's folder: complete or absent, and rebuilt when its generator or settings change."""
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import signal
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 from dora_dist.console.files import digest_sources
+from dora_dist.console.phases import Phases
+from dora_dist.console.text import say
 from dora_dist.quickstart.backbone import BackboneSettings, create_backbone
 from dora_dist.quickstart.smollm2 import fetch
 from dora_dist.quickstart.text import instruction_rows, pretraining_documents
@@ -71,6 +76,47 @@ def _replace(output: Path, finished: Path) -> None:
         os.rename(finished, output)
 
 
+@contextmanager
+def _scratch(output: Path) -> Iterator[Path]:
+    """A folder beside `output`, for what is being made. It is removed in the end, also after SIGTERM, which interrupts
+    like Ctrl-C in here. What processes that were killed have left is removed first."""
+    prefix = f".{output.name}.partial-"
+    for left in output.parent.glob(f"{prefix}*"):
+        _remove_if_left(left)
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=output.parent) as folder, _locked(Path(folder)):
+            yield Path(folder)
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Locks a folder. The lock ends with this process, however that ends.
+
+    Raises:
+        BlockingIOError: another process has locked it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_if_left(folder: Path) -> None:
+    """Remove a scratch folder that no process has locked. An empty one may be about to be locked, and stays."""
+    try:
+        with _locked(folder):
+            if any(folder.iterdir()):
+                say(f"quickstart: removing {folder}, which a start that was killed has left")
+                shutil.rmtree(folder)
+    except (BlockingIOError, FileNotFoundError):
+        pass  # it is in use, or its process has just removed it
+
+
 def ensure_quickstart(
     output: Path,
     seed: int = 0,
@@ -103,8 +149,10 @@ def ensure_quickstart(
         raise ValueError(f"the model {model} may not be downloaded. --model {TINY} generates one instead")
     output.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.partial-", dir=output.parent) as scratch:
-        finished = Path(scratch) / "finished"
+    if (output / STAMP_NAME).is_file():
+        say(f"quickstart: {output} is from other settings: making it again")
+    with _scratch(output) as scratch, Phases("making the model and the data"):
+        finished = scratch / "finished"
         finished.mkdir()
         _fill(finished, seed, settings, model)
         stamp = {"fingerprint": fingerprint, "seed": seed, "model": model, "settings": asdict(settings)}

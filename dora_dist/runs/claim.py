@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 
 from dora_dist.console.command import leave
@@ -26,6 +27,7 @@ BEAT_SECONDS = 10.0
 """Time between two beats."""
 MISSED_BEATS = 3
 """Consecutive beats that a new start must see missing before it takes over."""
+_SINCE = "%Y-%m-%d %H:%M:%S %z"
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -83,7 +85,7 @@ class Holder:
             pids=os.readlink("/proc/self/ns/pid") if os.path.lexists("/proc/self/ns/pid") else None,
             job=environment.get("SLURM_JOB_ID"),
             restart=int(environment.get("SLURM_RESTART_COUNT") or 0),
-            since=time.strftime("%Y-%m-%d %H:%M:%S %z"),
+            since=time.strftime(_SINCE),
         )
 
     def __str__(self) -> str:
@@ -245,18 +247,19 @@ def claims(run: Path) -> list[Path]:
     return [path for path in run.glob("claim-*.json") if re.fullmatch(r"claim-\d+\.json", path.name)]
 
 
-def is_held(run: Path) -> bool:
-    """Whether a run is writing to a folder, as far as one look can show: its claim was updated recently, and its
-    process is not known to have ended."""
+def held_since(run: Path) -> float | None:
+    """When the run that is writing to a folder claimed it, in whole seconds since the epoch; None if no run is, as far
+    as one look can show: then its claim was not updated recently, or its process is known to have ended."""
     path = run / f"claim-{_newest(run)}.json"
     content = _read(path)
     holder = None if content is None else _holder(content)
     if holder is None or holder.end_seen_by(Holder.here(os.environ)) is not None:
-        return False
+        return None
     try:
-        return time.time() - path.stat().st_mtime < MISSED_BEATS * BEAT_SECONDS
+        late = time.time() - path.stat().st_mtime >= MISSED_BEATS * BEAT_SECONDS
     except FileNotFoundError:
-        return False  # it has ended in the meantime
+        return None  # it has ended in the meantime
+    return None if late else datetime.strptime(holder.since, _SINCE).timestamp()
 
 
 def _newest(run: Path) -> int:

@@ -1,6 +1,7 @@
 """A run's files other than weights: settings, measurements, and the components it kept."""
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ LOG = "log.txt"
 BEST_STEP = "best_step"
 """Key of the line of ``metrics.jsonl`` that says which checkpoint's adapter a run has ended with."""
 OF_CELL = (IDENTITY, FAILURE, LOG)
-"""Files that a comparison adds to the run of each cell."""
+"""Files that a comparison writes into the folder of a cell before its run is there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,9 +155,10 @@ class RunRecords:
             write_text(self.folder / ALLOCATION, text)
 
     def forget_end(self) -> None:
-        """Delete the summary of a run that continues: it is no longer valid."""
+        """Delete the summary of a run that continues, and the record of its failure: they are no longer valid."""
         if self.writes:
-            (self.folder / SUMMARY).unlink(missing_ok=True)
+            for name in (SUMMARY, FAILURE):
+                (self.folder / name).unlink(missing_ok=True)
 
     def truncate_after(self, step: int) -> None:
         """Drop records after ``step``, from which the run continues, and which checkpoint was the best in the end."""
@@ -172,6 +174,39 @@ class RunRecords:
         if self.writes:
             with (self.folder / name).open("a", encoding="utf-8") as file:
                 file.write(f"{line}\n")
+
+
+def record_failure(
+    folder: Path, error: str, *, step: int | None = None, stopped: bool = False, diverged: bool = False
+) -> bool:
+    """Record why a run ended without a result, unless that is recorded already: of several ranks, the first one counts.
+
+    Args:
+        folder: the run's folder.
+        error: the message.
+        step: the optimizer step that had begun, counted from 1; None if unknown.
+        stopped: whether it was told to stop, rather than failed.
+        diverged: whether a loss or an adapter that is not finite is the reason.
+
+    Returns:
+        Whether this call recorded it.
+    """
+    about = {"error": error, "step": step, "stopped": stopped, "diverged": diverged, "when": time.time()}
+    try:
+        with (folder / FAILURE).open("x", encoding="utf-8") as file:
+            file.write(json.dumps(about, indent=1) + "\n")
+    except FileExistsError:
+        return False
+    return True
+
+
+def read_failure(folder: Path) -> dict[str, Any] | None:
+    """The arguments of :func:`record_failure`, and ``when`` (seconds since the epoch); None if there is no record, or
+    only the beginning of one."""
+    try:
+        return read_json(folder / FAILURE)
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
 
 
 def read_fingerprint(run: Path) -> Fingerprint:

@@ -48,4 +48,4 @@ def _seen(run: Path) -> Speed | None:
     seconds = sum((line["step"] - before["step"]) * line["seconds_per_step"] for before, line in spans)
     passes = lines[-1]["epoch"] - spans[0][0]["epoch"]
     ranks = about["processes"]
-    return Speed(passes * per_pass / seconds, f"seen in {run}, on {ranks} rank{'s' * (ranks > 1)}")
+    return Speed(passes * per_pass / seconds, f"seen in {run}, on {ranks} process{'es' * (ranks > 1)}")

@@ -3,13 +3,14 @@
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dora_dist.config.pruning import PRUNE
 from dora_dist.config.tasks import METRICS, Metric
 from dora_dist.console import files
-from dora_dist.runs import records
+from dora_dist.runs import claim, records
 from dora_dist.runs.pictures import (
     PROGRESS_PICTURE,
     RANK_PICTURE,
@@ -26,6 +27,45 @@ from dora_dist.runs.task_figures import latest_figures, table_of
 def is_finished(run: Path) -> bool:
     """Whether a run has ended and written its adapter."""
     return (run / records.SUMMARY).is_file()
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run is.
+
+    Attributes:
+        text: in words, to follow the run's name.
+        alive: whether it is running.
+        ended: whether it has come to its end.
+    """
+
+    text: str
+    alive: bool = False
+    ended: bool = False
+
+
+def state_of(run: Path, summary: Mapping[str, Any]) -> RunState:
+    """The state of a run, from its folder.
+
+    Args:
+        run: the run's folder.
+        summary: its :func:`summarize`.
+    """
+    here, last = f"step {summary['steps']:,}", f"{records.read_fingerprint(run).num_steps:,}"
+    if is_finished(run):
+        return RunState(f"ended, at {here} of {last}", ended=True)
+    failure, since = records.read_failure(run), claim.held_since(run)
+    # A failure before the claim is that of an earlier start, from which this one is still resuming.
+    if since is not None and (failure is None or failure["when"] < since):
+        return RunState(f"is running, at {here} of {last}", alive=True)
+    again = "Start the same command again to resume"
+    if failure is None:
+        return RunState(f"stopped at {here} of {last} without a word (killed?). {again}")
+    step = failure.get("step")
+    at = f"step {step:,}" if step else "the start"
+    end = "was stopped" if failure.get("stopped") else "failed"
+    text = f"{end} at {at} of {last}: {failure['error'].rstrip('.')}"
+    return RunState(text if "to resume" in text else f"{text}. {again}")
 
 
 def finish_run(run: Path) -> str:
@@ -52,7 +92,8 @@ def report(run: Path) -> str:
     summary = summarize(run)
     _draw(run, summary)
     figures = latest_figures(run)
-    return "\n\n".join([format_summary(summary, run), *([table_of(figures)] if figures else [])])
+    text = format_summary(summary, run, state_of(run, summary))
+    return "\n\n".join([text, *([table_of(figures)] if figures else [])])
 
 
 def _draw(run: Path, summary: Mapping[str, Any]) -> None:
@@ -102,7 +143,8 @@ def summarize(run: Path) -> dict[str, Any]:
     at_start = events[0].num_kept if fixed else initial_rank * len(ranks) if events else unpruned
     return {
         "steps": lines[-1]["step"] if lines else 0,
-        "before": evaluation_of(evaluations[0]) if evaluations and evaluations[0]["step"] == 0 else None,
+        # The only evaluation is what there is so far, not a change.
+        "before": evaluation_of(evaluations[0]) if len(evaluations) > 1 and evaluations[0]["step"] == 0 else None,
         "after": evaluation_of(last[-1]) if last else None,
         "best": None if best is None else {"step": best[records.BEST_STEP], "figure": best["best_figure"]},
         "initial_rank": initial_rank,
@@ -139,9 +181,17 @@ def change(before: Mapping[str, Any] | None, after: Mapping[str, Any], name: str
     return f"{start}{after[name]:{style}}"
 
 
-def format_summary(summary: Mapping[str, Any], run: Path) -> str:
-    """The summary in readable lines."""
+def format_summary(summary: Mapping[str, Any], run: Path, state: RunState | None = None) -> str:
+    """The summary in readable lines.
+
+    Args:
+        summary: see :func:`summarize`.
+        run: the run's folder.
+        state: of the run; shown unless it has ended.
+    """
     lines = [f"Run {run}, {summary['steps']} optimizer steps"]
+    if state is not None and not state.ended:
+        lines.append(f"  {'state':<16} {state.text}")
     before, after = summary["before"], summary["after"]
     if after:
         for name, metric in {"loss": Metric("held-out loss"), **METRICS}.items():
@@ -154,7 +204,7 @@ def format_summary(summary: Mapping[str, Any], run: Path) -> str:
     kept, start = summary["components_kept"], summary["components_at_start"]
     state = "" if summary["final_event"] else "  (pruning has not ended)"
     parameters = summary["parameters_kept"]
-    size = "" if parameters is None else f" of {parameters:,} parameters"
+    size = "" if parameters is None else f", which have {parameters:,} parameters"
     if start is not None:
         lines.append(f"  {'components':<16} {start} -> {kept}{size}{state}")
     if planned := summary["planned"]:

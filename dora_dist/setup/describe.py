@@ -61,8 +61,8 @@ def banner(config: RunConfig, resolved: ResolvedRun, ranks: int) -> str:
     lines = {
         "model": f"{config.model.path} ({config.model.quantization}), {len(resolved.ranks)} adapted layers",
         "data": f"{sources}; {f'{held_out:,} held out' if held_out else 'none held out'}",
-        "steps": f"{steps:,} of about {tokens:,} tokens, on {ranks} rank{'s' * (ranks > 1)}",
-        "memory": f"recomputes {resolved.recomputation} layers",
+        "steps": f"{steps:,} of about {tokens:,} tokens, on {ranks} process{'es' * (ranks > 1)}",
+        "memory": f"recomputes the activations of {resolved.recomputation} layers in the backward pass",
         "budget": _budget_line(config, budget),
         "folder": config.output_dir,
     }

@@ -73,6 +73,7 @@ class DynamicLoraTrainer(Trainer):
         self.rows = rows
         self.preempted = False
         self.evaluated_step: int | None = None
+        self.begun_step = 0
         self.skipped_steps: SkippedSteps
         self.checkpointer: Checkpointer
         weights = {EQUILIBRIUM: settings.equilibrium_weight}
@@ -297,7 +298,8 @@ class DynamicLoraTrainer(Trainer):
 
     def begin_step(self) -> None:
         """Say which step it is, and remember what a step that is left out must not change."""
-        self.parts.agreement.note(f"forward, backward and update of step {self.state.global_step + 1}")
+        self.begun_step = self.state.global_step + 1
+        self.parts.agreement.note(f"forward, backward and update of step {self.begun_step}")
         self.parts.skip_policy.begin_step()
         self._sums_before = (self._tr_loss.clone(), self.step_log.term_sums.clone())
 

@@ -69,7 +69,7 @@ def test_a_dry_run_says_how_long_the_run_would_take(tmp_path):
     assert said[0] in run_forked("estimate", str(config), "--tokens-per-second", "0.5").output
     run_to_the_end(config, tmp_path / "run", tmp_path / "log", ranks=1, engine="none")
     seen = run_forked(*dry_run).output
-    assert re.search(rf" {said[1]} tokens in all, at .* tokens/s \(seen in {tmp_path}/run, on 1 rank\)", seen), seen
+    assert re.search(rf" {said[1]} tokens in all, at .* tokens/s \(seen in {tmp_path}/run, on 1 process\)", seen), seen
     refused = run_forked("train", str(config), "--tokens-per-second", "7")
     assert refused.status == 2
     assert "--tokens-per-second is 7, but it is for --dry-run, which estimates" in refused.output

@@ -23,7 +23,8 @@ from support.tiny_run import write_config
 
 from dora_dist.console.errors import PREEMPTED
 from dora_dist.console.files import read_lines
-from dora_dist.runs import checkpoint
+from dora_dist.runs import checkpoint, records
+from dora_dist.runs.summary import report
 
 NODE = platform.node()
 FULL = pytest.mark.full("faults")
@@ -108,7 +109,7 @@ def test_a_rank_without_memory_names_the_setting_that_lets_the_run_go_on(config,
     assert "Traceback" not in text
     # With another number of recomputed layers it is the same run, dropout included.
     assert_goes_on(config, tmp_path / "run", tmp_path / "log", whole, "--model.recompute_layers", "1")
-    assert "recomputes 1 of 2 layers" in log_of(tmp_path / "log")
+    assert "recomputes the activations of 1 of 2 layers" in log_of(tmp_path / "log")
 
 
 @FULL
@@ -151,7 +152,12 @@ def test_an_error_of_one_rank_is_told_by_the_others_too(kind, odd, config, whole
     told = f"[rank {1 - odd}] error: rank {odd} ({NODE}) failed in: {phase}: {kind}: something of this rank's own; "
     assert told in text
     assert f"[rank {odd}] error: something of this rank's own" in text
+    state, page = report(tmp_path / "run").splitlines()[1], (tmp_path / "run" / records.PAGE).read_text()
+    assert re.match(r"  state            failed at step 5 of 12: .*something of this rank's own", state)
+    assert "run failed at step 5 of 12: " in page
+    assert 'http-equiv="refresh"' not in page
     assert_goes_on(config, tmp_path / "run", tmp_path / "log", whole)
+    assert records.read_failure(tmp_path / "run") is None
 
 
 @FULL

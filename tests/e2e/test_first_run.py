@@ -13,8 +13,8 @@ from dora_dist.console.files import read_lines
 
 BANNER = r"""model   {folder}/model \(nf4\), 14 adapted layers
 data    50 of train; 10 held out
-steps   6 of about \d+ tokens, on 2 ranks
-memory  recomputes 0 of 2 layers
+steps   6 of about \d+ tokens, on 2 processes
+memory  recomputes the activations of 0 of 2 layers in the backward pass
 budget  56 components, 28 in the end: like LoRA of rank 2, scale 1\.33
 folder  {folder}/run
 """

@@ -44,7 +44,7 @@ def test_recomputing_as_few_layers_as_fit_needs_none_for_a_tiny_model(tmp_path):
         CUDA_VISIBLE_DEVICES="0",
     )
     assert finished.status == 0, finished.output
-    assert "recomputes 0 of 2 layers" in finished.output
+    assert "recomputes the activations of 0 of 2 layers" in finished.output
 
 
 def test_memory_that_runs_out_is_one_message_with_the_next_setting():

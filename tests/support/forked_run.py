@@ -36,6 +36,7 @@ def train_rank(rank: int, world_size: int, arguments: list[str], port: int, log:
     from dora_dist.train import main
 
     command.LINGER_SECONDS = 1.0  # no launcher ends the others here; they still read from rank 0's store why it ends
+    command.LAST_ACT_SECONDS = 60.0  # on a loaded machine too, the page is written before the process ends
     claim.BEAT_SECONDS = 1.0
     command.run_command(lambda: main(arguments))
 

@@ -115,7 +115,7 @@ def test_a_run_in_the_same_folder_shows_its_speed(said, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"data": {"train": [source]}, "processes": 2}))
     found = figures(said, "--output_dir", tmp_path)["time"]
     # 4 rows of 17 tokens a step.
-    assert found["speed"] == {"tokens_per_second": pytest.approx(2.0), "origin": f"seen in {tmp_path}, on 2 ranks"}
+    assert found["speed"] == {"tokens_per_second": pytest.approx(2.0), "origin": f"seen in {tmp_path}, on 2 processes"}
     assert figures(said, "--output_dir", tmp_path, "--tokens-per-second", 5)["time"]["speed"]["tokens_per_second"] == 5
     assert figures(said, "--output_dir", tmp_path, "--without-data")["time"] is None
 

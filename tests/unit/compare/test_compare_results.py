@@ -10,7 +10,7 @@ from support.repository import REPOSITORY
 from support.tiny_run import some_fingerprint
 
 from dora_dist.adapter.plain_lora import write_lora_adapter
-from dora_dist.compare.cell_result import check_identity, identity_of, record_failure, training_seconds
+from dora_dist.compare.cell_result import check_identity, identity_of, training_seconds
 from dora_dist.compare.plan import Cell, Group, Plan
 from dora_dist.compare.results import RESULTS, gather, write_results
 from dora_dist.compare.settings import parse_compare
@@ -81,7 +81,7 @@ def test_two_seeds_of_three_are_not_passed_off_as_three(plan_of):
     fill(plan, {"lora": {0.2: [1, 2, 3]}, "dynamic": {0.2: [1, 2]}})
     cell = Cell(Group("echo", 2, "dynamic"), 0.2, 3)
     plan.cell_folder(cell).mkdir(parents=True)
-    record_failure(plan.cell_folder(cell), "OSError: disk\nfull", diverged=False)
+    records.record_failure(plan.cell_folder(cell), "OSError: disk\nfull", diverged=False)
     results = gather(plan, [], "command")
     table = format_table(results)
     assert not results.complete
@@ -132,7 +132,7 @@ def test_a_rate_that_diverged_is_out_and_a_reported_cell_that_did_is_missing(pla
     fill(plan, {"lora": {0.1: [1.0, 2.0], 0.2: [0.5]}})
     group = Group("echo", 2, "lora")
     for cell in (Cell(group, 0.2, 1), Cell(group, 0.1, 2)):
-        record_failure(plan.cell_folder(cell), "NonFiniteLossError: step 3", diverged=True)
+        records.record_failure(plan.cell_folder(cell), "NonFiniteLossError: step 3", diverged=True)
     results = gather(plan, [], "command")
     (lora,) = (group for group in results.groups if group.method == "lora")
     assert lora.learning_rate == 0.1

@@ -43,6 +43,41 @@ def test_an_error_of_a_library_keeps_its_traceback():
     assert done.stderr.splitlines()[-1].startswith("error: Expecting property name")
 
 
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        ("RuntimeError('no disk\\nmore')", 1, "no disk False"),
+        ("PreemptedError('preempted at step 3')", 75, "preempted at step 3 True"),
+        ("KeyboardInterrupt", 130, "interrupted True"),
+    ],
+)
+def test_what_is_to_be_done_last_is_done_after_the_error_and_cannot_hide_it(tmp_path, error, status, told):
+    work = f"""from dora_dist.console.command import do_last
+    from dora_dist.console.errors import PreemptedError
+    def act(message, stopped):
+        sys.stderr.write('last\\n')
+        open({str(tmp_path / "told")!r}, 'w').write(f'{{message}} {{stopped}}')
+        1 / 0
+    import sys
+    do_last(act)
+    raise {error}"""
+    done = ended(work)
+    assert done.returncode == status, done.stderr
+    assert (tmp_path / "told").read_text() == told
+    lines = done.stderr.splitlines()
+    assert lines[-1] == "last"
+    assert told.split()[0] in "".join(lines[-3:-1])
+    assert "ZeroDivisionError" not in done.stderr
+
+
+def test_what_is_done_last_has_no_more_than_its_time():
+    work = """import time; from dora_dist.console import command
+    command.LAST_ACT_SECONDS = 0.1
+    command.do_last(lambda message, stopped: time.sleep(600))
+    raise ValueError('wrong')"""
+    assert ended(work).returncode == 1  # within the time that a test has
+
+
 def test_a_captured_error_is_raised_where_the_result_is_asked_for():
     assert capture(int, "7").result() == 7
     captured = capture(int, "seven")

@@ -239,7 +239,7 @@ def test_only_the_page_of_a_run_that_is_going_on_refreshes_itself(tmp_path):
     claim.release()
     keep_current(run)
     assert refresh_of(page) == []
-    assert "run has not ended, but no process is writing to its folder, at step 12 of 40: start" in page.read_text()
+    assert "run stopped at step 12 of 40 without a word (killed?). Start the same command again" in page.read_text()
     files.write_json(run / records.SUMMARY, {})
     keep_current(run)
     assert refresh_of(page) == []

@@ -175,24 +175,25 @@ def test_what_shows_at_once_that_a_holder_is_gone(changes, reason):
 
 
 def test_a_folder_is_held_while_its_claim_is_kept_up_by_a_process_that_lives(tmp_path):
-    assert not claim.is_held(tmp_path)
+    assert claim.held_since(tmp_path) is None
     mine = Claim(tmp_path)
+    before = int(time.time())
     mine.take()
-    assert claim.is_held(tmp_path)
+    assert before <= claim.held_since(tmp_path) <= time.time()
     mine.release()
-    assert not claim.is_held(tmp_path)
+    assert claim.held_since(tmp_path) is None
 
     (process,) = started(tmp_path)
-    assert claim.is_held(tmp_path / "run")
+    assert claim.held_since(tmp_path / "run") is not None
     process.kill()
     process.join()
-    assert not claim.is_held(tmp_path / "run"), "the process has ended"
+    assert claim.held_since(tmp_path / "run") is None, "the process has ended"
 
     elsewhere = dataclasses.replace(HERE, host="another")
     path = tmp_path / "claim-7.json"
     path.write_text(json.dumps({**dataclasses.asdict(elsewhere), "beat": "1"}))
-    assert claim.is_held(tmp_path)
+    assert claim.held_since(tmp_path) is not None
     os.utime(path, (time.time() - 10 * BEAT,) * 2)
-    assert not claim.is_held(tmp_path), "its beats are missing"
+    assert claim.held_since(tmp_path) is None, "its beats are missing"
     path.write_text("{")
-    assert not claim.is_held(tmp_path)
+    assert claim.held_since(tmp_path) is None

@@ -35,7 +35,7 @@ def test_all_tokens_over_all_seconds_whatever_the_number_of_steps_of_a_line(tmp_
     lines.insert(2, {"step": 6, "skipped": "rank 0: loss nan"})
     # 2 x 4 + 8 x 1 + 1 x 6 s for 11 of 10 steps a pass.
     speed = find_speed(write_run(tmp_path / "run", lines), None)
-    assert speed == Speed(pytest.approx(1.1 * TOKENS_PER_PASS / 22), f"seen in {tmp_path}/run, on 1 rank")
+    assert speed == Speed(pytest.approx(1.1 * TOKENS_PER_PASS / 22), f"seen in {tmp_path}/run, on 1 process")
 
 
 def test_only_the_latest_lines_count(tmp_path):

@@ -10,6 +10,7 @@ from support.tiny_run import some_fingerprint
 from dora_dist.console import files
 from dora_dist.evaluation.evaluator import ShownAnswer
 from dora_dist.runs import pictures, records
+from dora_dist.runs.claim import Claim
 from dora_dist.runs.summary import finish_run, format_summary, is_finished, rank_table, report, summarize
 
 PARENTS = dict.fromkeys(PROJECTIONS[:4], "self_attn") | dict.fromkeys(PROJECTIONS[4:], "mlp")
@@ -183,6 +184,58 @@ def test_a_run_that_has_not_pruned_yet_cannot_end_but_is_reported(tmp_path):
     assert "components       74 -> 74  (pruning has not ended)" in text
     assert not (tmp_path / pictures.RANK_PICTURE).exists()
     assert min(picture_size(tmp_path / pictures.PROGRESS_PICTURE)) > 200
+
+
+AGAIN = "Start the same command again to resume"
+
+
+@pytest.mark.parametrize(
+    ("recorded", "state"),
+    [
+        ({"error": "the disk is full.", "step": 2}, f"failed at step 2 of 10: the disk is full. {AGAIN}"),
+        ({"error": "no memory", "step": 0}, f"failed at the start of 10: no memory. {AGAIN}"),
+        (
+            {"error": "preempted at step 4: start the same command again to resume", "step": 4, "stopped": True},
+            "was stopped at step 4 of 10: preempted at step 4: start the same command again to resume",
+        ),
+        (None, f"stopped at step 30 of 10 without a word (killed?). {AGAIN}"),
+    ],
+)
+def test_a_report_says_how_a_run_without_a_result_ended(tmp_path, recorded, state):
+    write_run(tmp_path, final=False)
+    if recorded is not None:
+        assert records.record_failure(tmp_path, **recorded)
+        assert not records.record_failure(tmp_path, "another rank, later")
+    assert report(tmp_path).splitlines()[1] == f"  state            {state}"
+    records.RunRecords(tmp_path, writes=True).forget_end()
+    assert "without a word" in report(tmp_path)
+    claim = Claim(tmp_path)
+    claim.take()
+    assert report(tmp_path).splitlines()[1] == "  state            is running, at step 30 of 10"
+    claim.release()
+    finish_run(tmp_path)
+    assert "state" not in report(tmp_path)
+
+
+def test_a_failure_of_an_earlier_start_is_not_that_of_the_one_that_is_running(tmp_path):
+    write_run(tmp_path, final=False)
+    records.record_failure(tmp_path, "the disk is full", step=2)
+    claim = Claim(tmp_path)
+    claim.take()
+    assert "failed at step 2" in report(tmp_path), "a run that has failed holds its claim a moment longer"
+    failure = files.read_json(tmp_path / records.FAILURE)
+    files.write_json(tmp_path / records.FAILURE, {**failure, "when": failure["when"] - 60})
+    assert "is running, at step 30 of 10" in report(tmp_path)
+    claim.release()
+    (tmp_path / records.FAILURE).write_text('{"error": "the di')
+    assert "without a word" in report(tmp_path)
+
+
+def test_one_evaluation_is_a_figure_and_not_a_change(tmp_path):
+    write_run(tmp_path, evaluated=False)
+    lines = [{"step": 0, "eval_loss": 2.5, "eval_examples": 40}, *files.read_lines(tmp_path / records.METRICS)]
+    (tmp_path / records.METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "  held-out loss    2.5000  (40 examples)\n" in report(tmp_path)
 
 
 @pytest.mark.parametrize("name", [records.METRICS, records.ALLOCATION])

@@ -32,7 +32,7 @@ def test_what_is_configured_is_decided_and_said(config, overrides, card, count):
     settings = load(config, *overrides)
     run = resolved(settings, card)
     assert run.recomputation == Recomputation(count, 2)
-    assert f"recomputes {count} of 2 layers" in banner(settings, run, 1)
+    assert f"recomputes the activations of {count} of 2 layers in the backward pass" in banner(settings, run, 1)
     title = {0: "none *", 1: "1 of 2 *", 2: "all *"}[count]
     assert title in describe(settings, run, 1)
     # The Trainer would set the flags of all layers, and warn of the name that is deprecated.
