@@ -62,9 +62,16 @@ def _text(row: Mapping[str, Any], field: str, optional: bool = False) -> str:
     if value is None and optional:
         return ""
     if not isinstance(value, str):
-        found = "is missing" if field not in row else f"must be text, got {shortened(value)}"
-        raise RowFlaw(field, found)
+        raise RowFlaw(field, _wrong(row, field, "must be text"))
     return value
+
+
+def _wrong(row: Mapping[str, Any], field: str, rule: str) -> str:
+    """Why a value cannot be used: it is not there, where the names that are there say what it may be called, or breaks
+    the rule."""
+    if field in row:
+        return f"{rule}, got {shortened(row[field])}"
+    return f"is missing; there {'is' if len(row) == 1 else 'are'} {', '.join(map(repr, row)) or 'no fields'}"
 
 
 def _wanted(row: Mapping[str, Any], field: str) -> str:
@@ -101,9 +108,7 @@ def _labelled(row: Mapping[str, Any]) -> Labelled:
     second = None if row.get("sentence2") is None else _text(row, "sentence2")
     label = row.get("label")
     if not isinstance(label, str | int | float):
-        raise RowFlaw(
-            "label", "is missing" if "label" not in row else f"must be text or a number, got {shortened(label)}"
-        )
+        raise RowFlaw("label", _wrong(row, "label", "must be text or a number"))
     return Labelled(_wanted(row, "sentence1"), second, label)
 
 
@@ -124,7 +129,7 @@ def _chat(
 ) -> Chat:
     entries = row.get(field)
     if not isinstance(entries, list) or not entries:
-        raise RowFlaw(field, f"must be a list of messages, got {shortened(entries)}")
+        raise RowFlaw(field, _wrong(row, field, "must be a list of messages"))
     messages = [_message(entry, f"{field}[{n}]", role_key, text_key, roles) for n, entry in enumerate(entries)]
     if system and messages[0]["role"] == "system":
         raise RowFlaw("system", "is there beside a message of the system: keep one")
@@ -144,7 +149,7 @@ def _message(entry: Any, place: str, role_key: str, text_key: str, roles: Mappin
         raise RowFlaw(place, f"must be a message with {role_key} and {text_key}, got {shortened(entry)}")
     role = entry.get(role_key)
     if not isinstance(role, str) or role not in roles:
-        raise RowFlaw(f"{place}.{role_key}", f"must be one of {', '.join(roles)}, got {shortened(role)}")
+        raise RowFlaw(f"{place}.{role_key}", _wrong(entry, role_key, f"must be one of {', '.join(roles)}"))
     for name in REFUSED_MESSAGE_FIELDS:
         if entry.get(name):
             raise RowFlaw(f"{place}.{name}", "is not read, so that it would be lost: leave it out of the rows")
@@ -161,7 +166,7 @@ def _message(entry: Any, place: str, role_key: str, text_key: str, roles: Mappin
     if isinstance(content, list):
         content = [_text_of_part(part, f"{place}.{text_key}[{n}]") for n, part in enumerate(content)]
     elif not isinstance(content, str):
-        raise RowFlaw(f"{place}.{text_key}", f"must be text, got {shortened(content)}")
+        raise RowFlaw(f"{place}.{text_key}", _wrong(entry, text_key, "must be text"))
     if is_answer and not "".join(content).strip() and UNTRAINED not in message:
         raise RowFlaw(f"{place}.{text_key}", "is empty, so that there is nothing to learn from it")
     return {**message, "content": content}

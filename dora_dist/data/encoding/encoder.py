@@ -34,6 +34,10 @@ BOOKKEEPING: dict[str, Any] = {
 """Columns that examples of every kind have beside their own."""
 
 
+MOST_SHOWN = 10
+"""Unusable rows of a batch that an error shows."""
+
+
 class UnusableRowError(ValueError):
     """A row cannot be used, and data.bad_rows or data.overlong is error."""
 
@@ -159,6 +163,7 @@ class RowEncoder(ABC, Generic[P, E]):
         """
         columns: dict[str, list[Any]] = {name: [] for name in (*self.columns, *BOOKKEEPING)}
         found: list[tuple[str, list[str], P | RowFlaw]] = []
+        flaws: list[str] = []
         for place, text, flaw in zip(batch["place"], batch["json"], batch["flaw"], strict=True):
             try:
                 sample = self._parse(text, flaw)
@@ -167,7 +172,7 @@ class RowEncoder(ABC, Generic[P, E]):
             except ControlFlaw as error:
                 found.append((place, error.tokens, error))
             except RowFlaw as error:
-                self._check_policy(error, place)
+                flaws.append(f"{place}: {error}")
                 found.append((place, [], error))
         encoded = iter(self._encode([part for *_, part in found if not isinstance(part, RowFlaw)]))
         for place, controls, part in found:
@@ -175,7 +180,7 @@ class RowEncoder(ABC, Generic[P, E]):
             if not isinstance(part, RowFlaw):
                 made = next(encoded)
                 if isinstance(made, RowFlaw):
-                    self._check_policy(made, place)
+                    flaws.append(f"{place}: {made}")
                     note = str(made)
                 else:
                     example, status, note = self._fit(part, made, place)
@@ -189,11 +194,9 @@ class RowEncoder(ABC, Generic[P, E]):
             columns["trimmed"].append(0 if isinstance(part, RowFlaw) else self._num_trimmed(part))
             columns["unread"].append("" if isinstance(part, RowFlaw) else ",".join(self._unread(part)))
             columns["controls"].append(controls)
+        if flaws and self.rules.bad_rows == "error":
+            raise UnusableRowError(_unusable(flaws))
         return columns
-
-    def _check_policy(self, flaw: RowFlaw, place: str) -> None:
-        if self.rules.bad_rows == "error":
-            raise UnusableRowError(f"{place}: {flaw}; fix it, or set data.bad_rows to skip") from None
 
     @abstractmethod
     def _texts(self, sample: Any) -> Iterable[tuple[str, str]]:
@@ -293,3 +296,12 @@ class RowEncoder(ABC, Generic[P, E]):
 def _key(content: bytes) -> int:
     """The same for the same content, wherever it comes from."""
     return int.from_bytes(blake2b(content, digest_size=8).digest(), "little", signed=True)
+
+
+def _unusable(flaws: Sequence[str]) -> str:
+    """The message for rows that cannot be used, given their places and reasons."""
+    if len(flaws) == 1:
+        return f"{flaws[0]}; fix it, or set data.bad_rows to skip"
+    shown = "".join(f"\n  {flaw}" for flaw in flaws[:MOST_SHOWN])
+    more = f"\n  and {len(flaws) - MOST_SHOWN} more" * (len(flaws) > MOST_SHOWN)
+    return f"{len(flaws)} of the rows read so far cannot be used:{shown}{more}\nfix them, or set data.bad_rows to skip"

@@ -637,3 +637,15 @@ def test_other_code_makes_other_data(tmp_path, changed):
     with (package / "data" / changed).open("a") as file:
         file.write("# other\n")
     assert key() != before
+
+
+def test_all_rows_of_a_batch_that_cannot_be_used_are_shown(tmp_path):
+    bad = [{"instruction": "w1"}] * 12
+    path = write(tmp_path / "rows.jsonl", [ALPACA, *bad, {"instruction": "w1", "answer": "w2"}])
+    with pytest.raises(ValueError, match="13 of the rows read so far cannot be used:") as caught:
+        prepare_run(tmp_path, path)
+    lines = str(caught.value).splitlines()
+    assert [line.split(", ")[1] for line in lines[1:11]] == [
+        f"line {n}: field 'output' is missing; there is 'instruction'" for n in range(2, 12)
+    ]
+    assert lines[11:] == ["  and 3 more", "fix them, or set data.bad_rows to skip"]

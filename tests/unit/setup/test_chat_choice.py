@@ -8,7 +8,7 @@ from support.byte_tokenizer import byte_tokenizer
 from dora_dist.config.data import DataConfig
 from dora_dist.data.encoding.chat import choose_template
 from dora_dist.data.encoding.control_tokens import control_tokens
-from dora_dist.generate import Question
+from dora_dist.generate.questions import Question
 from dora_dist.setup.run_data import prepare_data
 
 ALPACA = {"instruction": "Add.", "input": "1 2", "output": "3"}
