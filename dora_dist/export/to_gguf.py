@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from dora_dist.adapter.plain_lora import Factors, read_lora_adapter, write_lora_adapter
 from dora_dist.console import files
@@ -132,7 +132,7 @@ def marks_first_word(tokenizer: PreTrainedTokenizerBase, chat: bool) -> bool:
     if chat:
         prompt = tokenizer.apply_chat_template(PROBE[:1], tokenize=False, add_generation_prompt=True)
         first = tokenizer(prompt, add_special_tokens=False)["input_ids"][0]
-        begin = tokenizer.convert_ids_to_tokens(first) if first in tokenizer.added_tokens_decoder else ""
+        begin = tokenizer.added_tokens_decoder[first].content if first in tokenizer.added_tokens_decoder else ""
     tokens = tokenizer(f"{begin}x", add_special_tokens=False).tokens()
     return bool(tokens[1 if begin else 0].startswith(WORD))
 
