@@ -92,6 +92,7 @@ class TrainedRun:
             quantization=quantization,
             compute_dtype=dtype,
             trust_remote_code=self.config.model.trust_remote_code,
+            rope_scaling=self.config.model.rope_scaling,
         )
 
     def _load(self, quantization: str, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:

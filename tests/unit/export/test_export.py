@@ -157,7 +157,7 @@ def test_adapter_of_a_base_in_4_bits_goes_with_it(on_stored: TrainedFolder, tmp_
 
 
 def test_there_is_no_original_of_a_base_in_4_bits(on_stored: TrainedFolder, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--base is original, but the base .* is stored in NF4"):
+    with pytest.raises(ValueError, match=r"--base is original, but the base .* is stored in NF4"):
         run_export(on_stored, tmp_path / "out", "--format", "merged", "--base", "original")
     assert left_in(tmp_path) == []
 
