@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -159,6 +159,8 @@ class BaseModelSpec:
         compute_dtype: dtype of activations and of all weights that are not quantized.
         attention: transformers' attention implementation; ``None`` for the model's default.
         trust_remote_code: run model code that comes with the model.
+        rope_scaling: of the rotary positions, checked (:func:`~dora_dist.config.model.check_rope`); None for what the
+            model has.
     """
 
     path: str
@@ -167,6 +169,7 @@ class BaseModelSpec:
     compute_dtype: torch.dtype = torch.float32
     attention: str | None = None
     trust_remote_code: bool = False
+    rope_scaling: Mapping[str, Any] | None = None
 
     @classmethod
     def of(cls, model: ModelConfig, task: str) -> Self:
@@ -178,6 +181,7 @@ class BaseModelSpec:
             compute_dtype=resolve_compute_dtype(model.compute_dtype),
             attention=model.attention,
             trust_remote_code=model.trust_remote_code,
+            rope_scaling=model.rope_scaling,
         )
 
     @property
@@ -187,7 +191,8 @@ class BaseModelSpec:
 
 
 def load_model_config(spec: BaseModelSpec) -> PreTrainedConfig:
-    """transformers' configuration of the model; of one that is stored in 4 bits, with the compute dtype of ``spec``.
+    """transformers' configuration of the model, with the scaling of rotary positions of ``spec``; of one that is stored
+    in 4 bits, with its compute dtype.
 
     Raises:
         ValueError: the path is not usable, or the model is stored quantized in another way than ``spec`` says.
@@ -196,6 +201,8 @@ def load_model_config(spec: BaseModelSpec) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             find_model(spec.path), trust_remote_code=spec.trust_remote_code
         )
+    if spec.rope_scaling is not None:
+        scale_rope(config, spec.rope_scaling, spec.path)
     stored = stored_quantization(config, spec.path)
     if stored is None:
         return config
@@ -207,6 +214,31 @@ def load_model_config(spec: BaseModelSpec) -> PreTrainedConfig:
     stored.bnb_4bit_compute_dtype = spec.compute_dtype
     config.quantization_config = stored.to_dict()
     return config
+
+
+def scale_rope(config: PreTrainedConfig, scaling: Mapping[str, Any], path: str) -> None:
+    """Give a model other rotary positions, and as many as they are good for, in place.
+
+    Raises:
+        ValueError: the model has no rotary positions, or has them in a way of its own for kinds of layers.
+    """
+    text = config.get_text_config()
+    present = getattr(text, "rope_parameters", None) or {}
+    if "rope_theta" not in present:
+        raise ValueError(
+            f"model.rope_scaling is given, but the model at model.path {path!r} has no rotary positions that are the "
+            "same in all layers (rope_parameters of its config.json): leave it out"
+        )
+    original = scaling.get("original_max_position_embeddings", present.get("original_max_position_embeddings"))
+    original = int(original or text.max_position_embeddings)
+    parameters = {"rope_theta": present["rope_theta"], **scaling}
+    if scaling["rope_type"] != "linear":  # which does not look at it, and is told so by transformers
+        parameters["original_max_position_embeddings"] = original
+    else:
+        parameters.pop("original_max_position_embeddings", None)
+    text.max_position_embeddings = int(original * scaling["factor"])
+    text.rope_parameters = parameters
+    text.validate_rope()
 
 
 def load_skeleton(spec: BaseModelSpec) -> PreTrainedModel:

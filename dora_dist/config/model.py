@@ -1,7 +1,7 @@
 """The configuration of the base model: plain values, without torch, which takes seconds to import."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from dora_dist.config.checks import require
 
@@ -9,6 +9,13 @@ Quantization = Literal["nf4", "int8", "none"]
 KERNELS = ("rms_norm", "rope", "swiglu")
 """Operations that have a kernel (:mod:`dora_dist.base_model.kernels`)."""
 QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
+ROPE_TYPES = {
+    "linear": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+"""Scalings of rotary positions that are the same for every row, by transformers' names -> the numbers that each needs.
+(The others, dynamic and longrope, depend on the longest row of a batch.)"""
 RecomputeLayers = Literal["auto", "all", "none"] | int
 
 
@@ -31,6 +38,10 @@ class ModelConfig:
             time; the numbers stay the same. all, none, a number of layers (the first ones), or auto: as few layers as
             fit on the smallest GPU of the run by the estimate, with 15 % left free; all of them where the memory is
             not known, as on CPUs. null follows training.activation_checkpointing. A resumed run may change it.
+        rope_scaling: lets the model have longer rows than it was trained on, as transformers 5 writes it in the
+            rope_parameters of a config.json; such as {rope_type: yarn, factor: 4.0}. rope_type is linear, yarn or
+            llama3; rows may then have factor times the original positions (original_max_position_embeddings, by default
+            those of the model). null for what the model has.
         kernels: auto uses Liger's kernels for RMSNorm, RoPE and SwiGLU, on a GPU with the packages of dora-dist[gpu],
             each where a trial on the model gives the model's own numbers; none never uses them. fuse false turns them
             off. A resumed run may change it.
@@ -45,9 +56,28 @@ class ModelConfig:
     fuse: bool = True
     recompute_layers: RecomputeLayers | None = None
     kernels: Literal["auto", "none"] = "auto"
+    rope_scaling: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        if self.rope_scaling is not None:
+            check_rope(self.rope_scaling)
         given = self.recompute_layers
         # A bool is an int to isinstance.
         fits = given is None or isinstance(given, str) or (type(given) is int and given >= 0)
         require(fits, "model.recompute_layers", given, "be auto, all, none, or a number of layers")
+
+
+def check_rope(scaling: dict[str, Any]) -> None:
+    """Refuse a scaling of rotary positions that has no meaning.
+
+    Raises:
+        ValueError: ``rope_type`` is unknown, or a number is missing, or is none that can be.
+    """
+    name = "model.rope_scaling"
+    kind = scaling.get("rope_type")
+    require(kind in ROPE_TYPES, f"{name}: rope_type", kind, f"be one of {', '.join(ROPE_TYPES)}")
+    for key in ROPE_TYPES[str(kind)]:
+        value = scaling.get(key)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        require(is_number, f"{name}: {key}", value, f"be a number, which rope_type {kind} needs")
+    require(scaling["factor"] >= 1, f"{name}: factor", scaling["factor"], "be at least 1")

@@ -17,6 +17,7 @@ from dora_dist.distributed.world import connect, host_group
 from dora_dist.doctor.device import check_device, describe_gpus
 from dora_dist.doctor.facts import RankFacts
 from dora_dist.doctor.node import node_facts
+from dora_dist.setup.sharding import check_torch
 
 if TYPE_CHECKING:
     from dora_dist.config.run import RunConfig
@@ -127,10 +128,11 @@ def _launch_failure(config: "RunConfig | None", environment: Mapping[str, str]) 
 
 
 def _model_failure(config: "RunConfig | None") -> str | None:
-    """Why the model's folder cannot be found here; a name on the Hub is not checked."""
+    """Why the model's folder cannot be found here, or this torch cannot shard its base; a name on the Hub is not checked."""
     if config is None:
         return None
     try:
+        check_torch(config, torch.__version__)
         find_model(config.model.path)
     except ValueError as error:
         return str(error)

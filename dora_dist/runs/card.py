@@ -1,5 +1,6 @@
 """What a run adds to the card of its adapter: data, budget, ranks, held-out figures, versions."""
 
+import json
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -37,9 +38,17 @@ def card_of(run: Path) -> tuple[dict[str, Any], str]:
         data["datasets"] = datasets
     kept, parameters = summary["components_kept"], summary["parameters_kept"]
     start = config.adapter.init if config.adapter.start_from is None else f"from {config.adapter.start_from}"
+    rope = []
+    if config.model.rope_scaling is not None:
+        # Without it, the base places tokens elsewhere than the adapter was trained on.
+        data["rope_parameters"] = config.model.rope_scaling
+        rope = [
+            ("rope_parameters", f"{json.dumps(config.model.rope_scaling)}, to be set in the config.json of the base")
+        ]
     adapter = [
         ("task", config.task),
         ("base", f"{settings['model.path']}, quantization {settings['model.quantization']}"),
+        *rope,
         ("steps", f"{summary['steps']} of {settings['optimizer steps']}, {settings['global batch']} rows each"),
         ("learning rate", str(settings["training.learning_rate"])),
         ("seed", str(config.seed)),

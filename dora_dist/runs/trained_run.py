@@ -106,6 +106,7 @@ class TrainedRun:
             quantization=quantization,
             compute_dtype=dtype,
             trust_remote_code=self.config.model.trust_remote_code,
+            rope_scaling=self.config.model.rope_scaling,
         )
 
     @contextmanager

@@ -67,6 +67,8 @@ def fingerprint_of(
             "path": config.model.path,
             "quantization": config.model.quantization,
             "compute_dtype": str(load.resolve_compute_dtype(config.model.compute_dtype)),
+            # Left out where there is none, as in runs of earlier versions.
+            **({} if config.model.rope_scaling is None else {"rope_scaling": config.model.rope_scaling}),
         },
         adapter=adapter,
         pruning={**dataclasses.asdict(config.pruning), "interval": interval},

@@ -21,17 +21,28 @@ def check_sharding(config: RunConfig, skeleton: PreTrainedModel, torch_version: 
     Raises:
         ValueError: torch is too old, or the model has no layers that could be gathered one by one.
     """
-    over = config.distributed.shard_base
-    if not over:
+    if not config.distributed.shard_base:
         return
-    given = f"distributed.shard_base is {str(over).lower()}"
-    if Version(torch_version) < Version(NEEDED_TORCH):
-        raise ValueError(
-            f"{given}, which needs torch {NEEDED_TORCH} or newer, but this is torch {torch_version}: update torch, or "
-            "set it to false"
-        )
+    check_torch(config, torch_version)
     if not recomputable_layers(skeleton):
         raise ValueError(
-            f"{given}, but {config.model.path} has no layers that can be gathered one by one (none is a "
+            f"{_given(config)}, but {config.model.path} has no layers that can be gathered one by one (none is a "
             "GradientCheckpointingLayer of transformers): set it to false"
         )
+
+
+def check_torch(config: RunConfig, torch_version: str) -> None:
+    """Refuse ``distributed.shard_base`` with a torch that is too old for it.
+
+    Raises:
+        ValueError: it is.
+    """
+    if config.distributed.shard_base and Version(torch_version) < Version(NEEDED_TORCH):
+        raise ValueError(
+            f"{_given(config)}, which needs torch {NEEDED_TORCH} or newer, but this is torch {torch_version}: update "
+            "torch, or set it to false"
+        )
+
+
+def _given(config: RunConfig) -> str:
+    return f"distributed.shard_base is {str(config.distributed.shard_base).lower()}"
