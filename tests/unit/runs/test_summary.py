@@ -12,6 +12,7 @@ from dora_dist.evaluation.evaluator import ShownAnswer
 from dora_dist.runs import pictures, records
 from dora_dist.runs.claim import Claim
 from dora_dist.runs.summary import finish_run, format_summary, is_finished, rank_table, report, summarize
+from dora_dist.runs.task_figures import TaskFigure, record_figures
 
 PARENTS = dict.fromkeys(PROJECTIONS[:4], "self_attn") | dict.fromkeys(PROJECTIONS[4:], "mlp")
 
@@ -135,6 +136,31 @@ def test_a_finished_run_is_summarized_from_its_files(tmp_path):
     for name in (pictures.RANK_PICTURE, pictures.PROGRESS_PICTURE):
         assert min(picture_size(tmp_path / name)) > 200
         assert str(tmp_path / name) in text
+
+
+def test_the_figures_of_the_best_checkpoint_are_those_of_the_run(tmp_path):
+    write_run(tmp_path)
+    with (tmp_path / records.METRICS).open("a") as file:
+        for line in (
+            {"step": 20, "eval_loss": 1.0, "eval_examples": 40},
+            {"step": 30, "eval_loss": 1.5, "eval_examples": 40},
+            {"step": 30, records.BEST_STEP: 20, "best_figure": "loss"},
+        ):
+            file.write(json.dumps(line) + "\n")
+    summary = summarize(tmp_path)
+    assert (summary["after"]["loss"], summary["best"]) == (1.0, {"step": 20, "figure": "loss"})
+    assert "  best checkpoint  of step 20, by loss" in format_summary(summary, tmp_path)
+    records.RunRecords(tmp_path, writes=True).truncate_after(30)  # the run goes on from there
+    assert (summarize(tmp_path)["after"]["loss"], summarize(tmp_path)["best"]) == (1.5, None)
+
+
+def test_a_report_has_the_latest_figures_of_tasks(tmp_path):
+    write_run(tmp_path)
+    assert "colours" not in report(tmp_path)
+    errors = {"base_error": None, "adapter_error": None, "difference_error": 0.125}
+    figure = TaskFigure(task="colours", metric="acc", examples=4, base=0.5, adapter=0.75, **errors)
+    record_figures(tmp_path, "adapter", [figure], {})
+    assert report(tmp_path).endswith("+0.2500 ± 0.1250")
 
 
 def test_what_was_left_out_is_in_the_summary(tmp_path):
