@@ -128,7 +128,7 @@ def _launch_failure(config: "RunConfig | None", environment: Mapping[str, str]) 
 
 
 def _model_failure(config: "RunConfig | None") -> str | None:
-    """Why the model's folder cannot be found here, or this torch cannot shard its base; a name on the Hub is not checked."""
+    """Why the model's folder cannot be found here, or this torch cannot shard its base; Hub names are not checked."""
     if config is None:
         return None
     try:

@@ -87,7 +87,7 @@ def write_quantized(
     )
 
 
-def _name(dtype: torch.dtype) -> str:
+def _name(dtype: str | torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
