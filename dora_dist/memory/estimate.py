@@ -119,8 +119,7 @@ def estimate_memory(
     """
     if config.task != CAUSAL_LM:
         raise ValueError(f"task is {config.task}, but memory can be estimated for {CAUSAL_LM} only")
-    engine = config.distributed.engine
-    check_world_size(world_size, engine)
+    check_world_size(world_size, config.distributed.engine)
     if device not in DEVICES:
         raise ValueError(f"--device is {device!r}, but must be one of {', '.join(DEVICES)}")
     rows, accumulation = (
@@ -148,7 +147,7 @@ def estimate_memory(
         quantization=step.quantization,
         compute_dtype=compute_dtype,
         adapter_dtype=adapter_dtype,
-        engine=engine,
+        engine=config.distributed.engine,
         device=device,
         world_size=world_size,
         rows=rows,
