@@ -23,7 +23,7 @@ from dora_dist.benchmark.operations import Operations
 from dora_dist.benchmark.peak import rise_of_allocator
 from dora_dist.config.parse import load_config
 from dora_dist.data.batches import predicting
-from dora_dist.setup.build import load_model
+from dora_dist.setup.build import leave_out_logits, load_model
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6}
 """Of a loss and of gradients, relative to the largest."""
@@ -407,6 +407,7 @@ def test_a_run_says_why_it_takes_the_memory_of_logits(tmp_path, capfd, architect
     path.write_text(f"output_dir: run\nmodel: {{path: {tmp_path}/model}}\ndata: {{train: x, max_length: 8}}\n")
     config = load_config(path, ["--distributed.engine", "none"])
     model = load_model(config, torch.device("cpu"), tiny_tokenizer())
+    leave_out_logits(model)
     assert (model.train()(**micro_batch()).logits is None) is not said
     text = "the loss of Gemma2ForCausalLM takes the logits of all positions at once, and their memory: final_logit_soft"
     assert (text in capfd.readouterr().err) is said

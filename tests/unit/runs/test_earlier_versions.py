@@ -63,7 +63,10 @@ def test_it_is_exported(run, kind, checkpoint):
     if kind == "peft":
         base = open_run(run).load_base("cpu", in_float32=True)
         modules = PeftModel.from_pretrained(base, "out").peft_config["default"].target_modules
-        assert len(modules) == len(read_json(run / records.SUMMARY)["ranks"])
+        trained = read_json(run / records.SUMMARY)["ranks"].keys()
+        # What servers compute together with them has zeros.
+        assert set(modules) - trained == {name for name in modules if name.endswith(("k_proj", "v_proj"))}
+        assert trained <= set(modules)
 
 
 def test_its_adapter_has_the_ranks_of_its_records_and_is_padded_in_an_export(run):
