@@ -258,7 +258,7 @@ class DynamicLoraTrainer(Trainer):
             self.checkpointer.restore(self._resumed_from)
             if self.owes_evaluation():
                 self.evaluate()
-        self._first_step = self.state.global_step
+        self._first_step = self.begun_step = self.state.global_step
         self.step_log.start_clock(self._first_step)
 
     def begin_step(self) -> None:
