@@ -163,7 +163,7 @@ def _held_out(runs: Sequence[OpenRun]) -> list[Panel]:
     for key, metric in HELD_OUT.items():
         unit, factor = ("%", 100) if metric.style.endswith("%") else ("", 1)
         direction = "lower" if key == "loss" else "higher"
-        about = f"{metric.about} On examples that the run does not train on; {direction} is better."
+        about = f"{metric.about} Measured on examples that the run does not train on; {direction} is better."
         # Colour and name of a curve distinguish the curves of a chart.
         by_source = [
             [
