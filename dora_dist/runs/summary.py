@@ -193,11 +193,11 @@ def format_summary(summary: Mapping[str, Any], run: Path, state: RunState | None
                 lines.append(f"  {metric.title:<16} {figures}  ({after['examples']} examples)")
         lines += _source_lines(before, after)
     kept, start = summary["components_kept"], summary["components_at_start"]
-    state = "" if summary["final_event"] else "  (pruning has not ended)"
+    pruning = "" if summary["final_event"] else "  (pruning has not ended)"
     parameters = summary["parameters_kept"]
     size = "" if parameters is None else f", which have {parameters:,} parameters"
     if start is not None:
-        lines.append(f"  {'components':<16} {start} -> {kept}{size}{state}")
+        lines.append(f"  {'components':<16} {start} -> {kept}{size}{pruning}")
     if planned := summary["planned"]:
         chosen = [rank for rank in planned.values() if rank]
         lines.append(
