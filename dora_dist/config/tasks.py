@@ -112,23 +112,25 @@ class Metric:
     Attributes:
         title: the metric's name in a summary.
         style: format of the metric's value.
+        about: what it is, in a sentence.
     """
 
     title: str
     style: str = ".4f"
+    about: str = ""
 
 
 METRICS = {
-    EXACT_MATCH: Metric("exact match", ".1%"),
-    FINAL_NUMBER: Metric("final number", ".1%"),
-    "accuracy": Metric("accuracy", ".1%"),
-    "matthews": Metric("Matthews"),
-    "f1": Metric("F1"),
-    "pearson": Metric("Pearson"),
-    "spearman": Metric("Spearman"),
-    "rouge1": Metric("ROUGE-1"),
-    "rouge2": Metric("ROUGE-2"),
-    "rouge_l": Metric("ROUGE-L"),
+    EXACT_MATCH: Metric("exact match", ".1%", "The share of generated answers that equal the reference."),
+    FINAL_NUMBER: Metric("final number", ".1%", "The share of generated answers that end with the reference's number."),
+    "accuracy": Metric("accuracy", ".1%", "The share of right answers."),
+    "matthews": Metric("Matthews", about="How far the labels agree with the right ones: 0 is chance, 1 is all."),
+    "f1": Metric("F1", about="How precise and how complete the answers are, in one figure."),
+    "pearson": Metric("Pearson", about="How closely the numbers follow the right ones: 0 is not at all, 1 is exactly."),
+    "spearman": Metric("Spearman", about="How far the numbers have the order of the right ones: at most 1."),
+    "rouge1": Metric("ROUGE-1", about="How many words the summaries share with the references."),
+    "rouge2": Metric("ROUGE-2", about="How many pairs of words the summaries share with the references."),
+    "rouge_l": Metric("ROUGE-L", about="How long a sequence of words the summaries share with the references."),
 }
 """Metrics that can be measured beside the loss, in display order."""
 

@@ -37,12 +37,18 @@ class ShownAnswer:
 
     @classmethod
     def of(cls, number: int, prompt: str, reference: str, answer: str) -> "ShownAnswer":
-        return cls(number=number, prompt=_shorter(prompt), reference=_shorter(reference), answer=_shorter(answer))
+        return cls(number=number, prompt=_end_of(prompt), reference=_shorter(reference), answer=_shorter(answer))
 
 
 def _shorter(text: str) -> str:
     left_out = len(text) - MOST_CHARACTERS
     return text if left_out <= 0 else f"{text[:MOST_CHARACTERS]} [... {left_out} more characters]"
+
+
+def _end_of(prompt: str) -> str:
+    """A prompt, cut short at its beginning: its end is what the answer is to."""
+    left_out = len(prompt) - MOST_CHARACTERS
+    return prompt if left_out <= 0 else f"[{left_out} more characters ...] {prompt[-MOST_CHARACTERS:]}"
 
 
 @dataclass(frozen=True, kw_only=True)

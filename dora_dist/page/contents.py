@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from dora_dist.console.text import format_bytes, ranges, time_span
-from dora_dist.page.curves import HELD_OUT, Panel, panels
+from dora_dist.page.curves import BEFORE, HELD_OUT, Panel, panels
 from dora_dist.page.open_run import OpenRun, open_runs
 from dora_dist.page.rank_map import RankMap, rank_map
 from dora_dist.runs.summary import change
@@ -109,7 +109,10 @@ def _facts(runs: Sequence[OpenRun]) -> list[list[str]]:
 
 def _figure(run: OpenRun, key: str) -> str:
     before, after = run.summary["before"], run.summary["after"]
-    return change(before, after, key, HELD_OUT[key].style) if after and key in after else ""
+    if not after or key not in after:
+        return ""
+    measured = max(line["step"] for line in run.lines if "eval_loss" in line)
+    return change(before, after, key, HELD_OUT[key].style) + (f" ({BEFORE})" if measured == 0 else "")
 
 
 def _number(value: float | None) -> str:

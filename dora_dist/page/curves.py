@@ -11,7 +11,9 @@ from dora_dist.runs.records import evaluation_of, source_names
 
 MOST_POINTS = 1000
 """Most points of a curve; a longer one is thinned. An ordinary screen is not wider."""
-HELD_OUT = {"loss": Metric("held-out loss"), **METRICS}
+HELD_OUT = {"loss": Metric("held-out loss", about="How badly the model predicts the answers."), **METRICS}
+BEFORE = "before training"
+"""Name of the line at what the base's held-out figure was."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,51 +41,95 @@ class Panel:
 
     Attributes:
         title: title of the chart.
+        about: what it shows and which direction is good, in a sentence or two.
         unit: unit of the values; empty for a plain number.
         stepped: whether a value holds until the next one, instead of being joined to it by a line.
         curves: at least one curve.
+        x: first and last step of the axis, where all curves have one and the same; None to follow the curves.
+        y: lowest and highest value of the axis, where all values are the same; None to follow the curves.
         note: additional remark; may be empty.
     """
 
     title: str
+    about: str
     unit: str
     stepped: bool
     curves: list[Curve]
+    x: tuple[float, float] | None
+    y: tuple[float, float] | None
     note: str
 
 
 @dataclass(frozen=True)
 class _Logged:
-    """A logged figure: its title, its unit, and the divisor of its values."""
+    """A logged figure.
+
+    Attributes:
+        title: title of its chart.
+        about: what it is and which direction is good.
+        unit: its unit.
+        divisor: of its values.
+        zero_is_off: whether it is not shown where it is always 0.
+    """
 
     title: str
+    about: str
     unit: str = ""
     divisor: float = 1
+    zero_is_off: bool = False
 
 
 LOGGED = {
-    "loss": _Logged("training loss"),
-    "learning_rate": _Logged("learning rate"),
-    "grad_norm": _Logged("gradient norm"),
-    "equilibrium_penalty": _Logged("equilibrium penalty"),
-    "tokens_per_second": _Logged("speed", "tokens/s, all ranks"),
-    "peak_memory_bytes": _Logged("peak memory since the start", "GiB, first rank", GIB),
+    "loss": _Logged("training loss", "How badly the model predicts the rows that it trains on. Lower is better."),
+    "learning_rate": _Logged("learning rate", "How far a step moves the adapter; the configuration sets it."),
+    "grad_norm": _Logged(
+        "gradient norm", "How strongly the loss pulls at the adapter. No direction is good; a sudden jump is a warning."
+    ),
+    "equilibrium_penalty": _Logged(
+        "equilibrium penalty", "How uneven the components' entries are. Training pulls it down.", zero_is_off=True
+    ),
+    "tokens_per_second": _Logged("speed", "How fast the run trains. Higher is better.", "tokens/s, all processes"),
+    "peak_memory_bytes": _Logged(
+        "peak memory since the start", "The most memory used so far. Lower is better.", "GiB, first process", GIB
+    ),
 }
 
 
 def panels(runs: Sequence[OpenRun]) -> list[Panel]:
     """All charts that have a value."""
-    training = {key: _panel(one.title, one.unit, _logged(runs, key, one.divisor)) for key, one in LOGGED.items()}
+    training = {
+        key: _panel(runs, one.title, one.about, _logged(runs, key, one), unit=one.unit) for key, one in LOGGED.items()
+    }
     found = [training.pop("loss"), *_held_out(runs), _budget(runs), _parameters(runs), *training.values()]
     return [panel for panel in found if panel.curves]
 
 
-def _panel(title: str, unit: str, curves: Iterable[Curve], stepped: bool = False) -> Panel:
+def _panel(
+    runs: Sequence[OpenRun], title: str, about: str, curves: Iterable[Curve], unit: str = "", stepped: bool = False
+) -> Panel:
     """A chart of the curves that have points, thinned to at most :data:`MOST_POINTS` points each."""
     kept = [curve for curve in curves if curve.steps]
     every = math.ceil(max((len(curve.steps) for curve in kept), default=0) / MOST_POINTS)
-    note = f"one point of {every} is drawn" if every > 1 else ""
-    return Panel(title=title, unit=unit, stepped=stepped, curves=[_thinned(c, every) for c in kept], note=note)
+    steps = {step for curve in kept for step in curve.steps}
+    values = {value for curve in kept for value in curve.values if value is not None}
+    last = max(run.fingerprint.num_steps for run in runs)
+    return Panel(
+        title=title,
+        about=about,
+        unit=unit,
+        stepped=stepped,
+        curves=[_thinned(curve, every) for curve in kept],
+        x=(-0.03 * last, 1.03 * last) if len(steps) == 1 else None,
+        y=_around(values.pop(), unit) if len(values) == 1 else None,
+        note=f"one point of {every} is drawn" if every > 1 else "",
+    )
+
+
+def _around(value: float, unit: str) -> tuple[float, float]:
+    """A range of an axis on which nothing but this value is drawn."""
+    if unit == "%":
+        return (-3, 103)  # 0 and 100, and room for a point on the edge
+    return (0, 2 * value) if value > 0 else (2 * value, 0) if value < 0 else (-0.03, 1)
 
 
 def _thinned(curve: Curve, every: int) -> Curve:
@@ -101,11 +147,12 @@ def _curve(name: str, colour: int, points: Iterable[tuple[int, float]], dashed: 
     return Curve(name=name, colour=colour, dashed=dashed, steps=steps, values=values)
 
 
-def _logged(runs: Sequence[OpenRun], key: str, divisor: float) -> list[Curve]:
-    return [
-        _curve(run.name, number, [(line["step"], line[key] / divisor) for line in run.lines if key in line])
+def _logged(runs: Sequence[OpenRun], key: str, one: _Logged) -> list[Curve]:
+    curves = [
+        _curve(run.name, number, [(line["step"], line[key] / one.divisor) for line in run.lines if key in line])
         for number, run in enumerate(runs)
     ]
+    return curves if not one.zero_is_off or any(any(curve.values) for curve in curves) else []
 
 
 def _held_out(runs: Sequence[OpenRun]) -> list[Panel]:
@@ -115,6 +162,8 @@ def _held_out(runs: Sequence[OpenRun]) -> list[Panel]:
     found = []
     for key, metric in HELD_OUT.items():
         unit, factor = ("%", 100) if metric.style.endswith("%") else ("", 1)
+        direction = "lower" if key == "loss" else "higher"
+        about = f"{metric.about} Measured on examples that the run does not train on; {direction} is better."
         # Colour and name of a curve distinguish the curves of a chart.
         by_source = [
             [
@@ -129,11 +178,22 @@ def _held_out(runs: Sequence[OpenRun]) -> list[Panel]:
             for name in [f"{source}_{key}" if source else key]
         ]
         if len(runs) == 1:
-            found.append(_panel(metric.title, unit, [curve for curves in by_source for curve in curves]))
+            curves = [curve for curves in by_source for curve in curves]
+            found.append(_panel(runs, metric.title, about, [*curves, *_before(curves)], unit=unit))
         else:
             titles = [metric.title, *(f"{metric.title}, {source}" for source in sources)]
-            found += [_panel(title, unit, curves) for title, curves in zip(titles, by_source, strict=True)]
+            found += [
+                _panel(runs, title, about, curves, unit=unit) for title, curves in zip(titles, by_source, strict=True)
+            ]
     return found
+
+
+def _before(curves: Sequence[Curve]) -> list[Curve]:
+    """A line at the first curve's value before the first step, where that was measured and another one after it."""
+    first = curves[0]
+    if len(first.steps) < 2 or first.steps[0] != 0 or first.values[0] is None:
+        return []
+    return [_curve(BEFORE, first.colour, [(0, first.values[0]), (first.steps[-1], first.values[0])], dashed=True)]
 
 
 def _budget(runs: Sequence[OpenRun]) -> Panel:
@@ -146,7 +206,8 @@ def _budget(runs: Sequence[OpenRun]) -> Panel:
         if target is not None:
             name = "target" if len(runs) == 1 else f"{run.name}, target"
             curves.append(_curve(name, number, _held(run, [(0, target)]), dashed=True))
-    return _panel("components kept", "", curves, stepped=True)
+    about = "How many components the adapter has. The budget sets where it ends: no direction is good."
+    return _panel(runs, "components kept", about, curves, stepped=True)
 
 
 def _parameters(runs: Sequence[OpenRun]) -> Panel:
@@ -154,7 +215,8 @@ def _parameters(runs: Sequence[OpenRun]) -> Panel:
     for number, run in enumerate(runs):
         points = [(event.step, event.num_parameters / 1e6) for event in run.events if event.num_parameters is not None]
         curves.append(_curve(run.name, number, _held(run, points)))
-    return _panel("parameters of the kept components", "millions", curves, stepped=True)
+    about = "How large the adapter is without what was removed. The budget sets where it ends."
+    return _panel(runs, "parameters of the kept components", about, curves, unit="millions", stepped=True)
 
 
 def _held(run: OpenRun, points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:

@@ -19,6 +19,21 @@ REFRESH_SECONDS = 30
 NO_NETWORK = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 """Content security policy: the browser sends no requests."""
 
+INTRODUCTION = (
+    "A run trains an adapter: small matrices beside the layers of a base model, which itself stays as it is. "
+    "A component is the smallest part of an adapter, a column times a row; a layer's rank is how many it has.",
+    "At an event, the run decides which components the layers have from then on. This page shows how good the model "
+    "is, how the training went, where the components are, and what the model answers.",
+)
+"""For readers who have never heard of the method: what a run, a component and an event are, and what the page shows."""
+ABOUT_MAPS = (
+    "A row is a layer of the base, a column a kind of matrix in it, and a number how many components the adapter has "
+    "there. The darker, the more. The slider goes through the events."
+)
+ABOUT_ANSWERS = (
+    "What the model writes for prompts that the run does not train on, the latest first. The reference is the answer "
+    "in the data."
+)
 NOTHING = '<span class="faint">(nothing)</span>'
 """Shown for an empty answer."""
 
@@ -60,6 +75,7 @@ def build_page(contents: Contents, refreshes: bool) -> str:
     refresh = f'<meta http-equiv="refresh" content="{REFRESH_SECONDS}">' if refreshes else ""
     written = f"Written {contents.written}" + f"; reloads every {REFRESH_SECONDS} s" * refreshes
     states = "\n".join(f"<p>{text_of(state)}</p>" for state in contents.states)
+    introduction = "\n".join(f'<p class="about">{text_of(line)}</p>' for line in INTRODUCTION)
     charts = "\n".join(_figure(panel, number) for number, panel in enumerate(contents.panels))
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -75,6 +91,7 @@ def build_page(contents: Contents, refreshes: bool) -> str:
 <h1 dir="auto">{text_of(contents.title)}</h1>
 <div id="states">{states}</div>
 <p class="faint">{text_of(written)}.</p>
+{introduction}
 <noscript><p>The charts and the map of ranks need JavaScript, which this browser does not run.</p></noscript>
 <div class="scroll facts">{table_of(contents.facts)}</div>
 {_settings(contents)}
@@ -110,7 +127,8 @@ def _figure(panel: Panel, number: int) -> str:
     unit = f' <span class="faint">({text_of(panel.unit)})</span>' if panel.unit else ""
     note = f'<p class="faint">{text_of(panel.note)}</p>' if panel.note else ""
     title = f"<figcaption>{text_of(panel.title)}{unit}</figcaption>"
-    return f'<figure>{title}<div class="chart" data-panel="{number}"></div>{note}</figure>'
+    about = f'<p class="about">{text_of(panel.about)}</p>'
+    return f'<figure>{title}{about}<div class="chart" data-panel="{number}"></div>{note}</figure>'
 
 
 def _settings(contents: Contents) -> str:
@@ -123,7 +141,8 @@ def _settings(contents: Contents) -> str:
 def _maps(contents: Contents) -> str:
     if not any(one.frames for one in contents.maps):
         return "<p>No event has taken place yet.</p>"
-    return """<div id="controls">
+    return f"""<p class="about">{ABOUT_MAPS}</p>
+<div id="controls">
 <label>Show <select id="quantity"><option value="ranks">components kept</option>
 <option value="scores">mean score of the components</option></select></label>
 <label>After <output id="position"></output> <input type="range" id="slider" min="0" step="1"></label>
@@ -134,7 +153,7 @@ def _maps(contents: Contents) -> str:
 def _examples(examples: Sequence[Example]) -> str:
     if not examples:
         return "<p>None: the task or its metrics generate no text, or nothing was evaluated yet.</p>"
-    return "\n".join(map(_example, examples))
+    return "\n".join([f'<p class="about">{ABOUT_ANSWERS}</p>', *map(_example, examples)])
 
 
 def _example(example: Example) -> str:
@@ -144,7 +163,7 @@ def _example(example: Example) -> str:
     )
     return f"""<article>
 <h3 dir="auto">{text_of(example.title)}</h3>
-<dl><dt>prompt</dt><dd dir="auto" class="faint">{text_of(example.prompt)}</dd>
+<dl><dt>prompt</dt><dd dir="auto" class="faint prompt">{text_of(example.prompt)}</dd>
 <dt>reference</dt><dd dir="auto">{text_of(example.reference)}</dd></dl>
 <dl class="answers">{answers}</dl>
 </article>"""

@@ -71,6 +71,7 @@ async function chart(panel, host) {
     outline_line_color: null, min_border_right: 12,
     // On a touch screen a finger moves the page.
     tools: matchMedia("(pointer: fine)").matches ? "xbox_zoom" : "",
+    ...(panel.x && { x_range: panel.x }), ...(panel.y && { y_range: panel.y }),
   });
   const [text, lines] = [theme("--faint"), theme("--line")];
   [figure.xaxis, figure.yaxis].forEach(axis => Object.assign(axis, {
@@ -209,4 +210,6 @@ function drawMaps() {
 
 drawCharts();
 drawMaps();
+// The end of a long prompt is what the answer is to.
+document.querySelectorAll(".prompt").forEach(one => { one.scrollTop = one.scrollHeight; });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawCharts);

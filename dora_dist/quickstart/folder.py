@@ -150,7 +150,9 @@ def ensure_quickstart(
     output.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     if (output / STAMP_NAME).is_file():
-        say(f"quickstart: {output} is from other settings: making it again")
+        runs = len(list(output.glob("run-*")))
+        lost = f" (the {runs} run{'s' * (runs > 1)} in it, of the old model, will be removed with it)" if runs else ""
+        say(f"quickstart: {output} is from other settings: making it again{lost}")
     with _scratch(output) as scratch, Phases("making the model and the data"):
         finished = scratch / "finished"
         finished.mkdir()

@@ -204,10 +204,10 @@ def read_failure(folder: Path) -> dict[str, Any] | None:
     """The arguments of :func:`record_failure`, and ``when`` (seconds since the epoch); None if there is no record, or
     only the beginning of one."""
     try:
-        found: dict[str, Any] = read_json(folder / FAILURE)
+        failure: dict[str, Any] = read_json(folder / FAILURE)
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    return found
+    return failure
 
 
 def read_fingerprint(run: Path) -> Fingerprint:

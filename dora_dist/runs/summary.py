@@ -62,9 +62,9 @@ def state_of(run: Path, summary: Mapping[str, Any]) -> RunState:
     if failure is None:
         return RunState(f"stopped at {here} of {last} without a word (killed?). {again}")
     step = failure.get("step")
-    at = f"step {step:,}" if step else "the start"
+    at = "" if step is None else f" at step {step:,} of {last}" if step else " before its first step"
     end = "was stopped" if failure.get("stopped") else "failed"
-    text = f"{end} at {at} of {last}: {failure['error'].rstrip('.')}"
+    text = f"{end}{at}: {failure['error'].rstrip('.')}"
     return RunState(text if "to resume" in text else f"{text}. {again}")
 
 

@@ -293,7 +293,7 @@ class DynamicLoraTrainer(Trainer):
             if self.owes_evaluation():
                 self.evaluate()
             control.should_training_stop = parts.best is not None and parts.best.has_waited_long_enough
-        self._first_step = self.state.global_step
+        self._first_step = self.begun_step = self.state.global_step
         self.step_log.start_clock(self._first_step)
 
     def begin_step(self) -> None:

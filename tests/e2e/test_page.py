@@ -125,6 +125,12 @@ def test_every_chart_is_drawn_and_nothing_is_wider_than_the_window(runs, tab, wi
         "learning rate", "gradient norm", "equilibrium penalty", "speed", "peak memory since the start",
     ]  # fmt: skip
     assert tab.run(DRAWN) == len(titles)
+    ranges = "charts.map(({figure}, n) => [figure.y_range.start, figure.y_range.end, data.panels[n].y])"
+    fixed = [(low, high, wanted) for low, high, wanted in tab.run(ranges) if wanted]
+    assert all([low, high] == wanted for low, high, wanted in fixed)
+    assert [-3, 103, [-3, 103]] in map(list, fixed), "a tiny random model matches nothing exactly, at any step"
+    ends = "[...document.querySelectorAll('.prompt')].map(one => one.scrollHeight - one.clientHeight - one.scrollTop)"
+    assert all(left < 2 for left in tab.run(ends))
     assert tab.run("document.documentElement.scrollWidth") <= width
     assert tab.picture()[:8] == b"\x89PNG\r\n\x1a\n"
 

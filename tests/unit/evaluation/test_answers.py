@@ -7,7 +7,7 @@ from support.tiny_tokenizer import word_tokenizer
 
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.evaluation.answers import AnswerEvaluator, generate_answers
-from dora_dist.evaluation.evaluator import NUM_SHOWN
+from dora_dist.evaluation.evaluator import MOST_CHARACTERS, NUM_SHOWN, ShownAnswer
 from dora_dist.evaluation.metrics import final_number
 
 PROMPTS = [[1, first, second] for first, second in ((7, 8), (9, 10), (20, 30), (31, 44), (50, 60))]
@@ -71,6 +71,12 @@ def test_the_first_answers_are_kept_to_look_at_in_the_order_of_the_examples(toke
         assert shown[3].reference == "4" * 2000 + " [... 1 more characters]"
     of_ranks = [(0.0, 1, 1, (0,), shown[1:2]), (0.0, 1, 1, (0,), shown[:1])]
     assert measured.shown_of(measured.join(of_ranks)) == shown[:2]
+
+
+def test_of_a_long_prompt_the_end_is_kept_which_the_answer_is_to():
+    shown = ShownAnswer.of(0, "a" * 5 + "b" * MOST_CHARACTERS, "c" * (MOST_CHARACTERS + 5), "d")
+    assert shown.prompt == "[5 more characters ...] " + "b" * MOST_CHARACTERS
+    assert shown.reference == "c" * MOST_CHARACTERS + " [... 5 more characters]"
 
 
 def test_the_figures_of_ranks_are_those_of_all_their_examples(tokenizer):

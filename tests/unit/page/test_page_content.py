@@ -13,7 +13,7 @@ from support.tiny_run import some_fingerprint
 
 from dora_dist.console import files
 from dora_dist.page.contents import read_contents
-from dora_dist.page.curves import MOST_POINTS
+from dora_dist.page.curves import HELD_OUT, MOST_POINTS
 from dora_dist.page.document import REFRESH_SECONDS, build_page, keep_current, write_page
 from dora_dist.page.library import chart_library
 from dora_dist.page.rank_map import MOST_FRAMES
@@ -101,8 +101,12 @@ def test_one_run_has_its_sources_in_one_chart_and_its_budget_in_steps(tmp_path):
         ("all sources", [0, 20], [3.0, 1.5]),
         ("de", [0, 20], [2.0, 1.0]),
         ("fr", [0, 20], [4.0, 2.0]),
+        ("before training", [0, 20], [3.0, 3.0]),
     ]
-    assert found["exact match"] == [("all sources", [0, 20], [25.0, 25.0])]
+    assert found["exact match"] == [
+        ("all sources", [0, 20], [25.0, 25.0]),
+        ("before training", [0, 20], [25.0, 25.0]),
+    ]
     assert found["components kept"] == [("run", [0, 10, 20], [36, 33, 21]), ("target", [0, 20], [18, 18])]
     assert found["parameters of the kept components"] == [("run", [10, 20], [3.3, 2.1])]
     assert found["peak memory since the start"] == [("run", [20], [3.0])]
@@ -122,6 +126,44 @@ def test_several_runs_have_a_chart_for_each_source_and_one_colour_each(tmp_path)
     assert [one.run for one in contents.maps] == ["a", "b"]
     assert contents.settings == [["setting", "a", "b"], ["seed", "1", "2"]]
     assert contents.facts[0] == ["", "a", "b"]
+
+
+def test_a_chart_of_one_point_has_axes_around_it_and_the_base_is_named(tmp_path):
+    metrics = [{**held_out(0, 6.0), "eval_exact_match": 0.0}]
+    contents = read_contents([write_run(tmp_path, metrics, [])])
+    found = {panel.title: panel for panel in contents.panels}
+    assert set(found) == {"held-out loss", "exact match"}
+    (loss,) = found["held-out loss"].curves
+    assert (loss.steps, loss.values, found["held-out loss"].y) == ([0], [6.0], (0, 12.0))
+    assert found["held-out loss"].x == pytest.approx((-1.2, 41.2)), "the run has 40 steps"
+    assert found["exact match"].y == (-3, 103)
+    assert ["held-out loss", "6.0000 (before training)"] in contents.facts
+    more = read_contents([write_run(tmp_path, [*metrics, held_out(20, 1.5)], [])])
+    assert [(panel.x, panel.y) for panel in more.panels] == [(None, None)] * 2
+    assert ["held-out loss", "6.0000 -> 1.5000"] in more.facts
+
+
+def test_a_penalty_that_is_off_has_no_chart(tmp_path):
+    off = [training(step, 2.0) | {"equilibrium_penalty": 0.0} for step in (1, 2)]
+    assert "equilibrium penalty" not in drawn(read_contents([write_run(tmp_path, off)]))
+    on = [off[0] | {"equilibrium_penalty": 0.1}, off[1]]  # it is 0 after the final event
+    found = drawn(read_contents([write_run(tmp_path, on)]))
+    assert found["equilibrium penalty"] == [(tmp_path.name, [1, 2], [0.1, 0.0])]
+
+
+def test_the_page_tells_a_newcomer_what_it_shows_and_which_direction_is_good(tmp_path):
+    metrics = [training(step, 2.0) | {"grad_norm": 1.0, "peak_memory_bytes": 9} for step in (1, 2)]
+    contents = read_contents([write_run(tmp_path, [*metrics, held_out(2, 1.0)])])
+    page = Page(build_page(contents, refreshes=False))
+    said = page.texts["p"]
+    (what,) = (text for text in said if text.startswith("A run trains an adapter: "))
+    assert "A component is " in what
+    assert said[said.index(what) + 1].startswith("At an event, ")
+    assert len({panel.about for panel in contents.panels}) == len(contents.panels) == 9
+    for panel in contents.panels:
+        assert panel.about in said
+        assert re.search("better|good|sets", panel.about), panel.title
+    assert all(metric.about for metric in HELD_OUT.values())
 
 
 def test_runs_of_one_name_are_told_apart_and_one_run_twice_is_refused(tmp_path):

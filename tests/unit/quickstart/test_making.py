@@ -69,11 +69,13 @@ def test_sigterm_leaves_nothing_and_a_later_start_removes_what_a_kill_has_left(t
 
 def test_a_model_of_other_settings_is_made_again_and_that_is_said(tmp_path, capsys):
     output = tmp_path / "out"
-    output.mkdir()
+    for name in ("run-1", "run-2"):
+        (output / name).mkdir(parents=True)
     (output / folder.STAMP_NAME).write_text("{}")
     former = signal.getsignal(signal.SIGTERM)
     ensure_quickstart(output, settings=TINY)
-    assert f"quickstart: {output} is from other settings: making it again\n" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"quickstart: {output} is from other settings: making it again (the 2 runs in it, of the old model," in said
     ensure_quickstart(output, settings=TINY)
     said = capsys.readouterr()
     assert (said.err, said.out) == ("", f"quickstart: {output} is up to date\n")

@@ -42,7 +42,7 @@ def test_only_the_latest_lines_count(tmp_path):
     steps = range(1, LATEST_LINES + 21)
     lines = logged(steps, [100.0] * 20 + [0.5] * LATEST_LINES)
     assert find_speed(write_run(tmp_path, lines, processes=4), None) == Speed(
-        pytest.approx(TOKENS_PER_PASS / 10 / 0.5), f"seen in {tmp_path}, on 4 ranks"
+        pytest.approx(TOKENS_PER_PASS / 10 / 0.5), f"seen in {tmp_path}, on 4 processes"
     )
 
 

@@ -219,7 +219,8 @@ AGAIN = "Start the same command again to resume"
     ("recorded", "state"),
     [
         ({"error": "the disk is full.", "step": 2}, f"failed at step 2 of 10: the disk is full. {AGAIN}"),
-        ({"error": "no memory", "step": 0}, f"failed at the start of 10: no memory. {AGAIN}"),
+        ({"error": "no memory", "step": 0}, f"failed before its first step: no memory. {AGAIN}"),
+        ({"error": "of a comparison"}, f"failed: of a comparison. {AGAIN}"),
         (
             {"error": "preempted at step 4: start the same command again to resume", "step": 4, "stopped": True},
             "was stopped at step 4 of 10: preempted at step 4: start the same command again to resume",
