@@ -244,7 +244,7 @@ def train_or_go_on(
             raise PreemptedError(
                 f"preempted at step {step}: checkpoint-{step} is complete; start the same command again to resume"
             )
-        finish(run, resolved, trainer)
+        finish(run, config, resolved, trainer)
 
 
 def decide(
@@ -268,7 +268,7 @@ def decide(
         accumulation = resume.accumulation(earlier, config, ranks)
         resolved = resolve_run(config, *data.result(), accumulation, ranks, card)
         resume.check_settings(earlier, resolved.fingerprint)
-        resume.check_best(earlier, config)
+        resume.check_best(earlier, config, None if resolved.best is None else resolved.best.measured_on)
     for remark in resolved.remarks():
         say(remark)
     return resolved
@@ -337,7 +337,7 @@ def record_start(
         trainer.evaluate()
 
 
-def finish(run: Path, resolved: "ResolvedRun", trainer: "DynamicLoraTrainer") -> None:
+def finish(run: Path, config: "RunConfig", resolved: "ResolvedRun", trainer: "DynamicLoraTrainer") -> None:
     """Check what the method promised, measure once more, and write adapter, summary and pictures.
 
     Raises:
@@ -362,7 +362,8 @@ def finish(run: Path, resolved: "ResolvedRun", trainer: "DynamicLoraTrainer") ->
             text = summary.finish_run(run)
             keep_current(run)
             page = [f"  {'page':<16} {run / records.PAGE}"] if (run / records.PAGE).is_file() else []
-            print(text, *page, describe_size(run, task), "", describe_use(run, task, labels), sep="\n", flush=True)
+            use = describe_use(run, task, labels, config.model.rope_scaling)
+            print(text, *page, describe_size(run, task), "", use, sep="\n", flush=True)
 
 
 def stop_before_training(notice: PreemptionNotice, agreement: "Agreement") -> None:

@@ -231,12 +231,19 @@ def scale_rope(config: PreTrainedConfig, scaling: Mapping[str, Any], path: str) 
         )
     original = scaling.get("original_max_position_embeddings", present.get("original_max_position_embeddings"))
     original = int(original or text.max_position_embeddings)
+    before, after = text.max_position_embeddings, int(original * scaling["factor"])
+    if after < before:
+        raise ValueError(
+            f"model.rope_scaling has the factor {scaling['factor']}, of {original} original positions, which makes "
+            f"{after}; the model at model.path {path!r} has {before} already: set a factor of more than "
+            f"{before / original:g}, or leave it out"
+        )
     parameters = {"rope_theta": present["rope_theta"], **scaling}
     if scaling["rope_type"] != "linear":  # which does not look at it, and is told so by transformers
         parameters["original_max_position_embeddings"] = original
     else:
         parameters.pop("original_max_position_embeddings", None)
-    text.max_position_embeddings = int(original * scaling["factor"])
+    text.max_position_embeddings = after
     text.rope_parameters = parameters
     text.validate_rope()
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -16,7 +17,8 @@ def live_storages() -> dict[int, int]:
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), Tensor) and thing.device.type == "cpu":
+        # Fake ones, which torch keeps in caches of its own, have no memory.
+        if issubclass(type(thing), Tensor) and not isinstance(thing, FakeTensor) and thing.device.type == "cpu":
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     storages.pop(0, None)

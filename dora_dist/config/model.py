@@ -1,9 +1,10 @@
 """The configuration of the base model: plain values, without torch, which takes seconds to import."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from dora_dist.config.checks import require
+from dora_dist.config.checks import nearest, require
 
 Quantization = Literal["nf4", "int8", "none"]
 KERNELS = ("rms_norm", "rope", "swiglu")
@@ -16,6 +17,13 @@ ROPE_TYPES = {
 }
 """Scalings of rotary positions that are the same for every row, by transformers' names -> the numbers that each needs.
 (The others, dynamic and longrope, depend on the longest row of a batch.)"""
+ORIGINAL = "original_max_position_embeddings"
+ROPE_OPTIONS = {
+    "linear": (),
+    "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+    "llama3": (),
+}
+"""The numbers that each of them may have beside, and :data:`ORIGINAL`."""
 RecomputeLayers = Literal["auto", "all", "none"] | int
 
 
@@ -74,10 +82,19 @@ def check_rope(scaling: dict[str, Any]) -> None:
         ValueError: ``rope_type`` is unknown, or a number is missing, or is none that can be.
     """
     name = "model.rope_scaling"
-    kind = scaling.get("rope_type")
+    kind = str(scaling.get("rope_type"))
     require(kind in ROPE_TYPES, f"{name}: rope_type", kind, f"be one of {', '.join(ROPE_TYPES)}")
-    for key in ROPE_TYPES[str(kind)]:
-        value = scaling.get(key)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        require(is_number, f"{name}: {key}", value, f"be a number, which rope_type {kind} needs")
+    known = ("rope_type", ORIGINAL, *ROPE_TYPES[kind], *ROPE_OPTIONS[kind])
+    for key in scaling:
+        if key not in known:
+            raise ValueError(f"{name} has {key!r}, which rope_type {kind} does not read{nearest(key, known)}")
+    for key in ROPE_TYPES[kind]:
+        require(key in scaling, f"{name}: {key}", None, f"be a number, which rope_type {kind} needs")
+    for key, value in scaling.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        require(key == "rope_type" or is_number, f"{name}: {key}", value, "be a number, and finite")
     require(scaling["factor"] >= 1, f"{name}: factor", scaling["factor"], "be at least 1")
+    original = scaling.get(ORIGINAL, 1)
+    require(original >= 1 and original == int(original), f"{name}: {ORIGINAL}", original, "be a whole number above 0")
+    low, high = scaling.get("low_freq_factor", 0), scaling.get("high_freq_factor", 1)
+    require(low < high, f"{name}: low_freq_factor", low, f"be less than high_freq_factor, {high}")

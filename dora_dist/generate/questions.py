@@ -180,7 +180,8 @@ def collect_questions(
 
 def _lines_of(file: Path) -> list[str]:
     try:
-        return file.read_text(encoding="utf-8-sig").splitlines()
+        with file.open(encoding="utf-8-sig") as lines:  # a line ends at a line break only, as in training
+            return list(lines)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--file is {file}, which cannot be read: {error}") from None
 
@@ -224,7 +225,15 @@ def _question_of_json(text: str, place: str) -> Question:
         )
         return Question(row=row, flaw=flaw)
     if messages:
+        if lost := [name for name in ("system", "tools") if row.get(name)]:
+            flaw = f"{place} has {lost[0]} beside messages, which is not read: put it into messages, or use --system"
+            return Question(row=row, flaw=flaw)
+        if messages[-1]["role"] == "assistant":
+            return Question(row=row, flaw=f"{place} ends with an answer of the assistant: remove that message")
         return Question(messages=messages)
+    if lost := [name for name in ("system", "history") if row.get(name)]:
+        flaw = f"{place} has {lost[0]} beside its text, which is not read: give all of it as messages"
+        return Question(row=row, flaw=flaw)
     if fields["prompt"]:
         return Question(fields["prompt"], raw=True, row=row)
     return Question(fields["instruction"], fields["input"], row=row)

@@ -4,11 +4,15 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from dora_dist.config.checks import require
 from dora_dist.config.run import LARGEST_SEED
 
 GREEDY = 0.0
 """Temperature of the most likely token."""
+LEAST_TEMPERATURE = 1e-3
+"""Logits divided by much less are not finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +35,9 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        warm = 0 <= self.temperature < math.inf
-        require(warm, "--temperature", self.temperature, "be at least 0 (0 takes the most likely token), and finite")
+        warm = self.temperature == GREEDY or LEAST_TEMPERATURE <= self.temperature < math.inf
+        rule = f"be 0, which takes the most likely token, or at least {LEAST_TEMPERATURE}, and finite"
+        require(warm, "--temperature", self.temperature, rule)
         require(self.top_p is None or 0 < self.top_p <= 1, "--top-p", self.top_p, "be above 0, and at most 1")
         require(self.top_k is None or self.top_k >= 1, "--top-k", self.top_k, "be at least 1")
         known = self.seed is None or 0 <= self.seed <= LARGEST_SEED
@@ -60,4 +65,6 @@ class Sampling:
         if self.temperature != GREEDY:
             import torch  # not before a model is there to answer
 
-            torch.manual_seed((self.seed or 0) + turn * (LARGEST_SEED + 1))
+            # torch's generator on CPUs takes the low 32 bits of a seed only.
+            (state,) = np.random.SeedSequence([self.seed or 0, turn]).generate_state(1)
+            torch.manual_seed(int(state))

@@ -1,7 +1,10 @@
 """What the end of a run says of its adapter: where it is, how large, and the lines that use it."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 from dora_dist.adapter.plain_lora import ADAPTER_CONFIG, adapter_bytes
 from dora_dist.config.adapter import PROMPT
@@ -31,13 +34,16 @@ def describe_size(run: Path, task: str) -> str:
     return f"  {'adapter size':<16} {padded}, padded to one rank; {compact} with every module's own rank{hint}"
 
 
-def describe_use(run: Path, task: str, labels: list[str] | str | None) -> str:
+def describe_use(
+    run: Path, task: str, labels: list[str] | str | None, rope_scaling: Mapping[str, Any] | None = None
+) -> str:
     """The lines that load the adapter of a finished run, serve it and share it.
 
     Args:
         run: its folder.
         task: of the run.
         labels: names of classes, or ``regression``; None where rows have no labels.
+        rope_scaling: ``model.rope_scaling`` of the run, without which the base places tokens elsewhere.
     """
     folder = run / "adapter"
     if is_routed(folder):
@@ -45,7 +51,11 @@ def describe_use(run: Path, task: str, labels: list[str] | str | None) -> str:
     else:
         base, load = read_json(folder / ADAPTER_CONFIG)["base_model_name_or_path"], "PeftModel.from_pretrained"
     outputs = "" if labels is None else f", num_labels={len(labels) if isinstance(labels, list) else 1}"
-    lines = [("in Python", f"{load}({TASKS[task].auto_class}.from_pretrained({base!r}{outputs}), {str(folder)!r})")]
+    lines = []
+    if rope_scaling is not None:
+        advice = f"rope_parameters of the base's config.json to {json.dumps(dict(rope_scaling))}, or merge the adapter"
+        lines.append(("first set", f"{advice} (dora-dist export {run} --format merged)"))
+    lines += [("in Python", f"{load}({TASKS[task].auto_class}.from_pretrained({base!r}{outputs}), {str(folder)!r})")]
     if task == CAUSAL_LM and not is_routed(folder):
         rank = read_json(folder / ADAPTER_CONFIG)["r"]
         adapter = f"--max-lora-rank {rank} --lora-modules NAME={quote(str(folder))}"

@@ -21,7 +21,7 @@ from dora_dist.adapter.targets import resolve_targets
 from dora_dist.base_model.head import head_modules, task_of
 from dora_dist.base_model.load import BaseModelSpec, load_skeleton
 from dora_dist.config.parse import load_config
-from dora_dist.setup.build import load_model
+from dora_dist.setup.build import leave_out_logits, load_model
 from dora_dist.setup.resolve import check_method
 
 TOLERANCES = {"loss": 2e-6, "gradient": 1e-5}
@@ -126,6 +126,7 @@ def test_without_it_nothing_is_replaced_for_the_time_of_a_forward_either(tmp_pat
     """As a run loads the model: the head and the loss are the base's own within training and evaluation."""
     config = load_config(write_config(tmp_path), ["--distributed.engine", "none", "--model.fuse", "false"])
     model = load_model(config, torch.device("cpu"), tiny_tokenizer())
+    leave_out_logits(model)
     assert "takes the logits of all positions at once, and their memory: fuse is false" in capfd.readouterr().err
     base = model.get_base_model()
     head = base.get_output_embeddings()

@@ -127,3 +127,14 @@ def test_a_share_stands_alone():
     for given in (["5%", "held.jsonl"], {"path": "5%"}):
         with pytest.raises(ValueError, match=r"^data.eval\[0\].path is '5%', but must name a file: a share .* alone"):
             DataConfig(train="rows.jsonl", eval=given)
+
+
+@pytest.mark.parametrize(("share", "percent"), [(".5%", 0.5), ("5.%", 5.0), ("+5 %", 5.0)])
+def test_a_share_may_be_written_as_any_number(share, percent):
+    assert DataConfig(train="train.jsonl", eval=share).eval_share == pytest.approx(percent / 100)
+
+
+@pytest.mark.parametrize("share", ["5,5%", "five %", "1e-3%"])
+def test_what_ends_as_a_share_and_is_none_is_no_file(share):
+    with pytest.raises(ValueError, match=f"data.eval is '{share}', which is no share: write it as 5% or 0.5%"):
+        DataConfig(train="train.jsonl", eval=share)

@@ -15,7 +15,7 @@ from dora_dist.data.encoding.chat import choose_template
 from dora_dist.generate import __main__ as command
 from dora_dist.generate.answering import Answerer
 from dora_dist.generate.conversing import converse
-from dora_dist.generate.questions import Question
+from dora_dist.generate.questions import Question, collect_questions, read_questions
 from dora_dist.generate.sampling import Sampling
 from dora_dist.runs import records
 from dora_dist.runs.trained_run import open_run
@@ -96,7 +96,7 @@ def test_tokens_come_as_often_as_their_probabilities_say(run: TrainedFolder) -> 
     [
         (["--top-p", "0.9"], "--top-p is 0.9, but without a temperature"),
         (["--seed", "3"], "--seed is 3, but without a temperature"),
-        (["--temperature", "-1"], "--temperature is -1.0, but must be at least 0"),
+        (["--temperature", "-1"], "--temperature is -1.0, but must be 0, which takes"),
         (["--temperature", "nan"], "--temperature is nan, but must"),
         (["--temperature", "1", "--top-p", "0"], "--top-p is 0.0, but must be above 0"),
         (["--temperature", "1", "--top-k", "0"], "--top-k is 0, but must be at least 1"),
@@ -138,3 +138,37 @@ def test_a_conversation_is_asked_with_all_that_was_said_until_it_is_reset(
     assert "a prompt holds the control token '</s>'" in shown.err
     assert "a new conversation" in shown.err
     assert "more than the model's context of 256" in shown.err
+
+
+def test_every_batch_and_turn_draws_numbers_of_its_own() -> None:
+    drawn = set()
+    for seed in (0, 1):
+        for turn in range(3):
+            Sampling(temperature=1.0, seed=seed).begin(turn)
+            drawn.add(tuple(torch.rand(2).tolist()))
+    assert len(drawn) == 6
+    Sampling(temperature=1.0, seed=1).begin(2)
+    assert tuple(torch.rand(2).tolist()) in drawn
+
+
+def test_a_line_of_a_file_ends_at_a_line_break_only(tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").write_text("a\u2028b\x0cc\n\x85d\n", encoding="utf-8")
+    found = collect_questions(None, None, False, tmp_path / "lines.txt")
+    assert [question.text for question in found] == ["a\u2028b\x0cc", "\x85d"]
+
+
+@pytest.mark.parametrize(
+    ("row", "flaw"),
+    [
+        ({"instruction": "a", "system": "b"}, "has system beside its text"),
+        ({"instruction": "a", "history": [["b", "c"]]}, "has history beside its text"),
+        ({"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "t"}]}, "has tools beside messages"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+            "ends with an answer of the assistant",
+        ),
+    ],
+)
+def test_what_would_be_lost_of_a_row_is_refused(row: dict, flaw: str) -> None:
+    (question,) = read_questions([json.dumps(row)], raw=False)
+    assert flaw in question.flaw
