@@ -66,7 +66,7 @@ def test_what_has_no_meaning_is_refused_with_the_configuration(scaling, message)
 
 
 def test_a_key_that_is_not_read_is_refused():
-    with pytest.raises(ValueError, match="has 'atention_factor', which .* yarn does not read; did you mean atte"):
+    with pytest.raises(ValueError, match=r"has 'atention_factor', which .* yarn does not read; did you mean atte"):
         ModelConfig(path="anywhere", rope_scaling={**YARN, "atention_factor": 3})
 
 
