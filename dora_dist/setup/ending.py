@@ -1,5 +1,6 @@
 """What the end of a run says of its adapter: where it is, how large, and the lines that use it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 
@@ -40,6 +41,11 @@ def describe_use(run: Path, task: str, labels: list[str] | str | None) -> str:
         labels: names of classes, or ``regression``; None where rows have no labels.
     """
     folder = run / "adapter"
+    shared = ("shared", f"hf upload USER/NAME {quote(str(folder))}     # with README.md, its model card")
+    if not is_routed(folder) and read_json(folder / ADAPTER_CONFIG).get("trainable_token_indices"):
+        merged = f"merged (dora-dist export {quote(str(run))} --format merged): servers take no rows of new tokens"
+        load = f"AutoPeftModelForCausalLM.from_pretrained({str(folder)!r})"
+        return _aligned([("in Python", load), ("served", merged), shared])
     if is_routed(folder):
         base, load = read_json(folder / SETTINGS)["base_model"], "dora_dist.load_adapter"
     else:
@@ -51,5 +57,8 @@ def describe_use(run: Path, task: str, labels: list[str] | str | None) -> str:
         adapter = f"--max-lora-rank {rank} --lora-modules NAME={quote(str(folder))}"
         served = f"vllm serve {quote(base)} --enable-lora {adapter}"
         lines.append(("served by vLLM", served))
-    lines.append(("shared", f"hf upload USER/NAME {quote(str(folder))}     # with README.md, its model card"))
+    return _aligned([*lines, shared])
+
+
+def _aligned(lines: Sequence[tuple[str, str]]) -> str:
     return "\n".join(f"  {title:<16} {line}" for title, line in lines)

@@ -1,5 +1,6 @@
 """What a run will be, decided from its configuration and its data before any weight is read."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from dora_dist.adapter.from_folder import describe_start, find_start
 from dora_dist.adapter.ranks import resolve_ranks
 from dora_dist.base_model import block_weights, load
+from dora_dist.base_model.new_tokens import fit_rows, modules_with_rows
 from dora_dist.base_model.recomputation import Recomputation
 from dora_dist.base_model.shape import input_embedding, linear_layer
 from dora_dist.config.adapter import PROMPT, RANKS_FROM_DATA, UNIFORM, DynamicLoraConfig
@@ -66,6 +68,7 @@ class ResolvedRun:
         recomputation: layers that are computed again in the backward.
         fingerprint: settings that a resumed run must not change.
         best: how the best checkpoint is found; None where the last one is taken.
+        row_parameters: trained parameters in the rows of new tokens.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -79,6 +82,7 @@ class ResolvedRun:
     recomputation: Recomputation
     fingerprint: Fingerprint
     best: BestRule | None
+    row_parameters: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -141,6 +145,7 @@ def resolve_run(
     skeleton = load.load_skeleton(spec)
     load.check_attention(spec, skeleton)
     check_sharding(config, skeleton, torch.__version__)
+    row_parameters = _fit_new_tokens(skeleton, tokenizer, config.adapter.new_tokens or [])
     notes = check_vocabulary(skeleton, tokenizer, data)
     ranks_of_layers, budget = check_method(config, skeleton, arguments.max_steps)
     check_context(skeleton, data)
@@ -162,7 +167,20 @@ def resolve_run(
         recomputation=recomputation,
         fingerprint=fingerprint_of(config, arguments, data, plan, ranks, ranks_of_layers, budget.schedule, found),
         best=best_rule(config, arguments, data, budget.schedule.final_step),
+        row_parameters=row_parameters,
     )
+
+
+def _fit_new_tokens(skeleton: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> int:
+    """Give the skeleton rows for new tokens of the tokenizer; returns the number of parameters in their rows.
+
+    Raises:
+        ValueError: rows for them cannot be added, or not be trained.
+    """
+    if not texts:
+        return 0
+    fit_rows(skeleton, tokenizer.convert_tokens_to_ids(list(texts)))
+    return sum(len(texts) * module.weight.shape[1] for module in modules_with_rows(skeleton).values())
 
 
 def _check_answers(config: RunConfig, data: RunData) -> None:
