@@ -91,6 +91,17 @@ def modules_with_rows(model: PreTrainedModel) -> dict[str, nn.Embedding | nn.Lin
     return {name: module for name, module in model.named_modules() if any(module is one for one in wanted)}
 
 
+def num_row_parameters(model: PreTrainedModel, num_tokens: int) -> int:
+    """Parameters in the rows of new tokens; 0 where there are none.
+
+    Raises:
+        ValueError: see :func:`modules_with_rows`.
+    """
+    if not num_tokens:
+        return 0
+    return sum(num_tokens * module.weight.shape[1] for module in modules_with_rows(model).values())
+
+
 def fit_rows(model: PreTrainedModel, ids: Sequence[int]) -> None:
     """Let embedding and head have rows for all of these ids, in place; a model that has them is left as it is. The
     values of rows that are added have no meaning.

@@ -1,6 +1,5 @@
 """What a run will be, decided from its configuration and its data before any weight is read."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from dora_dist.adapter.from_folder import describe_start, find_start
 from dora_dist.adapter.ranks import resolve_ranks
 from dora_dist.base_model import block_weights, load
-from dora_dist.base_model.new_tokens import fit_rows, modules_with_rows
+from dora_dist.base_model.new_tokens import fit_rows, num_row_parameters
 from dora_dist.base_model.recomputation import Recomputation
 from dora_dist.base_model.shape import input_embedding, linear_layer
 from dora_dist.config.adapter import PROMPT, RANKS_FROM_DATA, UNIFORM, DynamicLoraConfig
@@ -145,7 +144,9 @@ def resolve_run(
     skeleton = load.load_skeleton(spec)
     load.check_attention(spec, skeleton)
     check_sharding(config, skeleton, torch.__version__)
-    row_parameters = _fit_new_tokens(skeleton, tokenizer, config.adapter.new_tokens or [])
+    new_tokens = config.adapter.new_tokens or []
+    if new_tokens:
+        fit_rows(skeleton, tokenizer.convert_tokens_to_ids(new_tokens))
     notes = check_vocabulary(skeleton, tokenizer, data)
     ranks_of_layers, budget = check_method(config, skeleton, arguments.max_steps)
     check_context(skeleton, data)
@@ -167,20 +168,8 @@ def resolve_run(
         recomputation=recomputation,
         fingerprint=fingerprint_of(config, arguments, data, plan, ranks, ranks_of_layers, budget.schedule, found),
         best=best_rule(config, arguments, data, budget.schedule.final_step),
-        row_parameters=row_parameters,
+        row_parameters=num_row_parameters(skeleton, len(new_tokens)),
     )
-
-
-def _fit_new_tokens(skeleton: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> int:
-    """Give the skeleton rows for new tokens of the tokenizer; returns the number of parameters in their rows.
-
-    Raises:
-        ValueError: rows for them cannot be added, or not be trained.
-    """
-    if not texts:
-        return 0
-    fit_rows(skeleton, tokenizer.convert_tokens_to_ids(list(texts)))
-    return sum(len(texts) * module.weight.shape[1] for module in modules_with_rows(skeleton).values())
 
 
 def _check_answers(config: RunConfig, data: RunData) -> None:

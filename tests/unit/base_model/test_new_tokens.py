@@ -21,10 +21,10 @@ NEW = NewTokens(ids=IDS, pieces=[[7, 9], [5]])
 TIED = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 
 
-def with_new_tokens(base, tokens=NEW, **changes):
-    start_rows(base, tokens)
-    config = dora_dist.DynamicLoraConfig(target_rank=2, dropout=0.0, seed=5, new_tokens=TEXTS, **changes)
-    return dora_dist.add_dynamic_lora(base, config, token_ids=tokens.ids)
+def with_new_tokens(base, **changes):
+    start_rows(base, NEW)
+    settings = {"target_rank": 2, "dropout": 0.0, "seed": 5, "new_tokens": TEXTS, **changes}
+    return dora_dist.add_dynamic_lora(base, dora_dist.DynamicLoraConfig(**settings), token_ids=IDS)
 
 
 def saved_base(folder, **changes):
@@ -126,6 +126,15 @@ def test_a_model_whose_rows_cannot_be_trained_is_refused(change, flaw):
     change(model)
     with pytest.raises(ValueError, match=flaw):
         modules_with_rows(model)
+
+
+def test_an_adapter_with_new_tokens_is_not_gone_on_with_and_beside_one_that_is_they_are_trained(tmp_path):
+    adapt(tiny_model(), initial_rank=2).save_pretrained(tmp_path / "plain")
+    with_new_tokens(tiny_model(), initial_rank=2).save_pretrained(tmp_path / "tokens")
+    with pytest.raises(ValueError, match="has trainable_token_indices"):
+        adapt(tiny_model(), start_from=str(tmp_path / "tokens"))
+    model = with_new_tokens(tiny_model(), target_rank=8, start_from=str(tmp_path / "plain"))
+    assert len(model.new_rows()) == 2
 
 
 @TIED
