@@ -35,10 +35,11 @@ def config_with_new_tokens(folder, **sections):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """12 steps on two ranks under ZeRO-2, with dropout; a checkpoint after every step."""
+    """12 steps on two ranks under ZeRO-2, with dropout; a checkpoint after every third step."""
     folder = tmp_path_factory.mktemp("tokens")
-    evaluation = {"before": True, "exact_match": True, "max_new_tokens": 3, "max_examples": 4}
-    config = config_with_new_tokens(folder, adapter={"dropout": 0.1}, evaluation=evaluation)
+    evaluation = {"exact_match": True, "max_new_tokens": 3, "max_examples": 4}
+    training = {"save_steps": 3}
+    config = config_with_new_tokens(folder, adapter={"dropout": 0.1}, evaluation=evaluation, training=training)
     output = run_to_the_end(config, folder / "run", folder / "log")
     assert "2 new (<call>, w1-w2), whose rows have 256 trained parameters, outside of the budget" in output
     assert "rows of its head are trained (adapter.new_tokens)" in output
@@ -48,9 +49,9 @@ def run(tmp_path_factory):
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(run, tmp_path):
-    resumed = stopped_at(5, run / "run", tmp_path)
+    resumed = stopped_at(6, run / "run", tmp_path)
     output = run_to_the_end(run / "run.yaml", resumed, tmp_path / "log")
-    assert f"resuming from {resumed}/checkpoint-5" in output
+    assert f"resuming from {resumed}/checkpoint-6" in output
     assert_same_run(run / "run", resumed)
     state = load_file(resumed / "checkpoint-12" / "dynamic_lora.safetensors")
     assert {name for name in state if name.startswith("head/")} == {
@@ -60,7 +61,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(run, tmp_path):
 
 
 def test_every_row_learns_and_the_budget_does_not_count_them(run):
-    first, last = (read_new_rows(run / "run" / f"checkpoint-{step}") for step in (1, 12))
+    first, last = (read_new_rows(run / "run" / f"checkpoint-{step}") for step in (3, 12))
     assert list(last.ids) == IDS
     for name, rows in last.rows.items():
         assert (rows - first.rows[name]).abs().amax(1).min() > 1e-3, name
