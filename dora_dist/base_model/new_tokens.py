@@ -55,7 +55,7 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> NewT
             )
         pieces.append(ids)
     tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in texts])
-    ids = [tokenizer.convert_tokens_to_ids(text) for text in texts]
+    ids = ids_of(tokenizer, texts)
     for text, number in zip(texts, ids, strict=True):
         if tokenizer.encode(text, add_special_tokens=False) != [number]:
             raise ValueError(
@@ -63,6 +63,12 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> NewT
                 "token when it has been added: take another text"
             )
     return NewTokens(ids=ids, pieces=pieces)
+
+
+def ids_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:
+    """Ids of tokens that a tokenizer has."""
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[text] for text in texts]
 
 
 def modules_with_rows(model: PreTrainedModel) -> dict[str, nn.Embedding | nn.Linear]:

@@ -15,7 +15,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from dora_dist.adapter.model import DynamicLoraForCausalLM, DynamicLoraModel, add_dynamic_lora
 from dora_dist.base_model import load
 from dora_dist.base_model.kernels import NO_KERNELS, use_kernels
-from dora_dist.base_model.new_tokens import start_rows
+from dora_dist.base_model.new_tokens import ids_of, start_rows
 from dora_dist.base_model.quantization import sample_of
 from dora_dist.base_model.recomputation import Recomputation
 from dora_dist.config.adapter import DRAWN_INITS, PROMPT, RANKS_FROM_DATA, UNIFORM, Init
@@ -141,7 +141,7 @@ def load_model(
         kernels = use_kernels(base)
     if adapter.routing == PROMPT:
         return add_routed_lora(base, adapter)
-    token_ids = tokenizer.convert_tokens_to_ids(adapter.new_tokens or [])
+    token_ids = ids_of(tokenizer, adapter.new_tokens or [])
     return add_dynamic_lora(base, adapter, config.model.fuse, kernels, token_ids=token_ids)
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from dora_dist.adapter.from_folder import describe_start, find_start
 from dora_dist.adapter.ranks import resolve_ranks
 from dora_dist.base_model import block_weights, load
-from dora_dist.base_model.new_tokens import fit_rows, num_row_parameters
+from dora_dist.base_model.new_tokens import fit_rows, ids_of, num_row_parameters
 from dora_dist.base_model.recomputation import Recomputation
 from dora_dist.base_model.shape import input_embedding, linear_layer
 from dora_dist.config.adapter import PROMPT, RANKS_FROM_DATA, UNIFORM, DynamicLoraConfig
@@ -146,7 +146,7 @@ def resolve_run(
     check_sharding(config, skeleton, torch.__version__)
     new_tokens = config.adapter.new_tokens or []
     if new_tokens:
-        fit_rows(skeleton, tokenizer.convert_tokens_to_ids(new_tokens))
+        fit_rows(skeleton, ids_of(tokenizer, new_tokens))
     notes = check_vocabulary(skeleton, tokenizer, data)
     ranks_of_layers, budget = check_method(config, skeleton, arguments.max_steps)
     check_context(skeleton, data)
