@@ -16,6 +16,11 @@ MIXED = (
     "Every module has its own rank, which PEFT and llama.cpp take, and of vLLM only versions that read rank_pattern."
 )
 
+NEW_TOKENS = """
+It has the rows of {} new tokens too, which the tokenizer in this folder knows. Where the base has fewer rows than this
+tokenizer has tokens, `base.resize_token_embeddings(len(tokenizer))` comes first; `AutoPeftModelForCausalLM` does so.
+"""
+
 
 def absolute_base(base_model: str | None) -> str | None:
     """A base by a name that means the same from everywhere: a folder by its whole path, a name as it is."""
@@ -24,7 +29,9 @@ def absolute_base(base_model: str | None) -> str | None:
     return base_model
 
 
-def write_card(folder: Path, ranks: Mapping[str, int], base_model: str | None, padded: int | None) -> None:
+def write_card(
+    folder: Path, ranks: Mapping[str, int], base_model: str | None, padded: int | None, new_tokens: int = 0
+) -> None:
     """Write the card of a plain LoRA adapter into its folder, as far as the adapter itself says it.
 
     Args:
@@ -32,6 +39,7 @@ def write_card(folder: Path, ranks: Mapping[str, int], base_model: str | None, p
         ranks: module name -> rank, of all modules that have one.
         base_model: name or absolute path of the base model.
         padded: rank that the factors are padded to with zeros; None where every module has its own.
+        new_tokens: that the adapter has rows for.
     """
     total, low, high = sum(ranks.values()), min(ranks.values()), max(ranks.values())
     text = f"""# LoRA adapter{_for(base_model)}
@@ -44,6 +52,8 @@ The folder holds plain LoRA factors. {PADDED.format(padded) if padded else MIXED
     from peft import PeftModel
     model = PeftModel.from_pretrained(base, "path/to/this/folder")
 """
+    if new_tokens:
+        text += NEW_TOKENS.format(new_tokens)
     _save(folder, _metadata(base_model, "peft", ["lora", "dynamic-lora", "dora-dist"]), text)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftModel, PeftModelForCausalLM
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -20,13 +20,14 @@ from dora_dist.adapter.components import GatheredComponents
 from dora_dist.adapter.from_folder import FoundAdapter, find_start, start_from
 from dora_dist.adapter.gated_mlp import fuse_gated_mlps
 from dora_dist.adapter.layer import ADAPTER_NAME, DynamicLoraLinear
-from dora_dist.adapter.plain_lora import KEY_PREFIX, fold_components, write_lora_adapter
+from dora_dist.adapter.plain_lora import KEY_PREFIX, NEW_ROWS, NewRows, fold_components, write_lora_adapter
 from dora_dist.adapter.ranks import resolve_ranks
 from dora_dist.adapter.shared_input import share_inputs
 from dora_dist.adapter.unfolded import load_masks, load_parameters
 from dora_dist.base_model.chunked_loss import ChunkedLoss, proved
 from dora_dist.base_model.head import head_modules, read_in_own_dtype, task_of
 from dora_dist.base_model.kernels import NO_KERNELS, KernelsInUse
+from dora_dist.base_model.new_tokens import modules_with_rows
 from dora_dist.base_model.quantization import forbid_inference_packing
 from dora_dist.config.adapter import RANKS_FROM_DATA, UNIFORM, DynamicLoraConfig
 from dora_dist.config.format_version import METHOD_TENSORS
@@ -49,6 +50,7 @@ class DynamicLoraModel(PeftModel):
         dynamic_config: what the adapter was made from.
         adapter_dtype: what its parameters were made in.
         has_controller: whether something prunes it, or has done so.
+        token_ids: of the new tokens whose rows are trained.
     """
 
     fused = True
@@ -56,6 +58,7 @@ class DynamicLoraModel(PeftModel):
     dynamic_config: DynamicLoraConfig
     adapter_dtype: torch.dtype
     has_controller = False
+    token_ids: Sequence[int] = ()
 
     if TYPE_CHECKING:
 
@@ -75,22 +78,34 @@ class DynamicLoraModel(PeftModel):
         """See :func:`trained_heads`."""
         return trained_heads(self)
 
-    def head_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters of the :meth:`heads` by their names in the base model; empty where only the adapter is trained."""
+    def new_rows(self) -> dict[str, nn.Parameter]:
+        """Name of the module in the base model, embedding or head -> its rows of the new tokens, which are trained,
+        shape ``(tokens, hidden)``. A head that is tied to the embedding has none of its own."""
+        adapters = {name: wrapper.token_adapter for name, wrapper in _named(self, TrainableTokensWrapper)}
         return {
+            name: adapter.trainable_tokens_delta[ADAPTER_NAME]
+            for name, adapter in adapters.items()
+            if adapter.tied_adapter is None
+        }
+
+    def head_parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained beside the components: parameters of the :meth:`heads` by their names in the base model, and
+        :meth:`new_rows`; empty where there is nothing."""
+        heads = {
             f"{module}.{name}": parameter
             for module, head in self.heads().items()
             for name, parameter in head.named_parameters()
         }
+        return heads | {f"{module}.new_rows": rows for module, rows in self.new_rows().items()}
 
     # torch's type says that the dictionary given is the one handed back; this is a part of it.
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Parameters and mask of the adapter, and the head that is trained."""
+        """Parameters and mask of the adapter, and the head and the rows of new tokens that are trained."""
         full = super().state_dict(*args, **kwargs)
         return {
             name: value
             for name, value in full.items()
-            if ".lora_" in name or ".modules_to_save." in name or name.endswith(".component_mask")
+            if any(part in name for part in (".lora_", ".modules_to_save.", NEW_ROWS, ".component_mask"))
         }
 
     def folded_factors(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -101,8 +116,9 @@ class DynamicLoraModel(PeftModel):
         }
 
     def save_pretrained(self, save_directory: str | Path, *_: Any, is_main_process: bool = True, **__: Any) -> None:
-        """Write the adapter as plain LoRA of one rank that PEFT, vLLM and llama.cpp load exactly, with the head; gates
-        and masks are folded in. Warns of an adapter that nothing has pruned.
+        """Write the adapter as plain LoRA of one rank that PEFT, vLLM and llama.cpp load exactly, with the head, and
+        with the rows of new tokens, which only PEFT loads; gates and masks are folded in. Warns of an adapter that
+        nothing has pruned.
 
         Raises:
             ValueError: no component has a non-zero gate.
@@ -123,6 +139,7 @@ class DynamicLoraModel(PeftModel):
                 self.config.name_or_path or None,
                 task_type=task_of(self.get_base_model()).peft_type,
                 head={module: dict(head.named_parameters()) for module, head in self.heads().items()},
+                new_rows=NewRows(ids=self.token_ids, rows=self.new_rows()) if self.token_ids else None,
             )
 
     # Of PEFT's parameters, none is of use here.
@@ -178,6 +195,8 @@ class DynamicLoraForCausalLM(DynamicLoraModel, PeftModelForCausalLM):
         """
         if not self.fused:
             return "fuse is false"
+        if self.token_ids:
+            return "rows of its head are trained (adapter.new_tokens)"
         self._chunked_loss, reason = proved(self.get_base_model())
         return reason or None
 
@@ -238,6 +257,7 @@ def add_dynamic_lora(
     fuse: bool = True,
     kernels: KernelsInUse = NO_KERNELS,
     model_class: type[DynamicLoraModel] | None = None,
+    token_ids: Sequence[int] = (),
 ) -> DynamicLoraModel:
     """Give the chosen linear layers of ``model`` gated rank-one components and freeze everything else but the head of
     its task, where it has one.
@@ -255,17 +275,20 @@ def add_dynamic_lora(
         kernels: what :func:`~dora_dist.base_model.kernels.use_kernels` has returned for the model. Gated MLPs that run
             as one operation use them too.
         model_class: of the result; by default that of what the model does.
+        token_ids: of the ``new_tokens`` of ``config``, for which the model has rows at their start
+            (:func:`~dora_dist.base_model.new_tokens.start_rows`).
 
     Raises:
-        ValueError: ``config`` is another method's or has routing, the model has an adapter, ``target_modules`` matches
-            nothing, ``start_from`` names an adapter that cannot be gone on with, or a 4-bit weight has been repacked
-            for inference.
+        ValueError: ``config`` is another method's, has routing, or has new tokens without ids; the model has an
+            adapter, ``target_modules`` matches nothing, ``start_from`` names an adapter that cannot be gone on with,
+            rows of new tokens cannot be trained, or a 4-bit weight has been repacked for inference.
     """
-    _check_arguments(model, config)
+    _check_arguments(model, config, token_ids)
     ranks = resolve_ranks(model, config)
     found = find_start(model, config, ranks)
     forbid_inference_packing(model)
     task, heads = task_of(model), head_modules(model)
+    with_rows = list(modules_with_rows(model)) if token_ids else []
     lora_config = LoraConfig(
         r=config.num_slots,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT multiplies by it; its type is an int
@@ -273,6 +296,7 @@ def add_dynamic_lora(
         rank_pattern={f"^{re.escape(name)}$": rank for name, rank in ranks.items() if rank != config.num_slots},
         target_modules=list(ranks),
         modules_to_save=list(heads) or None,  # PEFT adds names to it
+        trainable_token_indices={name: list(token_ids) for name in with_rows} or None,
         task_type=task.peft_type,
         base_model_name_or_path=getattr(model, "name_or_path", None) or None,
     )
@@ -286,6 +310,10 @@ def add_dynamic_lora(
     _check_all_adapted(ranks, layers)
     _start(layers, config, dtype, found)
     prepare_heads(peft_model, heads, dtype, cast_inputs=fuse)
+    assert list(peft_model.new_rows()) == with_rows, f"PEFT trains rows of {list(peft_model.new_rows())}"
+    for rows in peft_model.new_rows().values():
+        rows.data = rows.data.to(dtype)
+    peft_model.token_ids = list(token_ids)
     peft_model.fused, peft_model.kernels = fuse, kernels
     peft_model.dynamic_config, peft_model.adapter_dtype = config, dtype
     if fuse:
@@ -307,7 +335,7 @@ def _start(
         start_from(layers, found)
 
 
-def _check_arguments(model: PreTrainedModel, config: DynamicLoraConfig) -> None:
+def _check_arguments(model: PreTrainedModel, config: DynamicLoraConfig, token_ids: Sequence[int]) -> None:
     if not isinstance(config, DynamicLoraConfig):
         raise ValueError(
             f"config is a {type(config).__name__}, but must be a DynamicLoraConfig: DynamicLoraConfig(target_rank=8, "
@@ -316,6 +344,11 @@ def _check_arguments(model: PreTrainedModel, config: DynamicLoraConfig) -> None:
     if config.routing != "none":
         raise ValueError(
             f"config.routing is {config.routing}, but add_dynamic_lora adds no routers: call dora_dist.add_routed_lora"
+        )
+    if len(config.new_tokens or []) != len(token_ids):
+        raise ValueError(
+            f"config.new_tokens is {config.new_tokens}, which a tokenizer must know first, as dora-dist train does: "
+            "leave it out, or train with dora-dist train"
         )
     if config.ranks in RANKS_FROM_DATA:
         raise ValueError(

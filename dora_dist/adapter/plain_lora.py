@@ -8,6 +8,7 @@ divides one ``lora_alpha`` by the rank of each tensor and ignores ``alpha_patter
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,6 +24,22 @@ ADAPTER_CONFIG = "adapter_config.json"
 KEY_PREFIX = "base_model.model."
 Factors = tuple[Tensor, Tensor]
 """Of a layer: ``A (k, in)`` and ``B (out, k)``, whose product ``B A`` is the update."""
+
+NEW_ROWS = "token_adapter.trainable_tokens_delta"
+"""PEFT's name, in a module, for the rows that are trained of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewRows:
+    """Rows of new tokens, which stand in the place of the base's.
+
+    Attributes:
+        ids: of the tokens.
+        rows: name of the module, embedding or head -> its rows, shape ``(tokens, hidden)``.
+    """
+
+    ids: Sequence[int]
+    rows: Mapping[str, Tensor]
 
 
 @torch.no_grad()
@@ -77,6 +94,7 @@ def write_lora_adapter(
     head: Mapping[str, Mapping[str, Tensor]] | None = None,
     rank: int | None = None,
     keep_empty: bool = False,
+    new_rows: NewRows | None = None,
 ) -> None:
     """Write plain LoRA factors as an adapter folder that PEFT, vLLM and llama.cpp load exactly, with its model card.
 
@@ -91,6 +109,7 @@ def write_lora_adapter(
         head: modules that were trained as a whole, by name, each with its parameters by their names in it.
         rank: of every module; :func:`common_rank` by default.
         keep_empty: write modules of rank 0 too, as zeros.
+        new_rows: of tokens that were trained beside the components.
 
     Raises:
         ValueError: every module has rank 0, so that there is no adapter to write.
@@ -99,12 +118,15 @@ def write_lora_adapter(
     rank = rank or common_rank(present)
     written = factors if keep_empty else present
     padded = {name: pad_rank(parts, rank) for name, parts in sorted(written.items())}
-    config = _lora_config(padded, base_model, task_type, rank, sorted(head or {}))
-    _write(folder, config, _named_tensors(padded, head or {}))
-    write_card(folder, {name: lora_a.shape[0] for name, (lora_a, _) in present.items()}, base_model, rank)
+    config = _lora_config(padded, base_model, task_type, rank, sorted(head or {}), new_rows)
+    _write(folder, config, _named_tensors(padded, head or {}, new_rows))
+    ranks = {name: lora_a.shape[0] for name, (lora_a, _) in present.items()}
+    write_card(folder, ranks, base_model, rank, 0 if new_rows is None else len(new_rows.ids))
 
 
-def write_compact_adapter(folder: Path, factors: Mapping[str, Factors], base_model: str | None) -> None:
+def write_compact_adapter(
+    folder: Path, factors: Mapping[str, Factors], base_model: str | None, new_rows: NewRows | None = None
+) -> None:
     """Write an adapter without padding: every module has its own rank.
 
     One ``lora_alpha`` holds for all modules, and B carries ``rank / lora_alpha``: so PEFT (``lora_alpha`` over the rank
@@ -114,6 +136,7 @@ def write_compact_adapter(folder: Path, factors: Mapping[str, Factors], base_mod
         folder: created if missing.
         factors: as of :func:`write_lora_adapter`.
         base_model: name or path of the base model.
+        new_rows: as of :func:`write_lora_adapter`.
 
     Raises:
         ValueError: every module has rank 0.
@@ -122,9 +145,9 @@ def write_compact_adapter(folder: Path, factors: Mapping[str, Factors], base_mod
     ranks = {name: lora_a.shape[0] for name, (lora_a, _) in present.items()}
     alpha = max(ranks.values())
     folded = {name: (lora_a, lora_b * (ranks[name] / alpha)) for name, (lora_a, lora_b) in present.items()}
-    config = _lora_config(folded, base_model, "CAUSAL_LM", alpha, [])
-    _write(folder, config, _named_tensors(folded, {}))
-    write_card(folder, ranks, base_model, None)
+    config = _lora_config(folded, base_model, "CAUSAL_LM", alpha, [], new_rows)
+    _write(folder, config, _named_tensors(folded, {}, new_rows))
+    write_card(folder, ranks, base_model, None, 0 if new_rows is None else len(new_rows.ids))
 
 
 def _with_components(factors: Mapping[str, Factors]) -> dict[str, Factors]:
@@ -141,7 +164,12 @@ def _write(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> N
 
 
 def _lora_config(
-    factors: Mapping[str, Factors], base_model: str | None, task_type: str, rank: int, heads: Sequence[str]
+    factors: Mapping[str, Factors],
+    base_model: str | None,
+    task_type: str,
+    rank: int,
+    heads: Sequence[str],
+    new_rows: NewRows | None,
 ) -> LoraConfig:
     return LoraConfig(
         r=rank,
@@ -153,10 +181,13 @@ def _lora_config(
         task_type=task_type,
         base_model_name_or_path=base_model,
         inference_mode=True,
+        trainable_token_indices=None if new_rows is None else {name: list(new_rows.ids) for name in new_rows.rows},
     )
 
 
-def _named_tensors(factors: Mapping[str, Factors], head: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def _named_tensors(
+    factors: Mapping[str, Factors], head: Mapping[str, Mapping[str, Tensor]], new_rows: NewRows | None
+) -> dict[str, Tensor]:
     """Tensors by the names under which PEFT saves them."""
     tensors = {}
     for name, (lora_a, lora_b) in factors.items():
@@ -165,12 +196,14 @@ def _named_tensors(factors: Mapping[str, Factors], head: Mapping[str, Mapping[st
     for module, parameters in head.items():
         for name, value in parameters.items():
             tensors[f"{KEY_PREFIX}{module}.{name}"] = value.detach().float().cpu().contiguous()
+    for module, rows in ({} if new_rows is None else new_rows.rows).items():
+        tensors[f"{KEY_PREFIX}{module}.{NEW_ROWS}"] = rows.detach().float().cpu().contiguous()
     return tensors
 
 
 def read_lora_adapter(folder: Path) -> dict[str, Factors]:
-    """Plain LoRA factors of a folder that :func:`write_lora_adapter` wrote, by module name; padding and a head are left
-    out. Earlier versions wrote every module with its own rank.
+    """Plain LoRA factors of a folder that :func:`write_lora_adapter` wrote, by module name; padding, a head and
+    rows of new tokens are left out. Earlier versions wrote every module with its own rank.
 
     Returns:
         Module name -> ``(A (k, in), B (out, k))``, where ``B A`` is the whole update. Modules of rank 0 are missing.
@@ -189,6 +222,17 @@ def read_lora_adapter(folder: Path) -> dict[str, Factors]:
     parts = {name: [tensors[f"{KEY_PREFIX}{name}.lora_{part}.weight"] for part in "AB"] for name in sorted(names)}
     factors = {name: without_padding(lora_a, lora_b) for name, (lora_a, lora_b) in parts.items()}
     return {name: found for name, found in factors.items() if found[0].shape[0]}
+
+
+def read_new_rows(folder: Path) -> NewRows | None:
+    """Rows of new tokens of a folder that :func:`write_lora_adapter` wrote; None where it has none."""
+    found = LoraConfig.from_pretrained(str(folder)).trainable_token_indices
+    if not found:
+        return None
+    assert isinstance(found, dict)
+    tensors = load_file(folder / ADAPTER_WEIGHTS)
+    rows = {name: tensors[f"{KEY_PREFIX}{name}.{NEW_ROWS}"] for name in found}
+    return NewRows(ids=next(iter(found.values())), rows=rows)
 
 
 def adapter_bytes(folder: Path) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from transformers.initialization import no_init_weights
 from dora_dist.base_model.head import belongs_to, head_modules, start_parameters
 from dora_dist.base_model.layer_by_layer import LayersTaken, TakeLayer
 from dora_dist.base_model.lean_loading import check_loaded, find_mismatches, lean_loading, listed
+from dora_dist.base_model.new_tokens import NewTokens, add_tokens
 from dora_dist.base_model.quantization import (
     forbid_inference_packing,
     prepare_stored,
@@ -146,6 +147,15 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def read_new_tokens(spec: "BaseModelSpec", texts: Sequence[str]) -> NewTokens:
+    """New tokens for the tokenizer of a base, which is read anew: it still splits their texts.
+
+    Raises:
+        ValueError: as of :func:`load_tokenizer` and :func:`~dora_dist.base_model.new_tokens.add_tokens`.
+    """
+    return add_tokens(load_tokenizer(spec.path, spec.trust_remote_code), texts)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -184,6 +184,10 @@ class Plan:
             raise ValueError(
                 f"adapter.start_from is {config.adapter.start_from}, but {title} makes a new adapter: remove it"
             )
+        if config.adapter.new_tokens is not None:
+            raise ValueError(
+                f"adapter.new_tokens is {config.adapter.new_tokens}, but {title} trains LoRA factors only: remove it"
+            )
         if LORA_PLUS_RATIO in config.training:
             raise ValueError(f"training.{LORA_PLUS_RATIO} is set, but {title} does not support it: remove it")
         if peer == ADALORA and start == group.budget:

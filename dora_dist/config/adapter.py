@@ -65,6 +65,10 @@ class DynamicLoraConfig:
         start_from: folder of a plain LoRA adapter, of a run (RUN/adapter) or of PEFT, to go on from: the model starts
             as that adapter's, and components that it does not have start as init says. Needs a drawn init (lora, say),
             and at least as many components in every layer; see docs/choosing.md. Null for a new adapter.
+        new_tokens: texts that become tokens of the tokenizer, such as "<call>" and "</call>". Their rows of the
+            embedding, and of an output head that is not tied to it, are trained beside the components, outside of the
+            budget, and saved with the adapter as PEFT's trainable_token_indices. For causal_lm, by dora-dist train; see
+            docs/choosing.md. Null for none.
         calibration_rows: with a start or ranks from data, number of training rows from which they are computed, spread
             over the run.
         dtype: dtype of the adapter's parameters: float32, bfloat16, float64, or auto for the dtype of the base's
@@ -88,6 +92,7 @@ class DynamicLoraConfig:
     target_modules: str | list[str] = ALL_LINEAR
     init: Init = "lora"
     start_from: str | None = None
+    new_tokens: list[str] | None = None
     calibration_rows: int = 64
     dtype: AdapterDtype = "float32"
     train_gates: bool = True
@@ -134,6 +139,7 @@ class DynamicLoraConfig:
                 f"init {self.init!r} starts with all gates at 0, which never change unless train_gates is true"
             )
         self._check_start_from()
+        self._check_new_tokens()
         self._check_routing()
 
     def _check_start_from(self) -> None:
@@ -150,6 +156,25 @@ class DynamicLoraConfig:
             )
         if self.routing != "none":
             raise ValueError(f"{beside} routing is {self.routing}, which is for a new adapter: leave one of them out")
+
+    def _check_new_tokens(self) -> None:
+        texts = self.new_tokens
+        if texts is None:
+            return
+        if not texts:
+            raise ValueError("new_tokens is an empty list, but must have one text or more: leave it out for none")
+        for text in texts:
+            if not text or text != text.strip():
+                raise ValueError(
+                    f"new_tokens has {text!r}, but a token must have a text that does not begin or end with white space"
+                )
+            if texts.count(text) > 1:
+                raise ValueError(f"new_tokens has {text!r} {texts.count(text)} times: name it once")
+        if self.routing != "none":
+            raise ValueError(
+                f"new_tokens is set, but routing is {self.routing}, whose adapter has no place for rows of the "
+                "embedding: leave one of them out"
+            )
 
     def _check_routing(self) -> None:
         if self.routing not in ROUTINGS:

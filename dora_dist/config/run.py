@@ -213,6 +213,7 @@ class RunConfig:
             ("distributed.engine", self.distributed.engine, self.distributed.engine == "ddp", "set it to ddp"),
             ("model.quantization", self.model.quantization, self.model.quantization != "int8", "set it to nf4 or none"),
             ("adapter.routing", self.adapter.routing, self.adapter.routing != PROMPT, "leave it out"),
+            ("adapter.new_tokens", self.adapter.new_tokens, self.adapter.new_tokens is None, "leave it out"),
         ):
             if not works:
                 raise ValueError(f"{given}, but {key} is {value}, with which no base can be sharded: {advice}")
@@ -322,6 +323,7 @@ class RunConfig:
             ("data.chat_template_kwargs", data.chat_template_kwargs, not data.chat_template_kwargs),
             ("data.train_on_thoughts", "false", data.train_on_thoughts),
             ("adapter.routing", self.adapter.routing, self.adapter.routing != PROMPT),
+            ("adapter.new_tokens", self.adapter.new_tokens, self.adapter.new_tokens is None),
             ("evaluation.exact_match", "true", not self.evaluation.exact_match),
         ):
             if not left_out:

@@ -169,7 +169,8 @@ def check_prepared(agreement: Agreement, trainer: Any, engine: str, dtype: torch
     wrong = {
         name: p.dtype
         for name, p in trainer.model.named_parameters()
-        if (".lora_" in name or ".modules_to_save." in name) and p.dtype != dtype
+        if any(part in name for part in (".lora_", ".modules_to_save.", ".token_adapter.trainable_tokens_delta."))
+        and p.dtype != dtype
     }
     if wrong:
         name, found = next(iter(wrong.items()))

@@ -15,6 +15,7 @@ from dora_dist.adapter.plain_lora import (
     Factors,
     common_rank,
     read_lora_adapter,
+    read_new_rows,
     write_compact_adapter,
     write_lora_adapter,
 )
@@ -64,7 +65,8 @@ def export_peft(trained: TrainedRun, folder: Path, rank: int | None) -> Exported
     completed = with_neighbours(factors, base)
     reference = _reference(trained, base)
     del base
-    write_lora_adapter(folder, completed, trained.config.model.path, rank=rank, keep_empty=True)
+    new_rows = read_new_rows(trained.adapter)
+    write_lora_adapter(folder, completed, trained.config.model.path, rank=rank, keep_empty=True, new_rows=new_rows)
     content = f"LoRA adapter of {len(factors)} modules, all of rank {rank}"
     if len(completed) > len(factors):
         content += f", and zeros for {len(completed) - len(factors)} more, which servers compute together with them"
@@ -79,7 +81,7 @@ def export_compact(trained: TrainedRun, folder: Path) -> Exported:
     """
     factors = read_lora_adapter(trained.adapter)
     reference = _reference(trained, trained.load_base(default_device(), in_float32=True))
-    write_compact_adapter(folder, factors, trained.config.model.path)
+    write_compact_adapter(folder, factors, trained.config.model.path, read_new_rows(trained.adapter))
     ranks = [lora_a.shape[0] for lora_a, _ in factors.values()]
     content = f"LoRA adapter of {len(ranks)} modules with ranks from {min(ranks)} to {max(ranks)}"
     return Exported(content, _check_adapter(trained, folder, reference), _adapter_usage(trained, folder))
@@ -137,7 +139,7 @@ def _merge(trained: TrainedRun, original: bool) -> tuple[PreTrainedModel, Refere
     base = trained.load_original(device) if original else trained.load_base(device, in_float32=True)
     plain = trained.make_plain_model()
     plain.generation_config = base.generation_config
-    merge_into(plain, base, read_lora_adapter(trained.adapter))
+    merge_into(plain, base, read_lora_adapter(trained.adapter), read_new_rows(trained.adapter))
     return plain, _reference(trained, base)
 
 

@@ -5,17 +5,21 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from dora_dist.adapter.plain_lora import NewRows
 from dora_dist.base_model.quantization import dequantized_weight
 
 
 @torch.no_grad()
-def merge_into(plain: nn.Module, base: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+def merge_into(
+    plain: nn.Module, base: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]], new_rows: NewRows | None = None
+) -> None:
     """Overwrite every parameter of ``plain`` with that of ``base``, dequantized, plus the adapter's update, in float32.
 
     Args:
         plain: unquantized model of the same architecture, in float32.
         base: the base, perhaps quantized, without adapter layers.
         factors: module name -> ``(A (k, in), B (out, k))``; the update of its weight is ``B A``.
+        new_rows: of tokens, which take the place of the base's.
     """
     for name, module in plain.named_modules():
         source = base.get_submodule(name)
@@ -25,6 +29,9 @@ def merge_into(plain: nn.Module, base: nn.Module, factors: Mapping[str, tuple[Te
             else:
                 value = getattr(source, part)
             parameter.copy_(value)
+    if new_rows is not None:
+        for name, rows in new_rows.rows.items():
+            plain.get_parameter(f"{name}.weight")[list(new_rows.ids)] = rows
 
 
 def merged_weight(source: nn.Linear, factors: tuple[Tensor, Tensor] | None) -> Tensor:

@@ -113,6 +113,8 @@ def _common_flaws(config: Mapping[str, Any], shapes: Shapes) -> list[str]:
     patterns = [key for key in ("rank_pattern", "alpha_pattern") if config.get(key)]
     if patterns:
         flaws.append(f"its modules differ in rank or scale ({' and '.join(patterns)}), which not every version reads")
+    if config.get("trainable_token_indices"):
+        return [*flaws, "it holds rows of new tokens (adapter.new_tokens); --format merged has them in its weights"]
     strangers = [name for name in shapes if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
     if strangers:
         flaws.append(f"it holds {strangers[0]}, which is no factor of LoRA")

@@ -56,6 +56,11 @@ def export_gguf(
         ValueError: the converters cannot write base, tokenizer or adapter as they are.
         ExpectedRunError: the result does not compute the same.
     """
+    if ADAPTER in parts and trained.config.adapter.new_tokens is not None:
+        raise ValueError(
+            f"{trained.folder} was trained with adapter.new_tokens, and a GGUF adapter has no place for rows of the "
+            f"embedding: give --part {MERGED}, whose weights have them"
+        )
     scratch, tokenizer = folder / "scratch", trained.load_tokenizer()
     base = scratch / "base"
     trained.load_model_config().save_pretrained(base)

@@ -11,6 +11,7 @@ from dora_dist.adapter.ranks import resolve_ranks
 from dora_dist.base_model import block_weights
 from dora_dist.base_model.chunked_loss import obstacle
 from dora_dist.base_model.load import BaseModelSpec, load_skeleton
+from dora_dist.base_model.new_tokens import num_row_parameters
 from dora_dist.base_model.recomputation import Recomputation, number_of_recomputed, recomputable_layers
 from dora_dist.base_model.shape import read_shape
 from dora_dist.config.adapter import DRAWN_INITS, PROMPT, RANKS_FROM_DATA
@@ -130,6 +131,7 @@ def estimate_memory(
     ranks = resolve_ranks(skeleton, config.adapter)
     compute_dtype, adapter_dtype = _dtypes(config, device)
     shape = read_shape(skeleton, ranks, config.model.fuse)
+    new_rows = num_row_parameters(skeleton, len(config.adapter.new_tokens or []))
     step = TrainingStep(
         shape=shape,
         quantization=config.model.quantization,
@@ -137,7 +139,8 @@ def estimate_memory(
         adapter=_adapter(config, adapter_dtype),
         optimizer=_optimizer(config, world_size, device, accumulation),
         recomputed=0,
-        chunked_loss=config.model.fuse and obstacle(skeleton.requires_grad_(False)) is None,
+        chunked_loss=config.model.fuse and not new_rows and obstacle(skeleton.requires_grad_(False)) is None,
+        new_rows=new_rows,
         shards=_base_shards(config, world_size),
     )
     steps = [_memory(config, replace(step, recomputed=count)) for count in range(len(shape.blocks) + 1)]

@@ -136,6 +136,7 @@ class TrainingStep:
         recomputed: The first so many decoder layers are computed again in the backward.
         chunked_loss: Whether the loss is computed without the logits of all positions.
         shards: Ranks that share the weights of the layers.
+        new_rows: Trained elements in the rows of new tokens, in embedding and head.
     """
 
     shape: ModelShape
@@ -146,11 +147,12 @@ class TrainingStep:
     recomputed: int
     chunked_loss: bool = True
     shards: int = 1
+    new_rows: int = 0
 
     @property
     def trained_numel(self) -> int:
-        """Elements of the adapter that have a gradient."""
-        return self.adapter.trained_numel(self.shape)
+        """Elements of the adapter, and of rows of new tokens, that have a gradient."""
+        return self.adapter.trained_numel(self.shape) + self.new_rows
 
     @property
     def shard_numel(self) -> int:
@@ -223,7 +225,7 @@ def step_memory(step: TrainingStep) -> StepMemory:
     """Memory of a training step: what stays, what comes and goes, and the instants that can be the peak."""
     resident = {
         **base_parts(step.shape, step.quantization, step.batch.compute_bytes, step.shards),
-        "adapter": step.adapter.nbytes(step.shape),
+        "adapter": step.adapter.nbytes(step.shape) + step.new_rows * step.adapter.bytes_per_element,
         **step.optimizer.parts(step.trained_numel, step.adapter.bytes_per_element),
     }
     layers = decoder_memory(step)
@@ -339,6 +341,7 @@ def at_loss(step: TrainingStep, resident: Mapping[str, int], layers: DecoderMemo
     """The loss has its logits: in the forward if it is computed by chunks, in its backward otherwise."""
     shape, batch = step.shape, step.batch
     final_norm = FLOAT32 * (step.hidden_numel + batch.tokens)
+    head = shape.vocabulary * shape.hidden_size * batch.compute_bytes
     if step.chunked_loss:
         logits = chunked_loss_memory(batch.tokens, shape.vocabulary, shape.hidden_size, batch.compute_bytes)
     else:
@@ -351,6 +354,8 @@ def at_loss(step: TrainingStep, resident: Mapping[str, int], layers: DecoderMemo
             **_gradients(step, backward_has_begun=not step.chunked_loss),
             "activations": layers.kept + final_norm,
             "logits": logits,
+            # PEFT puts the rows into a copy of the head, of which there is a gradient as a whole.
+            **({"copy of the head for new tokens": 2 * head} if step.new_rows else {}),
         },
     )
 

@@ -6,13 +6,16 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from dora_dist.adapter.plain_lora import read_new_rows
+from dora_dist.base_model.new_tokens import fit_rows
 from dora_dist.config.adapter import DynamicLoraConfig
 from dora_dist.routing.files import RoutedAdapter, is_routed, read_routed_adapter
 from dora_dist.routing.model import RoutedLoraForCausalLM, add_routed_lora
 
 
 def load_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
-    """Load the adapter of a run onto its base, for use: frozen, in evaluation mode.
+    """Load the adapter of a run onto its base, for use: frozen, in evaluation mode. A base that has no rows for the
+    adapter's new tokens gets them.
 
     Args:
         base: the model that the adapter was trained on; changed in place.
@@ -26,6 +29,9 @@ def load_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
         return _with_routed_adapter(base, folder)
     if not (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder} holds no adapter: give the folder adapter/ of a run, or one of its checkpoints")
+    new_rows = read_new_rows(folder)
+    if new_rows is not None:
+        fit_rows(base, new_rows.ids)
     model: PeftModel = PeftModel.from_pretrained(base, str(folder))
     return model.eval()
 

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dora_dist.base_model import load
+from dora_dist.base_model.new_tokens import start_rows
 from dora_dist.base_model.quantization import dequantized_weight, quantized_weight
 from dora_dist.config.parse import load_config
 from dora_dist.config.run import RunConfig
@@ -93,12 +94,20 @@ class TrainedRun:
         return getattr(self.load_model_config(), "quantization_config", None) is not None
 
     def make_plain_model(self) -> PreTrainedModel:
-        """See :func:`~dora_dist.base_model.load.make_plain_model`."""
-        return load.make_plain_model(self._spec(self.config.model.quantization, torch.float32))
+        """See :func:`~dora_dist.base_model.load.make_plain_model`; with rows for new tokens."""
+        spec = self._spec(self.config.model.quantization, torch.float32)
+        return self._with_new_tokens(load.make_plain_model(spec), spec)
 
     def _load(self, quantization: str, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
         with self._looking():
-            return load.load_base_model(self._spec(quantization, dtype), device)
+            spec = self._spec(quantization, dtype)
+            return self._with_new_tokens(load.load_base_model(spec, device), spec)
+
+    def _with_new_tokens(self, model: PreTrainedModel, spec: load.BaseModelSpec) -> PreTrainedModel:
+        """The model, with rows for new tokens as at the start of the run."""
+        if self.config.adapter.new_tokens is not None:
+            start_rows(model, load.read_new_tokens(spec, self.config.adapter.new_tokens))
+        return model
 
     def _spec(self, quantization: str, dtype: torch.dtype) -> load.BaseModelSpec:
         return load.BaseModelSpec(

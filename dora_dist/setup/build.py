@@ -15,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from dora_dist.adapter.model import DynamicLoraForCausalLM, DynamicLoraModel, add_dynamic_lora
 from dora_dist.base_model import load
 from dora_dist.base_model.kernels import NO_KERNELS, use_kernels
+from dora_dist.base_model.new_tokens import ids_of, start_rows
 from dora_dist.base_model.quantization import sample_of
 from dora_dist.base_model.recomputation import Recomputation
 from dora_dist.config.adapter import DRAWN_INITS, PROMPT, RANKS_FROM_DATA, UNIFORM, Init
@@ -94,7 +95,7 @@ def load_base(
     labels: Sequence[str] | None = None,
     shards: ShardedBase | None = None,
 ) -> PreTrainedModel:
-    """The frozen base, and the head of its task at the start.
+    """The frozen base, and the head of its task and the rows of new tokens at the start.
 
     Args:
         config: of the run.
@@ -111,6 +112,8 @@ def load_base(
     base = load.load_base_model(spec, device, head, None if shards is None else shards.take_layer)
     if shards is not None:
         shards.complete(base)
+    if config.adapter.new_tokens is not None:
+        start_rows(base, load.read_new_tokens(spec, config.adapter.new_tokens))
     set_special_tokens(base, tokenizer)
     return base
 
@@ -138,7 +141,8 @@ def load_model(
         kernels = use_kernels(base)
     if adapter.routing == PROMPT:
         return add_routed_lora(base, adapter)
-    return add_dynamic_lora(base, adapter, config.model.fuse, kernels)
+    token_ids = ids_of(tokenizer, adapter.new_tokens or [])
+    return add_dynamic_lora(base, adapter, config.model.fuse, kernels, token_ids=token_ids)
 
 
 def leave_out_logits(model: DynamicLoraModel) -> None:

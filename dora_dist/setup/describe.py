@@ -1,6 +1,7 @@
 """What a run would do, found out without reading a weight: ``dora_dist.train --dry-run``."""
 
 import textwrap
+from collections.abc import Sequence
 from dataclasses import replace
 
 from dora_dist.config.pruning import GROW, MODULES_PER_LAYER, MOVE, PruningConfig
@@ -38,6 +39,7 @@ def describe(config: RunConfig, resolved: ResolvedRun, world_size: int, speed: S
         f"{plan.num_rows / mixture.rows_per_epoch:.2f} passes over the data; "
         f"{resolved.padding_share():.1%} of the computed tokens are padding",
         _budget(resolved.budget, config.pruning),
+        *([] if config.adapter.new_tokens is None else [f"tokens: {_new_tokens(resolved, config.adapter.new_tokens)}"]),
         *([forecast_memory(config, world_size, "cuda", data.train).render()] if config.task == CAUSAL_LM else []),
         *([TimeForecast(steps=num_steps, tokens=resolved.num_tokens, speed=speed).render()] if speed else []),
         "Dry run: nothing was trained, and no weight was read.",
@@ -64,9 +66,17 @@ def banner(config: RunConfig, resolved: ResolvedRun, ranks: int) -> str:
         "steps": f"{steps:,} of about {tokens:,} tokens, on {ranks} process{'es' * (ranks > 1)}",
         "memory": f"recomputes the activations of {resolved.recomputation} layers in the backward pass",
         "budget": _budget_line(config, budget),
+        **({} if config.adapter.new_tokens is None else {"tokens": _new_tokens(resolved, config.adapter.new_tokens)}),
         "folder": config.output_dir,
     }
     return "\n".join(f"{name:<8}{line}" for name, line in lines.items())
+
+
+def _new_tokens(resolved: ResolvedRun, texts: Sequence[str]) -> str:
+    return (
+        f"{len(texts)} new ({', '.join(texts)}), whose rows have {resolved.row_parameters:,} trained parameters, "
+        "outside of the budget"
+    )
 
 
 def _budget_line(config: RunConfig, budget: Budget) -> str:

@@ -1,7 +1,7 @@
 """What the end of a run says of its adapter: where it is, how large, and the lines that use it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -46,20 +46,28 @@ def describe_use(
         rope_scaling: ``model.rope_scaling`` of the run, without which the base places tokens elsewhere.
     """
     folder = run / "adapter"
+    shared = ("shared", f"hf upload USER/NAME {quote(str(folder))}     # with README.md, its model card")
+    lines = []
+    if rope_scaling is not None:
+        advice = f"rope_parameters of the base's config.json to {json.dumps(dict(rope_scaling))}, or merge the adapter"
+        lines.append(("first set", f"{advice} (dora-dist export {quote(str(run))} --format merged)"))
+    if not is_routed(folder) and read_json(folder / ADAPTER_CONFIG).get("trainable_token_indices"):
+        merged = f"merged (dora-dist export {quote(str(run))} --format merged): servers take no rows of new tokens"
+        load = f"AutoPeftModelForCausalLM.from_pretrained({str(folder)!r})"
+        return _aligned([*lines, ("in Python", load), ("served", merged), shared])
     if is_routed(folder):
         base, load = read_json(folder / SETTINGS)["base_model"], "dora_dist.load_adapter"
     else:
         base, load = read_json(folder / ADAPTER_CONFIG)["base_model_name_or_path"], "PeftModel.from_pretrained"
     outputs = "" if labels is None else f", num_labels={len(labels) if isinstance(labels, list) else 1}"
-    lines = []
-    if rope_scaling is not None:
-        advice = f"rope_parameters of the base's config.json to {json.dumps(dict(rope_scaling))}, or merge the adapter"
-        lines.append(("first set", f"{advice} (dora-dist export {run} --format merged)"))
     lines += [("in Python", f"{load}({TASKS[task].auto_class}.from_pretrained({base!r}{outputs}), {str(folder)!r})")]
     if task == CAUSAL_LM and not is_routed(folder):
         rank = read_json(folder / ADAPTER_CONFIG)["r"]
         adapter = f"--max-lora-rank {rank} --lora-modules NAME={quote(str(folder))}"
         served = f"vllm serve {quote(base)} --enable-lora {adapter}"
         lines.append(("served by vLLM", served))
-    lines.append(("shared", f"hf upload USER/NAME {quote(str(folder))}     # with README.md, its model card"))
+    return _aligned([*lines, shared])
+
+
+def _aligned(lines: Sequence[tuple[str, str]]) -> str:
     return "\n".join(f"  {title:<16} {line}" for title, line in lines)

@@ -52,6 +52,8 @@ def fingerprint_of(
     if config.adapter.ranks not in (UNIFORM, *RANKS_FROM_DATA):  # a plan's file may move, or be written again
         digest = sha256(json.dumps(components, sort_keys=True).encode()).hexdigest()[:16]
         adapter["ranks"] = f"{sum(components.values())} components in {len(components)} layers, {digest}"
+    if config.adapter.new_tokens is None:  # left out, as in runs of earlier versions
+        del adapter["new_tokens"]
     if start is not None:
         adapter["start_from"] = f"{len(start.layers)} layers, {start.digest()}"
     return Fingerprint(

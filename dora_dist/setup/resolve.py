@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from dora_dist.adapter.from_folder import describe_start, find_start
 from dora_dist.adapter.ranks import resolve_ranks
 from dora_dist.base_model import block_weights, load
+from dora_dist.base_model.new_tokens import fit_rows, ids_of, num_row_parameters
 from dora_dist.base_model.recomputation import Recomputation
 from dora_dist.base_model.shape import input_embedding, linear_layer
 from dora_dist.config.adapter import PROMPT, RANKS_FROM_DATA, UNIFORM, DynamicLoraConfig
@@ -66,6 +67,7 @@ class ResolvedRun:
         recomputation: layers that are computed again in the backward.
         fingerprint: settings that a resumed run must not change.
         best: how the best checkpoint is found; None where the last one is taken.
+        row_parameters: trained parameters in the rows of new tokens.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -79,6 +81,7 @@ class ResolvedRun:
     recomputation: Recomputation
     fingerprint: Fingerprint
     best: BestRule | None
+    row_parameters: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -141,6 +144,9 @@ def resolve_run(
     skeleton = load.load_skeleton(spec)
     load.check_attention(spec, skeleton)
     check_sharding(config, skeleton, torch.__version__)
+    new_tokens = config.adapter.new_tokens or []
+    if new_tokens:
+        fit_rows(skeleton, ids_of(tokenizer, new_tokens))
     notes = check_vocabulary(skeleton, tokenizer, data)
     ranks_of_layers, budget = check_method(config, skeleton, arguments.max_steps)
     check_context(skeleton, data)
@@ -162,6 +168,7 @@ def resolve_run(
         recomputation=recomputation,
         fingerprint=fingerprint_of(config, arguments, data, plan, ranks, ranks_of_layers, budget.schedule, found),
         best=best_rule(config, arguments, data, budget.schedule.final_step),
+        row_parameters=num_row_parameters(skeleton, len(new_tokens)),
     )
 
 

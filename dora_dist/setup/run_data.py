@@ -11,6 +11,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from dora_dist.base_model import load
+from dora_dist.base_model.new_tokens import add_tokens
 from dora_dist.config.checks import nearest
 from dora_dist.config.data import DataConfig, SourceConfig
 from dora_dist.config.run import RunConfig
@@ -66,9 +67,15 @@ class RunData:
 
 
 def read_data(config: RunConfig) -> tuple[PreTrainedTokenizerBase, RunData]:
-    """The tokenizer of the model and all data of the run; see :func:`prepare_data`."""
+    """The tokenizer of the model, with the new tokens of the run, and all data; see :func:`prepare_data`.
+
+    Raises:
+        ValueError: the tokenizer, a new token or the data cannot be used.
+    """
     load.find_model(config.model.path)
     tokenizer = load.load_tokenizer(config.model.path, config.model.trust_remote_code)
+    if config.adapter.new_tokens is not None:
+        add_tokens(tokenizer, config.adapter.new_tokens)
     return tokenizer, prepare_data(config.data, tokenizer, config.task)
 
 

@@ -231,6 +231,8 @@ def test_a_method_may_have_a_rate_of_the_columns_own_but_not_adalora(plan_of):
 def test_a_method_of_peft_makes_a_new_adapter(plan_of):
     with pytest.raises(ValueError, match=r"adapter\.start_from is x, but PEFT's AdaLoRA makes a new adapter"):
         plan_of(methods=["lora", {"more": {"from": "adalora", "adapter": {"start_from": "x", "init": "lora"}}}])
+    with pytest.raises(ValueError, match=r"new_tokens is \['a'\], but PEFT's AdaLoRA trains LoRA factors only"):
+        plan_of(methods=["lora", {"more": {"from": "adalora", "adapter": {"new_tokens": ["a"]}}}])
 
 
 def test_adalora_needs_something_to_prune(plan_of):

@@ -333,6 +333,17 @@ def test_owned_training_arguments_are_refused_when_loading(load):
             ["--distributed.shard_base", "node", "--distributed.engine", "ddp", "--model.quantization", "int8"],
             "distributed.shard_base is node, but model.quantization is int8, .* set it to nf4 or none",
         ),
+        (
+            ["--distributed.shard_base", "true", "--distributed.engine", "ddp", "--adapter.new_tokens", "['<a>']"],
+            r"shard_base is true, but adapter.new_tokens is \['<a>'\], with which no base can be sharded: leave it out",
+        ),
+        (["--adapter.new_tokens", "[]"], "new_tokens is an empty list, but must have one text or more: leave it out"),
+        (["--adapter.new_tokens", "[' a']"], "new_tokens has ' a', but .* does not begin or end with white space"),
+        (["--adapter.new_tokens", "[a, b, a]"], "new_tokens has 'a' 2 times: name it once"),
+        (
+            ["--adapter.new_tokens", "[a]", "--adapter.routing", "prompt", "--preset", "lora"],
+            "new_tokens is set, but routing is prompt, .* leave one of them out",
+        ),
         (["--distributed.timeout_minutes", "0"], "distributed.timeout_minutes is 0"),
         (["--distributed.join_minutes", "0"], "distributed.join_minutes is 0"),
         (["--distributed.silent_seconds", "1"], "distributed.silent_seconds is 1.*at least 5"),
@@ -555,6 +566,7 @@ CLASSIFICATION = "task: sequence_classification\n"
             ("--adapter.routing", "prompt", "--preset", "lora"),
             "adapter.routing is prompt, which is for the task causal_lm, but task is sequence_classification",
         ),
+        (CLASSIFICATION, ("--adapter.new_tokens", "[a]"), "new_tokens is .*, which is for the task causal_lm, but"),
     ],
 )
 def test_what_a_task_cannot_have_is_refused(load, yaml, options, message):

@@ -1,6 +1,7 @@
 """The arithmetic of memory, against the tensors of real models."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -281,6 +282,22 @@ def test_the_adapter_side_by_side_takes_just_the_bytes_of_its_tensors(saved, mas
     found = SideBySide.of(shape_of(folder), Batch(rows=1, length=16, compute_bytes=4), adapter)
     assert found.parameters + found.components == sum(storages.values())
     assert found.largest == max(stack.numel() for stack in (*stacks.rows, *stacks.columns))
+
+
+def test_rows_of_new_tokens_take_a_copy_of_the_head_and_are_optimized(saved):
+    without = TrainingStep(
+        shape=shape_of(saved()),
+        quantization="nf4",
+        batch=Batch(rows=1, length=16, compute_bytes=4),
+        adapter=Adapter(bytes_per_element=4, dropout=False),
+        optimizer=Optimizer(engine="none", world_size=1),
+        recomputed=0,
+        chunked_loss=False,
+    )
+    plain, more = step_memory(without), step_memory(replace(without, new_rows=256))
+    assert more.moments[0].parts["copy of the head for new tokens"] == 2 * 4 * 96 * 64
+    for name, size in {"adapter": 4 * 256, "optimizer moments": 2 * 4 * 256}.items():
+        assert more.resident[name] - plain.resident[name] == size
 
 
 def test_gradients_of_components_wait_for_the_end_of_the_backward(saved):

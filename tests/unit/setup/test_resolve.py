@@ -11,6 +11,7 @@ import torch
 from support.architectures import save_model
 from support.resolved_run import load, resolved
 from support.tiny_encoders import save_tiny_encoder, write_classification
+from support.tiny_models import VOCABULARY, tiny_model
 from support.tiny_run import tiny_tokenizer, write_rows
 from support.tiny_tokenizer import word_tokenizer
 from transformers import AutoModel
@@ -413,6 +414,23 @@ def test_f1_wants_two_classes_and_labels_belong_to_the_settings(tmp_path):
     table.write_text(table.read_text() + "60\tw1\tw2\tperhaps\n")
     with pytest.raises(ValueError, match="f1, which is of the second of two classes, but there are 3: not_same, per"):
         resolved(load(config, "--evaluation.metrics", "[f1]"))
+
+
+def test_new_tokens_are_decided_before_a_weight_is_read(config):
+    """The rows of the embedding, the data, and the fingerprint have them; without them nothing is other than before."""
+    settings = load(config, "--adapter.new_tokens", "['<call>', w5-w6]")
+    run = resolved(settings)
+    assert run.tokenizer.convert_tokens_to_ids(["<call>", "w5-w6"]) == [VOCABULARY, VOCABULARY + 1]
+    assert run.row_parameters == 2 * 2 * 64
+    said = "tokens: 2 new (<call>, w5-w6), whose rows have 256 trained parameters, outside of the budget"
+    assert said in describe(settings, run, 1)
+    assert run.fingerprint.as_dict()["adapter.new_tokens"] == ["<call>", "w5-w6"]
+    assert "adapter.new_tokens" not in resolved(load(config)).fingerprint.as_dict()
+    with pytest.raises(ValueError, match="new_tokens has 'w5', which the tokenizer knows already, with the id 14"):
+        resolved(load(config, "--adapter.new_tokens", "[w5]"))
+    tiny_model(vocab_size=VOCABULARY - 1).save_pretrained(load(config).model.path)
+    with pytest.raises(ValueError, match="some of its own tokens have none"):
+        resolved(settings)
 
 
 def test_of_a_routed_run_memory_is_a_guess_and_what_is_turned_off_is_said(config):
