@@ -310,10 +310,7 @@ def add_dynamic_lora(
     _check_all_adapted(ranks, layers)
     _start(layers, config, dtype, found)
     prepare_heads(peft_model, heads, dtype, cast_inputs=fuse)
-    assert list(peft_model.new_rows()) == with_rows, f"PEFT trains rows of {list(peft_model.new_rows())}"
-    for rows in peft_model.new_rows().values():
-        rows.data = rows.data.to(dtype)
-    peft_model.token_ids = list(token_ids)
+    _prepare_rows(peft_model, with_rows, dtype, token_ids)
     peft_model.fused, peft_model.kernels = fuse, kernels
     peft_model.dynamic_config, peft_model.adapter_dtype = config, dtype
     if fuse:
@@ -333,6 +330,15 @@ def _start(
         layer.gate.requires_grad_(config.train_gates)
     if found is not None:
         start_from(layers, found)
+
+
+def _prepare_rows(model: DynamicLoraModel, wanted: Sequence[str], dtype: torch.dtype, token_ids: Sequence[int]) -> None:
+    """Give the rows of new tokens in the modules ``wanted`` their dtype, whatever the base computes in."""
+    found = model.new_rows()
+    assert list(found) == list(wanted), f"PEFT trains rows of {list(found)}, wanted {wanted}"
+    for rows in found.values():
+        rows.data = rows.data.to(dtype)
+    model.token_ids = list(token_ids)
 
 
 def _check_arguments(model: PreTrainedModel, config: DynamicLoraConfig, token_ids: Sequence[int]) -> None:
