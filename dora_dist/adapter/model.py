@@ -289,19 +289,7 @@ def add_dynamic_lora(
     forbid_inference_packing(model)
     task, heads = task_of(model), head_modules(model)
     with_rows = list(modules_with_rows(model)) if token_ids else []
-    lora_config = LoraConfig(
-        r=config.num_slots,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT multiplies by it; its type is an int
-        lora_dropout=config.dropout,
-        rank_pattern={f"^{re.escape(name)}$": rank for name, rank in ranks.items() if rank != config.num_slots},
-        target_modules=list(ranks),
-        modules_to_save=list(heads) or None,  # PEFT adds names to it
-        trainable_token_indices={name: list(token_ids) for name in with_rows} or None,
-        task_type=task.peft_type,
-        base_model_name_or_path=getattr(model, "name_or_path", None) or None,
-    )
-    # Covers bitsandbytes' quantized layers, which derive from nn.Linear.
-    lora_config._register_custom_module({nn.Linear: DynamicLoraLinear})
+    lora_config = _peft_config(model, config, ranks, {name: list(token_ids) for name in with_rows})
     peft_model = (model_class or MODELS[task.name])(
         model, lora_config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False
     )
@@ -310,10 +298,7 @@ def add_dynamic_lora(
     _check_all_adapted(ranks, layers)
     _start(layers, config, dtype, found)
     prepare_heads(peft_model, heads, dtype, cast_inputs=fuse)
-    assert list(peft_model.new_rows()) == with_rows, f"PEFT trains rows of {list(peft_model.new_rows())}"
-    for rows in peft_model.new_rows().values():
-        rows.data = rows.data.to(dtype)
-    peft_model.token_ids = list(token_ids)
+    _prepare_rows(peft_model, with_rows, dtype, token_ids)
     peft_model.fused, peft_model.kernels = fuse, kernels
     peft_model.dynamic_config, peft_model.adapter_dtype = config, dtype
     if fuse:
@@ -333,6 +318,36 @@ def _start(
         layer.gate.requires_grad_(config.train_gates)
     if found is not None:
         start_from(layers, found)
+
+
+def _peft_config(
+    model: PreTrainedModel, config: DynamicLoraConfig, ranks: Mapping[str, int], token_ids: dict[str, list[int]]
+) -> LoraConfig:
+    """What PEFT puts into the model; ``token_ids`` are of new tokens, by the modules that have rows of them."""
+    task = task_of(model)
+    lora_config = LoraConfig(
+        r=config.num_slots,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT multiplies by it; its type is an int
+        lora_dropout=config.dropout,
+        rank_pattern={f"^{re.escape(name)}$": rank for name, rank in ranks.items() if rank != config.num_slots},
+        target_modules=list(ranks),
+        modules_to_save=head_modules(model) or None,  # PEFT adds names to it
+        trainable_token_indices=token_ids or None,
+        task_type=task.peft_type,
+        base_model_name_or_path=getattr(model, "name_or_path", None) or None,
+    )
+    # Covers bitsandbytes' quantized layers, which derive from nn.Linear.
+    lora_config._register_custom_module({nn.Linear: DynamicLoraLinear})
+    return lora_config
+
+
+def _prepare_rows(model: DynamicLoraModel, wanted: Sequence[str], dtype: torch.dtype, token_ids: Sequence[int]) -> None:
+    """Give the rows of new tokens in the modules ``wanted`` their dtype, whatever the base computes in."""
+    found = model.new_rows()
+    assert list(found) == list(wanted), f"PEFT trains rows of {list(found)}, wanted {wanted}"
+    for rows in found.values():
+        rows.data = rows.data.to(dtype)
+    model.token_ids = list(token_ids)
 
 
 def _check_arguments(model: PreTrainedModel, config: DynamicLoraConfig, token_ids: Sequence[int]) -> None:

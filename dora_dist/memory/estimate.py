@@ -123,15 +123,13 @@ def estimate_memory(
     check_world_size(world_size, config.distributed.engine)
     if device not in DEVICES:
         raise ValueError(f"--device is {device!r}, but must be one of {', '.join(DEVICES)}")
-    rows, accumulation = (
-        whole_number(config.training, name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
-    )
+    rows = whole_number(config.training, "per_device_train_batch_size")
+    accumulation = whole_number(config.training, "gradient_accumulation_steps")
     skeleton = load_skeleton(BaseModelSpec.of(config.model, config.task))
     block_weights.check_quantized(skeleton, config.model.quantization, config.model.allow_unquantized)
     ranks = resolve_ranks(skeleton, config.adapter)
     compute_dtype, adapter_dtype = _dtypes(config, device)
     shape = read_shape(skeleton, ranks, config.model.fuse)
-    new_rows = num_row_parameters(skeleton, len(config.adapter.new_tokens or []))
     step = TrainingStep(
         shape=shape,
         quantization=config.model.quantization,
@@ -139,8 +137,8 @@ def estimate_memory(
         adapter=_adapter(config, adapter_dtype),
         optimizer=_optimizer(config, world_size, device, accumulation),
         recomputed=0,
-        chunked_loss=config.model.fuse and not new_rows and obstacle(skeleton.requires_grad_(False)) is None,
-        new_rows=new_rows,
+        chunked_loss=_leaves_out_logits(config, skeleton),
+        new_rows=num_row_parameters(skeleton, len(config.adapter.new_tokens or [])),
         shards=_base_shards(config, world_size),
     )
     steps = [_memory(config, replace(step, recomputed=count)) for count in range(len(shape.blocks) + 1)]
@@ -164,6 +162,11 @@ def estimate_memory(
         shards=_shards(step) if step.optimizer.sharded else {},
         left_out=block_weights.describe_left_out(skeleton, config.adapter, ranks),
     )
+
+
+def _leaves_out_logits(config: RunConfig, skeleton: PreTrainedModel) -> bool:
+    fits = config.model.fuse and config.adapter.new_tokens is None
+    return fits and obstacle(skeleton.requires_grad_(False)) is None
 
 
 def _memory(config: RunConfig, step: TrainingStep) -> StepMemory:
