@@ -23,8 +23,7 @@ ensure_environment() {
   [ -n "$extras" ] || [ "$(cat "$venv/installed[dev]" 2>/dev/null)" != "$wanted" ] || stamp="$venv/installed[dev]"
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "installing dora-dist${extras} into $venv (a few minutes the first time)"
-    # Python compiles the files that are imported; pip would compile all 18,000 first, on one core.
-    python -m pip install --quiet --no-compile --disable-pip-version-check -c "$constraints" -e ".${extras}"
+    python -m pip install --quiet --disable-pip-version-check -c "$constraints" -e ".${extras}"
     echo "$wanted" > "$stamp"
   fi
 }
