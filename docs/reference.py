@@ -13,10 +13,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from docstring_parser import parse
 
-from dora_dist.config.adapter import DynamicLoraConfig
 from dora_dist.config.data import SourceConfig
 from dora_dist.config.presets import DEFAULT, PRESETS
-from dora_dist.config.pruning import PruningConfig
+from dora_dist.config.presets import default_of as default_with
 from dora_dist.config.run import RunConfig
 from dora_dist.config.training import DEFAULT_TRAINING_ARGUMENTS, LORA_PLUS_RATIO, OWNED_TRAINING_ARGUMENTS
 from dora_dist.console.errors import PREEMPTED
@@ -24,7 +23,6 @@ from dora_dist.console.errors import PREEMPTED
 DOCS = Path(__file__).resolve().parent
 PACKAGE = DOCS.parent / "dora_dist"
 NOTICE = "<!-- Made by `python docs/reference.py` from docstrings: change those, and run it. -->"
-SECTIONS = {"adapter": DynamicLoraConfig(), "pruning": PruningConfig()}
 KINDS = {int: "whole number", float: "number", str: "text", bool: "`true` or `false`", type(None): "`null`"}
 
 
@@ -112,8 +110,7 @@ def presets() -> list[str]:
     """Keys of which the presets have other defaults."""
     rows = []
     for key in dict.fromkeys(key for keys in PRESETS.values() for key in keys):
-        section, name = key.split(".")
-        values = [keys.get(key, getattr(SECTIONS[section], name)) for keys in PRESETS.values()]
+        values = [default_with(key, preset) for preset in PRESETS]
         rows.append(f"| `{key}` | {' | '.join(f'`{default_text(value)}`' for value in values)} |")
     names = [f"`{name}`{' (default)' * (name == DEFAULT)}" for name in PRESETS]
     return [

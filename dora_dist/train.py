@@ -20,7 +20,6 @@ from dora_dist.console.files import follow_umask
 from dora_dist.console.library_warnings import quiet_libraries
 from dora_dist.console.phases import Phases
 from dora_dist.console.text import say
-from dora_dist.data.reading.files import locate
 from dora_dist.distributed.launcher import check_launch, check_world_size
 from dora_dist.distributed.preemption import PreemptionNotice
 
@@ -79,6 +78,8 @@ def start(arguments: Sequence[str]) -> None:
         return
     given, _ = split_dry_run(given)
     config = parse_config(given)  # what is wrong with it is said before any rank is there
+    from dora_dist.data.reading.files import locate
+
     for source in (*config.data.train_sources, *config.data.eval_sources):
         locate(source.path)  # of whatever is missing here, the ranks would say so much later
     engine = config.distributed.engine

@@ -33,7 +33,7 @@ from dora_dist.base_model.quantization import (
     quantization_config,
     stored_quantization,
 )
-from dora_dist.config.model import ModelConfig
+from dora_dist.config.model import ORIGINAL_POSITIONS, ModelConfig
 from dora_dist.config.tasks import CAUSAL_LM, TASKS
 
 FETCHED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py", "LICENSE*", "NOTICE*"]
@@ -239,7 +239,7 @@ def scale_rope(config: PreTrainedConfig, scaling: Mapping[str, Any], path: str) 
             f"model.rope_scaling is given, but the model at model.path {path!r} has no rotary positions that are the "
             "same in all layers (rope_parameters of its config.json): leave it out"
         )
-    original = scaling.get("original_max_position_embeddings", present.get("original_max_position_embeddings"))
+    original = scaling.get(ORIGINAL_POSITIONS, present.get(ORIGINAL_POSITIONS))
     original = int(original or text.max_position_embeddings)
     before, after = text.max_position_embeddings, int(original * scaling["factor"])
     if after < before:
@@ -250,9 +250,9 @@ def scale_rope(config: PreTrainedConfig, scaling: Mapping[str, Any], path: str) 
         )
     parameters = {"rope_theta": present["rope_theta"], **scaling}
     if scaling["rope_type"] != "linear":  # which does not look at it, and is told so by transformers
-        parameters["original_max_position_embeddings"] = original
+        parameters[ORIGINAL_POSITIONS] = original
     else:
-        parameters.pop("original_max_position_embeddings", None)
+        parameters.pop(ORIGINAL_POSITIONS, None)
     text.max_position_embeddings = after
     text.rope_parameters = parameters
     text.validate_rope()

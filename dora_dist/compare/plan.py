@@ -13,13 +13,12 @@ from dora_dist.compare.settings import CompareConfig
 from dora_dist.config.checks import nearest
 from dora_dist.config.parse import config_of
 from dora_dist.config.run import RunConfig
-from dora_dist.config.tasks import CAUSAL_LM, EXACT_MATCH, SEQUENCE_CLASSIFICATION
+from dora_dist.config.tasks import CAUSAL_LM, EXACT_MATCH, LOSS, SEQUENCE_CLASSIFICATION, lower_is_better
 from dora_dist.config.training import LORA_PLUS_RATIO
 
 SEARCH = "search"
 REPORTED = "reported"
 """Names of the two held-out sources in a cell's run."""
-LOSS = "loss"
 PEER_TASKS = {ADALORA: (CAUSAL_LM, SEQUENCE_CLASSIFICATION), EVA: (CAUSAL_LM,)}
 """Tasks on which a PEFT method can be trained and measured (:mod:`dora_dist.compare.peers`)."""
 TASK_KEYS = ("search", "metric", "better")
@@ -123,7 +122,7 @@ class Plan:
 
     def lower_is_better(self, task: str) -> bool:
         """Whether lower is better for the task's figure."""
-        default = "lower" if self.metric(task).endswith(LOSS) else "higher"
+        default = "lower" if lower_is_better(self.metric(task)) else "higher"
         return bool(self.config.tasks[task].get("better", default) == "lower")
 
     def run_config(self, cell: Cell) -> RunConfig:

@@ -17,13 +17,13 @@ ROPE_TYPES = {
 }
 """Scalings of rotary positions that are the same for every row, by transformers' names -> the numbers that each needs.
 (The others, dynamic and longrope, depend on the longest row of a batch.)"""
-ORIGINAL = "original_max_position_embeddings"
+ORIGINAL_POSITIONS = "original_max_position_embeddings"
 ROPE_OPTIONS = {
     "linear": (),
     "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
     "llama3": (),
 }
-"""The numbers that each of them may have beside, and :data:`ORIGINAL`."""
+"""The numbers that each of them may have beside, and :data:`ORIGINAL_POSITIONS`."""
 RecomputeLayers = Literal["auto", "all", "none"] | int
 
 
@@ -84,7 +84,7 @@ def check_rope(scaling: dict[str, Any]) -> None:
     name = "model.rope_scaling"
     kind = str(scaling.get("rope_type"))
     require(kind in ROPE_TYPES, f"{name}: rope_type", kind, f"be one of {', '.join(ROPE_TYPES)}")
-    known = ("rope_type", ORIGINAL, *ROPE_TYPES[kind], *ROPE_OPTIONS[kind])
+    known = ("rope_type", ORIGINAL_POSITIONS, *ROPE_TYPES[kind], *ROPE_OPTIONS[kind])
     for key in scaling:
         if key not in known:
             raise ValueError(f"{name} has {key!r}, which rope_type {kind} does not read{nearest(key, known)}")
@@ -94,7 +94,12 @@ def check_rope(scaling: dict[str, Any]) -> None:
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         require(key == "rope_type" or is_number, f"{name}: {key}", value, "be a number, and finite")
     require(scaling["factor"] >= 1, f"{name}: factor", scaling["factor"], "be at least 1")
-    original = scaling.get(ORIGINAL, 1)
-    require(original >= 1 and original == int(original), f"{name}: {ORIGINAL}", original, "be a whole number above 0")
+    original = scaling.get(ORIGINAL_POSITIONS, 1)
+    require(
+        original >= 1 and original == int(original),
+        f"{name}: {ORIGINAL_POSITIONS}",
+        original,
+        "be a whole number above 0",
+    )
     low, high = scaling.get("low_freq_factor", 0), scaling.get("high_freq_factor", 1)
     require(low < high, f"{name}: low_freq_factor", low, f"be less than high_freq_factor, {high}")

@@ -9,8 +9,10 @@ from typing import Any, Literal, get_args
 
 import yaml
 
+from dora_dist.config.adapter import DynamicLoraConfig
 from dora_dist.config.checks import nearest
 from dora_dist.config.given import config_files, options
+from dora_dist.config.pruning import PruningConfig
 
 PresetName = Literal["2026-11", "paper", "lora"]
 PAPER: PresetName = "paper"
@@ -32,6 +34,14 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 DEFAULT: PresetName = "2026-11"
 """The preset of a configuration that names none."""
 assert PRESETS.keys() == set(get_args(PresetName))
+SECTIONS = {"adapter": DynamicLoraConfig(), "pruning": PruningConfig()}
+"""The sections that a preset sets defaults of, with their own defaults."""
+
+
+def default_of(key: str, preset: str) -> Any:
+    """The value that a key of :data:`SECTIONS`, such as ``pruning.rule``, has under a preset if nothing sets it."""
+    section, name = key.split(".")
+    return PRESETS[preset].get(key, getattr(SECTIONS[section], name))
 
 
 def given_preset(arguments: Sequence[str]) -> str:

@@ -19,8 +19,14 @@ SEQUENCE_CLASSIFICATION: TaskName = "sequence_classification"
 QUESTION_ANSWERING: TaskName = "question_answering"
 SEQ2SEQ: TaskName = "seq2seq"
 
+LOSS = "loss"
 EXACT_MATCH = "exact_match"
 FINAL_NUMBER = "final_number"
+
+
+def lower_is_better(figure: str) -> bool:
+    """Whether less is better of a held-out figure, such as ``loss``, ``SOURCE_loss`` or ``exact_match``."""
+    return figure == LOSS or figure.endswith(f"_{LOSS}")
 
 
 @dataclass(frozen=True, kw_only=True)

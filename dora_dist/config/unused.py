@@ -3,14 +3,12 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from dora_dist.config.adapter import PROMPT, DynamicLoraConfig
-from dora_dist.config.presets import PRESETS
-from dora_dist.config.pruning import ABLATIONS, GROW, MODULES_PER_LAYER, MOVE, NONE, PRUNE, PruningConfig
+from dora_dist.config.adapter import PROMPT
+from dora_dist.config.presets import default_of
+from dora_dist.config.pruning import ABLATIONS, GROW, MODULES_PER_LAYER, MOVE, NONE, PRUNE
 
 if TYPE_CHECKING:
     from dora_dist.config.run import RunConfig
-
-DEFAULTS = {"adapter": DynamicLoraConfig(), "pruning": PruningConfig()}
 
 
 def check_used(config: "RunConfig") -> None:
@@ -22,11 +20,10 @@ def check_used(config: "RunConfig") -> None:
     Raises:
         ValueError: names the key, its value and the key that decides.
     """
-    preset = PRESETS[config.preset]
     for key, why in _unused(config):
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
-        if value != preset.get(key, getattr(DEFAULTS[section], name)):
+        if value != default_of(key, config.preset):
             shown = str(value).lower() if isinstance(value, bool) else value
             raise ValueError(f"{key} is {shown}, which has no effect: {why}. Omit {key}, or change that")
 

@@ -4,6 +4,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 CONFIG_HELP = "YAML file of the run; it can also be given as the first argument; see dora-dist recipe"
 SPEED_OPTION = "--tokens-per-second"
@@ -18,6 +19,12 @@ def with_config_option(arguments: Sequence[str] | None) -> list[str]:
     arguments = sys.argv[1:] if arguments is None else arguments
     as_first = bool(arguments) and not arguments[0].startswith("-")
     return ["--config", *arguments] if as_first else list(arguments)
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Add what says which adapter of which run a command takes: ``run`` and ``--checkpoint``."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run (output_dir of its configuration)")
+    parser.add_argument("--checkpoint", metavar="NAME", help="such as checkpoint-120, instead of the final adapter")
 
 
 def add_speed_option(parser: argparse.ArgumentParser) -> None:

@@ -26,6 +26,19 @@ def aligned(rows: Sequence[Sequence[str]], num_words: int = 2) -> str:
     return "\n".join(map(line, rows))
 
 
+def first_lines(lines: Sequence[str], most: int, total: int | None = None) -> str:
+    """Lines under a heading, the first of them if they are many, each after a line break.
+
+    Args:
+        lines: all of them, or the first ``most``.
+        most: lines that are shown.
+        total: number of all lines; by default those given.
+    """
+    total = len(lines) if total is None else total
+    shown = "".join(f"\n  {line}" for line in lines[:most])
+    return shown + f"\n  and {total - most} more" * (total > most)
+
+
 def ranges(numbers: Sequence[int]) -> str:
     """Whole numbers as ranges, in order: ``0-3, 7``."""
     runs: list[list[int]] = []

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
 from dora_dist.console.files import digest_sources
-from dora_dist.console.text import say
+from dora_dist.console.text import first_lines, say
 from dora_dist.data.encoding.encoder import (
     BOOKKEEPING,
     ControlTokensError,
@@ -189,10 +189,10 @@ def _refuse_controls(name: str, rows: Dataset, bad: Dataset) -> None:
     counts = Counter(token for tokens in bad["controls"] for token in tokens)
     tokens = ", ".join(f"{token!r} in {count}" for token, count in counts.most_common(MOST_NAMED))
     others = f" and {len(counts) - MOST_NAMED} more" * (len(counts) > MOST_NAMED)
-    first = "".join(f"\n  {_reason(row)}" for row in bad.take(min(MOST_NAMED, len(bad))))
-    more = f"\n  and {len(bad) - MOST_NAMED} more" * (len(bad) > MOST_NAMED)
+    first = [_reason(row) for row in bad.take(min(MOST_NAMED, len(bad)))]
+    shown = first_lines(first, MOST_NAMED, total=len(bad))
     raise ControlTokensError(
-        f"{name}: control tokens stand in the texts of {len(bad)} of {len(rows)} rows ({tokens}{others}):{first}{more}"
+        f"{name}: control tokens stand in the texts of {len(bad)} of {len(rows)} rows ({tokens}{others}):{shown}"
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dora_dist.config.checks import require
+from dora_dist.console.arguments import add_run_options
 from dora_dist.console.command import run_command
 from dora_dist.console.files import write_json
 from dora_dist.console.library_warnings import quiet_libraries
@@ -28,10 +29,9 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run (output_dir of its configuration)")
+    add_run_options(parser)
     parser.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="tasks, groups or tags of lm-eval")
     parser.add_argument("--include-path", type=Path, metavar="FOLDER", help="folder with tasks of your own (YAML)")
-    parser.add_argument("--checkpoint", metavar="NAME", help="such as checkpoint-120, instead of the final adapter")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first examples of each task, this many")
     parser.add_argument(
         "--batch-size", type=int, default=BATCH_SIZE, metavar="N", help=f"requests at a time; by default {BATCH_SIZE}"

@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-LOSS = "loss"
-"""The figure of which less is better; more is better of all others."""
+from dora_dist.config.tasks import LOSS, lower_is_better
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +26,7 @@ class BestRule:
 
     def is_better(self, value: float, other: float) -> bool:
         """Whether a figure is better than another; equal ones are not, nor is one that is not a number."""
-        less = self.figure == LOSS or self.figure.endswith(f"_{LOSS}")
-        return value < other if less else value > other
+        return value < other if lower_is_better(self.figure) else value > other
 
 
 class BestCheckpoint:

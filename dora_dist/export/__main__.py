@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dora_dist.console.arguments import add_run_options
 from dora_dist.console.command import run_command
 from dora_dist.console.files import new_folder
 from dora_dist.console.library_warnings import quiet_libraries
@@ -47,10 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run (output_dir of its configuration)")
+    add_run_options(parser)
     parser.add_argument("--format", choices=FORMATS, required=True, help="see above")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write; RUN/export-FORMAT by default")
-    parser.add_argument("--checkpoint", metavar="NAME", help="such as checkpoint-120, instead of the final adapter")
     parser.add_argument(
         "--base",
         choices=("quantized", "original"),

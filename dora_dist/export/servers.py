@@ -15,9 +15,10 @@ from safetensors import safe_open
 from torch import nn
 
 from dora_dist.adapter.plain_lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, KEY_PREFIX, Factors
+from dora_dist.base_model.shape import GATED_MLP, QUERY_KEY_VALUE
 from dora_dist.console import files
 
-COMPUTED_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+COMPUTED_TOGETHER = (QUERY_KEY_VALUE, GATED_MLP[:2])
 """Modules that both servers hold as one matrix. SGLang fails where an adapter has some of them and not the others."""
 LARGEST_RANK = 512
 """The largest ``--max-lora-rank`` that vLLM has."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dora_dist.config.checks import require
+from dora_dist.console.arguments import add_run_options
 from dora_dist.console.command import run_command
 from dora_dist.console.library_warnings import quiet_libraries
 from dora_dist.console.text import say
@@ -30,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run (output_dir of its configuration)")
+    add_run_options(parser)
     asked = parser.add_mutually_exclusive_group()
     asked.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or more instructions")
     asked.add_argument("--file", type=Path, metavar="FILE", help="instructions, one a line, as from standard input")
@@ -40,7 +41,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--input", metavar="TEXT", help="input that belongs to the instructions (Alpaca's field input)")
     parser.add_argument("--raw", action="store_true", help="plain text is the whole prompt, not an instruction")
     parser.add_argument("--system", metavar="TEXT", help="system message in a chat template; by default data.system")
-    parser.add_argument("--checkpoint", metavar="NAME", help="such as checkpoint-120, instead of the final adapter")
     parser.add_argument(
         "--max-new-tokens",
         type=int,

@@ -4,8 +4,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from dora_dist.config.checks import require
 from dora_dist.config.run import LARGEST_SEED
 
@@ -63,7 +61,8 @@ class Sampling:
     def begin(self, turn: int) -> None:
         """Seed the choices of a batch, or of a turn of a conversation: base and adapter draw the same numbers."""
         if self.temperature != GREEDY:
-            import torch  # not before a model is there to answer
+            import numpy as np  # not before a model is there to answer
+            import torch
 
             # torch's generator on CPUs takes the low 32 bits of a seed only.
             (state,) = np.random.SeedSequence([self.seed or 0, turn]).generate_state(1)

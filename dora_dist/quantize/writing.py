@@ -80,15 +80,12 @@ def write_quantized(
         shards.close()
     _copy_others(source, folder)
     # Last: without it, the folder is no model.
-    settings = {**quantize.settings.to_dict(), "bnb_4bit_compute_dtype": _name(config.dtype or torch.bfloat16)}
+    compute_dtype = str(config.dtype or torch.bfloat16).removeprefix("torch.")
+    settings = {**quantize.settings.to_dict(), "bnb_4bit_compute_dtype": compute_dtype}
     write_json(folder / CONFIG, {**read_json(source / CONFIG), "quantization_config": settings})
     return Written(
         layers=quantize.count, bytes_before=stored.nbytes, bytes_after=shards.nbytes, files=len(shards.files)
     )
-
-
-def _name(dtype: str | torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _check_architecture(path: str, skeleton: PreTrainedModel) -> None:

@@ -18,6 +18,13 @@ ANSWERS = {"before": True, "exact_match": True, "max_new_tokens": 4, "max_exampl
 """Of which two ranks generate different numbers, of different lengths."""
 
 
+def assert_same_with_shards(config, folder, over="true", ranks=2):
+    """Two runs of a configuration, with a whole base and with one in shards, are equal bit for bit."""
+    for name, options in (("whole", ()), ("shards", ("--distributed.shard_base", over))):
+        run_to_the_end(config, folder / name, folder / f"{name}.log", *options, ranks=ranks, engine="ddp")
+    assert_same_run(folder / "whole", folder / "shards")
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """A start from data, generated answers, dropout and recomputed layers."""
@@ -65,9 +72,7 @@ def test_a_run_goes_on_with_a_base_in_shards_and_with_a_whole_one(first, config,
 
 @FULL
 def test_four_ranks_take_the_same_course_with_a_base_in_shards_of_each_node(config, tmp_path):
-    for name, options in (("whole", ()), ("shards", ("--distributed.shard_base", "node"))):
-        run_to_the_end(config, tmp_path / name, tmp_path / f"{name}.log", *options, ranks=4, engine="ddp")
-    assert_same_run(tmp_path / "whole", tmp_path / "shards")
+    assert_same_with_shards(config, tmp_path, "node", ranks=4)
 
 
 @FULL
@@ -82,9 +87,7 @@ def test_components_are_scored_by_ablation_as_with_a_whole_base(importance, tmp_
         },
         training={"max_steps": 4},
     )
-    for name, options in (("whole", ()), ("shards", SHARDED)):
-        run_to_the_end(config, tmp_path / name, tmp_path / f"{name}.log", *options, engine="ddp")
-    assert_same_run(tmp_path / "whole", tmp_path / "shards")
+    assert_same_with_shards(config, tmp_path)
 
 
 @FULL
@@ -96,9 +99,7 @@ def test_ranks_from_data_are_those_of_a_whole_base(ranks, tmp_path):
         adapter={"ranks": ranks, "calibration_rows": 3, "init": "gradient", "initial_rank": None},
         training={"max_steps": 2},
     )
-    for name, options in (("whole", ()), ("shards", SHARDED)):
-        run_to_the_end(config, tmp_path / name, tmp_path / f"{name}.log", *options, engine="ddp")
-    assert_same_run(tmp_path / "whole", tmp_path / "shards")
+    assert_same_with_shards(config, tmp_path)
 
 
 @pytest.mark.full("faults")

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from datasets import List, Value
 from transformers import PreTrainedTokenizerBase
 
+from dora_dist.console.text import first_lines
 from dora_dist.data.encoding.control_tokens import control_tokens
 from dora_dist.data.reading.samples import RowFlaw, fill_prompt, rename_fields
 
@@ -302,6 +303,5 @@ def _unusable(flaws: Sequence[str]) -> str:
     """The message for rows that cannot be used, given their places and reasons."""
     if len(flaws) == 1:
         return f"{flaws[0]}; fix it, or set data.bad_rows to skip"
-    shown = "".join(f"\n  {flaw}" for flaw in flaws[:MOST_SHOWN])
-    more = f"\n  and {len(flaws) - MOST_SHOWN} more" * (len(flaws) > MOST_SHOWN)
-    return f"{len(flaws)} of the rows read so far cannot be used:{shown}{more}\nfix them, or set data.bad_rows to skip"
+    shown = first_lines(flaws, MOST_SHOWN)
+    return f"{len(flaws)} of the rows read so far cannot be used:{shown}\nfix them, or set data.bad_rows to skip"

@@ -4,13 +4,12 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from support.tiny_models import load_base
-from support.trained_run import TrainedFolder, character_tokenizer, make_base, make_run, one_thread
+from support.trained_run import TrainedFolder, character_tokenizer
 
 from dora_dist.data.encoding.chat import choose_template
 from dora_dist.data.encoding.control_tokens import control_tokens
@@ -23,18 +22,6 @@ from dora_dist.generate import __main__ as command
 from dora_dist.generate import questions as asking
 from dora_dist.generate import showing
 from dora_dist.runs import records
-
-
-@pytest.fixture(scope="module", autouse=True)
-def single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> TrainedFolder:
-    folder = tmp_path_factory.mktemp("generate")
-    return make_run(folder / "run", make_base(folder / "base"))
 
 
 def shown(prompt: str, base: str, adapted: str) -> str:

@@ -3,12 +3,11 @@
 import io
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from support.trained_run import TrainedFolder, character_tokenizer, make_base, make_run, one_thread
+from support.trained_run import TrainedFolder, character_tokenizer, make_base, make_run
 
 from dora_dist.console import files
 from dora_dist.data.encoding.chat import choose_template
@@ -19,18 +18,6 @@ from dora_dist.generate.questions import Question, collect_questions, read_quest
 from dora_dist.generate.sampling import Sampling
 from dora_dist.runs import records
 from dora_dist.runs.trained_run import open_run
-
-
-@pytest.fixture(scope="module", autouse=True)
-def single_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> TrainedFolder:
-    folder = tmp_path_factory.mktemp("sampling")
-    return make_run(folder / "run", make_base(folder / "base"))
 
 
 @pytest.fixture(scope="module")
