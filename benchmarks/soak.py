@@ -1,15 +1,21 @@
 """The soak: a run that is killed again and again ends like one that was left alone, and does not grow.
 
     python benchmarks/soak.py --minutes 30 --seed 0 --output runs/soak
+    python benchmarks/soak.py --minutes 30 --seed 0 --output runs/elastic --ranks 2 1
 
-Two ranks under ZeRO-2 train the quickstart's backbone, with dropout and evaluations, by the command that a user types.
-First a short run measures a step, which sets the number of steps; then the run is left alone; then it runs again in
-another folder, is killed with SIGKILL about every minute (one rank, all ranks, or the launcher with them; while it
-starts, trains, or has just begun to save) and is started again with the same command, until it is done. ``RESULT.json``
-has the kills, the memory of all ranks (a slope only for sessions of 2000 steps or more) and the comparison. Exit status
-1 if the runs differ, memory grows, a process is left, or a session ends by itself other than well. Takes more than
-twice the minutes asked for; half of it with ``--reference``, the folder of an earlier soak to whose run that was left
-alone the killed one is compared.
+Two ranks under ZeRO-2 train the quickstart's backbone with its preset, with evaluations, by the command that a user
+types. First a short run measures a step, which sets the number of steps; then the run is left alone; then it runs again
+in another folder, is killed with SIGKILL about every minute (one rank, all ranks, or the launcher with them; while it
+starts, trains, or has just begun to save) and is started again with the same command, until it is done.
+
+With one number of ranks there is dropout, and the runs must be equal bit for bit. With several, each session of the
+killed run has one of them by lot, with the same global batch; there is no dropout, whose random numbers depend on the
+ranks, and the runs must agree within float32 rounding as it grows over so many steps (``soak_judge.MOST_APART``).
+
+``RESULT.json`` has the kills, the memory of all ranks (a slope only for sessions of 2000 steps or more) and the
+comparison. Exit status 1 if the runs differ, memory grows, a process is left, or a session ends by itself other than
+well. Takes more than twice the minutes asked for; half of it with ``--reference``, the folder of an earlier soak to
+whose run that was left alone the killed one is compared.
 """
 
 import argparse
@@ -26,10 +32,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from soak_judge import differences, environment, growth, judge, peak, summarize
+from soak_judge import differences, distances, environment, growth, judge, peak, summarize, too_far
 from soak_session import LAUNCHER_PATIENCE, REPOSITORY, Session, last_step, left_over
 
-RANKS = 2
+GLOBAL_BATCH = 8
 CALIBRATION_STEPS = 60
 START_UP = 10.0
 """Seconds after the ranks have been started within which a kill counts as one while starting."""
@@ -44,6 +50,7 @@ class Plan:
     """How the next session is to end.
 
     Args:
+        ranks: that the session has.
         phase: ``start-up``, ``training`` or ``save``.
         victims: who is killed.
         rank: the one to be killed where it is one.
@@ -51,6 +58,7 @@ class Plan:
         delay: seconds after the next checkpoint folder has appeared, for ``save``.
     """
 
+    ranks: int
     phase: str
     victims: str
     rank: int
@@ -58,13 +66,13 @@ class Plan:
     delay: float
 
 
-def draw_plan(source: random.Random, kill_every: float) -> Plan:
-    """One kill: a tenth while starting, four tenths in a save, the rest wherever it falls."""
+def draw_plan(source: random.Random, kill_every: float, ranks: Sequence[int]) -> Plan:
+    """One session and its kill: a tenth while starting, four tenths in a save, the rest wherever it falls."""
+    number = source.choice(ranks)
     phase = source.choices(("start-up", "training", "save"), (1, 5, 4))[0]
     wait = source.uniform(0, START_UP) if phase == "start-up" else kill_every * source.uniform(0.25, 1.75)
-    return Plan(
-        phase, source.choice((ONE_RANK, ALL_RANKS, LAUNCHER)), source.randrange(RANKS), wait, source.uniform(0, SAVE)
-    )
+    victims = source.choice((ONE_RANK, ALL_RANKS, LAUNCHER))
+    return Plan(number, phase, victims, source.randrange(number), wait, source.uniform(0, SAVE))
 
 
 class Soak:
@@ -74,27 +82,34 @@ class Soak:
         output: folder for everything; must be new.
         kill_every: seconds, about, from the first step of a session to its kill.
         seed: of the kills.
+        ranks: numbers of ranks that the sessions of the killed run draw from; the first one is that of all other runs.
     """
 
-    def __init__(self, output: Path, kill_every: float, seed: int) -> None:
+    def __init__(self, output: Path, kill_every: float, seed: int, ranks: Sequence[int]) -> None:
         self.output = output
         self.kill_every = kill_every
         self.source = random.Random(seed)
+        self.ranks = ranks
         self.sessions: list[dict[str, Any]] = []
         self._running: Session | None = None
 
-    def arguments(self, run: Path, steps: int, save_every: int) -> list[str]:
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the killed run goes on with other numbers of ranks."""
+        return len(set(self.ranks)) > 1
+
+    def arguments(self, run: Path, steps: int, save_every: int, ranks: int) -> list[str]:
         """Of ``dora_dist.train``."""
         values = {
             "output_dir": run,
-            "adapter.dropout": 0.1,
+            "adapter.dropout": 0.0 if self.is_elastic else 0.1,
             "pruning.interval": max(1, steps // 40),
             "evaluation.before": "false",
             "evaluation.exact_match": "false",
             "checkpoint.keep_last": 2,
             "data.cache_dir": self.output / "cache",
             "training.max_steps": steps,
-            "training.per_device_train_batch_size": 4,
+            "training.per_device_train_batch_size": GLOBAL_BATCH // ranks,
             "training.learning_rate": 1e-3,
             "training.logging_steps": 1,
             "training.save_steps": save_every,
@@ -108,40 +123,42 @@ class Soak:
     def calibrate(self) -> float:
         """Seconds of a step: the quickest fifth, so that the run does not end before its time."""
         run = self.output / "calibration"
-        self.run_whole(self.arguments(run, CALIBRATION_STEPS, CALIBRATION_STEPS), run)
+        self.run_whole(run, CALIBRATION_STEPS, CALIBRATION_STEPS)
         from dora_dist.console.files import read_lines
 
         lines = [line for line in read_lines(run / "metrics.jsonl") if "seconds_per_step" in line]
         return statistics.quantiles([line["seconds_per_step"] for line in lines[10:]], n=5)[0]
 
-    def start(self, arguments: Sequence[str], run: Path, name: str) -> Session:
-        self._running = Session(arguments, run, self.output / f"{name}.log", RANKS)
+    def start(self, run: Path, steps: int, save_every: int, ranks: int, name: str) -> Session:
+        arguments = self.arguments(run, steps, save_every, ranks)
+        self._running = Session(arguments, run, self.output / f"{name}.log", ranks)
         return self._running
 
     def end(self) -> int:
         """Leave no process of the current session; how many had to be killed."""
         return self._running.end() if self._running else 0
 
-    def run_whole(self, arguments: Sequence[str], run: Path) -> dict[str, Any]:
+    def run_whole(self, run: Path, steps: int, save_every: int) -> dict[str, Any]:
         """A run that is left alone."""
-        session = self.start(arguments, run, run.name)
+        session = self.start(run, steps, save_every, self.ranks[0], run.name)
         while (status := session.poll()) is None:
             time.sleep(0.2)
         self.end()
         refuse(status, session)
         return {**memory(session), "seconds": round(session.seconds, 1)}
 
-    def run_killed(self, arguments: Sequence[str], run: Path) -> None:
+    def run_killed(self, run: Path, steps: int, save_every: int) -> None:
         """Start, kill, start again, until the run is done."""
         while True:
             before = last_step(run)
-            session = self.start(arguments, run, f"killed-{len(self.sessions):03d}")
-            plan = draw_plan(self.source, self.kill_every)
+            plan = draw_plan(self.source, self.kill_every, self.ranks)
+            session = self.start(run, steps, save_every, plan.ranks, f"killed-{len(self.sessions):03d}")
             killed = self.wait_and_kill(session, plan)
             status = session.wait(LAUNCHER_PATIENCE if killed else 0)
             stepped, resumed = has_stepped(session.log), resumed_step(session.log)
             self.sessions.append(
                 {
+                    "ranks": plan.ranks,
                     "kill": asdict(plan) if killed else None,
                     "stepped": stepped,
                     "resumed_from_step": resumed,
@@ -162,7 +179,7 @@ class Soak:
 
     def wait_and_kill(self, session: Session, plan: Plan) -> bool:
         """Let the session run to its kill; False if it ended first."""
-        while not (session.has_ranks(RANKS) if plan.phase == "start-up" else has_stepped(session.log)):
+        while not (session.has_ranks(plan.ranks) if plan.phase == "start-up" else has_stepped(session.log)):
             if session.poll() is not None:
                 return False
             time.sleep(0.1)
@@ -173,7 +190,7 @@ class Soak:
             time.sleep(0.1)
         if plan.phase == "save" and not wait_for_save(session, plan.delay):
             return False
-        ranks = [plan.rank] if plan.victims == ONE_RANK else range(RANKS)
+        ranks = [plan.rank] if plan.victims == ONE_RANK else range(plan.ranks)
         session.kill(ranks, launcher=plan.victims == LAUNCHER)
         return True
 
@@ -228,9 +245,9 @@ def describe(number: int, session: dict[str, Any]) -> str:
     kill = session["kill"]
     how = f"killed in {kill['phase']}: {kill['victims']}" if kill else "done"
     return (
-        f"session {number}: from step {session['resumed_from_step']} to {session['last_step']} in "
-        f"{session['seconds']:.0f} s, {session['steps_taken_again']} steps again, peak {session['peak_mib']} MiB; "
-        f"{how}"
+        f"session {number}, ranks {session['ranks']}: from step {session['resumed_from_step']} to "
+        f"{session['last_step']} in {session['seconds']:.0f} s, {session['steps_taken_again']} steps again, "
+        f"peak {session['peak_mib']} MiB; {how}"
     )
 
 
@@ -238,7 +255,7 @@ def run_soak(soak: Soak, options: argparse.Namespace) -> list[str]:
     """All of it; what failed."""
     result: dict[str, Any] = {
         "command": "python benchmarks/soak.py",
-        "arguments": {"minutes": options.minutes, "kill_every": options.kill_every, "seed": options.seed},
+        "arguments": {name: getattr(options, name) for name in ("minutes", "kill_every", "seed", "ranks")},
         **environment(),
     }
     killed = soak.output / "killed"
@@ -252,16 +269,21 @@ def run_soak(soak: Soak, options: argparse.Namespace) -> list[str]:
             flush=True,
         )
         reference = soak.output / "reference"
-        result["reference"] = soak.run_whole(soak.arguments(reference, steps, save_every), reference)
+        result["reference"] = soak.run_whole(reference, steps, save_every)
     else:
         earlier = json.loads((options.reference / "RESULT.json").read_text(encoding="utf-8"))
         steps, save_every, reference = earlier["steps"], earlier["save_every"], options.reference / "reference"
         result |= {name: earlier[name] for name in ("seconds_per_step", "steps", "save_every")}
         result["reference"] = {**earlier["reference"], "commit": earlier["commit"]}
     print(f"left alone: {result['reference']}; now the killed run", flush=True)
-    soak.run_killed(soak.arguments(killed, steps, save_every), killed)
+    soak.run_killed(killed, steps, save_every)
     result["killed"] = summarize(soak.sessions)
-    failures = judge(result, differences(reference, killed), left_over(killed) + left_over(reference))
+    if soak.is_elastic:
+        result["distances"] = distances(reference, killed)
+        found = too_far(result["distances"])
+    else:
+        found = differences(reference, killed)
+    failures = judge(result, found, left_over(killed) + left_over(reference))
     result |= {"passed": not failures, "failures": failures, "sessions": soak.sessions}
     (soak.output / "RESULT.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({key: value for key, value in result.items() if key != "sessions"}, indent=1), flush=True)
@@ -273,6 +295,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--kill-every", type=float, default=60, help="seconds, about; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        nargs="+",
+        default=[2],
+        choices=[number for number in range(1, GLOBAL_BATCH + 1) if GLOBAL_BATCH % number == 0],
+        help="numbers of ranks that sessions of the killed run draw from; the other runs have the first; default: 2",
+    )
     parser.add_argument("--output", type=Path, required=True, help="a new folder")
     parser.add_argument(
         "--reference", type=Path, help="folder of an earlier soak, whose run that was left alone is used"
@@ -286,7 +316,7 @@ def main() -> None:
         cwd=REPOSITORY,
         check=True,
     )
-    soak = Soak(options.output, options.kill_every, options.seed)
+    soak = Soak(options.output, options.kill_every, options.seed, options.ranks)
     try:
         failures = run_soak(soak, options)
     finally:

@@ -1,9 +1,9 @@
-"""What two runs on disk have in common bit for bit, what samples of memory say, and whether a soak has passed."""
+"""How equal two runs on disk are, what samples of memory say, and whether a soak has passed."""
 
 import os
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ MOST_GROWTH = 2.0
 logs every step, which alone is about 1 MiB per 1000 steps."""
 MOST_DRIFT = 0.05
 """Share by which the peaks of late sessions may lie above those of early ones."""
+MOST_APART = 0.01
+"""Share by which the held-out losses of an elastic soak may differ. The first steps differ by 1e-7 or so, which grows
+with the trajectory (docs/numerics.md)."""
 SESSION_LINES = {"session_seconds", "train_runtime"}
 """Keys of lines that describe a session instead of a step."""
 TIMES = ("seconds_per_step", "eval_seconds", "eval_runtime")
@@ -46,6 +49,49 @@ def differences(reference: Path, killed: Path) -> list[str]:
     state = [(run / last[0] / METHOD_STATE).read_bytes() for run in (reference, killed)]
     if state[0] != state[1]:
         found.append(f"{METHOD_STATE} of {last[0]} differs")
+    return found
+
+
+def distances(reference: Path, killed: Path) -> dict[str, Any]:
+    """How far two finished runs are from each other that had other numbers of ranks.
+
+    Keys: ``last_checkpoint`` of both; ``events_equal``, whether they pruned the same components in the same steps;
+    ``steps_equal``, whether both have a line for each of the same steps; ``loss``, the mean and the largest relative
+    difference of a step's training loss; ``held_out_loss``, by step, of the first run, of the second, and their
+    relative difference.
+    """
+    from dora_dist.runs import checkpoint
+
+    runs = (reference, killed)
+    losses, held_out = [[_by_step(run, key) for run in runs] for key in ("loss", "eval_loss")]
+    apart = [abs(losses[1][step] / loss - 1) for step, loss in losses[0].items() if step in losses[1]]
+    return {
+        "last_checkpoint": [checkpoint.checkpoints(run)[-1].name for run in runs],
+        "events_equal": (reference / "allocation.jsonl").read_bytes() == (killed / "allocation.jsonl").read_bytes(),
+        "steps_equal": all(first.keys() == second.keys() for first, second in (losses, held_out)),
+        "loss": {"mean": float(np.mean(apart)), "largest": float(np.max(apart))},
+        "held_out_loss": [
+            {"step": step, "left_alone": loss, "killed": held_out[1][step], "apart": abs(held_out[1][step] / loss - 1)}
+            for step, loss in held_out[0].items()
+            if step in held_out[1]
+        ],
+    }
+
+
+def _by_step(run: Path, key: str) -> dict[int, float]:
+    return {line["step"]: line[key] for line in comparable_lines(run) if key in line}
+
+
+def too_far(apart: Mapping[str, Any]) -> list[str]:
+    """What of :func:`distances` is too much for runs that differ in their numbers of ranks only."""
+    found = []
+    if len(set(apart["last_checkpoint"])) > 1:
+        found.append("the last checkpoint is {1} instead of {0}".format(*apart["last_checkpoint"]))
+    if not apart["steps_equal"]:
+        found.append("the runs do not have lines of the same steps")
+    far = [line for line in apart["held_out_loss"] if line["apart"] > MOST_APART]
+    if far:
+        found.append(f"held-out losses differ by more than {MOST_APART:.0%} at {len(far)} steps, first {far[0]}")
     return found
 
 
@@ -130,11 +176,12 @@ def environment() -> dict[str, Any]:
 
 
 def summarize(sessions: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Numbers over all sessions of the killed run."""
+    """Numbers over all sessions of the killed run; the drift of memory over those with the most ranks."""
+    most = max(session["ranks"] for session in sessions)
     kills = [session for session in sessions if session["kill"]]
     counted = {
         f"{field}: {value}": sum(session["kill"][field] == value for session in kills)
-        for field in ("phase", "victims")
+        for field in ("ranks", "phase", "victims")
         for value in sorted({session["kill"][field] for session in kills})
     }
     return {
@@ -145,7 +192,9 @@ def summarize(sessions: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "unfinished_checkpoints_left": sum(session["unfinished_checkpoint_left"] for session in sessions),
         "steps_taken_again": sum(session["steps_taken_again"] for session in sessions),
         "minutes": round(sum(session["seconds"] for session in sessions) / 60, 2),
-        "peaks_drift": drift([session["peak_mib"] for session in sessions if session["stepped"]]),
+        "peaks_drift": drift(
+            [session["peak_mib"] for session in sessions if session["stepped"] and session["ranks"] == most]
+        ),
     }
 
 

@@ -1,10 +1,11 @@
 """How the soak judges: memory, steps taken again, and what counts as a failure."""
 
+import json
 import random
 
 import pytest
 from soak import draw_plan, has_stepped, resumed_step
-from soak_judge import MIB, differences, drift, growth, judge, summarize
+from soak_judge import MIB, differences, distances, drift, growth, judge, summarize, too_far
 from soak_session import Sample, last_step
 
 
@@ -45,8 +46,9 @@ def test_the_last_step_is_read_from_the_end_of_the_file_whatever_a_kill_left_the
 
 
 def test_plans_are_reproducible_and_of_all_kinds():
-    plans = [draw_plan(random.Random(seed), 60) for seed in range(100)]
-    assert plans == [draw_plan(random.Random(seed), 60) for seed in range(100)]
+    plans = [draw_plan(random.Random(seed), 60, (2, 1)) for seed in range(100)]
+    assert plans == [draw_plan(random.Random(seed), 60, (2, 1)) for seed in range(100)]
+    assert {(plan.ranks, plan.rank) for plan in plans} == {(1, 0), (2, 0), (2, 1)}
     assert {plan.phase for plan in plans} == {"start-up", "training", "save"}
     assert len({plan.victims for plan in plans}) == 3
 
@@ -57,6 +59,32 @@ def test_runs_that_end_at_different_steps_differ(tmp_path):
     assert differences(tmp_path / "a", tmp_path / "b") == [
         "the last checkpoint is checkpoint-20 instead of checkpoint-10"
     ]
+
+
+def write_run(run, losses, last=10):
+    """A finished run with a loss a step, the last of them held out as well."""
+    (run / f"checkpoint-{last}").mkdir(parents=True)
+    lines = [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
+    lines.append({"step": len(losses), "eval_loss": losses[-1]})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "allocation.jsonl").write_text('{"step": 3}\n')
+    return run
+
+
+@pytest.mark.parametrize(
+    ("losses", "last", "message"),
+    [
+        ([1.0, 1.001], 10, None),
+        ([1.0, 1.1], 10, "held-out losses differ by more than 1% at 1 steps"),
+        ([1.0], 10, "do not have lines of the same steps"),
+        ([1.0, 1.0], 20, "checkpoint-20 instead of checkpoint-10"),
+    ],
+)
+def test_what_is_too_far_for_an_elastic_soak(tmp_path, losses, last, message):
+    apart = distances(write_run(tmp_path / "a", [1.0, 1.0]), write_run(tmp_path / "b", losses, last))
+    assert apart["events_equal"]
+    assert [message in text for text in too_far(apart)] == ([True] if message else [])
+    assert apart["loss"]["largest"] == pytest.approx(max(losses) - 1)
 
 
 @pytest.mark.parametrize(
@@ -76,16 +104,17 @@ def test_what_fails_a_soak(change, message):
     assert judge(result, ["adapter differs"], [17])[0] == "adapter differs"
 
 
-def test_sessions_that_never_stepped_say_nothing_about_memory():
-    kill = {"phase": "training", "victims": "one rank"}
-    common = {"unfinished_checkpoint_left": True, "steps_taken_again": 3, "seconds": 90.0}
+def test_sessions_that_never_stepped_or_had_fewer_ranks_say_nothing_about_memory():
+    kill = {"ranks": 2, "phase": "training", "victims": "one rank"}
+    common = {"ranks": 2, "unfinished_checkpoint_left": True, "steps_taken_again": 3, "seconds": 90.0}
     sessions = [
         {"kill": kill, "stepped": True, "resumed_from_step": 0, "peak_mib": 600.0, **common},
         {"kill": kill, "stepped": False, "resumed_from_step": 40, "peak_mib": 100.0, **common},
         {"kill": kill, "stepped": True, "resumed_from_step": 40, "peak_mib": 605.0, **common},
         {"kill": None, "stepped": True, "resumed_from_step": 80, "peak_mib": 606.0, **common},
+        {"kill": None, "stepped": True, "resumed_from_step": 80, "peak_mib": 900.0, **common, "ranks": 1},
     ]
     summary = summarize(sessions)
     assert summary["peaks_drift"] == 0.01
-    assert (summary["kills"], summary["resumes"], summary["steps_taken_again"], summary["minutes"]) == (3, 3, 12, 6.0)
-    assert summary["kills_by_kind"] == {"phase: training": 3, "victims: one rank": 3}
+    assert (summary["kills"], summary["resumes"], summary["steps_taken_again"], summary["minutes"]) == (3, 4, 15, 7.5)
+    assert summary["kills_by_kind"] == {"ranks: 2": 3, "phase: training": 3, "victims: one rank": 3}
