@@ -86,6 +86,16 @@ def stays_in_16_bits(model: PreTrainedModel, name: str) -> bool:
     return stored is not None and not should_convert_module(name, stored["llm_int8_skip_modules"])
 
 
+def has_plain_constants(model: PreTrainedModel) -> bool:
+    """Whether the base comes quantized without double quantization, so that its constants are float32.
+
+    Args:
+        model: as of :func:`stays_in_16_bits`.
+    """
+    stored = getattr(model.config, "quantization_config", None)
+    return stored is not None and not stored["bnb_4bit_use_double_quant"]
+
+
 def prepare_stored(model: nn.Module, path: str, dtype: torch.dtype) -> None:
     """Let a base that came in 4 bits, or a part of it, compute in a dtype, in place: its unquantized weights, and what
     its 4-bit layers dequantize to.
