@@ -113,21 +113,23 @@ def test_ranks_with_shards_of_different_bases_are_found_out(tiny, tmp_path):
 
 
 @pytest.mark.full("benchmark")
-def test_the_script_for_gpus_finds_the_same_bits_and_a_smaller_peak(tmp_path):
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_script_for_gpus_finds_the_same_bits_and_a_smaller_peak_where_ranks_share(ranks, tmp_path):
     model = save_many_shards(tmp_path, hidden=256, layers=8, shard_bytes=100 * MB)
     done = subprocess.run(
-        [sys.executable, "benchmarks/sharded_step.py", str(model)],
+        [sys.executable, "benchmarks/sharded_step.py", str(model), "--ranks", str(ranks)],
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=360,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["same"]
+    assert (found["ranks"], found["same"]) == (ranks, True)
     assert found["tensors"] > 100
-    assert found["peak_bytes_sharded"] < found["peak_bytes_whole"]
+    assert (found["peak_bytes_sharded"] < found["peak_bytes_whole"]) == (ranks > 1)
 
 
 @pytest.fixture(scope="module")
