@@ -18,10 +18,11 @@ class MemoryWatch:
         anonymous: growth of the process's own memory (not of files) at its peak, in bytes; sampled.
         kept: growth of the process's own memory at the end, in bytes.
         seconds: how long it ran.
+        processor_seconds: of all threads of the process, which other processes on the machine hardly change.
     """
 
     resident = anonymous = kept = 0
-    seconds = 0.0
+    seconds = processor_seconds = 0.0
 
     def __enter__(self) -> "MemoryWatch":
         gc.collect()
@@ -31,11 +32,12 @@ class MemoryWatch:
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
-        self._started = time.perf_counter()
+        self._started, self._started_processor = time.perf_counter(), time.process_time()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.seconds = time.perf_counter() - self._started
+        self.processor_seconds = time.process_time() - self._started_processor
         self._done.set()
         self._thread.join()
         after = read_memory()

@@ -1,6 +1,6 @@
 """A forward and backward with a base in shards beside a whole one: the same bits? what peak of memory?
 
-    python benchmarks/sharded_step.py BASE                        # a rank for each GPU, or two on a machine without any
+    python benchmarks/sharded_step.py BASE [--ranks N]      # by default one for each GPU, or two where there is none
 
 BASE is the folder of a causal language model. Codes in uint8 that torch gathers are what bitsandbytes#1945 is about.
 The last line is JSON; the exit status is 1 where a bit differs.
@@ -81,11 +81,12 @@ def rank_process(rank: int, size: int, folder: str, base: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path)
-    base = parser.parse_args().base
-    size = torch.cuda.device_count() or 2
+    parser.add_argument("--ranks", type=int, default=torch.cuda.device_count() or 2)
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         # torch has no types for it.
-        spawn(rank_process, (size, folder, str(base)), nprocs=size)  # type: ignore[no-untyped-call]
+        arguments = (options.ranks, folder, str(options.base))
+        spawn(rank_process, arguments, nprocs=options.ranks)  # type: ignore[no-untyped-call]
         result = json.loads((Path(folder) / "result.json").read_text(encoding="utf-8"))
     print(json.dumps(result))
     sys.exit(not result["same"])

@@ -297,6 +297,9 @@ def build_parts(
     from dora_dist.training.out_of_memory import LOADING_ADVICE, explained
 
     shards = agreement.sharded_base = build.shards_of_base(config, agreement)
+    if shards is not None:
+        bases = agreement.size // shards.ranks
+        say(f"the base is in {shards.ranks} shards, a rank each{f'; there are {bases} of it' if bases > 1 else ''}")
     with agreement.together("loading the model"), explained(lambda: LOADING_ADVICE):
         model = build.load_model(config, agreement.device, resolved.tokenizer, resolved.data.labels, shards)
         apply_recomputation(config, model.get_base_model(), resolved.recomputation)

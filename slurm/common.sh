@@ -46,6 +46,10 @@ run_ranks() {
     echo "error: this job was started again $restarts times, but DORA_MAX_RESTARTS is ${DORA_MAX_RESTARTS:-20}" >&2
     exit 1
   }
+  case ${DORA_ENGINE:-zero2} in
+    zero2 | ddp) ;;
+    *) fail "DORA_ENGINE is $DORA_ENGINE, but must be zero2 or ddp" ;;
+  esac
   mkdir -p "$logs"
   read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   MASTER_PORT=$(choose_port "$SLURM_JOB_ID") || exit

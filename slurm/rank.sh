@@ -23,11 +23,16 @@ LOCAL_WORLD_SIZE=$(tasks_on_node "$SLURM_NODEID" "$SLURM_STEP_TASKS_PER_NODE")
 export LOCAL_WORLD_SIZE
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 
-# As `accelerate launch --config_file launch/zero2_multinode.yaml` does (accelerate 1.15, prepare_deepspeed_cmd_env).
-export ACCELERATE_USE_DEEPSPEED=true
-export ACCELERATE_DEEPSPEED_CONFIG_FILE=launch/zero2.json
-export ACCELERATE_CONFIG_DS_FIELDS=deepspeed_config_file,deepspeed_multinode_launcher
+# As `accelerate launch --config_file launch/zero2_multinode.yaml` does (accelerate 1.15, prepare_deepspeed_cmd_env), or,
+# for ddp, launch/ddp_gpu.yaml.
 export ACCELERATE_MIXED_PRECISION=no
+if [ "${DORA_ENGINE:-zero2}" = ddp ]; then
+  unset ACCELERATE_USE_DEEPSPEED
+else
+  export ACCELERATE_USE_DEEPSPEED=true
+  export ACCELERATE_DEEPSPEED_CONFIG_FILE=launch/zero2.json
+  export ACCELERATE_CONFIG_DS_FIELDS=deepspeed_config_file,deepspeed_multinode_launcher
+fi
 
 echo "rank $RANK of $WORLD_SIZE: $(hostname), local rank $LOCAL_RANK of $LOCAL_WORLD_SIZE, restart ${SLURM_RESTART_COUNT:-0}"
 # Until the program takes them, these signals would end it with a status that says nothing.

@@ -18,6 +18,9 @@
 # container=(apptainer exec --nv --bind "$PWD" /shared/images/dora-dist.sif)
 # srun_options=(--container-image=/shared/images/dora-dist.sqsh --container-mounts="$PWD" --container-workdir="$PWD")
 
+# --- The engine, where it is not zero2: ddp, with --distributed.engine ddp beside it.
+# export DORA_ENGINE=ddp
+
 # --- Logs of the ranks, on a file system that all nodes share. The default is runs/slurm.
 # export DORA_LOGS=/shared/logs
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dora_dist.adapter.layer import DynamicLoraLinear
 from dora_dist.adapter.plain_lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, KEY_PREFIX, without_padding
+from dora_dist.base_model.quantization import quantized_from
 from dora_dist.base_model.shape import linear_layer
 from dora_dist.config.adapter import DynamicLoraConfig
 
@@ -190,6 +191,11 @@ def describe_start(found: FoundAdapter, model_path: str, slots: Mapping[str, int
     fresh = len(slots) - len(found.layers)
     others = f"; {fresh} layers that it does not have start afresh" * bool(fresh)
     remarks = [f"starting from {found.folder}: {len(ranks)} layers of rank {min(ranks)} to {max(ranks)}{others}"]
-    if found.base_model is not None and Path(found.base_model).name != Path(model_path).name:
+    if found.base_model is not None and _is_another(found.base_model, model_path):
         remarks.append(f"warning: {found.folder} was trained on {found.base_model}, but model.path is {model_path}")
     return remarks
+
+
+def _is_another(base: str, other: str) -> bool:
+    """Whether two bases, which may be copies or quantized, have different names."""
+    return len({Path(quantized_from(path)).name for path in (base, other)}) > 1

@@ -2,7 +2,8 @@
 back."""
 
 from collections.abc import Sequence
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from bitsandbytes import functional as bnb_functional
@@ -12,9 +13,13 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from dora_dist.config.model import QUANTIZATIONS
+from dora_dist.console.files import read_json
 
 STORED_TITLES = {"nf4": "bitsandbytes' NF4", "fp4": "bitsandbytes' FP4", "int8": "bitsandbytes' 8 bits"}
 """How a base may come quantized by bitsandbytes, in words."""
+QUANTIZED_FROM = "quantized_from"
+"""Entry of ``quantization_config`` in the ``config.json`` of a base that ``dora-dist quantize`` has written: the base
+that it was made of. transformers takes no notice of it."""
 
 
 def quantization_config(
@@ -75,6 +80,18 @@ def stored_quantization(config: PreTrainedConfig, path: str) -> BitsAndBytesConf
     return stored
 
 
+def quantized_from(base: str) -> str:
+    """The base that ``dora-dist quantize`` has made a base of, by name or whole path; of any other base, the base.
+
+    Args:
+        base: folder, or name of a model on the Hub, which is looked for in folders only.
+    """
+    path = Path(base).expanduser() / "config.json"
+    config: dict[str, Any] = read_json(path) if path.is_file() else {}
+    made_of: str = (config.get("quantization_config") or {}).get(QUANTIZED_FROM, base)
+    return made_of
+
+
 def stays_in_16_bits(model: PreTrainedModel, name: str) -> bool:
     """Whether the base comes quantized and its files have this linear layer unquantized.
 
@@ -84,6 +101,16 @@ def stays_in_16_bits(model: PreTrainedModel, name: str) -> bool:
     """
     stored = getattr(model.config, "quantization_config", None)
     return stored is not None and not should_convert_module(name, stored["llm_int8_skip_modules"])
+
+
+def has_plain_constants(model: PreTrainedModel) -> bool:
+    """Whether the base comes quantized without double quantization, so that its constants are float32.
+
+    Args:
+        model: as of :func:`stays_in_16_bits`.
+    """
+    stored = getattr(model.config, "quantization_config", None)
+    return stored is not None and not stored["bnb_4bit_use_double_quant"]
 
 
 def prepare_stored(model: nn.Module, path: str, dtype: torch.dtype) -> None:

@@ -27,6 +27,8 @@ class Linear:
     rank: int = 0
     unquantized: bool = False
     """Whether it stays in 16 bits where the base is quantized: the head, and what a base in 4 bits has so."""
+    plain_constants: bool = False
+    """Whether its constants of NF4 are float32: those of a base that comes without double quantization."""
 
     @property
     def adapted(self) -> bool:
@@ -131,8 +133,9 @@ def read_shape(skeleton: "PreTrainedModel", ranks: Mapping[str, int], fuse: bool
         ranks: full name of a linear layer that is adapted -> the components that it starts with.
         fuse: adapted layers are computed together where they can.
     """
-    from dora_dist.base_model.quantization import stays_in_16_bits
+    from dora_dist.base_model.quantization import has_plain_constants, stays_in_16_bits
 
+    plain = has_plain_constants(skeleton)
     head, embedding = skeleton.get_output_embeddings(), input_embedding(skeleton)
     linears = {
         name: Linear(
@@ -141,6 +144,7 @@ def read_shape(skeleton: "PreTrainedModel", ranks: Mapping[str, int], fuse: bool
             out_features=module.out_features,
             rank=ranks.get(name, 0),
             unquantized=module is head or stays_in_16_bits(skeleton, name),
+            plain_constants=plain,
         )
         for name, module in skeleton.named_modules()
         if isinstance(module, nn.Linear)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def live_storages() -> dict[int, int]:
@@ -17,8 +18,11 @@ def live_storages() -> dict[int, int]:
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
-        # Fake ones, which torch keeps in caches of its own, have no memory.
-        if issubclass(type(thing), Tensor) and not isinstance(thing, FakeTensor) and thing.device.type == "cpu":
+        if not issubclass(type(thing), Tensor) or thing.device.type != "cpu":
+            continue
+        # Fake ones, which torch keeps in caches of its own, have no memory. Those made of other tensors, such as one of
+        # which ranks hold shards, have that of these.
+        if not isinstance(thing, FakeTensor) and not is_traceable_wrapper_subclass(thing):
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     storages.pop(0, None)

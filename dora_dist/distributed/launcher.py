@@ -9,7 +9,8 @@ from typing import Any
 LAUNCH_HINT = {
     "zero2": "accelerate launch --config_file launch/zero2_cpu.yaml (or zero2_gpu.yaml) -m dora_dist.train ...",
     "ddp": "accelerate launch --config_file launch/ddp_gpu.yaml -m dora_dist.train ..., or on CPUs "
-    "ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m dora_dist.train ...",
+    "ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m dora_dist.train ..., or under Slurm "
+    "DORA_ENGINE=ddp sbatch slurm/many_nodes.sbatch ...",
     "none": "python -m dora_dist.train ...",
 }
 

@@ -40,19 +40,21 @@ class ShardedBase:
         over: whether all ranks share a base (True), or those of each node (:data:`NODE`).
         timeout_minutes: how long a rank waits for the others in a gather.
 
+    Attributes:
+        ranks: that share a base.
+
     Raises:
         ExpectedRunError: a base is to be shared by the ranks of a node, but the nodes differ in their ranks.
     """
 
     def __init__(self, agreement: "Agreement", over: bool | str, timeout_minutes: float) -> None:
         self._agreement = agreement
-        ranks = agreement.size if over is True else self._ranks_of_a_node()
+        self.ranks = agreement.size if over is True else self._ranks_of_a_node()
         # Groups of their own: what ranks exchange besides must not come between the gathers of a rank that has failed.
-        starts = range(0, agreement.size, ranks)
-        groups = [
-            dist.new_group(list(range(start, start + ranks)), timedelta(minutes=timeout_minutes)) for start in starts
-        ]
-        self._mesh = DeviceMesh.from_group(groups[agreement.rank // ranks], agreement.device.type)
+        timeout = timedelta(minutes=timeout_minutes)
+        starts = range(0, agreement.size, self.ranks)
+        groups = [dist.new_group(list(range(start, start + self.ranks)), timeout) for start in starts]
+        self._mesh = DeviceMesh.from_group(groups[agreement.rank // self.ranks], agreement.device.type)
         self._layers: list[FSDPModule] = []
         self._uneven = False
 

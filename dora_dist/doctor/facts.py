@@ -65,6 +65,7 @@ class RankFacts:
         checks: tests of arithmetic on its devices.
         launch: error of :func:`~dora_dist.distributed.launcher.check_launch`, or None.
         model: why the configured model cannot be found here, or None.
+        sharding: why this torch cannot shard the configured base, or None.
     """
 
     rank: int
@@ -89,6 +90,7 @@ class RankFacts:
     checks: Sequence[Check] = ()
     launch: str | None = None
     model: str | None = None
+    sharding: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,12 @@ def world_problems(ranks: Sequence[RankFacts]) -> list[Problem]:
             "every rank can read the model",
             "put it where all nodes see it, and point model.path there",
         ),
+        *alike(
+            ranks,
+            lambda facts: facts.sharding,
+            "every rank's torch can gather a base from shards",
+            "pip install -c launch/constraints.txt -e . on each node, or set distributed.shard_base to false",
+        ),
     ]
     nodes = by_node(ranks)
     counts = Counter(len(group) for group in nodes.values())

@@ -2,8 +2,9 @@
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -95,9 +96,8 @@ def inspect_rank(
         # After DeepSpeed's imports, because some of them change the number of threads.
         facts.update(threads=torch.get_num_threads(), cuda=torch.version.cuda, device=str(agreement.device))
         facts.update(visible_gpus=torch.cuda.device_count() if torch.cuda.is_available() else 0)
-        facts.update(
-            launch=_launch_failure(config, environment), model=_model_failure(config), gpus=gpus, checks=tuple(checks)
-        )
+        facts.update(launch=_launch_failure(config, environment), **_refusals(config))
+        facts.update(gpus=gpus, checks=tuple(checks))
     clock = _clock(agreement)
     return agreement.gather(RankFacts(rank=agreement.rank, clock=clock, **facts))
 
@@ -116,24 +116,28 @@ def _devices(own: torch.device) -> Sequence[torch.device]:
 
 
 def _launch_failure(config: "RunConfig | None", environment: Mapping[str, str]) -> str | None:
-    """The error that dora_dist.train would raise for this launch; None if there is none, or nothing is launched."""
+    """What dora_dist.train would say of this launch; None if it is right, or nothing is launched."""
     engine = config.distributed.engine if config else "zero2" if with_deepspeed(environment) else None
     if engine is None or not launched(environment):
         return None
-    try:
-        check_launch(engine, environment)
-    except ValueError as error:
-        return str(error)
-    return None
+    return _refusal(partial(check_launch, engine, environment))
 
 
-def _model_failure(config: "RunConfig | None") -> str | None:
-    """Why the model's folder cannot be found here, or this torch cannot shard its base; Hub names are not checked."""
+def _refusals(config: "RunConfig | None") -> dict[str, str | None]:
+    """What dora_dist.train would say, by the name of the fact: of the model's folder (names on the Hub are not looked
+    for), and of this torch, for a base in shards."""
     if config is None:
-        return None
+        return {}
+    return {
+        "model": _refusal(partial(find_model, config.model.path)),
+        "sharding": _refusal(partial(check_torch, config, torch.__version__)),
+    }
+
+
+def _refusal(check: Callable[[], object]) -> str | None:
+    """The message of a check that is not passed."""
     try:
-        check_torch(config, torch.__version__)
-        find_model(config.model.path)
+        check()
     except ValueError as error:
         return str(error)
     return None

@@ -14,7 +14,7 @@ from dora_dist.base_model.shape import GATED_MLP, QUERY_KEY_VALUE, Block, Linear
 
 FLOAT32 = 4
 NF4_BLOCK = 64
-"""Weights that share a constant."""
+"""Weights that share a constant; transformers writes and makes no other blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,6 +320,7 @@ def _components_backward(linear: Linear, batch: Batch, adapter: Adapter) -> int:
 def _dequantized(linear: Linear, quantization: str, compute_bytes: int) -> int:
     if quantization == "none" or linear.unquantized:
         return 0
-    # The constants of NF4 are dequantized first, into float32, and shifted into a copy.
-    constants = FLOAT32 * math.ceil(linear.numel / NF4_BLOCK) if quantization == "nf4" else 0
+    # Constants of NF4 that are quantized are dequantized first, into float32, and shifted into a copy.
+    nested = quantization == "nf4" and not linear.plain_constants
+    constants = FLOAT32 * math.ceil(linear.numel / NF4_BLOCK) if nested else 0
     return linear.numel * compute_bytes + constants

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dora_dist.base_model.chunked_loss import chunk_length
-from dora_dist.base_model.shape import Block, ModelShape
+from dora_dist.base_model.shape import Block, Linear, ModelShape
 from dora_dist.memory.activations import (
     FLOAT32,
     NF4_BLOCK,
@@ -24,8 +24,10 @@ from dora_dist.memory.activations import (
 
 NF4_NESTED_BLOCK = 256
 """Constants that share a constant of their own (double quantization)."""
-NF4_TABLES = 16 * FLOAT32 + 256 * FLOAT32 + FLOAT32
-"""Per weight: the 16 values of NF4, the 256 of its constants' code, and their offset."""
+NF4_TABLE = 16 * FLOAT32
+"""Per weight: the 16 values of NF4."""
+NESTED_TABLE = 256 * FLOAT32 + FLOAT32
+"""Per weight with double quantization: the 256 values of its constants' code, and their offset."""
 ZERO_ALIGNMENT = 2
 """DeepSpeed pads its flat buffers to a multiple of this per rank (``nccl_start_alignment_factor``)."""
 GATHERED_LAYERS = 3
@@ -40,7 +42,7 @@ def base_parts(shape: ModelShape, quantization: str, compute_bytes: int, shards:
 
     Args:
         shape: The model's shape.
-        quantization: ``nf4`` (double quantization), ``int8`` or ``none``; the output head is never quantized.
+        quantization: ``nf4``, ``int8`` or ``none``; the output head is never quantized.
         compute_bytes: Bytes per element of what is not quantized.
         shards: Ranks that the weights of the layers are shared out to (``distributed.shard_base``). The rest is whole
             on each of them, and so are :data:`GATHERED_LAYERS` at a time.
@@ -48,7 +50,7 @@ def base_parts(shape: ModelShape, quantization: str, compute_bytes: int, shards:
     inner = [linear for linear in shape.linears if not linear.unquantized]
     if quantization == "nf4":
         weights = {"4-bit weights": sum(math.ceil(linear.numel / 2) for linear in inner)}
-        constants = sum(_nf4_constants(linear.numel) for linear in inner)
+        constants = sum(_nf4_constants(linear) for linear in inner)
     elif quantization == "int8":
         weights = {"8-bit weights": sum(linear.numel for linear in inner)}
         constants = sum(FLOAT32 * linear.out_features for linear in inner)
@@ -67,9 +69,11 @@ def base_parts(shape: ModelShape, quantization: str, compute_bytes: int, shards:
     }
 
 
-def _nf4_constants(numel: int) -> int:
-    blocks = math.ceil(numel / NF4_BLOCK)
-    return blocks + FLOAT32 * math.ceil(blocks / NF4_NESTED_BLOCK) + NF4_TABLES
+def _nf4_constants(linear: Linear) -> int:
+    blocks = math.ceil(linear.numel / NF4_BLOCK)
+    if linear.plain_constants:
+        return FLOAT32 * blocks + NF4_TABLE
+    return blocks + FLOAT32 * math.ceil(blocks / NF4_NESTED_BLOCK) + NF4_TABLE + NESTED_TABLE
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from dora_dist.adapter.card import absolute_base
 from dora_dist.base_model import load
 from dora_dist.base_model.lean_loading import QuantizedInPieces, check_loaded, is_finite, return_freed_memory
-from dora_dist.base_model.quantization import quantization_config
+from dora_dist.base_model.quantization import QUANTIZED_FROM, quantization_config
 from dora_dist.base_model.shape import read_shape, text_decoder
 from dora_dist.console.files import read_json, write_json
 
@@ -82,6 +83,7 @@ def write_quantized(
     # Last: without it, the folder is no model.
     compute_dtype = str(config.dtype or torch.bfloat16).removeprefix("torch.")
     settings = {**quantize.settings.to_dict(), "bnb_4bit_compute_dtype": compute_dtype}
+    settings[QUANTIZED_FROM] = absolute_base(load.find_model(spec.path))
     write_json(folder / CONFIG, {**read_json(source / CONFIG), "quantization_config": settings})
     return Written(
         layers=quantize.count, bytes_before=stored.nbytes, bytes_after=shards.nbytes, files=len(shards.files)

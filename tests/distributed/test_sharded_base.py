@@ -11,7 +11,8 @@ from many_shards import save_many_shards, size_of_shards
 from support import shard_functions
 from support.ranks import run_ranks
 from support.repository import REPOSITORY
-from support.tiny_models import tiny_model
+from support.tiny_encoders import save_tiny_summarizer
+from support.tiny_models import VOCABULARY, tiny_model
 from support.tiny_run import save_tiny_model
 
 MB = 10**6
@@ -48,6 +49,21 @@ def test_losses_gradients_and_adapter_are_those_of_a_whole_base(ranks, quantizat
         held, there = rank["before"]
         assert held * ranks == there
         assert rank["after"] == rank["before"]
+
+
+@FULL
+@pytest.mark.parametrize("architecture", ["bart", "t5"])
+def test_a_decoder_adds_up_the_gradient_of_its_encoder_layer_by_layer_and_else_nothing_differs(architecture, tmp_path):
+    """The encoder's output goes into every decoder layer, and FSDP changes in what order its gradients are added."""
+    save_tiny_summarizer(tmp_path, architecture, vocab_size=VOCABULARY)
+    for rank in values(shard_functions.train_summarizers, 2, str(tmp_path)):
+        shards, same_order, whole = rank["shards"], rank["whole, layer by layer"], rank["whole"]
+        assert len(shards) == len(same_order) > 100
+        assert all(ours.equal(theirs) for ours, theirs in zip(shards, same_order, strict=True))
+        of_first_step = list(zip(shards, whole, strict=True))[: len(whole) // (shard_functions.STEPS + 1)]
+        assert of_first_step[0][0].equal(of_first_step[0][1]), "the loss"
+        for ours, theirs in of_first_step:
+            assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
 @FULL
@@ -97,21 +113,23 @@ def test_ranks_with_shards_of_different_bases_are_found_out(tiny, tmp_path):
 
 
 @pytest.mark.full("benchmark")
-def test_the_script_for_gpus_finds_the_same_bits_and_a_smaller_peak(tmp_path):
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_script_for_gpus_finds_the_same_bits_and_a_smaller_peak_where_ranks_share(ranks, tmp_path):
     model = save_many_shards(tmp_path, hidden=256, layers=8, shard_bytes=100 * MB)
     done = subprocess.run(
-        [sys.executable, "benchmarks/sharded_step.py", str(model)],
+        [sys.executable, "benchmarks/sharded_step.py", str(model), "--ranks", str(ranks)],
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=360,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["same"]
+    assert (found["ranks"], found["same"]) == (ranks, True)
     assert found["tensors"] > 100
-    assert found["peak_bytes_sharded"] < found["peak_bytes_whole"]
+    assert (found["peak_bytes_sharded"] < found["peak_bytes_whole"]) == (ranks > 1)
 
 
 @pytest.fixture(scope="module")

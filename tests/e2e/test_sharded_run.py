@@ -139,8 +139,9 @@ def test_a_checkpoint_of_zero2_goes_on_with_a_base_in_shards_and_back(tmp_path):
 @pytest.mark.full("tasks")
 @pytest.mark.parametrize("architecture", ["bart", "t5"])
 def test_summaries_are_trained_and_written_as_with_a_whole_base(architecture, tmp_path):
-    """Encoder and decoder are called on their own, and each rank writes summaries of other lengths. BART differs in the
-    last bit from the third step on, and it is not known why (docs/scale.md)."""
+    """Encoder and decoder are called on their own, and each rank writes summaries of other lengths. The
+    gradient of the encoder's output is added up in another order (docs/scale.md), else nothing differs
+    (distributed/test_sharded_base.py)."""
     config = write_summaries(tmp_path, architecture, training={"max_steps": 4, "learning_rate": 3e-2})
     for name, options in (("whole", ()), ("shards", SHARDED)):
         run_to_the_end(config, tmp_path / name, tmp_path / f"{name}.log", *options, engine="ddp")

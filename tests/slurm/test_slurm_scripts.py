@@ -53,6 +53,22 @@ def test_a_rank_gets_what_a_launcher_would_set(layout, stand_in, cluster, printe
         assert (tmp_path / f"rank-{rank}").read_text() == expected + said
 
 
+@pytest.mark.parametrize(
+    ("engine", "state", "said"),
+    [
+        ("ddp", ("COMPLETED", "0:0", "0"), "DeepSpeed: no"),
+        ("zero2", ("COMPLETED", "0:0", "0"), "DeepSpeed: true"),
+        ("fsdp", ("FAILED", "2:0", "0"), "error: DORA_ENGINE is fsdp, but must be zero2 or ddp"),
+    ],
+)
+def test_ranks_are_started_for_the_engine_that_is_asked_for(engine, state, said, stand_in, cluster, printed):
+    options = [*ONE_RANK, "--export=ALL,ACCELERATE_USE_DEEPSPEED=wrong"]
+    body = 'echo "DeepSpeed: ${ACCELERATE_USE_DEEPSPEED:-no}"'
+    job = stand_in(body, "one_node.sbatch", options, DORA_ENGINE=engine)
+    assert outcome(cluster.wait(job, 30)) == [state], printed(job)
+    assert said in printed(job)
+
+
 def test_a_wrong_configuration_fails_the_job_at_once(submit, cluster, printed):
     job = submit("preemptible.sbatch", [*ONE_RANK], ["--config", "configs/quickstart.yaml", "--pruning.intervall", "3"])
     assert outcome(cluster.wait(job, 60)) == [("FAILED", "2:0", "0")], printed(job)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from support.cluster import wait_for
 from support.commands import steps_of
+from support.forked_run import run_to_the_end
 from support.repository import REPOSITORY
 from support.same_run import assert_same_run
 from support.tiny_run import write_config
@@ -119,6 +120,31 @@ def test_a_preempted_run_requeues_itself_and_ends_as_if_nothing_had_been(how, ru
     assert f"resuming from {run}/checkpoint-{step}" in text
     assert {checkpoint.flaw_of(path) for path in checkpoint.checkpoints(run)} == {None}
     assert_same_pruned_run(runs.config.parent / "one", run)
+
+
+@pytest.mark.timeout(480)
+def test_two_nodes_with_a_base_in_shards_each_train_what_one_node_does_with_whole_ones(
+    cluster, submit, printed, tmp_path
+):
+    """Four ranks under DDP: those of a node gather layers within it, and gradients are averaged over all."""
+    config = write_config(tmp_path, adapter={"dropout": 0.1}, distributed={"engine": "ddp"})
+    run_to_the_end(config, tmp_path / "whole", tmp_path / "log", ranks=4, engine="ddp")
+    job = submit(
+        "many_nodes.sbatch",
+        ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2"],
+        ["--config", str(config), "--output_dir", str(tmp_path / "shards"), "--distributed.shard_base", "node"],
+        DORA_ENGINE="ddp",
+        ACCELERATE_USE_CPU="true",
+    )
+    (ended,) = cluster.wait(job, timeout=300)
+    text = printed(job)
+    assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), text
+    assert_same_run(tmp_path / "whole", tmp_path / "shards")
+    assert len({line["allocation"] for line in steps_of(tmp_path / "shards")}) >= 3, "nothing was pruned"
+    assert "the base is in 2 shards, a rank each; there are 2 of it" in text
+    assert re.findall(r"rank \d of 4: \w+, local rank \d of \d", text) == [
+        f"rank {rank} of 4: node{1 + rank // 2}, local rank {rank % 2} of 2" for rank in range(4)
+    ]
 
 
 def assert_same_pruned_run(expected, found):

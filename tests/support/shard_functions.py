@@ -7,10 +7,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map
 
 from dora_dist.adapter.model import DynamicLoraModel
 from dora_dist.base_model.load import BaseModelSpec, load_base_model
-from dora_dist.base_model.recomputation import recompute_first
+from dora_dist.base_model.recomputation import recomputable_layers, recompute_first
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.distributed.sharded_base import ShardedBase
 from support.tiny_models import adapt, shake, tokens
@@ -31,10 +32,11 @@ class Accelerator:
         return model
 
 
-def sharded_base(folder: str, quantization: str, over: bool | str, agreement: Agreement) -> Any:
+def sharded_base(folder: str, quantization: str, over: bool | str, agreement: Agreement, **more: Any) -> Any:
     """The base, of which this rank holds a shard."""
     shards = agreement.sharded_base = ShardedBase(agreement, over, timeout_minutes=1)
-    base = load_base_model(BaseModelSpec(path=folder, quantization=quantization), take_layer=shards.take_layer)
+    spec = BaseModelSpec(path=folder, quantization=quantization, **more)
+    base = load_base_model(spec, take_layer=shards.take_layer)
     shards.complete(base)
     return base
 
@@ -77,6 +79,28 @@ def train_both(
     before = held_numel(model)
     found = train(agreement.sharded_base.wrap(model, Accelerator), agreement.rank)
     return {"expected": expected, "found": found, "before": before, "after": held_numel(model)}
+
+
+def train_summarizers(folder: str) -> dict[str, list[Tensor]]:
+    """As :func:`train_both`, of a model with encoder and decoder that is not quantized: on a whole base as it is, on
+    one whose layers add up the gradients of their inputs each for itself, and on a sharded one."""
+    agreement = Agreement()
+    seen = {}
+    for name in ("whole", "whole, layer by layer"):
+        base = load_base_model(BaseModelSpec(path=folder, quantization="none", task="seq2seq"))
+        if name != "whole":
+            for layer in recomputable_layers(base):
+                layer.register_forward_pre_hook(_inputs_of_its_own, with_kwargs=True)
+        wrapped = nn.parallel.DistributedDataParallel(shake(adapt(base)).train(), broadcast_buffers=False)
+        seen[name] = train(wrapped, agreement.rank)
+    model = shake(adapt(sharded_base(folder, "none", True, agreement, task="seq2seq"))).train()
+    return {**seen, "shards": train(agreement.sharded_base.wrap(model, Accelerator), agreement.rank)}
+
+
+def _inputs_of_its_own(_: nn.Module, *given: Any) -> Any:
+    """All that comes into a layer as views, so that autograd adds up what the layer makes of a gradient before it adds
+    that to what other layers do: FSDP2 passes a layer's inputs through a function of autograd, with that effect."""
+    return tree_map(lambda one: one.view_as(one) if isinstance(one, Tensor) and one.requires_grad else one, given)
 
 
 def train(wrapped: nn.Module, rank: int) -> list[Tensor]:

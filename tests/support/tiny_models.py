@@ -72,6 +72,16 @@ def load_base(folder: Path | str, quantization: str = "nf4", dtype: torch.dtype 
     return load_base_model(BaseModelSpec(path=str(folder), quantization=quantization, compute_dtype=dtype))
 
 
+def save_stored(folder: Path, base: Path, dtype: torch.dtype = torch.float32, **changes: object) -> Path:
+    """``base`` quantized to NF4 and saved by stock transformers; ``changes`` are of the quantization."""
+    config = quantization_config("nf4", dtype)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=dtype, device_map={"": "cpu"})
+    model.save_pretrained(folder)
+    return folder
+
+
 def adapt(
     base: nn.Module, fuse: bool = True, kernels: KernelsInUse = NO_KERNELS, **changes: object
 ) -> DynamicLoraModel:

@@ -6,25 +6,15 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from safetensors.torch import load_file, save_file
-from support.tiny_models import adapt, load_base, logits, loss_and_gradients, shake, tiny_model
+from support.tiny_models import adapt, load_base, logits, loss_and_gradients, save_stored, shake, tiny_model
 from transformers import AutoModelForCausalLM
 
 from dora_dist.base_model.block_weights import check_quantized
 from dora_dist.base_model.load import BaseModelSpec, HeadStart, load_base_model, load_skeleton
-from dora_dist.base_model.quantization import dequantized_weight, quantization_config
+from dora_dist.base_model.quantization import dequantized_weight
 from dora_dist.base_model.shape import read_shape
 
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-def save_stored(folder, base, dtype=torch.float32, **changes):
-    """``base`` quantized and saved by stock transformers."""
-    config = quantization_config("nf4", dtype)
-    for name, value in changes.items():
-        setattr(config, name, value)
-    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=dtype, device_map={"": "cpu"})
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

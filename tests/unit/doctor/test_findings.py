@@ -54,6 +54,7 @@ ONE_RANK = {
     ),
     "wrong launch": ({"launch": "ACCELERATE_USE_CPU is set"}, "ACCELERATE_USE_CPU is set"),
     "no model": ({"model": "model.path 'x' holds no config.json"}, "holds no config.json"),
+    "torch too old for shards": ({"sharding": "which needs torch 2.12 or newer"}, "needs torch 2.12 or newer"),
     "missing package": ({"versions": {**VERSIONS, "peft": None}}, "peft is not installed"),
     "another version": ({"versions": {**VERSIONS, "peft": "0.22"}}, "peft is 0.22, and 0.21.2 on rank 0"),
     "another python": ({"python": "3.12.1"}, "Python is 3.12.1, and 3.11.7 on rank 0"),

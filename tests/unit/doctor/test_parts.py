@@ -8,7 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.tiny_run import write_config
 
+from dora_dist.config.parse import load_config
 from dora_dist.console.files import digest_sources
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.doctor import device, inspection, node, storage
@@ -180,6 +182,17 @@ def test_a_rename_that_does_not_replace_is_a_finding(tmp_path, monkeypatch):
     (facts,) = storage.check_storage(tmp_path, "here", Agreement(), measures=True)
     assert "did not take its place" in facts.failure
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(("version", "fact"), [("2.11.0", "sharding"), ("2.12.0", None)])
+def test_a_torch_that_is_too_old_for_shards_is_not_taken_for_a_model_that_is_missing(
+    version, fact, tmp_path, monkeypatch
+):
+    config = load_config(write_config(tmp_path, distributed={"engine": "ddp", "shard_base": True}))
+    monkeypatch.setattr(inspection.torch, "__version__", version)
+    found = {name: text for name, text in inspection._refusals(config).items() if text is not None}
+    assert found.keys() == ({fact} if fact else set())
+    assert all("update torch" in text for text in found.values())
 
 
 def test_a_rank_is_what_a_launcher_has_numbered():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from support.repository import REPOSITORY
-from support.tiny_models import adapt, load_base, tiny_model, tokens, trainable
+from support.tiny_models import adapt, load_base, save_stored, tiny_model, tokens, trainable
 from torch import nn
 
 from dora_dist.adapter.targets import resolve_targets
@@ -49,7 +49,9 @@ def tensor_bytes(model):
     for module in model.modules():
         if isinstance(module, Linear4bit):
             state = module.weight.quant_state
-            parts = (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+            parts = (state.absmax, state.code)
+            if state.nested:
+                parts += (state.offset, state.state2.absmax, state.state2.code)
         elif isinstance(module, Linear8bitLt):
             parts = (module.weight.SCB,)
         else:
@@ -75,6 +77,15 @@ def test_the_base_takes_just_the_bytes_of_its_tensors(saved, quantization, tied,
     parts = base_parts(shape_of(folder), quantization, dtype.itemsize)
     assert list(parts.values()) == tensor_bytes(load_base(folder, quantization, dtype))
     assert ("4-bit weights" in parts) == (quantization == "nf4")
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_a_base_that_comes_in_4_bits_is_counted_as_it_is_stored(double, saved, tmp_path):
+    base = saved(hidden_size=68, intermediate_size=130)
+    folder = save_stored(tmp_path / "stored", base, bnb_4bit_use_double_quant=double)
+    expected = tensor_bytes(load_base(folder))
+    assert list(base_parts(shape_of(folder), "nf4", 4).values()) == expected
+    assert (expected == tensor_bytes(load_base(base))) == double
 
 
 def test_of_a_sharded_base_a_rank_has_its_part_of_the_layers_and_all_else(saved):

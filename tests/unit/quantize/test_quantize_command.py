@@ -15,6 +15,7 @@ from support.tiny_models import logits, quantized_model, tiny_model
 from support.tiny_run import save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Qwen3ForCausalLM
 
+from dora_dist.adapter.from_folder import FoundAdapter, FoundLora, describe_start
 from dora_dist.base_model.lean_loading import return_freed_memory
 from dora_dist.base_model.load import BaseModelSpec
 from dora_dist.base_model.quantization import quantization_config
@@ -22,6 +23,7 @@ from dora_dist.quantize import __main__ as quantize
 from dora_dist.quantize import writing
 
 MB = 10**6
+LORA = FoundLora(lora_a=torch.ones(1, 2), lora_b=torch.ones(2, 1), scale=1.0)
 
 
 def stock(folder, **options):
@@ -66,10 +68,26 @@ def test_what_else_a_model_has_comes_with_it(base, tmp_path):
     assert AutoTokenizer.from_pretrained(out).get_vocab() == AutoTokenizer.from_pretrained(base).get_vocab()
     assert stock(out).generation_config.temperature == 0.5
     config = json.loads((out / "config.json").read_text())
-    assert config.pop("quantization_config")["bnb_4bit_use_double_quant"]
+    settings = config.pop("quantization_config")
+    assert settings["bnb_4bit_use_double_quant"]
+    assert settings["quantized_from"] == str(base)
     assert config == json.loads((base / "config.json").read_text())
     assert (out / "LICENSE").is_file()
     assert not (out / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "goes_on_with", "warns"),
+    [("base", "out", False), ("out", "base", False), ("out", "out", False), ("other", "out", True)],
+)
+def test_an_adapter_goes_on_with_the_base_or_its_4_bits_and_another_base_is_told(
+    trained_on, goes_on_with, warns, base, tmp_path
+):
+    quantize.main([str(base), str(tmp_path / "out")])
+    found = FoundAdapter(folder=tmp_path, layers={"q_proj": LORA}, base_model=str(tmp_path / trained_on))
+    remarks = describe_start(found, str(tmp_path / goes_on_with), {"q_proj": 1})
+    warning = f"{tmp_path} was trained on {tmp_path / 'other'}, but model.path is {tmp_path / 'out'}"
+    assert remarks[1:] == [f"warning: {warning}"] * warns
 
 
 def test_whoever_may_read_the_folder_may_read_its_files(base, tmp_path):
