@@ -51,7 +51,7 @@ def test_a_dry_run_needs_neither_weights_nor_launcher_and_writes_nothing(tmp_pat
     assert "(4 x 25)" in finished.output, "the longest row of the data, not data.max_length"
     assert "Rows of the median length, " in finished.output
     assert not (tmp_path / "run").exists()
-    estimated = run_forked("estimate", str(config))
+    estimated = run_forked("estimate", str(config), "--world-size", "2")
     assert estimated.status == 0, estimated.output
     table = estimated.output[estimated.output.index("Memory per GPU") :].strip()
     assert table in finished.output, "one estimate, by the same rows"
