@@ -1,7 +1,9 @@
 """Estimate the memory of a run on every GPU, by part, its tokens per step, and its time where a speed is known.
 
-No weight is read. The lengths of rows come from the data, which are encoded once and kept in data.cache_dir.
-Every key of the configuration can be overridden as --section.key value, as for dora_dist.train.
+No weight is read: a folder with the config.json of a model is enough for model.path. With the model's tokenizer there,
+the lengths of rows come from the data, which are encoded once and kept in data.cache_dir. recompute_layers: auto counts
+as all layers on a machine without a GPU. The time needs a speed: that of a run in output_dir, or --tokens-per-second.
+Every key of the configuration can be overridden as --section.key value, as for dora-dist train.
 """
 
 import argparse

@@ -46,7 +46,8 @@ class DryRun:
     """What ``--dry-run`` asks for.
 
     Attributes:
-        ranks: of the launch that is meant (``--world-size``); None for this one.
+        ranks: of the launch that is meant (``--world-size``); None for this launch, or for the ranks that this machine
+            would start.
         tokens_per_second: of all these ranks (``--tokens-per-second``); None for what the folder of the run shows.
     """
 
@@ -196,7 +197,8 @@ def train(
     engine = config.distributed.engine if launched else "none"
     with world.joined(engine, config.distributed.timeout_minutes, monitor) as agreement:
         if dry_run is not None:
-            print_dry_run(config, data, agreement, dry_run)
+            ranks = agreement.size if launched else ranks_of_a_run(config)
+            print_dry_run(config, data, agreement, dry_run, dry_run.ranks or ranks)
             return
         with claim.held(run, agreement):
             train_or_go_on(config, data, agreement, notice, ending)
@@ -299,7 +301,8 @@ def build_parts(
     shards = agreement.sharded_base = build.shards_of_base(config, agreement)
     if shards is not None:
         bases = agreement.size // shards.ranks
-        say(f"the base is in {shards.ranks} shards, a rank each{f'; there are {bases} of it' if bases > 1 else ''}")
+        copies = f"; the ranks hold {bases} copies of it" if bases > 1 else ""
+        say(f"the base is in {shards.ranks} shards, one a rank{copies}")
     with agreement.together("loading the model"), explained(lambda: LOADING_ADVICE):
         model = build.load_model(config, agreement.device, resolved.tokenizer, resolved.data.labels, shards)
         apply_recomputation(config, model.get_base_model(), resolved.recomputation)
@@ -380,18 +383,27 @@ def stop_before_training(notice: PreemptionNotice, agreement: "Agreement") -> No
         raise PreemptedError("preempted before training: nothing to save; start the same command again to resume")
 
 
+def ranks_of_a_run(config: "RunConfig") -> int:
+    """How many ranks ``dora-dist train`` would start on this machine."""
+    from dora_dist.distributed.start_ranks import number_of_ranks
+
+    engine = config.distributed.engine
+    return 1 if engine == "none" else number_of_ranks(engine, None)[0]
+
+
 def print_dry_run(
     config: "RunConfig",
     data: "Captured[tuple[PreTrainedTokenizerBase, RunData]]",
     agreement: "Agreement",
     dry_run: DryRun,
+    ranks: int,
 ) -> None:
-    """Print on the first rank what the run would do."""
+    """Print on the first rank what the run would do on that many ranks."""
     from dora_dist.runs import resume
     from dora_dist.runs.speed import find_speed
     from dora_dist.setup.describe import describe
 
-    run, ranks = Path(config.output_dir), dry_run.ranks or agreement.size
+    run = Path(config.output_dir)
     resolved = decide(config, data, resume.Earlier(folder=run), agreement, ranks)
     with agreement.together("estimating"):
         if agreement.is_first:

@@ -36,7 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         CellsMissingError: A cell failed.
         PreemptedError: A worker received a signal to stop.
     """
-    parser = argparse.ArgumentParser(prog="dora-dist compare", description=DESCRIPTION)
+    parser = argparse.ArgumentParser(
+        prog="dora-dist compare",
+        usage="%(prog)s CONFIG [--key value ...] [--workers N] [--dry-run] [--report]",
+        description=DESCRIPTION,
+    )
     parser.add_argument(
         "--config",
         required=True,

@@ -63,7 +63,7 @@ class CompareConfig:
         search_seeds: number of seeds, from the first, on which the learning rate is chosen.
         baseline: method that the others are compared with, seed by seed.
         alpha_over_rank: factor of the adapter's output, alpha / initial rank, the same for all methods.
-        adalora: see the group below.
+        adalora: settings of PEFT's AdaLoRA.
     """
 
     output_dir: str

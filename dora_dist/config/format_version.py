@@ -26,10 +26,7 @@ def refuse_later_format(path: Path) -> None:
     Raises:
         ValueError: a later version wrote the file.
     """
-    try:
-        version = read_version(path)
-    except yaml.YAMLError:
-        return  # the parser says what is wrong with it
+    version = read_version(path)
     if version > FORMAT_VERSION:
         raise ValueError(
             f"{path} has format_version {version}, but this version of dora-dist reads formats up to {FORMAT_VERSION}: "

@@ -31,8 +31,8 @@ def build_parser() -> ArgumentParser:
         description="Dynamic Low-Rank Adaptation (ACL 2024), not weight-decomposed DoRA. Starts one rank for each GPU, "
         "or --processes N; accelerate launch --config_file launch/X.yaml -m dora_dist.train --config CONFIG starts the "
         "same ranks. Every key of the YAML can be overridden as --section.key value. --dry-run checks all that can be "
-        "checked without reading weights and starts no rank. It reports what the run would do on --world-size N ranks, "
-        "and how long it would take at --tokens-per-second N.",
+        "checked without reading weights and starts no rank. It reports what the run would do on --world-size N ranks "
+        "(by default those that this machine would start), and how long it would take at --tokens-per-second N.",
         exit_on_error=False,
         allow_abbrev=False,
     )
@@ -101,9 +101,10 @@ def _check_files(arguments: Sequence[str], section: type) -> None:
         if not path.is_file():
             what = f"{path} is a folder" if path.is_dir() else f"there is no file {path}"
             raise ValueError(f"{what}: give a YAML file (dora-dist recipe prints some to start from)")
+        values = _read(path)
         _refuse_repeated_keys(path)
         refuse_later_format(path)
-        _refuse_nulls(path, section)
+        _refuse_nulls_and_bare_sections(path, values, section)
 
 
 def config_of(values: Mapping[str, Any]) -> RunConfig:
@@ -157,6 +158,17 @@ def _instances(parsed: Any, given: Mapping[str, Any], section: type) -> dict[str
     }
 
 
+def _read(path: Path) -> object:
+    """Values of a YAML file."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{path}{line}: {error.problem}: write it as YAML, one `key: value` a line") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML file: {error}") from None
+
+
 def _refuse_repeated_keys(path: Path) -> None:
     """YAML silently takes the last of several equal keys, and drops the others."""
 
@@ -171,14 +183,12 @@ def _refuse_repeated_keys(path: Path) -> None:
             seen.add(name)
             check(value, f"{name}.")
 
-    try:
-        check(yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader), "")
-    except yaml.YAMLError:
-        return  # the parser reports the error
+    check(yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader), "")
 
 
-def _refuse_nulls(path: Path, section: type) -> None:
-    """A key without a value is null, which the parser accepts for any key of a file."""
+def _refuse_nulls_and_bare_sections(path: Path, values: object, section: type) -> None:
+    """A key without a value is null, which the parser accepts for any key of a file. A section that is text is the name
+    of a file to the parser."""
 
     def check(values: object, section: type, prefix: str) -> None:
         hints = get_type_hints(section)
@@ -187,12 +197,15 @@ def _refuse_nulls(path: Path, section: type) -> None:
             if hint is not None and value is None and type(None) not in get_args(hint):
                 raise ValueError(f"{path}: {prefix}{name} is null, but must have a value: leave it out for its default")
             if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+                if not isinstance(value, dict):
+                    first = dataclasses.fields(hint)[0].name
+                    raise ValueError(
+                        f"{path}: {name} is {value!r}, but must be a section: indent its keys below it, such as "
+                        f"{first}: ..."
+                    )
                 check(value, hint, f"{name}.")
 
-    try:
-        check(yaml.safe_load(path.read_text(encoding="utf-8")), section, "")
-    except yaml.YAMLError:
-        return  # the parser reports the error
+    check(values, section, "")
 
 
 def _hint(key: str, keys: set[str]) -> str:
@@ -212,6 +225,9 @@ def _explain(message: str, parser: ArgumentParser) -> str:
     if unknown:
         key = unknown[1] or unknown[2]
         return f"unknown key {key}{_hint(key, keys)}"
+    section = re.search(r"^Parser key \"(\w+)\":\s+Unable to load config", message)
+    if section:
+        return f"--{section[1]} is a section: set its keys as --{section[1]}.KEY (dora-dist train --help lists them)"
     other = re.search(r"\"([\w.]+)\":\s+Expected a <class 'str'>\. Got value: ([^\n]*)$", message)
     if other:
         name, value = other[1], other[2]

@@ -53,10 +53,7 @@ def given_preset(arguments: Sequence[str]) -> str:
     name: str = DEFAULT
     complete: Path | None = None
     for path in config_files(arguments):
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError:
-            continue  # the parser reports the error
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
         if isinstance(values, Mapping):
             name = preset_of(values)
             complete = path if "format_version" in values else complete

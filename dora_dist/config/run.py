@@ -144,13 +144,13 @@ class RunConfig:
         task: causal_lm (instruction tuning), sequence_classification (classes, or regression), question_answering
             (parts of a text), or seq2seq (summaries, by an encoder and a decoder).
         seed: random seed of the data order, the adapter's initial values and dropout.
-        model: see the group below.
-        adapter: see the group below.
-        pruning: see the group below.
-        data: see the group below.
-        evaluation: see the group below.
-        distributed: see the group below.
-        checkpoint: see the group below.
+        model: the frozen base: where it is, and how it is read and computed.
+        adapter: the adapter at its start: ranks, scale, modules.
+        pruning: how components are scored and removed.
+        data: rows for training and held-out rows, and how they become examples.
+        evaluation: figures on the held-out rows.
+        distributed: engine and time-outs of the ranks.
+        checkpoint: how the run resumes, and how many checkpoints it keeps.
         training: fields of transformers.TrainingArguments, such as learning_rate, num_train_epochs or max_steps,
             per_device_train_batch_size, gradient_accumulation_steps, logging_steps, save_steps.
         format_version: format of this file. A run writes it into its config.yaml; do not set it in your own.

@@ -40,12 +40,18 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``output`` at the end, or is removed if anything fails."""
+    """A temporary folder that becomes ``output`` at the end, or is removed if anything fails.
+
+    Raises:
+        ValueError: Somebody else has made ``output`` in the meantime.
+    """
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:
         yield temporary
         follow_umask(temporary)
+        if output.exists():
+            raise ValueError(f"{output} was made by another process in the meantime: it is left as it is")
         temporary.rename(output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -149,7 +149,7 @@ def inspect_folder(
 
     folder = output or (Path(config.output_dir) if config else None)
     if folder is None:
-        tell(report.section("Checkpoint folder", ["not checked: give --output DIR or --config CONFIG"]))
+        tell(report.section("Checkpoint folder", ["not checked: give a configuration, or --output DIR"]))
         return []
     say(f"writing and reading in {folder} ...")
     node = ranks[agreement.rank].node

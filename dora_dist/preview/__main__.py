@@ -1,6 +1,6 @@
 """Show a run's examples token by token, as training will see them, with lengths and the number of optimizer steps.
 
-Every key of the configuration can be overridden as --section.key value, as in dora_dist.train. The command trains
+Every key of the configuration can be overridden as --section.key value, as for dora-dist train. The command trains
 nothing and reads no weights.
 """
 

@@ -69,7 +69,7 @@ def forecast_memory(
             most=most, typical=None, rows=f"Rows are packed up to data.max_length, {most.length:,} tokens."
         )
     if train is None:
-        rows = f"Rows of data.max_length, {most.length:,} tokens, for the data were not read: {unread}."
+        rows = f"Rows of data.max_length, {most.length:,} tokens, because the data were not read: {unread}."
         return MemoryForecast(most=most, typical=None, rows=rows)
     median = int(np.median(np.concatenate([source.lengths() for source in train])))
     model = config.model

@@ -7,6 +7,7 @@
 import argparse
 import shutil
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 
 from dora_dist.config.checks import nearest
@@ -36,21 +37,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.slurm is not None:
         write_slurm(options.slurm)
     elif options.name is None:
-        print("\n".join(f"{name:<44} {title_of(path)}".rstrip() for name, path in recipes().items()))
+        print("\n".join(f"{name:<44} {title_of(path)}" for name, path in recipes().items()))
+        print("\ncompare/NAME is for dora-dist compare, every other one for dora-dist train")
     else:
         print(find(options.name).read_text(encoding="utf-8"), end="")
 
 
 def recipes() -> dict[str, Path]:
-    """Name -> file, such as ``paper/roberta-base_cola``."""
+    """Name -> file, such as ``paper/roberta-base_cola``; those of the subfolders come last."""
     folder = shipped("configs")
-    return {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.rglob("*.yaml"))}
+    files = sorted(folder.rglob("*.yaml"), key=lambda path: (path.parent != folder, path))
+    return {str(path.relative_to(folder).with_suffix("")): path for path in files}
 
 
 def title_of(path: Path) -> str:
-    """The first line of a recipe's comment."""
-    first = path.read_text(encoding="utf-8").partition("\n")[0]
-    return first.removeprefix("#").strip() if first.startswith("#") else ""
+    """The first sentence of a recipe's comment."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comment = " ".join(line[1:].strip() for line in takewhile(lambda line: line.startswith("#"), lines))
+    return comment.partition(". ")[0].removesuffix(".")
 
 
 def find(name: str) -> Path:

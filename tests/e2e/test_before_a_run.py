@@ -45,13 +45,13 @@ def test_a_dry_run_needs_neither_weights_nor_launcher_and_writes_nothing(tmp_pat
     (tmp_path / "model" / "model.safetensors").unlink()
     finished = run_forked("train", "--config", str(config), "--dry-run")
     assert finished.status == 0, finished.output
-    assert "12 optimizer steps of 4 examples on 1 process" in finished.output
+    assert "12 optimizer steps of 8 examples on 2 processes" in finished.output
     assert "  1: 56, 2: 56, 4: 53, 6: 28\n" in finished.output
     assert "Memory per GPU" in finished.output
     assert "(4 x 25)" in finished.output, "the longest row of the data, not data.max_length"
     assert "Rows of the median length, " in finished.output
     assert not (tmp_path / "run").exists()
-    estimated = run_forked("estimate", str(config))
+    estimated = run_forked("estimate", str(config), "--world-size", "2")
     assert estimated.status == 0, estimated.output
     table = estimated.output[estimated.output.index("Memory per GPU") :].strip()
     assert table in finished.output, "one estimate, by the same rows"

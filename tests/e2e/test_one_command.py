@@ -47,7 +47,7 @@ def test_data_that_are_not_there_are_said_before_any_rank_is_started(config):
     finished = train(config, "--data.train", "nope.jsonl")
     assert (finished.status, finished.output) == (
         2,
-        f"error: no data file matches 'nope.jsonl' (looked from {REPOSITORY})\n",
+        f"error: no data file matches 'nope.jsonl' (looked from {REPOSITORY}): correct data.train or data.eval\n",
     )
 
 

@@ -141,7 +141,7 @@ def test_two_nodes_with_a_base_in_shards_each_train_what_one_node_does_with_whol
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), text
     assert_same_run(tmp_path / "whole", tmp_path / "shards")
     assert len({line["allocation"] for line in steps_of(tmp_path / "shards")}) >= 3, "nothing was pruned"
-    assert "the base is in 2 shards, a rank each; there are 2 of it" in text
+    assert "the base is in 2 shards, one a rank; the ranks hold 2 copies of it" in text
     assert re.findall(r"rank \d of 4: \w+, local rank \d of \d", text) == [
         f"rank {rank} of 4: node{1 + rank // 2}, local rank {rank % 2} of 2" for rank in range(4)
     ]

@@ -136,7 +136,8 @@ def locate(paths: str | Sequence[str], **hub: Any) -> Location:
         if not matches and len(patterns) == 1 and _may_be_on_the_hub(pattern):
             return Location(hub=pattern, **hub)
         if not matches:
-            raise ValueError(f"no data file matches {pattern!r} (looked from {Path.cwd()})")
+            looked = f"looked from {Path.cwd()}"
+            raise ValueError(f"no data file matches {pattern!r} ({looked}): correct data.train or data.eval")
         files += matches
     if twice := [file for number, file in enumerate(files) if file in files[:number]]:
         raise ValueError(f"{twice[0]} is named twice by {patterns}: its rows would count twice")

@@ -75,7 +75,7 @@ def test_without_data_rows_are_as_long_as_they_may_be_and_it_says_why(
     (tmp_path / "bare").mkdir()
     shutil.copy(written.parent / "model" / "config.json", tmp_path / "bare")
     found = figures(said, "--data.max_length", 200, *arguments)
-    assert found["rows_are"].startswith("Rows of data.max_length, 200 tokens, for the data were not read: ")
+    assert found["rows_are"].startswith("Rows of data.max_length, 200 tokens, because the data were not read: ")
     assert why in found["rows_are"]
     assert (found["length"], found["peak_bytes"], found["typical"]) == (200, limits(written), None)
 

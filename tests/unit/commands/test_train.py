@@ -4,11 +4,13 @@ import re
 
 import pytest
 import torch
+from support.repository import REPOSITORY
 from support.tiny_models import adapt, shake, tiny_model
 from support.tiny_run import tiny_tokenizer
 
+from dora_dist.config.parse import load_config
 from dora_dist.setup.ending import describe_size
-from dora_dist.train import save_adapter
+from dora_dist.train import ranks_of_a_run, save_adapter
 
 COMPONENT_KIB = 2 * (128 + 96 + 96 + 128 + 192 + 192 + 192) * 4 / 1024
 """Of one component of each layer of the tiny model, in float32."""
@@ -34,3 +36,10 @@ def test_the_size_of_the_adapter_is_said_with_and_without_padding(tmp_path):
     assert padded - compact == pytest.approx(COMPONENT_KIB * (8 - 3), abs=0.2)
     assert f"dora-dist export {tmp_path} --format compact" in line
     assert "export" not in describe_size(tmp_path, "sequence_classification")
+
+
+@pytest.mark.parametrize(("engine", "gpus", "ranks"), [("zero2", 0, 2), ("ddp", 8, 8), ("none", 8, 1)])
+def test_a_dry_run_is_for_the_ranks_that_a_run_would_have_here(engine, gpus, ranks, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    config = load_config(REPOSITORY / "configs" / "quickstart.yaml", ["--distributed.engine", engine])
+    assert ranks_of_a_run(config) == ranks

@@ -385,13 +385,21 @@ def test_a_value_of_another_kind_is_refused_in_words(tmp_path, key, value, rule,
     [
         ("output_dir: x\nmodel:\n  path: m\n", "data.train"),
         ("output_dir: x\ndata:\n  train: t\n", "model.path"),
-        ("output_dir: [x\n", "config"),
+        ("output_dir: [x\n", r"run\.yaml, line 2: expected ',' or ']'"),
+        ("output_dir: x\n model:\n", r"run\.yaml, line 2: mapping values are not allowed here: write it as YAML"),
+        ("model: m\n", r"run\.yaml: model is 'm', but must be a section: indent its keys below it, such as path: "),
+        ("model:\n  path: m\ndata: rows.jsonl\n", r"run\.yaml: data is 'rows\.jsonl', but must be a section"),
     ],
 )
 def test_an_incomplete_or_broken_file_is_refused(tmp_path, text, message):
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         load_config(tmp_path / "run.yaml")
+
+
+def test_a_section_is_no_option(load):
+    with pytest.raises(ValueError, match=r"^--model is a section: set its keys as --model\.KEY"):
+        load("", "--model", "llama")
 
 
 def test_a_missing_file_is_refused_with_its_name(tmp_path):

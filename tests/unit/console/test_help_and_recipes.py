@@ -52,9 +52,14 @@ def test_a_configuration_is_the_first_argument_or_an_option(given, expected):
 
 def test_every_recipe_is_listed_with_a_title_and_printed_as_it_is(capsys):
     recipe.main([])
-    listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    lines, _, note = capsys.readouterr().out.partition("\n\n")
+    listed = dict(line.split(maxsplit=1) for line in lines.splitlines())
     files = {path.relative_to(REPOSITORY / "configs") for path in (REPOSITORY / "configs").rglob("*.yaml")}
     assert listed.keys() == {str(path.with_suffix("")) for path in files}
+    assert "compare/NAME is for dora-dist compare" in note
+    # A sentence that is longer than a line of the comment is there to its end; those of runs come first.
+    assert listed["compare/sst2"].endswith("; budget in components")
+    assert next(iter(listed)).startswith("llama3-")
     recipe.main(["llama3-8b_dynamic-lora_nf4"])
     assert yaml.safe_load(capsys.readouterr().out)["model"]["quantization"] == "nf4"
 

@@ -414,7 +414,10 @@ def test_a_path_may_begin_with_the_home_folder(numbered, monkeypatch):
 def test_what_is_not_there_and_on_no_hub_is_refused_with_its_name(numbered, monkeypatch, paths):
     monkeypatch.chdir(numbered)
     missing = paths if isinstance(paths, str) else paths[-1]
-    with pytest.raises(ValueError, match=f"^no data file matches {re.escape(repr(missing))} .looked from {numbered}.$"):
+    with pytest.raises(
+        ValueError,
+        match=f"^no data file matches {re.escape(repr(missing))} .looked from {numbered}.: correct data\\.train or",
+    ):
         locate(paths)
 
 
