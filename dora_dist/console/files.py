@@ -27,15 +27,20 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def each_line(path: Path) -> Iterator[dict[str, Any]]:
+    """Lines of a JSONL record, one after the other. An incomplete last line, left by a killed run, is ignored."""
+    with path.open(encoding="utf-8") as file:
+        for text in file:
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:
+                break
+            yield line
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of a JSONL record. An incomplete last line, left by a killed run, is ignored."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+    """All lines of a JSONL record; see :func:`each_line`."""
+    return list(each_line(path))
 
 
 @contextmanager

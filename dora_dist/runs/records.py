@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from dora_dist.config.format_version import FORMAT_VERSION
 from dora_dist.config.parse import save_config
 from dora_dist.config.run import RunConfig
-from dora_dist.console.files import read_json, read_lines, write_json, write_text
+from dora_dist.console.files import each_line, read_json, read_lines, write_json, write_text
 from dora_dist.console.provenance import versions
 from dora_dist.method.prune_event import PruneEvent
 from dora_dist.runs.fingerprint import Fingerprint
@@ -219,10 +219,16 @@ def read_fingerprint(run: Path) -> Fingerprint:
     return Fingerprint.from_dict(read_json(run / RUN)["settings"], run / RUN)
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Lines of a run's ``metrics.jsonl``; empty before the first line is written."""
+def each_metric(run: Path) -> Iterator[dict[str, Any]]:
+    """Lines of a run's ``metrics.jsonl``, one after the other; none before the first line is written."""
     path = run / METRICS
-    return read_lines(path) if path.is_file() else []
+    if path.is_file():
+        yield from each_line(path)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """All lines of a run's ``metrics.jsonl``."""
+    return list(each_metric(run))
 
 
 def read_answers(run: Path) -> list[dict[str, Any]]:

@@ -128,21 +128,32 @@ def summarize(run: Path) -> dict[str, Any]:
         raise ValueError(f"there is no folder {run}: give the output_dir of a run")
     if not (run / records.RUN).is_file():
         raise ValueError(f"{run} is not the folder of a run: it has no {records.RUN}; give the output_dir of a run")
-    lines = records.read_metrics(run)
+    # Line by line: every checkpoint has a summary in its card, and a long run has many lines.
+    evaluations, skipped = [], 0
+    step, unpruned = 0, None
+    best: Mapping[str, Any] | None = None
+    last_session: Mapping[str, Any] = {}
+    for line in records.each_metric(run):
+        step = line["step"]
+        skipped += "skipped" in line
+        if "eval_loss" in line:
+            evaluations.append(line)
+        if records.BEST_STEP in line:
+            best = line
+        if "session_seconds" in line:
+            last_session = line
+        # Before the first event nothing has been pruned.
+        if unpruned is None:
+            unpruned = line.get("components")
     events = records.read_events(run / records.ALLOCATION)
-    evaluations = [line for line in lines if "eval_loss" in line]
-    best = next((line for line in reversed(lines) if records.BEST_STEP in line), None)
     # What was measured of the adapter that the run has ended with.
     last = [line for line in evaluations if best is None or line["step"] == best[records.BEST_STEP]]
-    last_session: Mapping[str, Any] = next((line for line in reversed(lines) if "session_seconds" in line), {})
     ranks = events[-1].ranks if events else {}
-    # Before the first event nothing has been pruned.
-    unpruned = next((line["components"] for line in lines if "components" in line), None)
     fixed = bool(events) and events[0].step == 0
     initial_rank = max(ranks.values()) if fixed else records.read_fingerprint(run).initial_rank
     at_start = events[0].num_kept if fixed else initial_rank * len(ranks) if events else unpruned
     return {
-        "steps": lines[-1]["step"] if lines else 0,
+        "steps": step,
         # The only evaluation is what there is so far, not a change.
         "before": evaluation_of(evaluations[0]) if len(evaluations) > 1 and evaluations[0]["step"] == 0 else None,
         "after": evaluation_of(last[-1]) if last else None,
@@ -157,7 +168,7 @@ def summarize(run: Path) -> dict[str, Any]:
         "left_out": files.read_json(run / records.RUN).get("left_out"),
         "session_seconds": last_session.get("session_seconds"),
         "session_tokens": last_session.get("session_tokens"),
-        "skipped_steps": sum("skipped" in line for line in lines),
+        "skipped_steps": skipped,
     }
 
 

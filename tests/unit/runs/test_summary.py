@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import struct
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -346,3 +347,16 @@ def test_every_held_out_source_has_a_line_and_a_curve(tmp_path):
     (second,) = (line for line in text.split("\n") if line.startswith("    mgsm_2 "))
     assert second == "    mgsm_2   loss 5.0000 -> 3.5000, exact match 10.0% -> 10.0%  (25 examples)"
     assert sum("mgsm_" in line for line in text.split("\n")) == 11
+
+
+def test_a_long_record_is_summarized_without_being_held(tmp_path):
+    write_run(tmp_path)
+    expected = summarize(tmp_path)
+    with (tmp_path / records.METRICS).open("a") as file:
+        file.writelines(json.dumps({"step": 30, "loss": 1.0, "components": 42}) + "\n" for _ in range(10_000))
+    tracemalloc.start()
+    found = summarize(tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found == expected
+    assert peak < 2**20, "10,000 lines are more than 2 MiB of dicts"
