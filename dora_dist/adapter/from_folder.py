@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dora_dist.adapter.layer import DynamicLoraLinear
-from dora_dist.adapter.plain_lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, KEY_PREFIX, without_padding
+from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS, KEY_PREFIX, without_padding
 from dora_dist.base_model.shape import linear_layer
 from dora_dist.config.adapter import DynamicLoraConfig
+from dora_dist.config.format_version import ADAPTER_CONFIG
 
 KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
 """PEFT's ``init_lora_weights`` that leave the base what it is; others (PiSSA, OLoRA) take their start out of it."""

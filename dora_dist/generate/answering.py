@@ -49,9 +49,9 @@ class Answerer:
         return cls(
             trained=trained,
             tokenizer=tokenizer,
-            controls=control_tokens(tokenizer, trained.config.data.control_tokens),
+            controls=control_tokens(tokenizer, trained.use.control_tokens),
             sampling=sampling,
-            max_new_tokens=max_new_tokens or trained.config.evaluation.max_new_tokens,
+            max_new_tokens=max_new_tokens or trained.use.max_new_tokens,
         )
 
     def load(self) -> PeftModel:
@@ -67,15 +67,15 @@ class Answerer:
         Raises:
             ValueError: a text holds a control token that training would have refused.
         """
-        return question.ids(self.tokenizer, self.trained.chat, self.controls)
+        return question.ids(self.tokenizer, self.trained.use.chat, self.controls)
 
     def prompt(self, question: Question) -> str:
         """What is asked, as text."""
-        return question.prompt(self.tokenizer, self.trained.chat)
+        return question.prompt(self.tokenizer, self.trained.use.chat)
 
     def answers(self, model: PeftModel, prompts: list[list[int]], turn: int, **options: Any) -> list[str]:
         """Answers to prompts of one batch; the same ones for the same seed, batch and turn."""
-        stop = stop_tokens(self.tokenizer, self.tokenizer.get_chat_template() if self.trained.chat else None)
+        stop = stop_tokens(self.tokenizer, self.tokenizer.get_chat_template() if self.trained.use.chat else None)
         self.sampling.begin(turn)
         options = {**self.sampling.options(), **options}
         return generate_answers(model, self.tokenizer, prompts, self.max_new_tokens, stop, options)

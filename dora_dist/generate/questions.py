@@ -14,7 +14,7 @@ from dora_dist.data.reading.samples import ROLES
 
 if TYPE_CHECKING:
     from dora_dist.data.encoding.control_tokens import ControlTokens
-    from dora_dist.runs.trained_run import TrainedRun
+    from dora_dist.runs.use import Use
 
 
 @dataclass(frozen=True)
@@ -88,29 +88,29 @@ class Question:
         return encode_prompts(controls.writer, [prompt])[0]
 
 
-def as_asked(trained: "TrainedRun", questions: Iterable[Question], system: str | None) -> Iterable[Question]:
+def as_asked(use: "Use", questions: Iterable[Question], system: str | None) -> Iterable[Question]:
     """Questions with what training has put around them: the run's own prompt, and its message of the system.
 
     Args:
-        trained: the run.
+        use: of the run.
         questions: a list, which is checked at once, or what is typed line by line.
         system: instead of the run's message.
 
     Raises:
         ValueError: sources of the run differ in what they put around a row, or a question does not fit.
     """
-    if system and not trained.chat:
+    if system and not use.chat:
         raise ValueError(f"--system is {system!r}, but this run was not trained in a chat template: leave it out")
-    if system is None and trained.chat and len(trained.systems) > 1:
+    if system is None and use.chat and len(use.systems) > 1:
         raise ValueError(
-            f"the sources of this run have different messages of the system ({', '.join(map(repr, trained.systems))}): "
+            f"the sources of this run have different messages of the system ({', '.join(map(repr, use.systems))}): "
             "choose one with --system TEXT, or none with --system ''"
         )
-    wanted = next(iter(trained.systems)) if system is None else system
-    own = next(iter(trained.prompts)) if len(trained.prompts) == 1 else None
-    if own is None and trained.prompts != {None}:
+    wanted = use.systems[0] if system is None else system
+    own = use.prompts[0] if len(use.prompts) == 1 else None
+    if own is None and use.prompts != [None]:
         say("the sources of this run have different prompts: none of them is put around what is asked")
-    worded = (_worded(question, own, wanted if trained.chat else "", trained.chat) for question in questions)
+    worded = (_worded(question, own, wanted if use.chat else "", use.chat) for question in questions)
     return list(worded) if isinstance(questions, list) else worded
 
 

@@ -62,7 +62,7 @@ def collect(lines: str, raw: bool, monkeypatch: pytest.MonkeyPatch) -> list[str]
 
 
 def trained_on(prompts=(None,), systems=("",), chat=False) -> SimpleNamespace:
-    return SimpleNamespace(prompts=set(prompts), systems=set(systems), chat=chat)
+    return SimpleNamespace(prompts=list(prompts), systems=list(systems), chat=chat)
 
 
 def asked(trained: SimpleNamespace, *lines: str, system: str | None = None, monkeypatch: pytest.MonkeyPatch):
@@ -216,7 +216,7 @@ def test_options_that_do_not_fit(run: TrainedFolder, options: list[str], message
 
 
 def test_folder_that_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="not the folder of a run"):
+    with pytest.raises(ValueError, match=r"is neither the folder of a run .* nor that of an adapter"):
         command.main([str(tmp_path), "--prompt", "a"])
 
 
