@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -235,6 +235,7 @@ def train_or_go_on(
         say(remark)
     with build.start_trackers(config, resolved, earlier, agreement) as trackers:
         trainer = build_parts(config, resolved, agreement, notice, trackers)
+        resolved = replace(resolved, start=None)  # its components are in the model, and need no room beside it
         if ending is not None:
             ending.begin(lambda: trainer.begun_step)
         record_start(config, resolved, earlier, trainer)
@@ -267,7 +268,7 @@ def decide(
     card = smallest_card(agreement)
     with agreement.together("preparing data and settings"):
         accumulation = resume.accumulation(earlier, config, ranks)
-        resolved = resolve_run(config, *data.result(), accumulation, ranks, card)
+        resolved = resolve_run(config, *data.result(), accumulation, ranks, card, earlier.started_from)
         resume.check_settings(earlier, resolved.fingerprint)
         resume.check_best(earlier, config, None if resolved.best is None else resolved.best.measured_on)
     for remark in resolved.remarks():
@@ -298,7 +299,9 @@ def build_parts(
 
     shards = agreement.sharded_base = build.shards_of_base(config, agreement)
     with agreement.together("loading the model"), explained(lambda: LOADING_ADVICE):
-        model = build.load_model(config, agreement.device, resolved.tokenizer, resolved.data.labels, shards)
+        model = build.load_model(
+            config, agreement.device, resolved.tokenizer, resolved.data.labels, shards, resolved.start
+        )
         apply_recomputation(config, model.get_base_model(), resolved.recomputation)
         seed = adapter_seed(config)
         controller = build.build_controller(config.pruning, seed, model, agreement, resolved.budget)

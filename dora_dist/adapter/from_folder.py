@@ -57,14 +57,14 @@ class FoundAdapter:
     layers: Mapping[str, FoundLora]
     base_model: str | None
 
-    def digest(self) -> str:
-        """What tells it from others, wherever it lies: 16 hexadecimal digits."""
+    def identity(self) -> str:
+        """What tells it from others, wherever it lies: number of layers, and 16 hexadecimal digits."""
         digest = sha256()
         for name, found in self.layers.items():
             digest.update(f"{name} {found.scale!r}".encode())
             for tensor in (found.lora_a, found.lora_b):
                 digest.update(tensor.numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return f"{len(self.layers)} layers, {digest.hexdigest()[:16]}"
 
 
 def read_adapter(folder: str) -> FoundAdapter:
