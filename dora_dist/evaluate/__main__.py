@@ -111,6 +111,7 @@ def _check(options: argparse.Namespace) -> list[str]:
     require(folder is None or folder.is_dir(), "--include-path", folder, "be a folder with tasks as YAML files")
     file = options.output
     require(file is None or file.parent.is_dir(), "--output", file, "lie in a folder that is there")
+    require(file is None or not file.is_dir(), "--output", file, "be a file, and not a folder")
     named = [name for entry in options.tasks for name in entry.split(",") if name]
     require(bool(named), "--tasks", options.tasks, "name a task")
     return list(dict.fromkeys(named))

@@ -39,7 +39,7 @@ def converse(answerer: Answerer, system: str | None) -> None:
     said: list[Mapping[str, Any]] = []
     questions = as_asked(answerer.trained.use, _typed(said), system)
     model = answerer.load()
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = answerer.context
     say(f"The adapter answers. {RESET} forgets what was said; Ctrl-D ends.")
     for turn, question in enumerate(questions):
         try:

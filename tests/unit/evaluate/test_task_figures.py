@@ -91,6 +91,7 @@ def test_the_latest_figures_of_an_adapter_are_found_again(tmp_path):
         (["--tasks", "a", "--batch-size", "0"], "--batch-size is 0, but must be at least 1"),
         (["--tasks", "a", "--include-path", "nowhere"], "--include-path is nowhere, but must be a folder"),
         (["--tasks", "a", "--output", "nowhere/x.json"], "--output is nowhere/x.json, but must lie in a folder"),
+        (["--tasks", "a", "--output", "."], "--output is ., but must be a file, and not a folder"),
     ],
 )
 def test_options_that_cannot_work_are_refused(options, message):

@@ -170,3 +170,6 @@ def test_a_base_that_has_moved_is_given(chatting, tmp_path, capsys) -> None:
         other = make_base(tmp_path / name, **changes)
         with pytest.raises(ValueError, match=rf"is for .*{there} in this LlamaForCausalLM: give the base that"):
             command.main([str(chatting.folder), "--prompt", "a", "--model.path", str(other)])
+    few = make_base(tmp_path / "few", vocab_size=40)
+    with pytest.raises(ValueError, match=r"a prompt has the token .*, of 40 rows, has none: give the base that"):
+        command.main([str(chatting.folder), "--prompt", "a", "--model.path", str(few)])
