@@ -93,8 +93,8 @@ class Answerer:
         if highest >= rows:
             token = self.tokenizer.convert_ids_to_tokens(highest)
             raise ValueError(
-                f"a prompt has the token {token!r} ({highest}), for which the embedding of {self.trained.base}, of {rows} "
-                "rows, has none: give the base that the adapter was trained on with --model.path, and its tokenizer"
+                f"a prompt has the token {token!r} ({highest}), for which the embedding of {self.trained.base}, of "
+                f"{rows} rows, has none: give the base that the adapter was trained on with --model.path, and its tokenizer"
             )
         self.sampling.begin(turn)
         options = {**self.sampling.options(), **options}
