@@ -94,7 +94,7 @@ class Answerer:
             token = self.tokenizer.convert_ids_to_tokens(highest)
             raise ValueError(
                 f"a prompt has the token {token!r} ({highest}), for which the embedding of {self.trained.base}, of "
-                f"{rows} rows, has none: give the base that the adapter was trained on with --model.path, and its tokenizer"
+                f"{rows} rows, has none: give the base that the adapter was trained on with --model.path"
             )
         self.sampling.begin(turn)
         options = {**self.sampling.options(), **options}

@@ -58,7 +58,7 @@ def test_rank_smaller_than_the_widest_module() -> None:
 
 
 def test_folder_that_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"not the folder of a run: it has no config\.yaml"):
+    with pytest.raises(ValueError, match=r"is neither the folder of a run \(it has no config\.yaml\) nor"):
         export.main([str(tmp_path), "--format", "peft"])
 
 
