@@ -87,6 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     output = options.output or options.run / f"export-{options.format}"
     if output.exists():
         raise ValueError(f"{output} exists already: choose another folder with --output, or delete it")
+    if files := [parent for parent in output.parents if parent.is_file()]:
+        raise ValueError(f"--output is {output}, but {files[0]} is a file: choose a folder")
     llama_cpp = find_llama_cpp(options.llama_cpp) if options.format == "gguf" else None
     # Heavy imports wait until the arguments have been found to be sound.
     from dora_dist.export import formats, to_gguf
