@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dora_dist.base_model.shape import input_embedding
 from dora_dist.config.checks import require
@@ -89,7 +89,9 @@ class Answerer:
             ValueError: the model has no row for a token of them.
         """
         stop = stop_tokens(self.tokenizer, self.tokenizer.get_chat_template() if self.trained.use.chat else None)
-        rows, highest = input_embedding(model.get_base_model()).num_embeddings, max(map(max, prompts))
+        base, highest = model.get_base_model(), max(map(max, prompts))
+        assert isinstance(base, PreTrainedModel)
+        rows = input_embedding(base).num_embeddings
         if highest >= rows:
             token = self.tokenizer.convert_ids_to_tokens(highest)
             raise ValueError(

@@ -236,8 +236,8 @@ def _question_of_json(text: str, place: str) -> Question:
             return Question(row=row, flaw=f"{place} ends with an answer of the assistant: remove that message")
         try:
             return Question(messages=[_with_texts(message, f"messages[{n}]") for n, message in enumerate(messages)])
-        except RowFlaw as flaw:
-            return Question(row=row, flaw=f"{place}: {flaw}")
+        except RowFlaw as error:
+            return Question(row=row, flaw=f"{place}: {error}")
     if lost := [name for name in ("system", "history") if row.get(name)]:
         flaw = f"{place} has {lost[0]} beside its text, which is not read: give all of it as messages"
         return Question(row=row, flaw=flaw)
