@@ -91,7 +91,7 @@ class Answerer:
         stop = stop_tokens(self.tokenizer, self.tokenizer.get_chat_template() if self.trained.use.chat else None)
         base, highest = model.get_base_model(), max(map(max, prompts))
         assert isinstance(base, PreTrainedModel)
-        rows = input_embedding(base).num_embeddings
+        rows = len(input_embedding(base).weight)  # PEFT wraps it where new tokens have rows, and has no more of it
         if highest >= rows:
             token = self.tokenizer.convert_ids_to_tokens(highest)
             raise ValueError(
