@@ -7,10 +7,10 @@ import argparse
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dora_dist.config.parse import parse_config
 from dora_dist.console.arguments import SPEED_OPTION, add_speed_option, speed_of, with_config_option
@@ -237,6 +237,7 @@ def train_or_go_on(
         say(remark)
     with build.start_trackers(config, resolved, earlier, agreement) as trackers:
         trainer = build_parts(config, resolved, agreement, notice, trackers)
+        resolved = replace(resolved, start=None)  # its components are in the model, and need no room beside it
         if ending is not None:
             ending.begin(lambda: trainer.begun_step)
         record_start(config, resolved, earlier, trainer)
@@ -269,7 +270,7 @@ def decide(
     card = smallest_card(agreement)
     with agreement.together("preparing data and settings"):
         accumulation = resume.accumulation(earlier, config, ranks)
-        resolved = resolve_run(config, *data.result(), accumulation, ranks, card)
+        resolved = resolve_run(config, *data.result(), accumulation, ranks, card, earlier.started_from)
         resume.check_settings(earlier, resolved.fingerprint)
         resume.check_best(earlier, config, None if resolved.best is None else resolved.best.measured_on)
     for remark in resolved.remarks():
@@ -304,7 +305,9 @@ def build_parts(
         copies = f"; the ranks hold {bases} copies of it" if bases > 1 else ""
         say(f"the base is in {shards.ranks} shards, one a rank{copies}")
     with agreement.together("loading the model"), explained(lambda: LOADING_ADVICE):
-        model = build.load_model(config, agreement.device, resolved.tokenizer, resolved.data.labels, shards)
+        model = build.load_model(
+            config, agreement.device, resolved.tokenizer, resolved.data.labels, shards, resolved.start
+        )
         apply_recomputation(config, model.get_base_model(), resolved.recomputation)
         seed = adapter_seed(config)
         controller = build.build_controller(config.pruning, seed, model, agreement, resolved.budget)
@@ -353,7 +356,6 @@ def finish(run: Path, config: "RunConfig", resolved: "ResolvedRun", trainer: "Dy
     from dora_dist.adapter.ranks import write_plan
     from dora_dist.page.document import keep_current
     from dora_dist.runs import records, summary
-    from dora_dist.runs.card import card_of
     from dora_dist.setup.ending import describe_size, describe_use
 
     parts = trainer.parts
@@ -363,7 +365,7 @@ def finish(run: Path, config: "RunConfig", resolved: "ResolvedRun", trainer: "Dy
     trainer.take_best()
     with parts.agreement.together(f"writing the results into {run}"):
         if parts.agreement.is_first:
-            save_adapter(trainer.model, resolved.tokenizer, run / "adapter", card_of(run))
+            save_adapter(trainer.model, resolved.tokenizer, run / "adapter", run)
             write_plan(run / records.PLAN, parts.controller.plan, resolved.fingerprint.as_dict())
             task, labels = resolved.fingerprint.task, resolved.fingerprint.labels
             text = summary.finish_run(run)
@@ -414,7 +416,7 @@ def save_adapter(
     model: "DynamicLoraModel",
     tokenizer: "PreTrainedTokenizerBase",
     folder: Path,
-    card: tuple[Mapping[str, Any], str] | None = None,
+    run: Path | None = None,
 ) -> None:
     """Write the adapter, folded to plain LoRA of one rank, with the tokenizer; ``folder`` is complete or not there.
 
@@ -422,16 +424,19 @@ def save_adapter(
         model: with the adapter.
         tokenizer: that it was trained with.
         folder: is replaced.
-        card: what the run adds to the model card.
+        run: whose records say more about it, in its card and for its use; None for none.
     """
     from dora_dist.adapter.card import complete_card
+    from dora_dist.runs.card import card_of
+    from dora_dist.runs.use import write_use
 
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
-    if card is not None:
-        complete_card(temporary, *card)
+    if run is not None:
+        complete_card(temporary, *card_of(run))
+        write_use(run, temporary)
     follow_umask(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)

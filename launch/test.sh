@@ -24,7 +24,12 @@ ensure_environment "[$extras]"
 if [ -z "${VERSIONS:-}" ]; then
   ruff check .
   ruff format --check .
-  mypy --num-workers auto
+  # Status 2 is no finding: its workers have seconds to start (mypy 2.4), which a machine under load may not give them.
+  mypy --num-workers auto || {
+    status=$?
+    [ "$status" -eq 2 ] || exit "$status"
+    mypy
+  }
 fi
 export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
 if [ $# -eq 0 ]; then

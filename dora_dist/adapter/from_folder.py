@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dora_dist.adapter.layer import DynamicLoraLinear
-from dora_dist.adapter.plain_lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, KEY_PREFIX, without_padding
+from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS, KEY_PREFIX, without_padding
 from dora_dist.base_model.quantization import quantized_from
 from dora_dist.base_model.shape import linear_layer
 from dora_dist.config.adapter import DynamicLoraConfig
+from dora_dist.config.format_version import ADAPTER_CONFIG
 
 KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
 """PEFT's ``init_lora_weights`` that leave the base what it is; others (PiSSA, OLoRA) take their start out of it."""
@@ -57,14 +58,14 @@ class FoundAdapter:
     layers: Mapping[str, FoundLora]
     base_model: str | None
 
-    def digest(self) -> str:
-        """What tells it from others, wherever it lies: 16 hexadecimal digits."""
+    def identity(self) -> str:
+        """What tells it from others, wherever it lies: number of layers, and 16 hexadecimal digits."""
         digest = sha256()
         for name, found in self.layers.items():
             digest.update(f"{name} {found.scale!r}".encode())
             for tensor in (found.lora_a, found.lora_b):
                 digest.update(tensor.numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return f"{len(self.layers)} layers, {digest.hexdigest()[:16]}"
 
 
 def read_adapter(folder: str) -> FoundAdapter:

@@ -258,6 +258,7 @@ def add_dynamic_lora(
     kernels: KernelsInUse = NO_KERNELS,
     model_class: type[DynamicLoraModel] | None = None,
     token_ids: Sequence[int] = (),
+    found: FoundAdapter | None = None,
 ) -> DynamicLoraModel:
     """Give the chosen linear layers of ``model`` gated rank-one components and freeze everything else but the head of
     its task, where it has one.
@@ -277,6 +278,7 @@ def add_dynamic_lora(
         model_class: of the result; by default that of what the model does.
         token_ids: of the ``new_tokens`` of ``config``, for which the model has rows at their start
             (:func:`~dora_dist.base_model.new_tokens.start_rows`).
+        found: what ``start_from`` of ``config`` holds, where it has been read; None to read it.
 
     Raises:
         ValueError: ``config`` is another method's, has routing, or has new tokens without ids; the model has an
@@ -285,7 +287,7 @@ def add_dynamic_lora(
     """
     _check_arguments(model, config, token_ids)
     ranks = resolve_ranks(model, config)
-    found = find_start(model, config, ranks)
+    found = found or find_start(model, config, ranks)
     forbid_inference_packing(model)
     task, heads = task_of(model), head_modules(model)
     with_rows = list(modules_with_rows(model)) if token_ids else []

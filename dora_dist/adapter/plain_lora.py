@@ -20,7 +20,6 @@ from torch import Tensor
 from dora_dist.adapter.card import absolute_base, write_card
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 KEY_PREFIX = "base_model.model."
 Factors = tuple[Tensor, Tensor]
 """Of a layer: ``A (k, in)`` and ``B (out, k)``, whose product ``B A`` is the update."""

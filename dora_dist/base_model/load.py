@@ -33,6 +33,7 @@ from dora_dist.base_model.quantization import (
     quantization_config,
     stored_quantization,
 )
+from dora_dist.config.format_version import ADAPTER_CONFIG
 from dora_dist.config.model import ORIGINAL_POSITIONS, ModelConfig
 from dora_dist.config.tasks import CAUSAL_LM, TASKS
 
@@ -71,7 +72,7 @@ def local_folder(path: str) -> Path:
 
 def _refuse_adapter(path: str) -> None:
     """Say whose adapter it is that was given for a model."""
-    settings = Path(path).expanduser() / "adapter_config.json"
+    settings = Path(path).expanduser() / ADAPTER_CONFIG
     if settings.is_file():
         base = json.loads(settings.read_text(encoding="utf-8")).get("base_model_name_or_path")
         raise ValueError(

@@ -167,6 +167,7 @@ class DataConfig:
         require(self.workers is None or self.workers >= 1, "data.workers", self.workers, "be at least 1")
         _check_prompt(self.prompt, "data.prompt")
         for name, value in self.chat_template_kwargs.items():
+            require(isinstance(name, str), "data.chat_template_kwargs", name, "have names of variables, as text")
             rule = "be text, a number, true, false, null, or lists and mappings of these"
             require(_is_plain(value), f"data.chat_template_kwargs.{name}", repr(value), rule)
         for key, given in (("data.train", self.train), ("data.eval", self.eval)):

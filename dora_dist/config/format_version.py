@@ -1,4 +1,4 @@
-"""The number that says how the files of a run are to be read."""
+"""The number that says how the files of a run are to be read, and names that tell what a folder holds."""
 
 from pathlib import Path
 
@@ -7,6 +7,10 @@ import yaml
 FORMAT_VERSION = 2
 """Format of ``config.yaml`` in a run's folder, and of checkpoints. It grows by one with a change after which an older
 file means something else, or can no longer be read. Files without a number have format 1."""
+ADAPTER_CONFIG = "adapter_config.json"
+"""In the folder of an adapter that is plain LoRA: PEFT's own file."""
+ROUTED_ADAPTER = "routed_adapter.json"
+"""In the folder of a prompt-routed one."""
 METHOD_TENSORS = "dynamic_lora.safetensors"
 """In a checkpoint: adapter with its gates, head, masks, scores."""
 METHOD_STATE = "dynamic_lora.json"

@@ -18,7 +18,10 @@ from dora_dist.config.presets import PRESETS, given_preset, preset_of
 from dora_dist.config.run import RunConfig
 from dora_dist.config.training import owner_of
 
-KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
+KINDS = {
+    **{"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"},
+    **{"dict": "a mapping", "list": "a list", "list[str]": "a list of texts"},
+}
 """jsonargparse's names of types, in words."""
 
 
@@ -245,7 +248,9 @@ def _wrong_type(message: str) -> str | None:
     if not (key and value and types):
         return None
     wanted: list[str] = []
-    for choices, kind in re.findall(r"typing\.Literal\[([^\]]*)\]|<class '(\w+)'>", types[1] or types[2]):
+    kinds = r"typing\.Literal\[([^\]]*)\]|<class '(\w+)'>|(list\[str\]|dict)(?:\[[^\]]*\])?"
+    for choices, plain, inner in re.findall(kinds, types[1] or types[2]):
+        kind = plain or inner
         wanted += re.findall(r"'([^']*)'", choices) if choices else [KINDS.get(kind, "")]
     if not all(wanted) or not wanted:
         return None

@@ -22,9 +22,20 @@ def with_config_option(arguments: Sequence[str] | None) -> list[str]:
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Add what says which adapter of which run a command takes: ``run`` and ``--checkpoint``."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run (output_dir of its configuration)")
+    """Add what says which adapter a command takes, and its base."""
+    parser.add_argument(
+        "run", type=Path, metavar="RUN", help="folder of a run (output_dir of its configuration), or of an adapter"
+    )
     parser.add_argument("--checkpoint", metavar="NAME", help="such as checkpoint-120, instead of the final adapter")
+    parser.add_argument(
+        "--model.path", dest="base_path", metavar="PATH", help="the base, where it is not where the run or adapter says"
+    )
+    parser.add_argument(
+        "--model.quantization",
+        dest="base_quantization",
+        metavar="NAME",
+        help="of the base in training, for an adapter whose folder does not say it: nf4, int8 or none",
+    )
 
 
 def add_speed_option(parser: argparse.ArgumentParser) -> None:

@@ -30,6 +30,7 @@ from dora_dist.data.reading.samples import (
     Summary,
     rename_fields,
     shortened,
+    texts_of_parts,
 )
 
 SHAREGPT_ROLES = {
@@ -164,7 +165,7 @@ def _message(entry: Any, place: str, role_key: str, text_key: str, roles: Mappin
     if is_answer and calls and not content:
         return message
     if isinstance(content, list):
-        content = [_text_of_part(part, f"{place}.{text_key}[{n}]") for n, part in enumerate(content)]
+        content = texts_of_parts(content, f"{place}.{text_key}")
     elif not isinstance(content, str):
         raise RowFlaw(f"{place}.{text_key}", _wrong(entry, text_key, "must be text"))
     if is_answer and not "".join(content).strip() and UNTRAINED not in message:
@@ -182,16 +183,6 @@ def _loss_marks(entry: Mapping[str, Any], place: str, is_answer: bool) -> dict[s
     if any(value == 0 for value in values.values()):
         return {UNTRAINED: True}
     return {WANTED: next(iter(values))} if values and not is_answer else {}
-
-
-def _text_of_part(part: Any, place: str) -> str:
-    """The text of one of OpenAI's content parts."""
-    if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-        raise RowFlaw(
-            place, f"must be a part of text, {{type: text, text: ...}}, since no other is read, got {shortened(part)}"
-        )
-    text: str = part["text"]
-    return text
 
 
 def _calls(calls: Any, place: str) -> list[dict[str, Any]]:

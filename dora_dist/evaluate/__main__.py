@@ -1,7 +1,8 @@
 """Measure base and adapter of a run on tasks of lm-eval-harness, side by side.
 
 The base is loaded once; its adapter is switched off and on. The figures are printed, and appended to evaluations.jsonl
-in the run's folder with what they were made with; those of the final adapter are added to its card.
+in the run's folder with what they were made with; those of the final adapter are added to its card. Of an adapter
+without a run, they are printed, and written where --output says.
 """
 
 import argparse
@@ -54,11 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from dora_dist.evaluate.harness import HarnessOptions, check_installed, evaluate_twice, find_tasks
     from dora_dist.routing.files import is_routed
     from dora_dist.routing.loading import load_adapter
-    from dora_dist.runs.task_figures import record_figures, table_of
-    from dora_dist.runs.trained_run import default_device, open_run
+    from dora_dist.runs.task_figures import line_of, record_line, table_of
+    from dora_dist.runs.trained_run import FINAL, GivenBase, default_device, open_run
 
     check_installed()
-    trained = open_run(options.run, options.checkpoint)
+    given = GivenBase(path=options.base_path, quantization=options.base_quantization)
+    trained = open_run(options.run, options.checkpoint, given)
     if is_routed(trained.adapter):
         raise ValueError(
             f"the adapter of {trained.adapter} is routed by prompt, but lm-eval gives prompt and answer to the model "
@@ -67,9 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tokenizer = trained.load_tokenizer()
     if options.chat and not tokenizer.chat_template:
         raise ValueError("--chat is given, but the tokenizer of this run has no chat template: leave it out")
-    if trained.chat and not options.chat:
+    if trained.use.chat and not options.chat:
         say("this run was trained in a chat template, which --chat puts around what is asked")
-    systems = sorted(trained.systems)
+    systems = trained.use.systems
     system = systems[0] if options.chat and len(systems) == 1 and systems[0] else None
     asked = HarnessOptions(limit=options.limit, batch_size=options.batch_size, chat=options.chat, system=system)
     with Phases("reading the tasks"):
@@ -86,11 +88,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "environment": environment(EVALUATE_PACKAGES),
     }
     figures = evaluate_twice(model, tokenizer, names, manager, asked)
-    line = record_figures(options.run, trained.adapter.name, figures, about)
+    line = line_of(trained.adapter.name, figures, about)
     if options.output is not None:
         write_json(options.output, line)
-    if options.checkpoint is None:
-        _add_to_card(options.run)
+    if trained.run is not None:
+        record_line(trained.run, line)
+        if trained.adapter.name == FINAL:
+            _add_to_card(trained.run)
     print(table_of(figures))
 
 
@@ -107,6 +111,7 @@ def _check(options: argparse.Namespace) -> list[str]:
     require(folder is None or folder.is_dir(), "--include-path", folder, "be a folder with tasks as YAML files")
     file = options.output
     require(file is None or file.parent.is_dir(), "--output", file, "lie in a folder that is there")
+    require(file is None or not file.is_dir(), "--output", file, "be a file, and not a folder")
     named = [name for entry in options.tasks for name in entry.split(",") if name]
     require(bool(named), "--tasks", options.tasks, "name a task")
     return list(dict.fromkeys(named))

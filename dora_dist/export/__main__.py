@@ -87,17 +87,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     output = options.output or options.run / f"export-{options.format}"
     if output.exists():
         raise ValueError(f"{output} exists already: choose another folder with --output, or delete it")
+    if files := [parent for parent in output.parents if parent.is_file()]:
+        raise ValueError(f"--output is {output}, but {files[0]} is a file: choose a folder")
     llama_cpp = find_llama_cpp(options.llama_cpp) if options.format == "gguf" else None
     # Heavy imports wait until the arguments have been found to be sound.
     from dora_dist.export import formats, to_gguf
-    from dora_dist.runs.trained_run import open_run
+    from dora_dist.routing.files import is_routed
+    from dora_dist.runs.trained_run import GivenBase, open_run
 
-    trained = open_run(options.run, options.checkpoint)
-    if trained.config.adapter.routing != "none":
+    given = GivenBase(path=options.base_path, quantization=options.base_quantization)
+    trained = open_run(options.run, options.checkpoint, given)
+    if is_routed(trained.adapter):
         raise ValueError(
-            f"{options.run} was trained with adapter.routing {trained.config.adapter.routing}: which modules are "
-            "adapted depends on the prompt, so that no plain LoRA and no merged model computes the same. Its adapter "
-            "is for dora-dist generate and dora_dist.load_adapter"
+            f"{options.run} was trained with adapter.routing prompt: which modules are adapted depends on the prompt, "
+            "so that no plain LoRA and no merged model computes the same. Its adapter is for dora-dist generate and "
+            "dora_dist.load_adapter"
         )
     dtype, original = options.dtype or DTYPES[0], options.base == "original"
     with Phases(f"exporting {options.run}"), new_folder(output) as folder:

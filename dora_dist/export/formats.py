@@ -66,7 +66,7 @@ def export_peft(trained: TrainedRun, folder: Path, rank: int | None) -> Exported
     reference = _reference(trained, base)
     del base
     new_rows = read_new_rows(trained.adapter)
-    write_lora_adapter(folder, completed, trained.config.model.path, rank=rank, keep_empty=True, new_rows=new_rows)
+    write_lora_adapter(folder, completed, trained.base, rank=rank, keep_empty=True, new_rows=new_rows)
     content = f"LoRA adapter of {len(factors)} modules, all of rank {rank}"
     if len(completed) > len(factors):
         content += f", and zeros for {len(completed) - len(factors)} more, which servers compute together with them"
@@ -81,14 +81,14 @@ def export_compact(trained: TrainedRun, folder: Path) -> Exported:
     """
     factors = read_lora_adapter(trained.adapter)
     reference = _reference(trained, trained.load_base(default_device(), in_float32=True))
-    write_compact_adapter(folder, factors, trained.config.model.path, read_new_rows(trained.adapter))
+    write_compact_adapter(folder, factors, trained.base, read_new_rows(trained.adapter))
     ranks = [lora_a.shape[0] for lora_a, _ in factors.values()]
     content = f"LoRA adapter of {len(ranks)} modules with ranks from {min(ranks)} to {max(ranks)}"
     return Exported(content, _check_adapter(trained, folder, reference), _adapter_usage(trained, folder))
 
 
 def _adapter_usage(trained: TrainedRun, folder: Path) -> str:
-    served = serve_lines(folder, trained.config.model.path)
+    served = serve_lines(folder, trained.base)
     return "\n".join([with_base(PEFT_USAGE, trained), *served, LLAMA_CPP, with_base(SERVED_QUANTIZED, trained)])
 
 
@@ -110,15 +110,15 @@ def export_merged(trained: TrainedRun, folder: Path, dtype: str, original: bool)
     """
     if original and trained.stored_quantized:
         raise ValueError(
-            f"--base is original, but the base {trained.config.model.path} is stored in NF4, and there is none that "
-            "was never quantized: leave --base out, or set model.path in the run's config.yaml to the model in 16 bits"
+            f"--base is original, but the base {trained.base} is stored in NF4, and there is none that "
+            "was never quantized: leave --base out, or give the model in 16 bits with --model.path"
         )
     plain, reference = _merge(trained, original)
     merged = reference.check("the merged model", logits_of(plain, reference.tokens))
     _set_special_tokens(plain, trained)
     rounded = _write_rounded(plain, folder, dtype, trained.load_tokenizer(), reference.tokens)
     del plain
-    logits = _logits_of_written(folder, trained.config.model.trust_remote_code, reference.tokens)
+    logits = _logits_of_written(folder, trained.trust_remote_code, reference.tokens)
     reread = reference.check("the model loaded back", logits, wanted=rounded)
     final = reference.check_rounded("the merged model", logits, dtype)
     kind = "the base as stored" if original else f"the base as trained on ({_quantization(trained)}), dequantized,"
@@ -147,7 +147,7 @@ def end_tokens(trained: TrainedRun, settings: GenerationConfig) -> list[int]:
     """What the model stops at when it generates: what ended an answer in training, the end token first, and then all
     that its base stops at by ``settings``."""
     tokenizer, of_base = trained.load_tokenizer(), settings.eos_token_id
-    trained_ends = stop_tokens(tokenizer, tokenizer.get_chat_template() if trained.chat else None)
+    trained_ends = stop_tokens(tokenizer, tokenizer.get_chat_template() if trained.use.chat else None)
     base_ends = of_base if isinstance(of_base, list) else [] if of_base is None else [of_base]
     return list(dict.fromkeys([tokenizer.eos_token_id, *trained_ends, *base_ends]))
 
@@ -200,17 +200,19 @@ def _reference(trained: TrainedRun, base: PreTrainedModel) -> Reference:
 
 
 def _check_adapter(trained: TrainedRun, folder: Path, reference: Reference) -> list[str]:
-    """Complete an adapter folder with the tokenizer, load it in stock PEFT, on a base of its own, and compare."""
+    """Complete an adapter folder with the tokenizer and what it is used with, load it in stock PEFT, on a base of its
+    own, and compare."""
     trained.load_tokenizer().save_pretrained(folder)
+    trained.use.write(folder)
     gc.collect()  # bitsandbytes' parameters and layers refer to each other, so the reference's base is still there
     model = PeftModel.from_pretrained(trained.load_base(default_device(), in_float32=True), str(folder))
     return [str(reference.check("the adapter written", logits_of(model, reference.tokens)))]
 
 
 def _quantization(trained: TrainedRun) -> str:
-    return QUANTIZATION_TITLES[trained.config.model.quantization]
+    return QUANTIZATION_TITLES[trained.use.quantization]
 
 
 def with_base(usage: str, trained: TrainedRun) -> str:
     """``usage`` with the names of the run's base and of its quantization."""
-    return usage.replace("BASE", trained.config.model.path).replace("{quantization}", _quantization(trained))
+    return usage.replace("BASE", trained.base).replace("{quantization}", _quantization(trained))

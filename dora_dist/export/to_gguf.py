@@ -56,7 +56,7 @@ def export_gguf(
         ValueError: the converters cannot write base, tokenizer or adapter as they are.
         ExpectedRunError: the result does not compute the same.
     """
-    if ADAPTER in parts and trained.config.adapter.new_tokens is not None:
+    if ADAPTER in parts and trained.use.new_tokens is not None:
         raise ValueError(
             f"{trained.folder} was trained with adapter.new_tokens, and a GGUF adapter has no place for rows of the "
             f"embedding: give --part {MERGED}, whose weights have them"
@@ -68,17 +68,17 @@ def export_gguf(
     ends = end_tokens(trained, _generation_config(trained))
     written = []
     if MERGED in parts:
-        complete_tokenizer(base, tokenizer, trained.config.model.path, trained.chat)
+        complete_tokenizer(base, tokenizer, trained.base, trained.use.chat)
         llama_cpp.convert_model(base, scratch / "vocabulary.gguf", "f32", "--vocab-only")
         further_ends(ends, tokenizer)
-        check_vocabulary(llama_cpp.read(scratch / "vocabulary.gguf")["fields"], tokenizer, trained.chat)
+        check_vocabulary(llama_cpp.read(scratch / "vocabulary.gguf")["fields"], tokenizer, trained.use.chat)
     if ADAPTER in parts:
         written.append(_write_adapter(trained, folder, llama_cpp))
     if MERGED in parts:
         written.append(_write_merged(trained, folder, llama_cpp, dtype, original))
     shutil.rmtree(scratch)
     said = " and ".join(repr(tokenizer.convert_ids_to_tokens(end)) for end in ends)
-    path = trained.config.model.path
+    path = trained.base
     usage = with_base("\n".join(part.usage for part in written), trained).replace("{ends}", said)
     usage = usage.replace("{base}", path if Path(path).expanduser().is_dir() else f"--remote {path}")
     return Exported(
@@ -92,7 +92,7 @@ def export_gguf(
 def _generation_config(trained: TrainedRun) -> GenerationConfig:
     """How the base generates, as transformers loads it."""
     try:
-        return GenerationConfig.from_pretrained(os.path.expanduser(trained.config.model.path))
+        return GenerationConfig.from_pretrained(os.path.expanduser(trained.base))
     except OSError:  # it has no file for it
         return GenerationConfig.from_model_config(trained.load_model_config())
 
@@ -205,7 +205,7 @@ def _other_tokens(flaw: str) -> ValueError:
 def _write_adapter(trained: TrainedRun, folder: Path, llama_cpp: LlamaCpp) -> Exported:
     factors = read_lora_adapter(trained.adapter)
     plain, file = folder / "scratch" / "adapter", folder / f"{ADAPTER}.gguf"
-    write_lora_adapter(plain, factors, trained.config.model.path)
+    write_lora_adapter(plain, factors, trained.base)
     llama_cpp.convert_adapter(plain, folder / "scratch" / "base", file)
     worst = check_updates(llama_cpp.read(file)["updates"], factors)
     return Exported(
@@ -243,13 +243,13 @@ def _write_merged(trained: TrainedRun, folder: Path, llama_cpp: LlamaCpp, dtype:
     tokenizer, plain, file = trained.load_tokenizer(), folder / "scratch" / MERGED, folder / f"{MERGED}.gguf"
     merged = export_merged(trained, plain, dtype, original)
     ends = end_tokens(trained, GenerationConfig.from_pretrained(plain))
-    complete_tokenizer(plain, tokenizer, trained.config.model.path, trained.chat)
+    complete_tokenizer(plain, tokenizer, trained.base, trained.use.chat)
     llama_cpp.convert_model(plain, file, OUTTYPES[dtype], "--model-name", trained.folder.resolve().name)
     shutil.rmtree(plain)
     named = further_ends(ends, tokenizer)
     llama_cpp.set_tokens(file, named)
     fields = llama_cpp.read(file)["fields"]
-    check_vocabulary(fields, tokenizer, trained.chat)
+    check_vocabulary(fields, tokenizer, trained.use.chat)
     missing = [name for name, token in named.items() if fields.get(f"tokenizer.ggml.{name}_token_id") != token]
     if missing:
         raise ExpectedRunError(f"the file of the merged model has no end token {missing[0]}. Nothing was written")

@@ -74,20 +74,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     questions = None if options.chat else collect_questions(options.prompt, options.input, options.raw, options.file)
     # Heavy imports wait until the arguments have been found to be sound.
     from dora_dist.generate.answering import Answerer, answer_twice
-    from dora_dist.runs.trained_run import open_run
+    from dora_dist.runs.trained_run import GivenBase, open_run
 
-    trained = open_run(options.run, options.checkpoint)
+    given = GivenBase(path=options.base_path, quantization=options.base_quantization)
+    trained = open_run(options.run, options.checkpoint, given)
     answerer = Answerer.of(trained, sampling, options.max_new_tokens)
     if questions is None:
         from dora_dist.generate.conversing import converse
 
         converse(answerer, options.system)
         return
-    plain = not trained.chat and trained.formats <= {"prompt_completion", "text"}
+    plain = not trained.use.chat and set(trained.use.formats) <= {"prompt_completion", "text"}
     if plain and options.prompt is not None and not options.raw:
-        formats = ", ".join(sorted(trained.formats))
+        formats = ", ".join(trained.use.formats)
         say(f"this run was trained on texts as they are (format {formats}): --raw gives prompts so")
-    questions = as_asked(trained, questions, options.system)
+    questions = as_asked(trained.use, questions, options.system)
     for prompt, base, adapted in answer_twice(answerer, questions, options.batch_size or 1):
         print(render(prompt, base, adapted, terminal_width()), flush=True)
 

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dora_dist.base_model.shape import input_embedding
+from dora_dist.config.checks import require
 from dora_dist.console.phases import Phases
 from dora_dist.data.encoding.chat import stop_tokens
 from dora_dist.data.encoding.control_tokens import ControlTokens, control_tokens
@@ -28,6 +30,7 @@ class Answerer:
         controls: what becomes of control tokens in texts.
         sampling: how the next token is chosen.
         max_new_tokens: longest answer, in tokens.
+        context: tokens of prompt and answer that the model has positions for; None where there is no bound.
     """
 
     trained: TrainedRun
@@ -35,6 +38,7 @@ class Answerer:
     controls: ControlTokens
     sampling: Sampling
     max_new_tokens: int
+    context: int | None
 
     @classmethod
     def of(cls, trained: TrainedRun, sampling: Sampling, max_new_tokens: int | None) -> "Answerer":
@@ -46,12 +50,17 @@ class Answerer:
             max_new_tokens: longest answer; None for that of the run's evaluations.
         """
         tokenizer = trained.load_tokenizer()
+        context = getattr(trained.load_model_config().get_text_config(), "max_position_embeddings", None)
+        if max_new_tokens is not None and context is not None:
+            rule = f"be at most {context}, the model's context in tokens, which holds prompt and answer"
+            require(max_new_tokens <= context, "--max-new-tokens", max_new_tokens, rule)
         return cls(
             trained=trained,
             tokenizer=tokenizer,
-            controls=control_tokens(tokenizer, trained.config.data.control_tokens),
+            controls=control_tokens(tokenizer, trained.use.control_tokens),
             sampling=sampling,
-            max_new_tokens=max_new_tokens or trained.config.evaluation.max_new_tokens,
+            max_new_tokens=max_new_tokens or trained.use.max_new_tokens,
+            context=context,
         )
 
     def load(self) -> PeftModel:
@@ -67,15 +76,28 @@ class Answerer:
         Raises:
             ValueError: a text holds a control token that training would have refused.
         """
-        return question.ids(self.tokenizer, self.trained.chat, self.controls)
+        return question.ids(self.tokenizer, self.trained.use.chat, self.controls)
 
     def prompt(self, question: Question) -> str:
         """What is asked, as text."""
-        return question.prompt(self.tokenizer, self.trained.chat)
+        return question.prompt(self.tokenizer, self.trained.use.chat)
 
     def answers(self, model: PeftModel, prompts: list[list[int]], turn: int, **options: Any) -> list[str]:
-        """Answers to prompts of one batch; the same ones for the same seed, batch and turn."""
-        stop = stop_tokens(self.tokenizer, self.tokenizer.get_chat_template() if self.trained.chat else None)
+        """Answers to prompts of one batch; the same ones for the same seed, batch and turn.
+
+        Raises:
+            ValueError: the model has no row for a token of them.
+        """
+        stop = stop_tokens(self.tokenizer, self.tokenizer.get_chat_template() if self.trained.use.chat else None)
+        base, highest = model.get_base_model(), max(map(max, prompts))
+        assert isinstance(base, PreTrainedModel)
+        rows = len(input_embedding(base).weight)  # PEFT wraps it where new tokens have rows, and has no more of it
+        if highest >= rows:
+            token = self.tokenizer.convert_ids_to_tokens(highest)
+            raise ValueError(
+                f"a prompt has the token {token!r} ({highest}), for which the embedding of {self.trained.base}, of "
+                f"{rows} rows, has none: give the base that the adapter was trained on with --model.path"
+            )
         self.sampling.begin(turn)
         options = {**self.sampling.options(), **options}
         return generate_answers(model, self.tokenizer, prompts, self.max_new_tokens, stop, options)
@@ -92,7 +114,7 @@ def answer_twice(
         batch_size: prompts that are answered at a time, padded on the left.
     """
     asked: Iterable[tuple[Question, list[int]]]
-    asked = ((question, answerer.ids(question)) for question in questions)
+    asked = ((question, _with_room(answerer.ids(question), answerer.context)) for question in questions)
     if isinstance(questions, list):  # all is checked before the model is read, except what is typed line by line
         asked = list(asked)
     model = answerer.load()
@@ -105,3 +127,12 @@ def answer_twice(
         turn += 1
         for (question, _), base, adapted in zip(batch, before, after, strict=True):
             yield answerer.prompt(question), base, adapted
+
+
+def _with_room(ids: list[int], context: int | None) -> list[int]:
+    if context is not None and len(ids) >= context:
+        raise ValueError(
+            f"a prompt has {len(ids)} tokens, which leave no room for an answer in the model's context of {context}: "
+            "ask with less text"
+        )
+    return ids

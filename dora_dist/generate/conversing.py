@@ -31,15 +31,15 @@ def converse(answerer: Answerer, system: str | None) -> None:
     Raises:
         ValueError: the run was not trained in a chat template, or its sources have different messages of the system.
     """
-    if not answerer.trained.chat:
+    if not answerer.trained.use.chat:
         raise ValueError(
             "--chat is given, but this run was not trained in a chat template: ask it with --prompt, --file or lines "
             "of standard input"
         )
     said: list[Mapping[str, Any]] = []
-    questions = as_asked(answerer.trained, _typed(said), system)
+    questions = as_asked(answerer.trained.use, _typed(said), system)
     model = answerer.load()
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = answerer.context
     say(f"The adapter answers. {RESET} forgets what was said; Ctrl-D ends.")
     for turn, question in enumerate(questions):
         try:

@@ -10,11 +10,11 @@ from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from dora_dist.console.text import say
-from dora_dist.data.reading.samples import ROLES
+from dora_dist.data.reading.samples import ROLES, Chat, Instruction, RowFlaw, alpaca_prompt, fill_prompt, texts_of_parts
 
 if TYPE_CHECKING:
     from dora_dist.data.encoding.control_tokens import ControlTokens
-    from dora_dist.runs.trained_run import TrainedRun
+    from dora_dist.runs.use import Use
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Question:
         text: an instruction, or where it is ``raw`` the whole prompt.
         context: what the instruction is about.
         raw: nothing is put around the text.
-        messages: a conversation instead of a text.
+        messages: a conversation instead of a text; a content is text, or the texts of its parts.
         row: what stood in the line, for the run's own prompt.
         flaw: why there is nothing to ask without such a prompt.
     """
@@ -39,8 +39,6 @@ class Question:
 
     def conversation(self) -> list[Mapping[str, Any]]:
         """The messages, of which the last one is answered."""
-        from dora_dist.data.reading.samples import Instruction
-
         return list(self.messages or Instruction(self.text, self.context, "").as_chat().messages[:-1])
 
     def prompt(self, tokenizer: Any, chat: bool, controls: "ControlTokens | None" = None) -> str:
@@ -54,15 +52,13 @@ class Question:
         Raises:
             ValueError: a conversation for a run that knows none.
         """
-        from dora_dist.data.reading.samples import alpaca_prompt
-
         if self.raw:
             return self.text
         if not chat and self.messages:
             raise ValueError("messages are given, but this run was not trained in a chat template: give instructions")
         if not chat:
             return alpaca_prompt(self.text, self.context)
-        messages = self.conversation()
+        messages = _joined(self.conversation(), tokenizer)
         messages = messages if controls is None else controls.exchanged(messages)
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return text if controls is None else controls.exchanged(text)
@@ -88,29 +84,39 @@ class Question:
         return encode_prompts(controls.writer, [prompt])[0]
 
 
-def as_asked(trained: "TrainedRun", questions: Iterable[Question], system: str | None) -> Iterable[Question]:
+def _joined(messages: list[Mapping[str, Any]], tokenizer: Any) -> list[Mapping[str, Any]]:
+    """Messages with one text in the place of the texts of parts, as in training."""
+    from dora_dist.data.encoding.chat import ChatRenderer
+
+    if all(isinstance(message["content"], str) for message in messages):
+        return messages
+    renderer = ChatRenderer(tokenizer, tokenizer.get_chat_template())
+    return list(renderer.joined(Chat([dict(message) for message in messages])).messages)
+
+
+def as_asked(use: "Use", questions: Iterable[Question], system: str | None) -> Iterable[Question]:
     """Questions with what training has put around them: the run's own prompt, and its message of the system.
 
     Args:
-        trained: the run.
+        use: of the run.
         questions: a list, which is checked at once, or what is typed line by line.
         system: instead of the run's message.
 
     Raises:
         ValueError: sources of the run differ in what they put around a row, or a question does not fit.
     """
-    if system and not trained.chat:
+    if system and not use.chat:
         raise ValueError(f"--system is {system!r}, but this run was not trained in a chat template: leave it out")
-    if system is None and trained.chat and len(trained.systems) > 1:
+    if system is None and use.chat and len(use.systems) > 1:
         raise ValueError(
-            f"the sources of this run have different messages of the system ({', '.join(map(repr, trained.systems))}): "
+            f"the sources of this run have different messages of the system ({', '.join(map(repr, use.systems))}): "
             "choose one with --system TEXT, or none with --system ''"
         )
-    wanted = next(iter(trained.systems)) if system is None else system
-    own = next(iter(trained.prompts)) if len(trained.prompts) == 1 else None
-    if own is None and trained.prompts != {None}:
+    wanted = use.systems[0] if system is None else system
+    own = use.prompts[0] if len(use.prompts) == 1 else None
+    if own is None and use.prompts != [None]:
         say("the sources of this run have different prompts: none of them is put around what is asked")
-    worded = (_worded(question, own, wanted if trained.chat else "", trained.chat) for question in questions)
+    worded = (_worded(question, own, wanted if use.chat else "", use.chat) for question in questions)
     return list(worded) if isinstance(questions, list) else worded
 
 
@@ -126,8 +132,6 @@ def _worded(question: Question, own: str | None, system: str, chat: bool) -> Que
 
 def _in_own_prompt(question: Question, own: str, chat: bool) -> Question:
     """What the run's own prompt makes of a row that has its fields, or of text for its only field."""
-    from dora_dist.data.reading.samples import RowFlaw, fill_prompt
-
     fields = {name for _, name, _, _ in Formatter().parse(own) if name is not None}
     text = None
     with suppress(RowFlaw):
@@ -230,7 +234,10 @@ def _question_of_json(text: str, place: str) -> Question:
             return Question(row=row, flaw=flaw)
         if messages[-1]["role"] == "assistant":
             return Question(row=row, flaw=f"{place} ends with an answer of the assistant: remove that message")
-        return Question(messages=messages)
+        try:
+            return Question(messages=[_with_texts(message, f"messages[{n}]") for n, message in enumerate(messages)])
+        except RowFlaw as error:
+            return Question(row=row, flaw=f"{place}: {error}")
     if lost := [name for name in ("system", "history") if row.get(name)]:
         flaw = f"{place} has {lost[0]} beside its text, which is not read: give all of it as messages"
         return Question(row=row, flaw=flaw)
@@ -239,8 +246,15 @@ def _question_of_json(text: str, place: str) -> Question:
     return Question(fields["instruction"], fields["input"], row=row)
 
 
+def _with_texts(message: Mapping[str, Any], place: str) -> Mapping[str, Any]:
+    content = message["content"]
+    if isinstance(content, str):
+        return message
+    return {**message, "content": texts_of_parts(content, f"{place}.content")}
+
+
 def _are_messages(value: object) -> bool:
     return isinstance(value, list) and all(
-        isinstance(entry, dict) and entry.get("role") in ROLES and isinstance(entry.get("content"), str)
+        isinstance(entry, dict) and entry.get("role") in ROLES and isinstance(entry.get("content"), str | list)
         for entry in value
     )

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from dora_dist.adapter.card import absolute_base, write_routed_card
 from dora_dist.adapter.plain_lora import Factors, pad_rank
+from dora_dist.config.format_version import ROUTED_ADAPTER
 from dora_dist.console.files import read_json, write_json
 
 FORMAT = 1
 """Incremented by changes after which older folders mean something else or cannot be read."""
-SETTINGS = "routed_adapter.json"
 TENSORS = "routed_adapter.safetensors"
 
 
@@ -74,12 +74,12 @@ def write_routed_adapter(
     base_model = absolute_base(base_model)
     write_routed_card(folder, rank, len(factors), modules_per_prompt, base_model)
     about = {"format": FORMAT, "base_model": base_model, "modules_per_prompt": modules_per_prompt}
-    write_json(folder / SETTINGS, {**about, "blocks": [list(names) for names in blocks]})
+    write_json(folder / ROUTED_ADAPTER, {**about, "blocks": [list(names) for names in blocks]})
 
 
 def is_routed(folder: Path) -> bool:
     """Whether a folder holds a prompt-routed adapter."""
-    return (folder / SETTINGS).is_file()
+    return (folder / ROUTED_ADAPTER).is_file()
 
 
 def read_routed_adapter(folder: Path) -> RoutedAdapter:
@@ -88,21 +88,23 @@ def read_routed_adapter(folder: Path) -> RoutedAdapter:
     Raises:
         ValueError: the folder has another format, or a part is missing.
     """
-    about: dict[str, Any] = read_json(folder / SETTINGS)
+    about: dict[str, Any] = read_json(folder / ROUTED_ADAPTER)
     if about.get("format") != FORMAT:
         raise ValueError(
-            f"{folder / SETTINGS} has format {about.get('format')}, but this version of dora-dist reads format "
+            f"{folder / ROUTED_ADAPTER} has format {about.get('format')}, but this version of dora-dist reads format "
             f"{FORMAT}: a later version wrote it. Update dora-dist"
         )
     if not (folder / TENSORS).is_file():
-        raise ValueError(f"{folder} has no {TENSORS} beside its {SETTINGS}: copy the whole folder")
+        raise ValueError(f"{folder} has no {TENSORS} beside its {ROUTED_ADAPTER}: copy the whole folder")
     tensors = load_file(folder / TENSORS)
     names = [name for block in about["blocks"] for name in block]
     wanted = {f"{name}.{part}" for name in names for part in ("lora_A", "lora_B")}
     wanted |= {f"routers.{number}.{part}" for number in range(len(about["blocks"])) for part in ("pooler", "weight")}
     if tensors.keys() != wanted:
         odd = min(tensors.keys() ^ wanted)
-        raise ValueError(f"{folder / TENSORS} does not fit {SETTINGS} (first difference {odd}): the folder is damaged")
+        raise ValueError(
+            f"{folder / TENSORS} does not fit {ROUTED_ADAPTER} (first difference {odd}): the folder is damaged"
+        )
     return RoutedAdapter(
         factors={name: (tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]) for name in names},
         routers={name.removeprefix("routers."): v for name, v in tensors.items() if name.startswith("routers.")},

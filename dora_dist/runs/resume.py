@@ -39,6 +39,11 @@ class Earlier:
     version: int = FORMAT_VERSION
     remarks: list[str] = field(default_factory=list)
 
+    @property
+    def started_from(self) -> str | None:
+        """Identity of the adapter of ``adapter.start_from``; None without one, and where there is nothing."""
+        return None if self.fingerprint is None else self.fingerprint.adapter.get("start_from")
+
 
 def look(run: Path, resume: str) -> Earlier:
     """Look into a run's folder. For one rank: files may reach the other nodes later.

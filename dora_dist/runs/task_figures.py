@@ -92,19 +92,21 @@ def _with_error(value: float, error: float | None, sign: str = "") -> str:
     return f"{value:{sign}.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
-def record_figures(run: Path, adapter: str, figures: Sequence[TaskFigure], about: Mapping[str, Any]) -> dict[str, Any]:
-    """Append a line to ``evaluations.jsonl``, and return it.
+def line_of(adapter: str, figures: Sequence[TaskFigure], about: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures as a line of ``evaluations.jsonl``.
 
     Args:
-        run: folder of the run.
-        adapter: name of the adapter's folder in it: ``adapter``, or a checkpoint.
+        adapter: name of the adapter's folder: in a run, ``adapter`` or a checkpoint.
         figures: of all tasks.
         about: settings and provenance; plain JSON.
     """
-    line = {"adapter": adapter, "figures": [asdict(figure) for figure in figures], **about}
+    return {"adapter": adapter, "figures": [asdict(figure) for figure in figures], **about}
+
+
+def record_line(run: Path, line: Mapping[str, Any]) -> None:
+    """Append a line of :func:`line_of` to ``evaluations.jsonl`` of a run."""
     with (run / EVALUATIONS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    return line
 
 
 def latest_figures(run: Path, adapter: str = "adapter") -> list[TaskFigure]:

@@ -1,4 +1,4 @@
-"""Opens a finished run for use: its adapter, its configuration, and the base the adapter was trained on."""
+"""Opens an adapter for use, of a run or in a folder of its own: what it says, and the base it was trained on."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,47 +14,65 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from dora_dist.base_model import load
 from dora_dist.base_model.new_tokens import start_rows
 from dora_dist.base_model.quantization import dequantized_weight, quantized_weight
+from dora_dist.config.checks import require
+from dora_dist.config.format_version import ADAPTER_CONFIG, ROUTED_ADAPTER
+from dora_dist.config.model import QUANTIZATIONS
 from dora_dist.config.parse import load_config
-from dora_dist.config.run import RunConfig
+from dora_dist.config.run import EvaluationConfig
 from dora_dist.config.tasks import CAUSAL_LM, TASKS
 from dora_dist.console import files
+from dora_dist.console.text import say
 from dora_dist.runs import records
 from dora_dist.runs.checkpoint import checkpoints, flaw_of
+from dora_dist.runs.use import USE, Use
+
+FINAL = "adapter"
+"""Folder of a run's final adapter, in the run's."""
+TOKENIZER = "tokenizer_config.json"
+"""A file that every saved tokenizer has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenBase:
+    """What the command line says of the base.
+
+    Attributes:
+        path: where it is, instead of where the adapter says; None for there.
+        quantization: for an adapter that does not say it itself; None where it does.
+    """
+
+    path: str | None = None
+    quantization: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedRun:
-    """The parts of a run that later commands need.
+    """The parts of a run that later commands need, or what an adapter's folder says of them.
 
     Attributes:
-        folder: the run's folder.
-        adapter: folder with the adapter (plain LoRA) and the tokenizer.
-        config: the run's resolved configuration.
-        compute_dtype: the dtype in which the base was read before it was quantized.
-        chat: whether it was trained on conversations, in the chat template saved with the tokenizer.
-        formats: row formats of the training data.
+        run: the run's folder; None for an adapter in a folder of its own.
+        adapter: folder with the adapter (plain LoRA, or routed by prompt).
+        base: folder of the base, or its name on the Hub.
+        tokenizer: folder or name that the tokenizer is read from.
+        trust_remote_code: run model code that comes with the base.
+        use: settings of the training.
     """
 
-    folder: Path
+    run: Path | None
     adapter: Path
-    config: RunConfig
-    compute_dtype: torch.dtype
-    chat: bool
-    formats: set[str]
+    base: str
+    tokenizer: str
+    trust_remote_code: bool
+    use: Use
 
     @property
-    def prompts(self) -> set[str | None]:
-        """The ``data.prompt`` of each of its sources; None stands for sources without one."""
-        return set(map(self.config.data.prompt_of, self.config.data.train_sources))
-
-    @property
-    def systems(self) -> set[str]:
-        """The system messages that its sources add to conversations without one."""
-        return set(map(self.config.data.system_of, self.config.data.train_sources))
+    def folder(self) -> Path:
+        """What it was opened from: the run's folder, or the adapter's."""
+        return self.run or self.adapter
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that was saved with the adapter."""
-        return load.load_tokenizer(str(self.adapter), self.config.model.trust_remote_code)
+        return load.load_tokenizer(self.tokenizer, self.trust_remote_code)
 
     def load_base(self, device: torch.device | str, in_float32: bool) -> PreTrainedModel:
         """The base with the weights that the adapter was trained against: same dtype, same quantization.
@@ -66,7 +84,7 @@ class TrainedRun:
         Raises:
             ValueError: the base cannot be found.
         """
-        model = self._load(self.config.model.quantization, self.compute_dtype, device)
+        model = self._load(self.use.quantization, getattr(torch, self.use.compute_dtype), device)
         if in_float32:
             compute_in_float32(model)
         return model
@@ -85,8 +103,8 @@ class TrainedRun:
         Raises:
             ValueError: the base cannot be found.
         """
-        with self._looking():
-            return load.load_model_config(self._spec(self.config.model.quantization, self.compute_dtype))
+        with _looking_for_base(self.folder):
+            return load.load_model_config(self._spec(self.use.quantization, getattr(torch, self.use.compute_dtype)))
 
     @property
     def stored_quantized(self) -> bool:
@@ -95,39 +113,39 @@ class TrainedRun:
 
     def make_plain_model(self) -> PreTrainedModel:
         """See :func:`~dora_dist.base_model.load.make_plain_model`; with rows for new tokens."""
-        spec = self._spec(self.config.model.quantization, torch.float32)
+        spec = self._spec(self.use.quantization, torch.float32)
         return self._with_new_tokens(load.make_plain_model(spec), spec)
 
     def _load(self, quantization: str, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
-        with self._looking():
+        with _looking_for_base(self.folder):
             spec = self._spec(quantization, dtype)
             return self._with_new_tokens(load.load_base_model(spec, device), spec)
 
     def _with_new_tokens(self, model: PreTrainedModel, spec: load.BaseModelSpec) -> PreTrainedModel:
         """The model, with rows for new tokens as at the start of the run."""
-        if self.config.adapter.new_tokens is not None:
-            start_rows(model, load.read_new_tokens(spec, self.config.adapter.new_tokens))
+        if self.use.new_tokens is not None:
+            start_rows(model, load.read_new_tokens(spec, self.use.new_tokens))
         return model
 
     def _spec(self, quantization: str, dtype: torch.dtype) -> load.BaseModelSpec:
         return load.BaseModelSpec(
-            path=self.config.model.path,
+            path=self.base,
             quantization=quantization,
             compute_dtype=dtype,
-            trust_remote_code=self.config.model.trust_remote_code,
-            rope_scaling=self.config.model.rope_scaling,
+            trust_remote_code=self.trust_remote_code,
+            rope_scaling=self.use.rope_scaling,
         )
 
-    @contextmanager
-    def _looking(self) -> Iterator[None]:
-        try:
-            yield
-        except ValueError as error:
-            raise ValueError(
-                f"the base of {self.folder} cannot be loaded: {error}; run this from the folder where the "
-                f"run was started, or correct model.path in "
-                f"{self.folder / records.CONFIG}"
-            ) from None
+
+@contextmanager
+def _looking_for_base(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(
+            f"the base of {folder} cannot be loaded: {error}; run this from the folder where the run was started, or "
+            "give the base with --model.path PATH"
+        ) from None
 
 
 def find_adapter(run: Path, checkpoint: str | None) -> Path:
@@ -137,13 +155,16 @@ def find_adapter(run: Path, checkpoint: str | None) -> Path:
         ValueError: ``run`` is not a run's folder, has no final adapter, or has no such (complete) checkpoint.
     """
     if not (run / records.CONFIG).is_file():
-        raise ValueError(f"{run} is not the folder of a run: it has no {records.CONFIG}; give its output_dir")
+        raise ValueError(
+            f"{run} is neither the folder of a run (it has no {records.CONFIG}) nor that of an adapter (it has no "
+            f"{ADAPTER_CONFIG}): give the output_dir of a run, or the folder of an adapter"
+        )
     known = ", ".join(path.name for path in checkpoints(run)) or "none yet"
     if checkpoint is None:
-        adapter = run / "adapter"
+        adapter = run / FINAL
         if not adapter.is_dir():
             raise ValueError(
-                f"{run} has no final adapter in adapter/: the run has not finished. Finish it with the command "
+                f"{run} has no final adapter in {FINAL}/: the run has not finished. Finish it with the command "
                 f"that started it, or choose a checkpoint with --checkpoint NAME (there are: {known})"
             )
         return adapter
@@ -155,34 +176,115 @@ def find_adapter(run: Path, checkpoint: str | None) -> Path:
     return folder
 
 
-def open_run(run: Path, checkpoint: str | None = None) -> TrainedRun:
-    """Open a run from its folder.
+def open_run(path: Path, checkpoint: str | None = None, given: GivenBase | None = None) -> TrainedRun:
+    """Open a run from its folder, or an adapter from its own.
+
+    Args:
+        path: folder of a run; of its final adapter or a checkpoint, which is that run's; or of any other adapter.
+        checkpoint: name of a run's checkpoint; None for the final adapter.
+        given: what the command line says of the base.
 
     Raises:
-        ValueError: the run, its adapter or its configuration cannot be used.
+        ValueError: the run, its adapter or its configuration cannot be used, or an adapter does not say enough.
     """
+    given = given or GivenBase()
+    if not any((path / name).is_file() for name in (ADAPTER_CONFIG, ROUTED_ADAPTER)):
+        return _open_run(path, checkpoint, given)
+    if checkpoint is not None:
+        raise ValueError(
+            f"--checkpoint is {checkpoint!r}, but {path} is an adapter itself: leave --checkpoint out, or give the "
+            "folder of its run"
+        )
+    whole = path.resolve()
+    if (whole.parent / records.CONFIG).is_file() and (whole.name == FINAL or whole in checkpoints(whole.parent)):
+        return _open_run(whole.parent, None if whole.name == FINAL else whole.name, given)
+    return _open_adapter(path, given)
+
+
+def _open_run(run: Path, checkpoint: str | None, given: GivenBase) -> TrainedRun:
     adapter = find_adapter(run, checkpoint)
     config = load_config(run / records.CONFIG)
-    if config.task != CAUSAL_LM:
-        raise ValueError(
-            f"{run} was trained with task {config.task}, and this command is for {CAUSAL_LM}. Its adapter is plain "
-            f"LoRA: PeftModel.from_pretrained(base, {str(adapter)!r}), where base is of {TASKS[config.task].auto_class}"
-        )
-    dtype = load.resolve_compute_dtype(config.model.compute_dtype)
-    data: dict[str, Any] = {}
-    if (run / records.RUN).is_file():
-        recorded = files.read_json(run / records.RUN)
-        data = recorded.get("data", {})
-        # `auto` was resolved on the machine of the run.
-        dtype = getattr(torch, records.read_fingerprint(run).model["compute_dtype"].removeprefix("torch."))
+    _check_task(run, config.task, adapter)
+    use = Use.of(config, run)
+    _check_given(run, use, given)
     return TrainedRun(
-        folder=run,
+        run=run,
         adapter=adapter,
-        config=config,
-        compute_dtype=dtype,
-        chat=data.get("chat", False),
-        formats={source["format"] for source in data.get("train", [])} or {config.data.format},
+        base=given.path or config.model.path,
+        tokenizer=str(adapter),
+        trust_remote_code=config.model.trust_remote_code,
+        use=use,
     )
+
+
+def _open_adapter(folder: Path, given: GivenBase) -> TrainedRun:
+    about = _settings_of(folder)
+    base = given.path or about.get("base_model") or about.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{folder} does not say what its base is: give it with --model.path PATH")
+    use, tokenizer = Use.read(folder), str(folder)
+    if use is None:  # it is of another program, or of an earlier version of this one
+        tokenizer = tokenizer if (folder / TOKENIZER).is_file() else base
+        use = _use_of_foreign(folder, about.get("task_type"), tokenizer, given.quantization)
+    _check_task(folder, use.task, folder)
+    _check_given(folder, use, given)
+    return TrainedRun(run=None, adapter=folder, base=base, tokenizer=tokenizer, trust_remote_code=False, use=use)
+
+
+def _settings_of(folder: Path) -> dict[str, Any]:
+    """What an adapter's own file says, plain LoRA's or a prompt-routed one's."""
+    path = folder / ADAPTER_CONFIG
+    path = path if path.is_file() else folder / ROUTED_ADAPTER
+    try:
+        return dict(files.read_json(path))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}; copy the adapter's folder again") from None
+
+
+def _use_of_foreign(folder: Path, peft_type: str | None, tokenizer: str, quantization: str | None) -> Use:
+    """How an adapter is used whose folder does not say it: asked as its tokenizer has it."""
+    if quantization is None:
+        raise ValueError(
+            f"{folder} does not say how its base was quantized in training (it has no {USE}, which dora-dist writes "
+            f"beside an adapter): give --model.quantization, one of {', '.join(QUANTIZATIONS)}"
+        )
+    require(
+        quantization in QUANTIZATIONS, "--model.quantization", quantization, f"be one of {', '.join(QUANTIZATIONS)}"
+    )
+    with _looking_for_base(folder):
+        chat = bool(load.load_tokenizer(tokenizer).chat_template)
+    where = "in its tokenizer's chat template" if chat else "under Alpaca's headings, as its tokenizer has no template"
+    say(f"{folder} does not say how its rows were worded: taken for ones {where}")
+    tasks = [task.name for task in TASKS.values() if task.peft_type == peft_type]
+    return Use(
+        task=tasks[0] if tasks else CAUSAL_LM,
+        quantization=quantization,
+        compute_dtype=str(load.resolve_compute_dtype("auto")).removeprefix("torch."),
+        rope_scaling=None,
+        new_tokens=None,
+        chat=chat,
+        formats=["auto"],
+        prompts=[None],
+        systems=[""],
+        control_tokens="refuse",
+        max_new_tokens=EvaluationConfig().max_new_tokens,
+    )
+
+
+def _check_task(opened: Path, task: str, adapter: Path) -> None:
+    if task != CAUSAL_LM:
+        raise ValueError(
+            f"{opened} was trained with task {task}, and this command is for {CAUSAL_LM}. Its adapter is plain LoRA: "
+            f"PeftModel.from_pretrained(base, {str(adapter)!r}), where base is of {TASKS[task].auto_class}"
+        )
+
+
+def _check_given(opened: Path, use: Use, given: GivenBase) -> None:
+    if given.quantization not in (None, use.quantization):
+        raise ValueError(
+            f"--model.quantization is {given.quantization}, but {opened} was trained with {use.quantization}, and is "
+            "used so: leave it out"
+        )
 
 
 def default_device() -> torch.device:

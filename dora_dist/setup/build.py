@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from dora_dist.adapter.from_folder import FoundAdapter
 from dora_dist.adapter.model import DynamicLoraForCausalLM, DynamicLoraModel, add_dynamic_lora
 from dora_dist.base_model import load
 from dora_dist.base_model.kernels import NO_KERNELS, use_kernels
@@ -124,8 +125,10 @@ def load_model(
     tokenizer: PreTrainedTokenizerBase,
     labels: Sequence[str] | None = None,
     shards: ShardedBase | None = None,
+    start: FoundAdapter | None = None,
 ) -> DynamicLoraModel:
-    """The frozen base with its adapter, and the head of its task, at the start; arguments as of :func:`load_base`."""
+    """The frozen base with its adapter, and the head of its task, at the start; arguments as of :func:`load_base`, and
+    ``start`` is the adapter whose components it starts with."""
     base = load_base(config, device, tokenizer, labels, shards)
     adapter = config.adapter
     if adapter.dtype == "auto" and not config.distributed.engine.startswith("zero"):
@@ -135,14 +138,14 @@ def load_model(
     init: Init = adapter.init if adapter.init in DRAWN_INITS else "lora"
     # And so are ranks from data; until then, all layers have as many slots.
     ranks = UNIFORM if adapter.ranks in RANKS_FROM_DATA else adapter.ranks
-    adapter = dataclasses.replace(adapter, init=init, ranks=ranks, seed=adapter_seed(config))
+    adapter = dataclasses.replace(adapter, init=init, ranks=ranks, seed=adapter_seed(config), start_from=None)
     kernels = NO_KERNELS
     if config.model.fuse and config.model.kernels == "auto" and device.type == "cuda":
         kernels = use_kernels(base)
     if adapter.routing == PROMPT:
         return add_routed_lora(base, adapter)
     token_ids = ids_of(tokenizer, adapter.new_tokens or [])
-    return add_dynamic_lora(base, adapter, config.model.fuse, kernels, token_ids=token_ids)
+    return add_dynamic_lora(base, adapter, config.model.fuse, kernels, token_ids=token_ids, found=start)
 
 
 def leave_out_logits(model: DynamicLoraModel) -> None:

@@ -6,13 +6,14 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from dora_dist.adapter.plain_lora import ADAPTER_CONFIG, adapter_bytes
+from dora_dist.adapter.plain_lora import adapter_bytes
 from dora_dist.config.adapter import PROMPT
+from dora_dist.config.format_version import ADAPTER_CONFIG, ROUTED_ADAPTER
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import CAUSAL_LM, TASKS
 from dora_dist.console.files import read_json
 from dora_dist.console.text import format_bytes
-from dora_dist.routing.files import SETTINGS, TENSORS, is_routed
+from dora_dist.routing.files import TENSORS, is_routed
 
 
 def describe_adapter(folder: Path, config: RunConfig) -> str:
@@ -56,7 +57,7 @@ def describe_use(
         load = f"AutoPeftModelForCausalLM.from_pretrained({str(folder)!r})"
         return _aligned([*lines, ("in Python", load), ("served", merged), shared])
     if is_routed(folder):
-        base, load = read_json(folder / SETTINGS)["base_model"], "dora_dist.load_adapter"
+        base, load = read_json(folder / ROUTED_ADAPTER)["base_model"], "dora_dist.load_adapter"
     else:
         base, load = read_json(folder / ADAPTER_CONFIG)["base_model_name_or_path"], "PeftModel.from_pretrained"
     outputs = "" if labels is None else f", num_labels={len(labels) if isinstance(labels, list) else 1}"

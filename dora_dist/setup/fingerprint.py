@@ -8,7 +8,6 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from dora_dist.adapter.from_folder import FoundAdapter
 from dora_dist.base_model import load
 from dora_dist.config.adapter import RANKS_FROM_DATA, UNIFORM
 from dora_dist.config.run import RunConfig
@@ -43,10 +42,10 @@ def fingerprint_of(
     ranks: int,
     components: Mapping[str, int],
     schedule: Schedule,
-    start: FoundAdapter | None = None,
+    start: str | None = None,
 ) -> Fingerprint:
     """The fingerprint of the run that is decided by these; ``ranks`` are processes, ``components`` has those that each
-    layer starts with, and ``start`` is the adapter that the run goes on from."""
+    layer starts with, and ``start`` is the identity of the adapter that the run starts from."""
     interval = schedule.interval if isinstance(schedule, BudgetSchedule) else config.pruning.interval
     adapter = {**dataclasses.asdict(config.adapter), "seed": adapter_seed(config)}
     if config.adapter.ranks not in (UNIFORM, *RANKS_FROM_DATA):  # a plan's file may move, or be written again
@@ -55,7 +54,7 @@ def fingerprint_of(
     if config.adapter.new_tokens is None:  # left out, as in runs of earlier versions
         del adapter["new_tokens"]
     if start is not None:
-        adapter["start_from"] = f"{len(start.layers)} layers, {start.digest()}"
+        adapter["start_from"] = start
     return Fingerprint(
         task=config.task,
         seed=config.seed,

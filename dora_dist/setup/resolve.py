@@ -1,12 +1,14 @@
 """What a run will be, decided from its configuration and its data before any weight is read."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from dora_dist.adapter.from_folder import describe_start, find_start
+from dora_dist.adapter.from_folder import FoundAdapter, describe_start, find_start
 from dora_dist.adapter.ranks import resolve_ranks
 from dora_dist.base_model import block_weights, load
 from dora_dist.base_model.new_tokens import fit_rows, ids_of, num_row_parameters
@@ -68,6 +70,7 @@ class ResolvedRun:
         fingerprint: settings that a resumed run must not change.
         best: how the best checkpoint is found; None where the last one is taken.
         row_parameters: trained parameters in the rows of new tokens.
+        start: adapter whose components the model starts with; None for new ones, and where a checkpoint has them.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -82,6 +85,7 @@ class ResolvedRun:
     fingerprint: Fingerprint
     best: BestRule | None
     row_parameters: int = 0
+    start: FoundAdapter | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -122,6 +126,7 @@ def resolve_run(
     accumulation: int | None = None,
     ranks: int = 1,
     card: int | None = None,
+    started_from: str | None = None,
 ) -> ResolvedRun:
     """Resolve everything that needs no weights, and refuse what cannot work.
 
@@ -132,6 +137,8 @@ def resolve_run(
         accumulation: gradient accumulation steps; None for those of the configuration.
         ranks: of the run.
         card: bytes of the smallest GPU of the run; None where a rank has none.
+        started_from: identity of the adapter that an earlier start of the run began with; None for a run that begins,
+            and for one with a new adapter.
 
     Raises:
         ValueError: data, training section, targets or schedule cannot work together.
@@ -150,8 +157,8 @@ def resolve_run(
     notes = check_vocabulary(skeleton, tokenizer, data)
     ranks_of_layers, budget = check_method(config, skeleton, arguments.max_steps)
     check_context(skeleton, data)
-    found = find_start(skeleton, config.adapter, ranks_of_layers)
-    notes += [] if found is None else describe_start(found, config.model.path, ranks_of_layers)
+    found, start, told = _resolve_start(config, skeleton, ranks_of_layers, started_from)
+    notes += told
     recomputation, remarks = resolve_recomputation(config, skeleton, data, ranks, card)
     if config.adapter.routing == PROMPT:
         remarks = [*remarks, LAYER_BY_LAYER]
@@ -166,10 +173,29 @@ def resolve_run(
         left_out=block_weights.describe_left_out(skeleton, config.adapter, ranks_of_layers),
         budget=budget,
         recomputation=recomputation,
-        fingerprint=fingerprint_of(config, arguments, data, plan, ranks, ranks_of_layers, budget.schedule, found),
+        fingerprint=fingerprint_of(config, arguments, data, plan, ranks, ranks_of_layers, budget.schedule, start),
         best=best_rule(config, arguments, data, budget.schedule.final_step),
         row_parameters=num_row_parameters(skeleton, len(new_tokens)),
+        start=found,
     )
+
+
+def _resolve_start(
+    config: RunConfig, skeleton: PreTrainedModel, slots: Mapping[str, int], started_from: str | None
+) -> tuple[FoundAdapter | None, str | None, list[str]]:
+    """The adapter of ``adapter.start_from``, its identity, and remarks; arguments as of :func:`resolve_run`.
+
+    A run that goes on has its components in the checkpoint: the folder is compared where it is still there.
+    """
+    folder = config.adapter.start_from
+    if started_from is not None and folder is not None and not Path(folder).expanduser().exists():
+        gone = f"adapter.start_from is {folder}, which is not there any more: the run has what it began with"
+        return None, started_from, [gone]
+    found = find_start(skeleton, config.adapter, slots)
+    if found is None:
+        return None, None, []
+    remarks = describe_start(found, config.model.path, slots) if started_from is None else []
+    return (found if started_from is None else None), found.identity(), remarks
 
 
 def _check_answers(config: RunConfig, data: RunData) -> None:

@@ -21,6 +21,7 @@ from dora_dist.config.format_version import METHOD_TENSORS
 from dora_dist.console.text import say
 from dora_dist.runs import checkpoint
 from dora_dist.runs.card import card_of
+from dora_dist.runs.use import write_use
 from dora_dist.training import method_state
 from dora_dist.training.optimizer_shards import OptimizerShards, WholeState, is_sharded, load_whole
 from dora_dist.training.parts import LoopSettings, TrainingParts
@@ -99,7 +100,7 @@ class Checkpointer:
         with self._agreement.together(f"writing {folder}"), checkpoint.room_needed(folder):
             write_trainer_files()
             if self._agreement.is_first:
-                self._complete_card(folder)
+                self._describe(folder)
             self._write_optimizer(folder)
             if self._agreement.is_first:
                 torch.save(self._scheduler.state_dict(), folder / SCHEDULER_NAME)
@@ -186,10 +187,12 @@ class Checkpointer:
             fresh = np.random.SeedSequence([seed, self._controller.step]).generate_state(1)[0]
             set_seed(int(fresh) % 2**31, device_specific=True)
 
-    def _complete_card(self, folder: Path) -> None:
-        """What the records say about the run goes into the adapter's card; a run does not end for want of it."""
+    def _describe(self, folder: Path) -> None:
+        """What the records say about the run goes beside the adapter, into its card and for its use; a run does not end
+        for want of it."""
         try:
             complete_card(folder, *card_of(self._records.folder))
+            write_use(self._records.folder, folder)
         except (OSError, ValueError) as error:
             say(f"the card of {folder} says nothing about the run, whose records cannot be read: {error}")
 

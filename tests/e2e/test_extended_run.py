@@ -38,11 +38,17 @@ def test_an_extended_run_begins_where_the_first_one_ended_and_can_be_resumed(fin
 
     assert f"start from {adapter}, rule none" in (tmp_path / "run" / "adapter" / "README.md").read_text()
 
-    for name in ("again", "other"):
+    for name in ("again", "without", "other"):
         (tmp_path / name).mkdir()
     resumed = stopped_at(3, tmp_path / "run", tmp_path / "again")
     run_to_the_end(config, resumed, tmp_path / "log-again")
     assert_same_run(tmp_path / "run", resumed)
+
+    adapter.rename(tmp_path / "away")
+    without = stopped_at(3, tmp_path / "run", tmp_path / "without")
+    assert "which is not there any more" in run_to_the_end(config, without, tmp_path / "log-without")
+    assert_same_run(tmp_path / "run", without)
+    (tmp_path / "away").rename(adapter)
 
     described = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**described, "lora_alpha": 3}))

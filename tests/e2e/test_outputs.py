@@ -2,9 +2,11 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
+import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -104,8 +106,14 @@ def test_the_exported_adapter_of_a_checkpoint_is_verified(reference, tmp_path):
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["r"] == 8
 
 
-def test_answers_of_base_and_adapter_are_shown(reference):
-    finished = run_forked("generate", str(reference.run), "--prompt", "w1 w2", "--input", "w5 w6")
+@pytest.mark.parametrize("name", ["adapter", "checkpoint-5"])
+def test_answers_are_shown_of_a_run_and_of_its_adapter_that_was_copied_elsewhere(reference, tmp_path, name):
+    asked, checkpoint = ("--prompt", "w1 w2", "--input", "w5 w6"), ("--checkpoint", name) * (name != "adapter")
+    finished = run_forked("generate", str(reference.run), *checkpoint, *asked)
     assert finished.status == 0, finished.output
-    assert "base" in finished.output
-    assert "adapter" in finished.output
+    assert "--- base" in finished.output
+    assert "--- adapter" in finished.output
+    copied = shutil.copytree(reference.run / name, tmp_path / "copy")
+    alone = run_forked("generate", str(copied), *asked)
+    assert alone.status == 0, alone.output
+    assert alone.output[alone.output.index("--- prompt") :] == finished.output[finished.output.index("--- prompt") :]

@@ -14,10 +14,11 @@ from support.tiny_run import write_config
 from transformers import AutoTokenizer
 
 import dora_dist
+from dora_dist.config.format_version import ROUTED_ADAPTER
 from dora_dist.data.encoding.text import encode_prompts
 from dora_dist.data.reading.samples import alpaca_prompt
 from dora_dist.evaluation.answers import generate_answers
-from dora_dist.routing.files import SETTINGS, TENSORS
+from dora_dist.routing.files import TENSORS
 
 STAYS = {"rule": "none"}
 ROUTED = {"routing": "prompt", "target_rank": 2, "initial_rank": None, "modules_per_prompt": 3, "balance_weight": 0.5}
@@ -137,5 +138,5 @@ def test_its_card_says_what_loads_it(run):
 
 
 def test_the_folder_names_its_base(run):
-    about = json.loads((run / "run" / "adapter" / SETTINGS).read_text())
+    about = json.loads((run / "run" / "adapter" / ROUTED_ADAPTER).read_text())
     assert about["base_model"] == str(run / "model")

@@ -29,6 +29,7 @@ from dora_dist.distributed.preemption import PreemptionNotice
 from dora_dist.memory.estimate import card_bytes
 from dora_dist.method.prune_event import PruneEvent
 from dora_dist.runs import records, resume, summary
+from dora_dist.runs.use import write_use
 from dora_dist.setup import build, resolve, run_data
 from dora_dist.setup.fingerprint import adapter_seed
 from dora_dist.setup.recomputation import apply_recomputation
@@ -245,6 +246,7 @@ def _write_result(
         head={name: dict(head.named_parameters()) for name, head in trained_heads(model).items()},
     )
     resolved.tokenizer.save_pretrained(adapter)
+    write_use(Path(config.output_dir), adapter)
     files.follow_umask(adapter)
 
 

@@ -215,3 +215,18 @@ def shortened(value: object) -> str:
     """A value as an error message shows it."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def texts_of_parts(content: list[Any], place: str) -> list[str]:
+    """The texts of a message's content in OpenAI's parts.
+
+    Raises:
+        RowFlaw: a part is no text.
+    """
+    for number, part in enumerate(content):
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise RowFlaw(
+                f"{place}[{number}]",
+                f"must be a part of text, {{type: text, text: ...}}, since no other is read, got {shortened(part)}",
+            )
+    return [part["text"] for part in content]

@@ -11,8 +11,9 @@ from support.tiny_models import adapt, load_base, logits, shake, tiny_model
 
 from dora_dist import DynamicLoraConfig
 from dora_dist.adapter.from_folder import find_start, read_adapter
-from dora_dist.adapter.plain_lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS
 from dora_dist.adapter.ranks import resolve_ranks, write_plan
+from dora_dist.config.format_version import ADAPTER_CONFIG
 
 FIRST = "model.layers.0.self_attn.q_proj"
 PLAIN = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj", "down_proj"]}
@@ -92,7 +93,7 @@ def test_the_digest_is_of_the_content_wherever_it_lies(saved_base, tmp_path):
     write_peft(tmp_path / "one", load_base(saved_base, "none"))
     write_peft(tmp_path / "two", load_base(saved_base, "none"))
     write_peft(tmp_path / "three", load_base(saved_base, "none"), lora_alpha=6)
-    one, two, three = (read_adapter(str(tmp_path / name)).digest() for name in ("one", "two", "three"))
+    one, two, three = (read_adapter(str(tmp_path / name)).identity() for name in ("one", "two", "three"))
     assert one == two != three
 
 

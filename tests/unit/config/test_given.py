@@ -83,6 +83,14 @@ def test_the_command_line_wins_over_text_of_the_file(load):
         ("training: {max_steps: '12'}", "training.max_steps is '12', but must be a whole number"),
         ("checkpoint: {resume: no}", "checkpoint.resume is false, but must be text: put it in quotation marks"),
         ("checkpoint: {resume: 12}", "checkpoint.resume is 12, but must be text: put it in quotation marks$"),
+        ("adapter: {new_tokens: <call>}", "adapter.new_tokens is <call>, but must be a list of texts or null"),
+        ("adapter: {new_tokens: [1]}", r"adapter.new_tokens is \[1\], but must be a list of texts or null"),
+        ("model: {path: m, rope_scaling: [yarn]}", r"model.rope_scaling is \['yarn'\], but must be a mapping or null"),
+        ("data: {train: t, chat_template_kwargs: [a]}", r"chat_template_kwargs is \['a'\], but must be a mapping$"),
+        (
+            "data: {train: t, chat_template_kwargs: {1: a}}",
+            "kwargs is 1, but must have names of variables",
+        ),
     ],
 )
 def test_text_in_the_place_of_a_number_and_the_other_way_round_is_refused(load, added, message):

@@ -2,7 +2,9 @@
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from support.trained_run import TrainedFolder, character_tokenizer, make_base, m
 from dora_dist.data.encoding.chat import choose_template
 from dora_dist.evaluate import __main__ as command
 from dora_dist.runs.task_figures import paired_error
+from dora_dist.runs.use import write_use
 
 pytestmark = pytest.mark.full("evaluate")
 CHOICES = ["red", "blue green", "no"]
@@ -109,6 +112,15 @@ def test_figures_are_those_of_our_own_likelihoods(run, tasks, capsys):
     line = json.loads((run.folder / "evaluations.jsonl").read_text().splitlines()[-1])
     assert line["environment"]["versions"]["lm-eval"] != "not installed"
     assert "## Tasks" in (run.folder / "adapter" / "README.md").read_text()
+
+
+def test_an_adapter_without_its_run_has_the_same_figures_and_nothing_is_written_beside_it(run, tasks, tmp_path):
+    wanted = evaluate(run, tasks, "--tasks", "colours")
+    copied = Path(shutil.copytree(run.folder / "adapter", tmp_path / "copy"))
+    write_use(run.folder, copied)
+    there = {path.name: path.read_bytes() for path in copied.iterdir()}
+    assert evaluate(replace(run, folder=copied), tasks, "--tasks", "colours") == wanted
+    assert {path.name: path.read_bytes() for path in copied.iterdir()} == there
 
 
 def test_a_chat_template_is_put_around_and_a_limit_takes_the_first_examples(run, tasks):

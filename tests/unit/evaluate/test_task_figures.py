@@ -10,7 +10,7 @@ from support.trained_run import make_base, make_run
 
 from dora_dist.evaluate import __main__ as command
 from dora_dist.evaluate.harness import figures_of
-from dora_dist.runs.task_figures import TaskFigure, latest_figures, paired_error, record_figures, table_of
+from dora_dist.runs.task_figures import TaskFigure, latest_figures, line_of, paired_error, record_line, table_of
 
 BASE = {0: 1.0, 1: 0.0, 2: 0.0, 3: 1.0}
 ADAPTER = {0: 1.0, 1: 1.0, 2: 0.0, 3: 1.0}
@@ -75,9 +75,9 @@ def test_the_table_has_base_adapter_and_difference():
 
 
 def test_the_latest_figures_of_an_adapter_are_found_again(tmp_path):
-    record_figures(tmp_path, "adapter", [figure(), figure(metric="f1")], {"limit": 3})
-    record_figures(tmp_path, "checkpoint-5", [figure(base=0.1)], {})
-    record_figures(tmp_path, "adapter", [figure(base=0.3)], {})
+    record_line(tmp_path, line_of("adapter", [figure(), figure(metric="f1")], {"limit": 3}))
+    record_line(tmp_path, line_of("checkpoint-5", [figure(base=0.1)], {}))
+    record_line(tmp_path, line_of("adapter", [figure(base=0.3)], {}))
     assert latest_figures(tmp_path) == [figure(base=0.3), figure(metric="f1")]
     assert json.loads((tmp_path / "evaluations.jsonl").read_text().splitlines()[0])["limit"] == 3
     assert latest_figures(tmp_path / "nowhere") == []
@@ -91,6 +91,7 @@ def test_the_latest_figures_of_an_adapter_are_found_again(tmp_path):
         (["--tasks", "a", "--batch-size", "0"], "--batch-size is 0, but must be at least 1"),
         (["--tasks", "a", "--include-path", "nowhere"], "--include-path is nowhere, but must be a folder"),
         (["--tasks", "a", "--output", "nowhere/x.json"], "--output is nowhere/x.json, but must lie in a folder"),
+        (["--tasks", "a", "--output", "."], "--output is ., but must be a file, and not a folder"),
     ],
 )
 def test_options_that_cannot_work_are_refused(options, message):
@@ -112,7 +113,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_card_has_the_latest_table_once(run):
     for base in (0.5, 0.25):
-        record_figures(run, "adapter", [figure(base=base)], {})
+        record_line(run, line_of("adapter", [figure(base=base)], {}))
         command._add_to_card(run)
     card = (run / "adapter" / "README.md").read_text()
     assert card.count("## Tasks") == 1

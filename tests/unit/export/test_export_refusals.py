@@ -58,8 +58,14 @@ def test_rank_smaller_than_the_widest_module() -> None:
 
 
 def test_folder_that_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"not the folder of a run: it has no config\.yaml"):
+    with pytest.raises(ValueError, match=r"is neither the folder of a run \(it has no config\.yaml\) nor"):
         export.main([str(tmp_path), "--format", "peft"])
+
+
+def test_output_below_a_file(run: TrainedFolder, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"--output is .*/file/out, but .*/file is a file: choose a folder"):
+        run_export(run, tmp_path / "file" / "out", "--format", "peft")
 
 
 def test_base_that_has_moved(run: TrainedFolder, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def collect(lines: str, raw: bool, monkeypatch: pytest.MonkeyPatch) -> list[str]
 
 
 def trained_on(prompts=(None,), systems=("",), chat=False) -> SimpleNamespace:
-    return SimpleNamespace(prompts=set(prompts), systems=set(systems), chat=chat)
+    return SimpleNamespace(prompts=list(prompts), systems=list(systems), chat=chat)
 
 
 def asked(trained: SimpleNamespace, *lines: str, system: str | None = None, monkeypatch: pytest.MonkeyPatch):
@@ -173,6 +173,29 @@ def test_a_run_on_conversations_is_asked_in_its_chat_template(monkeypatch: pytes
         questions[2].prompt(tokenizer, chat=False)
 
 
+def test_content_in_parts_is_joined_as_in_training(run: TrainedFolder, tmp_path: Path, capsys) -> None:
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = choose_template(tokenizer, "plain").text
+    parts = [{"type": "text", "text": "Who"}, {"type": "text", "text": "is it?"}]
+    asked = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": parts[:1]}]
+    asked += [{"role": "user", "content": parts}]
+    (question,) = asking.read_questions([json.dumps({"messages": asked})], raw=False)
+    rules = EncodingRules(format="messages", as_chat=True, template=tokenizer.chat_template, train_on="last")
+    line = json.dumps({"messages": [*asked, {"role": "assistant", "content": "I"}]})
+    trained = build_encoder(tokenizer, rules)({"place": [""], "json": [line], "flaw": [""]})
+    prompt = trained["input_ids"][0][: trained["answer_start"][0]]
+    assert question.ids(tokenizer, True, control_tokens(tokenizer)) == prompt
+    assert "Who\nis it?" in tokenizer.decode(prompt)
+
+
+def test_parts_that_are_no_text_are_refused(run: TrainedFolder, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    parts = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": "a.png"}}]
+    file.write_text(json.dumps({"messages": [{"role": "user", "content": parts}]}) + "\n")
+    with pytest.raises(ValueError, match=r"line 1 of .*field 'messages\[0\].content\[1\]' must be a part of text"):
+        command.main([str(run.folder), "--file", str(file)])
+
+
 @pytest.mark.parametrize("chat", [True, False], ids=["in the template", "plain"])
 @pytest.mark.parametrize("row", [{"instruction": "What is </s>?", "input": "<s>"}, {"prompt": "What is </s>?"}])
 def test_control_tokens_in_a_question_are_what_they_were_in_training(row: dict[str, str], chat: bool) -> None:
@@ -216,7 +239,7 @@ def test_options_that_do_not_fit(run: TrainedFolder, options: list[str], message
 
 
 def test_folder_that_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="not the folder of a run"):
+    with pytest.raises(ValueError, match=r"is neither the folder of a run .* nor that of an adapter"):
         command.main([str(tmp_path), "--prompt", "a"])
 
 

@@ -89,6 +89,8 @@ def test_tokens_come_as_often_as_their_probabilities_say(run: TrainedFolder) -> 
         (["--temperature", "1", "--top-k", "0"], "--top-k is 0, but must be at least 1"),
         (["--batch-size", "0"], "--batch-size is 0, but must be at least 1"),
         (["--file", "nowhere.jsonl"], "--file is nowhere.jsonl, which cannot be read"),
+        (["--max-new-tokens", "257"], "--max-new-tokens is 257, but must be at most 256, the model's context"),
+        (["--prompt", "x" * 300], r"a prompt has \d+ tokens, which leave no room for an answer .* context of 256"),
         (["--chat", "--raw"], "--raw is True, but with --chat what is asked is typed"),
         (["--chat"], "--chat is given, but this run was not trained in a chat template"),
     ],

@@ -9,7 +9,8 @@ from support.tiny_models import adapt, decisions, load_base, logits, routed, sha
 
 import dora_dist
 from dora_dist.adapter.card import CARD
-from dora_dist.routing.files import SETTINGS, TENSORS
+from dora_dist.config.format_version import ROUTED_ADAPTER
+from dora_dist.routing.files import TENSORS
 
 
 @pytest.fixture
@@ -20,8 +21,8 @@ def folder(tmp_path):
 
 
 def change(folder, **values):
-    about = json.loads((folder / SETTINGS).read_text())
-    (folder / SETTINGS).write_text(json.dumps({**about, **values}))
+    about = json.loads((folder / ROUTED_ADAPTER).read_text())
+    (folder / ROUTED_ADAPTER).write_text(json.dumps({**about, **values}))
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
@@ -39,7 +40,7 @@ def test_what_is_saved_loads_as_the_same_model(tmp_path, quantization):
 
 
 def test_the_folder_says_what_it_is(folder):
-    about = json.loads((folder / SETTINGS).read_text())
+    about = json.loads((folder / ROUTED_ADAPTER).read_text())
     assert (about["format"], about["modules_per_prompt"]) == (1, 3)
     assert [len(names) for names in about["blocks"]] == [7, 7]
     tensors = load_file(folder / TENSORS)
@@ -47,7 +48,7 @@ def test_the_folder_says_what_it_is(folder):
     assert tensors["routers.1.pooler"].shape == (64,)
     assert tensors["model.layers.0.mlp.down_proj.lora_A"].shape == (2, 128)
     assert len(tensors) == 2 * (7 * 2 + 2)
-    assert {path.name for path in folder.iterdir()} == {SETTINGS, TENSORS, CARD}, (
+    assert {path.name for path in folder.iterdir()} == {ROUTED_ADAPTER, TENSORS, CARD}, (
         "nothing that PEFT would take for its own"
     )
 
@@ -90,7 +91,7 @@ def test_another_base_is_refused(folder, other, there):
 
 
 def test_modules_in_another_order_are_refused(folder):
-    blocks = json.loads((folder / SETTINGS).read_text())["blocks"]
+    blocks = json.loads((folder / ROUTED_ADAPTER).read_text())["blocks"]
     change(folder, blocks=[block[::-1] for block in blocks])
     with pytest.raises(ValueError, match="has its modules in other blocks than this LlamaForCausalLM"):
         dora_dist.load_adapter(tiny_model(), folder)

@@ -13,7 +13,7 @@ from dora_dist.evaluation.evaluator import ShownAnswer
 from dora_dist.runs import pictures, records
 from dora_dist.runs.claim import Claim
 from dora_dist.runs.summary import finish_run, format_summary, is_finished, rank_table, report, summarize
-from dora_dist.runs.task_figures import TaskFigure, record_figures
+from dora_dist.runs.task_figures import TaskFigure, line_of, record_line
 
 PARENTS = dict.fromkeys(PROJECTIONS[:4], "self_attn") | dict.fromkeys(PROJECTIONS[4:], "mlp")
 
@@ -160,7 +160,7 @@ def test_a_report_has_the_latest_figures_of_tasks(tmp_path):
     assert "colours" not in report(tmp_path)
     errors = {"base_error": None, "adapter_error": None, "difference_error": 0.125}
     figure = TaskFigure(task="colours", metric="acc", examples=4, base=0.5, adapter=0.75, **errors)
-    record_figures(tmp_path, "adapter", [figure], {})
+    record_line(tmp_path, line_of("adapter", [figure], {}))
     assert report(tmp_path).endswith("+0.2500 ± 0.1250")
 
 

@@ -1,0 +1,102 @@
+"""How an adapter is used as in its training: what its folder says of it, wherever it is copied to."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from dora_dist.base_model.load import resolve_compute_dtype
+from dora_dist.config.parse import load_config
+from dora_dist.config.run import RunConfig
+from dora_dist.console import files
+from dora_dist.runs import records
+
+USE = "dora_dist.json"
+"""Name of the file beside an adapter's weights."""
+FORMAT = 1
+"""Incremented by changes after which older files mean something else or cannot be read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use:
+    """The settings of a run that its adapter depends on when it is used. All values are plain JSON.
+
+    Attributes:
+        task: of the run.
+        quantization: of the base.
+        compute_dtype: in which the base was read before it was quantized, such as ``float32``; never ``auto``.
+        rope_scaling: of the base's rotary positions; None for what it has.
+        new_tokens: texts of the tokens that the run has added; None where it has added none.
+        chat: whether it was trained on conversations, in the chat template saved with the tokenizer.
+        formats: row formats of the training data.
+        prompts: the ``data.prompt`` of each of its sources; None stands for sources without one.
+        systems: the system messages that its sources add to conversations without one.
+        control_tokens: what becomes of control tokens in texts.
+        max_new_tokens: length limit of an answer in tokens.
+    """
+
+    task: str
+    quantization: str
+    compute_dtype: str
+    rope_scaling: Mapping[str, Any] | None
+    new_tokens: list[str] | None
+    chat: bool
+    formats: list[str]
+    prompts: list[str | None]
+    systems: list[str]
+    control_tokens: str
+    max_new_tokens: int
+
+    @classmethod
+    def of(cls, config: RunConfig, run: Path) -> Self:
+        """That of the run with this configuration, by what it has recorded in its folder."""
+        dtype = str(resolve_compute_dtype(config.model.compute_dtype))
+        data: dict[str, Any] = {}
+        if (run / records.RUN).is_file():
+            data = files.read_json(run / records.RUN).get("data", {})
+            dtype = records.read_fingerprint(run).model["compute_dtype"]  # `auto` was resolved on the run's machine
+        sources = config.data.train_sources
+        return cls(
+            task=config.task,
+            quantization=config.model.quantization,
+            compute_dtype=dtype.removeprefix("torch."),
+            rope_scaling=config.model.rope_scaling,
+            new_tokens=config.adapter.new_tokens,
+            chat=data.get("chat", False),
+            formats=sorted({source["format"] for source in data.get("train", [])} or {config.data.format}),
+            prompts=list(dict.fromkeys(map(config.data.prompt_of, sources))),
+            systems=sorted(set(map(config.data.system_of, sources))),
+            control_tokens=config.data.control_tokens,
+            max_new_tokens=config.evaluation.max_new_tokens,
+        )
+
+    def write(self, adapter: Path) -> None:
+        """Let the folder of an adapter say so."""
+        files.write_json(adapter / USE, {"format": FORMAT, **asdict(self)})
+
+    @classmethod
+    def read(cls, adapter: Path) -> Self | None:
+        """What the folder of an adapter says; None where it says nothing.
+
+        Raises:
+            ValueError: a later version wrote it, or it is damaged.
+        """
+        path = adapter / USE
+        if not path.is_file():
+            return None
+        try:
+            said = files.read_json(path)
+            version = said.pop("format")
+            if version == FORMAT:
+                return cls(**said)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} cannot be read: {error}; copy the adapter's folder again") from None
+        raise ValueError(
+            f"{path} has format {version}, but this version of dora-dist reads format {FORMAT}: a later version wrote "
+            "it. Update dora-dist"
+        )
+
+
+def write_use(run: Path, adapter: Path) -> None:
+    """Let the folder of an adapter say how it is used, by the records of its run."""
+    Use.of(load_config(run / records.CONFIG), run).write(adapter)
