@@ -43,6 +43,22 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return list(each_line(path))
 
 
+def refuse_taken(output: Path, option: str) -> None:
+    """Refuse a folder to write that is there, or that lies below a file, before anything is computed for it.
+
+    Args:
+        output: the folder.
+        option: that it was given by, such as ``--output``.
+
+    Raises:
+        ValueError: something is in its way.
+    """
+    if output.exists():
+        raise ValueError(f"{output} exists already: give another folder as {option}, or delete it")
+    if files := [parent for parent in output.parents if parent.is_file()]:
+        raise ValueError(f"{option} is {output}, but {files[0]} is a file: give another folder")
+
+
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
     """A temporary folder that becomes ``output`` at the end, or is removed if anything fails.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from dora_dist.console.arguments import add_run_options
 from dora_dist.console.command import run_command
-from dora_dist.console.files import new_folder
+from dora_dist.console.files import new_folder, refuse_taken
 from dora_dist.console.library_warnings import quiet_libraries
 from dora_dist.console.phases import Phases
 from dora_dist.export.llama_cpp import PARTS, find_llama_cpp
@@ -85,10 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
     check_options(options)
     output = options.output or options.run / f"export-{options.format}"
-    if output.exists():
-        raise ValueError(f"{output} exists already: choose another folder with --output, or delete it")
-    if files := [parent for parent in output.parents if parent.is_file()]:
-        raise ValueError(f"--output is {output}, but {files[0]} is a file: choose a folder")
+    refuse_taken(output, "--output")
     llama_cpp = find_llama_cpp(options.llama_cpp) if options.format == "gguf" else None
     # Heavy imports wait until the arguments have been found to be sound.
     from dora_dist.export import formats, to_gguf

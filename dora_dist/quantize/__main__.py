@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dora_dist.console.command import run_command
-from dora_dist.console.files import new_folder
+from dora_dist.console.files import new_folder, refuse_taken
 from dora_dist.console.library_warnings import quiet_libraries
 from dora_dist.console.phases import Phases
 from dora_dist.console.text import format_bytes, time_span
@@ -45,8 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     quiet_libraries()
     options = build_parser().parse_args(arguments)
-    if options.output.exists():
-        raise ValueError(f"{options.output} exists already: give a folder that does not, or delete it")
+    refuse_taken(options.output, "OUT")
     # Heavy imports wait until the arguments have been found to be sound.
     from dora_dist.base_model.load import BaseModelSpec, resolve_compute_dtype
     from dora_dist.quantize.writing import write_quantized

@@ -62,12 +62,6 @@ def test_folder_that_is_no_run(tmp_path: Path) -> None:
         export.main([str(tmp_path), "--format", "peft"])
 
 
-def test_output_below_a_file(run: TrainedFolder, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"--output is .*/file/out, but .*/file is a file: choose a folder"):
-        run_export(run, tmp_path / "file" / "out", "--format", "peft")
-
-
 def test_base_that_has_moved(run: TrainedFolder, tmp_path: Path) -> None:
     moved = TrainedFolder(shutil.copytree(run.folder, tmp_path / "run"), run.base, run.model)
     config = moved.folder / records.CONFIG

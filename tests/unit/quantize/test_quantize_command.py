@@ -147,7 +147,7 @@ def test_what_was_interrupted_is_no_model(base, tmp_path, monkeypatch):
 
 
 def test_a_folder_that_exists_is_not_written_to(base, tmp_path):
-    with pytest.raises(ValueError, match=r"base exists already: give a folder that does not"):
+    with pytest.raises(ValueError, match=r"base exists already: give another folder as OUT"):
         quantize.main([str(base), str(base)])
 
 
