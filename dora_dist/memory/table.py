@@ -88,8 +88,8 @@ def _at(step: StepMemory, name: str) -> str:
 def _fits(estimate: MemoryEstimate) -> list[str]:
     columns = _columns(estimate)
     lines = [
-        f"  fits (with {format_bytes(CONTEXT_BYTES)} left for CUDA and NCCL, and no fragmentation); on the right "
-        "the layers that recompute_layers: auto recomputes"
+        f"  fits (with {format_bytes(CONTEXT_BYTES)} left for CUDA and NCCL, no fragmentation); on the right what "
+        "recompute_layers: auto recomputes"
     ]
     for size, count in estimate.auto.items():
         cells = ["yes" if step.peak.total + CONTEXT_BYTES <= size * GIB else "no" for step in columns.values()]
