@@ -55,7 +55,7 @@ def differences(reference: Path, killed: Path) -> list[str]:
 def distances(reference: Path, killed: Path) -> dict[str, Any]:
     """How far two finished runs are from each other that had other numbers of ranks.
 
-    Keys: ``last_checkpoint`` of both; ``events_equal``, whether they pruned the same components in the same steps;
+    Keys: ``last_checkpoint`` of both; ``events_equal``, whether they kept the same components in the same steps;
     ``steps_equal``, whether both have a line for each of the same steps; ``loss``, the mean and the largest relative
     difference of a step's training loss; ``held_out_loss``, by step, of the first run, of the second, and their
     relative difference.
@@ -67,7 +67,7 @@ def distances(reference: Path, killed: Path) -> dict[str, Any]:
     apart = [abs(losses[1][step] / loss - 1) for step, loss in losses[0].items() if step in losses[1]]
     return {
         "last_checkpoint": [checkpoint.checkpoints(run)[-1].name for run in runs],
-        "events_equal": (reference / "allocation.jsonl").read_bytes() == (killed / "allocation.jsonl").read_bytes(),
+        "events_equal": _kept(reference) == _kept(killed),
         "steps_equal": all(first.keys() == second.keys() for first, second in (losses, held_out)),
         "loss": {"mean": float(np.mean(apart)), "largest": float(np.max(apart))},
         "held_out_loss": [
@@ -76,6 +76,12 @@ def distances(reference: Path, killed: Path) -> dict[str, Any]:
             if step in held_out[1]
         ],
     }
+
+
+def _kept(run: Path) -> list[tuple[int, Mapping[str, list[int]]]]:
+    from dora_dist.runs.records import read_events
+
+    return [(event.step, event.kept) for event in read_events(run / "allocation.jsonl")]
 
 
 def _by_step(run: Path, key: str) -> dict[int, float]:

@@ -61,13 +61,14 @@ def test_runs_that_end_at_different_steps_differ(tmp_path):
     ]
 
 
-def write_run(run, losses, last=10):
+def write_run(run, losses, last=10, score=1.0):
     """A finished run with a loss a step, the last of them held out as well."""
     (run / f"checkpoint-{last}").mkdir(parents=True)
     lines = [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
     lines.append({"step": len(losses), "eval_loss": losses[-1]})
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (run / "allocation.jsonl").write_text('{"step": 3}\n')
+    event = {"step": 3, "num_kept": 2, "kept": {"q": [0, 2]}, "returned": 0, "final": True, "scores": {"q": score}}
+    (run / "allocation.jsonl").write_text(json.dumps(event) + "\n")
     return run
 
 
@@ -81,7 +82,7 @@ def write_run(run, losses, last=10):
     ],
 )
 def test_what_is_too_far_for_an_elastic_soak(tmp_path, losses, last, message):
-    apart = distances(write_run(tmp_path / "a", [1.0, 1.0]), write_run(tmp_path / "b", losses, last))
+    apart = distances(write_run(tmp_path / "a", [1.0, 1.0]), write_run(tmp_path / "b", losses, last, score=1.1))
     assert apart["events_equal"]
     assert [message in text for text in too_far(apart)] == ([True] if message else [])
     assert apart["loss"]["largest"] == pytest.approx(max(losses) - 1)
