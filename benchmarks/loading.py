@@ -1,7 +1,7 @@
 """Memory and time of loading a base on CPU ranks: transformers' own loading against this project's.
 
     OMP_NUM_THREADS=1 python benchmarks/loading.py
-    OMP_NUM_THREADS=1 python benchmarks/loading.py --layers 4 --only nf4 stored --loaders ours \\
+    OMP_NUM_THREADS=1 python benchmarks/loading.py --layers 16 --only nf4 stored --loaders ours \\
         --output benchmarks/results/loading_stored.json
 
 ``stored`` is a base that ``dora-dist quantize`` has written in NF4, and is read as it is.
