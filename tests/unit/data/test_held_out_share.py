@@ -134,7 +134,7 @@ def test_a_share_may_be_written_as_any_number(share, percent):
     assert DataConfig(train="train.jsonl", eval=share).eval_share == pytest.approx(percent / 100)
 
 
-@pytest.mark.parametrize("share", ["5,5%", "five %", "1e-3%"])
-def test_what_ends_as_a_share_and_is_none_is_no_file(share):
+@pytest.mark.parametrize("share", ["5,5%", "five %", "1e-3%", "5", "0.05"])
+def test_what_looks_like_a_share_and_is_none_is_no_file(share):
     with pytest.raises(ValueError, match=f"data.eval is '{share}', which is no share: write it as 5% or 0.5%"):
         DataConfig(train="train.jsonl", eval=share)
