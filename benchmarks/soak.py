@@ -254,7 +254,7 @@ def describe(number: int, session: dict[str, Any]) -> str:
 def run_soak(soak: Soak, options: argparse.Namespace) -> list[str]:
     """All of it; what failed."""
     result: dict[str, Any] = {
-        "command": "python benchmarks/soak.py",
+        "command": " ".join(["python", "benchmarks/soak.py", *sys.argv[1:]]),
         "arguments": {name: getattr(options, name) for name in ("minutes", "kill_every", "seed", "ranks")},
         **environment(),
     }

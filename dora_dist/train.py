@@ -426,17 +426,14 @@ def save_adapter(
         folder: is replaced.
         run: whose records say more about it, in its card and for its use; None for none.
     """
-    from dora_dist.adapter.card import complete_card
-    from dora_dist.runs.card import card_of
-    from dora_dist.runs.use import write_use
+    from dora_dist.training.checkpointing import complete_adapter
 
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     if run is not None:
-        complete_card(temporary, *card_of(run))
-        write_use(run, temporary)
+        complete_adapter(temporary, run)
     follow_umask(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)

@@ -20,7 +20,7 @@ MOST_FOLDERS = 8
 """More folders than a path has between two sources of one name."""
 SHARE = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*%\s*")
 """A share of the training rows, as ``data.eval`` can be."""
-ALMOST_A_SHARE = re.compile(r".*%|\d*\.?\d+")
+ALMOST_A_SHARE = re.compile(r".*%|\d*\.?\d+", re.DOTALL)
 """What ``data.eval`` does not take for a file."""
 LARGEST_SHARE = 50
 """Percent, below which a share must be: more would be held out than is trained on."""
@@ -215,10 +215,12 @@ def _is_plain(value: object) -> bool:
 
 def _share(given: object) -> float | None:
     """The share that ``data.eval`` says; None where it names files."""
-    found = SHARE.fullmatch(given) if isinstance(given, str) else None
-    if found is None and isinstance(given, str) and ALMOST_A_SHARE.fullmatch(given.strip()):
-        raise ValueError(f"data.eval is {given!r}, which is no share: write it as 5% or 0.5%")
+    if not isinstance(given, str):
+        return None
+    found = SHARE.fullmatch(given)
     if found is None:
+        if ALMOST_A_SHARE.fullmatch(given.strip()):
+            raise ValueError(f"data.eval is {given!r}, which is no share: write it as 5% or 0.5%")
         return None
     percent = float(found[1])
     within = 0 < percent < LARGEST_SHARE

@@ -56,11 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from dora_dist.routing.files import is_routed
     from dora_dist.routing.loading import load_adapter
     from dora_dist.runs.task_figures import line_of, record_line, table_of
-    from dora_dist.runs.trained_run import FINAL, GivenBase, default_device, open_run
+    from dora_dist.runs.trained_run import FINAL, default_device, open_asked
 
     check_installed()
-    given = GivenBase(path=options.base_path, quantization=options.base_quantization)
-    trained = open_run(options.run, options.checkpoint, given)
+    trained = open_asked(options)
     if is_routed(trained.adapter):
         raise ValueError(
             f"the adapter of {trained.adapter} is routed by prompt, but lm-eval gives prompt and answer to the model "

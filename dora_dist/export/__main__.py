@@ -90,10 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Heavy imports wait until the arguments have been found to be sound.
     from dora_dist.export import formats, to_gguf
     from dora_dist.routing.files import is_routed
-    from dora_dist.runs.trained_run import GivenBase, open_run
+    from dora_dist.runs.trained_run import open_asked
 
-    given = GivenBase(path=options.base_path, quantization=options.base_quantization)
-    trained = open_run(options.run, options.checkpoint, given)
+    trained = open_asked(options)
     if is_routed(trained.adapter):
         raise ValueError(
             f"{options.run} was trained with adapter.routing prompt: which modules are adapted depends on the prompt, "

@@ -74,10 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     questions = None if options.chat else collect_questions(options.prompt, options.input, options.raw, options.file)
     # Heavy imports wait until the arguments have been found to be sound.
     from dora_dist.generate.answering import Answerer, answer_twice
-    from dora_dist.runs.trained_run import GivenBase, open_run
+    from dora_dist.runs.trained_run import open_asked
 
-    given = GivenBase(path=options.base_path, quantization=options.base_quantization)
-    trained = open_run(options.run, options.checkpoint, given)
+    trained = open_asked(options)
     answerer = Answerer.of(trained, sampling, options.max_new_tokens)
     if questions is None:
         from dora_dist.generate.conversing import converse

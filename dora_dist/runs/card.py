@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_dist.config.data import SourceConfig
-from dora_dist.config.parse import load_config
+from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import METRICS, TASKS, Metric
 from dora_dist.console import files
 from dora_dist.console.provenance import NOT_INSTALLED
@@ -23,14 +23,14 @@ LICENCE = (
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def card_of(run: Path) -> tuple[dict[str, Any], str]:
+def card_of(run: Path, config: RunConfig) -> tuple[dict[str, Any], str]:
     """Metadata and text for :func:`~dora_dist.adapter.card.complete_card`, by the records so far.
 
     Args:
         run: folder of the run, which may be going on.
+        config: that it has recorded.
     """
     about, summary = files.read_json(run / records.RUN), summarize(run)
-    config = load_config(run / records.CONFIG)
     settings, versions = about["settings"], about["versions"]
     data: dict[str, Any] = {"license": "unknown", "pipeline_tag": TASKS[config.task].pipeline_tag}
     datasets = sorted({str(source.path) for source in config.data.train_sources if _is_of_the_hub(source)})

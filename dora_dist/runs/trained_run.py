@@ -1,5 +1,6 @@
 """Opens an adapter for use, of a run or in a folder of its own: what it says, and the base it was trained on."""
 
+import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -174,6 +175,12 @@ def find_adapter(run: Path, checkpoint: str | None) -> Path:
     if flaw := flaw_of(folder):
         raise ValueError(f"--checkpoint {checkpoint} cannot be used: {flaw} (there are: {known})")
     return folder
+
+
+def open_asked(options: argparse.Namespace) -> TrainedRun:
+    """What the options of :func:`~dora_dist.console.arguments.add_run_options` name; see :func:`open_run`."""
+    given = GivenBase(path=options.base_path, quantization=options.base_quantization)
+    return open_run(options.run, options.checkpoint, given)
 
 
 def open_run(path: Path, checkpoint: str | None = None, given: GivenBase | None = None) -> TrainedRun:

@@ -10,6 +10,7 @@ from dora_dist.config.parse import load_config
 from dora_dist.config.run import RunConfig
 from dora_dist.console import files
 from dora_dist.runs import records
+from dora_dist.runs.fingerprint import Fingerprint
 
 USE = "dora_dist.json"
 """Name of the file beside an adapter's weights."""
@@ -53,8 +54,10 @@ class Use:
         dtype = str(resolve_compute_dtype(config.model.compute_dtype))
         data: dict[str, Any] = {}
         if (run / records.RUN).is_file():
-            data = files.read_json(run / records.RUN).get("data", {})
-            dtype = records.read_fingerprint(run).model["compute_dtype"]  # `auto` was resolved on the run's machine
+            recorded = files.read_json(run / records.RUN)
+            data = recorded.get("data", {})
+            # `auto` was resolved on the machine of the run.
+            dtype = Fingerprint.from_dict(recorded["settings"], run / records.RUN).model["compute_dtype"]
         sources = config.data.train_sources
         return cls(
             task=config.task,

@@ -18,16 +18,29 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from dora_dist.adapter.card import complete_card
 from dora_dist.adapter.unfolded import load_parameters, trained_parameters
 from dora_dist.config.format_version import METHOD_TENSORS
+from dora_dist.config.parse import load_config
 from dora_dist.console.text import say
-from dora_dist.runs import checkpoint
+from dora_dist.runs import checkpoint, records
 from dora_dist.runs.card import card_of
-from dora_dist.runs.use import write_use
+from dora_dist.runs.use import Use
 from dora_dist.training import method_state
 from dora_dist.training.optimizer_shards import OptimizerShards, WholeState, is_sharded, load_whole
 from dora_dist.training.parts import LoopSettings, TrainingParts
 
 NAMES = "names"
 """Beside what torch saves of an optimizer: its parameters' names, in their order."""
+
+
+def complete_adapter(folder: Path, run: Path) -> None:
+    """Let the folder of an adapter say what it is, in its card, and how it is used, by the records of its run so far.
+
+    Args:
+        folder: of the adapter.
+        run: folder of the run, which may be going on.
+    """
+    config = load_config(run / records.CONFIG)
+    complete_card(folder, *card_of(run, config))
+    Use.of(config, run).write(folder)
 
 
 class Checkpointer:
@@ -191,8 +204,7 @@ class Checkpointer:
         """What the records say about the run goes beside the adapter, into its card and for its use; a run does not end
         for want of it."""
         try:
-            complete_card(folder, *card_of(self._records.folder))
-            write_use(self._records.folder, folder)
+            complete_adapter(folder, self._records.folder)
         except (OSError, ValueError) as error:
             say(f"the card of {folder} says nothing about the run, whose records cannot be read: {error}")
 
