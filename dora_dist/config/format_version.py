@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import yaml
-
 FORMAT_VERSION = 2
 """Format of ``config.yaml`` in a run's folder, and of checkpoints. It grows by one with a change after which an older
 file means something else, or can no longer be read. Files without a number have format 1."""
@@ -17,21 +15,18 @@ METHOD_STATE = "dynamic_lora.json"
 """In a checkpoint: its format and step, and what must not change when training goes on from it."""
 
 
-def read_version(path: Path) -> int:
-    """Format of a configuration file; see :data:`FORMAT_VERSION`."""
-    written = yaml.safe_load(path.read_text(encoding="utf-8"))
-    version = written.get("format_version", 1) if isinstance(written, dict) else 1
-    return version if isinstance(version, int) else 1  # anything else is refused as a value
-
-
-def refuse_later_format(path: Path) -> None:
+def refuse_later_format(path: Path, values: object) -> None:
     """Say that the program is too old, rather than that a key is unknown to it.
+
+    Args:
+        path: of a configuration file.
+        values: that it has.
 
     Raises:
         ValueError: a later version wrote the file.
     """
-    version = read_version(path)
-    if version > FORMAT_VERSION:
+    version = values.get("format_version", 1) if isinstance(values, dict) else 1
+    if isinstance(version, int) and version > FORMAT_VERSION:  # anything else is refused as a value
         raise ValueError(
             f"{path} has format_version {version}, but this version of dora-dist reads formats up to {FORMAT_VERSION}: "
             "a later version wrote the file. Update dora-dist"

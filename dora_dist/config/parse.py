@@ -106,7 +106,7 @@ def _check_files(arguments: Sequence[str], section: type) -> None:
             raise ValueError(f"{what}: give a YAML file (dora-dist recipe prints some to start from)")
         values = _read(path)
         _refuse_repeated_keys(path)
-        refuse_later_format(path)
+        refuse_later_format(path, values)
         _refuse_nulls_and_bare_sections(path, values, section)
 
 
