@@ -34,7 +34,7 @@ class AnswerEvaluator(Evaluator[AnswerSums]):
         tokenizer: the model's.
         metrics: of :data:`~dora_dist.evaluation.metrics.ANSWER_METRICS`; for none, nothing is generated, else the
             last answer of a conversation.
-        max_new_tokens: longest generated answer, in tokens.
+        max_new_tokens: longest generated answer, in tokens, where the model has as many positions.
         stop: tokens that end an answer.
     """
 
@@ -98,14 +98,37 @@ def generate_answers(
 ) -> list[str]:
     """Answers to prompts, without special tokens, in the same order.
 
+    An answer ends where the model has no more positions: behind them, tokens mean nothing. What a prompt is answered
+    with does not depend on the others, so that one that comes near is answered apart from them.
+
     Args:
         model: causal language model.
         tokenizer: the model's.
-        prompts: token ids.
+        prompts: token ids; each leaves a position of the model for its answer.
         max_new_tokens: longest answer, in tokens.
         stop: tokens that end an answer.
         options: how the next token is chosen, and other arguments of ``generate``.
     """
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    together: dict[int, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        room = max_new_tokens if context is None else min(max_new_tokens, context - len(prompt))
+        together.setdefault(room, []).append(number)
+    texts: dict[int, str] = {}
+    for room, numbers in together.items():
+        batch = [prompts[number] for number in numbers]
+        texts.update(zip(numbers, _batch_of_answers(model, tokenizer, batch, room, stop, options), strict=True))
+    return [texts[number] for number in range(len(prompts))]
+
+
+def _batch_of_answers(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stop: Sequence[int],
+    options: Mapping[str, Any],
+) -> list[str]:
     width = max(map(len, prompts))
     pad = tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in prompts], device=model.device)

@@ -52,6 +52,16 @@ def test_right_answers_are_counted_by_every_metric_that_is_asked_for(tokenizer, 
     assert only == {name: value for name, value in figures.items() if name != "exact_match"}
 
 
+def test_an_answer_ends_where_the_positions_of_the_model_do(tokenizer, model):
+    """Its text is that of a longer context up to there, beside a short prompt as alone."""
+    long, short = [1, *range(10, 23)], PROMPTS[0]  # 14 of 16 positions
+    answers = generate_answers(model, tokenizer, [long, short], 6, [2])
+    assert answers == [generate_answers(model, tokenizer, [prompt], 6, [2])[0] for prompt in (long, short)]
+    assert [len(answer.split()) for answer in answers] == [2, 6]
+    roomy = adapt(tiny_model(max_position_embeddings=64))
+    assert generate_answers(roomy, tokenizer, [long], 6, [2])[0].split()[:2] == answers[0].split()
+
+
 def test_without_metrics_nothing_is_generated(tokenizer, model, monkeypatch):
     monkeypatch.setattr(type(model), "generate", None)
     measured = evaluator(tokenizer, ["1"] * 5)
