@@ -148,7 +148,7 @@ class Mixture:
 
     @cached_property
     def _packed(self) -> PackedOrder:
-        return PackedOrder(self.order, self.lengths, self.max_length, self.seed)
+        return PackedOrder(self.order, sum(self.counts), self.lengths, self.max_length, self.seed)
 
     @property
     def rows_per_epoch(self) -> int:

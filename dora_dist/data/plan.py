@@ -5,6 +5,7 @@ the number of ranks, of gradient accumulation, or of where a run was resumed.
 """
 
 import bisect
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -96,17 +97,21 @@ def plan_by_length(order: np.ndarray, lengths: np.ndarray, global_batch: int, se
 class PackedOrder:
     """The endless order of examples, several of them in a row: best fit decreasing inside windows of the order.
 
-    Windows do not depend on each other. Each is packed once, however often it is asked for.
+    A pass over the data is cut into windows of about the same size, :data:`PACKING_WINDOW` at the most, so that a row
+    never holds examples of two passes, and one pass has every example as often as the mixture says. Windows do not
+    depend on each other. Each is packed once, however often it is asked for.
 
     Args:
         order_of: the order of the examples.
+        per_pass: examples of a pass.
         lengths: tokens of every example, none above ``capacity``.
         capacity: tokens of a row.
         seed: decides the order of the rows in a window.
     """
 
-    def __init__(self, order_of: OrderOfLength, lengths: np.ndarray, capacity: int, seed: int) -> None:
+    def __init__(self, order_of: OrderOfLength, per_pass: int, lengths: np.ndarray, capacity: int, seed: int) -> None:
         self._order_of = order_of
+        self._per_pass = per_pass
         self._lengths = lengths
         self._capacity = capacity
         self._seed = seed
@@ -120,18 +125,25 @@ class PackedOrder:
     def plan(self, num_rows: int) -> TrainingPlan:
         """The first rows, from as many full windows as they take."""
         count = 1
-        while (found := self.num_rows(count * PACKING_WINDOW)) < num_rows:
+        while (found := self.num_rows(self._end_of(count))) < num_rows:
             count = max(count + 1, -(-count * num_rows // found))
-        return _joined(self._windows(count * PACKING_WINDOW)).first(num_rows)
+        return _joined(self._windows(self._end_of(count))).first(num_rows)
+
+    def _end_of(self, count: int) -> int:
+        """Examples of the first windows."""
+        per_pass = -(-self._per_pass // PACKING_WINDOW)
+        passes, windows = divmod(count, per_pass)
+        return passes * self._per_pass + windows * self._per_pass // per_pass
 
     def _windows(self, num_examples: int) -> list[TrainingPlan]:
-        starts = range(0, num_examples, PACKING_WINDOW)
-        keys = [(number, min(PACKING_WINDOW, num_examples - start)) for number, start in enumerate(starts)]
+        bounds = [0]
+        while bounds[-1] < num_examples:
+            bounds.append(min(self._end_of(len(bounds)), num_examples))
+        keys = [(number, end - start) for number, (start, end) in enumerate(itertools.pairwise(bounds))]
         if missing := [key for key in keys if key not in self._packed]:
             order = self._order_of(num_examples)
             for number, size in missing:
-                start = number * PACKING_WINDOW
-                self._packed[number, size] = self._pack(number, order[start : start + size])
+                self._packed[number, size] = self._pack(number, order[bounds[number] : bounds[number + 1]])
         return [self._packed[key] for key in keys]
 
     def _pack(self, number: int, examples: np.ndarray) -> TrainingPlan:

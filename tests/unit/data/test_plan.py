@@ -1,4 +1,5 @@
 import bisect
+import itertools
 from collections import Counter
 from unittest import mock
 
@@ -15,15 +16,14 @@ LENGTHS = st.lists(st.integers(1, 64), min_size=1, max_size=200).map(np.array)
 
 
 def packed_order(lengths, capacity, seed):
-    members = [np.arange(len(lengths))]
-    return PackedOrder(lambda length: example_order(members, [len(lengths)], length, seed), lengths, capacity, seed)
+    members, size = [np.arange(len(lengths))], len(lengths)
+    return PackedOrder(lambda length: example_order(members, [size], length, seed), size, lengths, capacity, seed)
 
 
 def all_packed(lengths, capacity, seed):
-    """Every example once, in one window."""
-    with mock.patch.object(plans, "PACKING_WINDOW", len(lengths)):
-        order = packed_order(lengths, capacity, seed)
-        return order.plan(order.num_rows(len(lengths)))
+    """Every example once."""
+    order = packed_order(lengths, capacity, seed)
+    return order.plan(order.num_rows(len(lengths)))
 
 
 @settings(max_examples=60, deadline=None)
@@ -60,11 +60,33 @@ def test_a_packed_plan_of_some_rows_begins_one_of_more(num_rows):
     assert PACKING_WINDOW < 4500, "else all of these would lie in one window"
 
 
+@settings(max_examples=60, deadline=None)
+@given(LENGTHS, st.integers(64, 200), st.integers(0, 99), st.sampled_from([1, 7, 16, 300]), st.integers(1, 4))
+def test_a_pass_of_packed_rows_has_every_example_once(lengths, capacity, seed, window, passes):
+    with mock.patch.object(plans, "PACKING_WINDOW", window):
+        order = packed_order(lengths, capacity, seed)
+        plan = order.plan(order.num_rows(passes * len(lengths)))
+        cut = order.plan(order.num_rows(round((passes + 0.5) * len(lengths))))
+    assert np.bincount(plan.examples, minlength=len(lengths)).tolist() == [passes] * len(lengths)
+    assert max(Counter(cut.examples.tolist()).values()) <= passes + 1
+    assert all(len(set(plan.row(n).tolist())) == len(plan.row(n)) for n in range(plan.num_rows))
+
+
+def test_the_windows_of_a_pass_are_of_about_the_same_size(monkeypatch):
+    sizes, pack = [], PackedOrder._pack
+    monkeypatch.setattr(PackedOrder, "_pack", lambda *given: sizes.append(len(given[2])) or pack(*given))
+    monkeypatch.setattr(plans, "PACKING_WINDOW", 100)
+    all_packed(np.full(301, 8), 64, seed=0)
+    assert sizes == [75, 75, 75, 76]
+
+
 def packed_anew(order, lengths, capacity, seed, window):
     """All of an order packed at once, and nothing kept."""
-    rows = []
-    for number, start in enumerate(range(0, len(order), window)):
-        examples = order[start : start + window]
+    rows, size = [], len(lengths)
+    per_pass = -(-size // window)
+    cuts = [number // per_pass * size + number % per_pass * size // per_pass for number in range(len(order) + 2)]
+    for number, (start, end) in enumerate(itertools.pairwise([cut for cut in cuts if cut < len(order)] + [len(order)])):
+        examples = order[start:end]
         found, room = [], []
         for example in examples[np.argsort(-lengths[examples], kind="stable")]:
             length = int(lengths[example])
@@ -99,7 +121,7 @@ def test_what_is_kept_of_a_packing_changes_no_row_of_it(lengths, capacity, seed,
             if not wants_plan:
                 assert mixture.rows_of_epochs(epochs) == anew.num_rows
                 continue
-            enough = packed_anew(mixture.order(-(-5 * size // window) * window), lengths, capacity, seed, window)
+            enough = packed_anew(mixture.order(6 * size), lengths, capacity, seed, window)
             plan = mixture.plan(anew.num_rows, 1)
             assert plan.digest() == enough.first(anew.num_rows).digest()
             assert (plan.examples.dtype, plan.starts.dtype) == (np.int64, np.int64)
@@ -124,7 +146,7 @@ def test_every_window_is_packed_once(monkeypatch):
     mixture.plan(num_rows, 1)
     assert mixture.rows_of_epochs(2.5) == num_rows
     assert set(packed.values()) == {1}
-    assert {key for key in packed if key[1] < 100} == {(2, 50), (6, 25)}, "where one and 2.5 epochs end"
+    assert {key for key in packed if key[1] < 83} == {(7, 42)}, "where 2.5 epochs end"
 
 
 @settings(max_examples=60, deadline=None)
