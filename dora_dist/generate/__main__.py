@@ -1,8 +1,9 @@
 """Generate answers of the base and of the adapter of a run side by side, decoded greedily unless --temperature is set.
 
 Without --prompt and --file, instructions are read from standard input, one a line: plain text, or JSON objects with the
-field instruction (and perhaps input) or messages, rendered as in training, or the field prompt, taken as it is. Of a
-run with a prompt of its own (data.prompt), they are the rows that it takes, or text in the place of its only field.
+field instruction (and perhaps input), messages or prompt, rendered as in training. A prompt is what the user says where
+the run was trained in a chat template, and else the whole text. Of a run with a prompt of its own (data.prompt), they
+are the rows that it takes, or text in the place of its only field.
 With --chat they are the turns of a conversation with the adapter.
 """
 
@@ -39,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--chat", action="store_true", help="converse with the adapter: /reset forgets what was said, Ctrl-D ends"
     )
     parser.add_argument("--input", metavar="TEXT", help="input that belongs to the instructions (Alpaca's field input)")
-    parser.add_argument("--raw", action="store_true", help="plain text is the whole prompt, not an instruction")
+    parser.add_argument("--raw", action="store_true", help="plain text and the field prompt are the whole prompt")
     parser.add_argument("--system", metavar="TEXT", help="system message in a chat template; by default data.system")
     parser.add_argument(
         "--max-new-tokens",
@@ -87,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if plain and options.prompt is not None and not options.raw:
         formats = ", ".join(trained.use.formats)
         say(f"this run was trained on texts as they are (format {formats}): --raw gives prompts so")
-    questions = as_asked(trained.use, questions, options.system)
+    questions = as_asked(trained.use, questions, options.system, options.raw)
     for prompt, base, adapted in answer_twice(answerer, questions, options.batch_size or 1):
         print(render(prompt, base, adapted, terminal_width()), flush=True)
 

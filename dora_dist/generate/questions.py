@@ -75,7 +75,7 @@ class Question:
         if (controls.as_text or not self.raw) and (found := controls.refused.search("\n".join(texts))):
             raise ValueError(
                 f"a prompt holds the control token {found[0]!r}, {controls.reason}: leave it out"
-                + ", or give the whole prompt as it is, with --raw or in the field prompt" * (not controls.as_text)
+                + ", or give the whole prompt as it is, with --raw" * (not controls.as_text)
             )
         prompt = self.prompt(tokenizer, chat, controls)
         if chat and not self.raw:  # the template writes the start token itself
@@ -94,13 +94,15 @@ def _joined(messages: list[Mapping[str, Any]], tokenizer: Any) -> list[Mapping[s
     return list(renderer.joined(Chat([dict(message) for message in messages])).messages)
 
 
-def as_asked(use: "Use", questions: Iterable[Question], system: str | None) -> Iterable[Question]:
-    """Questions with what training has put around them: the run's own prompt, and its message of the system.
+def as_asked(use: "Use", questions: Iterable[Question], system: str | None, raw: bool = False) -> Iterable[Question]:
+    """Questions with what training has put around them: the run's own prompt, its chat template and its message of the
+    system.
 
     Args:
         use: of the run.
         questions: a list, which is checked at once, or what is typed line by line.
         system: instead of the run's message.
+        raw: nothing is put around the field ``prompt`` of a line.
 
     Raises:
         ValueError: sources of the run differ in what they put around a row, or a question does not fit.
@@ -116,8 +118,14 @@ def as_asked(use: "Use", questions: Iterable[Question], system: str | None) -> I
     own = use.prompts[0] if len(use.prompts) == 1 else None
     if own is None and use.prompts != [None]:
         say("the sources of this run have different prompts: none of them is put around what is asked")
-    worded = (_worded(question, own, wanted if use.chat else "", use.chat) for question in questions)
+    as_trained = (question if raw or not use.chat else _in_chat(question) for question in questions)
+    worded = (_worded(question, own, wanted if use.chat else "", use.chat) for question in as_trained)
     return list(worded) if isinstance(questions, list) else worded
+
+
+def _in_chat(question: Question) -> Question:
+    """The field ``prompt`` of a line as the user's message, which training makes of it."""
+    return Question(question.text, row=question.row) if question.raw and question.row else question
 
 
 def _worded(question: Question, own: str | None, system: str, chat: bool) -> Question:
@@ -136,7 +144,7 @@ def _in_own_prompt(question: Question, own: str, chat: bool) -> Question:
     text = None
     with suppress(RowFlaw):
         text = fill_prompt(own, question.row)
-    if text is None and question.raw:
+    if text is None and question.row.get("prompt"):
         return question
     if text is None and not question.row and len(fields) == 1 and not question.context:
         text = fill_prompt(own, dict.fromkeys(fields, question.text))

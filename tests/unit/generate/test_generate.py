@@ -65,9 +65,33 @@ def trained_on(prompts=(None,), systems=("",), chat=False) -> SimpleNamespace:
     return SimpleNamespace(prompts=list(prompts), systems=list(systems), chat=chat)
 
 
-def asked(trained: SimpleNamespace, *lines: str, system: str | None = None, monkeypatch: pytest.MonkeyPatch):
+def asked(
+    trained: SimpleNamespace,
+    *lines: str,
+    system: str | None = None,
+    raw: bool = False,
+    monkeypatch: pytest.MonkeyPatch,
+):
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
-    return asking.as_asked(trained, asking.collect_questions(None, None, False), system)
+    return asking.as_asked(trained, asking.collect_questions(None, None, raw), system, raw)
+
+
+def test_the_field_prompt_is_asked_in_the_template_that_the_run_was_trained_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    line, tokenizer = json.dumps({"prompt": "Why?", "completion": "So."}), character_tokenizer()
+    tokenizer.chat_template = choose_template(tokenizer, "plain").text
+    in_chat = trained_on(chat=True, systems=["Be brief."])
+    (question,) = asked(in_chat, line, monkeypatch=monkeypatch)
+    assert question.conversation() == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Why?"},
+    ]
+    (plain,) = asked(trained_on(chat=True), line, monkeypatch=monkeypatch)
+    rendered = tokenizer.apply_chat_template(plain.conversation(), tokenize=False, add_generation_prompt=True)
+    assert plain.prompt(tokenizer, True) == rendered != "Why?"
+    (raw,) = asked(in_chat, line, raw=True, monkeypatch=monkeypatch)
+    assert raw.prompt(tokenizer, True) == "Why?"
+    (text,) = asked(trained_on(), line, monkeypatch=monkeypatch)
+    assert text.prompt(tokenizer, False) == "Why?"
 
 
 def test_a_run_is_asked_with_the_message_of_the_system_that_it_was_trained_with(
@@ -92,13 +116,16 @@ def test_a_run_is_asked_with_the_message_of_the_system_that_it_was_trained_with(
 def test_a_run_with_a_prompt_of_its_own_is_asked_in_it(chat: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = trained_on(["Summarise:\n{talk.0}"], chat=chat)
     lines = ["A: Hi", json.dumps({"talk": ["A: Hi"], "input": "not asked"}), json.dumps({"prompt": "As it is"})]
-    *worded, raw = asked(trained, *lines, monkeypatch=monkeypatch)
+    *worded, whole = asked(trained, *lines, monkeypatch=monkeypatch)
     for question in worded:
         if chat:
             assert question.messages == [{"role": "user", "content": "Summarise:\nA: Hi"}]
         else:
             assert question.prompt(None, chat=False) == "Summarise:\nA: Hi"
-    assert raw.prompt(None, chat) == "As it is"
+    if chat:
+        assert whole.conversation() == [{"role": "user", "content": "As it is"}]
+    else:
+        assert whole.prompt(None, chat=False) == "As it is"
 
 
 def test_a_prompt_of_several_fields_asks_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
