@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_dist.adapter.plain_lora import read_lora_adapter
-from dora_dist.compare.methods import ADALORA
+from dora_dist.compare.methods import ADALORA, OF_TRAINING
 from dora_dist.compare.plan import REPORTED, SEARCH, Cell, Plan
 from dora_dist.config.data import DataConfig
 from dora_dist.config.given import flatten
@@ -178,6 +178,7 @@ def _may_differ(name: str) -> bool:
 def training_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a run's recorded settings that must be equal for methods to be compared."""
     run = Fingerprint.from_dict(settings, records.RUN)
-    training = {name: value for name, value in run.training.items() if name != "learning_rate"}
+    own = ("learning_rate", *OF_TRAINING)
+    training = {name: value for name, value in run.training.items() if name not in own}
     common = dataclasses.replace(run, initial_rank=0, adapter={}, pruning={}, training=training, others={})
     return common.as_dict()

@@ -19,6 +19,14 @@ OF_TRAINING = (LORA_PLUS_RATIO,)
 """Keys of the training section that a method may set for itself."""
 FROM = "from"
 RANK_PER_BUDGET = "rank_per_budget"
+READ_BY_PEERS: Mapping[str, Mapping[str, Sequence[str]]] = {
+    ADALORA: {
+        "adapter": ("initial_rank", "target_modules"),
+        "pruning": ("warmup_fraction", "final_fraction", "interval"),
+    },
+    EVA: {"adapter": ("calibration_rows", "target_modules"), "pruning": ()},
+}
+"""Keys that a method of PEFT reads of a method's own sections."""
 PLAIN: Mapping[str, Mapping[str, Any]] = {
     "adapter": {"init": "lora", "train_gates": False},
     "pruning": {"rule": "none"},
@@ -126,12 +134,9 @@ def _method(entry: str | Mapping[str, Any]) -> Method:
             raise ValueError(
                 f"methods.{name}.{section} is {own!r}, but must be a section of the configuration of a run"
             )
-        for key in own if section == "training" else ():
-            if key not in OF_TRAINING:
-                raise ValueError(
-                    f"methods.{name}.training.{key} is set, but a method may set only {', '.join(OF_TRAINING)} of "
-                    "training; everything else must be the same for all methods"
-                )
+        for key in own:
+            if flaw := _flaw_of_key(parent, section, key):
+                raise ValueError(f"methods.{name}.{section}.{key} is set, but {flaw}")
         sections[section] = {**parent.sections.get(section, {}), **own}
     changes = [f"{key} {value}" for section in SECTIONS for key, value in described.get(section, {}).items()]
     return Method(
@@ -142,3 +147,19 @@ def _method(entry: str | Mapping[str, Any]) -> Method:
         rank_per_budget=factor,
         sections=sections,
     )
+
+
+def _flaw_of_key(parent: Method, section: str, key: str) -> str | None:
+    """Why a method that comes from this one cannot set a key; None where it can."""
+    if section == "training":
+        if key not in OF_TRAINING:
+            only = ", ".join(OF_TRAINING)
+            return f"a method may set only {only} of training; everything else must be the same for all methods"
+    elif (section, key) == ("adapter", "dropout"):
+        return "dropout must be the same for all methods: set run.adapter.dropout"
+    elif (section, key) == ("adapter", "initial_rank") and parent.uniform:
+        return f"{parent.name} starts with its target rank: remove it, or set {RANK_PER_BUDGET}"
+    elif parent.peer is not None and key not in (read := READ_BY_PEERS[parent.peer][section]):
+        title = PEER_TITLES[parent.peer]
+        return f"{title} does not read it: remove it (of {section} it reads {', '.join(read) or 'nothing'})"
+    return None

@@ -12,6 +12,7 @@ from dora_dist.compare.methods import ADALORA, EVA, PEER_TITLES, RANK_PER_BUDGET
 from dora_dist.compare.settings import CompareConfig
 from dora_dist.config.checks import nearest
 from dora_dist.config.parse import config_of
+from dora_dist.config.presets import PAPER
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import CAUSAL_LM, EXACT_MATCH, LOSS, SEQUENCE_CLASSIFICATION, lower_is_better
 from dora_dist.config.training import LORA_PLUS_RATIO
@@ -30,6 +31,8 @@ OWNED = {
     "training.learning_rate": "set learning_rates",
     "distributed": "a cell is one process; start several workers instead",
     "checkpoint.resume": "a cell resumes automatically",
+    "evaluation.keep_best": "the last step is reported, and no split may choose what is reported on it",
+    "evaluation.early_stopping": "all methods are trained for the same number of steps",
 }
 """Keys of a run that the comparison sets, and what to do instead."""
 
@@ -79,6 +82,7 @@ class Plan:
         for task, entries in config.tasks.items():
             self._check_task(task, entries)
         self._check_same_data()
+        self._check_distinct()
 
     @property
     def num_cells(self) -> int:
@@ -160,6 +164,21 @@ class Plan:
                     f"{template.pruning.num_held_back} training rows, but {self.config.baseline} holds back {wanted}, "
                     "so they would be trained on different data: choose another importance"
                 )
+
+    def _check_distinct(self) -> None:
+        """Check that no method is another one by another name, which would be trained twice and counted in the
+        adjustment of the p-values."""
+        found: dict[Any, Group] = {}
+        for group, template in self._templates.items():
+            own = (template.adapter, template.pruning, template.training.get(LORA_PLUS_RATIO))
+            key = repr((group.task, group.budget, self.method(group).peer, own))
+            if key in found:
+                raise ValueError(
+                    f"methods {found[key].method} and {group.method} are the same beside run.preset {template.preset}, "
+                    "which decides what a method does not set: remove one, or set another run.preset (the built-in "
+                    f"ablations take parts out of preset {PAPER})"
+                )
+            found[key] = group
 
     def _template(self, group: Group) -> RunConfig:
         """Configuration of the group's cells, with the first seed and learning rate."""

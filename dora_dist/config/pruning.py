@@ -88,8 +88,8 @@ class PruningConfig:
             ablation_gradient (the same to second order, by two backward passes over the rows).
         budget_unit: unit of the budget: components (the paper's), or parameters (a component has as many as its layer
             has inputs and outputs; the result then has as many parameters as an adapter of uniform rank target_rank).
-        smoothing: weight of the past in the smoothed scores, in [0, 1); no effect on gate_sensitivity and loss_change,
-            which are sums.
+        smoothing: weight of the past in the smoothed scores of weights, in [0, 1). The sums (gate_sensitivity,
+            loss_change) and ablations are not smoothed.
         equilibrium_weight: weight of the Dimensional Equilibrium Modulator in the loss until the last event; 0 is off.
         regrow: a component pruned before the last event may grow back (the paper's gentle pruning).
         rebase: before an event, replace the components of each layer by the singular vectors of its update, which

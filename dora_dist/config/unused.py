@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from dora_dist.config.adapter import PROMPT
 from dora_dist.config.presets import default_of
-from dora_dist.config.pruning import ABLATIONS, GROW, MODULES_PER_LAYER, MOVE, NONE, PRUNE
+from dora_dist.config.pruning import ABLATIONS, GROW, MODULES_PER_LAYER, MOVE, NONE, PRUNE, SUMMED
 
 if TYPE_CHECKING:
     from dora_dist.config.run import RunConfig
@@ -37,6 +37,8 @@ def _unused(config: "RunConfig") -> Iterator[tuple[str, str]]:
     if rule == GROW:
         yield "pruning.importance", f"{of_rule}, which has a score of its own"
         yield "pruning.smoothing", f"{of_rule}, which has a score of its own"
+    elif importance in (*SUMMED, *ABLATIONS):
+        yield "pruning.smoothing", f"pruning.importance is {importance}, which is not smoothed"
     if rule != PRUNE:
         yield "pruning.regrow", f"{of_rule}, and only {PRUNE} brings components back"
         if config.pruning.equilibrium_weight:

@@ -83,7 +83,8 @@ def test_the_sources_of_a_row_of_the_table_are_parsed_once_for_all_its_cells(pla
 
 
 def test_methods_differ_in_adapter_and_pruning_only_and_have_one_scale(plan_of):
-    plan = plan_of(methods=[*BUILT_IN_NAMES, {"wide": {"from": "no-dem", "adapter": {"initial_rank": 9}}}])
+    run = {**LEAST["run"], "preset": "paper"}
+    plan = plan_of(run=run, methods=[*BUILT_IN_NAMES, {"wide": {"from": "no-dem", "adapter": {"initial_rank": 9}}}])
     runs = {name: run_of(plan, name) for name in plan.methods}
     for config in runs.values():
         assert config.adapter.target_rank == 4
@@ -166,6 +167,26 @@ def test_wrong_keys_on_the_command_line_are_refused(plan_of, overrides, message)
         ({"methods": ["lora", {"mine": {"pruning": {"smooth": 0}}}]}, "pruning.smooth; did you mean pruning.smoothing"),
         ({"methods": ["lora", {"mine": {"training": {"optim": "sgd"}}}]}, "else must be the same for all methods"),
         ({"methods": ["lora", {"mine": {"adapter": {"alpha": 3}}}]}, "adapter.alpha is set by the comparison"),
+        (
+            {"methods": ["lora", {"mine": {"adapter": {"dropout": 0.5}}}]},
+            "adapter.dropout is set, but .* the same",
+        ),
+        ({"methods": [{"mine": {"from": "lora", "adapter": {"initial_rank": 6}}}]}, "lora starts with its target rank"),
+        (
+            {"methods": ["lora", {"mine": {"from": "adalora", "pruning": {"importance": "random"}}}]},
+            r"AdaLoRA does not read it: .* it reads warmup_fraction, final_fraction, interval\)",
+        ),
+        (
+            {"methods": ["lora", {"mine": {"from": "eva", "adapter": {"init": "inputs"}}}]},
+            r"EVA does not read it: .* it reads calibration_rows, target_modules\)",
+        ),
+        ({"methods": ["lora", "dynamic", "no-dem"]}, "dynamic and no-dem are the same beside run.preset 2026-11"),
+        ({"methods": ["lora", "no-smoothing"]}, "pruning.smoothing is 0.0, which has no effect: .*gate_sensitivity"),
+        (
+            {"run": {**LEAST["run"], "evaluation": {"keep_best": "loss"}}},
+            "keep_best is set by the comparison",
+        ),
+        ({"run": {**LEAST["run"], "evaluation": {"early_stopping": 2}}}, "early_stopping is set by the comparison"),
         ({"methods": ["lora", {"dynamic": {}}]}, "built-in method: give yours another name"),
         ({"methods": ["lora", {"a/b": {}}]}, "'a/b', but must be letters"),
         ({"methods": ["lora", "lora"]}, "hold each entry once"),
@@ -229,10 +250,13 @@ def test_a_method_may_have_a_rate_of_the_columns_own_but_not_adalora(plan_of):
 
 
 def test_a_method_of_peft_makes_a_new_adapter(plan_of):
+    def run(**adapter: Any) -> dict[str, Any]:
+        return {**LEAST["run"], "preset": "paper", "adapter": adapter}
+
     with pytest.raises(ValueError, match=r"adapter\.start_from is x, but PEFT's AdaLoRA makes a new adapter"):
-        plan_of(methods=["lora", {"more": {"from": "adalora", "adapter": {"start_from": "x", "init": "lora"}}}])
+        plan_of(run=run(start_from="x"), methods=["adalora"], baseline="adalora")
     with pytest.raises(ValueError, match=r"new_tokens is \['a'\], but PEFT's AdaLoRA trains LoRA factors only"):
-        plan_of(methods=["lora", {"more": {"from": "adalora", "adapter": {"new_tokens": ["a"]}}}])
+        plan_of(run=run(new_tokens=["a"]), methods=["adalora"], baseline="adalora")
 
 
 def test_adalora_needs_something_to_prune(plan_of):

@@ -157,6 +157,15 @@ def test_methods_run_under_other_conditions_are_not_compared(plan_of):
         gather(plan, [], "command")
 
 
+def test_methods_with_a_rate_of_the_columns_own_are_compared(plan_of):
+    plus = {"plus": {"from": "lora", "training": {"lora_plus_ratio": 4}}}
+    plan = plan_of(seeds=[1], learning_rates=[0.1], methods=["lora", plus])
+    for method, ratio in (("lora", 1.0), ("plus", 4)):
+        training = {"learning_rate": 0.1, "lora_plus_ratio": ratio}
+        finish(plan, Cell(Group("echo", 2, method), 0.1, 1), ratio, ratio, training=training)
+    assert row_of(format_table(gather(plan, [], "command")), "plus")[2].startswith("4.0000")
+
+
 def test_a_setting_that_came_later_is_that_of_the_record_where_it_has_its_default(plan_of):
     plan = plan_of(seeds=[1], learning_rates=[0.1])
     cell = Cell(Group("echo", 2, "dynamic"), 0.1, 1)
