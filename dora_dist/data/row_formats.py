@@ -118,6 +118,16 @@ def _messages(row: Mapping[str, Any]) -> Sample:
     return _chat(row, "messages", "role", "content", {role: role for role in ROLES}, system)
 
 
+def asked_conversation(row: Mapping[str, Any]) -> Chat:
+    """A row of the format ``messages`` without its last answer, which is to be given.
+
+    Raises:
+        RowFlaw: training would have refused the row.
+    """
+    system = _text(row, "system", optional=True)
+    return Chat(_conversation(row, "messages", "role", "content", {role: role for role in ROLES}, system), _tools(row))
+
+
 def _sharegpt(row: Mapping[str, Any]) -> Sample:
     messages, system = row.get("conversations"), _text(row, "system", optional=True)
     if isinstance(messages, list) and messages and isinstance(messages[0], dict) and "role" in messages[0]:
@@ -128,21 +138,26 @@ def _sharegpt(row: Mapping[str, Any]) -> Sample:
 def _chat(
     row: Mapping[str, Any], field: str, role_key: str, text_key: str, roles: Mapping[str, str], system: str = ""
 ) -> Chat:
+    messages = _conversation(row, field, role_key, text_key, roles, system)
+    answers = Chat(messages).answers()
+    if not answers:
+        raise RowFlaw(field, "has no message of the assistant to train, so that there is nothing to learn from it")
+    unread = {name for entry in row[field] for name, value in entry.items() if value is not None}
+    unread -= MESSAGE_FIELDS | {role_key, text_key}
+    end = answers[-1] + 1
+    return Chat(messages[:end], _tools(row), len(messages) - end, tuple(sorted(unread)))
+
+
+def _conversation(
+    row: Mapping[str, Any], field: str, role_key: str, text_key: str, roles: Mapping[str, str], system: str
+) -> list[dict[str, Any]]:
     entries = row.get(field)
     if not isinstance(entries, list) or not entries:
         raise RowFlaw(field, _wrong(row, field, "must be a list of messages"))
     messages = [_message(entry, f"{field}[{n}]", role_key, text_key, roles) for n, entry in enumerate(entries)]
     if system and messages[0]["role"] == "system":
         raise RowFlaw("system", "is there beside a message of the system: keep one")
-    if system:
-        messages.insert(0, {"role": "system", "content": system})
-    answers = Chat(messages).answers()
-    if not answers:
-        raise RowFlaw(field, "has no message of the assistant to train, so that there is nothing to learn from it")
-    unread = {name for entry in entries for name, value in entry.items() if value is not None}
-    unread -= MESSAGE_FIELDS | {role_key, text_key}
-    end = answers[-1] + 1
-    return Chat(messages[:end], _tools(row), len(messages) - end, tuple(sorted(unread)))
+    return [{"role": "system", "content": system}, *messages] if system else messages
 
 
 def _message(entry: Any, place: str, role_key: str, text_key: str, roles: Mapping[str, str]) -> dict[str, Any]:

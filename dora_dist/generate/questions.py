@@ -4,15 +4,17 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from dora_dist.console.text import say
-from dora_dist.data.reading.samples import ROLES, Chat, Instruction, RowFlaw, alpaca_prompt, fill_prompt, texts_of_parts
+from dora_dist.data.reading.samples import ROLES, Chat, Instruction, RowFlaw, alpaca_prompt, fill_prompt
 
 if TYPE_CHECKING:
+    from dora_dist.data.encoding.chat import ChatRenderer
     from dora_dist.data.encoding.control_tokens import ControlTokens
     from dora_dist.runs.use import Use
 
@@ -25,8 +27,10 @@ class Question:
         text: an instruction, or where it is ``raw`` the whole prompt.
         context: what the instruction is about.
         raw: nothing is put around the text.
-        messages: a conversation instead of a text; a content is text, or the texts of its parts.
+        messages: a conversation instead of a text, as in training.
+        tools: JSON schemas of the tools that the assistant may call in it, or None.
         row: what stood in the line, for the run's own prompt.
+        place: where the line stood, for messages.
         flaw: why there is nothing to ask without such a prompt.
     """
 
@@ -34,12 +38,14 @@ class Question:
     context: str = ""
     raw: bool = False
     messages: Sequence[Mapping[str, Any]] = ()
+    tools: list[Any] | None = None
     row: Mapping[str, Any] = field(default_factory=dict)
+    place: str = "the conversation"
     flaw: str = ""
 
-    def conversation(self) -> list[Mapping[str, Any]]:
+    def conversation(self) -> list[dict[str, Any]]:
         """The messages, of which the last one is answered."""
-        return list(self.messages or Instruction(self.text, self.context, "").as_chat().messages[:-1])
+        return [*map(dict, self.messages)] or Instruction(self.text, self.context, "").as_chat().messages[:-1]
 
     def prompt(self, tokenizer: Any, chat: bool, controls: "ControlTokens | None" = None) -> str:
         """The prompt as text, as in training.
@@ -50,7 +56,7 @@ class Question:
             controls: what becomes of control tokens in texts, for a prompt that is to be encoded.
 
         Raises:
-            ValueError: a conversation for a run that knows none.
+            ValueError: a conversation for a run that knows none, or one that training would have refused.
         """
         if self.raw:
             return self.text
@@ -58,10 +64,12 @@ class Question:
             raise ValueError("messages are given, but this run was not trained in a chat template: give instructions")
         if not chat:
             return alpaca_prompt(self.text, self.context)
-        messages = _joined(self.conversation(), tokenizer)
-        messages = messages if controls is None else controls.exchanged(messages)
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return text if controls is None else controls.exchanged(text)
+        try:
+            return _renderer(tokenizer, tokenizer.get_chat_template(), controls).asked(
+                Chat(self.conversation(), self.tools)
+            )
+        except RowFlaw as flaw:
+            raise ValueError(f"{self.place}: {flaw}") from None
 
     def ids(self, tokenizer: Any, chat: bool, controls: "ControlTokens") -> list[int]:
         """The token ids of :meth:`prompt`, as in training.
@@ -71,7 +79,7 @@ class Question:
         """
         from dora_dist.data.encoding.text import encode_prompts
 
-        texts = [self.text, self.context, json.dumps(list(self.messages), ensure_ascii=False)]
+        texts = [self.text, self.context, json.dumps([*self.messages, self.tools], ensure_ascii=False)]
         if (controls.as_text or not self.raw) and (found := controls.refused.search("\n".join(texts))):
             raise ValueError(
                 f"a prompt holds the control token {found[0]!r}, {controls.reason}: leave it out"
@@ -84,14 +92,11 @@ class Question:
         return encode_prompts(controls.writer, [prompt])[0]
 
 
-def _joined(messages: list[Mapping[str, Any]], tokenizer: Any) -> list[Mapping[str, Any]]:
-    """Messages with one text in the place of the texts of parts, as in training."""
+@lru_cache(maxsize=4)
+def _renderer(tokenizer: Any, template: str, controls: "ControlTokens | None") -> "ChatRenderer":
     from dora_dist.data.encoding.chat import ChatRenderer
 
-    if all(isinstance(message["content"], str) for message in messages):
-        return messages
-    renderer = ChatRenderer(tokenizer, tokenizer.get_chat_template())
-    return list(renderer.joined(Chat([dict(message) for message in messages])).messages)
+    return ChatRenderer(tokenizer, template, controls)
 
 
 def as_asked(use: "Use", questions: Iterable[Question], system: str | None, raw: bool = False) -> Iterable[Question]:
@@ -105,7 +110,8 @@ def as_asked(use: "Use", questions: Iterable[Question], system: str | None, raw:
         raw: nothing is put around the field ``prompt`` of a line.
 
     Raises:
-        ValueError: sources of the run differ in what they put around a row, or a question does not fit.
+        ValueError: sources of the run differ in what they put around a row, or a question does not fit, or training
+            would have refused it.
     """
     if system and not use.chat:
         raise ValueError(f"--system is {system!r}, but this run was not trained in a chat template: leave it out")
@@ -124,8 +130,18 @@ def as_asked(use: "Use", questions: Iterable[Question], system: str | None, raw:
 
 
 def _in_chat(question: Question) -> Question:
-    """The field ``prompt`` of a line as the user's message, which training makes of it."""
-    return Question(question.text, row=question.row) if question.raw and question.row else question
+    """The fields of a line as training reads them: ``prompt`` as the user's message, messages in one form."""
+    if question.raw and question.row:
+        return Question(question.text, row=question.row)
+    if not question.messages or not question.row:
+        return question
+    from dora_dist.data.row_formats import asked_conversation
+
+    try:
+        chat = asked_conversation(question.row)
+    except RowFlaw as flaw:
+        raise ValueError(f"{question.place}: {flaw}") from None
+    return replace(question, messages=chat.messages, tools=chat.tools)
 
 
 def _worded(question: Question, own: str | None, system: str, chat: bool) -> Question:
@@ -135,7 +151,8 @@ def _worded(question: Question, own: str | None, system: str, chat: bool) -> Que
         raise ValueError(question.flaw)
     if not system or question.raw or (question.messages and question.messages[0]["role"] == "system"):
         return question
-    return Question(messages=[{"role": "system", "content": system}, *question.conversation()])
+    messages = [{"role": "system", "content": system}, *question.conversation()]
+    return Question(messages=messages, tools=question.tools, place=question.place)
 
 
 def _in_own_prompt(question: Question, own: str, chat: bool) -> Question:
@@ -237,15 +254,9 @@ def _question_of_json(text: str, place: str) -> Question:
         )
         return Question(row=row, flaw=flaw)
     if messages:
-        if lost := [name for name in ("system", "tools") if row.get(name)]:
-            flaw = f"{place} has {lost[0]} beside messages, which is not read: put it into messages, or use --system"
-            return Question(row=row, flaw=flaw)
         if messages[-1]["role"] == "assistant":
             return Question(row=row, flaw=f"{place} ends with an answer of the assistant: remove that message")
-        try:
-            return Question(messages=[_with_texts(message, f"messages[{n}]") for n, message in enumerate(messages)])
-        except RowFlaw as error:
-            return Question(row=row, flaw=f"{place}: {error}")
+        return Question(messages=messages, row=row, place=place)
     if lost := [name for name in ("system", "history") if row.get(name)]:
         flaw = f"{place} has {lost[0]} beside its text, which is not read: give all of it as messages"
         return Question(row=row, flaw=flaw)
@@ -254,15 +265,10 @@ def _question_of_json(text: str, place: str) -> Question:
     return Question(fields["instruction"], fields["input"], row=row)
 
 
-def _with_texts(message: Mapping[str, Any], place: str) -> Mapping[str, Any]:
-    content = message["content"]
-    if isinstance(content, str):
-        return message
-    return {**message, "content": texts_of_parts(content, f"{place}.content")}
-
-
 def _are_messages(value: object) -> bool:
     return isinstance(value, list) and all(
-        isinstance(entry, dict) and entry.get("role") in ROLES and isinstance(entry.get("content"), str | list)
+        isinstance(entry, dict)
+        and entry.get("role") in ROLES
+        and (isinstance(entry.get("content"), str | list) or entry.get("tool_calls"))
         for entry in value
     )

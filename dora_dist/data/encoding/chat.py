@@ -164,6 +164,17 @@ class ChatRenderer:
         messages = [self._as_template_reads(message) for message in chat.messages[:length]]
         return self._render(messages, chat.tools, prompt)
 
+    def asked(self, chat: Chat) -> str:
+        """A conversation that is to be answered, with what makes the assistant speak, as text.
+
+        Raises:
+            RowFlaw: the template refuses these messages or leaves out a part of them.
+        """
+        chat = self.joined(chat)
+        text = self.render(chat, prompt=True)
+        self._proof.check(chat, text, ())
+        return text
+
     def spans(self, chat: Chat, last_only: bool = False) -> tuple[str, list[tuple[int, int]]] | None:
         """The rendered conversation with start and end of the characters of every answer that is trained.
 

@@ -26,7 +26,7 @@ PROBE = "Text 1"
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ControlTokens:
     """What becomes of control tokens in texts.
 

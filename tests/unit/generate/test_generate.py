@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from support.tiny_models import load_base
@@ -200,27 +201,64 @@ def test_a_run_on_conversations_is_asked_in_its_chat_template(monkeypatch: pytes
         questions[2].prompt(tokenizer, chat=False)
 
 
-def test_content_in_parts_is_joined_as_in_training(run: TrainedFolder, tmp_path: Path, capsys) -> None:
+CALLING = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for message in messages %}"
+    "<s>{{ message.role }}:{{ message.content or '' }}"
+    "{% for call in message.tool_calls or [] %}"
+    "[{{ call.function.name }} {{ call.function.arguments | tojson }}]{% endfor %}"
+    "</s>{% endfor %}{% if add_generation_prompt %}<s>assistant:{% endif %}"
+)
+"""A template with calls of tools, whose arguments are objects."""
+WEATHER = {"name": "weather", "description": "The weather.", "parameters": {"type": "object", "properties": {}}}
+
+
+def prompt_in_training(tokenizer: Any, row: dict[str, Any]) -> list[int]:
+    rules = EncodingRules(format="messages", as_chat=True, template=tokenizer.chat_template, train_on="last")
+    answered = {**row, "messages": [*row["messages"], {"role": "assistant", "content": "I"}]}
+    trained = build_encoder(tokenizer, rules)({"place": [""], "json": [json.dumps(answered)], "flaw": [""]})
+    assert trained["input_ids"], trained["flaw"]
+    prompt: list[int] = trained["input_ids"][0][: trained["answer_start"][0]]
+    return prompt
+
+
+def test_content_in_parts_is_joined_as_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = character_tokenizer()
     tokenizer.chat_template = choose_template(tokenizer, "plain").text
     parts = [{"type": "text", "text": "Who"}, {"type": "text", "text": "is it?"}]
-    asked = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": parts[:1]}]
-    asked += [{"role": "user", "content": parts}]
-    (question,) = asking.read_questions([json.dumps({"messages": asked})], raw=False)
-    rules = EncodingRules(format="messages", as_chat=True, template=tokenizer.chat_template, train_on="last")
-    line = json.dumps({"messages": [*asked, {"role": "assistant", "content": "I"}]})
-    trained = build_encoder(tokenizer, rules)({"place": [""], "json": [line], "flaw": [""]})
-    prompt = trained["input_ids"][0][: trained["answer_start"][0]]
+    row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": parts[:1]}]}
+    row["messages"].append({"role": "user", "content": parts})
+    (question,) = asked(trained_on(chat=True), json.dumps(row), monkeypatch=monkeypatch)
+    prompt = prompt_in_training(tokenizer, row)
     assert question.ids(tokenizer, True, control_tokens(tokenizer)) == prompt
     assert "Who\nis it?" in tokenizer.decode(prompt)
 
 
-def test_parts_that_are_no_text_are_refused(run: TrainedFolder, tmp_path: Path) -> None:
-    file = tmp_path / "prompts.jsonl"
+@pytest.mark.parametrize("arguments", [{"city": "Paris"}, '{"city": "Paris"}'], ids=["object", "JSON text"])
+def test_calls_of_tools_are_rendered_as_in_training(arguments: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = CALLING
+    call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+    messages = [
+        {"role": "user", "content": "Is it warm?"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "20 degrees"},
+    ]
+    row = {"messages": messages, "tools": [{"type": "function", "function": WEATHER}], "system": "Be brief."}
+    (question,) = asked(trained_on(chat=True), json.dumps(row), monkeypatch=monkeypatch)
+    assert question.ids(tokenizer, True, control_tokens(tokenizer)) == prompt_in_training(tokenizer, row)
+    text = question.prompt(tokenizer, True)
+    assert '[weather {"city": "Paris"}]' in text
+    assert "Be brief." in text
+    tokenizer.chat_template = choose_template(tokenizer, "plain").text
+    with pytest.raises(ValueError, match="line 1 of standard input: field 'messages' holds calls of tools: this"):
+        question.prompt(tokenizer, True)
+
+
+def test_messages_that_training_refuses_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": "a.png"}}]
-    file.write_text(json.dumps({"messages": [{"role": "user", "content": parts}]}) + "\n")
+    line = json.dumps({"messages": [{"role": "user", "content": parts}]})
     with pytest.raises(ValueError, match=r"line 1 of .*field 'messages\[0\].content\[1\]' must be a part of text"):
-        command.main([str(run.folder), "--file", str(file)])
+        asked(trained_on(chat=True), line, monkeypatch=monkeypatch)
 
 
 @pytest.mark.parametrize("chat", [True, False], ids=["in the template", "plain"])

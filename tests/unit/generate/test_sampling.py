@@ -151,7 +151,6 @@ def test_a_line_of_a_file_ends_at_a_line_break_only(tmp_path: Path) -> None:
     [
         ({"instruction": "a", "system": "b"}, "has system beside its text"),
         ({"instruction": "a", "history": [["b", "c"]]}, "has history beside its text"),
-        ({"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "t"}]}, "has tools beside messages"),
         (
             {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
             "ends with an answer of the assistant",
