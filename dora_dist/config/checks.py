@@ -1,7 +1,14 @@
 """Checks of single configuration values, with their error messages."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from types import NoneType
+
+KINDS: dict[type, str] = {
+    **{str: "text", int: "a whole number", float: "a number", bool: "true or false"},
+    **{dict: "a mapping", list: "a list", NoneType: "null"},
+}
+"""Types of values, in words."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -41,6 +48,11 @@ def of_other_trainers(name: str) -> str:
     """``; here it is X`` if other trainers use this name for key X, otherwise an empty string."""
     last = name.rsplit(".", 1)[-1]
     return next((f"; here it is {key}" for key, names in ELSEWHERE.items() if last in names), "")
+
+
+def alternatives(words: Sequence[str]) -> str:
+    """``a, b or c``."""
+    return " or ".join([*([", ".join(words[:-1])] if words[1:] else []), words[-1]])
 
 
 def require(holds: bool, name: str, value: object, rule: str) -> None:

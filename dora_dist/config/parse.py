@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
-from dora_dist.config.checks import nearest, of_other_trainers
+from dora_dist.config.checks import KINDS, alternatives, nearest, of_other_trainers
 from dora_dist.config.command_line import config_file, file_first
 from dora_dist.config.format_version import FORMAT_VERSION, refuse_later_format
 from dora_dist.config.given import given_by, keep_text, values_of
@@ -19,10 +19,7 @@ from dora_dist.config.presets import PRESETS, given_preset, preset_of
 from dora_dist.config.run import RunConfig
 from dora_dist.config.training import owner_of
 
-KINDS = {
-    **{"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"},
-    **{"dict": "a mapping", "list": "a list", "list[str]": "a list of texts"},
-}
+KIND_NAMES = {**{kind.__name__: words for kind, words in KINDS.items()}, "list[str]": "a list of texts"}
 """jsonargparse's names of types, in words."""
 
 
@@ -260,7 +257,7 @@ def _wrong_type(message: str) -> str | None:
     kinds = r"typing\.Literal\[([^\]]*)\]|<class '(\w+)'>|(list\[str\]|dict)(?:\[[^\]]*\])?"
     for choices, plain, inner in re.findall(kinds, types[1] or types[2]):
         kind = plain or inner
-        wanted += re.findall(r"'([^']*)'", choices) if choices else [KINDS.get(kind, "")]
+        wanted += re.findall(r"'([^']*)'", choices) if choices else [KIND_NAMES.get(kind, "")]
     if not all(wanted) or not wanted:
         return None
-    return f"{key[1]} is {value[1]}, but must be {', '.join(wanted[:-1])}{' or ' * (len(wanted) > 1)}{wanted[-1]}"
+    return f"{key[1]} is {value[1]}, but must be {alternatives(wanted)}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import IntervalStrategy, TrainingArguments
+from transformers import IntervalStrategy, SchedulerType, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
     get_reporting_integration_callbacks,
@@ -77,6 +77,7 @@ def training_arguments(
         )
     epochs = arguments.num_train_epochs
     arguments.max_steps = count_steps(mixture, arguments.max_steps, epochs, global_batch(arguments, ranks))
+    _check_scheduler(arguments)
     if "logging_steps" not in config.training:
         arguments.logging_steps = max(1, min(DEFAULT_TRAINING_ARGUMENTS["logging_steps"], arguments.max_steps // 10))
     return arguments
@@ -96,6 +97,25 @@ def _owned(config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,
     }
+
+
+def _check_scheduler(arguments: TrainingArguments) -> None:
+    """Refuse a scheduler that cannot be made, as the Trainer finds out itself when the model has been loaded."""
+    steps, options = arguments.max_steps, arguments.lr_scheduler_kwargs
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=arguments.learning_rate)
+    try:
+        get_scheduler(
+            arguments.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=arguments.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=options,  # type: ignore[arg-type]
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"training.lr_scheduler_type is {SchedulerType(arguments.lr_scheduler_type).value} and "
+            f"training.lr_scheduler_kwargs is {options}, which do not go together: {error}"
+        ) from None
 
 
 def _check_balance(adapter: DynamicLoraConfig, arguments: TrainingArguments) -> None:

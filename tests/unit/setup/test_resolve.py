@@ -183,6 +183,11 @@ def test_a_rank_that_a_layer_cannot_have_is_refused_with_its_name_and_the_larges
     ("overrides", "message"),
     [
         (["--training.save_strategy", "epoch"], "save_strategy is epoch, .*save_steps"),
+        (
+            ["--training.lr_scheduler_kwargs", "{cycles: 2}"],
+            "type is linear and .*kwargs is {'cycles': 2}, wh",
+        ),
+        (["--training.lr_scheduler_type", "cosine_with_min_lr"], "type is cosine_with_min_lr and .*kwargs is None, wh"),
         (["--training.per_device_train_batch_size", "51"], "50 training examples do not fill one global batch of 51"),
         (["--model.compute_dtype", "bfloat16"], "there is no GPU"),
     ],
