@@ -71,6 +71,8 @@ LORA_PLUS_RATIO = "lora_plus_ratio"
 (LoRA+, Hayou et al., 2024, arXiv 2402.12354)."""
 
 STRATEGIES = ("save_strategy", "eval_strategy", "logging_strategy")
+EVALUATION_TIMES = ("eval_steps", "eval_delay")
+"""What says when evaluations at steps are made, and has no effect without ``eval_strategy: steps``."""
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     LORA_PLUS_RATIO: (lambda value: 0 < value < math.inf, "be positive, and finite"),
     **dict.fromkeys(
