@@ -8,7 +8,7 @@ from enum import Enum
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from dora_dist.config.checks import KINDS, alternatives, nearest, require
+from dora_dist.config.checks import KINDS, alternatives, nearest, of_other_trainers, require
 
 OWNED_TRAINING_ARGUMENTS = {
     "output_dir": "set output_dir at the top of the configuration",
@@ -161,7 +161,8 @@ def check_training_section(training: dict[str, Any]) -> None:
         if name in OWNED_TRAINING_ARGUMENTS:
             raise ValueError(f"training.{name} is set by the program: {OWNED_TRAINING_ARGUMENTS[name]}")
         if name not in known:
-            raise ValueError(f"training.{name} is not a TrainingArguments name{nearest(name, known)}")
+            hint = of_other_trainers(name) or nearest(name, known)
+            raise ValueError(f"training.{name} is not a TrainingArguments name{hint}")
         _check_kind(f"training.{name}", value, known[name], _choices(name, known[name]))
         if name in RULES and value is not None:
             holds, rule = RULES[name]

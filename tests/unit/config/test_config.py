@@ -147,6 +147,8 @@ def test_the_beginning_of_a_key_is_not_taken_for_the_key(load):
         ("num_train_epochs", "; here it is training.num_train_epochs"),
         ("lr", "; here it is training.learning_rate"),
         ("bf16", " (set model.compute_dtype)"),
+        ("warmup_ratio", "; here it is training.warmup_steps"),
+        ("model.dtype", "; here it is model.compute_dtype"),
     ],
 )
 def test_a_key_of_another_trainer_is_refused_with_its_name_here(load, key, here):
@@ -182,6 +184,22 @@ def test_an_unknown_training_argument_is_refused_with_the_nearest_valid_one(load
     for arguments in ((f"training:\n  {name}: 1\n",), ("", f"--training.{name}", "1")):
         with pytest.raises(ValueError, match=f"training.{name} .* did you mean {nearest}"):
             load(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "here"),
+    [
+        ("training: {warmup_ratio: 0.1}\n", r"training\.warmup_ratio", r"training\.warmup_steps"),
+        ("training: {optimizer: sgd}\n", r"training\.optimizer", r"training\.optim"),
+        ("data: {train: {path: t, type: alpaca}}\n", r"data\.train\[0\]\.type", r"data\.format"),
+    ],
+)
+def test_a_name_of_another_trainer_is_known_within_a_section_and_a_source_too(tmp_path, section, key, here):
+    path = tmp_path / "run.yaml"
+    least = LEAST if "data" not in section else LEAST.partition("data:")[0]
+    path.write_text(least + section)
+    with pytest.raises(ValueError, match=rf"{key}.*; here it is {here}\b"):
+        load_config(path)
 
 
 @pytest.mark.parametrize("name", sorted(OWNED_TRAINING_ARGUMENTS))
