@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dora_dist.config.command_line import with_config_option
 from dora_dist.config.parse import load_config
 from dora_dist.config.run import RunConfig
-from dora_dist.console.arguments import CONFIG_HELP, SPEED_OPTION, add_speed_option, speed_of, with_config_option
+from dora_dist.console.arguments import CONFIG_HELP, SPEED_OPTION, add_speed_option, speed_of
 from dora_dist.console.command import run_command
 from dora_dist.console.library_warnings import quiet_libraries
 from dora_dist.console.phases import Phases

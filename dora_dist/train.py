@@ -6,14 +6,14 @@
 import argparse
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dora_dist.config.command_line import with_config_option
 from dora_dist.config.parse import parse_config
-from dora_dist.console.arguments import SPEED_OPTION, add_speed_option, speed_of, with_config_option
+from dora_dist.console.arguments import SPEED_OPTION, add_speed_option, speed_of
 from dora_dist.console.command import capture, do_last, run_command
 from dora_dist.console.errors import PreemptedError, mark_common
 from dora_dist.console.files import follow_umask
@@ -109,9 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         PreemptedError: a rank was told to stop before the last step.
     """
     quiet_libraries()
-    arguments = with_config_option(sys.argv[1:] if arguments is None else arguments)
     try:
-        arguments, dry_run = split_dry_run(arguments)
+        arguments, dry_run = split_dry_run(with_config_option(arguments))
         launched = "LOCAL_RANK" in os.environ or dry_run is None  # a dry run needs no launcher
         config = parse_config(arguments)
         if dry_run is not None and dry_run.ranks is not None:

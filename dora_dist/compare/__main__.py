@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dora_dist.compare.launching import WORKER, become_worker, run_workers, visible_gpus
 from dora_dist.compare.plan import Plan
 from dora_dist.compare.settings import parse_compare
-from dora_dist.console.arguments import with_config_option
+from dora_dist.config.command_line import with_config_option
 from dora_dist.console.command import run_command
 from dora_dist.console.errors import PREEMPTED, ExpectedRunError, PreemptedError
 from dora_dist.console.library_warnings import quiet_libraries

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from dora_dist.config.checks import nearest, require
+from dora_dist.config.checks import nearest, of_other_trainers, require
 from dora_dist.config.tasks import FormatName
 
 Format = Literal["auto", FormatName]
@@ -258,7 +258,8 @@ def _source(entry: str | Mapping[str, Any], where: str) -> SourceConfig:
     known = [field.name for field in dataclasses.fields(SourceConfig)]
     for name in entry:
         if name not in known:
-            raise ValueError(f"unknown key {where}.{name}{nearest(name, known)} (a source has {', '.join(known)})")
+            hint = of_other_trainers(name) or nearest(name, known)
+            raise ValueError(f"unknown key {where}.{name}{hint} (a source has {', '.join(known)})")
     if "path" not in entry:
         raise ValueError(f"{where} has no path: give the file, glob, saved folder or Hub name of the source")
     parser = ArgumentParser(exit_on_error=False)

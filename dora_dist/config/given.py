@@ -6,36 +6,31 @@ number. This module keeps quoted text as text.
 
 import dataclasses
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import get_loader
 
+from dora_dist.config.command_line import config_file, options
+
 TRAINING = "training"
 """The section without a dataclass; the command line sets its keys one by one."""
 
 
-def config_files(arguments: Sequence[str]) -> list[Path]:
-    """Files that a command line passes as ``--config``."""
-    return [Path(value) for option, value in options(arguments) if option == "config"]
-
-
 def given_by(arguments: Sequence[str], keys: Iterable[str]) -> dict[str, Any]:
-    """Values of keys as written in a command line and its files. Numbers and texts that the command line itself sets
+    """Values of keys as written in a command line and its file. Numbers and texts that the command line itself sets
     outside the section ``training`` are omitted: the parser does not change them.
 
     Args:
-        arguments: the command line's arguments; its files must be readable.
+        arguments: the command line's arguments; its file must be readable.
         keys: dotted names of all keys of the configuration.
     """
     keys = list(keys)
     given: dict[str, Any] = {}
     try:
-        for path in config_files(arguments):
-            given |= values_of(get_loader("yaml")(path.read_text(encoding="utf-8")), keys)
+        if path := config_file(arguments):
+            given = values_of(get_loader("yaml")(path.read_text(encoding="utf-8")), keys)
         for option, value in options(arguments):
             if option == TRAINING or option.startswith(f"{TRAINING}."):
                 of_option = get_loader("yaml")(value)
@@ -90,14 +85,6 @@ def keep_text(parsed: Any, given: Mapping[str, Any], section: type) -> None:
                 wanted = "true or false" if hint is bool else "a number"
                 raise ValueError(f"{key} is the text {value!r}, but must be {wanted}: remove the quotation marks")
             parsed[key] = value
-
-
-def options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Name and value of each option in a command line, written as ``--name value`` or ``--name=value``."""
-    for word, after in pairwise([*arguments, ""]):
-        name, equals, value = word.partition("=")
-        if name.startswith("--"):
-            yield name.removeprefix("--"), value if equals else after
 
 
 def _hint_of(section: type, key: str) -> Any:

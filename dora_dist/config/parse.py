@@ -1,4 +1,4 @@
-"""Reads a configuration from YAML files and command lines, and explains what is wrong with it."""
+"""Reads a configuration from a YAML file and a command line, and explains what is wrong with it."""
 
 import dataclasses
 import re
@@ -11,17 +11,15 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
-from dora_dist.config.checks import nearest, of_other_trainers
+from dora_dist.config.checks import KINDS, alternatives, nearest, of_other_trainers
+from dora_dist.config.command_line import config_file, file_first
 from dora_dist.config.format_version import FORMAT_VERSION, refuse_later_format
-from dora_dist.config.given import config_files, given_by, keep_text, values_of
+from dora_dist.config.given import given_by, keep_text, values_of
 from dora_dist.config.presets import PRESETS, given_preset, preset_of
 from dora_dist.config.run import RunConfig
 from dora_dist.config.training import owner_of
 
-KINDS = {
-    **{"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"},
-    **{"dict": "a mapping", "list": "a list", "list[str]": "a list of texts"},
-}
+KIND_NAMES = {**{kind.__name__: words for kind, words in KINDS.items()}, "list[str]": "a list of texts"}
 """jsonargparse's names of types, in words."""
 
 
@@ -82,32 +80,34 @@ def parse_strictly(
     """Values of a command line with ``--config FILE``, without ``config`` itself.
 
     Args:
-        make_parser: makes the command's parser; called once the files are known to be readable.
+        make_parser: makes the command's parser; called once the file is known to be readable.
         arguments: the command line's arguments.
-        section: dataclass that the files describe; null values of its keys are refused where a value is required.
+        section: dataclass that the file describes; null values of its keys are refused where a value is required.
 
     Raises:
         ValueError: see :func:`parse_config`.
     """
-    _check_files(arguments, section)
+    if path := config_file(arguments):
+        _check_file(path, section)
     parser = make_parser()
     try:
-        parsed = parser.parse_args(arguments)
+        parsed = parser.parse_args(file_first(arguments))
     except ArgumentError as error:
         raise ValueError(_explain(str(error), parser)) from None
     return _instances(parsed, given_by(arguments, _keys(parser)), section)
 
 
-def _check_files(arguments: Sequence[str], section: type) -> None:
-    """Refuse a command line's files that cannot be read."""
-    for path in config_files(arguments):
-        if not path.is_file():
-            what = f"{path} is a folder" if path.is_dir() else f"there is no file {path}"
-            raise ValueError(f"{what}: give a YAML file (dora-dist recipe prints some to start from)")
-        values = _read(path)
-        _refuse_repeated_keys(path)
-        refuse_later_format(path, values)
-        _refuse_nulls_and_bare_sections(path, values, section)
+def _check_file(path: Path, section: type) -> None:
+    """Refuse a command line's file that cannot be read, or names another one."""
+    if not path.is_file():
+        what = f"{path} is a folder" if path.is_dir() else f"there is no file {path}"
+        raise ValueError(f"{what}: give a YAML file (dora-dist recipe prints some to start from)")
+    values = _read(path)
+    if isinstance(values, dict) and "config" in values:  # the parser would read it too, without these checks
+        raise ValueError(f"{path}: config is {values['config']!r}, but there is one file: write its keys into this one")
+    _refuse_repeated_keys(path)
+    refuse_later_format(path, values)
+    _refuse_nulls_and_bare_sections(path, values, section)
 
 
 def config_of(values: Mapping[str, Any]) -> RunConfig:
@@ -228,6 +228,12 @@ def _explain(message: str, parser: ArgumentParser) -> str:
     if unknown:
         key = unknown[1] or unknown[2]
         return f"unknown key {key}{_hint(key, keys)}"
+    word = re.search(r"unrecognized arguments: ([^\s-]\S*)", message)
+    if word:
+        return (
+            f"{word[1]} belongs to no option: a command takes one YAML file, as its first argument or after --config, "
+            "and every key as --section.key value"
+        )
     section = re.search(r"^Parser key \"(\w+)\":\s+Unable to load config", message)
     if section:
         return f"--{section[1]} is a section: set its keys as --{section[1]}.KEY (dora-dist train --help lists them)"
@@ -251,7 +257,7 @@ def _wrong_type(message: str) -> str | None:
     kinds = r"typing\.Literal\[([^\]]*)\]|<class '(\w+)'>|(list\[str\]|dict)(?:\[[^\]]*\])?"
     for choices, plain, inner in re.findall(kinds, types[1] or types[2]):
         kind = plain or inner
-        wanted += re.findall(r"'([^']*)'", choices) if choices else [KINDS.get(kind, "")]
+        wanted += re.findall(r"'([^']*)'", choices) if choices else [KIND_NAMES.get(kind, "")]
     if not all(wanted) or not wanted:
         return None
-    return f"{key[1]} is {value[1]}, but must be {', '.join(wanted[:-1])}{' or ' * (len(wanted) > 1)}{wanted[-1]}"
+    return f"{key[1]} is {value[1]}, but must be {alternatives(wanted)}"

@@ -11,7 +11,7 @@ import yaml
 
 from dora_dist.config.adapter import DynamicLoraConfig
 from dora_dist.config.checks import nearest
-from dora_dist.config.given import config_files, options
+from dora_dist.config.command_line import config_file, options
 from dora_dist.config.pruning import PruningConfig
 
 PresetName = Literal["2026-11", "paper", "lora"]
@@ -45,18 +45,18 @@ def default_of(key: str, preset: str) -> Any:
 
 
 def given_preset(arguments: Sequence[str]) -> str:
-    """The preset chosen by a command line and its files.
+    """The preset chosen by a command line and its file.
 
     Raises:
         ValueError: there is no preset of this name, or it would have no effect.
     """
     name: str = DEFAULT
     complete: Path | None = None
-    for path in config_files(arguments):
+    if path := config_file(arguments):
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         if isinstance(values, Mapping):
             name = preset_of(values)
-            complete = path if "format_version" in values else complete
+            complete = path if "format_version" in values else None
     for option, value in options(arguments):
         if option != "preset":
             continue

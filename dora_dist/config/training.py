@@ -2,9 +2,13 @@
 
 import dataclasses
 import math
-from typing import Any
+import multiprocessing
+from collections.abc import Callable
+from enum import Enum
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
-from dora_dist.config.checks import nearest, require
+from dora_dist.config.checks import KINDS, alternatives, nearest, of_other_trainers, require
 
 OWNED_TRAINING_ARGUMENTS = {
     "output_dir": "set output_dir at the top of the configuration",
@@ -66,9 +70,40 @@ LORA_PLUS_RATIO = "lora_plus_ratio"
 """Key of this section that is no name of ``TrainingArguments``: learning rate of the columns b_i over that of all else
 (LoRA+, Hayou et al., 2024, arXiv 2402.12354)."""
 
-NUMBERS_OF_ROWS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon", "num_train_epochs")
 STRATEGIES = ("save_strategy", "eval_strategy", "logging_strategy")
+EVALUATION_TIMES = ("eval_steps", "eval_delay")
+"""What says when evaluations at steps are made, and has no effect without ``eval_strategy: steps``."""
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    LORA_PLUS_RATIO: (lambda value: 0 < value < math.inf, "be positive, and finite"),
+    **dict.fromkeys(
+        (
+            *("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon", "num_train_epochs"),
+            *("eval_delay", "neftune_noise_alpha"),
+        ),
+        (lambda value: 0 <= value < math.inf, "be at least 0, and finite"),
+    ),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (lambda value: 0 <= value < 1, "lie in [0, 1)")),
+    **dict.fromkeys(
+        ("logging_steps", "eval_steps", "save_steps"),
+        (
+            lambda value: 0 < value < 1 or (value < math.inf and value >= 1 and value == int(value)),
+            "be a whole number of at least 1, or a share of the run between 0 and 1",
+        ),
+    ),
+    **dict.fromkeys(
+        (
+            *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+            *("torch_empty_cache_steps", "dataloader_prefetch_factor", "ddp_bucket_cap_mb"),
+        ),
+        (lambda value: value >= 1, "be a whole number of at least 1"),
+    ),
+    "optim_args": (
+        lambda value: all(len(entry.split("=")) == 2 for entry in value.split(",")),
+        "be NAME=VALUE, or several of them with commas between",
+    ),
+    "dataloader_num_workers": (lambda value: value >= 0, "be at least 0"),
+}
+"""Name of a value that is not null -> the rule that it must meet, in words too."""
 
 CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
 """transformers' names for one switch: the present one, which wins, and the one before 5.23."""
@@ -112,50 +147,79 @@ def with_strategies(training: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_training_section(training: dict[str, Any]) -> None:
-    """Refuse names that ``TrainingArguments`` does not know, those that the program must set itself, and numbers and
-    switches that are none (``TrainingArguments`` takes any text for them).
+    """Refuse names that ``TrainingArguments`` does not know, those that the program must set itself, values of another
+    kind (``TrainingArguments`` takes any), and numbers that cannot be.
 
     Raises:
         ValueError: with the nearest valid name, or the reason.
     """
     from transformers import TrainingArguments
 
-    fields = [entry for entry in dataclasses.fields(TrainingArguments) if entry.init]
-    known = {entry.name: entry.default for entry in fields}
-    known[LORA_PLUS_RATIO] = DEFAULT_TRAINING_ARGUMENTS[LORA_PLUS_RATIO]
-    whole = {entry.name for entry in fields if entry.type is int}
-    whole_or_none = {entry.name for entry in fields if entry.type == int | None}
+    known = {entry.name: entry.type for entry in dataclasses.fields(TrainingArguments) if entry.init}
+    known[LORA_PLUS_RATIO] = float
     for name, value in training.items():
         if name in OWNED_TRAINING_ARGUMENTS:
             raise ValueError(f"training.{name} is set by the program: {OWNED_TRAINING_ARGUMENTS[name]}")
         if name not in known:
-            raise ValueError(f"training.{name} is not a TrainingArguments name{nearest(name, known)}")
-        if isinstance(known[name], bool) and not isinstance(value, bool):
-            raise ValueError(f"training.{name} is {value!r}, but must be true or false")
-        # A bool is an int to isinstance.
-        if (name in whole or (name in whole_or_none and value is not None)) and type(value) is not int:
-            raise ValueError(f"training.{name} is {value!r}, but must be a whole number")
-        if isinstance(known[name], int | float) and not isinstance(value, int | float):
-            raise ValueError(f"training.{name} is {value!r}, but must be a number")
-        if name in NUMBERS_OF_ROWS:
-            whole_number(training, name)
-        if name == LORA_PLUS_RATIO:
-            require(0 < value < math.inf, f"training.{name}", value, "be positive, and finite")
-        if name in NOT_NEGATIVE:
-            require(0 <= value < math.inf, f"training.{name}", value, "be at least 0, and finite")
+            hint = of_other_trainers(name) or nearest(name, known)
+            raise ValueError(f"training.{name} is not a TrainingArguments name{hint}")
+        _check_kind(f"training.{name}", value, known[name], _choices(name, known[name]))
+        if name in RULES and value is not None:
+            holds, rule = RULES[name]
+            require(holds(value), f"training.{name}", value, rule)
     for name in CHECKPOINTING:
         _check_checkpointing(training, name)
+    if training.get("dataloader_persistent_workers") and not training.get("dataloader_num_workers"):
+        raise ValueError(
+            "training.dataloader_persistent_workers is true, but training.dataloader_num_workers is 0, so that there "
+            "are none: set it to how many, or leave training.dataloader_persistent_workers out"
+        )
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    """The types of a union, or the type itself."""
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
+def _choices(name: str, annotation: Any) -> list[str]:
+    """The texts that a field of ``TrainingArguments`` takes; none where it takes any, or no text."""
+    from transformers.training_args import trainer_log_levels
+
+    if name in ("log_level", "log_level_replica"):
+        return list(trainer_log_levels)
+    if name == "dataloader_multiprocessing_context":
+        return multiprocessing.get_all_start_methods()
+    enumerations = [kind for kind in _members(annotation) if isinstance(kind, type) and issubclass(kind, Enum)]
+    return [member.value for enumeration in enumerations for member in enumeration]
+
+
+def _check_kind(key: str, value: Any, annotation: Any, choices: list[str]) -> None:
+    """Refuse a value that is not of the annotated types, or a text that is none of the choices, if there are any."""
+    kinds = set()
+    for member in _members(annotation):
+        origin = get_origin(member)
+        kinds |= {type(choice) for choice in get_args(member)} if origin is Literal else {origin or member}
+    if dict in kinds:
+        kinds -= {str}  # a mapping as JSON, which YAML does not need
+    if float in kinds:
+        kinds |= {int}
+    # A bool is an int to isinstance.
+    good = bool in kinds if isinstance(value, bool) else isinstance(value, tuple(kinds))
+    wanted = [words for kind, words in KINDS.items() if kind in kinds and not (kind is int and float in kinds)]
+    quote = str in kinds and isinstance(value, bool | int | float)
+    require(good, key, repr(value), f"be {alternatives(wanted)}{': put it in quotation marks' * quote}")
+    if choices and isinstance(value, str):
+        require(value in choices, key, value, f"be one of {', '.join(choices)}{nearest(value, choices)}")
 
 
 def _check_checkpointing(training: dict[str, Any], name: str) -> None:
-    """Refuse what is neither true nor false nor null, and ways of recomputing that give other numbers."""
-    value, key = training.get(name), f"training.{name}_kwargs"
-    require(value is None or isinstance(value, bool), f"training.{name}", repr(value), "be true or false")
+    """Refuse ways of recomputing that give other numbers."""
     options = training.get(f"{name}_kwargs") or {}
-    require(isinstance(options, dict), key, repr(options), "be a mapping")
     for option, (refused, reason) in REFUSED_CHECKPOINTING.items():
         if option in options and refused in (None, options[option]):
-            raise ValueError(f"{key} has {option}: {options[option]}, which is not supported: {reason}")
+            raise ValueError(
+                f"training.{name}_kwargs has {option}: {options[option]}, which is not supported: {reason}"
+            )
 
 
 def recomputes_layers(training: dict[str, Any]) -> bool:
@@ -185,12 +249,6 @@ def length_of_run(training: dict[str, Any]) -> tuple[int, float]:
 
 
 def whole_number(training: dict[str, Any], name: str) -> int:
-    """A number of a checked training section, of at least 1; ``max_steps`` may be less, which is none.
-
-    Raises:
-        ValueError: it is less.
-    """
+    """A whole number of a checked training section, or its default."""
     value: int = training_argument(training, name)
-    if value < 1 and name != "max_steps":
-        raise ValueError(f"training.{name} is {value!r}, but must be a whole number of at least 1")
     return value

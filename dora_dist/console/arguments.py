@@ -2,23 +2,10 @@
 
 import argparse
 import math
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 CONFIG_HELP = "YAML file of the run; it can also be given as the first argument; see dora-dist recipe"
 SPEED_OPTION = "--tokens-per-second"
-
-
-def with_config_option(arguments: Sequence[str] | None) -> list[str]:
-    """The arguments of a command with ``--config FILE``; the file may also be given alone as the first argument.
-
-    Args:
-        arguments: arguments of the command; None for ``sys.argv``.
-    """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    as_first = bool(arguments) and not arguments[0].startswith("-")
-    return ["--config", *arguments] if as_first else list(arguments)
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:

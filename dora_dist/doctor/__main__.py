@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from dora_dist.console.arguments import CONFIG_HELP, with_config_option
+from dora_dist.config.command_line import with_config_option
+from dora_dist.console.arguments import CONFIG_HELP
 from dora_dist.console.command import capture, run_command
 from dora_dist.console.errors import ExpectedRunError
 from dora_dist.console.library_warnings import quiet_libraries

@@ -12,8 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dora_dist.config.command_line import with_config_option
 from dora_dist.config.parse import load_config
-from dora_dist.console.arguments import CONFIG_HELP, with_config_option
+from dora_dist.console.arguments import CONFIG_HELP
 from dora_dist.console.command import run_command
 from dora_dist.console.library_warnings import quiet_libraries
 from dora_dist.console.phases import Phases

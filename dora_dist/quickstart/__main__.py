@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from textwrap import indent
 
-from dora_dist.config.given import options
+from dora_dist.config.command_line import options
 from dora_dist.console.command import run_command
 from dora_dist.console.files import read_lines
 from dora_dist.console.shipped import shipped

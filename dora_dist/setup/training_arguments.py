@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import IntervalStrategy, TrainingArguments
+from transformers import IntervalStrategy, SchedulerType, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
     get_reporting_integration_callbacks,
@@ -17,7 +17,13 @@ from transformers.integrations.integration_utils import (
 from dora_dist.base_model import load
 from dora_dist.config.adapter import PROMPT, DynamicLoraConfig
 from dora_dist.config.run import RunConfig
-from dora_dist.config.training import CHECKPOINTING, DEFAULT_TRAINING_ARGUMENTS, LORA_PLUS_RATIO, STRATEGIES
+from dora_dist.config.training import (
+    CHECKPOINTING,
+    DEFAULT_TRAINING_ARGUMENTS,
+    EVALUATION_TIMES,
+    LORA_PLUS_RATIO,
+    STRATEGIES,
+)
 from dora_dist.data.mixture import Mixture
 from dora_dist.training.batch_size import global_batch
 
@@ -71,12 +77,10 @@ def training_arguments(
         raise ValueError(f"training: {error}") from None
     _check_reporters(arguments.report_to or [])
     _check_balance(config.adapter, arguments)
-    if arguments.eval_strategy != "no" and config.data.eval is None:
-        raise ValueError(
-            f"training.eval_strategy is {IntervalStrategy(arguments.eval_strategy).value}, but data.eval is not set"
-        )
+    _check_evaluations(config, IntervalStrategy(arguments.eval_strategy).value)
     epochs = arguments.num_train_epochs
     arguments.max_steps = count_steps(mixture, arguments.max_steps, epochs, global_batch(arguments, ranks))
+    _check_scheduler(arguments)
     if "logging_steps" not in config.training:
         arguments.logging_steps = max(1, min(DEFAULT_TRAINING_ARGUMENTS["logging_steps"], arguments.max_steps // 10))
     return arguments
@@ -96,6 +100,41 @@ def _owned(config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,
     }
+
+
+def _check_evaluations(config: RunConfig, strategy: str) -> None:
+    """Refuse evaluations without held-out data, and times of evaluations that are never made. A strategy of ``no`` that
+    the user has set turns them off by one line, whatever else the file says."""
+    if strategy != "no" and config.data.eval is None:
+        raise ValueError(f"training.eval_strategy is {strategy}, but data.eval is not set")
+    if "eval_strategy" in config.training:
+        return
+    for name in EVALUATION_TIMES:
+        if config.training.get(name):
+            needed = "" if config.data.eval is not None else "set data.eval, and "
+            raise ValueError(
+                f"training.{name} is {config.training[name]}, which has no effect: training.eval_strategy is "
+                f"{strategy}. Omit training.{name}, or {needed}set training.eval_strategy to steps"
+            )
+
+
+def _check_scheduler(arguments: TrainingArguments) -> None:
+    """Refuse a scheduler that cannot be made, as the Trainer finds out itself when the model has been loaded."""
+    steps, options = arguments.max_steps, arguments.lr_scheduler_kwargs
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=arguments.learning_rate)
+    try:
+        get_scheduler(
+            arguments.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=arguments.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=options,  # type: ignore[arg-type]
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"training.lr_scheduler_type is {SchedulerType(arguments.lr_scheduler_type).value} and "
+            f"training.lr_scheduler_kwargs is {options}, which do not go together: {error}"
+        ) from None
 
 
 def _check_balance(adapter: DynamicLoraConfig, arguments: TrainingArguments) -> None:

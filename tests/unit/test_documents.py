@@ -11,6 +11,7 @@ from support.repository import REPOSITORY
 from transformers import TrainingArguments
 
 from dora_dist.config.checks import ELSEWHERE
+from dora_dist.config.parse import load_config
 from dora_dist.config.run import RunConfig
 from dora_dist.config.training import DEFAULT_TRAINING_ARGUMENTS
 from dora_dist.runs import summary
@@ -65,6 +66,30 @@ def test_keys_that_a_document_names_exist(name):
 def test_every_name_that_an_error_knows_from_other_trainers_is_in_the_table():
     text = (DOCS / "coming_from.md").read_text(encoding="utf-8")
     assert all(f"| `{key}" in text for key in ELSEWHERE)
+
+
+def names_of_other_trainers() -> list[tuple[str, str]]:
+    """Key here and a name of it elsewhere that is no key here, for every such name of the first table."""
+    found = []
+    for row in re.findall(r"^\| `.*$", (DOCS / "coming_from.md").read_text(encoding="utf-8"), re.MULTILINE):
+        here, *others = row.strip("| ").split(" | ")
+        names = dict.fromkeys(re.findall(r"`(\w+)(?:: [^`]*)?`", " ".join(others)))
+        found += [(re.findall(r"[\w.]+", here)[0], name) for name in names if name not in keys()]
+    return found
+
+
+@pytest.mark.parametrize(("here", "name"), names_of_other_trainers())
+def test_a_name_of_another_trainer_is_answered_with_the_key_of_its_row(tmp_path, here, name):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"output_dir: x\nmodel: {{path: m}}\ndata: {{train: t}}\n{name}: 1\n")
+    with pytest.raises(ValueError, match=rf"^unknown key {name}\b.*\b{re.escape(here)}\b"):
+        load_config(file)
+
+
+def test_the_table_of_names_is_read_to_its_end():
+    assert {("data.eval", "val_size"), ("model.path", "base_model"), ("evaluation.before", "eval_on_start")} <= set(
+        names_of_other_trainers()
+    )
 
 
 def table_names(document: str, heading: str) -> set[str]:

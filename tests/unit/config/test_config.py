@@ -1,4 +1,5 @@
 import dataclasses
+import math
 import re
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from support.repository import REPOSITORY
+from transformers import TrainingArguments
 
 from dora_dist.config.adapter import DynamicLoraConfig
 from dora_dist.config.data import DataConfig
@@ -145,6 +147,8 @@ def test_the_beginning_of_a_key_is_not_taken_for_the_key(load):
         ("num_train_epochs", "; here it is training.num_train_epochs"),
         ("lr", "; here it is training.learning_rate"),
         ("bf16", " (set model.compute_dtype)"),
+        ("warmup_ratio", "; here it is training.warmup_steps"),
+        ("model.dtype", "; here it is model.compute_dtype"),
     ],
 )
 def test_a_key_of_another_trainer_is_refused_with_its_name_here(load, key, here):
@@ -180,6 +184,22 @@ def test_an_unknown_training_argument_is_refused_with_the_nearest_valid_one(load
     for arguments in ((f"training:\n  {name}: 1\n",), ("", f"--training.{name}", "1")):
         with pytest.raises(ValueError, match=f"training.{name} .* did you mean {nearest}"):
             load(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "here"),
+    [
+        ("training: {warmup_ratio: 0.1}\n", r"training\.warmup_ratio", r"training\.warmup_steps"),
+        ("training: {optimizer: sgd}\n", r"training\.optimizer", r"training\.optim"),
+        ("data: {train: {path: t, type: alpaca}}\n", r"data\.train\[0\]\.type", r"data\.format"),
+    ],
+)
+def test_a_name_of_another_trainer_is_known_within_a_section_and_a_source_too(tmp_path, section, key, here):
+    path = tmp_path / "run.yaml"
+    least = LEAST if "data" not in section else LEAST.partition("data:")[0]
+    path.write_text(least + section)
+    with pytest.raises(ValueError, match=rf"{key}.*; here it is {here}\b"):
+        load_config(path)
 
 
 @pytest.mark.parametrize("name", sorted(OWNED_TRAINING_ARGUMENTS))
@@ -463,11 +483,88 @@ def test_a_training_argument_is_the_users_before_ours_before_the_librarys():
     assert training_argument({}, "gradient_accumulation_steps") == 1
 
 
-def test_only_max_steps_may_be_less_than_one():
+def test_whole_numbers_are_the_users_or_the_librarys():
     assert whole_number({}, "max_steps") == -1
     assert whole_number({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps") == 4
-    with pytest.raises(ValueError, match="per_device_train_batch_size is 0, but must be a whole number of at least 1"):
-        whole_number({"per_device_train_batch_size": 0}, "per_device_train_batch_size")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("learning_rate", "num_train_epochs", "weight_decay", "max_grad_norm", "warmup_steps", "adam_beta1"),
+        *("adam_epsilon", "logging_steps", "save_steps", "eval_steps", "eval_delay", "neftune_noise_alpha"),
+        "lora_plus_ratio",
+    ],
+)
+@pytest.mark.parametrize("value", [True, False, "0.5", "fast", [1]])
+def test_training_arguments_that_are_no_numbers_are_refused(load, name, value):
+    with pytest.raises(ValueError, match=rf"^training\.{name} is {re.escape(repr(value))}, but must be a number"):
+        load(yaml.safe_dump({"training": {name: value}}))
+
+
+def test_a_switch_is_no_number_on_the_command_line_either(load):
+    with pytest.raises(ValueError, match=r"^training\.learning_rate is True, but must be a number$"):
+        load("", "--training.learning_rate", "true")
+
+
+@pytest.mark.parametrize(
+    ("given", "rule"),
+    [
+        ({"adam_beta1": 2}, "adam_beta1 is 2, but must lie in [0, 1)"),
+        ({"adam_beta2": -0.1}, "adam_beta2 is -0.1, but must lie in [0, 1)"),
+        ({"adam_beta2": math.nan}, "adam_beta2 is nan, but must lie in [0, 1)"),
+        ({"eval_steps": -1}, "eval_steps is -1, but must be a whole number of at least 1, or a share"),
+        ({"save_steps": 0}, "save_steps is 0, but must be a whole number of at least 1, or a share"),
+        ({"save_steps": 1.5}, "save_steps is 1.5, but must be a whole number of at least 1, or a share"),
+        ({"logging_steps": math.inf}, "logging_steps is inf, but must be a whole number of at least 1, or a share"),
+        ({"logging_steps": math.nan}, "logging_steps is nan, but must be a whole number of at least 1, or a share"),
+        ({"eval_delay": -1}, "eval_delay is -1, but must be at least 0"),
+        ({"neftune_noise_alpha": -1}, "neftune_noise_alpha is -1, but must be at least 0"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0, but must be a whole number of at leas"),
+        ({"torch_empty_cache_steps": 0}, "torch_empty_cache_steps is 0, but must be a whole number of at least 1"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers is -1, but must be at least 0"),
+        ({"dataloader_prefetch_factor": 0}, "dataloader_prefetch_factor is 0, but must be a whole number of at least"),
+        ({"dataloader_multiprocessing_context": "frok"}, "dataloader_multiprocessing_context is frok, but must be one"),
+        (
+            {"dataloader_persistent_workers": True},
+            "dataloader_persistent_workers is true, but training.dataloader_nu",
+        ),
+        ({"log_level": "loud"}, "log_level is loud, but must be one of detail, debug, info, warning, error, critical"),
+        ({"optim": "adamw_torhc"}, "optim is adamw_torhc, but must be one of "),
+        ({"optim": None}, "optim is None, but must be text"),
+        ({"optim_args": "beta"}, "optim_args is beta, but must be NAME=VALUE"),
+        ({"lr_scheduler_type": "lin"}, "lr_scheduler_type is lin, but must be one of linear, cosine"),
+        ({"lr_scheduler_kwargs": "num_cycles"}, "lr_scheduler_kwargs is 'num_cycles', but must be a mapping or null"),
+        ({"gradient_checkpointing_kwargs": [1]}, "gradient_checkpointing_kwargs is [1], but must be a mapping or null"),
+        ({"save_strategy": "often"}, "save_strategy is often, but must be one of no, steps, epoch"),
+        ({"report_to": 5}, "report_to is 5, but must be text, a list or null"),
+        ({"run_name": 12}, "run_name is 12, but must be text or null: put it in quotation marks"),
+        ({"ddp_static_graph": "yes"}, "ddp_static_graph is 'yes', but must be true or false or null"),
+    ],
+)
+def test_training_arguments_that_end_in_a_librarys_error_later_are_refused_by_their_key(given, rule):
+    with pytest.raises(ValueError, match=f"^training.{re.escape(rule)}"):
+        check_training_section(given)
+
+
+def test_training_arguments_of_every_kind_are_taken():
+    check_training_section(
+        {
+            **{"learning_rate": 1, "num_train_epochs": 2, "adam_beta1": 0, "neftune_noise_alpha": 5, "max_steps": -1},
+            **{"report_to": ["none"], "run_name": "12", "optim_args": "a=1, b=2", "logging_first_step": True},
+            **{"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 1}, "log_level": "info"},
+            **{"dataloader_num_workers": 2, "dataloader_persistent_workers": True, "ddp_static_graph": None},
+            **{"trackio_static_space_id": False, "debug": "underflow_overflow", "eval_steps": None},
+        }
+    )
+
+
+def test_the_defaults_of_the_library_and_ours_meet_the_rules():
+    defaults = {entry.name: entry.default for entry in dataclasses.fields(TrainingArguments) if entry.init}
+    factories = {name for name, value in defaults.items() if value is dataclasses.MISSING}
+    library = {name: value for name, value in defaults.items() if name not in OWNED_TRAINING_ARGUMENTS}
+    check_training_section({name: value for name, value in library.items() if name not in factories})
+    check_training_section(DEFAULT_TRAINING_ARGUMENTS)
 
 
 @pytest.mark.parametrize(

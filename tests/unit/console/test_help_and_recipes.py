@@ -8,7 +8,6 @@ import yaml
 from support.repository import REPOSITORY
 
 from dora_dist import __main__ as console
-from dora_dist.console.arguments import with_config_option
 from dora_dist.distributed.start_ranks import number_of_ranks
 from dora_dist.setup import recipe
 
@@ -36,18 +35,6 @@ def test_help_says_which_method_this_is_not(capsys):
 def test_an_unknown_command_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match=r"'trian' is not a command; did you mean train\?"):
         console.main(["trian"])
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        (["a.yaml", "--seed", "3"], ["--config", "a.yaml", "--seed", "3"]),
-        (["--config", "a.yaml", "--seed", "3"], ["--config", "a.yaml", "--seed", "3"]),
-        ([], []),
-    ],
-)
-def test_a_configuration_is_the_first_argument_or_an_option(given, expected):
-    assert with_config_option(given) == expected
 
 
 def test_every_recipe_is_listed_with_a_title_and_printed_as_it_is(capsys):

@@ -183,6 +183,11 @@ def test_a_rank_that_a_layer_cannot_have_is_refused_with_its_name_and_the_larges
     ("overrides", "message"),
     [
         (["--training.save_strategy", "epoch"], "save_strategy is epoch, .*save_steps"),
+        (
+            ["--training.lr_scheduler_kwargs", "{cycles: 2}"],
+            "type is linear and .*kwargs is {'cycles': 2}, wh",
+        ),
+        (["--training.lr_scheduler_type", "cosine_with_min_lr"], "type is cosine_with_min_lr and .*kwargs is None, wh"),
         (["--training.per_device_train_batch_size", "51"], "50 training examples do not fill one global batch of 51"),
         (["--model.compute_dtype", "bfloat16"], "there is no GPU"),
     ],
@@ -198,6 +203,25 @@ def test_evaluation_during_training_needs_held_out_data(config):
         training_arguments.training_arguments(
             load(config, "--training.eval_strategy", "steps", "--data.eval", "null"), mixture_of(50)
         )
+
+
+@pytest.mark.parametrize(("name", "value"), [("eval_steps", "10"), ("eval_steps", "0.1"), ("eval_delay", "4")])
+@pytest.mark.parametrize(("data", "advice"), [((), "or set"), (("--data.eval", "null"), "or set data.eval, and set")])
+def test_times_of_evaluations_that_are_never_made_are_refused(config, name, value, data, advice):
+    with pytest.raises(
+        ValueError,
+        match=rf"^training\.{name} is {value}, which has no effect: training\.eval_strategy is no\. "
+        rf"Omit training\.{name}, {advice} training\.eval_strategy to steps$",
+    ):
+        training_arguments.training_arguments(load(config, f"--training.{name}", value, *data), mixture_of(50))
+
+
+def test_one_line_turns_evaluations_saves_and_logged_steps_off(config):
+    options = ["--training.eval_steps", "2", "--training.save_steps", "2", "--training.logging_steps", "2"]
+    for strategy in ("eval_strategy", "save_strategy", "logging_strategy"):
+        options += [f"--training.{strategy}", "no"]
+    arguments = training_arguments.training_arguments(load(config, *options), mixture_of(50))
+    assert (arguments.eval_strategy, arguments.save_strategy, arguments.logging_strategy) == ("no", "no", "no")
 
 
 def test_what_the_program_sets_is_refused_in_the_configuration(config, monkeypatch):
