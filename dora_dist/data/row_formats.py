@@ -1,8 +1,9 @@
 """The formats that rows are written in: the fields of each, what a row says, and what encodes it."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from string import Formatter
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dora_dist.config.tasks import CAUSAL_LM, TASKS
 from dora_dist.data.encoding.classification import LabelledEncoder
-from dora_dist.data.encoding.encoder import EncodingRules, RowEncoder, RowParser
+from dora_dist.data.encoding.encoder import EncodingRules, RowEncoder
 from dora_dist.data.encoding.questions import QuestionEncoder
 from dora_dist.data.encoding.summaries import SummaryEncoder
 from dora_dist.data.encoding.text import TextEncoder
@@ -270,7 +271,7 @@ class RowFormat:
 
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
-    parse: RowParser
+    parse: Callable[[Mapping[str, Any]], Any]
     encoder: type[RowEncoder[Any, Any]] = TextEncoder
     is_chat: bool = False
     may_be_chat: bool = False
@@ -317,23 +318,71 @@ def fields_read(row_format: str, renamed: Mapping[str, str], prompt: str | None)
     return tuple(sorted({renamed.get(name, name) for name in names} | own))
 
 
+def parse_row(row: Mapping[str, Any], filled: bool, row_format: str) -> Any:
+    """The sample that a row describes.
+
+    Args:
+        row: its fields have the format's names.
+        filled: whether nulls in it may stand for keys that it never had.
+        row_format: a name of :data:`FORMATS`.
+
+    Raises:
+        RowFlaw: it describes none, or has what would be lost.
+    """
+    layout = FORMATS[row_format]
+    for name in layout.lost_fields:
+        if row.get(name):
+            raise RowFlaw(
+                name, f"is not read in rows of the format {row_format}, so that it would be lost: leave it out"
+            )
+    sample = layout.parse(row)
+    if filled and isinstance(sample, Chat):
+        _check_filled(row, row[layout.required[0]], layout.required[0])
+    return sample
+
+
+def _check_filled(row: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], field: str) -> None:
+    """Refuse nulls where the model would be given them, or learn to write them.
+
+    Args:
+        row: with calls and tools in forms that are read.
+        messages: of the row.
+        field: that has them.
+
+    Raises:
+        RowFlaw: there is one in the arguments of a call, or in the tools.
+    """
+    found = {"tools": row.get("tools")}
+    for number, message in enumerate(messages):
+        for place, call in enumerate(message.get("tool_calls") or ()):
+            arguments = call.get("function", call).get("arguments")
+            found[f"{field}[{number}].tool_calls[{place}].arguments"] = arguments or {}
+    for name, value in found.items():
+        if value is not None and (path := _path_of_null(value)) is not None:
+            raise RowFlaw(
+                name,
+                f"has null at {path}, which may be a key that the row never had: Parquet, Arrow, saved folders and the "
+                "Hub give all rows the same keys, and null where they have none; keep it as JSON text there",
+            )
+
+
+def _path_of_null(value: Any) -> str | None:
+    """Where the first null stands in what is nested; None where there is none."""
+    entries = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for name, entry in entries:
+        inner = "" if entry is None else _path_of_null(entry)
+        if inner is not None:
+            return f"{name}.{inner}".rstrip(".")
+    return None
+
+
 def build_encoder(tokenizer: PreTrainedTokenizerBase, rules: EncodingRules) -> RowEncoder[Any, Any]:
     """The encoder of rows that are written in the format ``rules.format``.
 
     Raises:
         ValueError: the tokenizer or the rules do not fit the format.
     """
-    row_format = FORMATS[rules.format]
-
-    def parse(row: Mapping[str, Any]) -> Any:
-        for name in row_format.lost_fields:
-            if row.get(name):
-                raise RowFlaw(
-                    name, f"is not read in rows of the format {rules.format}, so that it would be lost: leave it out"
-                )
-        return row_format.parse(row)
-
-    return row_format.encoder(tokenizer, rules, parse)
+    return FORMATS[rules.format].encoder(tokenizer, rules, partial(parse_row, row_format=rules.format))
 
 
 def _check_one_format(fits: Sequence[Sequence[str]], where: str) -> None:

@@ -32,11 +32,14 @@ class RawRow:
         place: file and line or row, for messages.
         json: the row as JSON; empty where there is a flaw.
         flaw: why it could not even be read, or empty.
+        filled: whether a null in an object may stand for a key that the row never had: Arrow gives the objects of a
+            column the same keys in all rows.
     """
 
     place: str
     json: str
     flaw: str = ""
+    filled: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,8 +283,9 @@ def _reading(file: Path) -> Iterator[None]:
 
 
 def _dumped(rows: Iterable[dict[str, Any]], where: str) -> Iterator[RawRow]:
+    """Rows that Arrow has held."""
     for number, row in enumerate(rows, start=1):
-        yield RawRow(f"{where}, row {number}", json.dumps(row, ensure_ascii=False, default=_name_type))
+        yield RawRow(f"{where}, row {number}", json.dumps(row, ensure_ascii=False, default=_name_type), filled=True)
 
 
 def _name_type(value: object) -> dict[str, str]:

@@ -57,7 +57,9 @@ def without_marks(template: str) -> str:
 
 def encode(tokenizer, template: str, messages: list[dict], **rules) -> list[tuple[list[int], list[int]]]:
     encoder = build_encoder(tokenizer, EncodingRules(format="messages", template=template, **rules))
-    columns = encoder({"place": ["here"], "json": [json.dumps({"messages": messages})], "flaw": [""]})
+    columns = encoder(
+        {"place": ["here"], "json": [json.dumps({"messages": messages})], "flaw": [""], "filled": [False]}
+    )
     return list(zip(columns["input_ids"], columns["spans"], strict=True))
 
 

@@ -21,6 +21,7 @@ def encode(tokenizer, rows, **rules):
             "place": [f"row {number}" for number in range(1, len(rows) + 1)],
             "json": [json.dumps(row) for row in rows],
             "flaw": [""] * len(rows),
+            "filled": [False] * len(rows),
         }
     )
 

@@ -182,7 +182,7 @@ def test_content_in_parts_is_joined_as_in_training(run: TrainedFolder, tmp_path:
     (question,) = asking.read_questions([json.dumps({"messages": asked})], raw=False)
     rules = EncodingRules(format="messages", as_chat=True, template=tokenizer.chat_template, train_on="last")
     line = json.dumps({"messages": [*asked, {"role": "assistant", "content": "I"}]})
-    trained = build_encoder(tokenizer, rules)({"place": [""], "json": [line], "flaw": [""]})
+    trained = build_encoder(tokenizer, rules)({"place": [""], "json": [line], "flaw": [""], "filled": [False]})
     prompt = trained["input_ids"][0][: trained["answer_start"][0]]
     assert question.ids(tokenizer, True, control_tokens(tokenizer)) == prompt
     assert "Who\nis it?" in tokenizer.decode(prompt)
@@ -210,7 +210,7 @@ def test_control_tokens_in_a_question_are_what_they_were_in_training(row: dict[s
         control_tokens="text",
     )
     line = json.dumps({**row, "completion": "a", "output": "a"})
-    trained = build_encoder(tokenizer, rules)({"place": [""], "json": [line], "flaw": [""]})
+    trained = build_encoder(tokenizer, rules)({"place": [""], "json": [line], "flaw": [""], "filled": [False]})
     prompt = trained["input_ids"][0][: trained["answer_start"][0]]
     assert question.ids(tokenizer, chat, control_tokens(tokenizer, "text")) == prompt
     assert prompt.count(tokenizer.eos_token_id) == 0, "the answer has the first one"
