@@ -497,6 +497,14 @@ def test_two_sources_that_are_given_one_name_are_refused(load):
         load("", "--data.train", "[{path: a, name: first}, {path: b, name: first}]")
 
 
+@pytest.mark.parametrize("setting", [{"max_examples": 3}, {"weight": 5.0}, {"epochs": 2.0}])
+def test_a_share_in_the_mixture_is_refused_for_held_out_data(setting):
+    ((name, value),) = setting.items()
+    message = rf"^data\.eval\[1\]\.{name} is {value}, which has no effect: it is for sources of data\.train\. Omit it"
+    with pytest.raises(ValueError, match=message):
+        DataConfig(train="a.jsonl", eval=["b.jsonl", {"path": "c.jsonl", **setting}])
+
+
 def test_one_source_needs_no_list_and_is_saved_as_it_was_given(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("output_dir: x\nmodel: {path: m}\ndata:\n  train: {path: a.jsonl.gz, epochs: 2}\n")
