@@ -72,8 +72,16 @@ def labels_of(ids: Sequence[int], spans: Sequence[int]) -> list[int]:
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    """Ids of plain prompts as in training: with the tokenizer's start token, without an end token."""
+    """Ids of plain prompts as in training: with the tokenizer's start token, which is not put before a prompt that
+    begins with it, and without an end token."""
     rows = tokenizer(list(prompts), add_special_tokens=True, **IDS_ONLY)["input_ids"]
+    start = tokenizer.bos_token_id
+    if tokenizer("", add_special_tokens=True, **IDS_ONLY)["input_ids"][:1] == [start]:
+        twice = [
+            ids[1:2] == [start] and prompt.startswith(tokenizer.bos_token)
+            for prompt, ids in zip(prompts, rows, strict=True)
+        ]
+        rows = [ids[1:] if is_twice else ids for ids, is_twice in zip(rows, twice, strict=True)]
     return [_without_end(ids, tokenizer.eos_token_id) for ids in rows]
 
 

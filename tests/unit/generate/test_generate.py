@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from support.byte_tokenizer import byte_tokenizer
 from support.tiny_models import load_base
 from support.trained_run import TrainedFolder, character_tokenizer
 
@@ -194,6 +195,16 @@ def test_parts_that_are_no_text_are_refused(run: TrainedFolder, tmp_path: Path) 
     file.write_text(json.dumps({"messages": [{"role": "user", "content": parts}]}) + "\n")
     with pytest.raises(ValueError, match=r"line 1 of .*field 'messages\[0\].content\[1\]' must be a part of text"):
         command.main([str(run.folder), "--file", str(file)])
+
+
+def test_a_whole_prompt_that_begins_with_the_start_token_has_one_as_in_training() -> None:
+    tokenizer = byte_tokenizer("mistral")
+    line = json.dumps({"prompt": "<s>[INST] Hi [/INST]", "completion": "Hello"})
+    rules = EncodingRules(format="prompt_completion")
+    trained = build_encoder(tokenizer, rules)({"place": [""], "json": [line], "flaw": [""], "filled": [False]})
+    asked = asking.Question("<s>[INST] Hi [/INST]", raw=True).ids(tokenizer, False, control_tokens(tokenizer))
+    assert asked == trained["input_ids"][0][: trained["answer_start"][0]]
+    assert asked.count(tokenizer.bos_token_id) == 1
 
 
 @pytest.mark.parametrize("chat", [True, False], ids=["in the template", "plain"])
