@@ -89,6 +89,9 @@ def _alpaca(row: Mapping[str, Any]) -> Sample:
     pairs = [tuple(entry) if isinstance(entry, list | tuple) else () for entry in history]
     if not isinstance(history, list) or not all(len(p) == 2 and all(isinstance(t, str) for t in p) for p in pairs):
         raise RowFlaw("history", f"must be a list of [instruction, answer], got {shortened(history)}")
+    for number, (_, answer) in enumerate(pairs):
+        if not answer.strip():
+            raise RowFlaw(f"history[{number}][1]", "is empty, so that there is nothing to learn from it")
     return Instruction(
         _text(row, "instruction"),
         _text(row, "input", optional=True),

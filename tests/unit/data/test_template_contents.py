@@ -301,6 +301,11 @@ def test_a_text_that_the_template_takes_away_is_noticed_in_the_row_that_has_it()
         ({"messages": [user(), answer(weight=0)]}, "messages", "has no message of the assistant to train"),
         ({"prompt": "p", "completion": "c", "system": "s"}, "prompt_completion", "field 'system' is not read"),
         ({"instruction": "i", "output": "o", "history": ["x"]}, "alpaca", "field 'history' must be a list of"),
+        (
+            {"instruction": "i", "output": "o", "history": [["a", "b"], ["c", " "]]},
+            "alpaca",
+            r"field 'history\[1\]\[1\]' is empty, so that there is nothing to learn from it",
+        ),
         ({"instruction": "i", "output": "o", "system": "s"}, "alpaca", "field 'system' has no place under"),
     ],
 )
