@@ -558,6 +558,14 @@ CLASSIFICATION = "task: sequence_classification\n"
         (CLASSIFICATION, ("--data.format", "text"), "text is for the task causal_lm, but task is sequence_class"),
         ("", ("--data.labels", "regression"), "data.labels is regression, but task is causal_lm"),
         (CLASSIFICATION, ("--data.batching", "packed"), "data.batching is packed, which is for the task causal_lm"),
+        (CLASSIFICATION, ("--data.prompt", "Say: {x}"), "data.prompt is 'Say: {x}', which is for the task causal_lm"),
+        (CLASSIFICATION, ("--data.system", "Hi"), "data.system is 'Hi', which is for the task causal_lm, but task is"),
+        (CLASSIFICATION, ("--data.as_chat", "false"), "data.as_chat is false, which is for the task causal_lm"),
+        (
+            CLASSIFICATION,
+            ("--data.eval", "[a.jsonl, {path: b.jsonl, prompt: 'Say: {x}'}]"),
+            r"data.eval\[1\].prompt is 'Say: {x}', which is for the task causal_lm, but task is sequence_class",
+        ),
         (CLASSIFICATION, ("--data.train_on", "last"), "data.train_on is last, which is for the task causal_lm"),
         (
             CLASSIFICATION,
