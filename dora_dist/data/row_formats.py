@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from string import Formatter
 from typing import Any
@@ -32,6 +32,7 @@ from dora_dist.data.reading.samples import (
     rename_fields,
     shortened,
     texts_of_parts,
+    under_format_names,
 )
 
 SHAREGPT_ROLES = {
@@ -304,23 +305,6 @@ FORMATS: dict[str, RowFormat] = {
 """By name; where a row fits several of a task, the first one is meant."""
 
 
-def fields_read(row_format: str, renamed: Mapping[str, str], prompt: str | None) -> tuple[str, ...]:
-    """Names or paths of all that is read of a row, as the rows have them.
-
-    Args:
-        row_format: a name of :data:`FORMATS`.
-        renamed: the format's name of a field -> the rows' own.
-        prompt: text with names of fields in braces, which is a row's prompt; None for the row's own.
-    """
-    layout = FORMATS[row_format]
-    names = [*layout.required, *layout.optional]
-    own = set()
-    if prompt is not None:
-        names = ["completion"]
-        own = {name for _, name, _, _ in Formatter().parse(prompt) if name is not None}
-    return tuple(sorted({renamed.get(name, name) for name in names} | own))
-
-
 def parse_row(row: Mapping[str, Any], filled: bool, row_format: str) -> Any:
     """The sample that a row describes.
 
@@ -377,6 +361,42 @@ def _path_of_null(value: Any) -> str | None:
         if inner is not None:
             return f"{name}.{inner}".rstrip(".")
     return None
+
+
+def what_is_said(
+    row: Mapping[str, Any], filled: bool, row_format: str, fields: Mapping[str, str], prompt: str | None
+) -> Any:
+    """What a row says, in lists and dictionaries of JSON: the same for rows that are read alike, whatever names their
+    fields have, and in whichever format a prompt and its answer are written.
+
+    Args:
+        row: as it was found.
+        filled: whether nulls in it may stand for keys that it never had.
+        row_format: a name of :data:`FORMATS`.
+        fields: the format's name of a field -> the row's own, where they differ.
+        prompt: text with names of fields in braces, whose values are said without the words around them; None for the
+            row's own.
+
+    Raises:
+        RowFlaw: it cannot be read.
+    """
+    if prompt is not None:
+        names = dict.fromkeys(name for _, name, _, _ in Formatter().parse(prompt) if name is not None)
+        prompt = "\n\n".join(f"{{{name}}}" for name in names)
+    sample = parse_row(under_format_names(row, fields, prompt), filled, row_format)
+    if isinstance(sample, Pair | Instruction):
+        sample = sample.as_chat()
+    if not isinstance(sample, Chat):
+        return asdict(sample)
+    messages = [
+        {
+            name: "\n".join(part) if name == "content" and isinstance(part, list) else part
+            for name, part in message.items()
+            if name not in (UNTRAINED, WANTED)
+        }
+        for message in sample.messages
+    ]
+    return [messages, sample.tools]
 
 
 def build_encoder(tokenizer: PreTrainedTokenizerBase, rules: EncodingRules) -> RowEncoder[Any, Any]:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from dora_dist.data.mixture import Mixture, cap_examples, hold_back, pass_counts
 from dora_dist.data.prepared import PreparedSource
 from dora_dist.data.reading.files import Location, locate
 from dora_dist.data.reading.split import SplitLocation
-from dora_dist.data.row_formats import FORMATS, fields_read, tell_format
+from dora_dist.data.row_formats import FORMATS, tell_format, what_is_said
 
 MOST_WORKERS = 8
 MOST_NAMED = 20
@@ -254,8 +255,8 @@ def _side_of(
     location: Location, held_out: bool, config: DataConfig, source: SourceConfig, row_format: str
 ) -> SplitLocation:
     assert config.eval_share is not None
-    fields = fields_read(row_format, source.fields, config.prompt_of(source))
-    return SplitLocation(**vars(location), share=config.eval_share, held_out=held_out, fields=fields)
+    said = partial(what_is_said, row_format=row_format, fields=source.fields, prompt=config.prompt_of(source))
+    return SplitLocation(**vars(location), share=config.eval_share, held_out=held_out, said=said)
 
 
 def _find(source: SourceConfig, config: DataConfig, formats: Sequence[str]) -> tuple[Location, str]:
