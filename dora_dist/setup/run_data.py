@@ -18,7 +18,7 @@ from dora_dist.config.data import DataConfig, SourceConfig
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import CAUSAL_LM, TASKS
 from dora_dist.data.cache import NoExamplesError, first_rows, prepare_source
-from dora_dist.data.encoding.chat import ChosenTemplate, choose_template
+from dora_dist.data.encoding.chat import ChosenTemplate, choose_template, writes_date
 from dora_dist.data.encoding.classification import class_names
 from dora_dist.data.encoding.encoder import ControlTokensError, EncodingRules
 from dora_dist.data.mixture import Mixture, cap_examples, hold_back, pass_counts
@@ -30,6 +30,10 @@ from dora_dist.data.row_formats import FORMATS, tell_format, what_is_said
 MOST_WORKERS = 8
 MOST_NAMED = 20
 """Labels that an error lists."""
+DATED = (
+    "the chat template writes the date: rows keep that of the day on which they were prepared, so that a resumed run "
+    "reads the same; data.chat_template_kwargs sets it where the template has a variable for it"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +114,7 @@ def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task: s
     seen = np.concatenate([source.keys() for source in prepared["train"]])
     overlap = {source.name: int(np.isin(source.keys(), seen).sum()) for source in prepared["eval"]}
     notes += [template.origin] if template is not None and template.bundled else []
+    notes += [DATED] if template is not None and writes_date(tokenizer, template.text) else []
     if config.eval_share is not None:
         notes += _held_out_shares(str(config.eval), prepared["train"], prepared["eval"])
     has_classes = TASKS[task].has_labels and config.labels == "classes"

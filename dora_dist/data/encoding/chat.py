@@ -337,6 +337,14 @@ class ChatRenderer:
         return text, [token for token, _ in found] if is_end else []
 
 
+def writes_date(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Whether a template writes the time of its rendering, so that a conversation is another text on another day."""
+    clock = f"{{% macro strftime_now(format) %}}{PROBE_WORD}{{% endmacro %}}"
+    with suppress(RowFlaw):
+        return PROBE_WORD in ChatRenderer(tokenizer, clock + template).render(Chat(PROBE))
+    return False
+
+
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[int]:
     """Tokens that end an answer: the end token, and those of turns where answers were trained in a chat template."""
     return sorted({tokenizer.eos_token_id, *([] if template is None else ChatRenderer(tokenizer, template).ends)})

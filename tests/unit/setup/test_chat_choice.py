@@ -1,5 +1,6 @@
 """Which rows go into the chat template, with which prompt."""
 
+import datetime
 import json
 
 import pytest
@@ -153,3 +154,38 @@ def test_options_of_conversations_are_refused_where_there_is_none(prepared, chan
     tokenizer.chat_template = SWITCHED
     with pytest.raises(ValueError, match=f"data.{next(iter(changes))} is set, but no source is rendered in a chat tem"):
         prepared({"train": PAIR}, tokenizer, as_chat=False, **changes)
+
+
+WRITES_THE_DAY = "{{ day | default(strftime_now('%d %b %Y')) }}\n" + SWITCHED
+
+
+def test_a_template_that_writes_the_date_keeps_that_of_the_prepared_rows_and_the_run_says_so(prepared, monkeypatch):
+    class May1(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.datetime(2026, 5, 1)
+
+    class May2(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.datetime(2026, 5, 2)
+
+    found = []
+    for clock in (May1, May2):
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", clock)
+        tokenizer = byte_tokenizer("chatml")
+        tokenizer.chat_template = WRITES_THE_DAY
+        found.append(prepared({"train": PAIR}, tokenizer))
+    (first, text), (second, later) = found
+    assert text == later
+    assert text.startswith("01 May 2026\n")
+    for data in (first, second):
+        assert any(remark.startswith("the chat template writes the date") for remark in data.remarks())
+
+
+def test_a_date_that_is_set_is_no_date_to_tell_of(prepared):
+    tokenizer = byte_tokenizer("chatml")
+    tokenizer.chat_template = WRITES_THE_DAY
+    data, text = prepared({"train": PAIR}, tokenizer, chat_template_kwargs={"day": "1 May 2026"})
+    assert text.startswith("1 May 2026\n")
+    assert not any("writes the date" in remark for remark in data.remarks())
