@@ -185,6 +185,13 @@ class ChatRenderer:
             span = self.turn(chat, number, text)
             if span is None:
                 if number == len(chat.messages) - 1:
+                    if all(message["role"] == "system" for message in chat.messages[:number]):
+                        raise RowFlaw(
+                            f"messages[{number}]",
+                            "is an answer before anything is asked, which this template does not render after its "
+                            "generation prompt: set weight: 0 on it, so that it is given and not trained, or leave it "
+                            "out",
+                        )
                     raise RowFlaw(
                         "messages",
                         "is rendered so that the assistant's last turn does not go on from the template's generation "
