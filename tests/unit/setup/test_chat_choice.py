@@ -108,6 +108,25 @@ def test_a_prompt_that_cannot_be_made_is_refused(prepared, settings, message):
         prepared({"train": DIALOGUE}, byte_tokenizer("chatml"), **settings)
 
 
+@pytest.mark.parametrize(
+    ("row", "settings", "message"),
+    [
+        ({"text": "abc"}, {}, 'which texts have no place for: set system: "" for this source'),
+        (PAIR, {"as_chat": False}, "which plain prompts have no place for: set as_chat: true for this source"),
+    ],
+)
+def test_a_message_of_the_system_that_has_no_place_is_refused_with_a_way_out_that_works(
+    prepared, tmp_path, row, settings, message
+):
+    settings = {"system": "Be kind.", **settings}
+    with pytest.raises(ValueError, match=message):
+        prepared({"train": row}, tokenizer_with_template(), **settings)
+    way_out = {"system": ""} if "text" in row else {"as_chat": True}
+    source = {"path": str(tmp_path / "train.jsonl"), **way_out}
+    _, text = prepared({"train": row}, tokenizer_with_template(), **{**settings, "train": source})
+    assert ("Be kind." in text) == ("text" not in row)
+
+
 def test_a_prompt_that_is_rendered_already_is_refused_with_the_way_out(prepared):
     row = {"prompt": "<|im_start|>user\nq", "completion": "a"}
     with pytest.raises(ValueError, match=r"prompts that are rendered already need data\.as_chat: false"):
