@@ -10,7 +10,7 @@ import glob
 import io
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -171,7 +171,7 @@ def locate(paths: str | Sequence[str], **settings: Any) -> Location:
     return _checked(Location(files=tuple(files), **settings), set(map(_kind, files)))
 
 
-def _checked(location: Location, kinds: Set[str]) -> Location:
+def _checked(location: Location, kinds: set[str]) -> Location:
     """The location.
 
     Raises:
@@ -181,7 +181,8 @@ def _checked(location: Location, kinds: Set[str]) -> Location:
         value, default = getattr(location, name), getattr(Location, name)
         if value != default and not kinds.intersection(read_by):
             shown = list(value) if isinstance(value, tuple) else str(value).lower() if value is False else value
-            where = location.hub or ", ".join(map(str, location.files))
+            others = f" (or of the {len(location.files) - 1} others)" * (len(location.files) > 1)
+            where = location.hub or f"{location.files[0]}{others}"
             raise ValueError(
                 f"{name} of a source is {shown}, which has no effect: it is read for {' and '.join(read_by)}, and "
                 f"{where} is none. Omit {name}, or correct the path"
