@@ -44,7 +44,7 @@ class SourceConfig:
         prompt: overrides data.prompt for this source.
         system: overrides data.system for this source.
         subset: configuration (subset) of a data set on the Hub.
-        split: split of a data set on the Hub, or of a saved folder with several.
+        split: split of a data set on the Hub, or of a saved folder with several; null for train.
         revision: commit or tag of a data set on the Hub.
         max_rows: read only the first rows, this many; null for all.
         max_examples: train on a random choice of at most this many examples; null for all.
@@ -63,7 +63,7 @@ class SourceConfig:
     prompt: str | None = None
     system: str | None = None
     subset: str | None = None
-    split: str = "train"
+    split: str | None = None
     revision: str | None = None
     max_rows: int | None = None
     max_examples: int | None = None
@@ -179,6 +179,7 @@ class DataConfig:
         self.eval_sources = [] if self.eval is None or self.eval_share else _sources(self.eval, "data.eval")
         self.train_sources = _sources(self.train, "data.train")
         self._check_shares()
+        self._check_held_out()
 
     def prompt_of(self, source: SourceConfig) -> str | None:
         """The prompt of its own that a source has; None where its rows have theirs."""
@@ -202,6 +203,17 @@ class DataConfig:
                 f"{len(weighted)} of {len(sources)} sources in data.train have a weight, but {missing.path} has none: "
                 "give it to all or to none"
             )
+
+    def _check_held_out(self) -> None:
+        """Held-out sources are in no mixture."""
+        for number, source in enumerate(self.eval_sources):
+            for name in ("max_examples", "weight", "epochs"):
+                value = getattr(source, name)
+                if value is not None:
+                    raise ValueError(
+                        f"data.eval[{number}].{name} is {value}, which has no effect: it is for sources of data.train. "
+                        "Omit it; evaluation.max_examples limits the examples that are evaluated"
+                    )
 
 
 def _is_plain(value: object) -> bool:

@@ -78,7 +78,8 @@ def keep_text(parsed: Any, given: Mapping[str, Any], section: type) -> None:
     """
     for key, value in given.items():
         if isinstance(value, dict | list):
-            parsed[key] = value
+            if not isinstance(parsed[key], str) or _takes_nested(_hint_of(section, key)):
+                parsed[key] = value
         elif isinstance(value, str) and parsed[key] != value:
             hint = _hint_of(section, key)
             if not _takes_text(hint, value):
@@ -92,6 +93,13 @@ def _hint_of(section: type, key: str) -> Any:
     for part in key.split("."):
         hint = get_type_hints(hint)[part]
     return hint
+
+
+def _takes_nested(hint: Any) -> bool:
+    """Whether a key may have a mapping or a list, and not only text that YAML could read as one."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(map(_takes_nested, get_args(hint)))
+    return hint is Any or get_origin(hint) in (dict, list)
 
 
 def _takes_text(hint: Any, text: str) -> bool:

@@ -316,6 +316,7 @@ class RunConfig:
             raise ValueError(f"data.labels is regression, but task is {self.task}: set it to {labelled}")
         if self.task == CAUSAL_LM:
             return
+        self._check_plain_rows()
         for key, value, left_out in (
             ("data.batching", data.batching, data.batching != "packed"),
             ("data.train_on", data.train_on, data.train_on == "assistant"),
@@ -328,3 +329,17 @@ class RunConfig:
         ):
             if not left_out:
                 raise ValueError(f"{key} is {value}, which is for the task {CAUSAL_LM}, but task is {self.task}")
+
+    def _check_plain_rows(self) -> None:
+        """Nothing is put around the texts of rows of other tasks than causal_lm."""
+        parts = {"train": self.data.train_sources, "eval": self.data.eval_sources}
+        placed = {f"data.{part}[{n}]": source for part, sources in parts.items() for n, source in enumerate(sources)}
+        for place, section in {"data": self.data, **placed}.items():
+            for name in ("prompt", "system", "as_chat"):
+                value = getattr(section, name)
+                if value is not None:
+                    shown = str(value).lower() if isinstance(value, bool) else repr(value)
+                    raise ValueError(
+                        f"{place}.{name} is {shown}, which is for the task {CAUSAL_LM}, but task is {self.task}: leave "
+                        "it out"
+                    )

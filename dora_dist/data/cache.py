@@ -210,7 +210,7 @@ def _list_left_out(examples: Dataset, status: np.ndarray, path: Path) -> None:
 
 def _store_rows(location: Location, path: Path) -> Dataset:
     """Rows as text in an Arrow file, so that workers can share them and memory does not limit their number."""
-    schema = pa.schema({"place": pa.string(), "json": pa.large_string(), "flaw": pa.string()})
+    schema = pa.schema({"place": pa.string(), "json": pa.large_string(), "flaw": pa.string(), "filled": pa.bool_()})
     rows = location.rows()
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         while chunk := list(itertools.islice(rows, ROWS_AT_A_TIME)):

@@ -1,8 +1,9 @@
 """The formats that rows are written in: the fields of each, what a row says, and what encodes it."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from string import Formatter
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dora_dist.config.tasks import CAUSAL_LM, TASKS
 from dora_dist.data.encoding.classification import LabelledEncoder
-from dora_dist.data.encoding.encoder import EncodingRules, RowEncoder, RowParser
+from dora_dist.data.encoding.encoder import EncodingRules, RowEncoder
 from dora_dist.data.encoding.questions import QuestionEncoder
 from dora_dist.data.encoding.summaries import SummaryEncoder
 from dora_dist.data.encoding.text import TextEncoder
@@ -31,6 +32,7 @@ from dora_dist.data.reading.samples import (
     rename_fields,
     shortened,
     texts_of_parts,
+    under_format_names,
 )
 
 SHAREGPT_ROLES = {
@@ -88,6 +90,9 @@ def _alpaca(row: Mapping[str, Any]) -> Sample:
     pairs = [tuple(entry) if isinstance(entry, list | tuple) else () for entry in history]
     if not isinstance(history, list) or not all(len(p) == 2 and all(isinstance(t, str) for t in p) for p in pairs):
         raise RowFlaw("history", f"must be a list of [instruction, answer], got {shortened(history)}")
+    for number, (_, answer) in enumerate(pairs):
+        if not answer.strip():
+            raise RowFlaw(f"history[{number}][1]", "is empty, so that there is nothing to learn from it")
     return Instruction(
         _text(row, "instruction"),
         _text(row, "input", optional=True),
@@ -285,7 +290,7 @@ class RowFormat:
 
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
-    parse: RowParser
+    parse: Callable[[Mapping[str, Any]], Any]
     encoder: type[RowEncoder[Any, Any]] = TextEncoder
     is_chat: bool = False
     may_be_chat: bool = False
@@ -315,21 +320,98 @@ FORMATS: dict[str, RowFormat] = {
 """By name; where a row fits several of a task, the first one is meant."""
 
 
-def fields_read(row_format: str, renamed: Mapping[str, str], prompt: str | None) -> tuple[str, ...]:
-    """Names or paths of all that is read of a row, as the rows have them.
+def parse_row(row: Mapping[str, Any], filled: bool, row_format: str) -> Any:
+    """The sample that a row describes.
 
     Args:
+        row: its fields have the format's names.
+        filled: whether nulls in it may stand for keys that it never had.
         row_format: a name of :data:`FORMATS`.
-        renamed: the format's name of a field -> the rows' own.
-        prompt: text with names of fields in braces, which is a row's prompt; None for the row's own.
+
+    Raises:
+        RowFlaw: it describes none, or has what would be lost.
     """
     layout = FORMATS[row_format]
-    names = [*layout.required, *layout.optional]
-    own = set()
+    for name in layout.lost_fields:
+        if row.get(name):
+            raise RowFlaw(
+                name, f"is not read in rows of the format {row_format}, so that it would be lost: leave it out"
+            )
+    sample = layout.parse(row)
+    if filled and isinstance(sample, Chat):
+        _check_filled(row, row[layout.required[0]], layout.required[0])
+    return sample
+
+
+def _check_filled(row: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], field: str) -> None:
+    """Refuse nulls where the model would be given them, or learn to write them.
+
+    Args:
+        row: with calls and tools in forms that are read.
+        messages: of the row.
+        field: that has them.
+
+    Raises:
+        RowFlaw: there is one in the arguments of a call, or in the tools.
+    """
+    found = {"tools": row.get("tools")}
+    for number, message in enumerate(messages):
+        for place, call in enumerate(message.get("tool_calls") or ()):
+            arguments = call.get("function", call).get("arguments")
+            found[f"{field}[{number}].tool_calls[{place}].arguments"] = arguments or {}
+    for name, value in found.items():
+        if value is not None and (path := _path_of_null(value)) is not None:
+            raise RowFlaw(
+                name,
+                f"has null at {path}, which may be a key that the row never had: Parquet, Arrow, saved folders and the "
+                "Hub give all rows the same keys, and null where they have none; keep it as JSON text there",
+            )
+
+
+def _path_of_null(value: Any) -> str | None:
+    """Where the first null stands in what is nested; None where there is none."""
+    entries = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for name, entry in entries:
+        inner = "" if entry is None else _path_of_null(entry)
+        if inner is not None:
+            return f"{name}.{inner}".rstrip(".")
+    return None
+
+
+def what_is_said(
+    row: Mapping[str, Any], filled: bool, row_format: str, fields: Mapping[str, str], prompt: str | None
+) -> Any:
+    """What a row says, in lists and dictionaries of JSON: the same for rows that are read alike, whatever names their
+    fields have, and in whichever format a prompt and its answer are written.
+
+    Args:
+        row: as it was found.
+        filled: whether nulls in it may stand for keys that it never had.
+        row_format: a name of :data:`FORMATS`.
+        fields: the format's name of a field -> the row's own, where they differ.
+        prompt: text with names of fields in braces, whose values are said without the words around them; None for the
+            row's own.
+
+    Raises:
+        RowFlaw: it cannot be read.
+    """
     if prompt is not None:
-        names = ["completion"]
-        own = {name for _, name, _, _ in Formatter().parse(prompt) if name is not None}
-    return tuple(sorted({renamed.get(name, name) for name in names} | own))
+        names = dict.fromkeys(name for _, name, _, _ in Formatter().parse(prompt) if name is not None)
+        prompt = "\n\n".join(f"{{{name}}}" for name in names)
+    sample = parse_row(under_format_names(row, fields, prompt), filled, row_format)
+    if isinstance(sample, Pair | Instruction):
+        sample = sample.as_chat()
+    if not isinstance(sample, Chat):
+        return asdict(sample)
+    messages = [
+        {
+            name: "\n".join(part) if name == "content" and isinstance(part, list) else part
+            for name, part in message.items()
+            if name not in (UNTRAINED, WANTED)
+        }
+        for message in sample.messages
+    ]
+    return [messages, sample.tools]
 
 
 def build_encoder(tokenizer: PreTrainedTokenizerBase, rules: EncodingRules) -> RowEncoder[Any, Any]:
@@ -338,17 +420,7 @@ def build_encoder(tokenizer: PreTrainedTokenizerBase, rules: EncodingRules) -> R
     Raises:
         ValueError: the tokenizer or the rules do not fit the format.
     """
-    row_format = FORMATS[rules.format]
-
-    def parse(row: Mapping[str, Any]) -> Any:
-        for name in row_format.lost_fields:
-            if row.get(name):
-                raise RowFlaw(
-                    name, f"is not read in rows of the format {rules.format}, so that it would be lost: leave it out"
-                )
-        return row_format.parse(row)
-
-    return row_format.encoder(tokenizer, rules, parse)
+    return FORMATS[rules.format].encoder(tokenizer, rules, partial(parse_row, row_format=rules.format))
 
 
 def _check_one_format(fits: Sequence[Sequence[str]], where: str) -> None:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,22 @@ from dora_dist.config.data import DataConfig, SourceConfig
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import CAUSAL_LM, TASKS
 from dora_dist.data.cache import NoExamplesError, first_rows, prepare_source
-from dora_dist.data.encoding.chat import ChosenTemplate, choose_template
+from dora_dist.data.encoding.chat import ChosenTemplate, choose_template, writes_date
 from dora_dist.data.encoding.classification import class_names
 from dora_dist.data.encoding.encoder import ControlTokensError, EncodingRules
 from dora_dist.data.mixture import Mixture, cap_examples, hold_back, pass_counts
 from dora_dist.data.prepared import PreparedSource
 from dora_dist.data.reading.files import Location, locate
 from dora_dist.data.reading.split import SplitLocation
-from dora_dist.data.row_formats import FORMATS, fields_read, tell_format
+from dora_dist.data.row_formats import FORMATS, tell_format, what_is_said
 
 MOST_WORKERS = 8
 MOST_NAMED = 20
 """Labels that an error lists."""
+DATED = (
+    "the chat template writes the date: rows keep that of the day on which they were prepared, so that a resumed run "
+    "reads the same; data.chat_template_kwargs sets it where the template has a variable for it"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,14 +81,22 @@ def read_data(config: RunConfig) -> tuple[PreTrainedTokenizerBase, RunData]:
     tokenizer = load.load_tokenizer(config.model.path, config.model.trust_remote_code)
     if config.adapter.new_tokens is not None:
         add_tokens(tokenizer, config.adapter.new_tokens)
-    return tokenizer, prepare_data(config.data, tokenizer, config.task)
+    return tokenizer, prepare_data(config.data, tokenizer, config.task, config.seed)
 
 
-def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task: str = CAUSAL_LM) -> RunData:
+def prepare_data(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, task: str = CAUSAL_LM, seed: int = 0
+) -> RunData:
     """Read, check and encode all sources, or find them in the cache. Without any process group.
 
     Sets the tokenizer's chat template to the one that conversations were rendered with, so that it is saved with the
     adapter.
+
+    Args:
+        config: of the data.
+        tokenizer: of the model.
+        task: of the run.
+        seed: of the run, which chooses among the examples of a source that has ``max_examples``.
 
     Raises:
         ValueError: data that cannot be used, with file, row and field.
@@ -107,8 +120,10 @@ def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task: s
     if template is not None:
         tokenizer.chat_template = template.text
     seen = np.concatenate([source.keys() for source in prepared["train"]])
+    seen = seen[np.concatenate(_members(config, prepared["train"], seed))]
     overlap = {source.name: int(np.isin(source.keys(), seen).sum()) for source in prepared["eval"]}
     notes += [template.origin] if template is not None and template.bundled else []
+    notes += [DATED] if template is not None and writes_date(tokenizer, template.text) else []
     if config.eval_share is not None:
         notes += _held_out_shares(str(config.eval), prepared["train"], prepared["eval"])
     has_classes = TASKS[task].has_labels and config.labels == "classes"
@@ -254,8 +269,8 @@ def _side_of(
     location: Location, held_out: bool, config: DataConfig, source: SourceConfig, row_format: str
 ) -> SplitLocation:
     assert config.eval_share is not None
-    fields = fields_read(row_format, source.fields, config.prompt_of(source))
-    return SplitLocation(**vars(location), share=config.eval_share, held_out=held_out, fields=fields)
+    said = partial(what_is_said, row_format=row_format, fields=source.fields, prompt=config.prompt_of(source))
+    return SplitLocation(**vars(location), share=config.eval_share, held_out=held_out, said=said)
 
 
 def _find(source: SourceConfig, config: DataConfig, formats: Sequence[str]) -> tuple[Location, str]:
@@ -293,8 +308,10 @@ def _goes_into_chat(source: SourceConfig, config: DataConfig, name: str, default
     asked = config.as_chat if source.as_chat is None else source.as_chat
     as_chat = layout.is_chat or (layout.may_be_chat and (default if asked is None else asked))
     if not as_chat and config.system_of(source):
+        way_out = "as_chat: true" if layout.may_be_chat else 'system: ""'
         raise ValueError(
-            f"{source.name} has a system message, which plain prompts have no place for: set data.as_chat: true"
+            f"{source.name} has a system message, which {'plain prompts' if layout.may_be_chat else 'texts'} have no "
+            f"place for: set {way_out} for this source"
         )
     return as_chat
 
@@ -392,6 +409,16 @@ def mixture_counts(config: DataConfig, sizes: Sequence[int]) -> list[int]:
     )
 
 
+def _members(config: DataConfig, sources: Sequence[PreparedSource], seed: int) -> list[np.ndarray]:
+    """Of each training source, the indices in the whole data of the examples that take part."""
+    members, first = [], 0
+    for number, (source, settings) in enumerate(zip(sources, config.train_sources, strict=True)):
+        size = source.counts.examples
+        members.append(first + cap_examples(size, settings.max_examples, seed, number))
+        first += size
+    return members
+
+
 def build_mixture(config: DataConfig, sources: Sequence[PreparedSource], seed: int, num_held_back: int = 0) -> Mixture:
     """The mixture that the configuration describes.
 
@@ -404,11 +431,7 @@ def build_mixture(config: DataConfig, sources: Sequence[PreparedSource], seed: i
     Raises:
         ValueError: these are all examples of a source.
     """
-    members, first = [], 0
-    for number, (source, settings) in enumerate(zip(sources, config.train_sources, strict=True)):
-        size = source.counts.examples
-        members.append(first + cap_examples(size, settings.max_examples, seed, number))
-        first += size
+    members = _members(config, sources, seed)
     members, held_back = hold_back(members, num_held_back, seed) if num_held_back else (members, np.arange(0))
     return Mixture(
         members=members,

@@ -196,6 +196,13 @@ class ChatRenderer:
             span = self.turn(chat, number, text)
             if span is None:
                 if number == len(chat.messages) - 1:
+                    if all(message["role"] == "system" for message in chat.messages[:number]):
+                        raise RowFlaw(
+                            f"messages[{number}]",
+                            "is an answer before anything is asked, which this template does not render after its "
+                            "generation prompt: set weight: 0 on it, so that it is given and not trained, or leave it "
+                            "out",
+                        )
                     raise RowFlaw(
                         "messages",
                         "is rendered so that the assistant's last turn does not go on from the template's generation "
@@ -346,6 +353,14 @@ class ChatRenderer:
         ]
         is_end = bool(found) and not text[found[-1][1] :].strip()
         return text, [token for token, _ in found] if is_end else []
+
+
+def writes_date(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Whether a template writes the time of its rendering, so that a conversation is another text on another day."""
+    clock = f"{{% macro strftime_now(format) %}}{PROBE_WORD}{{% endmacro %}}"
+    with suppress(RowFlaw):
+        return PROBE_WORD in ChatRenderer(tokenizer, clock + template).render(Chat(PROBE))
+    return False
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[int]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dora_dist.console.text import first_lines
 from dora_dist.data.encoding.control_tokens import control_tokens
-from dora_dist.data.reading.samples import RowFlaw, fill_prompt, rename_fields
+from dora_dist.data.reading.samples import RowFlaw, under_format_names
 
 IGNORED = -100
 """Label of a position without loss, as in PyTorch's cross-entropy."""
@@ -113,8 +113,9 @@ _HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 P = TypeVar("P")
 E = TypeVar("E")
-RowParser = Callable[[Mapping[str, Any]], Any]
-"""Makes a sample of a row whose fields have the format's names; raises :class:`RowFlaw`."""
+RowParser = Callable[[Mapping[str, Any], bool], Any]
+"""Makes a sample of a row whose fields have the format's names, and of whether nulls in it may stand for keys that it
+never had; raises :class:`RowFlaw`."""
 
 
 class RowEncoder(ABC, Generic[P, E]):
@@ -146,11 +147,11 @@ class RowEncoder(ABC, Generic[P, E]):
         self.controls = control_tokens(tokenizer, rules.control_tokens)
         self.writer = self.controls.writer
 
-    def __call__(self, batch: Mapping[str, list[str]]) -> dict[str, list[Any]]:
+    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         """Encode a batch of rows for ``Dataset.map(batched=True)``.
 
         Args:
-            batch: columns ``place``, ``json``, ``flaw`` of :class:`~dora_dist.data.reading.files.RawRow`.
+            batch: columns ``place``, ``json``, ``flaw``, ``filled`` of :class:`~dora_dist.data.reading.files.RawRow`.
 
         Returns:
             Columns of examples, with one line too for each row that became none: :attr:`columns`, and ``removed``
@@ -165,9 +166,9 @@ class RowEncoder(ABC, Generic[P, E]):
         columns: dict[str, list[Any]] = {name: [] for name in (*self.columns, *BOOKKEEPING)}
         found: list[tuple[str, list[str], P | RowFlaw]] = []
         flaws: list[str] = []
-        for place, text, flaw in zip(batch["place"], batch["json"], batch["flaw"], strict=True):
+        for place, *raw in zip(*(batch[name] for name in ("place", "json", "flaw", "filled")), strict=True):
             try:
-                sample = self._parse(text, flaw)
+                sample = self._parse(*raw)
                 controls = self._controls_in(sample)
                 found += [(place, controls, part) for part in self._parts(sample)]
             except ControlFlaw as error:
@@ -251,7 +252,7 @@ class RowEncoder(ABC, Generic[P, E]):
             )
         return note
 
-    def _parse(self, text: str, flaw: str) -> Any:
+    def _parse(self, text: str, flaw: str, filled: bool) -> Any:
         """The sample that a row describes.
 
         Raises:
@@ -267,12 +268,9 @@ class RowEncoder(ABC, Generic[P, E]):
             raise RowFlaw("", "holds half of a surrogate pair, which is no text")
         if not isinstance(row, dict):
             raise RowFlaw("", f"must be an object with named fields, got {text[:80]}")
-        renamed = rename_fields(row, self.rules.fields)
-        if self.rules.prompt is not None:
-            answer = {name: renamed[name] for name in ("completion",) if name in renamed}
-            renamed = {"prompt": fill_prompt(self.rules.prompt, row), **answer}
+        renamed = under_format_names(row, self.rules.fields, self.rules.prompt)
         try:
-            return self._parse_row(renamed)
+            return self._parse_row(renamed, filled)
         except RowFlaw as error:
             raise RowFlaw(self.rules.fields.get(error.field, error.field), error.reason) from None
 

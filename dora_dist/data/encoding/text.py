@@ -72,8 +72,16 @@ def labels_of(ids: Sequence[int], spans: Sequence[int]) -> list[int]:
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    """Ids of plain prompts as in training: with the tokenizer's start token, without an end token."""
+    """Ids of plain prompts as in training: with the tokenizer's start token, which is not put before a prompt that
+    begins with it, and without an end token."""
     rows = tokenizer(list(prompts), add_special_tokens=True, **IDS_ONLY)["input_ids"]
+    start = tokenizer.bos_token_id
+    if tokenizer("", add_special_tokens=True, **IDS_ONLY)["input_ids"][:1] == [start]:
+        twice = [
+            ids[1:2] == [start] and prompt.startswith(tokenizer.bos_token)
+            for prompt, ids in zip(prompts, rows, strict=True)
+        ]
+        rows = [ids[1:] if is_twice else ids for ids, is_twice in zip(rows, twice, strict=True)]
     return [_without_end(ids, tokenizer.eos_token_id) for ids in rows]
 
 
@@ -171,8 +179,8 @@ class TextEncoder(RowEncoder[_Part, Encoded]):
         wanted = [] if self.rules.train_on == "everything" else [m for m in part.sample.messages if WANTED in m]
         return [*part.sample.unread, *dict.fromkeys(f"{m[WANTED]} of the role {m['role']}" for m in wanted)]
 
-    def _parse(self, text: str, flaw: str) -> Any:
-        sample = super()._parse(text, flaw)
+    def _parse(self, text: str, flaw: str, filled: bool) -> Any:
+        sample = super()._parse(text, flaw, filled)
         return self.renderer.joined(sample) if isinstance(sample, Chat) and self.renderer is not None else sample
 
     def _texts(self, sample: Sample) -> Iterable[tuple[str, str]]:

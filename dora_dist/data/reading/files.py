@@ -23,6 +23,23 @@ import pyarrow.parquet as pq
 
 from dora_dist.data.reading.squad_file import is_squad_file, squad_rows
 
+DEFAULT_SPLIT = "train"
+SPLITS_FILE = "dataset_dict.json"
+"""In a saved folder that has several splits."""
+HUB = "a data set on the Hub"
+SPLITS = "a folder that was saved with several splits"
+TABLE = "a table (.csv, .tsv)"
+TEXT = "a text file (.txt)"
+READ_BY = {
+    "columns": (TABLE,),
+    "quotes": (TABLE,),
+    "text": (TEXT,),
+    "subset": (HUB,),
+    "split": (HUB, SPLITS),
+    "revision": (HUB,),
+}
+"""Attributes of a location -> where they are read; all others are read everywhere."""
+
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
@@ -32,11 +49,14 @@ class RawRow:
         place: file and line or row, for messages.
         json: the row as JSON; empty where there is a flaw.
         flaw: why it could not even be read, or empty.
+        filled: whether a null in an object may stand for a key that the row never had: Arrow gives the objects of a
+            column the same keys in all rows.
     """
 
     place: str
     json: str
     flaw: str = ""
+    filled: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +67,7 @@ class Location:
         files: local files or one saved folder, in order; empty for the Hub.
         hub: name on the Hub, or empty.
         subset: configuration of a data set on the Hub.
-        split: of a data set on the Hub or a saved folder with several.
+        split: of a data set on the Hub or a saved folder with several; None for :data:`DEFAULT_SPLIT`.
         revision: commit or tag on the Hub.
         limit: rows to read at most, or None.
         columns: names of the columns of tables whose first line does not give them; empty where it does.
@@ -58,7 +78,7 @@ class Location:
     files: tuple[Path, ...] = ()
     hub: str = ""
     subset: str | None = None
-    split: str = "train"
+    split: str | None = None
     revision: str | None = None
     limit: int | None = None
     columns: tuple[str, ...] = ()
@@ -103,8 +123,9 @@ class Location:
         from datasets import load_dataset
 
         with _from_hub(self.hub):
-            rows = load_dataset(self.hub, self.subset, split=self.split, revision=self.revision, streaming=True)
-            yield from _dumped(rows, f"{self.hub} ({self.split})")
+            split = self.split or DEFAULT_SPLIT
+            rows = load_dataset(self.hub, self.subset, split=split, revision=self.revision, streaming=True)
+            yield from _dumped(rows, f"{self.hub} ({split})")
 
 
 @contextmanager
@@ -118,15 +139,15 @@ def _from_hub(name: str) -> Iterator[None]:
         ) from None
 
 
-def locate(paths: str | Sequence[str], **hub: Any) -> Location:
+def locate(paths: str | Sequence[str], **settings: Any) -> Location:
     """Find what a source names.
 
     Args:
         paths: file, glob of files, folder of ``Dataset.save_to_disk``, or name on the Hub; or several files or globs.
-        hub: other attributes of :class:`Location`.
+        settings: other attributes of :class:`Location`.
 
     Raises:
-        ValueError: nothing is there.
+        ValueError: nothing is there, or nothing that is there reads a setting.
     """
     patterns = [paths] if isinstance(paths, str) else list(paths)
     files: list[Path] = []
@@ -134,7 +155,7 @@ def locate(paths: str | Sequence[str], **hub: Any) -> Location:
         named = Path(pattern).expanduser()
         matches = [named] if named.exists() else sorted(map(Path, glob.glob(str(named), recursive=True)))
         if not matches and len(patterns) == 1 and _may_be_on_the_hub(pattern):
-            return Location(hub=pattern, **hub)
+            return _checked(Location(hub=pattern, **settings), {HUB})
         if not matches:
             looked = f"looked from {Path.cwd()}"
             raise ValueError(f"no data file matches {pattern!r} ({looked}): correct data.train or data.eval")
@@ -142,12 +163,42 @@ def locate(paths: str | Sequence[str], **hub: Any) -> Location:
     if twice := [file for number, file in enumerate(files) if file in files[:number]]:
         raise ValueError(f"{twice[0]} is named twice by {patterns}: its rows would count twice")
     for file in files:
-        if file.is_dir() and not any((file / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        if file.is_dir() and not any((file / name).is_file() for name in ("state.json", SPLITS_FILE)):
             raise ValueError(
                 f"{file} is a folder, but not one that Dataset.save_to_disk wrote: name its files, with a glob such as "
                 f"{file}/*.jsonl"
             )
-    return Location(files=tuple(files), **hub)
+    return _checked(Location(files=tuple(files), **settings), set(map(_kind, files)))
+
+
+def _checked(location: Location, kinds: set[str]) -> Location:
+    """The location.
+
+    Raises:
+        ValueError: it has an attribute that none of these kinds reads.
+    """
+    for name, read_by in READ_BY.items():
+        value, default = getattr(location, name), getattr(Location, name)
+        if value != default and not kinds.intersection(read_by):
+            shown = list(value) if isinstance(value, tuple) else str(value).lower() if value is False else value
+            others = f" (or of the {len(location.files) - 1} others)" * (len(location.files) > 1)
+            where = location.hub or f"{location.files[0]}{others}"
+            raise ValueError(
+                f"{name} of a source is {shown}, which has no effect: it is read for {' and '.join(read_by)}, and "
+                f"{where} is none. Omit {name}, or correct the path"
+            )
+    return location
+
+
+def _kind(file: Path) -> str:
+    """What a file or a saved folder is in :data:`READ_BY`; empty for others."""
+    if file.is_dir():
+        return SPLITS if (file / SPLITS_FILE).is_file() else ""
+    return {"csv": TABLE, "tsv": TABLE, "txt": TEXT}.get(_suffix(file), "")
+
+
+def _suffix(file: Path) -> str:
+    return file.name.removesuffix(".gz").rpartition(".")[2].lower()
 
 
 def _may_be_on_the_hub(pattern: str) -> bool:
@@ -156,13 +207,13 @@ def _may_be_on_the_hub(pattern: str) -> bool:
 
 
 def read_file(
-    file: Path, split: str = "train", columns: Sequence[str] = (), quotes: bool = True, text: str | None = None
+    file: Path, split: str | None = None, columns: Sequence[str] = (), quotes: bool = True, text: str | None = None
 ) -> Iterator[RawRow]:
     """The rows of one file or saved folder.
 
     Args:
         file: one that :func:`locate` has found.
-        split: of a saved folder with several.
+        split: of a saved folder with several; None for :data:`DEFAULT_SPLIT`.
         columns: names of the columns of a table without a header line.
         quotes: whether a quotation mark at the start of a table's field encloses the field.
         text: rows of a text file, ``lines`` (those that are not empty) or ``whole``, each with the field ``text``.
@@ -170,9 +221,9 @@ def read_file(
     Raises:
         ValueError: it cannot be read.
     """
-    kind = file.name.removesuffix(".gz").rpartition(".")[2].lower()
+    kind = _suffix(file)
     if file.is_dir():
-        yield from _dumped(_saved(file, split), str(file))
+        yield from _dumped(_saved(file, split or DEFAULT_SPLIT), str(file))
     elif kind == "parquet":
         yield from _dumped(_parquet(file), str(file))
     elif kind == "arrow":
@@ -280,8 +331,9 @@ def _reading(file: Path) -> Iterator[None]:
 
 
 def _dumped(rows: Iterable[dict[str, Any]], where: str) -> Iterator[RawRow]:
+    """Rows that Arrow has held."""
     for number, row in enumerate(rows, start=1):
-        yield RawRow(f"{where}, row {number}", json.dumps(row, ensure_ascii=False, default=_name_type))
+        yield RawRow(f"{where}, row {number}", json.dumps(row, ensure_ascii=False, default=_name_type), filled=True)
 
 
 def _name_type(value: object) -> dict[str, str]:

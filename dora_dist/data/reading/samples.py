@@ -173,6 +173,24 @@ def rename_fields(row: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str
     return renamed
 
 
+def under_format_names(row: Mapping[str, Any], fields: Mapping[str, str], prompt: str | None) -> dict[str, Any]:
+    """The row under the format's names; with a prompt of its own, the prompt that this makes of it, and its answer.
+
+    Args:
+        row: as it was found.
+        fields: the format's name of a field -> the row's own, where they differ.
+        prompt: text with names of fields in braces; None for what the row has.
+
+    Raises:
+        RowFlaw: a field that the prompt names is missing, or neither text nor a number.
+    """
+    renamed = rename_fields(row, fields)
+    if prompt is None:
+        return renamed
+    answer = {name: renamed[name] for name in ("completion",) if name in renamed}
+    return {"prompt": fill_prompt(prompt, row), **answer}
+
+
 def value_at(row: Mapping[str, Any], path: str) -> Any:
     """The field of this name, or what is at a path such as ``answers.text.0``.
 

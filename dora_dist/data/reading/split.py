@@ -2,12 +2,13 @@
 else, so that a row stays where it is when others come, go or move."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b, sha256
+from typing import Any
 
 from dora_dist.data.reading.files import Location, RawRow
-from dora_dist.data.reading.samples import value_at
+from dora_dist.data.reading.samples import RowFlaw
 
 DIGEST_BYTES = 8
 
@@ -21,20 +22,22 @@ class SplitLocation(Location):
     Attributes:
         share: of the rows that are held out, between 0 and 1.
         held_out: whether this is their side.
-        fields: names or paths of what is read of a row: rows that are alike in these are on one side.
+        said: what a row says, as JSON has it, given the row and :attr:`RawRow.filled`: rows that say the same are on
+            one side. It raises :class:`RowFlaw` for a row that cannot be read.
     """
 
     share: float
     held_out: bool
-    fields: tuple[str, ...]
+    said: Callable[[dict[str, Any], bool], Any]
 
     def rows(self) -> Iterator[RawRow]:
         """The rows of this side in order, of those that :attr:`limit` allows to read."""
         return (row for row in super().rows() if self._holds_out(row) == self.held_out)
 
     def digest(self) -> str:
-        """SHA-256 of the content of both sides, and of which one this is."""
-        side = repr((super().digest(), self.share, self.held_out, self.fields))
+        """SHA-256 of the content of both sides, and of which one this is. What a row says follows from the rules, which
+        the folder of prepared data is named after too."""
+        side = repr((super().digest(), self.share, self.held_out))
         return sha256(side.encode()).hexdigest()
 
     def _holds_out(self, raw: RawRow) -> bool:
@@ -44,13 +47,10 @@ class SplitLocation(Location):
             row = None
         if not isinstance(row, dict):
             return False
-        said = []
-        for name in self.fields:
-            try:
-                value = value_at(row, name)
-            except KeyError:
-                value = None
-            said.append(None if value == "" else value)
+        try:
+            said = self.said(row, raw.filled)
+        except RowFlaw:
+            return False
         content = json.dumps(said, sort_keys=True).encode()
         number = int.from_bytes(blake2b(content, digest_size=DIGEST_BYTES).digest(), "little")
         return number < self.share * float(1 << 8 * DIGEST_BYTES)

@@ -594,6 +594,14 @@ def test_two_sources_that_are_given_one_name_are_refused(load):
         load("", "--data.train", "[{path: a, name: first}, {path: b, name: first}]")
 
 
+@pytest.mark.parametrize("setting", [{"max_examples": 3}, {"weight": 5.0}, {"epochs": 2.0}])
+def test_a_share_in_the_mixture_is_refused_for_held_out_data(setting):
+    ((name, value),) = setting.items()
+    message = rf"^data\.eval\[1\]\.{name} is {value}, which has no effect: it is for sources of data\.train\. Omit it"
+    with pytest.raises(ValueError, match=message):
+        DataConfig(train="a.jsonl", eval=["b.jsonl", {"path": "c.jsonl", **setting}])
+
+
 def test_one_source_needs_no_list_and_is_saved_as_it_was_given(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("output_dir: x\nmodel: {path: m}\ndata:\n  train: {path: a.jsonl.gz, epochs: 2}\n")
@@ -647,6 +655,14 @@ CLASSIFICATION = "task: sequence_classification\n"
         (CLASSIFICATION, ("--data.format", "text"), "text is for the task causal_lm, but task is sequence_class"),
         ("", ("--data.labels", "regression"), "data.labels is regression, but task is causal_lm"),
         (CLASSIFICATION, ("--data.batching", "packed"), "data.batching is packed, which is for the task causal_lm"),
+        (CLASSIFICATION, ("--data.prompt", "Say: {x}"), "data.prompt is 'Say: {x}', which is for the task causal_lm"),
+        (CLASSIFICATION, ("--data.system", "Hi"), "data.system is 'Hi', which is for the task causal_lm, but task is"),
+        (CLASSIFICATION, ("--data.as_chat", "false"), "data.as_chat is false, which is for the task causal_lm"),
+        (
+            CLASSIFICATION,
+            ("--data.eval", "[a.jsonl, {path: b.jsonl, prompt: 'Say: {x}'}]"),
+            r"data.eval\[1\].prompt is 'Say: {x}', which is for the task causal_lm, but task is sequence_class",
+        ),
         (CLASSIFICATION, ("--data.train_on", "last"), "data.train_on is last, which is for the task causal_lm"),
         (
             CLASSIFICATION,

@@ -51,6 +51,12 @@ def test_numbers_of_the_command_line_are_numbers(load):
     assert config.training == {"learning_rate": 1e-4, "max_steps": 5}
 
 
+@pytest.mark.parametrize("text", ["Note: this", "Say: {x}", "[{x}]"])
+def test_text_of_the_command_line_that_yaml_takes_for_a_mapping_or_a_list_stays_text(load, text):
+    config = load("", "--data.system", text, "--data.prompt", "Say: {x}")
+    assert (config.data.system, config.data.prompt) == (text, "Say: {x}")
+
+
 def test_text_that_looks_like_something_else_stays_text_in_other_sections(load):
     config = load("adapter: {target_modules: '[qk]_proj'}\ncheckpoint: {resume: '12'}\n")
     assert config.adapter.target_modules == "[qk]_proj"

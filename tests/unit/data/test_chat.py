@@ -57,7 +57,9 @@ def without_marks(template: str) -> str:
 
 def encode(tokenizer, template: str, messages: list[dict], **rules) -> list[tuple[list[int], list[int]]]:
     encoder = build_encoder(tokenizer, EncodingRules(format="messages", template=template, **rules))
-    columns = encoder({"place": ["here"], "json": [json.dumps({"messages": messages})], "flaw": [""]})
+    columns = encoder(
+        {"place": ["here"], "json": [json.dumps({"messages": messages})], "flaw": [""], "filled": [False]}
+    )
     return list(zip(columns["input_ids"], columns["spans"], strict=True))
 
 
@@ -200,6 +202,22 @@ def test_a_bundled_template_is_taken_only_where_the_tokenizer_has_none(family):
     assert choose_template(tokenizer).text == "own"
     assert not choose_template(tokenizer).bundled
     assert choose_template(tokenizer, family).text == chosen.text
+
+
+def test_an_answer_before_any_question_is_named_with_the_way_out_where_the_template_begins_otherwise():
+    template = "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nS<|im_end|>\n"
+    template += "{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    template += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    greeting, *others = [{"role": "assistant", "content": "Hi"}, *CONVERSATION[1:3]]
+    tokenizer = byte_tokenizer("chatml")
+    message = r"field 'messages\[0\]' is an answer before anything is asked, .*: set weight: 0 on it"
+    with pytest.raises(ValueError, match=message):
+        encode(tokenizer, template, [greeting, *others])
+    ((ids, spans),) = encode(tokenizer, template, [{**greeting, "weight": 0}, *others])
+    assert marked(tokenizer, ids, spans).startswith(
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>assistant\nHi<|im_end|>"
+    )
+    assert marked(tokenizer, ids, spans).count("[[") == 1
 
 
 @pytest.mark.parametrize(

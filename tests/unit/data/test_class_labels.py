@@ -22,7 +22,7 @@ def encode(rows, tokenizer=None, **rules):
     )
     lines = [json.dumps(row) for row in rows]
     places = [f"row {number}" for number in range(1, len(rows) + 1)]
-    return encoder({"place": places, "json": lines, "flaw": [""] * len(rows)})
+    return encoder({"place": places, "json": lines, "flaw": [""] * len(rows), "filled": [False] * len(rows)})
 
 
 def prepare(folder, rows, held_out=(), tokenizer=None, **settings):

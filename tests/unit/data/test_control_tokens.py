@@ -99,7 +99,14 @@ KINDS = {
 def encode(tokenizer, rows, **rules):
     encoder = build_encoder(tokenizer, EncodingRules(**rules))
     places = [f"row {number}" for number in range(1, len(rows) + 1)]
-    return encoder({"place": places, "json": [json.dumps(row) for row in rows], "flaw": [""] * len(rows)})
+    return encoder(
+        {
+            "place": places,
+            "json": [json.dumps(row) for row in rows],
+            "flaw": [""] * len(rows),
+            "filled": [False] * len(rows),
+        }
+    )
 
 
 def special(tokenizer, ids) -> list[str]:

@@ -34,7 +34,7 @@ def test_an_example_is_what_it_is_said_to_be(name):
         tokenizer = word_pair_tokenizer(EXAMPLES[name])
         rules = EncodingRules(format=name)
     encoder = build_encoder(tokenizer, rules)
-    columns = encoder({"place": lines, "json": lines, "flaw": [""] * len(lines)})
+    columns = encoder({"place": lines, "json": lines, "flaw": [""] * len(lines), "filled": [False] * len(lines)})
     assert all(columns["input_ids"])
 
 

@@ -21,6 +21,7 @@ def encode(tokenizer, rows, **rules):
             "place": [f"row {number}" for number in range(1, len(rows) + 1)],
             "json": [json.dumps(row) for row in rows],
             "flaw": [""] * len(rows),
+            "filled": [False] * len(rows),
         }
     )
 
@@ -46,6 +47,32 @@ def test_an_end_that_the_completion_has_already_is_not_doubled():
     columns = encode(tokenizer, [{"prompt": "p", "completion": "c</s>"}])
     assert tokenizer.decode(columns["input_ids"][0]) == "<s>pc</s>"
     assert columns["answer"] == ["c"], "a generated answer is decoded without it"
+
+
+@pytest.mark.parametrize("family", ["mistral", "llama3", "gemma"])
+def test_a_start_that_a_text_has_already_is_not_doubled(family):
+    tokenizer = byte_tokenizer(family)
+    start = tokenizer.bos_token
+    pairs = [{"prompt": f"{start}ask", "completion": "c"}, {"prompt": "ask", "completion": "c"}]
+    assert len(set(map(tuple, encode(tokenizer, pairs)["input_ids"]))) == 1
+    documents = encode(tokenizer, [{"text": f"{start}abc"}, {"text": "abc"}], format="text")["input_ids"]
+    assert documents[0] == documents[1]
+    assert encode_prompts(tokenizer, [f"{start}ask", f"a{start}"]) == [
+        tokenizer(f"{start}ask", add_special_tokens=False)["input_ids"],
+        tokenizer(f"{start}a{start}", add_special_tokens=False)["input_ids"],
+    ]
+
+
+def test_a_start_that_is_plain_text_comes_after_that_of_the_tokenizer():
+    tokenizer = byte_tokenizer()
+    (ids,) = encode(tokenizer, [{"text": "<s>abc"}], format="text", control_tokens="text")["input_ids"]
+    assert tokenizer.decode(ids) == "<s><s>abc</s>"
+    assert ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_starts_of_a_text_are_kept_where_the_tokenizer_adds_none():
+    tokenizer = word_tokenizer(TEXT, "$A")
+    assert encode_prompts(tokenizer, ["<s> <s> one"]) == [tokenizer.convert_tokens_to_ids(["<s>", "<s>", "one"])]
 
 
 def test_an_instruction_stands_under_headings_or_in_the_chat_template():

@@ -73,6 +73,54 @@ def test_rows_that_say_the_same_are_on_one_side_whatever_else_they_have_and_whic
     assert prompts(first) == prompts(second) * 2
 
 
+def exchange(row: dict[str, Any], **marks: Any) -> list[dict[str, Any]]:
+    question, answer = ({"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]})
+    return [{**question, **marks}, answer]
+
+
+SAME = {
+    "fields of other names": (
+        lambda row, n: {"input": row["prompt"], "output": row["completion"]},
+        {"fields": {"prompt": "input", "completion": "output"}},
+    ),
+    "messages": (lambda row, n: {"messages": exchange(row)}, {}),
+    "messages with a key that is not read": (lambda row, n: {"messages": exchange(row, id=f"m{n}", weight=1)}, {}),
+    "parts of text": (
+        lambda row, n: {
+            "messages": [
+                {**message, "content": [{"type": "text", "text": message["content"]}]} for message in exchange(row)
+            ]
+        },
+        {},
+    ),
+    "sharegpt": (
+        lambda row, n: {
+            "conversations": [
+                {"from": "human", "value": row["prompt"]},
+                {"from": "gpt", "value": row["completion"]},
+            ]
+        },
+        {},
+    ),
+    "alpaca": (lambda row, n: {"output": row["completion"], "instruction": row["prompt"], "input": ""}, {}),
+    "a prompt of its own": (
+        lambda row, n: {"question": row["prompt"], "completion": row["completion"], "n": n},
+        {"prompt": "w1 {question} w2"},
+    ),
+}
+
+
+@pytest.mark.parametrize("written", SAME)
+def test_rows_that_say_the_same_are_on_one_side_however_they_are_written(tmp_path, written):
+    rows = [pair(number) for number in range(100)]
+    make, settings = SAME[written]
+    other = write(tmp_path / "b.jsonl", [make(row, number) for number, row in enumerate(rows)])
+    data = prepare(write(tmp_path / "a.jsonl", rows), {"path": str(other), **settings}, as_chat=True)
+    first, second = ([place.rsplit(" ", 1)[1] for place in source.dataset["place"]] for source in data.evaluation)
+    assert first == second
+    assert 10 < len(first) < 30
+
+
 def test_what_a_prompt_of_its_own_and_renamed_fields_read_decides(tmp_path):
     rows = [{"topic": pair(n)["prompt"], "reply": "w9"} for n in range(300)]
     source = {"path": str(write(tmp_path / "rows.jsonl", rows * 2)), "fields": {"completion": "reply"}}

@@ -43,7 +43,9 @@ TALK = [user("q1"), answer("a1"), user("q2"), answer("a2")]
 def encode(template, messages, **rules):
     tokenizer = byte_tokenizer("chatml")
     encoder = build_encoder(tokenizer, EncodingRules(format="messages", template=template, bad_rows="skip", **rules))
-    columns = encoder({"place": ["chat.jsonl, line 7"], "json": [json.dumps({"messages": messages})], "flaw": [""]})
+    columns = encoder(
+        {"place": ["chat.jsonl, line 7"], "json": [json.dumps({"messages": messages})], "flaw": [""], "filled": [False]}
+    )
     return tokenizer, columns
 
 
@@ -176,7 +178,7 @@ def test_thoughts_in_plain_text_are_refused_where_they_are_to_be_left_out():
     with pytest.raises(
         ValueError, match=r"here: field 'completion' holds <think>, but data\.train_on_thoughts is false"
     ):
-        encoder({"place": ["here"], "json": [row], "flaw": [""]})
+        encoder({"place": ["here"], "json": [row], "flaw": [""], "filled": [False]})
 
 
 LISTS = PLAIN.replace("{{ m.content }}", "{% if m.content is string %}{{ m.content }}{% else %}{{ LOOP }}{% endif %}")

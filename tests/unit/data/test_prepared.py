@@ -28,7 +28,7 @@ from dora_dist.data.encoding.encoder import EncodingRules
 from dora_dist.data.encoding.text import TextEncoder
 from dora_dist.data.prepared import LEFT_OUT, PreparedSource
 from dora_dist.data.reading.files import locate
-from dora_dist.setup.run_data import RunData, prepare_data
+from dora_dist.setup.run_data import RunData, build_mixture, prepare_data
 
 PATIENCE_SECONDS = 60
 
@@ -384,6 +384,18 @@ def test_examples_in_both_train_and_eval_are_counted_and_warned_about(tmp_path, 
     assert data.overlap == {"held": shared}
     text = f"warning: {shared} of {3 + shared} held-out examples of held are also trained on"
     assert any(text in note for note in data.notes) == warned
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_an_example_that_max_examples_leaves_out_is_not_trained_on(tmp_path, seed):
+    rows = [{"prompt": f"w{number}", "completion": "w9"} for number in range(8)]
+    first, second = (write(tmp_path / f"{name}.jsonl", part) for name, part in (("a", rows[:2]), ("b", rows[2:])))
+    train = [{"path": str(first), "max_examples": 1}, {"path": str(second), "max_examples": 3}]
+    held_out = [{"path": str(write(tmp_path / f"{number}.jsonl", [row]))} for number, row in enumerate(rows)]
+    config = DataConfig(train=train, eval=held_out, cache_dir=str(tmp_path / "cache"), workers=1)
+    data = prepare_data(config, tiny_tokenizer(), seed=seed)
+    members = build_mixture(config, data.train, seed).members
+    assert [int(name) for name, count in data.overlap.items() if count] == sorted(np.concatenate(members))
 
 
 def test_an_example_written_in_another_format_overlaps_too(tmp_path):

@@ -433,6 +433,35 @@ def test_a_split_of_a_saved_folder_is_chosen_by_its_name(tmp_path):
         read(tmp_path / "saved", split="test")
 
 
+@pytest.mark.parametrize(
+    ("name", "setting", "message"),
+    [
+        ("saved", {"split": "test"}, "split of a source is test, .* the Hub and a folder that was saved with several"),
+        ("rows.jsonl", {"split": "train"}, "split of a source is train, which has no effect"),
+        ("rows.jsonl", {"columns": ("a", "b")}, r"columns of a source is \['a', 'b'\], .* read for a table"),
+        ("rows.parquet", {"quotes": False}, "quotes of a source is false, .* read for a table"),
+        ("rows.csv", {"text": "lines"}, "text of a source is lines, .* read for a text file"),
+        ("rows.json", {"subset": "main"}, "subset of a source is main, .* read for a data set on the Hub"),
+        ("saved_splits", {"revision": "v1"}, "revision of a source is v1, .* read for a data set on the Hub"),
+        ("org/name", {"text": "whole"}, "text of a source is whole, .* and org/name is none. Omit text, or correct"),
+    ],
+)
+def test_a_setting_that_nothing_at_the_location_reads_is_refused(tmp_path, name, setting, message):
+    path = name
+    if name in WRITERS:
+        path = str(tmp_path / name)
+        WRITERS[name](tmp_path / name, ROWS)
+    with pytest.raises(ValueError, match=message):
+        locate(path, **setting)
+
+
+def test_a_setting_that_one_of_several_files_reads_is_taken(tmp_path):
+    for name in ("rows.csv", "rows.jsonl"):
+        WRITERS[name](tmp_path / name, ROWS)
+    rows = locate([str(tmp_path / "rows.csv"), str(tmp_path / "rows.jsonl")], columns=("a", "b")).rows()
+    assert [list(parsed(row)) for row in rows][:: len(ROWS) + 1] == [["a", "b"], ["prompt", "completion"]]
+
+
 def test_the_digest_is_that_of_the_content(tmp_path):
     paths = [tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
     for path, text in zip(paths, ("x", "x", "y"), strict=True):

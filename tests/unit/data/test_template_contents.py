@@ -144,7 +144,7 @@ def encode(template, messages, tokenizer=None, **rules):
     tokenizer = tokenizer or byte_tokenizer("chatml")
     encoder = build_encoder(tokenizer, EncodingRules(format="messages", template=template, bad_rows="skip", **rules))
     row = {"messages": messages, "tools": [TOOL] if any("tool_calls" in m for m in messages) else None}
-    columns = encoder({"place": ["here"], "json": [json.dumps(row)], "flaw": [""]})
+    columns = encoder({"place": ["here"], "json": [json.dumps(row)], "flaw": [""], "filled": [False]})
     lines = zip(
         columns["status"], columns["note"], columns["input_ids"], columns["spans"], columns["answer"], strict=True
     )
@@ -301,13 +301,18 @@ def test_a_text_that_the_template_takes_away_is_noticed_in_the_row_that_has_it()
         ({"messages": [user(), answer(weight=0)]}, "messages", "has no message of the assistant to train"),
         ({"prompt": "p", "completion": "c", "system": "s"}, "prompt_completion", "field 'system' is not read"),
         ({"instruction": "i", "output": "o", "history": ["x"]}, "alpaca", "field 'history' must be a list of"),
+        (
+            {"instruction": "i", "output": "o", "history": [["a", "b"], ["c", " "]]},
+            "alpaca",
+            r"field 'history\[1\]\[1\]' is empty, so that there is nothing to learn from it",
+        ),
         ({"instruction": "i", "output": "o", "system": "s"}, "alpaca", "field 'system' has no place under"),
     ],
 )
 def test_what_would_be_lost_is_refused(row, form, message):
     encoder = build_encoder(byte_tokenizer("chatml"), EncodingRules(format=form, template=PLAIN))
     with pytest.raises(ValueError, match=message):
-        encoder({"place": ["here"], "json": [json.dumps(row)], "flaw": [""]})
+        encoder({"place": ["here"], "json": [json.dumps(row)], "flaw": [""], "filled": [False]})
 
 
 @pytest.mark.parametrize(
@@ -330,6 +335,6 @@ def test_what_would_be_lost_is_refused(row, form, message):
 def test_system_and_history_of_a_row_are_read_and_other_fields_of_messages_counted(row, rules, text):
     tokenizer = byte_tokenizer("chatml")
     encoder = build_encoder(tokenizer, EncodingRules(template=PLAIN, **rules))
-    columns = encoder({"place": ["here"], "json": [json.dumps(row)], "flaw": [""]})
+    columns = encoder({"place": ["here"], "json": [json.dumps(row)], "flaw": [""], "filled": [False]})
     assert tokenizer.decode(columns["input_ids"][0]) == text
     assert columns["unread"] == ["mood" if rules["format"] == "messages" else ""]

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.byte_tokenizer import byte_tokenizer
 from support.tiny_models import load_base
 from support.trained_run import TrainedFolder, character_tokenizer
 
@@ -215,7 +216,9 @@ WEATHER = {"name": "weather", "description": "The weather.", "parameters": {"typ
 def prompt_in_training(tokenizer: Any, row: dict[str, Any]) -> list[int]:
     rules = EncodingRules(format="messages", as_chat=True, template=tokenizer.chat_template, train_on="last")
     answered = {**row, "messages": [*row["messages"], {"role": "assistant", "content": "I"}]}
-    trained = build_encoder(tokenizer, rules)({"place": [""], "json": [json.dumps(answered)], "flaw": [""]})
+    trained = build_encoder(tokenizer, rules)(
+        {"place": [""], "json": [json.dumps(answered)], "flaw": [""], "filled": [False]}
+    )
     assert trained["input_ids"], trained["flaw"]
     prompt: list[int] = trained["input_ids"][0][: trained["answer_start"][0]]
     return prompt
@@ -261,6 +264,16 @@ def test_messages_that_training_refuses_are_refused(monkeypatch: pytest.MonkeyPa
         asked(trained_on(chat=True), line, monkeypatch=monkeypatch)
 
 
+def test_a_whole_prompt_that_begins_with_the_start_token_has_one_as_in_training() -> None:
+    tokenizer = byte_tokenizer("mistral")
+    line = json.dumps({"prompt": "<s>[INST] Hi [/INST]", "completion": "Hello"})
+    rules = EncodingRules(format="prompt_completion")
+    trained = build_encoder(tokenizer, rules)({"place": [""], "json": [line], "flaw": [""], "filled": [False]})
+    asked = asking.Question("<s>[INST] Hi [/INST]", raw=True).ids(tokenizer, False, control_tokens(tokenizer))
+    assert asked == trained["input_ids"][0][: trained["answer_start"][0]]
+    assert asked.count(tokenizer.bos_token_id) == 1
+
+
 @pytest.mark.parametrize("chat", [True, False], ids=["in the template", "plain"])
 @pytest.mark.parametrize("row", [{"instruction": "What is </s>?", "input": "<s>"}, {"prompt": "What is </s>?"}])
 def test_control_tokens_in_a_question_are_what_they_were_in_training(row: dict[str, str], chat: bool) -> None:
@@ -275,7 +288,7 @@ def test_control_tokens_in_a_question_are_what_they_were_in_training(row: dict[s
         control_tokens="text",
     )
     line = json.dumps({**row, "completion": "a", "output": "a"})
-    trained = build_encoder(tokenizer, rules)({"place": [""], "json": [line], "flaw": [""]})
+    trained = build_encoder(tokenizer, rules)({"place": [""], "json": [line], "flaw": [""], "filled": [False]})
     prompt = trained["input_ids"][0][: trained["answer_start"][0]]
     assert question.ids(tokenizer, chat, control_tokens(tokenizer, "text")) == prompt
     assert prompt.count(tokenizer.eos_token_id) == 0, "the answer has the first one"

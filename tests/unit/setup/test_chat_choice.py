@@ -1,5 +1,6 @@
 """Which rows go into the chat template, with which prompt."""
 
+import datetime
 import json
 
 import pytest
@@ -107,6 +108,25 @@ def test_a_prompt_that_cannot_be_made_is_refused(prepared, settings, message):
         prepared({"train": DIALOGUE}, byte_tokenizer("chatml"), **settings)
 
 
+@pytest.mark.parametrize(
+    ("row", "settings", "message"),
+    [
+        ({"text": "abc"}, {}, 'which texts have no place for: set system: "" for this source'),
+        (PAIR, {"as_chat": False}, "which plain prompts have no place for: set as_chat: true for this source"),
+    ],
+)
+def test_a_message_of_the_system_that_has_no_place_is_refused_with_a_way_out_that_works(
+    prepared, tmp_path, row, settings, message
+):
+    settings = {"system": "Be kind.", **settings}
+    with pytest.raises(ValueError, match=message):
+        prepared({"train": row}, tokenizer_with_template(), **settings)
+    way_out = {"system": ""} if "text" in row else {"as_chat": True}
+    source = {"path": str(tmp_path / "train.jsonl"), **way_out}
+    _, text = prepared({"train": row}, tokenizer_with_template(), **{**settings, "train": source})
+    assert ("Be kind." in text) == ("text" not in row)
+
+
 def test_a_prompt_that_is_rendered_already_is_refused_with_the_way_out(prepared):
     row = {"prompt": "<|im_start|>user\nq", "completion": "a"}
     with pytest.raises(ValueError, match=r"prompts that are rendered already need data\.as_chat: false"):
@@ -153,3 +173,38 @@ def test_options_of_conversations_are_refused_where_there_is_none(prepared, chan
     tokenizer.chat_template = SWITCHED
     with pytest.raises(ValueError, match=f"data.{next(iter(changes))} is set, but no source is rendered in a chat tem"):
         prepared({"train": PAIR}, tokenizer, as_chat=False, **changes)
+
+
+WRITES_THE_DAY = "{{ day | default(strftime_now('%d %b %Y')) }}\n" + SWITCHED
+
+
+def test_a_template_that_writes_the_date_keeps_that_of_the_prepared_rows_and_the_run_says_so(prepared, monkeypatch):
+    class May1(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.datetime(2026, 5, 1)
+
+    class May2(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.datetime(2026, 5, 2)
+
+    found = []
+    for clock in (May1, May2):
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", clock)
+        tokenizer = byte_tokenizer("chatml")
+        tokenizer.chat_template = WRITES_THE_DAY
+        found.append(prepared({"train": PAIR}, tokenizer))
+    (first, text), (second, later) = found
+    assert text == later
+    assert text.startswith("01 May 2026\n")
+    for data in (first, second):
+        assert any(remark.startswith("the chat template writes the date") for remark in data.remarks())
+
+
+def test_a_date_that_is_set_is_no_date_to_tell_of(prepared):
+    tokenizer = byte_tokenizer("chatml")
+    tokenizer.chat_template = WRITES_THE_DAY
+    data, text = prepared({"train": PAIR}, tokenizer, chat_template_kwargs={"day": "1 May 2026"})
+    assert text.startswith("1 May 2026\n")
+    assert not any("writes the date" in remark for remark in data.remarks())
