@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from dora_dist.config.tasks import EXACT_MATCH, FINAL_NUMBER
+from dora_dist.evaluation.words import RougeTokenizer, spaced
 
 ROUGE_METRICS = {"rouge1": "rouge1", "rouge2": "rouge2", "rouge_l": "rougeL"}
 """Our name of a metric and rouge-score's."""
@@ -142,7 +143,8 @@ def normalize_answer(text: str) -> str:
 def squad_scores(prediction: str, references: Sequence[str], with_no_answer: bool = False) -> tuple[float, float]:
     """Exact match and F1 of one answer, each the best over the references, in [0, 1].
 
-    F1 is over words, as multisets. With ``with_no_answer`` as the script of SQuAD v2: the right answer to a question
+    F1 is over words, as multisets; in scripts without spaces between words, over characters, of which the official
+    scripts know nothing. With ``with_no_answer`` as the script of SQuAD v2: the right answer to a question
     without references is the empty one, references of which nothing is left are passed over, and an empty answer
     (nothing left of it) has F1 1 where it is right and 0 elsewhere. Without, as the script of v1.1.
 
@@ -168,7 +170,7 @@ def squad_scores(prediction: str, references: Sequence[str], with_no_answer: boo
 def _word_f1(given: str, wanted: str, with_no_answer: bool) -> float:
     if with_no_answer and not (given and wanted):
         return float(given == wanted)
-    given_words, wanted_words = given.split(), wanted.split()
+    given_words, wanted_words = spaced(given).split(), spaced(wanted).split()
     common = (Counter(given_words) & Counter(wanted_words)).total()
     if not common:
         return 0.0
@@ -177,7 +179,7 @@ def _word_f1(given: str, wanted: str, with_no_answer: bool) -> float:
 
 
 def rouge_scores(prediction: str, reference: str) -> dict[str, float]:
-    """:data:`ROUGE_METRICS` of one summary: F-measures in [0, 1], with Porter's stemmer."""
+    """:data:`ROUGE_METRICS` of one summary: F-measures in [0, 1], over :class:`RougeTokenizer`'s words."""
     scores = _rouge_scorer().score(reference, prediction)
     return {name: float(scores[theirs].fmeasure) for name, theirs in ROUGE_METRICS.items()}
 
@@ -186,7 +188,7 @@ def rouge_scores(prediction: str, reference: str) -> dict[str, float]:
 def _rouge_scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(list(ROUGE_METRICS.values()), use_stemmer=True)
+    return RougeScorer(list(ROUGE_METRICS.values()), tokenizer=RougeTokenizer())
 
 
 def final_number(text: str) -> Decimal | None:
