@@ -271,7 +271,7 @@ def decide(
         accumulation = resume.accumulation(earlier, config, ranks)
         resolved = resolve_run(config, *data.result(), accumulation, ranks, card, earlier.started_from)
         resume.check_settings(earlier, resolved.fingerprint)
-        resume.check_best(earlier, config, None if resolved.best is None else resolved.best.measured_on)
+        resume.check_best(earlier, config)
     for remark in resolved.remarks():
         say(remark)
     return resolved

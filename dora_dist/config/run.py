@@ -38,7 +38,7 @@ class EvaluationConfig:
         before: also evaluate before the first step.
         exact_match: generate answers greedily and count those that equal the reference.
         max_new_tokens: length limit of a generated answer, in tokens.
-        max_examples: evaluate at most this many held-out examples; null for all.
+        max_examples: evaluate the first ones of every held-out source, this many (questions, of SQuAD); null for all.
         num_beams: number of beams for generated summaries; 1 is greedy.
         metrics: what is measured beside the loss. For causal_lm: final_number (generate answers greedily and count
             those whose last number is that of the reference); for classes: accuracy, matthews, f1 (of the second of two

@@ -14,6 +14,7 @@ from dora_dist.adapter.model import DynamicLoraForCausalLM
 from dora_dist.data.batches import PaddedCollator, as_example
 from dora_dist.data.encoding.encoder import IGNORED
 from dora_dist.evaluation.evaluator import NUM_SHOWN, Evaluator, ShownAnswer, chunks
+from dora_dist.evaluation.generation import generate
 from dora_dist.evaluation.metrics import ANSWER_METRICS
 
 GREEDY = {"do_sample": False}
@@ -133,7 +134,8 @@ def _batch_of_answers(
     pad = tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=model.device)
-    output = model.generate(
+    output = generate(
+        model,
         input_ids=ids,
         attention_mask=mask,
         use_cache=True,

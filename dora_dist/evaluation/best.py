@@ -16,13 +16,11 @@ class BestRule:
         figure: of an evaluation, such as ``loss``, or ``SOURCE_loss`` of one of several sources.
         patience: evaluations in a row that may be no better before the run ends; None to go on to its last step.
         steps: those whose evaluations count: from the final event on, also saved, and the last step.
-        measured_on: digest of the held-out examples and of what is generated for them: figures of two are not compared.
     """
 
     figure: str
     patience: int | None
     steps: frozenset[int]
-    measured_on: str = ""
 
     def is_better(self, value: float, other: float) -> bool:
         """Whether a figure is better than another; equal ones are not, nor is one that is not a number."""
@@ -68,7 +66,6 @@ class BestCheckpoint:
         """What a checkpoint keeps, as plain JSON."""
         return {
             "figure": self.rule.figure,
-            "measured_on": self.rule.measured_on,
             "step": self.step,
             "value": self.value,
             "waited": self.waited,

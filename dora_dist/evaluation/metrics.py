@@ -17,16 +17,26 @@ from typing import Any
 import numpy as np
 
 from dora_dist.config.tasks import EXACT_MATCH, FINAL_NUMBER
+from dora_dist.evaluation.words import RougeTokenizer, spaced
 
 ROUGE_METRICS = {"rouge1": "rouge1", "rouge2": "rouge2", "rouge_l": "rougeL"}
 """Our name of a metric and rouge-score's."""
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+_SPACE = r"[ \u00a0\u2009\u202f]"  # also without a break, thin, and both
+_ENDS = r"(?![.,]?\d)"  # or it is part of a list, or of a date
 _NUMBER = re.compile(
     r"(?:(?<![A-Za-z\d_)\]}])[$€£]?(?P<minus>[-\u2212])[$€£]?)?"  # a minus behind a number or a name is a difference
     r"(?<![A-Za-z\d_])"  # the 2 of x2 is part of a name
-    r"(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?P<decimals>\.\d+)?"
+    r"(?:"
+    rf"(?P<dots>[1-9]\d{{0,2}}(?:(?:\.\d{{3}})+,\d+|(?:\.\d{{3}}){{2,}}){_ENDS})"
+    rf"|(?P<marks>(?<!\d{_SPACE})[1-9]\d{{0,2}}(?P<mark>{_SPACE}|['\u2019])\d{{3}}(?:(?P=mark)\d{{3}})*(?:[.,]\d+)?"
+    rf"{_ENDS}(?!{_SPACE}\d))"
+    r"|(?P<commas>[1-9]\d{0,2}(?:,\d{3})+(?!\d)(?:\.\d+)?)"
+    rf"|(?P<decimal_comma>(?<!\d,)\d+,\d+{_ENDS})"
+    r"|(?P<plain>\d+(?:\.\d+)?|\.\d+)"
+    r")"
     r"(?:/(?P<divisor>0*[1-9]\d*))?"
 )
 _NEXT_QUESTION = re.compile(r"\n[\s#*]*(?:question|problem|q|instruction|human|user)\b[ \d]*:", re.IGNORECASE)
@@ -142,7 +152,8 @@ def normalize_answer(text: str) -> str:
 def squad_scores(prediction: str, references: Sequence[str], with_no_answer: bool = False) -> tuple[float, float]:
     """Exact match and F1 of one answer, each the best over the references, in [0, 1].
 
-    F1 is over words, as multisets. With ``with_no_answer`` as the script of SQuAD v2: the right answer to a question
+    F1 is over words, as multisets; in scripts without spaces between words, over characters, of which the official
+    scripts know nothing. With ``with_no_answer`` as the script of SQuAD v2: the right answer to a question
     without references is the empty one, references of which nothing is left are passed over, and an empty answer
     (nothing left of it) has F1 1 where it is right and 0 elsewhere. Without, as the script of v1.1.
 
@@ -168,7 +179,7 @@ def squad_scores(prediction: str, references: Sequence[str], with_no_answer: boo
 def _word_f1(given: str, wanted: str, with_no_answer: bool) -> float:
     if with_no_answer and not (given and wanted):
         return float(given == wanted)
-    given_words, wanted_words = given.split(), wanted.split()
+    given_words, wanted_words = spaced(given).split(), spaced(wanted).split()
     common = (Counter(given_words) & Counter(wanted_words)).total()
     if not common:
         return 0.0
@@ -177,7 +188,7 @@ def _word_f1(given: str, wanted: str, with_no_answer: bool) -> float:
 
 
 def rouge_scores(prediction: str, reference: str) -> dict[str, float]:
-    """:data:`ROUGE_METRICS` of one summary: F-measures in [0, 1], with Porter's stemmer."""
+    """:data:`ROUGE_METRICS` of one summary: F-measures in [0, 1], over :class:`RougeTokenizer`'s words."""
     scores = _rouge_scorer().score(reference, prediction)
     return {name: float(scores[theirs].fmeasure) for name, theirs in ROUGE_METRICS.items()}
 
@@ -186,24 +197,37 @@ def rouge_scores(prediction: str, reference: str) -> dict[str, float]:
 def _rouge_scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(list(ROUGE_METRICS.values()), use_stemmer=True)
+    return RougeScorer(list(ROUGE_METRICS.values()), tokenizer=RougeTokenizer())
 
 
 def final_number(text: str) -> Decimal | None:
     """The last number in a text; None where there is none.
 
-    ``-1,234.50``, ``$18``, ``-$5``, ``.5``, ``50%`` (50) and ``3/4`` are numbers. A sign directly behind a number or a
-    name is a difference (``10-3`` ends in 3), and digits behind a letter belong to a name (``x2``). LaTeX and powers of
-    ten are not understood.
+    ``-1,234.50``, ``$18``, ``-$5``, ``.5``, ``50%`` (50) and ``3/4`` are numbers. So are ``3,5`` and ``0,125`` with a
+    decimal comma, ``1.234,50`` and ``1.234.567``, and thousands behind spaces or apostrophes (``5 234``, ``5'234``).
+    What can be read in two ways is read as English: ``1,234`` is 1234, and ``1.234`` has decimals. ``1,2,3`` and
+    ``3, 5`` are lists. A sign directly behind a number or a name is a difference (``10-3`` ends in 3), and digits
+    behind a letter belong to a name (``x2``). LaTeX and powers of ten are not understood.
     """
     found = list(_NUMBER.finditer(text))
     if not found:
         return None
     last = found[-1]
-    value = Decimal(last["whole"].replace(",", "") + (last["decimals"] or ""))
+    value = Decimal(_in_digits_and_point(last))
     if last["divisor"] is not None:
         value /= Decimal(last["divisor"])
     return value.copy_negate() if last["minus"] else value
+
+
+def _in_digits_and_point(number: re.Match[str]) -> str:
+    """What :data:`_NUMBER` has found, without its sign and its divisor, as Python writes it."""
+    if number["dots"]:
+        return number["dots"].replace(".", "").replace(",", ".")
+    if number["commas"]:
+        return number["commas"].replace(",", "")
+    if number["marks"]:
+        return number["marks"].replace(number["mark"], "").replace(",", ".")
+    return (number["decimal_comma"] or number["plain"]).replace(",", ".")
 
 
 def first_answer(text: str) -> str:

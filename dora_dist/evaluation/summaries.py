@@ -14,6 +14,7 @@ from dora_dist.base_model.losses import token_losses
 from dora_dist.data.batches import TARGETS, TargetCollator
 from dora_dist.data.encoding.encoder import IGNORED
 from dora_dist.evaluation.evaluator import NUM_SHOWN, OutcomeEvaluator, ShownAnswer
+from dora_dist.evaluation.generation import generate
 from dora_dist.evaluation.metrics import rouge_scores
 
 Outcome = tuple[int, float, int, dict[str, float], ShownAnswer | None]
@@ -67,7 +68,8 @@ class SummaryEvaluator(OutcomeEvaluator):
         return ShownAnswer.of(index, document, row["answer"], text)
 
     def _generate(self, model: DynamicLoraModel, batch: dict[str, Any]) -> list[str]:
-        output = model.generate(  # type: ignore[no-untyped-call]  # PEFT has no types for it
+        output = generate(
+            model,
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             do_sample=False,

@@ -48,7 +48,7 @@ class Sampling:
                 )
 
     def options(self) -> dict[str, Any]:
-        """Arguments of ``generate``; whatever the model's own settings are, nothing else is cut off."""
+        """Arguments of ``generate``; without ``top_p`` and ``top_k`` nothing is cut off."""
         if self.temperature == GREEDY:
             return {"do_sample": False}
         return {

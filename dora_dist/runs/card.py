@@ -88,7 +88,7 @@ def _figures(summary: Mapping[str, Any], start: str) -> str:
     titles = {"loss": Metric("loss"), **METRICS}
     figures = [(metric.title, name, metric.style) for name, metric in titles.items() if name in after]
     rows = [
-        (title, f"{before[name]:{style}}" if before else "-", f"{after[name]:{style}}")
+        (title, f"{before[name]:{style}}" if before and name in before else "-", f"{after[name]:{style}}")
         for title, name, style in figures
     ]
     return _lines([(f"of {after['examples']} examples", start, "adapter"), *rows])

@@ -21,6 +21,8 @@ PREFIXES = {
     "pruning": "pruning.",
     "training": "training.",
     "examples": "examples of ",
+    "held_out": "data.eval: examples of ",
+    "evaluation": "evaluation.",
 }
 """Field that holds several settings -> prefix of their names in files and messages."""
 
@@ -44,6 +46,8 @@ class Fingerprint:
         training: the Trainer's settings that change the result.
         examples: name of a training source -> number and digest of its examples.
         labels: class names in the order of their numbers, or ``regression``; None for tasks without labels.
+        held_out: name of a held-out source -> number and digest of its examples. Figures of others are not compared.
+        evaluation: settings that decide what is measured of them; nothing without held-out data, and in older records.
         others: settings without a field: those of another method, or of another version of this program.
     """
 
@@ -61,6 +65,8 @@ class Fingerprint:
     training: Mapping[str, Any]
     examples: Mapping[str, str]
     labels: list[str] | str | None = None
+    held_out: Mapping[str, str] = field(default_factory=dict)
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
     others: Mapping[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -102,7 +108,9 @@ class Fingerprint:
 
     def differences(self, current: "Fingerprint") -> list[str]:
         """The differences from another run, in words; empty if there are none. Another engine is not one: each engine
-        reads what the others have written."""
+        reads what the others have written. Nor is held-out data where there was none, to compare with."""
+        if not self.held_out:
+            current = dataclasses.replace(current, held_out={}, evaluation={})
         before, now = (json.loads(json.dumps(run.as_dict())) for run in (self, current))
         return [
             f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"

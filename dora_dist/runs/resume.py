@@ -155,31 +155,19 @@ def check_settings(earlier: Earlier, fingerprint: Fingerprint) -> None:
     if differences:
         raise ValueError(
             f"{earlier.folder} was written by a run with other settings: {'; '.join(differences)}. Restore them to "
-            "continue that run, or choose another output_dir to start a new one"
+            "continue that run, or choose another output_dir, with checkpoint.resume auto or never, to start a new one"
         )
 
 
-def check_best(earlier: Earlier, config: RunConfig, measured_on: str | None) -> None:
+def check_best(earlier: Earlier, config: RunConfig) -> None:
     """Refuse to resume from a checkpoint whose best one is not in the folder of the run, where it would be taken from
-    in the end, or was found on other held-out examples.
-
-    Args:
-        earlier: what was found in the folder.
-        config: of the run.
-        measured_on: of :class:`~dora_dist.evaluation.best.BestRule`; None where no best checkpoint is kept.
+    in the end.
 
     Raises:
-        ValueError: it is not there, or not complete, or its figure is not comparable.
+        ValueError: it is not there, or not complete.
     """
-    if earlier.checkpoint is None or measured_on is None:
+    if earlier.checkpoint is None or config.evaluation.keep_best is None:
         return
-    state = checkpoint.read_method_state(earlier.checkpoint).get("best")
-    if state is not None and state["figure"] == config.evaluation.keep_best and state["measured_on"] != measured_on:
-        raise ValueError(
-            f"{earlier.checkpoint} compares {state['figure']} on other held-out examples, or with another "
-            "evaluation.max_examples, max_new_tokens or num_beams: restore them and data.eval, or set "
-            "evaluation.keep_best to null"
-        )
     best = checkpoint.best_of(earlier.checkpoint)
     if best is None:
         return

@@ -188,7 +188,7 @@ def _source_lines(before: Mapping[str, Any] | None, after: Mapping[str, Any]) ->
 
 def change(before: Mapping[str, Any] | None, after: Mapping[str, Any], name: str, style: str) -> str:
     """A held-out figure before and after training; only after it if it was not measured before."""
-    start = f"{before[name]:{style}} -> " if before else ""
+    start = f"{before[name]:{style}} -> " if before and name in before else ""
     return f"{start}{after[name]:{style}}"
 
 

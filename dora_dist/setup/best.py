@@ -1,8 +1,5 @@
 """By which evaluations the best checkpoint of a run is found."""
 
-import json
-from hashlib import sha256
-
 from transformers import DefaultFlowCallback, IntervalStrategy, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
@@ -45,19 +42,7 @@ def best_rule(config: RunConfig, arguments: TrainingArguments, data: RunData, fi
             f"number, well below {arguments.max_steps - final_event}"
         )
     every = frozenset([*steps, arguments.max_steps])
-    return BestRule(
-        figure=figure,
-        patience=config.evaluation.early_stopping,
-        steps=every,
-        measured_on=_measured_on(config, data),
-    )
-
-
-def _measured_on(config: RunConfig, data: RunData) -> str:
-    evaluation = config.evaluation
-    limits = [evaluation.max_examples, evaluation.max_new_tokens, evaluation.num_beams]
-    sources = [[source.name, source.digest] for source in data.evaluation]
-    return sha256(json.dumps([sources, limits]).encode()).hexdigest()[:16]
+    return BestRule(figure=figure, patience=config.evaluation.early_stopping, steps=every)
 
 
 def _steps_evaluated_and_saved(arguments: TrainingArguments, first: int) -> list[int]:

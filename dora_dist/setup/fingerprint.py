@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
@@ -14,6 +14,7 @@ from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import TASKS
 from dora_dist.config.training import LORA_PLUS_RATIO, training_argument
 from dora_dist.data.plan import TrainingPlan
+from dora_dist.data.prepared import PreparedSource
 from dora_dist.method.schedule import BudgetSchedule, Schedule
 from dora_dist.runs.fingerprint import Fingerprint
 from dora_dist.setup.run_data import RunData
@@ -32,6 +33,8 @@ METHOD_ARGUMENTS = (
     "max_grad_norm",
 )
 """Trainer settings that a resumed run must not change."""
+MEASURED_BY = ("max_examples", "max_new_tokens", "num_beams")
+"""Settings of ``evaluation`` under which figures of the same examples differ."""
 
 
 def fingerprint_of(
@@ -77,13 +80,16 @@ def fingerprint_of(
             **{name: _plain(getattr(arguments, name)) for name in METHOD_ARGUMENTS},
             LORA_PLUS_RATIO: training_argument(config.training, LORA_PLUS_RATIO),
         },
-        examples={
-            source.name: f"{source.counts.examples}, {source.digest[:16]}"
-            + ", control tokens as text" * (config.data.control_tokens == "text")
-            for source in data.train
-        },
+        examples=_examples_of(config, data.train),
         labels=data.labels or config.data.labels if TASKS[config.task].has_labels else None,
+        held_out=_examples_of(config, data.evaluation),
+        evaluation={name: getattr(config.evaluation, name) for name in MEASURED_BY} if data.evaluation else {},
     )
+
+
+def _examples_of(config: RunConfig, sources: Sequence[PreparedSource]) -> dict[str, str]:
+    as_text = ", control tokens as text" * (config.data.control_tokens == "text")
+    return {source.name: f"{source.counts.examples}, {source.digest[:16]}{as_text}" for source in sources}
 
 
 def adapter_seed(config: RunConfig) -> int:

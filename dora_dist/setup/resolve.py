@@ -17,8 +17,8 @@ from dora_dist.base_model.shape import input_embedding, linear_layer
 from dora_dist.config.adapter import PROMPT, RANKS_FROM_DATA, UNIFORM, DynamicLoraConfig
 from dora_dist.config.checks import require
 from dora_dist.config.pruning import GROW, MODULES_PER_LAYER, NONE, PruningConfig
-from dora_dist.config.run import RunConfig
-from dora_dist.config.tasks import CAUSAL_LM, FINAL_NUMBER, TASKS
+from dora_dist.config.run import EvaluationConfig, RunConfig
+from dora_dist.config.tasks import CAUSAL_LM, EXACT_MATCH, FINAL_NUMBER, TASKS
 from dora_dist.data.mixture import Mixture
 from dora_dist.data.plan import TrainingPlan
 from dora_dist.data.prepared import PreparedSource
@@ -143,7 +143,7 @@ def resolve_run(
     Raises:
         ValueError: data, training section, targets or schedule cannot work together.
     """
-    _check_answers(config, data)
+    notes = _check_answers(config, data)
     mixture = build_mixture(config.data, data.train, config.seed, config.pruning.num_held_back)
     arguments = training_arguments(config, mixture, accumulation, ranks)
     plan = mixture.plan(arguments.max_steps, global_batch(arguments, ranks))
@@ -154,7 +154,7 @@ def resolve_run(
     new_tokens = config.adapter.new_tokens or []
     if new_tokens:
         fit_rows(skeleton, ids_of(tokenizer, new_tokens))
-    notes = check_vocabulary(skeleton, tokenizer, data)
+    notes += check_vocabulary(skeleton, tokenizer, data)
     ranks_of_layers, budget = check_method(config, skeleton, arguments.max_steps)
     check_context(skeleton, data)
     found, start, told = _resolve_start(config, skeleton, ranks_of_layers, started_from)
@@ -198,15 +198,54 @@ def _resolve_start(
     return (found if started_from is None else None), found.identity(), remarks
 
 
-def _check_answers(config: RunConfig, data: RunData) -> None:
+def _check_answers(config: RunConfig, data: RunData) -> list[str]:
+    """Refuse what could not be measured; returns warnings of what can be measured in part."""
     if "f1" in (config.evaluation.metrics or []) and data.labels is not None and len(data.labels) != 2:
         raise ValueError(
             f"evaluation.metrics has f1, which is of the second of two classes, but there are {len(data.labels)}: "
             f"{', '.join(data.labels)}; leave it out"
         )
-    if config.task == CAUSAL_LM and config.measured:
-        for source in data.evaluation:
+    warnings = []
+    for source in data.evaluation:
+        if config.task == CAUSAL_LM and config.measured:
             _check_asked(config, source)
+        if config.task == CAUSAL_LM and EXACT_MATCH in config.measured:
+            warnings += _check_lengths(config.evaluation, source)
+        if data.labels is not None:
+            warnings += _check_first_labels(config.evaluation.max_examples, source)
+    return warnings
+
+
+def _check_first_labels(most: int | None, source: PreparedSource) -> list[str]:
+    """Warn where all examples that are measured have one label, as in rows that are sorted by it."""
+    labels = source.column("label").to_pylist()
+    if most is None or len(set(labels[:most])) > 1 or len(set(labels)) == 1:
+        return []
+    return [
+        f"warning: evaluation.max_examples {most} takes the first examples of {source.name}, which all have the label "
+        f"{labels[0]!r}: shuffle the rows, or measure more of them"
+    ]
+
+
+def _check_lengths(evaluation: EvaluationConfig, source: PreparedSource) -> list[str]:
+    """Warn of references that no generated answer is long enough to equal; refuse them where all are so long.
+
+    The token that ends an answer need not be generated.
+    """
+    tokens = (source.lengths() - source.column("answer_start").to_numpy() - 1)[: evaluation.max_examples]
+    limit, longer = evaluation.max_new_tokens, int((tokens > evaluation.max_new_tokens).sum())
+    if longer == len(tokens):
+        raise ValueError(
+            f"evaluation.max_new_tokens is {limit}, but all {longer} references of {source.name} are longer (the "
+            f"shortest has {tokens.min()} tokens), so that no answer could equal one: set it to {tokens.max()}, which "
+            "holds all of them, or measure no exact match"
+        )
+    if not longer:
+        return []
+    return [
+        f"warning: {longer} of {len(tokens)} references of {source.name} are longer than evaluation.max_new_tokens "
+        f"{limit}, so that no answer can equal them: set it to {tokens.max()}, which holds all of them"
+    ]
 
 
 def _check_asked(config: RunConfig, source: PreparedSource) -> None:

@@ -81,11 +81,6 @@ def test_a_resume_without_the_best_one_is_refused_and_may_do_without(stopped, tm
         f"names checkpoint-{FINAL_EVENT} as the best one so far, but {resumed}/checkpoint-{FINAL_EVENT} cannot be used"
     )
     assert named in text
-    other = ("--evaluation.max_examples", "3")
-    (tmp_path / "other").mkdir()
-    status, text = run_that_fails(config, stopped_at(END, run, tmp_path / "other"), tmp_path / "log3", *other)
-    assert status == 2
-    assert "compares exact_match on other held-out examples" in text
     run_to_the_end(
         config, resumed, tmp_path / "log2", "--evaluation.keep_best", "null", "--evaluation.early_stopping", "null"
     )

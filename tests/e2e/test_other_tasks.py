@@ -88,6 +88,8 @@ def test_stock_peft_writes_the_summaries_that_were_measured(summaries):
     folder = summaries.parent
     summary = json.loads((folder / "run" / "summary.json").read_text())["after"]
     base = AutoModelForSeq2SeqLM.from_pretrained(folder / "model")
+    assert base.generation_config.forced_eos_token_id == 2, "a setting of the base, which does not act in a run"
+    base.generation_config.forced_eos_token_id = None
     model = PeftModel.from_pretrained(base, folder / "run" / "adapter").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder / "run" / "adapter")
     losses, tokens, scores, written = 0.0, 0, [], []

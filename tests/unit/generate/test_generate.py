@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 from support.byte_tokenizer import byte_tokenizer
 from support.tiny_models import load_base
-from support.trained_run import TrainedFolder, character_tokenizer
+from support.trained_run import TrainedFolder, character_tokenizer, run_export
+from transformers import GenerationConfig
 
 from dora_dist.data.encoding.chat import choose_template
 from dora_dist.data.encoding.control_tokens import control_tokens
@@ -370,3 +372,19 @@ def test_help_does_not_wait_for_torch(module: str) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert f"usage: dora-dist {module.removesuffix('.__main__')}" in done.stdout
     assert "checkpoint-120" in done.stdout
+
+
+def test_penalties_and_lengths_that_the_base_has_set_change_no_answer(run: TrainedFolder, tmp_path: Path, capsys):
+    """Which would not be the most likely tokens; a merged export has them as the base has."""
+    options = ("--prompt", "aaaa", "--max-new-tokens", "16", "--model.path", str(tmp_path / "base"))
+    base = Path(shutil.copytree(run.base, tmp_path / "base"))
+    command.main([str(run.folder), *options])
+    wanted = capsys.readouterr().out
+    settings = GenerationConfig.from_pretrained(base)
+    settings.update(repetition_penalty=1.5, no_repeat_ngram_size=1, suppress_tokens=list(range(50)), min_length=40)
+    settings.save_pretrained(base)
+    command.main([str(run.folder), *options])
+    assert capsys.readouterr().out == wanted
+    output = run_export(run, tmp_path / "out", "--format", "merged", "--model.path", str(base))
+    merged = GenerationConfig.from_pretrained(output)
+    assert (merged.repetition_penalty, merged.no_repeat_ngram_size, merged.min_length) == (1.5, 1, 40)

@@ -44,3 +44,29 @@ def test_a_damaged_record_is_refused_with_the_setting_that_is_missing():
     del settings["global batch"]
     with pytest.raises(ValueError, match=r"runs/x/run.json lacks the setting 'global batch'"):
         Fingerprint.from_dict(settings, RUN)
+
+
+MEASURED = {"held_out": {"dev": "10, 0123"}, "evaluation": {"max_examples": None, "num_beams": 1}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"held_out": {"dev": "10, 4567"}}, "data.eval: examples of dev was '10, 0123' and is now '10, 4567'"),
+        ({"held_out": {}, "evaluation": {}}, "data.eval: examples of dev was '10, 0123' and is now None"),
+        (
+            {"held_out": {"dev": "10, 0123", "more": "2, 89"}},
+            "data.eval: examples of more was None and is now '2, 89'",
+        ),
+        ({"evaluation": {"max_examples": 4, "num_beams": 1}}, "evaluation.max_examples was None and is now 4"),
+    ],
+)
+def test_what_is_measured_stays_the_same(changes, difference):
+    before, now = some_fingerprint(**MEASURED), some_fingerprint(**{**MEASURED, **changes})
+    read_back = Fingerprint.from_dict(json.loads(json.dumps(before.as_dict())), RUN)
+    assert difference in read_back.differences(now)
+    assert read_back.differences(before) == []
+
+
+def test_held_out_data_may_come_to_a_run_that_had_none_or_did_not_record_it():
+    assert some_fingerprint().differences(some_fingerprint(**MEASURED)) == []

@@ -8,9 +8,13 @@ import pytest
 from support.tiny_models import PROJECTIONS
 from support.tiny_run import some_fingerprint
 
+from dora_dist.config.data import DataConfig
+from dora_dist.config.model import ModelConfig
+from dora_dist.config.run import RunConfig
 from dora_dist.console import files
 from dora_dist.evaluation.evaluator import ShownAnswer
 from dora_dist.runs import pictures, records
+from dora_dist.runs.card import card_of
 from dora_dist.runs.claim import Claim
 from dora_dist.runs.summary import finish_run, format_summary, is_finished, rank_table, report, summarize
 from dora_dist.runs.task_figures import TaskFigure, line_of, record_line
@@ -137,6 +141,19 @@ def test_a_finished_run_is_summarized_from_its_files(tmp_path):
     for name in (pictures.RANK_PICTURE, pictures.PROGRESS_PICTURE):
         assert min(picture_size(tmp_path / name)) > 200
         assert str(tmp_path / name) in text
+
+
+def test_a_metric_that_was_not_measured_before_is_shown_alone(tmp_path):
+    write_run(tmp_path)
+    path = tmp_path / records.METRICS
+    path.write_text(path.read_text().replace('"eval_exact_match": 0.125, ', ""))
+    text = finish_run(tmp_path)
+    assert "2.5000 -> 1.2500  (40 examples)" in text
+    assert "exact match      50.0%  (40 examples)" in text
+    about = {**files.read_json(tmp_path / records.RUN), "versions": {}, "data": {"train": []}}
+    files.write_json(tmp_path / records.RUN, about)
+    config = RunConfig(output_dir=str(tmp_path), model=ModelConfig(path="base"), data=DataConfig(train="rows.jsonl"))
+    assert "exact match" in card_of(tmp_path, config)[1]
 
 
 def test_the_figures_of_the_best_checkpoint_are_those_of_the_run(tmp_path):

@@ -342,9 +342,9 @@ def test_weights_and_repetitions_of_sources_reach_the_plan(config):
 def test_the_fingerprint_knows_what_control_tokens_are_in_texts(config):
     before = resolved(load(config)).fingerprint
     after = resolved(load(config, "--data.control_tokens", "text")).fingerprint
-    (difference,) = before.differences(after)
-    assert difference.startswith("examples of train was ")
-    assert difference.endswith(", control tokens as text'")
+    differences = before.differences(after)
+    assert [text.split(" was ")[0] for text in differences] == ["data.eval: examples of eval", "examples of train"]
+    assert all(text.endswith(", control tokens as text'") for text in differences)
 
 
 def test_exact_match_without_anything_to_ask_is_refused(config):
@@ -357,6 +357,29 @@ def test_exact_match_without_anything_to_ask_is_refused(config):
         resolved(load(config, *asked))
     resolved(load(config, *asked, "--evaluation.max_examples", "1"))
     resolved(load(config, "--data.as_chat", "false"))
+
+
+def test_references_that_no_answer_is_long_enough_to_equal_are_told_and_all_of_them_refused(config):
+    rows = [{"prompt": "w1", "completion": " ".join(["w2"] * words)} for words in (3, 6, 9, 2)]
+    (config.parent / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def remarks(*options):
+        return resolved(load(config, "--data.as_chat", "false", *options)).remarks()
+
+    asked = ("--evaluation.exact_match", "true", "--evaluation.max_new_tokens")
+    (told,) = (remark for remark in remarks(*asked, "5") if "max_new_tokens" in remark)
+    assert told.startswith("warning: 2 of 4 references of eval are longer than evaluation.max_new_tokens 5")
+    assert told.endswith("set it to 9, which holds all of them")
+    with pytest.raises(ValueError, match=r"max_new_tokens is 1, but all 4 .*the shortest has 2 tokens.* set it to 9"):
+        remarks(*asked, "1")
+    with pytest.raises(ValueError, match=r"max_new_tokens is 2, but all 2 references .* set it to 6"):
+        remarks(*asked, "2", "--evaluation.max_examples", "2")
+    for enough in (
+        (*asked, "9"),
+        (*asked, "3", "--evaluation.max_examples", "1"),
+        ("--evaluation.max_new_tokens", "1"),
+    ):
+        assert not any("max_new_tokens" in remark for remark in remarks(*enough))
 
 
 @pytest.mark.parametrize(
@@ -428,6 +451,22 @@ def test_roberta_has_fewer_positions_than_its_configuration_says(tmp_path):
     model(input_ids=torch.full((1, 63), 7))
     with pytest.raises((IndexError, RuntimeError), match="out of"):
         model(input_ids=torch.full((1, 64), 7))
+
+
+def test_first_examples_of_one_label_alone_are_told(tmp_path):
+    config = write_classification(tmp_path)
+    header, *rows = (tmp_path / "eval.tsv").read_text().splitlines()
+    rows.sort(key=lambda row: row.split("\t")[header.split("\t").index("label")])
+    (tmp_path / "eval.tsv").write_text("\n".join([header, *rows]) + "\n")
+
+    def told(*options):
+        return [remark for remark in resolved(load(config, *options)).remarks() if "the label" in remark]
+
+    (remark,) = told("--evaluation.max_examples", "4")
+    assert remark.startswith(
+        "warning: evaluation.max_examples 4 takes the first examples of eval, which all have the label 'not_same'"
+    )
+    assert told() == told("--evaluation.max_examples", "20") == []
 
 
 def test_f1_wants_two_classes_and_labels_belong_to_the_settings(tmp_path):
