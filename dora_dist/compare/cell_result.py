@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dora_dist.adapter.plain_lora import read_lora_adapter
+from dora_dist.adapter.plain_lora import HEAD, TOKEN_ROWS, read_lora_adapter
 from dora_dist.compare.methods import ADALORA
 from dora_dist.compare.plan import REPORTED, SEARCH, Cell, Plan
 from dora_dist.config.data import DataConfig
@@ -111,7 +111,7 @@ def adapter_size(folder: Path) -> tuple[int, int, float]:
         routed = read_routed_adapter(folder)
         factors, share = routed.factors.values(), routed.modules_per_prompt / len(routed.blocks[0])
     else:
-        factors, share = read_lora_adapter(folder).values(), 1.0
+        factors, share = read_lora_adapter(folder, (HEAD, TOKEN_ROWS)).values(), 1.0
     stored = sum(lora_a.numel() + lora_b.numel() for lora_a, lora_b in factors)
     return stored, max(lora_a.shape[1] + lora_b.shape[0] for lora_a, lora_b in factors), share
 

@@ -16,6 +16,7 @@ from support.trained_run import (
     INITIAL_RANK,
     TrainedFolder,
     make_base,
+    make_foreign,
     make_run,
     probe,
     run_export,
@@ -198,6 +199,20 @@ def test_merged_stops_where_its_base_does_and_where_a_turn_ended_in_training(
     output = run_export(run, tmp_path / "out", "--format", "merged")
     assert GenerationConfig.from_pretrained(output).eos_token_id == ends
     assert AutoModelForCausalLM.from_pretrained(output).generation_config.eos_token_id == ends
+
+
+@pytest.mark.parametrize("rows", [[7, 9], {"embed_tokens": [7, 9], "lm_head": [7, 9]}])
+@pytest.mark.parametrize("kind", ["peft", "compact", "merged"])
+def test_rows_of_tokens_of_another_program_are_in_every_export(
+    base: Path, tmp_path: Path, kind: str, rows: object
+) -> None:
+    folder = make_foreign(tmp_path / "foreign", base, trainable_token_indices=rows)
+    options = ["--dtype", "float32"] if kind == "merged" else []
+    output = tmp_path / "out"
+    export.main([str(folder), "--model.quantization", "none", "--format", kind, "--output", str(output), *options])
+    wanted = stock_adapter_logits(folder, base, "none")
+    found = stock_logits(output) if kind == "merged" else stock_adapter_logits(output, base, "none")
+    assert distance(found, wanted) < 1e-5
 
 
 def test_merged_in_float32_is_exact(run: TrainedFolder, tmp_path: Path) -> None:
