@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from dora_dist.adapter.card import complete_card
 from dora_dist.adapter.plain_lora import (
     TOKEN_ROWS,
     Factors,
@@ -25,6 +26,7 @@ from dora_dist.data.encoding.chat import stop_tokens
 from dora_dist.export.merge import cast_parameters, merge_into
 from dora_dist.export.servers import serve_lines, with_neighbours
 from dora_dist.export.verification import Reference, logits_of, make_reference
+from dora_dist.runs.card import how_to_scale, scaling_card
 from dora_dist.runs.trained_run import TrainedRun, default_device
 
 PEFT_USAGE = """\
@@ -99,8 +101,9 @@ def _read(trained: TrainedRun) -> tuple[dict[str, Factors], NewRows | None]:
 
 
 def _adapter_usage(trained: TrainedRun, folder: Path) -> str:
-    served = serve_lines(folder, trained.base)
-    return "\n".join([with_base(PEFT_USAGE, trained), *served, LLAMA_CPP, with_base(SERVED_QUANTIZED, trained)])
+    positions, served = trained.scaled_positions(), serve_lines(folder, trained.base)
+    first = [] if positions is None else [f"First set {how_to_scale(positions)}; or take --format merged, which has it"]
+    return "\n".join([*first, with_base(PEFT_USAGE, trained), *served, LLAMA_CPP, with_base(SERVED_QUANTIZED, trained)])
 
 
 def export_merged(trained: TrainedRun, folder: Path, dtype: str, original: bool) -> Exported:
@@ -216,6 +219,8 @@ def _check_adapter(trained: TrainedRun, folder: Path, reference: Reference) -> l
     own, and compare."""
     trained.load_tokenizer().save_pretrained(folder)
     trained.use.write(folder)
+    if (positions := trained.scaled_positions()) is not None:
+        complete_card(folder, *scaling_card(positions))
     gc.collect()  # bitsandbytes' parameters and layers refer to each other, so the reference's base is still there
     model = PeftModel.from_pretrained(trained.load_base(default_device(), in_float32=True), str(folder))
     return [str(reference.check("the adapter written", logits_of(model, reference.tokens)))]

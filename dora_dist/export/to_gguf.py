@@ -103,6 +103,11 @@ def _factors_for_gguf(trained: TrainedRun) -> dict[str, Factors]:
             f"the adapter of {trained.folder} has rows of new tokens (adapter.new_tokens, PEFT's {TOKEN_ROWS}), and a "
             f"GGUF adapter has no place for rows of the embedding: give --part {MERGED}, whose weights have them"
         )
+    if trained.use.rope_scaling is not None:
+        raise ValueError(
+            f"{trained.folder} was trained with model.rope_scaling, and a GGUF adapter goes with a file of the base, "
+            f"which llama.cpp's converter makes of it as it is stored: give --part {MERGED}, which has the scaling"
+        )
     return read_lora_adapter(trained.adapter)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -82,12 +83,13 @@ def make_run(
     target_modules: str | list[str] = "all-linear",
     compute_dtype: str = "float32",
     change: Callable[[DynamicLoraModel], object] = lambda model: None,
+    rope_scaling: dict[str, Any] | None = None,
 ) -> TrainedFolder:
     """Write ``config.yaml``, ``run.json`` and ``adapter/``; ``change`` may change the model before it is saved."""
     adapter = DynamicLoraConfig(target_rank=4, initial_rank=INITIAL_RANK, target_modules=target_modules)
     config = RunConfig(
         output_dir=str(folder),
-        model=ModelConfig(path=str(base), quantization=quantization),
+        model=ModelConfig(path=str(base), quantization=quantization, rope_scaling=rope_scaling),
         adapter=adapter,
         data=DataConfig(train="nowhere.jsonl"),
     )

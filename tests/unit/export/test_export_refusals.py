@@ -209,6 +209,16 @@ def test_rows_of_tokens_are_not_for_an_adapter_in_gguf(
         export.main([*given, *([] if part is None else ["--part", part])])
 
 
+@pytest.mark.parametrize("part", ["adapter", None])
+def test_an_adapter_of_scaled_positions_is_not_for_gguf(
+    base: Path, llama_cpp: Path, tmp_path: Path, part: str | None
+) -> None:
+    run = make_run(tmp_path / "run", base, rope_scaling={"rope_type": "linear", "factor": 2.0})
+    options = ["--format", "gguf", "--llama-cpp", str(llama_cpp), *([] if part is None else ["--part", part])]
+    with pytest.raises(ValueError, match=r"was trained with model.rope_scaling, .*: give --part merged, which has"):
+        run_export(run, tmp_path / "out", *options)
+
+
 def test_rows_of_other_tokens_in_each_module_are_refused(base: Path, tmp_path: Path) -> None:
     rows = {"embed_tokens": [7, 9], "lm_head": [7]}
     folder = make_foreign(tmp_path / "foreign", base, trainable_token_indices=rows)
