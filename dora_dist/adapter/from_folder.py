@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dora_dist.adapter.layer import DynamicLoraLinear
-from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS, KEY_PREFIX, no_plain_lora, without_padding
+from dora_dist.adapter.plain_lora import KEY_PREFIX, no_plain_lora, without_padding
 from dora_dist.base_model.quantization import quantized_from
 from dora_dist.base_model.shape import linear_layer
 from dora_dist.config.adapter import DynamicLoraConfig
-from dora_dist.config.format_version import ADAPTER_CONFIG
+from dora_dist.config.format_version import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
 @dataclass(frozen=True, kw_only=True)

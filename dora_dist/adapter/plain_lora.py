@@ -19,10 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dora_dist.adapter.card import absolute_base, write_card
-from dora_dist.config.format_version import ADAPTER_CONFIG
+from dora_dist.config.format_version import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from dora_dist.console.files import read_json
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
 Factors = tuple[Tensor, Tensor]
 """Of a layer: ``A (k, in)`` and ``B (out, k)``, whose product ``B A`` is the update."""

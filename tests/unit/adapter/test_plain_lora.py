@@ -9,7 +9,6 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from dora_dist.adapter.plain_lora import (
-    ADAPTER_WEIGHTS,
     HEAD,
     TOKEN_ROWS,
     Factors,
@@ -23,6 +22,7 @@ from dora_dist.adapter.plain_lora import (
     write_compact_adapter,
     write_lora_adapter,
 )
+from dora_dist.config.format_version import ADAPTER_WEIGHTS
 
 
 def draw_layer(gate: list[float], dtype: torch.dtype = torch.float32):

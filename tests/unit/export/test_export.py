@@ -26,7 +26,8 @@ from support.trained_run import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
-from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS, read_lora_adapter
+from dora_dist.adapter.plain_lora import read_lora_adapter
+from dora_dist.config.format_version import ADAPTER_WEIGHTS
 from dora_dist.console import files
 from dora_dist.export import __main__ as export
 from dora_dist.quantize import __main__ as quantize

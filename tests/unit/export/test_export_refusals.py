@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from dora_dist.adapter.model import DynamicLoraModel
-from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS
+from dora_dist.config.format_version import ADAPTER_WEIGHTS
 from dora_dist.console.errors import ExpectedRunError
 from dora_dist.export import __main__ as export
 from dora_dist.export import formats, merge
