@@ -132,7 +132,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--profile", metavar="NAME", help="also write a profile of one step of this contestant")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="by default 0")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to test the command; figures are meaningless")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), metavar="FOLDER")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("benchmarks/results"),
+        metavar="FOLDER",
+        help="folder for results (JSON), pictures and profiles; files of the same name are replaced. By default "
+        "benchmarks/results from here, which in a checkout holds the committed results: name another to keep them",
+    )
     return parser
 
 
