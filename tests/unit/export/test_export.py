@@ -28,10 +28,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from dora_dist.adapter.plain_lora import read_lora_adapter
 from dora_dist.config.format_version import ADAPTER_WEIGHTS
+from dora_dist.config.tasks import CAUSAL_LM
 from dora_dist.console import files
 from dora_dist.export import __main__ as export
 from dora_dist.quantize import __main__ as quantize
 from dora_dist.runs import checkpoint, records
+from dora_dist.runs.trained_run import open_run
+from dora_dist.setup.ending import describe_use
 
 NUM_MODULES = 14
 
@@ -232,6 +235,8 @@ def test_an_adapter_of_scaled_positions_says_what_its_base_must_be_set_to(
     advice = re.search("First set (.*), in the base's config.json; or take --format merged", capsys.readouterr().out)
     card = " ".join((output / "README.md").read_text().split())
     assert f"first set {advice[1]}, in the base's config.json" in card
+    at_the_end = describe_use(run.folder, CAUSAL_LM, None, open_run(run.folder).scaled_positions())
+    assert f"first set        {advice[1]}, in the base's config.json; or merge the adapter" in at_the_end
     rope, positions = re.fullmatch("rope_parameters to (.*) and max_position_embeddings to (.*)", advice[1]).groups()
     changed = {"rope_parameters": json.loads(rope), "max_position_embeddings": int(positions)}
     (own / "config.json").write_text(json.dumps({**config, **changed}))
