@@ -353,6 +353,7 @@ def finish(run: Path, config: "RunConfig", resolved: "ResolvedRun", trainer: "Dy
         BudgetMissedError: the kept components are not the budget.
     """
     from dora_dist.adapter.ranks import write_plan
+    from dora_dist.base_model.load import BaseModelSpec, scaled_positions
     from dora_dist.page.document import keep_current
     from dora_dist.runs import records, summary
     from dora_dist.setup.ending import describe_size, describe_use
@@ -370,7 +371,8 @@ def finish(run: Path, config: "RunConfig", resolved: "ResolvedRun", trainer: "Dy
             text = summary.finish_run(run)
             keep_current(run)
             page = [f"  {'page':<16} {run / records.PAGE}"] if (run / records.PAGE).is_file() else []
-            use = describe_use(run, task, labels, config.model.rope_scaling)
+            positions = scaled_positions(BaseModelSpec.of(config.model, config.task))
+            use = describe_use(run, task, labels, positions)
             print(text, *page, describe_size(run, task), "", use, sep="\n", flush=True)
 
 

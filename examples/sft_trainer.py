@@ -43,21 +43,26 @@ def main() -> None:
     parser.add_argument("--resume", type=Path, help="a checkpoint in OUTPUT to go on from")
     options = parser.parse_args()
 
-    path = options.model or make_tiny_base(options.output / "base")
-    model = add_dynamic_lora(load_base(path), DynamicLoraConfig(target_rank=4, alpha=8.0))
+    # First, since they join the other processes, and know this one's device.
+    arguments = SFTConfig(
+        output_dir=str(options.output),
+        max_steps=options.steps,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2 if options.model is None else 2e-4,
+        logging_steps=10,
+        save_steps=options.steps // 4,
+        bf16=torch.cuda.is_available(),
+        report_to="none",
+    )
+    path = options.model or options.output / "base"
+    with arguments.main_process_first(local=False):
+        if options.model is None and arguments.process_index == 0:
+            make_tiny_base(path)
+    model = add_dynamic_lora(load_base(path, arguments.device), DynamicLoraConfig(target_rank=4, alpha=8.0))
     callback = DynamicRankCallback(PruningConfig(importance=options.importance), init=options.init)
     trainer = SFTTrainer(
         model,
-        SFTConfig(
-            output_dir=str(options.output),
-            max_steps=options.steps,
-            per_device_train_batch_size=4,
-            learning_rate=1e-2 if options.model is None else 2e-4,
-            logging_steps=10,
-            save_steps=options.steps // 4,
-            bf16=torch.cuda.is_available(),
-            report_to="none",
-        ),
+        arguments,
         train_dataset=copying_rows(200),
         processing_class=AutoTokenizer.from_pretrained(path),
         callbacks=[callback],
@@ -67,19 +72,19 @@ def main() -> None:
 
     if trainer.is_world_process_zero():
         print("components of each layer:", callback.controller.ranks)
-        PeftModel.from_pretrained(load_base(path), options.output / "adapter")  # stock PEFT reads it
+        PeftModel.from_pretrained(load_base(path, arguments.device), options.output / "adapter")  # stock PEFT reads it
         print("adapter:", options.output / "adapter")
 
 
-def load_base(path: str | Path) -> AutoModelForCausalLM:
-    """In NF4, on this process's device."""
+def load_base(path: str | Path, device: torch.device) -> AutoModelForCausalLM:
+    """In NF4, on this process's device: transformers by itself would put it on the current one."""
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    return AutoModelForCausalLM.from_pretrained(path, quantization_config=nf4, dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(path, quantization_config=nf4, dtype=dtype, device_map={"": device})
 
 
-def make_tiny_base(folder: Path) -> Path:
-    """A random Llama of two blocks and a tokenizer of one token a word; all ranks write the same."""
+def make_tiny_base(folder: Path) -> None:
+    """A random Llama of two blocks and a tokenizer of one token a word."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(WORDS),
@@ -94,7 +99,6 @@ def make_tiny_base(folder: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
-    return folder
 
 
 def copying_rows(count: int) -> Dataset:

@@ -14,19 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dora_dist.adapter.layer import DynamicLoraLinear
-from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS, KEY_PREFIX, without_padding
+from dora_dist.adapter.plain_lora import KEY_PREFIX, no_plain_lora, without_padding
 from dora_dist.base_model.quantization import quantized_from
 from dora_dist.base_model.shape import linear_layer
 from dora_dist.config.adapter import DynamicLoraConfig
-from dora_dist.config.format_version import ADAPTER_CONFIG
-
-KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
-"""PEFT's ``init_lora_weights`` that leave the base what it is; others (PiSSA, OLoRA) take their start out of it."""
-BESIDE_THE_UPDATE = (
-    *("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication"),
-    *("alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config"),
-)
-"""Entries of PEFT's configuration under which an adapter computes more than ``s B A x``."""
+from dora_dist.config.format_version import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +79,7 @@ def read_adapter(folder: str) -> FoundAdapter:
         tensors = load_file(path / ADAPTER_WEIGHTS)
     except Exception as error:  # safetensors has one of its own, in Rust
         raise ValueError(f"{where}, which cannot be read: {error}") from None
-    if reason := _no_plain_lora(config, tensors):
+    if reason := no_plain_lora(config, tensors):
         raise ValueError(f"{where}, which {reason}: only plain LoRA can be gone on with, whose update is B A")
     names = sorted({key.removeprefix(KEY_PREFIX).rsplit(".lora_", 1)[0] for key in tensors})
     layers = {}
@@ -98,25 +90,6 @@ def read_adapter(folder: str) -> FoundAdapter:
         used_a, used_b = without_padding(lora_a, lora_b)
         layers[name] = FoundLora(lora_a=used_a, lora_b=used_b, scale=_scale(config, name, len(lora_a)))
     return FoundAdapter(folder=path, layers=layers, base_model=config.get("base_model_name_or_path"))
-
-
-def _no_plain_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Why an adapter is not plain LoRA, to follow "which"; empty where it is."""
-    if config.get("peft_type") != "LORA":
-        return f"is of PEFT's type {config.get('peft_type')}"
-    if (bias := config.get("bias", "none")) != "none":
-        return f"has trained biases (bias: {bias})"
-    if found := [name for name in BESIDE_THE_UPDATE if config.get(name)]:
-        return f"has {found[0]}: {config[found[0]]}"
-    if (start := config.get("init_lora_weights", True)) not in KEEP_THE_BASE:
-        return f"has init_lora_weights: {start}, which has changed the base"
-    parts = (".lora_A.weight", ".lora_B.weight")
-    strange = [key for key in sorted(tensors) if not (key.startswith(KEY_PREFIX) and key.endswith(parts))]
-    if strange:
-        return f"has the tensor {strange[0]}"
-    modules = {key.rsplit(".lora_", 1)[0] for key in tensors}
-    lonely = [name for name in sorted(modules) if not all(f"{name}{part}" in tensors for part in parts)]
-    return f"has {lonely[0]} with one factor only" if lonely else ""
 
 
 def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:

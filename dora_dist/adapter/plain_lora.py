@@ -7,9 +7,10 @@ What a user picks up has one rank for all modules, padded with zeros: vLLM ignor
 divides one ``lora_alpha`` by the rank of each tensor and ignores ``alpha_pattern``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -18,14 +19,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dora_dist.adapter.card import absolute_base, write_card
+from dora_dist.config.format_version import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from dora_dist.console.files import read_json
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
 Factors = tuple[Tensor, Tensor]
 """Of a layer: ``A (k, in)`` and ``B (out, k)``, whose product ``B A`` is the update."""
 
 NEW_ROWS = "token_adapter.trainable_tokens_delta"
 """PEFT's name, in a module, for the rows that are trained of it."""
+HEAD, TOKEN_ROWS = "modules_to_save", "trainable_token_indices"
+"""Entries of PEFT's configuration: modules that were trained as a whole, and single rows of tokens."""
+BESIDE_THE_UPDATE = (
+    *("use_dora", HEAD, "lora_bias", TOKEN_ROWS, "target_parameters", "layer_replication"),
+    *("alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config"),
+)
+"""Entries of PEFT's configuration under which an adapter computes more than ``s B A x``."""
+KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
+"""PEFT's ``init_lora_weights`` that leave the base what it is; others (PiSSA, OLoRA) take their start out of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,23 +211,64 @@ def _named_tensors(
     return tensors
 
 
-def read_lora_adapter(folder: Path) -> dict[str, Factors]:
-    """Plain LoRA factors of a folder that :func:`write_lora_adapter` wrote, by module name; padding, a head and
-    rows of new tokens are left out. Earlier versions wrote every module with its own rank.
+def no_plain_lora(config: Mapping[str, Any], tensors: Collection[str], apart: Collection[str] = ()) -> str:
+    """Why an adapter is not plain LoRA, to follow its name; empty where it is.
+
+    Args:
+        config: ``adapter_config.json``.
+        tensors: names of those in ``adapter_model.safetensors``.
+        apart: :data:`HEAD` or :data:`TOKEN_ROWS`, which the adapter may have beside plain LoRA.
+    """
+    if config.get("peft_type") != "LORA":
+        return f"is of PEFT's type {config.get('peft_type')}"
+    if (bias := config.get("bias", "none")) != "none":
+        return f"has trained biases (bias: {bias})"
+    if found := [name for name in BESIDE_THE_UPDATE if config.get(name) and name not in apart]:
+        return f"has {found[0]}: {config[found[0]]}"
+    if (start := config.get("init_lora_weights", True)) not in KEEP_THE_BASE:
+        return f"has init_lora_weights: {start}, which has changed the base"
+    parts = (".lora_A.weight", ".lora_B.weight")
+    known = {key for key in tensors if key.startswith(KEY_PREFIX) and key.endswith(parts)}
+    if strange := sorted(key for key in tensors if key not in known and not _is_apart(key, config, apart)):
+        return f"has the tensor {strange[0]}"
+    modules = {key.rsplit(".lora_", 1)[0] for key in known}
+    lonely = [name for name in sorted(modules) if not all(f"{name}{part}" in known for part in parts)]
+    return f"has {lonely[0]} with one factor only" if lonely else ""
+
+
+def _is_apart(key: str, config: Mapping[str, Any], apart: Collection[str]) -> bool:
+    if TOKEN_ROWS in apart and config.get(TOKEN_ROWS) and key.endswith(f".{NEW_ROWS}"):
+        return True
+    heads = (config.get(HEAD) or []) if HEAD in apart else []
+    return any(f".{name}." in key for name in heads)
+
+
+def read_lora_adapter(folder: Path, apart: Collection[str] = ()) -> dict[str, Factors]:
+    """Plain LoRA factors of a folder that :func:`write_lora_adapter` wrote, by module name; padding is left out.
+    Earlier versions wrote every module with its own rank.
+
+    Args:
+        folder: of the adapter.
+        apart: :data:`HEAD` or :data:`TOKEN_ROWS`, which the caller reads elsewhere or does not need.
 
     Returns:
         Module name -> ``(A (k, in), B (out, k))``, where ``B A`` is the whole update. Modules of rank 0 are missing.
 
     Raises:
-        ValueError: the folder holds a LoRA adapter of another kind, whose update is not ``B A``.
+        ValueError: the folder holds an adapter of another kind, whose update is not ``B A``, or one with more to it.
     """
-    config = LoraConfig.from_pretrained(str(folder))
-    if config.r != config.lora_alpha or config.rank_pattern != config.alpha_pattern or config.use_rslora:
+    config, tensors = read_json(folder / ADAPTER_CONFIG), load_file(folder / ADAPTER_WEIGHTS)
+    if reason := no_plain_lora(config, tensors, apart):
         raise ValueError(
-            f"the adapter in {folder} has r {config.r} and lora_alpha {config.lora_alpha}: dora_dist writes adapters "
-            "with equal ones for every module, so this is not the adapter of a run of it"
+            f"the adapter in {folder} {reason}: only plain LoRA can be taken from it, whose update is B A, and the "
+            "rest would be lost. Use it with PEFT itself"
         )
-    tensors = load_file(folder / ADAPTER_WEIGHTS)
+    patterns = [config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")]
+    if config["r"] != config["lora_alpha"] or patterns[0] != patterns[1] or config.get("use_rslora"):
+        raise ValueError(
+            f"the adapter in {folder} has r {config['r']} and lora_alpha {config['lora_alpha']}: dora_dist writes "
+            "adapters with equal ones for every module, so this is not the adapter of a run of it"
+        )
     names = {key.removeprefix(KEY_PREFIX).rsplit(".lora_", 1)[0] for key in tensors if ".lora_" in key}
     parts = {name: [tensors[f"{KEY_PREFIX}{name}.lora_{part}.weight"] for part in "AB"] for name in sorted(names)}
     factors = {name: without_padding(lora_a, lora_b) for name, (lora_a, lora_b) in parts.items()}
@@ -224,14 +276,28 @@ def read_lora_adapter(folder: Path) -> dict[str, Factors]:
 
 
 def read_new_rows(folder: Path) -> NewRows | None:
-    """Rows of new tokens of a folder that :func:`write_lora_adapter` wrote; None where it has none."""
-    found = LoraConfig.from_pretrained(str(folder)).trainable_token_indices
+    """Rows of tokens that an adapter has in the place of the base's; None where it has none.
+
+    Raises:
+        ValueError: its modules have rows of different tokens.
+    """
+    found = read_json(folder / ADAPTER_CONFIG).get(TOKEN_ROWS)
     if not found:
         return None
-    assert isinstance(found, dict)
+    ids = list(found.values()) if isinstance(found, dict) else [found]
+    if any(other != ids[0] for other in ids):
+        raise ValueError(
+            f"the adapter in {folder} has {TOKEN_ROWS}: {found}, but all modules must have rows of the same tokens: "
+            "use it with PEFT itself"
+        )
+    ending = f".{NEW_ROWS}"
     tensors = load_file(folder / ADAPTER_WEIGHTS)
-    rows = {name: tensors[f"{KEY_PREFIX}{name}.{NEW_ROWS}"] for name in found}
-    return NewRows(ids=next(iter(found.values())), rows=rows)
+    rows = {
+        key.removeprefix(KEY_PREFIX).removesuffix(ending): value
+        for key, value in tensors.items()
+        if key.endswith(ending)
+    }
+    return NewRows(ids=ids[0], rows=rows)
 
 
 def adapter_bytes(folder: Path) -> tuple[int, int]:
@@ -239,5 +305,5 @@ def adapter_bytes(folder: Path) -> tuple[int, int]:
     size = (folder / ADAPTER_WEIGHTS).stat().st_size
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
         padded = sum(file.get_tensor(name).nbytes for name in file.keys() if ".lora_" in name)  # noqa: SIM118
-    used = sum(part.nbytes for factors in read_lora_adapter(folder).values() for part in factors)
+    used = sum(part.nbytes for factors in read_lora_adapter(folder, (HEAD, TOKEN_ROWS)).values() for part in factors)
     return size, size - padded + used

@@ -259,6 +259,19 @@ def scale_rope(config: PreTrainedConfig, scaling: Mapping[str, Any], path: str) 
     text.validate_rope()
 
 
+def scaled_positions(spec: BaseModelSpec) -> dict[str, Any] | None:
+    """What the ``config.json`` of a model must say for its positions to be those of ``spec``, by its names; None where
+    they are those of the model.
+
+    Raises:
+        ValueError: see :func:`load_model_config`.
+    """
+    if spec.rope_scaling is None:
+        return None
+    text = load_model_config(spec).get_text_config()
+    return {"rope_parameters": dict(text.rope_parameters), "max_position_embeddings": text.max_position_embeddings}
+
+
 def load_skeleton(spec: BaseModelSpec) -> PreTrainedModel:
     """The model without weights (on the meta device): enough to find its layers, at no cost.
 

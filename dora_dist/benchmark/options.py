@@ -27,6 +27,10 @@ CONTESTANTS = {
 }
 CHECKPOINTING = {"off": (False,), "on": (True,), "both": (False, True)}
 DTYPES = ("float32", "bfloat16")
+OUTPUT = (
+    "folder for results (JSON), pictures and profiles; files of the same name are replaced. By default "
+    "benchmarks/results from here, which in a checkout holds the committed results: name another to keep them"
+)
 MOST_ROUNDS = 1000
 COUNTED_SHAPE, COUNTED_LAYERS = "8b-tiny", 4
 """Contestants whose operations are counted."""
@@ -132,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--profile", metavar="NAME", help="also write a profile of one step of this contestant")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="by default 0")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to test the command; figures are meaningless")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), metavar="FOLDER")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), metavar="FOLDER", help=OUTPUT)
     return parser
 
 

@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dora_dist.adapter.plain_lora import read_lora_adapter
+from dora_dist.adapter.plain_lora import HEAD, TOKEN_ROWS, read_lora_adapter
 from dora_dist.compare.methods import ADALORA, OF_TRAINING
 from dora_dist.compare.plan import REPORTED, SEARCH, Cell, Plan
 from dora_dist.config.data import DataConfig
@@ -21,6 +21,7 @@ from dora_dist.routing.files import is_routed, read_routed_adapter
 from dora_dist.runs import records
 from dora_dist.runs.fingerprint import Fingerprint
 from dora_dist.runs.records import IDENTITY, read_failure
+from dora_dist.runs.speed import TrainingTime
 from dora_dist.runs.summary import is_finished
 
 MAY_DIFFER = ("output_dir", "format_version", "data.cache_dir", "data.workers", "distributed", "checkpoint")
@@ -97,10 +98,17 @@ def read_result(plan: Plan, cell: Cell) -> CellResult | None:
         ranks=summary["ranks"],
         initial_rank=summary["initial_rank"],
         steps=summary["steps"],
-        seconds=training_seconds(files.read_lines(folder / records.METRICS)),
+        seconds=_training_seconds(folder),
         settings=files.read_json(folder / records.RUN)["settings"],
         environment=files.read_json(folder / IDENTITY)["environment"],
     )
+
+
+def _training_seconds(folder: Path) -> float:
+    time = TrainingTime()
+    for line in records.each_metric(folder):
+        time.add(line)
+    return time.seconds
 
 
 def adapter_size(folder: Path) -> tuple[int, int, float]:
@@ -111,19 +119,9 @@ def adapter_size(folder: Path) -> tuple[int, int, float]:
         routed = read_routed_adapter(folder)
         factors, share = routed.factors.values(), routed.modules_per_prompt / len(routed.blocks[0])
     else:
-        factors, share = read_lora_adapter(folder).values(), 1.0
+        factors, share = read_lora_adapter(folder, (HEAD, TOKEN_ROWS)).values(), 1.0
     stored = sum(lora_a.numel() + lora_b.numel() for lora_a, lora_b in factors)
     return stored, max(lora_a.shape[1] + lora_b.shape[0] for lora_a, lora_b in factors), share
-
-
-def training_seconds(lines: Sequence[Mapping[str, Any]]) -> float:
-    """Seconds of all logged training steps, over all sessions."""
-    seconds, before = 0.0, 0
-    for line in lines:
-        if "seconds_per_step" in line:
-            seconds += line["seconds_per_step"] * (line["step"] - before)
-            before = line["step"]
-    return seconds
 
 
 def identity_of(plan: Plan, cell: Cell, data: Mapping[str, str]) -> dict[str, Any]:

@@ -7,6 +7,8 @@ FORMAT_VERSION = 2
 file means something else, or can no longer be read. Files without a number have format 1."""
 ADAPTER_CONFIG = "adapter_config.json"
 """In the folder of an adapter that is plain LoRA: PEFT's own file."""
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+"""Beside it: the tensors."""
 ROUTED_ADAPTER = "routed_adapter.json"
 """In the folder of a prompt-routed one."""
 METHOD_TENSORS = "dynamic_lora.safetensors"

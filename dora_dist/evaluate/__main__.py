@@ -6,7 +6,6 @@ without a run, they are printed, and written where --output says.
 """
 
 import argparse
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from dora_dist.evaluate.harness import HarnessOptions, check_installed, evaluate_twice, find_tasks
     from dora_dist.routing.files import is_routed
     from dora_dist.routing.loading import load_adapter
-    from dora_dist.runs.task_figures import line_of, record_line, table_of
+    from dora_dist.runs.task_figures import digest_of, line_of, record_line, table_of
     from dora_dist.runs.trained_run import FINAL, default_device, open_asked
 
     check_installed()
@@ -83,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         **{name: getattr(options, name) for name in ("limit", "batch_size", "chat")},
         "system": system,
         "include_path": None if options.include_path is None else str(options.include_path),
-        "adapter_sha256": _digest(trained.adapter),
+        "adapter_sha256": digest_of(trained.adapter),
         "environment": environment(EVALUATE_PACKAGES),
     }
     figures = evaluate_twice(model, tokenizer, names, manager, asked)
@@ -114,13 +113,6 @@ def _check(options: argparse.Namespace) -> list[str]:
     named = [name for entry in options.tasks for name in entry.split(",") if name]
     require(bool(named), "--tasks", options.tasks, "name a task")
     return list(dict.fromkeys(named))
-
-
-def _digest(adapter: Path) -> str:
-    from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS
-
-    with (adapter / ADAPTER_WEIGHTS).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _add_to_card(run: Path) -> None:

@@ -1,4 +1,4 @@
-"""Write the adapter of a run in a form that other programs load, and prove by logits that it computes what was trained.
+"""Write the adapter of a run in a form that other programs load, and prove that it holds what was trained.
 
 peft     an adapter with one rank for all modules, padded with zeros, as in RUN/adapter: for PEFT, vLLM and SGLang
 compact  an adapter with every module's own rank, without padding: for PEFT; older versions of vLLM do not take it
@@ -35,9 +35,11 @@ OWN_OPTIONS = {
 """Options that only some formats have."""
 
 EPILOG = """\
-Nothing is written that has not been loaded back and compared with base and adapter of the run, in float32. This needs
-memory for the base, and for merged also for the whole model in float32 on the CPU. The base goes to the first GPU if
-there is one; with CUDA_VISIBLE_DEVICES= (empty) in front, everything stays on the CPU."""
+Nothing is kept that has not been read back and compared with the run: peft, compact and merged by the logits of base
+and adapter, in float32; adapter.gguf by the size of every update; merged.gguf by the logits of the merged model before
+it is converted, and by its tokens. Logits need memory for the base, and for the merged model also for the whole model
+in float32 on the CPU. The base goes to the first GPU if there is one; with CUDA_VISIBLE_DEVICES= (empty) in front,
+everything stays on the CPU."""
 
 
 def build_parser() -> argparse.ArgumentParser:

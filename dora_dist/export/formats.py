@@ -11,8 +11,11 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from dora_dist.adapter.card import complete_card
 from dora_dist.adapter.plain_lora import (
+    TOKEN_ROWS,
     Factors,
+    NewRows,
     common_rank,
     read_lora_adapter,
     read_new_rows,
@@ -23,6 +26,7 @@ from dora_dist.data.encoding.chat import stop_tokens
 from dora_dist.export.merge import cast_parameters, merge_into
 from dora_dist.export.servers import serve_lines, with_neighbours
 from dora_dist.export.verification import Reference, logits_of, make_reference
+from dora_dist.runs.card import how_to_scale, scaling_card
 from dora_dist.runs.trained_run import TrainedRun, default_device
 
 PEFT_USAGE = """\
@@ -56,16 +60,15 @@ def export_peft(trained: TrainedRun, folder: Path, rank: int | None) -> Exported
         rank: of every module, or None for the one of :func:`~dora_dist.adapter.plain_lora.common_rank`.
 
     Raises:
-        ValueError: ``rank`` is too small.
+        ValueError: ``rank`` is too small, or the adapter is not plain LoRA.
         ExpectedRunError: the result does not compute the same.
     """
-    factors = read_lora_adapter(trained.adapter)
+    factors, new_rows = _read(trained)
     rank = choose_rank(factors, rank)
     base = trained.load_base(default_device(), in_float32=True)
     completed = with_neighbours(factors, base)
     reference = _reference(trained, base)
     del base
-    new_rows = read_new_rows(trained.adapter)
     write_lora_adapter(folder, completed, trained.base, rank=rank, keep_empty=True, new_rows=new_rows)
     content = f"LoRA adapter of {len(factors)} modules, all of rank {rank}"
     if len(completed) > len(factors):
@@ -77,19 +80,30 @@ def export_compact(trained: TrainedRun, folder: Path) -> Exported:
     """Write the adapter with every module's own rank, without padding.
 
     Raises:
+        ValueError: the adapter is not plain LoRA.
         ExpectedRunError: the result does not compute the same.
     """
-    factors = read_lora_adapter(trained.adapter)
+    factors, new_rows = _read(trained)
     reference = _reference(trained, trained.load_base(default_device(), in_float32=True))
-    write_compact_adapter(folder, factors, trained.base, read_new_rows(trained.adapter))
+    write_compact_adapter(folder, factors, trained.base, new_rows)
     ranks = [lora_a.shape[0] for lora_a, _ in factors.values()]
     content = f"LoRA adapter of {len(ranks)} modules with ranks from {min(ranks)} to {max(ranks)}"
     return Exported(content, _check_adapter(trained, folder, reference), _adapter_usage(trained, folder))
 
 
+def _read(trained: TrainedRun) -> tuple[dict[str, Factors], NewRows | None]:
+    """All that the adapter has.
+
+    Raises:
+        ValueError: it has more, which no export would have.
+    """
+    return read_lora_adapter(trained.adapter, (TOKEN_ROWS,)), read_new_rows(trained.adapter)
+
+
 def _adapter_usage(trained: TrainedRun, folder: Path) -> str:
-    served = serve_lines(folder, trained.base)
-    return "\n".join([with_base(PEFT_USAGE, trained), *served, LLAMA_CPP, with_base(SERVED_QUANTIZED, trained)])
+    positions, served = trained.scaled_positions(), serve_lines(folder, trained.base)
+    first = [] if positions is None else [f"First set {how_to_scale(positions)}; or take --format merged, which has it"]
+    return "\n".join([*first, with_base(PEFT_USAGE, trained), *served, LLAMA_CPP, with_base(SERVED_QUANTIZED, trained)])
 
 
 def export_merged(trained: TrainedRun, folder: Path, dtype: str, original: bool) -> Exported:
@@ -105,7 +119,7 @@ def export_merged(trained: TrainedRun, folder: Path, dtype: str, original: bool)
         original: add to the base as it is stored, instead of the dequantized one.
 
     Raises:
-        ValueError: ``original`` is asked for, and the base is stored quantized.
+        ValueError: ``original`` is asked for, and the base is stored quantized; or the adapter is not plain LoRA.
         ExpectedRunError: the result does not compute the same, or rounding loses the adapter.
     """
     if original and trained.stored_quantized:
@@ -135,11 +149,12 @@ def export_merged(trained: TrainedRun, folder: Path, dtype: str, original: bool)
 
 def _merge(trained: TrainedRun, original: bool) -> tuple[PreTrainedModel, Reference]:
     """The merged model in float32 on the CPU, and what it is compared with; the base itself is gone again."""
+    factors, new_rows = _read(trained)
     device = default_device()
     base = trained.load_original(device) if original else trained.load_base(device, in_float32=True)
     plain = trained.make_plain_model()
     plain.generation_config = base.generation_config
-    merge_into(plain, base, read_lora_adapter(trained.adapter), read_new_rows(trained.adapter))
+    merge_into(plain, base, factors, new_rows)
     return plain, _reference(trained, base)
 
 
@@ -204,6 +219,8 @@ def _check_adapter(trained: TrainedRun, folder: Path, reference: Reference) -> l
     own, and compare."""
     trained.load_tokenizer().save_pretrained(folder)
     trained.use.write(folder)
+    if (positions := trained.scaled_positions()) is not None:
+        complete_card(folder, *scaling_card(positions))
     gc.collect()  # bitsandbytes' parameters and layers refer to each other, so the reference's base is still there
     model = PeftModel.from_pretrained(trained.load_base(default_device(), in_float32=True), str(folder))
     return [str(reference.check("the adapter written", logits_of(model, reference.tokens)))]

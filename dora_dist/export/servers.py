@@ -14,9 +14,9 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS, KEY_PREFIX, Factors
+from dora_dist.adapter.plain_lora import KEY_PREFIX, Factors
 from dora_dist.base_model.shape import GATED_MLP, QUERY_KEY_VALUE
-from dora_dist.config.format_version import ADAPTER_CONFIG
+from dora_dist.config.format_version import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from dora_dist.console import files
 
 COMPUTED_TOGETHER = (QUERY_KEY_VALUE, GATED_MLP[:2])

@@ -14,7 +14,13 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from dora_dist.adapter.plain_lora import Factors, read_lora_adapter, write_lora_adapter
+from dora_dist.adapter.plain_lora import (
+    TOKEN_ROWS,
+    Factors,
+    read_lora_adapter,
+    read_new_rows,
+    write_lora_adapter,
+)
 from dora_dist.console import files
 from dora_dist.console.errors import ExpectedRunError
 from dora_dist.data.encoding.chat import PROBE
@@ -31,7 +37,8 @@ FURTHER_ENDS = ("eot", "eom")
 SENTENCEPIECE, WORD = "tokenizer.model", "▁"
 NORM_TOLERANCE = 1e-4
 """Largest share by which the size of a module's update may differ when it is read back: both are float32."""
-HOW_CHECKED = "before the conversion by logits, computed in float32; the files by reading them back"
+ADAPTER_CHECKED = f"the size of every update in {ADAPTER}.gguf, as read back, against that of the run"
+MERGED_CHECKED = f"the logits of the merged model before its conversion, in float32, and the tokens in {MERGED}.gguf"
 ADAPTER_USAGE = """\
 llama-server -m base.gguf --lora {folder}/adapter.gguf
 base.gguf is made by python {llama.cpp}/convert_hf_to_gguf.py {base} --outfile base.gguf
@@ -56,11 +63,7 @@ def export_gguf(
         ValueError: the converters cannot write base, tokenizer or adapter as they are.
         ExpectedRunError: the result does not compute the same.
     """
-    if ADAPTER in parts and trained.use.new_tokens is not None:
-        raise ValueError(
-            f"{trained.folder} was trained with adapter.new_tokens, and a GGUF adapter has no place for rows of the "
-            f"embedding: give --part {MERGED}, whose weights have them"
-        )
+    factors = _factors_for_gguf(trained) if ADAPTER in parts else None
     scratch, tokenizer = folder / "scratch", trained.load_tokenizer()
     base = scratch / "base"
     trained.load_model_config().save_pretrained(base)
@@ -72,8 +75,8 @@ def export_gguf(
         llama_cpp.convert_model(base, scratch / "vocabulary.gguf", "f32", "--vocab-only")
         further_ends(ends, tokenizer)
         check_vocabulary(llama_cpp.read(scratch / "vocabulary.gguf")["fields"], tokenizer, trained.use.chat)
-    if ADAPTER in parts:
-        written.append(_write_adapter(trained, folder, llama_cpp))
+    if factors is not None:
+        written.append(_write_adapter(trained, folder, llama_cpp, factors))
     if MERGED in parts:
         written.append(_write_merged(trained, folder, llama_cpp, dtype, original))
     shutil.rmtree(scratch)
@@ -85,8 +88,27 @@ def export_gguf(
         content="\n  ".join(part.content for part in written),
         verification=[line for part in written for line in part.verification],
         usage=usage.replace("{llama.cpp}", str(llama_cpp.folder)),
-        how_checked=HOW_CHECKED,
+        how_checked="; ".join(part.how_checked for part in written),
     )
+
+
+def _factors_for_gguf(trained: TrainedRun) -> dict[str, Factors]:
+    """Of the adapter, all of which ``adapter.gguf`` can hold.
+
+    Raises:
+        ValueError: the adapter has more.
+    """
+    if read_new_rows(trained.adapter) is not None:
+        raise ValueError(
+            f"the adapter of {trained.folder} has rows of new tokens (adapter.new_tokens, PEFT's {TOKEN_ROWS}), and a "
+            f"GGUF adapter has no place for rows of the embedding: give --part {MERGED}, whose weights have them"
+        )
+    if trained.use.rope_scaling is not None:
+        raise ValueError(
+            f"{trained.folder} was trained with model.rope_scaling, and a GGUF adapter goes with a file of the base, "
+            f"which llama.cpp's converter makes of it as it is stored: give --part {MERGED}, which has the scaling"
+        )
+    return read_lora_adapter(trained.adapter)
 
 
 def _generation_config(trained: TrainedRun) -> GenerationConfig:
@@ -202,8 +224,7 @@ def _other_tokens(flaw: str) -> ValueError:
     )
 
 
-def _write_adapter(trained: TrainedRun, folder: Path, llama_cpp: LlamaCpp) -> Exported:
-    factors = read_lora_adapter(trained.adapter)
+def _write_adapter(trained: TrainedRun, folder: Path, llama_cpp: LlamaCpp, factors: Mapping[str, Factors]) -> Exported:
     plain, file = folder / "scratch" / "adapter", folder / f"{ADAPTER}.gguf"
     write_lora_adapter(plain, factors, trained.base)
     llama_cpp.convert_adapter(plain, folder / "scratch" / "base", file)
@@ -212,6 +233,7 @@ def _write_adapter(trained: TrainedRun, folder: Path, llama_cpp: LlamaCpp) -> Ex
         f"{file.name}: LoRA adapter of {len(factors)} modules in float32",
         [f"{file.name}, read back           updates of {len(factors)} modules, sizes differ by {worst:.0e} at most"],
         ADAPTER_USAGE,
+        ADAPTER_CHECKED,
     )
 
 
@@ -254,4 +276,4 @@ def _write_merged(trained: TrainedRun, folder: Path, llama_cpp: LlamaCpp, dtype:
     if missing:
         raise ExpectedRunError(f"the file of the merged model has no end token {missing[0]}. Nothing was written")
     read = f"{file.name}, read back           {len(tokenizer)} tokens, end tokens {', '.join(map(str, ends))}"
-    return Exported(f"{file.name}: {merged.content}", [*merged.verification, read], MERGED_USAGE)
+    return Exported(f"{file.name}: {merged.content}", [*merged.verification, read], MERGED_USAGE, MERGED_CHECKED)

@@ -97,7 +97,7 @@ def _facts(runs: Sequence[OpenRun]) -> list[list[str]]:
         "best checkpoint": _best,
         "components": _components,
         "parameters of the adapter": lambda run: _number(run.summary["parameters_kept"]),
-        "training time": lambda run: time_span(s) if (s := run.summary["session_seconds"]) else "",
+        "training time": lambda run: time_span(s) if (s := run.summary["training_seconds"]) else "",
         "peak memory": _memory,
         "skipped steps": lambda run: _number(run.summary["skipped_steps"] or None),
         "values that are not finite": _not_finite,

@@ -123,7 +123,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--kind", default=DEFAULT_KIND, metavar="NAME", help=f"for one-kind; by default {DEFAULT_KIND}")
     parser.add_argument("--scale", type=float, default=1.0, metavar="S", help="scale of all adapters; by default 1")
     parser.add_argument("--init", choices=DRAWN_INITS, default="lora", help="start of dynamic ranks; by default lora")
-    parser.add_argument("--output", type=Path, default=Path("planted.json"), metavar="FILE", help="by default here")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("planted.json"),
+        metavar="FILE",
+        help="the result, which the same command continues, with a picture of the same name; by default ./planted.json",
+    )
     return parser
 
 

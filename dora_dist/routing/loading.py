@@ -8,10 +8,10 @@ from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS, KEY_PREFIX, read_new_rows
+from dora_dist.adapter.plain_lora import KEY_PREFIX, read_new_rows
 from dora_dist.base_model.new_tokens import fit_rows
 from dora_dist.config.adapter import DynamicLoraConfig
-from dora_dist.config.format_version import ADAPTER_CONFIG
+from dora_dist.config.format_version import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from dora_dist.routing.files import is_routed, read_routed_adapter
 from dora_dist.routing.model import RoutedLoraForCausalLM, add_routed_lora
 

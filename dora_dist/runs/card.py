@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dora_dist.base_model.load import BaseModelSpec, scaled_positions
 from dora_dist.config.data import SourceConfig
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import METRICS, TASKS, Metric
@@ -39,12 +40,9 @@ def card_of(run: Path, config: RunConfig) -> tuple[dict[str, Any], str]:
     kept, parameters = summary["components_kept"], summary["parameters_kept"]
     start = config.adapter.init if config.adapter.start_from is None else f"from {config.adapter.start_from}"
     rope = []
-    if config.model.rope_scaling is not None:
-        # Without it, the base places tokens elsewhere than the adapter was trained on.
-        data["rope_parameters"] = config.model.rope_scaling
-        rope = [
-            ("rope_parameters", f"{json.dumps(config.model.rope_scaling)}, to be set in the config.json of the base")
-        ]
+    if (positions := scaled_positions(BaseModelSpec.of(config.model, config.task))) is not None:
+        data["rope_parameters"] = positions["rope_parameters"]
+        rope = [("first set", how_to_scale(positions))]
     adapter = [
         ("task", config.task),
         ("base", f"{settings['model.path']}, quantization {settings['model.quantization']}"),
@@ -70,6 +68,23 @@ def card_of(run: Path, config: RunConfig) -> tuple[dict[str, Any], str]:
     ]
     sections = [f"## {title}\n\n{textwrap.indent(text, '    ')}" for title, text in parts if text]
     return data, "\n\n".join([*sections, f"## Licence\n\n{LICENCE}"]) + "\n"
+
+
+def how_to_scale(positions: Mapping[str, Any]) -> str:
+    """What is to be set in a base before an adapter fits it that was trained with ``model.rope_scaling``. Without it,
+    the base places tokens elsewhere.
+
+    Args:
+        positions: as of :func:`~dora_dist.base_model.load.scaled_positions`.
+    """
+    settings = " and ".join(f"{name} to {json.dumps(value)}" for name, value in positions.items())
+    return f"{settings}, in the base's config.json"
+
+
+def scaling_card(positions: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """As :func:`card_of`, of an adapter of which only :func:`how_to_scale` its base is to be said."""
+    text = textwrap.indent(_lines([("first set", how_to_scale(positions))]), "    ")
+    return {"rope_parameters": positions["rope_parameters"]}, f"## Base\n\n{text}\n"
 
 
 def _is_of_the_hub(source: SourceConfig) -> bool:

@@ -1,8 +1,10 @@
-"""The speed of a run: given by the user, or measured from the records of an earlier start."""
+"""The speed of a run, given by the user or measured from the records of an earlier start, and the time that it took."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from dora_dist.console.arguments import SPEED_OPTION
 from dora_dist.console.files import read_json, read_lines
@@ -23,6 +25,33 @@ class Speed:
 
     tokens_per_second: float
     origin: str
+
+
+@dataclass
+class TrainingTime:
+    """Time of all logged training steps of a run, over all its sessions; evaluations and saves between them are in it.
+
+    Attributes:
+        seconds: so far.
+        tokens: of all ranks in these steps, without padding; None where the lines do not say.
+        step: the latest logged one.
+    """
+
+    seconds: float = 0.0
+    tokens: float | None = 0.0
+    step: int = 0
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Count a line of ``metrics.jsonl``, if it is one of training steps. The lines come in their order.
+
+        A session that begins between two lines logs the steps from there on: those before are taken to be as slow.
+        """
+        if "seconds_per_step" not in line:
+            return
+        seconds = line["seconds_per_step"] * (line["step"] - self.step)
+        known = self.tokens is not None and "tokens_per_second" in line
+        self.tokens = self.tokens + seconds * line["tokens_per_second"] if known else None
+        self.seconds, self.step = self.seconds + seconds, line["step"]
 
 
 def find_speed(run: Path, given: float | None) -> Speed | None:

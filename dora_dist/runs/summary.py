@@ -21,6 +21,7 @@ from dora_dist.runs.pictures import (
     short_kinds,
 )
 from dora_dist.runs.records import evaluation_of, source_names
+from dora_dist.runs.speed import TrainingTime
 from dora_dist.runs.task_figures import latest_figures, table_of
 
 
@@ -132,7 +133,7 @@ def summarize(run: Path) -> dict[str, Any]:
     evaluations, skipped = [], 0
     step, unpruned = 0, None
     best: Mapping[str, Any] | None = None
-    last_session: Mapping[str, Any] = {}
+    time = TrainingTime()
     for line in records.each_metric(run):
         step = line["step"]
         skipped += "skipped" in line
@@ -140,8 +141,7 @@ def summarize(run: Path) -> dict[str, Any]:
             evaluations.append(line)
         if records.BEST_STEP in line:
             best = line
-        if "session_seconds" in line:
-            last_session = line
+        time.add(line)
         # Before the first event nothing has been pruned.
         if unpruned is None:
             unpruned = line.get("components")
@@ -166,8 +166,8 @@ def summarize(run: Path) -> dict[str, Any]:
         "ranks": ranks,
         "planned": events[-1].planned if events else None,
         "left_out": files.read_json(run / records.RUN).get("left_out"),
-        "session_seconds": last_session.get("session_seconds"),
-        "session_tokens": last_session.get("session_tokens"),
+        "training_seconds": time.seconds or None,
+        "training_tokens": round(time.tokens) if time.tokens else None,
         "skipped_steps": skipped,
     }
 
@@ -226,9 +226,9 @@ def format_summary(summary: Mapping[str, Any], run: Path, state: RunState | None
         )
     if summary["left_out"]:
         lines.append(f"  {'not adapted':<16} {summary['left_out']}")
-    if summary["session_seconds"]:
-        seconds, tokens = summary["session_seconds"], summary["session_tokens"]
-        lines.append(f"  {'training time':<16} {seconds:.0f} s, {tokens / seconds:.0f} tokens/s")
+    if seconds := summary["training_seconds"]:
+        speed = f", {tokens / seconds:.0f} tokens/s" if (tokens := summary["training_tokens"]) else ""
+        lines.append(f"  {'training time':<16} {seconds:.0f} s{speed}")
     lines += ["", *rank_table(summary["ranks"]), ""] if summary["ranks"] else [""]
     files = {
         "adapter": run / "adapter",

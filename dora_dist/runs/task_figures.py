@@ -1,5 +1,6 @@
 """What base and adapter of a run have reached on tasks of lm-eval-harness: ``evaluations.jsonl``, and its table."""
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -7,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dora_dist.config.format_version import ADAPTER_WEIGHTS
 from dora_dist.console.files import read_lines
 from dora_dist.console.text import aligned
 
@@ -109,12 +111,28 @@ def record_line(run: Path, line: Mapping[str, Any]) -> None:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
+def digest_of(adapter: Path) -> str | None:
+    """What tells the weights in an adapter's folder from others; None where there are none."""
+    path = adapter / ADAPTER_WEIGHTS
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def latest_figures(run: Path, adapter: str = "adapter") -> list[TaskFigure]:
-    """The latest figures of an adapter, one for each task and metric; none where nothing was evaluated."""
+    """The latest figures of an adapter, one for each task and metric; none where nothing was evaluated.
+
+    Figures of weights that were in the adapter's folder before, as of a run that has gone on, are left out. Lines of
+    versions that recorded no digest are taken.
+    """
     path = run / EVALUATIONS
     found: dict[tuple[str, str], TaskFigure] = {}
-    for line in read_lines(path) if path.is_file() else []:
-        if line["adapter"] == adapter:
+    if not path.is_file():
+        return []
+    digest = digest_of(run / adapter)
+    for line in read_lines(path):
+        if line["adapter"] == adapter and line.get("adapter_sha256", digest) == digest:
             for entry in line["figures"]:
                 figure = TaskFigure(**entry)
                 found[figure.task, figure.metric] = figure

@@ -107,6 +107,15 @@ class TrainedRun:
         with _looking_for_base(self.folder):
             return load.load_model_config(self._spec(self.use.quantization, getattr(torch, self.use.compute_dtype)))
 
+    def scaled_positions(self) -> dict[str, Any] | None:
+        """See :func:`~dora_dist.base_model.load.scaled_positions`.
+
+        Raises:
+            ValueError: the base cannot be found.
+        """
+        with _looking_for_base(self.folder):
+            return load.scaled_positions(self._spec(self.use.quantization, getattr(torch, self.use.compute_dtype)))
+
     @property
     def stored_quantized(self) -> bool:
         """Whether the base is stored in 4 bits, so that there is none without quantization."""

@@ -1,6 +1,5 @@
 """What the end of a run says of its adapter: where it is, how large, and the lines that use it."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shlex import quote
@@ -14,6 +13,7 @@ from dora_dist.config.tasks import CAUSAL_LM, TASKS
 from dora_dist.console.files import read_json
 from dora_dist.console.text import format_bytes
 from dora_dist.routing.files import TENSORS, is_routed
+from dora_dist.runs.card import how_to_scale
 
 
 def describe_adapter(folder: Path, config: RunConfig) -> str:
@@ -36,7 +36,7 @@ def describe_size(run: Path, task: str) -> str:
 
 
 def describe_use(
-    run: Path, task: str, labels: list[str] | str | None, rope_scaling: Mapping[str, Any] | None = None
+    run: Path, task: str, labels: list[str] | str | None, positions: Mapping[str, Any] | None = None
 ) -> str:
     """The lines that load the adapter of a finished run, serve it and share it.
 
@@ -44,14 +44,14 @@ def describe_use(
         run: its folder.
         task: of the run.
         labels: names of classes, or ``regression``; None where rows have no labels.
-        rope_scaling: ``model.rope_scaling`` of the run, without which the base places tokens elsewhere.
+        positions: of the base in the run, as of :func:`~dora_dist.base_model.load.scaled_positions`.
     """
     folder = run / "adapter"
     shared = ("shared", f"hf upload USER/NAME {quote(str(folder))}     # with README.md, its model card")
     lines = []
-    if rope_scaling is not None:
-        advice = f"rope_parameters of the base's config.json to {json.dumps(dict(rope_scaling))}, or merge the adapter"
-        lines.append(("first set", f"{advice} (dora-dist export {quote(str(run))} --format merged)"))
+    if positions is not None:
+        merge = f"or merge the adapter (dora-dist export {quote(str(run))} --format merged)"
+        lines.append(("first set", f"{how_to_scale(positions)}; {merge}"))
     if not is_routed(folder) and read_json(folder / ADAPTER_CONFIG).get("trainable_token_indices"):
         merged = f"merged (dora-dist export {quote(str(run))} --format merged): servers take no rows of new tokens"
         load = f"AutoPeftModelForCausalLM.from_pretrained({str(folder)!r})"

@@ -5,8 +5,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -81,12 +83,13 @@ def make_run(
     target_modules: str | list[str] = "all-linear",
     compute_dtype: str = "float32",
     change: Callable[[DynamicLoraModel], object] = lambda model: None,
+    rope_scaling: dict[str, Any] | None = None,
 ) -> TrainedFolder:
     """Write ``config.yaml``, ``run.json`` and ``adapter/``; ``change`` may change the model before it is saved."""
     adapter = DynamicLoraConfig(target_rank=4, initial_rank=INITIAL_RANK, target_modules=target_modules)
     config = RunConfig(
         output_dir=str(folder),
-        model=ModelConfig(path=str(base), quantization=quantization),
+        model=ModelConfig(path=str(base), quantization=quantization, rope_scaling=rope_scaling),
         adapter=adapter,
         data=DataConfig(train="nowhere.jsonl"),
     )
@@ -114,3 +117,16 @@ def run_export(run: TrainedFolder, output: Path, *options: str) -> Path:
     """Export as the command does; returns ``output``."""
     export.main([str(run.folder), "--output", str(output), *options])
     return output
+
+
+def make_foreign(folder: Path, base: Path, **settings: object) -> Path:
+    """An adapter of stock PEFT with ``r == lora_alpha``, random values, and what PEFT saves beside LoRA by settings."""
+    torch.manual_seed(0)
+    chosen = {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "down_proj"], **settings}
+    model = get_peft_model(load_base(base, "none"), LoraConfig(task_type="CAUSAL_LM", **chosen))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(folder)
+    return folder

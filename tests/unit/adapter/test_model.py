@@ -22,8 +22,9 @@ from transformers import Trainer, TrainingArguments
 
 from dora_dist.adapter.layer import DynamicLoraLinear
 from dora_dist.adapter.model import DynamicLoraModel, add_dynamic_lora
-from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS, read_lora_adapter
+from dora_dist.adapter.plain_lora import read_lora_adapter
 from dora_dist.config.adapter import DynamicLoraConfig
+from dora_dist.config.format_version import ADAPTER_WEIGHTS
 
 
 @pytest.fixture(scope="module")

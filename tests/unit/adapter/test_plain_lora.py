@@ -9,16 +9,20 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from dora_dist.adapter.plain_lora import (
-    ADAPTER_WEIGHTS,
+    HEAD,
+    TOKEN_ROWS,
     Factors,
+    NewRows,
     adapter_bytes,
     common_rank,
     fold_components,
     pad_rank,
     read_lora_adapter,
+    read_new_rows,
     write_compact_adapter,
     write_lora_adapter,
 )
+from dora_dist.config.format_version import ADAPTER_WEIGHTS
 
 
 def draw_layer(gate: list[float], dtype: torch.dtype = torch.float32):
@@ -144,6 +148,19 @@ def test_an_adapter_that_is_not_of_a_run_is_not_read(tmp_path: Path):
     write_compact_adapter(tmp_path, folded(), None)
     with pytest.raises(ValueError, match="not the adapter of a run"):
         read_lora_adapter(tmp_path)
+
+
+def test_a_head_and_rows_of_tokens_are_left_out_only_where_this_is_asked_for(tmp_path: Path):
+    rows = NewRows(ids=[3, 4], rows={"embed": torch.ones(2, 10)})
+    write_lora_adapter(tmp_path, folded(), None, head={"score": {"weight": torch.ones(2, 10)}}, new_rows=rows)
+    assert read_lora_adapter(tmp_path, (HEAD, TOKEN_ROWS)).keys() == {"layers.0.k_proj", "layers.0.q_proj"}
+    for apart, named in (((), HEAD), ((TOKEN_ROWS,), HEAD), ((HEAD,), TOKEN_ROWS)):
+        with pytest.raises(ValueError, match=f"has {named}: .*only plain LoRA can be taken from it"):
+            read_lora_adapter(tmp_path, apart)
+    found = read_new_rows(tmp_path)
+    assert found.ids == [3, 4]
+    assert torch.equal(found.rows["embed"], rows.rows["embed"])
+    assert adapter_bytes(tmp_path)[0] > adapter_bytes(tmp_path)[1]
 
 
 def test_its_card_names_base_budget_and_what_it_is_not(tmp_path: Path):

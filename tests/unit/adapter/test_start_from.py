@@ -11,9 +11,8 @@ from support.tiny_models import adapt, load_base, logits, shake, tiny_model
 
 from dora_dist import DynamicLoraConfig
 from dora_dist.adapter.from_folder import find_start, read_adapter
-from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS
 from dora_dist.adapter.ranks import resolve_ranks, write_plan
-from dora_dist.config.format_version import ADAPTER_CONFIG
+from dora_dist.config.format_version import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 FIRST = "model.layers.0.self_attn.q_proj"
 PLAIN = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj", "down_proj"]}

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import AutoTokenizer
 
 import dora_dist
-from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS
 from dora_dist.base_model.load import load_tokenizer
 from dora_dist.base_model.new_tokens import NewTokens, add_tokens, fit_rows, modules_with_rows, start_rows
+from dora_dist.config.format_version import ADAPTER_WEIGHTS
 from dora_dist.data.cache import tokenizer_digest
 
 TEXTS = ["<call>", "w1-w2"]

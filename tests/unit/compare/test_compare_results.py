@@ -10,7 +10,7 @@ from support.repository import REPOSITORY
 from support.tiny_run import some_fingerprint
 
 from dora_dist.adapter.plain_lora import write_lora_adapter
-from dora_dist.compare.cell_result import check_identity, identity_of, training_seconds
+from dora_dist.compare.cell_result import check_identity, identity_of
 from dora_dist.compare.plan import Cell, Group, Plan
 from dora_dist.compare.results import RESULTS, gather, write_results
 from dora_dist.compare.settings import parse_compare
@@ -179,16 +179,6 @@ def test_a_setting_that_came_later_is_that_of_the_record_where_it_has_its_defaul
         check_identity(plan, cell, {**identity, "pruning.budget_unit": "parameters"})
     with pytest.raises(ValueError, match="made with examples of train 'x', but now it is 'y'"):
         check_identity(plan, cell, {**identity, "examples of train": "y"})
-
-
-def test_training_seconds_are_those_of_all_sessions():
-    lines = [
-        {"step": 2, "seconds_per_step": 1.0},
-        {"step": 2, "eval_loss": 1.0},
-        {"step": 3, "seconds_per_step": 5.0},
-        {"step": 6, "seconds_per_step": 1.0},
-    ]
-    assert training_seconds(lines) == 2 + 5 + 3
 
 
 def test_an_empty_comparison_says_what_is_missing(plan_of):

@@ -8,9 +8,18 @@ from pathlib import Path
 import pytest
 from support.trained_run import make_base, make_run
 
+from dora_dist.config.format_version import ADAPTER_WEIGHTS
 from dora_dist.evaluate import __main__ as command
 from dora_dist.evaluate.harness import figures_of
-from dora_dist.runs.task_figures import TaskFigure, latest_figures, line_of, paired_error, record_line, table_of
+from dora_dist.runs.task_figures import (
+    TaskFigure,
+    digest_of,
+    latest_figures,
+    line_of,
+    paired_error,
+    record_line,
+    table_of,
+)
 
 BASE = {0: 1.0, 1: 0.0, 2: 0.0, 3: 1.0}
 ADAPTER = {0: 1.0, 1: 1.0, 2: 0.0, 3: 1.0}
@@ -81,6 +90,21 @@ def test_the_latest_figures_of_an_adapter_are_found_again(tmp_path):
     assert latest_figures(tmp_path) == [figure(base=0.3), figure(metric="f1")]
     assert json.loads((tmp_path / "evaluations.jsonl").read_text().splitlines()[0])["limit"] == 3
     assert latest_figures(tmp_path / "nowhere") == []
+
+
+def test_figures_of_weights_that_are_not_there_any_more_are_left_out(tmp_path):
+    weights = tmp_path / "adapter" / ADAPTER_WEIGHTS
+    weights.parent.mkdir()
+    record_line(tmp_path, line_of("adapter", [figure(metric="of no digest")], {}))
+    for name in ("first", "second"):
+        weights.write_text(name)
+        about = {"adapter_sha256": digest_of(weights.parent)}
+        record_line(tmp_path, line_of("adapter", [figure(metric=f"of the {name}")], about))
+    assert [one.metric for one in latest_figures(tmp_path)] == ["of no digest", "of the second"]
+    weights.write_text("first")
+    assert [one.metric for one in latest_figures(tmp_path)] == ["of no digest", "of the first"]
+    weights.unlink()
+    assert [one.metric for one in latest_figures(tmp_path)] == ["of no digest"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Exports: what each format holds, that it computes what was trained, and that nothing else is ever left on disk."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from support.trained_run import (
     INITIAL_RANK,
     TrainedFolder,
     make_base,
+    make_foreign,
     make_run,
     probe,
     run_export,
@@ -24,11 +26,15 @@ from support.trained_run import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
-from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS, read_lora_adapter
+from dora_dist.adapter.plain_lora import read_lora_adapter
+from dora_dist.config.format_version import ADAPTER_WEIGHTS
+from dora_dist.config.tasks import CAUSAL_LM
 from dora_dist.console import files
 from dora_dist.export import __main__ as export
 from dora_dist.quantize import __main__ as quantize
 from dora_dist.runs import checkpoint, records
+from dora_dist.runs.trained_run import open_run
+from dora_dist.setup.ending import describe_use
 
 NUM_MODULES = 14
 
@@ -198,6 +204,44 @@ def test_merged_stops_where_its_base_does_and_where_a_turn_ended_in_training(
     output = run_export(run, tmp_path / "out", "--format", "merged")
     assert GenerationConfig.from_pretrained(output).eos_token_id == ends
     assert AutoModelForCausalLM.from_pretrained(output).generation_config.eos_token_id == ends
+
+
+@pytest.mark.parametrize("rows", [[7, 9], {"embed_tokens": [7, 9], "lm_head": [7, 9]}])
+@pytest.mark.parametrize("kind", ["peft", "compact", "merged"])
+def test_rows_of_tokens_of_another_program_are_in_every_export(
+    base: Path, tmp_path: Path, kind: str, rows: object
+) -> None:
+    folder = make_foreign(tmp_path / "foreign", base, trainable_token_indices=rows)
+    options = ["--dtype", "float32"] if kind == "merged" else []
+    output = tmp_path / "out"
+    export.main([str(folder), "--model.quantization", "none", "--format", kind, "--output", str(output), *options])
+    wanted = stock_adapter_logits(folder, base, "none")
+    found = stock_logits(output) if kind == "merged" else stock_adapter_logits(output, base, "none")
+    assert distance(found, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["peft", "compact"])
+def test_an_adapter_of_scaled_positions_says_what_its_base_must_be_set_to(
+    base: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And a base that is set so has the positions of the run, though its own are of another kind."""
+    own = shutil.copytree(base, tmp_path / "base")
+    config = json.loads((own / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 2.0, "attention_factor": 3.0}
+    config["rope_parameters"]["original_max_position_embeddings"] = 128
+    (own / "config.json").write_text(json.dumps(config))
+    run = make_run(tmp_path / "run", own, rope_scaling={"rope_type": "yarn", "factor": 4.0})
+    output = run_export(run, tmp_path / "out", "--format", kind)
+    advice = re.search("First set (.*), in the base's config.json; or take --format merged", capsys.readouterr().out)
+    card = " ".join((output / "README.md").read_text().split())
+    assert f"first set {advice[1]}, in the base's config.json" in card
+    at_the_end = describe_use(run.folder, CAUSAL_LM, None, open_run(run.folder).scaled_positions())
+    assert f"first set        {advice[1]}, in the base's config.json; or merge the adapter" in at_the_end
+    rope, positions = re.fullmatch("rope_parameters to (.*) and max_position_embeddings to (.*)", advice[1]).groups()
+    changed = {"rope_parameters": json.loads(rope), "max_position_embeddings": int(positions)}
+    (own / "config.json").write_text(json.dumps({**config, **changed}))
+    merged = stock_logits(run_export(run, tmp_path / "merged", "--format", "merged", "--dtype", "float32"))
+    assert distance(stock_adapter_logits(output, own), merged) < 1e-5
 
 
 def test_merged_in_float32_is_exact(run: TrainedFolder, tmp_path: Path) -> None:

@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.trained_run import TrainedFolder, make_run, run_export
+from support.trained_run import TrainedFolder, make_foreign, make_run, run_export
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from dora_dist.adapter.model import DynamicLoraModel
-from dora_dist.adapter.plain_lora import ADAPTER_WEIGHTS
+from dora_dist.config.format_version import ADAPTER_WEIGHTS
 from dora_dist.console.errors import ExpectedRunError
 from dora_dist.export import __main__ as export
 from dora_dist.export import formats, merge
+from dora_dist.export.llama_cpp import NEEDED
 from dora_dist.export.verification import Reference
 from dora_dist.runs import records
 
@@ -161,3 +162,65 @@ def test_logits_that_are_not_finite_are_refused() -> None:
         reference.check("it", logits)
     with pytest.raises(ExpectedRunError, match="nan"):
         reference.check_rounded("it", logits, torch.bfloat16)
+
+
+@pytest.fixture
+def llama_cpp(tmp_path: Path) -> Path:
+    """A folder that looks like llama.cpp: nothing in it can be run."""
+    for name in NEEDED:
+        path = tmp_path / "llama.cpp" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return tmp_path / "llama.cpp"
+
+
+@pytest.mark.parametrize("options", [*(["--format", kind] for kind in FORMATS), ["--format", "gguf", "--part"]])
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"use_dora": True}, "has use_dora: True: only plain LoRA can be taken from it"),
+        ({"modules_to_save": ["lm_head"]}, r"has modules_to_save: \['lm_head'\]: only"),
+        ({"bias": "lora_only", "lora_bias": True}, r"has trained biases \(bias: lora_only\): only"),
+        (
+            {"target_modules": ["q_proj", "embed_tokens"]},
+            r"has the tensor .*\.embed_tokens\..*: only",
+        ),
+    ],
+)
+def test_an_adapter_of_which_something_would_be_lost_is_refused(
+    base: Path, llama_cpp: Path, tmp_path: Path, settings: dict[str, object], reason: str, options: list[str]
+) -> None:
+    folder = make_foreign(tmp_path / "foreign", base, **settings)
+    if "gguf" in options:
+        options = [*options, "adapter", "--llama-cpp", str(llama_cpp)]
+    given = [str(folder), "--model.quantization", "none", "--output", str(tmp_path / "out"), *options]
+    with pytest.raises(ValueError, match=f"the adapter in .*foreign {reason}"):
+        export.main(given)
+    assert left_in(tmp_path) == ["foreign", "llama.cpp"]
+
+
+@pytest.mark.parametrize("part", ["adapter", None])
+def test_rows_of_tokens_are_not_for_an_adapter_in_gguf(
+    base: Path, llama_cpp: Path, tmp_path: Path, part: str | None
+) -> None:
+    folder = make_foreign(tmp_path / "foreign", base, trainable_token_indices=[7, 9])
+    given = [str(folder), "--model.quantization", "none", "--format", "gguf", "--llama-cpp", str(llama_cpp)]
+    with pytest.raises(ValueError, match=r"has rows of new tokens .*: give --part merged, whose weights have them"):
+        export.main([*given, *([] if part is None else ["--part", part])])
+
+
+@pytest.mark.parametrize("part", ["adapter", None])
+def test_an_adapter_of_scaled_positions_is_not_for_gguf(
+    base: Path, llama_cpp: Path, tmp_path: Path, part: str | None
+) -> None:
+    run = make_run(tmp_path / "run", base, rope_scaling={"rope_type": "linear", "factor": 2.0})
+    options = ["--format", "gguf", "--llama-cpp", str(llama_cpp), *([] if part is None else ["--part", part])]
+    with pytest.raises(ValueError, match=r"was trained with model.rope_scaling, .*: give --part merged, which has"):
+        run_export(run, tmp_path / "out", *options)
+
+
+def test_rows_of_other_tokens_in_each_module_are_refused(base: Path, tmp_path: Path) -> None:
+    rows = {"embed_tokens": [7, 9], "lm_head": [7]}
+    folder = make_foreign(tmp_path / "foreign", base, trainable_token_indices=rows)
+    with pytest.raises(ValueError, match=r"has trainable_token_indices: .*all modules must have rows of the same"):
+        export.main([str(folder), "--model.quantization", "none", "--format", "peft"])

@@ -1,6 +1,7 @@
 """What is checked around llama.cpp's converters, without them: where they are, and the vocabulary that they write."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ from support.sentencepiece_base import CHAT, END_OF_TURN, make_tokenizer
 from support.trained_run import TrainedFolder, run_export
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from dora_dist.adapter.plain_lora import read_lora_adapter
 from dora_dist.console.errors import ExpectedRunError
 from dora_dist.export import to_gguf
-from dora_dist.export.llama_cpp import NEEDED, VARIABLE, find_llama_cpp
+from dora_dist.export.llama_cpp import NEEDED, VARIABLE, LlamaCpp, find_llama_cpp
 from dora_dist.export.read_gguf import update_norm
+from dora_dist.runs.trained_run import open_run
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +150,26 @@ def test_an_update_has_the_size_that_llama_cpp_gives_it() -> None:
     lora_a, lora_b = torch.randn(3, 5), torch.randn(7, 3)
     wanted = (2.0 / 3 * lora_b @ lora_a).norm().item()
     assert update_norm(lora_a.numpy(), lora_b.numpy(), alpha=2.0) == pytest.approx(wanted, rel=1e-5)
+
+
+class Converters(LlamaCpp):
+    """Those of an adapter, where there is no llama.cpp: what is written is what is read."""
+
+    def convert_adapter(self, source: Path, base: Path, target: Path) -> None:
+        target.write_text(str(read_lora_adapter(source).keys()))
+        shutil.copytree(source, self.folder)
+
+    def read(self, file: Path) -> dict[str, Any]:
+        factors = read_lora_adapter(self.folder).values()
+        return {"updates": sorted(update_norm(a.numpy(), b.numpy(), alpha=len(a)) for a, b in factors)}
+
+
+def test_it_is_said_that_an_adapter_is_checked_by_sizes_and_not_by_logits(run: TrainedFolder, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    converters = Converters(tmp_path / "converted")
+    exported = to_gguf.export_gguf(open_run(run.folder), tmp_path / "out", converters, ["adapter"], "bfloat16", False)
+    assert exported.how_checked == "the size of every update in adapter.gguf, as read back, against that of the run"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["adapter.gguf"]
 
 
 def test_updates_that_are_missing_or_of_another_size_are_refused() -> None:

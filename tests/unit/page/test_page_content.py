@@ -65,6 +65,12 @@ def held_out(step: int, loss: float, **sources: float) -> dict:
     return line
 
 
+def test_the_training_time_of_a_page_is_that_of_all_sessions(tmp_path):
+    lines = [training(step, 1.0) | {"seconds_per_step": 6.0} for step in (10, 20)]
+    run = write_run(tmp_path / "run", [*lines, {"step": 20, "session_seconds": 1.0, "session_tokens": 9}])
+    assert ["training time", "2 min"] in read_contents([run]).facts
+
+
 def drawn(contents) -> dict[str, list[tuple[str, list, list]]]:
     return {p.title: [(c.name, c.steps, c.values) for c in p.curves] for p in contents.panels}
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from support.repository import REPOSITORY
 
-from dora_dist.runs.speed import LATEST_LINES, Speed, find_speed
+from dora_dist.runs.speed import LATEST_LINES, Speed, TrainingTime, find_speed
 
 SOURCES = [
     {"per_epoch": 100, "examples": 50, "tokens": 500},  # twice a pass
@@ -64,3 +64,21 @@ def test_a_run_of_an_earlier_format_shows_its_speed():
     seconds = sum(2 * line["seconds_per_step"] for line in lines if "loss" in line)
     # 12 steps of 4 of 50 examples of 850 tokens.
     assert find_speed(run, None).tokens_per_second == pytest.approx(12 * 4 / 50 * 850 / seconds)
+
+
+def test_the_training_time_is_that_of_all_sessions():
+    """The second one goes on from step 2, and its first line is of one step."""
+    lines = [
+        {"step": 2, "seconds_per_step": 1.0, "tokens_per_second": 10.0},
+        {"step": 2, "eval_loss": 1.0},
+        {"step": 2, "session_seconds": 9.0, "session_tokens": 900},
+        {"step": 3, "seconds_per_step": 5.0, "tokens_per_second": 2.0},
+        {"step": 6, "seconds_per_step": 1.0, "tokens_per_second": 10.0},
+        {"step": 6, "session_seconds": 8.0, "session_tokens": 40},
+    ]
+    time = TrainingTime()
+    for line in lines:
+        time.add(line)
+    assert (time.seconds, time.tokens) == (2 + 5 + 3, 20 + 10 + 30)
+    time.add({"step": 7, "seconds_per_step": 1.0})  # as earlier versions and PEFT's methods have it
+    assert (time.seconds, time.tokens) == (11, None)

@@ -36,10 +36,12 @@ def event(step: int, ranks: dict[str, int], final: bool) -> dict:
 def write_run(folder: Path, blocks: int = 2, *, final: bool = True, evaluated: bool = True) -> dict[str, int]:
     ranks = module_ranks(blocks)
     metrics = [{"step": step, "loss": 3.0 / step, "components": 84 - step} for step in (10, 20, 30)]
+    for line, seconds in zip(metrics, (0.25, 0.5, 0.05), strict=True):
+        line |= {"seconds_per_step": seconds, "tokens_per_second": 200 / seconds}
     if evaluated:
         metrics.insert(0, {"step": 0, "eval_loss": 2.5, "eval_exact_match": 0.125, "eval_examples": 40})
         metrics.append({"step": 30, "eval_loss": 1.25, "eval_exact_match": 0.5, "eval_examples": 40})
-    metrics[-1] |= {"session_seconds": 8.0, "session_tokens": 4000}
+    metrics[-1] |= {"session_seconds": 0.5, "session_tokens": 2000}  # of the last session only
     full = dict.fromkeys(ranks, 6)
     for name, lines in {
         records.METRICS: metrics,
@@ -128,7 +130,7 @@ def test_a_finished_run_is_summarized_from_its_files(tmp_path):
     kept = sum(ranks.values())
     for expected in ("30 optimizer steps", "2.5000 -> 1.2500  (40 examples)", "12.5% -> 50.0%", f"84 -> {kept}"):
         assert expected in text
-    assert "8 s, 500 tokens/s" in text
+    assert "training time    8 s, 750 tokens/s" in text
     assert "has not ended" not in text
     for kind in PROJECTIONS:
         assert kind in text
