@@ -74,7 +74,7 @@ def fingerprint_of(
         adapter=adapter,
         pruning={**dataclasses.asdict(config.pruning), "interval": interval},
         training={
-            **{name: _plain(getattr(arguments, name)) for name in METHOD_ARGUMENTS},
+            **method_arguments(arguments),
             LORA_PLUS_RATIO: training_argument(config.training, LORA_PLUS_RATIO),
         },
         examples={
@@ -89,6 +89,11 @@ def fingerprint_of(
 def adapter_seed(config: RunConfig) -> int:
     """Seed of the adapter's start: its own, or that of the run."""
     return config.seed if config.adapter.seed is None else config.adapter.seed
+
+
+def method_arguments(arguments: TrainingArguments) -> dict[str, Any]:
+    """The Trainer's settings that a resumed run must not change."""
+    return {name: _plain(getattr(arguments, name)) for name in METHOD_ARGUMENTS}
 
 
 def _plain(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """The callback in transformers' own Trainer, in one process."""
 
+import shutil
 import warnings
 from types import SimpleNamespace
 
@@ -78,6 +79,52 @@ def test_a_resume_that_would_go_another_way_is_refused(finished, base, tmp_path)
     (other / "dynamic_lora.safetensors").write_bytes((third / "dynamic_lora.safetensors").read_bytes())
     with pytest.raises(ValueError, match=r"in the model is not what .*checkpoint-2 holds"):
         resume(output=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "arguments", "message"),
+    [
+        ({"alpha": 64.0}, {}, r"adapter\.alpha is 64\.0, but .* was written with 8\.0"),
+        ({"scale": "sqrt_rank"}, {}, r"adapter\.scale is sqrt_rank"),
+        ({"target_rank": 3}, {}, r"adapter\.target_rank is 3"),
+        ({}, {"learning_rate": 1e-3}, r"learning_rate is 0\.001"),
+        ({}, {"optim": "sgd"}, r"optim is sgd, but .* was written with adamw_torch"),
+        ({}, {"lr_scheduler_type": "cosine"}, r"lr_scheduler_type is cosine"),
+        ({}, {"weight_decay": 0.5}, r"weight_decay is 0\.5"),
+        ({}, {"max_grad_norm": 1.0}, r"max_grad_norm is 1\.0"),
+        ({}, {"gradient_accumulation_steps": 2}, "rows of a step on each process is 4"),
+    ],
+)
+def test_a_resume_with_another_adapter_or_other_steps_is_refused(adapter, arguments, message, finished, base):
+    callback = new_callback(importance="gate_sensitivity")
+    trainer = make_trainer(adapted(base, "nf4", **adapter), callback, finished.output, **arguments)
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=str(finished.output / "checkpoint-2"))
+
+
+def test_a_resume_on_another_number_of_processes_is_refused(finished, base, tmp_path):
+    written = tmp_path / "checkpoint-2"
+    shutil.copytree(finished.output / "checkpoint-2", written)
+    state = read_json(written / "dynamic_lora.json")
+    state["settings"]["number of processes"] = 2
+    write_json(written / "dynamic_lora.json", state)
+    trainer = make_trainer(adapted(base, "nf4"), new_callback(importance="gate_sensitivity"), tmp_path)
+    with pytest.raises(ValueError, match=r"number of processes is 1, but .* was written with 2"):
+        trainer.train(resume_from_checkpoint=str(written))
+
+
+def test_a_checkpoint_of_an_earlier_version_with_fewer_settings_goes_on(finished, base, tmp_path):
+    written = tmp_path / "checkpoint-6"
+    shutil.copytree(finished.output / "checkpoint-6", written)
+    state = read_json(written / "dynamic_lora.json")
+    state["settings"] = {
+        name: value for name, value in state["settings"].items() if name == "total steps" or "pruning" in name
+    }
+    write_json(written / "dynamic_lora.json", state)
+    model = adapted(base, "nf4")
+    make_trainer(model, new_callback(importance="gate_sensitivity"), tmp_path).train(str(written))
+    left_alone = state_of(finished.model)
+    assert all(left_alone[name].equal(value) for name, value in state_of(model).items())
 
 
 def test_what_a_folder_holds_that_is_no_checkpoint_of_this_adapter_is_not_loaded(finished, base):
