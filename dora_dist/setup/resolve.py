@@ -248,16 +248,11 @@ def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int)
 
     Raises:
         ValueError: ``adapter.target_modules`` matches nothing, quantization would leave too much as it is, or the run
-            is too short to prune.
+            is too short to prune; ``adapter.dtype`` does not go with the engine.
     """
     block_weights.check_quantized(skeleton, config.model.quantization, config.model.allow_unquantized)
-    under_zero = config.distributed.engine.startswith("zero")
     dtype = str(load.resolve_compute_dtype(config.model.compute_dtype)).removeprefix("torch.")
-    if under_zero and config.adapter.dtype not in ("auto", dtype):
-        raise ValueError(
-            f"adapter.dtype is {config.adapter.dtype}, but DeepSpeed casts all parameters to the compute dtype {dtype} "
-            "(and keeps a float32 master copy): leave it at auto"
-        )
+    _check_adapter_dtype(config, dtype)
     _check_head_dtype(config, dtype)
     ranks = resolve_ranks(skeleton, config.adapter)
     if config.adapter.routing == PROMPT:
@@ -304,6 +299,23 @@ def _key_of_slots(adapter: DynamicLoraConfig) -> str:
     if adapter.slots is not None:
         return "adapter.slots"
     return "adapter.initial_rank" + ("" if adapter.initial_rank else " (1.5 x adapter.target_rank by default)")
+
+
+def _check_adapter_dtype(config: RunConfig, compute_dtype: str) -> None:
+    """Refuse a dtype that the engine would change, or in which updates would be lost."""
+    dtype, engine = config.adapter.dtype, config.distributed.engine
+    if engine.startswith("zero"):
+        if dtype not in ("auto", compute_dtype):
+            raise ValueError(
+                f"adapter.dtype is {dtype}, but DeepSpeed casts all parameters to the compute dtype {compute_dtype} "
+                "(and keeps a float32 master copy): leave it at auto"
+            )
+    elif dtype == "bfloat16":
+        raise ValueError(
+            f"adapter.dtype is {dtype}, but distributed.engine {engine} keeps no float32 master copy, so that updates "
+            "too small for 16 bits, such as those of a gate near 1, would be lost: set adapter.dtype to auto, which is "
+            "float32 here"
+        )
 
 
 def _check_head_dtype(config: RunConfig, compute_dtype: str) -> None:

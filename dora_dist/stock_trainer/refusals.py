@@ -1,5 +1,6 @@
 """Refuses trainers and settings with which the method would silently be wrong."""
 
+import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
@@ -87,13 +88,19 @@ def check_engine(accelerator: AcceleratorState) -> None:
 
 
 def check_dtype(model: DynamicLoraModel) -> None:
-    """Refuse an adapter that was cast to fewer bits, if no engine keeps a float32 copy of it.
+    """Refuse an adapter in 16 bits, or one that was cast, if no engine keeps a float32 copy of it.
 
     Raises:
-        ValueError: names both dtypes.
+        ValueError: names the dtypes.
     """
     if AcceleratorState().distributed_type == DistributedType.DEEPSPEED:
         return
+    if model.adapter_dtype.itemsize < torch.float32.itemsize:
+        raise ValueError(
+            f"the adapter was made in {model.adapter_dtype} (DynamicLoraConfig(dtype={model.dynamic_config.dtype!r})), "
+            "of which no engine keeps a float32 copy here, so that updates too small for 16 bits, such as those of a "
+            'gate near 1, would be lost: set dtype to "float32", or train under ZeRO stage 2'
+        )
     found = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} - {model.adapter_dtype}
     if found:
         raise ValueError(

@@ -66,6 +66,13 @@ def test_the_seed_of_the_run_is_the_seed_of_the_adapter_unless_it_has_its_own(co
         ([*ROUTED, "--adapter.modules_per_prompt", "8"], "the decoder blocks have 7 adapted modules"),
         (["--training.max_steps", "1"], "1 optimizer steps with warmup_fraction 0.15"),
         (["--distributed.engine", "zero2", "--adapter.dtype", "bfloat16"], "adapter.dtype is bfloat16, but DeepSpeed"),
+        *(
+            (
+                ["--distributed.engine", engine, "--adapter.dtype", "bfloat16"],
+                f"adapter.dtype is bfloat16, but .*engine {engine} keeps no float32 master copy.*set .* to auto",
+            )
+            for engine in ("ddp", "none")
+        ),
     ],
 )
 def test_a_method_that_cannot_work_is_refused_without_reading_weights(config, overrides, message):

@@ -220,6 +220,12 @@ def test_an_adapter_that_was_cast_gets_its_dtype_back(base, tmp_path):
         trainer.train()
 
 
+def test_an_adapter_in_16_bits_of_which_nobody_keeps_more_is_refused(base, tmp_path):
+    trainer = make_trainer(adapted(base, dtype="bfloat16"), new_callback(), tmp_path)
+    with pytest.raises(ValueError, match=r"made in torch\.bfloat16 .*set dtype to \"float32\""):
+        trainer.train()
+
+
 def test_models_and_rules_that_are_not_pruned_are_refused(base, tmp_path):
     with pytest.raises(ValueError, match=r"model is a LlamaForCausalLM, but .*add_dynamic_lora"):
         make_trainer(tiny_model(), new_callback(), tmp_path)
