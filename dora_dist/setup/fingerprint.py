@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from dora_dist.base_model import load
 from dora_dist.config.adapter import RANKS_FROM_DATA, UNIFORM
@@ -30,6 +30,8 @@ METHOD_ARGUMENTS = (
     "lr_scheduler_kwargs",
     "warmup_steps",
     "max_grad_norm",
+    "optim_args",
+    "neftune_noise_alpha",
 )
 """Trainer settings that a resumed run must not change."""
 
@@ -42,10 +44,12 @@ def fingerprint_of(
     ranks: int,
     components: Mapping[str, int],
     schedule: Schedule,
+    skeleton: PreTrainedModel,
     start: str | None = None,
 ) -> Fingerprint:
     """The fingerprint of the run that is decided by these; ``ranks`` are processes, ``components`` has those that each
-    layer starts with, and ``start`` is the identity of the adapter that the run starts from."""
+    layer starts with, ``skeleton`` is the base without weights, and ``start`` is the identity of the adapter that the
+    run starts from."""
     interval = schedule.interval if isinstance(schedule, BudgetSchedule) else config.pruning.interval
     adapter = {**dataclasses.asdict(config.adapter), "seed": adapter_seed(config)}
     if config.adapter.ranks not in (UNIFORM, *RANKS_FROM_DATA):  # a plan's file may move, or be written again
@@ -82,6 +86,7 @@ def fingerprint_of(
             + ", control tokens as text" * (config.data.control_tokens == "text")
             for source in data.train
         },
+        weights=load.identity_of_weights(config.model.path, skeleton.config),
         labels=data.labels or config.data.labels if TASKS[config.task].has_labels else None,
     )
 

@@ -155,9 +155,9 @@ def resolve_run(
     if new_tokens:
         fit_rows(skeleton, ids_of(tokenizer, new_tokens))
     notes = check_vocabulary(skeleton, tokenizer, data)
-    ranks_of_layers, budget = check_method(config, skeleton, arguments.max_steps)
+    slots, budget = check_method(config, skeleton, arguments.max_steps)
     check_context(skeleton, data)
-    found, start, told = _resolve_start(config, skeleton, ranks_of_layers, started_from)
+    found, start, told = _resolve_start(config, skeleton, slots, started_from)
     notes += told
     recomputation, remarks = resolve_recomputation(config, skeleton, data, ranks, card)
     if config.adapter.routing == PROMPT:
@@ -169,11 +169,11 @@ def resolve_run(
         mixture=mixture,
         arguments=arguments,
         plan=plan,
-        ranks=ranks_of_layers,
-        left_out=block_weights.describe_left_out(skeleton, config.adapter, ranks_of_layers),
+        ranks=slots,
+        left_out=block_weights.describe_left_out(skeleton, config.adapter, slots),
         budget=budget,
         recomputation=recomputation,
-        fingerprint=fingerprint_of(config, arguments, data, plan, ranks, ranks_of_layers, budget.schedule, start),
+        fingerprint=fingerprint_of(config, arguments, data, plan, ranks, slots, budget.schedule, skeleton, start),
         best=best_rule(config, arguments, data, budget.schedule.final_step),
         row_parameters=num_row_parameters(skeleton, len(new_tokens)),
         start=found,

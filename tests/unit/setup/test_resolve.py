@@ -1,7 +1,9 @@
 """From a configuration to the parts of a run: what is refused before a model is read, and what a run is known by."""
 
+import dataclasses
 import json
 import re
+import shutil
 from collections import Counter
 from functools import partial
 
@@ -232,6 +234,25 @@ def test_the_fingerprint_knows_the_content_of_the_data(config):
     after = resolved(load(config)).fingerprint
     (difference,) = before.differences(after)  # the order is one of numbers, and stays
     assert difference.startswith("examples of train was ")
+
+
+def test_the_fingerprint_knows_the_weights_of_the_base_wherever_they_lie(config, tmp_path):
+    model = config.parent / "model"
+    before = resolved(load(config)).fingerprint
+    shutil.copytree(model, tmp_path / "copy")
+    assert resolved(load(config, "--model.path", str(tmp_path / "copy"))).fingerprint.weights == before.weights
+    tiny_model(seed=1).save_pretrained(model)
+    (difference,) = before.differences(resolved(load(config)).fingerprint)
+    assert difference.startswith("weights of model.path was '1 files, ")
+
+
+@pytest.mark.parametrize(("name", "value"), [("neftune_noise_alpha", "5.0"), ("optim_args", "eps=1e-3")])
+def test_the_fingerprint_knows_what_changes_the_steps_beside_the_optimizer(config, name, value):
+    before = resolved(load(config)).fingerprint
+    (difference,) = before.differences(resolved(load(config, f"--training.{name}", value)).fingerprint)
+    assert difference.startswith(f"training.{name} was None and is now ")
+    of_an_earlier_version = {key: setting for key, setting in before.training.items() if key != name}
+    assert not dataclasses.replace(before, training=of_an_earlier_version).differences(before)
 
 
 def test_dropped_examples_are_counted_and_said(config):
