@@ -57,6 +57,13 @@ def check_settings(arguments: TrainingArguments, state: TrainerState) -> None:
             "auto_find_batch_size is true, so training may start again with an adapter that is already trained: "
             "set it to false, and per_device_train_batch_size to what fits"
         )
+    if arguments.load_best_model_at_end:
+        raise ValueError(
+            "load_best_model_at_end is true, but a checkpoint from before the last pruning event may be the best, and "
+            "does not meet the budget: set it to false, and take one of the checkpoints from the last event on (each "
+            "is a plain LoRA adapter) by the figures in trainer.state.log_history; dora-dist train has "
+            "evaluation.keep_best"
+        )
     if state.is_hyper_param_search:
         raise ValueError(
             "the trainer searches hyperparameters, but every trial needs its own model and callback: make a "

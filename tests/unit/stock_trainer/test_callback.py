@@ -250,14 +250,14 @@ def test_rows_that_are_streamed_have_no_start(base, tmp_path):
     [
         ({"fp16": True}, "fp16 is true"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size is true"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end is true, .* set it to false"),
         ({"n_gpu": 2}, "one process sees 2 GPUs"),
     ],
 )
 def test_settings_that_would_go_wrong_without_a_word_are_refused(changes, message, tmp_path):
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
-    seen = SimpleNamespace(
-        **{**{name: getattr(arguments, name) for name in ("fp16", "auto_find_batch_size", "n_gpu")}, **changes}
-    )
+    looked_at = ("fp16", "auto_find_batch_size", "load_best_model_at_end", "n_gpu")
+    seen = SimpleNamespace(**{**{name: getattr(arguments, name) for name in looked_at}, **changes})
     with pytest.raises(ValueError, match=message):
         refusals.check_settings(seen, SimpleNamespace(is_hyper_param_search=False))
 
