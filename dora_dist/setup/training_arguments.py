@@ -5,10 +5,11 @@ import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import IntervalStrategy, TrainingArguments
+from torch import nn
+from transformers import IntervalStrategy, PreTrainedModel, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
     get_reporting_integration_callbacks,
@@ -79,7 +80,42 @@ def training_arguments(
     arguments.max_steps = count_steps(mixture, arguments.max_steps, epochs, global_batch(arguments, ranks))
     if "logging_steps" not in config.training:
         arguments.logging_steps = max(1, min(DEFAULT_TRAINING_ARGUMENTS["logging_steps"], arguments.max_steps // 10))
+    _try_optimizer(arguments)
     return arguments
+
+
+def _try_optimizer(arguments: TrainingArguments) -> None:
+    """Make optimizer and schedule once, of a matrix that nothing trains: what the Trainer finds wrong with them, it
+    would find when the model has been loaded.
+
+    Raises:
+        ValueError: names the key.
+    """
+    matrix = nn.utils.skip_init(nn.Linear, 2, 2, bias=False)  # draws no random number
+    try:
+        # Of the model, the optimizers that need one look at its parameters only.
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, cast(PreTrainedModel, matrix))
+        optimizer = kind([{"params": list(matrix.parameters()), "weight_decay": arguments.weight_decay}], **options)
+    except (TypeError, ValueError, ImportError) as error:
+        given = f" with training.optim_args {arguments.optim_args!r}" if arguments.optim_args else ""
+        raise ValueError(
+            f"training.optim is {arguments.optim.value}{given}, which cannot be used here: {error}. Set it to "
+            f"{DEFAULT_TRAINING_ARGUMENTS['optim']}, or mend what is wrong with it"
+        ) from None
+    try:
+        get_scheduler(
+            arguments.lr_scheduler_type,
+            optimizer,
+            arguments.get_warmup_steps(arguments.max_steps),
+            arguments.max_steps,
+            arguments.lr_scheduler_kwargs,
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"training.lr_scheduler_type is {arguments.lr_scheduler_type.value}, which does not go with "
+            f"training.lr_scheduler_kwargs {arguments.lr_scheduler_kwargs}: {error}. Set them to arguments that this "
+            "schedule takes and needs"
+        ) from None
 
 
 def _owned(config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
