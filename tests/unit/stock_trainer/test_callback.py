@@ -173,6 +173,21 @@ def test_an_adapter_that_is_not_finite_is_not_kept(base, tmp_path):
     assert not (tmp_path / "checkpoint-1" / "dynamic_lora.json").exists()
 
 
+def test_a_checkpoint_of_steps_that_have_changed_nothing_is_written_and_resumed(base, tmp_path):
+    """All gates start at 0, and the rate of the first step of a warm-up is 0."""
+
+    def train(resume=None):
+        callback = new_callback(warmup_fraction=0.4)
+        model = adapted(base, init="paper")
+        make_trainer(model, callback, tmp_path, warmup_steps=2, **SAVING).train(resume_from_checkpoint=resume)
+        return state_of(model)
+
+    left_alone = train()
+    resumed = train(str(tmp_path / "checkpoint-1"))
+    assert all(resumed[name].equal(value) for name, value in left_alone.items())
+    assert any(value.any() for name, value in resumed.items() if "lora_gate" in name)
+
+
 class Start(TrainerCallback):
     """The rows a_i when training begins."""
 
