@@ -14,6 +14,8 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
     get_reporting_integration_callbacks,
 )
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from dora_dist.base_model import load
 from dora_dist.config.adapter import PROMPT, DynamicLoraConfig
@@ -99,8 +101,8 @@ def _try_optimizer(arguments: TrainingArguments) -> None:
     except (TypeError, ValueError, ImportError) as error:
         given = f" with training.optim_args {arguments.optim_args!r}" if arguments.optim_args else ""
         raise ValueError(
-            f"training.optim is {arguments.optim.value}{given}, which cannot be used here: {error}. Set it to "
-            f"{DEFAULT_TRAINING_ARGUMENTS['optim']}, or mend what is wrong with it"
+            f"training.optim is {OptimizerNames(arguments.optim).value}{given}, which cannot be used here: {error}. "
+            f"Set it to {DEFAULT_TRAINING_ARGUMENTS['optim']}, or mend what is wrong with it"
         ) from None
     try:
         get_scheduler(
@@ -108,11 +110,11 @@ def _try_optimizer(arguments: TrainingArguments) -> None:
             optimizer,
             arguments.get_warmup_steps(arguments.max_steps),
             arguments.max_steps,
-            arguments.lr_scheduler_kwargs,
+            cast(dict[str, Any] | None, arguments.lr_scheduler_kwargs),  # a text has been read by now
         )
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"training.lr_scheduler_type is {arguments.lr_scheduler_type.value}, which does not go with "
+            f"training.lr_scheduler_type is {SchedulerType(arguments.lr_scheduler_type).value}, which does not go with "
             f"training.lr_scheduler_kwargs {arguments.lr_scheduler_kwargs}: {error}. Set them to arguments that this "
             "schedule takes and needs"
         ) from None
