@@ -426,9 +426,17 @@ def save_adapter(
         tokenizer: that it was trained with.
         folder: is replaced.
         run: whose records say more about it, in its card and for its use; None for none.
+
+    Raises:
+        ValueError: every gate is 0.
     """
     from dora_dist.training.checkpointing import complete_adapter
 
+    if not model.is_alive:
+        raise ValueError(
+            "no component of any layer has a non-zero gate, so that the adapter has no effect: set "
+            "training.learning_rate above 0, and train for more steps (training.max_steps)"
+        )
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)

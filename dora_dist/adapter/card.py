@@ -41,7 +41,8 @@ def write_card(
         padded: rank that the factors are padded to with zeros; None where every module has its own.
         new_tokens: that the adapter has rows for.
     """
-    total, low, high = sum(ranks.values()), min(ranks.values()), max(ranks.values())
+    total = sum(ranks.values())
+    low, high = min(ranks.values(), default=0), max(ranks.values(), default=0)
     text = f"""# LoRA adapter{_for(base_model)}
 
 {total} rank-one components in {len(ranks)} modules, ranks {low} to {high}, written by dora-dist, a trainer of

@@ -74,6 +74,11 @@ class DynamicLoraModel(PeftModel):
         """Name of the module in the base model -> adapted layer, in the order of the names."""
         return dict(sorted(_named(self, DynamicLoraLinear)))
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether a component of any layer has a gate that is not 0, and is not masked."""
+        return any(bool(layer.effective_gate().any()) for layer in self.adapted_layers().values())
+
     def heads(self) -> dict[str, nn.Module]:
         """See :func:`trained_heads`."""
         return trained_heads(self)
@@ -117,11 +122,8 @@ class DynamicLoraModel(PeftModel):
 
     def save_pretrained(self, save_directory: str | Path, *_: Any, is_main_process: bool = True, **__: Any) -> None:
         """Write the adapter as plain LoRA of one rank that PEFT, vLLM and llama.cpp load exactly, with the head, and
-        with the rows of new tokens, which only PEFT loads; gates and masks are folded in. Warns of an adapter that
-        nothing has pruned.
-
-        Raises:
-            ValueError: no component has a non-zero gate.
+        with the rows of new tokens, which only PEFT loads; gates and masks are folded in. Where no component is alive,
+        as at a start with gates of 0, every module is written as zeros. Warns of an adapter that nothing has pruned.
         """
         if is_main_process:
             config = self.dynamic_config
@@ -139,6 +141,7 @@ class DynamicLoraModel(PeftModel):
                 self.config.name_or_path or None,
                 task_type=task_of(self.get_base_model()).peft_type,
                 head={module: dict(head.named_parameters()) for module, head in self.heads().items()},
+                keep_empty=not self.is_alive,
                 new_rows=NewRows(ids=self.token_ids, rows=self.new_rows()) if self.token_ids else None,
             )
 

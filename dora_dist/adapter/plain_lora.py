@@ -122,11 +122,12 @@ def write_lora_adapter(
         new_rows: of tokens that were trained beside the components.
 
     Raises:
-        ValueError: every module has rank 0, so that there is no adapter to write.
+        ValueError: no module is left to write.
     """
     present, base_model = _with_components(factors), absolute_base(base_model)
     rank = rank or common_rank(present)
     written = factors if keep_empty else present
+    _check_any(written)
     padded = {name: pad_rank(parts, rank) for name, parts in sorted(written.items())}
     config = _lora_config(padded, base_model, task_type, rank, sorted(head or {}), new_rows)
     _write(folder, config, _named_tensors(padded, head or {}, new_rows))
@@ -152,6 +153,7 @@ def write_compact_adapter(
         ValueError: every module has rank 0.
     """
     present, base_model = _with_components(factors), absolute_base(base_model)
+    _check_any(present)
     ranks = {name: lora_a.shape[0] for name, (lora_a, _) in present.items()}
     alpha = max(ranks.values())
     folded = {name: (lora_a, lora_b * (ranks[name] / alpha)) for name, (lora_a, lora_b) in present.items()}
@@ -161,10 +163,12 @@ def write_compact_adapter(
 
 
 def _with_components(factors: Mapping[str, Factors]) -> dict[str, Factors]:
-    present = {name: parts for name, parts in sorted(factors.items()) if parts[0].shape[0]}
-    if not present:
+    return {name: parts for name, parts in sorted(factors.items()) if parts[0].shape[0]}
+
+
+def _check_any(factors: Mapping[str, Factors]) -> None:
+    if not factors:
         raise ValueError("no component of any layer has a non-zero gate: there is no adapter to write")
-    return present
 
 
 def _write(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
@@ -39,6 +40,8 @@ from dora_dist.config.tasks import CAUSAL_LM, TASKS
 
 FETCHED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py", "LICENSE*", "NOTICE*"]
 """Files of a model on the Hub that :func:`local_folder` fetches."""
+SAMPLES, SAMPLE_BYTES = 16, 4096
+"""Of a file of weights that is compared."""
 
 
 def find_model(path: str) -> str:
@@ -225,6 +228,41 @@ def load_model_config(spec: BaseModelSpec) -> PreTrainedConfig:
     stored.bnb_4bit_compute_dtype = spec.compute_dtype
     config.quantization_config = stored.to_dict()
     return config
+
+
+def identity_of_weights(path: str) -> str | None:
+    """What the weights in a folder are known by, without all of them being read: names and sizes of their files, with
+    samples of the bytes, wherever the folder is.
+
+    Args:
+        path: as of :class:`BaseModelSpec`.
+
+    Returns:
+        None where there are no weights yet, and for a model on the Hub, whose commit changes with a line of its card.
+    """
+    folder = Path(find_model(path))
+    if not folder.is_dir():
+        return None
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        return None
+    digest = sha256()
+    with _reading(path):
+        for file in files:
+            digest.update(f"{file.name} {file.stat().st_size} ".encode())
+            digest.update(_samples(file))
+    return f"{len(files)} files, {digest.hexdigest()[:16]}"
+
+
+def _samples(file: Path) -> bytes:
+    """Of the bytes of a file, those at equal distances, the last ones among them."""
+    last = max(0, file.stat().st_size - SAMPLE_BYTES)
+    with file.open("rb") as opened:
+        found = []
+        for number in range(SAMPLES + 1):
+            opened.seek(last * number // SAMPLES)
+            found.append(opened.read(SAMPLE_BYTES))
+    return b"".join(found)
 
 
 def scale_rope(config: PreTrainedConfig, scaling: Mapping[str, Any], path: str) -> None:

@@ -71,8 +71,9 @@ class DynamicLoraConfig:
             docs/choosing.md. Null for none.
         calibration_rows: with a start or ranks from data, number of training rows from which they are computed, spread
             over the run.
-        dtype: dtype of the adapter's parameters: float32, bfloat16, float64, or auto for the dtype of the base's
-            unquantized weights.
+        dtype: dtype of the adapter's parameters: float32, bfloat16, float64, or auto. In a run, auto is float32, and
+            under zero2 the compute dtype, of which DeepSpeed keeps a float32 master copy. In add_dynamic_lora it is
+            the dtype of the base's unquantized weights. Where no such copy is kept, training in bfloat16 is refused.
         train_gates: train the gates c_i. With false the layer is plain LoRA, which can be pruned but cannot regrow.
         seed: random seed of the initial values, which are the same on every rank; null for the seed of the run.
         routing: none, or prompt (MiLoRA): a router before every decoder block selects, for each prompt, the modules

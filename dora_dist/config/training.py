@@ -118,6 +118,20 @@ REFUSED_CHECKPOINTING = {
 }
 """Entry of the switch's ``_kwargs`` -> the value that is refused (None for any), and why."""
 
+REFUSED_CHOICES = {
+    "lr_scheduler_type": dict.fromkeys(
+        ("reduce_lr_on_plateau", "greedy"),
+        "it sets the rate by losses that it has seen, of which a resumed run would know nothing; set it to linear or "
+        "cosine, say",
+    ),
+    "optim": dict.fromkeys(
+        ("schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd"),
+        "it trains at another point than the one that it has found, and the trained one would be evaluated, scored and "
+        "saved; set it to adamw_torch, say",
+    ),
+}
+"""Name -> the values that are refused, and why."""
+
 DEFAULT_TRAINING_ARGUMENTS: dict[str, Any] = {
     "learning_rate": 1e-3,
     "optim": "adamw_torch",
@@ -167,6 +181,9 @@ def check_training_section(training: dict[str, Any]) -> None:
         if name in RULES and value is not None:
             holds, rule = RULES[name]
             require(holds(value), f"training.{name}", value, rule)
+        for choice, reason in REFUSED_CHOICES.get(name, {}).items():
+            if value == choice:
+                raise ValueError(f"training.{name} is {value}, which is not supported: {reason}")
     for name in CHECKPOINTING:
         _check_checkpointing(training, name)
     if training.get("dataloader_persistent_workers") and not training.get("dataloader_num_workers"):

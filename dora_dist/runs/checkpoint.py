@@ -245,15 +245,22 @@ def best_of(folder: Path) -> Path | None:
     return None if step is None else folder.with_name(f"checkpoint-{step}")
 
 
-def rotate(run: Path, keep_last: int) -> None:
+def rotate(saved: Path, keep_last: int) -> None:
     """Delete all but the newest ``keep_last`` complete checkpoints and those that they name as the best ones, and
-    incomplete ones older than the newest."""
-    existing = checkpoints(run)
-    complete = _sealed(existing)
-    kept = complete[-keep_last:]
+    incomplete ones older than the newest.
+
+    Those of later steps than the one just saved go too: the run has passed them over when it resumed, for they are
+    damaged or incomplete, and has taken their steps again.
+
+    Args:
+        saved: the checkpoint that has just been completed, which always stays.
+        keep_last: at least 1.
+    """
+    existing = checkpoints(saved.parent)
+    kept = _sealed([path for path in existing if _step(path) <= _step(saved)])[-keep_last:]
     kept += [best for path in kept if (best := best_of(path))]
     for path in existing:
-        if complete and path not in kept and _step(path) < _step(complete[-1]):
+        if path not in kept:
             # First the manifest, so that a deletion that is interrupted leaves nothing that looks complete.
             (path / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(path, ignore_errors=True)  # what is left of it is no reason to end a healthy run

@@ -13,6 +13,7 @@ NAMES = {
     "initial_rank": "initial rank",
     "batching": "data.batching",
     "data_order": "data order",
+    "weights": "weights of model.path",
 }
 """Field -> its name in files and messages, if the two differ."""
 PREFIXES = {
@@ -45,6 +46,7 @@ class Fingerprint:
         pruning: the ``pruning`` section.
         training: the Trainer's settings that change the result.
         examples: name of a training source -> number and digest of its examples.
+        weights: identity of the base's weights; None where it is not known, as in runs of earlier versions.
         labels: class names in the order of their numbers, or ``regression``; None for tasks without labels.
         held_out: name of a held-out source -> number and digest of its examples. Figures of others are not compared.
         evaluation: settings that decide what is measured of them; nothing without held-out data, and in older records.
@@ -64,6 +66,7 @@ class Fingerprint:
     pruning: Mapping[str, Any]
     training: Mapping[str, Any]
     examples: Mapping[str, str]
+    weights: str | None = None
     labels: list[str] | str | None = None
     held_out: Mapping[str, str] = field(default_factory=dict)
     evaluation: Mapping[str, Any] = field(default_factory=dict)
@@ -78,7 +81,7 @@ class Fingerprint:
                 found |= {PREFIXES[entry.name] + name: setting for name, setting in value.items()}
             elif entry.name == "others":
                 found |= value
-            elif entry.name != "labels" or value is not None:
+            elif entry.name not in ("labels", "weights") or value is not None:
                 found[NAMES.get(entry.name, entry.name)] = value
         return found
 
@@ -108,12 +111,16 @@ class Fingerprint:
 
     def differences(self, current: "Fingerprint") -> list[str]:
         """The differences from another run, in words; empty if there are none. Another engine is not one: each engine
-        reads what the others have written. Nor is held-out data where there was none, to compare with."""
+        reads what the others have written. Nor are weights of a base that are known of one of the two only, nor is
+        held-out data where there was none, to compare with."""
         if not self.held_out:
             current = dataclasses.replace(current, held_out={}, evaluation={})
         before, now = (json.loads(json.dumps(run.as_dict())) for run in (self, current))
+        left_out = {NAMES["engine"]}
+        if None in (self.weights, current.weights):
+            left_out.add(NAMES["weights"])
         return [
             f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
-            for name in sorted((before.keys() | now.keys()) - {NAMES["engine"]})
+            for name in sorted((before.keys() | now.keys()) - left_out)
             if before.get(name) != now.get(name)
         ]

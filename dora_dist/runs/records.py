@@ -147,8 +147,10 @@ class RunRecords:
 
     def resume_from(self, checkpoint: Path, step: int) -> None:
         """Drop records after the checkpoint's step, and restore the events from the checkpoint: the run's own file may
-        be damaged or missing, or the checkpoint may come from another run's folder."""
-        self.truncate_after(step)
+        be damaged or missing, or the checkpoint may come from another run's folder. Then all records go: what is here
+        is of another course."""
+        own = checkpoint.resolve().parent == self.folder.resolve()
+        self.truncate_after(step if own else -1)
         if self.writes:
             text = (checkpoint / ALLOCATION).read_text(encoding="utf-8")
             self._events = text.splitlines()

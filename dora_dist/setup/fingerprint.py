@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from dora_dist.base_model import load
 from dora_dist.config.adapter import RANKS_FROM_DATA, UNIFORM
@@ -31,6 +31,8 @@ METHOD_ARGUMENTS = (
     "lr_scheduler_kwargs",
     "warmup_steps",
     "max_grad_norm",
+    "optim_args",
+    "neftune_noise_alpha",
 )
 """Trainer settings that a resumed run must not change."""
 MEASURED_BY = ("max_examples", "max_new_tokens", "num_beams")
@@ -45,10 +47,12 @@ def fingerprint_of(
     ranks: int,
     components: Mapping[str, int],
     schedule: Schedule,
+    skeleton: PreTrainedModel,
     start: str | None = None,
 ) -> Fingerprint:
     """The fingerprint of the run that is decided by these; ``ranks`` are processes, ``components`` has those that each
-    layer starts with, and ``start`` is the identity of the adapter that the run starts from."""
+    layer starts with, ``skeleton`` is the base without weights, and ``start`` is the identity of the adapter that the
+    run starts from."""
     interval = schedule.interval if isinstance(schedule, BudgetSchedule) else config.pruning.interval
     adapter = {**dataclasses.asdict(config.adapter), "seed": adapter_seed(config)}
     if config.adapter.ranks not in (UNIFORM, *RANKS_FROM_DATA):  # a plan's file may move, or be written again
@@ -77,10 +81,11 @@ def fingerprint_of(
         adapter=adapter,
         pruning={**dataclasses.asdict(config.pruning), "interval": interval},
         training={
-            **{name: _plain(getattr(arguments, name)) for name in METHOD_ARGUMENTS},
+            **method_arguments(arguments),
             LORA_PLUS_RATIO: training_argument(config.training, LORA_PLUS_RATIO),
         },
         examples=_examples_of(config, data.train),
+        weights=load.identity_of_weights(config.model.path),
         labels=data.labels or config.data.labels if TASKS[config.task].has_labels else None,
         held_out=_examples_of(config, data.evaluation),
         evaluation={name: getattr(config.evaluation, name) for name in MEASURED_BY} if data.evaluation else {},
@@ -95,6 +100,11 @@ def _examples_of(config: RunConfig, sources: Sequence[PreparedSource]) -> dict[s
 def adapter_seed(config: RunConfig) -> int:
     """Seed of the adapter's start: its own, or that of the run."""
     return config.seed if config.adapter.seed is None else config.adapter.seed
+
+
+def method_arguments(arguments: TrainingArguments) -> dict[str, Any]:
+    """The Trainer's settings that a resumed run must not change."""
+    return {name: _plain(getattr(arguments, name)) for name in METHOD_ARGUMENTS}
 
 
 def _plain(value: Any) -> Any:

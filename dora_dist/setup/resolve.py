@@ -155,9 +155,9 @@ def resolve_run(
     if new_tokens:
         fit_rows(skeleton, ids_of(tokenizer, new_tokens))
     notes += check_vocabulary(skeleton, tokenizer, data)
-    ranks_of_layers, budget = check_method(config, skeleton, arguments.max_steps)
+    slots, budget = check_method(config, skeleton, arguments.max_steps)
     check_context(skeleton, data)
-    found, start, told = _resolve_start(config, skeleton, ranks_of_layers, started_from)
+    found, start, told = _resolve_start(config, skeleton, slots, started_from)
     notes += told
     recomputation, remarks = resolve_recomputation(config, skeleton, data, ranks, card)
     if config.adapter.routing == PROMPT:
@@ -169,11 +169,11 @@ def resolve_run(
         mixture=mixture,
         arguments=arguments,
         plan=plan,
-        ranks=ranks_of_layers,
-        left_out=block_weights.describe_left_out(skeleton, config.adapter, ranks_of_layers),
+        ranks=slots,
+        left_out=block_weights.describe_left_out(skeleton, config.adapter, slots),
         budget=budget,
         recomputation=recomputation,
-        fingerprint=fingerprint_of(config, arguments, data, plan, ranks, ranks_of_layers, budget.schedule, start),
+        fingerprint=fingerprint_of(config, arguments, data, plan, ranks, slots, budget.schedule, skeleton, start),
         best=best_rule(config, arguments, data, budget.schedule.final_step),
         row_parameters=num_row_parameters(skeleton, len(new_tokens)),
         start=found,
@@ -287,16 +287,11 @@ def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int)
 
     Raises:
         ValueError: ``adapter.target_modules`` matches nothing, quantization would leave too much as it is, or the run
-            is too short to prune.
+            is too short to prune; ``adapter.dtype`` does not go with the engine.
     """
     block_weights.check_quantized(skeleton, config.model.quantization, config.model.allow_unquantized)
-    under_zero = config.distributed.engine.startswith("zero")
     dtype = str(load.resolve_compute_dtype(config.model.compute_dtype)).removeprefix("torch.")
-    if under_zero and config.adapter.dtype not in ("auto", dtype):
-        raise ValueError(
-            f"adapter.dtype is {config.adapter.dtype}, but DeepSpeed casts all parameters to the compute dtype {dtype} "
-            "(and keeps a float32 master copy): leave it at auto"
-        )
+    _check_adapter_dtype(config, dtype)
     _check_head_dtype(config, dtype)
     ranks = resolve_ranks(skeleton, config.adapter)
     if config.adapter.routing == PROMPT:
@@ -343,6 +338,23 @@ def _key_of_slots(adapter: DynamicLoraConfig) -> str:
     if adapter.slots is not None:
         return "adapter.slots"
     return "adapter.initial_rank" + ("" if adapter.initial_rank else " (1.5 x adapter.target_rank by default)")
+
+
+def _check_adapter_dtype(config: RunConfig, compute_dtype: str) -> None:
+    """Refuse a dtype that the engine would change, or in which updates would be lost."""
+    dtype, engine = config.adapter.dtype, config.distributed.engine
+    if engine.startswith("zero"):
+        if dtype not in ("auto", compute_dtype):
+            raise ValueError(
+                f"adapter.dtype is {dtype}, but DeepSpeed casts all parameters to the compute dtype {compute_dtype} "
+                "(and keeps a float32 master copy): leave it at auto"
+            )
+    elif dtype == "bfloat16":
+        raise ValueError(
+            f"adapter.dtype is {dtype}, but distributed.engine {engine} keeps no float32 master copy, so that updates "
+            "too small for 16 bits, such as those of a gate near 1, would be lost: set adapter.dtype to auto, which is "
+            "float32 here"
+        )
 
 
 def _check_head_dtype(config: RunConfig, compute_dtype: str) -> None:

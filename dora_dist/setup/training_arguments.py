@@ -5,14 +5,16 @@ import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import IntervalStrategy, SchedulerType, TrainingArguments, get_scheduler
+from torch import nn
+from transformers import IntervalStrategy, PreTrainedModel, SchedulerType, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
     get_reporting_integration_callbacks,
 )
+from transformers.training_args import OptimizerNames
 
 from dora_dist.base_model import load
 from dora_dist.config.adapter import PROMPT, DynamicLoraConfig
@@ -80,10 +82,44 @@ def training_arguments(
     _check_evaluations(config, IntervalStrategy(arguments.eval_strategy).value)
     epochs = arguments.num_train_epochs
     arguments.max_steps = count_steps(mixture, arguments.max_steps, epochs, global_batch(arguments, ranks))
-    _check_scheduler(arguments)
     if "logging_steps" not in config.training:
         arguments.logging_steps = max(1, min(DEFAULT_TRAINING_ARGUMENTS["logging_steps"], arguments.max_steps // 10))
+    _try_optimizer(arguments)
     return arguments
+
+
+def _try_optimizer(arguments: TrainingArguments) -> None:
+    """Make optimizer and schedule once, of a matrix that nothing trains: what the Trainer finds wrong with them, it
+    would find when the model has been loaded.
+
+    Raises:
+        ValueError: names the key.
+    """
+    matrix = nn.utils.skip_init(nn.Linear, 2, 2, bias=False)  # draws no random number
+    try:
+        # Of the model, the optimizers that need one look at its parameters only.
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, cast(PreTrainedModel, matrix))
+        optimizer = kind([{"params": list(matrix.parameters()), "weight_decay": arguments.weight_decay}], **options)
+    except (TypeError, ValueError, ImportError) as error:
+        given = f" with training.optim_args {arguments.optim_args!r}" if arguments.optim_args else ""
+        raise ValueError(
+            f"training.optim is {OptimizerNames(arguments.optim).value}{given}, which cannot be used here: {error}. "
+            f"Set it to {DEFAULT_TRAINING_ARGUMENTS['optim']}, or mend what is wrong with it"
+        ) from None
+    try:
+        get_scheduler(
+            arguments.lr_scheduler_type,
+            optimizer,
+            arguments.get_warmup_steps(arguments.max_steps),
+            arguments.max_steps,
+            cast(dict[str, Any] | None, arguments.lr_scheduler_kwargs),  # a text has been read by now
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"training.lr_scheduler_type is {SchedulerType(arguments.lr_scheduler_type).value}, which does not go with "
+            f"training.lr_scheduler_kwargs {arguments.lr_scheduler_kwargs}: {error}. Set them to arguments that this "
+            "schedule takes and needs"
+        ) from None
 
 
 def _owned(config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -116,25 +152,6 @@ def _check_evaluations(config: RunConfig, strategy: str) -> None:
                 f"training.{name} is {config.training[name]}, which has no effect: training.eval_strategy is "
                 f"{strategy}. Omit training.{name}, or {needed}set training.eval_strategy to steps"
             )
-
-
-def _check_scheduler(arguments: TrainingArguments) -> None:
-    """Refuse a scheduler that cannot be made, as the Trainer finds out itself when the model has been loaded."""
-    steps, options = arguments.max_steps, arguments.lr_scheduler_kwargs
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=arguments.learning_rate)
-    try:
-        get_scheduler(
-            arguments.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=arguments.get_warmup_steps(steps),
-            num_training_steps=steps,
-            scheduler_specific_kwargs=options,  # type: ignore[arg-type]
-        )
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"training.lr_scheduler_type is {SchedulerType(arguments.lr_scheduler_type).value} and "
-            f"training.lr_scheduler_kwargs is {options}, which do not go together: {error}"
-        ) from None
 
 
 def _check_balance(adapter: DynamicLoraConfig, arguments: TrainingArguments) -> None:

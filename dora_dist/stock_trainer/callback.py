@@ -4,6 +4,7 @@ It contains no method of its own: it builds the controller of :mod:`dora_dist.tr
 trainer's loop.
 """
 
+import json
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
@@ -20,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dora_dist.adapter.model import DynamicLoraModel
 from dora_dist.adapter.unfolded import trained_parameters
+from dora_dist.config.adapter import DynamicLoraConfig
 from dora_dist.config.checks import require
 from dora_dist.config.format_version import FORMAT_VERSION, METHOD_STATE, METHOD_TENSORS
 from dora_dist.config.pruning import PruningConfig
@@ -30,10 +32,12 @@ from dora_dist.distributed.world import check_world, host_group
 from dora_dist.method.budget import Budget, component_costs
 from dora_dist.method.prune_event import PruneEvent
 from dora_dist.setup.build import build_controller
+from dora_dist.setup.fingerprint import method_arguments
 from dora_dist.setup.resolve import build_schedule
 from dora_dist.stock_trainer import refusals
 from dora_dist.stock_trainer.penalty_gradient import PenaltyGradient
 from dora_dist.stock_trainer.rows import check_numbered, loss_of_row
+from dora_dist.training.batch_size import global_batch
 from dora_dist.training.controller import DynamicRankController
 from dora_dist.training.from_data.start import DataStart, spread, start_from_data
 from dora_dist.training.gradient_watch import GradientWatch
@@ -79,6 +83,7 @@ class DynamicRankCallback(TrainerCallback):
         self.calibration_rows = calibration_rows
         self.controller: DynamicRankController | None = None
         self.events: list[PruneEvent] = []
+        self._settings: dict[str, Any] = {}
         self._penalty: PenaltyGradient | None = None
         self._watch: GradientWatch | None = None
 
@@ -106,6 +111,7 @@ class DynamicRankCallback(TrainerCallback):
         refusals.check_dtype(model)
         agreement = Agreement(args.device, host_group=host_group(timedelta(seconds=args.ddp_timeout)))
         check_world(agreement, args, AcceleratorState())
+        self._settings = _settings(self.pruning, model.dynamic_config, args, state)
         seed = model.dynamic_config.seed or 0
         begins = state.global_step == 0
         if self.init is not None and begins:
@@ -116,7 +122,7 @@ class DynamicRankCallback(TrainerCallback):
             self.controller.verify("the adapter at the start")
             self._watch = GradientWatch(self.controller.layers)
         else:
-            self._resume(_checkpoint(args, state), state)
+            self._resume(args, state)
         if self.pruning.equilibrium_weight:
             self._penalty = PenaltyGradient(self.controller, self.pruning.equilibrium_weight)
 
@@ -148,7 +154,7 @@ class DynamicRankCallback(TrainerCallback):
             controller.check_finite()
             if args.should_save:
                 save_method_tensors(folder, controller)
-                about = {"format": FORMAT_VERSION, "step": controller.step, "settings": self._settings(state)}
+                about = {"format": FORMAT_VERSION, "step": controller.step, "settings": self._settings}
                 write_json(folder / METHOD_STATE, about)
 
     def on_train_end(
@@ -166,20 +172,13 @@ class DynamicRankCallback(TrainerCallback):
         assert self.controller is not None, "the trainer calls on_train_begin first"
         return self.controller
 
-    def _settings(self, state: TrainerState) -> dict[str, Any]:
-        """Settings that must not change in a resume."""
-        return {
-            "total steps": state.max_steps,
-            **{f"pruning.{key}": value for key, value in asdict(self.pruning).items()},
-        }
-
-    def _resume(self, folder: Path, state: TrainerState) -> None:
-        controller = self._running
+    def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
+        controller, folder = self._running, _checkpoint(args, state)
         with controller.agreement.together(f"loading {folder}"):
-            tensors = self._read(folder, state)
+            tensors = self._read(folder, state.global_step)
         controller.load_state_dict(tensors, state.global_step)
 
-    def _read(self, folder: Path, state: TrainerState) -> dict[str, Tensor]:
+    def _read(self, folder: Path, step: int) -> dict[str, Tensor]:
         """The tensors of a checkpoint. The trainer has already loaded the checkpoint's parameters into the model.
 
         Raises:
@@ -187,15 +186,16 @@ class DynamicRankCallback(TrainerCallback):
         """
         if not (folder / METHOD_STATE).is_file():
             raise ValueError(
-                f"the trainer resumes from step {state.global_step}, but {folder / METHOD_STATE} is missing: resume "
+                f"the trainer resumes from step {step}, but {folder / METHOD_STATE} is missing: resume "
                 "from a checkpoint in output_dir that a trainer with a DynamicRankCallback has written to its end"
             )
-        written, wanted = read_json(folder / METHOD_STATE)["settings"], self._settings(state)
-        for name, value in wanted.items():
-            if written.get(name) != value:
+        written = read_json(folder / METHOD_STATE)["settings"]
+        for name, value in self._settings.items():
+            # Checkpoints of earlier versions lack some.
+            if written.get(name, value) != value:
                 raise ValueError(
-                    f"{name} is {value}, but {folder} was written with {written.get(name)}: settings that affect "
-                    "pruning must not change in a resume; set it back, or start a new run"
+                    f"{name} is {value}, but {folder} was written with {written[name]}: settings that affect the "
+                    "result must not change in a resume; set it back, or start a new run"
                 )
         tensors = load_file(folder / METHOD_TENSORS)
         trained = trained_parameters(self._running.layers, self._running.head)
@@ -212,6 +212,22 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     """The folder of the trainer's checkpoint at this step."""
     assert args.output_dir is not None
     return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _settings(
+    pruning: PruningConfig, adapter: DynamicLoraConfig, args: TrainingArguments, state: TrainerState
+) -> dict[str, Any]:
+    """Settings that must not change in a resume; plain JSON."""
+    found = {
+        "total steps": state.max_steps,
+        "number of processes": args.world_size,
+        "rows of a step on each process": global_batch(args, 1),
+        **{f"pruning.{key}": value for key, value in asdict(pruning).items()},
+        **{f"adapter.{key}": value for key, value in asdict(adapter).items()},
+        **method_arguments(args),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(found))
+    return plain
 
 
 def _budget(model: DynamicLoraModel, pruning: PruningConfig, total_steps: int) -> Budget:

@@ -1,5 +1,6 @@
 """Refuses trainers and settings with which the method would silently be wrong."""
 
+import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
@@ -56,6 +57,13 @@ def check_settings(arguments: TrainingArguments, state: TrainerState) -> None:
             "auto_find_batch_size is true, so training may start again with an adapter that is already trained: "
             "set it to false, and per_device_train_batch_size to what fits"
         )
+    if arguments.load_best_model_at_end:
+        raise ValueError(
+            "load_best_model_at_end is true, but a checkpoint from before the last pruning event may be the best, and "
+            "does not meet the budget: set it to false, and take one of the checkpoints from the last event on (each "
+            "is a plain LoRA adapter) by the figures in trainer.state.log_history; dora-dist train has "
+            "evaluation.keep_best"
+        )
     if state.is_hyper_param_search:
         raise ValueError(
             "the trainer searches hyperparameters, but every trial needs its own model and callback: make a "
@@ -87,13 +95,19 @@ def check_engine(accelerator: AcceleratorState) -> None:
 
 
 def check_dtype(model: DynamicLoraModel) -> None:
-    """Refuse an adapter that was cast to fewer bits, if no engine keeps a float32 copy of it.
+    """Refuse an adapter in 16 bits, or one that was cast, if no engine keeps a float32 copy of it.
 
     Raises:
-        ValueError: names both dtypes.
+        ValueError: names the dtypes.
     """
     if AcceleratorState().distributed_type == DistributedType.DEEPSPEED:
         return
+    if model.adapter_dtype.itemsize < torch.float32.itemsize:
+        raise ValueError(
+            f"the adapter was made in {model.adapter_dtype} (DynamicLoraConfig(dtype={model.dynamic_config.dtype!r})), "
+            "of which no engine keeps a float32 copy here, so that updates too small for 16 bits, such as those of a "
+            'gate near 1, would be lost: set dtype to "float32", or train under ZeRO stage 2'
+        )
     found = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} - {model.adapter_dtype}
     if found:
         raise ValueError(

@@ -129,7 +129,7 @@ class Checkpointer:
             if self._agreement.is_first:
                 checkpoint.check_shards(folder, self._agreement.size, self._settings.engine)
                 checkpoint.seal(folder, {name: seen for files in by_rank for name, seen in files.items()})
-                checkpoint.rotate(run, self._settings.keep_last)
+                checkpoint.rotate(folder, self._settings.keep_last)
 
     def restore(self, folder: Path) -> None:
         """Take over from a checkpoint, which any number of ranks may have written; to be called on every rank, once.

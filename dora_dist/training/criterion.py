@@ -86,14 +86,16 @@ class _GateChanges:
 
     def __init__(self, gates: Sequence[Tensor]) -> None:
         sizes = [gate.numel() for gate in gates]
+        self._gates = list(gates)
         self._gradient = torch.zeros(sum(sizes), dtype=torch.float32, device=gates[0].device)
         # The hooks write to views of one flat tensor, which needs no gathering.
         for gate, part in zip(gates, torch.split(self._gradient, sizes), strict=True):
             gate.register_hook(_adder(part))
 
     @torch.no_grad()
-    def take(self, layers: Sequence[Components], agreement: Agreement) -> tuple[Tensor, Tensor]:
-        """Values of the step just taken, the same on every rank; then starts anew for the next step.
+    def take(self, agreement: Agreement) -> tuple[Tensor, Tensor]:
+        """Values of the step just taken, the same on every rank; then starts anew for the next step. No gradient comes
+        to a masked gate, so that its value is 0.
 
         Returns:
             The values, shape ``(components,)``, float64; and whether all gradients are finite, as a scalar tensor on
@@ -101,7 +103,7 @@ class _GateChanges:
         """
         gradient = agreement.mean(self._gradient).double()
         self._gradient.zero_()
-        return torch.cat([gate for _, gate, _ in layers]) * gradient, torch.isfinite(gradient).all()
+        return torch.cat([gate.detach() for gate in self._gates]) * gradient, torch.isfinite(gradient).all()
 
 
 class GateSensitivity(Criterion):
@@ -120,7 +122,7 @@ class GateSensitivity(Criterion):
 
     @torch.no_grad()
     def update(self, layers: Sequence[Components], agreement: Agreement) -> None:
-        change, finite = self._changes.take(layers, agreement)
+        change, finite = self._changes.take(agreement)
         self.scores += change.abs().where(finite, 0)
 
     def rescore(self, layers: Sequence[Components]) -> None:
@@ -155,7 +157,7 @@ class LayerSensitivity(Criterion):
 
     @torch.no_grad()
     def update(self, layers: Sequence[Components], agreement: Agreement) -> None:
-        changes, finite = self._changes.take(layers, agreement)
+        changes, finite = self._changes.take(agreement)
         before, after = self._averages, self._averages.after(sensitivity_of_layers(changes, self._sizes))
         self._averages = ModuleScores(
             sensitivity=after.sensitivity.where(finite, before.sensitivity),
@@ -171,12 +173,15 @@ class LayerSensitivity(Criterion):
 
 
 def components_of(layers: Iterable[DynamicLoraLinear]) -> list[Components]:
-    """The components of layers in the form that criteria take; masked components have gate 0."""
+    """The components of layers in the form that scores of weights take: each gate is multiplied by its layer's scale,
+    in float64, since both are part of what a component computes; a masked one is 0."""
     layers = list(layers)
-    gates = torch.cat([layer.gate.detach() for layer in layers])
+    gates = torch.cat([layer.gate.detach() for layer in layers]).double()
     sizes = [layer.gate.numel() for layer in layers]
     gates = gates.where(torch.cat([layer.component_mask for layer in layers]), 0)
-    return [(layer.lora_a, gate, layer.lora_b) for layer, gate in zip(layers, gates.split(sizes), strict=True)]
+    return [
+        (layer.lora_a, gate * layer.scale, layer.lora_b) for layer, gate in zip(layers, gates.split(sizes), strict=True)
+    ]
 
 
 class LossChange(Criterion):

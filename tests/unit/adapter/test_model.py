@@ -17,6 +17,7 @@ from support.tiny_models import (
     tiny_model,
     trainable,
 )
+from support.tiny_run import tiny_tokenizer
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -25,6 +26,7 @@ from dora_dist.adapter.model import DynamicLoraModel, add_dynamic_lora
 from dora_dist.adapter.plain_lora import read_lora_adapter
 from dora_dist.config.adapter import DynamicLoraConfig
 from dora_dist.config.format_version import ADAPTER_WEIGHTS
+from dora_dist.train import save_adapter
 
 
 @pytest.fixture(scope="module")
@@ -257,9 +259,18 @@ def test_only_the_main_process_writes_an_adapter(tmp_path):
     assert not (tmp_path / "adapter").exists()
 
 
-def test_an_adapter_without_effect_is_not_saved(tmp_path):
-    with pytest.raises(ValueError, match="no adapter to write"):
-        adapt(tiny_model(), init="paper").save_pretrained(tmp_path / "adapter")
+def test_an_adapter_with_all_gates_at_0_is_saved_as_zeros_and_is_no_result(tmp_path):
+    """As a checkpoint has it when the learning rate has been 0 so far."""
+    base = tiny_model()
+    untouched, model = logits(base), adapt(tiny_model(), init="paper")
+    model.save_pretrained(tmp_path / "adapter")
+    stock = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    loaded = {name for name, module in stock.named_modules() if hasattr(module, "lora_A")}
+    assert loaded == {f"base_model.model.{name}" for name in model.adapted_layers()}
+    assert torch.equal(logits(stock), untouched)
+    with pytest.raises(ValueError, match=r"has no effect: set training\.learning_rate above 0"):
+        save_adapter(model, tiny_tokenizer(), tmp_path / "result")
+    assert not (tmp_path / "result").exists()
 
 
 def test_targets_that_match_nothing_are_refused():

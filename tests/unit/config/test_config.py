@@ -262,6 +262,14 @@ def test_owned_training_arguments_are_refused_when_loading(load):
             "routing is prompt and init is gradient, .* set init to lora or paper",
         ),
         (["--model.quantization", "fp4"], "model.quantization.*fp4"),
+        *(
+            (["--training.lr_scheduler_type", kind], f"training.lr_scheduler_type is {kind}, .* set it to linear")
+            for kind in ("reduce_lr_on_plateau", "greedy")
+        ),
+        *(
+            (["--training.optim", f"schedule_free_{kind}"], f"training.optim is schedule_free_{kind}, .* adamw_torch")
+            for kind in ("radam", "adamw", "sgd")
+        ),
         (["--pruning.smoothing", "1.0"], "pruning.smoothing is 1.0"),
         (["--pruning.warmup_fraction", "-0.1"], "pruning.warmup_fraction is -0.1"),
         (["--pruning.warmup_fraction", "0.1"], r"warmup_fraction \+ pruning.final_fraction is 0.1 \+ 0.9, but must"),

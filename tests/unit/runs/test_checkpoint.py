@@ -96,30 +96,41 @@ def test_a_path_that_is_no_folder_is_refused(tmp_path, resume):
         checkpoint.find_resumable(tmp_path, resume)
 
 
+def names(run):
+    return [path.name for path in checkpoint.checkpoints(run)]
+
+
 def test_rotation_keeps_the_newest_complete_ones_and_never_the_only_one(tmp_path):
     make_checkpoint(tmp_path, 3, sealed=False)
-    for step in (5, 10, 100):
-        make_checkpoint(tmp_path, step)
-    make_checkpoint(tmp_path, 200, sealed=False)
-    checkpoint.rotate(tmp_path, keep_last=2)
-    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == [
-        "checkpoint-10",
-        "checkpoint-100",
-        "checkpoint-200",
-    ]
-    checkpoint.rotate(tmp_path, keep_last=1)
-    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-100", "checkpoint-200"]
+    *_, saved = (make_checkpoint(tmp_path, step) for step in (5, 10, 100))
+    checkpoint.rotate(saved, keep_last=2)
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-100"]
+    checkpoint.rotate(saved, keep_last=1)
+    assert names(tmp_path) == ["checkpoint-100"]
+
+
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_a_newer_one_that_was_damaged_does_not_take_the_place_of_what_is_saved(tmp_path, keep_last):
+    make_checkpoint(tmp_path, 5)
+    for step in (10, 20):
+        flip_a_bit(make_checkpoint(tmp_path, step) / "global_step" / "optimizer.pt")
+    make_checkpoint(tmp_path, 30, sealed=False)
+    found, _ = checkpoint.find_resumable(tmp_path, "auto")
+    assert found.name == "checkpoint-5"
+    checkpoint.rotate(saved := make_checkpoint(tmp_path, 7), keep_last)
+    assert checkpoint.find_resumable(tmp_path, "auto") == (saved, [])
+    assert names(tmp_path) == ["checkpoint-5", "checkpoint-7"][-keep_last:]
 
 
 def test_rotation_keeps_the_best_one_that_any_kept_one_names(tmp_path):
     for step, best in ((5, 5), (10, 5), (15, 5), (20, 20)):
         folder = make_checkpoint(tmp_path, step)
         (folder / METHOD_STATE).write_text(json.dumps({"best": {"step": best}}))
-    checkpoint.rotate(tmp_path, keep_last=2)
-    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in (5, 15, 20)]
-    (tmp_path / "checkpoint-20" / METHOD_STATE).write_text("damaged")
-    checkpoint.rotate(tmp_path, keep_last=1)
-    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-20"]
+    checkpoint.rotate(folder, keep_last=2)
+    assert names(tmp_path) == [f"checkpoint-{step}" for step in (5, 15, 20)]
+    (folder / METHOD_STATE).write_text("damaged")
+    checkpoint.rotate(folder, keep_last=1)
+    assert names(tmp_path) == ["checkpoint-20"]
 
 
 def test_the_state_of_the_method_comes_back_bit_for_bit(tmp_path):

@@ -39,6 +39,13 @@ def test_a_setting_of_a_section_that_only_one_version_has_is_a_difference():
     assert earlier.differences(now) == ["pruning.smoothing was None and is now 0.9"]
 
 
+def test_other_weights_of_the_base_are_a_difference_where_both_are_known():
+    unknown, first, second = (some_fingerprint(weights=weights) for weights in (None, "1 files, ab", "1 files, cd"))
+    assert first.differences(second) == ["weights of model.path was '1 files, ab' and is now '1 files, cd'"]
+    assert unknown.differences(first) == first.differences(unknown) == first.differences(first) == []
+    assert Fingerprint.from_dict(first.as_dict(), RUN) == first
+
+
 def test_a_damaged_record_is_refused_with_the_setting_that_is_missing():
     settings = some_fingerprint().as_dict()
     del settings["global batch"]

@@ -1,7 +1,9 @@
 """From a configuration to the parts of a run: what is refused before a model is read, and what a run is known by."""
 
+import dataclasses
 import json
 import re
+import shutil
 from collections import Counter
 from functools import partial
 
@@ -66,6 +68,13 @@ def test_the_seed_of_the_run_is_the_seed_of_the_adapter_unless_it_has_its_own(co
         ([*ROUTED, "--adapter.modules_per_prompt", "8"], "the decoder blocks have 7 adapted modules"),
         (["--training.max_steps", "1"], "1 optimizer steps with warmup_fraction 0.15"),
         (["--distributed.engine", "zero2", "--adapter.dtype", "bfloat16"], "adapter.dtype is bfloat16, but DeepSpeed"),
+        *(
+            (
+                ["--distributed.engine", engine, "--adapter.dtype", "bfloat16"],
+                f"adapter.dtype is bfloat16, but .*engine {engine} keeps no float32 master copy.*set .* to auto",
+            )
+            for engine in ("ddp", "none")
+        ),
     ],
 )
 def test_a_method_that_cannot_work_is_refused_without_reading_weights(config, overrides, message):
@@ -190,6 +199,14 @@ def test_a_rank_that_a_layer_cannot_have_is_refused_with_its_name_and_the_larges
         (["--training.lr_scheduler_type", "cosine_with_min_lr"], "type is cosine_with_min_lr and .*kwargs is None, wh"),
         (["--training.per_device_train_batch_size", "51"], "50 training examples do not fill one global batch of 51"),
         (["--model.compute_dtype", "bfloat16"], "there is no GPU"),
+        (
+            ["--training.lr_scheduler_type", "cosine", "--training.lr_scheduler_kwargs", "{num_cycle: 2}"],
+            "lr_scheduler_type is cosine, .*lr_scheduler_kwargs {'num_cycle': 2}: .*unexpected keyword .*num_cycle",
+        ),
+        (["--training.lr_scheduler_type", "warmup_stable_decay"], "is warmup_stable_decay, .*num_decay_steps"),
+        (["--training.lr_scheduler_type", "cosine_with_min_lr"], "is cosine_with_min_lr, .*min_lr"),
+        (["--training.optim", "stable_adamw"], "optim is stable_adamw, which cannot be used here: .*torch-optimi"),
+        (["--training.optim_args", "momentum"], "optim is adamw_torch with training.optim_args 'momentum', which"),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the messages are those of a machine without a GPU")
@@ -249,6 +266,25 @@ def test_the_fingerprint_knows_the_content_of_the_data(config):
     after = resolved(load(config)).fingerprint
     (difference,) = before.differences(after)  # the order is one of numbers, and stays
     assert difference.startswith("examples of train was ")
+
+
+def test_the_fingerprint_knows_the_weights_of_the_base_wherever_they_lie(config, tmp_path):
+    model = config.parent / "model"
+    before = resolved(load(config)).fingerprint
+    shutil.copytree(model, tmp_path / "copy")
+    assert resolved(load(config, "--model.path", str(tmp_path / "copy"))).fingerprint.weights == before.weights
+    tiny_model(seed=1).save_pretrained(model)
+    (difference,) = before.differences(resolved(load(config)).fingerprint)
+    assert difference.startswith("weights of model.path was '1 files, ")
+
+
+@pytest.mark.parametrize(("name", "value"), [("neftune_noise_alpha", "5.0"), ("optim_args", "eps=1e-3")])
+def test_the_fingerprint_knows_what_changes_the_steps_beside_the_optimizer(config, name, value):
+    before = resolved(load(config)).fingerprint
+    (difference,) = before.differences(resolved(load(config, f"--training.{name}", value)).fingerprint)
+    assert difference.startswith(f"training.{name} was None and is now ")
+    of_an_earlier_version = {key: setting for key, setting in before.training.items() if key != name}
+    assert not dataclasses.replace(before, training=of_an_earlier_version).differences(before)
 
 
 def test_dropped_examples_are_counted_and_said(config):

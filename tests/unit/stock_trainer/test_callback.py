@@ -1,5 +1,6 @@
 """The callback in transformers' own Trainer, in one process."""
 
+import shutil
 import warnings
 from types import SimpleNamespace
 
@@ -80,6 +81,52 @@ def test_a_resume_that_would_go_another_way_is_refused(finished, base, tmp_path)
         resume(output=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("adapter", "arguments", "message"),
+    [
+        ({"alpha": 64.0}, {}, r"adapter\.alpha is 64\.0, but .* was written with 8\.0"),
+        ({"scale": "sqrt_rank"}, {}, r"adapter\.scale is sqrt_rank"),
+        ({"target_rank": 3}, {}, r"adapter\.target_rank is 3"),
+        ({}, {"learning_rate": 1e-3}, r"learning_rate is 0\.001"),
+        ({}, {"optim": "sgd"}, r"optim is sgd, but .* was written with adamw_torch"),
+        ({}, {"lr_scheduler_type": "cosine"}, r"lr_scheduler_type is cosine"),
+        ({}, {"weight_decay": 0.5}, r"weight_decay is 0\.5"),
+        ({}, {"max_grad_norm": 1.0}, r"max_grad_norm is 1\.0"),
+        ({}, {"gradient_accumulation_steps": 2}, "rows of a step on each process is 4"),
+    ],
+)
+def test_a_resume_with_another_adapter_or_other_steps_is_refused(adapter, arguments, message, finished, base):
+    callback = new_callback(importance="gate_sensitivity")
+    trainer = make_trainer(adapted(base, "nf4", **adapter), callback, finished.output, **arguments)
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=str(finished.output / "checkpoint-2"))
+
+
+def test_a_resume_on_another_number_of_processes_is_refused(finished, base, tmp_path):
+    written = tmp_path / "checkpoint-2"
+    shutil.copytree(finished.output / "checkpoint-2", written)
+    state = read_json(written / "dynamic_lora.json")
+    state["settings"]["number of processes"] = 2
+    write_json(written / "dynamic_lora.json", state)
+    trainer = make_trainer(adapted(base, "nf4"), new_callback(importance="gate_sensitivity"), tmp_path)
+    with pytest.raises(ValueError, match=r"number of processes is 1, but .* was written with 2"):
+        trainer.train(resume_from_checkpoint=str(written))
+
+
+def test_a_checkpoint_of_an_earlier_version_with_fewer_settings_goes_on(finished, base, tmp_path):
+    written = tmp_path / "checkpoint-6"
+    shutil.copytree(finished.output / "checkpoint-6", written)
+    state = read_json(written / "dynamic_lora.json")
+    state["settings"] = {
+        name: value for name, value in state["settings"].items() if name == "total steps" or "pruning" in name
+    }
+    write_json(written / "dynamic_lora.json", state)
+    model = adapted(base, "nf4")
+    make_trainer(model, new_callback(importance="gate_sensitivity"), tmp_path).train(str(written))
+    left_alone = state_of(finished.model)
+    assert all(left_alone[name].equal(value) for name, value in state_of(model).items())
+
+
 def test_what_a_folder_holds_that_is_no_checkpoint_of_this_adapter_is_not_loaded(finished, base):
     with pytest.raises(ValueError, match=r"adapter has no dynamic_lora\.safetensors"):
         adapted(base).load_adapter(finished.output / "adapter", "default")
@@ -124,6 +171,21 @@ def test_an_adapter_that_is_not_finite_is_not_kept(base, tmp_path):
     with pytest.raises(NonFiniteAdapterError, match="is not finite"):
         trainer.train()
     assert not (tmp_path / "checkpoint-1" / "dynamic_lora.json").exists()
+
+
+def test_a_checkpoint_of_steps_that_have_changed_nothing_is_written_and_resumed(base, tmp_path):
+    """All gates start at 0, and the rate of the first step of a warm-up is 0."""
+
+    def train(resume=None):
+        callback = new_callback(warmup_fraction=0.4)
+        model = adapted(base, init="paper")
+        make_trainer(model, callback, tmp_path, warmup_steps=2, **SAVING).train(resume_from_checkpoint=resume)
+        return state_of(model)
+
+    left_alone = train()
+    resumed = train(str(tmp_path / "checkpoint-1"))
+    assert all(resumed[name].equal(value) for name, value in left_alone.items())
+    assert any(value.any() for name, value in resumed.items() if "lora_gate" in name)
 
 
 class Start(TrainerCallback):
@@ -173,6 +235,12 @@ def test_an_adapter_that_was_cast_gets_its_dtype_back(base, tmp_path):
         trainer.train()
 
 
+def test_an_adapter_in_16_bits_of_which_nobody_keeps_more_is_refused(base, tmp_path):
+    trainer = make_trainer(adapted(base, dtype="bfloat16"), new_callback(), tmp_path)
+    with pytest.raises(ValueError, match=r"made in torch\.bfloat16 .*set dtype to \"float32\""):
+        trainer.train()
+
+
 def test_models_and_rules_that_are_not_pruned_are_refused(base, tmp_path):
     with pytest.raises(ValueError, match=r"model is a LlamaForCausalLM, but .*add_dynamic_lora"):
         make_trainer(tiny_model(), new_callback(), tmp_path)
@@ -197,14 +265,14 @@ def test_rows_that_are_streamed_have_no_start(base, tmp_path):
     [
         ({"fp16": True}, "fp16 is true"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size is true"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end is true, .* set it to false"),
         ({"n_gpu": 2}, "one process sees 2 GPUs"),
     ],
 )
 def test_settings_that_would_go_wrong_without_a_word_are_refused(changes, message, tmp_path):
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
-    seen = SimpleNamespace(
-        **{**{name: getattr(arguments, name) for name in ("fp16", "auto_find_batch_size", "n_gpu")}, **changes}
-    )
+    looked_at = ("fp16", "auto_find_batch_size", "load_best_model_at_end", "n_gpu")
+    seen = SimpleNamespace(**{**{name: getattr(arguments, name) for name in looked_at}, **changes})
     with pytest.raises(ValueError, match=message):
         refusals.check_settings(seen, SimpleNamespace(is_hyper_param_search=False))
 

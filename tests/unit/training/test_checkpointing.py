@@ -147,6 +147,18 @@ def test_the_events_come_from_the_checkpoint_whatever_became_of_the_records(save
     assert (run / records.ALLOCATION).read_text() == events
 
 
+def test_a_checkpoint_of_another_folder_leaves_no_record_of_the_course_before_it(saved, tmp_path):
+    loop, folder = saved
+    other = Loop(tmp_path / "other")
+    other.train(1, STEP)
+    Loop(other.run).checkpointer.restore(folder)
+    assert records.read_metrics(other.run) == []
+    assert (other.run / records.ALLOCATION).read_text() == (folder / records.ALLOCATION).read_text()
+    (tmp_path / "link").symlink_to(loop.run)
+    Loop(loop.run).checkpointer.restore(tmp_path / "link" / folder.name)
+    assert [line["step"] for line in records.read_metrics(loop.run)] == list(range(1, STEP + 1))
+
+
 def test_a_checkpoint_has_all_events_though_their_file_was_deleted_while_the_run_went_on(tmp_path):
     loop = Loop(tmp_path / "run")
     loop.train(1, 2)

@@ -7,11 +7,12 @@ from support.tiny_models import adapt, loss_and_gradients, shake, tiny_model, to
 from dora_dist.distributed.agreement import Agreement, RankFailedError
 from dora_dist.method.budget import PARAMETERS, Budget, component_costs
 from dora_dist.method.growing import ModuleScores
-from dora_dist.method.importance import component_magnitudes
+from dora_dist.method.importance import component_magnitudes, weight_criterion
 from dora_dist.method.schedule import BudgetSchedule, GrowthSchedule
 from dora_dist.training.controller import DynamicRankController
-from dora_dist.training.criterion import GateSensitivity, LayerSensitivity, LossChange, SmoothedScores
+from dora_dist.training.criterion import GateSensitivity, LayerSensitivity, LossChange, SmoothedScores, components_of
 from dora_dist.training.rules.grow import Grow
+from dora_dist.training.rules.masks import set_mask
 
 
 @pytest.fixture
@@ -163,6 +164,35 @@ def test_scores_of_weights_are_smoothed_from_0(model):
     torch.testing.assert_close(criterion.scores, 0.25 * now)
     criterion.update(parts(model), Agreement())
     torch.testing.assert_close(criterion.scores, (0.75 * 0.25 + 0.25) * now)
+
+
+@pytest.mark.parametrize("importance", ["frobenius", "magnitude", "squared_magnitude"])
+def test_a_component_has_the_score_that_it_had_where_its_layer_loses_others_and_follows_in_scale(importance):
+    model = shake(adapt(tiny_model(), initial_rank=3, scale="sqrt_rank"))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.double()
+    layers = list(model.adapted_layers().values())
+    layers[1].gate.data[1:] = 0  # nothing to lose but the scale, so that no sum of the layer changes
+    score = weight_criterion(importance, 0)
+    update = layers[1].scale * layers[1].gate[0] * torch.outer(layers[1].lora_b[:, 0], layers[1].lora_a[0])
+    before, scale = score(components_of(layers)), layers[1].scale
+    set_mask(layers[1], torch.tensor([True, False, False]))
+    assert layers[1].scale != scale
+    torch.testing.assert_close(
+        layers[1].scale * layers[1].gate[0] * torch.outer(layers[1].lora_b[:, 0], layers[1].lora_a[0]), update
+    )
+    torch.testing.assert_close(score(components_of(layers)), before, rtol=1e-12, atol=0)
+
+
+def test_the_magnitude_of_a_component_is_the_norm_of_what_it_adds_to_its_layer():
+    model = shake(adapt(tiny_model(), initial_rank=3, scale="sqrt_rank"))
+    layers = list(model.adapted_layers().values())
+    set_mask(layers[0], torch.tensor([True, True, False]))
+    found = component_magnitudes(components_of(layers[:2]))
+    for layer, scores in zip(layers, found, strict=False):
+        columns = layer.lora_b.double() * layer.effective_gate().double() * layer.scale
+        norms = [torch.outer(columns[:, one], layer.lora_a[one].double()).norm() for one in range(3)]
+        torch.testing.assert_close(scores, torch.stack(norms), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("importance", ["sensitivity", "weights"])
