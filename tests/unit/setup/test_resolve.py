@@ -192,11 +192,7 @@ def test_a_rank_that_a_layer_cannot_have_is_refused_with_its_name_and_the_larges
     ("overrides", "message"),
     [
         (["--training.save_strategy", "epoch"], "save_strategy is epoch, .*save_steps"),
-        (
-            ["--training.lr_scheduler_kwargs", "{cycles: 2}"],
-            "type is linear and .*kwargs is {'cycles': 2}, wh",
-        ),
-        (["--training.lr_scheduler_type", "cosine_with_min_lr"], "type is cosine_with_min_lr and .*kwargs is None, wh"),
+        (["--training.lr_scheduler_kwargs", "{cycles: 2}"], "is linear, .*lr_scheduler_kwargs {'cycles': 2}: .*cycles"),
         (["--training.per_device_train_batch_size", "51"], "50 training examples do not fill one global batch of 51"),
         (["--model.compute_dtype", "bfloat16"], "there is no GPU"),
         (
@@ -206,7 +202,6 @@ def test_a_rank_that_a_layer_cannot_have_is_refused_with_its_name_and_the_larges
         (["--training.lr_scheduler_type", "warmup_stable_decay"], "is warmup_stable_decay, .*num_decay_steps"),
         (["--training.lr_scheduler_type", "cosine_with_min_lr"], "is cosine_with_min_lr, .*min_lr"),
         (["--training.optim", "stable_adamw"], "optim is stable_adamw, which cannot be used here: .*torch-optimi"),
-        (["--training.optim_args", "momentum"], "optim is adamw_torch with training.optim_args 'momentum', which"),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the messages are those of a machine without a GPU")
