@@ -67,6 +67,7 @@ def start(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--processes", type=int)
     options, rest = parser.parse_known_args(arguments)
+    quiet_libraries()
     given = with_config_option(rest)
     # Not SLURM_PROCID: a batch script has it too, and is no rank.
     is_rank = "RANK" in os.environ and "WORLD_SIZE" in os.environ
