@@ -212,4 +212,6 @@ def test_a_head_that_is_tied_may_be_left_out(tmp_path):
     model.save_pretrained(tmp_path / "base")
     assert "lm_head.weight" not in load_file(tmp_path / "base" / "model.safetensors")
     quantize.main([str(tmp_path / "base"), str(tmp_path / "out")])
-    assert torch.equal(logits(stock(tmp_path / "out")), logits(quantized_model(tmp_path / "base", "nf4")))
+    expected = quantized_model(tmp_path / "base", "nf4")
+    forbid_inference_packing(expected)
+    assert torch.equal(logits(stock(tmp_path / "out")), logits(expected))
