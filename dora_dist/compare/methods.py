@@ -138,7 +138,8 @@ def _method(entry: str | Mapping[str, Any]) -> Method:
             if flaw := _flaw_of_key(parent, section, key):
                 raise ValueError(f"methods.{name}.{section}.{key} is set, but {flaw}")
         sections[section] = {**parent.sections.get(section, {}), **own}
-    changes = [f"{key} {value}" for section in SECTIONS for key, value in described.get(section, {}).items()]
+    changes = [f"{RANK_PER_BUDGET} {factor:g}"] * (factor != parent.rank_per_budget)
+    changes += [f"{key} {value}" for section in SECTIONS for key, value in described.get(section, {}).items()]
     return Method(
         name=name,
         says=f"{parent.name}, {', '.join(changes) or 'unchanged'}",
