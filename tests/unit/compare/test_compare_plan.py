@@ -293,7 +293,7 @@ def test_a_method_that_holds_rows_back_is_refused_before_any_cell_runs(plan_of):
 def test_a_routed_method_has_the_rank_at_which_a_prompt_uses_the_budget(plan_of):
     routed = {"from": "lora", "rank_per_budget": 3.5, "adapter": {"routing": "prompt", "modules_per_prompt": 2}}
     plan = plan_of(methods=["lora", {"routed": routed}], budgets=[2, 4])
-    assert plan.methods["routed"].says == "lora, rank_per_budget 3.5, routing prompt, modules_per_prompt 2"
+    assert plan.methods["routed"].says == "lora, rank_per_budget 3.5, modules_per_prompt 2, routing prompt"
     for budget, rank in ((2, 7), (4, 14)):
         adapter = run_of(plan, "routed", budget=budget).adapter
         assert (adapter.target_rank, adapter.start_rank) == (rank, rank)
