@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import set_seed
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dora_dist.adapter.model import prepare_heads, trained_heads
@@ -170,6 +170,10 @@ class TaskLoss(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.base.device
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        return self.base.config
 
 
 def _begin_records(
