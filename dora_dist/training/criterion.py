@@ -179,9 +179,8 @@ def components_of(layers: Iterable[DynamicLoraLinear]) -> list[Components]:
     gates = torch.cat([layer.gate.detach() for layer in layers]).double()
     sizes = [layer.gate.numel() for layer in layers]
     gates = gates.where(torch.cat([layer.component_mask for layer in layers]), 0)
-    return [
-        (layer.lora_a, gate * layer.scale, layer.lora_b) for layer, gate in zip(layers, gates.split(sizes), strict=True)
-    ]
+    scaled = torch._foreach_mul(gates.split(sizes), [layer.scale for layer in layers])  # one operation for all layers
+    return [(layer.lora_a, gate, layer.lora_b) for layer, gate in zip(layers, scaled, strict=True)]
 
 
 class LossChange(Criterion):
