@@ -137,6 +137,8 @@ def test_the_numbers_of_the_readme_are_those_of_the_files():
     adjusted = sorted(difference["p_holm"] for difference in differences if difference["high"] < 0)
     assert adjusted[2] < 0.001, "three of the p-values are below 0.001"
     assert f"one is {adjusted[3]:.2f})" in text
+    (_, default) = results("evidence/smollm2-default/results.json")["groups"]
+    assert f"the default by {-default['difference']['mean']:.3f} (three others)" in text
     assert f"{results('soak.json')[1]['killed']['kills']} kills in half an hour" in text
 
 
