@@ -260,4 +260,5 @@ def _wrong_type(message: str) -> str | None:
         wanted += re.findall(r"'([^']*)'", choices) if choices else [KIND_NAMES.get(kind, "")]
     if not all(wanted) or not wanted:
         return None
+    wanted.sort(key=lambda word: word == "null")  # versions of the parser differ in where it stands
     return f"{key[1]} is {value[1]}, but must be {alternatives(wanted)}"
