@@ -161,7 +161,7 @@ def _in_own_prompt(question: Question, own: str, chat: bool) -> Question:
     text = None
     with suppress(RowFlaw):
         text = fill_prompt(own, question.row)
-    if text is None and question.row.get("prompt"):
+    if text is None and (question.raw or question.row.get("prompt")):
         return question
     if text is None and not question.row and len(fields) == 1 and not question.context:
         text = fill_prompt(own, dict.fromkeys(fields, question.text))

@@ -132,6 +132,15 @@ def test_a_run_with_a_prompt_of_its_own_is_asked_in_it(chat: bool, monkeypatch: 
         assert whole.prompt(None, chat=False) == "As it is"
 
 
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("own", ["Summarise:\n{text}", "{a}\n{b}"])
+def test_a_whole_prompt_is_not_put_into_the_prompt_of_the_run(
+    own: str, chat: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (question,) = asked(trained_on([own], chat=chat), "All of it", raw=True, monkeypatch=monkeypatch)
+    assert (question.raw, question.text, question.messages) == (True, "All of it", ())
+
+
 def test_a_prompt_of_several_fields_asks_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     trained = trained_on(["{text}\n\n{question}"])
     (question,) = asked(trained, json.dumps({"text": "T", "question": 3}), monkeypatch=monkeypatch)
