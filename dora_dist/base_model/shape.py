@@ -8,7 +8,7 @@ from torch import nn
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 QUERY_KEY_VALUE = ("q_proj", "k_proj", "v_proj")
 """Layers that read one tensor; adapted ones are computed together (:mod:`dora_dist.adapter.shared_input`)."""
@@ -174,6 +174,12 @@ def read_shape(skeleton: "PreTrainedModel", ranks: Mapping[str, int], fuse: bool
         buffer_bytes=sum(buffer.nbytes for buffer in skeleton.buffers()),
         fused=fuse,
     )
+
+
+def positions_of(config: "PreTrainedConfig") -> int | None:
+    """Tokens of a row that a model has positions for; None where there is no bound."""
+    positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions
 
 
 def input_embedding(model: "PreTrainedModel") -> nn.Embedding:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dora_dist.adapter.model import DynamicLoraForCausalLM
+from dora_dist.base_model.shape import positions_of
 from dora_dist.data.batches import PaddedCollator, as_example
 from dora_dist.data.encoding.encoder import IGNORED
 from dora_dist.evaluation.evaluator import NUM_SHOWN, Evaluator, ShownAnswer, chunks
@@ -110,7 +111,7 @@ def generate_answers(
         stop: tokens that end an answer.
         options: how the next token is chosen, and other arguments of ``generate``.
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = positions_of(model.config)
     together: dict[int, list[int]] = {}
     for number, prompt in enumerate(prompts):
         room = max_new_tokens if context is None else min(max_new_tokens, context - len(prompt))

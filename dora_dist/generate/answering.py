@@ -8,7 +8,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dora_dist.base_model.shape import input_embedding
+from dora_dist.base_model.shape import input_embedding, positions_of
 from dora_dist.config.checks import require
 from dora_dist.console.phases import Phases
 from dora_dist.data.encoding.chat import stop_tokens
@@ -50,7 +50,7 @@ class Answerer:
             max_new_tokens: longest answer; None for that of the run's evaluations.
         """
         tokenizer = trained.load_tokenizer()
-        context = getattr(trained.load_model_config().get_text_config(), "max_position_embeddings", None)
+        context = positions_of(trained.load_model_config())
         if max_new_tokens is not None and context is not None:
             rule = f"be at most {context}, the model's context in tokens, which holds prompt and answer"
             require(max_new_tokens <= context, "--max-new-tokens", max_new_tokens, rule)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import TrainingArguments
 
 from dora_dist.base_model import load
 from dora_dist.config.adapter import RANKS_FROM_DATA, UNIFORM
@@ -47,12 +47,10 @@ def fingerprint_of(
     ranks: int,
     components: Mapping[str, int],
     schedule: Schedule,
-    skeleton: PreTrainedModel,
     start: str | None = None,
 ) -> Fingerprint:
     """The fingerprint of the run that is decided by these; ``ranks`` are processes, ``components`` has those that each
-    layer starts with, ``skeleton`` is the base without weights, and ``start`` is the identity of the adapter that the
-    run starts from."""
+    layer starts with, and ``start`` is the identity of the adapter that the run starts from."""
     interval = schedule.interval if isinstance(schedule, BudgetSchedule) else config.pruning.interval
     adapter = {**dataclasses.asdict(config.adapter), "seed": adapter_seed(config)}
     if config.adapter.ranks not in (UNIFORM, *RANKS_FROM_DATA):  # a plan's file may move, or be written again

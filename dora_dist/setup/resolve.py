@@ -13,7 +13,7 @@ from dora_dist.adapter.ranks import resolve_ranks
 from dora_dist.base_model import block_weights, load
 from dora_dist.base_model.new_tokens import fit_rows, ids_of, num_row_parameters
 from dora_dist.base_model.recomputation import Recomputation
-from dora_dist.base_model.shape import input_embedding, linear_layer
+from dora_dist.base_model.shape import input_embedding, linear_layer, positions_of
 from dora_dist.config.adapter import PROMPT, RANKS_FROM_DATA, UNIFORM, DynamicLoraConfig
 from dora_dist.config.checks import require
 from dora_dist.config.pruning import GROW, MODULES_PER_LAYER, NONE, PruningConfig
@@ -173,7 +173,7 @@ def resolve_run(
         left_out=block_weights.describe_left_out(skeleton, config.adapter, slots),
         budget=budget,
         recomputation=recomputation,
-        fingerprint=fingerprint_of(config, arguments, data, plan, ranks, slots, budget.schedule, skeleton, start),
+        fingerprint=fingerprint_of(config, arguments, data, plan, ranks, slots, budget.schedule, start),
         best=best_rule(config, arguments, data, budget.schedule.final_step),
         row_parameters=num_row_parameters(skeleton, len(new_tokens)),
         start=found,
@@ -426,7 +426,7 @@ def context_of(skeleton: PreTrainedModel) -> int | None:
 
     Models of the RoBERTa family count from behind their padding token, so that some positions are never used.
     """
-    context = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
+    context = positions_of(skeleton.config)
     for name, module in skeleton.named_modules():
         unused = getattr(module, "padding_idx", None)
         if context is not None and name.endswith("position_embeddings") and unused is not None:
