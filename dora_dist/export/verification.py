@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dora_dist.base_model.shape import input_embedding
+from dora_dist.base_model.shape import input_embedding, positions_of
 from dora_dist.console.errors import ExpectedRunError
 
 NUM_SEQUENCES = 4
@@ -108,7 +108,7 @@ def probe_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> 
     """The same token sequences for the same vocabulary, special tokens left out, shape ``(sequences, length)``."""
     size = min(len(tokenizer), input_embedding(model).num_embeddings)
     ordinary = torch.tensor(sorted(set(range(size)) - set(tokenizer.all_special_ids)))
-    length = min(SEQUENCE_LENGTH, getattr(model.config, "max_position_embeddings", SEQUENCE_LENGTH))
+    length = min(SEQUENCE_LENGTH, positions_of(model.config) or SEQUENCE_LENGTH)
     chosen = torch.randint(len(ordinary), (NUM_SEQUENCES, length), generator=torch.Generator().manual_seed(0))
     return ordinary[chosen]
 
