@@ -7,7 +7,8 @@ SETS is a folder with e2e/{trainset,devset}.csv, gsm8k/{train,test}.jsonl, alpac
 glue/{CoLA,MRPC,RTE,SST-2,STS-B}, and conversations or alpaca rows in multilingual/{en,fi,fr,zh}.jsonl or .json; .json
 may be packed with gzip. Rows are short enough for the small models that are compared on a CPU. metamathqa, for a large
 model, is made where --only names it, of MetaMathQA-395K.json and gsm8k. Learning rates are chosen on search.jsonl;
-report.jsonl is for the figures. No row is in two splits, and E2E's two held-out splits share no meaning representation.
+report.jsonl is for the figures, and has the rows of multilingual/report-LANGUAGE.jsonl. No row is in two of the three,
+and E2E's two held-out splits share no meaning representation.
 """
 
 import argparse
@@ -44,11 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def without_repetitions(splits: dict[str, list[Row]]) -> dict[str, list[Row]]:
     """Held-out rows that are also trained on are left out, and searched ones that are also reported."""
     train, report = ({_key(row) for row in splits[name]} for name in ("train", "report"))
-    return {
-        "train": splits["train"],
-        "search": [row for row in splits["search"] if _key(row) not in train | report],
-        "report": [row for row in splits["report"] if _key(row) not in train],
-    }
+    apart = {"train": set(), "search": train | report}
+    return {name: [row for row in rows if _key(row) not in apart.get(name, train)] for name, rows in splits.items()}
 
 
 def _key(row: Row) -> tuple[str, ...]:
@@ -104,14 +102,17 @@ def alpaca(sets: Path) -> dict[str, list[Row]]:
 def multilingual(sets: Path) -> dict[str, list[Row]]:
     """The first question and answer of conversations in English, Finnish and French, and Chinese instructions, of 500
     bytes at most, every language about as often."""
-    by_language = []
+    by_language = {}
     for language in ("en", "fi", "fr", "zh"):
         path = next((sets / "multilingual").glob(f"{language}.json*"))
         rows = _json_lines(path) if path.suffix == ".jsonl" else _json(path)
         exchanges = {row["prompt"]: row for row in map(_exchange, rows)}  # some conversations begin alike
-        by_language.append(_sample(_short(list(exchanges.values()), 500), 160))
-    parts = [_split(rows, 24) for rows in by_language]
-    return {split: _sample([row for part in parts for row in part[split]], 10**6) for split in parts[0]}
+        by_language[language] = _split(_sample(_short(list(exchanges.values()), 500), 160), 24)
+    together = {
+        split: _sample([row for rows in by_language.values() for row in rows[split]], 10**6)
+        for split in ("train", "search", "report")
+    }
+    return together | {f"report-{language}": rows["report"] for language, rows in by_language.items()}
 
 
 def cola(sets: Path) -> dict[str, list[Row]]:

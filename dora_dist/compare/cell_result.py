@@ -35,6 +35,7 @@ class CellResult:
     Attributes:
         search: figure on the split for choosing learning rates; NaN if training diverged.
         reported: figure on the reported split, at the last step; NaN if training diverged.
+        parts: figure on each of the task's parts, at the last step.
         parameters: number of elements in the saved adapter's factors that a prompt uses. With routing, their mean if
             all modules of a block are chosen equally often.
         stored: number of elements in the saved adapter's factors, used by a prompt or not.
@@ -49,6 +50,7 @@ class CellResult:
 
     search: float
     reported: float
+    parts: Mapping[str, float]
     parameters: float
     stored: int
     widest: int
@@ -74,6 +76,7 @@ def read_result(plan: Plan, cell: Cell) -> CellResult | None:
         return CellResult(
             search=math.nan,
             reported=math.nan,
+            parts={},
             parameters=0,
             stored=0,
             widest=0,
@@ -87,11 +90,14 @@ def read_result(plan: Plan, cell: Cell) -> CellResult | None:
     if not is_finished(folder):
         return None
     summary = files.read_json(folder / records.SUMMARY)
-    metric = plan.metric(cell.group.task)
-    figures = {name: float(summary["after"][f"{name}_{metric}"]) for name in (SEARCH, REPORTED)}
+    task = cell.group.task
+    metric, parts = plan.metric(task), plan.parts(task)
+    figures = {name: float(summary["after"][f"{name}_{metric}"]) for name in (SEARCH, REPORTED, *parts)}
     stored, widest, share = adapter_size(folder / "adapter")
     return CellResult(
-        **figures,
+        search=figures[SEARCH],
+        reported=figures[REPORTED],
+        parts={name: figures[name] for name in parts},
         parameters=stored * share,
         stored=stored,
         widest=widest,

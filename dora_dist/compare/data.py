@@ -81,16 +81,19 @@ def _check_identities(plan: Plan, data: Mapping[str, TaskData]) -> None:
 
 def _task_data(task: str, data: run_data.RunData) -> TaskData:
     sources = {source.name: source for source in data.evaluation}
-    search, reported = sources[SEARCH], sources[REPORTED]
-    shared = int(np.isin(search.keys(), reported.keys()).sum())
-    if shared > MOST_SHARED * search.counts.examples:
-        raise ValueError(
-            f"tasks.{task}: {shared} of {search.counts.examples} examples of search are also in data.eval, so "
-            "learning rates would be chosen on reported examples: use two separate splits"
-        )
-    notes = [f"{shared} examples of the search split are also reported ones"] if shared else []
+    examples = {name: source.counts.examples for name, source in sources.items()}
+    search, notes = sources.pop(SEARCH), []
+    for name, source in sources.items():
+        shared = int(np.isin(search.keys(), source.keys()).sum())
+        if shared > MOST_SHARED * search.counts.examples:
+            where = "data.eval" if name == REPORTED else f"parts.{name}"
+            raise ValueError(
+                f"tasks.{task}: {shared} of {search.counts.examples} examples of search are also in {where}, so "
+                "learning rates would be chosen on reported examples: use two separate splits"
+            )
+        notes += [f"{shared} examples of the search split are also {name} ones"] if shared else []
     notes += [
-        f"{count} of {sources[name].counts.examples} examples of {name} are also trained on"
+        f"{count} of {examples[name]} examples of {name} are also trained on"
         for name, count in data.overlap.items()
         if count
     ]

@@ -19,10 +19,10 @@ from dora_dist.config.training import LORA_PLUS_RATIO
 
 SEARCH = "search"
 REPORTED = "reported"
-"""Names of the two held-out sources in a cell's run."""
+"""Names of two held-out sources in a cell's run; a task's parts are further ones, under their own names."""
 PEER_TASKS = {ADALORA: (CAUSAL_LM, SEQUENCE_CLASSIFICATION), EVA: (CAUSAL_LM,)}
 """Tasks on which a PEFT method can be trained and measured (:mod:`dora_dist.compare.peers`)."""
-TASK_KEYS = ("search", "metric", "better")
+TASK_KEYS = ("search", "parts", "metric", "better")
 OWNED = {
     "output_dir": "it is derived from the cell's names",
     "seed": "set seeds",
@@ -123,6 +123,10 @@ class Plan:
     def metric(self, task: str) -> str:
         """The held-out figure that is compared."""
         return str(self.config.tasks[task].get("metric", LOSS))
+
+    def parts(self, task: str) -> tuple[str, ...]:
+        """Names of the task's held-out sources whose figure is shown beside the compared one."""
+        return tuple(self.config.tasks[task].get("parts", ()))
 
     def lower_is_better(self, task: str) -> bool:
         """Whether lower is better for the task's figure."""
@@ -279,11 +283,17 @@ def _refuse_owned(values: Mapping[str, Any], where: str) -> None:
 
 
 def _held_out(task: str, entries: Mapping[str, Any], data: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The two held-out sources, under the names by which their figures are found."""
+    """The held-out sources, under the names by which their figures are found."""
+    parts = entries.get("parts", {})
+    if not isinstance(parts, Mapping):
+        raise ValueError(f"tasks.{task}.parts is {parts!r}, but must be a mapping: a name for each held-out source")
+    if taken := [name for name in (SEARCH, REPORTED) if name in parts]:
+        raise ValueError(f"tasks.{task}.parts has {taken[0]}, which is the name of another split: choose another name")
     found = []
     for name, key, source in (
         (SEARCH, f"tasks.{task}.search", entries.get("search")),
         (REPORTED, f"tasks.{task}.data.eval", data.get("eval")),
+        *((str(name), f"tasks.{task}.parts.{name}", source) for name, source in parts.items()),
     ):
         if source is None:
             raise ValueError(

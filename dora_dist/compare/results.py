@@ -20,8 +20,25 @@ RESULTS = "results.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupResult:
-    """A row of the table: the combined results of a group's cells.
+class Figure:
+    """A held-out figure of a group's cells.
+
+    Attributes:
+        reported: Seed -> value on the split.
+        mean: Mean of the values.
+        deviation: Their sample standard deviation; None with fewer than two.
+        difference: Difference from the baseline, paired by seed; None for the baseline itself.
+    """
+
+    reported: Mapping[int, float]
+    mean: float | None
+    deviation: float | None
+    difference: Difference | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupResult(Figure):
+    """A row of the table: the combined results of a group's cells, with the figure on the reported split.
 
     Attributes:
         task: Name of the task.
@@ -33,10 +50,7 @@ class GroupResult:
         search: Learning rate -> mean on the search split; None if a run diverged.
         at_edge: ``lowest`` or ``highest`` if the chosen rate is at that edge of the grid, else None.
         searched: Whether there was more than one rate to choose from.
-        reported: Seed -> value on the reported split.
-        mean: Mean of the reported values.
-        deviation: Their sample standard deviation; None with fewer than two.
-        difference: Difference from the baseline, paired by seed; None for the baseline itself.
+        parts: Name of a part of the task -> the figure on it.
         p_holm: The difference's p-value, adjusted for all comparisons of the table; None without a p-value.
         parameters: Mean number of elements in the saved LoRA factors that a prompt uses.
         stored: Mean number of all elements in the saved LoRA factors.
@@ -58,10 +72,7 @@ class GroupResult:
     search: Mapping[str, float | None] | None
     at_edge: str | None
     searched: bool
-    reported: Mapping[int, float]
-    mean: float | None
-    deviation: float | None
-    difference: Difference | None
+    parts: Mapping[str, Figure]
     parameters: float | None
     stored: float | None
     parameters_of_baseline: float | None
@@ -206,7 +217,7 @@ def _group_result(
 ) -> GroupResult:
     baseline = dataclasses.replace(group, method=plan.config.baseline)
     own, base = reported[group], reported[baseline]
-    values = spread([result.reported for result in own.values()])
+    compared_with = None if group == baseline else base
     return GroupResult(
         task=group.task,
         budget=group.budget,
@@ -217,10 +228,8 @@ def _group_result(
         search=None if choice is None else {f"{rate:g}": _finite(mean) for rate, mean in choice.means.items()},
         at_edge=None if choice is None else choice.at_edge,
         searched=choice is not None and choice.searched,
-        reported={seed: result.reported for seed, result in own.items()},
-        mean=values.mean,
-        deviation=values.deviation,
-        difference=None if group == baseline else _difference(own, base),
+        **vars(_figure(own, compared_with)),
+        parts={part: _figure(own, compared_with, part) for part in plan.parts(group.task)},
         parameters=_mean(result.parameters for result in own.values()),
         stored=_mean(result.stored for result in own.values()),
         parameters_of_baseline=_mean(result.parameters for result in base.values()),
@@ -233,10 +242,21 @@ def _group_result(
     )
 
 
-def _difference(own: Mapping[int, CellResult], base: Mapping[int, CellResult]) -> Difference:
-    """Difference from the baseline, over the seeds that both have."""
-    seeds = [seed for seed in own if seed in base]
-    return paired_difference([own[seed].reported for seed in seeds], [base[seed].reported for seed in seeds])
+def _figure(own: Mapping[int, CellResult], base: Mapping[int, CellResult] | None, part: str | None = None) -> Figure:
+    """The figure on a part of the task, or on the reported split, and its difference from the baseline over the seeds
+    that both have."""
+    values = _values(own, part)
+    found = spread(list(values.values()))
+    difference = None
+    if base is not None:
+        other = _values(base, part)
+        seeds = [seed for seed in values if seed in other]
+        difference = paired_difference([values[seed] for seed in seeds], [other[seed] for seed in seeds])
+    return Figure(reported=values, mean=found.mean, deviation=found.deviation, difference=difference)
+
+
+def _values(results: Mapping[int, CellResult], part: str | None) -> dict[int, float]:
+    return {seed: result.reported if part is None else result.parts[part] for seed, result in results.items()}
 
 
 def _parameters_differ(own: Mapping[int, CellResult], base: Mapping[int, CellResult]) -> bool:
@@ -274,6 +294,7 @@ def _cells(plan: Plan, progress: Progress) -> Iterator[dict[str, Any]]:
             "seed": cell.seed,
             "search": None if result is None else _finite(result.search),
             "reported": None if result is None else _finite(result.reported),
+            "parts": {} if result is None else {name: _finite(value) for name, value in result.parts.items()},
             "parameters": None if result is None else result.parameters,
             "stored": None if result is None else result.stored,
             "seconds": None if result is None else _finite(result.seconds),

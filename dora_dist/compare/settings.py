@@ -53,8 +53,9 @@ class CompareConfig:
         output_dir: folder of the comparison: cells, table, pictures.
         run: configuration of a run as for dora_dist.train, common to all cells.
         tasks: name of each task and its own settings: sections of a run that override the common ones, where data.eval
-            is the reported split; search, the split for choosing learning rates; metric, the compared held-out figure
-            (loss by default); better: lower or higher (by default lower for losses, higher for others).
+            is the reported split; search, the split for choosing learning rates; parts, further held-out sources by
+            name, whose figures are shown beside; metric, the compared held-out figure (loss by default); better: lower
+            or higher (by default lower for losses, higher for others).
         methods: names of built-in methods, or {name: {from: a built-in one, adapter: ..., pruning: ...}}.
         budgets: target ranks.
         seeds: seeds of data order, adapter start and dropout; the same for all methods, whose results are paired by

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dora_dist.compare.results import ComparisonResults, GroupResult
+from dora_dist.compare.results import ComparisonResults, Figure, GroupResult
 
 TABLE = "results.md"
 
@@ -20,6 +20,8 @@ def format_table(results: ComparisonResults) -> str:
     parts = ["# Comparison", ""]
     for groups in results.by_task_and_budget():
         parts += [*_table(results, groups), ""]
+        if groups[0].parts:
+            parts += [*_table_of_parts(results, groups), ""]
     parts += [f"- **{name}**: {says}" for name, says in results.methods.items()]
     parts += ["", *(f"- {note}" for note in _remarks(results)), ""]
     missing = [line for group in results.groups for line in group.missing]
@@ -46,17 +48,28 @@ def _table(results: ComparisonResults, groups: Sequence[GroupResult]) -> list[st
     return lines + ["| " + " | ".join(_row(group, len(results.config.seeds))) + " |" for group in groups]
 
 
+def _table_of_parts(results: ComparisonResults, groups: Sequence[GroupResult]) -> list[str]:
+    """The figure on every part of the task, with the difference from the baseline."""
+    names = list(groups[0].parts)
+    lines = [f"{groups[0].metric} by part, mean ± sd, and minus {results.config.baseline}:", ""]
+    lines += ["| method | " + " | ".join(names) + " |", "|" + "---|" * (1 + len(names))]
+    for group in groups:
+        cells = [" ".join(filter(None, (_mean_cell(part), _interval(part)))) for part in group.parts.values()]
+        lines += ["| " + " | ".join([group.method, *cells]) + " |"]
+    return lines
+
+
 def _row(group: GroupResult, seeds: int) -> list[str]:
-    rate, mean = group.learning_rate, group.mean
+    rate = group.learning_rate
     edge = f" **({group.at_edge} of the grid!)**" if group.at_edge else ""
-    sd = "n/a" if group.deviation is None else f"{group.deviation:.4f}"
     number = len(group.reported)
     return [
         group.method,
         "missing" if rate is None else f"{rate:g}{edge}",
-        "missing" if mean is None else f"{mean:.4f} ± {sd}",
+        _mean_cell(group),
         str(number) if number == seeds else f"**{number} of {seeds}**",
-        *_difference_cells(group),
+        _interval(group),
+        _p_value(group),
         _parameters(group),
         "" if group.seconds is None else f"{group.seconds:.0f}",
     ]
@@ -69,17 +82,30 @@ def _parameters(group: GroupResult) -> str:
     return f"{group.parameters:,.0f}{of}{' †' * group.parameters_differ}"
 
 
-def _difference_cells(group: GroupResult) -> tuple[str, str]:
-    """Two cells: the difference with its interval, and the p-value with the adjusted one."""
-    difference = group.difference
+def _mean_cell(figure: Figure) -> str:
+    if figure.mean is None:
+        return "missing"
+    sd = "n/a" if figure.deviation is None else f"{figure.deviation:.4f}"
+    return f"{figure.mean:.4f} ± {sd}"
+
+
+def _interval(figure: Figure) -> str:
+    """The difference from the baseline with its interval; empty for the baseline."""
+    difference = figure.difference
     if difference is None:
-        return "", ""
+        return ""
     if difference.mean is None:
-        return "n/a", "n/a"
+        return "n/a"
     if difference.low is None:
-        return f"{difference.mean:+.4f} [n/a]", "n/a"
-    interval = f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
-    return interval, f"{difference.p_value:.3g} ({group.p_holm:.3g})"
+        return f"{difference.mean:+.4f} [n/a]"
+    return f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
+
+
+def _p_value(group: GroupResult) -> str:
+    """The difference's p-value with the adjusted one; empty for the baseline."""
+    if group.difference is None:
+        return ""
+    return "n/a" if group.difference.p_value is None else f"{group.difference.p_value:.3g} ({group.p_holm:.3g})"
 
 
 def _remarks(results: ComparisonResults) -> Iterator[str]:
@@ -101,6 +127,8 @@ def _remarks(results: ComparisonResults) -> Iterator[str]:
         f"Parameters are the elements of the saved LoRA factors; gates and singular values are folded in. All adapters "
         f"are scaled by alpha / initial rank = {config.alpha_over_rank:g}."
     )
+    if any(group.parts for group in groups):
+        yield "A task's parts are shown beside the compared figure: no rate is chosen on them, and no p-value adjusted."
     if any(group.stored != group.parameters for group in groups):
         yield (
             "For an adapter with prompt routing, parameters are those that a prompt uses if all modules of a block are "

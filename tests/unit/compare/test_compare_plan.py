@@ -67,6 +67,17 @@ def test_a_cell_is_a_run_with_both_splits(plan_of):
     assert config.evaluation.before is False
 
 
+def test_parts_are_measured_beside_the_splits(plan_of):
+    parts = {"en": "en.jsonl", "fi": {"path": "fi.jsonl", "max_rows": 5}}
+    plan = plan_of(tasks={"one": {**LEAST["tasks"]["one"], "parts": parts}})
+    assert plan.parts("one") == ("en", "fi")
+    assert run_of(plan, "dynamic").data.eval[2:] == [
+        {"path": "en.jsonl", "name": "en"},
+        {"path": "fi.jsonl", "max_rows": 5, "name": "fi"},
+    ]
+    assert plan_of().parts("one") == ()
+
+
 def test_the_sources_of_a_row_of_the_table_are_parsed_once_for_all_its_cells(plan_of, monkeypatch):
     parsed, parse = [], data_config._source
 
@@ -216,6 +227,10 @@ def test_what_cannot_work_is_refused_before_anything_runs(plan_of, changes, mess
         ({"data": {"eval": "r"}, "search": "r"}, "are the same source"),
         ({"data": {"eval": ["a", "b"]}, "search": "s"}, "has 2 sources, but must be one"),
         ({"data": {"eval": "r"}, "search": "s", "metrik": "loss"}, "tasks.one.metrik; did you mean metric"),
+        ({"data": {"eval": "r"}, "search": "s", "parts": "p"}, "tasks.one.parts is 'p', but must be a mapping"),
+        ({"data": {"eval": "r"}, "search": "s", "parts": {"reported": "p"}}, "parts has reported, which is the name"),
+        ({"data": {"eval": "r"}, "search": "s", "parts": {"en": ["a", "b"]}}, "parts.en has 2 sources, but must be"),
+        ({"data": {"eval": "r"}, "search": "s", "parts": {"en": None}}, "tasks.one.parts.en is missing"),
         ({"data": {"eval": "r"}, "search": "s", "better": "more"}, "must be lower or higher"),
         ({"data": {"eval": "r"}, "search": "s", "metric": "exact_match"}, "set evaluation.exact_match to true"),
         (

@@ -38,7 +38,7 @@ def finish(
     folder = plan.cell_folder(cell)
     folder.mkdir(parents=True, exist_ok=True)
     files.write_json(folder / records.IDENTITY, {"identity": {}, "environment": ENVIRONMENT})
-    after = {"search_loss": search, "reported_loss": reported}
+    after = {"search_loss": search, "reported_loss": reported, "en_loss": reported / 2, "fi_loss": 2 * reported}
     summary = {"after": after, "ranks": ranks, "initial_rank": 3, "steps": 12}
     files.write_json(folder / records.SUMMARY, summary)
     (folder / records.METRICS).write_text('{"step": 12, "seconds_per_step": 0.5}\n')
@@ -74,6 +74,30 @@ def test_a_complete_table(plan_of):
     assert "grid" not in table
     assert "†" not in table
     assert "Missing" not in table
+
+
+def test_parts_of_a_task_have_a_table_of_their_own(plan_of):
+    parts = {"en": "en.jsonl", "fi": "fi.jsonl"}
+    plan = plan_of(
+        seeds=[1, 2],
+        learning_rates=[0.2],
+        tasks={
+            "echo": {"data": {"eval": "a"}, "search": "b", "parts": parts},
+            "other": {"data": {"eval": "a"}, "search": "b"},
+        },
+    )
+    fill(plan, {"lora": {0.2: [1, 2]}, "dynamic": {0.2: [0.5, 2.5]}})
+    results = gather(plan, [], "command")
+    assert results.comparisons == 1
+    en, fi = (results.groups[1].parts[name] for name in parts)
+    assert (en.reported, fi.reported) == ({1: 0.25, 2: 1.25}, {1: 1.0, 2: 5.0})
+    assert [cell["parts"] for cell in results.cells[:2]] == [{"en": 0.5, "fi": 2.0}, {"en": 1.0, "fi": 4.0}]
+    table = format_table(results)
+    assert table.count("loss by part") == 1
+    _, of_parts = table.split("loss by part")
+    assert row_of(of_parts.split("##")[0], "lora") == ["lora", "0.7500 ± 0.3536", "3.0000 ± 1.4142"]
+    assert row_of(of_parts.split("##")[0], "dynamic")[2].startswith("3.0000 ± 2.8284 +0.0000 [-12.7")
+    assert "no rate is chosen on them" in table
 
 
 def test_two_seeds_of_three_are_not_passed_off_as_three(plan_of):
@@ -201,7 +225,7 @@ def test_results_are_written_with_the_keys_of_those_that_were_recorded(plan_of, 
         (written["groups"][1]["difference"], recorded["groups"][1]["difference"]),
         (written["cells"][0], recorded["cells"][0]),
     ):
-        assert [key for key in ours if key != "stored"] == list(theirs)  # which came later
+        assert set(ours) - {"stored", "parts"} == set(theirs)  # those two came later
     assert written["groups"][0]["difference"] is None
 
 

@@ -99,3 +99,6 @@ def test_no_row_is_in_two_splits_of_the_real_sets(name, shared, tmp_path):
     assert all(seen.values())
     assert not seen["report"] & (seen["train"] | seen["search"])
     assert not seen["search"] & seen["train"]
+    languages = [rows for split, rows in seen.items() if split.startswith("report-")]
+    assert sum(map(len, languages)) == (len(seen["report"]) if name == "multilingual" else 0)
+    assert set().union(*languages) <= seen["report"]
