@@ -31,8 +31,8 @@ class SourceConfig:
     """One source of examples: a mapping in data.train or data.eval, alone or in a list.
 
     Args:
-        path: file (JSON, JSONL, CSV, TSV, Parquet, Arrow; .gz too), glob of files, folder that Dataset.save_to_disk
-            wrote, or name on the Hub; or a list of files and globs.
+        path: file (JSON, JSONL, CSV, TSV or TXT, also .gz; Parquet, Arrow), glob of files, folder that
+            Dataset.save_to_disk wrote, or name on the Hub; or a list of files and globs.
         name: name in messages and metrics; null derives it from the path.
         format: row format; auto detects it from the fields of the first rows.
         fields: maps the format's name of a field to the name in the rows, such as {prompt: question}.

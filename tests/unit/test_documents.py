@@ -134,11 +134,13 @@ def test_the_numbers_of_the_readme_are_those_of_the_files():
     ahead = sorted(-difference["mean"] for difference in differences if difference["high"] < 0)
     assert (len(ahead), len(differences)) == (4, 5)
     assert f"by {ahead[0]:.3f} to {ahead[-1]:.3f} of held-out loss (ten" in text
+    (behind,) = (difference["mean"] for difference in differences if difference["mean"] > 0)
+    assert f"it is behind by {behind:.2f}, and the interval holds 0" in text
     adjusted = sorted(difference["p_holm"] for difference in differences if difference["high"] < 0)
     assert adjusted[2] < 0.001, "three of the p-values are below 0.001"
     assert f"one is {adjusted[3]:.2f})" in text
     (_, default) = results("evidence/smollm2-default/results.json")["groups"]
-    assert f"the default by {-default['difference']['mean']:.3f} (three others)" in text
+    assert f"the default is ahead by {-default['difference']['mean']:.3f} (three seeds)" in text
     assert f"{results('soak.json')[1]['killed']['kills']} kills in half an hour" in text
 
 
