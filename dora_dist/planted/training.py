@@ -83,6 +83,9 @@ class Remembering(Criterion):
         self.used = self._inner.scores.clone()
         self._inner.after_event()
 
+    def end(self) -> None:
+        self._inner.end()
+
 
 def train_student(truth: Truth, method: str, learning_rate: float, options: Options) -> dict[str, Any]:
     """Train a student from the base, and measure it at the end of the run.

@@ -175,9 +175,10 @@ class DynamicRankController:
         means = self._mean_scores(scores)
         kept, self.kept = self.kept, self.rule.select(step, scores, self.kept)
         self.rule.apply(step, kept, self.kept, self.moments)
+        self.criterion.after_event()
         if self.finished_pruning:
             self.planned = self.rule.plan(step, scores)
-        self.criterion.after_event()
+            self.criterion.end()
         return self._event(kept, means)
 
     def verify(self, what: str) -> None:
@@ -263,6 +264,8 @@ class DynamicRankController:
             failure = f"the saved state does not fit the model: {error!r}"
         self.agreement.raise_together(failure, "loading the state of the method")
         self.step = step
+        if self.finished_pruning:
+            self.criterion.end()
         self.verify(f"the adapter resumed from step {step}")
 
     def _own_state(self) -> dict[str, Tensor]:

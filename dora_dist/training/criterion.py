@@ -44,6 +44,10 @@ class Criterion(Protocol):
     def after_event(self) -> None:
         """Called after an event has selected by the scores."""
 
+    def end(self) -> None:
+        """Stop observing the training, and drop what that needs: no event follows. Scores and state stay."""
+        return
+
 
 class SmoothedScores(Criterion):
     """Scores of the weights, smoothed over steps (equation 8). No collective: the weights are the same on all ranks.
@@ -89,8 +93,13 @@ class _GateChanges:
         self._gates = list(gates)
         self._gradient = torch.zeros(sum(sizes), dtype=torch.float32, device=gates[0].device)
         # The hooks write to views of one flat tensor, which needs no gathering.
-        for gate, part in zip(gates, torch.split(self._gradient, sizes), strict=True):
-            gate.register_hook(_adder(part))
+        parts = torch.split(self._gradient, sizes)
+        self._hooks = [gate.register_hook(_adder(part)) for gate, part in zip(gates, parts, strict=True)]
+
+    def end(self) -> None:
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()
 
     @torch.no_grad()
     def take(self, agreement: Agreement) -> tuple[Tensor, Tensor]:
@@ -130,6 +139,9 @@ class GateSensitivity(Criterion):
 
     def after_event(self) -> None:
         self.scores.zero_()
+
+    def end(self) -> None:
+        self._changes.end()
 
 
 class LayerSensitivity(Criterion):
@@ -171,6 +183,9 @@ class LayerSensitivity(Criterion):
     def after_event(self) -> None:
         pass
 
+    def end(self) -> None:
+        self._changes.end()
+
 
 def components_of(layers: Iterable[DynamicLoraLinear]) -> list[Components]:
     """The components of layers in the form that scores of weights take: each gate is multiplied by its layer's scale,
@@ -206,7 +221,7 @@ class LossChange(Criterion):
         sizes = [gate.numel() for _, gate, _ in layers]
         self.scores = torch.zeros(sum(sizes), dtype=torch.float64, device=layers[0][1].device)
         self._effect = torch.zeros_like(self.scores)
-        self._moves = []
+        self._moves: list[tuple[Tensor, list[_Move]]] = []
         for (lora_a, gate, lora_b), part in zip(layers, self._effect.split(sizes), strict=True):
             owned = ((lora_a, 0), (gate, 0), (lora_b, 1))
             self._moves.append((part, [_Move(one, dim) for one, dim in owned if one.requires_grad]))
@@ -225,6 +240,12 @@ class LossChange(Criterion):
     def after_event(self) -> None:
         pass
 
+    def end(self) -> None:
+        for _, moves in self._moves:
+            for move in moves:
+                move.end()
+        self._moves.clear()
+
 
 class _Move:
     """One parameter's change over an optimizer step: its value before the step, and the gradient there.
@@ -239,7 +260,7 @@ class _Move:
         self._before = parameter.detach().clone()
         self._gradient = torch.zeros_like(self._before, dtype=torch.promote_types(parameter.dtype, torch.float32))
         self._others = [other for other in range(parameter.ndim) if other != dim]
-        parameter.register_hook(self._look)
+        self._hook = parameter.register_hook(self._look)
 
     def _look(self, gradient: Tensor) -> None:  # returns None: a hook's return value would replace the gradient
         self._before.copy_(self._parameter.detach())
@@ -252,6 +273,10 @@ class _Move:
         effect = change.sum(self._others, dtype=torch.float64) if self._others else change.double()
         self._gradient.zero_()
         return effect
+
+    def end(self) -> None:
+        """Remove the hook."""
+        self._hook.remove()
 
 
 def criterion_of(name: str, layers: Sequence[Components], smoothing: float, seed: int) -> Criterion:

@@ -72,6 +72,8 @@ class Grow(Rule):
 
     def rates(self, step: int, kept: Masks) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """The gate of a reserve has rate 0, whatever the optimizer does with it."""
+        if step >= self._budget.schedule.final_step + self._warmup:
+            return  # by now, all components learn at the run's rate
         for name, layer in self._layers.items():
             share = ((step - self._granted_of[name]) / self._warmup).clamp(max=1)
             of_gate = share

@@ -1,16 +1,26 @@
 """What components are judged by while training runs."""
 
+import weakref
+
 import pytest
 import torch
 from support.tiny_models import adapt, loss_and_gradients, shake, tiny_model, tokens
 
+from dora_dist.config.pruning import GATE_SENSITIVITY, GROW, LOSS_CHANGE
 from dora_dist.distributed.agreement import Agreement, RankFailedError
 from dora_dist.method.budget import PARAMETERS, Budget, component_costs
 from dora_dist.method.growing import ModuleScores
 from dora_dist.method.importance import component_magnitudes, weight_criterion
 from dora_dist.method.schedule import BudgetSchedule, GrowthSchedule
 from dora_dist.training.controller import DynamicRankController
-from dora_dist.training.criterion import GateSensitivity, LayerSensitivity, LossChange, SmoothedScores, components_of
+from dora_dist.training.criterion import (
+    GateSensitivity,
+    LayerSensitivity,
+    LossChange,
+    SmoothedScores,
+    components_of,
+    criterion_of,
+)
 from dora_dist.training.rules.grow import Grow
 from dora_dist.training.rules.masks import set_mask
 
@@ -265,3 +275,88 @@ def test_what_a_criterion_and_a_rule_remember_is_in_the_state_of_a_checkpoint():
     assert second.rule.state["granted"][2] == 4
     with pytest.raises(RankFailedError, match="does not fit the model: KeyError\\('rule/granted'\\)"):
         make().load_state_dict({name: tensor for name, tensor in saved.items() if name != "rule/granted"}, 4)
+
+
+OBSERVING = [GATE_SENSITIVITY, LOSS_CHANGE, GROW]
+
+
+def observed_run(observer):
+    """A model and its controller, with a criterion that observes gradients, for 12 steps."""
+    grows = observer == GROW
+    start = {"initial_rank": 1, "slots": 3} if grows else {"initial_rank": 3}
+    model = shake(adapt(tiny_model(), target_rank=2, **start)).train()
+    layers = model.adapted_layers()
+    kind = GrowthSchedule if grows else BudgetSchedule
+    schedule = kind(
+        total_steps=12, num_layers=len(layers), initial_rank=start["initial_rank"], target_rank=2, interval=2
+    )
+    budget = Budget(schedule, dict.fromkeys(layers, 1))
+    criterion = LayerSensitivity(gates_of(model)) if grows else criterion_of(observer, parts(model), 0.0, 0)
+    rule = Grow(layers, budget, warmup=2) if grows else None
+    return model, DynamicRankController(layers, budget, Agreement(), criterion=criterion, rule=rule)
+
+
+def take_steps(model, controller, steps):
+    for step in steps:
+        for micro_batch in range(2):
+            ids = tokens(seed=10 * step + micro_batch)
+            model(input_ids=ids, labels=ids).loss.backward()
+        step_down(model)
+        controller.after_optimizer_step(step)
+
+
+def hooks_of(model):
+    return [hook for one in model.parameters() for hook in (one._backward_hooks or {}).values()]
+
+
+@pytest.mark.parametrize("observer", OBSERVING)
+def test_nothing_is_observed_after_the_final_event(observer):
+    model, controller = observed_run(observer)
+    observing = hooks_of(model)
+    assert observing
+    take_steps(model, controller, range(1, controller.schedule.final_step))
+    assert hooks_of(model) == observing
+    take_steps(model, controller, [controller.schedule.final_step])
+    assert hooks_of(model) == []
+    before = controller.state_dict()
+    take_steps(model, controller, range(controller.schedule.final_step + 1, 13))
+    controller.finish()
+    after = controller.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("observer", OBSERVING)
+def test_a_run_that_resumes_after_the_final_event_observes_nothing(observer):
+    model, controller = observed_run(observer)
+    final = controller.schedule.final_step
+    for begin, end in ((1, final), (final, final + 2)):
+        take_steps(model, controller, range(begin, end))
+        resumed, its = observed_run(observer)
+        resumed.load_state_dict(model.state_dict(), strict=False)  # the adapter's alone
+        its.load_state_dict(controller.state_dict(), end - 1)
+        assert bool(hooks_of(resumed)) == (end == final)
+    take_steps(model, controller, range(final + 2, 13))
+    take_steps(resumed, its, range(final + 2, 13))
+    pairs = zip(model.parameters(), resumed.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.parametrize("observer", OBSERVING)
+def test_the_end_of_the_observation_changes_nothing_of_the_run(observer):
+    model, controller = observed_run(observer)
+    other, its = observed_run(observer)
+    its.criterion.end = lambda: None
+    take_steps(model, controller, range(1, 13))
+    take_steps(other, its, range(1, 13))
+    assert hooks_of(other)
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), other.parameters(), strict=True))
+    assert all(torch.equal(tensor, its.state_dict()[name]) for name, tensor in controller.state_dict().items())
+
+
+def test_what_loss_change_has_copied_of_the_parameters_goes_with_the_final_event(model):
+    criterion = LossChange(parts(model))
+    copies = [weakref.ref(move) for _, moves in criterion._moves for move in moves]
+    assert len(copies) == 3 * len(parts(model))
+    criterion.end()
+    assert all(copy() is None for copy in copies)
