@@ -16,7 +16,7 @@ from dora_dist.method.budget import Budget
 from dora_dist.method.importance import score_layers
 from dora_dist.method.prune_event import PruneEvent
 from dora_dist.method.regularizer import penalty_of_stacks
-from dora_dist.training.criterion import Criterion, SmoothedScores, components_of
+from dora_dist.training.criterion import Criterion, SmoothedScores
 from dora_dist.training.rules.masks import set_mask
 from dora_dist.training.rules.prune import Prune
 from dora_dist.training.rules.rule import Rule
@@ -78,10 +78,9 @@ class DynamicRankController:
         self.kept: Mapping[str, Tensor] = masks
         self.planned: Mapping[str, int] | None = None
         self._sizes = [mask.numel() for mask in masks.values()]
-        device = next(iter(self.layers.values())).gate.device
-        self.criterion = criterion or SmoothedScores(score_layers, 0.9, sum(self._sizes), device)
+        self.criterion = criterion or SmoothedScores(score_layers, 0.9, self.layers.values())
         if self.rule.renews:
-            self.criterion.rescore(components_of(self.layers.values()))
+            self.criterion.rescore()
         self.rule.begin(self.kept)
 
     def attach(self, moments: Moments) -> None:
@@ -279,7 +278,7 @@ class DynamicRankController:
     def _update_scores(self) -> None:
         """Never raises: a failure is kept in :attr:`failure` until the next exchange reports it to all ranks."""
         try:
-            self.criterion.update(components_of(self.layers.values()), self.agreement)
+            self.criterion.update(self.agreement)
         except Exception as error:
             self.failure = self.failure or f"{type(error).__name__} after step {self.step}: {error}"
 
@@ -288,7 +287,7 @@ class DynamicRankController:
         for name, scores in self.scores.items():
             if not torch.isfinite(scores).all():
                 return f"layer {name} has non-finite scores {scores.tolist()}"
-        if self.rule.chooses(self.step, self.budget) and not self.criterion.scores.any():
+        if self.rule.chooses(self.step) and not self.criterion.scores.any():
             return (
                 "all scores are 0, so there is nothing to select by: no step with a learning rate above 0 has changed "
                 "the adapter yet. Train for more steps (training.max_steps), or raise pruning.warmup_fraction"

@@ -1,7 +1,7 @@
 """Importance criteria during training: scores that are updated after every optimizer step, on every rank."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from dora_dist.method.growing import ModuleScores, sensitivity_of_layers
 from dora_dist.method.importance import Components, ScoreFunction, smooth, weight_criterion
 
 
-class Criterion(Protocol):
+class Criterion(ABC):
     """The interface between the controller and a criterion.
 
     Attributes:
@@ -24,25 +24,31 @@ class Criterion(Protocol):
     """
 
     scores: Tensor
-    at_events_only: bool
+    at_events_only = False
 
     @property
     def state(self) -> Mapping[str, Tensor]:
         return {}
 
-    def update(self, layers: Sequence[Components], agreement: Agreement) -> None:
+    @abstractmethod
+    def update(self, agreement: Agreement) -> None:
         """Update the scores on every rank together: after every optimizer step until the final event, or before every
         event with ``at_events_only``. May raise only after its collectives."""
 
-    def rescore(self, layers: Sequence[Components]) -> None:
+    def rescore(self) -> None:
         """Score again after all components have been replaced.
 
         Raises:
             ValueError: the criterion cannot score components without their past.
         """
+        raise ValueError(
+            f"{type(self).__name__} has no score for components that an event has just made: set pruning.rebase to "
+            "false, or choose another pruning.importance"
+        )
 
     def after_event(self) -> None:
         """Called after an event has selected by the scores."""
+        return
 
     def end(self) -> None:
         """Stop observing the training, and drop what that needs: no event follows. Scores and state stay."""
@@ -55,25 +61,21 @@ class SmoothedScores(Criterion):
     Args:
         score: function that scores the weights.
         smoothing: weight of the past, in [0, 1).
-        num_components: number of components of the model.
-        device: device of the components.
+        layers: adapted layers, in the order of the scores.
     """
 
-    at_events_only = False
-
-    def __init__(self, score: ScoreFunction, smoothing: float, num_components: int, device: torch.device) -> None:
-        self.scores = torch.zeros(num_components, dtype=torch.float64, device=device)
+    def __init__(self, score: ScoreFunction, smoothing: float, layers: Iterable[DynamicLoraLinear]) -> None:
         self._score = score
         self._smoothing = smoothing
+        self._layers = list(layers)
+        gates = [layer.gate for layer in self._layers]
+        self.scores = torch.zeros(sum(map(len, gates)), dtype=torch.float64, device=gates[0].device)
 
-    def update(self, layers: Sequence[Components], agreement: Agreement) -> None:
-        self.scores = smooth(self.scores, self._score(layers).flatten(), self._smoothing)
+    def update(self, agreement: Agreement) -> None:
+        self.scores = smooth(self.scores, self._score(components_of(self._layers)).flatten(), self._smoothing)
 
-    def rescore(self, layers: Sequence[Components]) -> None:
-        self.scores = self._score(layers).flatten().double()
-
-    def after_event(self) -> None:
-        pass
+    def rescore(self) -> None:
+        self.scores = self._score(components_of(self._layers)).flatten().double()
 
 
 class _GateChanges:
@@ -123,19 +125,14 @@ class GateSensitivity(Criterion):
         gates: gates of all layers, shape ``(r,)`` each, in the order of the scores; they must be trained.
     """
 
-    at_events_only = False
-
     def __init__(self, gates: Sequence[Tensor]) -> None:
         self._changes = _GateChanges(gates)
         self.scores = torch.zeros(sum(map(len, gates)), dtype=torch.float64, device=gates[0].device)
 
     @torch.no_grad()
-    def update(self, layers: Sequence[Components], agreement: Agreement) -> None:
+    def update(self, agreement: Agreement) -> None:
         change, finite = self._changes.take(agreement)
         self.scores += change.abs().where(finite, 0)
-
-    def rescore(self, layers: Sequence[Components]) -> None:
-        raise _cannot_rescore(GATE_SENSITIVITY)
 
     def after_event(self) -> None:
         self.scores.zero_()
@@ -153,8 +150,6 @@ class LayerSensitivity(Criterion):
         gates: gates of all layers, shape ``(r,)`` each, in the order of the scores; they must be trained.
     """
 
-    at_events_only = False
-
     def __init__(self, gates: Sequence[Tensor]) -> None:
         self._changes = _GateChanges(gates)
         self._sizes = [len(gate) for gate in gates]
@@ -168,7 +163,7 @@ class LayerSensitivity(Criterion):
         return {"sensitivity": self._averages.sensitivity, "uncertainty": self._averages.uncertainty}
 
     @torch.no_grad()
-    def update(self, layers: Sequence[Components], agreement: Agreement) -> None:
+    def update(self, agreement: Agreement) -> None:
         changes, finite = self._changes.take(agreement)
         before, after = self._averages, self._averages.after(sensitivity_of_layers(changes, self._sizes))
         self._averages = ModuleScores(
@@ -176,12 +171,6 @@ class LayerSensitivity(Criterion):
             uncertainty=after.uncertainty.where(finite, before.uncertainty),
         )
         self.scores = self._averages.scores.repeat_interleave(self._repeats, output_size=len(self.scores))
-
-    def rescore(self, layers: Sequence[Components]) -> None:
-        raise _cannot_rescore("the layers' own")
-
-    def after_event(self) -> None:
-        pass
 
     def end(self) -> None:
         self._changes.end()
@@ -212,33 +201,25 @@ class LossChange(Criterion):
     do not count.
 
     Args:
-        layers: parameters of all layers, in the order of the scores; untrained parameters do not move.
+        layers: adapted layers, in the order of the scores; untrained parameters do not move.
     """
 
-    at_events_only = False
-
-    def __init__(self, layers: Sequence[Components]) -> None:
-        sizes = [gate.numel() for _, gate, _ in layers]
-        self.scores = torch.zeros(sum(sizes), dtype=torch.float64, device=layers[0][1].device)
+    def __init__(self, layers: Sequence[DynamicLoraLinear]) -> None:
+        sizes = [layer.gate.numel() for layer in layers]
+        self.scores = torch.zeros(sum(sizes), dtype=torch.float64, device=layers[0].gate.device)
         self._effect = torch.zeros_like(self.scores)
         self._moves: list[tuple[Tensor, list[_Move]]] = []
-        for (lora_a, gate, lora_b), part in zip(layers, self._effect.split(sizes), strict=True):
-            owned = ((lora_a, 0), (gate, 0), (lora_b, 1))
+        for layer, part in zip(layers, self._effect.split(sizes), strict=True):
+            owned = ((layer.lora_a, 0), (layer.gate, 0), (layer.lora_b, 1))
             self._moves.append((part, [_Move(one, dim) for one, dim in owned if one.requires_grad]))
 
     @torch.no_grad()
-    def update(self, layers: Sequence[Components], agreement: Agreement) -> None:
+    def update(self, agreement: Agreement) -> None:
         for total, moves in self._moves:
             total.copy_(torch.stack([move.effect() for move in moves]).sum(0))
         effect = agreement.mean(self._effect)
         # Selected on the device: reading the answer would make the host wait for the GPU.
         self.scores -= effect.where(torch.isfinite(effect).all(), 0)
-
-    def rescore(self, layers: Sequence[Components]) -> None:
-        raise _cannot_rescore(LOSS_CHANGE)
-
-    def after_event(self) -> None:
-        pass
 
     def end(self) -> None:
         for _, moves in self._moves:
@@ -279,33 +260,24 @@ class _Move:
         self._hook.remove()
 
 
-def criterion_of(name: str, layers: Sequence[Components], smoothing: float, seed: int) -> Criterion:
+def criterion_of(name: str, layers: Sequence[DynamicLoraLinear], smoothing: float, seed: int) -> Criterion:
     """A new criterion by name.
 
     Args:
         name: :data:`~dora_dist.config.pruning.GATE_SENSITIVITY`, :data:`~dora_dist.config.pruning.LOSS_CHANGE`, or one
             of :data:`~dora_dist.method.importance.WEIGHT_CRITERIA`.
-        layers: parameters of all layers, in the order of the scores.
+        layers: adapted layers, in the order of the scores.
         smoothing: weight of the past, for scores of weights.
         seed: seed of random scores.
 
     Raises:
         ValueError: there is no such criterion.
     """
-    gates = [gate for _, gate, _ in layers]
     if name == GATE_SENSITIVITY:
-        return GateSensitivity(gates)
+        return GateSensitivity([layer.gate for layer in layers])
     if name == LOSS_CHANGE:
         return LossChange(layers)
-    num_components = sum(gate.numel() for gate in gates)
-    return SmoothedScores(weight_criterion(name, seed), smoothing, num_components, gates[0].device)
-
-
-def _cannot_rescore(name: str) -> ValueError:
-    return ValueError(
-        f"importance is {name}, which is summed over steps, so components that an event makes have no score: set "
-        "rebase to false, or choose another importance"
-    )
+    return SmoothedScores(weight_criterion(name, seed), smoothing, layers)
 
 
 def _adder(total: Tensor) -> Callable[[Tensor], None]:

@@ -54,9 +54,9 @@ def make_controller(layers: dict[str, DynamicLoraLinear], **options: Any) -> Dyn
     return DynamicRankController(layers, Budget(schedule, dict.fromkeys(layers, 1)), Agreement(), **options)
 
 
-def smoothed(score: ScoreFunction) -> SmoothedScores:
-    """The paper's smoothing of another score of :func:`make_layers`."""
-    return SmoothedScores(score, 0.9, RANK * len(NAMES), torch.device("cpu"))
+def smoothed(score: ScoreFunction, layers: dict[str, DynamicLoraLinear]) -> SmoothedScores:
+    """The paper's smoothing of another score."""
+    return SmoothedScores(score, 0.9, [layers[name] for name in sorted(layers)])
 
 
 def agreement_mean() -> tuple[Tensor, Tensor]:
@@ -93,7 +93,7 @@ def prune_with_different_statistics() -> dict[str, Any]:
         return score_layers(layers) * (0.2 + torch.rand(len(layers), RANK, generator=generator).double())
 
     layers = make_layers()
-    controller = make_controller(layers, criterion=smoothed(skewed))
+    controller = make_controller(layers, criterion=smoothed(skewed, layers))
     events = [controller.after_optimizer_step(step) for step in range(1, 7)]
     local = {name: scores.clone() for name, scores in controller.scores.items()}
     return {
@@ -164,7 +164,8 @@ def _controller_with_bad_scores(bad_rank: int, kind: str) -> DynamicRankControll
             scores[0, 2] = float(kind)
         return scores
 
-    return make_controller(make_layers(), criterion=smoothed(score))
+    layers = make_layers()
+    return make_controller(layers, criterion=smoothed(score, layers))
 
 
 def check_world_of_one() -> None:

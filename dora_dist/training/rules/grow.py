@@ -37,12 +37,8 @@ class Grow(Rule):
         warmup: Optimizer steps until a new component learns at the run's rate, at least 1.
     """
 
-    regularized = False
-    renews = False
-
     def __init__(self, layers: Mapping[str, DynamicLoraLinear], budget: Budget, warmup: int) -> None:
-        self._layers = dict(sorted(layers.items()))
-        self._budget = budget
+        super().__init__(layers, budget)
         self._warmup = warmup
         sizes = [len(layer.gate) for layer in self._layers.values()]
         # The step after which each component was granted. Initial components learn at the run's rate from step 1.

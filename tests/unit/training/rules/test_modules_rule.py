@@ -21,7 +21,7 @@ def make_controller(per_block: int = 2, shaken: bool = True) -> DynamicRankContr
     schedule = OneEvent(total_steps=12, num_layers=len(layers), initial_rank=2, target_rank=2)
     shapes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
     budget = Budget(schedule, component_costs(shapes, PARAMETERS))
-    criterion = SmoothedScores(weight_criterion("magnitude", 0), 0.0, 2 * len(layers), torch.device("cpu"))
+    criterion = SmoothedScores(weight_criterion("magnitude", 0), 0.0, layers.values())
     rule = ModulesPerLayer(layers, budget, per_block)
     return DynamicRankController(layers, budget, Agreement(), criterion=criterion, rule=rule)
 
