@@ -10,7 +10,7 @@ from dora_dist.adapter.layer import DynamicLoraLinear
 from dora_dist.config.pruning import GATE_SENSITIVITY, LOSS_CHANGE
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.method.growing import ModuleScores, sensitivity_of_layers
-from dora_dist.method.importance import Components, ScoreFunction, smooth, weight_criterion
+from dora_dist.method.importance import LayerParameters, ScoreFunction, smooth, weight_criterion
 
 
 class Criterion(ABC):
@@ -72,10 +72,10 @@ class SmoothedScores(Criterion):
         self.scores = torch.zeros(sum(map(len, gates)), dtype=torch.float64, device=gates[0].device)
 
     def update(self, agreement: Agreement) -> None:
-        self.scores = smooth(self.scores, self._score(components_of(self._layers)).flatten(), self._smoothing)
+        self.scores = smooth(self.scores, self._score(parameters_of(self._layers)).flatten(), self._smoothing)
 
     def rescore(self) -> None:
-        self.scores = self._score(components_of(self._layers)).flatten().double()
+        self.scores = self._score(parameters_of(self._layers)).flatten().double()
 
 
 class _GateChanges:
@@ -176,8 +176,8 @@ class LayerSensitivity(Criterion):
         self._changes.end()
 
 
-def components_of(layers: Iterable[DynamicLoraLinear]) -> list[Components]:
-    """The components of layers in the form that scores of weights take: each gate is multiplied by its layer's scale,
+def parameters_of(layers: Iterable[DynamicLoraLinear]) -> list[LayerParameters]:
+    """Parameters of layers in the form that scores of weights take: each gate is multiplied by its layer's scale,
     in float64, since both are part of what a component computes; a masked one is 0."""
     layers = list(layers)
     gates = torch.cat([layer.gate.detach() for layer in layers]).double()

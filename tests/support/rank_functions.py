@@ -18,7 +18,7 @@ from dora_dist.distributed.engine import scale_entries, zero_entries
 from dora_dist.distributed.store_agreement import StoreAgreement
 from dora_dist.distributed.world import host_group
 from dora_dist.method.budget import Budget
-from dora_dist.method.importance import Components, ScoreFunction, score_layers
+from dora_dist.method.importance import LayerParameters, ScoreFunction, score_layers
 from dora_dist.method.schedule import BudgetSchedule
 from dora_dist.training.controller import DynamicRankController
 from dora_dist.training.criterion import SmoothedScores
@@ -88,7 +88,7 @@ def prune_with_different_statistics() -> dict[str, Any]:
     """Each rank scores with a factor pattern of its own; returns what it fed and what was selected."""
     rank = dist.get_rank()
 
-    def skewed(layers: Sequence[Components]) -> Tensor:
+    def skewed(layers: Sequence[LayerParameters]) -> Tensor:
         generator = torch.Generator().manual_seed(rank)
         return score_layers(layers) * (0.2 + torch.rand(len(layers), RANK, generator=generator).double())
 
@@ -156,7 +156,7 @@ def end_step_with_bad_scores(bad_rank: int) -> None:
 
 
 def _controller_with_bad_scores(bad_rank: int, kind: str) -> DynamicRankController:
-    def score(layers: Sequence[Components]) -> Tensor:
+    def score(layers: Sequence[LayerParameters]) -> Tensor:
         scores = score_layers(layers)
         if dist.get_rank() == bad_rank:
             if kind == "raises":

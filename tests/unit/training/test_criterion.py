@@ -19,8 +19,8 @@ from dora_dist.training.criterion import (
     LayerSensitivity,
     LossChange,
     SmoothedScores,
-    components_of,
     criterion_of,
+    parameters_of,
 )
 from dora_dist.training.rules.grow import Grow
 from dora_dist.training.rules.masks import set_mask
@@ -181,7 +181,7 @@ def test_new_components_have_no_sum_over_steps(model):
 
 def test_scores_of_weights_are_smoothed_from_0(model):
     criterion = SmoothedScores(component_magnitudes, 0.75, layers_of(model))
-    now = component_magnitudes(components_of(layers_of(model))).flatten()
+    now = component_magnitudes(parameters_of(layers_of(model))).flatten()
     criterion.update(Agreement())
     torch.testing.assert_close(criterion.scores, 0.25 * now)
     criterion.update(Agreement())
@@ -197,20 +197,20 @@ def test_a_component_has_the_score_that_it_had_where_its_layer_loses_others_and_
     layers[1].gate.data[1:] = 0  # nothing to lose but the scale, so that no sum of the layer changes
     score = weight_criterion(importance, 0)
     update = layers[1].scale * layers[1].gate[0] * torch.outer(layers[1].lora_b[:, 0], layers[1].lora_a[0])
-    before, scale = score(components_of(layers)), layers[1].scale
+    before, scale = score(parameters_of(layers)), layers[1].scale
     set_mask(layers[1], torch.tensor([True, False, False]))
     assert layers[1].scale != scale
     torch.testing.assert_close(
         layers[1].scale * layers[1].gate[0] * torch.outer(layers[1].lora_b[:, 0], layers[1].lora_a[0]), update
     )
-    torch.testing.assert_close(score(components_of(layers)), before, rtol=1e-12, atol=0)
+    torch.testing.assert_close(score(parameters_of(layers)), before, rtol=1e-12, atol=0)
 
 
 def test_the_magnitude_of_a_component_is_the_norm_of_what_it_adds_to_its_layer():
     model = shake(adapt(tiny_model(), initial_rank=3, scale="sqrt_rank"))
     layers = list(model.adapted_layers().values())
     set_mask(layers[0], torch.tensor([True, True, False]))
-    found = component_magnitudes(components_of(layers[:2]))
+    found = component_magnitudes(parameters_of(layers[:2]))
     for layer, scores in zip(layers, found, strict=False):
         columns = layer.lora_b.double() * layer.effective_gate().double() * layer.scale
         norms = [torch.outer(columns[:, one], layer.lora_a[one].double()).norm() for one in range(3)]
