@@ -2,7 +2,7 @@
 
 from dora_dist.method.importance import (
     WEIGHT_CRITERIA,
-    Components,
+    LayerParameters,
     ScoreFunction,
     component_magnitudes,
     component_scores,
@@ -15,7 +15,7 @@ from dora_dist.method.importance import (
 
 __all__ = [
     "WEIGHT_CRITERIA",
-    "Components",
+    "LayerParameters",
     "ScoreFunction",
     "component_magnitudes",
     "component_scores",

@@ -49,7 +49,7 @@ class Stacks(NamedTuple):
     """``lora_b`` of all layers of one shape, shape ``(layers, out, r)``, for each such shape."""
 
 
-class Components(NamedTuple):
+class Operands(NamedTuple):
     """Of layers that read one tensor, in the dtype of the computation."""
 
     rows: Tensor
@@ -99,7 +99,7 @@ class Layout:
         )
         return Stacks(rows, torch.cat([layer.gate for layer in self._layers]), columns)
 
-    def components(self, stacks: Stacks) -> list[Components]:
+    def operands(self, stacks: Stacks) -> list[Operands]:
         """Of every group."""
         dtype, constants = self.component_dtype, self._current_factors()
         rows: dict[int, Tensor] = {}
@@ -115,8 +115,7 @@ class Layout:
             made: Tensor = _Columns.apply(stack, factor, dtype)  # type: ignore[no-untyped-call]
             columns |= zip(layers, made.split(shape[1]), strict=True)
         return [
-            Components(rows[number], tuple(columns[layer] for layer in group))
-            for number, group in enumerate(self.groups)
+            Operands(rows[number], tuple(columns[layer] for layer in group)) for number, group in enumerate(self.groups)
         ]
 
     @torch.inference_mode(False)  # autograd would refuse constants made in that mode, in the forwards after it
@@ -178,8 +177,8 @@ class Factors(NamedTuple):
     component is 0 however large it is: its row times 0 stays finite, where its products need not."""
 
 
-class GatheredComponents:
-    """Components of all adapted layers of a model, made once in each of its forwards.
+class GatheredOperands:
+    """Operands of all adapted layers of a model, made once in each of its forwards.
 
     Gradient checkpointing, in its form that is not reentrant, computes layers again in the backward. They find there
     what the forward has made, since nothing is made within a layer. The reentrant form, to whose layers no gradient
@@ -197,13 +196,13 @@ class GatheredComponents:
         self._trained = False
         self._without_gradients: set[int] = set()
         self._stacks: Stacks | None = None
-        self._components: list[Components] | None = None
+        self._operands: list[Operands] | None = None
         self._forward = 0
         self._of_backward = -1
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to one forward: a tensor with a history cannot be copied."""
-        return {**vars(self), "_running": None, "_stacks": None, "_components": None}
+        return {**vars(self), "_running": None, "_stacks": None, "_operands": None}
 
     def attach(self, model: nn.Module) -> None:
         """Serve the layers in the forwards of this model and of models within it, such as its decoder without the
@@ -221,7 +220,7 @@ class GatheredComponents:
         return self._layout.stack() if self._stacks is None else self._stacks
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no types for it
-    def of(self, layers: Sequence[AdaptedLayer]) -> Components | None:
+    def of(self, layers: Sequence[AdaptedLayer]) -> Operands | None:
         """Of layers that follow each other in one group, within a forward of the model and its backward; None
         elsewhere.
 
@@ -236,13 +235,13 @@ class GatheredComponents:
             return None
         elif number in self._without_gradients and torch.is_grad_enabled():
             raise ValueError(REENTRANT)
-        assert self._components is not None
-        whole, group = self._components[number], self._layout.groups[number]
+        assert self._operands is not None
+        whole, group = self._operands[number], self._layout.groups[number]
         if len(layers) == len(group):
             return whole
         sizes = [len(layer.gate) for layer in group]
         start, end = sum(sizes[:at]), sum(sizes[: at + len(layers)])
-        return Components(whole.rows[start:end], whole.columns[at : at + len(layers)])
+        return Operands(whole.rows[start:end], whole.columns[at : at + len(layers)])
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no types for it
     def _begin(self, module: nn.Module, _: Any) -> None:
@@ -250,7 +249,7 @@ class GatheredComponents:
             return
         self._running = module
         self._stacks = self._layout.stack()
-        self._components = self._layout.components(self._stacks)
+        self._operands = self._layout.operands(self._stacks)
         trained = _first_with_a_gradient(self._stacks)
         self._forward += 1
         self._trained = trained is not None
@@ -269,7 +268,7 @@ class GatheredComponents:
     def forget(self, forward: int) -> None:
         """Let go of what a forward, by its number, has made, unless a later one has made its own."""
         if self._forward == forward:
-            self._stacks = self._components = None
+            self._stacks = self._operands = None
 
     def _in_backward(self) -> bool:
         """Whether a backward is running, which then finds components: those of the latest forward or, where that had
@@ -277,28 +276,28 @@ class GatheredComponents:
         backward = torch._C._current_graph_task_id()  # torch has no public name; its checkpointing asks for it too
         if backward < 0:
             return False
-        if self._stacks is None and (self._components is None or self._of_backward != backward):
+        if self._stacks is None and (self._operands is None or self._of_backward != backward):
             with torch.no_grad():
-                self._components = self._layout.components(self._layout.stack())
+                self._operands = self._layout.operands(self._layout.stack())
             self._of_backward = backward
         return True
 
 
-def components_of(layers: Sequence[AdaptedLayer], gathered: GatheredComponents | None) -> Components:
+def operands_of(layers: Sequence[AdaptedLayer], gathered: GatheredOperands | None) -> Operands:
     """Of layers that read one tensor: those gathered for the whole model where it runs, their own elsewhere."""
     found = None if gathered is None else gathered.of(layers)
     if found is None:
         layout = Layout([layers])
-        (found,) = layout.components(layout.stack())
+        (found,) = layout.operands(layout.stack())
     return found
 
 
-def stacks_of(layers: Sequence[AdaptedLayer], gathered: GatheredComponents | None) -> Stacks:
-    """Parameters of all adapted layers of a model; see :meth:`GatheredComponents.stacks`."""
+def stacks_of(layers: Sequence[AdaptedLayer], gathered: GatheredOperands | None) -> Stacks:
+    """Parameters of all adapted layers of a model; see :meth:`GatheredOperands.stacks`."""
     return Layout([[layer] for layer in layers]).stack() if gathered is None else gathered.stacks()
 
 
-def _forget(gathered: "weakref.ref[GatheredComponents]", forward: int, _: Tensor) -> None:
+def _forget(gathered: "weakref.ref[GatheredOperands]", forward: int, _: Tensor) -> None:
     """As a hook of a tensor: it may not hold that tensor, nor what does. Python finds no cycle that goes through a
     graph, so that every forward would leave its tensors behind."""
     alive = gathered()

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dora_dist.adapter import linear_operation
-from dora_dist.adapter.components import Components
-from dora_dist.adapter.layer import DynamicLoraLinear, components, frozen
+from dora_dist.adapter.components import Operands
+from dora_dist.adapter.layer import DynamicLoraLinear, frozen, operands
 from dora_dist.adapter.linear_operation import Frozen, unpack
 from dora_dist.base_model.kernels import Swiglu
 from dora_dist.base_model.shape import GATED_MLP, is_gated_mlp
@@ -54,7 +54,7 @@ def _forward(mlp: nn.Module, x: Tensor, swiglu: Swiglu) -> Tensor:
         alone: Tensor = type(mlp).forward(mlp, x)
         return alone
     gate, up, down = layers
-    return gated_mlp(x, components([gate, up]), frozen([gate, up]), components([down]), frozen([down]), swiglu)
+    return gated_mlp(x, operands([gate, up]), frozen([gate, up]), operands([down]), frozen([down]), swiglu)
 
 
 def _is_watched(layer: nn.Module) -> bool:
@@ -63,15 +63,15 @@ def _is_watched(layer: nn.Module) -> bool:
 
 
 def gated_mlp(
-    x: Tensor, outer: Components, outer_frozen: Frozen, down: Components, down_frozen: Frozen, swiglu: Swiglu
+    x: Tensor, outer: Operands, outer_frozen: Frozen, down: Operands, down_frozen: Frozen, swiglu: Swiglu
 ) -> Tensor:
     """``down(silu(gate(x)) * up(x))``, differentiable once. Shape ``(..., in) -> (..., out)``.
 
     Args:
         x: the input.
-        outer: components of gate and up.
+        outer: operands of gate and up.
         outer_frozen: the rest of gate and up.
-        down: components of down.
+        down: operands of down.
         down_frozen: the rest of down.
         swiglu: what computes ``silu(gate) * up``.
 
@@ -106,9 +106,9 @@ class _UntilProduct(torch.autograd.Function):
         *others: Tensor,
     ) -> tuple[Tensor, ...]:
         *columns, down_rows, down_columns = others
-        (gate, up), saved = linear_operation.forward(x, Components(rows, tuple(columns)), outer_frozen)
+        (gate, up), saved = linear_operation.forward(x, Operands(rows, tuple(columns)), outer_frozen)
         product = swiglu.product(gate, up)
-        down = linear_operation.read_input(product, Components(down_rows, (down_columns,)), down_frozen.dropout)
+        down = linear_operation.read_input(product, Operands(down_rows, (down_columns,)), down_frozen.dropout)
         # Stands for the output, and is not read: the gradient of that one comes in as its gradient.
         bridge = product.new_empty(()).expand(*x.shape[:-1], down_frozen.bases[0].out_features)
         ctx.frozen = outer_frozen, down_frozen

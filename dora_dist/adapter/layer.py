@@ -13,7 +13,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from dora_dist.adapter.components import Components, GatheredComponents, components_of
+from dora_dist.adapter.components import GatheredOperands, Operands, operands_of
 from dora_dist.adapter.linear_operation import Frozen, adapted_linears
 from dora_dist.base_model.quantization import is_known_linear
 from dora_dist.config.adapter import DRAWN_INITS
@@ -60,7 +60,7 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
         self.register_buffer("component_mask", torch.ones(r, dtype=torch.bool, device=device))
         self.shared: Callable[[DynamicLoraLinear, Tensor], Tensor] | None = None
         self.on_gradient: Callable[[], None] | None = None
-        self.gathered: GatheredComponents | None = None
+        self.gathered: GatheredOperands | None = None
         self.scale_of: Callable[[int], float] | None = None
         self.set_adapter(adapter_name)
 
@@ -109,7 +109,7 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
             return output
         if self.shared is not None:
             return self.shared(self, x)
-        return adapted_linears(x, components([self]), frozen([self]))[0]
+        return adapted_linears(x, operands([self]), frozen([self]))[0]
 
     def computes_as(self, other: "DynamicLoraLinear") -> bool:
         """Whether both multiply in the same dtypes, so that they can be computed together."""
@@ -164,9 +164,9 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
         return "dynamic_lora." + super().__repr__()
 
 
-def components(layers: Sequence[DynamicLoraLinear]) -> Components:
+def operands(layers: Sequence[DynamicLoraLinear]) -> Operands:
     """What layers that read one tensor compute with at this moment."""
-    found = components_of(layers, layers[0].gathered)
+    found = operands_of(layers, layers[0].gathered)
     for layer, columns in zip(layers, found.columns, strict=True):
         if layer.on_gradient is not None and columns.requires_grad:
             # The layer's parameters may have a gradient from elsewhere, such as a regularizer; these have not.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dora_dist.adapter.components import Components
+from dora_dist.adapter.components import Operands
 from dora_dist.base_model.quantization import dequantized_weight, product_dtype
 
 
@@ -60,12 +60,12 @@ class Gradients(NamedTuple):
     columns: list[Tensor | None]
 
 
-def adapted_linears(x: Tensor, components: Components, frozen: Frozen) -> tuple[Tensor, ...]:
+def adapted_linears(x: Tensor, operands: Operands, frozen: Frozen) -> tuple[Tensor, ...]:
     """Base layer plus components of every layer, differentiable once in ``x`` and the components.
 
     Args:
         x: shape ``(..., in)``.
-        components: of the layers that read it; they are computed in their dtype.
+        operands: of the layers that read it; they are computed in their dtype.
         frozen: the rest of these layers.
 
     Returns:
@@ -73,7 +73,7 @@ def adapted_linears(x: Tensor, components: Components, frozen: Frozen) -> tuple[
     """
     # torch has no types for `apply`.
     outputs: tuple[Tensor, ...] = _AdaptedLinears.apply(  # type: ignore[no-untyped-call]
-        x, frozen, components.rows, *components.columns
+        x, frozen, operands.rows, *operands.columns
     )
     return outputs
 
@@ -81,7 +81,7 @@ def adapted_linears(x: Tensor, components: Components, frozen: Frozen) -> tuple[
 class _AdaptedLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, frozen: Frozen, rows: Tensor, *columns: Tensor) -> tuple[Tensor, ...]:
-        outputs, saved = forward(x, Components(rows, columns), frozen)
+        outputs, saved = forward(x, Operands(rows, columns), frozen)
         ctx.frozen = frozen
         ctx.save_for_backward(x, *saved.flat())
         return tuple(outputs)
@@ -101,19 +101,19 @@ def unpack(tensors: Sequence[Any]) -> SavedForBackward:
     return SavedForBackward(rows, hidden, mask, tuple(columns))
 
 
-def forward(x: Tensor, components: Components, frozen: Frozen) -> tuple[list[Tensor], SavedForBackward]:
+def forward(x: Tensor, operands: Operands, frozen: Frozen) -> tuple[list[Tensor], SavedForBackward]:
     """Outputs of :func:`adapted_linears`, and what :func:`backward` needs. Without autograd."""
-    saved = read_input(x, components, frozen.dropout)
+    saved = read_input(x, operands, frozen.dropout)
     parts = zip(frozen.bases, saved.hidden_of_layers(), saved.columns, strict=True)
     return [output_of(x, base, hidden, columns) for base, hidden, columns in parts], saved
 
 
-def read_input(x: Tensor, components: Components, dropout: float) -> SavedForBackward:
+def read_input(x: Tensor, operands: Operands, dropout: float) -> SavedForBackward:
     """What the components of layers make of their input: all that the backward needs, but no output yet."""
-    inputs, mask = _tokens(x).to(components.rows.dtype), None
+    inputs, mask = _tokens(x).to(operands.rows.dtype), None
     if dropout:
         inputs, mask = torch.native_dropout(inputs, dropout, True)
-    return SavedForBackward(components.rows, components.rows @ inputs.T, mask, components.columns)
+    return SavedForBackward(operands.rows, operands.rows @ inputs.T, mask, operands.columns)
 
 
 def output_of(x: Tensor, base: nn.Linear, hidden: Tensor, columns: Tensor) -> Tensor:

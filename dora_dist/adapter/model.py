@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dora_dist.adapter.components import GatheredComponents
+from dora_dist.adapter.components import GatheredOperands
 from dora_dist.adapter.from_folder import FoundAdapter, find_start, start_from
 from dora_dist.adapter.gated_mlp import fuse_gated_mlps
 from dora_dist.adapter.layer import ADAPTER_NAME, DynamicLoraLinear
@@ -391,7 +391,7 @@ def _gather_components(model: DynamicLoraModel, groups: Sequence[Sequence[Dynami
     """
     grouped = {layer for group in groups for layer in group}
     layers = model.adapted_layers().values()
-    gathered = GatheredComponents([*groups, *([layer] for layer in layers if layer not in grouped)])
+    gathered = GatheredOperands([*groups, *([layer] for layer in layers if layer not in grouped)])
     for layer in layers:
         layer.gathered = gathered
     gathered.attach(model.get_base_model())

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dora_dist.adapter.layer import DynamicLoraLinear, components, frozen
+from dora_dist.adapter.layer import DynamicLoraLinear, frozen, operands
 from dora_dist.adapter.linear_operation import adapted_linears
 from dora_dist.base_model.shape import QUERY_KEY_VALUE
 from dora_dist.console.text import say
@@ -62,14 +62,14 @@ class SharedInput:
         place = self._layers.index(layer)
         if x.is_inference():
             # It does not say whether it has changed since the first call.
-            return adapted_linears(x, components([layer]), frozen([layer]))[0]
+            return adapted_linears(x, operands([layer]), frozen([layer]))[0]
         if self._open and self._input is None:
             self._input, self._version = x, x._version
-            outputs = adapted_linears(x, components(self._layers), frozen(self._layers))
+            outputs = adapted_linears(x, operands(self._layers), frozen(self._layers))
             self._outputs = dict(enumerate(outputs))
         if self._input is x and self._version == x._version and place in self._outputs:
             return self._outputs.pop(place)
-        return adapted_linears(x, components([layer]), frozen([layer]))[0]
+        return adapted_linears(x, operands([layer]), frozen([layer]))[0]
 
     def _begin(self, *_: Any) -> None:
         self._open = True

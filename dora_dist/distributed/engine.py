@@ -275,7 +275,7 @@ def read_counters(counters: Counters, device: torch.device) -> dict[str, object]
 def prepare_optimizer_state(
     wrapped: nn.Module,
     dtypes: Mapping[str, torch.dtype],
-    counters: Sequence[Counters],
+    counters: Counters | Sequence[Counters],
     step: int,
 ) -> None:
     """Give a fresh ZeRO optimizer the state that it would have made itself at its first step, filled with zeros.
@@ -283,12 +283,14 @@ def prepare_optimizer_state(
     Args:
         wrapped: DeepSpeed's engine.
         dtypes: of the state's tensors, by name.
-        counters: as :func:`optimizer_counters` returned them.
+        counters: as :func:`optimizer_counters` returned them, or those that all parameters have in common.
         step: optimizer steps taken so far.
     """
     engine = deepspeed_of(wrapped)
     zero = engine.optimizer
-    for flat, counted in zip(zero.single_partition_of_fp32_groups, counters, strict=True):
+    flats = zero.single_partition_of_fp32_groups
+    by_group = [counters] * len(flats) if isinstance(counters, Mapping) else counters
+    for flat, counted in zip(flats, by_group, strict=True):
         state: dict[str, object] = {key: torch.zeros_like(flat, dtype=dtype) for key, dtype in dtypes.items()}
         zero.optimizer.state[flat] = {**state, **read_counters(counted, flat.device)}
     engine.global_steps = step

@@ -14,9 +14,9 @@ from torch.linalg import vector_norm
 
 from dora_dist.method.stacking import in_order, stacked
 
-Components = tuple[Tensor, Tensor, Tensor]
-"""One layer's components: ``lora_a (r, in), gate (r,), lora_b (out, r)``."""
-ScoreFunction = Callable[[Sequence[Components]], Tensor]
+LayerParameters = tuple[Tensor, Tensor, Tensor]
+"""Of one layer: ``lora_a (r, in), gate (r,), lora_b (out, r)``."""
+ScoreFunction = Callable[[Sequence[LayerParameters]], Tensor]
 """Maps layers with the same number of components ``r`` to scores ``(layers, r)``; higher is more important."""
 SHORTEST_BLOCK, LONGEST_BLOCK = 64, 512
 """Number of a vector's entries that are multiplied at a time."""
@@ -52,7 +52,7 @@ def component_scores(lora_a: Tensor, gate: Tensor, lora_b: Tensor, eps: float = 
 
 
 @torch.no_grad()
-def score_layers(layers: Sequence[Components], eps: float = 1e-8) -> Tensor:
+def score_layers(layers: Sequence[LayerParameters], eps: float = 1e-8) -> Tensor:
     """:func:`component_scores` for many layers with the same number of components, in fewer operations.
 
     Gram products are computed for layers of one shape together. This is done in pieces, because all ``A`` and ``B`` in
@@ -75,7 +75,7 @@ def score_layers(layers: Sequence[Components], eps: float = 1e-8) -> Tensor:
 
 
 @torch.no_grad()
-def component_magnitudes(layers: Sequence[Components]) -> Tensor:
+def component_magnitudes(layers: Sequence[LayerParameters]) -> Tensor:
     """Frobenius norm of each component, ``|c_i| ||a_i|| ||b_i||``: the numerator of equation 7.
 
     A component of a layer with a small update therefore gets a low score, even if it dominates that layer.
@@ -91,7 +91,7 @@ def component_magnitudes(layers: Sequence[Components]) -> Tensor:
     return gates.abs() * _lengths([lora_a for lora_a, _, _ in layers], 1) * _lengths([b for _, _, b in layers], 0)
 
 
-def squared_magnitudes(layers: Sequence[Components]) -> Tensor:
+def squared_magnitudes(layers: Sequence[LayerParameters]) -> Tensor:
     """Squares of :func:`component_magnitudes`. Where components are orthogonal, this is how much the update's squared
     norm falls when the component is removed. Shape ``(layers, r)``, float64."""
     return component_magnitudes(layers).square()
@@ -101,7 +101,7 @@ def random_scores(seed: int) -> ScoreFunction:
     """A random criterion as a baseline for the others. Its scores are in [0, 1), depend on ``seed`` and the component's
     position only, and stay the same for the whole run."""
 
-    def score(layers: Sequence[Components]) -> Tensor:
+    def score(layers: Sequence[LayerParameters]) -> Tensor:
         _check_layers(layers)
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.rand(len(layers), len(layers[0][1]), generator=generator, dtype=torch.float64)
@@ -193,7 +193,7 @@ def smooth(previous: Tensor, current: Tensor, beta: float) -> Tensor:
     return beta * previous + (1 - beta) * current
 
 
-def _check_layers(layers: Sequence[Components]) -> None:
+def _check_layers(layers: Sequence[LayerParameters]) -> None:
     if not layers:
         raise ValueError("there are no layers to score")
     for layer in layers:

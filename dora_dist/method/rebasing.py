@@ -7,12 +7,12 @@ Young, 1936). Components as trained do not: they overlap and oppose each other.
 import torch
 from torch import Tensor
 
-from dora_dist.method.importance import Components
+from dora_dist.method.importance import LayerParameters
 from dora_dist.method.subspaces import fixed_signs
 
 
 @torch.no_grad()
-def singular_components(lora_a: Tensor, gate: Tensor, lora_b: Tensor) -> Components:
+def singular_components(lora_a: Tensor, gate: Tensor, lora_b: Tensor) -> LayerParameters:
     """Components ``sigma_i u_i v_i`` with the same sum, the largest first.
 
     Every ``a_i`` has the root mean square length of the given ones, because the learning rate fits that scale. ``b_i``

@@ -1,7 +1,7 @@
 """Trains one student to match the teacher's predictions, with real layers, the real controller and real settings."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,6 @@ from dora_dist.config.pruning import FILL_SLOTS, GATE_SENSITIVITY, GROW, MOVE, P
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.distributed.engine import Moments
 from dora_dist.method.budget import Budget
-from dora_dist.method.importance import Components
 from dora_dist.method.schedule import BudgetSchedule, GrowthSchedule
 from dora_dist.planted.options import FIXED, ORACLE, Options
 from dora_dist.training.controller import DynamicRankController
@@ -71,17 +70,16 @@ class Remembering(Criterion):
         self.scores, self.at_events_only = inner.scores, inner.at_events_only
         self.used = inner.scores.clone()
 
-    def update(self, layers: Sequence[Components], agreement: Agreement) -> None:
-        self._inner.update(layers, agreement)
-        self.scores = self._inner.scores
-
-    def rescore(self, layers: Sequence[Components]) -> None:
-        self._inner.rescore(layers)
+    def update(self, agreement: Agreement) -> None:
+        self._inner.update(agreement)
         self.scores = self._inner.scores
 
     def after_event(self) -> None:
         self.used = self._inner.scores.clone()
         self._inner.after_event()
+
+    def end(self) -> None:
+        self._inner.end()
 
 
 def train_student(truth: Truth, method: str, learning_rate: float, options: Options) -> dict[str, Any]:
@@ -181,8 +179,7 @@ def _criterion(method: str, layers: Mapping[str, DynamicLoraLinear], seed: int) 
     """The criterion of a method with dynamic ranks."""
     if method == GROW:
         return LayerSensitivity([layer.gate for layer in layers.values()])
-    parameters = [(layer.lora_a, layer.gate, layer.lora_b) for layer in layers.values()]
-    return criterion_of(GATE_SENSITIVITY if method == MOVE else method, parameters, SMOOTHING, seed)
+    return criterion_of(GATE_SENSITIVITY if method == MOVE else method, list(layers.values()), SMOOTHING, seed)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from dora_dist.adapter.components import REENTRANT
-from dora_dist.adapter.layer import DynamicLoraLinear, components
+from dora_dist.adapter.layer import DynamicLoraLinear, operands
 from dora_dist.adapter.model import DynamicLoraForCausalLM, add_dynamic_lora
 from dora_dist.base_model.head import task_of
 from dora_dist.base_model.recomputation import recomputable_layers
@@ -246,7 +246,7 @@ def routed_linear(layer: DynamicLoraLinear, x: Tensor, tokens: Tensor, gates: Te
         Shape ``(..., out)`` in the base layer's output dtype.
     """
     output: Tensor = layer.base_layer(x)
-    found = components([layer])
+    found = operands([layer])
     inputs = functional.dropout(x.flatten(0, -2)[tokens].to(found.rows.dtype), layer.dropout)
     update = (inputs @ found.rows.T) @ found.columns[0] * gates[:, None]
     return output.flatten(0, -2).index_add(0, tokens, update.to(output.dtype)).view(output.shape)

@@ -183,8 +183,7 @@ def build_controller(
     elif pruning.importance in ABLATIONS:
         criterion = Ablation(model, exact=pruning.importance == ABLATION)
     else:
-        parameters = [(layer.lora_a, layer.gate, layer.lora_b) for layer in layers.values()]
-        criterion = criterion_of(pruning.importance, parameters, pruning.smoothing, seed)
+        criterion = criterion_of(pruning.importance, list(layers.values()), pruning.smoothing, seed)
     rule: Rule
     if pruning.rule == MOVE:
         rule = Move(layers, budget, num_moved=pruning.moved_per_event, min_rank=pruning.min_rank, seed=seed)

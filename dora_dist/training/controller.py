@@ -16,7 +16,7 @@ from dora_dist.method.budget import Budget
 from dora_dist.method.importance import score_layers
 from dora_dist.method.prune_event import PruneEvent
 from dora_dist.method.regularizer import penalty_of_stacks
-from dora_dist.training.criterion import Criterion, SmoothedScores, components_of
+from dora_dist.training.criterion import Criterion, SmoothedScores
 from dora_dist.training.rules.masks import set_mask
 from dora_dist.training.rules.prune import Prune
 from dora_dist.training.rules.rule import Rule
@@ -74,14 +74,12 @@ class DynamicRankController:
         self.step = 0
         self.failure: str | None = None
         self.moments: Moments | None = None
-        masks = {name: layer.component_mask.cpu().clone() for name, layer in self.layers.items()}
-        self.kept: Mapping[str, Tensor] = masks
+        self._sizes = [layer.gate.numel() for layer in self.layers.values()]
+        self.kept: Mapping[str, Tensor] = self._masks()
         self.planned: Mapping[str, int] | None = None
-        self._sizes = [mask.numel() for mask in masks.values()]
-        device = next(iter(self.layers.values())).gate.device
-        self.criterion = criterion or SmoothedScores(score_layers, 0.9, sum(self._sizes), device)
+        self.criterion = criterion or SmoothedScores(score_layers, 0.9, self.layers.values())
         if self.rule.renews:
-            self.criterion.rescore(components_of(self.layers.values()))
+            self.criterion.rescore()
         self.rule.begin(self.kept)
 
     def attach(self, moments: Moments) -> None:
@@ -97,7 +95,7 @@ class DynamicRankController:
     @property
     def ranks(self) -> dict[str, int]:
         """Layer -> number of unmasked components."""
-        return {name: int(layer.component_mask.sum()) for name, layer in self.layers.items()}
+        return {name: int(mask.sum()) for name, mask in self._masks().items()}
 
     @property
     def plan(self) -> Mapping[str, int]:
@@ -134,7 +132,7 @@ class DynamicRankController:
         """
         for name, layer in self.layers.items():
             set_mask(layer, torch.arange(len(layer.gate), device=layer.gate.device) < ranks[name])
-        self.kept = {name: layer.component_mask.cpu().clone() for name, layer in self.layers.items()}
+        self.kept = self._masks()
 
     def before_first_step(self) -> PruneEvent | None:
         """The event that fixes the initial ranks where no other event follows; it changes nothing."""
@@ -170,14 +168,15 @@ class DynamicRankController:
         self.agreement.raise_together(self.failure or self._flaw_of_scores(), f"scoring components by step {step}")
         self.verify(f"the adapter before the pruning event of step {step}")
         self.rule.prepare(self.criterion, self.agreement)
-        # One flat tensor, one all-reduce; from here on every rank computes from the reduced values only.
-        scores = self._by_layer(self.agreement.mean(self.criterion.scores))
+        # One flat tensor, one all-reduce; from here on every rank computes from the reduced values only, on the CPU.
+        scores = self._by_layer(self.agreement.mean(self.criterion.scores).cpu())
         means = self._mean_scores(scores)
         kept, self.kept = self.kept, self.rule.select(step, scores, self.kept)
         self.rule.apply(step, kept, self.kept, self.moments)
+        self.criterion.after_event()
         if self.finished_pruning:
             self.planned = self.rule.plan(step, scores)
-        self.criterion.after_event()
+            self.criterion.end()
         return self._event(kept, means)
 
     def verify(self, what: str) -> None:
@@ -211,7 +210,7 @@ class DynamicRankController:
 
     def allocation_digest(self) -> str:
         """Short hash of which components are alive (gate not 0, not masked), for the log."""
-        alive = torch.cat([layer.effective_gate().detach().cpu() != 0 for layer in self.layers.values()])
+        alive = torch.cat([layer.effective_gate().detach() for layer in self.layers.values()]) != 0
         return digest_tensors(alive).hex()[:16]
 
     def finish(self) -> None:
@@ -263,6 +262,8 @@ class DynamicRankController:
             failure = f"the saved state does not fit the model: {error!r}"
         self.agreement.raise_together(failure, "loading the state of the method")
         self.step = step
+        if self.finished_pruning:
+            self.criterion.end()
         self.verify(f"the adapter resumed from step {step}")
 
     def _own_state(self) -> dict[str, Tensor]:
@@ -270,22 +271,26 @@ class DynamicRankController:
         parts = {"criterion": self.criterion.state, "rule": self.rule.state}
         return {f"{part}/{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
 
+    def _masks(self) -> dict[str, Tensor]:
+        """Layer -> boolean, shape ``(r,)``, on the CPU: unmasked components. One copy for all layers."""
+        return self._by_layer(torch.cat([layer.component_mask for layer in self.layers.values()]).cpu())
+
     def _by_layer(self, flat: Tensor) -> dict[str, Tensor]:
         return dict(zip(self.layers, torch.split(flat, self._sizes), strict=True))
 
     def _update_scores(self) -> None:
         """Never raises: a failure is kept in :attr:`failure` until the next exchange reports it to all ranks."""
         try:
-            self.criterion.update(components_of(self.layers.values()), self.agreement)
+            self.criterion.update(self.agreement)
         except Exception as error:
             self.failure = self.failure or f"{type(error).__name__} after step {self.step}: {error}"
 
     def _flaw_of_scores(self) -> str | None:
         """Checked at events only, because a non-finite score never leaves the average."""
-        for name, scores in self.scores.items():
+        for name, scores in self._by_layer(self.criterion.scores.cpu()).items():
             if not torch.isfinite(scores).all():
                 return f"layer {name} has non-finite scores {scores.tolist()}"
-        if self.rule.chooses(self.step, self.budget) and not self.criterion.scores.any():
+        if self.rule.chooses(self.step) and not self.criterion.scores.any():
             return (
                 "all scores are 0, so there is nothing to select by: no step with a learning rate above 0 has changed "
                 "the adapter yet. Train for more steps (training.max_steps), or raise pruning.warmup_fraction"
@@ -294,7 +299,7 @@ class DynamicRankController:
 
     def _mean_scores(self, scores: Mapping[str, Tensor]) -> dict[str, float]:
         """Layer -> mean score of its unmasked components; 0 for a layer without any."""
-        alive = {name: scores[name][layer.component_mask] for name, layer in self.layers.items()}
+        alive = {name: scores[name][mask] for name, mask in self._masks().items()}
         return {name: float(values.mean()) if values.numel() else 0.0 for name, values in alive.items()}
 
     def _event(self, before: Mapping[str, Tensor], scores: Mapping[str, float] | None = None) -> PruneEvent:

@@ -1,7 +1,7 @@
 """Importance criteria during training: scores that are updated after every optimizer step, on every rank."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,10 +10,10 @@ from dora_dist.adapter.layer import DynamicLoraLinear
 from dora_dist.config.pruning import GATE_SENSITIVITY, LOSS_CHANGE
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.method.growing import ModuleScores, sensitivity_of_layers
-from dora_dist.method.importance import Components, ScoreFunction, smooth, weight_criterion
+from dora_dist.method.importance import LayerParameters, ScoreFunction, smooth, weight_criterion
 
 
-class Criterion(Protocol):
+class Criterion(ABC):
     """The interface between the controller and a criterion.
 
     Attributes:
@@ -24,25 +24,35 @@ class Criterion(Protocol):
     """
 
     scores: Tensor
-    at_events_only: bool
+    at_events_only = False
 
     @property
     def state(self) -> Mapping[str, Tensor]:
         return {}
 
-    def update(self, layers: Sequence[Components], agreement: Agreement) -> None:
+    @abstractmethod
+    def update(self, agreement: Agreement) -> None:
         """Update the scores on every rank together: after every optimizer step until the final event, or before every
         event with ``at_events_only``. May raise only after its collectives."""
 
-    def rescore(self, layers: Sequence[Components]) -> None:
+    def rescore(self) -> None:
         """Score again after all components have been replaced.
 
         Raises:
             ValueError: the criterion cannot score components without their past.
         """
+        raise ValueError(
+            f"{type(self).__name__} has no score for components that an event has just made: set pruning.rebase to "
+            "false, or choose another pruning.importance"
+        )
 
     def after_event(self) -> None:
         """Called after an event has selected by the scores."""
+        return
+
+    def end(self) -> None:
+        """Stop observing the training, and drop what that needs: no event follows. Scores and state stay."""
+        return
 
 
 class SmoothedScores(Criterion):
@@ -51,25 +61,21 @@ class SmoothedScores(Criterion):
     Args:
         score: function that scores the weights.
         smoothing: weight of the past, in [0, 1).
-        num_components: number of components of the model.
-        device: device of the components.
+        layers: adapted layers, in the order of the scores.
     """
 
-    at_events_only = False
-
-    def __init__(self, score: ScoreFunction, smoothing: float, num_components: int, device: torch.device) -> None:
-        self.scores = torch.zeros(num_components, dtype=torch.float64, device=device)
+    def __init__(self, score: ScoreFunction, smoothing: float, layers: Iterable[DynamicLoraLinear]) -> None:
         self._score = score
         self._smoothing = smoothing
+        self._layers = list(layers)
+        gates = [layer.gate for layer in self._layers]
+        self.scores = torch.zeros(sum(map(len, gates)), dtype=torch.float64, device=gates[0].device)
 
-    def update(self, layers: Sequence[Components], agreement: Agreement) -> None:
-        self.scores = smooth(self.scores, self._score(layers).flatten(), self._smoothing)
+    def update(self, agreement: Agreement) -> None:
+        self.scores = smooth(self.scores, self._score(parameters_of(self._layers)).flatten(), self._smoothing)
 
-    def rescore(self, layers: Sequence[Components]) -> None:
-        self.scores = self._score(layers).flatten().double()
-
-    def after_event(self) -> None:
-        pass
+    def rescore(self) -> None:
+        self.scores = self._score(parameters_of(self._layers)).flatten().double()
 
 
 class _GateChanges:
@@ -89,8 +95,13 @@ class _GateChanges:
         self._gates = list(gates)
         self._gradient = torch.zeros(sum(sizes), dtype=torch.float32, device=gates[0].device)
         # The hooks write to views of one flat tensor, which needs no gathering.
-        for gate, part in zip(gates, torch.split(self._gradient, sizes), strict=True):
-            gate.register_hook(_adder(part))
+        parts = torch.split(self._gradient, sizes)
+        self._hooks = [gate.register_hook(_adder(part)) for gate, part in zip(gates, parts, strict=True)]
+
+    def end(self) -> None:
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()
 
     @torch.no_grad()
     def take(self, agreement: Agreement) -> tuple[Tensor, Tensor]:
@@ -114,22 +125,20 @@ class GateSensitivity(Criterion):
         gates: gates of all layers, shape ``(r,)`` each, in the order of the scores; they must be trained.
     """
 
-    at_events_only = False
-
     def __init__(self, gates: Sequence[Tensor]) -> None:
         self._changes = _GateChanges(gates)
         self.scores = torch.zeros(sum(map(len, gates)), dtype=torch.float64, device=gates[0].device)
 
     @torch.no_grad()
-    def update(self, layers: Sequence[Components], agreement: Agreement) -> None:
+    def update(self, agreement: Agreement) -> None:
         change, finite = self._changes.take(agreement)
         self.scores += change.abs().where(finite, 0)
 
-    def rescore(self, layers: Sequence[Components]) -> None:
-        raise _cannot_rescore(GATE_SENSITIVITY)
-
     def after_event(self) -> None:
         self.scores.zero_()
+
+    def end(self) -> None:
+        self._changes.end()
 
 
 class LayerSensitivity(Criterion):
@@ -140,8 +149,6 @@ class LayerSensitivity(Criterion):
     Args:
         gates: gates of all layers, shape ``(r,)`` each, in the order of the scores; they must be trained.
     """
-
-    at_events_only = False
 
     def __init__(self, gates: Sequence[Tensor]) -> None:
         self._changes = _GateChanges(gates)
@@ -156,7 +163,7 @@ class LayerSensitivity(Criterion):
         return {"sensitivity": self._averages.sensitivity, "uncertainty": self._averages.uncertainty}
 
     @torch.no_grad()
-    def update(self, layers: Sequence[Components], agreement: Agreement) -> None:
+    def update(self, agreement: Agreement) -> None:
         changes, finite = self._changes.take(agreement)
         before, after = self._averages, self._averages.after(sensitivity_of_layers(changes, self._sizes))
         self._averages = ModuleScores(
@@ -165,15 +172,12 @@ class LayerSensitivity(Criterion):
         )
         self.scores = self._averages.scores.repeat_interleave(self._repeats, output_size=len(self.scores))
 
-    def rescore(self, layers: Sequence[Components]) -> None:
-        raise _cannot_rescore("the layers' own")
-
-    def after_event(self) -> None:
-        pass
+    def end(self) -> None:
+        self._changes.end()
 
 
-def components_of(layers: Iterable[DynamicLoraLinear]) -> list[Components]:
-    """The components of layers in the form that scores of weights take: each gate is multiplied by its layer's scale,
+def parameters_of(layers: Iterable[DynamicLoraLinear]) -> list[LayerParameters]:
+    """Parameters of layers in the form that scores of weights take: each gate is multiplied by its layer's scale,
     in float64, since both are part of what a component computes; a masked one is 0."""
     layers = list(layers)
     gates = torch.cat([layer.gate.detach() for layer in layers]).double()
@@ -197,33 +201,31 @@ class LossChange(Criterion):
     do not count.
 
     Args:
-        layers: parameters of all layers, in the order of the scores; untrained parameters do not move.
+        layers: adapted layers, in the order of the scores; untrained parameters do not move.
     """
 
-    at_events_only = False
-
-    def __init__(self, layers: Sequence[Components]) -> None:
-        sizes = [gate.numel() for _, gate, _ in layers]
-        self.scores = torch.zeros(sum(sizes), dtype=torch.float64, device=layers[0][1].device)
+    def __init__(self, layers: Sequence[DynamicLoraLinear]) -> None:
+        sizes = [layer.gate.numel() for layer in layers]
+        self.scores = torch.zeros(sum(sizes), dtype=torch.float64, device=layers[0].gate.device)
         self._effect = torch.zeros_like(self.scores)
-        self._moves = []
-        for (lora_a, gate, lora_b), part in zip(layers, self._effect.split(sizes), strict=True):
-            owned = ((lora_a, 0), (gate, 0), (lora_b, 1))
+        self._moves: list[tuple[Tensor, list[_Move]]] = []
+        for layer, part in zip(layers, self._effect.split(sizes), strict=True):
+            owned = ((layer.lora_a, 0), (layer.gate, 0), (layer.lora_b, 1))
             self._moves.append((part, [_Move(one, dim) for one, dim in owned if one.requires_grad]))
 
     @torch.no_grad()
-    def update(self, layers: Sequence[Components], agreement: Agreement) -> None:
+    def update(self, agreement: Agreement) -> None:
         for total, moves in self._moves:
             total.copy_(torch.stack([move.effect() for move in moves]).sum(0))
         effect = agreement.mean(self._effect)
         # Selected on the device: reading the answer would make the host wait for the GPU.
         self.scores -= effect.where(torch.isfinite(effect).all(), 0)
 
-    def rescore(self, layers: Sequence[Components]) -> None:
-        raise _cannot_rescore(LOSS_CHANGE)
-
-    def after_event(self) -> None:
-        pass
+    def end(self) -> None:
+        for _, moves in self._moves:
+            for move in moves:
+                move.end()
+        self._moves.clear()
 
 
 class _Move:
@@ -239,7 +241,7 @@ class _Move:
         self._before = parameter.detach().clone()
         self._gradient = torch.zeros_like(self._before, dtype=torch.promote_types(parameter.dtype, torch.float32))
         self._others = [other for other in range(parameter.ndim) if other != dim]
-        parameter.register_hook(self._look)
+        self._hook = parameter.register_hook(self._look)
 
     def _look(self, gradient: Tensor) -> None:  # returns None: a hook's return value would replace the gradient
         self._before.copy_(self._parameter.detach())
@@ -253,34 +255,29 @@ class _Move:
         self._gradient.zero_()
         return effect
 
+    def end(self) -> None:
+        """Remove the hook."""
+        self._hook.remove()
 
-def criterion_of(name: str, layers: Sequence[Components], smoothing: float, seed: int) -> Criterion:
+
+def criterion_of(name: str, layers: Sequence[DynamicLoraLinear], smoothing: float, seed: int) -> Criterion:
     """A new criterion by name.
 
     Args:
         name: :data:`~dora_dist.config.pruning.GATE_SENSITIVITY`, :data:`~dora_dist.config.pruning.LOSS_CHANGE`, or one
             of :data:`~dora_dist.method.importance.WEIGHT_CRITERIA`.
-        layers: parameters of all layers, in the order of the scores.
+        layers: adapted layers, in the order of the scores.
         smoothing: weight of the past, for scores of weights.
         seed: seed of random scores.
 
     Raises:
         ValueError: there is no such criterion.
     """
-    gates = [gate for _, gate, _ in layers]
     if name == GATE_SENSITIVITY:
-        return GateSensitivity(gates)
+        return GateSensitivity([layer.gate for layer in layers])
     if name == LOSS_CHANGE:
         return LossChange(layers)
-    num_components = sum(gate.numel() for gate in gates)
-    return SmoothedScores(weight_criterion(name, seed), smoothing, num_components, gates[0].device)
-
-
-def _cannot_rescore(name: str) -> ValueError:
-    return ValueError(
-        f"importance is {name}, which is summed over steps, so components that an event makes have no score: set "
-        "rebase to false, or choose another importance"
-    )
+    return SmoothedScores(weight_criterion(name, seed), smoothing, layers)
 
 
 def _adder(total: Tensor) -> Callable[[Tensor], None]:

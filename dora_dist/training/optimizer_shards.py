@@ -22,7 +22,6 @@ from dora_dist.distributed.agreement import Agreement
 from dora_dist.distributed.engine import (
     MASTER,
     counters_of,
-    deepspeed_of,
     optimizer_counters,
     owned_parts,
     prepare_optimizer_state,
@@ -109,8 +108,7 @@ class OptimizerShards:
         first = next(iter(whole.states.values()), {})
         dtypes = {key: value.dtype for key, value in first.items() if isinstance(value, Tensor) and value.ndim}
         # A step is a step of all parameters.
-        counters = [counters_of(first)] * len(deepspeed_of(self._wrapped).optimizer.single_partition_of_fp32_groups)
-        prepare_optimizer_state(self._wrapped, dtypes, counters, step)
+        prepare_optimizer_state(self._wrapped, dtypes, counters_of(first), step)
         for name, part in owned_parts(self._wrapped, self._parameters).items():
             for key, target in part.tensors.items():
                 source = whole.parameters[name] if key == MASTER else whole.states[name][key]

@@ -22,9 +22,6 @@ class StepLog:
         device: Device of the loss.
         tokens_of: Returns the number of tokens, over all ranks, in the optimizer steps after the first argument up to
             the second one.
-
-    Attributes:
-        term_sums: Shape ``(terms,)`` on ``device``; sums of these terms over the steps since the previous line.
     """
 
     def __init__(
@@ -35,7 +32,9 @@ class StepLog:
         device: torch.device,
         tokens_of: Callable[[int, int], int],
     ) -> None:
-        self.term_sums: Tensor = torch.zeros(len(weights), device=device)
+        # Of these terms over the steps since the previous line, and over those before the latest step.
+        self._sums: Tensor = torch.zeros(len(weights), device=device)
+        self._sums_before = self._sums.clone()
         self._controller = controller
         self._skip_policy = skip_policy
         self._weights = dict(weights)
@@ -50,9 +49,17 @@ class StepLog:
         """
         self._last_line = (step, time.monotonic())
 
+    def begin_step(self) -> None:
+        """Must be called before every optimizer step."""
+        self._sums_before.copy_(self._sums)
+
+    def forget_step(self) -> None:
+        """Take the terms of the latest step back, which was skipped."""
+        self._sums.copy_(self._sums_before)
+
     def add(self, name: str, term: Tensor) -> Tensor:
         """Record a micro-batch's share of a term, and return its contribution to the loss; both scalars."""
-        self.term_sums[list(self._weights).index(name)] += term.detach()
+        self._sums[list(self._weights).index(name)] += term.detach()
         return self._weights[name] * term
 
     def complete(self, logs: dict[str, float], step: int) -> None:
@@ -68,12 +75,12 @@ class StepLog:
         steps = max(step - last_step, 1)
         taken = steps - self._skip_policy.forget_logged()
         if taken:
-            terms = dict(zip(self._weights, (self.term_sums / taken).tolist(), strict=True))
+            terms = dict(zip(self._weights, (self._sums / taken).tolist(), strict=True))
             logs |= terms
             logs["loss"] = logs["loss"] * steps / taken - sum(self._weights[name] * terms[name] for name in terms)
         else:
             del logs["loss"]
-        self.term_sums.zero_()
+        self._sums.zero_()
         if self._skip_policy.last:
             logs.pop("grad_norm", None)  # the last step's norm
         logs["components"] = self._controller.num_kept
@@ -86,8 +93,8 @@ class StepLog:
     def _peak_memory(self) -> int:
         """Peak memory of this rank since its start, in bytes: on a GPU, what torch has allocated; without one, that of
         the process."""
-        if self.term_sums.is_cuda:
-            return torch.cuda.max_memory_allocated(self.term_sums.device)
+        if self._sums.is_cuda:
+            return torch.cuda.max_memory_allocated(self._sums.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
     def progress(self, logs: Mapping[str, float], step: int, max_steps: int) -> str:

@@ -76,6 +76,7 @@ class DynamicLoraTrainer(Trainer):
         self.begun_step = 0
         self.skipped_steps: SkippedSteps
         self.checkpointer: Checkpointer
+        self._loss_before: Tensor  # the Trainer's sum since the previous line, before the latest step
         weights = {EQUILIBRIUM: settings.equilibrium_weight}
         if parts.balance is not None:
             weights[BALANCE] = settings.balance_weight
@@ -301,7 +302,8 @@ class DynamicLoraTrainer(Trainer):
         self.begun_step = self.state.global_step + 1
         self.parts.agreement.note(f"forward, backward and update of step {self.begun_step}")
         self.parts.skip_policy.begin_step()
-        self._sums_before = (self._tr_loss.clone(), self.step_log.term_sums.clone())
+        self.step_log.begin_step()
+        self._loss_before = self._tr_loss.clone()
 
     def end_step(self, control: TrainerControl) -> None:
         """What follows an optimizer step, before it is logged and saved.
@@ -338,8 +340,8 @@ class DynamicLoraTrainer(Trainer):
         why = self.parts.skip_policy.after_step(step, self.skipped_steps.last())
         if why is None:
             return
-        for total, before in zip((self._tr_loss, self.step_log.term_sums), self._sums_before, strict=True):
-            total.copy_(before)
+        self.step_log.forget_step()
+        self._tr_loss.copy_(self._loss_before)
         if self.accelerator.optimizer_step_was_skipped:
             assert self.lr_scheduler is not None
             self.lr_scheduler.step()  # which the Trainer leaves out, under DeepSpeed only: a step is a step

@@ -18,7 +18,7 @@ from dora_dist.distributed.engine import scale_entries, zero_entries
 from dora_dist.distributed.store_agreement import StoreAgreement
 from dora_dist.distributed.world import host_group
 from dora_dist.method.budget import Budget
-from dora_dist.method.importance import Components, ScoreFunction, score_layers
+from dora_dist.method.importance import LayerParameters, ScoreFunction, score_layers
 from dora_dist.method.schedule import BudgetSchedule
 from dora_dist.training.controller import DynamicRankController
 from dora_dist.training.criterion import SmoothedScores
@@ -54,9 +54,9 @@ def make_controller(layers: dict[str, DynamicLoraLinear], **options: Any) -> Dyn
     return DynamicRankController(layers, Budget(schedule, dict.fromkeys(layers, 1)), Agreement(), **options)
 
 
-def smoothed(score: ScoreFunction) -> SmoothedScores:
-    """The paper's smoothing of another score of :func:`make_layers`."""
-    return SmoothedScores(score, 0.9, RANK * len(NAMES), torch.device("cpu"))
+def smoothed(score: ScoreFunction, layers: dict[str, DynamicLoraLinear]) -> SmoothedScores:
+    """The paper's smoothing of another score."""
+    return SmoothedScores(score, 0.9, [layers[name] for name in sorted(layers)])
 
 
 def agreement_mean() -> tuple[Tensor, Tensor]:
@@ -88,12 +88,12 @@ def prune_with_different_statistics() -> dict[str, Any]:
     """Each rank scores with a factor pattern of its own; returns what it fed and what was selected."""
     rank = dist.get_rank()
 
-    def skewed(layers: Sequence[Components]) -> Tensor:
+    def skewed(layers: Sequence[LayerParameters]) -> Tensor:
         generator = torch.Generator().manual_seed(rank)
         return score_layers(layers) * (0.2 + torch.rand(len(layers), RANK, generator=generator).double())
 
     layers = make_layers()
-    controller = make_controller(layers, criterion=smoothed(skewed))
+    controller = make_controller(layers, criterion=smoothed(skewed, layers))
     events = [controller.after_optimizer_step(step) for step in range(1, 7)]
     local = {name: scores.clone() for name, scores in controller.scores.items()}
     return {
@@ -156,7 +156,7 @@ def end_step_with_bad_scores(bad_rank: int) -> None:
 
 
 def _controller_with_bad_scores(bad_rank: int, kind: str) -> DynamicRankController:
-    def score(layers: Sequence[Components]) -> Tensor:
+    def score(layers: Sequence[LayerParameters]) -> Tensor:
         scores = score_layers(layers)
         if dist.get_rank() == bad_rank:
             if kind == "raises":
@@ -164,7 +164,8 @@ def _controller_with_bad_scores(bad_rank: int, kind: str) -> DynamicRankControll
             scores[0, 2] = float(kind)
         return scores
 
-    return make_controller(make_layers(), criterion=smoothed(score))
+    layers = make_layers()
+    return make_controller(layers, criterion=smoothed(score, layers))
 
 
 def check_world_of_one() -> None:

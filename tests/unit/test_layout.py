@@ -158,9 +158,8 @@ def test_only_agreement_uses_collectives():
 
 
 def test_only_the_engine_file_touches_deepspeeds_parameters():
-    users = {
-        name for name, path in SOURCES.items() if re.search(r"\bsafe_(set|get)_\w+|\b_hp_mapping", path.read_text())
-    }
+    names = r"\b(safe_(set|get)_\w+|_hp_mapping|(get_)?[hl]p_fragment\w*|param_group_index|single_partition_of_\w+)\b"
+    users = {name for name, path in SOURCES.items() if re.search(names, path.read_text())}
     assert users == {"distributed.engine"}
 
 

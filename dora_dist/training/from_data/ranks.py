@@ -53,10 +53,7 @@ class RankChoice:
     target_rank: int
     groups: Sequence[Sequence[str]]
 
-    @property
-    def of_gradient(self) -> bool:
-        """Always True: both measures need gradients."""
-        return True
+    of_gradient = True  # both measures need gradients
 
     @property
     def num_passes(self) -> int:

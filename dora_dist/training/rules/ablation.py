@@ -19,7 +19,6 @@ from dora_dist.adapter.layer import DynamicLoraLinear
 from dora_dist.adapter.model import DynamicLoraForCausalLM, DynamicLoraModel
 from dora_dist.console.text import say
 from dora_dist.distributed.agreement import Agreement
-from dora_dist.method.importance import Components
 from dora_dist.training.criterion import Criterion
 
 Losses = Sequence[Callable[[], Tensor]]
@@ -49,20 +48,11 @@ class Ablation(Criterion):
         num_components = sum(gate.numel() for gate in gates)
         self.scores = torch.zeros(num_components, dtype=torch.float64, device=gates[0].device)
 
-    def update(self, layers: Sequence[Components], agreement: Agreement) -> None:
+    def update(self, agreement: Agreement) -> None:
         assert self.losses, "no rows to score by"
         without_logits = self._model.loss_only() if isinstance(self._model, DynamicLoraForCausalLM) else nullcontext()
         with without_logits:
             self.scores = self._score(self._model, self._layers, self.losses, agreement)
-
-    def rescore(self, layers: Sequence[Components]) -> None:
-        raise ValueError(
-            "importance ablation is measured on the model as it is: set pruning.rebase to false, or choose another "
-            "pruning.importance"
-        )
-
-    def after_event(self) -> None:
-        pass
 
 
 @torch.no_grad()

@@ -37,12 +37,8 @@ class Grow(Rule):
         warmup: Optimizer steps until a new component learns at the run's rate, at least 1.
     """
 
-    regularized = False
-    renews = False
-
     def __init__(self, layers: Mapping[str, DynamicLoraLinear], budget: Budget, warmup: int) -> None:
-        self._layers = dict(sorted(layers.items()))
-        self._budget = budget
+        super().__init__(layers, budget)
         self._warmup = warmup
         sizes = [len(layer.gate) for layer in self._layers.values()]
         # The step after which each component was granted. Initial components learn at the run's rate from step 1.
@@ -72,6 +68,8 @@ class Grow(Rule):
 
     def rates(self, step: int, kept: Masks) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """The gate of a reserve has rate 0, whatever the optimizer does with it."""
+        if step >= self._budget.schedule.final_step + self._warmup:
+            return  # by now, all components learn at the run's rate
         for name, layer in self._layers.items():
             share = ((step - self._granted_of[name]) / self._warmup).clamp(max=1)
             of_gate = share

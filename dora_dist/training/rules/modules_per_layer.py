@@ -25,15 +25,11 @@ class ModulesPerLayer(Rule):
         per_block: Number of modules that stay in every block.
     """
 
-    regularized = False
-    renews = False
-
     def __init__(self, layers: Mapping[str, DynamicLoraLinear], budget: Budget, per_block: int) -> None:
-        self._layers = dict(sorted(layers.items()))
-        self._budget = budget
+        super().__init__(layers, budget)
         self._per_block = per_block
 
-    def chooses(self, step: int, budget: Budget) -> bool:
+    def chooses(self, step: int) -> bool:
         return True
 
     def select(self, step: int, scores: Mapping[str, Tensor], kept: Masks) -> Masks:

@@ -30,9 +30,6 @@ class Move(Rule):
         seed: Seed of the new components.
     """
 
-    regularized = False
-    renews = False
-
     def __init__(
         self,
         layers: Mapping[str, DynamicLoraLinear],
@@ -42,14 +39,13 @@ class Move(Rule):
         min_rank: int = 0,
         seed: int = 0,
     ) -> None:
-        self._layers = dict(sorted(layers.items()))
-        self._budget = budget
+        super().__init__(layers, budget)
         self._num_moved = num_moved
         self._min_rank = min_rank
         self._seed = seed
 
-    def chooses(self, step: int, budget: Budget) -> bool:
-        return not budget.schedule.in_warmup(step)
+    def chooses(self, step: int) -> bool:
+        return not self._budget.schedule.in_warmup(step)
 
     def select(self, step: int, scores: Mapping[str, Tensor], kept: Masks) -> Masks:
         if self._budget.schedule.in_warmup(step):

@@ -11,7 +11,7 @@ from dora_dist.distributed.agreement import Agreement
 from dora_dist.distributed.engine import Moments, write_entries, zero_entries
 from dora_dist.method.budget import Budget
 from dora_dist.method.rebasing import singular_components
-from dora_dist.training.criterion import Criterion, components_of
+from dora_dist.training.criterion import Criterion
 from dora_dist.training.rules.masks import set_mask
 from dora_dist.training.rules.rule import Masks, Rule
 
@@ -33,17 +33,13 @@ class Prune(Rule):
     def __init__(
         self, layers: Mapping[str, DynamicLoraLinear], budget: Budget, selection: Selection | None = None
     ) -> None:
-        self._layers = dict(sorted(layers.items()))
-        self._budget = budget
+        super().__init__(layers, budget)
         self._selection = selection or Selection()
+        self.renews = self._selection.rebase
         # Refuse bounds that cannot be met, before the run; every other budget is above the final one.
         if final_step := budget.schedule.final_step:
             anything = {name: torch.zeros(layer.gate.numel()) for name, layer in layers.items()}
             budget.select(anything, final_step, self._selection.min_rank, self._selection.max_rank)
-
-    @property
-    def renews(self) -> bool:
-        return self._selection.rebase
 
     @torch.no_grad()
     def prepare(self, criterion: Criterion, agreement: Agreement) -> None:
@@ -63,7 +59,7 @@ class Prune(Rule):
             for parameter, chosen, new in zip(whole, masks, torch.split(flat, sizes), strict=True):
                 values = torch.zeros_like(parameter, dtype=torch.float64).masked_scatter_(chosen, new)
                 write_entries(parameter, values, chosen)
-        criterion.rescore(components_of(self._layers.values()))
+        criterion.rescore()
 
     def select(self, step: int, scores: Mapping[str, Tensor], kept: Masks) -> Masks:
         selection = self._selection

@@ -1,10 +1,11 @@
 """The interface between the controller and a pruning rule (one class for each value of ``pruning.rule``)."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Protocol
 
 from torch import Tensor, nn
 
+from dora_dist.adapter.layer import DynamicLoraLinear
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.distributed.engine import Moments
 from dora_dist.method.budget import Budget
@@ -14,8 +15,12 @@ Masks = Mapping[str, Tensor]
 """Layer -> boolean, shape ``(r,)``, on the CPU."""
 
 
-class Rule(Protocol):
+class Rule(ABC):
     """How events change which components are alive. The scores and the result are the same on every rank.
+
+    Args:
+        layers: Adapted layers by name; the same names on every rank.
+        budget: Budget of the layers' components over the run.
 
     Attributes:
         regularized: Whether the Dimensional Equilibrium Modulator is part of the loss until the final event.
@@ -23,11 +28,12 @@ class Rule(Protocol):
             meaningless.
     """
 
-    @property
-    def regularized(self) -> bool: ...
+    regularized = False
+    renews = False
 
-    @property
-    def renews(self) -> bool: ...
+    def __init__(self, layers: Mapping[str, DynamicLoraLinear], budget: Budget) -> None:
+        self._layers = dict(sorted(layers.items()))
+        self._budget = budget
 
     @property
     def state(self) -> Mapping[str, Tensor]:
@@ -55,15 +61,15 @@ class Rule(Protocol):
         """Called when an event is due, before scores are compared. May use collectives; called on every rank."""
         return
 
-    def chooses(self, step: int, budget: Budget) -> bool:
+    def chooses(self, step: int) -> bool:
         """Whether the event after this step selects by scores; if it does, scores that are all 0 are an error.
 
         Args:
             step: optimizer step after which the event takes place.
-            budget: the run's budget.
         """
-        return budget.at(step) != budget.initial
+        return self._budget.at(step) != self._budget.initial
 
+    @abstractmethod
     def select(self, step: int, scores: Mapping[str, Tensor], kept: Masks) -> Masks:
         """Components that are alive after an event.
 
@@ -72,8 +78,8 @@ class Rule(Protocol):
             scores: layer -> scores, shape ``(r,)``, the same on every rank.
             kept: components that the previous event kept.
         """
-        ...
 
+    @abstractmethod
     def apply(self, step: int, kept: Masks, chosen: Masks, moments: Moments | None) -> None:
         """Apply the selection to the layers' parameters, their master copies and their masks.
 

@@ -11,7 +11,7 @@ from support.base_layers import adapt_layer, make_base
 from support.tiny_models import adapt, shake, tiny_model, tokens, trainable
 from torch import Tensor
 
-from dora_dist.adapter.components import Layout, components_of, stacks_of
+from dora_dist.adapter.components import Layout, operands_of, stacks_of
 from dora_dist.adapter.layer import DynamicLoraLinear
 from dora_dist.adapter.model import DynamicLoraModel
 from dora_dist.benchmark.operations import Operations
@@ -51,10 +51,10 @@ def test_they_are_those_of_each_layer():
     layers[0].component_mask[[0, 4]] = False
     groups = [layers[:2], layers[2:3], layers[3:]]
     layout = Layout(groups)
-    found = layout.components(layout.stack())
-    for group, components in zip(groups, found, strict=True):
-        assert torch.equal(components.rows, torch.cat([layer.lora_a * kept(layer) for layer in group]))
-        for layer, columns in zip(group, components.columns, strict=True):
+    found = layout.operands(layout.stack())
+    for group, operands in zip(groups, found, strict=True):
+        assert torch.equal(operands.rows, torch.cat([layer.lora_a * kept(layer) for layer in group]))
+        for layer, columns in zip(group, operands.columns, strict=True):
             wanted = (layer.scale * layer.lora_b * layer.effective_gate()).mT
             torch.testing.assert_close(columns, wanted, rtol=1e-6, atol=0)
             assert not columns[~layer.component_mask].any()
@@ -211,7 +211,7 @@ def test_a_layer_called_by_itself_reads_its_own():
     with torch.no_grad():
         layer.gate.mul_(3)
     assert layer.gathered.of([layer]) is None
-    (columns,) = components_of([layer], layer.gathered).columns
+    (columns,) = operands_of([layer], layer.gathered).columns
     torch.testing.assert_close(columns, (layer.scale * layer.lora_b * layer.gate).mT)
 
 
@@ -220,10 +220,10 @@ def test_nothing_is_kept_after_the_backward_or_without_gradients():
     gathered = next(iter(model.adapted_layers().values())).gathered
     weighted(model).backward()
     assert gathered._stacks is None
-    assert gathered._components is None
+    assert gathered._operands is None
     with torch.no_grad():
         weighted(model)
-    assert gathered._components is None
+    assert gathered._operands is None
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -260,8 +260,8 @@ def test_a_layer_that_no_token_reaches_has_gradients_of_zero():
     """As an expert may: the same under every engine, and whatever else the loss depends on."""
     layers = [adapt_layer(make_base(seed=seed)) for seed in (0, 1)]
     layout = Layout([[layer] for layer in layers])
-    components = layout.components(layout.stack())
-    components[0].columns[0].sum().backward()
+    operands = layout.operands(layout.stack())
+    operands[0].columns[0].sum().backward()
     assert layers[0].lora_b.grad.any()
     assert not layers[1].lora_b.grad.any()
 

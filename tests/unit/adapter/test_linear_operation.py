@@ -9,7 +9,7 @@ from support.base_layers import IN, OUT, RANK, make_base
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dora_dist.adapter.components import components_of
+from dora_dist.adapter.components import operands_of
 from dora_dist.adapter.linear_operation import Frozen, adapted_linears
 
 SCALE = 2 / 3
@@ -43,8 +43,8 @@ def draw(dtype: torch.dtype = torch.float32, kind: str = "plain") -> tuple[nn.Mo
 
 
 def adapted_linear(x: Tensor, lora_a: Tensor, gate: Tensor, lora_b: Tensor, base, mask=ALL, dropout=0.0) -> Tensor:
-    components = components_of([Parameters(lora_a, gate, lora_b, mask)], None)
-    return adapted_linears(x, components, Frozen((base,), dropout))[0]
+    operands = operands_of([Parameters(lora_a, gate, lora_b, mask)], None)
+    return adapted_linears(x, operands, Frozen((base,), dropout))[0]
 
 
 def by_autograd(x: Tensor, lora_a: Tensor, gate: Tensor, lora_b: Tensor, base, mask=ALL, dropout=0.0) -> Tensor:
@@ -199,9 +199,9 @@ def test_training_follows_the_formulas_trajectory():
 def test_layers_that_read_one_tensor_are_as_each_alone(kept):
     """Of which one has lost components; the gradient of the input is the sum."""
     x, layers, bases, tensors = two_layers(kept)
-    together = adapted_linears(x, components_of(layers, None), Frozen(bases))
+    together = adapted_linears(x, operands_of(layers, None), Frozen(bases))
     each = [
-        adapted_linears(x, components_of([one], None), Frozen((base,)))[0]
+        adapted_linears(x, operands_of([one], None), Frozen((base,)))[0]
         for one, base in zip(layers, bases, strict=True)
     ]
     found, wanted = (
@@ -214,7 +214,7 @@ def test_layers_that_read_one_tensor_are_as_each_alone(kept):
 def test_layers_that_read_one_tensor_drop_the_same_entries():
     x, layers, bases, tensors = two_layers([0, 3])
     torch.manual_seed(5)
-    together = adapted_linears(x, components_of(layers, None), Frozen(bases, 0.4))
+    together = adapted_linears(x, operands_of(layers, None), Frozen(bases, 0.4))
     each = []
     for one, base in zip(layers, bases, strict=True):
         torch.manual_seed(5)

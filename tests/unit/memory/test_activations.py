@@ -281,7 +281,7 @@ def test_the_adapter_side_by_side_takes_just_the_bytes_of_its_tensors(saved, mas
     layers[0].component_mask[0] = not masked
     model(input_ids=tokens())
     gathered = layers[0].gathered
-    stacks, made = gathered._stacks, gathered._components
+    stacks, made = gathered._stacks, gathered._operands
     tensors = [
         *stacks.rows,
         stacks.gates,

@@ -70,7 +70,7 @@ def test_more_components_than_singular_vectors_are_refused():
 
 def make_controller(layers, **options):
     schedule = BudgetSchedule(total_steps=10, num_layers=len(layers), initial_rank=4, target_rank=2, interval=2)
-    criterion = SmoothedScores(squared_magnitudes, 0.9, 4 * len(layers), torch.device("cpu"))
+    criterion = SmoothedScores(squared_magnitudes, 0.9, layers.values())
     budget, selection = Budget(schedule, dict.fromkeys(layers, 1)), Selection(rebase=True, **options)
     return DynamicRankController(
         layers, budget, Agreement(), criterion=criterion, rule=Prune(layers, budget, selection)
@@ -111,5 +111,5 @@ def test_sensitivity_cannot_judge_components_that_an_event_makes():
     schedule = BudgetSchedule(total_steps=10, num_layers=len(layers), initial_rank=4, target_rank=2)
     criterion = GateSensitivity([layer.gate for layer in layers.values()])
     budget, selection = Budget(schedule, dict.fromkeys(layers, 1)), Selection(rebase=True)
-    with pytest.raises(ValueError, match="set rebase to false"):
+    with pytest.raises(ValueError, match=r"set pruning\.rebase to false"):
         DynamicRankController(layers, budget, Agreement(), criterion=criterion, rule=Prune(layers, budget, selection))

@@ -45,7 +45,7 @@ def test_a_run_that_missed_its_budget_is_an_error():
 def test_no_component_comes_back_without_regrowth_and_some_may_with_it():
     for regrow in (False, True):
         controller = make_controller(total_steps=40, target_rank=1, regrow=regrow)
-        controller.criterion = SmoothedScores(score_layers, 0.0, 42, torch.device("cpu"))
+        controller.criterion = SmoothedScores(score_layers, 0.0, controller.layers.values())
         generator = torch.Generator().manual_seed(0)
         returned = 0
         for step in range(1, 41):

@@ -98,6 +98,8 @@ def test_what_is_new_learns_at_a_rate_that_rises_and_the_gate_of_a_reserve_not_a
     assert shares(11)[id(layer.lora_b)] == [1, 0.75, 1, 1, 1]
     assert shares(12).keys() == {id(layer.gate) for layer in layers.values()}
     assert shares(21) == {}  # after the last event there are no reserves
+    rule.state["granted"].fill_(100)
+    assert shares(controller.schedule.final_step + 4) == {}  # nothing can be new, and none of it is looked at
 
 
 def test_a_layer_whose_slots_are_full_has_no_reserve():

@@ -10,7 +10,7 @@ from dora_dist.method.importance import weight_criterion
 from dora_dist.method.modules import block_of, select_modules
 from dora_dist.method.schedule import OneEvent
 from dora_dist.training.controller import BudgetMissedError, DynamicRankController
-from dora_dist.training.criterion import SmoothedScores, components_of
+from dora_dist.training.criterion import SmoothedScores, parameters_of
 from dora_dist.training.rules.modules_per_layer import ModulesPerLayer
 
 
@@ -21,7 +21,7 @@ def make_controller(per_block: int = 2, shaken: bool = True) -> DynamicRankContr
     schedule = OneEvent(total_steps=12, num_layers=len(layers), initial_rank=2, target_rank=2)
     shapes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
     budget = Budget(schedule, component_costs(shapes, PARAMETERS))
-    criterion = SmoothedScores(weight_criterion("magnitude", 0), 0.0, 2 * len(layers), torch.device("cpu"))
+    criterion = SmoothedScores(weight_criterion("magnitude", 0), 0.0, layers.values())
     rule = ModulesPerLayer(layers, budget, per_block)
     return DynamicRankController(layers, budget, Agreement(), criterion=criterion, rule=rule)
 
@@ -29,7 +29,7 @@ def make_controller(per_block: int = 2, shaken: bool = True) -> DynamicRankContr
 def test_one_event_leaves_the_best_modules_whole_and_takes_the_others_out(capsys):
     controller = make_controller()
     layers = controller.layers
-    scores = weight_criterion("magnitude", 0)(components_of(layers.values()))
+    scores = weight_criterion("magnitude", 0)(parameters_of(layers.values()))
     wanted = select_modules(dict(zip(layers, scores, strict=True)), controller.budget.costs, controller.budget.final, 2)
     assert controller.penalty() is None
     events = [event for step in range(1, 13) if (event := controller.after_optimizer_step(step))]
