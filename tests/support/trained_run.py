@@ -120,7 +120,8 @@ def run_export(run: TrainedFolder, output: Path, *options: str) -> Path:
 
 
 def make_foreign(folder: Path, base: Path, **settings: object) -> Path:
-    """An adapter of stock PEFT with ``r == lora_alpha``, random values, and what PEFT saves beside LoRA by settings."""
+    """An adapter of stock PEFT with random values, ``r == lora_alpha`` unless ``settings`` say otherwise, and what PEFT
+    saves beside LoRA by them."""
     torch.manual_seed(0)
     chosen = {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "down_proj"], **settings}
     model = get_peft_model(load_base(base, "none"), LoraConfig(task_type="CAUSAL_LM", **chosen))
