@@ -20,7 +20,7 @@ from dora_dist.console.files import follow_umask
 from dora_dist.console.library_warnings import quiet_libraries
 from dora_dist.console.phases import Phases
 from dora_dist.console.text import say
-from dora_dist.distributed.launcher import check_launch, check_world_size
+from dora_dist.distributed.launcher import check_launch, check_whole, check_world_size, launched
 from dora_dist.distributed.preemption import PreemptionNotice
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def start(arguments: Sequence[str]) -> None:
     quiet_libraries()
     given = with_config_option(rest)
     # Not SLURM_PROCID: a batch script has it too, and is no rank.
-    is_rank = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    is_rank = launched(os.environ)
     if is_rank or DRY_RUN in given or {"-h", "--help"} & set(given):
         if options.processes is not None:
             raise ValueError(
@@ -78,6 +78,7 @@ def start(arguments: Sequence[str]) -> None:
             )
         main(given)
         return
+    check_whole(os.environ)
     given, _ = split_dry_run(given)
     config = parse_config(given)  # what is wrong with it is said before any rank is there
     from dora_dist.data.reading.files import locate
@@ -112,11 +113,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quiet_libraries()
     try:
         arguments, dry_run = split_dry_run(with_config_option(arguments))
-        launched = "LOCAL_RANK" in os.environ or dry_run is None  # a dry run needs no launcher
+        has_ranks = launched(os.environ) or dry_run is None  # a dry run needs no launcher
         config = parse_config(arguments)
         if dry_run is not None and dry_run.ranks is not None:
             check_world_size(dry_run.ranks, config.distributed.engine)
-        if launched:
+        if has_ranks:
             check_launch(config.distributed.engine, os.environ)
         from dora_dist.runs.resume import refuse_foreign_folder
 
@@ -129,14 +130,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         phases.phase = "waiting for all ranks to start"
         rendezvous = (
-            join_rendezvous(60 * config.distributed.join_minutes, "distributed.join_minutes") if launched else None
+            join_rendezvous(60 * config.distributed.join_minutes, "distributed.join_minutes") if has_ranks else None
         )
         with HeartbeatMonitor(rendezvous, config.distributed.silent_seconds, phases) as monitor:
             from dora_dist.setup.failure import Ending
 
             ending = Ending(Path(config.output_dir))
             do_last(ending.record)
-            train(config, notice, monitor, launched, dry_run, ending)
+            train(config, notice, monitor, has_ranks, dry_run, ending)
 
 
 def split_dry_run(arguments: Sequence[str]) -> tuple[list[str], DryRun | None]:
@@ -170,7 +171,7 @@ def train(
     config: "RunConfig",
     notice: PreemptionNotice,
     monitor: "HeartbeatMonitor",
-    launched: bool,
+    has_ranks: bool,
     dry_run: DryRun | None,
     ending: "Ending | None" = None,
 ) -> None:
@@ -180,7 +181,7 @@ def train(
         config: of the run.
         notice: whether this rank was told to stop.
         monitor: over all ranks.
-        launched: whether the processes that the engine needs are there.
+        has_ranks: whether the processes that the engine needs are there.
         dry_run: print what the run would be, and end; None to train.
         ending: learns when the run begins to write into its folder; None where the caller records failures itself.
     """
@@ -194,10 +195,10 @@ def train(
     monitor.note("preparing data")
     data = capture(run_data.read_data, config)
     monitor.note("joining the process group")
-    engine = config.distributed.engine if launched else "none"
+    engine = config.distributed.engine if has_ranks else "none"
     with world.joined(engine, config.distributed.timeout_minutes, monitor) as agreement:
         if dry_run is not None:
-            ranks = agreement.size if launched else ranks_of_a_run(config)
+            ranks = agreement.size if has_ranks else ranks_of_a_run(config)
             print_dry_run(config, data, agreement, dry_run, dry_run.ranks or ranks)
             return
         with claim.held(run, agreement):

@@ -10,7 +10,7 @@ from support.tiny_run import tiny_tokenizer
 
 from dora_dist.config.parse import load_config
 from dora_dist.setup.ending import describe_size
-from dora_dist.train import ranks_of_a_run, save_adapter
+from dora_dist.train import ranks_of_a_run, save_adapter, start
 
 COMPONENT_KIB = 2 * (128 + 96 + 96 + 128 + 192 + 192 + 192) * 4 / 1024
 """Of one component of each layer of the tiny model, in float32."""
@@ -43,3 +43,11 @@ def test_a_dry_run_is_for_the_ranks_that_a_run_would_have_here(engine, gpus, ran
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     config = load_config(REPOSITORY / "configs" / "quickstart.yaml", ["--distributed.engine", engine])
     assert ranks_of_a_run(config) == ranks
+
+
+def test_a_process_that_is_one_of_several_by_half_starts_no_ranks_of_its_own(monkeypatch):
+    """Of every task of a job that was started so, there would be a run."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="RANK is 1 and WORLD_SIZE is 2, but LOCAL_RANK is not set"):
+        start([str(REPOSITORY / "configs" / "quickstart.yaml")])
