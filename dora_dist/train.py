@@ -5,7 +5,6 @@
 
 import argparse
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,6 @@ from dora_dist.config.parse import parse_config
 from dora_dist.console.arguments import SPEED_OPTION, add_speed_option, speed_of
 from dora_dist.console.command import capture, do_last, run_command
 from dora_dist.console.errors import PreemptedError, mark_common
-from dora_dist.console.files import follow_umask
 from dora_dist.console.library_warnings import quiet_libraries
 from dora_dist.console.phases import Phases
 from dora_dist.console.text import say
@@ -26,7 +24,6 @@ from dora_dist.distributed.preemption import PreemptionNotice
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from dora_dist.adapter.model import DynamicLoraModel
     from dora_dist.config.run import RunConfig
     from dora_dist.console.command import Captured
     from dora_dist.distributed.agreement import Agreement
@@ -353,12 +350,14 @@ def finish(run: Path, config: "RunConfig", resolved: "ResolvedRun", trainer: "Dy
 
     Raises:
         BudgetMissedError: the kept components are not the budget.
+        ValueError: every gate is 0.
     """
     from dora_dist.adapter.ranks import write_plan
     from dora_dist.base_model.load import BaseModelSpec, scaled_positions
     from dora_dist.page.document import keep_current
     from dora_dist.runs import records, summary
     from dora_dist.setup.ending import describe_size, describe_use
+    from dora_dist.training.checkpointing import write_adapter
 
     parts = trainer.parts
     parts.controller.finish()
@@ -367,7 +366,8 @@ def finish(run: Path, config: "RunConfig", resolved: "ResolvedRun", trainer: "Dy
     trainer.take_best()
     with parts.agreement.together(f"writing the results into {run}"):
         if parts.agreement.is_first:
-            save_adapter(trainer.model, resolved.tokenizer, run / "adapter", run)
+            trainer.model.check_alive()
+            write_adapter(run / "adapter", run, resolved.tokenizer, trainer.model.save_pretrained)
             write_plan(run / records.PLAN, parts.controller.plan, resolved.fingerprint.as_dict())
             task, labels = resolved.fingerprint.task, resolved.fingerprint.labels
             text = summary.finish_run(run)
@@ -413,41 +413,6 @@ def print_dry_run(
     with agreement.together("estimating"):
         if agreement.is_first:
             print(describe(config, resolved, ranks, find_speed(run, dry_run.tokens_per_second)), flush=True)
-
-
-def save_adapter(
-    model: "DynamicLoraModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    folder: Path,
-    run: Path | None = None,
-) -> None:
-    """Write the adapter, folded to plain LoRA of one rank, with the tokenizer; ``folder`` is complete or not there.
-
-    Args:
-        model: with the adapter.
-        tokenizer: that it was trained with.
-        folder: is replaced.
-        run: whose records say more about it, in its card and for its use; None for none.
-
-    Raises:
-        ValueError: every gate is 0.
-    """
-    from dora_dist.training.checkpointing import complete_adapter
-
-    if not model.is_alive:
-        raise ValueError(
-            "no component of any layer has a non-zero gate, so that the adapter has no effect: set "
-            "training.learning_rate above 0, and train for more steps (training.max_steps)"
-        )
-    temporary = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    if run is not None:
-        complete_adapter(temporary, run)
-    follow_umask(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
 
 
 if __name__ == "__main__":
