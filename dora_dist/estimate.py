@@ -38,7 +38,7 @@ def as_json(memory: "MemoryForecast", time: "TimeForecast | None") -> str:
     figures: dict[str, Any] = dataclasses.asdict(estimate)
     for name in ("configured", "recomputing_none", "recomputing_all"):
         peak = getattr(estimate, name).peak
-        figures[name]["peak"] = {"moment": peak.name, "bytes": peak.total}
+        figures[name]["peak"] = {"instant": peak.name, "bytes": peak.total}
     figures["peak_bytes"] = estimate.peak_bytes
     figures["tokens_per_micro_batch"] = estimate.tokens_per_micro_batch
     figures["tokens_per_step"] = estimate.tokens_per_step

@@ -5,7 +5,6 @@
 
 import argparse
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,17 +15,15 @@ from dora_dist.config.parse import parse_config
 from dora_dist.console.arguments import SPEED_OPTION, add_speed_option, speed_of
 from dora_dist.console.command import capture, do_last, run_command
 from dora_dist.console.errors import PreemptedError, mark_common
-from dora_dist.console.files import follow_umask
 from dora_dist.console.library_warnings import quiet_libraries
 from dora_dist.console.phases import Phases
 from dora_dist.console.text import say
-from dora_dist.distributed.launcher import check_launch, check_world_size
+from dora_dist.distributed.launcher import check_launch, check_whole, check_world_size, launched
 from dora_dist.distributed.preemption import PreemptionNotice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from dora_dist.adapter.model import DynamicLoraModel
     from dora_dist.config.run import RunConfig
     from dora_dist.console.command import Captured
     from dora_dist.distributed.agreement import Agreement
@@ -70,7 +67,7 @@ def start(arguments: Sequence[str]) -> None:
     quiet_libraries()
     given = with_config_option(rest)
     # Not SLURM_PROCID: a batch script has it too, and is no rank.
-    is_rank = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    is_rank = launched(os.environ)
     if is_rank or DRY_RUN in given or {"-h", "--help"} & set(given):
         if options.processes is not None:
             raise ValueError(
@@ -78,6 +75,7 @@ def start(arguments: Sequence[str]) -> None:
             )
         main(given)
         return
+    check_whole(os.environ)
     given, _ = split_dry_run(given)
     config = parse_config(given)  # what is wrong with it is said before any rank is there
     from dora_dist.data.reading.files import locate
@@ -112,11 +110,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quiet_libraries()
     try:
         arguments, dry_run = split_dry_run(with_config_option(arguments))
-        launched = "LOCAL_RANK" in os.environ or dry_run is None  # a dry run needs no launcher
+        has_ranks = launched(os.environ) or dry_run is None  # a dry run needs no launcher
         config = parse_config(arguments)
         if dry_run is not None and dry_run.ranks is not None:
             check_world_size(dry_run.ranks, config.distributed.engine)
-        if launched:
+        if has_ranks:
             check_launch(config.distributed.engine, os.environ)
         from dora_dist.runs.resume import refuse_foreign_folder
 
@@ -129,14 +127,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         phases.phase = "waiting for all ranks to start"
         rendezvous = (
-            join_rendezvous(60 * config.distributed.join_minutes, "distributed.join_minutes") if launched else None
+            join_rendezvous(60 * config.distributed.join_minutes, "distributed.join_minutes") if has_ranks else None
         )
         with HeartbeatMonitor(rendezvous, config.distributed.silent_seconds, phases) as monitor:
             from dora_dist.setup.failure import Ending
 
             ending = Ending(Path(config.output_dir))
             do_last(ending.record)
-            train(config, notice, monitor, launched, dry_run, ending)
+            train(config, notice, monitor, has_ranks, dry_run, ending)
 
 
 def split_dry_run(arguments: Sequence[str]) -> tuple[list[str], DryRun | None]:
@@ -170,7 +168,7 @@ def train(
     config: "RunConfig",
     notice: PreemptionNotice,
     monitor: "HeartbeatMonitor",
-    launched: bool,
+    has_ranks: bool,
     dry_run: DryRun | None,
     ending: "Ending | None" = None,
 ) -> None:
@@ -180,7 +178,7 @@ def train(
         config: of the run.
         notice: whether this rank was told to stop.
         monitor: over all ranks.
-        launched: whether the processes that the engine needs are there.
+        has_ranks: whether the processes that the engine needs are there.
         dry_run: print what the run would be, and end; None to train.
         ending: learns when the run begins to write into its folder; None where the caller records failures itself.
     """
@@ -194,10 +192,10 @@ def train(
     monitor.note("preparing data")
     data = capture(run_data.read_data, config)
     monitor.note("joining the process group")
-    engine = config.distributed.engine if launched else "none"
+    engine = config.distributed.engine if has_ranks else "none"
     with world.joined(engine, config.distributed.timeout_minutes, monitor) as agreement:
         if dry_run is not None:
-            ranks = agreement.size if launched else ranks_of_a_run(config)
+            ranks = agreement.size if has_ranks else ranks_of_a_run(config)
             print_dry_run(config, data, agreement, dry_run, dry_run.ranks or ranks)
             return
         with claim.held(run, agreement):
@@ -352,12 +350,14 @@ def finish(run: Path, config: "RunConfig", resolved: "ResolvedRun", trainer: "Dy
 
     Raises:
         BudgetMissedError: the kept components are not the budget.
+        ValueError: every gate is 0.
     """
     from dora_dist.adapter.ranks import write_plan
     from dora_dist.base_model.load import BaseModelSpec, scaled_positions
     from dora_dist.page.document import keep_current
     from dora_dist.runs import records, summary
     from dora_dist.setup.ending import describe_size, describe_use
+    from dora_dist.training.checkpointing import write_adapter
 
     parts = trainer.parts
     parts.controller.finish()
@@ -366,7 +366,8 @@ def finish(run: Path, config: "RunConfig", resolved: "ResolvedRun", trainer: "Dy
     trainer.take_best()
     with parts.agreement.together(f"writing the results into {run}"):
         if parts.agreement.is_first:
-            save_adapter(trainer.model, resolved.tokenizer, run / "adapter", run)
+            trainer.model.check_alive()
+            write_adapter(run / "adapter", run, resolved.tokenizer, trainer.model.save_pretrained)
             write_plan(run / records.PLAN, parts.controller.plan, resolved.fingerprint.as_dict())
             task, labels = resolved.fingerprint.task, resolved.fingerprint.labels
             text = summary.finish_run(run)
@@ -412,41 +413,6 @@ def print_dry_run(
     with agreement.together("estimating"):
         if agreement.is_first:
             print(describe(config, resolved, ranks, find_speed(run, dry_run.tokens_per_second)), flush=True)
-
-
-def save_adapter(
-    model: "DynamicLoraModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    folder: Path,
-    run: Path | None = None,
-) -> None:
-    """Write the adapter, folded to plain LoRA of one rank, with the tokenizer; ``folder`` is complete or not there.
-
-    Args:
-        model: with the adapter.
-        tokenizer: that it was trained with.
-        folder: is replaced.
-        run: whose records say more about it, in its card and for its use; None for none.
-
-    Raises:
-        ValueError: every gate is 0.
-    """
-    from dora_dist.training.checkpointing import complete_adapter
-
-    if not model.is_alive:
-        raise ValueError(
-            "no component of any layer has a non-zero gate, so that the adapter has no effect: set "
-            "training.learning_rate above 0, and train for more steps (training.max_steps)"
-        )
-    temporary = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    if run is not None:
-        complete_adapter(temporary, run)
-    follow_umask(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
 
 
 if __name__ == "__main__":

@@ -1,39 +1,18 @@
 """Starting from an adapter that exists: any plain LoRA, of a run of this program or of PEFT."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
-from math import sqrt
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from dora_dist.adapter.layer import DynamicLoraLinear
-from dora_dist.adapter.plain_lora import KEY_PREFIX, no_plain_lora, without_padding
+from dora_dist.adapter.plain_lora import FoundLora, read_layers
 from dora_dist.base_model.quantization import quantized_from
 from dora_dist.base_model.shape import linear_layer
 from dora_dist.config.adapter import DynamicLoraConfig
-from dora_dist.config.format_version import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-
-
-@dataclass(frozen=True, kw_only=True)
-class FoundLora:
-    """Plain LoRA of one layer, whose update is ``scale * B A``.
-
-    Attributes:
-        lora_a: shape ``(k, in)``, float32.
-        lora_b: shape ``(out, k)``, float32.
-        scale: as PEFT makes it of alpha and rank.
-    """
-
-    lora_a: Tensor
-    lora_b: Tensor
-    scale: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,39 +43,11 @@ def read_adapter(folder: str) -> FoundAdapter:
     """The adapter of ``adapter.start_from``.
 
     Raises:
-        ValueError: there is none in the folder, or it computes something else than plain LoRA.
+        ValueError: as of :func:`~dora_dist.adapter.plain_lora.read_layers`.
     """
     path = Path(folder).expanduser()
-    where = f"adapter.start_from is {folder}"
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if not (path / name).is_file():
-            raise ValueError(
-                f"{where}, which has no {name}: give the folder of a plain LoRA adapter, such as RUN/adapter (looked "
-                f"from {Path.cwd()})"
-            )
-    try:
-        config: dict[str, Any] = json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(path / ADAPTER_WEIGHTS)
-    except Exception as error:  # safetensors has one of its own, in Rust
-        raise ValueError(f"{where}, which cannot be read: {error}") from None
-    if reason := no_plain_lora(config, tensors):
-        raise ValueError(f"{where}, which {reason}: only plain LoRA can be gone on with, whose update is B A")
-    names = sorted({key.removeprefix(KEY_PREFIX).rsplit(".lora_", 1)[0] for key in tensors})
-    layers = {}
-    for name in names:
-        lora_a, lora_b = (tensors[f"{KEY_PREFIX}{name}.lora_{part}.weight"].float() for part in "AB")
-        if not (lora_a.isfinite().all() and lora_b.isfinite().all()):
-            raise ValueError(f"{where}, whose factors of {name} are not finite: take another checkpoint")
-        used_a, used_b = without_padding(lora_a, lora_b)
-        layers[name] = FoundLora(lora_a=used_a, lora_b=used_b, scale=_scale(config, name, len(lora_a)))
+    config, layers = read_layers(path, f"adapter.start_from is {folder}, which")
     return FoundAdapter(folder=path, layers=layers, base_model=config.get("base_model_name_or_path"))
-
-
-def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
-    """As PEFT has it: alpha over the rank, or over its root (rsLoRA), of the patterns that match the layer."""
-    alphas = config.get("alpha_pattern") or {}
-    alpha = alphas.get(get_pattern_key(list(alphas), name), config["lora_alpha"])
-    return float(alpha / (sqrt(rank) if config.get("use_rslora") else rank))
 
 
 def find_start(model: nn.Module, config: DynamicLoraConfig, slots: Mapping[str, int]) -> FoundAdapter | None:

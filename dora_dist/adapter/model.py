@@ -79,6 +79,18 @@ class DynamicLoraModel(PeftModel):
         """Whether a component of any layer has a gate that is not 0, and is not masked."""
         return any(bool(layer.effective_gate().any()) for layer in self.adapted_layers().values())
 
+    def check_alive(self) -> None:
+        """Refuse an adapter that is no result, because it has no effect.
+
+        Raises:
+            ValueError: every gate is 0, or masked.
+        """
+        if not self.is_alive:
+            raise ValueError(
+                "no component of any layer has a non-zero gate, so that the adapter has no effect: set "
+                "training.learning_rate above 0, and train for more steps (training.max_steps)"
+            )
+
     def heads(self) -> dict[str, nn.Module]:
         """See :func:`trained_heads`."""
         return trained_heads(self)

@@ -1,4 +1,6 @@
-"""From gated components to plain LoRA: gates and scale go into B, dropped components go away.
+"""From gated components to plain LoRA, and from a folder of plain LoRA, of this program or of PEFT, to its factors.
+
+Gates and scale go into B, dropped components go away.
 
 A loader that does not know gates would ignore them silently, so that nothing but folded tensors may ever be
 written as an adapter.
@@ -9,11 +11,13 @@ divides one ``lora_alpha`` by the rank of each tensor and ignores ``alpha_patter
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -50,6 +54,21 @@ class NewRows:
 
     ids: Sequence[int]
     rows: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundLora:
+    """Plain LoRA of one layer, whose update is ``scale * B A``.
+
+    Attributes:
+        lora_a: shape ``(k, in)``, float32.
+        lora_b: shape ``(out, k)``, float32.
+        scale: as PEFT makes it of alpha and rank.
+    """
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scale: float
 
 
 @torch.no_grad()
@@ -247,36 +266,69 @@ def _is_apart(key: str, config: Mapping[str, Any], apart: Collection[str]) -> bo
     return any(f".{name}." in key for name in heads)
 
 
-def read_lora_adapter(folder: Path, apart: Collection[str] = ()) -> dict[str, Factors]:
-    """Plain LoRA factors of a folder that :func:`write_lora_adapter` wrote, by module name; padding is left out.
-    Earlier versions wrote every module with its own rank.
+def read_layers(
+    folder: Path, where: str, apart: Collection[str] = ()
+) -> tuple[Mapping[str, Any], dict[str, FoundLora]]:
+    """Plain LoRA of a folder, of this program or of PEFT: its configuration, and module name -> factors, without
+    components that are 0.
 
     Args:
         folder: of the adapter.
+        where: what begins an error, to be followed by what is wrong with the adapter.
         apart: :data:`HEAD` or :data:`TOKEN_ROWS`, which the caller reads elsewhere or does not need.
+
+    Raises:
+        ValueError: there is no adapter in the folder, it computes something else than plain LoRA or more, or has
+            factors that are not finite.
+    """
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / name).is_file():
+            raise ValueError(
+                f"{where} has no {name}: give the folder of a plain LoRA adapter, such as RUN/adapter (looked from "
+                f"{Path.cwd()})"
+            )
+    try:
+        config: dict[str, Any] = read_json(folder / ADAPTER_CONFIG)
+        tensors = load_file(folder / ADAPTER_WEIGHTS)
+    except Exception as error:  # safetensors has one of its own, in Rust
+        raise ValueError(f"{where} cannot be read: {error}") from None
+    if reason := no_plain_lora(config, tensors, apart):
+        raise ValueError(
+            f"{where} {reason}: only plain LoRA can be taken from it, whose update is B A, and the rest would be lost. "
+            "Use it with PEFT itself"
+        )
+    layers = {}
+    for name in sorted({key.removeprefix(KEY_PREFIX).rsplit(".lora_", 1)[0] for key in tensors if ".lora_" in key}):
+        lora_a, lora_b = (tensors[f"{KEY_PREFIX}{name}.lora_{part}.weight"].float() for part in "AB")
+        if not (lora_a.isfinite().all() and lora_b.isfinite().all()):
+            raise ValueError(f"{where} has factors of {name} that are not finite: take another checkpoint")
+        used_a, used_b = without_padding(lora_a, lora_b)
+        layers[name] = FoundLora(lora_a=used_a, lora_b=used_b, scale=_scale(config, name, len(lora_a)))
+    return config, layers
+
+
+def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
+    """As PEFT has it: alpha over the rank, or over its root (rsLoRA), of the patterns that match the layer."""
+    alphas = config.get("alpha_pattern") or {}
+    alpha = alphas.get(get_pattern_key(list(alphas), name), config["lora_alpha"])
+    return float(alpha / (sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def read_lora_adapter(folder: Path, apart: Collection[str] = ()) -> dict[str, Factors]:
+    """Plain LoRA factors of a folder at LoRA scale 1, in float32, by module name; padding is left out.
+
+    Args:
+        folder: of the adapter, of this program or of PEFT.
+        apart: as of :func:`read_layers`.
 
     Returns:
         Module name -> ``(A (k, in), B (out, k))``, where ``B A`` is the whole update. Modules of rank 0 are missing.
 
     Raises:
-        ValueError: the folder holds an adapter of another kind, whose update is not ``B A``, or one with more to it.
+        ValueError: as of :func:`read_layers`.
     """
-    config, tensors = read_json(folder / ADAPTER_CONFIG), load_file(folder / ADAPTER_WEIGHTS)
-    if reason := no_plain_lora(config, tensors, apart):
-        raise ValueError(
-            f"the adapter in {folder} {reason}: only plain LoRA can be taken from it, whose update is B A, and the "
-            "rest would be lost. Use it with PEFT itself"
-        )
-    patterns = [config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")]
-    if config["r"] != config["lora_alpha"] or patterns[0] != patterns[1] or config.get("use_rslora"):
-        raise ValueError(
-            f"the adapter in {folder} has r {config['r']} and lora_alpha {config['lora_alpha']}: dora_dist writes "
-            "adapters with equal ones for every module, so this is not the adapter of a run of it"
-        )
-    names = {key.removeprefix(KEY_PREFIX).rsplit(".lora_", 1)[0] for key in tensors if ".lora_" in key}
-    parts = {name: [tensors[f"{KEY_PREFIX}{name}.lora_{part}.weight"] for part in "AB"] for name in sorted(names)}
-    factors = {name: without_padding(lora_a, lora_b) for name, (lora_a, lora_b) in parts.items()}
-    return {name: found for name, found in factors.items() if found[0].shape[0]}
+    _, layers = read_layers(folder, f"the adapter in {folder}", apart)
+    return {name: (found.lora_a, found.lora_b * found.scale) for name, found in layers.items() if len(found.lora_a)}
 
 
 def read_new_rows(folder: Path) -> NewRows | None:

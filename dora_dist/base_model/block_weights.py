@@ -3,7 +3,6 @@
 Block weights are the matrices (and stacks of them) in the numbered blocks of a model.
 """
 
-import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 
@@ -15,9 +14,8 @@ from dora_dist.base_model.head import belongs_to, head_modules
 from dora_dist.base_model.quantization import stays_in_16_bits
 from dora_dist.base_model.shape import text_decoder
 from dora_dist.config.adapter import ALL_LINEAR, UNIFORM, DynamicLoraConfig
+from dora_dist.method.layer_names import split_name, without_numbers
 
-NUMBER = r"\.\d+(?=\.|$)"
-"""Of a block, in the name of a module in it."""
 MOST_UNQUANTIZED = 0.2
 """Share of the block weights that may stay in 16 bits under quantization."""
 
@@ -29,14 +27,14 @@ def _block_weights(model: nn.Module) -> Iterator[tuple[str, int]]:
         if isinstance(module, nn.Embedding) or belongs_to(name, heads):
             continue
         for part, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim >= 2 and re.search(NUMBER, name) and not part.endswith("bias"):
+            if parameter.ndim >= 2 and split_name(name).block and not part.endswith("bias"):
                 yield f"{name}.{part}", parameter.numel()
 
 
 def left_out(model: nn.Module, adapted: Collection[str]) -> dict[str, float]:
     """Kind of weight -> its share of the block weights, largest first, for all that belong to no adapted layer.
 
-    A kind is a name with ``*`` for the number of the block. Parts beside the text decoder, such as a tower, are one
+    A kind is a name with ``*`` for its numbers. Parts beside the text decoder, such as a tower, are one
     each.
 
     Args:
@@ -50,7 +48,7 @@ def left_out(model: nn.Module, adapted: Collection[str]) -> dict[str, float]:
     for name, size in _block_weights(model):
         total += size
         if name.rpartition(".")[0] not in adapted:
-            kind = re.sub(NUMBER, ".*", name).removesuffix(".weight")
+            kind = without_numbers(name).removesuffix(".weight")
             if decoder and not belongs_to(name, [decoder]):
                 start = len(beside) + 1 if belongs_to(name, [beside]) else 0
                 kind = name[: start + name[start:].find(".")]

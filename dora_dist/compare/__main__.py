@@ -13,6 +13,7 @@ from dora_dist.console.command import run_command
 from dora_dist.console.errors import PREEMPTED, ExpectedRunError, PreemptedError
 from dora_dist.console.library_warnings import quiet_libraries
 from dora_dist.console.text import is_first_rank
+from dora_dist.distributed.launcher import launched
 
 DESCRIPTION = """Run methods x seeds x tasks as CONFIG says, and compare. Finished cells are skipped and interrupted
 ones resumed: the same command continues a comparison. Any number of workers may share the work; they may start later,
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _work(plan, options.worker_of)
         if os.environ.get(REPORTING) == "true":
             finish(plan, own)
-    elif "LOCAL_RANK" in os.environ:
+    elif launched(os.environ):
         os.environ[REPORTING] = str(is_first_rank()).lower()
         become_worker(own)
     else:

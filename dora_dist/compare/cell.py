@@ -81,7 +81,7 @@ def _train(plan: Plan, cell: Cell) -> None:
             Phases("starting") as phases,
             HeartbeatMonitor(None, config.distributed.silent_seconds, phases) as monitor,
         ):
-            train.train(config, notice, monitor, launched=True, dry_run=None)
+            train.train(config, notice, monitor, has_ranks=True, dry_run=None)
 
 
 @contextmanager

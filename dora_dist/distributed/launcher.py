@@ -33,7 +33,8 @@ def check_launch(engine: str, environment: Mapping[str, str]) -> None:
     Raises:
         ValueError: names what was found, and the command that would be right.
     """
-    deepspeed = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    check_whole(environment)
+    deepspeed = with_deepspeed(environment)
     forced_cpu = environment.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
     processes = world_size_of(environment)
     hint = f"; start it with: {LAUNCH_HINT[engine]}"
@@ -54,7 +55,7 @@ def check_launch(engine: str, environment: Mapping[str, str]) -> None:
         raise ValueError(f"distributed.engine is {engine}, but this process was launched with DeepSpeed{hint}")
     if engine == "none" and processes > 1:
         raise ValueError(f"distributed.engine is none, but {processes} processes were launched{hint}")
-    if engine == "ddp" and "LOCAL_RANK" not in environment:
+    if engine == "ddp" and not launched(environment):
         raise ValueError(f"distributed.engine is ddp, but no launcher started this process{hint}")
     if engine == "ddp" and not forced_cpu and not _gpus():
         raise ValueError(
@@ -84,6 +85,36 @@ def _zero_stage(environment: Mapping[str, str]) -> tuple[str, object]:
     section = settings.get("zero_optimization") if isinstance(settings, dict) else None
     stage = section.get("stage", "missing") if isinstance(section, dict) else "missing"
     return f"zero_optimization.stage in {path}", of_launcher if stage == "auto" else stage
+
+
+def launched(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher has started this process as a rank.
+
+    ``LOCAL_RANK`` tells, by which accelerate too decides whether a process joins others. torchrun, deepspeed,
+    ``slurm/rank.sh`` and ``accelerate launch`` (of several processes, or with DeepSpeed) set it, with ``RANK`` and
+    ``WORLD_SIZE``. ``accelerate launch`` of one process without DeepSpeed and ``srun`` by itself set none of them;
+    schedulers of containers set ``RANK`` and ``WORLD_SIZE`` of a container, in which a launcher is still to start.
+    """
+    return "LOCAL_RANK" in environment
+
+
+def with_deepspeed(environment: Mapping[str, str]) -> bool:
+    """Whether accelerate's launcher has started this process for DeepSpeed; by the rule of accelerate 1.15."""
+    return environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def check_whole(environment: Mapping[str, str]) -> None:
+    """Refuse a process that is one of several by some variables, and alone by :func:`launched`.
+
+    Raises:
+        ValueError: names what is set, and what is missing.
+    """
+    if not launched(environment) and "RANK" in environment and world_size_of(environment) > 1:
+        raise ValueError(
+            f"RANK is {environment['RANK']} and WORLD_SIZE is {environment['WORLD_SIZE']}, but LOCAL_RANK is not set, "
+            "without which this process would train alone: set it too (0 for the first process of a machine), or let "
+            "torchrun, accelerate launch or slurm/rank.sh set all three"
+        )
 
 
 def world_size_of(environment: Mapping[str, str]) -> int:

@@ -21,6 +21,7 @@ from dora_dist.console.command import capture, run_command
 from dora_dist.console.errors import ExpectedRunError
 from dora_dist.console.library_warnings import quiet_libraries
 from dora_dist.console.text import is_first_rank, say
+from dora_dist.distributed.launcher import launched
 
 if TYPE_CHECKING:
     from dora_dist.config.run import RunConfig
@@ -112,7 +113,7 @@ def inspect_job(config_of: "Callable[[], RunConfig | None]", output: Path | None
     from dora_dist.doctor.network import measure_network
     from dora_dist.doctor.shared_findings import network_problems
 
-    say("waiting for all ranks ..." if "RANK" in os.environ else "checking this machine ...")
+    say("waiting for all ranks ..." if launched(os.environ) else "checking this machine ...")
     environment = dict(os.environ)
     agreement = join(timeout)
     with agreement.together("reading the configuration"):

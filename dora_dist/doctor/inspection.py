@@ -11,7 +11,7 @@ import torch
 
 from dora_dist.base_model.load import BaseModelSpec, find_model, load_skeleton, resolve_compute_dtype
 from dora_dist.console.errors import ExpectedRunError
-from dora_dist.distributed.launcher import check_launch
+from dora_dist.distributed.launcher import check_launch, launched, with_deepspeed
 from dora_dist.distributed.rendezvous import join_rendezvous
 from dora_dist.distributed.store_agreement import StoreAgreement
 from dora_dist.distributed.world import connect, host_group
@@ -58,15 +58,6 @@ def join(timeout_seconds: float) -> StoreAgreement:
         ) from None
     assert state.device is not None
     return StoreAgreement(state.device, timeout_seconds + SLACK_SECONDS)
-
-
-def launched(environment: Mapping[str, str]) -> bool:
-    """Whether this process is a rank, by the same test as in dora_dist.train."""
-    return "LOCAL_RANK" in environment
-
-
-def with_deepspeed(environment: Mapping[str, str]) -> bool:
-    return environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
 def inspect_rank(

@@ -20,7 +20,16 @@ def merge_into(
         base: the base, perhaps quantized, without adapter layers.
         factors: module name -> ``(A (k, in), B (out, k))``; the update of its weight is ``B A``.
         new_rows: of tokens, which take the place of the base's.
+
+    Raises:
+        ValueError: the adapter adapts a module that is no linear layer.
     """
+    for name in factors:
+        if not isinstance(module := base.get_submodule(name), nn.Linear):
+            raise ValueError(
+                f"the adapter adapts {name}, which is a {type(module).__name__} and no linear layer, so that its "
+                "update cannot be added to a weight here: take --format peft or compact"
+            )
     for name, module in plain.named_modules():
         source = base.get_submodule(name)
         for part, parameter in module.named_parameters(recurse=False):

@@ -177,7 +177,7 @@ def _memory(config: RunConfig, step: TrainingStep) -> StepMemory:
     made = [adapter.ranks] * (adapter.ranks in RANKS_FROM_DATA) + [adapter.init] * (adapter.init not in DRAWN_INITS)
     row = replace(step.batch, rows=1, padded=_is_padded(config, 1))
     first = [at_start(replace(step, batch=row), what) for what in made]
-    return replace(memory, moments=(*first, *memory.moments))
+    return replace(memory, instants=(*first, *memory.instants))
 
 
 def card_bytes(device: torch.device) -> int | None:

@@ -37,17 +37,17 @@ def at_start(step: TrainingStep, made: str) -> MemoryInstant:
     if made == INPUTS:
         step = replace(step, recomputed=len(blocks))
     layers = decoder_memory(step)
-    moments = [at_loss(step, resident, layers), *in_backward(step, resident, layers)]
+    instants = [at_loss(step, resident, layers), *in_backward(step, resident, layers)]
     if made == INPUTS:
         # Nothing is kept; one layer's activations are there, as where a layer is computed again for a backward.
-        moments = [_without(moment, layers.kept) for moment in moments]
-    most = max(moments, key=lambda moment: moment.total)
+        instants = [_without(instant, layers.kept) for instant in instants]
+    most = max(instants, key=lambda instant: instant.total)
     return MemoryInstant(name=NAMES[made], parts={**most.parts, "tokens in float32": _copies(step, made)})
 
 
-def _without(moment: MemoryInstant, kept: int) -> MemoryInstant:
-    activations = max(0, moment.parts.get("activations", 0) - kept)
-    return replace(moment, parts={**moment.parts, "activations": activations})
+def _without(instant: MemoryInstant, kept: int) -> MemoryInstant:
+    activations = max(0, instant.parts.get("activations", 0) - kept)
+    return replace(instant, parts={**instant.parts, "activations": activations})
 
 
 def _dense(shape: ModelShape) -> int:

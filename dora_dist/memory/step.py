@@ -189,7 +189,7 @@ class StepMemory:
         resident: What stays in memory all the time, by part.
         activations: What the backward needs when it begins.
         recomputed: Activations of a decoder layer while it is computed again; 0 where none is.
-        moments: The instants at which memory can be at its peak.
+        instants: The instants at which memory can be at its peak.
         approximate: Whether the decoder layers are routed, or built unlike Llama's, so that their activations are a
             guess.
     """
@@ -197,12 +197,12 @@ class StepMemory:
     resident: Mapping[str, int]
     activations: int
     recomputed: int
-    moments: Sequence[MemoryInstant]
+    instants: Sequence[MemoryInstant]
     approximate: bool = False
 
     @property
     def peak(self) -> MemoryInstant:
-        return max(self.moments, key=lambda moment: moment.total)
+        return max(self.instants, key=lambda instant: instant.total)
 
 
 def loss_memory(tokens: int, vocabulary: int) -> int:
@@ -237,7 +237,7 @@ def step_memory(step: TrainingStep) -> StepMemory:
         resident=resident,
         activations=layers.kept,
         recomputed=layers.recomputed,
-        moments=(at_loss(step, resident, layers), *in_backward(step, resident, layers), at_update(step, resident)),
+        instants=(at_loss(step, resident, layers), *in_backward(step, resident, layers), at_update(step, resident)),
         approximate=not all(block.is_known for block in step.shape.blocks) or not step.shape.blocks,
     )
 

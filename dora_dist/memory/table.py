@@ -49,8 +49,8 @@ def render(estimate: MemoryEstimate) -> str:
         "",
         "  memory at",
     ]
-    backward = dict.fromkeys(moment.name for each in steps for moment in each.moments[:-1])
-    for name in (*backward, step.moments[-1].name):
+    backward = dict.fromkeys(instant.name for each in steps for instant in each.instants[:-1])
+    for name in (*backward, step.instants[-1].name):
         lines.append(_row(f"  {name}", *(_at(each, name) for each in steps)))
     lines += ["", *_fits(estimate)] if estimate.device == "cuda" else []
     lines += ["", *_shard_lines(estimate)] if estimate.shards else []
@@ -81,7 +81,7 @@ def _columns(estimate: MemoryEstimate) -> dict[str, StepMemory]:
 
 def _at(step: StepMemory, name: str) -> str:
     """A cell: the memory at an instant of this name, where there is one."""
-    found = [moment for moment in step.moments if moment.name == name]
+    found = [instant for instant in step.instants if instant.name == name]
     return format_bytes(found[0].total) + " <" * (found[0] is step.peak) if found else ""
 
 

@@ -3,20 +3,12 @@
 The paper's own score was not available to us; any criterion can be used instead.
 """
 
-import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-_BLOCK = re.compile(r"(?:^|.*?\.)\d+(?=\.)")
-
-
-def block_of(name: str) -> str:
-    """The block that a layer belongs to: its name up to the first number, such as ``model.layers.3`` for
-    ``model.layers.3.mlp.up_proj``. Empty for a layer outside all blocks."""
-    found = _BLOCK.match(name)
-    return found.group() if found else ""
+from dora_dist.method.layer_names import split_name
 
 
 def select_modules(
@@ -32,7 +24,7 @@ def select_modules(
         scores: layer name -> scores, shape ``(r,)``, any floating dtype; summed in float64 on the CPU.
         costs: layer name -> cost of one component of the layer, at least 1, in the units of the budget.
         budget: largest total cost of the planned components.
-        per_block: number of modules kept in every block (:func:`block_of`).
+        per_block: number of modules kept in every block (:func:`~dora_dist.method.layer_names.split_name`).
 
     Returns:
         Layer name -> rank, for the kept modules only. Their cost is at most the budget; less than the cost of the most
@@ -47,7 +39,7 @@ def select_modules(
     for name, total in totals.items():
         if not torch.isfinite(torch.tensor(total)):
             raise ValueError(f"layer {name} has a non-finite score: {scores[name].tolist()}")
-        blocks.setdefault(block_of(name), []).append(name)
+        blocks.setdefault(split_name(name).block, []).append(name)
     kept: list[str] = []
     for block, names in blocks.items():
         if not 1 <= per_block <= len(names):

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from dora_dist.method.allocation import select_within_budget
+from dora_dist.method.layer_names import split_name
 
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.)")
-
 
 LARGEST_GRADIENT = 2**28
 """Most gradient elements held in memory at once, in float32; only whole layers are held."""
@@ -93,10 +92,10 @@ def _depths(names: Sequence[str]) -> dict[str, tuple[int, int]]:
     """
     places: dict[str, tuple[str, int]] = {}
     for name in names:
-        found = NUMBER.search(name)
-        if found is None:
+        stack, number, _ = split_name(name)
+        if number is None:
             raise ValueError(f"{name} is in no numbered block, so it has no depth")
-        places[name] = name[: found.start()], int(found[1])
+        places[name] = stack, number
     last: dict[str, int] = {}
     for stack, number in places.values():
         last[stack] = max(last.get(stack, 0), number)

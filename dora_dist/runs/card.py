@@ -24,12 +24,13 @@ LICENCE = (
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def card_of(run: Path, config: RunConfig) -> tuple[dict[str, Any], str]:
+def card_of(run: Path, config: RunConfig, method: str | None = None) -> tuple[dict[str, Any], str]:
     """Metadata and text for :func:`~dora_dist.adapter.card.complete_card`, by the records so far.
 
     Args:
         run: folder of the run, which may be going on.
         config: that it has recorded.
+        method: that trained the adapter instead of the one in the configuration; None for that one.
     """
     about, summary = files.read_json(run / records.RUN), summarize(run)
     settings, versions = about["settings"], about["versions"]
@@ -50,7 +51,9 @@ def card_of(run: Path, config: RunConfig) -> tuple[dict[str, Any], str]:
         ("steps", f"{summary['steps']} of {settings['optimizer steps']}, {settings['global batch']} rows each"),
         ("learning rate", str(settings["training.learning_rate"])),
         ("seed", str(config.seed)),
-        ("preset", f"{config.preset}; start {start}, rule {config.pruning.rule}"),
+        ("preset", f"{config.preset}; start {start}, rule {config.pruning.rule}")
+        if method is None
+        else ("method", method),
         ("budget", f"as LoRA of rank {config.adapter.target_rank}, counted in {config.pruning.budget_unit}"),
     ]
     if best := summary["best"]:

@@ -1,12 +1,12 @@
 """Pictures of a run: ranks by layer, losses and components over the steps."""
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from dora_dist.console.plot import pyplot, save_picture
+from dora_dist.method.layer_names import split_name
 from dora_dist.runs.records import evaluation_of, source_names
 
 Rank = TypeVar("Rank", int, float)
@@ -35,27 +35,19 @@ class Budget:
     target: int | None
 
 
-def split_name(name: str) -> tuple[str, str, str]:
-    """Stack of blocks, block number and kind of a module: ``model.layers.3.self_attn.q_proj`` ->
-    ``("model.layers", "3", "self_attn.q_proj")``.
-
-    The kind is the whole name after the number, because kinds can share their last part (an encoder's
-    ``attention.output.dense`` and ``output.dense``). A module outside all blocks has block ``-``.
-    """
-    match = re.match(r"(.*?)\.(\d+)\.(.+)$", name)
-    return (match[1], match[2], match[3]) if match else ("", "-", name)
-
-
 def rank_grid(ranks: Mapping[str, Rank]) -> tuple[list[str], list[str], dict[tuple[str, str], Rank]]:
     """Blocks in order, kinds in the order of computation, and a mapping (block, kind) -> rank.
 
     A block's title is its number. If a model has several stacks of blocks (encoder and decoder, a tower and text), the
-    title is stack and number.
+    title is stack and number. A module outside of all blocks has block ``-``.
     """
     parts = {name: split_name(name) for name in ranks}
-    stacks = _short_stacks({stack for stack, number, _ in parts.values() if number != "-"}) | {"": ""}
-    titles = {(stack, number): f"{stacks[stack]} {number}".strip() for stack, number, _ in parts.values()}
-    order = sorted(titles, key=lambda block: (block[1] == "-", block[0], int(block[1]) if block[1] != "-" else 0))
+    stacks = _short_stacks({stack for stack, number, _ in parts.values() if number is not None}) | {"": ""}
+    titles = {
+        (stack, number): "-" if number is None else f"{stacks[stack]} {number}".strip()
+        for stack, number, _ in parts.values()
+    }
+    order = sorted(titles, key=lambda block: (block[1] is None, block[0], block[1] or 0))
     kinds = sorted({kind for _, _, kind in parts.values()}, key=_kind_order)
     grid = {(titles[stack, number], kind): ranks[name] for name, (stack, number, kind) in parts.items()}
     return [titles[block] for block in order], kinds, grid

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Self
 
 from dora_dist.base_model.load import resolve_compute_dtype
-from dora_dist.config.parse import load_config
 from dora_dist.config.run import RunConfig
 from dora_dist.console import files
 from dora_dist.runs import records
@@ -98,8 +97,3 @@ class Use:
             f"{path} has format {version}, but this version of dora-dist reads format {FORMAT}: a later version wrote "
             "it. Update dora-dist"
         )
-
-
-def write_use(run: Path, adapter: Path) -> None:
-    """Let the folder of an adapter say how it is used, by the records of its run."""
-    Use.of(load_config(run / records.CONFIG), run).write(adapter)

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: what is written and read, in which order, and what all ranks do together.
+"""Checkpoints of a run and its final adapter: what is written and read, in which order, and what all ranks do together.
 
 :mod:`dora_dist.runs.checkpoint` says what makes a checkpoint complete; this file fills it and reads it back.
 """
@@ -13,12 +13,14 @@ from accelerate.utils.random import set_seed
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from dora_dist.adapter.card import complete_card
 from dora_dist.adapter.unfolded import load_parameters, trained_parameters
 from dora_dist.config.format_version import METHOD_TENSORS
 from dora_dist.config.parse import load_config
+from dora_dist.console.files import follow_umask
 from dora_dist.console.text import say
 from dora_dist.runs import checkpoint, records
 from dora_dist.runs.card import card_of
@@ -31,15 +33,42 @@ NAMES = "names"
 """Beside what torch saves of an optimizer: its parameters' names, in their order."""
 
 
-def complete_adapter(folder: Path, run: Path) -> None:
+def write_adapter(
+    folder: Path,
+    run: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    write: Callable[[Path], object],
+    method: str | None = None,
+) -> None:
+    """Write the final adapter of a run; ``folder`` is complete or not there.
+
+    Args:
+        folder: is replaced.
+        run: folder of the run, whose records say what the adapter is and how it is used.
+        tokenizer: that it was trained with.
+        write: writes the adapter, and its card as far as the adapter itself says it, into the folder given.
+        method: as of :func:`~dora_dist.runs.card.card_of`.
+    """
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    write(temporary)
+    tokenizer.save_pretrained(temporary)
+    complete_adapter(temporary, run, method)
+    follow_umask(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def complete_adapter(folder: Path, run: Path, method: str | None = None) -> None:
     """Let the folder of an adapter say what it is, in its card, and how it is used, by the records of its run so far.
 
     Args:
         folder: of the adapter.
         run: folder of the run, which may be going on.
+        method: as of :func:`~dora_dist.runs.card.card_of`.
     """
     config = load_config(run / records.CONFIG)
-    complete_card(folder, *card_of(run, config))
+    complete_card(folder, *card_of(run, config, method))
     Use.of(config, run).write(folder)
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from dora_dist.adapter.plain_lora import read_lora_adapter
 from dora_dist.console.files import read_lines
-from dora_dist.method.modules import block_of
+from dora_dist.method.layer_names import split_name
 
 RULE: dict[str, Any] = {
     "adapter": {"target_rank": 2, "initial_rank": None},
@@ -48,7 +48,7 @@ def test_the_modules_that_stay_are_a_plan_of_the_whole_budget(probe):
     assert (event["step"], event["final"]) == (6, True)
     kept = {name for name, indices in event["kept"].items() if indices}
     assert len(event["kept"]) == LAYERS
-    assert Counter(map(block_of, kept)) == {"model.layers.0": 3, "model.layers.1": 3}
+    assert Counter(split_name(name).block for name in kept) == {"model.layers.0": 3, "model.layers.1": 3}
     plan = planned(run)
     assert plan.keys() == event["kept"].keys()
     assert {name for name, rank in plan.items() if rank} == kept

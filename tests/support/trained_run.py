@@ -17,11 +17,12 @@ from dora_dist.adapter.model import DynamicLoraModel, add_dynamic_lora
 from dora_dist.config.adapter import DynamicLoraConfig
 from dora_dist.config.data import DataConfig
 from dora_dist.config.model import ModelConfig
-from dora_dist.config.parse import save_config
+from dora_dist.config.parse import load_config, save_config
 from dora_dist.config.run import RunConfig
 from dora_dist.console import files
 from dora_dist.export import __main__ as export
 from dora_dist.runs import records
+from dora_dist.runs.use import Use
 from support.tiny_models import load_base, shake, tiny_model
 from support.tiny_run import some_fingerprint
 
@@ -113,6 +114,11 @@ def save_adapter(model: DynamicLoraModel, folder: Path) -> None:
     character_tokenizer().save_pretrained(folder)
 
 
+def write_use(run: Path, adapter: Path) -> None:
+    """Let the folder of an adapter say how it is used, by the records of its run."""
+    Use.of(load_config(run / records.CONFIG), run).write(adapter)
+
+
 def run_export(run: TrainedFolder, output: Path, *options: str) -> Path:
     """Export as the command does; returns ``output``."""
     export.main([str(run.folder), "--output", str(output), *options])
@@ -120,7 +126,8 @@ def run_export(run: TrainedFolder, output: Path, *options: str) -> Path:
 
 
 def make_foreign(folder: Path, base: Path, **settings: object) -> Path:
-    """An adapter of stock PEFT with ``r == lora_alpha``, random values, and what PEFT saves beside LoRA by settings."""
+    """An adapter of stock PEFT with random values, ``r == lora_alpha`` unless ``settings`` say otherwise, and what PEFT
+    saves beside LoRA by them."""
     torch.manual_seed(0)
     chosen = {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "down_proj"], **settings}
     model = get_peft_model(load_base(base, "none"), LoraConfig(task_type="CAUSAL_LM", **chosen))

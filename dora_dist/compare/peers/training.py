@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -20,7 +21,6 @@ from dora_dist.adapter.model import prepare_heads, trained_heads
 from dora_dist.adapter.plain_lora import write_lora_adapter
 from dora_dist.base_model.head import head_modules
 from dora_dist.config.tasks import TASKS
-from dora_dist.console import files
 from dora_dist.console.errors import PreemptedError
 from dora_dist.console.text import say
 from dora_dist.distributed import world
@@ -29,11 +29,11 @@ from dora_dist.distributed.preemption import PreemptionNotice
 from dora_dist.memory.estimate import card_bytes
 from dora_dist.method.prune_event import PruneEvent
 from dora_dist.runs import records, resume, summary
-from dora_dist.runs.use import write_use
 from dora_dist.setup import build, resolve, run_data
 from dora_dist.setup.fingerprint import adapter_seed
 from dora_dist.setup.recomputation import apply_recomputation
 from dora_dist.setup.tasks import TASK_PARTS
+from dora_dist.training.checkpointing import write_adapter
 from dora_dist.training.controller import NonFiniteAdapterError
 
 if TYPE_CHECKING:
@@ -241,17 +241,15 @@ def _write_result(
     measured = {f"eval_{name}": value for name, value in evaluator(TaskLoss(model)).items()}
     run_records.metrics(resolved.arguments.max_steps, measured)
     run_records.answers(resolved.arguments.max_steps, evaluator.shown)
-    adapter = Path(config.output_dir) / "adapter"
-    write_lora_adapter(
-        adapter,
-        factors,
-        base.config.name_or_path or None,
+    write = partial(
+        write_lora_adapter,
+        factors=factors,
+        base_model=base.config.name_or_path or None,
         task_type=TASKS[config.task].peft_type,
         head={name: dict(head.named_parameters()) for name, head in trained_heads(model).items()},
     )
-    resolved.tokenizer.save_pretrained(adapter)
-    write_use(Path(config.output_dir), adapter)
-    files.follow_umask(adapter)
+    run = Path(config.output_dir)
+    write_adapter(run / "adapter", run, resolved.tokenizer, write, peer.title)
 
 
 class _PeerCallback(TrainerCallback):

@@ -13,7 +13,8 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
+from functools import cache
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,10 +106,9 @@ class Location:
         )
         for file in self.files:
             for part in sorted(path for path in file.rglob("*") if path.is_file()) if file.is_dir() else [file]:
-                digest.update(repr(("".join(part.suffixes[-2:]).lower(), part.stat().st_size)).encode())
-                with part.open("rb") as stream:
-                    while chunk := stream.read(1 << 22):
-                        digest.update(chunk)
+                about = part.stat()
+                digest.update(repr(("".join(part.suffixes[-2:]).lower(), about.st_size)).encode())
+                digest.update(digest_of(part.absolute(), about.st_size, about.st_mtime_ns))
         if self.hub:
             digest.update(self._commit().encode())
         return digest.hexdigest()
@@ -126,6 +126,20 @@ class Location:
             split = self.split or DEFAULT_SPLIT
             rows = load_dataset(self.hub, self.subset, split=split, revision=self.revision, streaming=True)
             yield from _dumped(rows, f"{self.hub} ({split})")
+
+
+@cache
+def digest_of(file: Path, size: int, changed: int) -> bytes:
+    """SHA-256 of a file's bytes, which are read once in a process: both sides of a split ask for it, and every command
+    that opens its data more than once.
+
+    Args:
+        file: by its whole path.
+        size: in bytes.
+        changed: when it was last changed, in nanoseconds: with another size or time it is read again.
+    """
+    with file.open("rb") as stream:
+        return file_digest(stream, "sha256").digest()
 
 
 @contextmanager

@@ -113,7 +113,7 @@ KEY = f"base_model.model.{FIRST}.lora_A.weight"
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda f: change_config(f, use_dora=True), "which has use_dora: True: only plain LoRA can be gone on with"),
+        (lambda f: change_config(f, use_dora=True), "which has use_dora: True: only plain LoRA can be taken from it"),
         (lambda f: change_config(f, modules_to_save=["lm_head"]), r"which has modules_to_save: \['lm_head'\]"),
         (lambda f: change_config(f, bias="all"), r"which has trained biases \(bias: all\)"),
         (
@@ -126,7 +126,7 @@ KEY = f"base_model.model.{FIRST}.lora_A.weight"
             r"which has the tensor base_model\.model\.lm_head\.weight",
         ),
         (lambda f: change_tensors(f, lambda t: t.pop(KEY)), f"has base_model.model.{FIRST} with one factor only"),
-        (lambda f: change_tensors(f, lambda t: t[KEY].fill_(torch.nan)), f"factors of {FIRST} are not finite"),
+        (lambda f: change_tensors(f, lambda t: t[KEY].fill_(torch.nan)), f"factors of {FIRST} that are not finite"),
         (
             lambda f: (f / ADAPTER_WEIGHTS).unlink(),
             "which has no adapter_model.safetensors: give the folder of a plain",

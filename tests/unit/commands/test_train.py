@@ -6,31 +6,17 @@ import pytest
 import torch
 from support.repository import REPOSITORY
 from support.tiny_models import adapt, shake, tiny_model
-from support.tiny_run import tiny_tokenizer
 
 from dora_dist.config.parse import load_config
 from dora_dist.setup.ending import describe_size
-from dora_dist.train import ranks_of_a_run, save_adapter
+from dora_dist.train import ranks_of_a_run, start
 
 COMPONENT_KIB = 2 * (128 + 96 + 96 + 128 + 192 + 192 + 192) * 4 / 1024
 """Of one component of each layer of the tiny model, in float32."""
 
 
-def test_an_adapter_is_replaced_as_a_whole(tmp_path):
-    model = shake(adapt(tiny_model()))
-    save_adapter(model, tiny_tokenizer(), tmp_path / "adapter")
-    (tmp_path / "adapter" / "stray").touch()
-    for layer in model.adapted_layers().values():
-        layer.component_mask[1:] = False
-    save_adapter(model, tiny_tokenizer(), tmp_path / "adapter")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
-    assert not (tmp_path / "adapter" / "stray").exists()
-    assert {factors[0].shape[0] for factors in model.folded_factors().values()} == {1}
-    assert torch.isfinite(next(iter(model.folded_factors().values()))[1]).all()
-
-
 def test_the_size_of_the_adapter_is_said_with_and_without_padding(tmp_path):
-    save_adapter(shake(adapt(tiny_model())), tiny_tokenizer(), tmp_path / "adapter")
+    shake(adapt(tiny_model())).save_pretrained(tmp_path / "adapter")
     line = describe_size(tmp_path, "causal_lm")
     padded, compact = (float(size) for size in re.findall(r"([0-9.]+) KiB", line))
     assert padded - compact == pytest.approx(COMPONENT_KIB * (8 - 3), abs=0.2)
@@ -43,3 +29,11 @@ def test_a_dry_run_is_for_the_ranks_that_a_run_would_have_here(engine, gpus, ran
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     config = load_config(REPOSITORY / "configs" / "quickstart.yaml", ["--distributed.engine", engine])
     assert ranks_of_a_run(config) == ranks
+
+
+def test_a_process_that_is_one_of_several_by_half_starts_no_ranks_of_its_own(monkeypatch):
+    """Of every task of a job that was started so, there would be a run."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="RANK is 1 and WORLD_SIZE is 2, but LOCAL_RANK is not set"):
+        start([str(REPOSITORY / "configs" / "quickstart.yaml")])

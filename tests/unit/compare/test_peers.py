@@ -110,6 +110,9 @@ def test_it_is_measured_and_saved_with_the_head_that_it_has_trained(tmp_path):
     config = load_config(folder / "config.yaml")
     tokenizer, data = run_data.read_data(config)
     assert peft.PeftConfig.from_pretrained(folder / "adapter").modules_to_save == ["classifier"]
+    card = (folder / "adapter" / "README.md").read_text()
+    assert "method         PEFT's AdaLoRA" in card
+    assert "12 of 12, 8 rows each" in card
     base = AutoModelForSequenceClassification.from_pretrained(config.model.path, num_labels=2)
     stock = peft.PeftModel.from_pretrained(base, folder / "adapter").eval()
     resolved = resolve_run(config, tokenizer, data)

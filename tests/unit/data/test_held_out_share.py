@@ -1,6 +1,7 @@
 """``data.eval: 5%``: which rows of the training sources are held out."""
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from support.tiny_run import tiny_tokenizer
 
 from dora_dist.config.data import DataConfig
 from dora_dist.data.prepared import PreparedSource
+from dora_dist.data.reading.files import digest_of
 from dora_dist.setup.run_data import RunData, prepare_data
 
 
@@ -46,6 +48,22 @@ def test_both_sides_together_are_all_rows_each_once_and_the_share_is_about_as_as
     assert 150 < held_out.counts.rows < 250
     assert data.overlap == {"rows": 0}
     assert any(f"rows: {held_out.counts.rows} of 1,000 rows are held out (data.eval 20%)" in n for n in data.notes)
+
+
+def test_a_file_of_which_both_sides_are_asked_for_is_hashed_once_until_it_changes(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [pair(number) for number in range(50)])
+    known = digest_of.cache_info().misses
+    first = prepare(path)
+    again = prepare(path)
+    assert digest_of.cache_info().misses == known + 1
+    assert [source.folder for source in again.train] == [source.folder for source in first.train]
+    about = path.stat()
+    write(path, [pair(number) for number in range(50, 100)])
+    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns + 1))
+    assert path.stat().st_size == about.st_size
+    changed = prepare(path)
+    assert digest_of.cache_info().misses == known + 2
+    assert not {*prompts(changed.train[0])} & {*prompts(first.train[0])}
 
 
 def test_no_row_moves_when_others_are_added_before_between_and_behind_or_all_are_shuffled(tmp_path):

@@ -4,7 +4,13 @@ import json
 
 import pytest
 
-from dora_dist.distributed.launcher import check_launch, check_world_size, world_size_of
+from dora_dist.distributed.launcher import (
+    check_launch,
+    check_world_size,
+    launched,
+    with_deepspeed,
+    world_size_of,
+)
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
 DDP_CPU = {"ACCELERATE_USE_CPU": "true", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
@@ -34,6 +40,13 @@ def test_a_wrong_launch_is_refused_with_the_right_command(engine, environment, m
     with pytest.raises(ValueError, match="start it with: ") as caught:
         check_launch(engine, environment)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("engine", ["zero2", "ddp", "none"])
+def test_half_a_launch_is_refused_with_what_is_missing(engine):
+    """accelerate would take each process for a world of its own."""
+    with pytest.raises(ValueError, match="RANK is 1 and WORLD_SIZE is 2, but LOCAL_RANK is not set"):
+        check_launch(engine, {"RANK": "1", "WORLD_SIZE": "2", "ACCELERATE_USE_DEEPSPEED": "true"})
 
 
 def deepspeed_file(folder, content):
@@ -80,6 +93,37 @@ def test_a_stage_of_the_launcher_and_a_file_that_is_not_there_are_refused(change
     with pytest.raises(ValueError, match="start it with: ") as caught:
         check_launch("zero2", {**DEEPSPEED, **changes})
     assert message in str(caught.value)
+
+
+TORCHRUN = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID"
+DEEPSPEEDS_OWN = "RANK LOCAL_RANK WORLD_SIZE LOCAL_SIZE CROSS_RANK MASTER_ADDR MASTER_PORT"
+RANK_SH = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT SLURM_PROCID SLURM_LOCALID SLURM_NTASKS"
+ACCELERATE = "ACCELERATE_USE_CPU ACCELERATE_MIXED_PRECISION OMP_NUM_THREADS"
+
+
+@pytest.mark.parametrize(
+    ("names", "is_rank"),
+    [
+        (TORCHRUN, True),
+        (f"{TORCHRUN} {ACCELERATE} ACCELERATE_USE_DEEPSPEED", True),
+        (DEEPSPEEDS_OWN, True),
+        (RANK_SH, True),
+        (ACCELERATE, False),
+        ("SLURM_PROCID SLURM_LOCALID SLURM_NTASKS", False),
+        ("WORLD_SIZE", False),
+        ("RANK WORLD_SIZE MASTER_ADDR MASTER_PORT", False),
+        ("", False),
+    ],
+    ids=["torchrun", "accelerate", "deepspeed", "rank.sh", "accelerate of one", "srun", "estimate", "container", ""],
+)
+def test_a_rank_is_what_a_launcher_has_numbered_on_its_machine(names, is_rank):
+    assert launched(dict.fromkeys(names.split(), "1")) == is_rank
+
+
+@pytest.mark.parametrize(("value", "found"), [("true", True), ("True", True), ("false", False), ("1", False)])
+def test_deepspeed_is_read_as_accelerate_reads_it(value, found):
+    assert with_deepspeed({"ACCELERATE_USE_DEEPSPEED": value}) == found
+    assert not with_deepspeed({})
 
 
 def test_the_world_size_is_the_launchers_or_one():

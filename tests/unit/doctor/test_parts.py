@@ -193,8 +193,3 @@ def test_a_torch_that_is_too_old_for_shards_is_not_taken_for_a_model_that_is_mis
     found = {name: text for name, text in inspection._refusals(config).items() if text is not None}
     assert found.keys() == ({fact} if fact else set())
     assert all("update torch" in text for text in found.values())
-
-
-def test_a_rank_is_what_a_launcher_has_numbered():
-    assert inspection.launched({"LOCAL_RANK": "0"})
-    assert not inspection.launched({"WORLD_SIZE": "2"})

@@ -11,12 +11,11 @@ import pytest
 import torch
 import yaml
 from support.tiny_models import load_base
-from support.trained_run import TrainedFolder, character_tokenizer, make_base, make_run, one_thread
+from support.trained_run import TrainedFolder, character_tokenizer, make_base, make_run, one_thread, write_use
 
 from dora_dist.data.encoding.chat import choose_template
 from dora_dist.evaluate import __main__ as command
 from dora_dist.runs.task_figures import paired_error
-from dora_dist.runs.use import write_use
 
 pytestmark = pytest.mark.full("evaluate")
 CHOICES = ["red", "blue green", "no"]

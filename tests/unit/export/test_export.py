@@ -220,6 +220,56 @@ def test_rows_of_tokens_of_another_program_are_in_every_export(
     assert distance(found, wanted) < 1e-5
 
 
+OF_PEFT = {
+    "another alpha": {"r": 3, "lora_alpha": 7},
+    "ranks and alphas of their own": {
+        "rank_pattern": {"q_proj": 2, r"layers\.0\.mlp\.down_proj": 5},
+        "alpha_pattern": {"down_proj": 9, "layers.1.self_attn.q_proj": 1},
+    },
+    "rsLoRA with ranks and alphas of their own": {
+        "use_rslora": True,
+        "rank_pattern": {"q_proj": 2},
+        "alpha_pattern": {"down_proj": 9},
+    },
+}
+
+
+def export_folder(folder: Path, output: Path, kind: str, quantization: str | None = None) -> Path:
+    """An export of an adapter's folder, in float32; returns ``output``."""
+    options = ["--dtype", "float32"] if kind == "merged" else []
+    options += [] if quantization is None else ["--model.quantization", quantization]
+    export.main([str(folder), "--format", kind, "--output", str(output), *options])
+    return output
+
+
+@pytest.mark.parametrize("settings", OF_PEFT)
+def test_an_adapter_of_peft_is_exported_with_its_own_ranks_and_scales(
+    base: Path, tmp_path: Path, settings: str
+) -> None:
+    folder = make_foreign(tmp_path / "foreign", base, **OF_PEFT[settings])
+    wanted = stock_adapter_logits(folder, base, "none")
+    for kind in ("peft", "compact", "merged"):
+        output = export_folder(folder, tmp_path / kind, kind, "none")
+        found = stock_logits(output) if kind == "merged" else stock_adapter_logits(output, base, "none")
+        assert distance(found, wanted) < 1e-5, kind
+
+
+@pytest.mark.parametrize("first", ["peft", "compact"])
+def test_an_export_is_exported_as_the_run_is(run: TrainedFolder, tmp_path: Path, first: str) -> None:
+    once = run_export(run, tmp_path / "once", "--format", first)
+    again = export_folder(once, tmp_path / "again", first)
+    old, new = (load_file(folder / ADAPTER_WEIGHTS) for folder in (once, again))
+    assert old.keys() == new.keys()
+    for name, tensor in old.items():
+        torch.testing.assert_close(new[name], tensor)
+    names = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+    assert [adapter_config(once)[name] for name in names] == [adapter_config(again)[name] for name in names]
+    other = export_folder(once, tmp_path / "other", "compact" if first == "peft" else "peft")
+    for folder in (again, other):
+        assert distance(stock_adapter_logits(folder, run.base), run.logits()) < 1e-5
+    assert distance(stock_logits(export_folder(once, tmp_path / "merged", "merged")), run.logits()) < 1e-5
+
+
 @pytest.mark.parametrize("kind", ["peft", "compact"])
 def test_an_adapter_of_scaled_positions_says_what_its_base_must_be_set_to(
     base: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]

@@ -2,14 +2,15 @@
 
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.trained_run import TrainedFolder, make_foreign, make_run, run_export
+from support.trained_run import VOCABULARY, TrainedFolder, character_tokenizer, make_foreign, make_run, run_export
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from dora_dist.adapter.model import DynamicLoraModel
 from dora_dist.config.format_version import ADAPTER_WEIGHTS
@@ -224,3 +225,39 @@ def test_rows_of_other_tokens_in_each_module_are_refused(base: Path, tmp_path: P
     folder = make_foreign(tmp_path / "foreign", base, trainable_token_indices=rows)
     with pytest.raises(ValueError, match=r"has trainable_token_indices: .*all modules must have rows of the same"):
         export.main([str(folder), "--model.quantization", "none", "--format", "peft"])
+
+
+def spoil_nan(folder: Path) -> None:
+    weights = folder / ADAPTER_WEIGHTS
+    tensors = load_file(weights)
+    next(iter(tensors.values())).fill_(math.nan)
+    save_file(tensors, weights)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / ADAPTER_WEIGHTS).unlink(), "has no adapter_model.safetensors: give the folder of a"),
+        (lambda folder: (folder / ADAPTER_WEIGHTS).write_bytes(b"x"), "cannot be read: "),
+        (spoil_nan, r"has factors of model\..* that are not finite"),
+    ],
+)
+def test_a_spoiled_adapter_is_refused_with_what_is_wrong_with_it(
+    base: Path, tmp_path: Path, spoil: Callable[[Path], object], message: str
+) -> None:
+    folder = make_foreign(tmp_path / "foreign", base)
+    spoil(folder)
+    with pytest.raises(ValueError, match=f"the adapter in .*foreign {message}"):
+        export.main([str(folder), "--model.quantization", "none", "--format", "peft"])
+
+
+def test_layers_that_are_not_linear_ones_cannot_be_merged_into(tmp_path: Path) -> None:
+    """GPT-2's Conv1D, whose weight is stored the other way round: an adapter of it is still one."""
+    base = tmp_path / "base"
+    GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=VOCABULARY)).save_pretrained(base)
+    character_tokenizer().save_pretrained(base)
+    folder = make_foreign(tmp_path / "foreign", base, target_modules=["c_attn"], lora_alpha=7, fan_in_fan_out=True)
+    given = [str(folder), "--model.quantization", "none", "--output", str(tmp_path / "out"), "--format"]
+    with pytest.raises(ValueError, match=r"adapts transformer\.h\.0\.attn\.c_attn, which is a Conv1D and no linear"):
+        export.main([*given, "merged"])
+    export.main([*given, "compact"])

@@ -8,7 +8,15 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from support.tiny_models import shake
-from support.trained_run import TrainedFolder, character_tokenizer, make_base, make_run, run_export, save_adapter
+from support.trained_run import (
+    TrainedFolder,
+    character_tokenizer,
+    make_base,
+    make_run,
+    run_export,
+    save_adapter,
+    write_use,
+)
 from transformers import AutoModelForCausalLM
 
 from dora_dist.config.parse import load_config, save_config
@@ -19,7 +27,7 @@ from dora_dist.data.reading.samples import alpaca_prompt
 from dora_dist.evaluation.answers import generate_answers
 from dora_dist.generate import __main__ as command
 from dora_dist.runs import checkpoint, records
-from dora_dist.runs.use import FORMAT, USE, write_use
+from dora_dist.runs.use import FORMAT, USE
 
 TEMPLATE = choose_template(character_tokenizer(), "plain").text
 

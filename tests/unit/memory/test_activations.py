@@ -222,11 +222,11 @@ def test_a_layer_that_is_recomputed_trades_what_it_keeps_for_its_input(saved):
     assert [before - after for before, after in pairwise(kept[1:])] == [block.saved - hidden] * 4
 
 
-def test_the_peak_is_one_moment_and_not_the_sum(saved):
+def test_the_peak_is_one_instant_and_not_the_sum(saved):
     found = step(shape_of(saved()), recomputed=2)
-    assert found.peak.total == max(moment.total for moment in found.moments)
-    assert "logits" not in found.moments[1].parts
-    assert all("activations" not in moment.parts for moment in found.moments[2:])
+    assert found.peak.total == max(instant.total for instant in found.instants)
+    assert "logits" not in found.instants[1].parts
+    assert all("activations" not in instant.parts for instant in found.instants[2:])
 
 
 def test_more_ranks_leave_less_on_each(saved):
@@ -306,7 +306,7 @@ def test_rows_of_new_tokens_take_a_copy_of_the_head_and_are_optimized(saved):
         chunked_loss=False,
     )
     plain, more = step_memory(without), step_memory(replace(without, new_rows=256))
-    assert more.moments[0].parts["copy of the head for new tokens"] == 2 * 4 * 96 * 64
+    assert more.instants[0].parts["copy of the head for new tokens"] == 2 * 4 * 96 * 64
     for name, size in {"adapter": 4 * 256, "optimizer moments": 2 * 4 * 256}.items():
         assert more.resident[name] - plain.resident[name] == size
 
@@ -316,11 +316,11 @@ def test_gradients_of_components_wait_for_the_end_of_the_backward(saved):
     shape = shape_of(saved(num_hidden_layers=5), rank=300)
     adapter = Adapter(bytes_per_element=2, dropout=True, penalty=False)
     of_layer = 2 * 300 * sum(linear.in_features + linear.out_features for linear in shape.blocks[0].linears)
-    parts = {moment.name: moment.parts for moment in step(shape, recomputed=5, adapter=adapter).moments}
+    parts = {instant.name: instant.parts for instant in step(shape, recomputed=5, adapter=adapter).instants}
     assert parts["backward of a recomputed layer"]["adapter gradients"] == 4 * of_layer
     gates = 2 * 300 * 5 * 7
     assert parts["end of the backward"]["adapter gradients"] == 5 * of_layer + gates
     alone = shape_of(saved(num_hidden_layers=5), fuse=False, rank=300)
-    moments = step(alone, recomputed=5, adapter=adapter).moments
-    assert "end of the backward" not in {moment.name for moment in moments}
-    assert not any(moment.parts.get("adapter side by side") for moment in moments)
+    instants = step(alone, recomputed=5, adapter=adapter).instants
+    assert "end of the backward" not in {instant.name for instant in instants}
+    assert not any(instant.parts.get("adapter side by side") for instant in instants)

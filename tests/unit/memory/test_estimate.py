@@ -136,7 +136,7 @@ def test_the_peak_of_chunks_of_logits_in_bfloat16(models):
 def test_the_peak_of_a_start_from_data(models, shape, recomputed, init):
     changes = ["--adapter.init", init, "--model.recompute_layers", recomputed]
     config = load_config(models(shape), changes)
-    estimated, measured = estimate_memory(config, 1, "cpu").configured.moments[0].total, measure_start(config)
+    estimated, measured = estimate_memory(config, 1, "cpu").configured.instants[0].total, measure_start(config)
     print(f"estimated {estimated / 2**20:.1f} MiB, measured {measured / 2**20:.1f} MiB, {estimated / measured:.3f}")
     # For inputs it is an upper bound: a forward without gradients frees what is reckoned with here.
     assert 0.85 * measured < estimated < 1.6 * measured
@@ -146,11 +146,11 @@ def test_the_peak_of_a_start_from_data(models, shape, recomputed, init):
 def test_the_peak_of_ranks_from_data(models, ranks):
     changes = ["--preset", "lora", "--adapter.initial_rank", "null", "--adapter.ranks", ranks]
     config = load_config(models("wide"), [*changes, "--model.recompute_layers", "all"])
-    moment = estimate_memory(config, 1, "cpu").configured.moments[0]
+    instant = estimate_memory(config, 1, "cpu").configured.instants[0]
     measured = measure_rank_choice(config)
-    print(f"estimated {moment.total / 2**20:.1f} MiB, measured {measured / 2**20:.1f} MiB")
-    assert moment.name == "ranks from data"
-    assert 0.85 * measured < moment.total < 1.6 * measured
+    print(f"estimated {instant.total / 2**20:.1f} MiB, measured {measured / 2**20:.1f} MiB")
+    assert instant.name == "ranks from data"
+    assert 0.85 * measured < instant.total < 1.6 * measured
 
 
 def test_a_model_that_needs_its_logits_has_them_in_its_peak(models):
@@ -168,9 +168,9 @@ def test_the_peak_on_two_ranks_of_real_deepspeed(models, rank, accumulation):
     outcomes = run_ranks(measure_zero_peak, 2, str(models("small")), changes.split(), SMALL_BUCKET)
     assert [outcome.error for outcome in outcomes] == [None, None]
     # DeepSpeed's own buffer dwarfs a model of this size, and would hide whatever else is wrong.
-    moments = estimate.configured.moments
+    instants = estimate.configured.instants
     bucket = "ZeRO reduction bucket"
-    estimated = max(m.total - m.parts[bucket] + 2 * SMALL_BUCKET if m.parts.get(bucket) else m.total for m in moments)
+    estimated = max(m.total - m.parts[bucket] + 2 * SMALL_BUCKET if m.parts.get(bucket) else m.total for m in instants)
     for outcome in outcomes:
         print(f"estimated {estimated / 2**20:.1f} MiB, measured {outcome.value / 2**20:.1f} MiB")
         assert estimated == pytest.approx(outcome.value, rel=0.1)
@@ -230,7 +230,7 @@ def test_a_model_of_eight_billion_by_hand(eight_billion):
     assert watched["adapter"] == parts["adapter"] + (2 + 4) * elements
     assert parts["float32 master copy"] == 4 * elements / 8
     assert parts["optimizer moments"] == 8 * elements / 8
-    loss = estimate.configured.moments[0]
+    loss = estimate.configured.instants[0]
     # 261 positions at a time; the head's input and its gradient for all.
     assert loss.parts["logits"] == 261 * 128256 * (4 + 2) + (2 * 8192 + 261) * 4096 * 2
     assert loss.parts["ZeRO reduction bucket"] == 0
@@ -246,7 +246,7 @@ def test_a_start_from_data_takes_less_than_the_run_at_eight_billion(eight_billio
     config = load_config(path, ["--distributed.engine", "zero2", "--adapter.init", init])
     for estimate in (estimate_memory(config, world_size=8), estimate_memory(config, world_size=1)):
         for memory in (estimate.recomputing_none, estimate.recomputing_all):
-            start, adapter = memory.moments[0], memory.moments[0].parts["adapter"]
+            start, adapter = memory.instants[0], memory.instants[0].parts["adapter"]
             assert start.name == "start from data"
             assert start.total < memory.peak.total
             # The adapter is in bfloat16, and 12 components are found by 16 probes in float32.
@@ -282,6 +282,8 @@ def test_json_has_the_same_numbers(eight_billion):
     estimate = forecast.most
     figures = json.loads(as_json(forecast, None))
     peaks = {figures[name]["peak"]["bytes"] for name in ("recomputing_all", "configured")}
+    configured = figures["configured"]
+    assert configured["peak"]["instant"] in {instant["name"] for instant in configured["instants"]}
     assert peaks == {figures["peak_bytes"]} == {estimate.peak_bytes}
     assert figures["recomputing_none"]["resident"] == dict(estimate.recomputing_none.resident)
     assert figures["shards"] == {str(size): shard for size, shard in estimate.shards.items()}
@@ -298,7 +300,7 @@ def test_dtypes_are_those_that_a_run_would_have(models):
     assert (cpu.compute_dtype, cpu.adapter_dtype) == ("float32", "float32")
     zero = estimate_memory(load_config(models("small"), ["--distributed.engine", "zero2"]), 2)
     assert (zero.compute_dtype, zero.adapter_dtype) == ("bfloat16", "bfloat16")
-    assert torch.bfloat16.itemsize * 50_000_000 == zero.recomputing_none.moments[-2].parts["ZeRO reduction bucket"]
+    assert torch.bfloat16.itemsize * 50_000_000 == zero.recomputing_none.instants[-2].parts["ZeRO reduction bucket"]
 
 
 @pytest.mark.parametrize(
@@ -307,7 +309,7 @@ def test_dtypes_are_those_that_a_run_would_have(models):
 )
 def test_moments_follow_the_optimizer(models, optimizer, bytes_per_element):
     plain = estimate_memory(load_config(models("small"), ["--training.optim", optimizer]), 1).configured
-    trained = plain.moments[-1].parts["adapter gradients"] // 4
+    trained = plain.instants[-1].parts["adapter gradients"] // 4
     assert plain.resident["optimizer moments"] == bytes_per_element * trained
 
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dora_dist.method.modules import block_of, select_modules
+from dora_dist.method.layer_names import split_name
+from dora_dist.method.modules import select_modules
 
 KINDS = ("q", "k", "up", "down")
 
@@ -28,8 +29,8 @@ def test_the_best_modules_of_every_block_stay_and_spend_the_budget(model, per_bl
     costs = costs if in_parameters else dict.fromkeys(scores, 1)
     budget = rank * sum(costs.values())
     plan = select_modules(scores, costs, budget, per_block)
-    for block in {block_of(name) for name in scores}:
-        names = [name for name in scores if block_of(name) == block]
+    for block in {split_name(name).block for name in scores}:
+        names = [name for name in scores if split_name(name).block == block]
         kept = [name for name in names if name in plan]
         best = max(sum(float(scores[n].sum()) for n in some) for some in combinations(names, per_block))
         assert len(kept) == per_block
@@ -52,20 +53,6 @@ def test_what_is_left_of_the_budget_goes_to_the_best():
     scores["layers.1.b"] = torch.tensor([0.0])
     plan = select_modules(scores, dict.fromkeys(scores, 1), 5, 1)
     assert plan == {"layers.0.b": 3, "layers.1.a": 2}
-
-
-@pytest.mark.parametrize(
-    ("name", "block"),
-    [
-        ("model.layers.3.self_attn.q_proj", "model.layers.3"),
-        ("model.layers.12.mlp.experts.4.up_proj", "model.layers.12"),
-        ("encoder.block.0.layer.1.DenseReluDense.wi", "encoder.block.0"),
-        ("lm_head2.out", ""),
-        ("blocks.7", ""),
-    ],
-)
-def test_a_block_is_a_name_up_to_its_first_number(name, block):
-    assert block_of(name) == block
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from support.tiny_models import logits, quantized_model, tiny_model
 from support.tiny_run import save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Qwen3ForCausalLM
 
-from dora_dist.adapter.from_folder import FoundAdapter, FoundLora, describe_start
+from dora_dist.adapter.from_folder import FoundAdapter, describe_start
+from dora_dist.adapter.plain_lora import FoundLora
 from dora_dist.base_model.lean_loading import return_freed_memory
 from dora_dist.base_model.load import BaseModelSpec
 from dora_dist.base_model.quantization import forbid_inference_packing, quantization_config

@@ -13,6 +13,7 @@ from dora_dist.config.model import ModelConfig
 from dora_dist.config.run import RunConfig
 from dora_dist.console import files
 from dora_dist.evaluation.evaluator import ShownAnswer
+from dora_dist.method.layer_names import split_name
 from dora_dist.runs import pictures, records
 from dora_dist.runs.card import card_of
 from dora_dist.runs.claim import Claim
@@ -58,27 +59,22 @@ def picture_size(path: Path) -> tuple[int, int]:
     return struct.unpack(">II", data[16:24])
 
 
-@pytest.mark.parametrize(
-    ("name", "parts"),
-    [
-        ("model.layers.3.self_attn.q_proj", ("model.layers", "3", "self_attn.q_proj")),
-        ("model.layers.11.mlp.up_proj", ("model.layers", "11", "mlp.up_proj")),
-        ("encoder.layer.0.attention.output.dense", ("encoder.layer", "0", "attention.output.dense")),
-        ("decoder.block.2.layer.1.EncDecAttention.q", ("decoder.block", "2", "layer.1.EncDecAttention.q")),
-        ("classifier", ("", "-", "classifier")),
-    ],
-)
-def test_a_name_is_split_into_stack_block_and_kind(name, parts):
-    assert pictures.split_name(name) == parts
-
-
 def test_the_grid_holds_every_rank_with_blocks_by_number_and_kinds_in_computing_order():
     ranks = module_ranks(12) | {"projector": 4}
     blocks, kinds, grid = pictures.rank_grid(ranks)
     assert blocks == [*map(str, range(12)), "-"]
     assert [kind.rsplit(".", 1)[-1] for kind in kinds] == [*PROJECTIONS, "projector"]
     assert len(grid) == len(ranks)
-    assert all(grid[pictures.split_name(name)[1:]] == rank for name, rank in ranks.items())
+    assert grid["-", "projector"] == 4
+    for name, rank in module_ranks(12).items():
+        _, number, kind = split_name(name)
+        assert grid[str(number), kind] == rank
+
+
+def test_blocks_that_are_the_models_own_numbered_parts_are_rows_like_others():
+    blocks, kinds, grid = pictures.rank_grid({"10.mlp.up": 3, "2.mlp.up": 4, "2.mlp.down": 5, "head": 6})
+    assert (blocks, kinds) == (["2", "10", "-"], ["head", "mlp.down", "mlp.up"])
+    assert grid == {("10", "mlp.up"): 3, ("2", "mlp.up"): 4, ("2", "mlp.down"): 5, ("-", "head"): 6}
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from support.tiny_models import adapt, logits, shake, tiny_model
 from dora_dist.distributed.agreement import Agreement, RankFailedError
 from dora_dist.method.budget import PARAMETERS, Budget, component_costs
 from dora_dist.method.importance import weight_criterion
-from dora_dist.method.modules import block_of, select_modules
+from dora_dist.method.layer_names import split_name
+from dora_dist.method.modules import select_modules
 from dora_dist.method.schedule import OneEvent
 from dora_dist.training.controller import BudgetMissedError, DynamicRankController
 from dora_dist.training.criterion import SmoothedScores, parameters_of
@@ -40,7 +41,7 @@ def test_one_event_leaves_the_best_modules_whole_and_takes_the_others_out(capsys
         assert layer.component_mask.tolist() == [name in wanted] * 2
         assert (layer.gate != 0).tolist() == [name in wanted] * 2
     assert controller.plan == events[0].planned
-    assert {block_of(name) for name in wanted} == {"model.layers.0", "model.layers.1"}
+    assert {split_name(name).block for name in wanted} == {"model.layers.0", "model.layers.1"}
     assert "step 6: 2 modules of every block stay, 4 of 14" in capsys.readouterr().err
 
 
