@@ -11,12 +11,14 @@ from torch import nn
 from tqdm import tqdm
 
 from dora_dist.distributed.agreement import Agreement
+from dora_dist.distributed.out_of_memory import explained
 
 Part = TypeVar("Part")
 NUM_SHOWN = 4
 """Examples of a source whose generated answers are kept to look at: its first ones."""
 MOST_CHARACTERS = 2000
 """Of a text that is kept to look at."""
+MEMORY_ADVICE = "in an evaluation: lower training.per_device_eval_batch_size, or evaluation.max_new_tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,19 +81,19 @@ class Evaluator(ABC, Generic[Part]):
 
         Raises:
             RankFailedError: a rank failed; on all ranks.
+            Exception: this rank's own error, where all ranks failed in the same way.
         """
-        self.agreement.note("evaluation")
         was_training = model.training
         model.eval()
-        failure, local = None, {}
         try:
-            with self.agreement.uneven_forwards():
+            with (
+                self.agreement.together("evaluation"),
+                explained(lambda: MEMORY_ADVICE),
+                self.agreement.uneven_forwards(),
+            ):
                 local = self._local_parts(model)
-        except Exception as error:
-            failure = f"{type(error).__name__}: {error}"
         finally:
             model.train(was_training)
-        self.agreement.raise_together(failure, "evaluation")
         ranks = self.agreement.gather(local)
         parts = {name: self.join([rank[name] for rank in ranks]) for name in self.sources}
         self.shown.update({name: self.shown_of(part) for name, part in parts.items()})
