@@ -10,7 +10,7 @@ from typing import Any
 from dora_dist.config.format_version import FORMAT_VERSION
 from dora_dist.config.parse import save_config
 from dora_dist.config.run import RunConfig
-from dora_dist.console.files import each_line, read_json, read_lines, write_json, write_text
+from dora_dist.console.files import append_line, each_line, read_json, read_lines, write_json, write_text
 from dora_dist.console.provenance import versions
 from dora_dist.method.prune_event import PruneEvent
 from dora_dist.runs.fingerprint import Fingerprint
@@ -174,8 +174,7 @@ class RunRecords:
 
     def _append(self, name: str, line: str) -> None:
         if self.writes:
-            with (self.folder / name).open("a", encoding="utf-8") as file:
-                file.write(f"{line}\n")
+            append_line(self.folder / name, line)
 
 
 def record_failure(
