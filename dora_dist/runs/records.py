@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_dist.config.format_version import FORMAT_VERSION
-from dora_dist.config.parse import save_config
+from dora_dist.config.parse import config_text
 from dora_dist.config.run import RunConfig
 from dora_dist.console.files import append_line, each_line, read_json, read_lines, write_json, write_text
 from dora_dist.console.provenance import versions
@@ -137,7 +137,7 @@ class RunRecords:
                 "left_out": left_out,
             }
             write_json(self.folder / RUN, about)
-            save_config(config, self.folder / CONFIG)
+            write_text(self.folder / CONFIG, config_text(config))
 
     def save_events(self, checkpoint: Path) -> None:
         """Write all events so far to a checkpoint's folder, as ``allocation.jsonl``. Not copied from the run's own
