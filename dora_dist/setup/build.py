@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -249,7 +248,7 @@ def build_trainer(
     controller: DynamicRankController,
     agreement: Agreement,
     records: RunRecords,
-    evaluator: Evaluator[Any] | None,
+    evaluator: Evaluator | None,
     notice: PreemptionNotice,
     trackers: Trackers,
 ) -> DynamicLoraTrainer:

@@ -81,8 +81,6 @@ def test_the_first_answers_are_kept_to_look_at_in_the_order_of_the_examples(toke
         assert [one.prompt for one in shown] == [tokenizer.decode(p, skip_special_tokens=True) for p in PROMPTS[:4]]
         assert [one.reference for one in shown[:3]] == ["1", "2", "3"]
         assert shown[3].reference == "4" * 2000 + " [... 1 more characters]"
-    of_ranks = [(0.0, 1, 1, (0,), shown[1:2]), (0.0, 1, 1, (0,), shown[:1])]
-    assert measured.shown_of(measured.join(of_ranks)) == shown[:2]
 
 
 def test_of_a_long_prompt_the_end_is_kept_which_the_answer_is_to():
@@ -91,10 +89,10 @@ def test_of_a_long_prompt_the_end_is_kept_which_the_answer_is_to():
     assert shown.reference == "c" * MOST_CHARACTERS + " [... 5 more characters]"
 
 
-def test_the_figures_of_ranks_are_those_of_all_their_examples(tokenizer):
+def test_the_figures_of_batches_are_those_of_all_their_examples(tokenizer):
     measured = evaluator(tokenizer, ["1"] * 5, "exact_match", "final_number")
-    joined = measured.join([(2.0, 4, 3, (1, 2), []), (0.0, 0, 0, (0, 0), []), (1.0, 2, 1, (0, 1), [])])
-    assert measured.figures(joined) == {"loss": 0.5, "examples": 4, "exact_match": 1 / 4, "final_number": 3 / 4}
+    outcomes = [(0, 2.0, 4, 3, (1, 2), []), (3, 1.0, 2, 1, (0, 1), [])]
+    assert measured.figures(outcomes) == {"loss": 0.5, "examples": 4, "exact_match": 1 / 4, "final_number": 3 / 4}
 
 
 @pytest.mark.parametrize(
