@@ -229,6 +229,7 @@ def start_trackers(config: RunConfig, resolved: ResolvedRun, earlier: Earlier, a
 
     def start() -> None:
         run = TrackedRun(
+            folder=Path(config.output_dir),
             config=dataclasses.asdict(config),
             arguments=resolved.arguments,
             step=read_method_state(earlier.checkpoint)["step"] if earlier.checkpoint else 0,

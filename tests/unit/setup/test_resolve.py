@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 from collections import Counter
@@ -84,6 +85,12 @@ def test_a_method_that_cannot_work_is_refused_without_reading_weights(config, ov
         resolve.check_method(
             settings, load_skeleton(BaseModelSpec(path=settings.model.path)), settings.training["max_steps"]
         )
+
+
+def test_what_a_run_would_report_to_changes_no_variable_of_the_environment(config):
+    before = dict(os.environ)
+    training_arguments.training_arguments(load(config, "--training.report_to", "tensorboard"), mixture_of(50))
+    assert dict(os.environ) == before
 
 
 @pytest.fixture
