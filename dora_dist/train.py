@@ -289,13 +289,14 @@ def build_parts(
         PreemptedError: a rank was told to stop while the model was loaded.
         ExpectedRunError: a rank could not load the model, or the ranks hold different ones.
     """
+    from dora_dist.distributed.out_of_memory import explained
     from dora_dist.distributed.world import check_world
     from dora_dist.runs.records import RunRecords
     from dora_dist.setup import build
     from dora_dist.setup.fingerprint import adapter_seed
     from dora_dist.setup.recomputation import apply_recomputation
     from dora_dist.setup.tasks import TASK_PARTS
-    from dora_dist.training.out_of_memory import LOADING_ADVICE, explained
+    from dora_dist.training.out_of_memory import LOADING_ADVICE
 
     shards = agreement.sharded_base = build.shards_of_base(config, agreement)
     if shards is not None:

@@ -4,15 +4,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dora_dist.compare.results import ComparisonResults, Figure, GroupResult
+from dora_dist.console.files import write_text
 
 TABLE = "results.md"
 
 
 def write_table(results: ComparisonResults, path: Path) -> None:
     """Write the results as Markdown, atomically."""
-    temporary = path.with_suffix(".md.tmp")
-    temporary.write_text(format_table(results), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, format_table(results))
 
 
 def format_table(results: ComparisonResults) -> str:

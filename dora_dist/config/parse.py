@@ -138,10 +138,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return parse_config(["--config", str(path), *overrides])
 
 
-def save_config(config: RunConfig, path: Path) -> None:
-    """Write the resolved configuration as YAML that :func:`load_config` reads back to an equal one."""
+def config_text(config: RunConfig) -> str:
+    """The resolved configuration as YAML that :func:`load_config` reads back to an equal one."""
     values = {**dataclasses.asdict(config), "format_version": FORMAT_VERSION}
-    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    return str(yaml.safe_dump(values, sort_keys=False))
 
 
 def _keys(parser: ArgumentParser) -> set[str]:

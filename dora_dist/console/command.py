@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar, cast
 
 from dora_dist.console.errors import PREEMPTED, ExpectedRunError, PreemptedError, is_same_everywhere
 from dora_dist.console.notes import Note, leave_note
-from dora_dist.console.text import printable, say
+from dora_dist.console.text import escaped, say
 
 Result = TypeVar("Result")
 
@@ -112,7 +112,7 @@ def leave(error: Exception, status: int, linger: bool = True) -> None:
         linger: do what :func:`do_last` was given, and with several ranks wait a moment, so that the others can report
             their errors.
     """
-    message = f"error: {printable(str(error))}"
+    message = f"error: {escaped(str(error))}"
     sys.stdout.flush()
     is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
     if not leave_note(Note(status, message)) and (is_first_here or not is_same_everywhere(error)):

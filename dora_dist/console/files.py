@@ -9,6 +9,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from dora_dist.console.text import say
+
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file atomically."""
@@ -22,19 +24,33 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a record. What a process that was killed has left of one is ended first, so that no other line
+    is lost with it."""
+    with path.open("a+b") as file:
+        is_torn = file.tell() > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
+        file.write(b"\n" * is_torn + line.encode() + b"\n")
+
+
 def read_json(path: Path) -> Any:
     """Content of a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def each_line(path: Path) -> Iterator[dict[str, Any]]:
-    """Lines of a JSONL record, one after the other. An incomplete last line, left by a killed run, is ignored."""
-    with path.open(encoding="utf-8") as file:
-        for text in file:
+    """Lines of a JSONL record, one after the other.
+
+    An incomplete last line, which a process is writing or has left when it was killed, is ignored. Any other line that
+    cannot be read is a measurement that is lost: it is left out with a remark, and what follows is read.
+    """
+    with path.open("rb") as file:
+        for number, text in enumerate(file, 1):
             try:
                 line = json.loads(text)
-            except json.JSONDecodeError:
-                break
+            except ValueError:  # no JSON, or no UTF-8
+                if text.endswith(b"\n"):
+                    say(f"{path}: line {number} is torn, as by a process that was killed, and left out")
+                continue
             yield line
 
 

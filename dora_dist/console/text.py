@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 MIB, GIB = 2**20, 2**30
-JOINERS = "\u200c\u200d\u3000"
-"""Characters that Python calls unprintable, but that Persian, emoji and Chinese text needs."""
+JOINERS = "\u200c\u200d\u3000\u00a0\u202f"
+"""Characters that Python calls unprintable, but that Persian, emoji, Chinese and French text needs."""
 SHORT_ESCAPES = {"\r": "\\r", "\t": "⇥"}
 _said = 0
 
@@ -63,7 +63,7 @@ def say(text: str, from_any_rank: bool = False) -> None:
     """Print a remark to the log: from the first rank only, or with ``from_any_rank`` from the rank it concerns."""
     global _said
     if from_any_rank or is_first_rank():
-        sys.stderr.write(f"{printable(text)}\n")
+        sys.stderr.write(f"{escaped(text)}\n")
         sys.stderr.flush()
         _said += 1
 
@@ -73,8 +73,9 @@ def num_said() -> int:
     return _said
 
 
-def printable(text: str) -> str:
-    """The text with control characters escaped, because a terminal would obey those in file names and data."""
+def escaped(text: str) -> str:
+    """The text of a message, with all characters of file names and data escaped that one would not see, and that a
+    terminal might obey. Line breaks are kept. For texts that are to be read, see :func:`visible`."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 

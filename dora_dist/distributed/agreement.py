@@ -172,8 +172,8 @@ class Agreement:
         failures = self._exchange(failure, phase)
         if cause is not None and failures.count(failure) == self.size:
             raise mark_common(cause)
-        if cause is not None and not isinstance(cause, ValueError | ExpectedRunError):
-            traceback.print_exception(cause)
+        if cause is not None:
+            show_unexpected(cause)
         self._raise_failures(failures, phase)
 
     def of_first(self, phase: str, function: Callable[[], Result]) -> Result:
@@ -263,6 +263,12 @@ def digest_tensors(*tensors: Tensor) -> bytes:
         digest.update(f"{data.dtype}{tuple(data.shape)}".encode())
         digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.digest()
+
+
+def show_unexpected(error: Exception) -> None:
+    """Print the traceback of an error of which the other ranks get the text alone, unless that says all there is."""
+    if not isinstance(error, ValueError | ExpectedRunError):
+        traceback.print_exception(error)
 
 
 def _name_ranks(ranks: Sequence[int], nodes: Sequence[str]) -> str:

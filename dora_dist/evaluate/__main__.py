@@ -53,9 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from dora_dist.console.provenance import EVALUATE_PACKAGES, environment
     from dora_dist.evaluate.harness import HarnessOptions, check_installed, evaluate_twice, find_tasks
     from dora_dist.routing.files import is_routed
-    from dora_dist.routing.loading import load_adapter
+    from dora_dist.routing.loading import load_trained
     from dora_dist.runs.task_figures import digest_of, line_of, record_line, table_of
-    from dora_dist.runs.trained_run import FINAL, default_device, open_asked
+    from dora_dist.runs.trained_run import FINAL, open_asked
 
     check_installed()
     trained = open_asked(options)
@@ -74,9 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = HarnessOptions(limit=options.limit, batch_size=options.batch_size, chat=options.chat, system=system)
     with Phases("reading the tasks"):
         manager = find_tasks(names, options.include_path)
-    device = default_device()
-    with Phases("loading the model"):
-        model = load_adapter(trained.load_base(device, in_float32=device.type == "cpu"), trained.adapter)
+    model = load_trained(trained)
     about = {
         "tasks": names,
         **{name: getattr(options, name) for name in ("limit", "batch_size", "chat")},

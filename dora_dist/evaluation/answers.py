@@ -1,5 +1,6 @@
 """Held-out loss over answer tokens, and how many generated answers are right."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,18 +15,19 @@ from dora_dist.adapter.model import DynamicLoraForCausalLM
 from dora_dist.base_model.shape import positions_of
 from dora_dist.data.batches import PaddedCollator, as_example
 from dora_dist.data.encoding.encoder import IGNORED
-from dora_dist.evaluation.evaluator import NUM_SHOWN, Evaluator, ShownAnswer, chunks
+from dora_dist.evaluation.evaluator import NUM_SHOWN, Evaluator, ShownAnswer
 from dora_dist.evaluation.generation import generate
 from dora_dist.evaluation.metrics import ANSWER_METRICS
 
 GREEDY = {"do_sample": False}
 """Arguments of ``generate``: the most likely token."""
-AnswerSums = tuple[float, int, int, tuple[int, ...], list[ShownAnswer]]
-"""Sum of the losses, answer tokens, examples, right answers by each metric, and answers to look at."""
+Outcome = tuple[int, float, int, int, tuple[int, ...], list[ShownAnswer]]
+"""Of one batch: its first index, sum of the losses, answer tokens, examples, right answers by each metric, and answers
+to look at."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnswerEvaluator(Evaluator[AnswerSums]):
+class AnswerEvaluator(Evaluator):
     """Of a causal language model.
 
     The loss is the mean over all answer tokens of the data (not a mean of means), so that it depends neither on batch
@@ -45,48 +47,48 @@ class AnswerEvaluator(Evaluator[AnswerSums]):
     max_new_tokens: int
     stop: Sequence[int]
 
-    def share(self, examples: Dataset) -> list[range]:
-        return list(chunks(range(self.agreement.rank, len(examples), self.agreement.size), self.batch_size))
+    def figures(self, part: list[Outcome]) -> dict[str, float]:
+        _, losses, tokens, sizes, right, _ = zip(*part, strict=True)
+        examples = sum(sizes)
+        counts = map(sum, zip(*right, strict=True))
+        shares = {name: count / examples for name, count in zip(self.metrics, counts, strict=True)}
+        return {"loss": math.fsum(losses) / sum(tokens), "examples": examples, **shares}
 
-    def join(self, parts: Sequence[AnswerSums]) -> AnswerSums:
-        losses, tokens, examples, right, shown = zip(*parts, strict=True)
-        counts = tuple(map(sum, zip(*right, strict=True)))
-        return sum(losses), sum(tokens), sum(examples), counts, [answer for answers in shown for answer in answers]
-
-    def figures(self, part: AnswerSums) -> dict[str, float]:
-        loss, tokens, examples, right, _ = part
-        shares = {name: count / examples for name, count in zip(self.metrics, right, strict=True)}
-        return {"loss": loss / tokens, "examples": examples, **shares}
-
-    def shown_of(self, part: AnswerSums) -> list[ShownAnswer]:
-        return sorted(part[-1], key=lambda answer: answer.number)
+    def shown_of(self, part: list[Outcome]) -> list[ShownAnswer]:
+        return [answer for *_, shown in part for answer in shown]
 
     def measure(
         self, model: DynamicLoraForCausalLM, examples: Dataset, share: list[range], progress: tqdm
-    ) -> AnswerSums:
-        loss, tokens, right = 0.0, 0, [0] * len(self.metrics)
-        shown: list[ShownAnswer] = []
+    ) -> list[Outcome]:
+        outcomes: list[Outcome] = []
         collate = PaddedCollator(self.tokenizer)
         for indices in share:
             rows = [examples[index] for index in indices]
             batch = {name: tensor.to(model.device) for name, tensor in collate([[as_example(r)] for r in rows]).items()}
             # With num_items_in_batch = 1 the model returns the sum over tokens.
             with model.loss_only():
-                loss += float(model(**batch, num_items_in_batch=1).loss)
-            tokens += int((batch["labels"] != IGNORED).sum())
-            if self.metrics:
-                prompts = [row["input_ids"][: row["answer_start"]] for row in rows]
-                answers = generate_answers(model, self.tokenizer, prompts, self.max_new_tokens, self.stop)
-                for index, prompt, row, answer in zip(indices, prompts, rows, answers, strict=True):
-                    if index < NUM_SHOWN:
-                        question = str(self.tokenizer.decode(prompt, skip_special_tokens=True))
-                        shown.append(ShownAnswer.of(index, question, row["answer"], answer))
-                for number, name in enumerate(self.metrics):
-                    right[number] += sum(
-                        ANSWER_METRICS[name](answer, row["answer"]) for answer, row in zip(answers, rows, strict=True)
-                    )
+                loss = float(model(**batch, num_items_in_batch=1).loss)
+            right, shown = self._judged(model, indices, rows) if self.metrics else ((), [])
+            outcomes.append((indices[0], loss, int((batch["labels"] != IGNORED).sum()), len(rows), right, shown))
             progress.update(len(indices))
-        return loss, tokens, sum(map(len, share)), tuple(right), shown
+        return outcomes
+
+    def _judged(
+        self, model: DynamicLoraForCausalLM, indices: range, rows: Sequence[Mapping[str, Any]]
+    ) -> tuple[tuple[int, ...], list[ShownAnswer]]:
+        """How many generated answers of a batch are right by each metric, and those to look at."""
+        prompts = [row["input_ids"][: row["answer_start"]] for row in rows]
+        answers = generate_answers(model, self.tokenizer, prompts, self.max_new_tokens, self.stop)
+        right = tuple(
+            sum(ANSWER_METRICS[name](answer, row["answer"]) for answer, row in zip(answers, rows, strict=True))
+            for name in self.metrics
+        )
+        shown = []
+        for index, prompt, row, answer in zip(indices, prompts, rows, answers, strict=True):
+            if index < NUM_SHOWN:
+                question = str(self.tokenizer.decode(prompt, skip_special_tokens=True))
+                shown.append(ShownAnswer.of(index, question, row["answer"], answer))
+        return right, shown
 
 
 @torch.no_grad()

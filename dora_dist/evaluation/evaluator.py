@@ -1,9 +1,9 @@
 """Held-out loss and exact match, the same numbers on any number of ranks."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -11,12 +11,13 @@ from torch import nn
 from tqdm import tqdm
 
 from dora_dist.distributed.agreement import Agreement
+from dora_dist.distributed.out_of_memory import explained
 
-Part = TypeVar("Part")
 NUM_SHOWN = 4
 """Examples of a source whose generated answers are kept to look at: its first ones."""
 MOST_CHARACTERS = 2000
 """Of a text that is kept to look at."""
+MEMORY_ADVICE = "in an evaluation: lower training.per_device_eval_batch_size, or evaluation.max_new_tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +53,11 @@ def _end_of(prompt: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluator(ABC, Generic[Part]):
+class Evaluator(ABC):
     """Measures a model on held-out examples, each rank on its share.
 
-    A subclass says what a rank finds out about its share (a part), how parts are joined, and what figures they give.
+    A subclass says what the outcome of an example or of a batch is, and what figures outcomes give. An outcome is a
+    tuple that begins with the index of the example, or of the first one of the batch.
 
     Args:
         sources: held-out examples by the name of their source.
@@ -79,29 +81,29 @@ class Evaluator(ABC, Generic[Part]):
 
         Raises:
             RankFailedError: a rank failed; on all ranks.
+            Exception: this rank's own error, where all ranks failed in the same way.
         """
-        self.agreement.note("evaluation")
         was_training = model.training
         model.eval()
-        failure, local = None, {}
         try:
-            with self.agreement.uneven_forwards():
+            with (
+                self.agreement.together("evaluation"),
+                explained(lambda: MEMORY_ADVICE),
+                self.agreement.uneven_forwards(),
+            ):
                 local = self._local_parts(model)
-        except Exception as error:
-            failure = f"{type(error).__name__}: {error}"
         finally:
             model.train(was_training)
-        self.agreement.raise_together(failure, "evaluation")
         ranks = self.agreement.gather(local)
-        parts = {name: self.join([rank[name] for rank in ranks]) for name in self.sources}
+        parts = {name: _in_order(rank[name] for rank in ranks) for name in self.sources}
         self.shown.update({name: self.shown_of(part) for name, part in parts.items()})
-        result = self.figures(self.join(list(parts.values())))
+        result = self.figures(_in_order(parts.values()))
         if len(self.sources) > 1:
             for name, part in parts.items():
                 result |= {f"{name}_{key}": value for key, value in self.figures(part).items()}
         return result
 
-    def _local_parts(self, model: nn.Module) -> dict[str, Part]:
+    def _local_parts(self, model: nn.Module) -> dict[str, list[Any]]:
         shares = {name: self.share(examples) for name, examples in self.sources.items()}
         progress = tqdm(
             total=sum(len(indices) for share in shares.values() for indices in share),
@@ -113,41 +115,28 @@ class Evaluator(ABC, Generic[Part]):
         with progress:
             return {name: self.measure(model, self.sources[name], share, progress) for name, share in shares.items()}
 
-    @abstractmethod
     def share(self, examples: Dataset) -> list[range]:
-        """Batches of this rank, as indices of the examples of a source."""
+        """Batches of this rank, as indices of the examples of a source: whole ones of the source, shared out among the
+        ranks, so that what is padded with what does not depend on their number."""
+        return list(chunks(range(len(examples)), self.batch_size))[self.agreement.rank :: self.agreement.size]
 
     @abstractmethod
-    def measure(self, model: Any, examples: Dataset, share: list[range], progress: tqdm) -> Part:
-        """What this rank finds out about its share of one source."""
+    def measure(self, model: Any, examples: Dataset, share: list[range], progress: tqdm) -> list[Any]:
+        """Outcomes of this rank's share of one source."""
 
     @abstractmethod
-    def join(self, parts: Sequence[Part]) -> Part:
-        """Parts of several ranks or sources as one."""
+    def figures(self, part: list[Any]) -> dict[str, float]:
+        """``loss``, ``examples`` and the rest of what outcomes say, at least one."""
 
-    @abstractmethod
-    def figures(self, part: Part) -> dict[str, float]:
-        """``loss``, ``examples`` and the rest of what a part says."""
-
-    def shown_of(self, part: Part) -> list[ShownAnswer]:
-        """What a part has kept to look at, in the order of the examples."""
+    def shown_of(self, part: list[Any]) -> list[ShownAnswer]:
+        """What outcomes have kept to look at, in the order of the examples."""
         return []
 
 
-@dataclass(frozen=True, kw_only=True)
-class OutcomeEvaluator(Evaluator[list[Any]]):
-    """Keeps an outcome of every example: a tuple that begins with its index.
-
-    Batches are whole ones of the source, shared out among the ranks, so that what is padded with what does not depend
-    on their number.
-    """
-
-    def share(self, examples: Dataset) -> list[range]:
-        return list(chunks(range(len(examples)), self.batch_size))[self.agreement.rank :: self.agreement.size]
-
-    def join(self, parts: Sequence[list[Any]]) -> list[Any]:
-        # In an order that does not depend on the number of ranks, as the sums of floating-point numbers do.
-        return sorted((outcome for part in parts for outcome in part), key=lambda outcome: outcome[:3])
+def _in_order(parts: Iterable[list[Any]]) -> list[Any]:
+    """Outcomes of several ranks or sources, in an order that does not depend on the number of ranks, as the sums of
+    floating-point numbers do."""
+    return sorted((outcome for part in parts for outcome in part), key=lambda outcome: outcome[:3])
 
 
 def chunks(indices: range, size: int) -> Iterator[range]:

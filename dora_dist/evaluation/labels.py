@@ -11,7 +11,7 @@ from tqdm import tqdm
 from dora_dist.adapter.model import DynamicLoraModel
 from dora_dist.base_model.losses import RowLosses
 from dora_dist.data.batches import LabelledCollator, Reader
-from dora_dist.evaluation.evaluator import OutcomeEvaluator
+from dora_dist.evaluation.evaluator import Evaluator
 from dora_dist.evaluation.metrics import CLASS_METRICS, NUMBER_METRICS
 
 Outcome = tuple[int, float, int | float, int | float]
@@ -19,7 +19,7 @@ Outcome = tuple[int, float, int | float, int | float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelEvaluator(OutcomeEvaluator):
+class LabelEvaluator(Evaluator):
     """Of a model with one output for every class, or one output.
 
     Args:

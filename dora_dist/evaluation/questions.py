@@ -13,7 +13,7 @@ from tqdm import tqdm
 from dora_dist.adapter.model import DynamicLoraModel
 from dora_dist.base_model.losses import span_losses
 from dora_dist.data.batches import ANSWER_SPANS, LabelledCollator
-from dora_dist.evaluation.evaluator import OutcomeEvaluator, chunks
+from dora_dist.evaluation.evaluator import Evaluator, chunks
 from dora_dist.evaluation.metrics import squad_scores
 
 Outcome = tuple[int, float, int, float, float]
@@ -21,7 +21,7 @@ Outcome = tuple[int, float, int, float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuestionEvaluator(OutcomeEvaluator):
+class QuestionEvaluator(Evaluator):
     """Of a model with start and end logits. The loss is the mean over all windows, the metrics over all questions, each
     of which is answered from all its windows.
 

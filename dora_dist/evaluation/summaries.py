@@ -13,7 +13,7 @@ from dora_dist.adapter.model import DynamicLoraModel
 from dora_dist.base_model.losses import token_losses
 from dora_dist.data.batches import TARGETS, TargetCollator
 from dora_dist.data.encoding.encoder import IGNORED
-from dora_dist.evaluation.evaluator import NUM_SHOWN, OutcomeEvaluator, ShownAnswer
+from dora_dist.evaluation.evaluator import NUM_SHOWN, Evaluator, ShownAnswer
 from dora_dist.evaluation.generation import generate
 from dora_dist.evaluation.metrics import rouge_scores
 
@@ -23,7 +23,7 @@ documents, that one to look at."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SummaryEvaluator(OutcomeEvaluator):
+class SummaryEvaluator(Evaluator):
     """Of a model with an encoder and a decoder. The loss is the mean over all tokens of the summaries, ROUGE the mean
     over the documents, of what the model writes by itself beside the whole reference.
 

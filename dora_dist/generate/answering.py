@@ -1,7 +1,7 @@
 """One model in memory that answers with its adapter switched off and on."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +10,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dora_dist.base_model.shape import input_embedding, positions_of
 from dora_dist.config.checks import require
-from dora_dist.console.phases import Phases
 from dora_dist.data.encoding.chat import stop_tokens
 from dora_dist.data.encoding.control_tokens import ControlTokens, control_tokens
 from dora_dist.evaluation.answers import generate_answers
 from dora_dist.generate.questions import Question
 from dora_dist.generate.sampling import Sampling
-from dora_dist.routing.loading import load_adapter
-from dora_dist.runs.trained_run import TrainedRun, default_device
+from dora_dist.routing.loading import load_trained
+from dora_dist.runs.trained_run import TrainedRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +29,7 @@ class Answerer:
         controls: what becomes of control tokens in texts.
         sampling: how the next token is chosen.
         max_new_tokens: longest answer, in tokens.
+        stop: tokens that end an answer.
         context: tokens of prompt and answer that the model has positions for; None where there is no bound.
     """
 
@@ -38,6 +38,7 @@ class Answerer:
     controls: ControlTokens
     sampling: Sampling
     max_new_tokens: int
+    stop: Sequence[int]
     context: int | None
 
     @classmethod
@@ -60,15 +61,13 @@ class Answerer:
             controls=control_tokens(tokenizer, trained.use.control_tokens),
             sampling=sampling,
             max_new_tokens=max_new_tokens or trained.use.max_new_tokens,
+            stop=stop_tokens(tokenizer, tokenizer.get_chat_template() if trained.use.chat else None),
             context=context,
         )
 
     def load(self) -> PeftModel:
         """The base with the adapter."""
-        device = default_device()
-        # bfloat16 is far slower than float32 on most CPUs.
-        with Phases("loading the model"):
-            return load_adapter(self.trained.load_base(device, in_float32=device.type == "cpu"), self.trained.adapter)
+        return load_trained(self.trained)
 
     def ids(self, question: Question) -> list[int]:
         """Token ids of what is asked, as in training.
@@ -88,7 +87,6 @@ class Answerer:
         Raises:
             ValueError: the model has no row for a token of them.
         """
-        stop = stop_tokens(self.tokenizer, self.tokenizer.get_chat_template() if self.trained.use.chat else None)
         base, highest = model.get_base_model(), max(map(max, prompts))
         assert isinstance(base, PreTrainedModel)
         rows = len(input_embedding(base).weight)  # PEFT wraps it where new tokens have rows, and has no more of it
@@ -100,7 +98,7 @@ class Answerer:
             )
         self.sampling.begin(turn)
         options = {**self.sampling.options(), **options}
-        return generate_answers(model, self.tokenizer, prompts, self.max_new_tokens, stop, options)
+        return generate_answers(model, self.tokenizer, prompts, self.max_new_tokens, self.stop, options)
 
 
 def answer_twice(

@@ -6,19 +6,19 @@ from typing import Any
 
 from transformers import TextStreamer
 
-from dora_dist.console.text import say
+from dora_dist.console.text import say, visible
 from dora_dist.generate.answering import Answerer
 from dora_dist.generate.questions import Question, as_asked
-from dora_dist.generate.showing import printable
+from dora_dist.generate.showing import TAB
 
 RESET = "/reset"
 
 
-class _Printed(TextStreamer):
-    """Prints an answer while it is made, without characters that a terminal would obey."""
+class Printed(TextStreamer):
+    """Prints an answer while it is made, with characters that a terminal would obey escaped."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        print(printable(text), end="\n" if stream_end else "", flush=True)
+        print(visible(text.expandtabs(TAB)), end="\n" if stream_end else "", flush=True)
 
 
 def converse(answerer: Answerer, system: str | None) -> None:
@@ -54,7 +54,7 @@ def converse(answerer: Answerer, system: str | None) -> None:
                 "answers"
             )
             continue
-        streamer = _Printed(answerer.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = Printed(answerer.tokenizer, skip_prompt=True, skip_special_tokens=True)
         (answer,) = answerer.answers(model, [ids], turn, streamer=streamer)
         said += [question.messages[-1], {"role": "assistant", "content": answer}]
 

@@ -4,9 +4,13 @@ import shutil
 import sys
 import textwrap
 
+from dora_dist.console.text import visible
+
 LEAST_WIDTH = 80
 """Columns of a terminal from which two answers fit side by side."""
 GAP = " | "
+TAB = 4
+"""Columns of a tab."""
 
 
 def terminal_width() -> int | None:
@@ -16,7 +20,7 @@ def terminal_width() -> int | None:
 
 def render(prompt: str, base: str, adapted: str, width: int | None) -> str:
     """Prompt and answers: in two columns where ``width`` allows it, otherwise one below the other."""
-    prompt, base, adapted = (printable(text).strip() for text in (prompt, base, adapted))
+    prompt, base, adapted = (visible(text.expandtabs(TAB)).strip() for text in (prompt, base, adapted))
     if width is None or width < LEAST_WIDTH:
         return f"--- prompt\n{prompt}\n--- base\n{base}\n--- adapter\n{adapted}\n"
     column = (width - len(GAP)) // 2
@@ -34,8 +38,3 @@ def _column(title: str, text: str, width: int) -> list[str]:
 
 def _wrapped(text: str, width: int) -> list[str]:
     return [part for line in text.split("\n") for part in textwrap.wrap(line, width) or [""]]
-
-
-def printable(text: str) -> str:
-    """Without control characters, which a model may produce and a terminal would obey."""
-    return "".join(character for character in text.expandtabs(4) if character.isprintable() or character == "\n")

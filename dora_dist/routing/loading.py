@@ -12,8 +12,10 @@ from dora_dist.adapter.plain_lora import KEY_PREFIX, read_new_rows
 from dora_dist.base_model.new_tokens import fit_rows
 from dora_dist.config.adapter import DynamicLoraConfig
 from dora_dist.config.format_version import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from dora_dist.console.phases import Phases
 from dora_dist.routing.files import is_routed, read_routed_adapter
 from dora_dist.routing.model import RoutedLoraForCausalLM, add_routed_lora
+from dora_dist.runs.trained_run import TrainedRun, default_device
 
 
 def load_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
@@ -38,6 +40,14 @@ def load_adapter(base: PreTrainedModel, folder: str | Path) -> PeftModel:
         fit_rows(base, new_rows.ids)
     model: PeftModel = PeftModel.from_pretrained(base, str(folder))
     return model.eval()
+
+
+def load_trained(trained: TrainedRun) -> PeftModel:
+    """The base of a run with its adapter, for use on this machine; see :func:`load_adapter`."""
+    device = default_device()
+    # bfloat16 is far slower than float32 on most CPUs.
+    with Phases("loading the model"):
+        return load_adapter(trained.load_base(device, in_float32=device.type == "cpu"), trained.adapter)
 
 
 def _with_routed_adapter(base: PreTrainedModel, folder: Path) -> RoutedLoraForCausalLM:

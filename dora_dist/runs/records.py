@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dora_dist.config.format_version import FORMAT_VERSION
-from dora_dist.config.parse import save_config
+from dora_dist.config.parse import config_text
 from dora_dist.config.run import RunConfig
-from dora_dist.console.files import each_line, read_json, read_lines, write_json, write_text
+from dora_dist.console.files import append_line, each_line, read_json, read_lines, write_json, write_text
 from dora_dist.console.provenance import versions
 from dora_dist.method.prune_event import PruneEvent
 from dora_dist.runs.fingerprint import Fingerprint
@@ -137,7 +137,7 @@ class RunRecords:
                 "left_out": left_out,
             }
             write_json(self.folder / RUN, about)
-            save_config(config, self.folder / CONFIG)
+            write_text(self.folder / CONFIG, config_text(config))
 
     def save_events(self, checkpoint: Path) -> None:
         """Write all events so far to a checkpoint's folder, as ``allocation.jsonl``. Not copied from the run's own
@@ -174,8 +174,7 @@ class RunRecords:
 
     def _append(self, name: str, line: str) -> None:
         if self.writes:
-            with (self.folder / name).open("a", encoding="utf-8") as file:
-                file.write(f"{line}\n")
+            append_line(self.folder / name, line)
 
 
 def record_failure(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_dist.config.format_version import ADAPTER_WEIGHTS
-from dora_dist.console.files import read_lines
+from dora_dist.console.files import append_line, read_lines
 from dora_dist.console.text import aligned
 
 EVALUATIONS = "evaluations.jsonl"
@@ -107,8 +107,7 @@ def line_of(adapter: str, figures: Sequence[TaskFigure], about: Mapping[str, Any
 
 def record_line(run: Path, line: Mapping[str, Any]) -> None:
     """Append a line of :func:`line_of` to ``evaluations.jsonl`` of a run."""
-    with (run / EVALUATIONS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    append_line(run / EVALUATIONS, json.dumps(line, ensure_ascii=False))
 
 
 def digest_of(adapter: Path) -> str | None:

@@ -35,17 +35,23 @@ STEP = "train/global_step"
 """The optimizer step in the history of Weights & Biases and Trackio, as the Trainer's callbacks name it."""
 
 
+TENSORBOARD_VARIABLE = "TENSORBOARD_LOGGING_DIR"
+"""Of the environment, for transformers' own callback."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrackedRun:
     """What a tracker has to know of a run.
 
     Attributes:
+        folder: of the run.
         config: of the run; plain values, nested as in the YAML.
         arguments: of the Trainer.
         step: optimizer steps taken so far.
         known_as: what trackers of an earlier start, which this one goes on from, called the run.
     """
 
+    folder: Path
     config: Mapping[str, Any]
     arguments: TrainingArguments
     step: int = 0
@@ -171,13 +177,16 @@ class _TrackioWithConfig(TrackioCallback):
 class TensorBoard:
     """The Trainer's callback writes with the writer that it is given, and with one of its own when training has ended.
 
-    What an earlier start has written of later steps is taken back.
+    Both write into the folder of the run. What an earlier start has written of later steps is taken back.
     """
 
     def __init__(self, run: TrackedRun) -> None:
         self._run = run
         self._callback: TensorBoardCallback | None = None
-        self.known_as = os.environ["TENSORBOARD_LOGGING_DIR"]
+        self.known_as = str(run.folder / "tensorboard")
+        elsewhere = os.environ.get(TENSORBOARD_VARIABLE)
+        if elsewhere is not None:
+            say(f"{TENSORBOARD_VARIABLE} is {elsewhere}, which a run does not follow: it writes into {self.known_as}")
 
     def attach(self, callbacks: list[TrainerCallback]) -> None:
         # Not before: a run whose model cannot be loaded leaves no folder.
@@ -187,7 +196,7 @@ class TensorBoard:
         writer = SummaryWriter(self.known_as, purge_step=step + 1 if step else 0)
         writer.add_text(CONFIG, textwrap.indent(config, "    "), step)  # a block of code in Markdown
         (self._callback,) = (each for each in callbacks if isinstance(each, TensorBoardCallback))
-        self._callback.tb_writer = writer
+        self._callback.tb_writer, self._callback.logging_dir = writer, self.known_as
 
     def show(self, picture: Image.Image, step: int) -> None:
         assert self._callback is not None

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -229,6 +228,7 @@ def start_trackers(config: RunConfig, resolved: ResolvedRun, earlier: Earlier, a
 
     def start() -> None:
         run = TrackedRun(
+            folder=Path(config.output_dir),
             config=dataclasses.asdict(config),
             arguments=resolved.arguments,
             step=read_method_state(earlier.checkpoint)["step"] if earlier.checkpoint else 0,
@@ -248,7 +248,7 @@ def build_trainer(
     controller: DynamicRankController,
     agreement: Agreement,
     records: RunRecords,
-    evaluator: Evaluator[Any] | None,
+    evaluator: Evaluator | None,
     notice: PreemptionNotice,
     trackers: Trackers,
 ) -> DynamicLoraTrainer:

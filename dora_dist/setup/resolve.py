@@ -402,12 +402,13 @@ def check_vocabulary(skeleton: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     names = {number: token for token, number in tokenizer.get_vocab().items() if number >= rows}
     if not names:
         return []
-    found = {"the padding token": tokenizer.pad_token_id}
-    for source in (*data.train, *data.evaluation):
-        for column in ("input_ids", "labels"):
-            if column in source.dataset.column_names:
-                found[f"a token in the data of {source.name}"] = source.largest(column)
-    for what, number in found.items():
+    found = [("the padding token", tokenizer.pad_token_id)]
+    for kind, sources in (("training", data.train), ("held-out", data.evaluation)):
+        for source in sources:
+            for column in ("input_ids", "labels"):
+                if column in source.dataset.column_names:
+                    found.append((f"a token in {column} of the {kind} data of {source.name}", source.largest(column)))
+    for what, number in found:
         if number is not None and number >= rows:
             raise ValueError(
                 f"{what} is {names.get(number)!r} with the number {number}, but the model's embedding has {rows} rows "

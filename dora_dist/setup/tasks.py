@@ -64,9 +64,7 @@ class TaskParts(ABC):
         """
 
     @abstractmethod
-    def evaluator(
-        self, config: RunConfig, resolved: ResolvedRun, agreement: Agreement, model: PeftModel
-    ) -> Evaluator[Any]:
+    def evaluator(self, config: RunConfig, resolved: ResolvedRun, agreement: Agreement, model: PeftModel) -> Evaluator:
         """Measures the model on the held-out data, of which there must be some."""
 
     def row_losses(self, config: RunConfig) -> RowLosses | None:

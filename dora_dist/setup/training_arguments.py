@@ -1,10 +1,8 @@
 """The Trainer's settings of a run."""
 
 import math
-import os
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -61,7 +59,6 @@ def training_arguments(
             # Where it is not said, transformers takes this kind only if nothing else is said, and torch the other one.
             values[f"{name}_kwargs"] = {"use_reentrant": False, **(values.get(f"{name}_kwargs") or {})}
     values.setdefault("dataloader_pin_memory", gpus)
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(config.output_dir) / "tensorboard")
     for name in STRATEGIES:
         if values.get(name) == "epoch":
             raise ValueError(

@@ -10,7 +10,7 @@ from dora_dist.adapter.components import stacks_of
 from dora_dist.adapter.layer import DynamicLoraLinear
 from dora_dist.adapter.unfolded import load_masks
 from dora_dist.console.errors import ExpectedRunError, mark_common
-from dora_dist.distributed.agreement import Agreement, digest_tensors
+from dora_dist.distributed.agreement import Agreement, digest_tensors, show_unexpected
 from dora_dist.distributed.engine import Moments
 from dora_dist.method.budget import Budget
 from dora_dist.method.importance import score_layers
@@ -283,7 +283,9 @@ class DynamicRankController:
         try:
             self.criterion.update(self.agreement)
         except Exception as error:
-            self.failure = self.failure or f"{type(error).__name__} after step {self.step}: {error}"
+            if self.failure is None:
+                self.failure = f"{type(error).__name__} after step {self.step}: {error}"
+                show_unexpected(error)
 
     def _flaw_of_scores(self) -> str | None:
         """Checked at events only, because a non-finite score never leaves the average."""

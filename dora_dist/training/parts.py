@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +43,7 @@ class TrainingParts:
     controller: DynamicRankController
     agreement: Agreement
     records: RunRecords
-    evaluator: Evaluator[Any] | None
+    evaluator: Evaluator | None
     notice: PreemptionNotice
     skip_policy: SkipPolicy
     trackers: Trackers

@@ -22,6 +22,7 @@ from dora_dist.base_model.recomputation import recompute_first
 from dora_dist.console.text import say
 from dora_dist.data.batches import Collator, Example, PlannedRows
 from dora_dist.distributed.engine import Moments, SkippedSteps
+from dora_dist.distributed.out_of_memory import explained
 from dora_dist.distributed.world import check_prepared, set_engine_timeout
 from dora_dist.method.prune_event import PruneEvent
 from dora_dist.page.document import keep_current
@@ -33,7 +34,7 @@ from dora_dist.training.from_data.ranks import choose_ranks
 from dora_dist.training.from_data.start import start_from_data
 from dora_dist.training.gradient_watch import GradientWatch
 from dora_dist.training.optimizer_shards import OptimizerShards
-from dora_dist.training.out_of_memory import EVALUATION_ADVICE, explained, step_advice
+from dora_dist.training.out_of_memory import step_advice
 from dora_dist.training.parts import LoopSettings, TrainingParts, TrainingRows
 from dora_dist.training.step_log import StepLog
 
@@ -204,8 +205,7 @@ class DynamicLoraTrainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Held-out loss and metrics by an :class:`~dora_dist.evaluation.evaluator.Evaluator`, logged as ``eval_*``."""
         assert self.parts.evaluator is not None, "evaluation was asked for without held-out data"
-        with explained(lambda: EVALUATION_ADVICE):
-            metrics = {f"eval_{name}": value for name, value in self.parts.evaluator(self.model).items()}
+        metrics = {f"eval_{name}": value for name, value in self.parts.evaluator(self.model).items()}
         self.log(dict(metrics))
         self.parts.records.answers(self.state.global_step, self.parts.evaluator.shown)
         if self.parts.agreement.is_first:

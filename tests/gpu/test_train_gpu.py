@@ -9,8 +9,9 @@ from support.faulty_rank import want_more_memory_than_allowed
 from support.tiny_run import write_config
 
 from dora_dist.base_model.recomputation import Recomputation
+from dora_dist.distributed.out_of_memory import NoMemoryLeftError, explained
 from dora_dist.method.importance import component_scores
-from dora_dist.training.out_of_memory import NoMemoryLeftError, explained, step_advice
+from dora_dist.training.out_of_memory import step_advice
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 

@@ -17,7 +17,7 @@ from dora_dist.adapter.model import DynamicLoraModel, add_dynamic_lora
 from dora_dist.config.adapter import DynamicLoraConfig
 from dora_dist.config.data import DataConfig
 from dora_dist.config.model import ModelConfig
-from dora_dist.config.parse import load_config, save_config
+from dora_dist.config.parse import config_text, load_config
 from dora_dist.config.run import RunConfig
 from dora_dist.console import files
 from dora_dist.export import __main__ as export
@@ -102,7 +102,7 @@ def make_run(
         layer.component_mask.copy_(torch.arange(INITIAL_RANK).roll(number) < kept)
     change(model)
     folder.mkdir(parents=True)
-    save_config(config, folder / records.CONFIG)
+    (folder / records.CONFIG).write_text(config_text(config))
     fingerprint = some_fingerprint(model={"path": str(base), "quantization": quantization, "compute_dtype": str(dtype)})
     files.write_json(folder / records.RUN, {"settings": fingerprint.as_dict()})
     save_adapter(model, folder / "adapter")

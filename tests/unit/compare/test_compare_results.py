@@ -14,7 +14,7 @@ from dora_dist.compare.cell_result import check_identity, identity_of
 from dora_dist.compare.plan import Cell, Group, Plan
 from dora_dist.compare.results import RESULTS, gather, write_results
 from dora_dist.compare.settings import parse_compare
-from dora_dist.compare.table import format_table
+from dora_dist.compare.table import TABLE, format_table, write_table
 from dora_dist.console import files
 from dora_dist.routing.files import write_routed_adapter
 from dora_dist.runs import records
@@ -210,6 +210,15 @@ def test_an_empty_comparison_says_what_is_missing(plan_of):
     assert not results.complete
     assert all("not run yet" in line for group in results.groups for line in group.missing)
     assert format_table(results)
+
+
+def test_who_reads_the_table_while_it_is_written_sees_the_former_one_whole(plan_of, tmp_path):
+    (tmp_path / TABLE).write_text("former")
+    with (tmp_path / TABLE).open() as reader:
+        write_table(gather(plan_of(), [], "command"), tmp_path / TABLE)
+        assert reader.read() == "former"
+    assert (tmp_path / TABLE).read_text().startswith("# Comparison")
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_results_are_written_with_the_keys_of_those_that_were_recorded(plan_of, tmp_path):

@@ -31,6 +31,14 @@ def figure(**changes: object) -> TaskFigure:
     return TaskFigure(**{**values, **errors, **changes})
 
 
+def test_figures_that_are_recorded_after_a_torn_line_are_found(tmp_path):
+    record_line(tmp_path, line_of("adapter", [figure(adapter=0.5)], {}))
+    path = tmp_path / "evaluations.jsonl"
+    path.write_text(path.read_text() + '{"adapter": "adap')
+    record_line(tmp_path, line_of("adapter", [figure()], {}))
+    assert latest_figures(tmp_path) == [figure()]
+
+
 def test_the_error_of_a_difference_is_that_of_the_differences_of_examples():
     differences = [ADAPTER[number] - BASE[number] for number in BASE]
     expected = statistics.stdev(differences) / len(differences) ** 0.5

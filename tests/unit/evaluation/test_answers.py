@@ -1,11 +1,13 @@
 """Generated answers and their figures, of a model that says nothing but numbers."""
 
 import pytest
+import torch
 from datasets import Dataset
 from support.tiny_models import VOCABULARY, adapt, tiny_model
 from support.tiny_tokenizer import word_tokenizer
 
 from dora_dist.distributed.agreement import Agreement
+from dora_dist.distributed.out_of_memory import NoMemoryLeftError
 from dora_dist.evaluation.answers import AnswerEvaluator, generate_answers
 from dora_dist.evaluation.evaluator import MOST_CHARACTERS, NUM_SHOWN, ShownAnswer
 from dora_dist.evaluation.metrics import final_number
@@ -79,8 +81,6 @@ def test_the_first_answers_are_kept_to_look_at_in_the_order_of_the_examples(toke
         assert [one.prompt for one in shown] == [tokenizer.decode(p, skip_special_tokens=True) for p in PROMPTS[:4]]
         assert [one.reference for one in shown[:3]] == ["1", "2", "3"]
         assert shown[3].reference == "4" * 2000 + " [... 1 more characters]"
-    of_ranks = [(0.0, 1, 1, (0,), shown[1:2]), (0.0, 1, 1, (0,), shown[:1])]
-    assert measured.shown_of(measured.join(of_ranks)) == shown[:2]
 
 
 def test_of_a_long_prompt_the_end_is_kept_which_the_answer_is_to():
@@ -89,7 +89,28 @@ def test_of_a_long_prompt_the_end_is_kept_which_the_answer_is_to():
     assert shown.reference == "c" * MOST_CHARACTERS + " [... 5 more characters]"
 
 
-def test_the_figures_of_ranks_are_those_of_all_their_examples(tokenizer):
+def test_the_figures_of_batches_are_those_of_all_their_examples(tokenizer):
     measured = evaluator(tokenizer, ["1"] * 5, "exact_match", "final_number")
-    joined = measured.join([(2.0, 4, 3, (1, 2), []), (0.0, 0, 0, (0, 0), []), (1.0, 2, 1, (0, 1), [])])
-    assert measured.figures(joined) == {"loss": 0.5, "examples": 4, "exact_match": 1 / 4, "final_number": 3 / 4}
+    outcomes = [(0, 2.0, 4, 3, (1, 2), []), (3, 1.0, 2, 1, (0, 1), [])]
+    assert measured.figures(outcomes) == {"loss": 0.5, "examples": 4, "exact_match": 1 / 4, "final_number": 3 / 4}
+
+
+@pytest.mark.parametrize(
+    ("error", "shown", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), NoMemoryLeftError, "^no memory left in an evaluation: lower "),
+        (KeyError("no such column"), KeyError, "^'no such column'$"),
+    ],
+)
+def test_an_error_says_what_to_lower_or_stays_what_it_is(tokenizer, model, error, shown, message):
+    def fail(*_):
+        raise error
+
+    hook = model.get_base_model().register_forward_pre_hook(fail)
+    was_training = model.training
+    with pytest.raises(shown, match=message) as raised:
+        evaluator(tokenizer, ["1"] * 5)(model.train())
+    hook.remove()
+    assert model.training
+    assert str(raised.value).count("no memory left") == (shown is NoMemoryLeftError)
+    model.train(was_training)

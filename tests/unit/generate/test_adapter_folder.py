@@ -19,7 +19,7 @@ from support.trained_run import (
 )
 from transformers import AutoModelForCausalLM
 
-from dora_dist.config.parse import load_config, save_config
+from dora_dist.config.parse import config_text, load_config
 from dora_dist.console import files
 from dora_dist.data.encoding.chat import choose_template
 from dora_dist.data.encoding.text import encode_prompts
@@ -39,7 +39,7 @@ def chatting(tmp_path_factory: pytest.TempPathFactory) -> TrainedFolder:
     made = make_run(folder / "run", make_base(folder / "base"))
     config = load_config(made.folder / records.CONFIG)
     config.data.system, config.evaluation.max_new_tokens = "Be brief.", 6
-    save_config(config, made.folder / records.CONFIG)
+    (made.folder / records.CONFIG).write_text(config_text(config))
     about = made.folder / records.RUN
     files.write_json(about, {**files.read_json(about), "data": {"chat": True, "train": [{"format": "messages"}]}})
     write_template(made.folder / "adapter")

@@ -25,6 +25,7 @@ from dora_dist.evaluation.answers import generate_answers
 from dora_dist.generate import __main__ as command
 from dora_dist.generate import questions as asking
 from dora_dist.generate import showing
+from dora_dist.generate.conversing import Printed
 from dora_dist.runs import records
 
 
@@ -359,9 +360,18 @@ def test_side_by_side_in_a_wide_terminal() -> None:
 
 
 def test_one_below_the_other_where_it_is_narrow() -> None:
-    expected = "--- prompt\np\n--- base\nx  y\n--- adapter\nz\n"
+    expected = "--- prompt\np\n--- base\nx  y\n--- adapter\nz\\x1b\\x07\n"
     assert showing.render("p\n", " x  y ", "z\x1b\x07", 79) == expected
     assert showing.render("p\n", " x  y ", "z\x1b\x07", None) == expected
+
+
+@pytest.mark.parametrize("width", [None, 80])
+@pytest.mark.parametrize("text", ["東京\u3000大阪", "👩\u200d💻", "می\u200cکنم", "10\u202f000\u00a0€", "if x:\n    y"])
+def test_answers_in_any_script_are_shown_as_they_are(text: str, width: int | None, capsys) -> None:
+    shown = showing.render("p", text, text.replace("    ", "\t"), width)
+    assert all(shown.count(line) == 2 for line in text.split("\n"))
+    Printed(character_tokenizer()).on_finalized_text(text, stream_end=True)
+    assert capsys.readouterr().out == f"{text}\n"
 
 
 def test_width_is_that_of_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:

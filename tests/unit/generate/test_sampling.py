@@ -12,6 +12,7 @@ from support.trained_run import TrainedFolder, character_tokenizer, make_base, m
 from dora_dist.console import files
 from dora_dist.data.encoding.chat import choose_template
 from dora_dist.generate import __main__ as command
+from dora_dist.generate import answering
 from dora_dist.generate.answering import Answerer
 from dora_dist.generate.conversing import converse
 from dora_dist.generate.questions import Question, collect_questions, read_questions
@@ -127,6 +128,15 @@ def test_a_conversation_is_asked_with_all_that_was_said_until_it_is_reset(
     assert "a prompt holds the control token '</s>'" in shown.err
     assert "a new conversation" in shown.err
     assert "more than the model's context of 256" in shown.err
+
+
+def test_the_template_is_read_for_its_ends_once_and_not_with_every_batch(chatting: TrainedFolder, monkeypatch) -> None:
+    answerer = Answerer.of(open_run(chatting.folder), Sampling(), 1)
+    assert set(answerer.stop) == {answerer.tokenizer.eos_token_id}
+    model, prompt = answerer.load(), answerer.ids(Question(messages=[{"role": "user", "content": "Hi"}]))
+    wanted = answerer.answers(model, [prompt], 0)
+    monkeypatch.setattr(answering, "stop_tokens", None)
+    assert answerer.answers(model, [prompt], 1) == wanted
 
 
 def test_every_batch_and_turn_draws_numbers_of_its_own() -> None:

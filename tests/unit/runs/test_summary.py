@@ -330,6 +330,8 @@ def test_records_after_a_step_can_be_forgotten_and_a_half_written_line_is_not_co
     with (tmp_path / records.METRICS).open("a") as file:
         file.write('{"step": 31, "lo')
     assert [line["step"] for line in files.read_lines(tmp_path / records.METRICS)] == [0, 10, 20, 30, 30]
+    records.RunRecords(tmp_path, writes=True).metrics(32, {"loss": 1.0})
+    assert [line["step"] for line in files.read_lines(tmp_path / records.METRICS)] == [0, 10, 20, 30, 30, 32]
     answer = ShownAnswer.of(0, "2+2", "4", "5")
     for step in (10, 20):
         records.RunRecords(tmp_path, writes=False).answers(step, {"eval": [answer]})

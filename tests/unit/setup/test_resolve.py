@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 from collections import Counter
@@ -12,7 +13,7 @@ import pytest
 import torch
 from support.architectures import save_model
 from support.resolved_run import load, resolved
-from support.tiny_encoders import save_tiny_encoder, write_classification
+from support.tiny_encoders import pair_tokenizer, save_tiny_encoder, write_classification, write_summaries
 from support.tiny_models import VOCABULARY, tiny_model
 from support.tiny_run import tiny_tokenizer, write_rows
 from support.tiny_tokenizer import word_tokenizer
@@ -86,6 +87,12 @@ def test_a_method_that_cannot_work_is_refused_without_reading_weights(config, ov
         )
 
 
+def test_what_a_run_would_report_to_changes_no_variable_of_the_environment(config):
+    before = dict(os.environ)
+    training_arguments.training_arguments(load(config, "--training.report_to", "tensorboard"), mixture_of(50))
+    assert dict(os.environ) == before
+
+
 @pytest.fixture
 def experts(config):
     """The configuration of a model with fused experts, without its weights."""
@@ -122,13 +129,35 @@ def with_tokens(config, **changes):
     tokenizer.save_pretrained(config.parent / "model")
 
 
-def test_a_token_in_the_data_for_which_the_embedding_has_no_row_is_refused(config):
+@pytest.mark.parametrize(("key", "kind"), [("train", "training"), ("eval", "held-out")])
+def test_a_token_in_the_data_for_which_the_embedding_has_no_row_is_refused(config, key, kind):
     with_tokens(config)
-    for key in ("train", "eval"):
-        path = write_rows(config.parent / "other.jsonl", 5, seed=1)
-        path.write_text(path.read_text().replace("w1 w2", "w1 farther"))
-        with pytest.raises(ValueError, match=r"the data of other is 'farther' with the number 97, .* has 96 rows"):
-            resolved(load(config, f"--data.{key}", str(path)))
+    path = write_rows(config.parent / "other.jsonl", 5, seed=1)
+    path.write_text(path.read_text().replace("w1 w2", "w1 farther"))
+    words = rf"input_ids of the {kind} data of other is 'farther' with the number 97, .* has 96 rows"
+    with pytest.raises(ValueError, match=words):
+        resolved(load(config, f"--data.{key}", str(path)))
+
+
+def test_such_a_token_in_the_rows_that_are_trained_is_refused_where_others_of_their_source_are_held_out(config):
+    with_tokens(config)
+    path = write_rows(config.parent / "other.jsonl", 40, seed=1)
+    path.write_text(path.read_text().replace("w1 w2", "w1 farther", 1))
+    with pytest.raises(ValueError, match=r"the training data of other is 'farther'"):
+        resolved(load(config, "--data.train", str(path), "--data.eval", "5%"))
+
+
+@pytest.mark.parametrize(("field", "column"), [("document", "input_ids"), ("summary", "labels")])
+def test_such_a_token_in_a_document_or_its_summary_is_refused(tmp_path, field, column):
+    config = write_summaries(tmp_path)
+    tokenizer = pair_tokenizer(eos_token="</s>")
+    tokenizer.add_tokens(["farther"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    path = tmp_path / "train.jsonl"
+    first, *others = path.read_text().splitlines(keepends=True)
+    path.write_text(json.dumps(json.loads(first) | {field: "w0 farther"}) + "\n" + "".join(others))
+    with pytest.raises(ValueError, match=f"a token in {column} of the training data of train is 'farther'"):
+        resolved(load(config))
 
 
 def test_a_padding_token_for_which_the_embedding_has_no_row_is_refused(config):

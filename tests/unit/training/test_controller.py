@@ -5,7 +5,7 @@ import torch
 from support.tiny_models import adapt, logits, shake, tiny_model
 
 from dora_dist.config.pruning import Selection
-from dora_dist.distributed.agreement import Agreement
+from dora_dist.distributed.agreement import Agreement, RankFailedError
 from dora_dist.method.budget import Budget
 from dora_dist.method.importance import score_layers
 from dora_dist.method.schedule import BudgetSchedule, FixedRanks
@@ -61,6 +61,19 @@ def test_a_step_that_was_not_seen_is_an_error():
     controller.after_optimizer_step(1)
     with pytest.raises(AssertionError, match="step 3 after step 1"):
         controller.after_optimizer_step(3)
+
+
+def test_what_goes_wrong_while_scoring_is_printed_with_its_traceback(capsys):
+    def score(layers):
+        return layers[0].no_such_thing
+
+    controller = make_controller()
+    controller.criterion = SmoothedScores(score, 0.0, 42, torch.device("cpu"))
+    with pytest.raises(RankFailedError, match=r"AttributeError after step 1: .*no_such_thing"):
+        controller.after_optimizer_step(1)
+    printed = capsys.readouterr().err
+    assert "return layers[0].no_such_thing" in printed
+    assert printed.count("Traceback") == 1
 
 
 def test_bounds_that_cannot_be_met_are_refused_before_the_run():

@@ -5,7 +5,8 @@ import torch
 
 from dora_dist.base_model.recomputation import Recomputation
 from dora_dist.distributed.agreement import RankFailedError
-from dora_dist.training.out_of_memory import NoMemoryLeftError, explained, step_advice
+from dora_dist.distributed.out_of_memory import NoMemoryLeftError, explained
+from dora_dist.training.out_of_memory import step_advice
 
 
 def allocate_too_much():
