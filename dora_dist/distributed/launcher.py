@@ -79,8 +79,8 @@ def _check_zero(environment: Mapping[str, str], hint: str) -> None:
         if device not in ("none", "missing", None):
             raise ValueError(
                 f"distributed.engine is zero2, but {where} is {device}, and events write into the optimizer's state "
-                f"where the model is: set it to none. An adapter's state is small, so that {offload} would save next to "
-                f"nothing (dora-dist estimate has the size){hint}"
+                f"where the model is: set it to none. An adapter's state is small, so that {offload} would save next "
+                f"to nothing (dora-dist estimate has the size){hint}"
             )
 
 
