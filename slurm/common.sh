@@ -2,6 +2,7 @@
 # shellcheck shell=bash
 
 PREEMPTED=75 # exit status of a run that goes on when it is started again: dora_dist/console/errors.py
+ABORTED=134 # of a process that has ended itself by SIGABRT
 FIRST_PORT=${DORA_FIRST_PORT:-10240} # above those of Slurm; the last is below the ephemeral ones (32768 and up)
 PORTS_PER_JOB=16
 JOBS_WITH_OWN_PORTS=1400
@@ -66,12 +67,17 @@ run_ranks() {
     # srun does not take it from the job since Slurm 22.05.
     ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"}
   )
-  notice=""
+  notice="" reports=$(nccl_reports "$logs")
   trap 'notice=USR1' USR1
   trap 'notice=TERM' TERM
   srun "${options[@]}" "${srun_options[@]}" bash slurm/rank.sh "$@" &
   wait_for_ranks $!
-  end_job $?
+  end_job $? $(($(nccl_reports "$logs") - reports))
+}
+
+# nccl_reports FOLDER: how many times ranks have said so far, in their logs there, that NCCL has lost another process.
+nccl_reports() {
+  cat "$1"/rank-*.log 2> /dev/null | grep -cE 'ncclRemoteError|remote process exited' || true
 }
 
 # wait_for_ranks SRUN: its exit status. Once this script has a notice, srun gets SIGUSR1, which it passes to all ranks: not
@@ -85,10 +91,10 @@ wait_for_ranks() {
   wait "$1"
 }
 
-# end_job STATUS: requeue if that is what the status asks for; exit with it.
+# end_job STATUS REPORTS: requeue if that is what the status asks for, and what NCCL has reported since the start; exit with it.
 end_job() {
   local status=$1
-  if ! stopped_on_demand "$status"; then
+  if ! goes_on "$status" "$2"; then
     [ "$status" = 0 ] || echo "the run ended with status $status: not requeued" >&2
   elif [ "$(job_field Requeue)" != 1 ]; then
     echo "stopped with status $status; submit the same command again to resume (or submit with --requeue)" >&2
@@ -101,10 +107,11 @@ end_job() {
   exit "$status"
 }
 
-# stopped_on_demand STATUS: because a signal asked for it, whether or not there was time for a checkpoint: a run that was
+# goes_on STATUS REPORTS: because a signal asked for the end, whether or not there was time for a checkpoint: a run that was
 # killed after a notice goes on from the newest complete one. Without a notice a rank may have been killed for its memory.
-stopped_on_demand() {
-  [ "$1" = "$PREEMPTED" ] || { [ -n "$notice" ] && [ "$1" -gt 128 ]; }
+# Or because a rank was lost, and NCCL's watchdog has aborted the others (SIGABRT) before they could end with 75.
+goes_on() {
+  [ "$1" = "$PREEMPTED" ] || { [ -n "$notice" ] && [ "$1" -gt 128 ]; } || { [ "$1" = "$ABORTED" ] && [ "$2" -gt 0 ]; }
 }
 
 srun_options=()

@@ -14,6 +14,10 @@
 # export HF_HOME=/shared/huggingface
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0     # where the first interface is not the one between nodes
 
+# --- GeForce RTX 40xx with a driver before 550.40.07: NCCL must do without P2P and InfiniBand there. `accelerate launch` sets both by
+# itself; these scripts use no launcher, and accelerate ends with NotImplementedError where they are missing.
+# export NCCL_P2P_DISABLE=1 NCCL_IB_DISABLE=1
+
 # --- A container: what python is started with, or options of srun (pyxis). Neither has been tried by us.
 # container=(apptainer exec --nv --bind "$PWD" /shared/images/dora-dist.sif)
 # srun_options=(--container-image=/shared/images/dora-dist.sqsh --container-mounts="$PWD" --container-workdir="$PWD")

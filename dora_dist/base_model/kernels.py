@@ -24,6 +24,8 @@ from dora_dist.config.model import KERNELS
 from dora_dist.console.text import say
 
 RMS_NORM, ROPE, SWIGLU = KERNELS
+TRIED_ALONE = (RMS_NORM, SWIGLU)
+"""Kernels whose trial runs no layer: that of RoPE runs the model, and an attention with its weights."""
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 LOW_PRECISION_TOLERANCE = 2e-2
 """Of the norm of a trial's results: bfloat16 rounds in other places within a kernel."""

@@ -258,18 +258,25 @@ def counters_of(state: Mapping[str, object]) -> Counters:
     return counters
 
 
-def read_counters(counters: Counters, device: torch.device) -> dict[str, object]:
-    """What :func:`counters_of` was given, where the parameter is on ``device``."""
-    return {
-        key: saved["value"]
-        if "dtype" not in saved
-        else torch.tensor(
-            saved["value"],
-            dtype=getattr(torch, saved["dtype"]),
-            device=device if saved["device"] != "cpu" else "cpu",
-        )
-        for key, saved in counters.items()
-    }
+def read_counters(counters: Counters, group: Mapping[str, Any], device: torch.device) -> dict[str, object]:
+    """What :func:`counters_of` was given, for another optimizer, whatever that of the checkpoint was.
+
+    Args:
+        counters: of a parameter.
+        group: of the optimizer, to which the parameter belongs.
+        device: of the parameter.
+    """
+    # As torch's own optimizers have it (Optimizer.load_state_dict): they count on the CPU, unless a kernel or a graph
+    # does it. Others count where they did.
+    hosts = [bool(group[key]) for key in ("fused", "capturable") if key in group]
+    found: dict[str, object] = {}
+    for key, saved in counters.items():
+        found[key] = saved["value"]
+        if "dtype" in saved:
+            on_device = any(hosts) if hosts else saved["device"] != "cpu"
+            dtype = torch.float32 if any(hosts) else getattr(torch, saved["dtype"])
+            found[key] = torch.tensor(saved["value"], dtype=dtype, device=device if on_device else "cpu")
+    return found
 
 
 def prepare_optimizer_state(
@@ -292,7 +299,8 @@ def prepare_optimizer_state(
     by_group = [counters] * len(flats) if isinstance(counters, Mapping) else counters
     for flat, counted in zip(flats, by_group, strict=True):
         state: dict[str, object] = {key: torch.zeros_like(flat, dtype=dtype) for key, dtype in dtypes.items()}
-        zero.optimizer.state[flat] = {**state, **read_counters(counted, flat.device)}
+        (group,) = [one for one in zero.optimizer.param_groups if any(member is flat for member in one["params"])]
+        zero.optimizer.state[flat] = {**state, **read_counters(counted, group, flat.device)}
     engine.global_steps = step
 
 

@@ -383,7 +383,7 @@ def in_backward(step: TrainingStep, resident: Mapping[str, int], layers: Decoder
 
 def at_end_of_backward(step: TrainingStep, resident: Mapping[str, int], layers: DecoderMemory) -> list[MemoryInstant]:
     """Activations are gone. Gradients of all components become those of the parameters, stack by stack; then ZeRO
-    reduces them."""
+    reduces them. Its shard is of float32 (``grad_accum_dtype`` in launch/zero2.json)."""
     size, optimizer = step.adapter.bytes_per_element, step.optimizer
     # Those of the penalty have a place of their own, to which these are added.
     of_components = layers.gradients if step.adapter.penalty else max(layers.gradients, size * step.trained_numel)
@@ -399,12 +399,14 @@ def at_end_of_backward(step: TrainingStep, resident: Mapping[str, int], layers: 
         )
     ]
     if optimizer.sharded:
-        # The shard is made when the first bucket is full; where all gradients fit one, they have gone into it by then.
+        # In float32, the shard is made when the first bucket is full; where all gradients fit one, they have gone into
+        # it by then. To one of a 16-bit adapter, each micro-batch is added in place.
         has_shard = step.trained_numel > optimizer.bucket_numel
+        shards = has_shard + optimizer.gradients_between if size == FLOAT32 else 1
         parts = {
             **resident,
             "adapter gradients": size * step.trained_numel,
-            "gradient shard": size * step.shard_numel * (has_shard + optimizer.gradients_between),
+            "gradient shard": FLOAT32 * step.shard_numel * shards,
             "ZeRO reduction bucket": size * optimizer.bucket_numel,
         }
         found.append(MemoryInstant(name="reduction of the gradients", parts=parts))
@@ -447,6 +449,6 @@ def _gradients(step: TrainingStep, *, backward_has_begun: bool, of_components: i
     has_bucket = optimizer.sharded and backward_has_begun and not step.shape.fused
     return {
         "adapter gradients": size * step.trained_numel * (of_penalty + of_earlier) + of_components,
-        "gradient shard": size * step.shard_numel if optimizer.sharded and optimizer.gradients_between else 0,
+        "gradient shard": FLOAT32 * step.shard_numel if optimizer.sharded and optimizer.gradients_between else 0,
         "ZeRO reduction bucket": size * optimizer.bucket_numel if has_bucket else 0,
     }

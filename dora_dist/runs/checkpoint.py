@@ -100,7 +100,7 @@ def check_shards(folder: Path, world_size: int, engine: str) -> None:
     Raises:
         ValueError: a part is missing, which happens where nodes do not share the folder.
     """
-    expected = [_random_state_name(rank, world_size) for rank in range(world_size)]
+    expected = [random_state_name(rank, world_size) for rank in range(world_size)]
     if engine == "zero2":
         expected += [shard_name(rank) for rank in range(world_size)]
     missing = [name for name in expected if not (folder / name).is_file()]
@@ -110,8 +110,8 @@ def check_shards(folder: Path, world_size: int, engine: str) -> None:
         )
 
 
-def _random_state_name(rank: int, world_size: int) -> str:
-    """As the Trainer has it."""
+def random_state_name(rank: int, world_size: int) -> str:
+    """File of a rank in the checkpoint's folder, as the Trainer has it."""
     return "rng_state.pth" if world_size == 1 else f"rng_state_{rank}.pth"
 
 
@@ -138,7 +138,7 @@ def bring_to_disk(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any
 
 def files_of_rank(folder: Path, rank: int, world_size: int) -> list[str]:
     """Names of the files that this rank alone writes into a checkpoint, and that are there."""
-    names = [_random_state_name(rank, world_size), shard_name(rank)]
+    names = [random_state_name(rank, world_size), shard_name(rank)]
     return [name for name in names if (folder / name).is_file()]
 
 

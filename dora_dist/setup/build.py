@@ -14,11 +14,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from dora_dist.adapter.from_folder import FoundAdapter
 from dora_dist.adapter.model import DynamicLoraForCausalLM, DynamicLoraModel, add_dynamic_lora
 from dora_dist.base_model import load
-from dora_dist.base_model.kernels import NO_KERNELS, use_kernels
+from dora_dist.base_model.kernels import NO_KERNELS, ROPE, TRIED_ALONE, KernelsInUse, use_kernels
 from dora_dist.base_model.new_tokens import ids_of, start_rows
 from dora_dist.base_model.quantization import sample_of
 from dora_dist.base_model.recomputation import Recomputation
 from dora_dist.config.adapter import DRAWN_INITS, PROMPT, RANKS_FROM_DATA, UNIFORM, Init
+from dora_dist.config.model import ModelConfig
 from dora_dist.config.pruning import ABLATION, ABLATIONS, GROW, MODULES_PER_LAYER, MOVE, NONE, PruningConfig
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import TASKS
@@ -138,13 +139,32 @@ def load_model(
     # And so are ranks from data; until then, all layers have as many slots.
     ranks = UNIFORM if adapter.ranks in RANKS_FROM_DATA else adapter.ranks
     adapter = dataclasses.replace(adapter, init=init, ranks=ranks, seed=adapter_seed(config), start_from=None)
-    kernels = NO_KERNELS
-    if config.model.fuse and config.model.kernels == "auto" and device.type == "cuda":
-        kernels = use_kernels(base)
+    kernels = put_in_kernels(base, config.model, device, shards)
     if adapter.routing == PROMPT:
         return add_routed_lora(base, adapter)
     token_ids = ids_of(tokenizer, adapter.new_tokens or [])
     return add_dynamic_lora(base, adapter, config.model.fuse, kernels, token_ids=token_ids, found=start)
+
+
+def put_in_kernels(
+    base: PreTrainedModel, config: ModelConfig, device: torch.device, shards: ShardedBase | None
+) -> KernelsInUse:
+    """Kernels for parts of a base on a GPU, where they are wanted. In a base in shards, only those whose trial runs no
+    layer: a layer that runs for itself would be taken for a model of its own by FSDP, and training would fail in its
+    first backward.
+
+    Args:
+        base: without an adapter, on ``device``.
+        config: of the model.
+        device: where it is.
+        shards: hold this rank's part of it; None for all of it.
+    """
+    if not config.fuse or config.kernels != "auto" or device.type != "cuda":
+        return NO_KERNELS
+    if shards is None:
+        return use_kernels(base)
+    say(f"{ROPE} runs by the model's own code: with distributed.shard_base, no layer can run for a trial of the kernel")
+    return use_kernels(base, TRIED_ALONE)
 
 
 def leave_out_logits(model: DynamicLoraModel) -> None:

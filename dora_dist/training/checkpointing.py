@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer_pt_utils import safe_globals
 
 from dora_dist.adapter.card import complete_card
 from dora_dist.adapter.unfolded import load_parameters, trained_parameters
@@ -31,6 +32,43 @@ from dora_dist.training.parts import LoopSettings, TrainingParts
 
 NAMES = "names"
 """Beside what torch saves of an optimizer: its parameters' names, in their order."""
+OWN_DEVICE = "own_device"
+"""Beside what the Trainer saves of a rank's random states: that of its own device."""
+
+
+def keep_device_state(path: Path, device: torch.device) -> None:
+    """Add the random state of a rank's own device to its file of random states, of any device but the CPU.
+
+    The Trainer has those of all devices of the node there, by their place: the rank may have another place when the run
+    goes on, as on one node with eight GPUs after two with four. They are taken out.
+
+    Args:
+        path: File of the rank, as the Trainer wrote it.
+        device: Of the rank.
+    """
+    if device.type == "cpu":
+        return
+    with safe_globals():
+        states = torch.load(path, weights_only=True)
+    if isinstance(states.get(device.type), list):
+        states[device.type] = []
+    torch.save({**states, OWN_DEVICE: torch.get_device_module(device).get_rng_state(device)}, path)
+
+
+def restore_device_state(path: Path, device: torch.device) -> None:
+    """Let a rank's own device go on with the random state that :func:`keep_device_state` has kept, if there is one. In
+    checkpoints of earlier versions there is none.
+
+    Args:
+        path: File of the rank.
+        device: Of the rank now.
+    """
+    if device.type == "cpu":
+        return
+    with safe_globals():
+        state = torch.load(path, weights_only=True).get(OWN_DEVICE)
+    if state is not None:
+        torch.get_device_module(device).set_rng_state(state, device)
 
 
 def write_adapter(
@@ -141,6 +179,7 @@ class Checkpointer:
                 shutil.rmtree(folder)  # what an interrupted save left
         with self._agreement.together(f"writing {folder}"), checkpoint.room_needed(folder):
             write_trainer_files()
+            keep_device_state(self._random_states(folder), self._agreement.device)
             if self._agreement.is_first:
                 self._describe(folder)
             self._write_optimizer(folder)
@@ -213,7 +252,7 @@ class Checkpointer:
         seed, step and rank alone.
 
         This is the last part of a restore: an evaluation, and the data loader when it starts, draw from the same
-        generators. No collectives.
+        generators. To be called on every rank.
 
         Args:
             seed: Seed of the run.
@@ -221,13 +260,21 @@ class Checkpointer:
 
         Raises:
             ValueError: The file holds other objects than tensors and numbers.
+            RankFailedError: The state of a rank's device cannot be restored; on all ranks.
         """
         if self._written_by == self._agreement.size:
+            assert self._restored_from is not None
             with checkpoint.plain_values_only(self._restored_from):
                 load_trainer_states()
+            with self._agreement.together(f"restoring the random states of {self._restored_from}"):
+                restore_device_state(self._random_states(self._restored_from), self._agreement.device)
         else:
             fresh = np.random.SeedSequence([seed, self._controller.step]).generate_state(1)[0]
             set_seed(int(fresh) % 2**31, device_specific=True)
+
+    def _random_states(self, folder: Path) -> Path:
+        """The file of this rank in a checkpoint."""
+        return folder / checkpoint.random_state_name(self._agreement.rank, self._agreement.size)
 
     def _describe(self, folder: Path) -> None:
         """What the records say about the run goes beside the adapter, into its card and for its use; a run does not end

@@ -153,7 +153,7 @@ def load_whole(folder: Path, optimizer: torch.optim.Optimizer, names: Mapping[nn
                     _fill(target, 0, files.pieces(f"{name}:{key}", index["owners"][name]))
                 parameter.data.copy_(found.pop(MASTER).view_as(parameter))
                 state = {key: value.view_as(parameter).to(parameter.device) for key, value in found.items()}
-                optimizer.state[parameter] = {**state, **read_counters(counters, parameter.device)}
+                optimizer.state[parameter] = {**state, **read_counters(counters, group, parameter.device)}
 
 
 class _Files:

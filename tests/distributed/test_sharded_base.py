@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from many_shards import save_many_shards, size_of_shards
 from support import shard_functions
 from support.ranks import run_ranks
@@ -14,6 +15,8 @@ from support.repository import REPOSITORY
 from support.tiny_encoders import save_tiny_summarizer
 from support.tiny_models import VOCABULARY, tiny_model
 from support.tiny_run import save_tiny_model
+
+from dora_dist.base_model.kernels import KERNELS, RMS_NORM, SWIGLU
 
 MB = 10**6
 SLACK = 1.2
@@ -49,6 +52,15 @@ def test_losses_gradients_and_adapter_are_those_of_a_whole_base(ranks, quantizat
         held, there = rank["before"]
         assert held * ranks == there
         assert rank["after"] == rank["before"]
+
+
+def test_a_base_in_shards_trains_with_the_kernels_that_need_no_layer_to_be_tried(tiny):
+    """A trial that ran a layer would have let it take itself for a model of its own."""
+    for rank in values(shard_functions.train_with_kernels, 2, tiny):
+        (of_whole, expected), (of_shards, found) = rank["expected"], rank["found"]
+        assert (set(of_whole), set(of_shards)) == (set(KERNELS), {RMS_NORM, SWIGLU})
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 @FULL

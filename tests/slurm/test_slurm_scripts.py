@@ -148,6 +148,43 @@ def test_a_killed_rank_without_notice_is_a_failure(stand_in, cluster, printed):
     assert outcome(cluster.wait(job, 30)) == [("FAILED", "137:0", "0")], printed(job)
 
 
+LOST = 'echo "NCCL error: remote process exited or there was a network error, ncclRemoteError"; '
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (LOST, "exit 0", ("COMPLETED", "0:0", "1")),
+        ("", "exit 0", ("FAILED", "134:0", "0")),
+        # The log, to which both starts append, has the report of the first one.
+        (LOST, "kill -ABRT $$", ("FAILED", "134:0", "1")),
+    ],
+    ids=["a rank was lost", "something else", "then something else"],
+)
+def test_ranks_that_nccl_has_aborted_go_on_where_it_lost_another(first, second, expected, stand_in, cluster, printed):
+    body = f'[ -z "${{SLURM_RESTART_COUNT:-}}" ] || {{ {second}; }}; {first}kill -ABRT $$'
+    job = stand_in(body, "preemptible.sbatch", ONE_RANK)
+    assert outcome(cluster.wait(job, 60)) == [expected], printed(job)
+
+
+@pytest.mark.parametrize(
+    ("status", "notice", "reports", "goes_on"),
+    [
+        (75, "", 0, True),
+        (134, "", 0, False),
+        (134, "", 2, True),
+        (137, "", 2, False),
+        (137, "TERM", 0, True),
+        (1, "TERM", 2, False),
+    ],
+)
+def test_which_ends_are_worth_another_start(status, notice, reports, goes_on):
+    command = f"source slurm/common.sh; notice={notice}; goes_on {status} {reports}"
+    environment = {**os.environ, "SLURM_JOB_ID": "1"}
+    ended = subprocess.run(["bash", "-c", command], cwd=REPOSITORY, env=environment, timeout=20)
+    assert (ended.returncode == 0) == goes_on
+
+
 def test_a_cancelled_job_stays_cancelled(stand_in, cluster, printed, tmp_path):
     job = stand_in(until("SIGTERM", "SIGUSR1"), "preemptible.sbatch", ONE_RANK)
     wait_for((tmp_path / "ready-0").exists, 30, lambda: printed(job))

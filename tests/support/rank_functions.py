@@ -716,3 +716,44 @@ def route_share(shares: list[list[int]]) -> dict[str, Any]:
     gradients = {name: agreement.mean(parameter.grad) for name, parameter in model.head_parameters().items()}
     probabilities = torch.stack([decision.probabilities.detach() for decision in decisions(model)])
     return {"probabilities": probabilities, "loss": loss.item(), "gradients": gradients}
+
+
+def accumulate_under_zero2(micro_batches: int) -> dict[str, Tensor]:
+    """The gradient that ZeRO-2's optimizer gets in bfloat16, as launch/zero2.json configures it, and the sum of the
+    same micro-batches' gradients in float32."""
+    import json
+
+    import deepspeed
+
+    from dora_dist.distributed.world import use_gloo_only
+    from support.repository import REPOSITORY
+
+    os.environ["MASTER_PORT"] = "29500"
+    use_gloo_only()
+    torch.manual_seed(0)
+    model, single = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)
+    single.load_state_dict(model.state_dict())
+    single.bfloat16()
+    settings = json.loads((REPOSITORY / "launch" / "zero2.json").read_text())
+    settings |= {
+        "bf16": {"enabled": True},
+        "gradient_clipping": 0.0,
+        "gradient_accumulation_steps": micro_batches,
+        "train_micro_batch_size_per_gpu": 2,
+        "train_batch_size": 2 * micro_batches,
+        "zero_allow_untested_optimizer": True,
+    }
+    optimizer = torch.optim.AdamW(model.parameters())
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    seen: dict[str, Tensor] = {"expected": torch.zeros(64, 64)}
+    engine.optimizer.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: seen.update(found=optimizer.param_groups[0]["params"][0].grad.clone().view(64, 64))
+    )
+    for _ in range(micro_batches):
+        rows = torch.randn(2, 64).bfloat16()
+        (single(rows).float().pow(2).mean() / micro_batches).backward()
+        seen["expected"] += single.weight.grad.float()
+        single.weight.grad = None
+        engine.backward(engine(rows).float().pow(2).mean())
+        engine.step()
+    return seen

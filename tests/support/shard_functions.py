@@ -12,8 +12,11 @@ from torch.utils._pytree import tree_map
 from dora_dist.adapter.model import DynamicLoraModel
 from dora_dist.base_model.load import BaseModelSpec, load_base_model
 from dora_dist.base_model.recomputation import recomputable_layers, recompute_first
+from dora_dist.config.model import ModelConfig
 from dora_dist.distributed.agreement import Agreement
 from dora_dist.distributed.sharded_base import ShardedBase
+from dora_dist.setup.build import put_in_kernels
+from support import liger_stand_in
 from support.tiny_models import adapt, shake, tokens
 
 STEPS = 3
@@ -79,6 +82,25 @@ def train_both(
     before = held_numel(model)
     found = train(agreement.sharded_base.wrap(model, Accelerator), agreement.rank)
     return {"expected": expected, "found": found, "before": before, "after": held_numel(model)}
+
+
+def train_with_kernels(folder: str) -> dict[str, Any]:
+    """As :func:`train_both`, with the kernels that a run on GPUs would put in where Liger is installed."""
+    liger_stand_in.install()
+    agreement = Agreement()
+    bases = {
+        "expected": load_base_model(BaseModelSpec(path=folder)),
+        "found": sharded_base(folder, "nf4", True, agreement),
+    }
+    seen: dict[str, Any] = {}
+    for name, base in bases.items():
+        shards = agreement.sharded_base if name == "found" else None
+        kernels = put_in_kernels(base, ModelConfig(path=folder), torch.device("cuda"), shards)
+        model = shake(adapt(base, kernels=kernels)).train()
+        ddp = nn.parallel.DistributedDataParallel
+        wrapped = ddp(model, broadcast_buffers=False) if shards is None else shards.wrap(model, Accelerator)
+        seen[name] = kernels.names, train(wrapped, agreement.rank)
+    return seen
 
 
 def train_summarizers(folder: str) -> dict[str, list[Tensor]]:

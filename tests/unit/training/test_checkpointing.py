@@ -8,6 +8,7 @@ import safetensors.torch
 import torch
 from support.tiny_controller import make_controller
 from support.tiny_run import some_fingerprint
+from transformers.trainer_pt_utils import set_rng_state_for_device
 
 from dora_dist.base_model.recomputation import Recomputation
 from dora_dist.config.format_version import METHOD_STATE, METHOD_TENSORS
@@ -185,3 +186,50 @@ def test_random_states_are_restored_on_as_many_ranks_and_seeded_on_others(saved,
         resumed.checkpointer.restore_random_states(seed, lambda: pytest.fail("there is no state of this rank"))
     assert seeds[0] == seeds[1] != seeds[2]
     assert all(device_specific for _, device_specific in seeds)
+
+
+class Gpus:
+    """The random states of the GPUs that a process sees, for torch's functions."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seeds: list[int]) -> None:
+        self.states = [torch.tensor([seed], dtype=torch.uint8) for seed in seeds]
+        for module in (torch.cuda, torch.cuda.random):
+            monkeypatch.setattr(module, "get_rng_state", lambda device: self.states[self._number(device)])
+            monkeypatch.setattr(module, "set_rng_state", self._set)
+        monkeypatch.setattr(torch.cuda.random, "device_count", lambda: len(self.states))
+
+    def _set(self, state: torch.Tensor, device: torch.device | int) -> None:
+        self.states[self._number(device)] = state
+
+    @staticmethod
+    def _number(device: torch.device | int) -> int:
+        return device if isinstance(device, int) else device.index
+
+
+@pytest.mark.parametrize(("there", "place"), [(8, 4), (4, 0), (1, 0)])
+def test_a_gpu_goes_on_with_its_random_state_wherever_its_rank_is_placed(tmp_path, monkeypatch, capfd, there, place):
+    """Rank 4 of 8, the first one of its node of four GPUs: goes on as the fifth of a node of eight, in its place, or
+    where it sees its own GPU only."""
+    path = tmp_path / "rng_state_4.pth"
+    gpus = Gpus(monkeypatch, [77, 1, 2, 3])
+    torch.save({"cpu": torch.get_rng_state(), "cuda": torch.cuda.random.get_rng_state_all()}, path)
+    checkpointing.keep_device_state(path, torch.device("cuda", 0))
+    gpus = Gpus(monkeypatch, [10 + number for number in range(there)])
+    set_rng_state_for_device("CUDA", torch.cuda, torch.load(path), is_distributed=True)
+    checkpointing.restore_device_state(path, torch.device("cuda", place))
+    assert [int(state) for state in gpus.states] == [77 if number == place else 10 + number for number in range(there)]
+    assert "Didn't manage" not in capfd.readouterr().err
+
+
+def test_a_random_state_that_a_gpu_does_not_take_ends_the_run(saved, monkeypatch):
+    loop, folder = saved
+    path, device = folder / "rng_state.pth", torch.device("cuda", 0)
+    Gpus(monkeypatch, [1])
+    resumed = Loop(loop.run)
+    resumed.checkpointer.restore(folder)
+    resumed.checkpointer._agreement.device = device
+    resumed.checkpointer.restore_random_states(1, lambda: None)  # an earlier version kept none
+    checkpointing.keep_device_state(path, device)
+    Gpus(monkeypatch, [])
+    with pytest.raises(IndexError):
+        resumed.checkpointer.restore_random_states(1, lambda: None)
