@@ -249,6 +249,7 @@ def _count(num_rows: int, examples: Dataset, status: np.ndarray, controls_are_te
     held = {row["place"]: row["controls"] for row in examples.select(np.flatnonzero(has_controls))}
     controls = dict(Counter(token for found in held.values() for token in found).most_common())
     tokens = int(list_lengths(arrow_column(examples, "input_ids")).sum())
+    unread = (name for chunk in arrow_column(examples, "unread_of_row").chunks for name in chunk.flatten().to_pylist())
     return SourceCounts(
         rows=num_rows,
         bad=int((status == Status.BAD).sum()),
@@ -258,6 +259,7 @@ def _count(num_rows: int, examples: Dataset, status: np.ndarray, controls_are_te
         split=sum(count > 1 for count in places.values()),
         trimmed=int((columns["trimmed"] > 0).sum()),
         unread=dict(sorted(Counter(name for names in examples["unread"] for name in names.split(",") if name).items())),
+        unread_of_rows=dict(Counter(unread).most_common()),
         controls_as_text=controls if controls_are_text else {},
         controls_in_text={} if controls_are_text else controls,
         examples=int((status == Status.KEPT).sum()),

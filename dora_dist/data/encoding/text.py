@@ -179,9 +179,11 @@ class TextEncoder(RowEncoder[_Part, Encoded]):
         wanted = [] if self.rules.train_on == "everything" else [m for m in part.sample.messages if WANTED in m]
         return [*part.sample.unread, *dict.fromkeys(f"{m[WANTED]} of the role {m['role']}" for m in wanted)]
 
-    def _parse(self, text: str, flaw: str, filled: bool) -> Any:
-        sample = super()._parse(text, flaw, filled)
-        return self.renderer.joined(sample) if isinstance(sample, Chat) and self.renderer is not None else sample
+    def _parse(self, text: str, flaw: str, filled: bool) -> tuple[Any, list[str]]:
+        sample, unread = super()._parse(text, flaw, filled)
+        if isinstance(sample, Chat) and self.renderer is not None:
+            sample = self.renderer.joined(sample)
+        return sample, unread
 
     def _texts(self, sample: Sample) -> Iterable[tuple[str, str]]:
         if isinstance(sample, Chat):

@@ -208,6 +208,11 @@ def value_at(row: Mapping[str, Any], path: str) -> Any:
     return value
 
 
+def names_in(prompt: str) -> list[str]:
+    """Names and paths in the braces of a prompt, each once."""
+    return list(dict.fromkeys(name for _, name, _, _ in Formatter().parse(prompt) if name is not None))
+
+
 def fill_prompt(template: str, row: Mapping[str, Any]) -> str:
     """A prompt with fields of a row in the place of their names in braces.
 

@@ -363,6 +363,18 @@ def test_messages_after_the_last_answer_are_counted(tmp_path):
     assert source.dataset["input_ids"][0] == source.dataset["input_ids"][1]
 
 
+def test_fields_that_are_not_read_are_counted_once_a_row_and_said_in_one_line(tmp_path):
+    """The template writes thoughts of the last answer only, and so makes two examples of the first row."""
+    thought = "{% if loop.last and m.reasoning_content %}{{ m.reasoning_content }} {% endif %}"
+    template = "{% for m in messages %}" + thought + "{{ m.content }} </s>{% endfor %}"
+    thinking = [QUESTION, {**ANSWER, "reasoning_content": "w5"}] * 2
+    rows = [{"messages": thinking, "id": 1}, *[{**MESSAGES, "lang": "en", "id": n} for n in range(2)]]
+    source = prepare(write(tmp_path / "rows.jsonl", rows), "messages", template=template)
+    assert (source.counts.examples, source.counts.split) == (4, 1)
+    said = "fields of rows that are not read (rows that have them): id (3), lang (2)"
+    assert [remark for remark in source.counts.remarks() if "fields" in remark] == [said]
+
+
 @pytest.mark.parametrize(("num_prompt", "refused"), [(198, False), (199, True)])
 def test_less_than_one_trained_token_in_a_hundred_is_refused(tmp_path, num_prompt, refused):
     path = write(tmp_path / "rows.jsonl", [{"prompt": "w1 " * num_prompt, "completion": "w2"}])

@@ -307,6 +307,47 @@ def test_a_text_that_the_template_takes_away_is_noticed_in_the_row_that_has_it()
             r"field 'history\[1\]\[1\]' is empty, so that there is nothing to learn from it",
         ),
         ({"instruction": "i", "output": "o", "system": "s"}, "alpaca", "field 'system' has no place under"),
+        (
+            {"instruction": "i", "context": "c", "output": "o"},
+            "alpaca",
+            r"field 'context' is not read .* lost: name it in the fields of the source, fields: \{input: context\}, or",
+        ),
+        (
+            {"messages": [user(), answer()], "system_prompt": "s"},
+            "messages",
+            r"field 'system_prompt' is not read .* fields: \{system: system_prompt\}, or leave it out",
+        ),
+        (
+            {"prompt": "p", "completion": "c", "context": "x"},
+            "prompt_completion",
+            r"field 'context' is not read .* lost: write it into the prompt of the source, prompt: \.\.\. \{context\}",
+        ),
+        (
+            {"messages": [user(), answer()], "chat_template_kwargs": {"enable_thinking": False}},
+            "messages",
+            r"'chat_template_kwargs' is not read .* lost: set data\.chat_template_kwargs, which is for all rows",
+        ),
+        (
+            {"messages": [user(), answer()], "documents": [{"title": "t", "text": "x"}]},
+            "messages",
+            "field 'documents' is not read in rows of the format messages, so that it would be lost: leave it out",
+        ),
+        (
+            {"messages": [user(), answer()], "weight": 0},
+            "messages",
+            "field 'weight' is 0, which is not read for a whole",
+        ),
+        (
+            {"prompt": "p", "completion": "c", "train": False},
+            "prompt_completion",
+            "field 'train' is False, which is not",
+        ),
+        (
+            {"prompt": "p", "completion": "c", "train": "false"},
+            "prompt_completion",
+            "field 'train' is 'false', which is",
+        ),
+        ({"text": "t", "weight": 0.5}, "text", "field 'weight' is 0.5, which is not read for a whole row"),
     ],
 )
 def test_what_would_be_lost_is_refused(row, form, message):
@@ -338,3 +379,76 @@ def test_system_and_history_of_a_row_are_read_and_other_fields_of_messages_count
     columns = encoder({"place": ["here"], "json": [json.dumps(row)], "flaw": [""], "filled": [False]})
     assert tokenizer.decode(columns["input_ids"][0]) == text
     assert columns["unread"] == ["mood" if rules["format"] == "messages" else ""]
+
+
+HARMLESS = {
+    "messages": {"messages": [user(), answer()]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    "alpaca": {"instruction": "q", "output": "a"},
+    "prompt_completion": {"prompt": "q", "completion": "a"},
+    "text": {"text": "a"},
+}
+
+
+@pytest.mark.parametrize("form", HARMLESS)
+def test_fields_of_rows_that_are_not_read_are_named_and_change_nothing(form):
+    more = {
+        **{"id": 0, "lang": "en", "made": False, "comma, in it": "x", "empty": "", "none": None, "list": [], "map": {}},
+        **{"context": "", "system_prompt": None, "documents": [], "chat_template_kwargs": {}},
+        **{"weight": 1, "train": "true", "trainable": None, "loss": 0.3},
+    }
+    encoder = build_encoder(byte_tokenizer("chatml"), EncodingRules(format=form, template=PLAIN))
+    rows = [json.dumps(HARMLESS[form] | added) for added in ({}, more)]
+    columns = encoder({"place": ["a", "b"], "json": rows, "flaw": ["", ""], "filled": [False, False]})
+    assert columns["unread_of_row"] == [[], ["id", "lang", "made", "comma, in it", "loss"]]
+    assert columns["key"][0] == columns["key"][1]
+
+
+@pytest.mark.parametrize(
+    ("row", "rules", "unread"),
+    [
+        (
+            {"instruction": "i", "context": "c", "response": "r", "category": "x"},
+            {"format": "alpaca", "fields": {"input": "context", "output": "response"}},
+            ["category"],
+        ),
+        (
+            {"prompt": "old", "q": "x", "completion": "y"},
+            {"format": "prompt_completion", "fields": {"prompt": "q"}},
+            ["prompt"],
+        ),
+        (
+            {"q": "x", "answers": {"text": ["y"]}, "other": {"text": ["z"]}},
+            {"format": "prompt_completion", "fields": {"prompt": "q", "completion": "answers.text.0"}},
+            ["other"],
+        ),
+    ],
+    ids=["dolly", "the format's own name is another column", "a path"],
+)
+def test_what_fields_name_is_read(row, rules, unread):
+    encoder = build_encoder(byte_tokenizer("chatml"), EncodingRules(**rules))
+    columns = encoder({"place": ["here"], "json": [json.dumps(row)], "flaw": [""], "filled": [False]})
+    assert columns["unread_of_row"] == [unread]
+
+
+PROMPTED = {"question": "q", "answer": "a", "system": "s", "meta": {"tools": "t"}}
+
+
+def test_a_prompt_of_its_own_reads_what_it_names_and_loses_nothing_else():
+    """Context that it does not name is refused, as that of other rows is."""
+
+    def encode_with(prompt):
+        fields = {"completion": "answer"}
+        rules = EncodingRules(format="prompt_completion", fields=fields, prompt=prompt, bad_rows="skip")
+        encoder = build_encoder(byte_tokenizer("chatml"), rules)
+        return encoder({"place": ["here"], "json": [json.dumps(PROMPTED)], "flaw": [""], "filled": [False]})
+
+    columns = encode_with("{question}")
+    assert columns["status"] == [Status.BAD]
+    assert columns["note"][0] == (
+        "field 'system' is not read in rows of the format prompt_completion, so that it would be lost: write it into "
+        "the prompt of the source, prompt: ... {system} ..., or leave it out of the rows"
+    )
+    columns = encode_with("{system}: {question}")
+    assert (columns["status"], columns["unread_of_row"]) == ([Status.KEPT], [["meta"]])
+    assert encode_with("{system}: {question} {meta.tools}")["unread_of_row"] == [[]]
