@@ -184,9 +184,8 @@ def _message(entry: Any, place: str, role_key: str, text_key: str, roles: Mappin
     message = {"role": roles[role], **{name: entry[name] for name in MESSAGE_EXTRAS if entry.get(name)}}
     if calls := entry.get("tool_calls"):
         message["tool_calls"] = _calls(calls, f"{place}.tool_calls")
-    if thoughts := next((entry[name] for name in THOUGHT_FIELDS if entry.get(name)), None):
-        message[THOUGHTS] = thoughts
     is_answer = message["role"] == "assistant"
+    message |= _thoughts(entry, place, is_answer)
     message |= _loss_marks(entry, place, is_answer)
     content = entry.get(text_key)
     if is_answer and calls and not content:
@@ -198,6 +197,28 @@ def _message(entry: Any, place: str, role_key: str, text_key: str, roles: Mappin
     if is_answer and not "".join(content).strip() and UNTRAINED not in message:
         raise RowFlaw(f"{place}.{text_key}", "is empty, so that there is nothing to learn from it")
     return {**message, "content": content}
+
+
+def _thoughts(entry: Mapping[str, Any], place: str, is_answer: bool) -> dict[str, Any]:
+    """The thought of a message, under one name: a text, or a list of the texts of its parts."""
+    found: dict[str, str | list[str]] = {}
+    for name in THOUGHT_FIELDS:
+        value = entry.get(name)
+        if isinstance(value, list):
+            value = texts_of_parts(value, f"{place}.{name}")
+        elif value is not None and not isinstance(value, str):
+            raise RowFlaw(f"{place}.{name}", f"must be text, got {shortened(value)}")
+        if value:
+            found[name] = value
+    if not found:
+        return {}
+    (first, thought), *others = found.items()
+    if not is_answer:
+        raise RowFlaw(f"{place}.{first}", "is a thought in a message that is not the assistant's: leave it out")
+    for name, other in others:
+        if other != thought:
+            raise RowFlaw(f"{place}.{name}", f"is another thought than {first} of the same message: keep one")
+    return {THOUGHTS: thought}
 
 
 def _loss_marks(entry: Mapping[str, Any], place: str, is_answer: bool) -> dict[str, Any]:
@@ -462,7 +483,7 @@ def what_is_said(
         return asdict(sample)
     messages = [
         {
-            name: "\n".join(part) if name == "content" and isinstance(part, list) else part
+            name: "\n".join(part) if name in ("content", THOUGHTS) and isinstance(part, list) else part
             for name, part in message.items()
             if name not in (UNTRAINED, WANTED)
         }

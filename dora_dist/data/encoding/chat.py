@@ -252,12 +252,16 @@ class ChatRenderer:
         return read
 
     def joined(self, chat: Chat) -> Chat:
-        """The conversation with one text in the place of the content parts of a message: joined as the template joins
-        parts, or, where it reads texts only, by a line break, as vLLM's server joins them for such a template."""
+        """The conversation with one text in the place of the parts of a content or thought: joined as the template
+        joins parts of contents, or, where it reads texts only, by a line break, as vLLM's server joins them for such a
+        template."""
         messages = [
-            {**message, "content": self._between_parts.join(message["content"])}
-            if isinstance(message.get("content"), list)
-            else message
+            {
+                name: self._between_parts.join(part)
+                if name in ("content", THOUGHTS) and isinstance(part, list)
+                else part
+                for name, part in message.items()
+            }
             for message in chat.messages
         ]
         return replace(chat, messages=messages)

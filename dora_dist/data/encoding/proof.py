@@ -1,8 +1,8 @@
 """Proof that a chat template writes what a conversation says: templates leave out what they do not know.
 
 A conversation is rendered a second time with a word of its own in the place of every text, once for all conversations
-of the same shape, and every word must be in that rendering. Each text must also stand in its own rendering, since some
-templates take texts apart.
+of the same shape, and every word must be in that rendering. Each content and thought must also stand in its own
+rendering, since some templates take texts apart.
 """
 
 import json
@@ -54,6 +54,8 @@ class ContentProof:
                 content = THOUGHT_TAGS.split(content)[-1]
             if not _stands_in(content, squeezed):
                 raise RowFlaw(f"messages[{number}].content", f"does not stand in its rendering: it {LEFT_OUT}")
+            if number in answers and not _stands_in(message.get(THOUGHTS, ""), squeezed):
+                raise RowFlaw(f"messages[{number}].{THOUGHTS}", f"does not stand in its rendering: it {LEFT_OUT}")
 
     def _first_missing(self, chat: Chat, answers: Collection[int]) -> str:
         words = _Words()

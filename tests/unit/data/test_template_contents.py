@@ -91,8 +91,8 @@ TOOL = {
 }
 
 
-def user(text="q"):
-    return {"role": "user", "content": text}
+def user(text="q", **more):
+    return {"role": "user", "content": text, **more}
 
 
 def answer(text="a", **more):
@@ -379,6 +379,67 @@ def test_system_and_history_of_a_row_are_read_and_other_fields_of_messages_count
     columns = encoder({"place": ["here"], "json": [json.dumps(row)], "flaw": [""], "filled": [False]})
     assert tokenizer.decode(columns["input_ids"][0]) == text
     assert columns["unread"] == ["mood" if rules["format"] == "messages" else ""]
+
+
+THINKS = TEMPLATES["thoughts kept"]
+PARTS = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+@pytest.mark.parametrize(("thought", "written"), [("one", "one"), (PARTS, "one\ntwo"), (PARTS[:1], "one")])
+def test_a_thought_is_text_or_parts_of_text_which_are_joined_as_those_of_contents_are(name, thought, written):
+    tokenizer, ((_, note, ids, spans, _),) = encode(THINKS, [user(PARTS), answer(PARTS, **{name: thought})])
+    assert not note
+    assert tokenizer.decode(ids[spans[0] : spans[1]]) == f"<think>{written}</think>one\ntwo<|im_end|>"
+
+
+@pytest.mark.parametrize("nothing", [None, "", []])
+def test_a_thought_of_nothing_is_none(nothing):
+    assert encode(PLAIN, [user(thinking=nothing), answer(thinking=nothing)])[1] == encode(PLAIN, [user(), answer()])[1]
+
+
+def test_a_thought_that_stands_under_two_names_is_one():
+    twice = answer(reasoning="t", reasoning_content="t")
+    assert encode(THINKS, [user(), twice])[1] == encode(THINKS, [user(), answer(thinking="t")])[1]
+
+
+@pytest.mark.parametrize(
+    ("messages", "flaw"),
+    [
+        ([user(), answer(thinking=True)], "'messages[1].thinking' must be text, got True"),
+        ([user(), answer(thinking=False)], "'messages[1].thinking' must be text, got False"),
+        ([user(), answer(reasoning=float("nan"))], "'messages[1].reasoning' must be text, got nan"),
+        ([user(), answer(reasoning={"steps": "x"})], "'messages[1].reasoning' must be text, got {'steps': 'x'}"),
+        (
+            [user(), answer(reasoning_content=["step 1", "step 2"])],
+            "'messages[1].reasoning_content[0]' must be a part of text, {type: text, text: ...}, since no other is "
+            "read, got 'step 1'",
+        ),
+        (
+            [user(), answer(thinking="t", reasoning="u")],
+            "'messages[1].reasoning' is another thought than thinking of the same message: keep one",
+        ),
+        (
+            [user(thinking="t"), answer()],
+            "'messages[0].thinking' is a thought in a message that is not the assistant's: leave it out",
+        ),
+    ],
+)
+def test_other_thoughts_are_refused(messages, flaw):
+    """The template writes what is no text as nothing, so that an empty thought would be trained."""
+    template = chatml("{% if m.reasoning_content is string %}" + THOUGHT + "{% endif %}" + CONTENT)
+    assert encode(template, messages)[1][0][:2] == (Status.BAD, f"field {flaw}")
+
+
+def test_a_thought_that_the_template_takes_away_is_noticed_in_the_row_that_has_it():
+    thought = "{% if m.reasoning_content %}<think>{{ m.reasoning_content.split('#')[0] }}</think>{% endif %}"
+    template = chatml(thought + CONTENT)
+    _, examples = encode(template, [user(), answer(reasoning_content="said # hidden")])
+    assert examples[0][0] == Status.BAD
+    assert examples[0][1].startswith(
+        "field 'messages[1].reasoning_content' does not stand in its rendering: it is left"
+    )
+    assert encode(template, [user(), answer(reasoning_content=" said\n")])[1][0][0] == Status.KEPT
 
 
 HARMLESS = {
