@@ -9,7 +9,7 @@ import json
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from hashlib import sha256
@@ -35,6 +35,7 @@ from dora_dist.data.encoding.encoder import (
 )
 from dora_dist.data.prepared import LEFT_OUT, PreparedSource, SourceCounts, arrow_column, list_lengths
 from dora_dist.data.reading.files import Location, RawRow
+from dora_dist.data.reading.samples import has_value_at
 from dora_dist.data.row_formats import build_encoder
 
 MANIFEST = "prepared.json"
@@ -72,6 +73,24 @@ def first_rows(location: Location) -> list[dict[str, Any]]:
         where = location.hub or ", ".join(map(str, location.files))
         raise ValueError(flaws[0] if flaws else f"{where} has no rows")
     return rows
+
+
+def fields_of_no_row(location: Location, paths: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Those of some fields, or paths, that no row has, and the names of the fields that rows have. No more rows are
+    read than it takes to find all."""
+    missing = list(paths)
+    known: set[str] = set()
+    for raw in location.rows():
+        try:
+            row = json.loads(raw.json) if not raw.flaw else None
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            missing = [path for path in missing if not has_value_at(row, path)]
+            known.update(row)
+        if not missing:
+            break
+    return missing, sorted(known)
 
 
 def prepare_source(

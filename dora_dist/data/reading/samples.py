@@ -208,6 +208,15 @@ def value_at(row: Mapping[str, Any], path: str) -> Any:
     return value
 
 
+def has_value_at(row: Mapping[str, Any], path: str) -> bool:
+    """Whether :func:`value_at` finds something, which may be null."""
+    try:
+        value_at(row, path)
+    except KeyError:
+        return False
+    return True
+
+
 def names_in(prompt: str) -> list[str]:
     """Names and paths in the braces of a prompt, each once."""
     return list(dict.fromkeys(name for _, name, _, _ in Formatter().parse(prompt) if name is not None))

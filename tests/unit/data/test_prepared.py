@@ -208,6 +208,34 @@ def test_a_missing_field_in_one_of_the_first_rows_is_that_rows_flaw(tmp_path):
     assert prepare_run(tmp_path, path, bad_rows="skip").train[0].counts.bad == 1
 
 
+NAMED = {"instruction": "question", "output": "response"}
+ORCA = {"question": "w1", "response": "w3"}
+
+
+@pytest.mark.parametrize("share", [{}, {"eval": "20%"}], ids=["all", "a share held out"])
+def test_a_name_that_no_row_has_is_refused_for_a_field_that_rows_may_lack(tmp_path, share):
+    """All rows would be trained without it."""
+    path = write(tmp_path / "rows.jsonl", [{**ORCA, "system_text": words(n, 2)} for n in range(9)])
+    message = (
+        r"^the fields of rows say that system is 'sytem_text', which none of its rows has; did you mean system_text\? "
+        r"\(they have question, response, system_text\): correct the name, or leave system out of the fields$"
+    )
+    with pytest.raises(ValueError, match=message):
+        prepare_run(tmp_path, {"path": str(path), "fields": {**NAMED, "system": "sytem_text"}}, **share)
+    with pytest.raises(ValueError, match=r"input is 'system_text\.x', which none of its rows has"):
+        prepare_run(tmp_path, {"path": str(path), "fields": {**NAMED, "input": "system_text.x"}}, **share)
+
+
+@pytest.mark.parametrize("empty", [{}, {"system_text": None}, {"system_text": ""}])
+def test_a_name_that_some_rows_have_is_read_where_it_is(tmp_path, empty):
+    """More rows lack it than the format is told from, and some cannot be read."""
+    rows = [*[{**ORCA, **empty}] * 30, b"{no json", ["w1"], {**ORCA, "system_text": "w9"}]
+    source = {"path": str(write(tmp_path / "rows.jsonl", rows)), "fields": {**NAMED, "system": "system_text"}}
+    (prepared,) = prepare_run(tmp_path, source, as_chat=True, bad_rows="skip").train
+    assert (prepared.counts.bad, prepared.counts.examples) == (2, 31)
+    assert ["w9" in decoded(prepared, number) for number in (0, 30)] == [False, True]
+
+
 def save(rows: list[dict], path: Path) -> None:
     if path.suffix == ".csv":
         datasets.Dataset.from_list(rows).to_csv(str(path), index=False)
