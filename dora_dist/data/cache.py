@@ -35,6 +35,7 @@ from dora_dist.data.encoding.encoder import (
 )
 from dora_dist.data.prepared import LEFT_OUT, PreparedSource, SourceCounts, arrow_column, list_lengths
 from dora_dist.data.reading.files import Location, RawRow
+from dora_dist.data.reading.row_json import parse_json
 from dora_dist.data.reading.samples import has_value_at
 from dora_dist.data.row_formats import build_encoder
 
@@ -62,7 +63,7 @@ def first_rows(location: Location) -> list[dict[str, Any]]:
     rows, flaws = [], []
     for raw in itertools.islice(location.rows(), FIRST_ROWS):
         try:
-            row = json.loads(raw.json) if not raw.flaw else None
+            row = parse_json(raw.json) if not raw.flaw else None
         except (ValueError, RecursionError) as error:
             row, raw = None, RawRow(raw.place, "", f"cannot be read as JSON: {error}")
         if isinstance(row, dict):
@@ -82,7 +83,7 @@ def fields_of_no_row(location: Location, paths: Iterable[str]) -> tuple[list[str
     known: set[str] = set()
     for raw in location.rows():
         try:
-            row = json.loads(raw.json) if not raw.flaw else None
+            row = parse_json(raw.json) if not raw.flaw else None
         except (ValueError, RecursionError):
             row = None
         if isinstance(row, dict):

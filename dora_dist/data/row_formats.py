@@ -1,6 +1,5 @@
 """The formats that rows are written in: the fields of each, what a row says, and what encodes it."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -14,6 +13,7 @@ from dora_dist.data.encoding.encoder import EncodingRules, RowEncoder
 from dora_dist.data.encoding.questions import QuestionEncoder
 from dora_dist.data.encoding.summaries import SummaryEncoder
 from dora_dist.data.encoding.text import TextEncoder
+from dora_dist.data.reading.row_json import parse_json
 from dora_dist.data.reading.samples import (
     ROLES,
     THOUGHTS,
@@ -246,8 +246,8 @@ def _calls(calls: Any, place: str) -> list[dict[str, Any]]:
         arguments = function.get("arguments")
         if isinstance(arguments, str):
             try:
-                arguments = json.loads(arguments) if arguments.strip() else {}
-            except json.JSONDecodeError as error:
+                arguments = parse_json(arguments) if arguments.strip() else {}
+            except (ValueError, RecursionError) as error:
                 raise RowFlaw(f"{here}.arguments", f"cannot be read as JSON: {error}") from None
         arguments = {} if arguments is None else arguments
         if not isinstance(arguments, dict):
@@ -261,8 +261,8 @@ def _tools(row: Mapping[str, Any]) -> list[Any] | None:
     tools = row.get("tools")
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools) if tools.strip() else None
-        except json.JSONDecodeError as error:
+            tools = parse_json(tools) if tools.strip() else None
+        except (ValueError, RecursionError) as error:
             raise RowFlaw("tools", f"must be a list of JSON schemas, and cannot be read as JSON: {error}") from None
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise RowFlaw("tools", f"must be a list of JSON schemas, got {shortened(tools)}")

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dora_dist.console.text import first_lines
 from dora_dist.data.encoding.control_tokens import control_tokens
+from dora_dist.data.reading.row_json import parse_json
 from dora_dist.data.reading.samples import RowFlaw
 
 IGNORED = -100
@@ -264,8 +265,8 @@ class RowEncoder(ABC, Generic[P, E]):
         if flaw:
             raise RowFlaw("", flaw)
         try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and nesting as deep
+            row = parse_json(text)
+        except (ValueError, RecursionError) as error:
             raise RowFlaw("", f"cannot be read as JSON: {error}") from None
         if "\\u" in text and _HALF_PAIR.search(json.dumps(row, ensure_ascii=False)):
             raise RowFlaw("", "holds half of a surrogate pair, which is no text")

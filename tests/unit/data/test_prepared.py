@@ -174,6 +174,48 @@ def test_json_that_python_does_not_take_is_a_bad_row(tmp_path, value):
     assert prepare(path, "prompt_completion", bad_rows="skip").counts.bad == 1
 
 
+TWICE = [
+    ('{"prompt": "w1", "completion": "w2", "completion": "w3"}', "prompt_completion", "completion"),
+    ('{"prompt": "w1", "completion": "w2", "completion": "w2"}', "prompt_completion", "completion"),
+    ('{"prompt": "w1", "completion": "w2", "meta": [{"id": 1, "id": 2}]}', "prompt_completion", "id"),
+    ('{"messages": [{"role": "user", "content": "w1", "role": "assistant"}]}', "messages", "role"),
+]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+@pytest.mark.parametrize(("row", "row_format", "key"), TWICE, ids=["row", "equal values", "inside", "message"])
+def test_a_key_that_stands_twice_in_a_row_is_refused(tmp_path, row, row_format, key, name):
+    """The last of its values would be read."""
+    rows = [json.dumps(GOOD[row_format]), row]
+    path, place = tmp_path / name, "line" if name.endswith("jsonl") else "row"
+    path.write_text("\n".join(rows) if place == "line" else f"[{', '.join(rows)}]")
+    said = rf"{name}, {place} 2: the row cannot be read as JSON: the key {key!r} stands twice in one object, and one of"
+    with pytest.raises(ValueError, match=said):
+        prepare(path, row_format)
+    assert prepare(path, row_format, bad_rows="skip").counts.bad == 1
+
+
+def test_a_key_that_stands_twice_holds_no_row_out(tmp_path):
+    rows = [{**PAIR, "prompt": words(n % 8, n // 8 + 1)} for n in range(24)]
+    path = write(tmp_path / "rows.jsonl", [*rows, *[TWICE[0][0].encode()] * 9])
+    data = prepare_run(tmp_path, path, bad_rows="skip", eval="40%")
+    assert [source.counts.bad for source in (*data.train, *data.evaluation)] == [9, 0]
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.arrow"])
+def test_a_column_that_stands_twice_is_refused(tmp_path, name):
+    names = ["prompt", "completion", "completion"]
+    content = pa.Table.from_arrays([pa.array([text]) for text in ("w1", "w2", "w3")], names=names)
+    path = tmp_path / name
+    if path.suffix == ".parquet":
+        pq.write_table(content, path)
+    else:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, content.schema) as writer:
+            writer.write_table(content)
+    with pytest.raises(ValueError, match=rf"{name} cannot be read: ValueError: the key 'completion' stands twice"):
+        prepare(path, "prompt_completion")
+
+
 def prepare_run(folder: Path, train: Any, tokenizer: Any = None, **settings: Any) -> RunData:
     def spelled(given: Any) -> Any:
         return str(given) if isinstance(given, Path) else given
