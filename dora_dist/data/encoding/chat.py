@@ -175,6 +175,10 @@ class ChatRenderer:
         self._proof.check(chat, text, ())
         return text
 
+    def unwritten(self, chat: Chat) -> list[str]:
+        """Fields of messages that may be left out of the rendering, and are; see :meth:`ContentProof.unwritten`."""
+        return self._proof.unwritten(chat)
+
     def spans(self, chat: Chat, last_only: bool = False) -> tuple[str, list[tuple[int, int]]] | None:
         """The rendered conversation with start and end of the characters of every answer that is trained.
 

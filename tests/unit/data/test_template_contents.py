@@ -442,6 +442,34 @@ def test_a_thought_that_the_template_takes_away_is_noticed_in_the_row_that_has_i
     assert encode(template, [user(), answer(reasoning_content=" said\n")])[1][0][0] == Status.KEPT
 
 
+NAMES = "{% if m.name %}{{ m.name }}: {% endif %}"
+IDS = "{% if m.tool_call_id %}({{ m.tool_call_id }}) {% endif %}"
+NINE = "{% if m.tool_call_id and m.tool_call_id | length != 9 %}{{ raise_exception('nine') }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("body", "unread"),
+    [
+        (CONTENT, ["name of the role user", "name of the role tool", "tool_call_id of the role tool"]),
+        (NAMES + CONTENT, ["tool_call_id of the role tool"]),
+        ("{% if m.role == 'tool' %}" + NAMES + "{% endif %}" + IDS + CONTENT, ["name of the role user"]),
+        (NAMES + IDS + NINE + CONTENT, []),
+        ("{% if m.name and m.name != 'Ann' %}{{ raise_exception('who?') }}{% endif %}" + CONTENT, []),
+    ],
+    ids=["neither", "names", "names of tools, ids", "ids of nine characters", "refuses the names of the proof"],
+)
+def test_names_and_ids_of_calls_are_counted_where_the_template_does_not_write_them(body, unread):
+    """The name of the user stands in what is said."""
+    calling = call("Turku", content="Ann")
+    calling["tool_calls"][0]["id"] = "123456789"
+    result = {"role": "tool", "tool_call_id": "123456789", "name": "Ann", "content": "12"}
+    template = chatml(body + calls("{{ c.function.arguments | tojson }}"), TOOLS_AS_JSON)
+    encoder = build_encoder(byte_tokenizer("chatml"), EncodingRules(format="messages", template=template))
+    row = {"messages": [user("Ann", name="Ann"), calling, result, answer("Ann")], "tools": [TOOL]}
+    columns = encoder({"place": ["here"], "json": [json.dumps(row)], "flaw": [""], "filled": [False]})
+    assert columns["unread"] == [",".join(unread)]
+
+
 HARMLESS = {
     "messages": {"messages": [user(), answer()]},
     "sharegpt": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
