@@ -22,7 +22,7 @@ class TaskData:
     """What the comparison needs from a task's data.
 
     Attributes:
-        digests: Source -> digest of its examples.
+        digests: Source -> digest of its examples; a held-out source is marked where a training source has its name.
         notes: Notes for the table.
     """
 
@@ -97,5 +97,7 @@ def _task_data(task: str, data: run_data.RunData) -> TaskData:
         for name, count in data.overlap.items()
         if count
     ]
-    digests = {source.name: source.digest for source in (*data.train, *data.evaluation)}
+    digests = {source.name: source.digest for source in data.train}
+    for source in data.evaluation:  # whose name a training source may have, too
+        digests[f"{source.name} (held out)" if source.name in digests else source.name] = source.digest
     return TaskData(digests, [f"{task}: {note}" for note in notes])

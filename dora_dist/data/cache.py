@@ -9,7 +9,7 @@ import json
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from hashlib import sha256
@@ -35,6 +35,8 @@ from dora_dist.data.encoding.encoder import (
 )
 from dora_dist.data.prepared import LEFT_OUT, PreparedSource, SourceCounts, arrow_column, list_lengths
 from dora_dist.data.reading.files import Location, RawRow
+from dora_dist.data.reading.row_json import parse_json
+from dora_dist.data.reading.samples import has_value_at
 from dora_dist.data.row_formats import build_encoder
 
 MANIFEST = "prepared.json"
@@ -61,7 +63,7 @@ def first_rows(location: Location) -> list[dict[str, Any]]:
     rows, flaws = [], []
     for raw in itertools.islice(location.rows(), FIRST_ROWS):
         try:
-            row = json.loads(raw.json) if not raw.flaw else None
+            row = parse_json(raw.json) if not raw.flaw else None
         except (ValueError, RecursionError) as error:
             row, raw = None, RawRow(raw.place, "", f"cannot be read as JSON: {error}")
         if isinstance(row, dict):
@@ -72,6 +74,24 @@ def first_rows(location: Location) -> list[dict[str, Any]]:
         where = location.hub or ", ".join(map(str, location.files))
         raise ValueError(flaws[0] if flaws else f"{where} has no rows")
     return rows
+
+
+def fields_of_no_row(location: Location, paths: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Those of some fields, or paths, that no row has, and the names of the fields that rows have. No more rows are
+    read than it takes to find all."""
+    missing = list(paths)
+    known: set[str] = set()
+    for raw in location.rows():
+        try:
+            row = parse_json(raw.json) if not raw.flaw else None
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            missing = [path for path in missing if not has_value_at(row, path)]
+            known.update(row)
+        if not missing:
+            break
+    return missing, sorted(known)
 
 
 def prepare_source(
@@ -249,6 +269,7 @@ def _count(num_rows: int, examples: Dataset, status: np.ndarray, controls_are_te
     held = {row["place"]: row["controls"] for row in examples.select(np.flatnonzero(has_controls))}
     controls = dict(Counter(token for found in held.values() for token in found).most_common())
     tokens = int(list_lengths(arrow_column(examples, "input_ids")).sum())
+    unread = (name for chunk in arrow_column(examples, "unread_of_row").chunks for name in chunk.flatten().to_pylist())
     return SourceCounts(
         rows=num_rows,
         bad=int((status == Status.BAD).sum()),
@@ -258,6 +279,7 @@ def _count(num_rows: int, examples: Dataset, status: np.ndarray, controls_are_te
         split=sum(count > 1 for count in places.values()),
         trimmed=int((columns["trimmed"] > 0).sum()),
         unread=dict(sorted(Counter(name for names in examples["unread"] for name in names.split(",") if name).items())),
+        unread_of_rows=dict(Counter(unread).most_common()),
         controls_as_text=controls if controls_are_text else {},
         controls_in_text={} if controls_are_text else controls,
         examples=int((status == Status.KEPT).sum()),

@@ -29,6 +29,7 @@ class SourceCounts:
             than a window.
         trimmed: conversations whose messages after the last answer that is trained were left out.
         unread: field of messages that is not read -> conversations that have it.
+        unread_of_rows: field that is not read -> rows that have something in it, the most frequent one first.
         controls_as_text: control token -> rows that have it in a text, as plain text.
         controls_in_text: control token -> rows that have it in a text that is taken as it is, as the control token.
         examples: that are left.
@@ -44,6 +45,7 @@ class SourceCounts:
     split: int
     trimmed: int
     unread: dict[str, int]
+    unread_of_rows: dict[str, int]
     controls_as_text: dict[str, int]
     controls_in_text: dict[str, int]
     examples: int
@@ -61,6 +63,9 @@ class SourceCounts:
             f"removed the messages after the last trained answer in {self.trimmed} conversations": self.trimmed,
             f"fields of messages that are not read (conversations that have them): {_listed(self.unread)}": len(
                 self.unread
+            ),
+            f"fields of rows that are not read (rows that have them): {_listed(self.unread_of_rows)}": len(
+                self.unread_of_rows
             ),
             "control tokens that are plain text (rows that have them; a server would take them for control tokens): "
             + _listed(self.controls_as_text): len(self.controls_as_text),

@@ -1,10 +1,8 @@
 """The formats that rows are written in: the fields of each, what a row says, and what encodes it."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from string import Formatter
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -15,6 +13,7 @@ from dora_dist.data.encoding.encoder import EncodingRules, RowEncoder
 from dora_dist.data.encoding.questions import QuestionEncoder
 from dora_dist.data.encoding.summaries import SummaryEncoder
 from dora_dist.data.encoding.text import TextEncoder
+from dora_dist.data.reading.row_json import parse_json
 from dora_dist.data.reading.samples import (
     ROLES,
     THOUGHTS,
@@ -29,6 +28,7 @@ from dora_dist.data.reading.samples import (
     RowFlaw,
     Sample,
     Summary,
+    names_in,
     rename_fields,
     shortened,
     texts_of_parts,
@@ -56,8 +56,15 @@ REFUSED_MESSAGE_FIELDS = (
     *("prefix", "mask", "masked", "loss_mask"),
 )
 """Fields of a message that mean something which is not read."""
-CONTEXT_FIELDS = ("system", "history", "tools", "functions", "image", "images", "audio", "audios", "video", "videos")
+CONTEXT_FIELDS = (
+    *("system", "system_prompt", "history", "tools", "functions", "context", "documents", "chat_template_kwargs"),
+    *("image", "images", "audio", "audios", "video", "videos"),
+)
 """Fields of a row that the model would be given: where a format does not read one, a row that has it is refused."""
+ALSO_CALLED = {"context": "input", "system_prompt": "system"}
+"""Field of other people's rows -> what a format may read it as."""
+ROW_MARKS = ("weight", "train", "trainable")
+"""Fields of a row that say whether it has a loss, or how much of one."""
 
 
 def _text(row: Mapping[str, Any], field: str, optional: bool = False) -> str:
@@ -177,9 +184,8 @@ def _message(entry: Any, place: str, role_key: str, text_key: str, roles: Mappin
     message = {"role": roles[role], **{name: entry[name] for name in MESSAGE_EXTRAS if entry.get(name)}}
     if calls := entry.get("tool_calls"):
         message["tool_calls"] = _calls(calls, f"{place}.tool_calls")
-    if thoughts := next((entry[name] for name in THOUGHT_FIELDS if entry.get(name)), None):
-        message[THOUGHTS] = thoughts
     is_answer = message["role"] == "assistant"
+    message |= _thoughts(entry, place, is_answer)
     message |= _loss_marks(entry, place, is_answer)
     content = entry.get(text_key)
     if is_answer and calls and not content:
@@ -191,6 +197,28 @@ def _message(entry: Any, place: str, role_key: str, text_key: str, roles: Mappin
     if is_answer and not "".join(content).strip() and UNTRAINED not in message:
         raise RowFlaw(f"{place}.{text_key}", "is empty, so that there is nothing to learn from it")
     return {**message, "content": content}
+
+
+def _thoughts(entry: Mapping[str, Any], place: str, is_answer: bool) -> dict[str, Any]:
+    """The thought of a message, under one name: a text, or a list of the texts of its parts."""
+    found: dict[str, str | list[str]] = {}
+    for name in THOUGHT_FIELDS:
+        value = entry.get(name)
+        if isinstance(value, list):
+            value = texts_of_parts(value, f"{place}.{name}")
+        elif value is not None and not isinstance(value, str):
+            raise RowFlaw(f"{place}.{name}", f"must be text, got {shortened(value)}")
+        if value:
+            found[name] = value
+    if not found:
+        return {}
+    (first, thought), *others = found.items()
+    if not is_answer:
+        raise RowFlaw(f"{place}.{first}", "is a thought in a message that is not the assistant's: leave it out")
+    for name, other in others:
+        if other != thought:
+            raise RowFlaw(f"{place}.{name}", f"is another thought than {first} of the same message: keep one")
+    return {THOUGHTS: thought}
 
 
 def _loss_marks(entry: Mapping[str, Any], place: str, is_answer: bool) -> dict[str, Any]:
@@ -218,8 +246,8 @@ def _calls(calls: Any, place: str) -> list[dict[str, Any]]:
         arguments = function.get("arguments")
         if isinstance(arguments, str):
             try:
-                arguments = json.loads(arguments) if arguments.strip() else {}
-            except json.JSONDecodeError as error:
+                arguments = parse_json(arguments) if arguments.strip() else {}
+            except (ValueError, RecursionError) as error:
                 raise RowFlaw(f"{here}.arguments", f"cannot be read as JSON: {error}") from None
         arguments = {} if arguments is None else arguments
         if not isinstance(arguments, dict):
@@ -233,8 +261,8 @@ def _tools(row: Mapping[str, Any]) -> list[Any] | None:
     tools = row.get("tools")
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools) if tools.strip() else None
-        except json.JSONDecodeError as error:
+            tools = parse_json(tools) if tools.strip() else None
+        except (ValueError, RecursionError) as error:
             raise RowFlaw("tools", f"must be a list of JSON schemas, and cannot be read as JSON: {error}") from None
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise RowFlaw("tools", f"must be a list of JSON schemas, got {shortened(tools)}")
@@ -320,27 +348,78 @@ FORMATS: dict[str, RowFormat] = {
 """By name; where a row fits several of a task, the first one is meant."""
 
 
-def parse_row(row: Mapping[str, Any], filled: bool, row_format: str) -> Any:
-    """The sample that a row describes.
+def parse_row(
+    row: Mapping[str, Any], filled: bool, row_format: str, fields: Mapping[str, str], prompt: str | None
+) -> tuple[Any, list[str]]:
+    """The sample that a row describes, and the names of its fields that are not read.
 
     Args:
-        row: its fields have the format's names.
+        row: as it was found.
         filled: whether nulls in it may stand for keys that it never had.
         row_format: a name of :data:`FORMATS`.
+        fields: the format's name of a field -> the row's own, where they differ.
+        prompt: text with names of fields in braces, which is the row's prompt; None for its own.
 
     Raises:
         RowFlaw: it describes none, or has what would be lost.
     """
     layout = FORMATS[row_format]
-    for name in layout.lost_fields:
-        if row.get(name):
+    unread = _unread_fields(row, row_format, fields, prompt) if layout.encoder is TextEncoder else []
+    renamed = under_format_names(row, fields, prompt)
+    try:
+        sample = layout.parse(renamed)
+        if filled and isinstance(sample, Chat):
+            _check_filled(renamed, renamed[layout.required[0]], layout.required[0])
+    except RowFlaw as error:
+        raise RowFlaw(fields.get(error.field, error.field), error.reason) from None
+    return sample, unread
+
+
+def _unread_fields(row: Mapping[str, Any], row_format: str, fields: Mapping[str, str], prompt: str | None) -> list[str]:
+    """Names of fields that hold something and are not read; see :func:`parse_row`.
+
+    Raises:
+        RowFlaw: one of them would have been given to the model, or says how the row is trained.
+    """
+    layout = FORMATS[row_format]
+    read = [fields.get(name, name) for name in (*layout.required, *layout.optional)]
+    if prompt is not None:
+        read = [fields.get("completion", "completion"), *names_in(prompt)]
+    read = [path if path in row else path.split(".")[0] for path in read]
+    unread = [name for name, value in row.items() if name not in read and value not in (None, "", [], {})]
+    for name in unread:
+        if name in layout.lost_fields:
+            way_out = _way_out(name, layout, prompt)
+            raise RowFlaw(name, f"is not read in rows of the format {row_format}, so that it would be lost: {way_out}")
+        if name in ROW_MARKS and _mark(row[name]) not in (None, 1):
             raise RowFlaw(
-                name, f"is not read in rows of the format {row_format}, so that it would be lost: leave it out"
+                name,
+                f"is {shortened(row[name])}, which is not read for a whole row, so that it would be trained like any "
+                "other: leave the row out, or the field (messages have such marks of their own, sources a weight)",
             )
-    sample = layout.parse(row)
-    if filled and isinstance(sample, Chat):
-        _check_filled(row, row[layout.required[0]], layout.required[0])
-    return sample
+    return [name for name in unread if name not in ROW_MARKS or _mark(row[name]) != 1]
+
+
+def _way_out(name: str, layout: "RowFormat", prompt: str | None) -> str:
+    """What to do with a field that is not read."""
+    known = ALSO_CALLED.get(name)
+    if name == "chat_template_kwargs":
+        return "set data.chat_template_kwargs, which is for all rows, and leave it out of the rows"
+    if known in layout.optional:
+        return f"name it in the fields of the source, fields: {{{known}: {name}}}, or leave it out of the rows"
+    if prompt is not None or layout.parse is _prompt_completion:
+        return f"write it into the prompt of the source, prompt: ... {{{name}}} ..., or leave it out of the rows"
+    return "leave it out of the rows"
+
+
+def _mark(value: Any) -> float | None:
+    """What a row says of its loss, also where a table has it as text; None where it says something else."""
+    if isinstance(value, str):
+        value = {"true": 1, "false": 0}.get(value.strip().lower(), value)
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def _check_filled(row: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], field: str) -> None:
@@ -396,16 +475,15 @@ def what_is_said(
         RowFlaw: it cannot be read.
     """
     if prompt is not None:
-        names = dict.fromkeys(name for _, name, _, _ in Formatter().parse(prompt) if name is not None)
-        prompt = "\n\n".join(f"{{{name}}}" for name in names)
-    sample = parse_row(under_format_names(row, fields, prompt), filled, row_format)
+        prompt = "\n\n".join(f"{{{name}}}" for name in names_in(prompt))
+    sample, _ = parse_row(row, filled, row_format, fields, prompt)
     if isinstance(sample, Pair | Instruction):
         sample = sample.as_chat()
     if not isinstance(sample, Chat):
         return asdict(sample)
     messages = [
         {
-            name: "\n".join(part) if name == "content" and isinstance(part, list) else part
+            name: "\n".join(part) if name in ("content", THOUGHTS) and isinstance(part, list) else part
             for name, part in message.items()
             if name not in (UNTRAINED, WANTED)
         }
@@ -420,7 +498,8 @@ def build_encoder(tokenizer: PreTrainedTokenizerBase, rules: EncodingRules) -> R
     Raises:
         ValueError: the tokenizer or the rules do not fit the format.
     """
-    return FORMATS[rules.format].encoder(tokenizer, rules, partial(parse_row, row_format=rules.format))
+    parse = partial(parse_row, row_format=rules.format, fields=rules.fields, prompt=rules.prompt)
+    return FORMATS[rules.format].encoder(tokenizer, rules, parse)
 
 
 def _check_one_format(fits: Sequence[Sequence[str]], where: str) -> None:

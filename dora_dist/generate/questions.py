@@ -11,6 +11,7 @@ from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from dora_dist.console.text import say
+from dora_dist.data.reading.row_json import parse_json
 from dora_dist.data.reading.samples import ROLES, Chat, Instruction, RowFlaw, alpaca_prompt, fill_prompt
 
 if TYPE_CHECKING:
@@ -239,10 +240,11 @@ def read_questions(lines: Iterable[str], raw: bool, where: str = "standard input
 
 def _question_of_json(text: str, place: str) -> Question:
     try:
-        row: dict[str, Any] = json.loads(text)
-    except json.JSONDecodeError as error:
+        row: dict[str, Any] = parse_json(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{place} begins with {{ and is not JSON ({error}): fix it, or give text that begins so with --prompt"
+            f"{place} begins with {{ and cannot be read as JSON ({error}): fix it, or give text that begins so with "
+            "--prompt"
         ) from None
     messages = row.get("messages") or []
     fields = {name: row.get(name) or "" for name in ("prompt", "instruction", "input")}

@@ -17,7 +17,7 @@ from dora_dist.config.checks import nearest
 from dora_dist.config.data import DataConfig, SourceConfig
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import CAUSAL_LM, TASKS
-from dora_dist.data.cache import NoExamplesError, first_rows, prepare_source
+from dora_dist.data.cache import NoExamplesError, fields_of_no_row, first_rows, prepare_source
 from dora_dist.data.encoding.chat import ChosenTemplate, choose_template, writes_date
 from dora_dist.data.encoding.classification import class_names
 from dora_dist.data.encoding.encoder import ControlTokensError, EncodingRules
@@ -29,7 +29,7 @@ from dora_dist.data.row_formats import FORMATS, tell_format, what_is_said
 
 MOST_WORKERS = 8
 MOST_NAMED = 20
-"""Labels that an error lists."""
+"""Labels or fields that an error lists."""
 DATED = (
     "the chat template writes the date: rows keep that of the day on which they were prepared, so that a resumed run "
     "reads the same; data.chat_template_kwargs sets it where the template has a variable for it"
@@ -297,6 +297,7 @@ def _find(source: SourceConfig, config: DataConfig, formats: Sequence[str]) -> t
         _check_fields(source, formats)
         wanted = tell_format(first_rows(location), str(source.name), source.fields, formats)
     _check_fields(source, [wanted])
+    _check_columns(source, location, wanted)
     return location, wanted
 
 
@@ -326,6 +327,19 @@ def _check_fields(source: SourceConfig, formats: Sequence[str]) -> None:
                 f"{name} in the fields of {source.name} is no field of a format{nearest(name, known)} ({listed}); "
                 "write fields as (name of the format): (name in your rows)"
             )
+
+
+def _check_columns(source: SourceConfig, location: Location, row_format: str) -> None:
+    """A row may lack a field that its format needs not. That all do is a wrong name."""
+    named = {own: name for name, own in source.fields.items() if name in FORMATS[row_format].optional}
+    missing, known = fields_of_no_row(location, named) if named else ([], [])
+    if missing and known:
+        own = missing[0]
+        raise ValueError(
+            f"the fields of {source.name} say that {named[own]} is {own!r}, which none of its rows has"
+            f"{nearest(own, known)} (they have {', '.join(known[:MOST_NAMED])}): correct the name, or leave "
+            f"{named[own]} out of the fields"
+        )
 
 
 def _prepare_all(

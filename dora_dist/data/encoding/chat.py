@@ -175,6 +175,10 @@ class ChatRenderer:
         self._proof.check(chat, text, ())
         return text
 
+    def unwritten(self, chat: Chat) -> list[str]:
+        """Fields of messages that may be left out of the rendering, and are; see :meth:`ContentProof.unwritten`."""
+        return self._proof.unwritten(chat)
+
     def spans(self, chat: Chat, last_only: bool = False) -> tuple[str, list[tuple[int, int]]] | None:
         """The rendered conversation with start and end of the characters of every answer that is trained.
 
@@ -252,12 +256,16 @@ class ChatRenderer:
         return read
 
     def joined(self, chat: Chat) -> Chat:
-        """The conversation with one text in the place of the content parts of a message: joined as the template joins
-        parts, or, where it reads texts only, by a line break, as vLLM's server joins them for such a template."""
+        """The conversation with one text in the place of the parts of a content or thought: joined as the template
+        joins parts of contents, or, where it reads texts only, by a line break, as vLLM's server joins them for such a
+        template."""
         messages = [
-            {**message, "content": self._between_parts.join(message["content"])}
-            if isinstance(message.get("content"), list)
-            else message
+            {
+                name: self._between_parts.join(part)
+                if name in ("content", THOUGHTS) and isinstance(part, list)
+                else part
+                for name, part in message.items()
+            }
             for message in chat.messages
         ]
         return replace(chat, messages=messages)

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dora_dist.console.text import first_lines
 from dora_dist.data.encoding.control_tokens import control_tokens
-from dora_dist.data.reading.samples import RowFlaw, under_format_names
+from dora_dist.data.reading.row_json import parse_json
+from dora_dist.data.reading.samples import RowFlaw
 
 IGNORED = -100
 """Label of a position without loss, as in PyTorch's cross-entropy."""
@@ -30,6 +31,7 @@ BOOKKEEPING: dict[str, Any] = {
     "note": Value("string"),
     "trimmed": Value("int32"),
     "unread": Value("string"),
+    "unread_of_row": List(Value("string")),
     "controls": List(Value("string")),
 }
 """Columns that examples of every kind have beside their own."""
@@ -113,9 +115,9 @@ _HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 P = TypeVar("P")
 E = TypeVar("E")
-RowParser = Callable[[Mapping[str, Any], bool], Any]
-"""Makes a sample of a row whose fields have the format's names, and of whether nulls in it may stand for keys that it
-never had; raises :class:`RowFlaw`."""
+RowParser = Callable[[Mapping[str, Any], bool], tuple[Any, list[str]]]
+"""Makes of a row, and of whether nulls in it may stand for keys that it never had, its sample and the names of its
+fields that are not read; raises :class:`RowFlaw`."""
 
 
 class RowEncoder(ABC, Generic[P, E]):
@@ -156,28 +158,29 @@ class RowEncoder(ABC, Generic[P, E]):
         Returns:
             Columns of examples, with one line too for each row that became none: :attr:`columns`, and ``removed``
             (tokens that were cut off), ``key`` (a hash of the example), ``place``, ``status``, ``note``, ``trimmed``
-            (messages left out after the last that is trained), ``unread`` (fields that are not read, with commas),
-            ``controls`` (control tokens in the row's texts). A row with control tokens that are refused has the status
-            of a bad one under both policies, so that all can be counted.
+            (messages left out after the last that is trained), ``unread`` (fields of messages that are not read, with
+            commas), ``unread_of_row`` (those of the row, at its first example), ``controls`` (control tokens in the
+            row's texts). A row with control tokens that are refused has the status of a bad one under both policies,
+            so that all can be counted.
 
         Raises:
             UnusableRowError: a row cannot be used, under the policy ``error``.
         """
         columns: dict[str, list[Any]] = {name: [] for name in (*self.columns, *BOOKKEEPING)}
-        found: list[tuple[str, list[str], P | RowFlaw]] = []
+        found: list[tuple[str, list[str], list[str], P | RowFlaw]] = []
         flaws: list[str] = []
         for place, *raw in zip(*(batch[name] for name in ("place", "json", "flaw", "filled")), strict=True):
             try:
-                sample = self._parse(*raw)
+                sample, unread = self._parse(*raw)
                 controls = self._controls_in(sample)
-                found += [(place, controls, part) for part in self._parts(sample)]
+                found += [(place, controls, [] if n else unread, part) for n, part in enumerate(self._parts(sample))]
             except ControlFlaw as error:
-                found.append((place, error.tokens, error))
+                found.append((place, error.tokens, [], error))
             except RowFlaw as error:
                 flaws.append(f"{place}: {error}")
-                found.append((place, [], error))
+                found.append((place, [], [], error))
         encoded = iter(self._encode([part for *_, part in found if not isinstance(part, RowFlaw)]))
-        for place, controls, part in found:
+        for place, controls, unread, part in found:
             example, status, note = None, Status.BAD, str(part)
             if not isinstance(part, RowFlaw):
                 made = next(encoded)
@@ -187,15 +190,16 @@ class RowEncoder(ABC, Generic[P, E]):
                 else:
                     example, status, note = self._fit(part, made, place)
             content = self._content(example)
-            for name, value in content.items():
+            line = {
+                **content,
+                **{"key": _key(self._hashed(content)), "place": place, "status": int(status), "note": note},
+                "trimmed": 0 if isinstance(part, RowFlaw) else self._num_trimmed(part),
+                "unread": "" if isinstance(part, RowFlaw) else ",".join(self._unread(part)),
+                "unread_of_row": unread,
+                "controls": controls,
+            }
+            for name, value in line.items():
                 columns[name].append(value)
-            columns["key"].append(_key(self._hashed(content)))
-            columns["place"].append(place)
-            columns["status"].append(int(status))
-            columns["note"].append(note)
-            columns["trimmed"].append(0 if isinstance(part, RowFlaw) else self._num_trimmed(part))
-            columns["unread"].append("" if isinstance(part, RowFlaw) else ",".join(self._unread(part)))
-            columns["controls"].append(controls)
         if flaws and self.rules.bad_rows == "error":
             raise UnusableRowError(_unusable(flaws))
         return columns
@@ -252,8 +256,8 @@ class RowEncoder(ABC, Generic[P, E]):
             )
         return note
 
-    def _parse(self, text: str, flaw: str, filled: bool) -> Any:
-        """The sample that a row describes.
+    def _parse(self, text: str, flaw: str, filled: bool) -> tuple[Any, list[str]]:
+        """The sample that a row describes, and the names of its fields that are not read.
 
         Raises:
             RowFlaw: it describes none.
@@ -261,18 +265,14 @@ class RowEncoder(ABC, Generic[P, E]):
         if flaw:
             raise RowFlaw("", flaw)
         try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and nesting as deep
+            row = parse_json(text)
+        except (ValueError, RecursionError) as error:
             raise RowFlaw("", f"cannot be read as JSON: {error}") from None
         if "\\u" in text and _HALF_PAIR.search(json.dumps(row, ensure_ascii=False)):
             raise RowFlaw("", "holds half of a surrogate pair, which is no text")
         if not isinstance(row, dict):
             raise RowFlaw("", f"must be an object with named fields, got {text[:80]}")
-        renamed = under_format_names(row, self.rules.fields, self.rules.prompt)
-        try:
-            return self._parse_row(renamed, filled)
-        except RowFlaw as error:
-            raise RowFlaw(self.rules.fields.get(error.field, error.field), error.reason) from None
+        return self._parse_row(row, filled)
 
     def _controls_in(self, sample: Any) -> list[str]:
         """Control tokens in the texts of a sample, each once.

@@ -1,13 +1,14 @@
 """Proof that a chat template writes what a conversation says: templates leave out what they do not know.
 
 A conversation is rendered a second time with a word of its own in the place of every text, once for all conversations
-of the same shape, and every word must be in that rendering. Each text must also stand in its own rendering, since some
-templates take texts apart.
+of the same shape, and every word must be in that rendering. Each content and thought must also stand in its own
+rendering, since some templates take texts apart.
 """
 
 import json
 import re
 from collections.abc import Callable, Collection, Hashable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +17,8 @@ from dora_dist.data.reading.samples import THOUGHTS, Chat, RowFlaw
 LEFT_OUT = (
     "is left out by the chat template, so that it would be lost: leave it out of the rows, or set data.chat_template"
 )
+LABELS = ("name", "tool_call_id")
+"""Fields of messages that may be left out, and are counted where they are."""
 THOUGHT_TAGS = re.compile(r"</?think(?:ing)?>")
 
 
@@ -29,6 +32,7 @@ class ContentProof:
 
     render: Callable[[Chat], str]
     _missing: dict[Hashable, str] = field(default_factory=dict)
+    _unwritten: dict[Hashable, list[str]] = field(default_factory=dict)
 
     def check(self, chat: Chat, text: str, answers: Collection[int]) -> None:
         """Check that contents, tools, calls, and the thoughts of some answers are in the rendering of a conversation.
@@ -54,6 +58,27 @@ class ContentProof:
                 content = THOUGHT_TAGS.split(content)[-1]
             if not _stands_in(content, squeezed):
                 raise RowFlaw(f"messages[{number}].content", f"does not stand in its rendering: it {LEFT_OUT}")
+            if number in answers and not _stands_in(message.get(THOUGHTS, ""), squeezed):
+                raise RowFlaw(f"messages[{number}].{THOUGHTS}", f"does not stand in its rendering: it {LEFT_OUT}")
+
+    def unwritten(self, chat: Chat) -> list[str]:
+        """Which of ``name`` and ``tool_call_id`` the template does not write where a message has it, and of which role
+        that message is, in words."""
+        if not any(name in message for message in chat.messages for name in LABELS):
+            return []
+        shape = _shape(chat)
+        if shape not in self._unwritten:
+            self._unwritten[shape] = self._missing_labels(chat)
+        return self._unwritten[shape]
+
+    def _missing_labels(self, chat: Chat) -> list[str]:
+        words = _Words()
+        messages = [words.labels(message, number) for number, message in enumerate(chat.messages)]
+        with suppress(RowFlaw):  # of a template that takes no such names
+            text = self.render(replace(chat, messages=messages))
+            missing = [(n, name) for (n, name), word in words.labelled.items() if word not in text]
+            return list(dict.fromkeys(f"{name} of the role {messages[n]['role']}" for n, name in missing))
+        return []
 
     def _first_missing(self, chat: Chat, answers: Collection[int]) -> str:
         words = _Words()
@@ -68,6 +93,24 @@ class _Words:
     """Hands out words that stand in no text, and remembers where each was put."""
 
     given: dict[str, str] = field(default_factory=dict)
+    labelled: dict[tuple[int, str], str] = field(default_factory=dict)
+    _call_ids: dict[str, str] = field(default_factory=dict)
+
+    def labels(self, message: Mapping[str, Any], number: int) -> dict[str, Any]:
+        """The message with words in the place of its name and of ids of calls, one word for one id, which has the nine
+        characters that Mistral's templates ask for."""
+        marked = dict(message)
+        if "name" in message:
+            marked["name"] = self.labelled[number, "name"] = f"qz{number}nzq"
+        if "tool_call_id" in message:
+            marked["tool_call_id"] = self.labelled[number, "tool_call_id"] = self._call_id(message["tool_call_id"])
+        if "tool_calls" in message:
+            calls = message["tool_calls"]
+            marked["tool_calls"] = [{**c, "id": self._call_id(c["id"])} if "id" in c else c for c in calls]
+        return marked
+
+    def _call_id(self, own: Any) -> str:
+        return self._call_ids.setdefault(str(own), f"qz{len(self._call_ids):05}zq")
 
     def new(self, place: str) -> str:
         self.given[place] = f"qz{len(self.given)}zq"

@@ -174,14 +174,17 @@ class TextEncoder(RowEncoder[_Part, Encoded]):
         return part.sample.num_trimmed if isinstance(part.sample, Chat) else 0
 
     def _unread(self, part: _Part) -> Sequence[str]:
-        if not isinstance(part.sample, Chat):
+        if not isinstance(part.sample, Chat) or self.renderer is None:
             return ()
         wanted = [] if self.rules.train_on == "everything" else [m for m in part.sample.messages if WANTED in m]
-        return [*part.sample.unread, *dict.fromkeys(f"{m[WANTED]} of the role {m['role']}" for m in wanted)]
+        marks = dict.fromkeys(f"{m[WANTED]} of the role {m['role']}" for m in wanted)
+        return [*part.sample.unread, *marks, *self.renderer.unwritten(part.sample)]
 
-    def _parse(self, text: str, flaw: str, filled: bool) -> Any:
-        sample = super()._parse(text, flaw, filled)
-        return self.renderer.joined(sample) if isinstance(sample, Chat) and self.renderer is not None else sample
+    def _parse(self, text: str, flaw: str, filled: bool) -> tuple[Any, list[str]]:
+        sample, unread = super()._parse(text, flaw, filled)
+        if isinstance(sample, Chat) and self.renderer is not None:
+            sample = self.renderer.joined(sample)
+        return sample, unread
 
     def _texts(self, sample: Sample) -> Iterable[tuple[str, str]]:
         if isinstance(sample, Chat):

@@ -22,6 +22,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dora_dist.data.reading.row_json import object_of
 from dora_dist.data.reading.squad_file import is_squad_file, squad_rows
 
 DEFAULT_SPLIT = "train"
@@ -319,6 +320,7 @@ def _table(file: Path, separator: str, columns: Sequence[str], quotes: bool) -> 
 def _parquet(file: Path) -> Iterator[dict[str, Any]]:
     """One row group at a time; the scanner that ``datasets`` uses reads ahead until all is in memory."""
     with _reading(file), pq.ParquetFile(file, pre_buffer=False) as content:
+        _check_columns(content.schema_arrow.names)
         for batch in content.iter_batches(200):
             yield from batch.to_pylist()
 
@@ -332,7 +334,13 @@ def _arrow(file: Path) -> Iterator[dict[str, Any]]:
             content = pa.ipc.open_file(source)
             batches = map(content.get_batch, range(content.num_record_batches))
         for batch in batches:
+            _check_columns(batch.schema.names)
             yield from batch.to_pylist()
+
+
+def _check_columns(names: Sequence[str]) -> None:
+    """Python's objects of Arrow's rows have the last of several columns of one name."""
+    object_of([(name, None) for name in names])
 
 
 @contextmanager

@@ -84,7 +84,7 @@ class Chat:
     Attributes:
         messages: with ``role`` (one of :data:`ROLES`) and ``content``, or ``tool_calls`` (as ``{function: {name,
             arguments: object}}``), and perhaps :data:`THOUGHTS`, :data:`UNTRAINED`, :data:`WANTED`, ``tool_call_id``
-            and ``name``. A content is text, or a list of texts as OpenAI's content parts, until
+            and ``name``. A content or thought is text, or a list of texts as OpenAI's content parts, until
             :meth:`~dora_dist.data.encoding.chat.ChatRenderer.joined` has made one text of it.
         tools: JSON schemas of the tools that the assistant may call, or None.
         num_trimmed: messages after the last one that is trained, which were left out.
@@ -208,6 +208,20 @@ def value_at(row: Mapping[str, Any], path: str) -> Any:
     return value
 
 
+def has_value_at(row: Mapping[str, Any], path: str) -> bool:
+    """Whether :func:`value_at` finds something, which may be null."""
+    try:
+        value_at(row, path)
+    except KeyError:
+        return False
+    return True
+
+
+def names_in(prompt: str) -> list[str]:
+    """Names and paths in the braces of a prompt, each once."""
+    return list(dict.fromkeys(name for _, name, _, _ in Formatter().parse(prompt) if name is not None))
+
+
 def fill_prompt(template: str, row: Mapping[str, Any]) -> str:
     """A prompt with fields of a row in the place of their names in braces.
 
@@ -236,7 +250,7 @@ def shortened(value: object) -> str:
 
 
 def texts_of_parts(content: list[Any], place: str) -> list[str]:
-    """The texts of a message's content in OpenAI's parts.
+    """The texts of a message's content or thought in OpenAI's parts.
 
     Raises:
         RowFlaw: a part is no text.

@@ -8,6 +8,7 @@ from hashlib import blake2b, sha256
 from typing import Any
 
 from dora_dist.data.reading.files import Location, RawRow
+from dora_dist.data.reading.row_json import parse_json
 from dora_dist.data.reading.samples import RowFlaw
 
 DIGEST_BYTES = 8
@@ -42,7 +43,7 @@ class SplitLocation(Location):
 
     def _holds_out(self, raw: RawRow) -> bool:
         try:
-            row = None if raw.flaw else json.loads(raw.json)
+            row = None if raw.flaw else parse_json(raw.json)
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):

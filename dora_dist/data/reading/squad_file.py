@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from dora_dist.data.reading.row_json import object_of
+
 ANSWER_FIELDS = ("text", "answer_start")
 _STRING = rb'"(?:[^"\\]|\\.)*"'
 _BEGINNING = re.compile(
@@ -25,7 +27,9 @@ def squad_rows(content: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         ValueError: the file is not nested as it should be.
     """
-    for number, article in enumerate(_list(json.loads(content), "data", "the file"), start=1):
+    for number, article in enumerate(
+        _list(json.loads(content, object_pairs_hook=object_of), "data", "the file"), start=1
+    ):
         for paragraph_number, paragraph in enumerate(_list(article, "paragraphs", f"article {number}"), start=1):
             place = f"article {number}, paragraph {paragraph_number}"
             for question_number, entry in enumerate(_list(paragraph, "qas", place), start=1):

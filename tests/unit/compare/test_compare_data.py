@@ -40,3 +40,24 @@ def test_a_row_that_two_splits_share_is_noted_and_every_source_has_its_digest(pr
         "echo: 1 examples of the search split are also en ones"
     ]
     assert list(found.digests) == ["train", "search", "reported", "en"]
+
+
+@pytest.mark.parametrize("name", ["en", "search", "reported"])
+def test_a_training_source_of_the_name_of_a_held_out_one_has_a_digest_of_its_own(prepared, tmp_path, name):
+    """A change of its rows went unnoticed."""
+    write_comparison(tmp_path)
+    split, search, part = (tmp_path / file for file in ("a.jsonl", "b.jsonl", "c.jsonl"))
+    rows = search.read_text().splitlines(keepends=True)
+    part.write_text("".join(rows[:1]))
+    train = tmp_path / "mine.jsonl"
+
+    def digests():
+        data = {"train": {"path": str(train), "name": name}, "eval": str(split)}
+        return prepared({"data": data, "search": str(search), "parts": {"en": str(part)}})["echo"].digests
+
+    found = []
+    for kept in (rows[:20], rows[:19]):
+        train.write_text("".join(kept))
+        found.append(digests())
+    assert set(found[0]) == {name, f"{name} (held out)", "search", "reported", "en"}
+    assert [key for key in found[0] if found[0][key] != found[1][key]] == [name]

@@ -248,3 +248,29 @@ def test_an_option_of_any_kind_reaches_the_template_as_it_is(value):
 def test_an_option_that_would_do_nothing_is_refused(name, message):
     with pytest.raises(ValueError, match=message):
         with_options(THINKING, {name: False}, ["eos_token"])
+
+
+@pytest.mark.parametrize("value", ["true", "false", "False", "yes", "NO", "on", "off", "none", " false "])
+def test_a_text_that_is_meant_as_true_false_or_null_is_refused(value):
+    """Every text is true to a template."""
+    with pytest.raises(
+        ValueError, match=r"kwargs\.enable_thinking is the text '.*', .* true: write true, false or null without"
+    ):
+        with_options(THINKING, {"enable_thinking": value}, [])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if effort == 'none' %}a{% endif %}",
+        "{% if effort | default('x') not in ['none', 'high'] %}a{% endif %}",
+        "{% set known = ('none', 'high') %}{% if effort in known %}a{% endif %}",
+        "{{ {'none': 1}[effort] }}",
+    ],
+)
+def test_such_a_text_is_taken_where_the_template_asks_for_it(template):
+    assert with_options(template, {"effort": "none"}, []).endswith(template)
+    with pytest.raises(
+        ValueError, match=r"kwargs\.effort is the text 'off', with which the chat template compares nothing"
+    ):
+        with_options(template + "{{ 'off' }}", {"effort": "off"}, [])

@@ -174,6 +174,48 @@ def test_json_that_python_does_not_take_is_a_bad_row(tmp_path, value):
     assert prepare(path, "prompt_completion", bad_rows="skip").counts.bad == 1
 
 
+TWICE = [
+    ('{"prompt": "w1", "completion": "w2", "completion": "w3"}', "prompt_completion", "completion"),
+    ('{"prompt": "w1", "completion": "w2", "completion": "w2"}', "prompt_completion", "completion"),
+    ('{"prompt": "w1", "completion": "w2", "meta": [{"id": 1, "id": 2}]}', "prompt_completion", "id"),
+    ('{"messages": [{"role": "user", "content": "w1", "role": "assistant"}]}', "messages", "role"),
+]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+@pytest.mark.parametrize(("row", "row_format", "key"), TWICE, ids=["row", "equal values", "inside", "message"])
+def test_a_key_that_stands_twice_in_a_row_is_refused(tmp_path, row, row_format, key, name):
+    """The last of its values would be read."""
+    rows = [json.dumps(GOOD[row_format]), row]
+    path, place = tmp_path / name, "line" if name.endswith("jsonl") else "row"
+    path.write_text("\n".join(rows) if place == "line" else f"[{', '.join(rows)}]")
+    said = rf"{name}, {place} 2: the row cannot be read as JSON: the key {key!r} stands twice in one object, and one of"
+    with pytest.raises(ValueError, match=said):
+        prepare(path, row_format)
+    assert prepare(path, row_format, bad_rows="skip").counts.bad == 1
+
+
+def test_a_key_that_stands_twice_holds_no_row_out(tmp_path):
+    rows = [{**PAIR, "prompt": words(n % 8, n // 8 + 1)} for n in range(24)]
+    path = write(tmp_path / "rows.jsonl", [*rows, *[TWICE[0][0].encode()] * 9])
+    data = prepare_run(tmp_path, path, bad_rows="skip", eval="40%")
+    assert [source.counts.bad for source in (*data.train, *data.evaluation)] == [9, 0]
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.arrow"])
+def test_a_column_that_stands_twice_is_refused(tmp_path, name):
+    names = ["prompt", "completion", "completion"]
+    content = pa.Table.from_arrays([pa.array([text]) for text in ("w1", "w2", "w3")], names=names)
+    path = tmp_path / name
+    if path.suffix == ".parquet":
+        pq.write_table(content, path)
+    else:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, content.schema) as writer:
+            writer.write_table(content)
+    with pytest.raises(ValueError, match=rf"{name} cannot be read: ValueError: the key 'completion' stands twice"):
+        prepare(path, "prompt_completion")
+
+
 def prepare_run(folder: Path, train: Any, tokenizer: Any = None, **settings: Any) -> RunData:
     def spelled(given: Any) -> Any:
         return str(given) if isinstance(given, Path) else given
@@ -206,6 +248,34 @@ def test_a_missing_field_in_one_of_the_first_rows_is_that_rows_flaw(tmp_path):
     with pytest.raises(ValueError, match=r"rows\.jsonl, line 2: field 'output' is missing"):
         prepare_run(tmp_path, path)
     assert prepare_run(tmp_path, path, bad_rows="skip").train[0].counts.bad == 1
+
+
+NAMED = {"instruction": "question", "output": "response"}
+ORCA = {"question": "w1", "response": "w3"}
+
+
+@pytest.mark.parametrize("share", [{}, {"eval": "20%"}], ids=["all", "a share held out"])
+def test_a_name_that_no_row_has_is_refused_for_a_field_that_rows_may_lack(tmp_path, share):
+    """All rows would be trained without it."""
+    path = write(tmp_path / "rows.jsonl", [{**ORCA, "system_text": words(n, 2)} for n in range(9)])
+    message = (
+        r"^the fields of rows say that system is 'sytem_text', which none of its rows has; did you mean system_text\? "
+        r"\(they have question, response, system_text\): correct the name, or leave system out of the fields$"
+    )
+    with pytest.raises(ValueError, match=message):
+        prepare_run(tmp_path, {"path": str(path), "fields": {**NAMED, "system": "sytem_text"}}, **share)
+    with pytest.raises(ValueError, match=r"input is 'system_text\.x', which none of its rows has"):
+        prepare_run(tmp_path, {"path": str(path), "fields": {**NAMED, "input": "system_text.x"}}, **share)
+
+
+@pytest.mark.parametrize("empty", [{}, {"system_text": None}, {"system_text": ""}])
+def test_a_name_that_some_rows_have_is_read_where_it_is(tmp_path, empty):
+    """More rows lack it than the format is told from, and some cannot be read."""
+    rows = [*[{**ORCA, **empty}] * 30, b"{no json", ["w1"], {**ORCA, "system_text": "w9"}]
+    source = {"path": str(write(tmp_path / "rows.jsonl", rows)), "fields": {**NAMED, "system": "system_text"}}
+    (prepared,) = prepare_run(tmp_path, source, as_chat=True, bad_rows="skip").train
+    assert (prepared.counts.bad, prepared.counts.examples) == (2, 31)
+    assert ["w9" in decoded(prepared, number) for number in (0, 30)] == [False, True]
 
 
 def save(rows: list[dict], path: Path) -> None:
@@ -361,6 +431,18 @@ def test_messages_after_the_last_answer_are_counted(tmp_path):
     source = prepare(path, "messages")
     assert source.counts.trimmed == 1
     assert source.dataset["input_ids"][0] == source.dataset["input_ids"][1]
+
+
+def test_fields_that_are_not_read_are_counted_once_a_row_and_said_in_one_line(tmp_path):
+    """The template writes thoughts of the last answer only, and so makes two examples of the first row."""
+    thought = "{% if loop.last and m.reasoning_content %}{{ m.reasoning_content }} {% endif %}"
+    template = "{% for m in messages %}" + thought + "{{ m.content }} </s>{% endfor %}"
+    thinking = [QUESTION, {**ANSWER, "reasoning_content": "w5"}] * 2
+    rows = [{"messages": thinking, "id": 1}, *[{**MESSAGES, "lang": "en", "id": n} for n in range(2)]]
+    source = prepare(write(tmp_path / "rows.jsonl", rows), "messages", template=template)
+    assert (source.counts.examples, source.counts.split) == (4, 1)
+    said = "fields of rows that are not read (rows that have them): id (3), lang (2)"
+    assert [remark for remark in source.counts.remarks() if "fields" in remark] == [said]
 
 
 @pytest.mark.parametrize(("num_prompt", "refused"), [(198, False), (199, True)])

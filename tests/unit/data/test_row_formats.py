@@ -253,6 +253,10 @@ def test_a_turn_that_cannot_be_used_is_refused_with_its_number(entry, flaw):
     ("tools", "flaw"),
     [
         ("{", r"must be a list of JSON schemas, and cannot be read as JSON"),
+        (
+            '[{"name": "a", "name": "b"}]',
+            r"must be .* cannot be read as JSON: the key 'name' stands twice in one object",
+        ),
         (["add"], r"must be a list of JSON schemas, got \['add'\]"),
         ({"name": "add"}, r"must be a list of JSON schemas, got \{'name': 'add'\}"),
         (3, r"must be a list of JSON schemas, got 3"),
@@ -261,6 +265,12 @@ def test_a_turn_that_cannot_be_used_is_refused_with_its_number(entry, flaw):
 def test_tools_that_are_no_list_of_schemas_are_refused(tools, flaw):
     with pytest.raises(RowFlaw, match=f"^field 'tools' {flaw}"):
         parse("messages", {**MESSAGES, "tools": tools})
+
+
+def test_a_key_that_stands_twice_in_the_arguments_of_a_call_is_refused():
+    call = {"name": "add", "arguments": '{"a": 1, "a": 2}'}
+    with pytest.raises(RowFlaw, match=r"arguments' cannot be read as JSON: the key 'a' stands twice in one object"):
+        parse("messages", {"messages": [QUESTION, {"role": "assistant", "tool_calls": [call]}]})
 
 
 def test_a_system_text_that_is_no_text_is_refused():

@@ -74,6 +74,14 @@ def test_what_is_not_nested_as_it_should_be_is_refused_with_its_place(tmp_path, 
         rows(path)
 
 
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    path = tmp_path / "dev.json"
+    content = json.dumps({"version": "v2.0", "data": ARTICLES})
+    path.write_text(content.replace('"question": "Who?"', '"question": "Which?", "question": "Who?"'))
+    with pytest.raises(ValueError, match=r"dev\.json cannot be read: .*the key 'question' stands twice in one object"):
+        rows(path)
+
+
 def test_lines_with_a_column_of_that_name_are_lines(tmp_path):
     path = tmp_path / "rows.jsonl"
     line = {"data": [{"x": 1}], "text": "paragraphs"}

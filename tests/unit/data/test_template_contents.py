@@ -91,8 +91,8 @@ TOOL = {
 }
 
 
-def user(text="q"):
-    return {"role": "user", "content": text}
+def user(text="q", **more):
+    return {"role": "user", "content": text, **more}
 
 
 def answer(text="a", **more):
@@ -307,6 +307,47 @@ def test_a_text_that_the_template_takes_away_is_noticed_in_the_row_that_has_it()
             r"field 'history\[1\]\[1\]' is empty, so that there is nothing to learn from it",
         ),
         ({"instruction": "i", "output": "o", "system": "s"}, "alpaca", "field 'system' has no place under"),
+        (
+            {"instruction": "i", "context": "c", "output": "o"},
+            "alpaca",
+            r"field 'context' is not read .* lost: name it in the fields of the source, fields: \{input: context\}, or",
+        ),
+        (
+            {"messages": [user(), answer()], "system_prompt": "s"},
+            "messages",
+            r"field 'system_prompt' is not read .* fields: \{system: system_prompt\}, or leave it out",
+        ),
+        (
+            {"prompt": "p", "completion": "c", "context": "x"},
+            "prompt_completion",
+            r"field 'context' is not read .* lost: write it into the prompt of the source, prompt: \.\.\. \{context\}",
+        ),
+        (
+            {"messages": [user(), answer()], "chat_template_kwargs": {"enable_thinking": False}},
+            "messages",
+            r"'chat_template_kwargs' is not read .* lost: set data\.chat_template_kwargs, which is for all rows",
+        ),
+        (
+            {"messages": [user(), answer()], "documents": [{"title": "t", "text": "x"}]},
+            "messages",
+            "field 'documents' is not read in rows of the format messages, so that it would be lost: leave it out",
+        ),
+        (
+            {"messages": [user(), answer()], "weight": 0},
+            "messages",
+            "field 'weight' is 0, which is not read for a whole",
+        ),
+        (
+            {"prompt": "p", "completion": "c", "train": False},
+            "prompt_completion",
+            "field 'train' is False, which is not",
+        ),
+        (
+            {"prompt": "p", "completion": "c", "train": "false"},
+            "prompt_completion",
+            "field 'train' is 'false', which is",
+        ),
+        ({"text": "t", "weight": 0.5}, "text", "field 'weight' is 0.5, which is not read for a whole row"),
     ],
 )
 def test_what_would_be_lost_is_refused(row, form, message):
@@ -338,3 +379,165 @@ def test_system_and_history_of_a_row_are_read_and_other_fields_of_messages_count
     columns = encoder({"place": ["here"], "json": [json.dumps(row)], "flaw": [""], "filled": [False]})
     assert tokenizer.decode(columns["input_ids"][0]) == text
     assert columns["unread"] == ["mood" if rules["format"] == "messages" else ""]
+
+
+THINKS = TEMPLATES["thoughts kept"]
+PARTS = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+@pytest.mark.parametrize(("thought", "written"), [("one", "one"), (PARTS, "one\ntwo"), (PARTS[:1], "one")])
+def test_a_thought_is_text_or_parts_of_text_which_are_joined_as_those_of_contents_are(name, thought, written):
+    tokenizer, ((_, note, ids, spans, _),) = encode(THINKS, [user(PARTS), answer(PARTS, **{name: thought})])
+    assert not note
+    assert tokenizer.decode(ids[spans[0] : spans[1]]) == f"<think>{written}</think>one\ntwo<|im_end|>"
+
+
+@pytest.mark.parametrize("nothing", [None, "", []])
+def test_a_thought_of_nothing_is_none(nothing):
+    assert encode(PLAIN, [user(thinking=nothing), answer(thinking=nothing)])[1] == encode(PLAIN, [user(), answer()])[1]
+
+
+def test_a_thought_that_stands_under_two_names_is_one():
+    twice = answer(reasoning="t", reasoning_content="t")
+    assert encode(THINKS, [user(), twice])[1] == encode(THINKS, [user(), answer(thinking="t")])[1]
+
+
+@pytest.mark.parametrize(
+    ("messages", "flaw"),
+    [
+        ([user(), answer(thinking=True)], "'messages[1].thinking' must be text, got True"),
+        ([user(), answer(thinking=False)], "'messages[1].thinking' must be text, got False"),
+        ([user(), answer(reasoning=float("nan"))], "'messages[1].reasoning' must be text, got nan"),
+        ([user(), answer(reasoning={"steps": "x"})], "'messages[1].reasoning' must be text, got {'steps': 'x'}"),
+        (
+            [user(), answer(reasoning_content=["step 1", "step 2"])],
+            "'messages[1].reasoning_content[0]' must be a part of text, {type: text, text: ...}, since no other is "
+            "read, got 'step 1'",
+        ),
+        (
+            [user(), answer(thinking="t", reasoning="u")],
+            "'messages[1].reasoning' is another thought than thinking of the same message: keep one",
+        ),
+        (
+            [user(thinking="t"), answer()],
+            "'messages[0].thinking' is a thought in a message that is not the assistant's: leave it out",
+        ),
+    ],
+)
+def test_other_thoughts_are_refused(messages, flaw):
+    """The template writes what is no text as nothing, so that an empty thought would be trained."""
+    template = chatml("{% if m.reasoning_content is string %}" + THOUGHT + "{% endif %}" + CONTENT)
+    assert encode(template, messages)[1][0][:2] == (Status.BAD, f"field {flaw}")
+
+
+def test_a_thought_that_the_template_takes_away_is_noticed_in_the_row_that_has_it():
+    thought = "{% if m.reasoning_content %}<think>{{ m.reasoning_content.split('#')[0] }}</think>{% endif %}"
+    template = chatml(thought + CONTENT)
+    _, examples = encode(template, [user(), answer(reasoning_content="said # hidden")])
+    assert examples[0][0] == Status.BAD
+    assert examples[0][1].startswith(
+        "field 'messages[1].reasoning_content' does not stand in its rendering: it is left"
+    )
+    assert encode(template, [user(), answer(reasoning_content=" said\n")])[1][0][0] == Status.KEPT
+
+
+NAMES = "{% if m.name %}{{ m.name }}: {% endif %}"
+IDS = "{% if m.tool_call_id %}({{ m.tool_call_id }}) {% endif %}"
+NINE = "{% if m.tool_call_id and m.tool_call_id | length != 9 %}{{ raise_exception('nine') }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("body", "unread"),
+    [
+        (CONTENT, ["name of the role user", "name of the role tool", "tool_call_id of the role tool"]),
+        (NAMES + CONTENT, ["tool_call_id of the role tool"]),
+        ("{% if m.role == 'tool' %}" + NAMES + "{% endif %}" + IDS + CONTENT, ["name of the role user"]),
+        (NAMES + IDS + NINE + CONTENT, []),
+        ("{% if m.name and m.name != 'Ann' %}{{ raise_exception('who?') }}{% endif %}" + CONTENT, []),
+    ],
+    ids=["neither", "names", "names of tools, ids", "ids of nine characters", "refuses the names of the proof"],
+)
+def test_names_and_ids_of_calls_are_counted_where_the_template_does_not_write_them(body, unread):
+    """The name of the user stands in what is said."""
+    calling = call("Turku", content="Ann")
+    calling["tool_calls"][0]["id"] = "123456789"
+    result = {"role": "tool", "tool_call_id": "123456789", "name": "Ann", "content": "12"}
+    template = chatml(body + calls("{{ c.function.arguments | tojson }}"), TOOLS_AS_JSON)
+    encoder = build_encoder(byte_tokenizer("chatml"), EncodingRules(format="messages", template=template))
+    row = {"messages": [user("Ann", name="Ann"), calling, result, answer("Ann")], "tools": [TOOL]}
+    columns = encoder({"place": ["here"], "json": [json.dumps(row)], "flaw": [""], "filled": [False]})
+    assert columns["unread"] == [",".join(unread)]
+
+
+HARMLESS = {
+    "messages": {"messages": [user(), answer()]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    "alpaca": {"instruction": "q", "output": "a"},
+    "prompt_completion": {"prompt": "q", "completion": "a"},
+    "text": {"text": "a"},
+}
+
+
+@pytest.mark.parametrize("form", HARMLESS)
+def test_fields_of_rows_that_are_not_read_are_named_and_change_nothing(form):
+    more = {
+        **{"id": 0, "lang": "en", "made": False, "comma, in it": "x", "empty": "", "none": None, "list": [], "map": {}},
+        **{"context": "", "system_prompt": None, "documents": [], "chat_template_kwargs": {}},
+        **{"weight": 1, "train": "true", "trainable": None, "loss": 0.3},
+    }
+    encoder = build_encoder(byte_tokenizer("chatml"), EncodingRules(format=form, template=PLAIN))
+    rows = [json.dumps(HARMLESS[form] | added) for added in ({}, more)]
+    columns = encoder({"place": ["a", "b"], "json": rows, "flaw": ["", ""], "filled": [False, False]})
+    assert columns["unread_of_row"] == [[], ["id", "lang", "made", "comma, in it", "loss"]]
+    assert columns["key"][0] == columns["key"][1]
+
+
+@pytest.mark.parametrize(
+    ("row", "rules", "unread"),
+    [
+        (
+            {"instruction": "i", "context": "c", "response": "r", "category": "x"},
+            {"format": "alpaca", "fields": {"input": "context", "output": "response"}},
+            ["category"],
+        ),
+        (
+            {"prompt": "old", "q": "x", "completion": "y"},
+            {"format": "prompt_completion", "fields": {"prompt": "q"}},
+            ["prompt"],
+        ),
+        (
+            {"q": "x", "answers": {"text": ["y"]}, "other": {"text": ["z"]}},
+            {"format": "prompt_completion", "fields": {"prompt": "q", "completion": "answers.text.0"}},
+            ["other"],
+        ),
+    ],
+    ids=["dolly", "the format's own name is another column", "a path"],
+)
+def test_what_fields_name_is_read(row, rules, unread):
+    encoder = build_encoder(byte_tokenizer("chatml"), EncodingRules(**rules))
+    columns = encoder({"place": ["here"], "json": [json.dumps(row)], "flaw": [""], "filled": [False]})
+    assert columns["unread_of_row"] == [unread]
+
+
+PROMPTED = {"question": "q", "answer": "a", "system": "s", "meta": {"tools": "t"}}
+
+
+def test_a_prompt_of_its_own_reads_what_it_names_and_loses_nothing_else():
+    """Context that it does not name is refused, as that of other rows is."""
+
+    def encode_with(prompt):
+        fields = {"completion": "answer"}
+        rules = EncodingRules(format="prompt_completion", fields=fields, prompt=prompt, bad_rows="skip")
+        encoder = build_encoder(byte_tokenizer("chatml"), rules)
+        return encoder({"place": ["here"], "json": [json.dumps(PROMPTED)], "flaw": [""], "filled": [False]})
+
+    columns = encode_with("{question}")
+    assert columns["status"] == [Status.BAD]
+    assert columns["note"][0] == (
+        "field 'system' is not read in rows of the format prompt_completion, so that it would be lost: write it into "
+        "the prompt of the source, prompt: ... {system} ..., or leave it out of the rows"
+    )
+    columns = encode_with("{system}: {question}")
+    assert (columns["status"], columns["unread_of_row"]) == ([Status.KEPT], [["meta"]])
+    assert encode_with("{system}: {question} {meta.tools}")["unread_of_row"] == [[]]

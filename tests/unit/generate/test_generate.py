@@ -172,7 +172,8 @@ def test_lines_may_be_json(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("", "standard input has no lines"),
         ("\n  \n", "standard input has no lines"),
-        ("fine\n{not json\n", "line 2 of standard input begins with { and is not JSON"),
+        ("fine\n{not json\n", "line 2 of standard input begins with { and cannot be read as JSON"),
+        ('{"prompt": "w1", "prompt": "w2"}\n', "the key 'prompt' stands twice in one object"),
         ('{"question": "why"}', "line 1 .*in the field prompt or in the field instruction"),
         ('{"prompt": "a", "instruction": "b"}', "either in the field prompt or"),
         ('{"instruction": 3}', "must have text"),
