@@ -45,11 +45,7 @@ def check_launch(engine: str, environment: Mapping[str, str]) -> None:
     if engine == "zero2" and not deepspeed:
         raise ValueError(f"distributed.engine is zero2, but this process was not launched with DeepSpeed{hint}")
     if engine == "zero2":
-        where, stage = _zero_stage(environment)
-        if str(stage) != "2":
-            raise ValueError(
-                f"distributed.engine is zero2, but {where} is {stage}, and only stage 2 is supported: set it to 2{hint}"
-            )
+        _check_zero(environment, hint)
     if engine != "zero2" and deepspeed:
         raise ValueError(f"distributed.engine is {engine}, but this process was launched with DeepSpeed{hint}")
     if engine == "none" and processes > 1:
@@ -63,27 +59,58 @@ def check_launch(engine: str, environment: Mapping[str, str]) -> None:
         )
 
 
-def _zero_stage(environment: Mapping[str, str]) -> tuple[str, object]:
-    """Where the stage of ZeRO was set, and the stage, by the rules of accelerate 1.15: that of a file counts, whatever
-    the launcher was given beside it.
+def _check_zero(environment: Mapping[str, str], hint: str) -> None:
+    """Refuse settings of ZeRO that are not supported.
+
+    Args:
+        environment: of this process.
+        hint: for the message, which launch would be right.
+
+    Raises:
+        ValueError: names the setting and where it was made; or the file of settings cannot be read.
+    """
+    where, stage = _zero_setting(environment, "stage", "zero_stage", "2")
+    if str(stage) != "2":
+        raise ValueError(
+            f"distributed.engine is zero2, but {where} is {stage}, and only stage 2 is supported: set it to 2{hint}"
+        )
+    for offload in ("offload_optimizer", "offload_param"):
+        where, device = _zero_setting(environment, f"{offload}.device", f"{offload}_device", "none")
+        if device not in ("none", "missing", None):
+            raise ValueError(
+                f"distributed.engine is zero2, but {where} is {device}, and events write into the optimizer's state "
+                f"where the model is: set it to none. An adapter's state is small, so that {offload} would save next to "
+                f"nothing (dora-dist estimate has the size){hint}"
+            )
+
+
+def _zero_setting(environment: Mapping[str, str], key: str, option: str, default: str) -> tuple[str, object]:
+    """Where a setting of ZeRO was made, and the setting, by the rules of accelerate 1.15: that of a file counts,
+    whatever the launcher was given beside it, unless it is ``auto``.
+
+    Args:
+        environment: of this process.
+        key: below ``zero_optimization`` in a file.
+        option: of the launcher.
+        default: of the launcher.
 
     Raises:
         ValueError: the file cannot be read.
     """
-    of_launcher = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    of_launcher = environment.get(f"ACCELERATE_DEEPSPEED_{option.upper()}", default)
     path = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if path == "none":
-        return "the launcher's zero_stage", of_launcher
+        return f"the launcher's {option}", of_launcher
     try:
-        settings: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+        value: Any = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"the DeepSpeed file {path} (deepspeed_config_file of the launch file) cannot be read from {Path.cwd()}: "
             f"{error}; start it with: {LAUNCH_HINT['zero2']}"
         ) from None
-    section = settings.get("zero_optimization") if isinstance(settings, dict) else None
-    stage = section.get("stage", "missing") if isinstance(section, dict) else "missing"
-    return f"zero_optimization.stage in {path}", of_launcher if stage == "auto" else stage
+    for name in ("zero_optimization", *key.split(".")):
+        value = value.get(name, "missing") if isinstance(value, dict) else "missing"
+    return f"zero_optimization.{key} in {path}", of_launcher if value == "auto" else value
 
 
 def world_size_of(environment: Mapping[str, str]) -> int:

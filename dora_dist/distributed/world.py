@@ -5,7 +5,7 @@ log looks fine.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -146,14 +146,23 @@ def check_world(agreement: Agreement, arguments: Any, accelerator: Any) -> None:
     agreement.raise_together(failure, "joining the world")
 
 
-def check_prepared(agreement: Agreement, trainer: Any, engine: str, dtype: torch.dtype) -> None:
-    """Assert at step 0 that the engine is the one asked for, with the settings asked for, on different data per rank.
+def buffer_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+    """The dtype of every floating-point buffer of a model, by its name."""
+    return {name: buffer.dtype for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+
+
+def check_prepared(
+    agreement: Agreement, trainer: Any, engine: str, dtype: torch.dtype, buffers: Mapping[str, torch.dtype]
+) -> None:
+    """Assert at step 0 that the engine is the one asked for, with the settings asked for, on different data per rank,
+    and that it has rounded no buffer.
 
     Args:
         agreement: collectives over the ranks.
         trainer: after its model has been wrapped.
         engine: ``distributed.engine`` of the configuration.
         dtype: what the adapter's parameters must have.
+        buffers: :func:`buffer_dtypes` of the model before it was wrapped.
 
     Raises:
         RankFailedError: any of it does not hold, on all ranks.
@@ -175,6 +184,7 @@ def check_prepared(agreement: Agreement, trainer: Any, engine: str, dtype: torch
     if wrong:
         name, found = next(iter(wrong.items()))
         failures.append(f"adapter.dtype is {dtype}, but {len(wrong)} adapter parameters such as {name} are {found}")
+    failures += _rounded_buffers(buffers, buffer_dtypes(trainer.model))
     agreement.raise_together("; ".join(failures) or None, "preparing the engine")
     _check_data_differs(agreement, trainer.callback_handler.train_dataloader)
 
@@ -203,6 +213,23 @@ def _deepspeed_mismatches(wrapped: nn.Module, arguments: Any) -> list[str]:
         f"DeepSpeed's {name} is {found}, the Trainer's is {wanted} (write 'auto' in the DeepSpeed configuration)"
         for name, (found, wanted) in pairs.items()
         if found != wanted
+    ]
+
+
+def _rounded_buffers(before: Mapping[str, torch.dtype], after: Mapping[str, torch.dtype]) -> list[str]:
+    """What an engine has made of buffers that lost precision.
+
+    DeepSpeed before 0.19.2 casts all of them to bfloat16 with the parameters, and later ones to
+    ``data_types.buffer_dtype``. By rotary frequencies of bfloat16, position 512 is wrong by 0.9 rad. That it brings
+    some to float32 (``data_types.keep_in_fp32_modules``) loses nothing.
+    """
+    lost = [name for name, dtype in before.items() if torch.promote_types(dtype, after[name]) != after[name]]
+    if not lost:
+        return []
+    return [
+        f"the engine has cast {len(lost)} buffers such as {lost[0]} from {before[lost[0]]} to {after[lost[0]]}, which "
+        "makes positions wrong where they are rotary frequencies: take data_types.buffer_dtype out of the DeepSpeed "
+        "configuration, and use DeepSpeed 0.19.2 or newer"
     ]
 
 

@@ -22,7 +22,7 @@ from dora_dist.base_model.recomputation import recompute_first
 from dora_dist.console.text import say
 from dora_dist.data.batches import Collator, Example, PlannedRows
 from dora_dist.distributed.engine import Moments, SkippedSteps
-from dora_dist.distributed.world import check_prepared, set_engine_timeout
+from dora_dist.distributed.world import buffer_dtypes, check_prepared, set_engine_timeout
 from dora_dist.method.prune_event import PruneEvent
 from dora_dist.page.document import keep_current
 from dora_dist.runs import checkpoint
@@ -76,6 +76,7 @@ class DynamicLoraTrainer(Trainer):
         self.begun_step = 0
         self.skipped_steps: SkippedSteps
         self.checkpointer: Checkpointer
+        self._buffer_dtypes = buffer_dtypes(self.model)
         weights = {EQUILIBRIUM: settings.equilibrium_weight}
         if parts.balance is not None:
             weights[BALANCE] = settings.balance_weight
@@ -274,7 +275,7 @@ class DynamicLoraTrainer(Trainer):
             DisagreementError: The ranks do not hold the same adapter.
         """
         parts, settings, shards = self.parts, self.settings, None
-        check_prepared(parts.agreement, self, settings.engine, settings.adapter_dtype)
+        check_prepared(parts.agreement, self, settings.engine, settings.adapter_dtype, self._buffer_dtypes)
         assert isinstance(self.optimizer, AcceleratedOptimizer)
         assert self.lr_scheduler is not None
         self.skipped_steps = SkippedSteps(self.model_wrapped, self.optimizer.optimizer)

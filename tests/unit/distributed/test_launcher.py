@@ -1,6 +1,7 @@
 """Launches that cannot become the engine asked for are refused from the environment alone."""
 
 import json
+import re
 
 import pytest
 
@@ -80,6 +81,29 @@ def test_a_stage_of_the_launcher_and_a_file_that_is_not_there_are_refused(change
     with pytest.raises(ValueError, match="start it with: ") as caught:
         check_launch("zero2", {**DEEPSPEED, **changes})
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("offload", [{}, None, {"device": "none"}, {"device": "auto"}])
+@pytest.mark.parametrize("name", ["offload_optimizer", "offload_param"])
+def test_a_deepspeed_file_that_offloads_nothing_passes(tmp_path, name, offload):
+    environment = deepspeed_file(tmp_path, {"zero_optimization": {"stage": 2, name: offload}})
+    check_launch("zero2", environment)
+    check_launch("zero2", {**environment, f"ACCELERATE_DEEPSPEED_{name.upper()}_DEVICE": "none"})
+
+
+@pytest.mark.parametrize("name", ["offload_optimizer", "offload_param"])
+def test_offloading_is_refused_wherever_it_was_set(tmp_path, name):
+    """The optimizer's state would be on another device than what an event writes into it."""
+    variable = f"ACCELERATE_DEEPSPEED_{name.upper()}_DEVICE"
+    settings = {"zero_optimization": {"stage": 2, name: {"device": "cpu", "pin_memory": True}}}
+    of_file = f"zero_optimization.{name}.device in {tmp_path}/engine.json is cpu, and events write"
+    with pytest.raises(ValueError, match=f"{re.escape(of_file)}.*set it to none.*start it with: "):
+        check_launch("zero2", deepspeed_file(tmp_path, settings))
+    with pytest.raises(ValueError, match=f"the launcher's {name}_device is nvme"):
+        check_launch("zero2", {**DEEPSPEED, variable: "nvme"})
+    automatic = deepspeed_file(tmp_path, {"zero_optimization": {"stage": 2, name: {"device": "auto"}}})
+    with pytest.raises(ValueError, match=rf"zero_optimization.{name}.device in \S+ is cpu"):
+        check_launch("zero2", {**automatic, variable: "cpu"})
 
 
 def test_the_world_size_is_the_launchers_or_one():
