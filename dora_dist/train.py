@@ -20,7 +20,7 @@ from dora_dist.console.files import follow_umask
 from dora_dist.console.library_warnings import quiet_libraries
 from dora_dist.console.phases import Phases
 from dora_dist.console.text import say
-from dora_dist.distributed.launcher import check_launch, check_world_size
+from dora_dist.distributed.launcher import check_launch, check_precision, check_world_size
 from dora_dist.distributed.preemption import PreemptionNotice
 
 if TYPE_CHECKING:
@@ -118,6 +118,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             check_world_size(dry_run.ranks, config.distributed.engine)
         if launched:
             check_launch(config.distributed.engine, os.environ)
+            from dora_dist.base_model.load import resolve_compute_dtype
+
+            dtype = resolve_compute_dtype(config.model.compute_dtype)
+            check_precision(str(dtype).removeprefix("torch."), os.environ)
         from dora_dist.runs.resume import refuse_foreign_folder
 
         refuse_foreign_folder(Path(config.output_dir))

@@ -23,6 +23,10 @@ LAUNCH_FILES = {
 """Engine and whether there are GPUs -> the file in ``launch/`` that accelerate starts the ranks of one machine with."""
 
 
+ACCELERATE_PRECISIONS = {"float32": "no", "bfloat16": "bf16"}
+"""Compute dtype of a run -> what accelerate calls it."""
+
+
 def check_launch(engine: str, environment: Mapping[str, str]) -> None:
     """Refuse a launch that cannot become the engine asked for.
 
@@ -59,6 +63,36 @@ def check_launch(engine: str, environment: Mapping[str, str]) -> None:
         )
 
 
+def check_precision(compute_dtype: str, environment: Mapping[str, str]) -> None:
+    """Refuse a launch by which accelerate would compute in another precision than the run, or compile its model.
+
+    ``accelerate launch`` sets both variables, from its options, its file, or the user's ``default_config.yaml``; the
+    Trainer obeys them without a word. A precision of ``no`` goes with every run.
+
+    Args:
+        compute_dtype: of the run, such as ``float32``; never ``auto``.
+        environment: of this process.
+
+    Raises:
+        ValueError: names the variable and the key that says it.
+    """
+    where = "of the launch file, of accelerate's default_config.yaml, or of accelerate launch"
+    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision not in ("no", ACCELERATE_PRECISIONS[compute_dtype]):
+        raise ValueError(
+            f"ACCELERATE_MIXED_PRECISION is {precision} (mixed_precision {where}), but the run computes in "
+            f"{compute_dtype}: set mixed_precision to no (accelerate launch --mixed_precision no), which leaves it to "
+            "model.compute_dtype"
+        )
+    backend = environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if backend != "no":
+        raise ValueError(
+            f"ACCELERATE_DYNAMO_BACKEND is {backend} (dynamo_backend {where}), but what the run compiles is in its "
+            "configuration: set dynamo_backend to no (accelerate launch --dynamo_backend no), and training.torch_compile "
+            "where it is wanted"
+        )
+
+
 def _check_zero(environment: Mapping[str, str], hint: str) -> None:
     """Refuse settings of ZeRO that are not supported.
 
@@ -79,8 +113,8 @@ def _check_zero(environment: Mapping[str, str], hint: str) -> None:
         if device not in ("none", "missing", None):
             raise ValueError(
                 f"distributed.engine is zero2, but {where} is {device}, and events write into the optimizer's state "
-                f"where the model is: set it to none. An adapter's state is small, so that {offload} would save next to "
-                f"nothing (dora-dist estimate has the size){hint}"
+                f"where the model is: set it to none. An adapter's state is small, so that {offload} would save next "
+                f"to nothing (dora-dist estimate has the size){hint}"
             )
 
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from dora_dist.distributed.launcher import check_launch, check_world_size, world_size_of
+from dora_dist.distributed.launcher import check_launch, check_precision, check_world_size, world_size_of
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
 DDP_CPU = {"ACCELERATE_USE_CPU": "true", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
@@ -104,6 +104,29 @@ def test_offloading_is_refused_wherever_it_was_set(tmp_path, name):
     automatic = deepspeed_file(tmp_path, {"zero_optimization": {"stage": 2, name: {"device": "auto"}}})
     with pytest.raises(ValueError, match=rf"zero_optimization.{name}.device in \S+ is cpu"):
         check_launch("zero2", {**automatic, variable: "cpu"})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [("float32", "no"), ("float32", "NO"), ("bfloat16", "no"), ("bfloat16", "bf16")]
+)
+def test_a_precision_of_the_launcher_that_the_run_has_passes(dtype, precision):
+    check_precision(dtype, {})
+    check_precision(dtype, {"ACCELERATE_MIXED_PRECISION": precision, "ACCELERATE_DYNAMO_BACKEND": "NO"})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "variables", "message"),
+    [
+        ("float32", {"ACCELERATE_MIXED_PRECISION": "bf16"}, "is bf16 .* in float32: set mixed_precision to no"),
+        ("float32", {"ACCELERATE_MIXED_PRECISION": "fp16"}, "is fp16 .* in float32: set mixed_precision to no"),
+        ("bfloat16", {"ACCELERATE_MIXED_PRECISION": "fp16"}, "is fp16 .* the run computes in bfloat16"),
+        ("bfloat16", {"ACCELERATE_MIXED_PRECISION": "fp8"}, "is fp8 .* the run computes in bfloat16"),
+        ("bfloat16", {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "is inductor .* set dynamo_backend to no"),
+    ],
+)
+def test_a_precision_and_a_compiler_that_only_the_launcher_has_are_refused(dtype, variables, message):
+    with pytest.raises(ValueError, match=f"{next(iter(variables))} {message}"):
+        check_precision(dtype, variables)
 
 
 def test_the_world_size_is_the_launchers_or_one():
