@@ -23,6 +23,12 @@ LAUNCH_FILES = {
 """Engine and whether there are GPUs -> the file in ``launch/`` that accelerate starts the ranks of one machine with."""
 
 
+REPLACING_SECTIONS = {
+    "optimizer": "training.optim, training.learning_rate and training.lora_plus_ratio",
+    "scheduler": "training.lr_scheduler_type and training.warmup_steps",
+}
+"""Section of a DeepSpeed file that replaces what the configuration says -> the keys that say it."""
+
 ACCELERATE_PRECISIONS = {"float32": "no", "bfloat16": "bf16"}
 """Compute dtype of a run -> what accelerate calls it."""
 
@@ -88,8 +94,8 @@ def check_precision(compute_dtype: str, environment: Mapping[str, str]) -> None:
     if backend != "no":
         raise ValueError(
             f"ACCELERATE_DYNAMO_BACKEND is {backend} (dynamo_backend {where}), but what the run compiles is in its "
-            "configuration: set dynamo_backend to no (accelerate launch --dynamo_backend no), and training.torch_compile "
-            "where it is wanted"
+            "configuration: set dynamo_backend to no (accelerate launch --dynamo_backend no), or leave it out, and set "
+            "training.torch_compile where that is wanted"
         )
 
 
@@ -116,6 +122,13 @@ def _check_zero(environment: Mapping[str, str], hint: str) -> None:
                 f"where the model is: set it to none. An adapter's state is small, so that {offload} would save next "
                 f"to nothing (dora-dist estimate has the size){hint}"
             )
+    path, settings = _deepspeed_file(environment)
+    for section, keys in REPLACING_SECTIONS.items():
+        if isinstance(settings, dict) and section in settings:
+            raise ValueError(
+                f"distributed.engine is zero2, but {path} has a section {section}, by which DeepSpeed would replace "
+                f"that of the configuration: leave it out; {keys} say it{hint}"
+            )
 
 
 def _zero_setting(environment: Mapping[str, str], key: str, option: str, default: str) -> tuple[str, object]:
@@ -132,19 +145,30 @@ def _zero_setting(environment: Mapping[str, str], key: str, option: str, default
         ValueError: the file cannot be read.
     """
     of_launcher = environment.get(f"ACCELERATE_DEEPSPEED_{option.upper()}", default)
+    path, value = _deepspeed_file(environment)
+    if path is None:
+        return f"the launcher's {option}", of_launcher
+    for name in ("zero_optimization", *key.split(".")):
+        value = value.get(name, "missing") if isinstance(value, dict) else "missing"
+    return f"zero_optimization.{key} in {path}", of_launcher if value == "auto" else value
+
+
+def _deepspeed_file(environment: Mapping[str, str]) -> tuple[str | None, Any]:
+    """The path of the DeepSpeed file that the launcher names, and what is in it; None twice where it names none.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
     path = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if path == "none":
-        return f"the launcher's {option}", of_launcher
+        return None, None
     try:
-        value: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+        return path, json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"the DeepSpeed file {path} (deepspeed_config_file of the launch file) cannot be read from {Path.cwd()}: "
             f"{error}; start it with: {LAUNCH_HINT['zero2']}"
         ) from None
-    for name in ("zero_optimization", *key.split(".")):
-        value = value.get(name, "missing") if isinstance(value, dict) else "missing"
-    return f"zero_optimization.{key} in {path}", of_launcher if value == "auto" else value
 
 
 def world_size_of(environment: Mapping[str, str]) -> int:

@@ -107,6 +107,19 @@ def test_offloading_is_refused_wherever_it_was_set(tmp_path, name):
 
 
 @pytest.mark.parametrize(
+    ("section", "keys"),
+    [("optimizer", "training.optim, .*lora_plus_ratio say it"), ("scheduler", "training.lr_scheduler_type and .* say")],
+)
+@pytest.mark.parametrize("content", [{"type": "AdamW", "params": {"lr": "auto"}}, {}])
+def test_a_deepspeed_file_that_replaces_optimizer_or_schedule_is_refused(tmp_path, section, keys, content):
+    """transformers leaves both to DeepSpeed wherever the section is there, even an empty one."""
+    environment = deepspeed_file(tmp_path, {"zero_optimization": {"stage": 2}, section: content})
+    message = rf"{tmp_path}/engine.json has a section {section}, .*: leave it out; {keys}"
+    with pytest.raises(ValueError, match=f"{message}.*start it with: "):
+        check_launch("zero2", environment)
+
+
+@pytest.mark.parametrize(
     ("dtype", "precision"), [("float32", "no"), ("float32", "NO"), ("bfloat16", "no"), ("bfloat16", "bf16")]
 )
 def test_a_precision_of_the_launcher_that_the_run_has_passes(dtype, precision):
