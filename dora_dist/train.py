@@ -311,7 +311,7 @@ def build_parts(
         say(f"the base is in {shards.ranks} shards, one a rank{copies}")
     with agreement.together("loading the model"), explained(lambda: LOADING_ADVICE):
         model = build.load_model(
-            config, agreement.device, resolved.tokenizer, resolved.data.labels, shards, resolved.start
+            config, agreement.device, resolved.tokenizer, resolved.data.labels, shards, resolved.start, resolved.data
         )
         apply_recomputation(config, model.get_base_model(), resolved.recomputation)
         seed = adapter_seed(config)
