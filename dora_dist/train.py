@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 
 from dora_dist.config.command_line import with_config_option
 from dora_dist.config.parse import parse_config
+from dora_dist.config.tasks import CAUSAL_LM
 from dora_dist.console.arguments import SPEED_OPTION, add_speed_option, speed_of
 from dora_dist.console.command import capture, do_last, run_command
 from dora_dist.console.errors import PreemptedError, mark_common
 from dora_dist.console.library_warnings import quiet_libraries
 from dora_dist.console.phases import Phases
 from dora_dist.console.text import say
-from dora_dist.distributed.launcher import check_launch, check_whole, check_world_size, launched
+from dora_dist.distributed.launcher import check_launch, check_precision, check_whole, check_world_size, launched
 from dora_dist.distributed.preemption import PreemptionNotice
 
 if TYPE_CHECKING:
@@ -116,6 +117,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             check_world_size(dry_run.ranks, config.distributed.engine)
         if has_ranks:
             check_launch(config.distributed.engine, os.environ)
+            from dora_dist.base_model.load import resolve_compute_dtype
+
+            dtype = resolve_compute_dtype(config.model.compute_dtype)
+            check_precision(str(dtype).removeprefix("torch."), os.environ)
         from dora_dist.runs.resume import refuse_foreign_folder
 
         refuse_foreign_folder(Path(config.output_dir))
@@ -305,7 +310,7 @@ def build_parts(
         say(f"the base is in {shards.ranks} shards, one a rank{copies}")
     with agreement.together("loading the model"), explained(lambda: LOADING_ADVICE):
         model = build.load_model(
-            config, agreement.device, resolved.tokenizer, resolved.data.labels, shards, resolved.start
+            config, agreement.device, resolved.tokenizer, resolved.data.labels, shards, resolved.start, resolved.data
         )
         apply_recomputation(config, model.get_base_model(), resolved.recomputation)
         seed = adapter_seed(config)
@@ -357,6 +362,7 @@ def finish(run: Path, config: "RunConfig", resolved: "ResolvedRun", trainer: "Dy
     from dora_dist.base_model.load import BaseModelSpec, scaled_positions
     from dora_dist.page.document import keep_current
     from dora_dist.runs import records, summary
+    from dora_dist.runs.generation import needed_for
     from dora_dist.setup.ending import describe_size, describe_use
     from dora_dist.training.checkpointing import write_adapter
 
@@ -374,8 +380,10 @@ def finish(run: Path, config: "RunConfig", resolved: "ResolvedRun", trainer: "Dy
             text = summary.finish_run(run)
             keep_current(run)
             page = [f"  {'page':<16} {run / records.PAGE}"] if (run / records.PAGE).is_file() else []
-            positions = scaled_positions(BaseModelSpec.of(config.model, config.task))
-            use = describe_use(run, task, labels, positions)
+            spec = BaseModelSpec.of(config.model, config.task)
+            chat = resolved.data.template is not None
+            needed = needed_for(run / "adapter", spec, chat) if config.task == CAUSAL_LM else None
+            use = describe_use(run, task, labels, scaled_positions(spec), needed)
             print(text, *page, describe_size(run, task), "", use, sep="\n", flush=True)
 
 

@@ -1,4 +1,5 @@
-"""Tokens that a tokenizer is given beside its own, and their rows in the embedding and the output head of a model."""
+"""Tokens that a tokenizer is given beside its own, and their rows in the embedding and the output head of a model; and
+tokens of its own whose rows nothing has trained."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,11 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dora_dist.base_model.shape import input_embedding
+
+UNTRAINED = 1e-3
+"""Share of the median norm of rows below which a row holds nothing."""
+SAMPLED_ROWS = 1000
+"""Rows of which the median norm is taken, about."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,3 +143,38 @@ def start_rows(model: PreTrainedModel, tokens: NewTokens) -> None:
     for module in modules_with_rows(model).values():
         for number, pieces in zip(tokens.ids, tokens.pieces, strict=True):
             module.weight[number] = module.weight[pieces].float().mean(0)
+
+
+@torch.no_grad()
+def untrained_rows(
+    model: PreTrainedModel, read: Sequence[int], written: Sequence[int], added: Sequence[int]
+) -> list[int]:
+    """Tokens for which a model has a row that nothing has trained: next to nothing, or the same, bit for bit, as that
+    of another token. Untrained rows of random values look like trained ones, and are not found.
+
+    Args:
+        model: a base.
+        read: tokens, looked for in its embedding.
+        written: tokens, looked for in its head too, where that has rows of its own.
+        added: tokens that these are compared with.
+    """
+    embedding, head = input_embedding(model), model.get_output_embeddings()
+    found = _untrained_in(embedding.weight, read, added)
+    if isinstance(head, nn.Linear) and head.weight is not embedding.weight:
+        found |= _untrained_in(head.weight, written, added)
+    return sorted(found)
+
+
+def _untrained_in(weight: torch.Tensor, tokens: Sequence[int], added: Sequence[int]) -> set[int]:
+    rows = len(weight)
+    asked, others = ([token for token in ids if token < rows] for ids in (tokens, added))
+    if not asked or not weight.is_floating_point() or weight.is_meta:
+        return set()
+    typical = weight[:: max(1, rows // SAMPLED_ROWS)].float().norm(dim=1).median()
+    compared = weight[others]
+    return {
+        token
+        for token in asked
+        if weight[token].float().norm() <= UNTRAINED * typical
+        or (compared == weight[token]).all(1).sum() > others.count(token)
+    }

@@ -23,6 +23,16 @@ LAUNCH_FILES = {
 """Engine and whether there are GPUs -> the file in ``launch/`` that accelerate starts the ranks of one machine with."""
 
 
+REPLACING_SECTIONS = {
+    "optimizer": "training.optim, training.learning_rate and training.lora_plus_ratio",
+    "scheduler": "training.lr_scheduler_type and training.warmup_steps",
+}
+"""Section of a DeepSpeed file that replaces what the configuration says -> the keys that say it."""
+
+ACCELERATE_PRECISIONS = {"float32": "no", "bfloat16": "bf16"}
+"""Compute dtype of a run -> what accelerate calls it."""
+
+
 def check_launch(engine: str, environment: Mapping[str, str]) -> None:
     """Refuse a launch that cannot become the engine asked for.
 
@@ -60,6 +70,36 @@ def check_launch(engine: str, environment: Mapping[str, str]) -> None:
         )
 
 
+def check_precision(compute_dtype: str, environment: Mapping[str, str]) -> None:
+    """Refuse a launch by which accelerate would compute in another precision than the run, or compile its model.
+
+    ``accelerate launch`` sets both variables, from its options, its file, or the user's ``default_config.yaml``; the
+    Trainer obeys them without a word. A precision of ``no`` goes with every run.
+
+    Args:
+        compute_dtype: of the run, such as ``float32``; never ``auto``.
+        environment: of this process.
+
+    Raises:
+        ValueError: names the variable and the key that says it.
+    """
+    where = "of the launch file, of accelerate's default_config.yaml, or of accelerate launch"
+    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision not in ("no", ACCELERATE_PRECISIONS[compute_dtype]):
+        raise ValueError(
+            f"ACCELERATE_MIXED_PRECISION is {precision} (mixed_precision {where}), but the run computes in "
+            f"{compute_dtype}: set mixed_precision to no (accelerate launch --mixed_precision no), which leaves it to "
+            "model.compute_dtype"
+        )
+    backend = environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if backend != "no":
+        raise ValueError(
+            f"ACCELERATE_DYNAMO_BACKEND is {backend} (dynamo_backend {where}), but what the run compiles is in its "
+            "configuration: set dynamo_backend to no (accelerate launch --dynamo_backend no), or leave it out, and set "
+            "training.torch_compile where that is wanted"
+        )
+
+
 def _check_zero(environment: Mapping[str, str], hint: str) -> None:
     """Refuse settings of ZeRO that are not supported.
 
@@ -83,6 +123,13 @@ def _check_zero(environment: Mapping[str, str], hint: str) -> None:
                 f"where the model is: set it to none. An adapter's state is small, so that {offload} would save next "
                 f"to nothing (dora-dist estimate has the size){hint}"
             )
+    path, settings = _deepspeed_file(environment)
+    for section, keys in REPLACING_SECTIONS.items():
+        if isinstance(settings, dict) and section in settings:
+            raise ValueError(
+                f"distributed.engine is zero2, but {path} has a section {section}, by which DeepSpeed would replace "
+                f"that of the configuration: leave it out; {keys} say it{hint}"
+            )
 
 
 def _zero_setting(environment: Mapping[str, str], key: str, option: str, default: str) -> tuple[str, object]:
@@ -99,19 +146,30 @@ def _zero_setting(environment: Mapping[str, str], key: str, option: str, default
         ValueError: the file cannot be read.
     """
     of_launcher = environment.get(f"ACCELERATE_DEEPSPEED_{option.upper()}", default)
+    path, value = _deepspeed_file(environment)
+    if path is None:
+        return f"the launcher's {option}", of_launcher
+    for name in ("zero_optimization", *key.split(".")):
+        value = value.get(name, "missing") if isinstance(value, dict) else "missing"
+    return f"zero_optimization.{key} in {path}", of_launcher if value == "auto" else value
+
+
+def _deepspeed_file(environment: Mapping[str, str]) -> tuple[str | None, Any]:
+    """The path of the DeepSpeed file that the launcher names, and what is in it; None twice where it names none.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
     path = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if path == "none":
-        return f"the launcher's {option}", of_launcher
+        return None, None
     try:
-        value: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+        return path, json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"the DeepSpeed file {path} (deepspeed_config_file of the launch file) cannot be read from {Path.cwd()}: "
             f"{error}; start it with: {LAUNCH_HINT['zero2']}"
         ) from None
-    for name in ("zero_optimization", *key.split(".")):
-        value = value.get(name, "missing") if isinstance(value, dict) else "missing"
-    return f"zero_optimization.{key} in {path}", of_launcher if value == "auto" else value
 
 
 def launched(environment: Mapping[str, str]) -> bool:

@@ -175,6 +175,8 @@ def check_prepared(
         failures.append(f"distributed.engine is {engine}, but the model is wrapped by {found}{hint}")
     elif engine == "zero2":
         failures += _deepspeed_mismatches(wrapped, trainer.args)
+    else:
+        failures += _accelerate_mismatches(trainer.accelerator, trainer.args)
     wrong = {
         name: p.dtype
         for name, p in trainer.model.named_parameters()
@@ -213,6 +215,17 @@ def _deepspeed_mismatches(wrapped: nn.Module, arguments: Any) -> list[str]:
         f"DeepSpeed's {name} is {found}, the Trainer's is {wanted} (write 'auto' in the DeepSpeed configuration)"
         for name, (found, wanted) in pairs.items()
         if found != wanted
+    ]
+
+
+def _accelerate_mismatches(accelerator: Any, arguments: Any) -> list[str]:
+    """The precision in which accelerate lets the model compute, where it is not the Trainer's."""
+    found, wanted = accelerator.mixed_precision, "bf16" if arguments.bf16 else "no"
+    if found == wanted:
+        return []
+    return [
+        f"accelerate's mixed precision is {found}, the Trainer's is {wanted} (unset ACCELERATE_MIXED_PRECISION; "
+        "model.compute_dtype says it)"
     ]
 
 

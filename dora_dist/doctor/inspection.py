@@ -11,7 +11,7 @@ import torch
 
 from dora_dist.base_model.load import BaseModelSpec, find_model, load_skeleton, resolve_compute_dtype
 from dora_dist.console.errors import ExpectedRunError
-from dora_dist.distributed.launcher import check_launch, launched, with_deepspeed
+from dora_dist.distributed.launcher import check_launch, check_precision, launched, with_deepspeed
 from dora_dist.distributed.rendezvous import join_rendezvous
 from dora_dist.distributed.store_agreement import StoreAgreement
 from dora_dist.distributed.world import connect, host_group
@@ -111,7 +111,11 @@ def _launch_failure(config: "RunConfig | None", environment: Mapping[str, str]) 
     engine = config.distributed.engine if config else "zero2" if with_deepspeed(environment) else None
     if engine is None or not launched(environment):
         return None
-    return _refusal(partial(check_launch, engine, environment))
+    name = config.model.compute_dtype if config else "auto"
+    dtype = str(resolve_compute_dtype(name)).removeprefix("torch.")
+    return _refusal(partial(check_launch, engine, environment)) or _refusal(
+        partial(check_precision, dtype, environment)
+    )
 
 
 def _refusals(config: "RunConfig | None") -> dict[str, str | None]:

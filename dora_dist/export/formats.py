@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from dora_dist.adapter.card import complete_card
 from dora_dist.adapter.plain_lora import (
@@ -22,11 +22,11 @@ from dora_dist.adapter.plain_lora import (
     write_compact_adapter,
     write_lora_adapter,
 )
-from dora_dist.data.encoding.chat import stop_tokens
 from dora_dist.export.merge import cast_parameters, merge_into
 from dora_dist.export.servers import serve_lines, with_neighbours
 from dora_dist.export.verification import Reference, logits_of, make_reference
-from dora_dist.runs.card import how_to_scale, scaling_card
+from dora_dist.runs.card import FOLDER_IN_CARD, base_card, how_to_scale
+from dora_dist.runs.generation import Needed, set_special_tokens
 from dora_dist.runs.trained_run import TrainedRun, default_device
 
 PEFT_USAGE = """\
@@ -73,7 +73,7 @@ def export_peft(trained: TrainedRun, folder: Path, rank: int | None) -> Exported
     content = f"LoRA adapter of {len(factors)} modules, all of rank {rank}"
     if len(completed) > len(factors):
         content += f", and zeros for {len(completed) - len(factors)} more, which servers compute together with them"
-    return Exported(content, _check_adapter(trained, folder, reference), _adapter_usage(trained, folder))
+    return _complete_adapter(trained, folder, reference, content)
 
 
 def export_compact(trained: TrainedRun, folder: Path) -> Exported:
@@ -88,7 +88,7 @@ def export_compact(trained: TrainedRun, folder: Path) -> Exported:
     write_compact_adapter(folder, factors, trained.base, new_rows)
     ranks = [lora_a.shape[0] for lora_a, _ in factors.values()]
     content = f"LoRA adapter of {len(ranks)} modules with ranks from {min(ranks)} to {max(ranks)}"
-    return Exported(content, _check_adapter(trained, folder, reference), _adapter_usage(trained, folder))
+    return _complete_adapter(trained, folder, reference, content)
 
 
 def _read(trained: TrainedRun) -> tuple[dict[str, Factors], NewRows | None]:
@@ -100,10 +100,11 @@ def _read(trained: TrainedRun) -> tuple[dict[str, Factors], NewRows | None]:
     return read_lora_adapter(trained.adapter, (TOKEN_ROWS,)), read_new_rows(trained.adapter)
 
 
-def _adapter_usage(trained: TrainedRun, folder: Path) -> str:
-    positions, served = trained.scaled_positions(), serve_lines(folder, trained.base)
+def _adapter_usage(trained: TrainedRun, folder: Path, needed: Needed) -> str:
+    positions, served = trained.scaled_positions(), serve_lines(folder, trained.base, needed)
     first = [] if positions is None else [f"First set {how_to_scale(positions)}; or take --format merged, which has it"]
-    return "\n".join([*first, with_base(PEFT_USAGE, trained), *served, LLAMA_CPP, with_base(SERVED_QUANTIZED, trained)])
+    peft = [with_base(PEFT_USAGE, trained), *(line for _, line in needed.lines("{folder}"))]
+    return "\n".join([*first, *peft, *served, LLAMA_CPP, with_base(SERVED_QUANTIZED, trained)])
 
 
 def export_merged(trained: TrainedRun, folder: Path, dtype: str, original: bool) -> Exported:
@@ -129,7 +130,8 @@ def export_merged(trained: TrainedRun, folder: Path, dtype: str, original: bool)
         )
     plain, reference = _merge(trained, original)
     merged = reference.check("the merged model", logits_of(plain, reference.tokens))
-    _set_special_tokens(plain, trained)
+    assert plain.generation_config is not None
+    set_special_tokens(plain.generation_config, trained.load_tokenizer(), trained.use.chat)
     rounded = _write_rounded(plain, folder, dtype, trained.load_tokenizer(), reference.tokens)
     del plain
     logits = _logits_of_written(folder, trained.trust_remote_code, reference.tokens)
@@ -156,23 +158,6 @@ def _merge(trained: TrainedRun, original: bool) -> tuple[PreTrainedModel, Refere
     plain.generation_config = base.generation_config
     merge_into(plain, base, factors, new_rows)
     return plain, _reference(trained, base)
-
-
-def end_tokens(trained: TrainedRun, settings: GenerationConfig) -> list[int]:
-    """What the model stops at when it generates: what ended an answer in training, the end token first, and then all
-    that its base stops at by ``settings``."""
-    tokenizer, of_base = trained.load_tokenizer(), settings.eos_token_id
-    trained_ends = stop_tokens(tokenizer, tokenizer.get_chat_template() if trained.use.chat else None)
-    base_ends = of_base if isinstance(of_base, list) else [] if of_base is None else [of_base]
-    return list(dict.fromkeys([tokenizer.eos_token_id, *trained_ends, *base_ends]))
-
-
-def _set_special_tokens(plain: PreTrainedModel, trained: TrainedRun) -> None:
-    tokenizer, settings = trained.load_tokenizer(), plain.generation_config
-    assert settings is not None
-    ends = end_tokens(trained, settings)
-    settings.eos_token_id = sorted(ends) if len(ends) > 1 else ends[0]
-    settings.pad_token_id, settings.bos_token_id = tokenizer.pad_token_id, tokenizer.bos_token_id
 
 
 def _write_rounded(
@@ -214,16 +199,19 @@ def _reference(trained: TrainedRun, base: PreTrainedModel) -> Reference:
     return make_reference(base, trained.adapter, trained.load_tokenizer())
 
 
-def _check_adapter(trained: TrainedRun, folder: Path, reference: Reference) -> list[str]:
+def _complete_adapter(trained: TrainedRun, folder: Path, reference: Reference, content: str) -> Exported:
     """Complete an adapter folder with the tokenizer and what it is used with, load it in stock PEFT, on a base of its
     own, and compare."""
     trained.load_tokenizer().save_pretrained(folder)
     trained.use.write(folder)
-    if (positions := trained.scaled_positions()) is not None:
-        complete_card(folder, *scaling_card(positions))
+    needed = trained.write_generation_settings(folder)
+    positions, lines = trained.scaled_positions(), needed.lines(FOLDER_IN_CARD)
+    if positions is not None or lines:
+        complete_card(folder, *base_card(positions, lines))
     gc.collect()  # bitsandbytes' parameters and layers refer to each other, so the reference's base is still there
     model = PeftModel.from_pretrained(trained.load_base(default_device(), in_float32=True), str(folder))
-    return [str(reference.check("the adapter written", logits_of(model, reference.tokens)))]
+    checked = reference.check("the adapter written", logits_of(model, reference.tokens))
+    return Exported(content, [str(checked)], _adapter_usage(trained, folder, needed))
 
 
 def _quantization(trained: TrainedRun) -> str:

@@ -18,6 +18,7 @@ from dora_dist.adapter.plain_lora import KEY_PREFIX, Factors
 from dora_dist.base_model.shape import GATED_MLP, QUERY_KEY_VALUE
 from dora_dist.config.format_version import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from dora_dist.console import files
+from dora_dist.runs.generation import Needed
 
 COMPUTED_TOGETHER = (QUERY_KEY_VALUE, GATED_MLP[:2])
 """Modules that both servers hold as one matrix. SGLang fails where an adapter has some of them and not the others."""
@@ -56,19 +57,20 @@ def _together_with(module: str) -> tuple[str, ...]:
     return next((group for group in COMPUTED_TOGETHER if module in group), ())
 
 
-def serve_lines(folder: Path, base: str) -> list[str]:
+def serve_lines(folder: Path, base: str, needed: Needed) -> list[str]:
     """For each server the command that serves an adapter, or why the server does not take it.
 
     Args:
         folder: of the adapter. In the commands it is ``{folder}``.
         base: name or path of the base.
+        needed: what the base lacks of the adapter.
     """
     config = files.read_json(folder / ADAPTER_CONFIG)
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     return [
-        _serve_line("vLLM", VLLM, vllm_flaws(config, shapes), base, config["r"]),
-        _serve_line("SGLang", SGLANG, sglang_flaws(config, shapes), base, config["r"]),
+        _serve_line("vLLM", VLLM + needed.vllm("{folder}"), vllm_flaws(config, shapes), base, config["r"]),
+        _serve_line("SGLang", SGLANG + needed.sglang("{folder}"), sglang_flaws(config, shapes), base, config["r"]),
     ]
 
 

@@ -24,9 +24,10 @@ from dora_dist.adapter.plain_lora import (
 from dora_dist.console import files
 from dora_dist.console.errors import ExpectedRunError
 from dora_dist.data.encoding.chat import PROBE
-from dora_dist.export.formats import Exported, end_tokens, export_merged, with_base
+from dora_dist.export.formats import Exported, export_merged, with_base
 from dora_dist.export.llama_cpp import ADAPTER, MERGED, LlamaCpp
 from dora_dist.export.read_gguf import update_norm
+from dora_dist.runs.generation import end_tokens
 from dora_dist.runs.trained_run import TrainedRun
 
 OUTTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
@@ -68,7 +69,7 @@ def export_gguf(
     base = scratch / "base"
     trained.load_model_config().save_pretrained(base)
     tokenizer.save_pretrained(base)
-    ends = end_tokens(trained, _generation_config(trained))
+    ends = end_tokens(tokenizer, trained.use.chat, trained.generation_settings())
     written = []
     if MERGED in parts:
         complete_tokenizer(base, tokenizer, trained.base, trained.use.chat)
@@ -109,14 +110,6 @@ def _factors_for_gguf(trained: TrainedRun) -> dict[str, Factors]:
             f"which llama.cpp's converter makes of it as it is stored: give --part {MERGED}, which has the scaling"
         )
     return read_lora_adapter(trained.adapter)
-
-
-def _generation_config(trained: TrainedRun) -> GenerationConfig:
-    """How the base generates, as transformers loads it."""
-    try:
-        return GenerationConfig.from_pretrained(os.path.expanduser(trained.base))
-    except OSError:  # it has no file for it
-        return GenerationConfig.from_model_config(trained.load_model_config())
 
 
 def complete_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, base_path: str, chat: bool) -> None:
@@ -264,7 +257,7 @@ def check_updates(found: Sequence[float], factors: Mapping[str, Factors]) -> flo
 def _write_merged(trained: TrainedRun, folder: Path, llama_cpp: LlamaCpp, dtype: str, original: bool) -> Exported:
     tokenizer, plain, file = trained.load_tokenizer(), folder / "scratch" / MERGED, folder / f"{MERGED}.gguf"
     merged = export_merged(trained, plain, dtype, original)
-    ends = end_tokens(trained, GenerationConfig.from_pretrained(plain))
+    ends = end_tokens(tokenizer, trained.use.chat, GenerationConfig.from_pretrained(plain))
     complete_tokenizer(plain, tokenizer, trained.base, trained.use.chat)
     llama_cpp.convert_model(plain, file, OUTTYPES[dtype], "--model-name", trained.folder.resolve().name)
     shutil.rmtree(plain)

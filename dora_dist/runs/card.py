@@ -21,15 +21,20 @@ LICENCE = (
     "Not chosen. What applies is for whoever publishes the adapter to say, by the licences of its base and of its "
     "data: set `license` above."
 )
+FOLDER_IN_CARD = "path/to/this/folder"
+"""What a card calls the folder that it is in."""
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def card_of(run: Path, config: RunConfig, method: str | None = None) -> tuple[dict[str, Any], str]:
+def card_of(
+    run: Path, config: RunConfig, needed: Sequence[tuple[str, str]] = (), method: str | None = None
+) -> tuple[dict[str, Any], str]:
     """Metadata and text for :func:`~dora_dist.adapter.card.complete_card`, by the records so far.
 
     Args:
         run: folder of the run, which may be going on.
         config: that it has recorded.
+        needed: what its base lacks, as of :meth:`~dora_dist.runs.generation.Needed.lines`.
         method: that trained the adapter instead of the one in the configuration; None for that one.
     """
     about, summary = files.read_json(run / records.RUN), summarize(run)
@@ -48,6 +53,7 @@ def card_of(run: Path, config: RunConfig, method: str | None = None) -> tuple[di
         ("task", config.task),
         ("base", f"{settings['model.path']}, quantization {settings['model.quantization']}"),
         *rope,
+        *needed,
         ("steps", f"{summary['steps']} of {settings['optimizer steps']}, {settings['global batch']} rows each"),
         ("learning rate", str(settings["training.learning_rate"])),
         ("seed", str(config.seed)),
@@ -84,10 +90,16 @@ def how_to_scale(positions: Mapping[str, Any]) -> str:
     return f"{settings}, in the base's config.json"
 
 
-def scaling_card(positions: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """As :func:`card_of`, of an adapter of which only :func:`how_to_scale` its base is to be said."""
-    text = textwrap.indent(_lines([("first set", how_to_scale(positions))]), "    ")
-    return {"rope_parameters": positions["rope_parameters"]}, f"## Base\n\n{text}\n"
+def base_card(positions: Mapping[str, Any] | None, needed: Sequence[tuple[str, str]]) -> tuple[dict[str, Any], str]:
+    """As :func:`card_of`, of an adapter of which only is to be said what its base lacks.
+
+    Args:
+        positions: for :func:`how_to_scale`; None for those of the base.
+        needed: as of :meth:`~dora_dist.runs.generation.Needed.lines`.
+    """
+    scaling = [] if positions is None else [("first set", how_to_scale(positions))]
+    text = textwrap.indent(_lines([*scaling, *needed]), "    ")
+    return {} if positions is None else {"rope_parameters": positions["rope_parameters"]}, f"## Base\n\n{text}\n"
 
 
 def _is_of_the_hub(source: SourceConfig) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dora_dist.base_model import load
 from dora_dist.base_model.new_tokens import start_rows
@@ -23,7 +23,7 @@ from dora_dist.config.run import EvaluationConfig
 from dora_dist.config.tasks import CAUSAL_LM, TASKS
 from dora_dist.console import files
 from dora_dist.console.text import say
-from dora_dist.runs import records
+from dora_dist.runs import generation, records
 from dora_dist.runs.checkpoint import checkpoints, flaw_of
 from dora_dist.runs.use import USE, Use
 
@@ -105,7 +105,7 @@ class TrainedRun:
             ValueError: the base cannot be found.
         """
         with _looking_for_base(self.folder):
-            return load.load_model_config(self._spec(self.use.quantization, getattr(torch, self.use.compute_dtype)))
+            return load.load_model_config(self._trained_spec)
 
     def scaled_positions(self) -> dict[str, Any] | None:
         """See :func:`~dora_dist.base_model.load.scaled_positions`.
@@ -114,7 +114,25 @@ class TrainedRun:
             ValueError: the base cannot be found.
         """
         with _looking_for_base(self.folder):
-            return load.scaled_positions(self._spec(self.use.quantization, getattr(torch, self.use.compute_dtype)))
+            return load.scaled_positions(self._trained_spec)
+
+    def generation_settings(self) -> GenerationConfig:
+        """How the base generates.
+
+        Raises:
+            ValueError: the base cannot be found.
+        """
+        with _looking_for_base(self.folder):
+            return generation.settings_of_base(self._trained_spec)
+
+    def write_generation_settings(self, folder: Path) -> generation.Needed:
+        """See :func:`~dora_dist.runs.generation.write_settings`.
+
+        Raises:
+            ValueError: the base cannot be found.
+        """
+        with _looking_for_base(self.folder):
+            return generation.write_settings(folder, self._trained_spec, self.use.chat)
 
     @property
     def stored_quantized(self) -> bool:
@@ -125,6 +143,10 @@ class TrainedRun:
         """See :func:`~dora_dist.base_model.load.make_plain_model`; with rows for new tokens."""
         spec = self._spec(self.use.quantization, torch.float32)
         return self._with_new_tokens(load.make_plain_model(spec), spec)
+
+    @property
+    def _trained_spec(self) -> load.BaseModelSpec:
+        return self._spec(self.use.quantization, getattr(torch, self.use.compute_dtype))
 
     def _load(self, quantization: str, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
         with _looking_for_base(self.folder):

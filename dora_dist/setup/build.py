@@ -15,7 +15,7 @@ from dora_dist.adapter.from_folder import FoundAdapter
 from dora_dist.adapter.model import DynamicLoraForCausalLM, DynamicLoraModel, add_dynamic_lora
 from dora_dist.base_model import load
 from dora_dist.base_model.kernels import NO_KERNELS, ROPE, TRIED_ALONE, KernelsInUse, use_kernels
-from dora_dist.base_model.new_tokens import ids_of, start_rows
+from dora_dist.base_model.new_tokens import ids_of, start_rows, untrained_rows
 from dora_dist.base_model.quantization import sample_of
 from dora_dist.base_model.recomputation import Recomputation
 from dora_dist.config.adapter import DRAWN_INITS, PROMPT, RANKS_FROM_DATA, UNIFORM, Init
@@ -25,6 +25,7 @@ from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import TASKS
 from dora_dist.config.training import LORA_PLUS_RATIO, training_argument
 from dora_dist.console.text import say
+from dora_dist.data.encoding.chat import stop_tokens
 from dora_dist.distributed.agreement import Agreement, digest_tensors
 from dora_dist.distributed.preemption import PreemptionNotice
 from dora_dist.distributed.sharded_base import ShardedBase
@@ -41,6 +42,7 @@ from dora_dist.runs.resume import Earlier
 from dora_dist.runs.trackers import TrackedRun, Trackers, known_as
 from dora_dist.setup.fingerprint import adapter_seed
 from dora_dist.setup.resolve import ResolvedRun
+from dora_dist.setup.run_data import RunData
 from dora_dist.setup.tasks import TASK_PARTS
 from dora_dist.training.controller import DynamicRankController
 from dora_dist.training.criterion import Criterion, LayerSensitivity, criterion_of
@@ -55,6 +57,9 @@ from dora_dist.training.rules.prune import Prune
 from dora_dist.training.rules.rule import Rule
 from dora_dist.training.skipped_steps import SkipPolicy
 from dora_dist.training.trainer import DynamicLoraTrainer
+
+SEEN_ROWS = 64
+"""Rows of a source in which control tokens of its chat template are looked for."""
 
 
 def check_same_on_all_ranks(
@@ -95,6 +100,7 @@ def load_base(
     tokenizer: PreTrainedTokenizerBase,
     labels: Sequence[str] | None = None,
     shards: ShardedBase | None = None,
+    data: RunData | None = None,
 ) -> PreTrainedModel:
     """The frozen base, and the head of its task and the rows of new tokens at the start.
 
@@ -104,6 +110,7 @@ def load_base(
         tokenizer: of the model.
         labels: names of the classes in the order of their numbers, where the task has any.
         shards: hold this rank's part of it; None for all of it.
+        data: whose control tokens are looked for among the rows of the base; None for no look.
     """
     head = None
     if TASKS[config.task].trains_head:
@@ -111,12 +118,37 @@ def load_base(
         head = load.HeadStart(labels=labels, num_outputs=outputs, seed=adapter_seed(config))
     spec = load.BaseModelSpec.of(config.model, config.task)
     base = load.load_base_model(spec, device, head, None if shards is None else shards.take_layer)
+    if data is not None and (warning := untrained_controls(base, tokenizer, data, config.adapter.new_tokens or [])):
+        say(warning)
     if shards is not None:
         shards.complete(base)
     if config.adapter.new_tokens is not None:
         start_rows(base, load.read_new_tokens(spec, config.adapter.new_tokens))
     set_special_tokens(base, tokenizer)
     return base
+
+
+def untrained_controls(
+    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: RunData, new_tokens: Sequence[str]
+) -> str | None:
+    """A warning of control tokens of conversations for which the base has no trained rows; None where it has them, by
+    the first rows of every source. An adapter trains no rows but those of ``new_tokens``."""
+    if data.template is None:
+        return None
+    added = sorted(set(tokenizer.added_tokens_decoder) - set(ids_of(tokenizer, new_tokens)))
+    seen = {token for source in data.train for ids in source.dataset[:SEEN_ROWS]["input_ids"] for token in ids}
+    read = sorted(seen.intersection(added))
+    written = sorted(set(stop_tokens(tokenizer, data.template)).intersection(read))
+    found = untrained_rows(base, read, written, added)
+    if not found:
+        return None
+    names = ", ".join(tokenizer.convert_ids_to_tokens(found))
+    return (
+        f"warning: the chat template writes {names}, of which the base has rows that were never trained (they are next "
+        "to nothing, or equal those of other tokens), and an adapter does not train them: set model.path to the model "
+        "that was trained on conversations (its name often ends in Instruct, chat or it), or data.chat_template to "
+        "plain, which needs none of them"
+    )
 
 
 def load_model(
@@ -126,10 +158,11 @@ def load_model(
     labels: Sequence[str] | None = None,
     shards: ShardedBase | None = None,
     start: FoundAdapter | None = None,
+    data: RunData | None = None,
 ) -> DynamicLoraModel:
     """The frozen base with its adapter, and the head of its task, at the start; arguments as of :func:`load_base`, and
     ``start`` is the adapter whose components it starts with."""
-    base = load_base(config, device, tokenizer, labels, shards)
+    base = load_base(config, device, tokenizer, labels, shards, data)
     adapter = config.adapter
     if adapter.dtype == "auto" and not config.distributed.engine.startswith("zero"):
         # Only ZeRO keeps a float32 master copy of low-precision parameters.

@@ -14,6 +14,7 @@ from dora_dist.console.files import read_json
 from dora_dist.console.text import format_bytes
 from dora_dist.routing.files import TENSORS, is_routed
 from dora_dist.runs.card import how_to_scale
+from dora_dist.runs.generation import Needed
 
 
 def describe_adapter(folder: Path, config: RunConfig) -> str:
@@ -36,7 +37,11 @@ def describe_size(run: Path, task: str) -> str:
 
 
 def describe_use(
-    run: Path, task: str, labels: list[str] | str | None, positions: Mapping[str, Any] | None = None
+    run: Path,
+    task: str,
+    labels: list[str] | str | None,
+    positions: Mapping[str, Any] | None = None,
+    needed: Needed | None = None,
 ) -> str:
     """The lines that load the adapter of a finished run, serve it and share it.
 
@@ -45,8 +50,10 @@ def describe_use(
         task: of the run.
         labels: names of classes, or ``regression``; None where rows have no labels.
         positions: of the base in the run, as of :func:`~dora_dist.base_model.load.scaled_positions`.
+        needed: what the base lacks of the adapter; None for nothing.
     """
-    folder = run / "adapter"
+    folder, needed = run / "adapter", needed or Needed()
+    further = needed.lines(str(folder))
     shared = ("shared", f"hf upload USER/NAME {quote(str(folder))}     # with README.md, its model card")
     lines = []
     if positions is not None:
@@ -55,17 +62,18 @@ def describe_use(
     if not is_routed(folder) and read_json(folder / ADAPTER_CONFIG).get("trainable_token_indices"):
         merged = f"merged (dora-dist export {quote(str(run))} --format merged): servers take no rows of new tokens"
         load = f"AutoPeftModelForCausalLM.from_pretrained({str(folder)!r})"
-        return _aligned([*lines, ("in Python", load), ("served", merged), shared])
+        return _aligned([*lines, ("in Python", load), *further, ("served", merged), shared])
     if is_routed(folder):
         base, load = read_json(folder / ROUTED_ADAPTER)["base_model"], "dora_dist.load_adapter"
     else:
         base, load = read_json(folder / ADAPTER_CONFIG)["base_model_name_or_path"], "PeftModel.from_pretrained"
     outputs = "" if labels is None else f", num_labels={len(labels) if isinstance(labels, list) else 1}"
     lines += [("in Python", f"{load}({TASKS[task].auto_class}.from_pretrained({base!r}{outputs}), {str(folder)!r})")]
+    lines += further
     if task == CAUSAL_LM and not is_routed(folder):
         rank = read_json(folder / ADAPTER_CONFIG)["r"]
         adapter = f"--max-lora-rank {rank} --lora-modules NAME={quote(str(folder))}"
-        served = f"vllm serve {quote(base)} --enable-lora {adapter}"
+        served = f"vllm serve {quote(base)} --enable-lora {adapter}{needed.vllm(quote(str(folder)))}"
         lines.append(("served by vLLM", served))
     return _aligned([*lines, shared])
 

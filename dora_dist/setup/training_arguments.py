@@ -1,7 +1,8 @@
 """The Trainer's settings of a run."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 from importlib.util import find_spec
 from typing import Any, cast
 
@@ -27,6 +28,9 @@ from dora_dist.config.training import (
 from dora_dist.data.mixture import Mixture
 from dora_dist.training.batch_size import global_batch
 
+ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
+WARMUP = ("warmup_steps", "warmup_ratio")
+"""Keys of a warm-up; transformers before 5 has the second one too."""
 EXTRAS = ("mlflow", "trackio", "wandb")
 """Trackers whose packages are extras of this one, of the same name."""
 
@@ -82,6 +86,8 @@ def training_arguments(
     if "logging_steps" not in config.training:
         arguments.logging_steps = max(1, min(DEFAULT_TRAINING_ARGUMENTS["logging_steps"], arguments.max_steps // 10))
     _try_optimizer(arguments)
+    _check_schedule(config.training, arguments)
+    _check_optimizer_keys(config.training, arguments)
     return arguments
 
 
@@ -117,6 +123,61 @@ def _try_optimizer(arguments: TrainingArguments) -> None:
             f"training.lr_scheduler_kwargs {arguments.lr_scheduler_kwargs}: {error}. Set them to arguments that this "
             "schedule takes and needs"
         ) from None
+
+
+def _check_schedule(given: Mapping[str, Any], arguments: TrainingArguments) -> None:
+    """Refuse settings of the schedule that transformers leaves out of the one that is chosen, without a word.
+
+    Args:
+        given: the user's section.
+        arguments: made of it.
+    """
+    kind = SchedulerType(arguments.lr_scheduler_type)
+    warmup = next((name for name in WARMUP if given.get(name)), None)
+    if kind is SchedulerType.CONSTANT and warmup is not None:
+        raise ValueError(
+            f"training.{warmup} is {given[warmup]}, which has no effect: training.lr_scheduler_type is constant, which "
+            f"has no warm-up. Set it to constant_with_warmup, or omit training.{warmup}"
+        )
+    options = arguments.lr_scheduler_kwargs
+    if options and kind in (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP):
+        raise ValueError(
+            f"training.lr_scheduler_kwargs is {options}, which has no effect: training.lr_scheduler_type is "
+            f"{kind.value}, which takes none. Omit training.lr_scheduler_kwargs, or choose another schedule"
+        )
+
+
+def _check_optimizer_keys(given: Mapping[str, Any], arguments: TrainingArguments) -> None:
+    """Refuse settings that the chosen optimizer does not read: with another value, transformers would make the same
+    one; arguments as of :func:`_check_schedule`."""
+    kind = OptimizerNames(arguments.optim).value
+    for name in ADAM:
+        if given.get(name) is not None and not _is_read(arguments, name, [0.25, 0.5]):
+            raise ValueError(
+                f"training.{name} is {given[name]}, which has no effect: training.optim is {kind}, which does not read "
+                f"it. Omit training.{name}, or set training.optim to {DEFAULT_TRAINING_ARGUMENTS['optim']}"
+            )
+    for entry in (arguments.optim_args or "").replace(" ", "").split(","):
+        name = entry.partition("=")[0]
+        if name and not _is_read(arguments, "optim_args", [f"{name}=0", f"{name}=1"]):
+            raise ValueError(
+                f"training.optim_args has {entry}, which has no effect: training.optim is {kind}, for which "
+                f"transformers does not read {name} there. Omit it; {', '.join(ADAM)} and weight_decay are keys of "
+                "training"
+            )
+
+
+def _is_read(arguments: TrainingArguments, name: str, values: Sequence[Any]) -> bool:
+    """Whether an optimizer depends on one of the settings: not if two values of it make the same one."""
+    matrix, made = nn.utils.skip_init(nn.Linear, 2, 2, bias=False), []
+    for value in values:
+        changed = copy(arguments)
+        setattr(changed, name, value)
+        try:
+            made.append(Trainer.get_optimizer_cls_and_kwargs(changed, cast(PreTrainedModel, matrix)))
+        except Exception:  # whatever a library says of a value that is not sound: it has read it
+            return True
+    return any(one != made[0] for one in made)
 
 
 def _owned(config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:

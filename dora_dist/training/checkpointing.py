@@ -19,12 +19,15 @@ from transformers.trainer_pt_utils import safe_globals
 
 from dora_dist.adapter.card import complete_card
 from dora_dist.adapter.unfolded import load_parameters, trained_parameters
+from dora_dist.base_model.load import BaseModelSpec
 from dora_dist.config.format_version import METHOD_TENSORS
 from dora_dist.config.parse import load_config
+from dora_dist.config.tasks import CAUSAL_LM
 from dora_dist.console.files import follow_umask
 from dora_dist.console.text import say
 from dora_dist.runs import checkpoint, records
-from dora_dist.runs.card import card_of
+from dora_dist.runs.card import FOLDER_IN_CARD, card_of
+from dora_dist.runs.generation import write_settings
 from dora_dist.runs.use import Use
 from dora_dist.training import method_state
 from dora_dist.training.optimizer_shards import OptimizerShards, WholeState, is_sharded, load_whole
@@ -101,13 +104,17 @@ def complete_adapter(folder: Path, run: Path, method: str | None = None) -> None
     """Let the folder of an adapter say what it is, in its card, and how it is used, by the records of its run so far.
 
     Args:
-        folder: of the adapter.
+        folder: of the adapter, with its tokenizer.
         run: folder of the run, which may be going on.
         method: as of :func:`~dora_dist.runs.card.card_of`.
     """
     config = load_config(run / records.CONFIG)
-    complete_card(folder, *card_of(run, config, method))
-    Use.of(config, run).write(folder)
+    use, lines = Use.of(config, run), []
+    if config.task == CAUSAL_LM:
+        spec = BaseModelSpec.of(config.model, config.task)
+        lines = write_settings(folder, spec, use.chat).lines(FOLDER_IN_CARD)
+    complete_card(folder, *card_of(run, config, lines, method))
+    use.write(folder)
 
 
 class Checkpointer:

@@ -57,6 +57,15 @@ def test_a_dry_run_needs_neither_weights_nor_launcher_and_writes_nothing(tmp_pat
     assert table in finished.output, "one estimate, by the same rows"
 
 
+def test_a_precision_that_only_the_launcher_has_ends_the_run_before_it_begins(tmp_path):
+    config = write_config(tmp_path, distributed={"engine": "none"})
+    finished = run_forked("train", "--config", str(config), ACCELERATE_MIXED_PRECISION="bf16")
+    assert finished.status == 2, finished.output
+    assert "error: ACCELERATE_MIXED_PRECISION is bf16 (mixed_precision of the launch file" in finished.output
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "cache").exists(), "no data are prepared either"
+
+
 def test_a_dry_run_says_how_long_the_run_would_take(tmp_path):
     config = write_config(tmp_path, distributed={"engine": "none"})
     dry_run = ("train", str(config), "--dry-run")

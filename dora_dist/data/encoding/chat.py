@@ -373,4 +373,5 @@ def writes_date(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[int]:
     """Tokens that end an answer: the end token, and those of turns where answers were trained in a chat template."""
-    return sorted({tokenizer.eos_token_id, *([] if template is None else ChatRenderer(tokenizer, template).ends)})
+    ends = {tokenizer.eos_token_id, *([] if template is None else ChatRenderer(tokenizer, template).ends)}
+    return sorted(ends - {None})

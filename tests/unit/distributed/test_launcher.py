@@ -7,6 +7,7 @@ import pytest
 
 from dora_dist.distributed.launcher import (
     check_launch,
+    check_precision,
     check_world_size,
     launched,
     with_deepspeed,
@@ -148,6 +149,42 @@ def test_offloading_is_refused_wherever_it_was_set(tmp_path, name):
     automatic = deepspeed_file(tmp_path, {"zero_optimization": {"stage": 2, name: {"device": "auto"}}})
     with pytest.raises(ValueError, match=rf"zero_optimization.{name}.device in \S+ is cpu"):
         check_launch("zero2", {**automatic, variable: "cpu"})
+
+
+@pytest.mark.parametrize(
+    ("section", "keys"),
+    [("optimizer", "training.optim, .*lora_plus_ratio say it"), ("scheduler", "training.lr_scheduler_type and .* say")],
+)
+@pytest.mark.parametrize("content", [{"type": "AdamW", "params": {"lr": "auto"}}, {}])
+def test_a_deepspeed_file_that_replaces_optimizer_or_schedule_is_refused(tmp_path, section, keys, content):
+    """transformers leaves both to DeepSpeed wherever the section is there, even an empty one."""
+    environment = deepspeed_file(tmp_path, {"zero_optimization": {"stage": 2}, section: content})
+    message = rf"{tmp_path}/engine.json has a section {section}, .*: leave it out; {keys}"
+    with pytest.raises(ValueError, match=f"{message}.*start it with: "):
+        check_launch("zero2", environment)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [("float32", "no"), ("float32", "NO"), ("bfloat16", "no"), ("bfloat16", "bf16")]
+)
+def test_a_precision_of_the_launcher_that_the_run_has_passes(dtype, precision):
+    check_precision(dtype, {})
+    check_precision(dtype, {"ACCELERATE_MIXED_PRECISION": precision, "ACCELERATE_DYNAMO_BACKEND": "NO"})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "variables", "message"),
+    [
+        ("float32", {"ACCELERATE_MIXED_PRECISION": "bf16"}, "is bf16 .* in float32: set mixed_precision to no"),
+        ("float32", {"ACCELERATE_MIXED_PRECISION": "fp16"}, "is fp16 .* in float32: set mixed_precision to no"),
+        ("bfloat16", {"ACCELERATE_MIXED_PRECISION": "fp16"}, "is fp16 .* the run computes in bfloat16"),
+        ("bfloat16", {"ACCELERATE_MIXED_PRECISION": "fp8"}, "is fp8 .* the run computes in bfloat16"),
+        ("bfloat16", {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "is inductor .* set dynamo_backend to no"),
+    ],
+)
+def test_a_precision_and_a_compiler_that_only_the_launcher_has_are_refused(dtype, variables, message):
+    with pytest.raises(ValueError, match=f"{next(iter(variables))} {message}"):
+        check_precision(dtype, variables)
 
 
 def test_the_world_size_is_the_launchers_or_one():

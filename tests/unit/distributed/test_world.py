@@ -10,11 +10,15 @@ from dora_dist.distributed.agreement import Agreement, RankFailedError
 from dora_dist.distributed.world import buffer_dtypes, check_prepared
 
 
-def check(model, before):
+def check(model, before, precision="no", bf16=False):
     """As a run without an engine does."""
     dataloader = SimpleNamespace(batch_sampler=[[0, 1]])
     trainer = SimpleNamespace(
-        model=model, model_wrapped=model, callback_handler=SimpleNamespace(train_dataloader=dataloader)
+        model=model,
+        model_wrapped=model,
+        callback_handler=SimpleNamespace(train_dataloader=dataloader),
+        accelerator=SimpleNamespace(mixed_precision=precision),
+        args=SimpleNamespace(bf16=bf16),
     )
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
     check_prepared(Agreement(), trainer, "none", dtype, before)
@@ -41,3 +45,14 @@ def test_a_buffer_that_gains_precision_is_not_refused():
     model.bias = model.bias.half()
     with pytest.raises(RankFailedError, match=r"1 buffers such as bias from torch\.bfloat16 to torch\.float16"):
         check(model, before)
+
+
+def test_another_precision_than_that_of_the_run_is_refused():
+    """accelerate takes it from the environment where the Trainer's own setting is off."""
+    model = adapt(tiny_model())
+    before = buffer_dtypes(model)
+    check(model, before, "bf16", bf16=True)
+    with pytest.raises(RankFailedError, match="accelerate's mixed precision is bf16, the Trainer's is no"):
+        check(model, before, "bf16")
+    with pytest.raises(RankFailedError, match="accelerate's mixed precision is no, the Trainer's is bf16"):
+        check(model, before, bf16=True)

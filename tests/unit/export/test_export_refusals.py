@@ -20,6 +20,7 @@ from dora_dist.export import formats, merge
 from dora_dist.export.llama_cpp import NEEDED
 from dora_dist.export.verification import Reference
 from dora_dist.runs import records
+from dora_dist.runs.trained_run import TrainedRun
 
 NUM_MODULES = 14
 FORMATS = ("peft", "compact", "merged")
@@ -119,13 +120,13 @@ def test_adapter_that_is_harmed_is_refused(
         tensors["base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"].zero_()
         save_file(tensors, folder / ADAPTER_WEIGHTS)
 
-    check = formats._check_adapter
+    check = formats._complete_adapter
 
-    def harmed_before_check(trained: object, folder: Path, reference: Reference) -> object:
+    def harmed_before_check(trained: TrainedRun, folder: Path, reference: Reference, content: str) -> formats.Exported:
         zero_one_tensor(folder)
-        return check(trained, folder, reference)
+        return check(trained, folder, reference, content)
 
-    monkeypatch.setattr(formats, "_check_adapter", harmed_before_check)
+    monkeypatch.setattr(formats, "_complete_adapter", harmed_before_check)
     with pytest.raises(ExpectedRunError, match="the adapter written does not compute"):
         run_export(run, tmp_path / "out", "--format", kind)
     assert left_in(tmp_path) == []

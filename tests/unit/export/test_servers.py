@@ -10,6 +10,7 @@ from support.tiny_models import tiny_model
 
 from dora_dist.adapter.plain_lora import read_lora_adapter, write_compact_adapter, write_lora_adapter
 from dora_dist.export import servers
+from dora_dist.runs.generation import Needed
 
 LAYER = "model.layers.0."
 FACTORS = {
@@ -44,27 +45,38 @@ def test_a_base_that_has_no_such_neighbour_gets_none() -> None:
 
 def test_an_adapter_of_one_rank_with_all_neighbours_is_served_by_both(tmp_path: Path) -> None:
     write_lora_adapter(tmp_path, servers.with_neighbours(FACTORS, tiny_model()), "base", keep_empty=True)
-    vllm, sglang = servers.serve_lines(tmp_path, "my base")
+    vllm, sglang = servers.serve_lines(tmp_path, "my base", Needed())
     options = "--enable-lora --max-lora-rank 8"
     assert vllm == f"vllm serve 'my base' {options} --lora-modules NAME={{folder}}"
     assert sglang == f"python -m sglang.launch_server --model-path 'my base' {options} --lora-paths NAME={{folder}}"
 
 
+def test_template_and_end_tokens_of_the_adapter_reach_both(tmp_path: Path) -> None:
+    write_lora_adapter(tmp_path, servers.with_neighbours(FACTORS, tiny_model()), "base", keep_empty=True)
+    vllm, sglang = servers.serve_lines(tmp_path, "base", Needed((2, 5), ("<|im_end|>",), template=True))
+    template = "--chat-template {folder}/chat_template.jinja"
+    assert vllm.endswith(f"NAME={{folder}} {template} --generation-config {{folder}}")
+    assert sglang.endswith(f"NAME={{folder}} {template}     # and in each request: stop_token_ids [2, 5]")
+
+
 def test_sglang_does_not_take_half_of_what_is_computed_together(tmp_path: Path) -> None:
     write_lora_adapter(tmp_path, FACTORS, "base")
-    of_vllm, of_sglang = servers.serve_lines(tmp_path, "base")
+    of_vllm, of_sglang = servers.serve_lines(tmp_path, "base", Needed())
     assert of_vllm.startswith("vllm serve")
     assert of_sglang == "SGLang does not take it: model.layers.0.mlp has up_proj and not gate_proj"
 
 
 def test_mixed_ranks_are_for_neither(tmp_path: Path) -> None:
     write_compact_adapter(tmp_path, FACTORS, "base")
-    assert all("does not take it: its modules differ in rank" in line for line in servers.serve_lines(tmp_path, "base"))
+    assert all(
+        "does not take it: its modules differ in rank" in line
+        for line in servers.serve_lines(tmp_path, "base", Needed())
+    )
 
 
 def test_a_head_that_was_trained_is_not_for_them(tmp_path: Path) -> None:
     write_lora_adapter(tmp_path, FACTORS, "base", head={"score": {"weight": torch.ones(2, 64)}})
-    of_vllm, of_sglang = servers.serve_lines(tmp_path, "base")
+    of_vllm, of_sglang = servers.serve_lines(tmp_path, "base", Needed())
     assert "modules that are trained as a whole (score)" in of_vllm
     assert "base_model.model.score.weight, which is no factor of LoRA" in of_sglang
 

@@ -218,6 +218,23 @@ def test_a_rank_that_a_layer_cannot_have_is_refused_with_its_name_and_the_larges
 
 
 @pytest.mark.parametrize(
+    "overrides",
+    [
+        ["--training.lr_scheduler_type", "constant"],
+        ["--training.lr_scheduler_type", "constant", "--training.warmup_steps", "0"],
+        ["--training.lr_scheduler_type", "constant_with_warmup", "--training.warmup_steps", "100"],
+        ["--training.adam_beta2", "0.95", "--training.adam_epsilon", "1e-6"],
+        ["--training.optim", "adamw_bnb_8bit", "--training.adam_beta1", "0.8"],
+        ["--training.optim", "lion_32bit", "--training.adam_beta2", "0.95"],
+        ["--training.optim", "sgd", "--training.optim_args", "momentum=0.9, nesterov=true"],
+        ["--training.optim", "ademamix", "--training.optim_args", "alpha=5.0,beta3=0.9999,t_alpha=100"],
+    ],
+)
+def test_settings_that_the_optimizer_and_the_schedule_read_are_taken(config, overrides):
+    training_arguments.training_arguments(load(config, *overrides), mixture_of(50))
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["--training.save_strategy", "epoch"], "save_strategy is epoch, .*save_steps"),
@@ -231,6 +248,25 @@ def test_a_rank_that_a_layer_cannot_have_is_refused_with_its_name_and_the_larges
         (["--training.lr_scheduler_type", "warmup_stable_decay"], "is warmup_stable_decay, .*num_decay_steps"),
         (["--training.lr_scheduler_type", "cosine_with_min_lr"], "is cosine_with_min_lr, .*min_lr"),
         (["--training.optim", "stable_adamw"], "optim is stable_adamw, which cannot be used here: .*torch-optimi"),
+        (
+            ["--training.lr_scheduler_type", "constant", "--training.warmup_steps", "100"],
+            "warmup_steps is 100, which has no effect: .*is constant, .*Set it to constant_with_warmup",
+        ),
+        (
+            ["--training.lr_scheduler_type", "constant_with_warmup", "--training.lr_scheduler_kwargs", "{cycles: 2}"],
+            "lr_scheduler_kwargs is {'cycles': 2}, which has no effect: .*is constant_with_warmup",
+        ),
+        (
+            ["--training.optim", "adafactor", "--training.adam_beta2", "0.95"],
+            "adam_beta2 is 0.95, .* is adafactor",
+        ),
+        (["--training.optim", "sgd", "--training.adam_epsilon", "1e-6"], "adam_epsilon is 1e-06, .*optim is sgd"),
+        (["--training.optim", "lion_32bit", "--training.adam_epsilon", "1e-6"], "adam_epsilon is 1e-06, .*lion"),
+        (["--training.optim_args", "momentum=0.9"], "optim_args has momentum=0.9, which has no effect: .*adamw_torch"),
+        (
+            ["--training.optim", "sgd", "--training.optim_args", "momentum=0.9,eps=1e-6"],
+            "optim_args has eps=1e-6, which has no effect: training.optim is sgd",
+        ),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the messages are those of a machine without a GPU")
