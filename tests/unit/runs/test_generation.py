@@ -9,7 +9,7 @@ from support.trained_run import TrainedFolder, character_tokenizer, make_base, m
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from dora_dist.base_model.load import BaseModelSpec
-from dora_dist.config.parse import load_config, save_config
+from dora_dist.config.parse import config_text, load_config
 from dora_dist.config.tasks import CAUSAL_LM
 from dora_dist.console import files
 from dora_dist.data.encoding.chat import choose_template
@@ -35,7 +35,7 @@ def chat_run(folder: Path, base: Path) -> TrainedFolder:
     about = run.folder / records.RUN
     files.write_json(about, {**files.read_json(about), "data": {"chat": True, "train": [{"format": "messages"}]}})
     config = load_config(run.folder / records.CONFIG)
-    save_config(config, run.folder / records.CONFIG)
+    (run.folder / records.CONFIG).write_text(config_text(config))
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = choose_template(tokenizer, "auto").text
     tokenizer.save_pretrained(run.folder / "adapter")

@@ -68,7 +68,7 @@ def test_what_goes_wrong_while_scoring_is_printed_with_its_traceback(capsys):
         return layers[0].no_such_thing
 
     controller = make_controller()
-    controller.criterion = SmoothedScores(score, 0.0, 42, torch.device("cpu"))
+    controller.criterion = SmoothedScores(score, 0.0, controller.layers.values())
     with pytest.raises(RankFailedError, match=r"AttributeError after step 1: .*no_such_thing"):
         controller.after_optimizer_step(1)
     printed = capsys.readouterr().err
