@@ -3,6 +3,7 @@ what is to be set where its base has others."""
 
 import json
 import os
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -64,10 +65,17 @@ def settings_of_base(spec: BaseModelSpec) -> GenerationConfig:
     Raises:
         ValueError: the base cannot be found.
     """
+    found = _recorded_settings(os.path.expanduser(spec.path))
+    return GenerationConfig.from_model_config(load_model_config(spec)) if found is None else deepcopy(found)
+
+
+@cache
+def _recorded_settings(base: str) -> GenerationConfig | None:
+    """A base's own file of settings, which every checkpoint asks for; None where it has none."""
     try:
-        return GenerationConfig.from_pretrained(os.path.expanduser(spec.path))
-    except OSError:  # it has no file for it
-        return GenerationConfig.from_model_config(load_model_config(spec))
+        return GenerationConfig.from_pretrained(base)
+    except OSError:
+        return None
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase, chat: bool, settings: GenerationConfig) -> list[int]:
