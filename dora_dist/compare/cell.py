@@ -44,16 +44,16 @@ def run_cell(plan: Plan, cell: Cell, identity: Mapping[str, Any], environment: M
         None, or why the cell failed; other cells can still run.
 
     Raises:
-        PreemptedError: the process received a signal to stop.
+        PreemptedError: the process received a signal to stop; the cell may have ended all the same.
     """
     folder = plan.cell_folder(cell)
     folder.mkdir(parents=True, exist_ok=True)
     files.write_json(folder / IDENTITY, {"identity": identity, "environment": environment})
     (folder / FAILURE).unlink(missing_ok=True)
     reason, diverged = None, False
-    with output_into(folder / LOG):
+    with PreemptionNotice() as notice, output_into(folder / LOG):
         try:
-            _train(plan, cell)
+            _train(plan, cell, notice)
         except PreemptedError:
             raise
         except Exception as error:
@@ -64,24 +64,25 @@ def run_cell(plan: Plan, cell: Cell, identity: Mapping[str, Any], environment: M
         torch.cuda.empty_cache()
     if reason is not None:
         record_failure(folder, reason, diverged=diverged)
-        return reason
-    for left in checkpoint.checkpoints(folder):
-        shutil.rmtree(left)
-    return None
+    else:
+        for left in checkpoint.checkpoints(folder):
+            shutil.rmtree(left)
+    if notice.received is not None:
+        raise PreemptedError(f"received {notice.received} when {cell} was ending: no other cell begins")
+    return reason
 
 
-def _train(plan: Plan, cell: Cell) -> None:
+def _train(plan: Plan, cell: Cell, notice: PreemptionNotice) -> None:
     config = plan.run_config(cell)
-    with PreemptionNotice() as notice:
-        peer = plan.method(cell.group).peer
-        if peer is not None:
-            train_peer(config, AdaLora(plan.config.adalora) if peer == ADALORA else Eva(), notice)
-            return
-        with (
-            Phases("starting") as phases,
-            HeartbeatMonitor(None, config.distributed.silent_seconds, phases) as monitor,
-        ):
-            train.train(config, notice, monitor, has_ranks=True, dry_run=None)
+    peer = plan.method(cell.group).peer
+    if peer is not None:
+        train_peer(config, AdaLora(plan.config.adalora) if peer == ADALORA else Eva(), notice)
+        return
+    with (
+        Phases("starting") as phases,
+        HeartbeatMonitor(None, config.distributed.silent_seconds, phases) as monitor,
+    ):
+        train.train(config, notice, monitor, has_ranks=True, dry_run=None)
 
 
 @contextmanager
