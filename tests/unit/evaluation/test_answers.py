@@ -106,7 +106,7 @@ def test_an_error_says_what_to_lower_or_stays_what_it_is(tokenizer, model, error
     def fail(*_):
         raise error
 
-    hook = model.get_base_model().register_forward_pre_hook(fail)
+    hook = model.get_base_model().model.layers[0].register_forward_pre_hook(fail)
     was_training = model.training
     with pytest.raises(shown, match=message) as raised:
         evaluator(tokenizer, ["1"] * 5)(model.train())
