@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from dora_dist.config.command_line import with_config_option
 from dora_dist.config.parse import parse_config
-from dora_dist.config.tasks import CAUSAL_LM
 from dora_dist.console.arguments import SPEED_OPTION, add_speed_option, speed_of
 from dora_dist.console.command import capture, do_last, run_command
 from dora_dist.console.errors import PreemptedError, mark_common
@@ -362,7 +361,6 @@ def finish(run: Path, config: "RunConfig", resolved: "ResolvedRun", trainer: "Dy
     from dora_dist.base_model.load import BaseModelSpec, scaled_positions
     from dora_dist.page.document import keep_current
     from dora_dist.runs import records, summary
-    from dora_dist.runs.generation import needed_for
     from dora_dist.setup.ending import describe_size, describe_use
     from dora_dist.training.checkpointing import write_adapter
 
@@ -374,15 +372,13 @@ def finish(run: Path, config: "RunConfig", resolved: "ResolvedRun", trainer: "Dy
     with parts.agreement.together(f"writing the results into {run}"):
         if parts.agreement.is_first:
             trainer.model.check_alive()
-            write_adapter(run / "adapter", run, resolved.tokenizer, trainer.model.save_pretrained)
+            needed = write_adapter(run / "adapter", run, resolved.tokenizer, trainer.model.save_pretrained)
             write_plan(run / records.PLAN, parts.controller.plan, resolved.fingerprint.as_dict())
             task, labels = resolved.fingerprint.task, resolved.fingerprint.labels
             text = summary.finish_run(run)
             keep_current(run)
             page = [f"  {'page':<16} {run / records.PAGE}"] if (run / records.PAGE).is_file() else []
             spec = BaseModelSpec.of(config.model, config.task)
-            chat = resolved.data.template is not None
-            needed = needed_for(run / "adapter", spec, chat) if config.task == CAUSAL_LM else None
             use = describe_use(run, task, labels, scaled_positions(spec), needed)
             print(text, *page, describe_size(run, task), "", use, sep="\n", flush=True)
 

@@ -119,11 +119,6 @@ def write_settings(folder: Path, spec: BaseModelSpec, chat: bool) -> Needed:
     return needed
 
 
-def needed_for(folder: Path, spec: BaseModelSpec, chat: bool) -> Needed:
-    """What its base lacks of an adapter; arguments and errors as of :func:`write_settings`."""
-    return _needed(load_tokenizer(str(folder), spec.trust_remote_code), spec, chat, settings_of_base(spec))
-
-
 def _needed(tokenizer: PreTrainedTokenizerBase, spec: BaseModelSpec, chat: bool, settings: GenerationConfig) -> Needed:
     of_base = _ends_of(settings)
     lacking = [end for end in _trained_ends(tokenizer, chat) if end not in of_base]

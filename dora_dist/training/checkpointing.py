@@ -27,7 +27,7 @@ from dora_dist.console.files import follow_umask
 from dora_dist.console.text import say
 from dora_dist.runs import checkpoint, records
 from dora_dist.runs.card import FOLDER_IN_CARD, card_of
-from dora_dist.runs.generation import write_settings
+from dora_dist.runs.generation import Needed, write_settings
 from dora_dist.runs.use import Use
 from dora_dist.training import method_state
 from dora_dist.training.optimizer_shards import OptimizerShards, WholeState, is_sharded, load_whole
@@ -80,8 +80,8 @@ def write_adapter(
     tokenizer: PreTrainedTokenizerBase,
     write: Callable[[Path], object],
     method: str | None = None,
-) -> None:
-    """Write the final adapter of a run; ``folder`` is complete or not there.
+) -> Needed:
+    """Write the final adapter of a run; ``folder`` is complete or not there. Returns what the base lacks of it.
 
     Args:
         folder: is replaced.
@@ -94,14 +94,16 @@ def write_adapter(
     shutil.rmtree(temporary, ignore_errors=True)
     write(temporary)
     tokenizer.save_pretrained(temporary)
-    complete_adapter(temporary, run, method)
+    needed = complete_adapter(temporary, run, method)
     follow_umask(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+    return needed
 
 
-def complete_adapter(folder: Path, run: Path, method: str | None = None) -> None:
+def complete_adapter(folder: Path, run: Path, method: str | None = None) -> Needed:
     """Let the folder of an adapter say what it is, in its card, and how it is used, by the records of its run so far.
+    Returns what the base lacks of it.
 
     Args:
         folder: of the adapter, with its tokenizer.
@@ -109,12 +111,12 @@ def complete_adapter(folder: Path, run: Path, method: str | None = None) -> None
         method: as of :func:`~dora_dist.runs.card.card_of`.
     """
     config = load_config(run / records.CONFIG)
-    use, lines = Use.of(config, run), []
+    use, needed = Use.of(config, run), Needed()
     if config.task == CAUSAL_LM:
-        spec = BaseModelSpec.of(config.model, config.task)
-        lines = write_settings(folder, spec, use.chat).lines(FOLDER_IN_CARD)
-    complete_card(folder, *card_of(run, config, lines, method))
+        needed = write_settings(folder, BaseModelSpec.of(config.model, config.task), use.chat)
+    complete_card(folder, *card_of(run, config, needed.lines(FOLDER_IN_CARD), method))
     use.write(folder)
+    return needed
 
 
 class Checkpointer:

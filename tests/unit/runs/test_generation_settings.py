@@ -14,7 +14,7 @@ from dora_dist.config.tasks import CAUSAL_LM
 from dora_dist.console import files
 from dora_dist.data.encoding.chat import choose_template
 from dora_dist.runs import records
-from dora_dist.runs.generation import Needed, needed_for, write_settings
+from dora_dist.runs.generation import Needed, write_settings
 from dora_dist.runs.use import Use
 from dora_dist.setup.ending import describe_use
 
@@ -63,7 +63,7 @@ def use_of(run: TrainedFolder) -> str:
     config = load_config(run.folder / records.CONFIG)
     spec = BaseModelSpec.of(config.model, CAUSAL_LM)
     chat = Use.of(config, run.folder).chat
-    return describe_use(run.folder, CAUSAL_LM, None, needed=needed_for(run.folder / "adapter", spec, chat))
+    return describe_use(run.folder, CAUSAL_LM, None, needed=write_settings(run.folder / "adapter", spec, chat))
 
 
 def test_the_printed_lines_stop_where_training_ended_an_answer(bare: TrainedFolder) -> None:
@@ -121,4 +121,4 @@ def test_nothing_is_said_where_base_and_adapter_agree(tmp_path: Path) -> None:
 
 def test_plain_texts_need_the_end_token_only(bare: TrainedFolder) -> None:
     spec = BaseModelSpec(path=str(bare.base))
-    assert needed_for(bare.folder / "adapter", spec, chat=False) == Needed()
+    assert write_settings(bare.folder / "adapter", spec, chat=False) == Needed()
