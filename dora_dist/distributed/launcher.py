@@ -26,8 +26,17 @@ LAUNCH_FILES = {
 REPLACING_SECTIONS = {
     "optimizer": "training.optim, training.learning_rate and training.lora_plus_ratio",
     "scheduler": "training.lr_scheduler_type and training.warmup_steps",
+    "torch_autocast": "model.compute_dtype",
 }
-"""Section of a DeepSpeed file that replaces what the configuration says -> the keys that say it."""
+"""Section of a DeepSpeed file that replaces what the configuration says -> the keys to set instead."""
+
+OFFLOAD_SETTINGS = {
+    "offload_optimizer.device": "offload_optimizer_device",
+    "offload_param.device": "offload_param_device",
+    "cpu_offload": "offload_optimizer_device",
+    "cpu_offload_param": "offload_param_device",
+}
+"""Setting below ``zero_optimization`` of a DeepSpeed file, of today and of old -> the launcher's option for it."""
 
 ACCELERATE_PRECISIONS = {"float32": "no", "bfloat16": "bf16"}
 """Compute dtype of a run -> what accelerate calls it."""
@@ -115,20 +124,20 @@ def _check_zero(environment: Mapping[str, str], hint: str) -> None:
         raise ValueError(
             f"distributed.engine is zero2, but {where} is {stage}, and only stage 2 is supported: set it to 2{hint}"
         )
-    for offload in ("offload_optimizer", "offload_param"):
-        where, device = _zero_setting(environment, f"{offload}.device", f"{offload}_device", "none")
-        if device not in ("none", "missing", None):
+    for key, option in OFFLOAD_SETTINGS.items():
+        where, device = _zero_setting(environment, key, option, "none")
+        if device not in ("none", "missing", None, False):
             raise ValueError(
                 f"distributed.engine is zero2, but {where} is {device}, and events write into the optimizer's state "
-                f"where the model is: set it to none. An adapter's state is small, so that {offload} would save next "
-                f"to nothing (dora-dist estimate has the size){hint}"
+                "where the model is: leave it out. An adapter's state is small, so that offloading would save next to "
+                f"nothing (dora-dist estimate has the size){hint}"
             )
     path, settings = _deepspeed_file(environment)
     for section, keys in REPLACING_SECTIONS.items():
         if isinstance(settings, dict) and section in settings:
             raise ValueError(
                 f"distributed.engine is zero2, but {path} has a section {section}, by which DeepSpeed would replace "
-                f"that of the configuration: leave it out; {keys} say it{hint}"
+                f"that of the configuration: leave it out, and set {keys}{hint}"
             )
 
 

@@ -142,7 +142,7 @@ def test_offloading_is_refused_wherever_it_was_set(tmp_path, name):
     variable = f"ACCELERATE_DEEPSPEED_{name.upper()}_DEVICE"
     settings = {"zero_optimization": {"stage": 2, name: {"device": "cpu", "pin_memory": True}}}
     of_file = f"zero_optimization.{name}.device in {tmp_path}/engine.json is cpu, and events write"
-    with pytest.raises(ValueError, match=f"{re.escape(of_file)}.*set it to none.*start it with: "):
+    with pytest.raises(ValueError, match=f"{re.escape(of_file)}.*leave it out.*start it with: "):
         check_launch("zero2", deepspeed_file(tmp_path, settings))
     with pytest.raises(ValueError, match=f"the launcher's {name}_device is nvme"):
         check_launch("zero2", {**DEEPSPEED, variable: "nvme"})
@@ -151,15 +151,30 @@ def test_offloading_is_refused_wherever_it_was_set(tmp_path, name):
         check_launch("zero2", {**automatic, variable: "cpu"})
 
 
+@pytest.mark.parametrize("name", ["cpu_offload", "cpu_offload_param"])
+def test_offloading_by_the_name_of_old_is_refused(tmp_path, name):
+    """DeepSpeed 0.19 still obeys it."""
+    check_launch("zero2", deepspeed_file(tmp_path, {"zero_optimization": {"stage": 2, name: False}}))
+    environment = deepspeed_file(tmp_path, {"zero_optimization": {"stage": 2, name: True}})
+    with pytest.raises(
+        ValueError, match=rf"zero_optimization.{name} in \S+ is True, .*: leave it out.*start it with: "
+    ):
+        check_launch("zero2", environment)
+
+
 @pytest.mark.parametrize(
     ("section", "keys"),
-    [("optimizer", "training.optim, .*lora_plus_ratio say it"), ("scheduler", "training.lr_scheduler_type and .* say")],
+    [
+        ("optimizer", "training.optim, .*lora_plus_ratio"),
+        ("scheduler", "training.lr_scheduler_type and .*"),
+        ("torch_autocast", "model.compute_dtype"),
+    ],
 )
 @pytest.mark.parametrize("content", [{"type": "AdamW", "params": {"lr": "auto"}}, {}])
-def test_a_deepspeed_file_that_replaces_optimizer_or_schedule_is_refused(tmp_path, section, keys, content):
-    """transformers leaves both to DeepSpeed wherever the section is there, even an empty one."""
+def test_a_deepspeed_file_that_replaces_what_the_configuration_says_is_refused(tmp_path, section, keys, content):
+    """transformers leaves optimizer and schedule to DeepSpeed wherever the section is there, even an empty one."""
     environment = deepspeed_file(tmp_path, {"zero_optimization": {"stage": 2}, section: content})
-    message = rf"{tmp_path}/engine.json has a section {section}, .*: leave it out; {keys}"
+    message = rf"{tmp_path}/engine.json has a section {section}, .*: leave it out, and set {keys}"
     with pytest.raises(ValueError, match=f"{message}.*start it with: "):
         check_launch("zero2", environment)
 
