@@ -61,6 +61,8 @@ CONTEXT_FIELDS = (
     *("image", "images", "audio", "audios", "video", "videos"),
 )
 """Fields of a row that the model would be given: where a format does not read one, a row that has it is refused."""
+CHAT_FIELDS = ("system", "tools", "chat_template_kwargs")
+"""Fields of a row beside its conversation."""
 ALSO_CALLED = {"context": "input", "system_prompt": "system"}
 """Field of other people's rows -> what a format may read it as."""
 ROW_MARKS = ("weight", "train", "trainable")
@@ -137,7 +139,8 @@ def asked_conversation(row: Mapping[str, Any]) -> Chat:
         RowFlaw: training would have refused the row.
     """
     system = _text(row, "system", optional=True)
-    return Chat(_conversation(row, "messages", "role", "content", {role: role for role in ROLES}, system), _tools(row))
+    messages = _conversation(row, "messages", "role", "content", {role: role for role in ROLES}, system)
+    return Chat(messages, _tools(row), options=_options(row))
 
 
 def _sharegpt(row: Mapping[str, Any]) -> Sample:
@@ -157,7 +160,7 @@ def _chat(
     unread = {name for entry in row[field] for name, value in entry.items() if value is not None}
     unread -= MESSAGE_FIELDS | {role_key, text_key}
     end = answers[-1] + 1
-    return Chat(messages[:end], _tools(row), len(messages) - end, tuple(sorted(unread)))
+    return Chat(messages[:end], _tools(row), len(messages) - end, tuple(sorted(unread)), _options(row))
 
 
 def _conversation(
@@ -269,6 +272,19 @@ def _tools(row: Mapping[str, Any]) -> list[Any] | None:
     return tools or None
 
 
+def _options(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Values for variables of the chat template; null counts as none, which tables have where a row has no key."""
+    options = row.get("chat_template_kwargs")
+    if isinstance(options, str):
+        try:
+            options = parse_json(options) if options.strip() else None
+        except (ValueError, RecursionError) as error:
+            raise RowFlaw("chat_template_kwargs", f"cannot be read as JSON: {error}") from None
+    if not isinstance(options, dict | None):
+        raise RowFlaw("chat_template_kwargs", f"must be an object with named values, got {shortened(options)}")
+    return {name: value for name, value in (options or {}).items() if value is not None}
+
+
 def _squad(row: Mapping[str, Any]) -> Question:
     """As the Hub has SQuAD: ``answers`` is ``{text: [...], answer_start: [...]}``, two empty lists for no answer.
 
@@ -332,8 +348,8 @@ class RowFormat:
 
 
 FORMATS: dict[str, RowFormat] = {
-    "messages": RowFormat(required=("messages",), optional=("system", "tools"), parse=_messages, is_chat=True),
-    "sharegpt": RowFormat(required=("conversations",), optional=("system", "tools"), parse=_sharegpt, is_chat=True),
+    "messages": RowFormat(required=("messages",), optional=CHAT_FIELDS, parse=_messages, is_chat=True),
+    "sharegpt": RowFormat(required=("conversations",), optional=CHAT_FIELDS, parse=_sharegpt, is_chat=True),
     "alpaca": RowFormat(
         required=("instruction", "output"), optional=("input", "system", "history"), parse=_alpaca, may_be_chat=True
     ),
@@ -431,9 +447,9 @@ def _check_filled(row: Mapping[str, Any], messages: Sequence[Mapping[str, Any]],
         field: that has them.
 
     Raises:
-        RowFlaw: there is one in the arguments of a call, or in the tools.
+        RowFlaw: there is one in the arguments of a call, in the tools, or in what the template is given.
     """
-    found = {"tools": row.get("tools")}
+    found = {"tools": row.get("tools"), "chat_template_kwargs": _options(row)}
     for number, message in enumerate(messages):
         for place, call in enumerate(message.get("tool_calls") or ()):
             arguments = call.get("function", call).get("arguments")
@@ -489,7 +505,7 @@ def what_is_said(
         }
         for message in sample.messages
     ]
-    return [messages, sample.tools]
+    return [messages, sample.tools, sample.options]
 
 
 def build_encoder(tokenizer: PreTrainedTokenizerBase, rules: EncodingRules) -> RowEncoder[Any, Any]:

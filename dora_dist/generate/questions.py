@@ -30,6 +30,7 @@ class Question:
         raw: nothing is put around the text.
         messages: a conversation instead of a text, as in training.
         tools: JSON schemas of the tools that the assistant may call in it, or None.
+        options: values for variables of the chat template.
         row: what stood in the line, for the run's own prompt.
         place: where the line stood, for messages.
         flaw: why there is nothing to ask without such a prompt.
@@ -40,6 +41,7 @@ class Question:
     raw: bool = False
     messages: Sequence[Mapping[str, Any]] = ()
     tools: list[Any] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
     row: Mapping[str, Any] = field(default_factory=dict)
     place: str = "the conversation"
     flaw: str = ""
@@ -67,7 +69,7 @@ class Question:
             return alpaca_prompt(self.text, self.context)
         try:
             return _renderer(tokenizer, tokenizer.get_chat_template(), controls).asked(
-                Chat(self.conversation(), self.tools)
+                Chat(self.conversation(), self.tools, options=self.options)
             )
         except RowFlaw as flaw:
             raise ValueError(f"{self.place}: {flaw}") from None
@@ -80,7 +82,7 @@ class Question:
         """
         from dora_dist.data.encoding.text import encode_prompts
 
-        texts = [self.text, self.context, json.dumps([*self.messages, self.tools], ensure_ascii=False)]
+        texts = [self.text, self.context, json.dumps([*self.messages, self.tools, self.options], ensure_ascii=False)]
         if (controls.as_text or not self.raw) and (found := controls.refused.search("\n".join(texts))):
             raise ValueError(
                 f"a prompt holds the control token {found[0]!r}, {controls.reason}: leave it out"
@@ -142,7 +144,7 @@ def _in_chat(question: Question) -> Question:
         chat = asked_conversation(question.row)
     except RowFlaw as flaw:
         raise ValueError(f"{question.place}: {flaw}") from None
-    return replace(question, messages=chat.messages, tools=chat.tools)
+    return replace(question, messages=chat.messages, tools=chat.tools, options=chat.options)
 
 
 def _worded(question: Question, own: str | None, system: str, chat: bool) -> Question:
@@ -153,7 +155,7 @@ def _worded(question: Question, own: str | None, system: str, chat: bool) -> Que
     if not system or question.raw or (question.messages and question.messages[0]["role"] == "system"):
         return question
     messages = [{"role": "system", "content": system}, *question.conversation()]
-    return Question(messages=messages, tools=question.tools, place=question.place)
+    return Question(messages=messages, tools=question.tools, options=question.options, place=question.place)
 
 
 def _in_own_prompt(question: Question, own: str, chat: bool) -> Question:

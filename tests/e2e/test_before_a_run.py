@@ -126,7 +126,7 @@ def test_a_dry_run_refuses_what_a_run_would(tmp_path):
         (("--adapter.seed", "-1"), "adapter.seed is -1, but must lie between 0 and 4294967295"),
         (("--output_dir", "{folder}/train.jsonl"), "train.jsonl, which is a file: set output_dir to a folder"),
         (("--output_dir", "{folder}"), " holds bare, cache, eval.jsonl and 3 more, but neither run.json nor a "),
-        (("--data.chat_template_kwargs.enable_thinking", "false"), "but the chat template never reads it (it reads "),
+        (("--data.chat_template_kwargs.enable_thinking", "false"), "is never read by the chat template (it reads "),
         (("--data.train_on_thoughts", "false"), "data.train_on_thoughts is set, but no source is rendered in a chat"),
         (
             ("--data.train_on_thoughts", "false", "--evaluation.exact_match", "true"),

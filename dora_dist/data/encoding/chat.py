@@ -15,7 +15,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from dora_dist.data.encoding.control_tokens import ControlTokens, control_tokens
 from dora_dist.data.encoding.proof import LEFT_OUT, ContentProof
-from dora_dist.data.encoding.template_options import with_options
+from dora_dist.data.encoding.template_options import TemplateVariables, with_options
 from dora_dist.data.reading.samples import THOUGHTS, UNTRAINED, WANTED, Chat, RowFlaw
 
 BUNDLED = Path(__file__).parent / "templates"
@@ -159,10 +159,26 @@ class ChatRenderer:
             prompt: end with what makes the assistant speak.
 
         Raises:
-            RowFlaw: the template refuses these messages.
+            RowFlaw: the template refuses these messages, or never reads what it is given beside them.
         """
         messages = [self._as_template_reads(message) for message in chat.messages[:length]]
-        return self._render(messages, chat.tools, prompt)
+        return self._render(messages, chat.tools, prompt, self._options(chat))
+
+    def _options(self, chat: Chat) -> dict[str, Any]:
+        """What a conversation gives to variables that this template reads. A switch may go unread, and so may what is
+        empty; a text or a list would be lost."""
+        options = {}
+        for name, value in chat.options.items():
+            if name not in self._variables.read and (isinstance(value, bool | int | float) or not value):
+                continue
+            if flaw := self._variables.flaw(name, value):
+                raise RowFlaw(f"chat_template_kwargs.{name}", flaw)
+            options[name] = value
+        return options
+
+    @cached_property
+    def _variables(self) -> TemplateVariables:
+        return TemplateVariables(self.template, self.tokenizer.special_tokens_map)
 
     def asked(self, chat: Chat) -> str:
         """A conversation that is to be answered, with what makes the assistant speak, as text.
@@ -176,8 +192,11 @@ class ChatRenderer:
         return text
 
     def unwritten(self, chat: Chat) -> list[str]:
-        """Fields of messages that may be left out of the rendering, and are; see :meth:`ContentProof.unwritten`."""
-        return self._proof.unwritten(chat)
+        """Fields of messages that may be left out of the rendering, and are (see :meth:`ContentProof.unwritten`), and
+        switches that the template never reads."""
+        given = [name for name, value in chat.options.items() if value not in ("", [], {})]
+        unread = [f"chat_template_kwargs.{name}" for name in given if name not in self._variables.read]
+        return [*self._proof.unwritten(chat), *unread]
 
     def spans(self, chat: Chat, last_only: bool = False) -> tuple[str, list[tuple[int, int]]] | None:
         """The rendered conversation with start and end of the characters of every answer that is trained.
@@ -304,15 +323,21 @@ class ChatRenderer:
                     return CallStyle(as_text, empty)
         return None
 
-    def _render(self, messages: Sequence[dict[str, Any]], tools: list[Any] | None, prompt: bool) -> str:
-        names: dict[str, Any] = self.tokenizer.special_tokens_map
+    def _render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: list[Any] | None,
+        prompt: bool,
+        options: Mapping[str, Any] | None = None,
+    ) -> str:
+        given: dict[str, Any] = {**self.tokenizer.special_tokens_map, **self._controls.exchanged(options or {})}
         try:
             rendered: Any = render_jinja_template(  # a pair, though transformers says a text
                 conversations=[self._controls.exchanged(list(messages))],
                 tools=self._controls.exchanged(tools),
                 chat_template=self.template,
                 add_generation_prompt=prompt,
-                **names,
+                **given,
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise RowFlaw("messages", f"is refused by the chat template: {error}") from None

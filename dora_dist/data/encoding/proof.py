@@ -168,7 +168,7 @@ def _shape(chat: Chat) -> Hashable:
         )
         for message in chat.messages
     )
-    return messages, json.dumps(chat.tools, sort_keys=True)
+    return messages, json.dumps([chat.tools, chat.options], sort_keys=True)
 
 
 def _squeeze(text: str) -> str:

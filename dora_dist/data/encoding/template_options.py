@@ -19,6 +19,56 @@ SWITCHES = ("true", "false", "yes", "no", "on", "off", "none")
 """Texts that are meant as values of other types, and all true to a template."""
 
 
+class TemplateVariables:
+    """The variables of a chat template to which a user may give values.
+
+    Args:
+        template: Jinja source.
+        special_tokens: variables with the names of special tokens, such as ``bos_token``.
+
+    Attributes:
+        read: their names.
+
+    Raises:
+        ValueError: the template cannot be read.
+    """
+
+    def __init__(self, template: str, special_tokens: Collection[str]) -> None:
+        try:
+            environment = _compile_jinja_template(template).environment
+            read = meta.find_undeclared_variables(environment.parse(template))  # which folds what it is given
+            self._tree = environment.parse(template)
+        except TemplateSyntaxError as error:
+            raise ValueError(
+                f"the chat template cannot be read: {error}; set data.chat_template to another one"
+            ) from None
+        self._own = {*OF_THE_RENDERING, *special_tokens}
+        self.read = read - self._own
+
+    def flaw(self, name: str, value: Any) -> str | None:
+        """Why a variable cannot have a value, in words; None where it can."""
+        if name in self._own:
+            return "is set by the program itself: leave it out"
+        if name not in self.read:
+            known = sorted(self.read)
+            return (
+                f"is never read by the chat template{nearest(name, known)} (it reads "
+                f"{', '.join(known) or 'no variable of this kind'}): correct the name, or leave it out"
+            )
+        if isinstance(value, str) and value.strip().lower() in SWITCHES and not self._compares_with(value):
+            return (
+                f"is the text {value!r}, with which the chat template compares nothing, so that it means the same as "
+                "true: write true, false or null without quotation marks"
+            )
+        return None
+
+    def _compares_with(self, text: str) -> bool:
+        """Whether the template asks if something is this text (``reasoning_effort == 'none'``), or lists it among
+        others."""
+        asking = self._tree.find_all((nodes.Compare, nodes.List, nodes.Tuple, nodes.Dict))
+        return any(found.value == text for node in asking for found in node.find_all(nodes.Const))
+
+
 def with_options(template: str, options: Mapping[str, Any], special_tokens: Collection[str]) -> str:
     """The template with defaults for some of its variables.
 
@@ -33,38 +83,15 @@ def with_options(template: str, options: Mapping[str, Any], special_tokens: Coll
     """
     if not options:
         return template
-    try:
-        environment = _compile_jinja_template(template).environment
-        read = meta.find_undeclared_variables(environment.parse(template))  # which folds what it is given
-        tree = environment.parse(template)
-    except TemplateSyntaxError as error:
-        raise ValueError(f"the chat template cannot be read: {error}; set data.chat_template to another one") from None
-    own = {*OF_THE_RENDERING, *special_tokens}
+    variables = TemplateVariables(template, special_tokens)
     for name, value in options.items():
-        if name in own:
-            raise ValueError(f"data.chat_template_kwargs has {name}, which the program sets itself: leave it out")
-        if name not in read:
-            known = sorted(read - own)
-            raise ValueError(
-                f"data.chat_template_kwargs has {name}, but the chat template never reads it{nearest(name, known)} "
-                f"(it reads {', '.join(known) or 'no variable of this kind'}): correct the name, or leave it out"
-            )
-        if isinstance(value, str) and value.strip().lower() in SWITCHES and not _compares_with(tree, value):
-            raise ValueError(
-                f"data.chat_template_kwargs.{name} is the text {value!r}, with which the chat template compares "
-                "nothing, so that it means the same as true: write true, false or null without quotation marks"
-            )
+        if flaw := variables.flaw(name, value):
+            raise ValueError(f"data.chat_template_kwargs.{name} {flaw}")
     defaults = "".join(
         f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}"
         for name, value in options.items()
     )
     return f"{defaults}{{{{ '' }}}}{template}"  # a tag before the template would take its first line break
-
-
-def _compares_with(tree: nodes.Template, text: str) -> bool:
-    """Whether a template asks if something is this text (``reasoning_effort == 'none'``), or lists it among others."""
-    asking = tree.find_all((nodes.Compare, nodes.List, nodes.Tuple, nodes.Dict))
-    return any(found.value == text for node in asking for found in node.find_all(nodes.Const))
 
 
 def _literal(value: Any) -> str:

@@ -189,7 +189,7 @@ class TextEncoder(RowEncoder[_Part, Encoded]):
     def _texts(self, sample: Sample) -> Iterable[tuple[str, str]]:
         if isinstance(sample, Chat):
             parts = [(f"messages[{n}].{name}", part) for n, m in enumerate(sample.messages) for name, part in m.items()]
-            for name, part in [*parts, ("tools", sample.tools)]:
+            for name, part in [*parts, ("tools", sample.tools), ("chat_template_kwargs", sample.options)]:
                 if not name.endswith(".role"):
                     yield name, part if isinstance(part, str) else json.dumps(part, ensure_ascii=False)
         elif isinstance(sample, Instruction):

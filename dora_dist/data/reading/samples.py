@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from string import Formatter
 from typing import Any
 
@@ -89,12 +89,14 @@ class Chat:
         tools: JSON schemas of the tools that the assistant may call, or None.
         num_trimmed: messages after the last one that is trained, which were left out.
         unread: fields of messages that are not read.
+        options: values for variables of the chat template, which come before the defaults that it has.
     """
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None = None
     num_trimmed: int = 0
     unread: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def answers(self) -> list[int]:
         """Numbers of the messages that are trained."""

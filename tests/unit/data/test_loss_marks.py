@@ -240,9 +240,9 @@ def test_an_option_of_any_kind_reaches_the_template_as_it_is(value):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("enable_thinkin", r"has enable_thinkin, but the chat template never reads it; did you mean enable_thinking\?"),
-        ("messages", "has messages, which the program sets itself"),
-        ("eos_token", "has eos_token, which the program sets itself"),
+        ("enable_thinkin", r"enable_thinkin is never read by the chat template; did you mean enable_thinking\?"),
+        ("messages", "messages is set by the program itself: leave it out"),
+        ("eos_token", "eos_token is set by the program itself: leave it out"),
     ],
 )
 def test_an_option_that_would_do_nothing_is_refused(name, message):

@@ -323,8 +323,8 @@ def test_a_text_that_the_template_takes_away_is_noticed_in_the_row_that_has_it()
             r"field 'context' is not read .* lost: write it into the prompt of the source, prompt: \.\.\. \{context\}",
         ),
         (
-            {"messages": [user(), answer()], "chat_template_kwargs": {"enable_thinking": False}},
-            "messages",
+            {"instruction": "i", "output": "o", "chat_template_kwargs": {"enable_thinking": False}},
+            "alpaca",
             r"'chat_template_kwargs' is not read .* lost: set data\.chat_template_kwargs, which is for all rows",
         ),
         (
