@@ -5,19 +5,25 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/environment.sh
 source launch/environment.sh
-# Only their parts of the full lane need these. The kernels for GPUs bring Triton along, a gigabyte.
+# Whether CI_FULL names a part of the full lane.
+with_part() {
+  case ",${CI_FULL:-}," in
+    *,"$1",* | *,all,*) ;;
+    *) return 1 ;;
+  esac
+}
+# Only their parts need these. The kernels for GPUs bring Triton along, a gigabyte.
 extras=dev
-case ",${CI_FULL:-}," in *,kernels,* | *,all,*) extras+=,gpu ;; esac
-case ",${CI_FULL:-}," in *,trackers,* | *,all,*) extras+=,mlflow,trackio,wandb ;; esac
-case ",${CI_FULL:-}," in *,served,* | *,all,*)
+if with_part kernels; then extras+=,gpu; fi
+if with_part trackers; then extras+=,mlflow,trackio,wandb; fi
+if with_part evaluate; then extras+=,evaluate; fi
+if with_part trl; then extras+=,trl; fi
+if with_part docs; then extras+=,docs; fi
+if with_part served; then
   extras+=,served
   # pip builds llama.cpp: the library alone, without its programs.
   export CMAKE_ARGS="${CMAKE_ARGS:--DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF}"
-  ;;
-esac
-case ",${CI_FULL:-}," in *,evaluate,* | *,all,*) extras+=,evaluate ;; esac
-case ",${CI_FULL:-}," in *,trl,* | *,all,*) extras+=,trl ;; esac
-case ",${CI_FULL:-}," in *,docs,* | *,all,*) extras+=,docs ;; esac
+fi
 ensure_environment "[$extras]"
 
 # Their findings depend on versions, and are those of today's.

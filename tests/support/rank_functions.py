@@ -1,4 +1,4 @@
-"""What ranks run in the tests of this folder (importable, so that a fresh process finds it)."""
+"""What the ranks of the tests of several processes run (importable, so that a fresh process finds it)."""
 
 import os
 import time
