@@ -10,6 +10,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from support.documents import table_names
 from support.forked_run import run_forked
 
 from dora_dist.adapter.plain_lora import read_lora_adapter
@@ -86,6 +87,14 @@ def test_the_records_are_complete(reference):
     assert [event["step"] for event in events] == [1, 2, 4, 6]
     assert [event["final"] for event in events] == [False, False, False, True]
     assert (reference.run / "ranks.png").stat().st_size > 5_000
+
+
+def test_the_fields_of_the_metrics_are_documented(reference):
+    lines = [json.loads(line) for line in (reference.run / "metrics.jsonl").read_text().splitlines()]
+    names = {name for line in lines for name in line}
+    assert {"loss", "peak_memory_bytes", "eval_loss", "train_runtime"} < names
+    metrics = {name for name in names if name.startswith("eval_")}
+    assert names - metrics - {"step"} <= table_names("files.md", "metrics.jsonl")
 
 
 def test_the_report_is_drawn_again_from_the_files(reference):

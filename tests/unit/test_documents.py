@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any, get_type_hints
 
 import pytest
+from support.documents import DOCS, table_names
 from support.repository import REPOSITORY
 from transformers import TrainingArguments
 
@@ -17,7 +18,6 @@ from dora_dist.config.training import DEFAULT_TRAINING_ARGUMENTS
 from dora_dist.runs import summary
 from dora_dist.runs.records import RecordedEvent
 
-DOCS = REPOSITORY / "docs"
 DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 OLD_RUN = REPOSITORY / "tests" / "earlier_versions" / "73e868c" / "run"
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -92,22 +92,9 @@ def test_the_table_of_names_is_read_to_its_end():
     )
 
 
-def table_names(document: str, heading: str) -> set[str]:
-    """Names in the first column of the table below a heading; a row may have several."""
-    section = (DOCS / document).read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    return {name for row in re.findall(r"^\| (`.+?) \|", section, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
-
-
 def test_the_fields_of_an_event_and_of_a_summary_are_documented():
     assert table_names("files.md", "allocation.jsonl") == {field.name for field in dataclasses.fields(RecordedEvent)}
     assert table_names("files.md", "summary.json") == set(summary.summarize(OLD_RUN))
-
-
-def test_the_fields_of_a_line_of_metrics_are_documented():
-    lines = [json.loads(line) for line in (OLD_RUN / "metrics.jsonl").read_text().splitlines()]
-    known = table_names("files.md", "metrics.jsonl") | {"step", "train_steps_per_second", "total_flos", "train_loss"}
-    unknown = {name for line in lines for name in line if name not in known and not name.startswith("eval_")}
-    assert not unknown
 
 
 def results(path: str) -> Any:
