@@ -505,7 +505,7 @@ def what_is_said(
         }
         for message in sample.messages
     ]
-    return [messages, sample.tools, sample.options]
+    return [messages, sample.tools, *([sample.options] if sample.options else [])]
 
 
 def build_encoder(tokenizer: PreTrainedTokenizerBase, rules: EncodingRules) -> RowEncoder[Any, Any]:
