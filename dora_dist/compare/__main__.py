@@ -5,7 +5,7 @@ import os
 import shlex
 from collections.abc import Sequence
 
-from dora_dist.compare.launching import WORKER, become_worker, run_workers, visible_gpus
+from dora_dist.compare.launching import WORKER, become_worker, leave_launcher, run_workers, visible_gpus
 from dora_dist.compare.plan import Plan
 from dora_dist.compare.settings import parse_compare
 from dora_dist.config.command_line import with_config_option
@@ -85,6 +85,7 @@ def _run(plan: Plan, own: Sequence[str], workers: int | None) -> None:
     workers = workers or max(1, len(gpus))
     print(f"{plan.num_cells} cells by {workers} worker{'s' * (workers > 1)} into {plan.folder}", flush=True)
     if workers == 1 and len(gpus) < 2:
+        leave_launcher()
         _work(plan, 1)
     else:
         from dora_dist.compare.data import prepare

@@ -34,6 +34,13 @@ def alone(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def leave_launcher() -> None:
+    """Take a launcher's variables out of this process, which then computes as the workers do that it might start:
+    accelerate would change the precision of PEFT's methods."""
+    for name in os.environ.keys() - alone(os.environ).keys():
+        del os.environ[name]
+
+
 def visible_gpus(environment: Mapping[str, str]) -> list[str]:
     """Names of the GPUs that this process may use, in the form of CUDA_VISIBLE_DEVICES."""
     import torch

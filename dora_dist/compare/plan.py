@@ -8,8 +8,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from dora_dist.compare.methods import ADALORA, EVA, PEER_TITLES, RANK_PER_BUDGET, Method
-from dora_dist.compare.settings import CompareConfig
+from dora_dist.compare.settings import NAME, CompareConfig
 from dora_dist.config.checks import nearest
 from dora_dist.config.parse import config_of
 from dora_dist.config.presets import PAPER
@@ -289,17 +291,25 @@ def _held_out(task: str, entries: Mapping[str, Any], data: Mapping[str, Any]) ->
         raise ValueError(f"tasks.{task}.parts is {parts!r}, but must be a mapping: a name for each held-out source")
     if taken := [name for name in (SEARCH, REPORTED) if name in parts]:
         raise ValueError(f"tasks.{task}.parts has {taken[0]}, which is the name of another split: choose another name")
+    for name in parts:
+        if not (isinstance(name, str) and NAME.fullmatch(name) and yaml.safe_load(name) == name):
+            raise ValueError(
+                f"tasks.{task}.parts has the name {name!r}, but a name must be letters, digits and any of ._+-, and "
+                "nothing that YAML takes for a number, true, false or null (no and on are such): choose another name"
+            )
     found = []
     for name, key, source in (
         (SEARCH, f"tasks.{task}.search", entries.get("search")),
         (REPORTED, f"tasks.{task}.data.eval", data.get("eval")),
-        *((str(name), f"tasks.{task}.parts.{name}", source) for name, source in parts.items()),
+        *((name, f"tasks.{task}.parts.{name}", source) for name, source in parts.items()),
     ):
         if source is None:
-            raise ValueError(
-                f"{key} is missing: a task needs data.eval, the reported split, and search, another split for "
-                "choosing learning rates"
+            rule = (
+                "a part needs a held-out source"
+                if name in parts
+                else "a task needs data.eval, the reported split, and search, another split for choosing learning rates"
             )
+            raise ValueError(f"{key} is missing: {rule}")
         source = source[0] if isinstance(source, list) and len(source) == 1 else source
         if isinstance(source, list):
             raise ValueError(f"{key} has {len(source)} sources, but must be one, whose path may be a list of files")

@@ -92,7 +92,7 @@ def check_precision(compute_dtype: str, environment: Mapping[str, str]) -> None:
     Raises:
         ValueError: names the variable and the key that says it.
     """
-    where = "of the launch file, of accelerate's default_config.yaml, or of accelerate launch"
+    where = "of the launch file, of accelerate's default_config.yaml, of accelerate launch, or of the environment"
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision not in ("no", ACCELERATE_PRECISIONS[compute_dtype]):
         raise ValueError(
@@ -128,8 +128,8 @@ def _check_zero(environment: Mapping[str, str], hint: str) -> None:
         where, device = _zero_setting(environment, key, option, "none")
         if device not in ("none", "missing", None, False):
             raise ValueError(
-                f"distributed.engine is zero2, but {where} is {device}, and events write into the optimizer's state "
-                "where the model is: leave it out. An adapter's state is small, so that offloading would save next to "
+                f"distributed.engine is zero2, but {where} is {device}, and events write parameters and the optimizer's "
+                "state where the model is: leave it out. An adapter is small, so that offloading would save next to "
                 f"nothing (dora-dist estimate has the size){hint}"
             )
     path, settings = _deepspeed_file(environment)

@@ -107,15 +107,15 @@ def _devices(own: torch.device) -> Sequence[torch.device]:
 
 
 def _launch_failure(config: "RunConfig | None", environment: Mapping[str, str]) -> str | None:
-    """What dora_dist.train would say of this launch; None if it is right, or nothing is launched."""
+    """What dora_dist.train would say of this launch; None if it is right. Without a launcher, only the precision that
+    accelerate would take is looked at, since ``accelerate launch`` of one process sets no other variable."""
     engine = config.distributed.engine if config else "zero2" if with_deepspeed(environment) else None
-    if engine is None or not launched(environment):
+    if engine is None:
         return None
     name = config.model.compute_dtype if config else "auto"
     dtype = str(resolve_compute_dtype(name)).removeprefix("torch.")
-    return _refusal(partial(check_launch, engine, environment)) or _refusal(
-        partial(check_precision, dtype, environment)
-    )
+    launch = _refusal(partial(check_launch, engine, environment)) if launched(environment) else None
+    return launch or _refusal(partial(check_precision, dtype, environment))
 
 
 def _refusals(config: "RunConfig | None") -> dict[str, str | None]:

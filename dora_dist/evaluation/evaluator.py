@@ -17,7 +17,9 @@ NUM_SHOWN = 4
 """Examples of a source whose generated answers are kept to look at: its first ones."""
 MOST_CHARACTERS = 2000
 """Of a text that is kept to look at."""
-MEMORY_ADVICE = "in an evaluation: lower training.per_device_eval_batch_size, or evaluation.max_new_tokens"
+MEMORY_ADVICE = (
+    "in an evaluation: lower training.per_device_eval_batch_size; where it is 1, evaluation.max_new_tokens in a new run"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ from support.ranks import run_ranks
 
 NODE = platform.node()
 ADVICE = (
-    "no memory left in an evaluation: lower training.per_device_eval_batch_size, or evaluation.max_new_tokens "
-    "(OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB)"
+    "no memory left in an evaluation: lower training.per_device_eval_batch_size; where it is 1, "
+    "evaluation.max_new_tokens in a new run (OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB)"
 )
 
 

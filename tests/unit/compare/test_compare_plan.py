@@ -1,6 +1,7 @@
 """From the YAML of a comparison to the runs of its cells."""
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import yaml
 from support.repository import REPOSITORY
 
+from dora_dist.compare.cell_result import identity_of
 from dora_dist.compare.plan import Cell, Group, Plan
 from dora_dist.compare.settings import parse_compare
 from dora_dist.config import data as data_config
@@ -43,6 +45,19 @@ def run_of(plan: Plan, method: str, task: str = "one", budget: int = 4):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_every_shipped_comparison_is_a_plan(path):
     assert Plan(parse_compare(["--config", str(path)])).num_cells > 1
+
+
+def test_shipped_comparisons_of_one_folder_agree_on_their_common_cells():
+    """Else the later one refuses the cells of the earlier one."""
+    folders = Counter(yaml.safe_load(path.read_text())["output_dir"] for path in SHIPPED)
+    made: dict[Path, tuple[str, dict[str, Any]]] = {}
+    for path in SHIPPED:
+        if folders[yaml.safe_load(path.read_text())["output_dir"]] > 1:
+            plan = Plan(parse_compare(["--config", str(path)]))
+            for cell in (plan.search_cells(group)[0] for group in plan.groups):
+                name, identity = made.setdefault(plan.cell_folder(cell), (path.name, identity_of(plan, cell, {})))
+                assert identity_of(plan, cell, {}) == identity, (name, path.name, str(cell))
+    assert made
 
 
 def test_the_number_of_cells(plan_of):
@@ -230,7 +245,14 @@ def test_what_cannot_work_is_refused_before_anything_runs(plan_of, changes, mess
         ({"data": {"eval": "r"}, "search": "s", "parts": "p"}, "tasks.one.parts is 'p', but must be a mapping"),
         ({"data": {"eval": "r"}, "search": "s", "parts": {"reported": "p"}}, "parts has reported, which is the name"),
         ({"data": {"eval": "r"}, "search": "s", "parts": {"en": ["a", "b"]}}, "parts.en has 2 sources, but must be"),
-        ({"data": {"eval": "r"}, "search": "s", "parts": {"en": None}}, "tasks.one.parts.en is missing"),
+        (
+            {"data": {"eval": "r"}, "search": "s", "parts": {"en": None}},
+            "tasks.one.parts.en is missing: a part needs a held",
+        ),
+        ({"data": {"eval": "r"}, "search": "s", "parts": {"no": "p"}}, "tasks.one.parts has the name 'no', but a name"),
+        ({"data": {"eval": "r"}, "search": "s", "parts": {False: "p"}}, "tasks.one.parts has the name False, but a na"),
+        ({"data": {"eval": "r"}, "search": "s", "parts": {"2024": "p"}}, "tasks.one.parts has the name '2024', but a"),
+        ({"data": {"eval": "r"}, "search": "s", "parts": {"a/b": "p"}}, "tasks.one.parts has the name 'a/b', but a na"),
         ({"data": {"eval": "r"}, "search": "s", "better": "more"}, "must be lower or higher"),
         ({"data": {"eval": "r"}, "search": "s", "metric": "exact_match"}, "set evaluation.exact_match to true"),
         (

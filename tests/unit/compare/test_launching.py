@@ -2,7 +2,7 @@
 
 import os
 
-from dora_dist.compare.launching import alone, worker_environment
+from dora_dist.compare.launching import alone, leave_launcher, worker_environment
 
 LAUNCHED = {
     "RANK": "1",
@@ -18,6 +18,12 @@ LAUNCHED = {
 
 def test_a_worker_is_a_world_of_its_own():
     assert alone(LAUNCHED) == {"PATH": "p"}
+
+
+def test_a_worker_in_the_process_of_the_command_is_one_too(monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(LAUNCHED, ACCELERATE_MIXED_PRECISION="bf16"))
+    leave_launcher()
+    assert os.environ == {"PATH": "p"}
 
 
 def test_every_worker_has_one_gpu():
