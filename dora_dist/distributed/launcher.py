@@ -128,9 +128,9 @@ def _check_zero(environment: Mapping[str, str], hint: str) -> None:
         where, device = _zero_setting(environment, key, option, "none")
         if device not in ("none", "missing", None, False):
             raise ValueError(
-                f"distributed.engine is zero2, but {where} is {device}, and events write parameters and the optimizer's "
-                "state where the model is: leave it out. An adapter is small, so that offloading would save next to "
-                f"nothing (dora-dist estimate has the size){hint}"
+                f"distributed.engine is zero2, but {where} is {device}, and events write parameters and the "
+                "optimizer's state where the model is: leave it out. An adapter is small, so that offloading would "
+                f"save next to nothing (dora-dist estimate has the size){hint}"
             )
     path, settings = _deepspeed_file(environment)
     for section, keys in REPLACING_SECTIONS.items():
