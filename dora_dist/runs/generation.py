@@ -100,8 +100,8 @@ def set_special_tokens(settings: GenerationConfig, tokenizer: PreTrainedTokenize
 
 
 def write_settings(folder: Path, spec: BaseModelSpec, chat: bool) -> Needed:
-    """Write the generation settings of an adapter's model into the adapter's folder, where neither PEFT nor transformers
-    reads them by itself, and return what the base lacks of them.
+    """Write the generation settings of an adapter's model into the adapter's folder, where neither PEFT nor
+    transformers reads them by itself, and return what the base lacks of them.
 
     Args:
         folder: the adapter's folder, with its tokenizer.

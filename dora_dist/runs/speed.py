@@ -21,7 +21,7 @@ class Speed:
 
     Attributes:
         tokens_per_second: tokens of all ranks together, without padding; the time includes evaluations and saves.
-        origin: where the figure comes from, in words.
+        origin: source of the figure, in words.
     """
 
     tokens_per_second: float

@@ -196,7 +196,7 @@ def format_summary(summary: Mapping[str, Any], run: Path, state: RunState | None
     """The summary in readable lines.
 
     Args:
-        summary: see :func:`summarize`.
+        summary: the run's :func:`summarize`.
         run: the run's folder.
         state: the run's state; shown unless the run has ended.
     """
