@@ -140,7 +140,8 @@ class TrainedRun:
         return getattr(self.load_model_config(), "quantization_config", None) is not None
 
     def make_plain_model(self) -> PreTrainedModel:
-        """The base with rows for new tokens; see :func:`~dora_dist.base_model.load.make_plain_model`."""
+        """An unquantized base with rows for new tokens, its weights to be overwritten; see
+        :func:`~dora_dist.base_model.load.make_plain_model`."""
         spec = self._spec(self.use.quantization, torch.float32)
         return self._with_new_tokens(load.make_plain_model(spec), spec)
 
