@@ -50,10 +50,11 @@ NETWORKS = (
     Network("bad: 1.25 GB/s, 50 us, rings only", 50e-6, 1.25e9, launch=30e-6),
 )
 GPU_ASSUMED = {"copy_rate": 4e9, "sync": 20e-6, "object_per_rank": 50e-6, "apply_per_layer": 100e-6, "kernel": 8e-6}
-"""Not measured, for want of a GPU: copies to ordinary host memory, one wait for the device, two waits and an unpickling
-for every gathered object, the kernels that zero a gate, one kernel."""
+"""Not measured, for want of a GPU: the rate of copies to ordinary host memory, and the seconds of one wait for the
+device, of two waits and an unpickling for every gathered object, of the kernels that zero a gate, and of one kernel."""
 STEP_SECONDS = {"8B": 3.9, "70B": 17.0, "405B": 100.0}
-"""6 x parameters x tokens of one rank (16384; 8192; 8192, as in configs/) at 200 TFLOP/s: an assumption."""
+"""Seconds of a step: 6 x parameters x tokens of one rank (16384; 8192; 8192, as in configs/) at 200 TFLOP/s, an
+assumption."""
 FILE_SYSTEMS = {"2 GB/s": 2e9, "50 GB/s": 50e9}
 CLIENT_RATE = 2e9
 """Bytes per second of one reader, assumed."""
@@ -61,15 +62,15 @@ RANKS_PER_NODE = 8
 
 
 def fit(found: Mapping[int, Mapping[str, Any]], rank: Rank) -> Network:
-    """Launch, latency and bandwidth of the local gloo from the least times on ``FITTED`` ranks, by least squares of
-    relative errors. Launches are not told apart from messages by these data, and are left at 0."""
+    """Launch, latency and bandwidth of the local gloo, fitted to the least times on ``FITTED`` ranks, by least squares
+    of relative errors. These data do not tell launches from messages, so that launches are left at 0."""
     rows, wanted = [], []
     for n in FITTED:
         for name, timing in found[n].items():
             (latency, per_byte), local = _counts(name, n, rank)
             rows.append(np.array([latency, per_byte]) / timing["least"])
             wanted.append((timing["least"] - local) / timing["least"])
-    # Seconds a byte are far smaller than those of a message: without scaling, they would be rounded away.
+    # Seconds per byte are far smaller than seconds per message: without scaling, they would be rounded away.
     scale = np.array([1e-6, 1e-9])
     latency, per_byte = map(float, np.linalg.lstsq(np.array(rows) * scale, np.array(wanted), rcond=None)[0] * scale)
     if min(latency, per_byte) <= 0:
@@ -79,7 +80,7 @@ def fit(found: Mapping[int, Mapping[str, Any]], rank: Rank) -> Network:
 
 def _counts(name: str, n: int, rank: Rank) -> tuple[list[float], float]:
     """Messages and bytes of all ranks in an exchange, and the seconds of what is local in it."""
-    # Networks in which only one of the two constants is there, and is 1.
+    # Networks that have only one of the two constants, with the value 1.
     units = Network("", 1.0, float("inf"), shared=True), Network("", 0.0, 1.0, shared=True)
     if name.startswith("gather"):
         nbytes = int(name.split()[1])
@@ -115,7 +116,7 @@ def check(found: Mapping[int, Mapping[str, Any]], network: Network, rank: Rank) 
 def check_events(
     found: Mapping[int, Any], alone: Mapping[str, Any], network: Network, rank: Rank, cores: int
 ) -> list[dict[str, Any]]:
-    """The same for whole events and digests of the 8B adapter in float32, to which nothing was fitted."""
+    """Like :func:`check`, for whole events and digests of the 8B adapter in float32, to which nothing was fitted."""
     rows = []
     for n, measured in found.items():
         crowding = max(1.0, n / cores)
@@ -183,7 +184,7 @@ def table(rank: Rank, operations: int) -> list[dict[str, Any]]:
 
 
 def start_up(hash_rate: float) -> list[dict[str, Any]]:
-    """Reading base and checkpoint by all ranks, in several ways."""
+    """Seconds in which all ranks read base and checkpoint, in several ways."""
     rows = []
     for shape in SHAPES:
         files = checkpoint_files(shape, R0, 4)
@@ -225,7 +226,7 @@ def measure(times: int) -> dict[str, Any]:
 
 
 def read_measurements(path: Path) -> dict[str, Any]:
-    """Those of an earlier result; JSON made text of the numbers of ranks."""
+    """The measurements of an earlier result; JSON has made text of the numbers of ranks."""
 
     def restore(value: Any) -> Any:
         if not isinstance(value, dict):

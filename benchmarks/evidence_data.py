@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def without_repetitions(splits: dict[str, list[Row]]) -> dict[str, list[Row]]:
-    """Held-out rows that are also trained on are left out, and searched ones that are also reported."""
+    """Leave out held-out rows that are also trained on, and searched rows that are also reported."""
     train, report = ({_key(row) for row in splits[name]} for name in ("train", "report"))
     apart = {"train": set(), "search": train | report}
     return {name: [row for row in rows if _key(row) not in apart.get(name, train)] for name, rows in splits.items()}
@@ -68,7 +68,7 @@ def e2e(sets: Path) -> dict[str, list[Row]]:
 
 
 def gsm8k(sets: Path) -> dict[str, list[Row]]:
-    """Grade-school mathematics, questions and answers of 400 bytes together at most."""
+    """Grade-school mathematics; question and answer of a row have at most 400 bytes together."""
     train, test = (
         [_pair(row["question"], row["answer"]) for row in _json_lines(sets / f"gsm8k/{split}.jsonl")]
         for split in ("train", "test")
@@ -78,9 +78,9 @@ def gsm8k(sets: Path) -> dict[str, list[Row]]:
 
 
 def metamathqa(sets: Path) -> dict[str, list[Row]]:
-    """Mathematics as PEFT's benchmark has it: MetaMathQA to train on, of 1,300 characters at most, and the test set of
-    GSM8K to report on. Searched are some of GSM8K's training questions, from which MetaMathQA is made; what is made
-    from these is not trained on, as it is there."""
+    """Mathematics as in PEFT's benchmark: MetaMathQA to train on, with at most 1,300 characters a row, and the test set
+    of GSM8K to report on. Search rows are some of GSM8K's training questions. MetaMathQA is made from these questions;
+    unlike in PEFT's benchmark, rows made from the search questions are not trained on."""
     searched, test = (_json_lines(sets / f"gsm8k/{split}.jsonl") for split in ("train", "test"))
     searched = random.Random(0).sample(searched, min(HELD_OUT, len(searched)))
     questions = {row["question"].strip() for row in searched}
@@ -94,7 +94,7 @@ def metamathqa(sets: Path) -> dict[str, list[Row]]:
 
 
 def alpaca(sets: Path) -> dict[str, list[Row]]:
-    """Instructions of 300 bytes, with input and answer, at most."""
+    """Instructions of at most 300 bytes, with input and answer."""
     rows = [row for row in _json(sets / "alpaca_data.json") if row["output"].strip()]
     return _split(_sample(_short(rows, 300), 6000 + 2 * HELD_OUT), HELD_OUT)
 
@@ -116,7 +116,7 @@ def multilingual(sets: Path) -> dict[str, list[Row]]:
 
 
 def cola(sets: Path) -> dict[str, list[Row]]:
-    """Acceptable sentences or not; reported is the whole development set."""
+    """Sentences that are acceptable or not; the whole development set is reported."""
     train, dev = (
         [{"sentence1": line[3], "label": line[1]} for line in _tsv(sets / f"glue/CoLA/{split}.tsv")]
         for split in ("train", "dev")
@@ -125,23 +125,23 @@ def cola(sets: Path) -> dict[str, list[Row]]:
 
 
 def mrpc(sets: Path) -> dict[str, list[Row]]:
-    """Pairs of sentences that say the same or do not; reported is the whole development set."""
+    """Pairs of sentences that say the same or do not; the whole development set is reported."""
     return _dev_reported(*(_pairs(sets / f"glue/MRPC/{split}.tsv", 3, 4, 0) for split in ("train", "dev")))
 
 
 def rte(sets: Path) -> dict[str, list[Row]]:
-    """Pairs of sentences of which the first entails the second or does not; reported is the whole development set."""
+    """Pairs of sentences of which the first entails the second or does not; the whole development set is reported."""
     return _dev_reported(*(_pairs(sets / f"glue/RTE/{split}.tsv", 1, 2, 3) for split in ("train", "dev")))
 
 
 def stsb(sets: Path) -> dict[str, list[Row]]:
-    """Pairs of sentences, and how alike they are, from 0 to 5; reported is the whole development set."""
+    """Pairs of sentences, and how alike they are, from 0 to 5; the whole development set is reported."""
     return _dev_reported(*(_pairs(sets / f"glue/STS-B/{split}.tsv", 7, 8, 9) for split in ("train", "dev")))
 
 
 def sst2(sets: Path) -> dict[str, list[Row]]:
-    """Phrases that praise or do not; the development set cut into halves, for phrases of the training data are parts of
-    one another."""
+    """Phrases that praise or do not. The development set is cut into halves, because phrases of the training data are
+    parts of one another."""
     train, dev = (
         [{"sentence1": line[0].strip(), "label": line[1]} for line in _tsv(sets / f"glue/SST-2/{split}.tsv")[1:]]
         for split in ("train", "dev")

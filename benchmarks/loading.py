@@ -39,8 +39,8 @@ CASES = (
 )
 LOADERS = ("transformers", "ours")
 PARTS = ("read", "read, pieces")
-"""Of what ``ours`` adds to ``transformers``: files read instead of mapped; and weights quantized in pieces. The rest
-is that freed memory is returned at the end."""
+"""Parts of what ``ours`` adds to ``transformers``: files are read instead of mapped, and weights are quantized in
+pieces. The rest is that freed memory is returned at the end."""
 MB = 10**6
 
 
@@ -60,7 +60,7 @@ def load(loader: str, folder: str, quantization: str, dtype: str) -> Any:
     cpu = torch.device("cpu")
     read = lean_loading._files_read(cpu, mapped=False) if "read" in loader else contextlib.nullcontext()
     pieces = lean_loading.QuantizedInPieces() if "pieces" in loader else contextlib.nullcontext()
-    # Even None would take the place of what the base says of itself.
+    # Even None would replace the setting in the base's own configuration.
     settings = {} if quantization == STORED else {"quantization_config": quantization_config(quantization, compute)}
     with read, pieces:
         return AutoModelForCausalLM.from_pretrained(
@@ -85,7 +85,7 @@ def write_stored(folder: Path) -> Path:
 
 
 def run_rank(loader: str, quantization: str, dtype: str, tiny: str, folder: str) -> None:
-    """Load the tiny model, say so, wait for a line, load the other one, and print what it took as JSON."""
+    """Load the tiny model, say so, wait for a line, load the other one, and print memory and time of that as JSON."""
     from many_shards import size_of_model
     from process_memory import MemoryWatch
 
@@ -100,7 +100,7 @@ def run_rank(loader: str, quantization: str, dtype: str, tiny: str, folder: str)
 
 
 def run_ranks(ranks: int, *arguments: str) -> list[dict[str, float]]:
-    """All ranks of one run."""
+    """Start all ranks of one run; returns their figures."""
     command = [sys.executable, __file__, "--rank", *arguments]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
     with contextlib.ExitStack() as stack:

@@ -31,7 +31,7 @@ PACKAGES = ("torch", "transformers", "peft")
 
 
 def make_model(vocabulary: int) -> DynamicLoraModel:
-    """A decoder layer is as small as it can be, so that the loss is what is measured."""
+    """A model with one decoder layer as small as it can be, so that the loss is what is measured."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -47,7 +47,7 @@ def make_model(vocabulary: int) -> DynamicLoraModel:
 
 
 def measure(vocabulary: int, ignored: float, turns: int) -> dict[str, Any]:
-    """Peaks in bytes, seconds of each turn, and how far the losses are apart."""
+    """Peaks in bytes, seconds of each turn, and the difference of the losses."""
     model = make_model(vocabulary)
     ids = torch.randint(0, vocabulary, (ROWS, LENGTH))
     labels = ids.clone()

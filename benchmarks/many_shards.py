@@ -10,10 +10,10 @@ def save_many_shards(folder: Path, hidden: int, layers: int, shard_bytes: int) -
     """Write the model.
 
     Args:
-        folder: to write into.
+        folder: the folder to write into.
         hidden: size of the model, a multiple of 64.
         layers: number of decoder layers, of 12.25 hidden^2 elements each.
-        shard_bytes: of one file, at most.
+        shard_bytes: largest size of one file, in bytes.
     """
     config = LlamaConfig(
         vocab_size=256,
@@ -41,7 +41,7 @@ def size_of_shards(folder: Path) -> list[int]:
 
 
 def size_of_model(model: torch.nn.Module) -> int:
-    """Bytes of all that a model holds: weights, constants of quantized ones, and buffers."""
+    """Bytes of all tensors of a model: weights, constants of quantized ones, and buffers."""
     tensors = [*model.parameters(), *model.buffers()]
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)

@@ -71,7 +71,7 @@ def time_trl(rows: Path, tokenizer_path: str) -> dict[str, float]:
 
 
 def parse_pair(parse: Any, text: str) -> dict[str, str] | None:
-    """A row as TRL takes it; None for one that neither would be given."""
+    """A row in TRL's form; None for one that neither contestant would be given."""
     from dora_dist.data.reading.samples import RowFlaw
 
     try:

@@ -17,8 +17,9 @@ class MemoryWatch:
             processes share them. Counted by Linux itself, nothing is missed.
         anonymous: growth of the process's own memory (not of files) at its peak, in bytes; sampled.
         kept: growth of the process's own memory at the end, in bytes.
-        seconds: how long it ran.
-        processor_seconds: of all threads of the process, which other processes on the machine hardly change.
+        seconds: duration in seconds.
+        processor_seconds: processor time of all threads of the process, which other processes on the machine hardly
+            change.
     """
 
     resident = anonymous = kept = 0

@@ -26,7 +26,7 @@ RANK, TARGET_RANK, DROPOUT = 12, 8, 0.05
 
 
 def make(folder: Path, shape_name: str, device: str) -> None:
-    """Base, tokenizer of one token a word, rows that fill a sequence, and the configuration of the run."""
+    """Write the base, a tokenizer of one token a word, rows that fill a sequence, and the configuration of the run."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -68,14 +68,14 @@ def make(folder: Path, shape_name: str, device: str) -> None:
 
 
 def time_ours(folder: Path) -> dict[str, Any]:
-    """``dora-dist train``, which starts a rank for every GPU."""
+    """Figures of ``dora-dist train``, which starts a rank for every GPU."""
     subprocess.run([sys.executable, "-m", "dora_dist", "train", str(folder / "run.yaml")], check=True)
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     return {"seconds": [line["seconds_per_step"] for line in lines if "seconds_per_step" in line]}
 
 
 def time_trl(folder: Path) -> dict[str, Any]:
-    """TRL's trainer in this process, on one GPU or the CPU."""
+    """Figures of TRL's trainer in this process, on one GPU or the CPU."""
     from datasets import load_dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback

@@ -33,24 +33,24 @@ from dora_dist.training.controller import DynamicRankController
 
 INITIAL_RANK, TARGET_RANK = 12, 8
 REDUCED = (224 * 12, 560 * 12, 882 * 12, 100_000, 1_000_000)
-"""Scores that are averaged: those of 8B, 70B and 405B, and more, to tell bandwidth from latency."""
+"""Numbers of scores that are averaged: those of 8B, 70B and 405B, and more, to tell bandwidth from latency."""
 GATHERED = (4, 47, 1_000, 100_000, 1_000_000)
-"""Bytes of gathered objects as pickled, nearly: the first two are a failure that is none, and a digest."""
+"""Approximate sizes in bytes of gathered objects as pickled: the first two are a failure that is none, and a digest."""
 
 BATCH = 4
-"""Exchanges of one timing."""
+"""Number of exchanges in one timing."""
 
 Timing = dict[str, float]
 
 
 def repeat(action: Callable[[], Any], times: int, batch: int = 1) -> Timing:
-    """Seconds of an action: least, median, and how many repeats.
+    """Time an action: the least and the median of its seconds, and the number of repeats.
 
     Args:
-        action: to be timed.
-        times: timings.
-        batch: actions of one timing, one after the other. A rank that comes last into an exchange sees the end of it
-            only; over several, each waits for the one before.
+        action: the action to be timed.
+        times: number of timings.
+        batch: number of actions of one timing, one after the other. A rank that comes last into an exchange sees only
+            its end; over several exchanges, each rank waits for the one before.
     """
     found = []
     for _ in range(times):
@@ -62,7 +62,7 @@ def repeat(action: Callable[[], Any], times: int, batch: int = 1) -> Timing:
 
 
 def merge(passes: Sequence[Any]) -> Any:
-    """Measurements of several passes over everything: the least of all, the median of the medians."""
+    """Merge measurements of several passes over everything: the least of all, the median of the medians."""
     first = passes[0]
     if not isinstance(first, dict):
         return first
@@ -89,7 +89,7 @@ def make_controller(shape: Shape, dtype: torch.dtype, agreement: Agreement) -> D
             layer = DynamicLoraLinear(base, "default", config=LoraConfig(), r=INITIAL_RANK, lora_alpha=8)
             for parameter in (layer.lora_a, layer.lora_b, layer.gate):
                 parameter.data = torch.full_like(parameter, 0.01, dtype=dtype)
-            # Enough difference that no two components tie.
+            # Enough difference that no two components have the same score.
             layer.gate.data += torch.arange(INITIAL_RANK) * 1e-2 + kind * 1e-3
             layers[f"model.layers.{number}.linear.{kind}"] = layer
     schedule = BudgetSchedule(10_000, len(layers), INITIAL_RANK, TARGET_RANK, 0.0, 0.5, 1)
@@ -120,7 +120,8 @@ def measure_collectives(agreement: Agreement, times: int) -> dict[str, Timing]:
 
 
 def measure_rank(shape: Shape | None, times: int) -> dict[str, Any]:
-    """On a rank of a world: exchanges, and events of a shape if one is given."""
+    """Measurements of one rank of a world: of exchanges, or, if a shape is given, of events and digests of that
+    shape."""
     agreement = Agreement()
     if shape is None:
         return measure_collectives(agreement, times)
@@ -160,7 +161,7 @@ def on_ranks(size: int, *arguments: Any) -> dict[str, Any]:
 
 
 def measure_unpacking(sizes: Sequence[int], times: int) -> dict[str, dict[int, Timing]]:
-    """What ``Agreement.gather`` costs a rank without any network: torch's fake group answers with the rank's own
+    """Cost of ``Agreement.gather`` for a rank, without any network: torch's fake group answers with the rank's own
     values, so that packing, size comparison and unpickling of n objects are the real code at the real n."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 

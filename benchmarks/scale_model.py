@@ -1,4 +1,4 @@
-"""What agreement between ranks costs, as arithmetic: bytes and seconds from shapes, a network and measured constants.
+"""Cost of agreement between ranks, as arithmetic: bytes and seconds from shapes, a network and measured constants.
 
 Everything here is a plain function of plain numbers; ``agreement_scale.py`` measures the constants. Formulas, sources
 and assumptions: ``docs/scale.md``. Seconds and bytes throughout; n is the number of ranks.
@@ -10,17 +10,17 @@ from dataclasses import dataclass
 OBJECT_BYTES = {"failure": 4, "digest": 47}
 """Bytes of ``None`` and of 32 bytes as Python pickles them (protocol 4), which is what travels."""
 SIZE_BYTES = 8
-"""Of the length that every rank announces before its object."""
+"""Bytes of the length that every rank announces before its object."""
 FLOAT64 = 8
 SMALLEST_ELEMENT = 4
 """Bytes of the flag that is reduced in every step."""
 CHECKPOINT_PHASES = 4
 """Phases of a checkpoint that all ranks leave together (``Checkpointer.save``)."""
 DIGESTED_TENSORS = 4
-"""Of a layer: A, gate, B and mask, each copied to the host by itself."""
+"""Number of tensors of a layer that are digested: A, gate, B and mask, each copied to the host by itself."""
 SYNCS_PER_LAYER = 6
-"""Where else an event makes the host wait for the device, by reading the code: whether scores are finite (twice), their
-copies for the selection (twice), and the mask that is written from a list (twice)."""
+"""Number of times a layer that an event makes the host wait for the device elsewhere, by reading the code: whether
+scores are finite (twice), their copies for the selection (twice), and the mask that is written from a list (twice)."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Shape:
     """A Llama model: seven adapted linear layers a block.
 
     Args:
-        name: of the model.
-        blocks: decoder layers.
+        name: name of the model.
+        blocks: number of decoder layers.
         hidden, intermediate, key_value: widths.
-        vocabulary: tokens; input embedding and output head are two matrices.
+        vocabulary: number of tokens; input embedding and output head are two matrices.
     """
 
     name: str
@@ -49,16 +49,16 @@ class Shape:
 
     @property
     def layers(self) -> int:
-        """Adapted layers of the model."""
+        """Number of adapted layers of the model."""
         return self.blocks * len(self.linears)
 
     def adapter_numel(self, rank: int) -> int:
-        """Trained elements: A, B and gates."""
+        """Number of trained elements: A, B and gates."""
         return self.blocks * sum(rank * (a + b + 1) for a, b in self.linears)
 
     @property
     def base_numel(self) -> int:
-        """Elements of the frozen base, norms left out."""
+        """Number of elements of the frozen base, without norms."""
         return self.blocks * sum(a * b for a, b in self.linears) + 2 * self.vocabulary * self.hidden
 
 
@@ -70,16 +70,17 @@ SHAPES = (LLAMA_8B, LLAMA_70B, LLAMA_405B)
 
 @dataclass(frozen=True)
 class Network:
-    """How messages travel.
+    """The properties of a network on which the cost of messages depends.
 
     Args:
-        name: for tables.
+        name: name of the network, for tables.
         latency: seconds of one message between neighbours; of a round, in which all ranks send at the same time.
         bandwidth: bytes per second of one rank.
-        tree: all-reduces go over trees, in 2 log2(n) rounds, instead of a ring.
+        tree: whether all-reduces go over trees, in 2 log2(n) rounds, instead of a ring.
         launch: seconds of starting one collective and waiting for it.
-        shared: all ranks share a few cores (local measurements), so that their messages take turns: what counts are
-            the messages and bytes of all ranks together, and ``latency`` and ``bandwidth`` are those of the machine.
+        shared: whether all ranks share a few cores (local measurements), so that their messages take turns: what counts
+            are the messages and bytes of all ranks together, and ``latency`` and ``bandwidth`` are those of the
+            machine.
     """
 
     name: str
@@ -103,7 +104,7 @@ class Network:
             return self._seconds(2 * math.ceil(math.log2(n)), 2 * nbytes)
         rounds, moved = 2 * (n - 1), 2 * (n - 1) * nbytes
         if self.shared:
-            # gloo cuts the data into two segments a rank, and sends none that is empty.
+            # gloo cuts the data into two segments a rank, and does not send empty ones.
             return self._seconds(rounds * min(2 * n, max(1, nbytes // SMALLEST_ELEMENT)), moved)
         return self._seconds(rounds, moved / n)
 
@@ -113,7 +114,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Rank:
-    """What a rank does by itself.
+    """Costs of what a rank does by itself.
 
     Args:
         hash_rate: bytes per second of SHA-256 as ``digest_tensors`` does it, copy included.
@@ -141,7 +142,7 @@ def object_gather(n: int, nbytes: float, network: Network, rank: Rank) -> float:
 
 
 def object_gather_bytes(n: int, nbytes: int) -> int:
-    """Bytes that one rank receives in it."""
+    """Bytes that one rank receives in an object gather."""
     return (n - 1) * (SIZE_BYTES + nbytes)
 
 
@@ -175,18 +176,18 @@ def event_bytes(shape: Shape, r0: int, n: int) -> int:
 
 
 def step_seconds(n: int, network: Network) -> float:
-    """What every optimizer step pays: the question whether any rank was told to stop."""
+    """Seconds that every optimizer step spends on the question whether any rank was told to stop."""
     return network.reduce(n, 4)
 
 
 @dataclass(frozen=True)
 class Files:
-    """What is read when many ranks start. Bytes.
+    """Sizes, in bytes, of what is read when many ranks start.
 
     Args:
-        base: of the model's weights as stored.
-        adapter: of ``dynamic_lora.safetensors``.
-        optimizer: of all ``optimizer/rank-*.safetensors`` together.
+        base: size of the model's weights as stored.
+        adapter: size of ``dynamic_lora.safetensors``.
+        optimizer: size of all ``optimizer/rank-*.safetensors`` together.
     """
 
     base: int
@@ -195,7 +196,7 @@ class Files:
 
 
 def checkpoint_files(shape: Shape, r0: int, element_bytes: int, weight_bytes: float = 2) -> Files:
-    """Sizes; the optimizer keeps a float32 master copy and two moments of every trained element."""
+    """Sizes of a checkpoint; the optimizer keeps a float32 master copy and two moments of every trained element."""
     trained, components = shape.adapter_numel(r0), r0 * shape.layers
     return Files(
         base=round(shape.base_numel * weight_bytes),
@@ -207,9 +208,9 @@ def checkpoint_files(shape: Shape, r0: int, element_bytes: int, weight_bytes: fl
 def checkpoint_seconds(
     shape: Shape, r0: int, element_bytes: int, n: int, network: Network, rank: Rank
 ) -> dict[str, float]:
-    """What agreeing on a checkpoint and sealing it cost, by part; writing it is not in it."""
+    """Seconds of agreeing on a checkpoint and of sealing it, by part, without writing it."""
     files = checkpoint_files(shape, r0, element_bytes)
-    # The adapter is there twice: as it is, and folded for PEFT (of full rank until the final event).
+    # The adapter is in the checkpoint twice: as it is, and folded for PEFT (of full rank until the final event).
     sealed = 2 * files.adapter + files.optimizer
     return {
         "digests compared": sum(verify_seconds(shape, r0, element_bytes, n, network, rank).values()),
@@ -219,11 +220,11 @@ def checkpoint_seconds(
 
 
 def resume_seconds(files: Files, n: int, shared_rate: float, client_rate: float, hash_rate: float) -> dict[str, float]:
-    """Reading a checkpoint by all ranks, by part.
+    """Seconds in which all ranks read a checkpoint, by part.
 
     Args:
-        files: sizes.
-        n: number of ranks, as many as have written it.
+        files: sizes of the files.
+        n: number of ranks, as many as have written the checkpoint.
         shared_rate: bytes per second of the file system, all readers together.
         client_rate: bytes per second of one reader.
         hash_rate: bytes per second of SHA-256.
@@ -238,5 +239,5 @@ def resume_seconds(files: Files, n: int, shared_rate: float, client_rate: float,
 
 
 def base_seconds(files: Files, readers: int, shared_rate: float, client_rate: float) -> float:
-    """Reading the frozen base ``readers`` times from one file system."""
+    """Seconds of reading the frozen base ``readers`` times from one file system."""
     return max(files.base / client_rate, readers * files.base / shared_rate)

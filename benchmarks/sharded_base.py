@@ -23,15 +23,16 @@ RANKS = (1, 2, 4, 8, 16, 32, 64)
 NVLINK = 450e9
 """Bytes a second that a GPU receives: half of the 900 GB/s of an H100, which count both directions."""
 NETWORK = 50e9
-"""The same of a GPU with 400 Gb/s of its own."""
+"""Bytes per second that a GPU receives over 400 Gb/s of its own."""
 FLOPS = 200e12
-"""Of a GPU in a training step, as in benchmarks/agreement_scale.py; ``FLOPS_PER_WEIGHT`` for a token: forward, the
-gradient of the input, and the forward again."""
+"""Floating point operations per second of a GPU in a training step, as in benchmarks/agreement_scale.py. A token takes
+``FLOPS_PER_WEIGHT`` for each weight: forward, the gradient of the input, and the forward again."""
 FLOPS_PER_WEIGHT = 6
 TOKENS = 8192
-"""Of a micro-batch on a GPU, by which gathering is compared with computing."""
+"""Number of tokens of a micro-batch on a GPU, by which gathering is compared with computing."""
 GATHERS = 2
-"""Of every layer in a micro-batch: forward, and backward, in which a layer that is computed again is still there."""
+"""Number of gathers of every layer in a micro-batch: forward, and backward, in which a layer that is recomputed is
+still there."""
 SHAPES = {
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
     "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
@@ -59,16 +60,16 @@ def estimate(model: Path, ranks: int, *overrides: str) -> MemoryEstimate:
 
 
 def layer_bytes(shape: ModelShape) -> int:
-    """The 4-bit codes of one decoder layer; constants, norms and biases are whole on every rank."""
+    """Bytes of the 4-bit codes of one decoder layer; constants, norms and biases are whole on every rank."""
     return sum(linear.numel for linear in shape.blocks[0].linears) // 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gathered:
-    """What one rank receives in a micro-batch.
+    """Cost of what one rank receives in a micro-batch.
 
     Attributes:
-        nbytes: of all layers, every time that they are gathered.
+        nbytes: size of all layers, counted every time that they are gathered.
         nvlink: seconds over :data:`NVLINK`.
         network: seconds over :data:`NETWORK`.
         computing: seconds of a micro-batch of :data:`TOKENS` tokens at :data:`FLOPS`.
@@ -81,7 +82,7 @@ class Gathered:
 
     @classmethod
     def of(cls, shape: ModelShape, ranks: int) -> "Gathered":
-        """On so many ranks that share a base; a rank has its own shard already."""
+        """The cost for ``ranks`` ranks that share a base; a rank has its own shard already."""
         nbytes = GATHERS * layer_bytes(shape) * len(shape.blocks) * (ranks - 1) / ranks
         weights = sum(linear.numel for linear in shape.linears)
         computing = FLOPS_PER_WEIGHT * weights * TOKENS / FLOPS

@@ -29,7 +29,7 @@ ROWS, LENGTH = 1, 512
 
 
 def adapted(spec: BaseModelSpec, device: torch.device, shards: ShardedBase | None) -> DynamicLoraModel:
-    """With an adapter that has an effect, every layer recomputed."""
+    """The model with an adapter that has an effect, every layer recomputed."""
     base = load_base_model(spec, device, take_layer=None if shards is None else shards.take_layer)
     if shards is not None:
         shards.complete(base)
@@ -62,7 +62,7 @@ def measure(spec: BaseModelSpec, device: torch.device, shards: ShardedBase | Non
 
 
 def rank_process(rank: int, size: int, folder: str, base: str) -> None:
-    """One rank: a whole base, then its shard of one."""
+    """Measure on one rank: a whole base, then this rank's shard of one."""
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     agreement = join_at_file(Path(folder) / "meeting", rank, size, device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

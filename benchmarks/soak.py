@@ -42,19 +42,19 @@ START_UP = 10.0
 SAVE = 0.3
 """Seconds after a checkpoint folder has appeared within which a kill counts as one of a save."""
 ONE_RANK, ALL_RANKS, LAUNCHER = "one rank", "all ranks", "launcher and ranks"
-"""Who can be killed."""
+"""Victims of a kill."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How the next session is to end.
+    """The planned end of the next session.
 
     Args:
-        ranks: that the session has.
+        ranks: number of ranks of the session.
         phase: ``start-up``, ``training`` or ``save``.
-        victims: who is killed.
-        rank: the one to be killed where it is one.
-        wait: seconds, from the start of the ranks, or from the session's first step.
+        victims: the victims of the kill.
+        rank: the rank to be killed, where it is one.
+        wait: seconds until the kill, from the start of the ranks, or from the session's first step.
         delay: seconds after the next checkpoint folder has appeared, for ``save``.
     """
 
@@ -80,9 +80,9 @@ class Soak:
 
     Args:
         output: folder for everything; must be new.
-        kill_every: seconds, about, from the first step of a session to its kill.
-        seed: of the kills.
-        ranks: numbers of ranks that the sessions of the killed run draw from; the first one is that of all other runs.
+        kill_every: approximate seconds from the first step of a session to its kill.
+        seed: seed of the kills.
+        ranks: numbers of ranks that the sessions of the killed run draw from; all other runs have the first one.
     """
 
     def __init__(self, output: Path, kill_every: float, seed: int, ranks: Sequence[int]) -> None:
@@ -99,7 +99,7 @@ class Soak:
         return len(set(self.ranks)) > 1
 
     def arguments(self, run: Path, steps: int, save_every: int, ranks: int) -> list[str]:
-        """Of ``dora_dist.train``."""
+        """The arguments of ``dora_dist.train``."""
         values = {
             "output_dir": run,
             "adapter.dropout": 0.0 if self.is_elastic else 0.1,
@@ -135,7 +135,7 @@ class Soak:
         return self._running
 
     def end(self) -> int:
-        """Leave no process of the current session; how many had to be killed."""
+        """Leave no process of the current session; returns how many had to be killed."""
         return self._running.end() if self._running else 0
 
     def run_whole(self, run: Path, steps: int, save_every: int) -> dict[str, Any]:
@@ -162,7 +162,7 @@ class Soak:
                     "kill": asdict(plan) if killed else None,
                     "stepped": stepped,
                     "resumed_from_step": resumed,
-                    # A session that was killed before its first step has not taken the lost ones again.
+                    # A session that was killed before its first step has not retaken the lost ones.
                     "steps_taken_again": before - resumed if stepped else 0,
                     "last_step": last_step(run),
                     "unfinished_checkpoint_left": has_unfinished_checkpoint(run),
@@ -227,14 +227,14 @@ def has_unfinished_checkpoint(run: Path) -> bool:
 
 
 def memory(session: Session) -> dict[str, float | None]:
-    """What the samples of a session say; the samples themselves go into a file beside its log."""
+    """Memory figures of a session's samples; the samples themselves go into a file beside its log."""
     lines = "".join(json.dumps(asdict(sample)) + "\n" for sample in session.samples)
     session.log.with_suffix(".memory.jsonl").write_text(lines)
     return {"peak_mib": peak(session.samples), "growth_mib_per_1000_steps": growth(session.samples)}
 
 
 def refuse(status: int | None, session: Session) -> None:
-    """A session that nobody killed must end well."""
+    """Refuse a session that nobody killed and that did not end well."""
     if status != 0:
         text = session.log.read_text(errors="replace")
         raise RuntimeError(f"{session.log.name}: the launcher ended with {status} unasked:\n{text[-5000:]}")
@@ -252,7 +252,7 @@ def describe(number: int, session: dict[str, Any]) -> str:
 
 
 def run_soak(soak: Soak, options: argparse.Namespace) -> list[str]:
-    """All of it; what failed."""
+    """Run the whole soak; returns what failed."""
     result: dict[str, Any] = {
         "command": " ".join(["python", "benchmarks/soak.py", *sys.argv[1:]]),
         "arguments": {name: getattr(options, name) for name in ("minutes", "kill_every", "seed", "ranks")},

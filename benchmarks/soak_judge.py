@@ -1,4 +1,4 @@
-"""How equal two runs on disk are, what samples of memory say, and whether a soak has passed."""
+"""Compares two runs on disk, reads samples of memory, and decides whether a soak has passed."""
 
 import os
 import subprocess
@@ -14,15 +14,15 @@ from dora_dist.config.format_version import METHOD_STATE
 
 MIB = 2**20
 FEWEST_STEPS = 1000
-"""That a slope is drawn through: an evaluation moves memory by 10 or 20 MiB up and down."""
+"""Smallest number of steps that a slope is drawn through: an evaluation moves memory by 10 or 20 MiB up and down."""
 MOST_GROWTH = 2.0
-"""MiB per 1000 steps of one session that count as none. transformers keeps every logged step in memory, and the soak
-logs every step, which alone is about 1 MiB per 1000 steps."""
+"""Growth in MiB per 1000 steps of one session that counts as none. transformers keeps every logged step in memory, and
+the soak logs every step, which alone is about 1 MiB per 1000 steps."""
 MOST_DRIFT = 0.05
-"""Share by which the peaks of late sessions may lie above those of early ones."""
+"""Largest share by which the peaks of late sessions may lie above those of early ones."""
 MOST_APART = 0.01
-"""Share by which the held-out losses of an elastic soak may differ. The first steps differ by 1e-7 or so, which grows
-with the trajectory (docs/numerics.md)."""
+"""Largest share by which the held-out losses of an elastic soak may differ. The first steps differ by 1e-7 or so, which
+grows with the trajectory (docs/numerics.md)."""
 SESSION_LINES = {"session_seconds", "train_runtime"}
 """Keys of lines that describe a session instead of a step."""
 TIMES = ("seconds_per_step", "eval_seconds", "eval_runtime")
@@ -53,7 +53,7 @@ def differences(reference: Path, killed: Path) -> list[str]:
 
 
 def distances(reference: Path, killed: Path) -> dict[str, Any]:
-    """How far two finished runs are from each other that had other numbers of ranks.
+    """The distance between two finished runs that had other numbers of ranks.
 
     Keys: ``last_checkpoint`` of both; ``events_equal``, whether they kept the same components in the same steps;
     ``steps_equal``, whether both have a line for each of the same steps; ``loss``, the mean and the largest relative
@@ -89,7 +89,7 @@ def _by_step(run: Path, key: str) -> dict[int, float]:
 
 
 def too_far(apart: Mapping[str, Any]) -> list[str]:
-    """What of :func:`distances` is too much for runs that differ in their numbers of ranks only."""
+    """The figures of :func:`distances` that are too large for runs that differ in their numbers of ranks only."""
     found = []
     if len(set(apart["last_checkpoint"])) > 1:
         found.append("the last checkpoint is {1} instead of {0}".format(*apart["last_checkpoint"]))
@@ -137,8 +137,8 @@ def _metric_differences(reference: Path, killed: Path) -> list[str]:
 def growth(samples: Sequence[Sample]) -> float | None:
     """MiB per 1000 steps that a rank gained in the second half of a session; None where the session was too short.
 
-    The slope of a line through the samples (least squares), the largest of all ranks. In the first half memory still
-    settles: the first evaluation, the first checkpoint, the allocator's arenas. After the last step, results are
+    This is the slope of a line through the samples (least squares), the largest of all ranks. In the first half, memory
+    still settles: the first evaluation, the first checkpoint, the allocator's arenas. After the last step, results are
     written and pictures drawn, which is not training.
     """
     slopes = []
@@ -152,7 +152,7 @@ def growth(samples: Sequence[Sample]) -> float | None:
 
 
 def peak(samples: Sequence[Sample]) -> float | None:
-    """The most that any rank held in a session, MiB."""
+    """The largest memory that any rank had in a session, in MiB."""
     return round(max(sample.rss for sample in samples) / MIB, 1) if samples else None
 
 
@@ -165,7 +165,7 @@ def drift(peaks: Sequence[float]) -> float | None:
 
 
 def environment() -> dict[str, Any]:
-    """What the result depends on besides the arguments."""
+    """The environment that the result depends on, besides the arguments."""
     from dora_dist.console.provenance import versions
 
     def git(*arguments: str) -> str:

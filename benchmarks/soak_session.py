@@ -14,11 +14,11 @@ import psutil
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LAUNCHER_PATIENCE = 60
-"""Seconds that a launcher has to end the ranks that are left: it kills them 30 s after its SIGTERM."""
+"""Seconds that a launcher gets to end the ranks that are left: it kills them 30 s after its SIGTERM."""
 SAMPLE_EVERY = 2.0
-"""Seconds between two looks at the memory."""
+"""Seconds between two samples of the memory."""
 GRACE = 5
-"""Seconds for processes to go after the launcher has gone."""
+"""Seconds that processes get to end after the launcher has ended."""
 STALLED = 600
 """Seconds without a step after which a session is taken to hang."""
 
@@ -28,8 +28,8 @@ class Sample:
     """Resident memory of a rank at a moment of a session.
 
     Args:
-        rank: of the process.
-        seconds: since the session began.
+        rank: rank of the process.
+        seconds: time since the session began.
         step: last optimizer step that was recorded.
         rss: bytes.
     """
@@ -61,9 +61,9 @@ class Session:
     """The launcher with its ranks, in a session of its own, until nothing of it is left.
 
     Args:
-        arguments: of ``dora_dist.train``.
-        run: its ``output_dir``.
-        log: file for what it prints.
+        arguments: arguments of ``dora_dist.train``.
+        run: the run's ``output_dir``.
+        log: file for what the session prints.
         processes: number of ranks.
     """
 
@@ -87,7 +87,7 @@ class Session:
                 command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output, start_new_session=True
             )
         self._launcher = psutil.Process(self._process.pid)
-        # Ranks have sessions of their own (torch's launcher wants it so), so that every process is remembered.
+        # Ranks have sessions of their own (torch's launcher starts them so), so every process is remembered.
         self._seen: set[psutil.Process] = {self._launcher}
         self._ranks: dict[psutil.Process, int] = {}
         self._next_sample = self.started
@@ -95,7 +95,7 @@ class Session:
 
     @property
     def seconds(self) -> float:
-        """Since the session began."""
+        """Seconds since the session began."""
         return time.monotonic() - self.started
 
     def poll(self) -> int | None:
@@ -133,12 +133,12 @@ class Session:
             return  # it has just ended
 
     def has_ranks(self, number: int) -> bool:
-        """Whether the launcher has started that many."""
+        """Whether the launcher has started this many ranks."""
         self._find_processes()
         return len(self._ranks) == number
 
     def kill(self, ranks: Sequence[int], launcher: bool) -> None:
-        """SIGKILL the given ranks, and before them the launcher if it is to go too."""
+        """Kill the given ranks with SIGKILL, and before them the launcher if ``launcher`` is true."""
         self._find_processes()
         victims = [process for process, rank in self._ranks.items() if rank in ranks]
         for process in [self._launcher, *victims] if launcher else victims:
@@ -152,9 +152,9 @@ class Session:
         return status
 
     def end(self) -> int:
-        """Leave no process behind; the number of those that had to be killed for it."""
+        """Leave no process behind; returns the number of those that had to be killed."""
         self._find_processes()
-        # What has been killed takes a moment to go.
+        # Killed processes take a moment to go.
         _, left = psutil.wait_procs([process for process in self._seen if _is_running(process)], timeout=GRACE)
         for process in left:
             _send_kill(process)

@@ -41,11 +41,11 @@ Collective = dict[str, Any]
 
 
 def collectives(events: Sequence[Mapping[str, Any]]) -> list[Collective]:
-    """What was exchanged, from the events of a profile in Chrome's form: kind, type, elements and bytes that this rank
-    gave, and how often; the largest first.
+    """The exchanges in the events of a profile in Chrome's form: kind, type, elements and bytes that this rank gave,
+    and number of times; the largest first.
 
     Raises:
-        ValueError: gloo did not carry out all that was asked for, so that something would be missing here.
+        ValueError: gloo did not carry out everything that was asked for, so that something would be missing here.
     """
     asked = [event["name"] for event in events if event["name"].startswith("c10d::")]
     done = [event for event in events if event["name"].startswith("gloo:")]
@@ -93,7 +93,7 @@ def watch_step(output: Path) -> None:
 
 
 def run_rank(arguments: Sequence[str]) -> None:
-    """One rank: the file for its findings, and the arguments of ``dora_dist.train``."""
+    """Run one rank: ``arguments`` are the file for its findings, and the arguments of ``dora_dist.train``."""
     output, *rest = arguments
     watch_step(Path(f"{output}-{os.environ['RANK']}"))
     from dora_dist.train import main as train

@@ -52,10 +52,10 @@ class Contestant:
     """A model that takes steps.
 
     Args:
-        model: The model, with or without an adapter.
-        agreement: Exchanges over the ranks.
-        autocast: Dtype to compute in if the adapter has another one, or None.
-        average: Whether gradients are averaged over the ranks, as in data-parallel training: in one all-reduce of a
+        model: the model, with or without an adapter.
+        agreement: exchanges over the ranks.
+        autocast: dtype to compute in if the adapter has another one, or None.
+        average: whether gradients are averaged over the ranks, as in data-parallel training: in one all-reduce of a
             flat tensor.
     """
 
@@ -140,11 +140,11 @@ class Dynamic(Contestant):
     """Runs the method like :class:`~dora_dist.training.trainer.DynamicLoraTrainer`.
 
     Args:
-        model: The model with an adapter, as :func:`~dora_dist.adapter.model.add_dynamic_lora` makes it.
-        agreement: Exchanges over the ranks.
-        schedule: The schedule of the budget.
-        autocast: See :class:`Contestant`.
-        average: See :class:`Contestant`.
+        model: the model with an adapter, as :func:`~dora_dist.adapter.model.add_dynamic_lora` makes it.
+        agreement: exchanges over the ranks.
+        schedule: the schedule of the budget.
+        autocast: dtype to compute in, or None; see :class:`Contestant`.
+        average: whether gradients are averaged; see :class:`Contestant`.
     """
 
     def __init__(
@@ -224,12 +224,12 @@ class Conditions:
     """The conditions that all contestants of a comparison share.
 
     Args:
-        base: The frozen base; all share its tensors, and none changes them.
-        options: Ranks, dtypes and seed.
-        agreement: Exchanges over the ranks.
-        checkpointing: Whether gradient checkpointing is on.
-        dropout: Dropout of the adapters.
-        average: See :class:`Contestant`.
+        base: the frozen base; all share its tensors, and none changes them.
+        options: the options with ranks, dtypes and seed.
+        agreement: exchanges over the ranks.
+        checkpointing: whether gradient checkpointing is on.
+        dropout: dropout of the adapters.
+        average: whether gradients are averaged; see :class:`Contestant`.
     """
 
     base: LlamaForCausalLM
@@ -247,7 +247,7 @@ class Conditions:
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """See :class:`Contestant`."""
+        """Dtype to compute in, or None; see :class:`Contestant`."""
         return None if self.adapter_dtype == self.base.dtype else self.base.dtype
 
 

@@ -58,7 +58,7 @@ class Options:
         peak_tflops: the device's peak, for utilization; None if not given.
         profile: contestant whose step is profiled, or None.
         seed: seed of weights, adapters and rows.
-        quick: whether all sizes are tiny.
+        quick: whether to use tiny sizes throughout, for tests.
         output: folder of the results.
     """
 

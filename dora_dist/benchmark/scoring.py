@@ -14,7 +14,7 @@ from dora_dist.console.text import MIB, say
 from dora_dist.method.importance import component_scores, score_layers
 
 Layer = tuple[Tensor, Tensor, Tensor]
-"""lora_a ``(r, in)``, gate ``(r,)``, lora_b ``(out, r)``."""
+"""The tensors of a layer: lora_a ``(r, in)``, gate ``(r,)``, lora_b ``(out, r)``."""
 DENSE_TIMES = 3
 CLOSED_TIMES = 20
 QUICK_SHAPE = "8b-tiny"

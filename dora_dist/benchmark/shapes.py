@@ -19,8 +19,8 @@ class Shape:
         heads: number of query heads.
         key_value_heads: number of key and value heads.
         vocabulary: number of tokens in the vocabulary.
-        sequence: tokens of a row.
-        batch: rows of a step.
+        sequence: number of tokens of a row.
+        batch: number of rows of a step.
         checkpointing: settings of gradient checkpointing to measure, unless the user chooses one.
     """
 

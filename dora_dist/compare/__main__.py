@@ -33,9 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command.
 
     Raises:
-        ValueError: The configuration or an option is invalid.
-        CellsMissingError: A cell failed.
-        PreemptedError: A worker received a signal to stop.
+        ValueError: the configuration or an option is invalid.
+        CellsMissingError: a cell failed.
+        PreemptedError: a worker received a signal to stop.
     """
     parser = argparse.ArgumentParser(
         prog="dora-dist compare",
@@ -101,7 +101,7 @@ def finish(plan: Plan, own: Sequence[str]) -> None:
     """Write results and pictures, and print the table.
 
     Raises:
-        CellsMissingError: The results are incomplete.
+        CellsMissingError: the results are incomplete.
     """
     from dora_dist.compare import pictures, results, table
     from dora_dist.compare.data import check_recorded

@@ -41,8 +41,8 @@ class CellResult:
         stored: number of elements in the saved adapter's factors, used by a prompt or not.
         widest: parameters of one component in the widest layer.
         ranks: number of components kept, by layer.
-        initial_rank: components of a layer at the start.
-        steps: optimizer steps.
+        initial_rank: number of components of a layer at the start.
+        steps: number of optimizer steps.
         seconds: seconds of training, logging included.
         settings: settings that the run recorded.
         environment: environment in which the cell ran.
@@ -63,7 +63,7 @@ class CellResult:
 
     @property
     def diverged(self) -> bool:
-        """Whether a figure is not finite."""
+        """Whether a figure of the cell is not finite."""
         return not (math.isfinite(self.search) and math.isfinite(self.reported))
 
 

@@ -22,8 +22,8 @@ class TaskData:
     """What the comparison needs from a task's data.
 
     Attributes:
-        digests: Source -> digest of its examples; a held-out source is marked where a training source has its name.
-        notes: Notes for the table.
+        digests: source -> digest of its examples; a held-out source is marked where a training source has its name.
+        notes: remarks for the table.
     """
 
     digests: dict[str, str]
@@ -36,7 +36,7 @@ def prepare(plan: Plan) -> dict[str, TaskData]:
     Raises:
         ValueError: the configuration cannot work, or differs from what is on disk.
     """
-    world.connect("none", 1)  # which TrainingArguments needs
+    world.connect("none", 1)  # TrainingArguments needs it
     found: dict[str, TaskData] = {}
     for task in plan.config.tasks:
         groups = [group for group in plan.groups if group.task == task]
@@ -61,7 +61,7 @@ def check_recorded(plan: Plan) -> list[str]:
         Notes on the data.
 
     Raises:
-        ValueError: they do not, or there are no cells.
+        ValueError: the cells belong to another configuration or other data, or there are no cells.
     """
     if not (plan.folder / DATA).is_file():
         raise ValueError(f"{plan.folder} holds no comparison: start one without --report")
@@ -98,6 +98,6 @@ def _task_data(task: str, data: run_data.RunData) -> TaskData:
         if count
     ]
     digests = {source.name: source.digest for source in data.train}
-    for source in data.evaluation:  # whose name a training source may have, too
+    for source in data.evaluation:  # a training source may have the same name
         digests[f"{source.name} (held out)" if source.name in digests else source.name] = source.digest
     return TaskData(digests, [f"{task}: {note}" for note in notes])

@@ -151,7 +151,7 @@ def _method(entry: str | Mapping[str, Any]) -> Method:
 
 
 def _flaw_of_key(parent: Method, section: str, key: str) -> str | None:
-    """Why a method that comes from this one cannot set a key; None where it can."""
+    """Why a method that is derived from this one cannot set a key; None where it can."""
     if section == "training":
         if key not in OF_TRAINING:
             only = ", ".join(OF_TRAINING)

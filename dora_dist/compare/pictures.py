@@ -19,7 +19,7 @@ MOST_NUMBERED = 400
 
 
 def draw_comparison(results: ComparisonResults, path: Path) -> None:
-    """For every task and budget, draw one dot per seed, and the paired difference from the baseline."""
+    """Draw one dot per seed, and the paired difference from the baseline, for every task and budget."""
     panels = results.by_task_and_budget()
     heights = [0.9 + 0.34 * len(groups) for groups in panels]
     figure, axes = pyplot().subplots(

@@ -115,7 +115,7 @@ def parse_compare(arguments: Sequence[str] | None = None) -> CompareConfig:
     """Read the configuration of a comparison from ``--config FILE`` and ``--key value`` on top of it.
 
     Raises:
-        ValueError: as in :func:`~dora_dist.config.parse.parse_config`.
+        ValueError: the configuration is invalid; see :func:`~dora_dist.config.parse.parse_config`.
     """
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile)

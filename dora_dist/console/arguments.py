@@ -9,7 +9,7 @@ SPEED_OPTION = "--tokens-per-second"
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Add what says which adapter a command takes, and its base."""
+    """Add the options that name a command's adapter and its base."""
     parser.add_argument(
         "run", type=Path, metavar="RUN", help="folder of a run (output_dir of its configuration), or of an adapter"
     )

@@ -25,8 +25,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line to a record. What a process that was killed has left of one is ended first, so that no other line
-    is lost with it."""
+    """Append a line to a record. An incomplete line that a killed process left at its end is ended first, so that the
+    new line is not lost with it."""
     with path.open("a+b") as file:
         is_torn = file.tell() > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
         file.write(b"\n" * is_torn + line.encode() + b"\n")
@@ -41,7 +41,7 @@ def each_line(path: Path) -> Iterator[dict[str, Any]]:
     """Lines of a JSONL record, one after the other.
 
     An incomplete last line, which a process is writing or has left when it was killed, is ignored. Any other line that
-    cannot be read is a measurement that is lost: it is left out with a remark, and what follows is read.
+    cannot be read is a lost measurement: it is left out with a remark, and reading goes on.
     """
     with path.open("rb") as file:
         for number, text in enumerate(file, 1):
@@ -60,14 +60,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def refuse_taken(output: Path, option: str) -> None:
-    """Refuse a folder to write that is there, or that lies below a file, before anything is computed for it.
+    """Refuse an output folder that exists, or that lies below a file, before anything is computed for it.
 
     Args:
         output: the folder.
-        option: that it was given by, such as ``--output``.
+        option: the option that gave the folder, such as ``--output``.
 
     Raises:
-        ValueError: something is in its way.
+        ValueError: the folder exists, or a parent of it is a file.
     """
     if output.exists():
         raise ValueError(f"{output} exists already: give another folder as {option}, or delete it")
@@ -80,7 +80,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     """A temporary folder that becomes ``output`` at the end, or is removed if anything fails.
 
     Raises:
-        ValueError: Somebody else has made ``output`` in the meantime.
+        ValueError: somebody else has made ``output`` in the meantime.
     """
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)

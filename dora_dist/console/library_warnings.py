@@ -20,8 +20,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*(all_gather_into|reduce_scatter)_tensor.*")
     # accelerate 1.15 passes DDP's broadcast_buffers to torch 2.13, which has renamed it.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*broadcast_buffers.*")
-    # torch 2.13 warns that a change in place of a sharded model's output would lose a hook: of the whole model's, whose
-    # own parameters are in no shard, and which is logits or a loss. Of a layer, the warning stays.
+    # torch 2.13 warns that a change in place of a sharded module's output would lose a hook. It is silenced for the
+    # whole model, whose own parameters are in no shard, and whose output is logits or a loss; for a layer, it stays.
     warnings.filterwarnings("ignore", category=UserWarning, message=r"FSDP2-wrapped module \(FSDP\w+For\w+\)")
     # accelerate 1.15 compares its own setting, which the Trainer leaves at 1, with DeepSpeed's; check_prepared compares
     # the settings that matter.

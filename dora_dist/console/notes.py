@@ -20,8 +20,8 @@ class Note:
     """How a rank ended.
 
     Attributes:
-        status: The rank's exit status.
-        message: The rank's message for the user.
+        status: the rank's exit status.
+        message: the rank's message for the user.
     """
 
     status: int
@@ -32,7 +32,7 @@ def leave_note(note: Note) -> bool:
     """Leave a note for the process that started this one. Never raises, because this process is about to end.
 
     Returns:
-        Whether the starter prints it.
+        Whether that process prints the note.
     """
     try:
         if path := os.environ.get(ERROR_FILE):

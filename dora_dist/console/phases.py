@@ -27,7 +27,7 @@ class Phases:
         clock: returns seconds; replaced in tests.
 
     Attributes:
-        phase: what is being done, for messages; set by the code that begins it.
+        phase: the current phase, for messages; set by the code that begins it.
     """
 
     def __init__(self, phase: str, clock: Callable[[], float] = time.monotonic) -> None:

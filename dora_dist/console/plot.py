@@ -21,9 +21,9 @@ def save_picture(figure: Any, path: Path | BinaryIO, dpi: int = DOTS_PER_INCH) -
     """Write a matplotlib figure to a file and close it.
 
     Args:
-        figure: The matplotlib figure.
-        path: The file; its suffix gives the format. An open file gets PNG.
-        dpi: Dots per inch.
+        figure: the matplotlib figure.
+        path: the file to write; its suffix gives the format. An open file gets PNG.
+        dpi: resolution in dots per inch.
     """
     figure.savefig(path, dpi=dpi)
     pyplot().close(figure)

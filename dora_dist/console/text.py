@@ -27,11 +27,11 @@ def aligned(rows: Sequence[Sequence[str]], num_words: int = 2) -> str:
 
 
 def first_lines(lines: Sequence[str], most: int, total: int | None = None) -> str:
-    """Lines under a heading, the first of them if they are many, each after a line break.
+    """Lines under a heading, each after a line break; only the first ones if there are many.
 
     Args:
-        lines: all of them, or the first ``most``.
-        most: lines that are shown.
+        lines: all lines, or the first ``most``.
+        most: largest number of lines that are shown.
         total: number of all lines; by default those given.
     """
     total = len(lines) if total is None else total
@@ -74,8 +74,8 @@ def num_said() -> int:
 
 
 def escaped(text: str) -> str:
-    """The text of a message, with all characters of file names and data escaped that one would not see, and that a
-    terminal might obey. Line breaks are kept. For texts that are to be read, see :func:`visible`."""
+    """The text of a message, with every character escaped that is invisible or that a terminal might obey; file names
+    and data may hold such. Line breaks are kept. For texts that are to be read, see :func:`visible`."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -100,7 +100,7 @@ def _visible(character: str, marks: str) -> str:
 
 
 def rate(bytes_per_second: float) -> str:
-    """In decimal units, as makers of networks and disks count: ``12.3 GB/s``, ``450 MB/s``."""
+    """A rate in decimal units, as makers of networks and disks count: ``12.3 GB/s``, ``450 MB/s``."""
     for unit, bytes_ in (("GB/s", 1e9), ("MB/s", 1e6)):
         if bytes_per_second >= 0.9995 * bytes_:
             return f"{_digits(bytes_per_second / bytes_)} {unit}"
@@ -108,7 +108,7 @@ def rate(bytes_per_second: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """``350 us``, ``12.3 ms``, ``4.20 s``."""
+    """A duration with three digits: ``350 us``, ``12.3 ms``, ``4.20 s``."""
     for unit, length in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= 0.9995 * length:
             return f"{_digits(seconds / length)} {unit}"
@@ -116,7 +116,7 @@ def duration(seconds: float) -> str:
 
 
 def time_span(seconds: float) -> str:
-    """In the largest two units: ``40 s``, ``3 min 20 s``, ``3 h 20 min``, ``2 d 4 h``."""
+    """A time span in its largest two units: ``40 s``, ``3 min 20 s``, ``3 h 20 min``, ``2 d 4 h``."""
     for (large, length), (small, part) in pairwise({"d": 86_400, "h": 3_600, "min": 60, "s": 1}.items()):
         if seconds >= length:
             whole, rest = divmod(round(seconds / part), length // part)
@@ -125,7 +125,7 @@ def time_span(seconds: float) -> str:
 
 
 def format_bytes(count: int) -> str:
-    """With about three digits: ``5.31 GiB``, ``812 MiB``, ``20.1 KiB``."""
+    """A size with about three digits: ``5.31 GiB``, ``812 MiB``, ``20.1 KiB``."""
     for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", 2**10)):
         if count >= 0.9995 * size:
             return f"{_digits(count / size)} {unit}"

@@ -66,10 +66,10 @@ class _Logged:
 
     Attributes:
         title: title of its chart.
-        about: what it is and which direction is good.
+        about: what the figure is and which direction is good.
         unit: its unit.
-        divisor: of its values.
-        zero_is_off: whether it is not shown where it is always 0.
+        divisor: number by which the logged values are divided.
+        zero_is_off: whether the chart is left out if all values are 0.
     """
 
     title: str

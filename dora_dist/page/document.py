@@ -25,7 +25,8 @@ INTRODUCTION = (
     "At an event, the run decides which components the layers have from then on. This page shows how good the model "
     "is, how the training went, where the components are, and what the model answers.",
 )
-"""For readers who have never heard of the method: what a run, a component and an event are, and what the page shows."""
+"""Introduction for readers who have never heard of the method: what a run, a component and an event are, and what the
+page shows."""
 ABOUT_MAPS = (
     "A row is a layer of the base, a column a kind of matrix in it, and a number how many components the adapter has "
     "there. The darker, the more. The slider goes through the events."

@@ -19,7 +19,7 @@ class OpenRun:
         name: name that distinguishes its curves and maps from those of other runs on the page.
         folder: the run's folder.
         state: whether it is running, has ended or has failed.
-        summary: see :func:`~dora_dist.runs.summary.summarize`.
+        summary: the run's :func:`~dora_dist.runs.summary.summarize`.
         fingerprint: the run's settings.
         budget: number of components over the steps.
         lines: lines of ``metrics.jsonl``.

@@ -33,14 +33,14 @@ def run_cells(options: Options, result: dict[str, Any], keep: Callable[[], None]
     the rate with the lowest divergence on the search split.
 
     Args:
-        options: Settings of the experiment.
+        options: settings of the experiment.
         result: ``layers``, ``truths`` and ``cells``; changed in place.
-        keep: Called after every cell.
-        tell: Takes a line of progress.
+        keep: function that is called after every cell.
+        tell: function that takes a line of progress.
 
     Raises:
-        DivergedError: A student's loss is not a number.
-        ValueError: The planted ranks do not fit the base.
+        DivergedError: a student's loss is not a number.
+        ValueError: the planted ranks do not fit the base.
     """
     for seed in range(options.seeds):
         # The rates for later seeds are chosen by the cells of earlier ones.
@@ -82,7 +82,7 @@ def run_cell(
     """Train a student and describe the result; figures by layer are lists in the order of ``layers``.
 
     Raises:
-        DivergedError: The student's loss is not a number.
+        DivergedError: the student's loss is not a number.
     """
     outcome = train_student(truth, method, learning_rate, options)
     if not all(map(math.isfinite, outcome["divergence"].values())):

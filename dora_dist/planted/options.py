@@ -41,13 +41,13 @@ class Options:
         seeds: number of seeds; each has its own planted ranks, directions, text and start, and its own base if the base
             is random.
         search_seeds: number of first seeds, on which every method's learning rate is chosen.
-        learning_rates: the grid, ascending.
+        learning_rates: learning rates to choose from, ascending.
         target_rank: components per layer, on average: planted, and kept.
-        steps: optimizer steps of a run.
-        interval: optimizer steps between two events.
-        batch: rows of a step.
-        length: tokens of a row.
-        held_out: rows of each of the two held-out splits.
+        steps: number of optimizer steps of a run.
+        interval: number of optimizer steps between two events.
+        batch: number of rows of a step.
+        length: number of tokens of a row.
+        held_out: number of rows of each of the two held-out splits.
         strength: Frobenius norm of a planted component relative to its layer's weight.
         decay: whether singular values of a layer's planted update fall as 1, 1/2, 1/3, ...; otherwise they are equal.
         kind: kind of projection, for the pattern ``one-kind``.

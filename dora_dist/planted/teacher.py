@@ -61,7 +61,8 @@ def plant(
         base: the base; not changed.
         ranks: planted ranks by full name of the linear layer.
         strength: Frobenius norm of a component relative to its layer's weight.
-        decay: singular values of a layer fall as 1, 1/2, 1/3, ... at the same norm of the whole update; else equal.
+        decay: whether singular values of a layer fall as 1, 1/2, 1/3, ... at the same norm of the whole update;
+            otherwise they are equal.
         seed: seed of the directions.
 
     Returns:

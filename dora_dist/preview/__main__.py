@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the preview.
 
     Raises:
-        ValueError: The configuration or the input is invalid.
+        ValueError: the configuration or the input is invalid.
     """
     quiet_libraries()
     options, overrides = build_parser().parse_known_args(with_config_option(arguments))

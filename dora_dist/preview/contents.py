@@ -34,7 +34,7 @@ class Preview:
 
     Attributes:
         title: title of the preview.
-        note: how the examples were chosen.
+        note: description of how the examples were chosen.
         examples: examples, token by token.
         table: table of the sources, header first; the first two columns are words, the others numbers.
         lengths: summary of the lengths, in words.
@@ -72,11 +72,11 @@ def build_preview(config: RunConfig, choice: ExampleSelection, world_size: int) 
 
     Args:
         config: the run's configuration.
-        choice: which examples to show.
+        choice: the user's choice of examples.
         world_size: number of processes for which optimizer steps are counted.
 
     Raises:
-        ValueError: The configuration or the input is invalid.
+        ValueError: the configuration or the input is invalid.
     """
     import numpy as np
 

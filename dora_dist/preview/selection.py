@@ -21,10 +21,10 @@ class ExampleSelection:
 
     Attributes:
         number: number of examples; None for a few, with at least one from every source.
-        source: show only this source.
-        held_out: show the held-out sources instead of the training sources.
-        longest: show the longest examples instead of the first ones.
-        truncated: show only truncated examples.
+        source: name of the only source to show; None for all.
+        held_out: whether to show the held-out sources instead of the training sources.
+        longest: whether to show the longest examples instead of the first ones.
+        truncated: whether to show only truncated examples.
     """
 
     number: int | None = None
@@ -41,7 +41,7 @@ class Pool:
     Attributes:
         sources: all sources of one part of the data, training or held-out; an example's index counts through all.
         chosen: numbers of the chosen sources.
-        members: for each chosen source, the indices of its eligible examples.
+        members: indices of the eligible examples, one array for each chosen source.
     """
 
     sources: "Sequence[PreparedSource]"

@@ -19,7 +19,7 @@ class TrainingOrder:
 
     Attributes:
         examples: indices of the examples in the order of training.
-        steps: optimizer step of each; None if no training is possible.
+        steps: optimizer step of each example; None if no training is possible.
         remarks: the number of steps and how it is computed.
     """
 

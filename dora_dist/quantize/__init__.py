@@ -1,1 +1,1 @@
-"""A base that is written in 4 bits once."""
+"""Writes a base in 4 bits, once for many runs."""

@@ -1,5 +1,5 @@
-"""Write a base in bitsandbytes' NF4, tensor by tensor: the base is never in memory as a whole, neither as it was nor as
-it is written."""
+"""Write a base in bitsandbytes' NF4, tensor by tensor: neither the original nor the result is ever in memory as a
+whole."""
 
 import shutil
 from collections.abc import Callable, Mapping
@@ -23,9 +23,10 @@ from dora_dist.base_model.shape import read_shape, text_decoder
 from dora_dist.console.files import read_json, write_json
 
 SHARD_BYTES = 2 * 10**9
-"""Of a file of weights, at most, unless one tensor is larger. A whole file is in memory before it is written."""
+"""Largest size of a file of weights, in bytes, unless one tensor is larger. A whole file is in memory before it is
+written."""
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
-"""Files of weights. Of everything else in its folder a base gets a copy, but its card, which is about the 16 bits."""
+"""Suffixes of files of weights. All other files of a base are copied, except its card, which is about the 16 bits."""
 TEMPLATES = "additional_chat_templates"
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -34,13 +35,13 @@ CARD = "README.md"
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """What was written.
+    """What :func:`write_quantized` has written.
 
     Attributes:
-        layers: linear layers in 4 bits.
-        bytes_before: of the weights that were read.
-        bytes_after: of the weights that were written.
-        files: of weights.
+        layers: number of linear layers in 4 bits.
+        bytes_before: size of the files that were read.
+        bytes_after: size of the tensors that were written.
+        files: number of files of weights that were written.
     """
 
     layers: int
@@ -57,13 +58,13 @@ def write_quantized(
 
     Args:
         spec: the base; weights are read in its ``compute_dtype`` before they are quantized.
-        folder: to write into, which exists and is empty.
-        device: where weights are quantized.
-        note: is told what is being done.
+        folder: the folder to write into, which exists and is empty.
+        device: the device on which weights are quantized.
+        note: function that is told what is being done.
 
     Raises:
-        ValueError: the base is quantized already, is no causal language model that is built as Llama, or its files are
-            not the weights that it needs.
+        ValueError: the base is quantized already, is not a causal language model built like Llama, or its files are not
+            the weights that it needs.
     """
     config = load.load_model_config(spec)
     if getattr(config, "quantization_config", None) is not None:
@@ -104,14 +105,14 @@ class _StoredTensors:
     """The tensors in the safetensors files of a model, by name; context in which the files are open.
 
     Args:
-        folder: of the model.
-        path: as the user gave it, for messages.
+        folder: the model's folder.
+        path: the model's path as the user gave it, for messages.
 
     Attributes:
-        nbytes: of the files.
+        nbytes: size of the files.
 
     Raises:
-        ValueError: there are no such files, or one is damaged or missing.
+        ValueError: there are no such files, or a file is damaged or missing.
     """
 
     def __init__(self, folder: Path, path: str) -> None:
@@ -141,14 +142,14 @@ class _StoredTensors:
         self._open.close()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of all tensors."""
+        """Name -> shape, for all tensors."""
         return {name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()}
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU.
 
         Raises:
-            ValueError: it has a value that is not finite.
+            ValueError: the tensor has a value that is not finite.
         """
         tensor: Tensor = self._files[name].get_tensor(name)
         if tensor.is_floating_point() and tensor.numel() and not is_finite(tensor):
@@ -180,16 +181,16 @@ def _check_names(path: str, skeleton: PreTrainedModel, stored: _StoredTensors) -
 
 
 class _Quantizer:
-    """Makes of a tensor of a model what is written of it.
+    """Converts a tensor of a model to the tensors that are written for it.
 
     Args:
         skeleton: the model without weights; gets 4-bit layers.
         dtype: weights are cast to it before they are quantized.
-        device: where they are quantized.
+        device: the device on which weights are quantized.
 
     Attributes:
-        settings: how.
-        count: of the layers that were quantized so far.
+        settings: transformers' settings of the quantization.
+        count: number of layers quantized so far.
     """
 
     def __init__(self, skeleton: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
@@ -202,11 +203,12 @@ class _Quantizer:
         self._quantizer.preprocess_model(skeleton, dtype=dtype, device_map={"": device})
 
     def __call__(self, name: str, tensor: Tensor) -> Mapping[str, Tensor]:
-        """A tensor as it is, or codes and constants of the weight of a linear layer, by transformers' own operation.
+        """The tensor as it is, or, for the weight of a linear layer, its codes and constants, by transformers' own
+        operation.
 
         Args:
-            name: of the tensor in the model.
-            tensor: of any dtype, on the CPU.
+            name: the tensor's name in the model.
+            tensor: the tensor, of any dtype, on the CPU.
         """
         if not self._quantizer.param_needs_quantization(self._skeleton, name):
             return {name: tensor}
@@ -224,8 +226,8 @@ class _Shards:
     """Files of weights of at most :data:`SHARD_BYTES` in a folder, and their index.
 
     Attributes:
-        files: that have been written.
-        nbytes: of all tensors so far.
+        files: the files written so far.
+        nbytes: size of all tensors so far.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -236,7 +238,8 @@ class _Shards:
         self.nbytes = 0
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take tensors, which stay together; write a file of those before them where it would become too large."""
+        """Add tensors, which stay in one file; the tensors before them are written first if that file would become too
+        large."""
         size = sum(tensor.nbytes for tensor in tensors.values())
         if self._pending and size + sum(tensor.nbytes for tensor in self._pending.values()) > SHARD_BYTES:
             self._write()
@@ -265,7 +268,7 @@ class _Shards:
 
 
 def _copy_others(source: Path, folder: Path) -> None:
-    """Tokenizer, generation config, licence, and code that comes with the model."""
+    """Copy tokenizer, generation config, licence, and code that comes with the model."""
     for path in sorted(source.iterdir()):
         if path.is_dir() and path.name == TEMPLATES:
             shutil.copytree(path, folder / path.name)

@@ -54,8 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Prepare model and data, and train.
 
     Raises:
-        ValueError: The folder is not a quickstart's, a key of the run is wrong, or a download is not permitted.
-        SystemExit: Training failed; with its exit status.
+        ValueError: the folder is not a quickstart's, a key of the run is wrong, or a download is not permitted.
+        SystemExit: training failed; the exit status is training's.
     """
     given, overrides = build_parser().parse_known_args(arguments)
     if given.prepare_only and overrides:

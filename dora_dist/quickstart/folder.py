@@ -79,7 +79,7 @@ def _replace(output: Path, finished: Path) -> None:
 @contextmanager
 def _scratch(output: Path) -> Iterator[Path]:
     """A folder beside `output`, for what is being made. It is removed in the end, also after SIGTERM, which interrupts
-    like Ctrl-C in here. What processes that were killed have left is removed first."""
+    the block like Ctrl-C. What killed processes have left is removed first."""
     prefix = f".{output.name}.partial-"
     for left in output.parent.glob(f"{prefix}*"):
         _remove_if_left(left)

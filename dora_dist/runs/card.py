@@ -29,13 +29,13 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 def card_of(
     run: Path, config: RunConfig, needed: Sequence[tuple[str, str]] = (), method: str | None = None
 ) -> tuple[dict[str, Any], str]:
-    """Metadata and text for :func:`~dora_dist.adapter.card.complete_card`, by the records so far.
+    """Metadata and text for :func:`~dora_dist.adapter.card.complete_card`, from the records so far.
 
     Args:
-        run: folder of the run, which may be going on.
-        config: that it has recorded.
-        needed: what its base lacks, as of :meth:`~dora_dist.runs.generation.Needed.lines`.
-        method: that trained the adapter instead of the one in the configuration; None for that one.
+        run: the run's folder; the run may still be going on.
+        config: the configuration that the run has recorded.
+        needed: what the base lacks, from :meth:`~dora_dist.runs.generation.Needed.lines`.
+        method: the method that trained the adapter, if it is not the one in the configuration; None if it is.
     """
     about, summary = files.read_json(run / records.RUN), summarize(run)
     settings, versions = about["settings"], about["versions"]
@@ -80,22 +80,22 @@ def card_of(
 
 
 def how_to_scale(positions: Mapping[str, Any]) -> str:
-    """What is to be set in a base before an adapter fits it that was trained with ``model.rope_scaling``. Without it,
-    the base places tokens elsewhere.
+    """The settings, in words, that a base needs before an adapter fits it that was trained with ``model.rope_scaling``.
+    Without them, the base places tokens elsewhere.
 
     Args:
-        positions: as of :func:`~dora_dist.base_model.load.scaled_positions`.
+        positions: setting -> value, from :func:`~dora_dist.base_model.load.scaled_positions`.
     """
     settings = " and ".join(f"{name} to {json.dumps(value)}" for name, value in positions.items())
     return f"{settings}, in the base's config.json"
 
 
 def base_card(positions: Mapping[str, Any] | None, needed: Sequence[tuple[str, str]]) -> tuple[dict[str, Any], str]:
-    """As :func:`card_of`, of an adapter of which only is to be said what its base lacks.
+    """Like :func:`card_of`, for an adapter whose card says only what its base lacks.
 
     Args:
-        positions: for :func:`how_to_scale`; None for those of the base.
-        needed: as of :meth:`~dora_dist.runs.generation.Needed.lines`.
+        positions: the argument of :func:`how_to_scale`; None if the base needs no such settings.
+        needed: what the base lacks, from :meth:`~dora_dist.runs.generation.Needed.lines`.
     """
     scaling = [] if positions is None else [("first set", how_to_scale(positions))]
     text = textwrap.indent(_lines([*scaling, *needed]), "    ")
@@ -125,5 +125,5 @@ def _figures(summary: Mapping[str, Any], start: str) -> str:
 
 
 def _lines(rows: Sequence[Sequence[str]]) -> str:
-    """Columns; a line break in a name would end the block that they are shown in."""
+    """Rows in aligned columns. Line breaks in cells become spaces: they would end the block that shows the rows."""
     return aligned([[" ".join(cell.split()) for cell in row] for row in rows], num_words=1 if len(rows[0]) > 2 else 2)

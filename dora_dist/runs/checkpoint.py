@@ -25,7 +25,7 @@ MANIFEST = "complete.json"
 SHARDS = "optimizer"
 """Folder of the optimizer's state under ZeRO."""
 ALMOST_NOTHING = 2**18
-"""Bytes."""
+"""Free space, in bytes, below which a disk counts as full."""
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -40,12 +40,12 @@ def _step(path: Path) -> int:
 
 
 def _sealed(folders: Sequence[Path]) -> list[Path]:
-    """Those with a manifest: they have been complete, whatever has become of them since (see :func:`flaw_of`)."""
+    """The folders with a manifest: each was complete once, whatever has become of it since (see :func:`flaw_of`)."""
     return [folder for folder in folders if (folder / MANIFEST).is_file()]
 
 
 def newest(run: Path) -> Path | None:
-    """The newest checkpoint that has been complete."""
+    """The newest checkpoint that was complete once; None if there is none."""
     complete = _sealed(checkpoints(run))
     return complete[-1] if complete else None
 
@@ -59,7 +59,7 @@ def read_method_state(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def plain_values_only(folder: Path | str | None) -> Iterator[None]:
-    """Where files of a checkpoint are read that torch opens with ``weights_only``: explain a refusal.
+    """Context for reading files that torch opens with ``weights_only``: a refusal by torch is explained.
 
     Raises:
         ValueError: a file holds something else than tensors, numbers and containers of them. Nothing of it was run.
@@ -75,10 +75,10 @@ def plain_values_only(folder: Path | str | None) -> Iterator[None]:
 
 @contextmanager
 def room_needed(folder: Path) -> Iterator[None]:
-    """Where a checkpoint is written: say so if it is the disk that is full, whoever noticed it.
+    """Context for writing a checkpoint: an error whose cause is a full disk says so, whichever library raised it.
 
     Raises:
-        ValueError: there is no room.
+        ValueError: the disk is full.
     """
     try:
         yield
@@ -95,7 +95,7 @@ def room_needed(folder: Path) -> Iterator[None]:
 
 
 def check_shards(folder: Path, world_size: int, engine: str) -> None:
-    """Refuse to call a checkpoint complete that lacks the part of a rank.
+    """Refuse to call a checkpoint complete that lacks a rank's part.
 
     Raises:
         ValueError: a part is missing, which happens where nodes do not share the folder.
@@ -111,20 +111,20 @@ def check_shards(folder: Path, world_size: int, engine: str) -> None:
 
 
 def random_state_name(rank: int, world_size: int) -> str:
-    """File of a rank in the checkpoint's folder, as the Trainer has it."""
+    """Name of a rank's random states in the checkpoint's folder, as the Trainer names it."""
     return "rng_state.pth" if world_size == 1 else f"rng_state_{rank}.pth"
 
 
 def shard_name(rank: int) -> str:
-    """File of a rank, in the checkpoint's folder."""
+    """Name of a rank's part of the optimizer's state, relative to the checkpoint's folder."""
     return f"{SHARDS}/rank-{rank:05d}.safetensors"
 
 
 def bring_to_disk(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Wait until files are on the disk, which is where a file system over a network says that it has no room for them.
+    """Wait until files are on the disk; only then does a network file system report that it has no room for them.
 
     Returns:
-        Size and SHA-256 of each.
+        Name of a file -> its size and SHA-256.
     """
     files = {}
     for name in names:
@@ -146,11 +146,12 @@ def seal(folder: Path, written: Mapping[str, dict[str, Any]] | None = None) -> N
     """Declare a checkpoint complete, after all ranks have written theirs: everything on disk, then the manifest.
 
     Args:
-        folder: of the checkpoint.
-        written: what the ranks have written, as they see it themselves (:func:`bring_to_disk`).
+        folder: the checkpoint's folder.
+        written: size and SHA-256 of the files that the ranks have written, as each rank sees its own
+            (:func:`bring_to_disk`).
 
     Raises:
-        ValueError: this rank sees something else.
+        ValueError: this rank sees other sizes or contents.
     """
     follow_umask(folder)
     names = sorted(
@@ -197,7 +198,7 @@ def find_resumable(run: Path, resume: str) -> tuple[Path | None, list[str]]:
     """The checkpoint to continue from, and remarks on the ones that were passed over.
 
     Args:
-        run: folder of the run.
+        run: the run's folder.
         resume: ``auto``, ``never``, or the path of a checkpoint.
 
     Raises:
@@ -237,24 +238,24 @@ def _refuse_to_mix(run: Path, others: Sequence[Path], reason: str) -> None:
 
 
 def best_of(folder: Path) -> Path | None:
-    """The best checkpoint so far, as a checkpoint names it, in the same run; None where it names none."""
+    """The best checkpoint so far, by what a checkpoint of the same run records; None where it records none."""
     try:
         step = (read_method_state(folder).get("best") or {}).get("step")
-    except (OSError, ValueError):  # of one that was damaged since, which is no reason to end a healthy run
+    except (OSError, ValueError):  # a damaged one, which is no reason to end a healthy run
         return None
     return None if step is None else folder.with_name(f"checkpoint-{step}")
 
 
 def rotate(saved: Path, keep_last: int) -> None:
-    """Delete all but the newest ``keep_last`` complete checkpoints and those that they name as the best ones, and
-    incomplete ones older than the newest.
+    """Delete old checkpoints: incomplete ones older than the newest, and complete ones except the newest ``keep_last``
+    and those that these name as the best.
 
-    Those of later steps than the one just saved go too: the run has passed them over when it resumed, for they are
-    damaged or incomplete, and has taken their steps again.
+    Checkpoints of later steps than the one just saved are deleted too: they are damaged or incomplete, so the run
+    passed them over when it resumed, and has taken their steps again.
 
     Args:
         saved: the checkpoint that has just been completed, which always stays.
-        keep_last: at least 1.
+        keep_last: number of complete checkpoints to keep, at least 1.
     """
     existing = checkpoints(saved.parent)
     kept = _sealed([path for path in existing if _step(path) <= _step(saved)])[-keep_last:]

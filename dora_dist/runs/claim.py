@@ -61,7 +61,7 @@ class Holder:
         boot: identifier of the node's boot.
         pids: namespace of the process number.
         job: its Slurm job.
-        restart: how often Slurm has requeued the job.
+        restart: number of times that Slurm has requeued the job.
         since: date and time of the claim.
     """
 
@@ -210,7 +210,7 @@ class Claim:
         return number
 
     def _content(self, count: int) -> bytes:
-        """Always the same length, so that one write replaces it completely."""
+        """The content of the claim's file, always of the same length, so that one write replaces it completely."""
         return json.dumps({**asdict(self._holder), "beat": f"{count:010d}"}).encode()
 
     def _is_there(self) -> bool:

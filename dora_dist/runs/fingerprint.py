@@ -48,8 +48,10 @@ class Fingerprint:
         examples: name of a training source -> number and digest of its examples.
         weights: identity of the base's weights; None where it is not known, as in runs of earlier versions.
         labels: class names in the order of their numbers, or ``regression``; None for tasks without labels.
-        held_out: name of a held-out source -> number and digest of its examples. Figures of others are not compared.
-        evaluation: settings that decide what is measured of them; nothing without held-out data, and in older records.
+        held_out: name of a held-out source -> number and digest of its examples. Figures on other examples are not
+            compared.
+        evaluation: settings that decide what is measured on held-out data; empty without such data, and in older
+            records.
         others: settings without a field: those of another method, or of another version of this program.
     """
 
@@ -90,8 +92,8 @@ class Fingerprint:
         """The fingerprint that :meth:`as_dict` wrote, by this version or an earlier one.
 
         Args:
-            settings: name -> value.
-            where: the file, for the message.
+            settings: name of a setting -> its value.
+            where: the file with the settings, for the message.
 
         Raises:
             ValueError: a setting that every version writes is missing.
@@ -110,9 +112,9 @@ class Fingerprint:
         return cls(**values, others=left)
 
     def differences(self, current: "Fingerprint") -> list[str]:
-        """The differences from another run, in words; empty if there are none. Another engine is not one: each engine
-        reads what the others have written. Nor are weights of a base that are known of one of the two only, nor is
-        held-out data where there was none, to compare with."""
+        """The differences from another run, in words; empty if there are none. Three things are no difference: another
+        engine, because each engine reads what the others have written; weights whose identity is known of one run only;
+        and held-out data and evaluation, where this run had no held-out data."""
         if not self.held_out:
             current = dataclasses.replace(current, held_out={}, evaluation={})
         before, now = (json.loads(json.dumps(run.as_dict())) for run in (self, current))

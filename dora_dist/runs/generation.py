@@ -1,5 +1,5 @@
 """Where the answers of an adapter end, and the chat template that it was trained in: what its folder says of both, and
-what is to be set where its base has others."""
+what must be set where its base has others."""
 
 import json
 import os
@@ -21,11 +21,12 @@ TEMPLATE = "chat_template.jinja"
 
 @dataclass(frozen=True)
 class Needed:
-    """What a base lacks of what its adapter was trained with; empty where it lacks nothing.
+    """What a base lacks of what its adapter was trained with; empty if it lacks nothing.
 
     Attributes:
-        ends: all tokens at which answers end, where the base by itself does not stop at some of them.
-        lacking: texts of those.
+        ends: ids of all tokens at which answers end; empty if the base itself stops at all that ended answers in
+            training.
+        lacking: the tokens at which the base itself does not stop.
         template: whether conversations were trained in another chat template than the base's.
     """
 
@@ -34,7 +35,7 @@ class Needed:
     template: bool = False
 
     def lines(self, folder: str) -> list[tuple[str, str]]:
-        """What is to be set for the adapter in a folder, by titles, in Python."""
+        """What must be set for the adapter in ``folder``: pairs of a title and a line of Python."""
         lines = []
         if self.ends:
             setting = f"model.generation_config.eos_token_id = {list(self.ends)}"
@@ -45,13 +46,13 @@ class Needed:
         return lines
 
     def vllm(self, folder: str) -> str:
-        """Options of ``vllm serve``, which takes template and end tokens of the base for a request to an adapter; by
-        its source of November 2026, ``--override-generation-config`` sets no end tokens."""
+        """Options of ``vllm serve``, which takes template and end tokens from the base even where a request names an
+        adapter; by its source of November 2026, ``--override-generation-config`` sets no end tokens."""
         ends = f" --generation-config {folder}" if self.ends else ""
         return self._template_option(folder) + ends
 
     def sglang(self, folder: str) -> str:
-        """Options of SGLang's server, and what a request must have."""
+        """Options of SGLang's server, and what each request must have."""
         ends = f"     # and in each request: stop_token_ids {list(self.ends)}" if self.ends else ""
         return self._template_option(folder) + ends
 
@@ -60,7 +61,7 @@ class Needed:
 
 
 def settings_of_base(spec: BaseModelSpec) -> GenerationConfig:
-    """How a base generates, as transformers loads it.
+    """A base's generation settings, as transformers loads them.
 
     Raises:
         ValueError: the base cannot be found.
@@ -71,7 +72,7 @@ def settings_of_base(spec: BaseModelSpec) -> GenerationConfig:
 
 @cache
 def _recorded_settings(base: str) -> GenerationConfig | None:
-    """A base's own file of settings, which every checkpoint asks for; None where it has none."""
+    """The settings in a base's own file; None where it has none. Cached, because every checkpoint asks for them."""
     try:
         return GenerationConfig.from_pretrained(base)
     except OSError:
@@ -79,32 +80,32 @@ def _recorded_settings(base: str) -> GenerationConfig | None:
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase, chat: bool, settings: GenerationConfig) -> list[int]:
-    """What a model stops at when it generates: what ended an answer in training, the end token first, and then all
-    that its base stops at.
+    """Ids of the tokens at which a model stops when it generates: those that ended an answer in training, the end token
+    first, and then all others at which its base stops.
 
     Args:
-        tokenizer: of the adapter.
-        chat: whether it was trained on conversations.
-        settings: of the base.
+        tokenizer: the adapter's tokenizer.
+        chat: whether the adapter was trained on conversations.
+        settings: the base's generation settings.
     """
     found = [tokenizer.eos_token_id, *_trained_ends(tokenizer, chat), *_ends_of(settings)]
     return list(dict.fromkeys(end for end in found if end is not None))
 
 
 def set_special_tokens(settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase, chat: bool) -> None:
-    """Let the settings of a base be those of its adapter; arguments as of :func:`end_tokens`."""
+    """Change a base's settings to its adapter's, in place; arguments as in :func:`end_tokens`."""
     ends = sorted(end_tokens(tokenizer, chat, settings))
     settings.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
     settings.pad_token_id, settings.bos_token_id = tokenizer.pad_token_id, tokenizer.bos_token_id
 
 
 def write_settings(folder: Path, spec: BaseModelSpec, chat: bool) -> Needed:
-    """Write how an adapter's model generates beside the adapter, where neither PEFT nor transformers reads it by
-    itself, and return what its base lacks of it.
+    """Write the generation settings of an adapter's model into the adapter's folder, where neither PEFT nor
+    transformers reads them by itself, and return what the base lacks of them.
 
     Args:
-        folder: of the adapter, with its tokenizer.
-        spec: of the base.
+        folder: the adapter's folder, with its tokenizer.
+        spec: the base.
         chat: whether the adapter was trained on conversations.
 
     Raises:
@@ -131,7 +132,7 @@ def _needed(tokenizer: PreTrainedTokenizerBase, spec: BaseModelSpec, chat: bool,
 
 @cache
 def _template_of(base: str, trust_remote_code: bool) -> str | None:
-    """The chat template of a base, which every checkpoint asks for."""
+    """The chat template of a base; None where it has none. Cached, because every checkpoint asks for it."""
     tokenizer = load_tokenizer(base, trust_remote_code)
     return tokenizer.get_chat_template() if tokenizer.chat_template else None
 

@@ -37,16 +37,16 @@ class RecordedEvent:
     """A pruning event as a line of ``allocation.jsonl``.
 
     Attributes:
-        step: Optimizer step after which it took place.
-        num_kept: Number of components kept in the whole model.
-        kept: Layer -> indices of the components kept.
-        returned: Number of kept components that were pruned after the previous event.
-        final: Whether the mask is fixed from here on.
-        num_parameters: Total number of entries in the kept components' vectors, over the whole model; None in older
+        step: optimizer step after which it took place.
+        num_kept: number of components kept in the whole model.
+        kept: layer -> indices of the components kept.
+        returned: number of kept components that were pruned after the previous event.
+        final: whether the mask is fixed from here on.
+        num_parameters: total number of entries in the kept components' vectors, over the whole model; None in older
             records.
-        scores: Layer -> mean score of its components before the event, see :class:`PruneEvent`; None if nothing was
+        scores: layer -> mean score of its components before the event, see :class:`PruneEvent`; None if nothing was
             scored, and in older records.
-        planned: Layer -> number of components in ``plan.json``, if they differ from those kept.
+        planned: layer -> number of components in ``plan.json``, if they differ from those kept.
     """
 
     step: int
@@ -101,7 +101,7 @@ class RunRecords:
         """Append generated answers to ``answers.jsonl``, one line each.
 
         Args:
-            step: optimizer step.
+            step: number of optimizer steps so far.
             shown: source -> dataclasses with ``number``, ``prompt``, ``reference`` and ``answer``.
         """
         for source, answers in shown.items():
@@ -147,8 +147,8 @@ class RunRecords:
 
     def resume_from(self, checkpoint: Path, step: int) -> None:
         """Drop records after the checkpoint's step, and restore the events from the checkpoint: the run's own file may
-        be damaged or missing, or the checkpoint may come from another run's folder. Then all records go: what is here
-        is of another course."""
+        be damaged or missing, or the checkpoint may come from another run's folder. In that last case all records here
+        are dropped, because they belong to another course."""
         own = checkpoint.resolve().parent == self.folder.resolve()
         self.truncate_after(step if own else -1)
         if self.writes:
@@ -163,7 +163,7 @@ class RunRecords:
                 (self.folder / name).unlink(missing_ok=True)
 
     def truncate_after(self, step: int) -> None:
-        """Drop records after ``step``, from which the run continues, and which checkpoint was the best in the end."""
+        """Drop records after ``step``, from which the run continues, and the line that names the best checkpoint."""
         if not self.writes:
             return
         for name in (METRICS, ALLOCATION, ANSWERS):

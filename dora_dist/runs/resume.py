@@ -14,7 +14,7 @@ from dora_dist.runs.fingerprint import Fingerprint
 BATCH = "per_device_train_batch_size"
 ACCUMULATION = "gradient_accumulation_steps"
 NAMED = 3
-"""Files of a foreign folder that a message names."""
+"""Largest number of files of a foreign folder that a message names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,13 +22,13 @@ class Earlier:
     """An earlier start of a run, as its folder shows it.
 
     Attributes:
-        folder: what ``fingerprint`` was found in.
-        finished: the run has come to its end.
-        checkpoint: to go on from, or None.
+        folder: the folder in which ``fingerprint`` was found.
+        finished: whether the run has come to its end.
+        checkpoint: the checkpoint to go on from, or None.
         processes: that wrote it.
-        fingerprint: settings that it was written with; None where there is nothing.
-        version: format of the files that it wrote.
-        remarks: for the log, on checkpoints that were passed over.
+        fingerprint: the settings of the earlier start; None where there was none.
+        version: format of the files that the earlier start wrote.
+        remarks: remarks for the log, on checkpoints that were passed over.
     """
 
     folder: Path
@@ -41,19 +41,19 @@ class Earlier:
 
     @property
     def started_from(self) -> str | None:
-        """Identity of the adapter of ``adapter.start_from``; None without one, and where there is nothing."""
+        """Identity of the adapter of ``adapter.start_from``; None without one, and where there was no earlier start."""
         return None if self.fingerprint is None else self.fingerprint.adapter.get("start_from")
 
 
 def look(run: Path, resume: str) -> Earlier:
-    """Look into a run's folder. For one rank: files may reach the other nodes later.
+    """Look into a run's folder. Called on one rank only, because files may reach the other nodes later.
 
     Args:
-        run: folder of the run.
-        resume: ``checkpoint.resume`` of the configuration.
+        run: the run's folder.
+        resume: the value of ``checkpoint.resume`` in the configuration.
 
     Raises:
-        ValueError: what is there cannot be used, or is not a run's.
+        ValueError: the folder's content cannot be used, or is not a run's.
     """
     refuse_foreign_folder(run)
     if resume == "auto" and summary.is_finished(run) and (run / records.RUN).is_file():
@@ -80,17 +80,17 @@ def look(run: Path, resume: str) -> Earlier:
 
 
 def refuse_foreign_folder(run: Path) -> None:
-    """A run writes, overwrites and deletes in its folder: only in one that is new, empty or a run's. Hidden files, such
-    as ``.gitignore``, are no matter.
+    """Refuse a folder that is not new, empty or a run's, because a run writes, overwrites and deletes in its folder.
+    Hidden files, such as ``.gitignore``, do not count.
 
     Raises:
-        ValueError: something else is there.
+        ValueError: the folder holds something else.
     """
     if run.exists() and not run.is_dir():
         raise ValueError(f"output_dir is {run}, which is a file: set output_dir to a folder")
     if not run.is_dir() or (run / records.RUN).is_file() or checkpoint.newest(run) is not None:
         return
-    # What the start of a run leaves that was ended in its first moments, and what a comparison writes beside it.
+    # Left by a run that ended in its first moments, or written by a comparison beside its run.
     ours = {f"{records.RUN}.tmp", *records.OF_CELL, *(path.name for path in claims(run))}
     strangers = sorted(path.name for path in run.iterdir() if path.name not in ours and not path.name.startswith("."))
     if strangers:
@@ -103,15 +103,15 @@ def refuse_foreign_folder(run: Path) -> None:
 
 def accumulation(earlier: Earlier, config: RunConfig, processes: int) -> int | None:
     """Gradient accumulation that gives the earlier start's global batch on another number of processes; None where the
-    configuration's own is to be taken.
+    configuration's own applies.
 
     Args:
-        earlier: start of the run.
-        config: of the run.
+        earlier: the earlier start of the run.
+        config: the run's configuration.
         processes: of this start.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no accumulation gives that batch.
     """
     if earlier.fingerprint is None or earlier.processes in (None, processes):
         return None
@@ -135,7 +135,7 @@ def check_settings(earlier: Earlier, fingerprint: Fingerprint) -> None:
     """Refuse to resume files of an earlier version, or under settings that mean another run.
 
     Raises:
-        ValueError: lists every difference.
+        ValueError: the settings differ; the message lists every difference.
     """
     if earlier.fingerprint is None:
         return
@@ -160,11 +160,11 @@ def check_settings(earlier: Earlier, fingerprint: Fingerprint) -> None:
 
 
 def check_best(earlier: Earlier, config: RunConfig) -> None:
-    """Refuse to resume from a checkpoint whose best one is not in the folder of the run, where it would be taken from
+    """Refuse to resume from a checkpoint whose best checkpoint is not in the run's folder, from which it would be taken
     in the end.
 
     Raises:
-        ValueError: it is not there, or not complete.
+        ValueError: the best checkpoint is not there, or not complete.
     """
     if earlier.checkpoint is None or config.evaluation.keep_best is None:
         return

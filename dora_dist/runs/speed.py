@@ -11,7 +11,8 @@ from dora_dist.console.files import read_json, read_lines
 from dora_dist.runs.records import METRICS, RUN
 
 LATEST_LINES = 50
-"""Log lines that are used: an earlier start may have had other ranks, and the first steps are slow."""
+"""Largest number of log lines that are used: an earlier start may have had other ranks, and the first steps are
+slow."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Speed:
 
     Attributes:
         tokens_per_second: tokens of all ranks together, without padding; the time includes evaluations and saves.
-        origin: where the figure comes from, in words.
+        origin: source of the figure, in words.
     """
 
     tokens_per_second: float
@@ -32,9 +33,9 @@ class TrainingTime:
     """Time of all logged training steps of a run, over all its sessions; evaluations and saves between them are in it.
 
     Attributes:
-        seconds: so far.
-        tokens: of all ranks in these steps, without padding; None where the lines do not say.
-        step: the latest logged one.
+        seconds: time so far.
+        tokens: number of tokens of all ranks in these steps, without padding; None where the lines do not say.
+        step: the latest logged step.
     """
 
     seconds: float = 0.0
@@ -44,7 +45,8 @@ class TrainingTime:
     def add(self, line: Mapping[str, Any]) -> None:
         """Count a line of ``metrics.jsonl``, if it is one of training steps. The lines come in their order.
 
-        A session that begins between two lines logs the steps from there on: those before are taken to be as slow.
+        A session that begins between two lines logs only the steps from there on: the steps before are taken to be as
+        slow.
         """
         if "seconds_per_step" not in line:
             return

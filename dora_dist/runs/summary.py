@@ -32,12 +32,12 @@ def is_finished(run: Path) -> bool:
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run is.
+    """The state of a run.
 
     Attributes:
-        text: in words, to follow the run's name.
-        alive: whether it is running.
-        ended: whether it has come to its end.
+        text: the state in words, to follow the run's name.
+        alive: whether the run is going on.
+        ended: whether the run has come to its end.
     """
 
     text: str
@@ -50,7 +50,7 @@ def state_of(run: Path, summary: Mapping[str, Any]) -> RunState:
 
     Args:
         run: the run's folder.
-        summary: its :func:`summarize`.
+        summary: the run's :func:`summarize`.
     """
     here, last = f"step {summary['steps']:,}", f"{records.read_fingerprint(run).num_steps:,}"
     if is_finished(run):
@@ -187,7 +187,7 @@ def _source_lines(before: Mapping[str, Any] | None, after: Mapping[str, Any]) ->
 
 
 def change(before: Mapping[str, Any] | None, after: Mapping[str, Any], name: str, style: str) -> str:
-    """A held-out figure before and after training; only after it if it was not measured before."""
+    """A held-out figure before and after training; only after training if it was not measured before."""
     start = f"{before[name]:{style}} -> " if before and name in before else ""
     return f"{start}{after[name]:{style}}"
 
@@ -196,9 +196,9 @@ def format_summary(summary: Mapping[str, Any], run: Path, state: RunState | None
     """The summary in readable lines.
 
     Args:
-        summary: see :func:`summarize`.
+        summary: the run's :func:`summarize`.
         run: the run's folder.
-        state: of the run; shown unless it has ended.
+        state: the run's state; shown unless the run has ended.
     """
     lines = [f"Run {run}, {summary['steps']} optimizer steps"]
     if state is not None and not state.ended:

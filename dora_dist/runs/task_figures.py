@@ -14,7 +14,7 @@ from dora_dist.console.text import aligned
 
 EVALUATIONS = "evaluations.jsonl"
 SAME_MEAN = 1e-6
-"""How far the mean over examples may be from a reported figure that is taken for this mean."""
+"""Largest difference between the mean over examples and a reported figure that is taken for this mean."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,13 +22,13 @@ class TaskFigure:
     """One figure of one task.
 
     Attributes:
-        task: its name, or that of a group.
-        metric: such as ``acc``; with the name of the filter behind a colon, where there is one.
-        examples: that were answered; None for a group.
-        base: of the base.
-        adapter: of the adapter on it.
+        task: name of the task or of a group of tasks.
+        metric: name of the metric, such as ``acc``; with the filter's name after a colon, where there is one.
+        examples: number of examples answered; None for a group.
+        base: the base's figure.
+        adapter: the figure of the base with the adapter.
         base_error: standard error of ``base``; None where the harness gives none.
-        adapter_error: likewise.
+        adapter_error: standard error of ``adapter``; None likewise.
         difference_error: standard error of ``adapter - base``, over the same examples; None where the figure is no mean
             over examples.
     """
@@ -44,7 +44,7 @@ class TaskFigure:
 
     @property
     def difference(self) -> float:
-        """How much more the adapter has reached than the base."""
+        """The adapter's figure minus the base's."""
         return self.adapter - self.base
 
 
@@ -54,13 +54,14 @@ def paired_error(
     """Standard error of the mean difference over examples, each of which both have answered.
 
     Args:
-        base: number of an example -> its figure.
-        adapter: likewise.
-        base_mean: the figure that was reported.
-        adapter_mean: likewise.
+        base: number of an example -> the base's figure.
+        adapter: number of an example -> the adapter's figure.
+        base_mean: the base's reported figure.
+        adapter_mean: the adapter's reported figure.
 
     Returns:
-        None where the reported figures are not the means, there is one example only, or the examples are not the same.
+        The standard error; None where the reported figures are not the means, there is one example only, or the
+        examples are not the same.
     """
     count = len(base)
     if base.keys() != adapter.keys() or count < 2:
@@ -99,7 +100,7 @@ def line_of(adapter: str, figures: Sequence[TaskFigure], about: Mapping[str, Any
 
     Args:
         adapter: name of the adapter's folder: in a run, ``adapter`` or a checkpoint.
-        figures: of all tasks.
+        figures: the figures of all tasks.
         about: settings and provenance; plain JSON.
     """
     return {"adapter": adapter, "figures": [asdict(figure) for figure in figures], **about}
@@ -111,7 +112,7 @@ def record_line(run: Path, line: Mapping[str, Any]) -> None:
 
 
 def digest_of(adapter: Path) -> str | None:
-    """What tells the weights in an adapter's folder from others; None where there are none."""
+    """SHA-256 of the weights in an adapter's folder; None where there are none."""
     path = adapter / ADAPTER_WEIGHTS
     if not path.is_file():
         return None
@@ -122,7 +123,7 @@ def digest_of(adapter: Path) -> str | None:
 def latest_figures(run: Path, adapter: str = "adapter") -> list[TaskFigure]:
     """The latest figures of an adapter, one for each task and metric; none where nothing was evaluated.
 
-    Figures of weights that were in the adapter's folder before, as of a run that has gone on, are left out. Lines of
+    Figures of earlier weights of the adapter's folder, such as those before a run went on, are left out. Lines of
     versions that recorded no digest are taken.
     """
     path = run / EVALUATIONS

@@ -28,7 +28,7 @@ from dora_dist.runs.pictures import draw_ranks
 TRACKERS = "trackers.json"
 """File of a run: tracker -> the name by which it knows the run."""
 CONFIG = "dora_dist"
-"""Where a tracker has the run's configuration, beside the Trainer's arguments."""
+"""Name of the run's configuration in a tracker, beside the Trainer's arguments."""
 RANK_MAP = "ranks"
 """Name of the rank map in a tracker."""
 STEP = "train/global_step"
@@ -36,19 +36,19 @@ STEP = "train/global_step"
 
 
 TENSORBOARD_VARIABLE = "TENSORBOARD_LOGGING_DIR"
-"""Of the environment, for transformers' own callback."""
+"""Environment variable that transformers' own callback reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackedRun:
-    """What a tracker has to know of a run.
+    """What a tracker needs to know of a run.
 
     Attributes:
-        folder: of the run.
-        config: of the run; plain values, nested as in the YAML.
-        arguments: of the Trainer.
-        step: optimizer steps taken so far.
-        known_as: what trackers of an earlier start, which this one goes on from, called the run.
+        folder: the run's folder.
+        config: the run's configuration; plain values, nested as in the YAML.
+        arguments: the Trainer's arguments.
+        step: number of optimizer steps taken so far.
+        known_as: tracker -> its name for the run, from an earlier start that this one goes on from.
     """
 
     folder: Path
@@ -62,7 +62,7 @@ class Tracker(Protocol):
     """One tracker of a run, on the first rank.
 
     Attributes:
-        known_as: by which a later start finds the run again.
+        known_as: the name by which a later start finds the run again.
     """
 
     known_as: str
@@ -71,10 +71,10 @@ class Tracker(Protocol):
         """Let the Trainer's callback log into this run."""
 
     def show(self, picture: Image.Image, step: int) -> None:
-        """Add the rank map after an optimizer step."""
+        """Add the rank map of an optimizer step."""
 
     def end(self, failed: bool) -> None:
-        """Hand over all that was logged."""
+        """Hand over everything that was logged."""
 
 
 class WeightsAndBiases:
@@ -177,7 +177,7 @@ class _TrackioWithConfig(TrackioCallback):
 class TensorBoard:
     """The Trainer's callback writes with the writer that it is given, and with one of its own when training has ended.
 
-    Both write into the folder of the run. What an earlier start has written of later steps is taken back.
+    Both write into the run's folder. What an earlier start has written of later steps is taken back.
     """
 
     def __init__(self, run: TrackedRun) -> None:
@@ -220,20 +220,20 @@ ADVICE = {
     "trackio": "log in (hf auth login), or leave out training.trackio_space_id to keep the run on this machine",
     "tensorboard": "set output_dir to a folder that can be written",
 }
-"""What to do about a tracker that does not start."""
+"""Tracker -> what to do if it does not start."""
 
 
 class Trackers:
-    """The trackers of a run, which end with the block; on ranks other than the first, none."""
+    """The trackers of a run, which end with the block; none on ranks other than the first."""
 
     def __init__(self) -> None:
         self._trackers: dict[str, Tracker] = {}
 
     def start(self, names: Iterable[str], run: TrackedRun) -> None:
-        """Start those that are known here; the others are the Trainer's alone.
+        """Start the trackers that this module knows; the others are left to the Trainer.
 
         Raises:
-            ValueError: one cannot be started.
+            ValueError: a tracker cannot be started.
         """
         for name in names:
             if name not in TRACKER_CLASSES:
@@ -254,17 +254,17 @@ class Trackers:
             tracker.attach(callbacks)
 
     def record(self, folder: Path) -> None:
-        """Write into the folder of the run what it is known as, for a start that goes on from here."""
+        """Write each tracker's name for the run into the run's folder, for a start that goes on from here."""
         if self._trackers:
             write_json(folder / TRACKERS, {name: tracker.known_as for name, tracker in self._trackers.items()})
 
     def show_ranks(self, ranks: Mapping[str, int], initial_rank: int, step: int) -> None:
-        """Give all of them the rank map after an optimizer step.
+        """Give all trackers the rank map of an optimizer step.
 
         Args:
-            ranks: layer -> components kept.
-            initial_rank: components of a layer at the start.
-            step: optimizer steps taken so far.
+            ranks: layer -> number of components kept.
+            initial_rank: number of components of a layer at the start.
+            step: number of optimizer steps taken so far.
         """
         if not self._trackers:
             return
@@ -275,7 +275,8 @@ class Trackers:
             tracker.show(picture, step)
 
     def end(self, failed: bool) -> None:
-        """Hand over all that was logged. A tracker that fails does not make a run fail that has ended: a warning."""
+        """Hand over everything that was logged. If a tracker fails at that, the run has ended all the same: a warning
+        is printed."""
         while self._trackers:
             name, tracker = self._trackers.popitem()
             try:
@@ -293,6 +294,6 @@ class Trackers:
 
 
 def known_as(folder: Path) -> dict[str, str]:
-    """What the trackers of an earlier start of a run called it."""
+    """Tracker -> its name for the run, as an earlier start recorded it; empty where none did."""
     path = folder / TRACKERS
     return dict(read_json(path)) if path.is_file() else {}

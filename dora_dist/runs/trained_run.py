@@ -1,4 +1,4 @@
-"""Opens an adapter for use, of a run or in a folder of its own: what it says, and the base it was trained on."""
+"""Opens an adapter for use, from a run or from a folder of its own: its settings, and the base it was trained on."""
 
 import argparse
 from collections.abc import Iterator
@@ -28,18 +28,18 @@ from dora_dist.runs.checkpoint import checkpoints, flaw_of
 from dora_dist.runs.use import USE, Use
 
 FINAL = "adapter"
-"""Folder of a run's final adapter, in the run's."""
+"""Name of the final adapter's folder, inside the run's folder."""
 TOKENIZER = "tokenizer_config.json"
 """A file that every saved tokenizer has."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GivenBase:
-    """What the command line says of the base.
+    """What the command line says about the base.
 
     Attributes:
-        path: where it is, instead of where the adapter says; None for there.
-        quantization: for an adapter that does not say it itself; None where it does.
+        path: folder or name of the base, in place of the one that the adapter names; None for that one.
+        quantization: quantization of the base, for an adapter that does not record it; None where it does.
     """
 
     path: str | None = None
@@ -55,8 +55,8 @@ class TrainedRun:
         adapter: folder with the adapter (plain LoRA, or routed by prompt).
         base: folder of the base, or its name on the Hub.
         tokenizer: folder or name that the tokenizer is read from.
-        trust_remote_code: run model code that comes with the base.
-        use: settings of the training.
+        trust_remote_code: whether to run model code that comes with the base.
+        use: settings of the training that the use of the adapter depends on.
     """
 
     run: Path | None
@@ -68,7 +68,7 @@ class TrainedRun:
 
     @property
     def folder(self) -> Path:
-        """What it was opened from: the run's folder, or the adapter's."""
+        """The folder that was opened: the run's, or the adapter's."""
         return self.run or self.adapter
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -80,7 +80,7 @@ class TrainedRun:
 
         Args:
             device: device of the whole model.
-            in_float32: compute in float32; see :func:`compute_in_float32`.
+            in_float32: whether to compute in float32; see :func:`compute_in_float32`.
 
         Raises:
             ValueError: the base cannot be found.
@@ -108,7 +108,7 @@ class TrainedRun:
             return load.load_model_config(self._trained_spec)
 
     def scaled_positions(self) -> dict[str, Any] | None:
-        """See :func:`~dora_dist.base_model.load.scaled_positions`.
+        """Changed settings of the base's rotary positions; see :func:`~dora_dist.base_model.load.scaled_positions`.
 
         Raises:
             ValueError: the base cannot be found.
@@ -117,7 +117,7 @@ class TrainedRun:
             return load.scaled_positions(self._trained_spec)
 
     def generation_settings(self) -> GenerationConfig:
-        """How the base generates.
+        """The base's generation settings.
 
         Raises:
             ValueError: the base cannot be found.
@@ -126,7 +126,7 @@ class TrainedRun:
             return generation.settings_of_base(self._trained_spec)
 
     def write_generation_settings(self, folder: Path) -> generation.Needed:
-        """See :func:`~dora_dist.runs.generation.write_settings`.
+        """Write the model's generation settings; see :func:`~dora_dist.runs.generation.write_settings`.
 
         Raises:
             ValueError: the base cannot be found.
@@ -136,11 +136,12 @@ class TrainedRun:
 
     @property
     def stored_quantized(self) -> bool:
-        """Whether the base is stored in 4 bits, so that there is none without quantization."""
+        """Whether the base is stored in 4 bits, so that no unquantized one exists."""
         return getattr(self.load_model_config(), "quantization_config", None) is not None
 
     def make_plain_model(self) -> PreTrainedModel:
-        """See :func:`~dora_dist.base_model.load.make_plain_model`; with rows for new tokens."""
+        """An unquantized base with rows for new tokens, its weights to be overwritten; see
+        :func:`~dora_dist.base_model.load.make_plain_model`."""
         spec = self._spec(self.use.quantization, torch.float32)
         return self._with_new_tokens(load.make_plain_model(spec), spec)
 
@@ -209,7 +210,7 @@ def find_adapter(run: Path, checkpoint: str | None) -> Path:
 
 
 def open_asked(options: argparse.Namespace) -> TrainedRun:
-    """What the options of :func:`~dora_dist.console.arguments.add_run_options` name; see :func:`open_run`."""
+    """Open what the options of :func:`~dora_dist.console.arguments.add_run_options` name; see :func:`open_run`."""
     given = GivenBase(path=options.base_path, quantization=options.base_quantization)
     return open_run(options.run, options.checkpoint, given)
 
@@ -218,9 +219,9 @@ def open_run(path: Path, checkpoint: str | None = None, given: GivenBase | None 
     """Open a run from its folder, or an adapter from its own.
 
     Args:
-        path: folder of a run; of its final adapter or a checkpoint, which is that run's; or of any other adapter.
+        path: folder of a run, of a run's final adapter or checkpoint (both open that run), or of any other adapter.
         checkpoint: name of a run's checkpoint; None for the final adapter.
-        given: what the command line says of the base.
+        given: what the command line says about the base.
 
     Raises:
         ValueError: the run, its adapter or its configuration cannot be used, or an adapter does not say enough.
@@ -270,7 +271,7 @@ def _open_adapter(folder: Path, given: GivenBase) -> TrainedRun:
 
 
 def _settings_of(folder: Path) -> dict[str, Any]:
-    """What an adapter's own file says, plain LoRA's or a prompt-routed one's."""
+    """The content of an adapter's own configuration file, plain LoRA's or a prompt-routed one's."""
     path = folder / ADAPTER_CONFIG
     path = path if path.is_file() else folder / ROUTED_ADAPTER
     try:
@@ -280,7 +281,8 @@ def _settings_of(folder: Path) -> dict[str, Any]:
 
 
 def _use_of_foreign(folder: Path, peft_type: str | None, tokenizer: str, quantization: str | None) -> Use:
-    """How an adapter is used whose folder does not say it: asked as its tokenizer has it."""
+    """Settings for an adapter whose folder does not record them: asked in its tokenizer's chat template, if it has one,
+    and under Alpaca's headings otherwise."""
     if quantization is None:
         raise ValueError(
             f"{folder} does not say how its base was quantized in training (it has no {USE}, which dora-dist writes "

@@ -1,4 +1,4 @@
-"""How an adapter is used as in its training: what its folder says of it, wherever it is copied to."""
+"""The settings that an adapter needs to be used as it was trained: kept in its folder, wherever that is copied to."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -22,16 +22,16 @@ class Use:
     """The settings of a run that its adapter depends on when it is used. All values are plain JSON.
 
     Attributes:
-        task: of the run.
-        quantization: of the base.
-        compute_dtype: in which the base was read before it was quantized, such as ``float32``; never ``auto``.
-        rope_scaling: of the base's rotary positions; None for what it has.
+        task: the run's task.
+        quantization: quantization of the base.
+        compute_dtype: dtype in which the base was read before it was quantized, such as ``float32``; never ``auto``.
+        rope_scaling: setting of the base's rotary positions; None for the base's own.
         new_tokens: texts of the tokens that the run has added; None where it has added none.
-        chat: whether it was trained on conversations, in the chat template saved with the tokenizer.
+        chat: whether the adapter was trained on conversations, in the chat template saved with the tokenizer.
         formats: row formats of the training data.
         prompts: the ``data.prompt`` of each of its sources; None stands for sources without one.
         systems: the system messages that its sources add to conversations without one.
-        control_tokens: what becomes of control tokens in texts.
+        control_tokens: treatment of control tokens in texts.
         max_new_tokens: length limit of an answer in tokens.
     """
 
@@ -49,7 +49,7 @@ class Use:
 
     @classmethod
     def of(cls, config: RunConfig, run: Path) -> Self:
-        """That of the run with this configuration, by what it has recorded in its folder."""
+        """The settings of the run with this configuration, from what it has recorded in its folder."""
         dtype = str(resolve_compute_dtype(config.model.compute_dtype))
         data: dict[str, Any] = {}
         if (run / records.RUN).is_file():
@@ -73,12 +73,12 @@ class Use:
         )
 
     def write(self, adapter: Path) -> None:
-        """Let the folder of an adapter say so."""
+        """Write the settings into an adapter's folder."""
         files.write_json(adapter / USE, {"format": FORMAT, **asdict(self)})
 
     @classmethod
     def read(cls, adapter: Path) -> Self | None:
-        """What the folder of an adapter says; None where it says nothing.
+        """The settings in an adapter's folder; None where there are none.
 
         Raises:
             ValueError: a later version wrote it, or it is damaged.

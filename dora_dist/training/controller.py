@@ -34,25 +34,25 @@ class DynamicRankController:
     """Updates scores after every optimizer step, holds the scheduled events, and verifies that all ranks agree.
 
     Args:
-        layers: Adapted layers by name; the same names on every rank.
-        budget: Budget of the components of ``layers`` over the run.
-        agreement: Collectives over the ranks.
-        criterion: Scores the components of ``layers``, in the order of their names; by default the paper's criterion
-            with smoothing 0.9.
-        rule: What events do to ``layers``; by default they prune, without bounds and with regrowth.
-        head: Other trained parameters by name; the ranks verify that they agree on these too.
+        layers: adapted layers by name; the same names on every rank.
+        budget: budget of the components of ``layers`` over the run.
+        agreement: collectives over the ranks.
+        criterion: criterion that scores the components of ``layers``, in the order of their names; by default the
+            paper's criterion with smoothing 0.9.
+        rule: rule by which events change ``layers``; by default pruning, without bounds and with regrowth.
+        head: other trained parameters by name; the ranks verify that they agree on these too.
 
     Attributes:
-        step: Optimizer steps seen so far.
-        kept: Layer -> boolean mask, shape ``(r,)``, on the CPU: the components that the latest event kept; before the
+        step: number of optimizer steps seen so far.
+        kept: layer -> boolean mask, shape ``(r,)``, on the CPU: the components that the latest event kept; before the
             first event, those that are not masked.
-        planned: Layer -> number of components that the final event plans for later runs. None before that event, or if
+        planned: layer -> number of components that the final event plans for later runs. None before that event, or if
             the plan is what the event kept.
-        moments: The optimizer's moments, once an engine has prepared the model.
-        failure: Why this rank could not score, or None. It ends the run on all ranks in the next exchange.
+        moments: the optimizer's moments, once an engine has prepared the model.
+        failure: reason why this rank could not score, or None. It ends the run on all ranks in the next exchange.
 
     Raises:
-        ValueError: The bounds of the rule's selection do not admit the final budget.
+        ValueError: the bounds of the rule's selection do not admit the final budget.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class DynamicRankController:
         return penalty_of_stacks(stacks.rows, stacks.columns)
 
     def fix_ranks(self, ranks: Mapping[str, int]) -> None:
-        """Before the first step: keep the first slots of every layer and mask the others.
+        """Keep the first slots of every layer and mask the others, before the first step.
 
         Args:
             ranks: layer -> number of components to keep, at most its slots; the same on every rank.
@@ -145,7 +145,7 @@ class DynamicRankController:
         rank.
 
         Args:
-            step: optimizer steps taken so far, counted from 1.
+            step: number of optimizer steps taken so far, counted from 1.
 
         Returns:
             The event, if there was one.
@@ -183,7 +183,7 @@ class DynamicRankController:
         """Verify that all ranks hold the same adapter, head, masks, budget, plan and step.
 
         Raises:
-            DisagreementError: they differ.
+            DisagreementError: the ranks differ.
         """
         position = f"{self.step}/{self.budget}/{self.planned}"
         digests = {"step, budget and plan": sha256(position.encode()).digest()}
@@ -267,7 +267,7 @@ class DynamicRankController:
         self.verify(f"the adapter resumed from step {step}")
 
     def _own_state(self) -> dict[str, Tensor]:
-        """State of the criterion (beside its scores) and of the rule. No layer's name can equal one of these keys."""
+        """State of the criterion (without its scores) and of the rule. No layer's name can equal one of these keys."""
         parts = {"criterion": self.criterion.state, "rule": self.rule.state}
         return {f"{part}/{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
 
@@ -279,7 +279,8 @@ class DynamicRankController:
         return dict(zip(self.layers, torch.split(flat, self._sizes), strict=True))
 
     def _update_scores(self) -> None:
-        """Never raises: a failure is kept in :attr:`failure` until the next exchange reports it to all ranks."""
+        """Update the scores. Never raises: a failure is kept in :attr:`failure` until the next exchange reports it to
+        all ranks."""
         try:
             self.criterion.update(self.agreement)
         except Exception as error:
@@ -288,7 +289,8 @@ class DynamicRankController:
                 show_unexpected(error)
 
     def _flaw_of_scores(self) -> str | None:
-        """Checked at events only, because a non-finite score never leaves the average."""
+        """Why events cannot select by the scores, or None. Called at events only, because a non-finite score never
+        leaves the average."""
         for name, scores in self._by_layer(self.criterion.scores.cpu()).items():
             if not torch.isfinite(scores).all():
                 return f"layer {name} has non-finite scores {scores.tolist()}"

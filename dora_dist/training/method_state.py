@@ -30,11 +30,11 @@ def save_method_state(
     """Write the method's tensors, and as JSON the step, number of processes, fingerprint and best checkpoint.
 
     Args:
-        folder: The checkpoint's folder.
-        controller: The controller, with its layers and head.
-        fingerprint: Settings that a resumed run must not change.
+        folder: the checkpoint's folder.
+        controller: the controller, with its layers and head.
+        fingerprint: settings that a resumed run must not change.
         processes: Number of ranks that write the checkpoint.
-        best: State of the search for the best checkpoint; None where there is none.
+        best: state of the search for the best checkpoint; None where there is none.
     """
     save_method_tensors(folder, controller)
     about = {"format": FORMAT_VERSION, "step": controller.step, "processes": processes}

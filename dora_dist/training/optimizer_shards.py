@@ -80,7 +80,7 @@ class OptimizerShards:
 
         Args:
             folder: the checkpoint's folder.
-            step: optimizer steps taken at the checkpoint.
+            step: number of optimizer steps taken at the checkpoint.
 
         Raises:
             ValueError: the state belongs to other parameters.
@@ -99,15 +99,15 @@ class OptimizerShards:
                     _fill(target, part.start, files.pieces(f"{name}:{key}", owners[name]))
 
     def take_over(self, whole: "WholeState", step: int) -> None:
-        """Take over from the checkpoint of an engine under which every rank holds all of the optimizer. No collectives.
+        """Take over from the checkpoint of an engine under which every rank holds the whole optimizer. No collectives.
 
         Args:
-            whole: what is in it.
-            step: optimizer steps taken by then.
+            whole: the optimizer and the parameters in that checkpoint.
+            step: number of optimizer steps taken at the checkpoint.
         """
         first = next(iter(whole.states.values()), {})
         dtypes = {key: value.dtype for key, value in first.items() if isinstance(value, Tensor) and value.ndim}
-        # A step is a step of all parameters.
+        # Every step is one of all parameters, so the counters of the first one hold for all.
         prepare_optimizer_state(self._wrapped, dtypes, counters_of(first), step)
         for name, part in owned_parts(self._wrapped, self._parameters).items():
             for key, target in part.tensors.items():
@@ -117,11 +117,11 @@ class OptimizerShards:
 
 @dataclass(frozen=True)
 class WholeState:
-    """What a checkpoint has of an optimizer of which every rank holds all.
+    """The optimizer and the parameters in a checkpoint of an engine under which every rank holds the whole optimizer.
 
     Attributes:
-        states: name of a parameter -> what the optimizer keeps of it.
-        parameters: name -> the parameter as it was saved.
+        states: name of a parameter -> the optimizer's state of it.
+        parameters: name of a parameter -> the parameter as it was saved.
     """
 
     states: Mapping[str, Mapping[str, Any]]
@@ -134,13 +134,13 @@ def is_sharded(folder: Path) -> bool:
 
 
 def load_whole(folder: Path, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> None:
-    """Let an optimizer of which every rank holds all take over from a checkpoint that ZeRO wrote, with the parameters
-    as its master copy has them. No collectives.
+    """Restore an optimizer that every rank holds as a whole from a checkpoint that ZeRO wrote. The parameters get the
+    values of ZeRO's master copy. No collectives.
 
     Args:
-        folder: of the checkpoint.
-        optimizer: as torch made it.
-        names: of its parameters.
+        folder: the checkpoint's folder.
+        optimizer: the optimizer, as torch made it.
+        names: parameter -> its name.
     """
     index = read_json(folder / SHARDS / INDEX)
     with _Files(folder) as files:

@@ -14,10 +14,10 @@ def step_advice(step: int, recomputation: Recomputation, rows: int, accumulation
     """Settings to change after memory ran out in an optimizer step, the cheapest first.
 
     Args:
-        step: number of the step, from 1.
-        recomputation: which layers are recomputed.
-        rows: rows of a micro-batch on one device.
-        accumulation: micro-batches of an optimizer step.
+        step: number of the step, counted from 1.
+        recomputation: the layers that are recomputed.
+        rows: number of rows of a micro-batch on one device.
+        accumulation: number of micro-batches of an optimizer step.
     """
     settings = []
     count, layers = recomputation.count, recomputation.layers

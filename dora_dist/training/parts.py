@@ -1,4 +1,4 @@
-"""What the training loop is made of, beside what transformers' Trainer takes."""
+"""The objects and settings of the training loop, beside what transformers' Trainer takes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,17 +27,18 @@ class TrainingParts:
     """The objects that the loop works with.
 
     Attributes:
-        controller: The method.
-        agreement: Collectives over the ranks.
-        records: The records of the run, whose folder also holds its checkpoints.
-        evaluator: Measures the model on held-out data; None without any.
-        notice: Set when this rank has been told to stop.
-        skip_policy: Decides about steps whose loss or gradients are not finite.
-        trackers: Get the rank map at every event.
-        best: Finds the best checkpoint; None where the last one is taken.
-        row_losses: Loss of every row, for a task with one target a row; None where the model's own loss is taken,
-            over tokens.
-        balance: The balancing loss of the latest forward, over all ranks, which call it together; None without routing.
+        controller: the pruning controller.
+        agreement: collectives over the ranks.
+        records: the records of the run, whose folder also holds its checkpoints.
+        evaluator: evaluator of the model on held-out data; None without such data.
+        notice: notice that is set when this rank has been told to stop.
+        skip_policy: policy for steps whose loss or gradients are not finite.
+        trackers: trackers that get the rank map at every event.
+        best: search for the best checkpoint; None where the last one is taken.
+        row_losses: function that computes the loss of every row, for a task with one target a row; None where the
+            model's own loss is taken, over tokens.
+        balance: function that returns the balancing loss of the latest forward, over all ranks, which call it together;
+            None without routing.
     """
 
     controller: DynamicRankController
@@ -58,16 +59,16 @@ class LoopSettings:
 
     Attributes:
         engine: ``distributed.engine`` of the configuration.
-        timeout_minutes: How long a rank waits for the others in a collective of the engine.
-        start: How the adapter starts from data; None where it is drawn.
-        rank_choice: How the ranks are made from data; None where they are known.
-        adapter_dtype: The dtype that the adapter's parameters must have when training begins.
-        lora_plus_ratio: Learning rate of the columns b_i over that of all else.
-        equilibrium_weight: Weight of the Dimensional Equilibrium Modulator in the loss.
-        keep_last: Number of complete checkpoints to keep.
-        fingerprint: Settings that a resumed run must not change.
-        recomputation: Layers that are computed again in the backward.
-        balance_weight: Weight of the balancing loss, where there is one.
+        timeout_minutes: time that a rank waits for the others in a collective of the engine.
+        start: how the adapter's start is computed from data; None where it is drawn at random.
+        rank_choice: how the ranks are chosen from data; None where they are known.
+        adapter_dtype: the dtype that the adapter's parameters must have when training begins.
+        lora_plus_ratio: learning rate of the columns b_i, divided by that of everything else.
+        equilibrium_weight: weight of the Dimensional Equilibrium Modulator in the loss.
+        keep_last: number of complete checkpoints to keep.
+        fingerprint: settings that a resumed run must not change.
+        recomputation: layers that are recomputed in the backward.
+        balance_weight: weight of the balancing loss, where there is one.
     """
 
     engine: str
@@ -85,11 +86,11 @@ class LoopSettings:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrainingRows:
-    """The size of the rows that are trained on, in the order of training.
+    """The sizes of the rows that are trained on, in the order of training.
 
     Attributes:
-        lengths: Tokens of every row, shape ``(rows,)``.
-        per_epoch: Number of rows that one pass over the data fills.
+        lengths: number of tokens of every row, shape ``(rows,)``.
+        per_epoch: number of rows that one pass over the data fills.
     """
 
     lengths: np.ndarray

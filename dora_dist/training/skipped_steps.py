@@ -23,7 +23,7 @@ class SkipPolicy:
 
     Args:
         agreement: collectives over the ranks.
-        most: consecutive steps that may be skipped.
+        most: largest number of consecutive steps that may be skipped.
 
     Attributes:
         last: whether the last step was skipped.
@@ -54,7 +54,7 @@ class SkipPolicy:
         """Record the outcome of an optimizer step; must be called on every rank.
 
         Args:
-            step: optimizer steps so far, this one included.
+            step: number of optimizer steps so far, this one included.
             skipped: whether the engine has skipped it, the same on every rank.
 
         Returns:
@@ -73,7 +73,7 @@ class SkipPolicy:
         return why
 
     def forget_logged(self) -> int:
-        """Steps skipped since the last call."""
+        """Number of steps skipped since the last call."""
         count, self._since_log = self._since_log, 0
         return count
 
@@ -81,12 +81,12 @@ class SkipPolicy:
         """End the run if too many consecutive steps were skipped.
 
         Args:
-            step: optimizer steps so far.
+            step: number of optimizer steps so far.
             why: reason for the last skip.
             last_good: the newest complete checkpoint, or None.
 
         Raises:
-            NonFiniteLossError: on all ranks.
+            NonFiniteLossError: there were too many; on all ranks.
         """
         if self._in_a_row > self._most:
             count = self._in_a_row

@@ -16,12 +16,12 @@ class StepLog:
     """Completes the Trainer's log lines; each line covers the steps since the previous one.
 
     Args:
-        controller: The pruning controller.
-        skip_policy: Counts the steps skipped since the previous line.
-        weights: Weights of the loss terms other than the task loss, by their names in a line.
-        device: Device of the loss.
-        tokens_of: Returns the number of tokens, over all ranks, in the optimizer steps after the first argument up to
-            the second one.
+        controller: the pruning controller.
+        skip_policy: policy that counts the skipped steps.
+        weights: name of a loss term other than the task loss, as in a line -> weight of the term.
+        device: device of the loss.
+        tokens_of: function that returns the number of tokens, over all ranks, in the optimizer steps after its first
+            argument up to its second one.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class StepLog:
         device: torch.device,
         tokens_of: Callable[[int, int], int],
     ) -> None:
-        # Of these terms over the steps since the previous line, and over those before the latest step.
+        # Sums of these terms over the steps since the previous line, and the same before the latest step.
         self._sums: Tensor = torch.zeros(len(weights), device=device)
         self._sums_before = self._sums.clone()
         self._controller = controller
@@ -45,7 +45,7 @@ class StepLog:
         """Start counting steps and seconds.
 
         Args:
-            step: Optimizer steps taken so far.
+            step: number of optimizer steps taken so far.
         """
         self._last_line = (step, time.monotonic())
 
@@ -54,7 +54,7 @@ class StepLog:
         self._sums_before.copy_(self._sums)
 
     def forget_step(self) -> None:
-        """Take the terms of the latest step back, which was skipped."""
+        """Remove the terms of the latest step, which was skipped, from the sums."""
         self._sums.copy_(self._sums_before)
 
     def add(self, name: str, term: Tensor) -> Tensor:
@@ -67,9 +67,9 @@ class StepLog:
         method's figures.
 
         Args:
-            logs: The Trainer's line, changed in place. ``loss`` becomes the task loss without the other terms; it is
+            logs: the Trainer's line, changed in place. ``loss`` becomes the task loss without the other terms; it is
                 removed if all steps were skipped.
-            step: Optimizer steps taken so far.
+            step: number of optimizer steps taken so far.
         """
         last_step, last_time = self._last_line
         steps = max(step - last_step, 1)
@@ -101,9 +101,9 @@ class StepLog:
         """A completed line in readable form.
 
         Args:
-            logs: As :meth:`complete` left it.
-            step: Optimizer steps taken so far.
-            max_steps: Optimizer steps of the run.
+            logs: the line, as :meth:`complete` left it.
+            step: number of optimizer steps taken so far.
+            max_steps: number of optimizer steps of the run.
         """
         minutes_left = (max_steps - step) * logs["seconds_per_step"] / 60
         # Where ranks never change, there is no initial number to compare with.

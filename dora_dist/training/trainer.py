@@ -1,4 +1,4 @@
-"""transformers' Trainer with the method hooked in; everything it decides is decided elsewhere.
+"""transformers' Trainer with the method hooked in; other modules make the decisions.
 
 ``tests/unit/training/test_trainer_overrides.py`` pins the private methods of the Trainer that are overridden here.
 """
@@ -39,33 +39,35 @@ from dora_dist.training.parts import LoopSettings, TrainingParts, TrainingRows
 from dora_dist.training.step_log import StepLog
 
 EQUILIBRIUM, BALANCE = "equilibrium_penalty", "balance_loss"
-"""Terms of the loss beside that of the task, as the log names them."""
+"""Names in the log of the loss terms other than the task loss."""
 KEPT_LOGS = 20
-"""Lines of the log in the Trainer's state, where :meth:`DynamicLoraTrainer.owes_evaluation` needs those of one step."""
+"""Number of log lines kept in the Trainer's state, where :meth:`DynamicLoraTrainer.owes_evaluation` needs those of one
+step."""
 
 
 class DynamicLoraTrainer(Trainer):
     """Adds the equilibrium penalty, drives the controller after every optimizer step, and seals checkpoints.
 
     Args:
-        parts: The objects that the loop works with.
-        settings: Settings of the loop.
-        rows: The size of the rows of ``train_dataset``, whose order is that of training.
-        kwargs: Arguments of the Trainer.
+        parts: the objects that the loop works with.
+        settings: settings of the loop.
+        rows: the sizes of the rows of ``train_dataset``, which are in the order of training.
+        kwargs: further arguments of the Trainer.
 
     Attributes:
-        preempted: Whether training ended before its last step, with a checkpoint, because a rank was told to stop.
-        evaluated_step: Optimizer steps taken before the last evaluation; None before the first.
+        preempted: whether training ended before its last step, with a checkpoint, because a rank was told to stop.
+        evaluated_step: number of optimizer steps taken before the last evaluation; None before the first.
 
     Raises:
-        ValueError: The model cannot be trained with the same result on any number of ranks.
+        ValueError: the model cannot be trained with the same result on any number of ranks.
     """
 
     model: DynamicLoraModel
 
     def __init__(self, *, parts: TrainingParts, settings: LoopSettings, rows: TrainingRows, **kwargs: Any) -> None:
         evaluator = parts.evaluator
-        # Of its own evaluation, which :meth:`evaluate` replaces, the Trainer only wants to know that there are data.
+        # The Trainer's own evaluation is replaced by :meth:`evaluate`; the Trainer only has to know that there are
+        # data.
         sources = None if evaluator is None else evaluator.sources
         # transformers' type has no mapping of datasets of this kind.
         super().__init__(eval_dataset=sources, **kwargs)  # type: ignore[arg-type]
@@ -93,14 +95,15 @@ class DynamicLoraTrainer(Trainer):
     def _choose_loss_scale(self) -> None:
         """Tell the Trainer who divides the loss by the number of targets, and by the accumulation steps."""
         if self.parts.row_losses is not None:
-            # The mean over the rows of a micro-batch, all of which have the same number of them, divided by the
-            # accumulation steps like the penalty (in compute_loss); the ranks' mean is taken by the engine.
+            # The loss is a mean over the rows of a micro-batch. All micro-batches have the same number of rows, so that
+            # it is divided by the accumulation steps like the penalty (in compute_loss), and the engine takes the mean
+            # over ranks.
             self.model_accepts_loss_kwargs, self.loss_is_scaled_for_ga = False, True
             if not hasattr(Trainer, "loss_is_scaled_for_ga"):
-                # transformers before 5.19 divides it once more where there is no such function, which is not called.
+                # transformers before 5.19 divides once more unless there is such a function, which is never called.
                 self.compute_loss_func = self.parts.row_losses
         elif self.compute_loss_func is not None:
-            self.model_accepts_loss_kwargs = False  # the Trainer counts for the function, and must not tell the model
+            self.model_accepts_loss_kwargs = False  # the Trainer passes the count to the function, not to the model
         elif not self.model_accepts_loss_kwargs:
             raise ValueError(
                 f"the model class {type(self.model.get_base_model()).__name__} does not take num_items_in_batch, so "
@@ -110,7 +113,7 @@ class DynamicLoraTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | Path | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         assert resume_from_checkpoint is not True, "a path is wanted: which checkpoint to use is decided elsewhere"
         self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
-        # Dropout of its own on every rank; a resumed run restores each rank's generators from its checkpoint.
+        # Every rank has dropout of its own; a resumed run restores each rank's generators from its checkpoint.
         set_seed((self.args.seed + self.args.process_index) % 2**32)
         started = time.monotonic()
         if self._resumed_from is None:
@@ -124,11 +127,11 @@ class DynamicLoraTrainer(Trainer):
         return result
 
     def _prepare_from_data(self) -> None:
-        """Ranks and start, where they are made from training rows."""
+        """Choose the ranks and compute the start, where they are made from training rows."""
         agreement, controller = self.parts.agreement, self.parts.controller
         choice, start = self.settings.rank_choice, self.settings.start
         if choice is not None or start is not None:
-            # Where the Trainer would switch it on.
+            # Here, because the Trainer switches it on only later.
             recompute_first(self.model.get_base_model(), self.settings.recomputation.count)
         if choice is not None:
             ranks = choose_ranks(self.model, self._loss_of_row, choice, controller.budget, agreement)
@@ -137,7 +140,8 @@ class DynamicLoraTrainer(Trainer):
             start_from_data(self.model, self._loss_of_row, start, agreement)
 
     def tokens_of(self, first: int, last: int) -> int:
-        """Tokens of the optimizer steps after ``first`` up to ``last``, on all ranks together, without padding."""
+        """Number of tokens of the optimizer steps after ``first`` up to ``last``, on all ranks together, without
+        padding."""
         rows = global_batch(self.args, self.args.world_size)
         return int(self.rows.lengths[first * rows : last * rows].sum())
 
@@ -146,9 +150,9 @@ class DynamicLoraTrainer(Trainer):
         return step_advice(self.state.global_step + 1, self.settings.recomputation, rows, accumulation)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """One parameter group, or two where the columns b_i have a learning rate of their own: the Trainer would add an
-        empty one for parameters without weight decay, over which DeepSpeed's step stumbles under torch 2.13 (a strict
-        zip over groups)."""
+        """One parameter group, or two where the columns b_i have a learning rate of their own. The Trainer would add an
+        empty group for parameters without weight decay, on which DeepSpeed's step fails under torch 2.13 (a strict zip
+        over groups)."""
         if self.optimizer is None:
             # The Trainer takes models of PEFT too, which the type leaves out.
             adapted = cast(PreTrainedModel, self.model)
@@ -186,8 +190,8 @@ class DynamicLoraTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _task_loss(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> tuple[Tensor, Any]:
-        """Mean over the rows for a task with one target a row, otherwise a sum over tokens divided by their number in
-        the global batch, as the Trainer makes it; and the model's output."""
+        """The task loss, and the model's output. The loss is a mean over the rows for a task with one target a row,
+        otherwise a sum over tokens divided by their number in the global batch, as the Trainer computes it."""
         if self.parts.row_losses is None:
             return cast(tuple[Tensor, Any], super().compute_loss(model, inputs, True, num_items_in_batch))
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
@@ -217,8 +221,8 @@ class DynamicLoraTrainer(Trainer):
         return metrics
 
     def _follow_best(self, metrics: dict[str, float]) -> None:
-        """Take note of an evaluation for ``evaluation.keep_best``, and end the run where none has been better for long
-        enough: the same on all ranks, which have the same figures."""
+        """Record an evaluation for ``evaluation.keep_best``, and end the run if none has been better for long enough.
+        All ranks decide the same, because they have the same figures."""
         best, step = self.parts.best, self.state.global_step
         if best is None:
             return
@@ -231,10 +235,10 @@ class DynamicLoraTrainer(Trainer):
             )
 
     def take_best(self) -> None:
-        """Where there is a best checkpoint to be taken: make its adapter that of the model, and record it.
+        """Make the best checkpoint's adapter that of the model and record it, if a best checkpoint is to be taken.
 
         Raises:
-            RankFailedError: The checkpoint cannot be read; on all ranks.
+            RankFailedError: the checkpoint cannot be read; on all ranks.
         """
         best = self.parts.best
         if best is None:
@@ -248,15 +252,16 @@ class DynamicLoraTrainer(Trainer):
         self.parts.records.metrics(self.state.global_step, found)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Record and pass on. ``loss`` is the task loss, comparable with a run without the penalty, which has its own
-        key; steps that were left out are not in it."""
+        """Record a line and pass it on. ``loss`` is the task loss, comparable with that of a run without the penalty,
+        which has its own key; steps that were skipped are not in it."""
         step = self.state.global_step
-        # The Trainer's summary at the end: in a run that was resumed, a sum since then over all steps.
+        # In the Trainer's summary at the end. In a resumed run: a sum since the resume, divided by all steps of the
+        # run.
         logs.pop("train_loss", None)
-        # Its guess from the number of parameters, for which it takes codes of 4 bits that are in shards.
+        # The Trainer's guess from the number of parameters, as which it counts 4-bit codes in shards.
         logs.pop("total_flos", None)
         logs["epoch"] = step * global_batch(self.args, self.args.world_size) / self.rows.per_epoch
-        # The Trainer overwrites it with the share of the run, which is one long epoch to it.
+        # The Trainer overwrites it with the share of the run that is done, because the run is one long epoch to it.
         self.state.epoch = logs["epoch"]
         extra: dict[str, Any] = {}
         if "loss" in logs:
@@ -272,8 +277,8 @@ class DynamicLoraTrainer(Trainer):
         """Check what the engine has made of the model, and take over from a checkpoint if there is one.
 
         Raises:
-            RankFailedError: A rank is not prepared as configured, or could not read the checkpoint; on all ranks.
-            DisagreementError: The ranks do not hold the same adapter.
+            RankFailedError: a rank is not prepared as configured, or could not read the checkpoint; on all ranks.
+            DisagreementError: the ranks do not hold the same adapter.
         """
         parts, settings, shards = self.parts, self.settings, None
         check_prepared(parts.agreement, self, settings.engine, settings.adapter_dtype, self._buffer_dtypes)
@@ -299,7 +304,7 @@ class DynamicLoraTrainer(Trainer):
         self.step_log.start_clock(self._first_step)
 
     def begin_step(self) -> None:
-        """Say which step it is, and remember what a step that is left out must not change."""
+        """Announce the step, and keep what a skipped step must not change."""
         self.begun_step = self.state.global_step + 1
         self.parts.agreement.note(f"forward, backward and update of step {self.begun_step}")
         self.parts.skip_policy.begin_step()
@@ -310,10 +315,10 @@ class DynamicLoraTrainer(Trainer):
         """What follows an optimizer step, before it is logged and saved.
 
         Raises:
-            ValueError: No gradient has come to a layer in the first step; on all ranks.
-            NonFiniteLossError: Too many steps in a row were left out; on all ranks.
-            RankFailedError: A rank has failed; on all ranks.
-            DisagreementError: A pruning event was due and the ranks hold different adapters; on all ranks.
+            ValueError: no gradient has come to a layer in the first step; on all ranks.
+            NonFiniteLossError: too many consecutive steps were skipped; on all ranks.
+            RankFailedError: a rank has failed; on all ranks.
+            DisagreementError: a pruning event was due and the ranks hold different adapters; on all ranks.
         """
         if self._gradient_watch is not None:
             self._gradient_watch.check(self.parts.agreement)
@@ -331,11 +336,11 @@ class DynamicLoraTrainer(Trainer):
             self.parts.trackers.show_ranks(RecordedEvent.of(event).ranks, initial_rank, event.step)
 
     def account_for_skipping(self) -> None:
-        """Where all ranks have left out the step just taken, since its loss or gradients were not finite: say so, and
-        end the run if that has gone on for too long.
+        """If all ranks have skipped the step just taken, because its loss or gradients were not finite, report that,
+        and end the run after too many such steps in a row.
 
         Raises:
-            NonFiniteLossError: on all ranks.
+            NonFiniteLossError: too many consecutive steps were skipped; on all ranks.
         """
         step = self.state.global_step
         why = self.parts.skip_policy.after_step(step, self.skipped_steps.last())
@@ -345,21 +350,21 @@ class DynamicLoraTrainer(Trainer):
         self._tr_loss.copy_(self._loss_before)
         if self.accelerator.optimizer_step_was_skipped:
             assert self.lr_scheduler is not None
-            self.lr_scheduler.step()  # which the Trainer leaves out, under DeepSpeed only: a step is a step
+            self.lr_scheduler.step()  # the Trainer omits this, under DeepSpeed only; a skipped step is a step
         self.parts.records.metrics(step, {"skipped": why})
         assert self.args.output_dir is not None
         self.parts.skip_policy.check(step, why, checkpoint.newest(Path(self.args.output_dir)))
 
     def stop_early(self, control: TrainerControl) -> None:
-        """End training after this optimizer step if any rank cannot go on or was told to stop: one decision of all, by
-        one exchange.
+        """End training after this optimizer step if any rank cannot go on or was told to stop. All ranks decide
+        together, by one exchange.
 
         Where a rank was told to stop, training ends with a checkpoint. What was measured since the last log is logged.
-        An evaluation that is due is left to the run that goes on from here (:meth:`owes_evaluation`), for the time
+        An evaluation that is due is left to the run that resumes from here (:meth:`owes_evaluation`), because the time
         until the deadline belongs to the checkpoint.
 
         Raises:
-            RankFailedError: A rank could not score its components; on all ranks.
+            RankFailedError: a rank could not score its components; on all ranks.
         """
         failure, told = self.parts.controller.failure, self.parts.notice.received is not None
         if not self.parts.agreement.any(told or failure is not None):
@@ -372,27 +377,27 @@ class DynamicLoraTrainer(Trainer):
             control.should_evaluate = False
 
     def owes_evaluation(self) -> bool:
-        """Whether the step that a resumed run starts from is one to evaluate, and was not."""
+        """Whether an evaluation was due at the step that a resumed run starts from, and was not made."""
         due = DefaultFlowCallback().on_step_end(self.args, self.state, TrainerControl()).should_evaluate
         done = (line["step"] for line in self.state.log_history if "eval_loss" in line)
         return due and self.state.global_step not in done
 
     @wraps(Trainer._run_epoch)
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        """Nothing, where a resumed run finds that it has been stopped early: the Trainer would look after a step."""
+        """Do nothing if a resumed run was stopped early: the Trainer would notice only after another step."""
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(cast(Sized, self.train_dataset))  # of a number of rows that is known
+        return SequentialSampler(cast(Sized, self.train_dataset))  # its length is known
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        """No checkpoint is handed on: :meth:`Checkpointer.restore` reads it, in the same order for every engine."""
+        """Prepare without a checkpoint: :meth:`Checkpointer.restore` reads it, in the same order for every engine."""
         # transformers has no types for it.
         return super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[no-untyped-call]
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
-        """With a sharded base, DDP is put around the model here: accelerate refuses to."""
+        """With a sharded base, put DDP around the model here, because accelerate refuses to."""
         wrapped: nn.Module = super()._wrap_model(model, training, dataloader)
         shards = self.parts.agreement.sharded_base
         return wrapped if shards is None else shards.wrap(wrapped, self.accelerator)
@@ -411,7 +416,7 @@ class DynamicLoraTrainer(Trainer):
 
 
 class _MethodCallback(TrainerCallback):
-    """Where the Trainer's loop meets the method."""
+    """Calls the method's code from the Trainer's loop."""
 
     def __init__(self, trainer: DynamicLoraTrainer) -> None:
         self.trainer = trainer

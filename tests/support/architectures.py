@@ -134,7 +134,7 @@ def config_of(name: str) -> PreTrainedConfig:
 
 
 def skeleton_of(name: str) -> PreTrainedModel:
-    """Without weights."""
+    """The model without weights."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config_of(name))
 

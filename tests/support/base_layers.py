@@ -16,7 +16,7 @@ ALPHA = 8.0
 
 
 def make_base(kind: str = "plain", out: int = OUT, width: int = IN, seed: int = 0, bias: bool = True) -> nn.Linear:
-    """``plain``, ``nf4`` or ``int8``, with random weights of the size of trained ones."""
+    """A layer of kind ``plain``, ``nf4`` or ``int8``, with random weights of the size of trained ones."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(out, width, generator=generator) / 8
     if kind == "plain":
@@ -44,7 +44,8 @@ def adapt_layer(
     seed: int = 3,
     dtype: torch.dtype = torch.float32,
 ) -> DynamicLoraLinear:
-    """Initialized with ``init``; without, all adapter parameters are random, so that each has an effect."""
+    """The base with components, initialized with ``init``; without it, all adapter parameters are random, so that each
+    has an effect."""
     config = SimpleNamespace(lora_dropout=dropout)
     layer = DynamicLoraLinear(base, "default", config=config, r=rank, lora_alpha=ALPHA)
     layer.initialize(init or "paper", seed=seed, name="layer", dtype=dtype)

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 CHROMIUM = shutil.which("chromium")
-"""The command; None where it is not installed."""
+"""Path of the command; None where it is not installed."""
 
 
 class Tab:
-    """A tab of the browser. What it says meanwhile is kept.
+    """A tab of the browser. Messages that it sends in between are kept.
 
     Attributes:
-        errors: of scripts, and what they or the browser wrote into the console as such.
-        requests: addresses that the page has asked for, itself included.
+        errors: errors of scripts, and messages that scripts or the browser wrote into the console as errors.
+        requests: addresses that the page has asked for, its own included.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], to: int, back: int) -> None:
@@ -94,7 +94,7 @@ def browser(profile: Path) -> Iterator[Tab]:
     """A tab of a browser of its own.
 
     Args:
-        profile: folder for what the browser keeps.
+        profile: folder for the browser's files.
     """
     assert CHROMIUM is not None
     ours, theirs = os.pipe(), os.pipe()

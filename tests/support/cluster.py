@@ -35,7 +35,7 @@ PREFIX = "dora-slurm-"
 RUN = Path("/run")
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "munged", "ip", "nsenter", "unshare", "setpriv", "mknod")
 PACKAGES = "slurmctld slurmd slurm-client munge iproute2"
-FOREIGN = ("SLURM_", "SBATCH_", "DORA_", "ACCELERATE_", "SWEEP_")  # what the user's own cluster would be told
+FOREIGN = ("SLURM_", "SBATCH_", "DORA_", "ACCELERATE_", "SWEEP_")  # of the user's own cluster; they are not passed on
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "DEADLINE"}
 
 

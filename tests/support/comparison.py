@@ -19,7 +19,7 @@ def write_comparison(folder: Path, **changes: Any) -> Path:
 
 
 def write_classification_comparison(folder: Path, numbers: bool = False, **changes: Any) -> Path:
-    """As :func:`write_comparison`, of an encoder that learns which pairs begin alike, or how alike they are."""
+    """Like :func:`write_comparison`, for an encoder that learns which pairs begin alike, or how alike they are."""
     # Its own dropout would make losses depend on how a batch is cut.
     save_tiny_encoder(folder / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     tables = {

@@ -33,7 +33,7 @@ def network_with_wrong_sums(wrong: int) -> NetworkFacts | None:
 
 
 def network_that_fails_at(size: int) -> NetworkFacts | None:
-    """Tensors of so many bytes cannot be reduced by rank 1; the others find out from it, not from their own."""
+    """Tensors of so many bytes cannot be reduced by rank 1; the others learn of it from that rank."""
     ranks = agreement()
     add_up = ranks.add_up
 

@@ -1,6 +1,6 @@
 """The entry point's ``main`` on real ranks, and other commands, from a fork server with the imports behind it.
 
-What the launcher does is to set a few variables; here a test does it, and saves the quarter of a minute that the
+What a launcher does is to set a few variables. Here a test sets them, which saves the quarter of a minute that the
 imports of launcher and ranks take. Tests of the command itself use ``commands.py``.
 """
 
@@ -24,7 +24,7 @@ LAUNCHED_AS = {
     "ddp": {"ACCELERATE_USE_CPU": "true"},
     "none": {},
 }
-"""Engine -> what its launcher puts into the environment."""
+"""Engine -> environment variables that its launcher sets."""
 
 
 def train_rank(rank: int, world_size: int, arguments: list[str], port: int, log: str, engine: str = "zero2") -> None:
@@ -81,12 +81,12 @@ def start_run(
     """Start all ranks; their output goes into files beside ``log``.
 
     Args:
-        config: YAML of the run.
-        output: its folder.
+        config: the run's YAML file.
+        output: the run's folder.
         log: prefix of the files with the ranks' output.
         overrides: further arguments of the command line.
-        ranks: how many.
-        target: what a rank runs, with the arguments of :func:`train_rank`.
+        ranks: number of ranks.
+        target: function that a rank runs, with the arguments of :func:`train_rank`.
         more: further arguments of ``target``.
     """
     arguments = ["--config", str(config), "--output_dir", str(output), *overrides]
@@ -126,7 +126,7 @@ def runs_left_alone(config: Path, overrides: Callable[[int], tuple[str, ...]]) -
     """Number of ranks -> the folder of a run on them that was never interrupted, made when it is first asked for.
 
     Args:
-        config: YAML of the runs, which are put beside it.
+        config: YAML file of the runs, whose folders are put beside it.
         overrides: number of ranks -> further arguments of the command line.
     """
 

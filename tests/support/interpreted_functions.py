@@ -1,4 +1,4 @@
-"""What Triton's interpreter does not have of CUDA's own functions. Imported where Triton is installed only."""
+"""Functions of CUDA that Triton's interpreter lacks. Imported only where Triton is installed."""
 
 import triton
 from triton import language

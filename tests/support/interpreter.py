@@ -10,8 +10,8 @@ def prepare_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let this process run Liger's kernels, or skip the test with the reason.
 
     Triton's interpreter (3.6 to 3.9) hands numbers to a kernel as Python's floats, without the methods of Triton's
-    scalars, and knows none of CUDA's own functions. What is replaced here can go when ``test_kernels.py`` passes
-    without it. With bfloat16 it computes nonsense, so that tests/gpu has that.
+    scalars, and has none of CUDA's own functions. The replacements here can go when ``test_kernels.py`` passes without
+    them. With bfloat16 the interpreter computes nonsense, so those tests are in tests/gpu.
     """
     if torch.cuda.is_available():
         pytest.skip("there is a GPU, on which tests/gpu runs the kernels")

@@ -37,11 +37,11 @@ class UnknownPartError(ValueError):
 
 @dataclass(frozen=True)
 class Lane:
-    """What is asked for.
+    """The tests that are asked for.
 
     Args:
         parts: comma-separated names of parts of the full lane; empty for the fast lane; "all" for both lanes.
-        named: whether files or folders were given, whose tests then all run.
+        named: whether files or folders were given, all of whose tests then run.
 
     Raises:
         UnknownPartError: a name is none of :data:`PARTS`.
@@ -65,7 +65,7 @@ class Lane:
         return not self.chosen and not self.named
 
     def takes(self, part: str | None) -> bool:
-        """Whether a test runs that belongs to ``part``, or to the fast lane if that is None."""
+        """Whether a test of ``part`` runs, or of the fast lane if that is None."""
         if EVERYTHING in self.chosen:
             return True
         if self.chosen:

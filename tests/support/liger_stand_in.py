@@ -1,4 +1,5 @@
-"""Modules of the names and signatures of Liger's, in torch's operations, for where its kernels cannot run."""
+"""Modules with the names and signatures of Liger's, in torch's operations, for machines where its kernels cannot
+run."""
 
 import sys
 from importlib.machinery import ModuleSpec
@@ -25,7 +26,7 @@ def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Ten
 
 
 def install() -> None:
-    """For the rest of this process."""
+    """Put the modules in place of Liger's, for the rest of this process."""
     contents = {
         "rms_norm": {"LigerRMSNormFunction": SimpleNamespace(apply=rms_norm)},
         "rope": {"LigerRopeFunction": SimpleNamespace(apply=apply_rotary_pos_emb)},

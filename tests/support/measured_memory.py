@@ -56,8 +56,8 @@ def measure_peak(config: RunConfig, prepare: Callable[[DynamicLoraModel], None] 
     labels and ``num_items_in_batch``, equilibrium penalty, backward, gradient clipping, AdamW.
 
     Args:
-        config: of the run.
-        prepare: what else is done to the model before it is trained.
+        config: the run's configuration.
+        prepare: function that changes the model before it is trained.
     """
     meter = PeakMeter()
     model = _load(config, "float32")
@@ -90,9 +90,9 @@ def measure_start(config: RunConfig) -> int:
 
 
 def measure_rank_choice(config: RunConfig) -> int:
-    """The same of ranks from one row; their layers are one group."""
+    """Like :func:`measure_start`, for ranks chosen from one row; all layers are one group."""
     meter = PeakMeter()
-    slotted = copy.copy(config)  # whose slots a run would refuse
+    slotted = copy.copy(config)  # a run would refuse its slots
     slotted.adapter = replace(config.adapter, ranks="uniform")
     model = _load(slotted, "float32")
     layers, target = model.adapted_layers(), config.adapter.target_rank
@@ -112,8 +112,8 @@ def _one_row(config: RunConfig) -> RunConfig:
 
 
 def measure_zero_peak(path: str, overrides: list[str], bucket_numel: int) -> int:
-    """The same under DeepSpeed as launch/zero2.json configures it, but with reduction buckets of so many elements, on
-    one rank of a world that has been joined."""
+    """Like :func:`measure_peak`, under DeepSpeed as launch/zero2.json configures it, but with reduction buckets of so
+    many elements, on one rank of a world that has been joined."""
     import deepspeed
 
     use_gloo_only()
@@ -145,7 +145,7 @@ def measure_zero_peak(path: str, overrides: list[str], bucket_numel: int) -> int
 
 
 def _load(config: RunConfig, adapter_dtype: str) -> DynamicLoraModel:
-    """As ``build.load_model`` loads it, ready to train."""
+    """The model as ``build.load_model`` loads it, ready to train."""
     base = load_base_model(BaseModelSpec.of(config.model, config.task))
     model = add_dynamic_lora(base, replace(config.adapter, dtype=adapter_dtype), config.model.fuse)
     model.leave_out_logits()
@@ -162,8 +162,8 @@ def _rows(config: RunConfig) -> int:
 
 
 def _loss(wrapped: nn.Module, model: DynamicLoraModel, config: RunConfig) -> Tensor:
-    """Of a batch whose rows are all as long as can be, but one that is a token shorter, or has two examples in every
-    row: attention needs a mask."""
+    """The loss of a batch whose rows are all as long as can be, except that one is a token shorter, or that every row
+    has two examples: attention needs a mask."""
     ids = torch.randint(0, model.config.vocab_size, (_rows(config), config.data.max_length))
     if config.data.batching == "packed":
         shape = {"position_ids": torch.arange(config.data.max_length // 2).repeat(_rows(config), 2)}

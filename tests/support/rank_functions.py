@@ -41,7 +41,7 @@ def make_layers(seed: int = 0) -> dict[str, DynamicLoraLinear]:
 
 
 def make_controller(layers: dict[str, DynamicLoraLinear], **options: Any) -> DynamicRankController:
-    """Ten optimizer steps, events at steps 2, 4 and 6, the last one final."""
+    """A controller for ten optimizer steps, with events at steps 2, 4 and 6, the last one final."""
     schedule = BudgetSchedule(
         total_steps=10,
         num_layers=len(layers),
@@ -140,7 +140,7 @@ def prune_with_bad_scores(bad_rank: int, kind: str) -> None:
 
 
 def end_step_with_bad_scores(bad_rank: int) -> None:
-    """One rank fails while it scores step 1, after which no event is due; the end of that step in the Trainer."""
+    """One rank fails while it scores step 1, after which no event is due; then the Trainer ends that step."""
     from types import SimpleNamespace
 
     from transformers import TrainerControl
@@ -169,7 +169,7 @@ def _controller_with_bad_scores(bad_rank: int, kind: str) -> DynamicRankControll
 
 
 def check_world_of_one() -> None:
-    """The Trainer believes in one process while the group has more: ranks would train on the same data."""
+    """The Trainer believes that there is one process while the group has more: ranks would train on the same data."""
     from types import SimpleNamespace
 
     from dora_dist.distributed.world import check_world
@@ -257,7 +257,7 @@ def move_under_engine(engine: str, model_folder: str) -> dict[str, Any]:
             return model(input_ids=torch.arange(4, 16)[None]).logits
 
     train(3)
-    # Something to forget in the slots: weights and a past, as a component leaves them that was pruned.
+    # Something to forget in the slots: weights and optimizer state, as a pruned component leaves them.
     for layer in layers.values():
         layer.component_mask[2] = False
     kept = {name: layer.component_mask.clone() for name, layer in layers.items()}
@@ -349,7 +349,7 @@ def grow_under_engine(engine: str, model_folder: str) -> dict[str, Any]:
 
 
 def _read_moment(step: Any, parameter: nn.Parameter, key: str) -> Tensor:
-    """Of Adam, whole (a collective under ZeRO)."""
+    """A moment of Adam, whole (a collective under ZeRO)."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
     state = step.optimizer.state.get(parameter)
@@ -357,7 +357,7 @@ def _read_moment(step: Any, parameter: nn.Parameter, key: str) -> Tensor:
 
 
 def score_by_ablation(failing: int | None = None) -> dict[str, Tensor]:
-    """Both kinds of scores of a tiny model on five rows, which one rank perhaps cannot read."""
+    """Both kinds of scores of a tiny model on five rows; ``failing`` is a rank that cannot read them."""
     from dora_dist.training.rules.ablation import ablation_gradient_scores, ablation_scores
     from support.tiny_models import adapt, shake, tiny_model, tokens
 
@@ -378,7 +378,8 @@ def score_by_ablation(failing: int | None = None) -> dict[str, Tensor]:
 
 
 def read_master(parameter: nn.Parameter) -> Tensor:
-    """What the optimizer will step from: ZeRO's float32 master copy (a collective), otherwise the parameter."""
+    """The values that the optimizer will step from: ZeRO's float32 master copy (a collective), or else the
+    parameter."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     master = safe_get_full_fp32_param(parameter)
@@ -391,7 +392,7 @@ def skip_under_engine(engine: str, model_folder: str, bad: str | None) -> dict[s
 
     Args:
         engine: ``none``, ``ddp``, ``zero2`` or ``zero2 in bfloat16``.
-        model_folder: of the base.
+        model_folder: folder of the base.
         bad: ``loss`` (times NaN), ``gradient`` (one infinite element) or None.
     """
     from dora_dist.distributed.engine import SkippedSteps
@@ -428,7 +429,7 @@ def save_optimizer(model_folder: str, folder: str, steps: int, engine: str = "ze
 
 
 def load_optimizer(model_folder: str, folder: str, engine: str = "zero2") -> dict[str, Any]:
-    """Load it into a fresh engine."""
+    """Load the state into a fresh engine."""
     from dora_dist.training.optimizer_shards import OptimizerShards
 
     model = _tiny_adapted(model_folder)
@@ -441,7 +442,7 @@ def load_optimizer(model_folder: str, folder: str, engine: str = "zero2") -> dic
 
 
 def check_odd_optimizer(model_folder: str) -> None:
-    """An optimizer that keeps a state of 8 bits."""
+    """Check an optimizer whose state has 8 bits."""
     from dora_dist.training.optimizer_shards import OptimizerShards
 
     model = _tiny_adapted(model_folder)
@@ -521,7 +522,7 @@ def agreement_any(flagged: list[int]) -> bool:
 
 
 def smallest_of_cards(sizes: list[int | None]) -> int | None:
-    """What ranks agree on whose GPUs have these sizes, of which there are none here."""
+    """The size that ranks agree on whose GPUs have these sizes; this machine has none of them."""
     from dora_dist.setup import recomputation
 
     recomputation.card_bytes = lambda _: sizes[dist.get_rank()]
@@ -529,7 +530,7 @@ def smallest_of_cards(sizes: list[int | None]) -> int | None:
 
 
 def host_exchanges(flagged: list[int]) -> dict[str, Any]:
-    """What ranks tell each other from host memory, beside a process group that may serve no CPU."""
+    """The exchanges that ranks make from host memory, beside a process group that may serve no CPU."""
     group = host_group(timedelta(seconds=20))
     agreement = Agreement("cpu", host_group=group)
     with agreement.together("resting"):
@@ -562,7 +563,7 @@ def host_exchange_without_a_rank(absent: int) -> None:
 
 
 def agreement_sum() -> Tensor:
-    """What add_up makes of a tensor that differs by rank."""
+    """The result of add_up for a tensor that differs by rank."""
     agreement = Agreement()
     tensor = torch.arange(4, dtype=torch.float32) * (agreement.rank + 1)
     agreement.add_up(tensor)
@@ -570,7 +571,7 @@ def agreement_sum() -> Tensor:
 
 
 def agreement_first() -> Tensor:
-    """What take_first makes of a tensor that differs by rank."""
+    """The result of take_first for a tensor that differs by rank."""
     agreement = Agreement()
     tensor = torch.arange(4, dtype=torch.float64) + agreement.rank
     agreement.take_first(tensor)
@@ -578,8 +579,8 @@ def agreement_first() -> Tensor:
 
 
 def start_from_rows(init: str, failing: int | None = None) -> dict[str, Tensor]:
-    """Rows a_i and columns b_i of a tiny model after its start from 7 training rows, of which one rank perhaps cannot
-    read any."""
+    """Rows a_i and columns b_i of a tiny model after its start from 7 training rows; ``failing`` is a rank that cannot
+    read any of them."""
     from dora_dist.training.from_data.start import DataStart, start_from_data
     from support.tiny_models import adapt, tiny_model, tokens
 
@@ -599,7 +600,8 @@ def start_from_rows(init: str, failing: int | None = None) -> dict[str, Tensor]:
 
 
 def ranks_from_rows(ranks: str) -> dict[str, int]:
-    """Components of every layer of a tiny model, made from 7 training rows, which the controller verifies."""
+    """Number of components of every layer of a tiny model, chosen from 7 training rows; the controller verifies
+    them."""
     from dora_dist.method.budget import PARAMETERS, Budget, component_costs
     from dora_dist.method.schedule import FixedRanks
     from dora_dist.training.controller import DynamicRankController
@@ -647,14 +649,14 @@ def store_phase_that_fails(failing: int) -> None:
 
 
 def load_and_watch(tiny: str, folder: str, quantization: str, dtype: str, hoard: bool) -> dict[str, int]:
-    """What loading a base takes on this rank while the others load it too, in bytes.
+    """Memory, in bytes, that loading a base takes on this rank while the others load it too.
 
     Args:
-        tiny: another base, loaded before, so that what is imported on first use is not counted.
-        folder: of the base.
-        quantization: of the base.
-        dtype: to compute in.
-        hoard: also hold all weights as they are stored, as a loader would that reads first and quantizes then.
+        tiny: folder of another base, loaded before, so that what is imported on first use is not counted.
+        folder: folder of the base.
+        quantization: quantization of the base.
+        dtype: dtype to compute in.
+        hoard: whether to hold all weights as they are stored, too, like a loader that reads first and quantizes then.
     """
     from many_shards import size_of_model
     from process_memory import MemoryWatch
@@ -684,7 +686,7 @@ def load_where_one_is_broken(folder: str, broken: str) -> None:
 def start_alike(
     folder: str, odd: int, odd_folder: str, odd_settings: dict[str, Any], odd_kernels: tuple[str, ...] = ()
 ) -> None:
-    """What a run compares before its first step; one rank has a base, settings and kernels of its own."""
+    """The comparison that a run makes before its first step; one rank has a base, settings and kernels of its own."""
     from dora_dist.base_model.kernels import KernelsInUse
     from dora_dist.base_model.recomputation import Recomputation
     from dora_dist.setup.build import check_same_on_all_ranks
@@ -700,8 +702,8 @@ def start_alike(
 
 
 def route_share(shares: list[list[int]]) -> dict[str, Any]:
-    """Route this rank's rows of one batch: what was decided, the balancing loss of all ranks, and the gradients that an
-    engine makes of it."""
+    """Route this rank's rows of one batch. Returns the decisions, the balancing loss of all ranks, and the gradients
+    that an engine computes from it."""
     from dora_dist.data.encoding.encoder import IGNORED
     from support.tiny_models import decisions, routed, tokens
 

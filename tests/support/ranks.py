@@ -21,7 +21,7 @@ _CONTEXT.set_forkserver_preload(_PRELOADED)
 
 @dataclass(frozen=True)
 class RankOutcome:
-    """What became of a rank: the value of its function, or the type and text of its exception."""
+    """The outcome of a rank: the value of its function, or the type and text of its exception."""
 
     value: Any = None
     error_type: str | None = None
@@ -34,10 +34,11 @@ def run_ranks(
     """Run ``function(*args)`` on every rank of a world; fail the test if a rank has not ended in time.
 
     Args:
-        function: importable by name (the fork server has no test module of yours).
+        function: function that can be imported by name (the fork server has not imported your test module).
         world_size: number of ranks.
-        timeout: seconds for all of it.
-        backend: of the process group; ``cuda:gloo`` serves tensors on GPUs only, as NCCL does, and needs none.
+        timeout: time limit for everything, in seconds.
+        backend: backend of the process group; ``cuda:gloo`` serves tensors on GPUs only, as NCCL does, and needs no
+            GPU.
     """
     with tempfile.TemporaryDirectory() as folder:
         processes = start_ranks(_joined, world_size, Path(folder), backend, function, args)
@@ -59,7 +60,7 @@ def start_ranks(target: Callable[..., None], world_size: int, *args: Any) -> lis
 
 
 def wait_for_ranks(processes: list[Any], timeout: float) -> None:
-    """Wait for all; on time-out kill them and fail, naming the ranks that hung."""
+    """Wait for all ranks; on time-out kill them and fail, naming the ranks that hung."""
     end = time.monotonic() + timeout
     for process in processes:
         process.join(max(0.0, end - time.monotonic()))
@@ -70,7 +71,7 @@ def wait_for_ranks(processes: list[Any], timeout: float) -> None:
 
 
 def rank_environment(rank: int, world_size: int, **more: str) -> None:
-    """The variables that a launcher sets, for this process."""
+    """Set the variables that a launcher sets, in this process."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

@@ -1,4 +1,4 @@
-"""A run that is decided upon, without its weights."""
+"""A resolved run, without its weights."""
 
 from pathlib import Path
 
@@ -8,10 +8,10 @@ from dora_dist.setup import resolve, run_data
 
 
 def load(config: Path, *overrides: str) -> RunConfig:
-    """The configuration of one process."""
+    """The configuration of a run on one process."""
     return load_config(config, ["--distributed.engine", "none", *overrides])
 
 
 def resolved(settings: RunConfig, card: int | None = None) -> resolve.ResolvedRun:
-    """The run, with its data read."""
+    """The resolved run, with its data read."""
     return resolve.resolve_run(settings, *run_data.read_data(settings), card=card)

@@ -1,4 +1,4 @@
-"""What "the same run" means: an interrupted run that went on, against one that was left alone."""
+"""The meaning of "the same run": an interrupted run that went on, compared with one that was left alone."""
 
 import json
 import shutil
@@ -47,15 +47,16 @@ def assert_same_run(expected: Path, found: Path) -> None:
 
 
 def evaluation_of(run_folder: Path) -> dict[str, float]:
-    """The last one."""
+    """The run's last evaluation."""
     return [line for line in read_lines(run_folder / "metrics.jsonl") if "eval_loss" in line][-1]
 
 
 def assert_same_course(expected: Path, found: Path, gradient_tolerance: float = RELATIVE, allocations: int = 3) -> None:
-    """Two runs whose numbers are added up in another order: the same masks, and losses that differ by rounding only.
+    """Check two runs that add up their numbers in another order: the same masks, and losses that differ by rounding
+    only.
 
-    Tolerances are those of docs/numerics.md: float32 sums in another order, over twelve steps. The run must have had
-    ``allocations`` masks at least, or they would prove nothing.
+    Tolerances are those of docs/numerics.md: float32 sums in another order, over twelve steps. The run must have had at
+    least ``allocations`` masks; fewer would prove nothing.
     """
     old, new = steps_of(expected), steps_of(found)
     assert [line["step"] for line in new] == [line["step"] for line in old]

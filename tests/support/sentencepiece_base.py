@@ -10,7 +10,7 @@ from dora_dist.quickstart.backbone import train_tokenizer
 from support.tiny_models import tiny_model
 
 END_OF_TURN = "<turn_end>"
-"""A name that llama.cpp does not know as that of an end token."""
+"""An end token's name that llama.cpp does not know as one."""
 CHAT = (
     "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}" + END_OF_TURN + "{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"

@@ -15,7 +15,7 @@ from support.repository import REPOSITORY
 
 WANTED = ("conversion/", "convert_", "gguf-py/")
 FLOAT32 = 0
-"""GGML's number of the type, for keys and values; they are kept in 16 bits otherwise."""
+"""GGML's number of the type float32, for keys and values, which are otherwise kept in 16 bits."""
 
 
 def llama_cpp_folder() -> Path:
@@ -36,12 +36,12 @@ def llama_cpp_folder() -> Path:
 
 
 class LlamaCppModel:
-    """A GGUF file in llama.cpp, in float32 but for its weights.
+    """A GGUF file in llama.cpp, computed in float32 except for its weights.
 
     Args:
-        model: GGUF file.
-        adapter: GGUF file of an adapter for it.
-        vocab_only: the file has no weights.
+        model: the model's GGUF file.
+        adapter: GGUF file of an adapter for the model.
+        vocab_only: whether the file has no weights.
     """
 
     def __init__(self, model: Path, adapter: Path | None = None, vocab_only: bool = False) -> None:
@@ -89,7 +89,7 @@ def torch_logits(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def greedy(logits_of, tokens: Tensor, most: int) -> Tensor:
-    """Rows of ``tokens``, each with the ``most`` tokens that follow it by the largest logit."""
+    """The rows of ``tokens``, each continued by the ``most`` tokens with the largest logit."""
     for _ in range(most):
         following = logits_of(tokens)[:, -1:].argmax(-1)
         tokens = torch.cat([tokens, following], dim=1)

@@ -23,7 +23,7 @@ STEPS = 3
 
 
 class Accelerator:
-    """What of accelerate's prepares a model and is of no matter to its base."""
+    """The part of accelerate's Accelerator that prepares a model, without effect on its base."""
 
     class ddp_handler:
         @staticmethod
@@ -45,7 +45,7 @@ def sharded_base(folder: str, quantization: str, over: bool | str, agreement: Ag
 
 
 def adapted(base: Any, recomputed: int = 0) -> DynamicLoraModel:
-    """With an adapter whose components all have an effect, the same on every rank."""
+    """The base with an adapter whose components all have an effect, the same on every rank."""
     model = shake(adapt(base))
     model.leave_out_logits()
     recompute_first(base, recomputed)
@@ -53,7 +53,7 @@ def adapted(base: Any, recomputed: int = 0) -> DynamicLoraModel:
 
 
 def held_numel(model: nn.Module) -> tuple[int, int]:
-    """Elements of the frozen matrices of all layers that this rank holds, and those that there are."""
+    """Number of elements of the layers' frozen matrices: those that this rank holds, and all."""
     matrices = [one for name, one in model.named_parameters() if ".layers." in name and ".lora_" not in name]
     matrices = [one for one in matrices if one.ndim > 1]
     return sum(one.to_local().numel() if isinstance(one, DTensor) else one.numel() for one in matrices), sum(
@@ -64,14 +64,15 @@ def held_numel(model: nn.Module) -> tuple[int, int]:
 def train_both(
     folder: str, quantization: str, recomputed: int, over: bool | str = True, node: int = 0
 ) -> dict[str, Any]:
-    """Some steps of DDP on a whole base and on a sharded one, from the same start, with other rows on every rank.
+    """Train some steps with DDP on a whole base and on a sharded one, from the same start, with other rows on every
+    rank.
 
     Args:
-        folder: of the base.
-        quantization: of the base.
-        recomputed: layers that are computed again.
-        over: ``distributed.shard_base``.
-        node: ranks of a node, where that counts.
+        folder: folder of the base.
+        quantization: quantization of the base.
+        recomputed: number of layers that are recomputed.
+        over: value of ``distributed.shard_base``.
+        node: number of ranks of a node, where that counts.
     """
     if node:
         os.environ.update(LOCAL_WORLD_SIZE=str(node), LOCAL_RANK=str(int(os.environ["RANK"]) % node))
@@ -85,7 +86,7 @@ def train_both(
 
 
 def train_with_kernels(folder: str) -> dict[str, Any]:
-    """As :func:`train_both`, with the kernels that a run on GPUs would put in where Liger is installed."""
+    """Like :func:`train_both`, with the kernels that a run on GPUs would put in where Liger is installed."""
     liger_stand_in.install()
     agreement = Agreement()
     bases = {
@@ -104,8 +105,8 @@ def train_with_kernels(folder: str) -> dict[str, Any]:
 
 
 def train_summarizers(folder: str) -> dict[str, list[Tensor]]:
-    """As :func:`train_both`, of a model with encoder and decoder that is not quantized: on a whole base as it is, on
-    one whose layers add up the gradients of their inputs each for itself, and on a sharded one."""
+    """Like :func:`train_both`, for an unquantized model with encoder and decoder: on a whole base as it is, on one
+    whose layers add up the gradients of their inputs each for itself, and on a sharded one."""
     agreement = Agreement()
     seen = {}
     for name in ("whole", "whole, layer by layer"):
@@ -120,13 +121,14 @@ def train_summarizers(folder: str) -> dict[str, list[Tensor]]:
 
 
 def _inputs_of_its_own(_: nn.Module, *given: Any) -> Any:
-    """All that comes into a layer as views, so that autograd adds up what the layer makes of a gradient before it adds
-    that to what other layers do: FSDP2 passes a layer's inputs through a function of autograd, with that effect."""
+    """Pass everything that comes into a layer as views, so that autograd adds up what the layer adds to a gradient
+    before it adds that to what other layers add. FSDP2 has that effect: it passes a layer's inputs through a function
+    of autograd."""
     return tree_map(lambda one: one.view_as(one) if isinstance(one, Tensor) and one.requires_grad else one, given)
 
 
 def train(wrapped: nn.Module, rank: int) -> list[Tensor]:
-    """Loss and gradients of every step, and the adapter in the end."""
+    """Return loss and gradients of every step, and the adapter in the end."""
     trained = [one for one in wrapped.parameters() if one.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
     seen: list[Tensor] = []
@@ -142,8 +144,9 @@ def train(wrapped: nn.Module, rank: int) -> list[Tensor]:
 
 @torch.no_grad()
 def run_unevenly(folder: str, failing: int | None) -> dict[str, Any]:
-    """Each rank runs the model once more than the one before it, the first one never; what it computes, and what is
-    computed with a whole base. One rank fails in the middle of its first forward, and is named by all."""
+    """Each rank runs the model once more than the rank before it; the first one never does. Returns what a rank
+    computes, and the same computed with a whole base. One rank fails in the middle of its first forward, and all name
+    it."""
     agreement = Agreement()
     whole = adapted(load_base_model(BaseModelSpec(path=folder))).eval()
     model = adapted(sharded_base(folder, "nf4", True, agreement)).eval()
@@ -173,7 +176,7 @@ def fail_with_gradients(folder: str, failing: int) -> None:
 
 
 def weights_one_by_one(folder: str) -> list[bool]:
-    """Whether each layer's weight is the whole base's where all ranks ask for it."""
+    """For each layer, whether its weight is the whole base's where all ranks ask for it."""
     from dora_dist.base_model.quantization import dequantized_weight
 
     agreement = Agreement()
@@ -187,7 +190,7 @@ def weights_one_by_one(folder: str) -> list[bool]:
 
 
 def compare_bases(folder: str, odd: str) -> None:
-    """Ranks compare the bases that they hold shards of; the last one has read another."""
+    """Compare the bases of which the ranks hold shards; the last rank has read another base."""
     from dora_dist.base_model.recomputation import Recomputation
     from dora_dist.setup.build import check_same_on_all_ranks
     from support.tiny_run import some_fingerprint
@@ -198,13 +201,13 @@ def compare_bases(folder: str, odd: str) -> None:
 
 
 def load_shard_and_watch(tiny: str, folder: str, quantization: str, hoard: bool) -> dict[str, int]:
-    """What loading a shard of a base takes on this rank while the others load theirs, in bytes.
+    """Memory, in bytes, that loading a shard of a base takes on this rank while the others load theirs.
 
     Args:
-        tiny: another base, loaded before, so that what is imported on first use is not counted.
-        folder: of the base.
-        quantization: of the base.
-        hoard: hold every layer as long as the base is loaded, as a loader would that shards in the end.
+        tiny: folder of another base, loaded before, so that what is imported on first use is not counted.
+        folder: folder of the base.
+        quantization: quantization of the base.
+        hoard: whether to hold every layer while the base is loaded, like a loader that shards in the end.
     """
     from process_memory import MemoryWatch
 
@@ -226,7 +229,7 @@ def load_shard_and_watch(tiny: str, folder: str, quantization: str, hoard: bool)
 
 
 def _sizes(base: nn.Module) -> dict[str, int]:
-    """Bytes that a rank holds of a base, and of the largest of its layers when it is whole."""
+    """Bytes of a base that a rank holds, and bytes of the base's largest layer when it is whole."""
     local = [one.to_local() if isinstance(one, DTensor) else one for one in (*base.parameters(), *base.buffers())]
     states = [getattr(module, "quant_state", None) for module in base.modules()]
     local += [one for state in states if state is not None for one in (state.absmax, state.state2.absmax)]
@@ -238,7 +241,7 @@ def _sizes(base: nn.Module) -> dict[str, int]:
 
 
 def share_out_over_odd_nodes() -> None:
-    """One node has two ranks, and the other has one."""
+    """Share a base out over two nodes, one with two ranks and one with one."""
     rank = int(os.environ["RANK"])
     os.environ.update(LOCAL_WORLD_SIZE="1" if rank == 2 else "2", LOCAL_RANK=str(rank % 2))
     ShardedBase(Agreement(), "node", timeout_minutes=1)

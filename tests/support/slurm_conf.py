@@ -6,12 +6,12 @@ NODES = ("node1", "node2")
 ADDRESSES = {"login": "10.61.0.1", "node1": "10.61.0.11", "node2": "10.61.0.12"}
 GPUS = 8
 
-# slurmd loads a plugin for control groups even where nothing uses them; one that is named loads without looking.
+# slurmd loads a plugin for control groups even where nothing uses them; a named plugin is loaded without probing.
 CGROUP_CONF = "CgroupPlugin=cgroup/v1\n"
 
 
 def hosts() -> str:
-    """What every machine has as /etc/hosts: no 127.0.1.1, which gloo would announce to the other node."""
+    """Content of every machine's /etc/hosts: without 127.0.1.1, which gloo would announce to the other node."""
     return "127.0.0.1 localhost\n" + "".join(f"{address} {name}\n" for name, address in ADDRESSES.items())
 
 
@@ -21,7 +21,7 @@ def gres_conf(folder: Path) -> str:
 
 
 def slurm_conf(folder: Path) -> str:
-    """One file for all machines; ``self`` is another folder on each."""
+    """Content of one file for all machines; ``self`` is another folder on each."""
     return f"""
 ClusterName=dora
 SlurmctldHost=login({ADDRESSES["login"]})

@@ -32,13 +32,13 @@ SETTINGS: dict[str, Any] = {
 
 
 def rows(count: int = 40) -> Dataset:
-    """Random tokens, of one length so that no batch is padded."""
+    """Rows of random tokens, all of one length, so that no batch is padded."""
     ids = torch.randint(4, VOCABULARY, (count, 12), generator=torch.Generator().manual_seed(0)).tolist()
     return Dataset.from_dict({"input_ids": ids, "labels": ids})
 
 
 def adapted(folder: Path | str, quantization: str = "none", **changes: Any) -> DynamicLoraModel:
-    """The model saved in ``folder`` with a fresh adapter, of which 7 layers in each of 2 blocks have a part."""
+    """The model saved in ``folder`` with a fresh adapter on the 7 linear layers of each of its 2 blocks."""
     config = {"target_rank": TARGET, "initial_rank": INITIAL, "dropout": 0.0, "seed": 5, **changes}
     return add_dynamic_lora(load_base(folder, quantization), DynamicLoraConfig(**config))
 
@@ -72,9 +72,10 @@ def train_on_rank(model: str, output: str, pruning: dict[str, Any], options: dic
 
     Args:
         model: folder of the base.
-        output: of the trainer.
-        pruning: what :class:`PruningConfig` takes.
-        options: ``init`` of the callback, ``resume`` (a checkpoint), ``zero2`` (train under it), and settings.
+        output: the trainer's output folder.
+        pruning: arguments of :class:`PruningConfig`.
+        options: ``init`` of the callback, ``resume`` (a checkpoint), ``zero2`` (whether to train under it), and
+            settings.
     """
     settings = dict(options)
     init, resume, zero2 = settings.pop("init", None), settings.pop("resume", None), settings.pop("zero2", False)

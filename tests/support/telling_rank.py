@@ -8,7 +8,7 @@ BEGINS = "phase: "
 
 
 def telling_rank(rank: int, world_size: int, arguments: list[str], port: int, log: str, engine: str) -> None:
-    """One rank; its phases are lines of its own, in their order."""
+    """Run one rank; each of its phases is a line of its output, in their order."""
     from dora_dist.console.phases import Phases
 
     def note(watch: Phases, phase: str) -> None:

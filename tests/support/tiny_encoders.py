@@ -88,7 +88,7 @@ def save_tiny_summarizer(folder: Path, architecture: str = "bart", **changes: An
 
 
 def save_tiny_encoder(folder: Path, architecture: str = "bert", **changes: Any) -> Path:
-    """A random encoder without a head, with its tokenizer, in the ordinary layout; the same weights each time."""
+    """Save a random encoder without a head, with its tokenizer, in the ordinary layout; the same weights each time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModel.from_config(encoder_config(architecture, **changes))
@@ -125,8 +125,8 @@ def pair_tokenizer(**special: str | None) -> PreTrainedTokenizerFast:
 
 
 def write_pairs(path: Path, count: int, seed: int, numbers: bool = False) -> Path:
-    """A table as GLUE has them: unquoted, with quotation marks in some fields. The label tells whether both sentences
-    begin alike; as a number, how many words they share."""
+    """Write a table like GLUE's: unquoted, with quotation marks in some fields. The label says whether both sentences
+    begin alike; with ``numbers`` it is the number of words that they share."""
     source = random.Random(seed)
     lines = ["index\tsentence1\tsentence2\tlabel"]
     for number in range(count):
@@ -156,8 +156,8 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def write_questions(folder: Path, unanswerable: bool = False, **sections: Any) -> Path:
-    """As :func:`write_classification`, for questions: the answer is what follows the word asked for; some contexts are
-    longer than a window of 24 tokens."""
+    """Like :func:`write_classification`, for questions: the answer is what follows the word asked for; some contexts
+    are longer than a window of 24 tokens."""
     save_tiny_encoder(folder / "model")
     data: dict[str, Any] = {"max_length": 24, "stride": 6}
     for part, count, seed in (("train", 30, 1), ("eval", 9, 2)):
@@ -177,7 +177,7 @@ def write_questions(folder: Path, unanswerable: bool = False, **sections: Any) -
 
 
 def write_summaries(folder: Path, architecture: str = "bart", **sections: Any) -> Path:
-    """As :func:`write_classification`, for documents whose summary is one and the same word, and their first ones."""
+    """Like :func:`write_classification`, for documents; a summary is the word w0 and the document's first words."""
     save_tiny_summarizer(folder / "model", architecture)
     data: dict[str, Any] = {"max_length": 40, "max_target_length": 12}
     for part, count, seed in (("train", 40, 1), ("eval", 9, 2)):
@@ -190,14 +190,14 @@ def write_summaries(folder: Path, architecture: str = "bart", **sections: Any) -
 
 
 def write_task_run(folder: Path, task: str, data: dict[str, Any], **sections: Any) -> Path:
-    """As :func:`tiny_run.write_run`, of a task and a model that is not quantized."""
+    """Like :func:`tiny_run.write_run`, for a task and a model that is not quantized."""
     own = {"task": task, "model": {"quantization": "none"}, "data": data}
     return tiny_run.write_run(folder, {**own, "training": {"per_device_eval_batch_size": 4}}, sections)
 
 
 @torch.no_grad()
 def shake_head(model: DynamicLoraModel, seed: int = 1) -> DynamicLoraModel:
-    """Other values for the head than it started with."""
+    """Give the head other values than those that it started with."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.head_parameters().values():
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
@@ -206,7 +206,7 @@ def shake_head(model: DynamicLoraModel, seed: int = 1) -> DynamicLoraModel:
 
 @torch.no_grad()
 def label_logits(model: nn.Module) -> torch.Tensor:
-    """Of three rows of which two are padded, with two sentences each where the model tells them apart."""
+    """Logits of three rows of which two are padded, with two sentences each where the model tells them apart."""
     ids = torch.randint(5, SIZES["vocab_size"], (3, 12), generator=torch.Generator().manual_seed(2))
     mask = (torch.arange(12) < torch.tensor([[12], [7], [9]])).long()
     types = {}

@@ -41,7 +41,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
-"""Of a decoder of two blocks."""
+"""Sizes of a decoder of two blocks."""
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -73,7 +73,7 @@ def load_base(folder: Path | str, quantization: str = "nf4", dtype: torch.dtype 
 
 
 def save_stored(folder: Path, base: Path, dtype: torch.dtype = torch.float32, **changes: object) -> Path:
-    """``base`` quantized to NF4 and saved by stock transformers; ``changes`` are of the quantization."""
+    """Save ``base`` quantized to NF4, by stock transformers; ``changes`` are settings of the quantization."""
     config = quantization_config("nf4", dtype)
     for name, value in changes.items():
         setattr(config, name, value)
@@ -85,7 +85,7 @@ def save_stored(folder: Path, base: Path, dtype: torch.dtype = torch.float32, **
 def adapt(
     base: nn.Module, fuse: bool = True, kernels: KernelsInUse = NO_KERNELS, **changes: object
 ) -> DynamicLoraModel:
-    """With small ranks and no dropout, unless ``changes`` say otherwise."""
+    """The base with an adapter, with small ranks and no dropout unless ``changes`` say otherwise."""
     config = DynamicLoraConfig(**{"target_rank": 2, "dropout": 0.0, "seed": 5, **changes})
     return add_dynamic_lora(base, config, fuse, kernels)
 
@@ -104,7 +104,7 @@ def routed(base: PreTrainedModel | None = None, modules: int = 3, **changes: obj
 
 
 def decisions(model: RoutedLoraForCausalLM) -> list[Decision]:
-    """Of every block, in the latest forward."""
+    """The decisions of every block in the latest forward."""
     return [model.routing.decisions[number] for number in range(len(model.routers))]
 
 
@@ -114,7 +114,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def shake(model: DynamicLoraModel, seed: int = 1) -> DynamicLoraModel:
-    """Random values for all adapter parameters, so that every component has an effect and a gradient."""
+    """Set all adapter parameters to random values, so that every component has an effect and a gradient."""
     generator = torch.Generator().manual_seed(seed)
     for layer in model.adapted_layers().values():
         for parameter in (layer.lora_a, layer.gate, layer.lora_b):
@@ -123,7 +123,7 @@ def shake(model: DynamicLoraModel, seed: int = 1) -> DynamicLoraModel:
 
 
 def add_unreached_layer(model: DynamicLoraModel) -> None:
-    """An adapted layer that the model has and never calls."""
+    """Add an adapted layer that the model never calls."""
     layer = copy.deepcopy(model.adapted_layers()["model.layers.1.mlp.down_proj"])
     model.get_submodule("base_model.model.model.layers.1.mlp").unused = layer
 

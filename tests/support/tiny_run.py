@@ -41,7 +41,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_rows(path: Path, count: int, seed: int) -> Path:
-    """Alpaca rows of one to eight words; the answer repeats the input."""
+    """Write Alpaca rows of one to eight words; the answer repeats the input."""
     source = random.Random(seed)
     rows = []
     for _ in range(count):
@@ -52,7 +52,8 @@ def write_rows(path: Path, count: int, seed: int) -> Path:
 
 
 def write_config(folder: Path, **sections: dict[str, Any]) -> Path:
-    """Model, data and configuration of a run of 12 steps of 8 examples in ``folder``; events after steps 2, 4 and 6."""
+    """Write model, data and configuration of a run of 12 steps of 8 examples into ``folder``; events after steps 2, 4
+    and 6."""
     save_tiny_model(folder / "model")
     data = {
         "train": str(write_rows(folder / "train.jsonl", 50, seed=1)),
@@ -62,7 +63,7 @@ def write_config(folder: Path, **sections: dict[str, Any]) -> Path:
 
 
 def some_fingerprint(**changes: Any) -> Fingerprint:
-    """The fingerprint of no run in particular."""
+    """A fingerprint for tests in which its values do not matter."""
     values: dict[str, Any] = {
         "task": "causal_lm",
         "seed": 1,
@@ -82,7 +83,7 @@ def some_fingerprint(**changes: Any) -> Fingerprint:
 
 
 def write_run(folder: Path, *layers: Mapping[str, Any]) -> Path:
-    """The configuration of such a run, of a model in ``folder``; later layers of sections win, key by key."""
+    """Write the configuration of such a run, of a model in ``folder``; later layers of sections win, key by key."""
     config: dict[str, Any] = {
         "output_dir": str(folder / "run"),
         "preset": "paper",  # events over half of the run, and no time for a start from data

@@ -9,7 +9,7 @@ SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_t
 
 
 def word_tokenizer(text: str, template: str = "<s> $A", **special: str | None) -> PreTrainedTokenizerFast:
-    """Knows the words of ``text``; ``template`` says what it puts around an input."""
+    """A tokenizer of the words of ``text``; ``template`` says what it puts around an input."""
     words = [*SPECIAL.values(), *dict.fromkeys(re.findall(r"\w+|[^\w\s]+|\n", text))]
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -26,7 +26,7 @@ def word_tokenizer(text: str, template: str = "<s> $A", **special: str | None) -
 def word_pair_tokenizer(
     text: str, template: str = "<s> $A </s> $B:1 </s>:1", **special: str | None
 ) -> PreTrainedTokenizerFast:
-    """One that also takes pairs of texts, and ends what it is given; ``template`` is that of a pair."""
+    """A tokenizer that also takes pairs of texts, and ends its inputs; ``template`` is that of a pair."""
     tokenizer = word_tokenizer(text, **special)
     ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(

@@ -11,14 +11,14 @@ from typing import Any
 from support.forked_run import train_rank
 
 BLOCK = 32768
-"""Bytes of a block of a ``.wandb`` file, in LevelDB's format of a log."""
+"""Size in bytes of a block of a ``.wandb`` file, in LevelDB's log format."""
 
 
 OFFLINE = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
 
 
 def tracked_rank(rank: int, world_size: int, arguments: list[str], port: int, log: str, folder: str) -> None:
-    """One rank of ``dora-dist train`` as :func:`train_rank`, in a folder where trackers put what they keep."""
+    """Run one rank of ``dora-dist train`` like :func:`train_rank`, in a folder where trackers put their files."""
     os.environ.update(OFFLINE, TRACKIO_DIR=f"{folder}/trackio")
     os.chdir(folder)
     train_rank(rank, world_size, arguments, port, log)
@@ -31,8 +31,8 @@ class Tracked:
     Attributes:
         figures: (optimizer step, name as in metrics.jsonl) -> values, in their order.
         pictures: optimizer step -> bytes of the picture's file.
-        config: what the run's configuration is in the tracker.
-        end: how the tracker says that the run has ended; None where it has no such thing, or has not been told.
+        config: the run's configuration, as the tracker has it.
+        end: the run's end, as the tracker has it; None where the tracker has no such thing, or has not been told.
     """
 
     figures: dict[tuple[int, str], list[float]] = field(default_factory=dict)
@@ -71,8 +71,8 @@ def in_wandb(folder: Path) -> dict[str, Tracked]:
 
 
 def _records(data: bytes) -> list[bytes]:
-    """Records of a file in LevelDB's format of a log, which follow a header of 7 bytes; what a killed writer has left
-    of the last one is no record."""
+    """Records of a file in LevelDB's log format, which follow a header of 7 bytes. An incomplete last record, which a
+    killed writer has left, does not count."""
     position, records, begun = 7, [], b""
     while position + 7 <= len(data):
         if BLOCK - position % BLOCK < 7:

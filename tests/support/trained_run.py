@@ -47,7 +47,8 @@ class TrainedFolder:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Threads that wait for a busy core make bitsandbytes' loops over tiny tensors five times slower."""
+    """Run with one thread: threads that wait for a busy core make bitsandbytes' loops over tiny tensors five times
+    slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -59,7 +60,7 @@ def probe() -> Tensor:
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character."""
+    """A tokenizer with one token a character."""
     vocabulary = {token: number for number, token in enumerate([*SPECIAL, *string.printable])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -115,12 +116,12 @@ def save_adapter(model: DynamicLoraModel, folder: Path) -> None:
 
 
 def write_use(run: Path, adapter: Path) -> None:
-    """Let the folder of an adapter say how it is used, by the records of its run."""
+    """Write into an adapter's folder how the adapter is used, from the records of its run."""
     Use.of(load_config(run / records.CONFIG), run).write(adapter)
 
 
 def run_export(run: TrainedFolder, output: Path, *options: str) -> Path:
-    """Export as the command does; returns ``output``."""
+    """Export like the command; returns ``output``."""
     export.main([str(run.folder), "--output", str(output), *options])
     return output
 

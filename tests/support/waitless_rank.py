@@ -1,7 +1,7 @@
 """``python -m support.waitless_rank ARGUMENTS``: ``dora_dist.train``, whose ordinary steps must not wait for the GPU.
 
-Forward, backward and what follows the update run under torch's mode that turns a wait into an error. What lies between
-them may wait: the update, whose norm says whether the step is taken.
+Forward, backward and what follows the update run under torch's mode that turns a wait into an error. The update between
+them may wait: its norm decides whether the step is taken.
 """
 
 import sys
@@ -14,12 +14,13 @@ import torch
 from transformers import masking_utils
 
 FIRST = 3
-"""Step before which waits are allowed: libraries make their own preparations in the first ones."""
+"""First step in which waits are forbidden: in earlier steps, libraries make their own preparations."""
 
 
 @contextmanager
 def waits_are_errors() -> Iterator[None]:
-    """Within it, but for what transformers (5.23) reads once in a forward: whether the attention needs a mask."""
+    """Context in which waits are errors, except for what transformers (5.23) reads once in a forward: whether the
+    attention needs a mask."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         with ExitStack() as stack:
@@ -43,7 +44,7 @@ def _free_to_wait(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def forbid_waits() -> list[int]:
-    """From now on a wait in an ordinary step of this process's run raises; steps that were watched are collected."""
+    """Let a wait in an ordinary step of this process's run raise from now on; the list collects the watched steps."""
     from dora_dist.training.trainer import DynamicLoraTrainer
 
     watched: list[int] = []

@@ -11,7 +11,7 @@ from support.repository import REPOSITORY
 
 
 def build_wheel(folder: Path) -> tuple[Path, Path]:
-    """A wheel that was built from the sdist, and the sdist."""
+    """The wheel, built from the sdist, and the sdist."""
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(REPOSITORY)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -19,7 +19,7 @@ def build_wheel(folder: Path) -> tuple[Path, Path]:
 
 
 def install_wheel(wheel: Path, folder: Path) -> Path:
-    """The folder of programs of an environment that has the wheel, and this one's packages for what it requires."""
+    """The folder of programs of an environment that has the wheel, and takes its requirements from this environment."""
     venv.create(folder, with_pip=False, symlinks=True)
     packages = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
     pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install", "--quiet", "--no-deps"]
@@ -29,7 +29,8 @@ def install_wheel(wheel: Path, folder: Path) -> Path:
 
 
 def run_installed(programs: Path, folder: Path, *arguments: object) -> str:
-    """``dora-dist`` of such an environment in a folder outside of the checkout, which must succeed; its output."""
+    """Run ``dora-dist`` of such an environment in a folder outside of the checkout; it must succeed. Returns its
+    output."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "DS_ACCELERATOR")}
     environment = {**inherited, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": "-1"}
     command = [str(programs / "dora-dist"), *map(str, arguments)]

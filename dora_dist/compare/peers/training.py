@@ -47,8 +47,8 @@ class Peer(Protocol):
     """A method of PEFT.
 
     Attributes:
-        title: Its name in messages.
-        own: Its own settings, plain values; a run with other values is another run.
+        title: the method's name in messages.
+        own: the method's own settings, plain values; a run with other values is another run.
     """
 
     @property

@@ -151,8 +151,8 @@ def add_up_rows(
     Args:
         number: number of the pass, counted from 1.
         layers: adapted layers by name.
-        adders: for each observed layer, the function that adds its statistic to ``sums``.
-        sums: afterwards holds the sum over the ranks.
+        adders: observed layer -> function that adds the layer's statistic to ``sums``.
+        sums: sums of the statistics; filled with those over all ranks.
         rows: rows to run through the model.
         agreement: collectives over the ranks.
 
@@ -173,7 +173,7 @@ def add_up_rows(
 
 
 def _add_nothing(x: Tensor, other: Tensor) -> None:
-    """Of a row that is run for the other ranks' sake."""
+    """The adder for rows that a rank runs only because other ranks have more rows."""
 
 
 def _check_reached(sums: Columns, calibration: Calibration) -> None:

@@ -87,7 +87,7 @@ def start_from_data(
     Args:
         model: model whose adapter is at LoRA's start: it computes what its base computes.
         loss_of_row: maps the index of a training row to its task loss, summed over its targets; a scalar.
-        start: which directions, from which rows.
+        start: kind of the directions, and the rows that they are computed from.
         agreement: collectives over the ranks, which share the rows.
 
     Raises:

@@ -31,10 +31,10 @@ class Ablation(Criterion):
 
     Args:
         model: model with the components.
-        exact: use :func:`ablation_scores`; otherwise :func:`ablation_gradient_scores`.
+        exact: whether to use :func:`ablation_scores`; otherwise :func:`ablation_gradient_scores`.
 
     Attributes:
-        losses: Losses of the held-back rows; assigned once everything that a row's loss needs exists.
+        losses: losses of the held-back rows; assigned once everything that a row's loss needs exists.
     """
 
     at_events_only = True

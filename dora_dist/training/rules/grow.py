@@ -32,9 +32,9 @@ class Grow(Rule):
     reserve. Removing the last one takes ``c_i b_i (a_i . x)``, with ``c_i = 1e-5``, out of the function.
 
     Args:
-        layers: Adapted layers by name, each with its initial live components; the same on every rank.
-        budget: Budget of the layers' components, which rises over the run.
-        warmup: Optimizer steps until a new component learns at the run's rate, at least 1.
+        layers: adapted layers by name, each with its initial live components; the same on every rank.
+        budget: budget of the layers' components, which rises over the run.
+        warmup: number of optimizer steps until a new component learns at the run's rate, at least 1.
     """
 
     def __init__(self, layers: Mapping[str, DynamicLoraLinear], budget: Budget, warmup: int) -> None:

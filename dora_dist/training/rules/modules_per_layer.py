@@ -20,9 +20,9 @@ class ModulesPerLayer(Rule):
     :func:`~dora_dist.method.modules.select_modules`.
 
     Args:
-        layers: Adapted layers by name; the same names on every rank.
-        budget: Budget of the plan's components; it equals the cost of all components of ``layers``.
-        per_block: Number of modules that stay in every block.
+        layers: adapted layers by name; the same names on every rank.
+        budget: budget of the plan's components; it equals the cost of all components of ``layers``.
+        per_block: number of modules that stay in every block.
     """
 
     def __init__(self, layers: Mapping[str, DynamicLoraLinear], budget: Budget, per_block: int) -> None:

@@ -23,11 +23,11 @@ class Move(Rule):
     :func:`~dora_dist.method.moving.move_components`.
 
     Args:
-        layers: Adapted layers by name, each with its initial live components; the same on every rank.
-        budget: Budget of the layers' components, constant over the run.
-        num_moved: Most components that an event moves.
-        min_rank: Least number of components that every layer keeps.
-        seed: Seed of the new components.
+        layers: adapted layers by name, each with its initial live components; the same on every rank.
+        budget: budget of the layers' components, constant over the run.
+        num_moved: largest number of components that an event moves.
+        min_rank: smallest number of components that every layer keeps.
+        seed: seed of the new components.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ def start_components(
 
     Args:
         layer: adapted layer; the caller sets its mask.
-        new: boolean, shape ``(r,)``; the slots.
+        new: slots of the new components; boolean, shape ``(r,)``.
         seed: seed of ``a_i``.
         name: name of the layer and the event, on which ``a_i`` depends too.
         moments: the optimizer's moments; None where no engine has prepared the model.

@@ -20,12 +20,12 @@ class Prune(Rule):
     """The components with the highest scores stay, within the budget of the step.
 
     Args:
-        layers: Adapted layers by name; the same names on every rank.
-        budget: Budget of the layers' components over the run.
-        selection: Bounds of a layer's rank, regrowth and re-basing; by default no bounds, and regrowth.
+        layers: adapted layers by name; the same names on every rank.
+        budget: budget of the layers' components over the run.
+        selection: bounds of a layer's rank, regrowth and re-basing; by default no bounds, and regrowth.
 
     Raises:
-        ValueError: No selection within the bounds spends the final budget.
+        ValueError: no selection within the bounds spends the final budget.
     """
 
     regularized = True

@@ -19,12 +19,12 @@ class Rule(ABC):
     """How events change which components are alive. The scores and the result are the same on every rank.
 
     Args:
-        layers: Adapted layers by name; the same names on every rank.
-        budget: Budget of the layers' components over the run.
+        layers: adapted layers by name; the same names on every rank.
+        budget: budget of the layers' components over the run.
 
     Attributes:
-        regularized: Whether the Dimensional Equilibrium Modulator is part of the loss until the final event.
-        renews: Whether an event replaces all components before it scores them, which makes scores of earlier steps
+        regularized: whether the Dimensional Equilibrium Modulator is part of the loss until the final event.
+        renews: whether an event replaces all components before it scores them, which makes scores of earlier steps
             meaningless.
     """
 
@@ -41,7 +41,8 @@ class Rule(ABC):
         return {}
 
     def begin(self, kept: Masks) -> None:
-        """Prepares the layers before the first step. ``kept`` is alive; no engine has prepared the model yet."""
+        """Prepare the layers before the first step. The components in ``kept`` are alive; no engine has prepared the
+        model yet."""
         return
 
     def rates(self, step: int, kept: Masks) -> Iterable[tuple[nn.Parameter, Tensor]]:
