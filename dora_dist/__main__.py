@@ -28,7 +28,7 @@ COMMANDS = {
     "benchmark": ("dora_dist.benchmark.__main__", "measure speed and memory beside the frozen base and PEFT"),
     "planted": ("dora_dist.planted.__main__", "experiment: does the method find known ranks?"),
 }
-"""Command -> module (and the function, where it is not ``main``) that takes its arguments, and what it does."""
+"""Command -> the module that takes its arguments (with the function, if it is not ``main``), and what it does."""
 
 NOT_THE_OTHER = (
     "Dynamic Low-Rank Adaptation (Mao et al., ACL 2024), not Weight-Decomposed DoRA, which PEFT calls use_dora."
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that the first argument names.
 
     Raises:
-        ValueError: There is no such command.
+        ValueError: there is no such command.
     """
     name, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     if name in ("-h", "--help", "help"):

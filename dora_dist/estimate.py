@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the estimate.
 
     Raises:
-        ValueError: The configuration or an option is invalid.
+        ValueError: the configuration or an option is invalid.
     """
     quiet_libraries()
     options, overrides = build_parser().parse_known_args(with_config_option(arguments))
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from dora_dist.runs.speed import find_speed
         from dora_dist.setup.forecast import forecast_memory, forecast_time
 
-        estimate_memory(config, world_size, options.device)  # what is wrong with it is said before the data are read
+        estimate_memory(config, world_size, options.device)  # reports an invalid configuration before the data are read
         phases.phase = f"preparing data, for the lengths of rows ({WITHOUT_DATA} leaves it out)"
         train, unread = (None, f"{WITHOUT_DATA} was given") if options.without_data else read_rows(config)
         phases.phase = "estimating"
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def read_rows(config: RunConfig) -> tuple["Sequence[PreparedSource] | None", str]:
-    """The training sources, or None and why they cannot be read: an estimate needs no data."""
+    """The training sources and "", or None and the reason why they cannot be read: an estimate needs no data."""
     from dora_dist.setup.run_data import read_data
 
     try:

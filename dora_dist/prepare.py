@@ -32,10 +32,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prepare, and print what was found.
+    """Prepare the data, and print what was found.
 
     Raises:
-        ValueError: The configuration or the input is invalid.
+        ValueError: the configuration or the input is invalid.
     """
     quiet_libraries()
     options, overrides = build_parser().parse_known_args(with_config_option(arguments))

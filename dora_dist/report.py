@@ -1,4 +1,4 @@
-"""What runs did, from their files alone: a summary to read, pictures, and a page for a browser.
+"""Show what runs did, from their files alone: a summary to read, pictures, and a page for a browser.
 
 ``dora-dist report RUN`` prints the summary and draws the pictures again. ``--html`` writes the page, one file that
 needs neither network nor server.
@@ -17,7 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the summary of every run, draw its pictures, and write the page where it is asked for.
 
     Raises:
-        ValueError: a folder is not that of a run, or the page has no place, or nothing to draw its charts with.
+        ValueError: a folder is not that of a run, the page cannot be written there, or the library for its charts is
+            not installed.
     """
     parser = argparse.ArgumentParser(prog="dora-dist report", description=__doc__)
     parser.add_argument(
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if page is not None:
         from dora_dist.page.library import chart_library
 
-        chart_library()  # where it is missing, nothing is drawn or printed
+        chart_library()  # raises if it is missing, before anything is drawn or printed
     from dora_dist.runs.summary import report  # matplotlib and torch are heavy imports
 
     print("\n\n".join(report(run) for run in options.runs))
@@ -51,10 +52,10 @@ def place_of_page(given: str, runs: Sequence[Path]) -> Path:
 
     Args:
         given: value of ``--html``, or :data:`IN_RUN`.
-        runs: their folders.
+        runs: folders of the runs.
 
     Raises:
-        ValueError: it must be named, is no name of a page, or its folder is not there.
+        ValueError: the file must be named (there are several runs), does not end in .html, or has no folder.
     """
     if given == IN_RUN:
         if len(runs) > 1:

@@ -1,4 +1,4 @@
-"""The model card of an adapter: what it is, for whoever finds the folder later."""
+"""The model card of an adapter, which tells whoever finds the folder later what it is."""
 
 import textwrap
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ tokenizer has tokens, `base.resize_token_embeddings(len(tokenizer))` comes first
 
 
 def absolute_base(base_model: str | None) -> str | None:
-    """A base by a name that means the same from everywhere: a folder by its whole path, a name as it is."""
+    """A base by a name that means the same everywhere: a folder by its absolute path, a name on the Hub as it is."""
     if base_model is not None and Path(base_model).is_dir():
         return str(Path(base_model).resolve())
     return base_model
@@ -32,14 +32,14 @@ def absolute_base(base_model: str | None) -> str | None:
 def write_card(
     folder: Path, ranks: Mapping[str, int], base_model: str | None, padded: int | None, new_tokens: int = 0
 ) -> None:
-    """Write the card of a plain LoRA adapter into its folder, as far as the adapter itself says it.
+    """Write the card of a plain LoRA adapter into its folder, with what the adapter itself tells.
 
     Args:
-        folder: exists.
-        ranks: module name -> rank, of all modules that have one.
+        folder: the adapter's folder, which exists.
+        ranks: module name -> rank, for all modules that have components.
         base_model: name or absolute path of the base model.
-        padded: rank that the factors are padded to with zeros; None where every module has its own.
-        new_tokens: that the adapter has rows for.
+        padded: rank that the factors are padded to with zeros; None where every module has its own rank.
+        new_tokens: number of new tokens that the adapter has rows for.
     """
     total = sum(ranks.values())
     low, high = min(ranks.values(), default=0), max(ranks.values(), default=0)
@@ -62,10 +62,10 @@ def write_routed_card(folder: Path, rank: int, num_modules: int, chosen: int, ba
     """Write the card of a prompt-routed adapter, which PEFT cannot load, into its folder.
 
     Args:
-        folder: exists.
-        rank: of every module.
-        num_modules: that the adapter has.
-        chosen: how many modules of a block a prompt has.
+        folder: the adapter's folder, which exists.
+        rank: rank of every module.
+        num_modules: number of adapted modules.
+        chosen: number of modules chosen in a block for a prompt.
         base_model: name or absolute path of the base model.
     """
     text = f"""# Prompt-routed LoRA adapter{_for(base_model)}
@@ -81,24 +81,24 @@ load it. The package dora-dist does:
 
 
 def complete_card(folder: Path, data: Mapping[str, Any], text: str) -> None:
-    """Add what a run knows of its adapter to the card in the adapter's folder.
+    """Add what a run knows about its adapter to the card in the adapter's folder.
 
     Args:
-        folder: with a card.
-        data: further metadata, by the Hub's names.
-        text: Markdown, for the end of the card.
+        folder: the adapter's folder, which has a card.
+        data: further metadata, by the Hub's names for them.
+        text: Markdown to append to the card.
     """
     card = ModelCard.load(folder / CARD)
     _save(folder, ModelCardData(**{**card.data.to_dict(), **data}), f"{card.text.strip()}\n\n{text}")
 
 
 def set_last_section(folder: Path, title: str, table: str) -> None:
-    """Put a table under a title at the end of the card in an adapter's folder, in the place of the one before.
+    """Put a table under a title at the end of the card in an adapter's folder, in place of an earlier one.
 
     Args:
-        folder: with a card.
-        title: of the section.
-        table: lines of text.
+        folder: the adapter's folder, which has a card.
+        title: title of the section.
+        table: the table, as lines of text.
     """
     card = ModelCard.load(folder / CARD)
     before = card.text.partition(f"\n## {title}\n")[0]
@@ -110,7 +110,7 @@ def _for(base_model: str | None) -> str:
 
 
 def _metadata(base_model: str | None, library: str, tags: list[str]) -> ModelCardData:
-    """The base is among them only by a name of the Hub, which refuses a card with the path of a folder."""
+    """Metadata of a card. A base is named only if it is on the Hub, which refuses a card with the path of a folder."""
     known = base_model is not None and not Path(base_model).is_absolute()
     return ModelCardData(base_model=base_model if known else None, library_name=library, tags=tags)
 

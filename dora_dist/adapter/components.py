@@ -1,9 +1,9 @@
-"""Components of many layers as their products read them, made of all parameters at once.
+"""The operands that adapted layers multiply with, made from the parameters of all layers at once.
 
-A layer reads its rows ``a_i`` and its columns ``s c_i b_i``, in the dtype of the computation and with those that a mask
-leaves out at 0. Made layer by layer, they take several small operations a layer, in every forward and in every
-recomputation, and on a GPU a step of one row waits for such launches. Here the parameters of all layers are copied side
-by side once a forward, and a few operations make what all layers read. Parameters stay where they are, since ZeRO owns
+A layer reads its rows ``a_i`` and its columns ``s c_i b_i``, in the dtype of the computation and with masked components
+at 0. Made layer by layer, they take several small operations per layer, in every forward and in every recomputation,
+and on a GPU a step of one row waits for the launches of these. Here the parameters of all layers are copied side by
+side once per forward, and a few operations make what all layers read. Parameters stay where they are, since ZeRO owns
 their storage.
 """
 
@@ -24,7 +24,7 @@ REENTRANT = (
 
 
 class AdaptedLayer(Protocol):
-    """What is read of a :class:`~dora_dist.adapter.layer.DynamicLoraLinear`."""
+    """The part of :class:`~dora_dist.adapter.layer.DynamicLoraLinear` that is read here."""
 
     component_mask: Tensor
 
@@ -39,30 +39,30 @@ class AdaptedLayer(Protocol):
 
 
 class Stacks(NamedTuple):
-    """Parameters of layers side by side: copies, differentiable in the parameters."""
+    """Parameters of layers side by side: copies, differentiable with respect to the parameters."""
 
     rows: tuple[Tensor, ...]
-    """Rows ``a_i`` of all layers of one input width, shape ``(components, in)``, for each such width."""
+    """For each input width, rows ``a_i`` of all layers that have it, shape ``(components, in)``."""
     gates: Tensor
-    """Shape ``(components,)``, in the order of :attr:`columns`."""
+    """Gates ``c_i``, shape ``(components,)``, in the order of :attr:`columns`."""
     columns: tuple[Tensor, ...]
-    """``lora_b`` of all layers of one shape, shape ``(layers, out, r)``, for each such shape."""
+    """For each shape of ``lora_b``, those of all layers that have it, shape ``(layers, out, r)``."""
 
 
 class Operands(NamedTuple):
-    """Of layers that read one tensor, in the dtype of the computation."""
+    """Operands of layers that read one tensor, in the dtype of the computation."""
 
     rows: Tensor
-    """``a_i`` of all of them, shape ``(components, in)``."""
+    """``a_i`` of all these layers, shape ``(components, in)``."""
     columns: tuple[Tensor, ...]
-    """``s c_i b_i`` of each, shape ``(r, out)``; exactly 0 where the mask leaves a component out."""
+    """``s c_i b_i`` of each layer, shape ``(r, out)``; exactly 0 where a component is masked."""
 
 
 class Layout:
-    """Which parameters lie side by side.
+    """The order in which parameters of layers lie side by side.
 
     Args:
-        groups: layers that read one tensor.
+        groups: groups of layers; the layers of a group read one tensor.
     """
 
     def __init__(self, groups: Sequence[Sequence[AdaptedLayer]]) -> None:
@@ -86,7 +86,7 @@ class Layout:
 
     @property
     def component_dtype(self) -> torch.dtype:
-        """In which components are computed: that of the adapter, or that of autocast where it is on."""
+        """Dtype in which components are computed: the adapter's, or autocast's where that is on."""
         kind = self._layers[0].gate.device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self._layers[0].lora_a.dtype
 
@@ -100,7 +100,7 @@ class Layout:
         return Stacks(rows, torch.cat([layer.gate for layer in self._layers]), columns)
 
     def operands(self, stacks: Stacks) -> list[Operands]:
-        """Of every group."""
+        """Operands of every group, made from stacked parameters."""
         dtype, constants = self.component_dtype, self._current_factors()
         rows: dict[int, Tensor] = {}
         widths = zip(self._by_width.values(), self._sizes_of_rows, stacks.rows, constants.masks, strict=True)
@@ -120,11 +120,11 @@ class Layout:
 
     @torch.inference_mode(False)  # autograd would refuse constants made in that mode, in the forwards after it
     def _current_factors(self) -> "Factors":
-        """Made anew when a mask or a scale has changed only: a GPU makes the host wait for what it reads or copies."""
+        """The factors, made anew only after a mask or a scale has changed: reading a mask makes the host wait."""
         state = [(id(layer.component_mask), layer.component_mask._version, layer.scale) for layer in self._layers]
         if state != self._state:
             self._state = state
-            self._masks = [layer.component_mask for layer in self._layers]  # as long as they live, their ids are theirs
+            self._masks = [layer.component_mask for layer in self._layers]  # kept alive: no other gets their ids
             gate = self._layers[0].gate
             wide = torch.promote_types(gate.dtype, torch.float32)
             scales = [mask.to(wide) * layer.scale for mask, layer in zip(self._masks, self._layers, strict=True)]
@@ -138,8 +138,8 @@ class Layout:
 
 
 class _Columns(torch.autograd.Function):
-    """``s c_i b_i`` of layers of one shape, shape ``(components, out)``, of their ``lora_b``, shape
-    ``(layers, out, r)``, and ``s c_i``, shape ``(components,)``.
+    """``s c_i b_i`` of layers of one shape, shape ``(components, out)``, from their ``lora_b``, shape
+    ``(layers, out, r)``, and their ``s c_i``, shape ``(components,)``.
 
     Left to autograd, a transposed copy of all ``lora_b`` would be kept for the backward, and another one made there.
     """
@@ -162,31 +162,31 @@ class _Columns(torch.autograd.Function):
         grad_factor = (grad * stack.mT).sum(-1).view(-1).to(factor.dtype) if needs_factor else None
         if not needs_stack:
             return None, grad_factor, None
-        # As parameters lie: otherwise autograd would copy every layer's part on its own.
+        # In the parameters' memory order: otherwise autograd would copy every layer's part on its own.
         grad_stack = torch.mul(grad.mT, factor.view(layers, 1, rank), out=torch.empty_like(stack))
         return grad_stack, grad_factor, None
 
 
 class Factors(NamedTuple):
-    """What components are multiplied with beside their gates. Constants between two events."""
+    """Factors of the components other than their gates. They are constant between two events."""
 
     scales: Tensor
     """``s``, 0 for a masked component, shape ``(components,)``, in the order of the gates, in at least float32."""
     masks: Sequence[Tensor | None]
-    """Of the rows of each input width, shape ``(components, 1)``; None where none is masked. With them a masked
-    component is 0 however large it is: its row times 0 stays finite, where its products need not."""
+    """Masks of the rows of each input width, shape ``(components, 1)``; None where no component is masked. They make a
+    masked component 0 however large it is: its row times 0 stays finite, but products of its row may not."""
 
 
 class GatheredOperands:
     """Operands of all adapted layers of a model, made once in each of its forwards.
 
-    Gradient checkpointing, in its form that is not reentrant, computes layers again in the backward. They find there
-    what the forward has made, since nothing is made within a layer. The reentrant form, to whose layers no gradient
-    would come, is refused in the backward. ``torch.compile`` leaves all of this as it is: it cannot trace hooks of a
-    forward that outlast it.
+    Non-reentrant gradient checkpointing computes layers again in the backward. There they find the operands that the
+    forward has made, since no operands are made within a layer. Reentrant checkpointing, whose layers would get no
+    gradient, is refused in the backward. ``torch.compile`` leaves all of this as it is: it cannot trace hooks that
+    outlast the forward.
 
     Args:
-        groups: layers that read one tensor; every adapted layer of the model is in one group.
+        groups: groups of layers that read one tensor; every adapted layer of the model is in one group.
     """
 
     def __init__(self, groups: Sequence[Sequence[AdaptedLayer]]) -> None:
@@ -201,7 +201,7 @@ class GatheredOperands:
         self._of_backward = -1
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what belongs to one forward: a tensor with a history cannot be copied."""
+        """The attributes without those of one forward: a tensor with a history cannot be copied."""
         return {**vars(self), "_running": None, "_stacks": None, "_operands": None}
 
     def attach(self, model: nn.Module) -> None:
@@ -213,15 +213,15 @@ class GatheredOperands:
                 module.register_forward_hook(self._end, always_call=True)
 
     def stacks(self) -> Stacks:
-        """Parameters of all layers: those that the latest forward has read, until its backward; then as they are.
+        """Parameters of all layers: the copies that the latest forward has read, until its backward; then new copies.
 
-        They may be differentiated together with that forward, which costs less than through the parameters.
+        A loss of them can share that forward's backward, which costs less than going through the parameters.
         """
         return self._layout.stack() if self._stacks is None else self._stacks
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no types for it
     def of(self, layers: Sequence[AdaptedLayer]) -> Operands | None:
-        """Of layers that follow each other in one group, within a forward of the model and its backward; None
+        """Operands of layers that follow each other in one group, within a forward of the model and its backward; None
         elsewhere.
 
         Raises:
@@ -266,13 +266,13 @@ class GatheredOperands:
             self.forget(self._forward)
 
     def forget(self, forward: int) -> None:
-        """Let go of what a forward, by its number, has made, unless a later one has made its own."""
+        """Let go of what the forward with this number has made, unless a later forward has replaced it."""
         if self._forward == forward:
             self._stacks = self._operands = None
 
     def _in_backward(self) -> bool:
-        """Whether a backward is running, which then finds components: those of the latest forward or, where that had
-        its backward, the same values made again. No gradient goes through what is computed again."""
+        """Whether a backward is running. Operands are then there: those of the latest forward or, if its backward has
+        already run, the same values made again. No gradient goes through values made again."""
         backward = torch._C._current_graph_task_id()  # torch has no public name; its checkpointing asks for it too
         if backward < 0:
             return False
@@ -284,7 +284,7 @@ class GatheredOperands:
 
 
 def operands_of(layers: Sequence[AdaptedLayer], gathered: GatheredOperands | None) -> Operands:
-    """Of layers that read one tensor: those gathered for the whole model where it runs, their own elsewhere."""
+    """Operands of layers that read one tensor: gathered ones while the whole model runs, their own otherwise."""
     found = None if gathered is None else gathered.of(layers)
     if found is None:
         layout = Layout([layers])
@@ -298,14 +298,14 @@ def stacks_of(layers: Sequence[AdaptedLayer], gathered: GatheredOperands | None)
 
 
 def _forget(gathered: "weakref.ref[GatheredOperands]", forward: int, _: Tensor) -> None:
-    """As a hook of a tensor: it may not hold that tensor, nor what does. Python finds no cycle that goes through a
-    graph, so that every forward would leave its tensors behind."""
+    """A tensor hook, which may hold neither its tensor nor anything that does: Python finds no cycle through an
+    autograd graph, so every forward would leave its tensors behind."""
     alive = gathered()
     if alive is not None:
         alive.forget(forward)
 
 
 def _first_with_a_gradient(stacks: Stacks) -> Tensor | None:
-    """The trained one that a backward comes to first, when it has left all layers: the last one made."""
+    """The stack that a backward reaches first after it has left all layers: the last one made that is trained."""
     made = (*stacks.columns, *stacks.rows, stacks.gates)
     return next((stack for stack in reversed(made) if stack.requires_grad), None)

@@ -20,9 +20,9 @@ class FoundAdapter:
     """An adapter in a folder.
 
     Attributes:
-        folder: where it is.
+        folder: the adapter's folder.
         layers: full name of the module in the base model -> its factors, without components that are 0.
-        base_model: what it was trained on, as it says; None where it does not.
+        base_model: name or path of the base that it names as its own; None if it names none.
     """
 
     folder: Path
@@ -30,7 +30,7 @@ class FoundAdapter:
     base_model: str | None
 
     def identity(self) -> str:
-        """What tells it from others, wherever it lies: number of layers, and 16 hexadecimal digits."""
+        """Identifies the adapter by its contents, wherever it lies: number of layers, and 16 hexadecimal digits."""
         digest = sha256()
         for name, found in self.layers.items():
             digest.update(f"{name} {found.scale!r}".encode())
@@ -43,7 +43,7 @@ def read_adapter(folder: str) -> FoundAdapter:
     """The adapter of ``adapter.start_from``.
 
     Raises:
-        ValueError: as of :func:`~dora_dist.adapter.plain_lora.read_layers`.
+        ValueError: as in :func:`~dora_dist.adapter.plain_lora.read_layers`.
     """
     path = Path(folder).expanduser()
     config, layers = read_layers(path, f"adapter.start_from is {folder}, which")
@@ -51,15 +51,15 @@ def read_adapter(folder: str) -> FoundAdapter:
 
 
 def find_start(model: nn.Module, config: DynamicLoraConfig, slots: Mapping[str, int]) -> FoundAdapter | None:
-    """The adapter of ``adapter.start_from``, all of which the run can go on with; None for a new adapter.
+    """The adapter of ``adapter.start_from``, proved to fit the run as a whole; None for a new adapter.
 
     Args:
         model: the base model; its layers may be on the meta device.
-        config: of the adapter of the run.
-        slots: layer that is adapted -> components that it has room for.
+        config: configuration of the run's adapter.
+        slots: name of an adapted layer -> number of components that it has room for.
 
     Raises:
-        ValueError: as of :func:`read_adapter`; or a layer is not adapted in the run, has another shape, or has too few
+        ValueError: as in :func:`read_adapter`; or a layer is not adapted in the run, has another shape, or has too few
             components at the start.
     """
     if config.start_from is None:
@@ -93,12 +93,12 @@ def find_start(model: nn.Module, config: DynamicLoraConfig, slots: Mapping[str, 
 
 @torch.no_grad()
 def start_from(layers: Mapping[str, DynamicLoraLinear], found: FoundAdapter) -> None:
-    """Put the components of an adapter into the first places of layers at their start, with gates of 1: the model then
-    computes what the adapter's does. All other components stay as they start, and contribute nothing.
+    """Put the components of an adapter into the first places of freshly initialized layers, with gates of 1: the model
+    then computes what its base with that adapter does. All other components keep their start, and contribute nothing.
 
     Args:
-        layers: of the model, by name.
-        found: as of :func:`find_start`.
+        layers: adapted layers of the model, by name.
+        found: the adapter that :func:`find_start` has returned.
     """
     for name, lora in found.layers.items():
         layer, count = layers[name], len(lora.lora_a)
@@ -111,7 +111,7 @@ def start_from(layers: Mapping[str, DynamicLoraLinear], found: FoundAdapter) -> 
 
 
 def describe_start(found: FoundAdapter, model_path: str, slots: Mapping[str, int]) -> list[str]:
-    """What a user should know of the start, a remark each."""
+    """Remarks on the start, for the user."""
     ranks = [len(lora.lora_a) for lora in found.layers.values()]
     fresh = len(slots) - len(found.layers)
     others = f"; {fresh} layers that it does not have start afresh" * bool(fresh)

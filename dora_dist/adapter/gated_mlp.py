@@ -22,14 +22,14 @@ from dora_dist.base_model.shape import GATED_MLP, is_gated_mlp
 
 
 def fuse_gated_mlps(model: nn.Module, swiglu: Swiglu) -> list[list[DynamicLoraLinear]]:
-    """Let the gated MLPs of a model whose three layers are all adapted run as one operation, in place.
+    """Let gated MLPs of a model run as one operation, if all three of their layers are adapted; in place.
 
     Args:
-        model: with its adapter.
-        swiglu: what computes the elementwise part.
+        model: the model, with its adapter.
+        swiglu: implementation of the elementwise part.
 
     Returns:
-        Gate and up of each, which read one tensor.
+        Gate and up of each such MLP, which read one tensor.
     """
     groups = []
     for module in model.modules():
@@ -41,14 +41,14 @@ def fuse_gated_mlps(model: nn.Module, swiglu: Swiglu) -> list[list[DynamicLoraLi
 
 
 def _layers(mlp: nn.Module) -> list[DynamicLoraLinear] | None:
-    """Gate, up and down where all are adapted and can be computed as one; None otherwise."""
+    """Gate, up and down, if all are adapted and can be computed as one; None otherwise."""
     layers = [getattr(mlp, name) for name in GATED_MLP]
     adapted = [layer for layer in layers if isinstance(layer, DynamicLoraLinear)]
     return adapted if len(adapted) == len(layers) and adapted[0].computes_as(adapted[1]) else None
 
 
 def _forward(mlp: nn.Module, x: Tensor, swiglu: Swiglu) -> Tensor:
-    # What a layer on its own would do, or tell others, has to happen; and layers may have been replaced.
+    # Hooks of a layer have to run; the adapter may be switched off, or layers replaced.
     layers = _layers(mlp)
     if layers is None or any(layer.disable_adapters or _is_watched(layer) for layer in layers):
         alone: Tensor = type(mlp).forward(mlp, x)
@@ -68,15 +68,15 @@ def gated_mlp(
     """``down(silu(gate(x)) * up(x))``, differentiable once. Shape ``(..., in) -> (..., out)``.
 
     Args:
-        x: the input.
+        x: the input, shape ``(..., in)``.
         outer: operands of gate and up.
-        outer_frozen: the rest of gate and up.
+        outer_frozen: base layers and dropout of gate and up.
         down: operands of down.
-        down_frozen: the rest of down.
-        swiglu: what computes ``silu(gate) * up``.
+        down_frozen: base layer and dropout of down.
+        swiglu: implementation of ``silu(gate) * up``.
 
     Raises:
-        RuntimeError: in a second backward, where ``swiglu`` has overwritten in the first one what it would read.
+        RuntimeError: a backward is run twice, and ``swiglu`` has overwritten in the first one what it reads.
     """
     # torch has no types for `apply`.
     bridge, product, hidden = _UntilProduct.apply(  # type: ignore[no-untyped-call]
@@ -91,8 +91,9 @@ def gated_mlp(
 class _UntilProduct(torch.autograd.Function):
     """All of the MLP but its output; its backward is that of the whole MLP.
 
-    Gradient checkpointing computes a decoder layer again until it has all that was kept. As nothing is kept from here
-    on, it stops before the product of ``down``'s base, a fifth of the layer, which no gradient needs.
+    Gradient checkpointing computes a decoder layer again until it has everything that the forward saved. As nothing is
+    saved after this operation, it stops before the product of ``down``'s base, a fifth of the layer, which no gradient
+    needs.
     """
 
     @staticmethod
@@ -109,14 +110,14 @@ class _UntilProduct(torch.autograd.Function):
         (gate, up), saved = linear_operation.forward(x, Operands(rows, tuple(columns)), outer_frozen)
         product = swiglu.product(gate, up)
         down = linear_operation.read_input(product, Operands(down_rows, (down_columns,)), down_frozen.dropout)
-        # Stands for the output, and is not read: the gradient of that one comes in as its gradient.
+        # Stands for the output and is not read: the output's gradient comes in as the gradient of this tensor.
         bridge = product.new_empty(()).expand(*x.shape[:-1], down_frozen.bases[0].out_features)
         ctx.frozen = outer_frozen, down_frozen
         ctx.swiglu, ctx.overwritten = swiglu, False
         ctx.num_saved = len(saved.flat())
         ctx.save_for_backward(x, gate, up, *saved.flat(), *down.flat())
         ctx.mark_non_differentiable(product, down.hidden)
-        ctx.set_materialize_grads(False)  # there would be zeros for each of them
+        ctx.set_materialize_grads(False)  # otherwise, zeros would be made for each output without a gradient
         return bridge, product, down.hidden
 
     @staticmethod
@@ -148,7 +149,7 @@ class _UntilProduct(torch.autograd.Function):
 
 
 class _FromProduct(torch.autograd.Function):
-    """The output of the MLP. Keeps nothing, and hands its gradient on to :class:`_UntilProduct`."""
+    """The output of the MLP. It saves nothing, and hands its gradient on to :class:`_UntilProduct`."""
 
     @staticmethod
     def forward(ctx: Any, bridge: Tensor, product: Tensor, base: nn.Linear, hidden: Tensor, columns: Tensor) -> Tensor:

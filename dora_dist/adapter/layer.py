@@ -1,8 +1,8 @@
 """The adapted linear layer: a frozen linear map plus gated rank-one components.
 
-``y = W0 x + s * sum_i c_i b_i (a_i . x)`` (equation 6 of Mao et al., 2024), with ``s = alpha / initial_rank``, or one
-made of the number of components that are left (:meth:`DynamicLoraLinear.follow_mask`).
-The layer knows tensors only: no rank of a process, no schedule, no configuration file.
+``y = W0 x + s * sum_i c_i b_i (a_i . x)`` (equation 6 of Mao et al., 2024), with ``s = alpha / initial_rank``, or an
+``s`` that depends on the number of components left (:meth:`DynamicLoraLinear.follow_mask`). The layer knows tensors
+only: no rank of a process, no schedule, no configuration file.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from dora_dist.config.adapter import DRAWN_INITS
 
 ADAPTER_NAME = "default"
 ADALORA_STD = 0.02
-"""Of the entries of a_i and b_i as AdaLoRA draws them (PEFT 0.20)."""
+"""Standard deviation of the entries of a_i and b_i as AdaLoRA draws them (PEFT 0.20)."""
 
 
 class DynamicLoraLinear(nn.Module, LoraLayer):
@@ -33,10 +33,10 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
     Buffer: ``component_mask`` ``(r,)``, boolean because DeepSpeed casts floating point buffers. A component whose
     mask is False contributes exactly nothing, whatever an optimizer does to its parameters.
 
-    ``shared``, where it is set, computes the layer: together with others that read the same tensor, or for the tokens
-    that it is chosen for (:mod:`dora_dist.routing`). ``gathered``
-    makes the components of all layers of the model at once, where it is set. ``on_gradient``, where it is set, is
-    called when a backward comes to the layer. ``scale_of``, where it is set, gives ``s`` for a number of components.
+    Each of these is None where it is not used. ``shared`` computes the layer, together with others that read the same
+    tensor or for the tokens that it is chosen for (:mod:`dora_dist.routing`). ``gathered`` makes the operands of all
+    layers of the model at once. ``on_gradient`` is called when a backward comes to the layer. ``scale_of`` gives ``s``
+    for a number of components.
     """
 
     adapter_layer_names = ("lora_A", "lora_B", "lora_gate")
@@ -82,15 +82,15 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
 
     @property
     def scale(self) -> float:
-        """``s``: ``alpha / r``, or what :meth:`follow_mask` has made of it."""
+        """``s``: ``alpha / r``, or the value that :meth:`follow_mask` has set."""
         scale: float = self.scaling[ADAPTER_NAME]
         return scale
 
     def follow_mask(self) -> float:
-        """Take the scale for as many components as the mask leaves, where that is what it depends on.
+        """Set the scale for the number of components that the mask leaves, where it depends on that number.
 
         Returns:
-            The scale before, divided by the one now: multiplied into ``lora_b``, it leaves the layer what it computes.
+            The old scale divided by the new one. ``lora_b`` multiplied by it leaves the layer's output unchanged.
         """
         kept, before = int(self.component_mask.sum()), self.scale
         if self.scale_of is None or not kept:
@@ -119,15 +119,15 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
 
     @property
     def dropout(self) -> float:
-        """Probability with which an entry of the input is dropped before the components; 0 outside of training."""
+        """Probability that an entry of the components' input is dropped; 0 outside of training."""
         dropout = self.lora_dropout[ADAPTER_NAME]
         return dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
 
     @torch.no_grad()
     def initialize(self, init: str, seed: int, name: str, dtype: torch.dtype) -> None:
-        """Set the components to their start, at which the layer equals its base layer exactly.
+        """Set the components to their start, with which the layer equals its base layer exactly.
 
-        The values depend on ``seed`` and the layer's ``name`` only: not on the global random state, the order of the
+        The values depend only on ``seed`` and the layer's ``name``, not on the global random state, the order of the
         layers or the process.
 
         Raises:
@@ -165,20 +165,20 @@ class DynamicLoraLinear(nn.Module, LoraLayer):
 
 
 def operands(layers: Sequence[DynamicLoraLinear]) -> Operands:
-    """What layers that read one tensor compute with at this moment."""
+    """The present operands of layers that read one tensor."""
     found = operands_of(layers, layers[0].gathered)
     for layer, columns in zip(layers, found.columns, strict=True):
         if layer.on_gradient is not None and columns.requires_grad:
-            # The layer's parameters may have a gradient from elsewhere, such as a regularizer; these have not.
+            # The layer's parameters may have a gradient from elsewhere, such as a regularizer; its columns do not.
             columns.register_hook(lambda _, on_gradient=layer.on_gradient: on_gradient())
     return found
 
 
 def frozen(layers: Sequence[DynamicLoraLinear]) -> Frozen:
-    """The rest of what they compute with.
+    """Base layers and dropout of layers that read one tensor.
 
     Raises:
-        ValueError: they do not drop alike, as where one of them alone is in training mode.
+        ValueError: their dropout differs, for example because only one of them is in training mode.
     """
     dropouts = {layer.dropout for layer in layers}
     if len(dropouts) > 1:
@@ -191,7 +191,7 @@ def frozen(layers: Sequence[DynamicLoraLinear]) -> Frozen:
 
 
 def layer_generator(seed: int, name: str) -> torch.Generator:
-    """Random numbers on the CPU that depend on ``seed`` and the layer's ``name`` only."""
+    """A generator on the CPU whose numbers depend only on ``seed`` and the layer's ``name``."""
     key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
 

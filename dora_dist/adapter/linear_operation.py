@@ -19,30 +19,30 @@ from dora_dist.base_model.quantization import dequantized_weight, product_dtype
 
 
 class Frozen(NamedTuple):
-    """What layers that read one tensor compute with, beside their components."""
+    """Base layers and dropout of layers that read one tensor."""
 
     bases: tuple[nn.Linear, ...]
     """Frozen linear layers that :func:`dora_dist.base_model.quantization.dequantized_weight` knows."""
     dropout: float = 0.0
-    """Probability with which an entry of the input is dropped before the components, and before them only. All layers
-    that read it drop the same."""
+    """Probability that an entry of the components' input is dropped (the base's input never is). All layers drop the
+    same entries."""
 
 
 class SavedForBackward(NamedTuple):
-    """What the forward of layers leaves for their backward, beside the input."""
+    """What the forward of layers saves for their backward, besides the input."""
 
     rows: Tensor
     """``a_i`` of all layers, shape ``(components, in)``."""
     hidden: Tensor
-    """``a_i . x`` of all layers, shape ``(components, tokens)``: skinny operands lie along the long side, which CPU
-    kernels take in half the time."""
+    """``a_i . x`` of all layers, shape ``(components, tokens)``: contiguous along the long side, with which CPU
+    kernels take half the time."""
     mask: Tensor | None
-    """Of dropout, shape ``(tokens, in)``, a byte an entry."""
+    """Mask of dropout, shape ``(tokens, in)``, one byte per entry; None without dropout."""
     columns: tuple[Tensor, ...]
     """``s c_i b_i`` of each layer, shape ``(r, out)``."""
 
     def flat(self) -> list[Tensor | None]:
-        """For :func:`unpack`."""
+        """The tensors as a flat list, which :func:`unpack` reads."""
         return [self.rows, self.hidden, self.mask, *self.columns]
 
     def hidden_of_layers(self) -> tuple[Tensor, ...]:
@@ -53,7 +53,7 @@ class SavedForBackward(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of :func:`adapted_linears`; None where none is needed."""
+    """Gradients of :func:`adapted_linears`; None where none is needed."""
 
     x: Tensor | None
     rows: Tensor | None
@@ -61,15 +61,15 @@ class Gradients(NamedTuple):
 
 
 def adapted_linears(x: Tensor, operands: Operands, frozen: Frozen) -> tuple[Tensor, ...]:
-    """Base layer plus components of every layer, differentiable once in ``x`` and the components.
+    """Base layer plus components of every layer, differentiable once with respect to ``x`` and the components.
 
     Args:
-        x: shape ``(..., in)``.
-        operands: of the layers that read it; they are computed in their dtype.
-        frozen: the rest of these layers.
+        x: the input, shape ``(..., in)``.
+        operands: operands of the layers; components are computed in their dtype.
+        frozen: base layers and dropout of these layers.
 
     Returns:
-        For each, shape ``(..., out)`` in the base layer's output dtype.
+        The output of each layer, shape ``(..., out)``, in its base layer's output dtype.
     """
     # torch has no types for `apply`.
     outputs: tuple[Tensor, ...] = _AdaptedLinears.apply(  # type: ignore[no-untyped-call]
@@ -96,20 +96,20 @@ class _AdaptedLinears(torch.autograd.Function):
 
 
 def unpack(tensors: Sequence[Any]) -> SavedForBackward:
-    """What layers saved, from its flat list."""
+    """The inverse of :meth:`SavedForBackward.flat`."""
     rows, hidden, mask, *columns = tensors
     return SavedForBackward(rows, hidden, mask, tuple(columns))
 
 
 def forward(x: Tensor, operands: Operands, frozen: Frozen) -> tuple[list[Tensor], SavedForBackward]:
-    """Outputs of :func:`adapted_linears`, and what :func:`backward` needs. Without autograd."""
+    """Outputs of :func:`adapted_linears`, and what :func:`backward` needs; without autograd."""
     saved = read_input(x, operands, frozen.dropout)
     parts = zip(frozen.bases, saved.hidden_of_layers(), saved.columns, strict=True)
     return [output_of(x, base, hidden, columns) for base, hidden, columns in parts], saved
 
 
 def read_input(x: Tensor, operands: Operands, dropout: float) -> SavedForBackward:
-    """What the components of layers make of their input: all that the backward needs, but no output yet."""
+    """Compute ``a_i . x``: everything that the backward needs, but no output yet."""
     inputs, mask = _tokens(x).to(operands.rows.dtype), None
     if dropout:
         inputs, mask = torch.native_dropout(inputs, dropout, True)
@@ -134,12 +134,12 @@ def backward(
     """Gradients of :func:`adapted_linears`.
 
     Args:
-        grad_outputs: of every output, shape ``(..., out)``.
-        x: the input again, shape ``(..., in)``.
-        saved: of :func:`forward`.
-        frozen: the same as then.
+        grad_outputs: gradient of every output, shape ``(..., out)``.
+        x: the input of the forward, shape ``(..., in)``.
+        saved: what :func:`forward` has saved.
+        frozen: the same as in the forward.
         needs_x: whether ``x`` needs a gradient.
-        needs: whether the rows do, and the columns of each layer.
+        needs: whether the rows need one, and then the same for the columns of each layer.
     """
     grad_x = _base_gradient(grad_outputs, frozen.bases) if needs_x else None
     needs_rows, *needs_columns = needs
@@ -153,7 +153,7 @@ def backward(
         if needs_columns[at]:
             grad_columns[at] = hidden[at] @ grad
     if saved.mask is not None:
-        grad_hidden /= 1 - frozen.dropout  # the factor by which dropout scales what it leaves
+        grad_hidden /= 1 - frozen.dropout  # dropout divides what it keeps by this
     if grad_x is not None:
         if saved.mask is None:
             _add_product(grad_x, grad_hidden.T, saved.rows)
@@ -177,7 +177,7 @@ def _base_gradient(grad_outputs: Sequence[Tensor], bases: Sequence[nn.Linear]) -
 
 
 def _tokens(tensor: Tensor) -> Tensor:
-    """Shape ``(tokens, features)``."""
+    """The tensor in shape ``(tokens, features)``."""
     return tensor.reshape(-1, tensor.shape[-1])
 
 

@@ -37,20 +37,20 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class DynamicLoraModel(PeftModel):
-    """A ``PeftModel`` whose layers are :class:`~dora_dist.adapter.layer.DynamicLoraLinear`; mixed into PEFT's class of
-    a task.
+    """A ``PeftModel`` whose layers are :class:`~dora_dist.adapter.layer.DynamicLoraLinear`; mixed into PEFT's class
+    for a task.
 
-    Two things differ from PEFT's classes, and both prevent silent errors: what it saves is folded to plain LoRA, and
-    its state dict holds what is trained only, so that no checkpoint carries the frozen base (whose quantization
-    constants are buffers to DeepSpeed, and would be copied into every one).
+    Two things differ from PEFT's classes, and both prevent silent errors: it saves its adapter folded to plain LoRA,
+    and its state dict holds only what is trained, so that no checkpoint carries the frozen base (whose quantization
+    constants are buffers to DeepSpeed, and would be copied into every checkpoint).
 
     Attributes:
-        fused: modules of the base may be computed otherwise than by their own forward; see :func:`add_dynamic_lora`.
-        kernels: which kernels compute the base.
-        dynamic_config: what the adapter was made from.
-        adapter_dtype: what its parameters were made in.
-        has_controller: whether something prunes it, or has done so.
-        token_ids: of the new tokens whose rows are trained.
+        fused: whether modules may run otherwise than by their own forward; see ``fuse`` of :func:`add_dynamic_lora`.
+        kernels: kernels that compute the base.
+        dynamic_config: configuration that the adapter was made from.
+        adapter_dtype: dtype that its parameters were made in.
+        has_controller: whether a controller prunes it, or has done so.
+        token_ids: ids of the new tokens whose rows are trained.
     """
 
     fused = True
@@ -63,7 +63,7 @@ class DynamicLoraModel(PeftModel):
     if TYPE_CHECKING:
 
         def get_base_model(self) -> PreTrainedModel:
-            """PEFT's own, of which its types say only that it is a module."""
+            """PEFT's method, whose type says only that the result is a module."""
 
     @property
     def leaves_out_logits(self) -> bool:
@@ -76,14 +76,14 @@ class DynamicLoraModel(PeftModel):
 
     @property
     def is_alive(self) -> bool:
-        """Whether a component of any layer has a gate that is not 0, and is not masked."""
+        """Whether any component is unmasked and has a gate that is not 0."""
         return any(bool(layer.effective_gate().any()) for layer in self.adapted_layers().values())
 
     def check_alive(self) -> None:
-        """Refuse an adapter that is no result, because it has no effect.
+        """Refuse an adapter that has no effect.
 
         Raises:
-            ValueError: every gate is 0, or masked.
+            ValueError: every component has a gate of 0 or is masked.
         """
         if not self.is_alive:
             raise ValueError(
@@ -96,8 +96,8 @@ class DynamicLoraModel(PeftModel):
         return trained_heads(self)
 
     def new_rows(self) -> dict[str, nn.Parameter]:
-        """Name of the module in the base model, embedding or head -> its rows of the new tokens, which are trained,
-        shape ``(tokens, hidden)``. A head that is tied to the embedding has none of its own."""
+        """Name of the embedding or output head in the base model -> its trained rows of the new tokens, shape
+        ``(tokens, hidden)``. A head that is tied to the embedding has none of its own."""
         adapters = {name: wrapper.token_adapter for name, wrapper in _named(self, TrainableTokensWrapper)}
         return {
             name: adapter.trainable_tokens_delta[ADAPTER_NAME]
@@ -106,8 +106,8 @@ class DynamicLoraModel(PeftModel):
         }
 
     def head_parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained beside the components: parameters of the :meth:`heads` by their names in the base model, and
-        :meth:`new_rows`; empty where there is nothing."""
+        """Parameters that are trained beside the components, by name: those of the :meth:`heads`, by their names in the
+        base model, and the :meth:`new_rows`. May be empty."""
         heads = {
             f"{module}.{name}": parameter
             for module, head in self.heads().items()
@@ -115,9 +115,9 @@ class DynamicLoraModel(PeftModel):
         }
         return heads | {f"{module}.new_rows": rows for module, rows in self.new_rows().items()}
 
-    # torch's type says that the dictionary given is the one handed back; this is a part of it.
+    # torch's type says that the dictionary passed in is the one returned; this returns a part of it.
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Parameters and mask of the adapter, and the head and the rows of new tokens that are trained."""
+        """Parameters and masks of the adapter, and the trained parameters of head and new tokens."""
         full = super().state_dict(*args, **kwargs)
         return {
             name: value
@@ -133,9 +133,9 @@ class DynamicLoraModel(PeftModel):
         }
 
     def save_pretrained(self, save_directory: str | Path, *_: Any, is_main_process: bool = True, **__: Any) -> None:
-        """Write the adapter as plain LoRA of one rank that PEFT, vLLM and llama.cpp load exactly, with the head, and
-        with the rows of new tokens, which only PEFT loads; gates and masks are folded in. Where no component is alive,
-        as at a start with gates of 0, every module is written as zeros. Warns of an adapter that nothing has pruned.
+        """Write the adapter as plain LoRA of one rank that PEFT, vLLM and llama.cpp load exactly; gates and masks are
+        folded in. The head and the rows of new tokens are written too, which only PEFT loads. Where no component is
+        alive, as at a start with gates of 0, every module is written as zeros. Warns if nothing has pruned the adapter.
         """
         if is_main_process:
             config = self.dynamic_config
@@ -157,13 +157,13 @@ class DynamicLoraModel(PeftModel):
                 new_rows=NewRows(ids=self.token_ids, rows=self.new_rows()) if self.token_ids else None,
             )
 
-    # Of PEFT's parameters, none is of use here.
+    # PEFT's other parameters have no use here.
     def load_adapter(self, model_id: str | Path, *_: Any, **__: Any) -> None:  # type: ignore[override]
-        """PEFT's name for reading an adapter, by which a Trainer goes on from a checkpoint: parameters, gates and masks
-        as the checkpoint of a :class:`~dora_dist.stock_trainer.callback.DynamicRankCallback` has them.
+        """Read parameters, gates and masks from a checkpoint of a
+        :class:`~dora_dist.stock_trainer.callback.DynamicRankCallback`. A Trainer calls this method to resume.
 
         Raises:
-            ValueError: there are none, or they are another adapter's.
+            ValueError: the checkpoint has none, or those of another adapter.
         """
         path = Path(model_id) / METHOD_TENSORS
         if not path.is_file():
@@ -183,10 +183,10 @@ class DynamicLoraModel(PeftModel):
             ) from None
 
     def merge_and_unload(self, *_: Any, **__: Any) -> NoReturn:
-        """PEFT's name for a merge, which knows nothing of gates and masks.
+        """Refused: PEFT's merge knows nothing of gates and masks.
 
         Raises:
-            ValueError: always; says what merges this model.
+            ValueError: always; the message says how to merge this model.
         """
         raise ValueError(
             "merge_and_unload() does not merge gated components. Write them as plain LoRA with "
@@ -196,17 +196,18 @@ class DynamicLoraModel(PeftModel):
 
 
 class DynamicLoraForCausalLM(DynamicLoraModel, PeftModelForCausalLM):
-    """Of a causal language model, which may compute its loss without logits: :meth:`leave_out_logits`."""
+    """The class for causal language models, which may compute their loss without logits (:meth:`leave_out_logits`)."""
 
     _chunked_loss: ChunkedLoss | None = None
     _loss_only = False
 
     def leave_out_logits(self) -> str | None:
-        """From now on compute the loss without logits (:mod:`dora_dist.base_model.chunked_loss`) in training, where the
-        output's ``logits`` are None then; only if the model is ``fused``, and this is proved to be its own loss.
+        """Compute the loss without logits (:mod:`dora_dist.base_model.chunked_loss`) in training from now on; the
+        output's ``logits`` are None there. Nothing changes unless the model is ``fused``, and this is proved to give
+        the model's own loss.
 
         Returns:
-            Why it is not, so that nothing changes; None if it is.
+            The reason why nothing has changed; None if the loss is now computed so.
         """
         if not self.fused:
             return "fuse is false"
@@ -217,8 +218,8 @@ class DynamicLoraForCausalLM(DynamicLoraModel, PeftModelForCausalLM):
 
     @contextmanager
     def loss_only(self) -> Iterator[None]:
-        """While it lasts, the loss is computed as in training, though the model is not in training mode: without logits
-        after :meth:`leave_out_logits`, from logits otherwise."""
+        """Within this context, the loss is computed as in training even if the model is not in training mode: without
+        logits after :meth:`leave_out_logits`, from logits otherwise."""
         before, self._loss_only = self._loss_only, True
         try:
             yield
@@ -235,8 +236,8 @@ class DynamicLoraForCausalLM(DynamicLoraModel, PeftModelForCausalLM):
         predicting: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The parent's; see :meth:`leave_out_logits`. ``predicting`` are the positions that have a target, as
-        :func:`dora_dist.data.batches.predicting` finds them: without them the host of a GPU waits for a forward's end.
+        """The parent's forward; see :meth:`leave_out_logits`. ``predicting`` are the positions that have a target, as
+        :func:`dora_dist.data.batches.predicting` finds them: without them, the host waits for the GPU to find them.
         """
         forward = partial(super().forward, input_ids, attention_mask, inputs_embeds, labels, *args, **kwargs)
         wanted = labels is not None and (self.training or self._loss_only)
@@ -254,7 +255,7 @@ class DynamicLoraForCausalLM(DynamicLoraModel, PeftModelForCausalLM):
 
 
 def _model_class(task: Task) -> type[DynamicLoraModel]:
-    """The class of adapted models for a task: :class:`DynamicLoraModel` mixed into PEFT's, named after it."""
+    """The class of adapted models for a task: :class:`DynamicLoraModel` mixed into PEFT's class, and named after it."""
     if task.name == CAUSAL_LM:
         return DynamicLoraForCausalLM
     parent = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task.peft_type]
@@ -275,30 +276,30 @@ def add_dynamic_lora(
     token_ids: Sequence[int] = (),
     found: FoundAdapter | None = None,
 ) -> DynamicLoraModel:
-    """Give the chosen linear layers of ``model`` gated rank-one components and freeze everything else but the head of
-    its task, where it has one.
+    """Give the chosen linear layers of ``model`` gated rank-one components, and freeze everything else except the head
+    of its task, where it has one.
 
-    The model is changed in place. The result is a real ``PeftModel``, of PEFT's class for what the model does: the
-    stock Trainer accepts it on a quantized base.
+    The model is changed in place. The result is a real ``PeftModel``, of PEFT's class for the model's task, so that
+    the stock Trainer accepts it on a quantized base.
 
     Args:
-        model: of transformers; its linear layers may be quantized by bitsandbytes (4 or 8 bit).
-        config: the adapter.
-        fuse: compute gated MLPs as one operation, q, k and v of an attention together, and what all layers multiply
-            with at once; allow :meth:`DynamicLoraForCausalLM.leave_out_logits`; cast what a trained head reads to the
-            dtype of its parameters. With False no forward is replaced and no hook is registered, to compare with: a
-            head whose dtype is not that of the base then needs autocast.
-        kernels: what :func:`~dora_dist.base_model.kernels.use_kernels` has returned for the model. Gated MLPs that run
-            as one operation use them too.
-        model_class: of the result; by default that of what the model does.
-        token_ids: of the ``new_tokens`` of ``config``, for which the model has rows at their start
+        model: a transformers model; its linear layers may be quantized by bitsandbytes (4 or 8 bit).
+        config: the adapter's configuration.
+        fuse: whether to compute gated MLPs as one operation, q, k and v of an attention together, and the operands of
+            all layers at once; to allow :meth:`DynamicLoraForCausalLM.leave_out_logits`; and to cast the input of a
+            trained head to the dtype of its parameters. With False, no forward is replaced and no hook is registered,
+            for comparisons; a head whose dtype is not that of the base then needs autocast.
+        kernels: result of :func:`~dora_dist.base_model.kernels.use_kernels` for the model. Gated MLPs that run as one
+            operation use them too.
+        model_class: class of the result; by default the one for the model's task.
+        token_ids: ids of the ``new_tokens`` of ``config``, whose rows the model already has, at their start
             (:func:`~dora_dist.base_model.new_tokens.start_rows`).
-        found: what ``start_from`` of ``config`` holds, where it has been read; None to read it.
+        found: the adapter in ``start_from`` of ``config``, if it has been read already; None to read it here.
 
     Raises:
         ValueError: ``config`` is another method's, has routing, or has new tokens without ids; the model has an
-            adapter, ``target_modules`` matches nothing, ``start_from`` names an adapter that cannot be gone on with,
-            rows of new tokens cannot be trained, or a 4-bit weight has been repacked for inference.
+            adapter, ``target_modules`` matches nothing, ``start_from`` names an adapter that does not fit, rows of new
+            tokens cannot be trained, or a 4-bit weight has been repacked for inference.
     """
     _check_arguments(model, config, token_ids)
     ranks = resolve_ranks(model, config)
@@ -329,7 +330,7 @@ def _start(
     for name, layer in layers.items():
         layer.component_mask[config.start_rank :] = config.slots is None
         layer.scale_of = config.scale_of
-        # Of the components that no mask leaves out, which on the meta device cannot be counted.
+        # Depends on the number of unmasked components; masks cannot be counted on the meta device.
         layer.scaling[ADAPTER_NAME] = config.scale_of(len(layer.gate) if config.slots is None else config.start_rank)
         layer.initialize(config.init, config.seed or 0, name, dtype)
         layer.gate.requires_grad_(config.train_gates)
@@ -340,7 +341,7 @@ def _start(
 def _peft_config(
     model: PreTrainedModel, config: DynamicLoraConfig, ranks: Mapping[str, int], token_ids: dict[str, list[int]]
 ) -> LoraConfig:
-    """What PEFT puts into the model; ``token_ids`` are of new tokens, by the modules that have rows of them."""
+    """PEFT's configuration for the model. ``token_ids``: name of a module with rows of new tokens -> ids of these."""
     task = task_of(model)
     lora_config = LoraConfig(
         r=config.num_slots,
@@ -359,7 +360,7 @@ def _peft_config(
 
 
 def _prepare_rows(model: DynamicLoraModel, wanted: Sequence[str], dtype: torch.dtype, token_ids: Sequence[int]) -> None:
-    """Give the rows of new tokens in the modules ``wanted`` their dtype, whatever the base computes in."""
+    """Set the dtype of the rows of new tokens in the modules ``wanted``, whatever the base computes in."""
     found = model.new_rows()
     assert list(found) == list(wanted), f"PEFT trains rows of {list(found)}, wanted {wanted}"
     for rows in found.values():
@@ -395,11 +396,11 @@ def _check_arguments(model: PreTrainedModel, config: DynamicLoraConfig, token_id
 
 
 def _gather_components(model: DynamicLoraModel, groups: Sequence[Sequence[DynamicLoraLinear]]) -> None:
-    """Let the components of all layers be made at once, in every forward of the base.
+    """Let the operands of all layers be made at once, in every forward of the base.
 
     Args:
-        model: with its adapter.
-        groups: layers that read one tensor; all others read their own.
+        model: the model, with its adapter.
+        groups: groups of layers that read one tensor; every other layer is a group by itself.
     """
     grouped = {layer for group in groups for layer in group}
     layers = model.adapted_layers().values()
@@ -410,22 +411,22 @@ def _gather_components(model: DynamicLoraModel, groups: Sequence[Sequence[Dynami
 
 
 def trained_heads(model: PeftModel) -> dict[str, nn.Module]:
-    """Name of the module in the base model -> what PEFT trains in its place, as a whole."""
+    """Name of the module in the base model -> the copy of it that PEFT trains in its place, as a whole."""
     return {name: wrapper.modules_to_save[ADAPTER_NAME] for name, wrapper in _named(model, ModulesToSaveWrapper)}
 
 
 def prepare_heads(model: PeftModel, wanted: Sequence[str], dtype: torch.dtype, cast_inputs: bool = True) -> None:
-    """Give the heads that are trained their dtype, whatever the base computes in.
+    """Set the dtype of the heads that are trained, whatever the base computes in.
 
     Args:
-        model: of PEFT, with any adapter.
-        wanted: names of the modules that are its head, and are to be trained.
-        dtype: of their parameters.
-        cast_inputs: let them cast what they read to this dtype; see
+        model: a PEFT model, with any adapter.
+        wanted: names of the modules that are its head and are to be trained.
+        dtype: dtype of their parameters.
+        cast_inputs: whether they cast their input to this dtype; see
             :func:`~dora_dist.base_model.head.read_in_own_dtype`.
 
     Raises:
-        ValueError: PEFT, which finds modules to train by how their names end, would train others.
+        ValueError: PEFT, which finds modules to train by the ends of their names, would train others.
     """
     heads = trained_heads(model)
     if sorted(heads) != sorted(wanted):

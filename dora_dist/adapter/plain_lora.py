@@ -1,11 +1,9 @@
-"""From gated components to plain LoRA, and from a folder of plain LoRA, of this program or of PEFT, to its factors.
+"""Folds gated components into plain LoRA, and reads plain LoRA that this program or PEFT has written.
 
-Gates and scale go into B, dropped components go away.
+Gates and scale are folded into B; pruned components are left out. A loader that does not know gates would ignore them
+silently, so nothing but folded tensors may ever be written as an adapter.
 
-A loader that does not know gates would ignore them silently, so that nothing but folded tensors may ever be
-written as an adapter.
-
-What a user picks up has one rank for all modules, padded with zeros: vLLM ignores ``rank_pattern``, and llama.cpp
+An adapter for users has one rank for all modules, padded with zeros: vLLM ignores ``rank_pattern``, and llama.cpp
 divides one ``lora_alpha`` by the rank of each tensor and ignores ``alpha_pattern``.
 """
 
@@ -28,10 +26,10 @@ from dora_dist.console.files import read_json
 
 KEY_PREFIX = "base_model.model."
 Factors = tuple[Tensor, Tensor]
-"""Of a layer: ``A (k, in)`` and ``B (out, k)``, whose product ``B A`` is the update."""
+"""Factors of a layer: ``A (k, in)`` and ``B (out, k)``, whose product ``B A`` is the update."""
 
 NEW_ROWS = "token_adapter.trainable_tokens_delta"
-"""PEFT's name, in a module, for the rows that are trained of it."""
+"""PEFT's name, within a module, for those of its rows that are trained."""
 HEAD, TOKEN_ROWS = "modules_to_save", "trainable_token_indices"
 """Entries of PEFT's configuration: modules that were trained as a whole, and single rows of tokens."""
 BESIDE_THE_UPDATE = (
@@ -40,16 +38,16 @@ BESIDE_THE_UPDATE = (
 )
 """Entries of PEFT's configuration under which an adapter computes more than ``s B A x``."""
 KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
-"""PEFT's ``init_lora_weights`` that leave the base what it is; others (PiSSA, OLoRA) take their start out of it."""
+"""Values of PEFT's ``init_lora_weights`` that leave the base unchanged; others (PiSSA, OLoRA) subtract the start."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NewRows:
-    """Rows of new tokens, which stand in the place of the base's.
+    """Rows of new tokens, which replace the base's.
 
     Attributes:
-        ids: of the tokens.
-        rows: name of the module, embedding or head -> its rows, shape ``(tokens, hidden)``.
+        ids: ids of the tokens.
+        rows: name of the embedding or output head -> its rows, shape ``(tokens, hidden)``.
     """
 
     ids: Sequence[int]
@@ -61,9 +59,9 @@ class FoundLora:
     """Plain LoRA of one layer, whose update is ``scale * B A``.
 
     Attributes:
-        lora_a: shape ``(k, in)``, float32.
-        lora_b: shape ``(out, k)``, float32.
-        scale: as PEFT makes it of alpha and rank.
+        lora_a: ``A``, shape ``(k, in)``, float32.
+        lora_b: ``B``, shape ``(out, k)``, float32.
+        scale: the scale that PEFT derives from alpha and rank.
     """
 
     lora_a: Tensor
@@ -76,10 +74,10 @@ def fold_components(lora_a: Tensor, gate: Tensor, lora_b: Tensor, scale: float) 
     """Plain LoRA factors of one layer, at LoRA scale 1 (``r == lora_alpha``).
 
     Args:
-        lora_a: shape ``(r, in)``.
+        lora_a: rows ``a_i``, shape ``(r, in)``.
         gate: effective gates, shape ``(r,)``: exactly 0 where a component is pruned.
-        lora_b: shape ``(out, r)``.
-        scale: ``alpha / initial_rank`` of the run.
+        lora_b: columns ``b_i``, shape ``(out, r)``.
+        scale: the layer's ``s`` (:attr:`~dora_dist.adapter.layer.DynamicLoraLinear.scale`).
 
     Returns:
         ``(A (k, in), B (out, k))`` in float32 on the CPU, k = number of non-zero gates, with ``B A`` equal to the
@@ -92,7 +90,7 @@ def fold_components(lora_a: Tensor, gate: Tensor, lora_b: Tensor, scale: float) 
 
 
 def common_rank(factors: Mapping[str, Factors]) -> int:
-    """The rank that an adapter is padded to: the first of 8, 16, 32, ... that holds every module. vLLM takes those."""
+    """The rank that an adapter is padded to: the first of 8, 16, 32, ... that fits every module. vLLM accepts those."""
     widest = max((lora_a.shape[0] for lora_a, _ in factors.values()), default=1)
     return max(8, 1 << (widest - 1).bit_length())
 
@@ -131,14 +129,14 @@ def write_lora_adapter(
     ``keep_empty``.
 
     Args:
-        folder: created if missing.
-        factors: module name -> ``(A (k, in), B (out, k))`` as of :func:`fold_components`.
-        base_model: name or path of the base model, for ``base_model_name_or_path``; of a folder the whole path.
-        task_type: PEFT's task type.
-        head: modules that were trained as a whole, by name, each with its parameters by their names in it.
-        rank: of every module; :func:`common_rank` by default.
-        keep_empty: write modules of rank 0 too, as zeros.
-        new_rows: of tokens that were trained beside the components.
+        folder: the folder to write, created if missing.
+        factors: module name -> ``(A (k, in), B (out, k))`` from :func:`fold_components`.
+        base_model: name or path of the base model, for ``base_model_name_or_path``; a folder's path is made absolute.
+        task_type: PEFT's name of the task, such as ``CAUSAL_LM``.
+        head: name of a module that was trained as a whole -> its parameters, by their names within it.
+        rank: rank of every module; :func:`common_rank` by default.
+        keep_empty: whether to write modules of rank 0 too, as zeros.
+        new_rows: rows of new tokens that were trained beside the components.
 
     Raises:
         ValueError: no module is left to write.
@@ -163,10 +161,10 @@ def write_compact_adapter(
     in ``rank_pattern``) and llama.cpp (over the rank of the tensor) compute the same. vLLM takes one rank only.
 
     Args:
-        folder: created if missing.
-        factors: as of :func:`write_lora_adapter`.
+        folder: the folder to write, created if missing.
+        factors: see :func:`write_lora_adapter`.
         base_model: name or path of the base model.
-        new_rows: as of :func:`write_lora_adapter`.
+        new_rows: see :func:`write_lora_adapter`.
 
     Raises:
         ValueError: every module has rank 0.
@@ -235,12 +233,12 @@ def _named_tensors(
 
 
 def no_plain_lora(config: Mapping[str, Any], tensors: Collection[str], apart: Collection[str] = ()) -> str:
-    """Why an adapter is not plain LoRA, to follow its name; empty where it is.
+    """The reason why an adapter is not plain LoRA, phrased to follow its name; empty if it is.
 
     Args:
-        config: ``adapter_config.json``.
-        tensors: names of those in ``adapter_model.safetensors``.
-        apart: :data:`HEAD` or :data:`TOKEN_ROWS`, which the adapter may have beside plain LoRA.
+        config: contents of ``adapter_config.json``.
+        tensors: names of the tensors in ``adapter_model.safetensors``.
+        apart: entries that the adapter may have beside plain LoRA: :data:`HEAD` or :data:`TOKEN_ROWS`.
     """
     if config.get("peft_type") != "LORA":
         return f"is of PEFT's type {config.get('peft_type')}"
@@ -269,17 +267,19 @@ def _is_apart(key: str, config: Mapping[str, Any], apart: Collection[str]) -> bo
 def read_layers(
     folder: Path, where: str, apart: Collection[str] = ()
 ) -> tuple[Mapping[str, Any], dict[str, FoundLora]]:
-    """Plain LoRA of a folder, of this program or of PEFT: its configuration, and module name -> factors, without
-    components that are 0.
+    """Read a folder of plain LoRA, written by this program or by PEFT.
 
     Args:
-        folder: of the adapter.
-        where: what begins an error, to be followed by what is wrong with the adapter.
-        apart: :data:`HEAD` or :data:`TOKEN_ROWS`, which the caller reads elsewhere or does not need.
+        folder: the adapter's folder.
+        where: beginning of an error message, to be followed by what is wrong with the adapter.
+        apart: entries that the caller reads elsewhere or does not need: :data:`HEAD` or :data:`TOKEN_ROWS`.
+
+    Returns:
+        The adapter's configuration, and module name -> factors, without components that are 0.
 
     Raises:
-        ValueError: there is no adapter in the folder, it computes something else than plain LoRA or more, or has
-            factors that are not finite.
+        ValueError: the folder holds no adapter, one that is not just plain LoRA, or one whose factors are not all
+            finite.
     """
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
@@ -308,7 +308,7 @@ def read_layers(
 
 
 def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
-    """As PEFT has it: alpha over the rank, or over its root (rsLoRA), of the patterns that match the layer."""
+    """PEFT's scale: alpha, by the pattern that matches the layer, over the rank or over its root (rsLoRA)."""
     alphas = config.get("alpha_pattern") or {}
     alpha = alphas.get(get_pattern_key(list(alphas), name), config["lora_alpha"])
     return float(alpha / (sqrt(rank) if config.get("use_rslora") else rank))
@@ -318,21 +318,21 @@ def read_lora_adapter(folder: Path, apart: Collection[str] = ()) -> dict[str, Fa
     """Plain LoRA factors of a folder at LoRA scale 1, in float32, by module name; padding is left out.
 
     Args:
-        folder: of the adapter, of this program or of PEFT.
-        apart: as of :func:`read_layers`.
+        folder: folder of an adapter that this program or PEFT has written.
+        apart: see :func:`read_layers`.
 
     Returns:
         Module name -> ``(A (k, in), B (out, k))``, where ``B A`` is the whole update. Modules of rank 0 are missing.
 
     Raises:
-        ValueError: as of :func:`read_layers`.
+        ValueError: as in :func:`read_layers`.
     """
     _, layers = read_layers(folder, f"the adapter in {folder}", apart)
     return {name: (found.lora_a, found.lora_b * found.scale) for name, found in layers.items() if len(found.lora_a)}
 
 
 def read_new_rows(folder: Path) -> NewRows | None:
-    """Rows of tokens that an adapter has in the place of the base's; None where it has none.
+    """Rows of tokens with which an adapter replaces the base's; None if it has none.
 
     Raises:
         ValueError: its modules have rows of different tokens.
@@ -357,7 +357,7 @@ def read_new_rows(folder: Path) -> NewRows | None:
 
 
 def adapter_bytes(folder: Path) -> tuple[int, int]:
-    """Bytes of the weights in a folder of :func:`write_lora_adapter`, as they are and without padding."""
+    """Bytes of the weights in a folder of :func:`write_lora_adapter`: as they are, and without padding."""
     size = (folder / ADAPTER_WEIGHTS).stat().st_size
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
         padded = sum(file.get_tensor(name).nbytes for name in file.keys() if ".lora_" in name)  # noqa: SIM118

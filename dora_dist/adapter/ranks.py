@@ -1,4 +1,4 @@
-"""How many components each layer starts with: as many as all others, what a plan says, or what a generator makes."""
+"""The number of components that each layer starts with: uniform, from a plan, or from a generator."""
 
 import json
 from collections.abc import Mapping
@@ -14,20 +14,20 @@ from dora_dist.console.files import write_json
 from dora_dist.method.ranks import apportion, in_mlps, in_strata, rising_with_depth
 
 PLAN_FORMAT = 1
-"""Format of a plan. It grows by one with a change after which an older plan means something else."""
+"""Format of a plan, incremented by changes after which an older plan means something else."""
 WEIGHTS = {MLP_ONLY: in_mlps, RISING_WITH_DEPTH: rising_with_depth, STRATA: in_strata}
 
 
 def resolve_ranks(model: nn.Module, config: DynamicLoraConfig) -> dict[str, int]:
-    """Full name of every layer that is adapted -> the components that it has room for, in the order of the names.
+    """Full name of every adapted layer -> number of components that it has room for, in the order of the names.
 
     Args:
         model: the base model; its layers may be on the meta device.
-        config: of the adapter. A generator spends as many parameters as all layers have at the rank ``target_rank``.
+        config: the adapter's configuration. A generator spends as many parameters as a uniform ``target_rank`` does.
 
     Raises:
-        ValueError: ``target_modules`` matches nothing, or ``ranks`` names a plan that is none or does not fit the
-            model, or a generator that can make nothing of it.
+        ValueError: ``target_modules`` matches nothing, or ``ranks`` names a file that is no plan, a plan that does not
+            fit the model, or a generator that cannot give this model ranks.
     """
     names = resolve_targets(model, config.target_modules)
     linears = {name: linear_layer(model, name) for name in names}
@@ -49,15 +49,15 @@ def write_plan(path: Path, ranks: Mapping[str, int], origin: Mapping[str, Any]) 
     """Write ranks as a plan.
 
     Args:
-        path: of the file.
-        ranks: layer name -> components, 0 for none.
-        origin: where they come from, plain JSON, for whoever reads the file.
+        path: the file to write.
+        ranks: layer name -> number of components; may be 0.
+        origin: where the ranks come from, for whoever reads the file; plain JSON.
     """
     write_json(path, {"format_version": PLAN_FORMAT, "ranks": dict(sorted(ranks.items())), "origin": origin})
 
 
 def read_plan(path: Path) -> dict[str, int]:
-    """Layer name -> rank, of a file as of :func:`write_plan`.
+    """Layer name -> rank, from a file that :func:`write_plan` has written.
 
     Raises:
         ValueError: there is no such file, or it is no plan.

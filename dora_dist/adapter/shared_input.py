@@ -1,4 +1,4 @@
-"""Adapted layers that one module calls with the same tensor, one after the other: the first call computes all.
+"""Adapted layers that one module calls with the same tensor, one after another: the first call computes all of them.
 
 Attention reads its input three times, for q, k and v. Computed together, their components read it once, and the three
 parts of its gradient add up in place (:mod:`dora_dist.adapter.linear_operation`).
@@ -20,7 +20,7 @@ def share_inputs(model: nn.Module) -> list[list[DynamicLoraLinear]]:
     """Let the adapted q, k and v of every attention of a model be computed together, in place.
 
     Returns:
-        The layers of each attention, which read one tensor.
+        The adapted layers of each such attention, which read one tensor.
     """
     groups = []
     for module in model.modules():
@@ -34,13 +34,15 @@ def share_inputs(model: nn.Module) -> list[list[DynamicLoraLinear]]:
 
 
 class SharedInput:
-    """Outputs of layers for one tensor, from the first call of one to the last, within one forward of their module.
+    """Computes the outputs of layers for one tensor at the first call of one of them, and keeps them for the other
+    calls within the same forward of their module.
 
-    A call with another tensor (cross-attention, whose keys are of another sequence), or outside of the module's
-    forward, is computed alone. Where outputs were left over, nothing is computed ahead any more, and the log says so.
+    A call with another tensor (cross-attention, whose keys come from another sequence), or outside of the module's
+    forward, is computed alone. After a forward that leaves outputs unused, nothing is computed ahead any more, and the
+    log says so.
 
     Args:
-        layers: in the order in which they are called.
+        layers: the layers, in the order in which they are called.
     """
 
     def __init__(self, layers: Sequence[DynamicLoraLinear]) -> None:
@@ -61,7 +63,7 @@ class SharedInput:
         """Output of one of the layers."""
         place = self._layers.index(layer)
         if x.is_inference():
-            # It does not say whether it has changed since the first call.
+            # Such a tensor does not tell whether it has changed since the first call.
             return adapted_linears(x, operands([layer]), frozen([layer]))[0]
         if self._open and self._input is None:
             self._input, self._version = x, x._version
@@ -75,7 +77,7 @@ class SharedInput:
         self._open = True
 
     def _end(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        """Nothing outlives the module's forward. It has no output where it ended with an exception."""
+        """Drop everything at the end of the module's forward. ``output`` is None after an exception."""
         if self._outputs and output is not None:
             for layer in self._layers:
                 layer.shared = None

@@ -1,4 +1,4 @@
-"""Which linear layers of a model get components."""
+"""Selects the linear layers of a model that get components."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from dora_dist.config.adapter import ALL_LINEAR
 
 
 def resolve_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
-    """Full names of the linear layers that a specification means, sorted; never the output head, nor any layer of a
+    """Full names of the linear layers that a specification selects, sorted; never the output head, nor any layer of a
     head that is trained as a whole.
 
     Args:
@@ -25,8 +25,8 @@ def resolve_targets(model: nn.Module, target_modules: str | Sequence[str]) -> li
             expression that must match a full module name, or a list of names or name endings such as ``q_proj``.
 
     Raises:
-        ValueError: the specification, or an entry of the list, matches no linear layer; the message lists what
-            there is. Or it names a layer that cannot be adapted.
+        ValueError: the specification, or an entry of the list, matches no linear layer (the message lists what there
+            is), or names a layer that cannot be adapted.
     """
     output_embeddings = getattr(model, "get_output_embeddings", None)
     head = None if output_embeddings is None else output_embeddings()
@@ -50,7 +50,7 @@ def resolve_targets(model: nn.Module, target_modules: str | Sequence[str]) -> li
 
 
 def _named(target_modules: str | Sequence[str], linears: Mapping[str, nn.Module]) -> list[str]:
-    """What an expression or a list means."""
+    """Full names of the layers that a regular expression or a list selects, sorted."""
     if isinstance(target_modules, str):
         try:
             pattern = re.compile(target_modules)
@@ -76,7 +76,7 @@ def _non_empty(names: list[str], specification: object, linears: Mapping[str, nn
 
 
 def _others(model: nn.Module) -> str:
-    """What a model without linear layers has instead, where that is known."""
+    """What a model without linear layers has instead, for the message; empty if that is not known."""
     if any(isinstance(module, Conv1D) for module in model.modules()):
         return ": this model is built of transformers' Conv1D, as GPT-2 is, which cannot be adapted here"
     return ""
@@ -91,7 +91,7 @@ def _refuse(names: Sequence[str], target_modules: object, obstacles: Mapping[str
 
 
 def _obstacles(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Names of linear layers that cannot be adapted -> why, to follow "which"."""
+    """Name of a linear layer that cannot be adapted -> the reason, phrased to follow "which"."""
     found = {}
     by_ending: dict[str, str | None] = {}
     for name, module in linears.items():
@@ -109,11 +109,12 @@ def _obstacles(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, 
 
 
 def _obstacle_of_peft(model: nn.Module, ending: str) -> str | None:
-    """Why PEFT 0.21 cannot adapt layers whose name ends so, neither here nor when it loads the adapter.
+    """The reason why PEFT 0.21 cannot adapt layers whose names end in ``ending``, neither here nor when it loads the
+    adapter; None if it can.
 
-    It takes ``gate_proj`` and others of some model types for the experts that were linear layers before transformers 5,
-    and makes them parameters of the fused experts, also where they name a shared expert or a dense MLP. In the layers
-    of Mamba, kernels read the weight of ``out_proj`` and pass the layer by.
+    For some model types, it takes ``gate_proj`` and other names for those of experts that were linear layers before
+    transformers 5, and makes them parameters of the fused experts, even if they belong to a shared expert or a dense
+    MLP. In Mamba's layers, kernels read the weight of ``out_proj`` and bypass the layer.
     ``tests/unit/adapter/test_architectures.py`` fails when either can go.
     """
     kind = getattr(getattr(model, "config", None), "model_type", "")

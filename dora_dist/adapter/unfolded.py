@@ -1,4 +1,4 @@
-"""What is trained, as a checkpoint keeps it: the adapter with its gates and masks, and the head."""
+"""The trained state as a checkpoint keeps it: the adapter with its gates and masks, and the head."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from dora_dist.adapter.layer import DynamicLoraLinear
 
 HEAD = "head/"
-"""What the names of a head's parameters begin with."""
+"""Prefix of the names of a head's parameters."""
 
 
 def trained_parameters(
@@ -16,8 +16,8 @@ def trained_parameters(
     """The trained parameters by their names in a checkpoint.
 
     Args:
-        layers: Adapted layers by name.
-        head: Parameters that are trained beside them, by name.
+        layers: adapted layers by name.
+        head: parameters that are trained beside them, by name.
     """
     parameters = {f"{HEAD}{name}": parameter for name, parameter in head.items()}
     for name, layer in layers.items():
@@ -31,8 +31,8 @@ def load_parameters(
     """Set the parameters of adapter and head from the tensors of a checkpoint.
 
     Raises:
-        KeyError: One of them is not there.
-        RuntimeError: One of them has another shape.
+        KeyError: one of them is missing.
+        RuntimeError: one of them has another shape.
     """
     for name, parameter in trained_parameters(layers, head).items():
         parameter.data.copy_(tensors[name])
@@ -42,7 +42,7 @@ def load_masks(tensors: Mapping[str, Tensor], layers: Mapping[str, DynamicLoraLi
     """Set the masks of the layers, and their scales, from the tensors of a checkpoint.
 
     Raises:
-        KeyError, RuntimeError: As of :func:`load_parameters`.
+        KeyError, RuntimeError: as in :func:`load_parameters`.
     """
     for name, layer in layers.items():
         layer.component_mask.copy_(tensors[f"{name}.component_mask"])

@@ -1,4 +1,4 @@
-"""The weights of a model's blocks: which of them are quantized, which are adapted, and what is neither.
+"""The weights of a model's blocks: which are quantized, which are adapted, and which are neither.
 
 Block weights are the matrices (and stacks of them) in the numbered blocks of a model.
 """
@@ -21,7 +21,7 @@ MOST_UNQUANTIZED = 0.2
 
 
 def _block_weights(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """Full name and number of elements of every block weight, of a model that is not quantized."""
+    """Full name and number of elements of every block weight of a model that is not quantized."""
     heads = head_modules(model)
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) or belongs_to(name, heads):
@@ -34,11 +34,10 @@ def _block_weights(model: nn.Module) -> Iterator[tuple[str, int]]:
 def left_out(model: nn.Module, adapted: Collection[str]) -> dict[str, float]:
     """Kind of weight -> its share of the block weights, largest first, for all that belong to no adapted layer.
 
-    A kind is a name with ``*`` for its numbers. Parts beside the text decoder, such as a tower, are one
-    each.
+    A kind is a name with ``*`` for its numbers. Each part beside the text decoder, such as a vision tower, is one kind.
 
     Args:
-        model: best without weights, on the meta device.
+        model: the model; may be on the meta device.
         adapted: full names of the adapted layers.
     """
     decoder = text_decoder(model)
@@ -57,7 +56,7 @@ def left_out(model: nn.Module, adapted: Collection[str]) -> dict[str, float]:
 
 
 def describe_left_out(model: nn.Module, adapter: DynamicLoraConfig, adapted: Collection[str]) -> str | None:
-    """What ``all-linear`` leaves out, in words; None where that is nothing, or where the layers were chosen."""
+    """What ``all-linear`` leaves out, in words; None if it leaves out nothing, or if the layers were named."""
     given = adapter.target_modules == ALL_LINEAR and adapter.ranks == UNIFORM
     shares = left_out(model, adapted) if given else {}
     if not shares:
@@ -71,18 +70,18 @@ def _percent(share: float) -> str:
 
 
 def check_quantized(model: PreTrainedModel, quantization: str, allow_unquantized: bool) -> None:
-    """Refuse to quantize a model of whose weights quantization would leave much as it is.
+    """Refuse to quantize a model if quantization would leave many of its weights as they are.
 
-    bitsandbytes quantizes layers of just the class ``torch.nn.Linear``, and transformers' ``Conv1D``. Experts that are
-    one stacked parameter, or linear layers of a class of their own, stay in 16 bits.
+    bitsandbytes quantizes only layers of exactly the class ``torch.nn.Linear``, and transformers' ``Conv1D``. Experts
+    that are one stacked parameter, and linear layers of other classes, stay in 16 bits.
 
     Args:
-        model: without weights.
+        model: the model, without weights.
         quantization: ``model.quantization`` of the configuration.
         allow_unquantized: ``model.allow_unquantized`` of the configuration.
 
     Raises:
-        ValueError: names the share and the largest kinds.
+        ValueError: too many would stay; the message names their share and the largest kinds.
     """
     if quantization == "none" or allow_unquantized:
         return

@@ -1,7 +1,8 @@
-"""Cross-entropy of a causal language model without its logits: by chunks of positions, gradients in the forward.
+"""Cross-entropy of a causal language model without its logits: by chunks of positions, with gradients computed in the
+forward.
 
 With a vocabulary of 128k, logits and their gradients are the most that a training step allocates. Here the output head
-runs on some positions at a time, on none whose label is ignored, and what is kept is the gradient of the head's input.
+runs on a few positions at a time and skips those whose label is ignored; only the gradient of the head's input is kept.
 
 torch 2.13 has ``torch.nn.functional.linear_cross_entropy``, which does the same, and is not used: for bfloat16 inputs,
 the common case on GPUs, it adds up and returns the loss in bfloat16 (3.5 % too low for 4,096 positions), and on CPUs
@@ -24,16 +25,16 @@ from dora_dist.base_model.proof import relative_difference, short_rows
 
 IGNORED = -100
 CHUNK_BYTES = 2**27
-"""Of the float32 logits of a chunk. With 128k words 256 positions: enough of them that a GPU does not wait for the
-head's weight to be read, by arithmetic; on a CPU twice and half as many took about as long."""
+"""Bytes of the float32 logits of a chunk. With 128k words, these are 256 positions: by arithmetic, enough that a GPU
+does not wait for the head's weight to be read. On a CPU, twice or half as many took about as long."""
 BETWEEN_HEAD_AND_LOSS = ("final_logit_softcapping", "logits_soft_cap", "logits_scaling", "logit_scale")
-"""In configurations: what transformers' models do to logits before the loss."""
+"""Keys of a model's configuration by which transformers' models change logits before the loss."""
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 LOW_PRECISION_TOLERANCE = 2e-2
 
 
 def chunk_length(vocabulary: int) -> int:
-    """Positions whose logits are computed together."""
+    """Number of positions whose logits are computed together."""
     return max(1, CHUNK_BYTES // (torch.float32.itemsize * vocabulary))
 
 
@@ -46,18 +47,18 @@ def chunked_cross_entropy(
     ignored: int = IGNORED,
     counted: Tensor | None = None,
 ) -> Tensor:
-    """Sum of the cross-entropies of ``hidden @ weight.T + bias`` over ``items``, in at least float32, differentiable in
-    ``hidden``.
+    """Sum of the cross-entropies of ``hidden @ weight.T + bias``, divided by ``items``; a scalar in at least float32,
+    differentiable once with respect to ``hidden``.
 
     Args:
-        hidden: shape ``(..., features)``.
-        weight: of the output head, frozen, shape ``(vocabulary, features)``.
-        bias: of the output head, frozen, shape ``(vocabulary,)``, or None.
-        targets: shape ``(...)``; the word that each position is to predict.
-        items: what the sum is divided by, before anything is rounded to the dtype of ``hidden``.
+        hidden: input of the output head, shape ``(..., features)``.
+        weight: weight of the output head, frozen, shape ``(vocabulary, features)``.
+        bias: bias of the output head, frozen, shape ``(vocabulary,)``, or None.
+        targets: the word that each position is to predict, int64, shape ``(...)``.
+        items: divisor of the sum, applied before anything is rounded to the dtype of ``hidden``.
         ignored: target of positions that do not count.
-        counted: where ``targets``, flattened, are not ``ignored``, shape ``(positions,)``, int64; looked up where it is
-            not given, for which the host of a GPU waits.
+        counted: indices at which the flattened ``targets`` are not ``ignored``, int64, shape ``(positions,)``; None to
+            look them up here, for which the host waits for a GPU.
     """
     arguments = (hidden, weight, bias, targets, items, ignored, counted)
     # torch has no types for `apply`.
@@ -94,7 +95,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        # A factor rounded to bfloat16 would change every gradient of the step by it.
+        # Rounding the factor to bfloat16 would change every gradient of the step.
         product = gradient.to(gradients[0].dtype) * gradients[0]
         return product.to(gradient.dtype), None, None, None, None, None, None
 
@@ -108,14 +109,14 @@ def _add_chunk(
     items: Tensor | float,
     gradient: Tensor | None,
 ) -> Tensor:
-    """Sum of the losses of the positions in ``chosen``; writes their gradients over ``items`` into ``gradient``.
+    """Sum of the losses at the positions ``chosen``; writes their gradients, divided by ``items``, into ``gradient``.
 
-    A function of its own, so that the logits of a chunk are gone before the next one's are computed.
+    This is a separate function so that the logits of a chunk are freed before those of the next one are computed.
     """
     target = targets[chosen, None]
     logits = functional.linear(flat[chosen], weight, bias)
     dtype = logits.dtype
-    # As the model's own loss: logits in the compute dtype, softmax in float32. From here on in place.
+    # As in the model's own loss: logits in the compute dtype, softmax in float32. From here on in place.
     logits = logits.to(torch.promote_types(dtype, torch.float32))
     logits -= logits.amax(1, keepdim=True)
     at_target = logits.gather(1, target)
@@ -130,8 +131,8 @@ def _add_chunk(
 
 @dataclass(frozen=True, eq=False)
 class DeferredLogits:
-    """Stands for the logits between a model's head and its loss; not a tensor, so that a model that does anything to
-    them in between fails instead of getting another loss."""
+    """Takes the place of the logits between a model's head and its loss. It is not a tensor, so that a model that does
+    anything to the logits in between fails instead of getting another loss."""
 
     hidden: Tensor
     head: nn.Linear
@@ -140,10 +141,10 @@ class DeferredLogits:
 class ChunkedLoss:
     """Lets a causal language model compute its loss without its logits, within :meth:`deferred` only.
 
-    The model's own forward runs: its head hands on :class:`DeferredLogits`, which its loss function takes.
+    The model's own forward runs: its head returns :class:`DeferredLogits`, which its loss function accepts.
 
     Args:
-        base: of which :func:`obstacle` knows none.
+        base: a model for which :func:`obstacle` finds nothing.
     """
 
     def __init__(self, base: PreTrainedModel) -> None:
@@ -151,10 +152,11 @@ class ChunkedLoss:
 
     @contextmanager
     def deferred(self, counted: Tensor | None = None) -> Iterator[None]:
-        """While it lasts, a forward with labels has no logits; they are :class:`DeferredLogits` in its output.
+        """Within this context, a forward with labels computes no logits: its output has :class:`DeferredLogits`.
 
         Args:
-            counted: see :func:`chunked_cross_entropy`, of the labels moved to the positions that predict them.
+            counted: see :func:`chunked_cross_entropy`; its targets are the labels, moved to the positions that predict
+                them.
         """
         head, loss = self._base.get_output_embeddings(), self._base.loss_function
         with _replaced(head, "forward", lambda hidden: DeferredLogits(hidden, head)):
@@ -163,7 +165,7 @@ class ChunkedLoss:
 
 
 def deferred_loss(ordinary: Callable[..., Tensor], counted: Tensor | None = None) -> Callable[..., Tensor]:
-    """transformers' ``ForCausalLMLoss`` for :class:`DeferredLogits`; ``ordinary`` where there are logits."""
+    """transformers' ``ForCausalLMLoss`` for :class:`DeferredLogits`; calls ``ordinary`` if it is given logits."""
 
     def loss(
         logits: Tensor | DeferredLogits,
@@ -193,7 +195,7 @@ def deferred_loss(ordinary: Callable[..., Tensor], counted: Tensor | None = None
 
 @contextmanager
 def _replaced(owner: nn.Module, name: str, value: object) -> Iterator[None]:
-    """Give an object an attribute of its own for a while."""
+    """Set an attribute of an object within this context."""
     missing = object()
     before = vars(owner).get(name, missing)
     vars(owner)[name] = value
@@ -207,7 +209,7 @@ def _replaced(owner: nn.Module, name: str, value: object) -> Iterator[None]:
 
 
 def obstacle(model: PreTrainedModel) -> str | None:
-    """Why the loss of this model needs its logits, as far as its parts tell; None where they tell nothing."""
+    """The reason why this model's loss needs its logits, as far as its parts show one; None otherwise."""
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
         return f"its head is a {type(head).__name__}, not a plain linear layer"
@@ -223,14 +225,15 @@ def obstacle(model: PreTrainedModel) -> str | None:
 
 
 def proved(model: PreTrainedModel) -> tuple[ChunkedLoss | None, str]:
-    """The loss without logits, where it is proved on the model itself to be the model's own, and otherwise the reason.
+    """The loss without logits and "", if it is proved on the model itself to be the model's own; otherwise None and the
+    reason.
 
     Loss and gradient of the head's input are compared on a small batch, without dropout and without drawing random
-    numbers. That nothing happens to the logits between head and loss does not depend on the batch
+    numbers. That nothing happens to the logits between head and loss is proved for every batch
     (:class:`DeferredLogits`).
 
     Args:
-        model: causal language model on its device, with something below its head that is trained.
+        model: a causal language model on its device, with trained parameters below its head.
     """
     reason = obstacle(model)
     if reason is not None:
@@ -243,7 +246,7 @@ def proved(model: PreTrainedModel) -> tuple[ChunkedLoss | None, str]:
         with chunked.deferred():
             found = _loss_and_gradient(model)
     except torch.OutOfMemoryError:
-        raise  # says nothing about the loss, and the ordinary path takes more
+        raise  # it says nothing about the loss, and the ordinary path takes more
     except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         return None, f"it does not compute a loss without them ({type(error).__name__}: {error})"
     finally:
@@ -257,7 +260,7 @@ def proved(model: PreTrainedModel) -> tuple[ChunkedLoss | None, str]:
 
 
 def _loss_and_gradient(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """On two short rows with ignored labels: the loss, and its gradient with respect to the head's input."""
+    """The loss on two short rows with ignored labels, and its gradient with respect to the head's input."""
     ids = short_rows(model)
     labels = ids.clone()
     labels[0, :3] = labels[1, 6:] = IGNORED

@@ -9,7 +9,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def share(base: Model) -> Model:
-    """Modules of their own, to be changed at will, over the same tensors."""
+    """A copy of a model's modules, which may be changed at will, over the same tensors."""
     memo: dict[int, Any] = {}
     for module in base.modules():
         state = getattr(module, "quant_state", None)

@@ -1,4 +1,4 @@
-"""The part of a model that a task puts on top of its base: found, started, and told from the rest.
+"""The head: the part of a model that a task puts on top of the base. Finds it and starts its parameters.
 
 A checkpoint of a pretrained encoder has no weights for it. It is neither quantized nor adapted, but trained as a whole.
 """
@@ -17,7 +17,7 @@ INITIAL_DEVIATION = 0.02
 
 
 def task_of(model: nn.Module) -> Task:
-    """What a model is for, by the names of its class and their parents, and by whether it has an encoder beside its
+    """The task of a model, by the names of its class and parent classes, and by whether it has an encoder beside its
     decoder."""
     names = [parent.__name__ for parent in type(model).__mro__]
     for task in TASKS.values():
@@ -28,11 +28,11 @@ def task_of(model: nn.Module) -> Task:
 
 
 def head_modules(model: nn.Module) -> list[str]:
-    """Names of the modules that are the head: all that lie beside the base and have parameters. None for a language
-    model, whose output head is a part of it.
+    """Names of the modules that form the head: all that lie beside the base and have parameters. Empty for a language
+    model, whose output head belongs to the base.
 
     Raises:
-        ValueError: there are none, though the task needs some.
+        ValueError: the task needs a head, but it cannot be told from the base.
     """
     if not task_of(model).trains_head:
         return []
@@ -49,18 +49,18 @@ def head_modules(model: nn.Module) -> list[str]:
 
 
 def belongs_to(name: str, modules: Collection[str]) -> bool:
-    """Whether a parameter or module is one of some modules, or lies in one."""
+    """Whether ``name``, of a parameter or module, is one of ``modules`` or lies in one of them."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 @torch.no_grad()
 def start_parameters(model: nn.Module, names: Collection[str], seed: int) -> None:
-    """Give parameters of the head their fresh values, as transformers does: weights normal, norms 1, biases 0.
+    """Give parameters of the head fresh values, as transformers does: weights normal, norms 1, biases 0.
 
-    The values depend on ``seed`` and the parameter's name only, not on the global random state or the process.
+    The values depend only on ``seed`` and the parameter's name, not on the global random state or the process.
 
     Raises:
-        ValueError: a parameter is none of these.
+        ValueError: a parameter is neither a weight nor a bias.
     """
     deviation = getattr(model.config, "initializer_range", None) or INITIAL_DEVIATION
     for name in sorted(names):
@@ -84,7 +84,7 @@ def start_parameters(model: nn.Module, names: Collection[str], seed: int) -> Non
 
 def read_in_own_dtype(head: nn.Module) -> None:
     """Register hooks that give every layer of a head its input in the dtype of its weight: the base may compute in 16
-    bits where the head is kept in float32. Autocast, where it is on, makes them unnecessary."""
+    bits while the head is kept in float32. Under autocast, they are not needed."""
 
     def cast(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         weight = module.weight

@@ -1,9 +1,9 @@
 """RMSNorm, RoPE and SwiGLU as one kernel each: Liger's, written in Triton (``pip install "dora-dist[gpu]"``).
 
-transformers computes each of them in several operations over the same tensors, and a GPU's host waits for their
-launches. A kernel takes their place where the code of a module is that of Llama's, and where a trial on the model
-itself, on its device and in its dtype, gives the same output and the same gradients. It takes it in the modules of one
-model: transformers, and other models of the process, stay as they are.
+transformers computes each of them in several operations over the same tensors, and a GPU waits for their launches. A
+kernel replaces them where a module has the code of Llama's, and where a trial on the model itself, on its device and in
+its dtype, gives the same output and the same gradients. Only the modules of one model are changed: transformers, and
+other models in the process, stay as they are.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,12 +25,12 @@ from dora_dist.console.text import say
 
 RMS_NORM, ROPE, SWIGLU = KERNELS
 TRIED_ALONE = (RMS_NORM, SWIGLU)
-"""Kernels whose trial runs no layer: that of RoPE runs the model, and an attention with its weights."""
+"""Kernels whose trial runs no layer of the model; RoPE's trial runs the model, and an attention with its weights."""
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 LOW_PRECISION_TOLERANCE = 2e-2
-"""Of the norm of a trial's results: bfloat16 rounds in other places within a kernel."""
+"""Largest relative difference of a trial's results in 16 bits: a kernel rounds to bfloat16 in other places."""
 NUM_ROWS = 16
-"""Of a trial."""
+"""Number of rows in a trial."""
 
 
 class Swiglu:
@@ -38,28 +38,28 @@ class Swiglu:
     ``(..., width)``, and its dtype."""
 
     overwrites = False
-    """Whether :meth:`gradients` writes into ``gate`` and ``up``, which cannot be read a second time then."""
+    """Whether :meth:`gradients` overwrites ``gate`` and ``up``, so that they cannot be read a second time."""
 
     def product(self, gate: Tensor, up: Tensor) -> Tensor:
         """``silu(gate) * up``."""
         return functional.silu(gate).mul_(up)
 
     def product_again(self, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The product in a backward, and what :meth:`gradients` needs of it."""
+        """The product, computed again in a backward, and the activation, if :meth:`gradients` needs it."""
         activation = functional.silu(gate)
         return activation * up, activation
 
     def gradients(
         self, grad_product: Tensor, gate: Tensor, up: Tensor, activation: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Of gate and up; ``grad_product`` and ``activation`` are written into."""
+        """Gradients of gate and up; overwrites ``grad_product`` and ``activation``."""
         assert activation is not None
         grad_up = activation.mul_(grad_product)
         return torch.ops.aten.silu_backward(grad_product.mul_(up), gate), grad_up
 
 
 class LigerSwiglu(Swiglu):
-    """The same in one launch each. The kernels take the rows of all tensors to lie side by side."""
+    """The same in one launch each. The kernels need contiguous tensors."""
 
     overwrites = True
 
@@ -84,13 +84,13 @@ class LigerSwiglu(Swiglu):
 
 @dataclass(frozen=True)
 class KernelsInUse:
-    """Which of :data:`KERNELS` compute a model."""
+    """The members of :data:`KERNELS` that compute a model."""
 
     names: tuple[str, ...] = ()
 
     @property
     def swiglu(self) -> Swiglu:
-        """For gated MLPs that run as one operation (:mod:`dora_dist.adapter.gated_mlp`)."""
+        """SwiGLU for gated MLPs that run as one operation (:mod:`dora_dist.adapter.gated_mlp`)."""
         return LigerSwiglu() if SWIGLU in self.names else Swiglu()
 
 
@@ -99,10 +99,11 @@ NO_KERNELS = KernelsInUse()
 
 def use_kernels(model: PreTrainedModel, wanted: Sequence[str] = KERNELS) -> KernelsInUse:
     """Let the norms and the attention of a model run by kernels, in place, where a trial shows that they compute the
-    same; the log says which, and of the others why not. SwiGLU is tried only: whoever adapts the MLPs puts it in.
+    same; the log says which do, and why others do not. SwiGLU is only tried here: the code that adapts the MLPs
+    installs it.
 
     Args:
-        model: on its device, without an adapter, not in training mode.
+        model: the model, on its device, without an adapter, not in training mode.
         wanted: some of :data:`KERNELS`.
     """
     if find_spec("liger_kernel") is None:
@@ -128,11 +129,11 @@ def use_kernels(model: PreTrainedModel, wanted: Sequence[str] = KERNELS) -> Kern
 
 
 Trial = tuple[Callable[[], list[Tensor]], Callable[[], list[Tensor]]]
-"""What makes results by a kernel, and what makes those of the model's own code."""
+"""Two functions, which return results of a kernel and results of the model's own code, to be compared."""
 
 
 def _flaw(trials: Iterator[Trial], tolerance: float) -> str | None:
-    """Why a kernel does not take the place of the model's own code; None if it may."""
+    """The reason why a kernel may not replace the model's own code; None if it may."""
     try:
         for ours, own in trials:
             for found, expected in zip(ours(), own(), strict=True):
@@ -149,7 +150,7 @@ def _flaw(trials: Iterator[Trial], tolerance: float) -> str | None:
 
 
 def _results(run: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
-    """Output and gradient of the input."""
+    """Output, and gradient of the input."""
     x = x.detach().clone().requires_grad_()
     with torch.enable_grad():
         output = run(x)
@@ -157,7 +158,7 @@ def _results(run: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
 
 
 def _noise(like: Tensor, seed: int) -> Tensor:
-    """Normal numbers of the shape, the dtype and the device of a tensor, from a generator of their own."""
+    """Normal random numbers in the shape, dtype and device of a tensor, from a separate generator."""
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed)).to(like)
 
 
@@ -175,7 +176,7 @@ class _RmsNorm(nn.Module):
 
 def is_rms_norm(module: nn.Module) -> bool:
     """Whether a module computes ``w * x / sqrt(mean(x^2) + eps)`` by the code of :class:`_RmsNorm`, as transformers'
-    Llama has it. Gemma's norm, with ``1 + w``, has another one."""
+    Llama has it. Gemma's norm, with ``1 + w``, has other code."""
     return has_code_of(type(module).forward, _RmsNorm.forward)
 
 
@@ -183,8 +184,8 @@ def _rms_norm(norm: Any, x: Tensor) -> Tensor:
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
     assert x.dtype == norm.weight.dtype, f"the norm of {x.dtype} has a weight of {norm.weight.dtype}"
-    # Gradients are not written over those of the output, which a residual connection may share. By rows, whatever their
-    # number: Liger has other kernels for many short rows, which a trial with few would not show.
+    # Not in place: a residual connection may share the gradient of the output. By rows, whatever their number: Liger
+    # has other kernels for many short rows, which a trial with few rows would not test.
     offset, casting, in_place, by_rows = 0.0, "llama", False, True
     # torch has no types for `apply`.
     output: Tensor = LigerRMSNormFunction.apply(
@@ -194,7 +195,7 @@ def _rms_norm(norm: Any, x: Tensor) -> Tensor:
 
 
 def _norm_trials(model: PreTrainedModel, norms: list[nn.Module]) -> Iterator[Trial]:
-    """One norm of each class and width."""
+    """Trials of one norm of each class and width."""
     chosen = {(type(norm), _weight(norm).shape): norm for norm in norms}.values()
     for norm in chosen:
         x = _noise(_weight(norm).new_empty(NUM_ROWS, *_weight(norm).shape, dtype=model.dtype), seed=0)
@@ -211,7 +212,7 @@ def _install_norm(norm: nn.Module) -> None:
 
 
 def rotate_half(x: Tensor) -> Tensor:
-    """As transformers' Llama has it, by which others are known."""
+    """Copy of the function in transformers' Llama, with whose code other models' functions are compared."""
     x1 = x[..., : x.shape[-1] // 2]
     x2 = x[..., x.shape[-1] // 2 :]
     return torch.cat((-x2, x1), dim=-1)
@@ -220,7 +221,7 @@ def rotate_half(x: Tensor) -> Tensor:
 def apply_rotary_pos_emb(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """As transformers' Llama has it, by which others are known."""
+    """Copy of the function in transformers' Llama, with whose code other models' functions are compared."""
     cos = cos.unsqueeze(unsqueeze_dim)
     sin = sin.unsqueeze(unsqueeze_dim)
     q_embed = (q * cos) + (rotate_half(q) * sin)
@@ -243,7 +244,7 @@ def is_rotating(module: nn.Module) -> bool:
 
 
 def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-    """In place of transformers' ``apply_rotary_pos_emb``. Writes into ``q`` and ``k``: a trial of the whole attention
+    """Replaces transformers' ``apply_rotary_pos_emb``. It overwrites ``q`` and ``k``: a trial of the whole attention
     shows that nothing else reads them."""
     from liger_kernel.ops.rope import LigerRopeFunction
 
@@ -254,7 +255,7 @@ def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
 
 
 def _with_rope(attention: nn.Module) -> MethodType:
-    """The forward of an attention with another rotary function: the same code, which looks that name up elsewhere."""
+    """The forward of an attention with another rotary function: the same code, with other global names."""
     forward: Any = type(attention).forward
     names = {**forward.__globals__, ROTARY: _rope}
     made = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
@@ -263,7 +264,7 @@ def _with_rope(attention: nn.Module) -> MethodType:
 
 
 def _rope_trials(model: PreTrainedModel, attentions: list[nn.Module]) -> Iterator[Trial]:
-    """One attention of each class, with what a forward of the model calls it with."""
+    """Trials of one attention of each class, with the arguments of a forward of the model."""
     calls: dict[nn.Module, tuple[Any, Any]] = {}
     chosen = {type(attention): attention for attention in attentions}.values()
     hooks = [
@@ -292,7 +293,7 @@ def _rope_trials(model: PreTrainedModel, attentions: list[nn.Module]) -> Iterato
 def _attend(
     forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any], hidden: Tensor
 ) -> Tensor:
-    """Output of an attention for another input than the one that it was called with."""
+    """Output of an attention for the input ``hidden`` and otherwise the recorded arguments."""
     if arguments:
         arguments = (hidden, *arguments[1:])
     else:
@@ -306,7 +307,7 @@ def _install_rope(attention: nn.Module) -> None:
 
 
 def _swiglu_trials(model: PreTrainedModel, mlps: list[nn.Module]) -> Iterator[Trial]:
-    """Each width once."""
+    """One trial for each width."""
     for width in sorted({linear_layer(mlp, "gate_proj").out_features for mlp in mlps}):
         like = torch.empty(NUM_ROWS, width, dtype=model.dtype, device=model.device)
         yield partial(_swiglu_results, LigerSwiglu(), like), partial(_swiglu_results, Swiglu(), like)
@@ -324,7 +325,7 @@ class _Kernel(NamedTuple):
     fits: Callable[[nn.Module], bool]
     """Whether the module computes what the kernel does."""
     trials: Callable[[PreTrainedModel, list[nn.Module]], Iterator[Trial]]
-    """For the modules that it fits."""
+    """Makes trials for the modules that the kernel fits."""
     install: Callable[[nn.Module], None]
 
 

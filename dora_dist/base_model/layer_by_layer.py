@@ -1,4 +1,4 @@
-"""Handing on each layer of a base as soon as its weights have been read and quantized, before the next one is read."""
+"""Takes each layer of a base as soon as its weights have been read and quantized, before the next one is read."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -13,15 +13,15 @@ from dora_dist.base_model.quantization import keep_for_shards
 from dora_dist.base_model.recomputation import recomputable_layers
 
 TakeLayer = Callable[[nn.Module], None]
-"""Leaves of a frozen layer, in place, what this rank is to hold."""
+"""Reduces a frozen layer, in place, to what this rank is to hold."""
 
 
 class LayersTaken:
-    """Calls ``take`` with every layer of a model once, when all its parameters are there.
+    """Calls ``take`` once with every layer of a model, when all of its parameters are there.
 
     Args:
-        take: what becomes of a layer.
-        prepare: what is done to it before that, if anything.
+        take: function that is called with each complete layer.
+        prepare: function that is called with the layer before that, or None.
     """
 
     def __init__(self, take: TakeLayer, prepare: TakeLayer | None = None) -> None:
@@ -32,11 +32,11 @@ class LayersTaken:
 
     @contextmanager
     def while_loading(self) -> Iterator[None]:
-        """``from_pretrained`` within this hands on each layer before it reads the next one.
+        """Within this context, ``from_pretrained`` hands on each layer before it reads the next one.
 
         transformers (5.23) sets weights by ``set_param_for_module``, in the order of their names, and has no hook for
-        a layer that is complete. Where it does not quantize it reads with several threads ahead of what it sets, which
-        ``HF_DEACTIVATE_ASYNC_LOAD`` turns off. It also allocates the size of the whole model on a GPU beforehand.
+        a complete layer. Without quantization, it reads ahead with several threads, which ``HF_DEACTIVATE_ASYNC_LOAD``
+        turns off. It also allocates the size of the whole model on a GPU beforehand, which is turned off here.
         """
         set_parameter = core_model_loading.set_param_for_module
 
@@ -56,12 +56,12 @@ class LayersTaken:
         for layer, names in self._missing.items():
             if parameter in names:
                 names.remove(parameter)
-                # One of another shape than the model's is left out by transformers, and told when all are read.
+                # transformers leaves out weights of a wrong shape, and reports them when all are read.
                 if not names and not any(one.is_meta for one in layer.parameters()):
                     self._hand_on(layer)
 
     def take_the_rest(self, model: PreTrainedModel) -> None:
-        """Hand on what has not been, now that the model is complete."""
+        """Hand on the layers that have not been handed on yet, now that the model is complete."""
         for layer in recomputable_layers(model):
             if layer not in self._taken:
                 self._hand_on(layer)
@@ -74,7 +74,7 @@ class LayersTaken:
         self._take(layer)
         self._taken.add(layer)
         for parameter in layer.parameters():
-            # transformers draws random values for what it does not know to have been read, shards too.
+            # Otherwise transformers gives random values to parameters that it has not marked as read, shards too.
             vars(parameter)["_is_hf_initialized"] = True
 
 

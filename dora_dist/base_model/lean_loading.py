@@ -1,8 +1,9 @@
 """Loads the base model with a peak memory close to its final size, and raises if a weight is missing or has the wrong
 shape.
 
-transformers (5.23) quantizes one tensor at a time, but what lies around that costs several times the quantized base on
-a CPU: see "Loading" in docs/performance.md for what each of the parts here saves. None of them changes a bit.
+transformers (5.23) quantizes one tensor at a time, but on a CPU everything around that takes several times the memory
+of the quantized base. "Loading" in docs/performance.md says what each part here saves. None of them changes a bit of
+the result.
 """
 
 import ctypes
@@ -22,22 +23,23 @@ from transformers import modeling_utils
 from dora_dist.base_model.quantization import quantization_state
 
 PIECE_NUMEL = 2**17
-"""Elements that are quantized at a time on a CPU; a multiple of every block size. Scratch is 13 bytes for each."""
+"""Number of elements that are quantized at a time on a CPU; a multiple of every block size. Each takes 13 bytes of
+scratch."""
 CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NAMED = 5
-"""Tensors that an error names."""
+"""Most tensors that an error names."""
 
 
 @contextmanager
 def lean_loading(device: torch.device, shared: bool) -> Iterator[set[str]]:
-    """``from_pretrained`` within this takes the memory of what it returns, and of about one tensor; for a GPU, whose
-    memory that is, the time that transformers takes.
+    """Within this context, ``from_pretrained`` on a CPU takes the memory of the model that it returns plus about one
+    tensor. On a GPU, only the check for finite values is added.
 
-    Gives the names of tensors in which a value was found that is not finite, when it has ended.
+    Yields a set that, after the context, holds the names of tensors with a value that is not finite.
 
     Args:
-        device: where the weights go.
-        shared: weights are used from the file as they are; ranks of a node then share its pages.
+        device: device of the weights.
+        shared: whether weights are used unchanged from the mapped file; ranks of a node then share its pages.
     """
     if device.type != "cpu":
         with _files_read(device, mapped=True) as not_finite:
@@ -51,16 +53,16 @@ def lean_loading(device: torch.device, shared: bool) -> Iterator[set[str]]:
 
 @contextmanager
 def _files_read(device: torch.device, mapped: bool) -> Iterator[set[str]]:
-    """Let transformers read each tensor when it needs it, and look at each on the device that it goes to.
+    """Check every tensor that transformers reads, on the device that it goes to.
 
-    Without ``mapped``, files are not mapped into memory all at once: their pages count as the process's own until the
-    last tensor has been read. safetensors can do either; transformers has no option for it (5.23,
-    ``_load_pretrained_model``), and this can go when it has.
+    Without ``mapped``, files are read tensor by tensor instead of mapped as a whole: pages of a mapped file count as
+    the process's own until the last tensor has been read. safetensors can do either; transformers has no option for it
+    (5.23, ``_load_pretrained_model``), and this can go when it has.
     """
     not_finite: set[str] = set()
     looked: list[tuple[str, Tensor]] = []
     opened = getattr(modeling_utils, "safe_open", None)
-    if opened is None:  # another transformers: loads the same, in more memory
+    if opened is None:  # another version of transformers: loads the same, with more memory
         yield not_finite
         return
 
@@ -75,17 +77,18 @@ def _files_read(device: torch.device, mapped: bool) -> Iterator[set[str]]:
         yield not_finite
     if looked:
         names, finite = zip(*looked, strict=True)
-        # Read from the device once, when all of it is there.
+        # One read from the device for all tensors.
         not_finite.update(name for name, good in zip(names, torch.stack(finite).tolist(), strict=True) if not good)
 
 
 class _CheckedFile:
-    """A file of safetensors, whose tensors are put on a device and looked at there when they are read.
+    """A safetensors file whose tensors are moved to a device and checked there when they are read.
 
     Args:
-        file: as ``safe_open`` gives it.
-        device: of the tensors.
-        looked: names are added of tensors with whether all their values are finite, a boolean scalar on the device.
+        file: the file that ``safe_open`` has opened.
+        device: device of the tensors.
+        looked: list to append to: each tensor's name, and a boolean scalar on the device, True if all values are
+            finite.
     """
 
     def __init__(self, file: Any, device: torch.device, looked: list[tuple[str, Tensor]]) -> None:
@@ -127,44 +130,44 @@ class _CheckedSlice:
 
 
 def is_finite(tensor: Tensor) -> Tensor:
-    """Whether all values of a tensor with any are finite: a boolean scalar on its device. Makes no copy."""
-    return torch.stack(tensor.aminmax()).isfinite().all()  # the two ends of the values; NaN is both
+    """Whether all values of a non-empty tensor are finite: a boolean scalar on its device. Makes no copy."""
+    return torch.stack(tensor.aminmax()).isfinite().all()  # if there is a NaN, it is both of these
 
 
 def return_freed_memory() -> None:
-    """glibc keeps what was freed between small blocks that stay; other allocators have no such function."""
+    """Return freed memory to the system, which glibc keeps between small blocks in use. Without glibc, does nothing."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 class QuantizedInPieces(TorchDispatchMode):
-    """Quantize a weight on a CPU a piece at a time. bitsandbytes (0.50.2) has no kernel for it there and computes
-    with whole copies, of 13 bytes per element beside the weight. Its blocks and rows do not know of each other, so
-    that the pieces are the whole."""
+    """Within this context, weights on a CPU are quantized piece by piece. bitsandbytes (0.50.2) has no kernel for it
+    there and computes on copies of the whole weight, 13 bytes per element. Its blocks and rows are independent of each
+    other, so the pieces together are the same result."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         pieces = None
         if not kwargs and args and isinstance(args[0], Tensor) and args[0].is_cpu:
             if func is torch.ops.bitsandbytes.quantize_4bit.default:
                 pieces = args[0].reshape(-1).split(PIECE_NUMEL)
-            # A threshold looks for columns of outliers, which are of the whole weight.
+            # With a threshold, it looks for columns of outliers in the whole weight.
             elif func is torch.ops.bitsandbytes.int8_vectorwise_quant.default and len(args) == 1:
                 pieces = args[0].split(max(1, PIECE_NUMEL // args[0].shape[-1]))
         if pieces is None or len(pieces) < 2:
             return func(*args, **(kwargs or {}))
-        return_freed_memory()  # of the weights before, whose place may be too scattered for this one
+        return_freed_memory()  # by earlier weights: it may be too scattered for this one
         return _apply_in_pieces(func, pieces, args[1:])
 
 
 def _apply_in_pieces(func: Any, pieces: Sequence[Tensor], args: Sequence[Any]) -> tuple[Tensor | None, ...]:
-    """``func(piece, *args)`` of every piece, each of its results joined along the first dimension."""
+    """Results of ``func(piece, *args)``, each joined over all pieces along the first dimension."""
     joined: list[Tensor | None] = []
     ends: list[int] = []
     total = sum(len(piece) for piece in pieces)
     for piece in pieces:
         results = func(piece, *args)
-        if not joined:  # made whole at once: what many small results leave behind would be scattered
+        if not joined:  # allocated as a whole: many small results would leave scattered memory behind
             sizes = [0 if result is None else math.ceil(total * len(result) / len(piece)) for result in results]
             joined = [
                 None if r is None else r.new_empty(size, *r.shape[1:]) for r, size in zip(results, sizes, strict=True)
@@ -179,10 +182,10 @@ def _apply_in_pieces(func: Any, pieces: Sequence[Tensor], args: Sequence[Any]) -
 
 
 def find_mismatches(model: nn.Module, skeleton: nn.Module, loading_info: dict[str, Any]) -> None:
-    """Add weights of another shape to ``mismatched_keys``, and replace each by one of its shape, of any values.
+    """Add weights of a wrong shape to ``mismatched_keys``, and replace each by one of the right shape, with any values.
 
-    transformers before 5.23 takes weights of any shape where it quantizes some. This can go, together with its call,
-    once they are not supported. Quantized weights are left to :func:`check_loaded`.
+    Before 5.23, transformers accepts weights of any shape if it quantizes some. This function and its call can go once
+    those versions are not supported. :func:`check_loaded` checks quantized weights.
     """
     found = []
     for name, expected in skeleton.named_parameters():
@@ -196,14 +199,14 @@ def find_mismatches(model: nn.Module, skeleton: nn.Module, loading_info: dict[st
 
 
 def check_loaded(model: nn.Module, path: str, loading_info: Mapping[str, Any], fresh: Collection[str] = ()) -> None:
-    """Refuse a model that is not the one in its files. transformers gives random values to what it does not find or
-    cannot use, with a warning, and does not look at the shape of a weight that it quantizes.
+    """Refuse a model that is not the one in its files. transformers gives random values to weights that it does not
+    find or cannot use, with a warning, and does not check the shape of a weight that it quantizes.
 
     Args:
-        model: as loaded.
-        path: where from.
-        loading_info: what ``from_pretrained`` has found (``output_loading_info``, with ``ignore_mismatched_sizes``).
-        fresh: weights that may be missing or have another shape, since they are given values of their own.
+        model: the loaded model.
+        path: ``model.path``, for the message.
+        loading_info: report of ``from_pretrained`` (``output_loading_info``, with ``ignore_mismatched_sizes``).
+        fresh: names of weights that may be missing or have another shape, because they start anew.
 
     Raises:
         ValueError: weights are missing, have another shape, or belong to a layer that has no place for them.
@@ -227,7 +230,7 @@ def check_loaded(model: nn.Module, path: str, loading_info: Mapping[str, Any], f
             f"{listed(sorted(wrong))}; give the config.json that belongs to these files"
         )
     modules = dict(model.named_modules())
-    # Not whatever is unexpected: a value head, or the images' part of a larger model, may well be left out.
+    # Not every unexpected weight is refused: a value head, or the images' part of a larger model, may be left out.
     homeless = [
         name
         for name in sorted(loading_info["unexpected_keys"])
@@ -256,6 +259,6 @@ def _wrong_quantized_shapes(model: nn.Module) -> list[str]:
 
 
 def listed(names: list[str]) -> str:
-    """Names, the first of them if they are many."""
+    """The first names, and the number of the others."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more

@@ -41,14 +41,14 @@ from dora_dist.config.tasks import CAUSAL_LM, TASKS
 FETCHED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py", "LICENSE*", "NOTICE*"]
 """Files of a model on the Hub that :func:`local_folder` fetches."""
 SAMPLES, SAMPLE_BYTES = 16, 4096
-"""Of a file of weights that is compared."""
+"""Number of pieces, and bytes of each, that are read of a file of weights to identify it."""
 
 
 def find_model(path: str) -> str:
     """The model that a configuration names: a folder (``~`` expanded), or a name on the Hub as it is.
 
     Raises:
-        ValueError: ``path`` looks like a local path and there is no ``config.json`` in it.
+        ValueError: ``path`` looks like a local path, but holds no ``config.json``.
     """
     local = path.startswith((".", "/", "~")) or os.path.isdir(path)
     if local and not (Path(path).expanduser() / "config.json").is_file():
@@ -61,7 +61,7 @@ def find_model(path: str) -> str:
 
 
 def local_folder(path: str) -> Path:
-    """The folder of a model with all its files, which are fetched where the model is on the Hub.
+    """The folder of a model with all its files, which are fetched if the model is on the Hub.
 
     Raises:
         ValueError: the path is not usable.
@@ -74,7 +74,7 @@ def local_folder(path: str) -> Path:
 
 
 def _refuse_adapter(path: str) -> None:
-    """Say whose adapter it is that was given for a model."""
+    """Refuse an adapter given as a model, and name its base."""
     settings = Path(path).expanduser() / ADAPTER_CONFIG
     if settings.is_file():
         base = json.loads(settings.read_text(encoding="utf-8")).get("base_model_name_or_path")
@@ -89,8 +89,8 @@ def _reading(path: str) -> Iterator[None]:
     """Turn a failure to find or read a model into an error that names the key to mend.
 
     Raises:
-        ValueError: instead of the ``OSError`` that transformers raises, for a name that is on no hub too, and of
-            the errors for a file of weights, or their index, that is cut off.
+        ValueError: the path cannot be read (transformers raises ``OSError``, also for a name that is not on the Hub),
+            or a file of weights or their index is cut off.
     """
     try:
         yield
@@ -107,10 +107,10 @@ def _reading(path: str) -> Iterator[None]:
 
 @contextmanager
 def _putting_together(path: str, stored: bool) -> Iterator[None]:
-    """Turn a failure to put 4-bit weights and their constants together, as they are stored, into an error that says so.
+    """Turn a failure to put stored 4-bit weights and their constants together into an error that says so.
 
     Raises:
-        ValueError: instead of the ``RuntimeError`` of transformers.
+        ValueError: transformers has raised ``RuntimeError`` for them.
     """
     try:
         yield
@@ -124,7 +124,8 @@ def _putting_together(path: str, stored: bool) -> Iterator[None]:
 
 
 def resolve_compute_dtype(name: str) -> torch.dtype:
-    """``auto`` is bfloat16 on a GPU that has it, otherwise float32 (bfloat16 is far slower on most CPUs)."""
+    """The dtype with this name; ``auto`` is bfloat16 on a GPU that has it, otherwise float32 (bfloat16 is far slower on
+    most CPUs)."""
     if name == "auto":
         native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float32
@@ -140,7 +141,11 @@ def _no_tokenizer(path: str, reason: str) -> ValueError:
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer, with a padding token (the end-of-sequence token where it has none of its own)."""
+    """The tokenizer, with a padding token (the end-of-sequence token if it has none of its own).
+
+    Raises:
+        ValueError: the path is not usable, or holds no tokenizer.
+    """
     with _reading(path):
         try:
             tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(path), trust_remote_code=trust_remote_code)
@@ -154,17 +159,17 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
 
 
 def read_new_tokens(spec: "BaseModelSpec", texts: Sequence[str]) -> NewTokens:
-    """New tokens for the tokenizer of a base, which is read anew: it still splits their texts.
+    """New tokens for the tokenizer of a base. The tokenizer is read anew, so that it still splits their texts.
 
     Raises:
-        ValueError: as of :func:`load_tokenizer` and :func:`~dora_dist.base_model.new_tokens.add_tokens`.
+        ValueError: as in :func:`load_tokenizer` and :func:`~dora_dist.base_model.new_tokens.add_tokens`.
     """
     return add_tokens(load_tokenizer(spec.path, spec.trust_remote_code), texts)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseModelSpec:
-    """Which base model is read, and how.
+    """The base model to read, and how to read it.
 
     Attributes:
         path: folder in the Hugging Face layout, or a name on the Hub.
@@ -172,9 +177,9 @@ class BaseModelSpec:
         quantization: ``nf4``, ``int8`` or ``none``; the head is never quantized.
         compute_dtype: dtype of activations and of all weights that are not quantized.
         attention: transformers' attention implementation; ``None`` for the model's default.
-        trust_remote_code: run model code that comes with the model.
-        rope_scaling: of the rotary positions, checked (:func:`~dora_dist.config.model.check_rope`); None for what the
-            model has.
+        trust_remote_code: whether to run code that comes with the model.
+        rope_scaling: scaling of the rotary positions, checked (:func:`~dora_dist.config.model.check_rope`); None for
+            the model's own.
     """
 
     path: str
@@ -205,8 +210,8 @@ class BaseModelSpec:
 
 
 def load_model_config(spec: BaseModelSpec) -> PreTrainedConfig:
-    """transformers' configuration of the model, with the scaling of rotary positions of ``spec``; of one that is stored
-    in 4 bits, with its compute dtype.
+    """transformers' configuration of the model, with the rotary positions of ``spec`` and, if the model is stored in
+    4 bits, the compute dtype of ``spec``.
 
     Raises:
         ValueError: the path is not usable, or the model is stored quantized in another way than ``spec`` says.
@@ -231,14 +236,15 @@ def load_model_config(spec: BaseModelSpec) -> PreTrainedConfig:
 
 
 def identity_of_weights(path: str) -> str | None:
-    """What the weights in a folder are known by, without all of them being read: names and sizes of their files, with
-    samples of the bytes, wherever the folder is.
+    """Identifies the weights in a folder, wherever it lies, without reading all of them: by names and sizes of their
+    files, and by samples of their bytes.
 
     Args:
-        path: as of :class:`BaseModelSpec`.
+        path: see :class:`BaseModelSpec`.
 
     Returns:
-        None where there are no weights yet, and for a model on the Hub, whose commit changes with a line of its card.
+        Number of files, and 16 hexadecimal digits. None where there are no weights yet, and for a model on the Hub,
+        whose commit changes with every line of its card.
     """
     folder = Path(find_model(path))
     if not folder.is_dir():
@@ -255,7 +261,7 @@ def identity_of_weights(path: str) -> str | None:
 
 
 def _samples(file: Path) -> bytes:
-    """Of the bytes of a file, those at equal distances, the last ones among them."""
+    """Pieces of a file at equal distances, from its first bytes to its last."""
     last = max(0, file.stat().st_size - SAMPLE_BYTES)
     with file.open("rb") as opened:
         found = []
@@ -266,10 +272,11 @@ def _samples(file: Path) -> bytes:
 
 
 def scale_rope(config: PreTrainedConfig, scaling: Mapping[str, Any], path: str) -> None:
-    """Give a model other rotary positions, and as many as they are good for, in place.
+    """Scale the rotary positions in a model's configuration, and set its number of positions to match, in place.
 
     Raises:
-        ValueError: the model has no rotary positions, or has them in a way of its own for kinds of layers.
+        ValueError: the model has no rotary positions, has different ones by kind of layer, or would get fewer positions
+            than it has.
     """
     text = config.get_text_config()
     present = getattr(text, "rope_parameters", None) or {}
@@ -288,7 +295,7 @@ def scale_rope(config: PreTrainedConfig, scaling: Mapping[str, Any], path: str) 
             f"{before / original:g}, or leave it out"
         )
     parameters = {"rope_theta": present["rope_theta"], **scaling}
-    if scaling["rope_type"] != "linear":  # which does not look at it, and is told so by transformers
+    if scaling["rope_type"] != "linear":  # it does not use this key, and transformers would warn
         parameters[ORIGINAL_POSITIONS] = original
     else:
         parameters.pop(ORIGINAL_POSITIONS, None)
@@ -298,11 +305,10 @@ def scale_rope(config: PreTrainedConfig, scaling: Mapping[str, Any], path: str) 
 
 
 def scaled_positions(spec: BaseModelSpec) -> dict[str, Any] | None:
-    """What the ``config.json`` of a model must say for its positions to be those of ``spec``, by its names; None where
-    they are those of the model.
+    """Entries that give the ``config.json`` of a model the positions of ``spec``; None if these are the model's own.
 
     Raises:
-        ValueError: see :func:`load_model_config`.
+        ValueError: as in :func:`load_model_config`.
     """
     if spec.rope_scaling is None:
         return None
@@ -314,7 +320,7 @@ def load_skeleton(spec: BaseModelSpec) -> PreTrainedModel:
     """The model without weights (on the meta device): enough to find its layers, at no cost.
 
     Raises:
-        ValueError: the path is not usable, or its architecture has no model for the task.
+        ValueError: the path is not usable, or the architecture has no model for the task.
     """
     return _skeleton(spec, load_model_config(spec))
 
@@ -323,7 +329,7 @@ def check_attention(spec: BaseModelSpec, skeleton: PreTrainedModel) -> None:
     """Refuse an attention implementation that this machine or the model does not have.
 
     Raises:
-        ValueError: it does not.
+        ValueError: one of them does not have it.
     """
     if spec.attention is None:
         return
@@ -351,10 +357,10 @@ def _skeleton(spec: BaseModelSpec, config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def make_plain_model(spec: BaseModelSpec) -> PreTrainedModel:
-    """The model without quantization, in float32, with weights of any values, which are to be overwritten.
+    """The model without quantization, in float32, with arbitrary weights that are to be overwritten.
 
     Raises:
-        ValueError: see :func:`load_skeleton`.
+        ValueError: as in :func:`load_skeleton`.
     """
     config = load_model_config(spec)
     if hasattr(config, "quantization_config"):
@@ -369,12 +375,12 @@ def make_plain_model(spec: BaseModelSpec) -> PreTrainedModel:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadStart:
-    """What a head needs to know that is trained beside the adapter.
+    """Outputs and seed of a head that is trained beside the adapter.
 
     Attributes:
-        labels: names of the classes in the order of their numbers; None where its outputs are no classes.
-        num_outputs: where there are no classes: 1 for a number, 2 for start and end of an answer.
-        seed: of the values that the model's files do not have.
+        labels: names of the classes in the order of their numbers; None if the outputs are no classes.
+        num_outputs: number of outputs without classes: 1 for a number, 2 for start and end of an answer.
+        seed: seed of the values that the model's files do not have.
     """
 
     labels: Sequence[str] | None = None
@@ -382,7 +388,7 @@ class HeadStart:
     seed: int = 0
 
     def configure(self, config: PreTrainedConfig) -> None:
-        """Write number and names of the outputs into the model's configuration."""
+        """Write the number and the names of the outputs into the model's configuration."""
         if self.labels is None:
             config.num_labels = self.num_outputs
             config.problem_type = "regression" if self.num_outputs == 1 else None
@@ -398,17 +404,17 @@ def load_base_model(
     head: HeadStart | None = None,
     take_layer: TakeLayer | None = None,
 ) -> PreTrainedModel:
-    """A model for a task, on one device, frozen: quantized while it is read, tensor by tensor, or in the 4 bits that it
-    is stored in.
+    """The frozen model for a task, on one device. It is quantized tensor by tensor while it is read, or keeps the
+    4 bits that it is stored in.
 
     Weights of its head that its files do not have, or have for another number of classes, start anew.
 
     Args:
-        spec: the model.
-        device: where the model goes.
-        head: the start of the head, for a task that trains one.
-        take_layer: is given each layer when it has been read and quantized, before the next one is read; where ranks
-            shard the base, it leaves this rank's shard. None where every rank holds all of it.
+        spec: the model to read, and how.
+        device: device of the model.
+        head: outputs and seed of the head, for a task that trains one.
+        take_layer: function called with each layer when it has been read and quantized, before the next one is read;
+            where ranks shard the base, it leaves this rank's shard. None if every rank holds the whole base.
 
     Raises:
         ValueError: the path or the quantization is not usable, or the weights are not those that the model needs.
@@ -464,7 +470,7 @@ def _read_weights(
             attn_implementation=spec.attention,
             trust_remote_code=spec.trust_remote_code,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told better by check_loaded
+            ignore_mismatched_sizes=True,  # check_loaded reports them better
         )
     if not_finite:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""Losses of other tasks than causal language modelling: from the logits, whatever the model class would make of them.
+"""Losses of tasks other than causal language modelling, computed from the logits and not by the model class.
 
-Left to transformers (5.23), they would be wrong: the Trainer takes a model that accepts ``**kwargs`` for one that
-divides its loss by ``num_items_in_batch``, and so neither divides by the accumulation steps nor leaves out the factor
-of the number of ranks, while these models' losses are means over the micro-batch.
+Left to transformers (5.23), they would be wrong: the Trainer assumes that a model that accepts ``**kwargs`` divides its
+loss by ``num_items_in_batch``. It then does not divide by the accumulation steps, and multiplies by the number of
+ranks, but these models' losses are means over the micro-batch.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 RowLosses = Callable[[Any, Mapping[str, Tensor]], Tensor]
-"""From a model's output and the batch with its ``labels`` to the loss of every row, ``(rows,)``, at least float32."""
+"""Maps a model's output and the batch with its ``labels`` to the loss of every row, ``(rows,)``, at least float32."""
 
 
 def class_losses(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
@@ -22,14 +22,14 @@ def class_losses(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def squared_errors(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """Of ``outputs.logits`` ``(rows, 1)`` from the numbers ``labels`` ``(rows,)``."""
+    """Squared differences of ``outputs.logits`` ``(rows, 1)`` from the numbers ``labels`` ``(rows,)``."""
     return (_precise(outputs.logits).squeeze(1) - batch["labels"]).square()
 
 
 def span_losses(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Mean of the cross-entropies of ``outputs.start_logits`` and ``end_logits`` ``(rows, length)`` with the positions
-    ``labels`` ``(rows, 2)``. Padding is no place for an answer: otherwise the loss of a row would depend on the others
-    in its micro-batch."""
+    ``labels`` ``(rows, 2)``. Padding is masked: otherwise the loss of a row would depend on the other rows in its
+    micro-batch."""
     padding = batch["attention_mask"] == 0
     start, end = (
         functional.cross_entropy(
@@ -47,7 +47,7 @@ def token_losses(outputs: Any, labels: Tensor) -> Tensor:
 
 
 def mean_over_tokens(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int) -> Tensor:
-    """Sum of the :func:`token_losses` over the labels of the whole global batch, for the Trainer."""
+    """Sum of the :func:`token_losses` divided by the number of labels in the global batch, as the Trainer wants it."""
     return token_losses(outputs, labels).sum() / num_items_in_batch
 
 

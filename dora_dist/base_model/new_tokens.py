@@ -1,5 +1,5 @@
-"""Tokens that a tokenizer is given beside its own, and their rows in the embedding and the output head of a model; and
-tokens of its own whose rows nothing has trained."""
+"""New tokens of a tokenizer, and their rows in the embedding and the output head of a model. Also finds tokens whose
+rows nothing has trained."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dora_dist.base_model.shape import input_embedding
 
 UNTRAINED = 1e-3
-"""Share of the median norm of rows below which a row holds nothing."""
+"""Share of the median norm of rows up to which a row counts as untrained."""
 SAMPLED_ROWS = 1000
-"""Rows of which the median norm is taken, about."""
+"""Approximate number of rows whose median norm is taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NewTokens:
-    """Tokens that a tokenizer has been given, in the order of their ids.
+    """Tokens that were added to a tokenizer.
 
     Attributes:
-        ids: one number after the other.
-        pieces: of each, the ids of the tokens that its text was split into before.
+        ids: ids of the tokens, consecutive numbers.
+        pieces: ids of the tokens that each token's text was split into before.
     """
 
     ids: list[int]
@@ -31,16 +31,16 @@ class NewTokens:
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> NewTokens:
-    """Let a tokenizer know texts as tokens, in place.
+    """Add texts to a tokenizer as tokens, in place.
 
     They are ordinary tokens and not special ones: texts of rows may hold them, and answers show them.
 
     Args:
-        tokenizer: of the model.
-        texts: of the tokens, in the order of their ids.
+        tokenizer: the model's tokenizer.
+        texts: texts of the tokens, in the order of their ids.
 
     Raises:
-        ValueError: a text is a token already, holds one that texts are split at, or cannot be made one.
+        ValueError: a text is a token already, holds an added token, or is not read as one token after it was added.
     """
     known = tokenizer.get_vocab()
     split_at = [token.content for token in tokenizer.added_tokens_decoder.values()]
@@ -78,10 +78,10 @@ def ids_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int
 
 
 def modules_with_rows(model: PreTrainedModel) -> dict[str, nn.Embedding | nn.Linear]:
-    """Modules that have a row for each token, by their names: the embedding, and the head where it is not tied to it.
+    """Modules that have a row for each token, by name: the embedding, and the head if it is not tied to the embedding.
 
     Raises:
-        ValueError: single rows of them cannot be trained by PEFT's layer as the model computes.
+        ValueError: PEFT's layer for single rows cannot compute what these modules do.
     """
     embedding, head = input_embedding(model), model.get_output_embeddings()
     tied = head is not None and head.weight is embedding.weight
@@ -104,10 +104,10 @@ def modules_with_rows(model: PreTrainedModel) -> dict[str, nn.Embedding | nn.Lin
 
 
 def num_row_parameters(model: PreTrainedModel, num_tokens: int) -> int:
-    """Parameters in the rows of new tokens; 0 where there are none.
+    """Number of parameters in the rows of new tokens; 0 without new tokens.
 
     Raises:
-        ValueError: see :func:`modules_with_rows`.
+        ValueError: as in :func:`modules_with_rows`.
     """
     if not num_tokens:
         return 0
@@ -115,11 +115,11 @@ def num_row_parameters(model: PreTrainedModel, num_tokens: int) -> int:
 
 
 def fit_rows(model: PreTrainedModel, ids: Sequence[int]) -> None:
-    """Let embedding and head have rows for all of these ids, in place; a model that has them is left as it is. The
-    values of rows that are added have no meaning.
+    """Give embedding and head rows for all of these ids, in place; a model that has them stays as it is. The values of
+    added rows have no meaning.
 
     Raises:
-        ValueError: rows would be added for tokens that have been there before.
+        ValueError: rows would be added for tokens that are not new.
     """
     rows = input_embedding(model).num_embeddings
     if min(ids) > rows:
@@ -134,10 +134,10 @@ def fit_rows(model: PreTrainedModel, ids: Sequence[int]) -> None:
 @torch.no_grad()
 def start_rows(model: PreTrainedModel, tokens: NewTokens) -> None:
     """Give new tokens rows in embedding and head, in place: each starts as the mean, in float32, of the rows of its
-    pieces. The values depend on the model alone, so that they are the same on every rank.
+    pieces. The values depend on the model alone, so they are the same on every rank.
 
     Raises:
-        ValueError: see :func:`modules_with_rows` and :func:`fit_rows`.
+        ValueError: as in :func:`modules_with_rows` and :func:`fit_rows`.
     """
     fit_rows(model, tokens.ids)
     for module in modules_with_rows(model).values():
@@ -149,14 +149,14 @@ def start_rows(model: PreTrainedModel, tokens: NewTokens) -> None:
 def untrained_rows(
     model: PreTrainedModel, read: Sequence[int], written: Sequence[int], added: Sequence[int]
 ) -> list[int]:
-    """Tokens for which a model has a row that nothing has trained: next to nothing, or the same, bit for bit, as that
-    of another token. Untrained rows of random values look like trained ones, and are not found.
+    """Ids of tokens whose row in a model nothing has trained: it is nearly 0, or equal, bit for bit, to that of another
+    token. Untrained rows of random values look like trained ones, and are not found.
 
     Args:
         model: a base.
-        read: tokens, looked for in its embedding.
-        written: tokens, looked for in its head too, where that has rows of its own.
-        added: tokens that these are compared with.
+        read: ids of tokens whose rows in the embedding are checked.
+        written: ids of tokens whose rows in the head are checked, if the head has rows of its own.
+        added: ids of tokens whose rows these are compared with.
     """
     embedding, head = input_embedding(model), model.get_output_embeddings()
     found = _untrained_in(embedding.weight, read, added)

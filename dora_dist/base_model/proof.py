@@ -1,4 +1,4 @@
-"""What proofs on a model itself share, before something takes the place of its own code: rows, and a distance."""
+"""Rows and a distance for trials that prove, on the model itself, that something may replace the model's own code."""
 
 import torch
 from torch import Tensor
@@ -15,5 +15,5 @@ def short_rows(model: PreTrainedModel) -> Tensor:
 
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of what is expected."""
+    """Norm of the difference, divided by the norm of what is expected."""
     return float((found.double() - expected.double()).norm() / expected.double().norm())

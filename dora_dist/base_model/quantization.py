@@ -1,5 +1,5 @@
-"""What this project needs to know about bitsandbytes: how a base is quantized, or comes quantized, and how to read it
-back."""
+"""Everything that this project knows about bitsandbytes: how a base is quantized, or is stored quantized, and how to
+dequantize it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,21 +16,21 @@ from dora_dist.config.model import QUANTIZATIONS
 from dora_dist.console.files import read_json
 
 STORED_TITLES = {"nf4": "bitsandbytes' NF4", "fp4": "bitsandbytes' FP4", "int8": "bitsandbytes' 8 bits"}
-"""How a base may come quantized by bitsandbytes, in words."""
+"""Kind of quantization in which bitsandbytes may have stored a base -> its name for messages."""
 QUANTIZED_FROM = "quantized_from"
 """Entry of ``quantization_config`` in the ``config.json`` of a base that ``dora-dist quantize`` has written: the base
-that it was made of. transformers takes no notice of it."""
+that it was made from. transformers ignores it."""
 
 
 def quantization_config(
     quantization: str, compute_dtype: torch.dtype, leave_out: Sequence[str] = ()
 ) -> BitsAndBytesConfig | None:
-    """The bitsandbytes configuration of a base: NF4 with double quantization (QLoRA's), LLM.int8, or none.
+    """The bitsandbytes configuration of a base: NF4 with double quantization (QLoRA's), LLM.int8, or None.
 
     Args:
         quantization: one of :data:`~dora_dist.config.model.QUANTIZATIONS`.
-        compute_dtype: of 4-bit layers.
-        leave_out: modules that stay as they are; where none is named, transformers leaves out the output head.
+        compute_dtype: dtype in which 4-bit layers compute.
+        leave_out: names of modules that stay as they are; if empty, transformers leaves out the output head.
 
     Raises:
         ValueError: ``quantization`` is none of these.
@@ -51,12 +51,12 @@ def quantization_config(
 
 
 def stored_quantization(config: PreTrainedConfig, path: str) -> BitsAndBytesConfig | None:
-    """How a base is quantized in its files, by bitsandbytes to NF4 with or without double quantization; None where it
-    is not quantized.
+    """The quantization of a base in its files: bitsandbytes' NF4, with or without double quantization; None if it is
+    not quantized.
 
     Args:
-        config: of the base.
-        path: of the base, for the message.
+        config: configuration of the base.
+        path: path of the base, for the message.
 
     Raises:
         ValueError: it is quantized in any other way.
@@ -81,10 +81,10 @@ def stored_quantization(config: PreTrainedConfig, path: str) -> BitsAndBytesConf
 
 
 def quantized_from(base: str) -> str:
-    """The base that ``dora-dist quantize`` has made a base of, by name or whole path; of any other base, the base.
+    """The base that ``dora-dist quantize`` has made this base from, by name or absolute path; any other base as it is.
 
     Args:
-        base: folder, or name of a model on the Hub, which is looked for in folders only.
+        base: a folder, or the name of a model on the Hub, which is returned as it is.
     """
     path = Path(base).expanduser() / "config.json"
     config: dict[str, Any] = read_json(path) if path.is_file() else {}
@@ -93,10 +93,10 @@ def quantized_from(base: str) -> str:
 
 
 def stays_in_16_bits(model: PreTrainedModel, name: str) -> bool:
-    """Whether the base comes quantized and its files have this linear layer unquantized.
+    """Whether the base is stored quantized, and this linear layer of it is not.
 
     Args:
-        model: without weights, of the configuration that ``load_model_config`` gives.
+        model: the model without weights, with the configuration that ``load_model_config`` returns.
         name: full name of the layer.
     """
     stored = getattr(model.config, "quantization_config", None)
@@ -104,25 +104,25 @@ def stays_in_16_bits(model: PreTrainedModel, name: str) -> bool:
 
 
 def has_plain_constants(model: PreTrainedModel) -> bool:
-    """Whether the base comes quantized without double quantization, so that its constants are float32.
+    """Whether the base is stored quantized without double quantization, so that its constants are float32.
 
     Args:
-        model: as of :func:`stays_in_16_bits`.
+        model: see :func:`stays_in_16_bits`.
     """
     stored = getattr(model.config, "quantization_config", None)
     return stored is not None and not stored["bnb_4bit_use_double_quant"]
 
 
 def prepare_stored(model: nn.Module, path: str, dtype: torch.dtype) -> None:
-    """Let a base that came in 4 bits, or a part of it, compute in a dtype, in place: its unquantized weights, and what
-    its 4-bit layers dequantize to.
+    """Let a base that is stored in 4 bits, or a part of it, compute in ``dtype``, in place: convert its unquantized
+    weights, and set the dtype that its 4-bit layers dequantize to.
 
-    transformers (5.23) leaves both as they are stored (``HfQuantizer.get_new_dtype`` of a quantized model), and
-    bitsandbytes (0.50.2) takes quantized constants without theirs for constants that are not quantized
+    transformers (5.23) leaves both as they are stored (``HfQuantizer.get_new_dtype`` of a quantized model). If the
+    constants of quantized constants are missing, bitsandbytes (0.50.2) takes the latter for unquantized ones
     (``QuantState.from_dict``). This can go when tests/unit/base_model/test_stored_nf4.py passes without it.
 
     Raises:
-        ValueError: the constants by which its constants are quantized are missing; names the first layer.
+        ValueError: constants of quantized constants are missing; the message names the first such layer.
     """
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.dtype != dtype:
@@ -142,7 +142,7 @@ def forbid_inference_packing(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights for inference on CPUs with AVX512-BF16.
 
     There, the first forward without gradients (an evaluation, say) repacks the weight in place for a kernel that has
-    no backward: training that goes on afterwards silently gets no gradient through the layer. Seen in bitsandbytes
+    no backward: training afterwards silently gets no gradient through the layer. Seen in bitsandbytes
     0.50.2, ``Linear4bit.forward`` and ``matmul_4bit``; this can go when a packed weight is unpacked for training there.
 
     Raises:
@@ -160,7 +160,7 @@ def forbid_inference_packing(model: nn.Module) -> None:
 
 @torch.no_grad()
 def dequantized_weight(module: nn.Linear, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Weight ``(out, in)`` that a linear layer computes with, in ``dtype``: dequantized where it is quantized."""
+    """Weight ``(out, in)`` that a linear layer computes with, in ``dtype``; dequantized if it is quantized."""
     if isinstance(module, Linear4bit):
         return bnb_functional.dequantize_4bit(module.weight.data, quantization_state(module)).to(dtype)
     if isinstance(module, Linear8bitLt):
@@ -176,26 +176,26 @@ def dequantized_weight(module: nn.Linear, dtype: torch.dtype = torch.float32) ->
 
 
 def quantized_weight(module: Linear4bit) -> Params4bit:
-    """The weight of a 4-bit layer, of whose types bitsandbytes says only that it is a tensor."""
+    """The weight of a 4-bit layer, with its type; bitsandbytes says only that it is a tensor."""
     return cast(Params4bit, module.weight)
 
 
 def quantization_state(module: Linear4bit) -> bnb_functional.QuantState:
-    """What a 4-bit layer's codes mean: the weight's, or the layer's own, for codes that ranks gather from their shards
-    are a plain tensor without it."""
+    """The constants of a 4-bit layer: those of its weight, or those kept by the layer, because codes that ranks gather
+    from shards are a plain tensor without them."""
     state = getattr(module.weight, "quant_state", None)
     return cast(bnb_functional.QuantState, module.quant_state if state is None else state)
 
 
 SAMPLE = 256
-"""Elements of a weight that ranks compare."""
+"""Number of elements of a weight that ranks compare."""
 
 
 def keep_for_shards(layer: nn.Module) -> None:
-    """Let modules keep what can be read of a whole weight only: its constants, and the sample of it that ranks compare.
+    """Let modules keep what can only be read from a whole weight: its constants, and the sample that ranks compare.
 
     Args:
-        layer: whose weights are whole.
+        layer: a layer with whole weights.
     """
     for module in layer.modules():
         weight = getattr(module, "weight", None)
@@ -206,7 +206,7 @@ def keep_for_shards(layer: nn.Module) -> None:
 
 
 def sample_of(module: nn.Module) -> Tensor:
-    """The first :data:`SAMPLE` elements of a module's weight, as it is stored, also where ranks hold shards of it."""
+    """The first :data:`SAMPLE` elements of a module's weight as it is stored, even if ranks hold shards of it."""
     kept = vars(module).get("weight_sample")
     if kept is not None:
         return cast(Tensor, kept)
@@ -214,8 +214,8 @@ def sample_of(module: nn.Module) -> Tensor:
 
 
 def product_dtype(module: nn.Module, output: Tensor) -> torch.dtype:
-    """The dtype in which a linear layer has multiplied to get this output, and multiplies in its backward; a gradient
-    of the output tells as well."""
+    """The dtype in which a linear layer multiplies, in forward and backward, given its output or the output's
+    gradient."""
     if isinstance(module, Linear4bit) and module.compute_dtype is not None:
         dtype: torch.dtype = module.compute_dtype
         return dtype
@@ -223,7 +223,7 @@ def product_dtype(module: nn.Module, output: Tensor) -> torch.dtype:
 
 
 def is_known_linear(module: nn.Module) -> bool:
-    """Whether a layer computes as torch's linear layer or one of bitsandbytes' quantized ones. The input gradient of
-    one that computes in a way of its own would not be ``grad @ weight``."""
+    """Whether a layer has the forward of torch's linear layer or of one of bitsandbytes' quantized ones. With another
+    forward, the input's gradient may not be ``grad @ weight``."""
     known = (nn.Linear.forward, Linear4bit.forward, Linear8bitLt.forward)
     return getattr(type(module), "forward", None) in known

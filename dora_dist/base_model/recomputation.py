@@ -1,10 +1,11 @@
-"""Which layers of a model are computed again in the backward, instead of keeping what their forward computes.
+"""Selects the layers of a model that are computed again in the backward, instead of keeping what their forward saves.
 
-They are the first ones, since these need less memory than the last ones. Let a layer keep ``s`` bytes for its backward,
-and its input take ``c``. When the backward begins, ``L - n`` of ``L`` layers keep ``s`` and ``n`` keep ``c``, whichever
-they are. If the last layer is one of the ``n``, it is computed again now, while all others still hold what they keep:
-``s`` more. If the first ``n`` are, all others have let go by the time that the backward comes to them. So recomputing
-all but the last layer takes no more memory than recomputing all; tests/unit/memory/test_recomputed_memory.py has both.
+These are the first layers, since recomputing them takes less memory than recomputing the last ones. Let a layer keep
+``s`` bytes for its backward, and its input take ``c``. When the backward begins, ``n`` of ``L`` layers are to be
+recomputed and keep ``c``; the others keep ``s``. If the last layer is among the ``n``, it is computed again now, which
+takes ``s`` more while all others still hold what they keep. If the ``n`` are the first ones, all others have freed
+theirs before the backward comes to them. So recomputing all but the last layer takes no more memory than recomputing
+all; tests/unit/memory/test_recomputed_memory.py has both.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recomputation:
-    """How many of a model's layers are computed again in the backward: the first ``count`` of ``layers``."""
+    """The number of a model's layers that are computed again in the backward: the first ``count`` of ``layers``."""
 
     count: int
     layers: int
@@ -46,12 +47,12 @@ def recomputable_layers(model: "PreTrainedModel") -> "list[GradientCheckpointing
 
 
 def number_of_recomputed(setting: int | str, layers: Sequence[nn.Module], model: str) -> int:
-    """Layers that ``model.recompute_layers`` means, where it is not ``auto``.
+    """Number of layers that ``model.recompute_layers`` asks for, if it is not ``auto``.
 
     Args:
-        setting: ``all``, ``none``, or their number.
-        layers: those that can be recomputed.
-        model: path or name, for the message.
+        setting: ``all``, ``none``, or a number.
+        layers: layers that can be recomputed.
+        model: path or name of the model, for the message.
 
     Raises:
         ValueError: the model has fewer layers, or none that can be recomputed one by one.
@@ -72,12 +73,12 @@ def number_of_recomputed(setting: int | str, layers: Sequence[nn.Module], model:
 def recompute_first(model: "PreTrainedModel", count: int) -> None:
     """Compute the first layers of a model again in the backward, and no others; in place.
 
-    torch's non-reentrant kind: the reentrant one runs the backward of a layer as a pass of its own, in which what
-    layers have in common gets no gradient.
+    Uses torch's non-reentrant checkpointing: the reentrant kind runs the backward of a layer as a separate pass, in
+    which tensors shared between layers get no gradient.
 
     Args:
-        model: of transformers, perhaps as PEFT has changed it.
-        count: how many of its :func:`recomputable_layers`.
+        model: a transformers model, which PEFT may have changed.
+        count: number of its :func:`recomputable_layers` to recompute.
     """
     if count:
         # transformers before 5.23 has only the old name, which 5.23 deprecates and 6 is to remove.

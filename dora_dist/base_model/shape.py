@@ -1,4 +1,4 @@
-"""The sizes of a causal language model that decide how much memory it takes, read off its modules."""
+"""The sizes of a causal language model that decide how much memory it takes, read from its modules."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,24 +11,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 QUERY_KEY_VALUE = ("q_proj", "k_proj", "v_proj")
-"""Layers that read one tensor; adapted ones are computed together (:mod:`dora_dist.adapter.shared_input`)."""
+"""Names of layers that read one tensor; adapted ones are computed together (:mod:`dora_dist.adapter.shared_input`)."""
 GATED_MLP = ("gate_proj", "up_proj", "down_proj")
 GATED_BLOCK = {*QUERY_KEY_VALUE, "o_proj", *GATED_MLP}
-"""Linear layers of a decoder layer that is built as Llama's."""
+"""Names of the linear layers in a decoder layer built like Llama's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """A linear layer: its last name, its sizes, and the components that it starts with, whose storage never shrinks."""
+    """A linear layer: the last part of its name, its sizes, and the number of components that it starts with, whose
+    storage never shrinks."""
 
     kind: str
     in_features: int
     out_features: int
     rank: int = 0
     unquantized: bool = False
-    """Whether it stays in 16 bits where the base is quantized: the head, and what a base in 4 bits has so."""
+    """Whether it stays in 16 bits when the base is quantized: the head, and layers that a base in 4 bits stores so."""
     plain_constants: bool = False
-    """Whether its constants of NF4 are float32: those of a base that comes without double quantization."""
+    """Whether its NF4 constants are float32, as in a base that is stored without double quantization."""
 
     @property
     def adapted(self) -> bool:
@@ -42,7 +43,7 @@ class Linear:
 
 @dataclass(frozen=True, kw_only=True)
 class Norm:
-    """A normalization: its last name and the width of its weight."""
+    """A normalization: the last part of its name, and the width of its weight."""
 
     kind: str
     width: int
@@ -50,7 +51,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Block:
-    """A decoder layer: what gradient checkpointing recomputes as one."""
+    """A decoder layer, which gradient checkpointing recomputes as a whole."""
 
     linears: tuple[Linear, ...]
     norms: tuple[Norm, ...]
@@ -59,7 +60,7 @@ class Block:
 
     @property
     def is_known(self) -> bool:
-        """Whether it is built as in Llama: attention by four projections, and a gated MLP."""
+        """Whether it is built like Llama's: attention with four projections, and a gated MLP."""
         return len(self.linears) == len(GATED_BLOCK) and {linear.kind for linear in self.linears} == GATED_BLOCK
 
     def linear(self, kind: str) -> Linear:
@@ -68,7 +69,7 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """What of a causal language model decides its memory; numbers of elements, not bytes."""
+    """The sizes of a causal language model that decide its memory, in elements unless named otherwise."""
 
     linears: tuple[Linear, ...]
     blocks: tuple[Block, ...]
@@ -76,22 +77,22 @@ class ModelShape:
     vocabulary: int
     heads: int
     embedding_numel: int
-    """Of input embedding and output head together; a tied one counts once."""
+    """Elements of input embedding and output head together; tied ones count once."""
     other_numel: int
-    """Of norms, biases and whatever else is not quantized."""
+    """Elements of norms, biases and whatever else is not quantized."""
     buffer_bytes: int
     fused: bool = False
-    """Whether components of all layers are made at once (:mod:`dora_dist.adapter.components`), and adapted q, k and v
+    """Whether the operands of all layers are made at once (:mod:`dora_dist.adapter.components`), and adapted q, k and v
     are computed together."""
 
     @property
     def num_components(self) -> int:
-        """Of all layers at the start."""
+        """Number of components of all layers at the start."""
         return sum(linear.rank for linear in self.linears)
 
 
 def has_code_of(function: object, known: Callable[..., Any]) -> bool:
-    """Whether a function computes as a known one, by its compiled code; docstring and names of variables may differ."""
+    """Whether a function has the compiled code of a known one; docstring and names of variables may differ."""
     code = _code(function)
     return code is not None and code == _code(known)
 
@@ -106,7 +107,7 @@ def _code(function: object) -> tuple[Any, ...] | None:
 
 def is_gated_mlp(module: nn.Module) -> bool:
     """Whether a module computes ``down_proj(silu(gate_proj(x)) * up_proj(x))``, by the code of its ``forward``: that of
-    :class:`_GatedMlp`, as transformers' Llama has it and most models of this family have a copy of."""
+    :class:`_GatedMlp`, which is that of transformers' Llama and of most models of its family."""
     from transformers.activations import SiLUActivation
 
     if not has_code_of(type(module).forward, _GatedMlp.forward):
@@ -129,9 +130,9 @@ def read_shape(skeleton: "PreTrainedModel", ranks: Mapping[str, int], fuse: bool
     """The shape of a transformers model.
 
     Args:
-        skeleton: the causal language model, best on the meta device.
-        ranks: full name of a linear layer that is adapted -> the components that it starts with.
-        fuse: adapted layers are computed together where they can.
+        skeleton: the causal language model; may be on the meta device.
+        ranks: full name of an adapted linear layer -> number of components that it starts with.
+        fuse: whether adapted layers are computed together where they can be.
     """
     from dora_dist.base_model.quantization import has_plain_constants, stays_in_16_bits
 
@@ -177,19 +178,19 @@ def read_shape(skeleton: "PreTrainedModel", ranks: Mapping[str, int], fuse: bool
 
 
 def positions_of(config: "PreTrainedConfig") -> int | None:
-    """Tokens of a row that a model has positions for; None where there is no bound."""
+    """Most tokens in a row that a model has positions for; None if there is no bound."""
     positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return positions
 
 
 def input_embedding(model: "PreTrainedModel") -> nn.Embedding:
-    """Of a language model. transformers' type is that of every model: a module."""
+    """The input embedding of a language model, with its type; transformers says only that it is a module."""
     return cast(nn.Embedding, model.get_input_embeddings())
 
 
 def text_decoder(model: nn.Module) -> str:
-    """Full name of the module that is the text decoder of a model that takes images or sound as well; empty where the
-    model is nothing else than text, with or without an encoder."""
+    """Full name of the text decoder in a model that takes images or sound as well; empty for a text-only model, with or
+    without an encoder."""
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
@@ -202,12 +203,12 @@ def text_decoder(model: nn.Module) -> str:
 
 
 def linear_layer(model: nn.Module, name: str) -> nn.Linear:
-    """A linear layer, quantized or not, by its full name. torch's type is that of every part: a module."""
+    """A linear layer, quantized or not, by its full name, with its type; torch says only that it is a module."""
     return cast(nn.Linear, model.get_submodule(name))
 
 
 def _decoder_layers(skeleton: "PreTrainedModel") -> list[tuple[str, nn.Module]]:
-    """The entries of the longest module list, by full name; of the text decoder, where there is more than text."""
+    """The entries of the longest module list, with full names; within the text decoder, if there is more than text."""
     prefix = text_decoder(skeleton)
     lists = [
         (name, module)

@@ -1,6 +1,6 @@
 """Agreement between ranks: the only file with collectives.
 
-Everything goes through :class:`Agreement`, which is the same object for one rank and for many. A rank that fails
+Everything goes through :class:`Agreement`, which serves one rank and many alike. A rank that fails
 between two collectives reports its failure in the next one, so that all ranks raise and none waits for ever.
 """
 
@@ -36,14 +36,14 @@ class Agreement:
     """Collectives over all data-parallel ranks (the default process group, or this process alone).
 
     Args:
-        device: where tensors must live for the process group's backend: the GPU for NCCL, the CPU for gloo.
-        monitor: over this run; it is told what the ranks are doing, and ends with the process group.
-        host_group: all ranks, for what lies in host memory: flags, digests, objects. None where the default group
+        device: device that tensors must be on for the process group's backend: the GPU for NCCL, the CPU for gloo.
+        monitor: heartbeat monitor of the run, which is told what this rank is doing and ends with the process group.
+        host_group: group of all ranks for values in host memory: flags, digests, objects. None if the default group
             serves the CPU; see :func:`~dora_dist.distributed.world.host_group`.
 
     Attributes:
-        sharded_base: of the model, whose forwards and backwards are collectives then; None where every rank has all of
-            its base.
+        sharded_base: shards of the model's base, with which its forwards and backwards are collectives; None if every
+            rank has the whole base.
     """
 
     def __init__(
@@ -62,11 +62,11 @@ class Agreement:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the first rank, which alone writes what all have in common."""
+        """Whether this is the first rank, which alone writes what all ranks have in common."""
         return self.rank == 0
 
     def note(self, phase: str) -> None:
-        """Say what this rank is doing from now on, for messages about ranks that are gone."""
+        """Record what this rank is doing from now on, for messages about lost ranks."""
         if self._monitor is not None:
             self._monitor.note(phase)
 
@@ -87,7 +87,7 @@ class Agreement:
         return [int(one) for one in numbers]
 
     def mean(self, flat: Tensor) -> Tensor:
-        """Mean over the ranks of a tensor of the same shape everywhere; the same bits on every rank."""
+        """Mean over the ranks of a tensor that has the same shape on all of them; the same bits on every rank."""
         if not self.distributed:
             return flat.clone()
         total = flat.to(self.device, copy=True)
@@ -95,8 +95,8 @@ class Agreement:
         return (total / self.size).to(flat.device)
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank; the same answer on every rank. One number in host memory, for
-        use in every step: no GPU is waited for."""
+        """Whether the flag is set on any rank; the same answer on every rank. Exchanges one number in host memory and
+        waits for no GPU, so it can be used in every step."""
         if not self.distributed:
             return flag
         highest = torch.tensor([flag], dtype=torch.int32)
@@ -115,7 +115,7 @@ class Agreement:
 
     @property
     def backend(self) -> str | None:
-        """Of the process group, such as ``nccl``; None where there is none."""
+        """Backend of the process group, such as ``nccl``; None without a process group."""
         return str(dist.get_backend()) if self.distributed else None
 
     def barrier(self) -> None:
@@ -130,36 +130,37 @@ class Agreement:
         self.barrier()
         if self._monitor is not None:
             self._monitor.stop()
-            self.barrier()  # nobody leaves while somebody is watching
+            self.barrier()  # no rank leaves while another one still watches
         if self.distributed:
             dist.destroy_process_group()
 
     def uneven_forwards(self) -> AbstractContextManager[None]:
-        """While it lasts, a rank runs the model without gradients as often as it likes: see
+        """A context in which each rank may run the model without gradients any number of times; see
         :meth:`~dora_dist.distributed.sharded_base.ShardedBase.uneven`."""
         return nullcontext() if self.sharded_base is None else self.sharded_base.uneven()
 
     def runs_more(self, total: int) -> int:
-        """How often this rank has to run the model besides, with gradients or without, where ``total`` rows are shared
-        out one by one, from the first rank on: with a sharded base, all ranks run it equally often."""
+        """Number of extra runs of the model on this rank, with gradients or without, when ``total`` rows are dealt out
+        one by one from the first rank on: with a sharded base, all ranks must run it equally often."""
         return int(self.sharded_base is not None and self.rank >= total % self.size > 0)
 
     def whole_weight(self, module: nn.Module) -> AbstractContextManager[None]:
-        """While it lasts, a module of the base has its whole weight; all ranks ask for the same one."""
+        """A context in which a module of the base has its whole weight; all ranks must ask for the same module."""
         return nullcontext() if self.sharded_base is None else self.sharded_base.whole(module)
 
     @contextmanager
     def together(self, phase: str, runs_model: bool = False) -> Iterator[None]:
-        """A phase without collectives that all ranks leave together: well, or all with an error. Also a barrier.
+        """A phase without collectives, which all ranks leave together: all without an error, or all with one. Also a
+        barrier.
 
         Args:
-            phase: what the ranks are doing, for the message.
-            runs_model: the model runs in it, equally often on all ranks. With a sharded base that is a collective: a
-                failure then ends this rank at once, and the heartbeat tells the others.
+            phase: the activity of the ranks, for the message.
+            runs_model: whether the model runs in it, equally often on all ranks. With a sharded base this is a
+                collective: a failure then ends this rank at once, and the heartbeat tells the others.
 
         Raises:
-            RankFailedError: a rank has failed; names every failed rank with its failure.
-            Exception: this rank's own error, where all ranks failed in the same way (a wrong file name, say).
+            RankFailedError: a rank has failed; the message names every failed rank with its failure.
+            Exception: this rank's own error, if all ranks failed in the same way (a wrong file name, say).
         """
         self.note(phase)
         failure, cause = None, None
@@ -177,14 +178,14 @@ class Agreement:
         self._raise_failures(failures, phase)
 
     def of_first(self, phase: str, function: Callable[[], Result]) -> Result:
-        """What a function returns on the first rank, on every rank; for small values that pickle.
+        """Call a function on the first rank, and return its result on every rank; for small values that pickle.
 
         Args:
-            phase: what the first rank is doing, for the message.
-            function: called on the first rank only.
+            phase: the activity of the first rank, for the message.
+            function: function that is called on the first rank only.
 
         Raises:
-            ValueError: the function's own, with the same message on every rank.
+            ValueError: the function has raised it; the same message on every rank.
             RankFailedError: the function has failed in another way.
         """
         result, flaw = None, None
@@ -204,19 +205,19 @@ class Agreement:
         """Exchange failures; if any rank has one, raise on all.
 
         Args:
-            failure: what went wrong on this rank, or None.
-            phase: what the ranks were doing, for the message.
+            failure: description of what went wrong on this rank, or None.
+            phase: the activity of the ranks, for the message.
 
         Raises:
-            RankFailedError: names every failed rank with its failure.
+            RankFailedError: a rank has failed; the message names every failed rank with its failure.
         """
         self._raise_failures(self._exchange(failure, phase), phase)
 
     def _exchange(self, failure: str | None, phase: str) -> list[str | None]:
-        """The failures of all ranks, for which this one may wait long."""
+        """The failures of all ranks. This rank may have to wait long for them."""
         self.note(phase + " (done on this rank, which waits for the others)" * self.distributed)
         failures = self.gather(failure)
-        self.note(phase)  # what follows may have no phase of its own
+        self.note(phase)  # for later work that notes no phase itself
         return failures
 
     def _raise_failures(self, by_rank: Sequence[str | None], phase: str) -> None:
@@ -229,15 +230,16 @@ class Agreement:
     def check_equal(self, digests: Mapping[str, bytes], what: str) -> None:
         """Prove that all ranks hold the same state.
 
-        Ranks first compare one digest of everything; only where that differs do they exchange the parts, to name the
-        first part that differs.
+        Ranks first compare one digest of everything. Only if it differs do they exchange the parts, to name the first
+        part that differs.
 
         Args:
             digests: part (a layer, the budget, the step) -> digest of its bytes, in the same order on every rank.
-            what: what is compared and when, for the message.
+            what: name of the compared state, and when it is compared, for the message.
 
         Raises:
-            DisagreementError: names the groups of ranks that agree among themselves, and the first differing part.
+            DisagreementError: the states differ; the message names the groups of ranks that agree among themselves, and
+                the first differing part.
         """
         self.note(f"comparing {what}")
         whole = sha256(b"".join(name.encode() + digest for name, digest in digests.items())).digest()
@@ -256,7 +258,7 @@ class Agreement:
 
 
 def digest_tensors(*tensors: Tensor) -> bytes:
-    """SHA-256 over dtype, shape and bytes of tensors, wherever they live. 32 bytes."""
+    """SHA-256 over dtype, shape and bytes of tensors, on any device; 32 bytes."""
     digest = sha256()
     for tensor in tensors:
         data = tensor.detach().cpu().contiguous()
@@ -266,20 +268,20 @@ def digest_tensors(*tensors: Tensor) -> bytes:
 
 
 def show_unexpected(error: Exception) -> None:
-    """Print the traceback of an error of which the other ranks get the text alone, unless that says all there is."""
+    """Print the traceback of an error, whose text alone reaches other ranks; but not if its text says everything."""
     if not isinstance(error, ValueError | ExpectedRunError):
         traceback.print_exception(error)
 
 
 def _name_ranks(ranks: Sequence[int], nodes: Sequence[str]) -> str:
-    """Numbers, and the node of a single rank."""
+    """Ranks by their numbers; a single rank with its node."""
     if len(ranks) == 1:
         return f"rank {ranks[0]} ({nodes[ranks[0]]})"
     return f"ranks {', '.join(map(str, ranks))}"
 
 
 def _group_ranks(digests: Sequence[bytes]) -> list[list[int]]:
-    """Ranks grouped by equal digests, the smallest group first: the odd one out is named first."""
+    """Ranks grouped by equal digests, the smallest group first, so that an odd one out is named first."""
     groups: dict[bytes, list[int]] = {}
     for rank, digest in enumerate(digests):
         groups.setdefault(digest, []).append(rank)

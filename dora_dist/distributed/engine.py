@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class ZeroOptimizer(Protocol):
-    """What is used here of DeepSpeed's ZeRO optimizer, which has no types."""
+    """The part of DeepSpeed's ZeRO optimizer that is used here; it has no types."""
 
     single_partition_of_fp32_groups: Sequence[Tensor]
     optimizer: torch.optim.Optimizer
@@ -20,7 +20,7 @@ class ZeroOptimizer(Protocol):
 
 
 class DeepSpeedEngine(Protocol):
-    """What is used of DeepSpeed's engine, whose types say of these only that each is a tensor or a module."""
+    """The part of DeepSpeed's engine that is used; its own types say only that each is a tensor or a module."""
 
     optimizer: ZeroOptimizer
     global_steps: int
@@ -34,14 +34,14 @@ class DeepSpeedEngine(Protocol):
 
 
 class FragmentAddress(Protocol):
-    """Where a part of a flat tensor lies."""
+    """The place of a part of a flat tensor."""
 
     start: int
     numel: int
 
 
 class FragmentMapping(Protocol):
-    """What of a parameter is this rank's (``lp``), and where its master copy lies (``hp``)."""
+    """The part of a parameter that this rank owns (``lp``), and the place of its master copy (``hp``)."""
 
     param_group_index: int
     lp_fragment_address: FragmentAddress
@@ -49,19 +49,19 @@ class FragmentMapping(Protocol):
 
 
 class LinkedParameter(Protocol):
-    """What DeepSpeed adds to a parameter; None where this rank owns nothing of it."""
+    """A parameter with the attribute that DeepSpeed adds; None if this rank owns no part of it."""
 
     _hp_mapping: FragmentMapping | None
 
 
 def deepspeed_of(wrapped: nn.Module) -> DeepSpeedEngine:
-    """A model wrapped by DeepSpeed, as what it is."""
+    """A model wrapped by DeepSpeed, with the engine's type."""
     return cast(DeepSpeedEngine, wrapped)
 
 
 def engine_of(wrapped: nn.Module) -> str:
-    """Which engine wraps a prepared model: ``zero2``, another ``zeroN``, ``ddp``, ``dp`` (the Trainer's choice for one
-    process that sees several GPUs) or ``none``."""
+    """The engine that wraps a prepared model: ``zero2``, another ``zeroN``, ``ddp``, ``dp`` (the Trainer's choice for
+    one process that sees several GPUs) or ``none``."""
     if isinstance(wrapped, nn.DataParallel):
         return "dp"
     if type(wrapped).__name__ == "DeepSpeedEngine":
@@ -73,8 +73,8 @@ def zero_entries(parameter: nn.Parameter, keep: Tensor) -> None:
     """Set entries of a parameter to 0 for good, also under ZeRO; see :func:`write_entries`.
 
     Args:
-        parameter: any shape.
-        keep: boolean, same shape; False where the entry becomes 0.
+        parameter: a parameter of any shape.
+        keep: boolean mask of the same shape, False where the entry becomes 0.
     """
     write_entries(parameter, torch.zeros_like(parameter), ~keep)
 
@@ -82,17 +82,17 @@ def zero_entries(parameter: nn.Parameter, keep: Tensor) -> None:
 @torch.no_grad()
 def write_entries(parameter: nn.Parameter, values: Tensor, chosen: Tensor) -> None:
     """Give entries of a parameter new values for good, also under ZeRO; leave all others as they are. The optimizer's
-    moments stay what they were.
+    moments stay as they are.
 
-    ZeRO keeps a float32 master copy from which every optimizer step overwrites the live parameter: a change in place
-    is undone by the next step. Writing the master alone changes the live parameter only then. So both are changed, each
-    rank the part of the master copy that it owns. The live values of the other entries, which may have been rounded
-    to 16 bits, must not find their way into the master copy.
+    ZeRO keeps a float32 master copy from which every optimizer step overwrites the live parameter: the next step would
+    undo a change of the live parameter alone, and a change of the master copy alone would take effect only then. So
+    both are changed; each rank changes the part of the master copy that it owns. The live values of the other entries,
+    which may be rounded to 16 bits, must not get into the master copy.
 
     Args:
-        parameter: any shape.
-        values: same shape, in the precision that the master copy is to have.
-        chosen: boolean, same shape; True where the entry changes.
+        parameter: a parameter of any shape.
+        values: new values, in the same shape and the precision that the master copy is to have.
+        chosen: boolean mask of the same shape, True where the entry changes.
     """
     parameter.data.copy_(torch.where(chosen, values.to(parameter.dtype), parameter.data))
     owned = getattr(parameter, "_hp_mapping", None)
@@ -106,7 +106,7 @@ def write_entries(parameter: nn.Parameter, values: Tensor, chosen: Tensor) -> No
 @torch.no_grad()
 def scale_entries(parameter: nn.Parameter, factor: float) -> None:
     """Multiply all entries of a parameter for good, also under ZeRO; see :func:`write_entries`. Live parameter and
-    master copy are multiplied each on its own, so that the master copy keeps its precision."""
+    master copy are multiplied separately, so that the master copy keeps its precision."""
     parameter.data.mul_(factor)
     owned = getattr(parameter, "_hp_mapping", None)
     if owned is not None:
@@ -119,7 +119,7 @@ MASTER = "master"
 
 @dataclass(frozen=True)
 class OwnedPart:
-    """What this rank's share of ZeRO's optimizer holds of one parameter.
+    """The part of one parameter in this rank's share of ZeRO's optimizer.
 
     Attributes:
         start: first element of the flattened parameter that belongs to this rank.
@@ -132,7 +132,7 @@ class OwnedPart:
 
 
 def owned_parts(wrapped: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, OwnedPart]:
-    """This rank's share of the optimizer, by parameter; parameters of which it owns nothing are left out.
+    """This rank's share of the optimizer, by parameter; parameters of which it owns no part are left out.
 
     Raises:
         ValueError: the optimizer keeps a state that is not one number per element of the parameter.
@@ -164,11 +164,11 @@ def _elementwise(state: Mapping[str, object], flat: Tensor) -> dict[str, Tensor]
 
 
 class Moments:
-    """What the optimizer remembers of every entry of a parameter (Adam's averages), whichever engine keeps it.
+    """The optimizer's state for every entry of a parameter (Adam's averages), whichever engine keeps it.
 
     Args:
         wrapped: the prepared model.
-        optimizer: of it, as torch made it.
+        optimizer: its torch optimizer.
     """
 
     def __init__(self, wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -177,12 +177,12 @@ class Moments:
 
     @torch.no_grad()
     def zero(self, parameter: nn.Parameter, chosen: Tensor) -> None:
-        """Forget the past of some entries: what stands there now is new. What all entries have in common, such as
+        """Forget the past of some entries, because they now hold new values. State that all entries share, such as
         Adam's number of steps, stays.
 
         Args:
-            parameter: any shape.
-            chosen: boolean, same shape; True where the past is forgotten.
+            parameter: a parameter of any shape.
+            chosen: boolean mask of the same shape, True where the past is forgotten.
 
         Raises:
             ValueError: the optimizer keeps a state that is not one number per element of the parameter.
@@ -197,16 +197,17 @@ class Moments:
                     state.masked_fill_(chosen.flatten().narrow(0, part.start, state.numel()), 0)
 
     def slow_down(self, rates: Callable[[], Iterable[tuple[nn.Parameter, Tensor]]]) -> None:
-        """From now on, let entries learn slower than the optimizer makes them: ``new <- old + share (new - old)``. To
-        scale their gradients would do nothing under Adam.
+        """From now on, apply only a share of the optimizer's update to some entries:
+        ``new <- old + share (new - old)``. Scaling their gradients would do nothing under Adam.
 
-        It is done to what the optimizer itself steps, which under ZeRO is the part of the master copy that a rank owns,
-        before the engine makes live parameters of it: these follow, on all ranks. What the optimizer remembers of the
-        entries is what it would be anyway.
+        It changes the values that the optimizer itself steps, which under ZeRO are the part of the master copy that a
+        rank owns, before the engine copies them to the live parameters on all ranks. The optimizer's state for these
+        entries is the same as without it.
 
         Args:
-            rates: asked before every step for parameters, and the share of each entry, in [0, 1], broadcastable to the
-                parameter's shape. 0 leaves an entry what it is to the bit, and 1 what the optimizer makes of it.
+            rates: function that is called before every step and returns parameters, each with the share of its
+                entries, in [0, 1], broadcastable to the parameter's shape. 0 leaves an entry as it is to the bit, and
+                1 applies the whole update.
         """
         optimizer = self._optimizer if self._wrapped is None else deepspeed_of(self._wrapped).optimizer.optimizer
         before: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -227,7 +228,8 @@ class Moments:
         optimizer.register_step_post_hook(bring_back)
 
     def _stepped(self, parameter: nn.Parameter, other: Tensor) -> tuple[Tensor, Tensor]:
-        """What of a parameter this rank's optimizer steps, as a view, and the same part of a tensor of its shape."""
+        """The part of a parameter that this rank's optimizer steps, as a view, and the same part of ``other``, a tensor
+        of the parameter's shape."""
         if self._wrapped is None:
             return parameter.data, other
         for part in owned_parts(self._wrapped, {"parameter": parameter}).values():
@@ -237,17 +239,17 @@ class Moments:
 
 
 Counters = Mapping[str, Mapping[str, Any]]
-"""What an optimizer counts (Adam's ``step``), as plain values."""
+"""Name of an optimizer's counter (Adam's ``step``) -> its value, dtype and device, as plain values."""
 
 
 def optimizer_counters(wrapped: nn.Module) -> list[Counters]:
-    """What ZeRO's optimizer counts, by parameter group: the same on every rank."""
+    """The counters of ZeRO's optimizer, by parameter group; the same on every rank."""
     zero = deepspeed_of(wrapped).optimizer
     return [counters_of(zero.optimizer.state.get(flat, {})) for flat in zero.single_partition_of_fp32_groups]
 
 
 def counters_of(state: Mapping[str, object]) -> Counters:
-    """Of the state of one parameter."""
+    """The counters in the state of one parameter."""
     counters: dict[str, dict[str, object]] = {}
     for key, value in state.items():
         if isinstance(value, Tensor) and not value.ndim:
@@ -259,15 +261,15 @@ def counters_of(state: Mapping[str, object]) -> Counters:
 
 
 def read_counters(counters: Counters, group: Mapping[str, Any], device: torch.device) -> dict[str, object]:
-    """What :func:`counters_of` was given, for another optimizer, whatever that of the checkpoint was.
+    """The inverse of :func:`counters_of`, for an optimizer that may differ from that of the checkpoint.
 
     Args:
-        counters: of a parameter.
-        group: of the optimizer, to which the parameter belongs.
-        device: of the parameter.
+        counters: counters of a parameter.
+        group: the optimizer's parameter group to which the parameter belongs.
+        device: device of the parameter.
     """
-    # As torch's own optimizers have it (Optimizer.load_state_dict): they count on the CPU, unless a kernel or a graph
-    # does it. Others count where they did.
+    # As in torch's own optimizers (Optimizer.load_state_dict): they count on the CPU, unless a kernel or a graph
+    # counts. Others count on the kind of device on which they did.
     hosts = [bool(group[key]) for key in ("fused", "capturable") if key in group]
     found: dict[str, object] = {}
     for key, saved in counters.items():
@@ -285,13 +287,13 @@ def prepare_optimizer_state(
     counters: Counters | Sequence[Counters],
     step: int,
 ) -> None:
-    """Give a fresh ZeRO optimizer the state that it would have made itself at its first step, filled with zeros.
+    """Give a fresh ZeRO optimizer the state that it would make itself at its first step, filled with zeros.
 
     Args:
         wrapped: DeepSpeed's engine.
-        dtypes: of the state's tensors, by name.
-        counters: as :func:`optimizer_counters` returned them, or those that all parameters have in common.
-        step: optimizer steps taken so far.
+        dtypes: name of a tensor of the state -> its dtype.
+        counters: counters that :func:`optimizer_counters` has returned, or those that all parameters share.
+        step: number of optimizer steps taken so far.
     """
     engine = deepspeed_of(wrapped)
     zero = engine.optimizer
@@ -305,15 +307,16 @@ def prepare_optimizer_state(
 
 
 class SkippedSteps:
-    """Whether the optimizer left out its last step because a gradient was not finite; the same answer on every rank.
+    """Makes the optimizer skip a step in which a gradient is not finite, and tells whether it did; the same answer on
+    every rank.
 
-    ZeRO checks the reduced gradients itself, unless it is told not to. Under DDP, and without an engine, the gradients
-    are dropped in a hook before the step, where DDP has made them the same on every rank: an optimizer changes neither
+    ZeRO checks the reduced gradients itself, unless it is told not to. Under DDP, and without an engine, a hook drops
+    the gradients before the step, after DDP has made them the same on every rank: an optimizer changes neither
     parameters without a gradient nor their state.
 
     Args:
         wrapped: the prepared model.
-        optimizer: of it, prepared too.
+        optimizer: its prepared optimizer.
     """
 
     def __init__(self, wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -326,7 +329,7 @@ class SkippedSteps:
             optimizer.register_step_pre_hook(self._drop_bad_gradients)
 
     def last(self) -> bool:
-        """Whether the step just taken was left out."""
+        """Whether the latest step was skipped."""
         return bool(self._zero.overflow) if self._zero is not None else self._dropped
 
     def _drop_bad_gradients(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -339,10 +342,10 @@ class SkippedSteps:
 
 
 def _leave_to_the_norm(zero: ZeroOptimizer) -> None:
-    """Let ZeRO find gradients that are not finite by the norm that it needs for clipping, and not by looking at each of
-    them before: one exchange and one wait for the GPU less in every step, and some kernels for each parameter.
+    """Let ZeRO find gradients that are not finite by the norm that it needs for clipping, instead of checking each of
+    them first. This saves an exchange and a wait for the GPU in every step, and some kernels for each parameter.
 
-    DeepSpeed before 0.19.8 does not look at the norm, nor does a later one that is told to compute none.
+    DeepSpeed before 0.19.8 does not check the norm, nor does a later one that is told to compute none.
     """
     from deepspeed.runtime.zero import stage_1_and_2
 

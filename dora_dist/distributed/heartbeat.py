@@ -30,7 +30,7 @@ class RanksLostError(ExpectedRunError):
     """Another rank stopped responding, or failed outside of a collective. Raised on every other rank.
 
     Attributes:
-        status: exit status: that of a run that can be resumed where a rank is lost, 1 where one has failed.
+        status: exit status: :data:`~dora_dist.console.errors.PREEMPTED` if a rank is lost, 1 if one has failed.
     """
 
     def __init__(self, message: str, gone: bool) -> None:
@@ -68,7 +68,7 @@ class HeartbeatMonitor:
         self._thread: threading.Thread | None = None
 
     def note(self, phase: str) -> None:
-        """Say what this rank is doing from now on."""
+        """Record what this rank is doing from now on."""
         self._phases.phase = phase
 
     def __enter__(self) -> "HeartbeatMonitor":
@@ -95,10 +95,10 @@ class HeartbeatMonitor:
             raise RanksLostError(self._verdict, self._gone) from None
 
     def stop(self, last_words: str | None = None) -> None:
-        """Leave the watch, when all ranks are leaving; silence is no alarm from here on.
+        """Stop sending and watching heartbeats, when all ranks are leaving.
 
         Args:
-            last_words: why, if not because the run is over.
+            last_words: the reason for leaving, if it is not the end of the run.
         """
         if self._thread is None or self._stopped:
             return
@@ -109,7 +109,7 @@ class HeartbeatMonitor:
             if self._rendezvous is not None and not self._thread.is_alive():
                 self._store.set(f"left/{self._rendezvous.rank}", last_words or "the run is over")
         except RuntimeError:
-            pass  # the store has gone with rank 0, which has left before
+            pass  # the store is gone with rank 0, which has left before
 
     # The thread. ``self._store`` belongs to it until it has ended.
 
@@ -147,7 +147,7 @@ class HeartbeatMonitor:
             leave(lost, lost.status)
 
     def _take(self) -> bool:
-        """Whether it falls to this thread, the first to ask, to report the verdict."""
+        """Whether the calling thread is the first to ask, and therefore reports the verdict."""
         with self._lock:
             first, self._taken = not self._taken, True
         return first
@@ -157,12 +157,12 @@ class HeartbeatMonitor:
         self._store.set(beat_key(self._rendezvous.rank), f"{count} {self._phases.phase}")
 
     def _missed(self) -> str | None:
-        """The first rank that has sent no heartbeat for too long. Rank 0 looks at all; all look at rank 0, whose
-        store a launcher may keep."""
+        """A message about the first rank that has sent no heartbeat for too long, or None. Rank 0 watches all ranks;
+        the others watch rank 0, whose store a launcher may keep."""
         assert self._rendezvous is not None
         watched = range(self._rendezvous.size) if self._rendezvous.is_first else [0]
         now = time.monotonic()
-        if now - self._looked > 5 * SIGN_SECONDS:  # this rank was stopped itself: the others may have been too
+        if now - self._looked > 5 * SIGN_SECONDS:  # this rank was suspended: the others may have been too
             self._signs.clear()
         self._looked = now
         for rank, sign in zip(watched, self._store.multi_get([beat_key(rank) for rank in watched]), strict=True):
@@ -174,8 +174,8 @@ class HeartbeatMonitor:
         return None
 
     def _roll_call(self) -> str:
-        """Answer, wait for the others' answers, and say what has happened. Rank 0 collects, so that all say the same;
-        if it does not, each rank does."""
+        """Answer, wait for the others' answers, and return what has happened. Rank 0 writes the verdict, so that all
+        say the same; if it does not, another rank writes it."""
         assert self._rendezvous is not None
         mine = {"order": self._store.add("answers", 1), "phase": self._phases.phase, "failure": self._failure}
         self._store.set(f"answer/{self._rendezvous.rank}", json.dumps(mine))
@@ -198,7 +198,7 @@ class HeartbeatMonitor:
         return f"{text}; this rank was in: {self._phases.phase}. {_ADVICE}"
 
     def _judge(self, missing: list[int]) -> tuple[int | None, bool, str]:
-        """The rank whose failure it was, if it is still there; whether some are gone; and what has happened."""
+        """The rank whose failure was the cause, if it is still there; whether ranks are lost; and what has happened."""
         assert self._rendezvous is not None
         if missing:
             return None, True, "; ".join(self._last_of(rank) for rank in missing)

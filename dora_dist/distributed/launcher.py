@@ -1,5 +1,5 @@
-"""Whether processes and engine go together: those that the launcher started, from its environment variables, and from
-the DeepSpeed file that they name."""
+"""Checks that the launched processes fit the engine, by the launcher's environment variables and the DeepSpeed file
+that they name."""
 
 import json
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ REPLACING_SECTIONS = {
     "scheduler": "training.lr_scheduler_type and training.warmup_steps",
     "torch_autocast": "model.compute_dtype",
 }
-"""Section of a DeepSpeed file that replaces what the configuration says -> the keys to set instead."""
+"""Section of a DeepSpeed file that would replace settings of the configuration -> the keys to set instead."""
 
 OFFLOAD_SETTINGS = {
     "offload_optimizer.device": "offload_optimizer_device",
@@ -36,21 +36,21 @@ OFFLOAD_SETTINGS = {
     "cpu_offload": "offload_optimizer_device",
     "cpu_offload_param": "offload_param_device",
 }
-"""Setting below ``zero_optimization`` of a DeepSpeed file, of today and of old -> the launcher's option for it."""
+"""Setting below ``zero_optimization`` of a DeepSpeed file, by its new or old name -> the launcher's option for it."""
 
 ACCELERATE_PRECISIONS = {"float32": "no", "bfloat16": "bf16"}
-"""Compute dtype of a run -> what accelerate calls it."""
+"""Compute dtype of a run -> accelerate's name for it."""
 
 
 def check_launch(engine: str, environment: Mapping[str, str]) -> None:
-    """Refuse a launch that cannot become the engine asked for.
+    """Refuse a launch that does not fit the configured engine.
 
     Args:
         engine: ``distributed.engine`` of the configuration.
-        environment: of this process.
+        environment: environment variables of this process.
 
     Raises:
-        ValueError: names what was found, and the command that would be right.
+        ValueError: it does not fit; the message names what was found, and the right command.
     """
     check_whole(environment)
     deepspeed = with_deepspeed(environment)
@@ -80,17 +80,17 @@ def check_launch(engine: str, environment: Mapping[str, str]) -> None:
 
 
 def check_precision(compute_dtype: str, environment: Mapping[str, str]) -> None:
-    """Refuse a launch by which accelerate would compute in another precision than the run, or compile its model.
+    """Refuse a launch that would make accelerate compute in another precision than the run's, or compile the model.
 
-    ``accelerate launch`` sets both variables, from its options, its file, or the user's ``default_config.yaml``; the
-    Trainer obeys them without a word. A precision of ``no`` goes with every run.
+    ``accelerate launch`` sets ``ACCELERATE_MIXED_PRECISION`` and ``ACCELERATE_DYNAMO_BACKEND`` from its options, its
+    file, or the user's ``default_config.yaml``; the Trainer obeys them silently. A precision of ``no`` fits every run.
 
     Args:
-        compute_dtype: of the run, such as ``float32``; never ``auto``.
-        environment: of this process.
+        compute_dtype: compute dtype of the run, such as ``float32``; never ``auto``.
+        environment: environment variables of this process.
 
     Raises:
-        ValueError: names the variable and the key that says it.
+        ValueError: it would; the message names the variable, and the key to set instead.
     """
     where = "of the launch file, of accelerate's default_config.yaml, of accelerate launch, or of the environment"
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
@@ -113,11 +113,12 @@ def _check_zero(environment: Mapping[str, str], hint: str) -> None:
     """Refuse settings of ZeRO that are not supported.
 
     Args:
-        environment: of this process.
-        hint: for the message, which launch would be right.
+        environment: environment variables of this process.
+        hint: the right launch, for the message.
 
     Raises:
-        ValueError: names the setting and where it was made; or the file of settings cannot be read.
+        ValueError: a setting is not supported (the message names it and where it was made), or the file of settings
+            cannot be read.
     """
     where, stage = _zero_setting(environment, "stage", "zero_stage", "2")
     if str(stage) != "2":
@@ -142,14 +143,14 @@ def _check_zero(environment: Mapping[str, str], hint: str) -> None:
 
 
 def _zero_setting(environment: Mapping[str, str], key: str, option: str, default: str) -> tuple[str, object]:
-    """Where a setting of ZeRO was made, and the setting, by the rules of accelerate 1.15: that of a file counts,
-    whatever the launcher was given beside it, unless it is ``auto``.
+    """Where a setting of ZeRO was made, and the setting, by the rules of accelerate 1.15: a file counts, whatever
+    options the launcher was given, unless its setting is ``auto``.
 
     Args:
-        environment: of this process.
-        key: below ``zero_optimization`` in a file.
-        option: of the launcher.
-        default: of the launcher.
+        environment: environment variables of this process.
+        key: name of the setting below ``zero_optimization`` in a file.
+        option: name of the launcher's option for it.
+        default: the launcher's default.
 
     Raises:
         ValueError: the file cannot be read.
@@ -164,7 +165,7 @@ def _zero_setting(environment: Mapping[str, str], key: str, option: str, default
 
 
 def _deepspeed_file(environment: Mapping[str, str]) -> tuple[str | None, Any]:
-    """The path of the DeepSpeed file that the launcher names, and what is in it; None twice where it names none.
+    """Path and contents of the DeepSpeed file that the launcher names; None for both if it names none.
 
     Raises:
         ValueError: the file cannot be read.
@@ -184,10 +185,10 @@ def _deepspeed_file(environment: Mapping[str, str]) -> tuple[str | None, Any]:
 def launched(environment: Mapping[str, str]) -> bool:
     """Whether a launcher has started this process as a rank.
 
-    ``LOCAL_RANK`` tells, by which accelerate too decides whether a process joins others. torchrun, deepspeed,
+    ``LOCAL_RANK`` shows it; accelerate too decides by it whether a process joins others. torchrun, deepspeed,
     ``slurm/rank.sh`` and ``accelerate launch`` (of several processes, or with DeepSpeed) set it, with ``RANK`` and
-    ``WORLD_SIZE``. ``accelerate launch`` of one process without DeepSpeed and ``srun`` by itself set none of them;
-    schedulers of containers set ``RANK`` and ``WORLD_SIZE`` of a container, in which a launcher is still to start.
+    ``WORLD_SIZE``. ``accelerate launch`` of one process without DeepSpeed and ``srun`` by itself set none of them.
+    Schedulers of containers set ``RANK`` and ``WORLD_SIZE`` for a container in which a launcher has yet to start.
     """
     return "LOCAL_RANK" in environment
 
@@ -198,10 +199,10 @@ def with_deepspeed(environment: Mapping[str, str]) -> bool:
 
 
 def check_whole(environment: Mapping[str, str]) -> None:
-    """Refuse a process that is one of several by some variables, and alone by :func:`launched`.
+    """Refuse a process that is one of several by ``WORLD_SIZE``, but alone by :func:`launched`.
 
     Raises:
-        ValueError: names what is set, and what is missing.
+        ValueError: it is such a process; the message names what is set, and what is missing.
     """
     if not launched(environment) and "RANK" in environment and world_size_of(environment) > 1:
         raise ValueError(
@@ -212,7 +213,7 @@ def check_whole(environment: Mapping[str, str]) -> None:
 
 
 def world_size_of(environment: Mapping[str, str]) -> int:
-    """Processes that the launcher started; 1 without one."""
+    """Number of processes that the launcher started; 1 without a launcher."""
     return int(environment.get("WORLD_SIZE", "1"))
 
 
@@ -220,7 +221,7 @@ def check_world_size(world_size: int, engine: str) -> None:
     """Refuse a ``--world-size`` that the engine cannot have.
 
     Raises:
-        ValueError: with the knob that would allow it.
+        ValueError: the engine cannot have it; the message names the key to change.
     """
     if world_size < 1:
         raise ValueError(f"--world-size is {world_size}, but must be at least 1")

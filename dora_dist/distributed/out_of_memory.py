@@ -20,7 +20,7 @@ def explained(advice: Callable[[], str]) -> Iterator[None]:
     """Replaces an out-of-memory error in the block by one that says what to change.
 
     Args:
-        advice: called after such an error; returns when it happened and which settings to change.
+        advice: function that is called after such an error; returns when it happened and which settings to change.
 
     Raises:
         NoMemoryLeftError: memory has run out.

@@ -19,11 +19,11 @@ from dora_dist.distributed.launcher import world_size_of
 
 POLL_SECONDS = 0.2
 ANSWER_TIMEOUT = timedelta(seconds=20)
-"""How long the store may take for an answer once the ranks are connected."""
+"""Longest time that the store may take to answer once the ranks are connected."""
 
 
 _KEPT: list[Any] = []
-"""The store, on the rank that keeps it, until its process ends: others may still read it."""
+"""Keeps the store alive until this process ends: other ranks may still read it."""
 
 
 class JoinError(ExpectedRunError):
@@ -35,8 +35,8 @@ class Rendezvous:
     """The rendezvous of a run, once all ranks have connected.
 
     Attributes:
-        rank: of this process.
-        size: of the world.
+        rank: rank of this process.
+        size: number of ranks.
         place: host and port of the store, which rank 0 (or its launcher) keeps.
     """
 
@@ -47,11 +47,11 @@ class Rendezvous:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the first rank, which collects what the others answer."""
+        """Whether this is the first rank, which collects the others' answers."""
         return self.rank == 0
 
     def connect(self) -> Any:
-        """A connection of its own to the store, for use by one thread.
+        """A separate connection to the store, for use by one thread.
 
         Raises:
             RuntimeError: the store cannot be reached.
@@ -67,11 +67,11 @@ class Rendezvous:
 
 
 def join_rendezvous(seconds: float, knob: str) -> Rendezvous | None:
-    """Wait until all ranks of the launch have connected; None where this process is alone.
+    """Wait until all ranks of the launch have connected; None if this process is alone.
 
     Args:
-        seconds: how long to wait.
-        knob: the key that sets it, for messages.
+        seconds: longest time to wait.
+        knob: the key or option that sets it, for messages.
 
     Raises:
         JoinError: some ranks did not connect in time, or rank 0 cannot be reached.
@@ -111,7 +111,7 @@ def join_rendezvous(seconds: float, knob: str) -> Rendezvous | None:
 
 
 def _wait_for_all(store: Any, size: int, seconds: float) -> str:
-    """On rank 0: wait, tell the others how it ended, and name the ranks that are missing."""
+    """On rank 0: wait for all ranks, and tell the others and return which ranks are missing; empty if none."""
     end = time.monotonic() + seconds
     missing = list(range(size))
     while missing and time.monotonic() < end:
@@ -127,8 +127,8 @@ def _wait_for_all(store: Any, size: int, seconds: float) -> str:
 
 
 def _ask(store: Any, seconds: float) -> str:
-    """On the other ranks: how rank 0's waiting ended."""
-    # Rank 0 may have come last, and begins to wait then. In short pieces, between which signals are heard.
+    """On the other ranks: the missing ranks, according to rank 0; empty if none."""
+    # Rank 0 may come last, and begins to wait only then. Waits in short pieces, between which signals are handled.
     end = time.monotonic() + 2 * seconds
     try:
         while not store.check(["met"]):

@@ -1,11 +1,11 @@
 """A frozen base of which every rank holds a shard: torch's FSDP2 on whole layers, and on nothing that is trained.
 
-A layer's weights are gathered from the ranks for its forward, let go, and gathered again for its backward. What is
-trained is added to the model afterwards, so that FSDP does not know of it, and DDP averages its gradients as ever.
-Norms, biases, the embedding, the head and the constants of quantization stay whole on every rank.
+A layer's weights are gathered from the ranks for its forward, freed, and gathered again for its backward. Trained
+parameters are added to the model afterwards, so that FSDP does not know about them, and DDP averages their gradients as
+always. Norms, biases, the embedding, the head and the constants of quantization stay whole on every rank.
 
-A gather is a collective: all ranks have to run the same layers in the same order. In a training step they do. For what
-a rank does on a share of its own, see :meth:`ShardedBase.uneven` and ``Agreement.runs_more``.
+A gather is a collective: all ranks must run the same layers in the same order. In a training step they do. For work on
+a rank's own share of rows, see :meth:`ShardedBase.uneven` and ``Agreement.runs_more``.
 """
 
 import os
@@ -27,30 +27,31 @@ if TYPE_CHECKING:
     from dora_dist.distributed.agreement import Agreement
 
 NODE = "node"
-"""Value of ``distributed.shard_base``: every node holds a whole base, in shards over its ranks."""
+"""Value of ``distributed.shard_base`` for which every node holds a whole base, sharded over its ranks."""
 NOTHING = -1
-"""Stands for a layer where a rank needs none."""
+"""Number that a rank exchanges when it needs no layer."""
 
 
 class ShardedBase:
     """The shards that this rank holds, and their gathers.
 
     Args:
-        agreement: over all ranks of the run.
-        over: whether all ranks share a base (True), or those of each node (:data:`NODE`).
-        timeout_minutes: how long a rank waits for the others in a gather.
+        agreement: collectives over all ranks of the run.
+        over: True if all ranks share a base, :data:`NODE` if those of each node do.
+        timeout_minutes: longest time that a rank waits for the others in a gather.
 
     Attributes:
-        ranks: that share a base.
+        ranks: number of ranks that share a base.
 
     Raises:
-        ExpectedRunError: a base is to be shared by the ranks of a node, but the nodes differ in their ranks.
+        ExpectedRunError: the ranks of each node are to share a base, but the nodes have different numbers of ranks, or
+            those of a node do not follow each other.
     """
 
     def __init__(self, agreement: "Agreement", over: bool | str, timeout_minutes: float) -> None:
         self._agreement = agreement
         self.ranks = agreement.size if over is True else self._ranks_of_a_node()
-        # Groups of their own: what ranks exchange besides must not come between the gathers of a rank that has failed.
+        # Separate groups: other exchanges must not get mixed up with the gathers of a rank that has failed.
         timeout = timedelta(minutes=timeout_minutes)
         starts = range(0, agreement.size, self.ranks)
         groups = [dist.new_group(list(range(start, start + self.ranks)), timeout) for start in starts]
@@ -59,7 +60,8 @@ class ShardedBase:
         self._uneven = False
 
     def _ranks_of_a_node(self) -> int:
-        """As the launcher says. Those of a node must follow each other, and be as many on every node."""
+        """Number of ranks on a node, by the launcher's variables. They must follow each other, and be as many on every
+        node."""
         here, place = (int(os.environ.get(name, -1)) for name in ("LOCAL_WORLD_SIZE", "LOCAL_RANK"))
         counts, places = zip(*self._agreement.gather((here, place)), strict=True)
         if len(set(counts)) > 1 or here < 1 or any(place != rank % here for rank, place in enumerate(places)):
@@ -72,7 +74,7 @@ class ShardedBase:
         return here
 
     def take_layer(self, layer: nn.Module) -> None:
-        """Leave this rank's shard of the matrices of a frozen layer, in place."""
+        """Reduce the matrices of a frozen layer to this rank's shard, in place."""
         whole = {one for one in layer.parameters() if one.ndim < 2}
         fully_shard(layer, mesh=self._mesh, reshard_after_forward=True, ignored_params=whole)
         sharded = cast(FSDPModule, layer)
@@ -80,21 +82,21 @@ class ShardedBase:
         self._layers.append(sharded)
 
     def complete(self, model: nn.Module) -> None:
-        """All layers of this model have been taken: from now on they are gathered one after the other, in backwards
-        ahead of time."""
+        """Must be called when all layers of the model have been taken. FSDP then gathers them one after another, and in
+        backwards ahead of time."""
         fully_shard(model, mesh=self._mesh, ignored_params=set(model.parameters()))
-        # transformers (5.23) generates in step with all ranks where it sees this, by collectives of its own; in step
-        # are the gathers here. torch sets it for its compiler only.
+        # If this is set, transformers (5.23) generates in step with all ranks by its own collectives; here the gathers
+        # do that (see uneven). torch sets it only for its compiler.
         vars(model)["_is_fsdp_managed_module"] = False
 
     def wrap(self, model: nn.Module, accelerator: Any) -> nn.Module:
-        """DDP around a model, for what is trained of it.
+        """Wrap a model in DDP, for its trained parameters.
 
         accelerate (1.15) refuses DDP for a model with sharded parameters, and has DDP broadcast all frozen ones.
 
         Args:
-            model: not wrapped yet.
-            accelerator: of accelerate, which prepares all but that.
+            model: the model, not wrapped yet.
+            accelerator: accelerate's accelerator, which does the rest of the preparation.
         """
         model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
         frozen = [name for name, one in model.named_parameters() if not one.requires_grad]
@@ -105,7 +107,7 @@ class ShardedBase:
 
     @contextmanager
     def whole(self, module: nn.Module) -> Iterator[None]:
-        """While it lasts, a module of a layer has its whole weight. All ranks ask for the same one."""
+        """A context in which a module of a layer has its whole weight. All ranks must ask for the same module."""
         (layer,) = [one for one in self._layers if module in set(cast(nn.Module, one).modules())]
         layer.unshard()
         try:
@@ -115,15 +117,15 @@ class ShardedBase:
 
     @contextmanager
     def uneven(self) -> Iterator[None]:
-        """While it lasts, this rank runs the model without gradients as often as it likes, and other ranks as often as
-        they like. Whoever needs a layer says so to all, and all gather it. At the end, also by an error, this rank
-        takes part in the gathers of the others until all are there."""
+        """A context in which each rank may run the model without gradients any number of times. A rank that needs a
+        layer tells all others, and all gather it. At the end, also after an error, this rank takes part in the gathers
+        of the others until all ranks are at the end."""
         self._uneven = True
         try:
             yield
         finally:
             self._uneven = False
-            for layer in self._layers:  # of a forward that has failed
+            for layer in self._layers:  # after a forward that has failed
                 layer.reshard()
             while self._gather_for(NOTHING):
                 pass
@@ -133,7 +135,7 @@ class ShardedBase:
             self._gather_for(number)
 
     def _gather_for(self, needed: int) -> bool:
-        """Gather every layer that some rank needs, and keep the one that this rank does; whether there was any."""
+        """Gather every layer that any rank needs, and keep the one that this rank needs. Returns whether any is."""
         wanted = sorted(set(self._agreement.gather_numbers(needed)) - {NOTHING})
         for number in wanted:
             self._layers[number].unshard()

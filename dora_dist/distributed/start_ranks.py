@@ -1,8 +1,8 @@
-"""Starting the ranks of a run on this machine, as ``accelerate launch`` does, and saying once how they ended.
+"""Starts the ranks of a run on this machine, as ``accelerate launch`` does, and reports once how they ended.
 
-accelerate's own launcher starts them. What it makes of a failed rank is a traceback of the launcher and exit status 1;
-here every rank leaves a note of how it ended (:func:`dora_dist.console.command.leave`), from which one message and the
-rank's own exit status follow.
+accelerate's own launcher starts them (torchrun's, for DDP on CPUs). For a failed rank, it would print its own traceback
+and exit with status 1. Here every rank leaves a note of how it ended (:func:`dora_dist.console.command.leave`), from
+which one message and the exit status come.
 """
 
 import logging
@@ -20,18 +20,18 @@ from dora_dist.distributed.launcher import LAUNCH_FILES
 
 RANKS_ON_CPUS = 2
 MOST_SHOWN = 3
-"""Different messages of ranks that are shown."""
+"""Most different messages of ranks that are shown."""
 
 
 def number_of_ranks(engine: str, wanted: int | None) -> tuple[int, int]:
-    """How many ranks a run on this machine has, and how many GPUs.
+    """Number of ranks of a run on this machine, and number of its GPUs.
 
     Args:
         engine: ``distributed.engine`` of the configuration.
         wanted: ``--processes``; None for one rank for each GPU, or two on a machine without GPUs.
 
     Raises:
-        ValueError: That many cannot work together.
+        ValueError: the engine or the GPUs do not allow that many.
     """
     if wanted is not None and wanted < 1:
         raise ValueError(f"--processes is {wanted}, but must be at least 1")
@@ -54,10 +54,10 @@ def start_ranks(engine: str, processes: int, gpus: int, module: str, arguments: 
 
     Args:
         engine: ``zero2`` or ``ddp``.
-        processes: Number of ranks.
-        gpus: GPUs of this machine; 0 for ranks on CPUs.
-        module: What each rank runs.
-        arguments: Its command line.
+        processes: number of ranks.
+        gpus: number of GPUs of this machine; 0 for ranks on CPUs.
+        module: module that each rank runs.
+        arguments: command line of the module.
 
     Returns:
         The exit status of the run: 0, that of a rank that explained itself, or 1.
@@ -89,7 +89,7 @@ def _variables(engine: str, processes: int, gpus: int, folder: str) -> dict[str,
 
 
 def _launch(engine: str, processes: int, gpus: int, module: str, arguments: Sequence[str]) -> None:
-    # The launcher's log of a failed rank: what there is to say comes from the ranks' notes.
+    # Silences the launcher's log of a failed rank: the ranks' notes say what is needed.
     for name in ("agent.server.api", "multiprocessing.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     if engine == "ddp" and not gpus:
@@ -102,7 +102,7 @@ def _launch(engine: str, processes: int, gpus: int, module: str, arguments: Sequ
 
     folder = shipped("launch")
     options = ["--config_file", str(folder / LAUNCH_FILES[engine, bool(gpus)]), "--num_processes", str(processes)]
-    if engine == "zero2":  # the file names it from the top folder of a checkout
+    if engine == "zero2":  # the launch file names it relative to the top folder of a checkout
         options += ["--deepspeed_config_file", str(folder / "zero2.json")]
     options += ["--main_process_port", "0", "--module", module, *arguments]
     launch_command(launch_command_parser().parse_args(options))
@@ -112,8 +112,8 @@ def _conclude(notes: Mapping[int, Note], launcher: str) -> int:
     """Print what the ranks had to say, each message once, and return the run's exit status.
 
     Args:
-        notes: Rank -> how it ended, for ranks that explained themselves.
-        launcher: What the launcher had to say; empty if all ranks ended well.
+        notes: rank -> its note of how it ended, for ranks that left one.
+        launcher: the launcher's message; empty if all ranks ended well.
     """
     if not launcher and not notes:
         return 0

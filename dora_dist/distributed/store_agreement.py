@@ -10,22 +10,22 @@ import torch.distributed as dist
 from dora_dist.distributed.agreement import Agreement, RankFailedError
 
 POLL_SECONDS = 0.02
-"""Between two looks into a store."""
+"""Time between two looks into the store."""
 
 
 class StoreAgreement(Agreement):
-    """An :class:`Agreement` whose gather, and all that is built on it, does without the backend's collectives.
+    """An :class:`Agreement` whose gather, and everything built on it, does not use the backend's collectives.
 
-    Values go through the store at which the ranks met. So ranks can still tell each other what is wrong where NCCL
-    does not work, and those that do not answer are named. Slower than a collective: for a few small values.
+    Values go through the store at which the ranks met. So ranks can still tell each other what is wrong if NCCL does
+    not work, and ranks that do not answer are named. It is slower than a collective, and for a few small values.
 
     Args:
-        device: as for :class:`Agreement`.
-        timeout_seconds: how long the slowest rank may take.
+        device: see :class:`Agreement`.
+        timeout_seconds: longest time that the slowest rank may take.
     """
 
     SLACK_SECONDS = 5.0
-    """What other ranks wait longer than rank 0, which tells them who is missing."""
+    """Time that other ranks wait longer than rank 0, which tells them who is missing."""
 
     def __init__(self, device: torch.device | str, timeout_seconds: float) -> None:
         super().__init__(device)
@@ -39,7 +39,7 @@ class StoreAgreement(Agreement):
         """The values of all ranks, by rank, on every rank. Values must pickle; for small things only.
 
         Raises:
-            RankFailedError: ranks did not answer in time; names them.
+            RankFailedError: ranks did not answer in time (the message names them), or the store is gone.
         """
         if self._store is None:
             return [value]
@@ -63,13 +63,15 @@ class StoreAgreement(Agreement):
         return values
 
     def _collect(self, prefix: str, end: float) -> tuple[list[int], list[Any]]:
-        """Ranks that have left nothing under the prefix when the time is over, and what all have left otherwise."""
+        """Ranks that have stored nothing under ``prefix`` by the time ``end``; and, if there are none, all values by
+        rank."""
         keys = [f"{prefix}/{rank}" for rank in range(self.size)]
         missing = [rank for rank, key in enumerate(keys) if not self._arrives(key, end)]
         return missing, [] if missing else [pickle.loads(self._store.get(key)) for key in keys]
 
     def _arrives(self, key: str, end: float) -> bool:
-        """Wait for a key until a time; in short pieces, between which Ctrl-C is heard."""
+        """Wait for a key until the time ``end``, and return whether it is there. Waits in short pieces, between which
+        Ctrl-C is handled."""
         while not self._store.check([key]):
             if time.monotonic() > end:
                 return False

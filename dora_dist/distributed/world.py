@@ -26,12 +26,12 @@ def joined(engine: str, timeout_minutes: float, monitor: HeartbeatMonitor) -> It
     """The process group of a run, from the moment that its ranks join it until all of them leave it together.
 
     Ranks leave together when the block ends, also by a preemption, which all of them raise. After any other error
-    some rank may be stuck, so that nobody waits for the others.
+    some rank may be stuck, so no rank waits for the others.
 
     Args:
         engine: see :func:`connect`.
         timeout_minutes: see :func:`connect`.
-        monitor: over the ranks; it stops when they leave.
+        monitor: heartbeat monitor of the ranks, which stops when they leave.
     """
     state = connect(engine, timeout_minutes)
     assert state.device is not None
@@ -47,15 +47,15 @@ def joined(engine: str, timeout_minutes: float, monitor: HeartbeatMonitor) -> It
 def connect(engine: str, timeout_minutes: float) -> PartialState:
     """Join the process group before ``TrainingArguments`` can set up another one.
 
-    Left to itself on a CPU, accelerate believes in a world of one per process under DeepSpeed, so that all ranks
-    train on the same data. The state made here is the one it then uses (``use_configured_state``).
+    Left to itself under DeepSpeed on CPUs, accelerate takes each process for a world of one, so that all ranks train on
+    the same data. The state made here is the one that it then uses (``use_configured_state``).
 
     Args:
         engine: ``distributed.engine``, for which :func:`~dora_dist.distributed.launcher.check_launch` has passed.
-        timeout_minutes: how long a rank waits for the others in a collective.
+        timeout_minutes: longest time that a rank waits for the others in a collective.
 
     Raises:
-        ValueError: DeepSpeed is told to use the CPU while accelerate sees GPUs.
+        ValueError: DeepSpeed is told to use the CPU, but there are GPUs.
     """
     gpus = torch.cuda.is_available()
     if gpus and os.environ.get("DS_ACCELERATOR") == "cpu":
@@ -70,22 +70,21 @@ def connect(engine: str, timeout_minutes: float) -> PartialState:
     timeout = timedelta(minutes=timeout_minutes)
     if gpus:
         return PartialState(timeout=timeout)
-    # accelerate knows DDP on CPUs as a forced CPU, and DeepSpeed on CPUs only without it.
+    # accelerate wants cpu=True for DDP on CPUs, and not for DeepSpeed on CPUs.
     return PartialState(cpu=engine == "ddp", backend="gloo", timeout=timeout)
 
 
 def host_group(timeout: timedelta) -> torch.distributed.ProcessGroup | None:
-    """All ranks over gloo, for what they tell each other from host memory, where the process group serves GPUs only.
+    """A gloo group of all ranks, for exchanges of values in host memory if the process group serves GPUs only.
 
-    Through NCCL a flag would be copied to the GPU and back, and the host would wait for all that the GPU has to do
-    before. All ranks call this together. Whoever has made the process group, and with what, does not matter; its end
-    is that of this group too.
+    Through NCCL a flag would be copied to the GPU and back, and the host would wait for all earlier work of the GPU.
+    All ranks must call this together, after any code has made the process group; this group ends with that one.
 
     Args:
-        timeout: how long a rank waits for the others in an exchange.
+        timeout: longest time that a rank waits for the others in an exchange.
 
     Returns:
-        None where the process group serves the CPU itself, and where there is none.
+        The group; None if the process group serves the CPU itself, or if there is no process group.
 
     Raises:
         ExpectedRunError: the ranks cannot reach each other over gloo.
@@ -104,13 +103,13 @@ def host_group(timeout: timedelta) -> torch.distributed.ProcessGroup | None:
 
 
 def join_at_file(meeting: Path, rank: int, size: int, device: torch.device) -> Agreement:
-    """Join a process group of this machine without a launcher, for measuring; the agreement of its ranks.
+    """Join a process group on this machine without a launcher, for measurements; returns the agreement of its ranks.
 
     Args:
-        meeting: a file that is not there yet, the same for all ranks.
-        rank: of this process.
+        meeting: path of a file that does not exist yet, the same for all ranks.
+        rank: rank of this process.
         size: number of ranks.
-        device: on which tensors are exchanged.
+        device: device on which tensors are exchanged.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -120,18 +119,19 @@ def join_at_file(meeting: Path, rank: int, size: int, device: torch.device) -> A
 
 
 def use_gloo_only() -> None:
-    """Do without DeepSpeed's shared-memory collectives for CPUs, which it compiles at the first start: they need a
-    compiler and Python's headers, and win nothing at the size of an adapter."""
+    """Switch off DeepSpeed's shared-memory collectives for CPUs, which it compiles at the first start: they need a
+    compiler and Python's headers, and gain nothing at the size of an adapter."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def check_world(agreement: Agreement, arguments: Any, accelerator: Any) -> None:
-    """Assert that everyone who counts processes counts the same, the Trainer's arguments and its accelerator too.
+    """Assert that the environment, the process group, the Trainer's arguments and its accelerator count the same number
+    of processes.
 
     Raises:
-        RankFailedError: they do not, on all ranks.
+        RankFailedError: on all ranks, if they do not.
     """
     counts = {
         "WORLD_SIZE": int(os.environ.get("WORLD_SIZE", "1")),
@@ -159,13 +159,13 @@ def check_prepared(
 
     Args:
         agreement: collectives over the ranks.
-        trainer: after its model has been wrapped.
+        trainer: the trainer, after its model has been wrapped.
         engine: ``distributed.engine`` of the configuration.
-        dtype: what the adapter's parameters must have.
+        dtype: dtype that the adapter's parameters must have.
         buffers: :func:`buffer_dtypes` of the model before it was wrapped.
 
     Raises:
-        RankFailedError: any of it does not hold, on all ranks.
+        RankFailedError: on all ranks, if any of this does not hold.
     """
     wrapped = trainer.model_wrapped
     failures = []
@@ -192,8 +192,8 @@ def check_prepared(
 
 
 def set_engine_timeout(minutes: float) -> None:
-    """Let DeepSpeed's collectives wait as long as the others: it makes a process group of its own, with the time-out
-    of the backend. To be called once the engine is there."""
+    """Let DeepSpeed's collectives wait as long as the others: it makes a separate process group, with the backend's
+    default time-out. Must be called after the engine has been made."""
     from deepspeed.utils import groups
 
     timeout = timedelta(minutes=minutes)
@@ -202,7 +202,7 @@ def set_engine_timeout(minutes: float) -> None:
 
 
 def _deepspeed_mismatches(wrapped: nn.Module, arguments: Any) -> list[str]:
-    """Settings of the engine that are not what the Trainer believes."""
+    """Settings of the engine that differ from the Trainer's."""
     engine = deepspeed_of(wrapped)
     pairs = {
         "gradient clipping": (engine.gradient_clipping(), arguments.max_grad_norm),
@@ -219,7 +219,7 @@ def _deepspeed_mismatches(wrapped: nn.Module, arguments: Any) -> list[str]:
 
 
 def _accelerate_mismatches(accelerator: Any, arguments: Any) -> list[str]:
-    """The precision in which accelerate lets the model compute, where it is not the Trainer's."""
+    """The precision in which accelerate lets the model compute, if it differs from the Trainer's."""
     found, wanted = accelerator.mixed_precision, "bf16" if arguments.bf16 else "no"
     if found == wanted:
         return []
@@ -230,11 +230,11 @@ def _accelerate_mismatches(accelerator: Any, arguments: Any) -> list[str]:
 
 
 def _rounded_buffers(before: Mapping[str, torch.dtype], after: Mapping[str, torch.dtype]) -> list[str]:
-    """What an engine has made of buffers that lost precision.
+    """A message about buffers to which an engine has given less precision, if there are any.
 
-    DeepSpeed before 0.19.2 casts all of them to bfloat16 with the parameters, and later ones to
-    ``data_types.buffer_dtype``. By rotary frequencies of bfloat16, position 512 is wrong by 0.9 rad. That it brings
-    some to float32 (``data_types.keep_in_fp32_modules``) loses nothing.
+    DeepSpeed before 0.19.2 casts all buffers to bfloat16 with the parameters; later versions cast them to
+    ``data_types.buffer_dtype``. With rotary frequencies in bfloat16, the angle at position 512 is wrong by 0.9 rad.
+    Casting some to float32 (``data_types.keep_in_fp32_modules``) loses nothing.
     """
     lost = [name for name, dtype in before.items() if torch.promote_types(dtype, after[name]) != after[name]]
     if not lost:
@@ -247,7 +247,7 @@ def _rounded_buffers(before: Mapping[str, torch.dtype], after: Mapping[str, torc
 
 
 def _check_data_differs(agreement: Agreement, dataloader: Any) -> None:
-    """Compare the indices of each rank's first batch; the order is a pure function, so looking costs nothing."""
+    """Compare the indices of each rank's first batch. The order is a pure function, so reading it changes nothing."""
     first = tuple(next(iter(dataloader.batch_sampler)))
     batches = agreement.gather(first)
     failure = None

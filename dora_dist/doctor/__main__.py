@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the report, and exit with its status.
 
     Raises:
-        ValueError: The command line is invalid.
+        ValueError: the command line is invalid.
         ExpectedRunError: the ranks did not connect, or one of them failed.
     """
     options, overrides = build_parser().parse_known_args(with_config_option(arguments))
@@ -101,9 +101,9 @@ def inspect_job(config_of: "Callable[[], RunConfig | None]", output: Path | None
     """Inspect this machine or job, and print each section of the report as soon as it is known.
 
     Args:
-        config_of: returns the configuration, or raises if it is invalid.
+        config_of: function that returns the configuration, or raises if it is invalid.
         output: folder to check instead of the configuration's output_dir.
-        timeout: seconds that ranks wait for each other.
+        timeout: longest time in seconds that ranks wait for each other.
     """
     # Heavy imports come after the checks of the command line.
     from dora_dist.doctor import report

@@ -29,9 +29,9 @@ class Check:
     """The outcome of a test on a device.
 
     Args:
-        name: what was tested.
+        name: name of the test.
         detail: the result, for the report.
-        failure: what is wrong, or None.
+        failure: description of what is wrong, or None.
     """
 
     name: str
@@ -63,9 +63,9 @@ class RankFacts:
         gpus: GPUs that this rank uses; if it runs alone, all that it sees.
         visible_gpus: number of GPUs that it sees.
         checks: tests of arithmetic on its devices.
-        launch: error of :func:`~dora_dist.distributed.launcher.check_launch`, or None.
-        model: why the configured model cannot be found here, or None.
-        sharding: why this torch cannot shard the configured base, or None.
+        launch: message of :func:`~dora_dist.distributed.launcher.check_launch`, or None.
+        model: the reason why the configured model cannot be found here, or None.
+        sharding: the reason why this torch cannot shard the configured base, or None.
     """
 
     rank: int
@@ -100,7 +100,7 @@ class StorageFacts:
     Args:
         node: host name.
         sees: whether the file that rank 0 wrote is visible.
-        failure: the operation that failed, or None.
+        failure: the operating system's error, or None.
         filesystem: type of the file system, such as ``lustre``; None if unknown.
         free: bytes that a user may still write; None if the folder does not exist.
         free_inodes: number of files that may still be made; None if the file system does not count them.
@@ -124,7 +124,7 @@ class NetworkFacts:
 
     Args:
         backend: backend of the process group, such as ``nccl``.
-        failures: rank -> error on this rank.
+        failures: rank -> error on that rank.
         seconds: bytes of the tensor -> seconds of one all-reduce on the slowest rank.
     """
 
@@ -139,9 +139,9 @@ class Problem:
 
     Args:
         where: the ranks and nodes it concerns.
-        found: what was found.
-        rule: what is required.
-        action: what to do.
+        found: the finding.
+        rule: the requirement that it breaks.
+        action: advice.
     """
 
     where: str

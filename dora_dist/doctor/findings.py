@@ -1,4 +1,4 @@
-"""Rules for processes, software and nodes: derives problems from facts, without looking anything up."""
+"""Rules for processes, software and nodes: derive problems from facts, without looking anything up."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -112,7 +112,7 @@ def _different(name: str, first: RankFacts, facts: RankFacts) -> str | None:
 
 
 def node_problems(ranks: Sequence[RankFacts]) -> list[Problem]:
-    """Too few cores, open files or too little shared memory, and wrong clocks."""
+    """Too few cores or open files, too little shared memory, and wrong clocks."""
     problems = [
         *alike(
             ranks,

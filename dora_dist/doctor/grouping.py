@@ -16,9 +16,9 @@ def alike(
 
     Args:
         ranks: facts of all ranks.
-        found: returns what is wrong with a rank, or None.
-        rule: what is required.
-        action: what to do.
+        found: function that returns what is wrong with a rank, or None.
+        rule: the requirement.
+        action: advice.
     """
     groups: dict[str, list[RankFacts]] = {}
     for facts in ranks:
@@ -42,7 +42,7 @@ def listed(texts: Iterable[str]) -> str | None:
 
 
 def place(some: Sequence[RankFacts], everyone: Sequence[RankFacts]) -> str:
-    """Names ranks with their nodes: ``rank 1 on node02``, ``all 16 ranks``; a single process by its node."""
+    """Ranks named with their nodes: ``rank 1 on node02``, ``all 16 ranks``; a single process by its node."""
     if len(everyone) == 1:
         return everyone[0].node
     if len(some) == len(everyone):

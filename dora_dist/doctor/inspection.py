@@ -107,8 +107,8 @@ def _devices(own: torch.device) -> Sequence[torch.device]:
 
 
 def _launch_failure(config: "RunConfig | None", environment: Mapping[str, str]) -> str | None:
-    """What dora_dist.train would say of this launch; None if it is right. Without a launcher, only the precision that
-    accelerate would take is looked at, since ``accelerate launch`` of one process sets no other variable."""
+    """The error of dora_dist.train for this launch; None if it is right. Without a launcher, only the precision that
+    accelerate would take is checked, since ``accelerate launch`` of one process sets no other variable."""
     engine = config.distributed.engine if config else "zero2" if with_deepspeed(environment) else None
     if engine is None:
         return None
@@ -119,8 +119,8 @@ def _launch_failure(config: "RunConfig | None", environment: Mapping[str, str]) 
 
 
 def _refusals(config: "RunConfig | None") -> dict[str, str | None]:
-    """What dora_dist.train would say, by the name of the fact: of the model's folder (names on the Hub are not looked
-    for), and of this torch, for a base in shards."""
+    """Name of a fact -> the error of dora_dist.train, or None: for the model's folder (names on the Hub are not looked
+    up), and for sharding the base with this torch."""
     if config is None:
         return {}
     return {
@@ -130,7 +130,7 @@ def _refusals(config: "RunConfig | None") -> dict[str, str | None]:
 
 
 def _refusal(check: Callable[[], object]) -> str | None:
-    """The message of a check that is not passed."""
+    """The message of a failed check; None if it passes."""
     try:
         check()
     except ValueError as error:

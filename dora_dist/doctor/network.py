@@ -26,7 +26,7 @@ class _FailedError(Exception):
     """The collective failed on some rank; raised on all ranks.
 
     Args:
-        failures: rank -> error on this rank.
+        failures: rank -> error on that rank.
     """
 
     def __init__(self, failures: dict[int, str]) -> None:

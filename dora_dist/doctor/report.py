@@ -124,7 +124,7 @@ def storage_section(storage: Sequence[StorageFacts], folder: Path, checkpoint: i
 
     Args:
         storage: facts of all ranks, by rank.
-        folder: ``output_dir``.
+        folder: the checkpoint folder, ``output_dir``.
         checkpoint: bytes of one checkpoint of the configured run, if known.
     """
     rows = [("node", "file system", "seen by", "free", "free inodes", "write", "read")]

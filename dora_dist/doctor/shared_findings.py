@@ -25,9 +25,9 @@ def storage_problems(
 
     Args:
         storage: facts of all ranks, by rank.
-        ranks: the ranks' processes.
-        folder: ``output_dir``.
-        needed: bytes for the configured run's checkpoints; None without a configuration.
+        ranks: facts of all ranks, by rank.
+        folder: the checkpoint folder, ``output_dir``.
+        needed: number of bytes for the configured run's checkpoints; None without a configuration.
     """
     unusable = alike(
         ranks,

@@ -53,7 +53,7 @@ def _look(folder: Path, node: str, agreement: Agreement, name: str, failure: str
         node: name of this rank's node.
         agreement: collectives over the ranks.
         name: prefix of all file names in this test.
-        failure: on rank 0, why it could not create the folder; None on all others.
+        failure: the error if rank 0 could not create the folder; None on all other ranks.
     """
     token = folder / f"{name}-0-token"
     if agreement.is_first and failure is None:
@@ -71,7 +71,8 @@ def _look(folder: Path, node: str, agreement: Agreement, name: str, failure: str
 
 @contextmanager
 def made(folder: Path | None) -> Iterator[str | None]:
-    """Creates a folder and its parents, and removes what it created at the end. Yields why that failed, or None."""
+    """Creates a folder and its parents, and removes what it created at the end. Yields the error if it
+    could not, or None."""
     missing = [] if folder is None else [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
         yield None if folder is None else _failure_of(lambda: folder.mkdir(parents=True, exist_ok=True))

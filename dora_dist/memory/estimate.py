@@ -1,4 +1,4 @@
-"""Memory per GPU of a run that is configured, before any weight is read."""
+"""Estimates memory per GPU from a run's configuration, before any weight is read."""
 
 import os
 from collections.abc import Sequence
@@ -31,10 +31,10 @@ DEVICES = ("cuda", "cpu")
 GPU_SIZES = (16, 24, 40, 48, 80, 96, 141, 192)
 """Memory of common GPUs, in GiB."""
 GPUS_OF_A_NODE = 8
-"""Where no launcher says how many there are."""
+"""Assumed number of GPUs on a node if no launcher says it."""
 LEFT_FREE = 0.15
 """Share of a GPU that ``model.recompute_layers: auto`` leaves free: the estimate has not been compared with a GPU, and
-does not know CUDA's context, NCCL's buffers and fragmentation."""
+does not count CUDA's context, NCCL's buffers or fragmentation."""
 SINGLE_MOMENT = ("lion", "rmsprop", "adagrad", "momentum")
 """Parts of the names of optimizers that keep one tensor of state per parameter."""
 NO_MOMENT = ("sgd", "adafactor")
@@ -48,24 +48,24 @@ class MemoryEstimate:
     """Memory that a run takes on one device.
 
     Args:
-        model: Path or name of the base.
+        model: path or name of the base.
         quantization: ``model.quantization``.
-        compute_dtype: Dtype of activations, with ``auto`` resolved.
-        adapter_dtype: Dtype of the adapter's parameters, with ``auto`` resolved.
+        compute_dtype: dtype of activations, with ``auto`` resolved.
+        adapter_dtype: dtype of the adapter's parameters, with ``auto`` resolved.
         engine: ``distributed.engine``.
         device: ``cuda`` or ``cpu``.
-        world_size: Number of ranks.
-        rows: Examples of a micro-batch on one device.
-        length: Tokens of a row, at most.
-        accumulation: Micro-batches of an optimizer step.
-        recomputation: Decoder layers that are computed again in the backward, as configured.
-        configured: Memory with that.
-        recomputing_none: Memory where no layer is.
-        recomputing_all: Memory where all are.
-        auto: Size of a GPU in GiB -> layers that ``auto`` recomputes on it; None where it needs more than there is.
-        shards: Number of ranks -> bytes that ZeRO leaves on each of them for master copy, moments and gradient shard
+        world_size: number of ranks.
+        rows: number of rows in a micro-batch on one device.
+        length: most tokens in a row.
+        accumulation: number of micro-batches in an optimizer step.
+        recomputation: decoder layers that are computed again in the backward, as configured.
+        configured: memory with ``recomputation``.
+        recomputing_none: memory if no layer is computed again.
+        recomputing_all: memory if all layers are.
+        auto: size of a GPU in GiB -> number of layers that ``auto`` recomputes on it; None if the step does not fit.
+        shards: number of ranks -> bytes that ZeRO keeps on each of them for master copy, moments and gradient shard
             (empty for other engines).
-        left_out: What ``all-linear`` leaves out, in words; None where that is nothing, or the layers were named.
+        left_out: what ``all-linear`` leaves out, in words; None if it leaves out nothing, or the layers were named.
     """
 
     model: str
@@ -88,17 +88,17 @@ class MemoryEstimate:
 
     @property
     def peak_bytes(self) -> int:
-        """The most bytes that are allocated at once, as configured."""
+        """Most bytes that are allocated at once, as configured."""
         return self.configured.peak.total
 
     @property
     def tokens_per_micro_batch(self) -> int:
-        """Tokens of a micro-batch on one device, at most."""
+        """Most tokens in a micro-batch on one device."""
         return self.rows * self.length
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of an optimizer step on all ranks together, at most."""
+        """Most tokens in an optimizer step on all ranks together."""
         return self.tokens_per_micro_batch * self.accumulation * self.world_size
 
 
@@ -108,15 +108,15 @@ def estimate_memory(
     """Memory per device of a run whose micro-batches are as large as they can be.
 
     Args:
-        config: The run's configuration.
-        world_size: Number of ranks.
-        device: What the run will be on, ``cuda`` or ``cpu``; this machine may have another one.
-        card: Bytes of the smallest GPU of the run, for ``model.recompute_layers: auto``; None where it is not known, so
-            that ``auto`` is all.
+        config: the run's configuration.
+        world_size: number of ranks.
+        device: device of the run, ``cuda`` or ``cpu``; this machine may have another one.
+        card: bytes of memory of the run's smallest GPU, for ``model.recompute_layers: auto``; None if it is not known:
+            ``auto`` then recomputes all layers.
 
     Raises:
-        ValueError: The model cannot be found, ``adapter.target_modules`` matches nothing in it, quantization would
-            leave too much of it as it is, or a number is invalid.
+        ValueError: the model cannot be found, ``adapter.target_modules`` matches nothing in it, quantization would
+            leave too much of it unquantized, or a number is invalid.
     """
     if config.task != CAUSAL_LM:
         raise ValueError(f"task is {config.task}, but memory can be estimated for {CAUSAL_LM} only")
@@ -170,7 +170,7 @@ def _leaves_out_logits(config: RunConfig, skeleton: PreTrainedModel) -> bool:
 
 
 def _memory(config: RunConfig, step: TrainingStep) -> StepMemory:
-    """Of a training step, and where there are any, of ranks and start from data."""
+    """Memory of a training step and, if configured, of ranks and start from data."""
     memory, adapter = step_memory(step), config.adapter
     if config.adapter.routing == PROMPT:
         memory = replace(memory, approximate=True)
@@ -181,31 +181,31 @@ def _memory(config: RunConfig, step: TrainingStep) -> StepMemory:
 
 
 def card_bytes(device: torch.device) -> int | None:
-    """Memory of a GPU; None for a CPU, whose memory others use too."""
+    """Bytes of a GPU's memory; None for a CPU, whose memory other programs use too."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def fewest_recomputed(steps: Sequence[StepMemory], card: int) -> int | None:
-    """The fewest decoder layers whose recomputation lets a step fit a GPU, with :data:`LEFT_FREE` left free; None where
-    it does not fit, whatever is recomputed.
+    """Smallest number of recomputed decoder layers with which a step fits a GPU, with :data:`LEFT_FREE` left free; None
+    if it does not fit with any number.
 
     Args:
-        steps: memory of a step, by the number of layers that are recomputed.
-        card: memory of the GPU in bytes.
+        steps: memory of a step for each number of recomputed layers, from 0 on.
+        card: bytes of the GPU's memory.
     """
     fitting = (count for count, step in enumerate(steps) if step.peak.total <= (1 - LEFT_FREE) * card)
     return next(fitting, None)
 
 
 def _recomputed(config: RunConfig, skeleton: PreTrainedModel, steps: Sequence[StepMemory], card: int | None) -> int:
-    """Decoder layers that are computed again as configured; ``steps`` has the memory for every number of them."""
+    """Number of decoder layers that are recomputed as configured; ``steps`` has the memory for every number of them."""
     setting, most = config.model.recompute_layers, len(steps) - 1
     if setting is None:
         return most if recomputes_layers(config.training) else 0
     layers = recomputable_layers(skeleton)
     if setting != "auto":
         return min(most, number_of_recomputed(setting, layers, config.model.path))
-    # What is a guess is not relied on.
+    # An approximate estimate is not relied on.
     if card is None or len(layers) != most or steps[0].approximate:
         return most
     fewest = fewest_recomputed(steps, card)
@@ -232,16 +232,16 @@ def _batch(config: RunConfig, rows: int, compute_dtype: str, attention: str) -> 
         rows=rows,
         length=config.data.max_length,
         compute_bytes=_bytes_of(compute_dtype),
-        # Whatever is not known here keeps no square matrix, as flash attention.
+        # Any other kind is assumed to keep no square matrix, like flash attention.
         attention="sdpa" if attention == "sdpa" else "eager" if attention == "eager" else "flash",
         padded=_is_padded(config, rows),
-        # accelerate wraps the model in it, unless DeepSpeed has cast all parameters.
+        # accelerate wraps the model in autocast, unless DeepSpeed has cast all parameters.
         autocast=compute_dtype == "bfloat16" and config.distributed.engine != "zero2",
     )
 
 
 def _is_padded(config: RunConfig, rows: int) -> bool:
-    """The longest row is full, but not all are; packed rows have a mask of blocks."""
+    """Whether attention needs a mask: only the longest row is taken to be full; packed rows have a mask of blocks."""
     return rows > 1 or config.data.batching == "packed"
 
 
@@ -279,7 +279,7 @@ def _optimizer(config: RunConfig, world_size: int, device: str, accumulation: in
 
 
 def _base_shards(config: RunConfig, world_size: int) -> int:
-    """Ranks that share a base: of a node, those that the launcher says it has, or eight."""
+    """Number of ranks that share a base. For a node: the number that the launcher gives, or :data:`GPUS_OF_A_NODE`."""
     over = config.distributed.shard_base
     if not over:
         return 1

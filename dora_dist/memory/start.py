@@ -1,4 +1,4 @@
-"""How much memory a start or ranks from data take on one device, before the engine and its optimizer are there.
+"""Memory that a start from data or ranks from data take on one device, before the engine and its optimizer exist.
 
 Rows go through the model one at a time (:mod:`dora_dist.training.from_data.passes`), with hooks on the layers, so that
 gated MLPs run by their own forward.
@@ -18,12 +18,12 @@ NAMES |= dict.fromkeys((INPUTS, GRADIENT, LORA_ONE), "start from data")
 
 
 def at_start(step: TrainingStep, made: str) -> MemoryInstant:
-    """The most that a start or ranks from data have in memory at once, with no engine.
+    """The peak of memory while a start from data or ranks from data are made, without an engine.
 
     Args:
-        step: of the run, but with a batch of one row.
-        made: ``inputs``, for which what a decoder layer needs in its forward is an upper bound, ``gradient`` or
-            ``lora_one`` of ``adapter.init``, ``gradient_spectrum`` or ``weight_gradient`` of ``adapter.ranks``.
+        step: the run's training step, but with a batch of one row.
+        made: value of ``adapter.init`` (``inputs``, ``gradient`` or ``lora_one``) or of ``adapter.ranks``
+            (``gradient_spectrum`` or ``weight_gradient``). The result for ``inputs`` is an upper bound.
     """
     blocks = tuple(replace(block, fused_mlp=False) for block in step.shape.blocks)
     optimizer = replace(step.optimizer, engine="none", gradients_between=False)
@@ -39,7 +39,7 @@ def at_start(step: TrainingStep, made: str) -> MemoryInstant:
     layers = decoder_memory(step)
     instants = [at_loss(step, resident, layers), *in_backward(step, resident, layers)]
     if made == INPUTS:
-        # Nothing is kept; one layer's activations are there, as where a layer is computed again for a backward.
+        # Nothing is kept for a backward; one layer's activations exist, as when a layer is computed again.
         instants = [_without(instant, layers.kept) for instant in instants]
     most = max(instants, key=lambda instant: instant.total)
     return MemoryInstant(name=NAMES[made], parts={**most.parts, "tokens in float32": _copies(step, made)})
@@ -51,7 +51,7 @@ def _without(instant: MemoryInstant, kept: int) -> MemoryInstant:
 
 
 def _dense(shape: ModelShape) -> int:
-    """The gradients of a group of layers, and a weight of the largest one."""
+    """Bytes of the gradients of a group of layers, and of one weight of the largest layer."""
     adapted = [linear for linear in shape.linears if linear.adapted]
     sizes = {str(number): linear.numel for number, linear in enumerate(adapted)}
     groups = groups_within(sizes, LARGEST_GRADIENT)
@@ -59,8 +59,8 @@ def _dense(shape: ModelShape) -> int:
 
 
 def _directions(shape: ModelShape, init: str) -> int:
-    """Probes of all layers, and what a pass adds up: where inputs are shared, those of each input; for the gradient,
-    one of the two is as wide as the layers' outputs."""
+    """Bytes of the probes, and of the products that a pass adds up. For ``inputs``, both are as wide as the inputs, one
+    set for layers that share an input; otherwise, one is as wide as a layer's inputs, the other as its outputs."""
     if init != INPUTS:
         return FLOAT32 * sum(
             (linear.rank + EXTRA_PROBES) * (linear.in_features + linear.out_features)
@@ -75,7 +75,7 @@ def _directions(shape: ModelShape, init: str) -> int:
 
 
 def _copies(step: TrainingStep, init: str) -> int:
-    """Of what comes to the widest layer, for its products with the probes."""
+    """Bytes of float32 copies of the widest layer's input and output gradient, for their products with the probes."""
     if step.batch.compute_bytes == FLOAT32:
         return 0
     widths = [

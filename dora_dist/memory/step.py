@@ -1,7 +1,7 @@
-"""How much memory a training step takes on one device, by arithmetic: nothing is loaded and nothing is run.
+"""Memory that a training step takes on one device, by arithmetic: nothing is loaded and nothing is run.
 
-Shapes come from a model on the meta device; everything else is plain numbers. All results are bytes. What engines add
-was read from the source of DeepSpeed 0.19.8 (runtime/zero/stage_1_and_2.py) and torch 2.13 (DistributedDataParallel).
+Shapes come from a model on the meta device; everything else is plain numbers. All results are bytes. The engines' needs
+were read from the source of DeepSpeed 0.19.8 (runtime/zero/stage_1_and_2.py) and torch 2.13 (DistributedDataParallel).
 """
 
 import math
@@ -23,16 +23,16 @@ from dora_dist.memory.activations import (
 )
 
 NF4_NESTED_BLOCK = 256
-"""Constants that share a constant of their own (double quantization)."""
+"""Number of constants that share a constant (double quantization)."""
 NF4_TABLE = 16 * FLOAT32
-"""Per weight: the 16 values of NF4."""
+"""Bytes per weight: the 16 values of NF4."""
 NESTED_TABLE = 256 * FLOAT32 + FLOAT32
-"""Per weight with double quantization: the 256 values of its constants' code, and their offset."""
+"""Bytes per weight with double quantization: the 256 values of its constants' code, and their offset."""
 ZERO_ALIGNMENT = 2
 """DeepSpeed pads its flat buffers to a multiple of this per rank (``nccl_start_alignment_factor``)."""
 GATHERED_LAYERS = 3
-"""Layers of a sharded base that a rank has whole at a time: the one that is computed, and what is gathered of it and of
-the next one before it is taken apart. By torch's code (FSDP2 of 2.13); no GPU has been looked at."""
+"""Layers of a sharded base whose whole size a rank holds at a time: the weights of the layer that is computed, and the
+buffers in which it and the next one are gathered. By torch's code (FSDP2 of 2.13); not measured on a GPU."""
 KEPT_LAYER = "backward of a decoder layer"
 RECOMPUTED_LAYER = "backward of a recomputed layer"
 
@@ -41,11 +41,11 @@ def base_parts(shape: ModelShape, quantization: str, compute_bytes: int, shards:
     """Bytes of the frozen base by part, on one rank.
 
     Args:
-        shape: The model's shape.
+        shape: the model's shape.
         quantization: ``nf4``, ``int8`` or ``none``; the output head is never quantized.
-        compute_bytes: Bytes per element of what is not quantized.
-        shards: Ranks that the weights of the layers are shared out to (``distributed.shard_base``). The rest is whole
-            on each of them, and so are :data:`GATHERED_LAYERS` at a time.
+        compute_bytes: bytes per element of unquantized weights.
+        shards: number of ranks that share the weights of the layers (``distributed.shard_base``). Everything else is
+            whole on each rank, and so are :data:`GATHERED_LAYERS` at a time.
     """
     inner = [linear for linear in shape.linears if not linear.unquantized]
     if quantization == "nf4":
@@ -78,16 +78,16 @@ def _nf4_constants(linear: Linear) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """How gradients become updates.
+    """Numbers of the optimizer and the engine.
 
     Args:
         engine: ``zero2``, ``ddp`` or ``none``.
-        world_size: Number of ranks.
-        moments: Tensors of state per trained element (2 for Adam).
-        moment_bytes: Bytes per element of such a tensor; None for those of the dtype that is optimized.
-        scratch: Copies of what one rank optimizes that the update needs.
-        bucket_numel: Elements of DeepSpeed's reduction buffer (``reduce_bucket_size``).
-        gradients_between: Whether gradients of an earlier micro-batch are there when the next one begins.
+        world_size: number of ranks.
+        moments: number of state values per trained element (2 for Adam).
+        moment_bytes: bytes of such a value; None for those of the dtype that is optimized.
+        scratch: number of copies of one rank's optimized elements that the update needs.
+        bucket_numel: number of elements in DeepSpeed's reduction buffer (``reduce_bucket_size``).
+        gradients_between: whether gradients of an earlier micro-batch exist when the next one begins.
     """
 
     engine: Literal["zero2", "ddp", "none"]
@@ -104,7 +104,7 @@ class Optimizer:
         return self.engine == "zero2"
 
     def shard_numel(self, numel: int) -> int:
-        """Elements that one rank optimizes."""
+        """Number of elements that one rank optimizes."""
         if not self.sharded:
             return numel
         return ZERO_ALIGNMENT * math.ceil(numel / (ZERO_ALIGNMENT * self.world_size))
@@ -113,8 +113,8 @@ class Optimizer:
         """Bytes that stay between steps, by part.
 
         Args:
-            numel: Trained elements of the whole adapter.
-            element_bytes: Bytes per element of the adapter.
+            numel: number of trained elements of the whole adapter.
+            element_bytes: bytes per element of the adapter.
         """
         shard = self.shard_numel(numel)
         optimized = FLOAT32 if self.sharded else element_bytes
@@ -129,18 +129,18 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingStep:
-    """What the memory of a training step depends on.
+    """Everything that the memory of a training step depends on.
 
     Args:
-        shape: The model's shape.
+        shape: the model's shape.
         quantization: ``nf4``, ``int8`` or ``none``.
-        batch: One micro-batch on one device.
-        adapter: The adapter's numbers.
-        optimizer: The numbers of the optimizer and of the engine.
-        recomputed: The first so many decoder layers are computed again in the backward.
-        chunked_loss: Whether the loss is computed without the logits of all positions.
-        shards: Ranks that share the weights of the layers.
-        new_rows: Trained elements in the rows of new tokens, in embedding and head.
+        batch: one micro-batch on one device.
+        adapter: the adapter's numbers.
+        optimizer: numbers of the optimizer and the engine.
+        recomputed: number of decoder layers that are computed again in the backward, the first ones.
+        chunked_loss: whether the loss is computed without the logits of all positions.
+        shards: number of ranks that share the weights of the layers.
+        new_rows: number of trained elements in the rows of new tokens, in embedding and head.
     """
 
     shape: ModelShape
@@ -155,23 +155,23 @@ class TrainingStep:
 
     @property
     def trained_numel(self) -> int:
-        """Elements of the adapter, and of rows of new tokens, that have a gradient."""
+        """Number of elements of the adapter, and of rows of new tokens, that have a gradient."""
         return self.adapter.trained_numel(self.shape) + self.new_rows
 
     @property
     def shard_numel(self) -> int:
-        """Elements of the adapter that one rank optimizes."""
+        """Number of trained elements that one rank optimizes."""
         return self.optimizer.shard_numel(self.trained_numel)
 
     @property
     def hidden_numel(self) -> int:
-        """Elements of the hidden states of the micro-batch."""
+        """Number of elements of the micro-batch's hidden states."""
         return self.batch.tokens * self.shape.hidden_size
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryInstant:
-    """What is in memory at one instant of a step, by part, in bytes."""
+    """Memory at one instant of a step, by part, in bytes."""
 
     name: str
     parts: Mapping[str, int]
@@ -186,11 +186,11 @@ class StepMemory:
     """Memory of a training step, in bytes.
 
     Args:
-        resident: What stays in memory all the time, by part.
-        activations: What the backward needs when it begins.
-        recomputed: Activations of a decoder layer while it is computed again; 0 where none is.
-        instants: The instants at which memory can be at its peak.
-        approximate: Whether the decoder layers are routed, or built unlike Llama's, so that their activations are a
+        resident: memory that stays allocated all the time, by part.
+        activations: activations that the backward needs when it begins.
+        recomputed: activations of a decoder layer while it is computed again; 0 if none is.
+        instants: the instants at which memory can be at its peak.
+        approximate: whether the decoder layers are routed, or not built like Llama's, so that their activations are a
             guess.
     """
 
@@ -208,8 +208,8 @@ class StepMemory:
 def loss_memory(tokens: int, vocabulary: int) -> int:
     """Bytes of the cross-entropy over float32 logits of all positions at its peak, in its backward.
 
-    There are three float32 tensors of (tokens, vocabulary): the log-probabilities, their gradient, and that of the
-    logits. (In the forward there are the logits in the compute dtype, in float32, and the log-probabilities: no more.)
+    Three float32 tensors of (tokens, vocabulary) exist: the log-probabilities, their gradient, and that of the logits.
+    (The forward needs no more: the logits in the compute dtype and in float32, and the log-probabilities.)
     """
     return 3 * FLOAT32 * tokens * vocabulary
 
@@ -217,8 +217,8 @@ def loss_memory(tokens: int, vocabulary: int) -> int:
 def chunked_loss_memory(tokens: int, vocabulary: int, hidden_size: int, compute_bytes: int) -> int:
     """Bytes of the cross-entropy by chunks (:mod:`dora_dist.base_model.chunked_loss`) at its peak, in its forward.
 
-    There are the head's input and its gradient of (tokens, hidden_size), and of one chunk the logits in float32 (as
-    they come, or their gradient as it goes, in the compute dtype beside them) and the gradient of the head's input.
+    These exist: the head's input and its gradient of (tokens, hidden_size) and, for one chunk, the logits in float32,
+    the logits or their gradient in the compute dtype, and the gradient of the head's input.
     """
     chunk = min(tokens, chunk_length(vocabulary))
     logits = FLOAT32 if compute_bytes == FLOAT32 else FLOAT32 + compute_bytes
@@ -226,7 +226,7 @@ def chunked_loss_memory(tokens: int, vocabulary: int, hidden_size: int, compute_
 
 
 def step_memory(step: TrainingStep) -> StepMemory:
-    """Memory of a training step: what stays, what comes and goes, and the instants that can be the peak."""
+    """Memory of a training step: the resident parts, the activations, and the instants that can be the peak."""
     resident = {
         **base_parts(step.shape, step.quantization, step.batch.compute_bytes, step.shards),
         "adapter": step.adapter.nbytes(step.shape) + step.new_rows * step.adapter.bytes_per_element,
@@ -244,13 +244,13 @@ def step_memory(step: TrainingStep) -> StepMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerBackward:
-    """What there is at the peak of the backward of one decoder layer, in bytes.
+    """Memory at the peak of the backward of one decoder layer, in bytes.
 
     Args:
-        activations: Its own, and what is kept for the layers before it.
-        temporaries: What its backward needs beyond them, without ``dequantized``.
-        dequantized: The largest dequantized weight at that point.
-        gradients: Of the components of the layers after it.
+        activations: activations of the layer, and those kept for the layers before it.
+        temporaries: need of its backward beyond them, without ``dequantized``.
+        dequantized: largest dequantized weight at that point.
+        gradients: gradients of the components of the layers after it.
     """
 
     activations: int
@@ -268,12 +268,12 @@ class DecoderMemory:
     """Activations of all decoder layers together, in bytes.
 
     Args:
-        kept: What the backward needs when it begins: the inputs of the layers that are recomputed, and the activations
-            of the others.
-        recomputed: The activations of the layer that is being recomputed.
-        gradients: Of the components of all layers, when the backward has left them.
-        of_kept: The backward of the layer that is not recomputed at which there is most; None where there is none.
-        of_recomputed: The same of one that is.
+        kept: activations that the backward needs when it begins: the inputs of the layers that are recomputed, and all
+            saved activations of the others.
+        recomputed: activations of the layer that is being recomputed.
+        gradients: gradients of the components of all layers, when the backward has left them.
+        of_kept: backward of a layer that is not recomputed, at the one with the highest peak; None if there is none.
+        of_recomputed: the same for the layers that are recomputed.
     """
 
     kept: int
@@ -289,7 +289,7 @@ def decoder_memory(step: TrainingStep) -> DecoderMemory:
     blocks = [block_memory(block, shape, batch, step.adapter, step.quantization) for block in shape.blocks]
     again, others = blocks[: step.recomputed], blocks[step.recomputed :]
     checkpoints = [_checkpoint(step, block) for block in shape.blocks[: step.recomputed]]
-    # Checkpoints hold the boolean mask, which otherwise goes with the forward.
+    # Checkpoints keep the boolean mask, which is otherwise freed after the forward.
     mask = batch.rows * batch.length**2 if again and batch.padded and batch.attention == "sdpa" else 0
     first_input = 0 if again or not blocks else blocks[0].input
     kept = [*checkpoints, *(block.saved for block in others)]
@@ -319,14 +319,14 @@ def _hidden_bytes(step: TrainingStep) -> int:
 
 
 def _checkpoint(step: TrainingStep, block: Block) -> int:
-    """What a decoder layer keeps that is recomputed: its input."""
+    """Bytes that a recomputed decoder layer keeps: its input."""
     # bitsandbytes keeps inputs of 8-bit layers where checkpointing does not see them (MatMul8bitLt's ctx.tensors).
     hidden_from_it = kept_int8_inputs(block, step.batch) if step.quantization == "int8" else 0
     return _hidden_bytes(step) + hidden_from_it
 
 
 def _in_recomputed(step: TrainingStep, block: BlockMemory, activations: int, gradients: int) -> LayerBackward:
-    forward = block.forward + _hidden_bytes(step)  # and the gradient that has come down to it
+    forward = block.forward + _hidden_bytes(step)  # and the gradient of its output
     if forward > block.backward:
         return LayerBackward(activations=activations, temporaries=forward, dequantized=0, gradients=gradients)
     return _in_backward_of(block, activations, gradients)
@@ -342,7 +342,8 @@ def _in_backward_of(block: BlockMemory, activations: int, gradients: int) -> Lay
 
 
 def at_loss(step: TrainingStep, resident: Mapping[str, int], layers: DecoderMemory) -> MemoryInstant:
-    """The loss has its logits: in the forward if it is computed by chunks, in its backward otherwise."""
+    """The instant at which the loss has its logits: in its forward if it is computed by chunks, otherwise in its
+    backward."""
     shape, batch = step.shape, step.batch
     final_norm = FLOAT32 * (step.hidden_numel + batch.tokens)
     head = shape.vocabulary * shape.hidden_size * batch.compute_bytes
@@ -358,14 +359,15 @@ def at_loss(step: TrainingStep, resident: Mapping[str, int], layers: DecoderMemo
             **_gradients(step, backward_has_begun=not step.chunked_loss),
             "activations": layers.kept + final_norm,
             "logits": logits,
-            # PEFT puts the rows into a copy of the head, of which there is a gradient as a whole.
+            # PEFT puts the rows into a copy of the whole head, which has a gradient as a whole.
             **({"copy of the head for new tokens": 2 * head} if step.new_rows else {}),
         },
     )
 
 
 def in_backward(step: TrainingStep, resident: Mapping[str, int], layers: DecoderMemory) -> list[MemoryInstant]:
-    """The backward is in a decoder layer, in one of those that are recomputed, and at its end, where there are such."""
+    """The instants within a decoder layer's backward, within a recomputed layer's, and at the end of the backward, as
+    far as they exist."""
     found = []
     for name, layer in ((KEPT_LAYER, layers.of_kept), (RECOMPUTED_LAYER, layers.of_recomputed)):
         if layer is not None:
@@ -382,10 +384,10 @@ def in_backward(step: TrainingStep, resident: Mapping[str, int], layers: Decoder
 
 
 def at_end_of_backward(step: TrainingStep, resident: Mapping[str, int], layers: DecoderMemory) -> list[MemoryInstant]:
-    """Activations are gone. Gradients of all components become those of the parameters, stack by stack; then ZeRO
-    reduces them. Its shard is of float32 (``grad_accum_dtype`` in launch/zero2.json)."""
+    """The instants after activations have been freed: gradients of all components become those of the parameters, stack
+    by stack; then ZeRO reduces them. Its shard is in float32 (``grad_accum_dtype`` in launch/zero2.json)."""
     size, optimizer = step.adapter.bytes_per_element, step.optimizer
-    # Those of the penalty have a place of their own, to which these are added.
+    # With the penalty, parameters already have gradients, to which these are added.
     of_components = layers.gradients if step.adapter.penalty else max(layers.gradients, size * step.trained_numel)
     found = [
         MemoryInstant(
@@ -399,8 +401,8 @@ def at_end_of_backward(step: TrainingStep, resident: Mapping[str, int], layers: 
         )
     ]
     if optimizer.sharded:
-        # In float32, the shard is made when the first bucket is full; where all gradients fit one, they have gone into
-        # it by then. To one of a 16-bit adapter, each micro-batch is added in place.
+        # For a float32 adapter, the shard is made when the first bucket is full; if all gradients fit one bucket, they
+        # are in it by then. For a 16-bit adapter, each micro-batch is added to the shard in place.
         has_shard = step.trained_numel > optimizer.bucket_numel
         shards = has_shard + optimizer.gradients_between if size == FLOAT32 else 1
         parts = {
@@ -414,10 +416,10 @@ def at_end_of_backward(step: TrainingStep, resident: Mapping[str, int], layers: 
 
 
 def at_update(step: TrainingStep, resident: Mapping[str, int]) -> MemoryInstant:
-    """The optimizer updates the adapter; activations are gone."""
+    """The instant at which the optimizer updates the adapter; activations have been freed."""
     size, shard, scratch = step.adapter.bytes_per_element, step.shard_numel, step.optimizer.scratch
     if step.optimizer.sharded:
-        # In float32; what it was made of is gone before the optimizer needs its scratch.
+        # In float32. The gradients that the shard was made from are freed before the optimizer needs its scratch.
         gradients = {"adapter gradients": 0, "gradient shard": FLOAT32 * shard}
         temporaries = shard * max(scratch * FLOAT32, size)
     else:
@@ -431,7 +433,7 @@ def _stacks(step: TrainingStep) -> SideBySide:
 
 
 def _side_by_side(step: TrainingStep) -> dict[str, int]:
-    """From the forward to the end of the backward."""
+    """Bytes of stacked parameters and operands, which exist from the forward to the end of the backward."""
     if not step.shape.fused:
         return {}
     stacks = _stacks(step)
@@ -439,13 +441,13 @@ def _side_by_side(step: TrainingStep) -> dict[str, int]:
 
 
 def _gradients(step: TrainingStep, *, backward_has_begun: bool, of_components: int = 0) -> dict[str, int]:
-    """Gradients that are there beside those of a layer of this micro-batch's task loss, and DeepSpeed's buffer, by
-    part."""
+    """Bytes of gradients, beside those of the layer whose backward runs, and of DeepSpeed's buffer, by part.
+    ``of_components``: gradients of components that wait for those of all layers."""
     size, optimizer = step.adapter.bytes_per_element, step.optimizer
-    # Those of the penalty wait for those of the task loss; ZeRO keeps what an earlier micro-batch left as a shard.
+    # The penalty's gradients wait for those of the task loss. ZeRO keeps those of an earlier micro-batch as a shard.
     of_penalty = backward_has_begun and step.adapter.penalty
     of_earlier = optimizer.gradients_between and not optimizer.sharded
-    # DeepSpeed makes it when the first parameter has its gradient.
+    # DeepSpeed makes the bucket when the first parameter has its gradient.
     has_bucket = optimizer.sharded and backward_has_begun and not step.shape.fused
     return {
         "adapter gradients": size * step.trained_numel * (of_penalty + of_earlier) + of_components,

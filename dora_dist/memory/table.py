@@ -8,13 +8,13 @@ from dora_dist.memory.estimate import MemoryEstimate
 from dora_dist.memory.step import StepMemory
 
 CONTEXT_BYTES = GIB
-"""Left for what the allocator does not count: CUDA's context, its libraries, NCCL's buffers."""
+"""Reserve for memory that the allocator does not count: CUDA's context, its libraries, NCCL's buffers."""
 MARKS = (" *", " <")
 """Ends of cells: the configured column, and the peak of a column."""
 
 
 def render(estimate: MemoryEstimate) -> str:
-    """The estimate as a table for a person."""
+    """The estimate as a table to read."""
     columns = _columns(estimate)
     step = estimate.configured
     gpu = "GPU" if estimate.device == "cuda" else "process"
@@ -69,7 +69,7 @@ def _row(title: str, *cells: str) -> str:
 
 
 def _columns(estimate: MemoryEstimate) -> dict[str, StepMemory]:
-    """Title -> memory where no layer is recomputed, where as many are as configured, and where all are."""
+    """Title -> memory if no layer is recomputed, if as many are as configured, and if all are."""
     count, number = estimate.recomputation.count, estimate.recomputation.layers
     between = {f"{estimate.recomputation} *": estimate.configured} if 0 < count < number else {}
     return {
@@ -80,7 +80,7 @@ def _columns(estimate: MemoryEstimate) -> dict[str, StepMemory]:
 
 
 def _at(step: StepMemory, name: str) -> str:
-    """A cell: the memory at an instant of this name, where there is one."""
+    """A cell with the memory at the instant of this name; empty if there is no such instant."""
     found = [instant for instant in step.instants if instant.name == name]
     return format_bytes(found[0].total) + " <" * (found[0] is step.peak) if found else ""
 

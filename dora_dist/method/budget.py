@@ -19,7 +19,7 @@ class Budget:
     cost as much as those of a uniform adapter of the target rank, to within one component.
 
     Args:
-        schedule: how the budget changes over the run.
+        schedule: schedule of the budget over the run.
         costs: layer name -> cost of one component of the layer.
     """
 
@@ -69,7 +69,7 @@ def component_costs(shapes: Mapping[str, tuple[int, int]], unit: str) -> dict[st
         unit: ``components`` (1 each) or ``parameters`` (inputs plus outputs; the gate is free, as it is folded away).
 
     Raises:
-        ValueError: the unit is neither.
+        ValueError: the unit is neither of these.
     """
     if unit not in (COMPONENTS, PARAMETERS):
         raise ValueError(f"budget_unit is {unit!r}, but must be {COMPONENTS} or {PARAMETERS}")

@@ -15,15 +15,15 @@ from torch.linalg import vector_norm
 from dora_dist.method.stacking import in_order, stacked
 
 LayerParameters = tuple[Tensor, Tensor, Tensor]
-"""Of one layer: ``lora_a (r, in), gate (r,), lora_b (out, r)``."""
+"""The tensors of one layer: ``lora_a (r, in), gate (r,), lora_b (out, r)``."""
 ScoreFunction = Callable[[Sequence[LayerParameters]], Tensor]
 """Maps layers with the same number of components ``r`` to scores ``(layers, r)``; higher is more important."""
 SHORTEST_BLOCK, LONGEST_BLOCK = 64, 512
 """Number of a vector's entries that are multiplied at a time."""
 COPIED_AT_ONCE = 2**19
-"""Number of float64 elements: 4 MiB."""
+"""Most float64 elements that are copied at a time on a CPU: 4 MiB."""
 COPIED_AT_ONCE_ON_GPU = 2**24
-"""128 MiB: enough for the adapter of an 8B model in a few pieces."""
+"""The same on a GPU, 128 MiB: enough for the adapter of an 8B model in a few pieces."""
 
 
 @torch.no_grad()
@@ -37,9 +37,9 @@ def component_scores(lora_a: Tensor, gate: Tensor, lora_b: Tensor, eps: float = 
 
     Args:
         lora_a: rows ``a_i``, shape ``(r, in)``, any floating dtype.
-        gate: ``c_i``, shape ``(r,)``.
+        gate: gates ``c_i``, shape ``(r,)``.
         lora_b: columns ``b_i``, shape ``(out, r)``.
-        eps: gives a layer whose update is zero the score 0.
+        eps: term of the denominator that gives components of a layer whose update is zero the score 0.
 
     Returns:
         Scores of shape ``(r,)`` on the inputs' device, in their dtype but at least float32. Non-finite inputs give
@@ -148,7 +148,7 @@ def _grams(matrices: Sequence[Tensor], dim: int) -> Tensor:
     split into blocks to give work to all cores: a product of each whole matrix takes twice the time.
 
     Args:
-        matrices: each with ``r`` vectors; the lengths may differ between matrices.
+        matrices: matrices of ``r`` vectors each; the lengths may differ between matrices.
         dim: dimension of a vector's entries: 1 if vectors are rows, 0 if they are columns.
     """
     device = matrices[0].device

@@ -1,4 +1,4 @@
-"""What the name of a layer says of its place in the model."""
+"""What the name of a layer says about its place in the model."""
 
 from typing import NamedTuple
 
@@ -9,9 +9,9 @@ class LayerName(NamedTuple):
     Attributes:
         stack: name of the stack of blocks, such as ``model.layers``; empty outside of blocks, and where the blocks are
             the model's own numbered parts.
-        number: of the block in its stack; None for a layer outside of all blocks.
-        kind: name in the block, the whole of it, because kinds can share their last part (an encoder's
-            ``attention.output.dense`` and ``output.dense``); outside of blocks the whole name.
+        number: number of the block in its stack; None for a layer outside of all blocks.
+        kind: full name within the block, because kinds can share their last part (an encoder's
+            ``attention.output.dense`` and ``output.dense``); outside of blocks the layer's full name.
     """
 
     stack: str

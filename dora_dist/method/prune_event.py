@@ -11,15 +11,15 @@ class PruneEvent:
     """One pruning event, the same on every rank.
 
     Attributes:
-        step: Optimizer step after which the event took place.
-        kept: Layer -> boolean mask, shape ``(r,)``, on the CPU; True where the component is kept.
-        returned: Number of components that are kept now but were not after the previous event: pruned components that
+        step: optimizer step after which the event took place.
+        kept: layer -> boolean mask, shape ``(r,)``, on the CPU; True where the component is kept.
+        returned: number of components that are kept now but were not after the previous event: pruned components that
             have regrown, or, with rule move, new components.
-        final: Whether the mask is fixed from here on.
-        num_parameters: Total number of entries in the kept components' vectors, over the whole model.
-        scores: Layer -> mean score, before the event, of its unmasked components; 0 for a layer without any. None if
+        final: whether the mask is fixed from here on.
+        num_parameters: total number of entries in the kept components' vectors, over the whole model.
+        scores: layer -> mean score, before the event, of its unmasked components; 0 for a layer without any. None if
             nothing was scored.
-        planned: Layer -> number of components for a later run, if the final event's plan differs from what it keeps.
+        planned: layer -> number of components for a later run, if the final event's plan differs from what it keeps.
     """
 
     step: int

@@ -22,7 +22,7 @@ def singular_components(lora_a: Tensor, gate: Tensor, lora_b: Tensor) -> LayerPa
 
     Args:
         lora_a: rows ``a_i``, shape ``(r, in)``.
-        gate: ``c_i``, shape ``(r,)``.
+        gate: gates ``c_i``, shape ``(r,)``.
         lora_b: columns ``b_i``, shape ``(out, r)``.
 
     Returns:

@@ -49,7 +49,7 @@ class Schedule(Protocol):
         """Whether a step is in the warm-up, in which nothing may change."""
 
     def removed(self, step: int, removable: int) -> int:
-        """Of ``removable`` units that the final event has removed, how many are removed after an event at ``step``."""
+        """Units removed after an event at ``step``, out of the ``removable`` ones that the final event has removed."""
 
     def cost_at_start(self, costs: Mapping[str, int]) -> int:
         """Total cost of the components at the start, given the cost of one component of each layer."""
@@ -176,7 +176,7 @@ class BudgetSchedule:
         return self.removed(step, self.num_layers * (self.initial_rank - self.target_rank))
 
     def removed(self, step: int, removable: int) -> int:
-        """Of ``removable`` units that the final event has removed, how many are removed after an event at ``step``."""
+        """Units removed after an event at ``step``, out of the ``removable`` ones that the final event has removed."""
         position = min(max(self._position(step), 0), self._last)
         return removable * position**3 // self._last**3
 

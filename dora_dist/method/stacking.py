@@ -11,7 +11,7 @@ def stacked(tensors: Sequence[Tensor], most: int | None = None) -> Iterator[tupl
 
     Args:
         tensors: tensors of any shapes. The stacks are copies, differentiable with respect to these.
-        most: number of elements to copy at a time; by default all tensors of one shape.
+        most: largest number of elements to copy at a time, but at least one tensor; by default all of one shape.
     """
     places: dict[torch.Size, list[int]] = {}
     for place, tensor in enumerate(tensors):

@@ -58,7 +58,7 @@ def write_routed_adapter(
     """Write a folder that :func:`read_routed_adapter` reads.
 
     Args:
-        folder: created if missing.
+        folder: the folder to write, created if missing.
         factors: see :class:`RoutedAdapter`; lower ranks are padded with zeros to the highest.
         routers: see :class:`RoutedAdapter`.
         blocks: see :class:`RoutedAdapter`.

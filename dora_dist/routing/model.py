@@ -29,8 +29,8 @@ from dora_dist.routing.router import Decision, Router, balance_loss, decide
 ROUTERS = "routers"
 """Prefix of the names of the routers' parameters."""
 Selected = Sequence[tuple[Tensor, Tensor]]
-"""For each module of a block: indices, in the flattened batch, of the tokens it is computed for (int64), and their
-gates; both of shape ``(tokens,)``."""
+"""For each module of a block, two tensors of shape ``(tokens,)``: indices, in the flattened batch, of the tokens that
+the module is computed for (int64), and their gates."""
 
 
 class Routing:
@@ -237,7 +237,7 @@ def routed_linear(layer: DynamicLoraLinear, x: Tensor, tokens: Tensor, gates: Te
 
     Args:
         layer: the adapted layer.
-        x: shape ``(..., in)``.
+        x: the layer's input, shape ``(..., in)``.
         tokens: indices of the chosen tokens in the flattened batch, int64, shape ``(chosen,)``. May be empty: the
             components then get gradients of 0, because engines wait for gradients.
         gates: gates of the chosen tokens, shape ``(chosen,)``.

@@ -13,10 +13,11 @@ class Prompts:
     """The prompts of a batch, and the tokens that belong to them.
 
     Attributes:
-        of_token: int64, shape (rows, length); number of the prompt whose decision applies to a token.
-        pooled: int64, shape (tokens,); indices, in the flattened batch, of all prompts' tokens. A router reads only
+        of_token: number of the prompt whose decision applies to each token; int64, shape ``(rows, length)``.
+        pooled: indices, in the flattened batch, of all prompts' tokens; int64, shape ``(tokens,)``. A router reads only
             these.
-        trained: bool, shape (prompts,); whether a prompt has a trained answer. The others are padding of packed rows.
+        trained: whether each prompt has a trained answer (the others are padding of packed rows); boolean, shape
+            ``(prompts,)``.
     """
 
     of_token: Tensor
@@ -25,7 +26,7 @@ class Prompts:
 
     @property
     def owners(self) -> Tensor:
-        """Number of each pooled token's prompt; int64, shape (tokens,)."""
+        """Number of each pooled token's prompt; int64, shape ``(tokens,)``."""
         return self.of_token.flatten()[self.pooled]
 
 
@@ -37,14 +38,15 @@ def find_prompts(
     labels: Tensor | None = None,
 ) -> Prompts:
     """The prompts of a batch: in every row, or every example of a packed row, all tokens before the first target.
-    Without labels, all tokens. The first token is never a target, because nothing predicts it.
+    Without labels, a prompt is all of its tokens. The first token is never a target, because nothing predicts it.
 
     Args:
-        shape: (rows, length).
+        shape: shape of the batch, ``(rows, length)``.
         device: device of the batch.
-        attention_mask: shape (rows, length), 0 at padding on either side. With a mask, a row holds one example.
-        position_ids: shape (rows or 1, length). Without a mask, an example begins wherever positions restart.
-        labels: shape (rows, length), ``IGNORED`` at tokens that are not trained.
+        attention_mask: mask that is 0 at padding on either side, shape ``(rows, length)``. With a mask, a row holds one
+            example.
+        position_ids: positions, shape ``(rows or 1, length)``. Without a mask, an example begins wherever they restart.
+        labels: labels, shape ``(rows, length)``; ``IGNORED`` at tokens that are not trained.
 
     Raises:
         ValueError: the mask has another shape and does not show the padding.

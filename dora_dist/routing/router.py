@@ -68,9 +68,9 @@ class Decision:
     """A router's decision for the prompts of a batch.
 
     Attributes:
-        probabilities: shape ``(prompts, modules)``.
-        chosen: bool, shape ``(prompts, modules)``; the k most probable modules of every row.
-        gates: shape ``(prompts, modules)``; factors of the chosen modules' outputs.
+        probabilities: probability of each module, shape ``(prompts, modules)``.
+        chosen: whether a module is among the k most probable of its row; boolean, shape ``(prompts, modules)``.
+        gates: factors of the chosen modules' outputs, 0 for the others; shape ``(prompts, modules)``.
     """
 
     probabilities: Tensor
@@ -83,9 +83,9 @@ def decide(probabilities: Tensor, count: int, chosen: Tensor | None = None) -> D
     the number of chosen modules: 1 if they are equal, as in plain LoRA.
 
     Args:
-        probabilities: shape ``(prompts, modules)``.
+        probabilities: probability of each module, shape ``(prompts, modules)``.
         count: number of modules to choose.
-        chosen: the earlier choice, if a forward is recomputed.
+        chosen: the earlier choice (:attr:`Decision.chosen`), if a forward is recomputed.
     """
     if chosen is None:
         best = probabilities.detach().topk(count, dim=1).indices
@@ -105,9 +105,9 @@ def balance_loss(
     because engines take the mean of gradients over the ranks.
 
     Args:
-        probabilities: one tensor for each block, shape ``(prompts, modules)``.
-        trained: bool, shape ``(prompts,)``; the prompts that count.
-        add_up: replaces a tensor by its sum over the ranks; called once.
+        probabilities: one tensor of probabilities for each block, shape ``(prompts, modules)``.
+        trained: the prompts that count; boolean, shape ``(prompts,)``.
+        add_up: function that replaces a tensor by its sum over the ranks; called once.
         ranks: number of ranks.
 
     Returns:

@@ -53,20 +53,20 @@ class DynamicRankCallback(TrainerCallback):
     ``train(resume_from_checkpoint=...)`` resumes.
 
     Args:
-        pruning: Settings as in the section ``pruning`` of a run; by default the paper's.
+        pruning: settings as in the section ``pruning`` of a run; by default the paper's.
         init: ``inputs`` or ``gradient`` to start the adapter from data, as ``adapter.init`` of a run; the adapter
             itself is made with ``init="lora"``. None for no such start.
-        calibration_rows: Number of training rows for such a start, spread over the training data.
+        calibration_rows: number of training rows for such a start, spread over the training data.
 
     Attributes:
-        controller: The pruning controller, once training has begun.
-        events: Pruning events since training began or was resumed.
+        controller: the pruning controller, once training has begun.
+        events: pruning events since training began or was resumed.
 
     Raises:
-        ValueError: A value is out of range. When training begins, also: the trainer, its settings or the checkpoint to
+        ValueError: a value is out of range. When training begins, also: the trainer, its settings or the checkpoint to
             resume from does not fit; on all ranks.
-        BudgetMissedError: When training ends, on all ranks: it ended before the last event.
-        NonFiniteAdapterError: When a checkpoint is due or training ends: the adapter holds NaN or infinite values.
+        BudgetMissedError: training has ended before the last event; raised at its end, on all ranks.
+        NonFiniteAdapterError: the adapter holds NaN or infinite values when a checkpoint is due or training ends.
     """
 
     def __init__(
@@ -182,7 +182,8 @@ class DynamicRankCallback(TrainerCallback):
         """The tensors of a checkpoint. The trainer has already loaded the checkpoint's parameters into the model.
 
         Raises:
-            ValueError: The trainer has read another checkpoint, or this one is of another method.
+            ValueError: the trainer has read another checkpoint, or this one lacks the method's part, or has other
+                settings.
         """
         if not (folder / METHOD_STATE).is_file():
             raise ValueError(

@@ -16,7 +16,7 @@ class PenaltyGradient:
     unchanged.
 
     Args:
-        controller: its layers are regularized, until its penalty is None.
+        controller: the controller whose layers are regularized, until its penalty is None.
         weight: weight of the penalty in the loss.
     """
 

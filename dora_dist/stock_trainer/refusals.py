@@ -31,7 +31,7 @@ def check_pruning(pruning: PruningConfig, adapter: DynamicLoraConfig) -> None:
     """Refuse pruning settings that this callback does not support.
 
     Raises:
-        ValueError: names the key.
+        ValueError: a setting is not supported; the message names its key.
     """
     if pruning.rule != PRUNE:
         raise ValueError(
@@ -45,7 +45,7 @@ def check_settings(arguments: TrainingArguments, state: TrainerState) -> None:
     """Refuse trainer settings that do not work with the callback.
 
     Raises:
-        ValueError: names the setting and what to do.
+        ValueError: a setting does not work; the message names it and says what to do.
     """
     if arguments.fp16:
         raise ValueError(
@@ -82,7 +82,7 @@ def check_engine(accelerator: AcceleratorState) -> None:
     """Refuse engines that shard parameters, or keep master copies that the callback cannot reach.
 
     Raises:
-        ValueError: names the engine.
+        ValueError: the engine is such a one; the message names it.
     """
     engine = accelerator.distributed_type
     stage = accelerator.deepspeed_plugin.zero_stage if engine == DistributedType.DEEPSPEED else None
@@ -98,7 +98,7 @@ def check_dtype(model: DynamicLoraModel) -> None:
     """Refuse an adapter in 16 bits, or one that was cast, if no engine keeps a float32 copy of it.
 
     Raises:
-        ValueError: names the dtypes.
+        ValueError: the adapter is such a one; the message names the dtypes.
     """
     if AcceleratorState().distributed_type == DistributedType.DEEPSPEED:
         return
