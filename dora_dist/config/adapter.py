@@ -44,7 +44,7 @@ class DynamicLoraConfig:
         target_rank: components per layer, on average, after pruning.
         initial_rank: components per layer at the start. Null for 1.5 times target_rank, rounded up (the paper's), with
             pruning.rule prune, for 1 with grow (always less than target_rank), and for target_rank with other rules.
-        slots: with pruning.rule move or grow, or ranks from data, places for components in every layer: the most that a
+        slots: places for components in every layer, for pruning.rule move or grow, or ranks from data: the most that a
             layer can get. Free slots take memory but no time. Null for twice target_rank with grow and ranks from data;
             move needs a number.
         ranks: number of components of each layer: uniform, or, for a whole run with pruning.rule none, mlp-only,
@@ -74,8 +74,8 @@ class DynamicLoraConfig:
         seed: random seed of the initial values, which are the same on every rank; null for the seed of the run.
         routing: none, or prompt (MiLoRA): a router before every decoder block selects, for each prompt, the modules
             whose adapters are used. docs/routing.md has what it costs and what does not go with it.
-        modules_per_prompt: with routing prompt, number of modules that the router selects in every block.
-        balance_weight: with routing prompt, weight of the loss term that balances the selection.
+        modules_per_prompt: number of modules that the router selects in every block, with routing prompt.
+        balance_weight: weight of the loss term that balances the selection, with routing prompt.
     """
 
     target_rank: int = 8

@@ -89,8 +89,8 @@ class PruningConfig:
             leaves the model's function unchanged, and score these without smoothing.
         min_rank: least number of components that every layer keeps.
         max_rank: most components that a layer may keep in the end; null for no bound.
-        moved_per_event: with rule move, number of components of the whole model that an event moves.
-        modules_per_layer: with the rule of that name, number of adapted modules that stay in every block.
+        moved_per_event: number of components of the whole model that an event moves, with rule move.
+        modules_per_layer: number of adapted modules that stay in every block, with the rule of that name.
         scoring_rows: number of training examples held back for scoring, with importance ablation or ablation_gradient.
     """
 
