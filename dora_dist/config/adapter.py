@@ -15,7 +15,7 @@ INPUTS = "inputs"
 GRADIENT = "gradient"
 LORA_ONE = "lora_one"
 DRAWN_INITS = ("lora", "paper", "adalora")
-"""Of :data:`INITS`, those that need no data."""
+"""The :data:`INITS` that need no data."""
 UNIFORM = "uniform"
 MLP_ONLY = "mlp-only"
 RISING_WITH_DEPTH = "rising-with-depth"
@@ -23,14 +23,15 @@ STRATA = "strata"
 GRADIENT_SPECTRUM = "gradient_spectrum"
 WEIGHT_GRADIENT = "weight_gradient"
 RANKS_FROM_DATA = (GRADIENT_SPECTRUM, WEIGHT_GRADIENT)
-"""Of ``ranks``, those that are made from training rows before the first step."""
+"""The values of ``ranks`` whose ranks are made from training rows before the first step."""
 Scale = Literal["constant", "sqrt_rank"]
 SCALES: tuple[str, ...] = get_args(Scale)
 Routing = Literal["none", "prompt"]
 ROUTINGS: tuple[str, ...] = get_args(Routing)
 PROMPT = "prompt"
 LEAST_MODULES = 2
-"""Of a prompt: the gate of a single one would be 1, whatever its probability, and teach the router nothing."""
+"""Least number of modules that a router selects for a prompt: the gate of a single one would be 1, whatever its
+probability, and would teach the router nothing."""
 AdapterDtype = Literal["auto", "float32", "bfloat16", "float64"]
 DTYPES: tuple[str, ...] = get_args(AdapterDtype)
 
@@ -41,46 +42,40 @@ class DynamicLoraConfig:
 
     Args:
         target_rank: components per layer, on average, after pruning.
-        initial_rank: components per layer at the start; by default 1.5 times the target rank, rounded up (the paper's);
-            with slots the target rank; with pruning.rule grow 1, and always less than the target rank.
-        slots: with pruning.rule move or grow, or ranks from data, places for components in every layer, and so the most
-            that a layer can get; slots without a component take memory but no time. Null for no more slots than
-            components at the start, and with pruning.rule grow or ranks from data for twice the target rank.
-        ranks: uniform; or, with pruning.rule none, what each layer has for the whole run: mlp-only, rising-with-depth,
-            strata (thirds by depth: none, half, all; these with the parameters of a uniform rank target_rank), the path
-            of a plan (plan.json of a run), or of the same parameters from calibration_rows of the training data, within
-            slots: gradient_spectrum (by the singular values of every layer's gradient) or weight_gradient (GoRA's, by
-            the mean of |weight x gradient|).
+        initial_rank: components per layer at the start. Null for 1.5 times target_rank, rounded up (the paper's), with
+            pruning.rule prune, for 1 with grow (always less than target_rank), and for target_rank with other rules.
+        slots: places for components in every layer, for pruning.rule move or grow, or ranks from data: the most that a
+            layer can get. Free slots take memory but no time. Null for twice target_rank with grow and ranks from data;
+            move needs a number.
+        ranks: number of components of each layer: uniform, or, for a whole run with pruning.rule none, mlp-only,
+            rising-with-depth, strata, the path of a plan (plan.json of a run), or from training data gradient_spectrum
+            or weight_gradient. docs/method.md and docs/rules.md describe each.
         alpha: numerator of the factor that scales the update of every layer; scale sets the denominator.
-        scale: constant (alpha / initial_rank in all layers, for the whole run, or / target_rank where that is more), or
-            sqrt_rank (alpha / the square root of the number of components that the layer still has).
+        scale: constant (alpha over initial_rank, or over target_rank where that is more, in all layers for the whole
+            run), or sqrt_rank (alpha over the square root of the number of components that the layer still has).
         dropout: dropout probability on the input of the components, in [0, 1).
         target_modules: all-linear (every linear layer of the text decoder that can be adapted, without the output
             head), a regular expression for full module names, or a list of names or their last parts.
-        init: lora (a_i as LoRA's, b_i = 0, c_i = 1), paper (a_i, b_i Kaiming-uniform, c_i = 0), adalora (a_i, b_i
-            normal with a standard deviation of 0.02, c_i = 0, as AdaLoRA's), or lora with a_i along directions from
-            training rows: inputs (the principal directions of the layer's inputs) or gradient (the right singular
-            vectors of the gradient of its weight). All of these start exactly as the base model; lora_one, LoRA-One's
-            step down that gradient, does not.
-        start_from: folder of a plain LoRA adapter, of a run (RUN/adapter) or of PEFT, to go on from: the model starts
-            as that adapter's, and components that it does not have start as init says. Needs a drawn init (lora, say),
-            and at least as many components in every layer; see docs/choosing.md. Null for a new adapter.
+        init: initial values of the components: drawn at random (lora, paper, adalora), or computed from training rows
+            (inputs, gradient, lora_one). With all but lora_one, the model starts exactly as the base. docs/method.md
+            describes each.
+        start_from: folder of a plain LoRA adapter to go on from, of a run (RUN/adapter) or of PEFT: the model starts as
+            with that adapter. Needs init lora, paper or adalora, and at least as many components in every layer;
+            docs/choosing.md has the rest. Null for a new adapter.
         new_tokens: texts that become tokens of the tokenizer, such as "<call>" and "</call>". Their rows of the
-            embedding, and of an output head that is not tied to it, are trained beside the components, outside of the
-            budget, and saved with the adapter as PEFT's trainable_token_indices. For causal_lm, by dora-dist train; see
-            docs/choosing.md. Null for none.
-        calibration_rows: with a start or ranks from data, number of training rows from which they are computed, spread
-            over the run.
-        dtype: dtype of the adapter's parameters: float32, bfloat16, float64, or auto. In a run, auto is float32, and
-            under zero2 the compute dtype, of which DeepSpeed keeps a float32 master copy. In add_dynamic_lora it is
-            the dtype of the base's unquantized weights. Where no such copy is kept, training in bfloat16 is refused.
+            embedding, and of an output head that is not tied to it, are trained beside the components. For causal_lm,
+            by dora-dist train; docs/choosing.md has the rest. Null for none.
+        calibration_rows: number of training rows, spread over the run, from which a start or ranks from data are
+            computed.
+        dtype: dtype of the adapter's parameters. In a run, auto is float32, and under zero2 the compute dtype, of which
+            DeepSpeed keeps a float32 master copy; where no such copy is kept, training in bfloat16 is refused. In
+            add_dynamic_lora, auto is the dtype of the base's unquantized weights.
         train_gates: train the gates c_i. With false the layer is plain LoRA, which can be pruned but cannot regrow.
         seed: random seed of the initial values, which are the same on every rank; null for the seed of the run.
         routing: none, or prompt (MiLoRA): a router before every decoder block selects, for each prompt, the modules
-            whose adapters are used. It needs initial_rank equal to target_rank and a drawn init, runs layer by layer,
-            and cannot be exported; see docs/routing.md.
-        modules_per_prompt: with routing prompt, number of modules that the router selects in every block.
-        balance_weight: with routing prompt, weight of the loss term that balances the selection.
+            whose adapters are used. docs/routing.md has what it costs and what does not go with it.
+        modules_per_prompt: number of modules that the router selects in every block, with routing prompt.
+        balance_weight: weight of the loss term that balances the selection, with routing prompt.
     """
 
     target_rank: int = 8
@@ -202,7 +197,7 @@ class DynamicLoraConfig:
 
     @property
     def start_rank(self) -> int:
-        """``initial_rank``, resolved."""
+        """``initial_rank``, or its default."""
         if self.initial_rank is not None:
             return self.initial_rank
         uniform = self.ranks == UNIFORM and self.slots is None and self.routing == "none"
@@ -210,7 +205,7 @@ class DynamicLoraConfig:
 
     @property
     def full_rank(self) -> int:
-        """Components of a layer, on average, when there are most of them: those of the start, or those of the end."""
+        """Components of a layer, on average, at the start or at the end, whichever are more."""
         return max(self.start_rank, self.target_rank)
 
     @property
@@ -219,5 +214,5 @@ class DynamicLoraConfig:
         return self.slots if self.slots is not None else self.start_rank
 
     def scale_of(self, rank: int) -> float:
-        """What the update of a layer is multiplied with that has so many components left, at least 1."""
+        """The factor of the update of a layer that has ``rank`` components left, at least 1."""
         return self.alpha / (math.sqrt(rank) if self.scale == "sqrt_rank" else self.full_rank)

@@ -17,13 +17,13 @@ from dora_dist.config.tasks import FormatName
 
 Format = Literal["auto", FormatName]
 MOST_FOLDERS = 8
-"""More folders than a path has between two sources of one name."""
+"""Bound on the folders that a source's name takes from its path to differ from others; paths need fewer."""
 SHARE = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*%\s*")
 """A share of the training rows, as ``data.eval`` can be."""
 ALMOST_A_SHARE = re.compile(r".*%|\d*\.?\d+", re.DOTALL)
-"""What ``data.eval`` does not take for a file."""
+"""Texts that ``data.eval`` takes for a misspelled share, and not for a file."""
 LARGEST_SHARE = 50
-"""Percent, below which a share must be: more would be held out than is trained on."""
+"""Percent that a share must stay below, so that more is trained on than held out."""
 
 
 @dataclass(kw_only=True)
@@ -46,10 +46,10 @@ class SourceConfig:
         subset: configuration (subset) of a data set on the Hub.
         split: split of a data set on the Hub, or of a saved folder with several; null for train.
         revision: commit or tag of a data set on the Hub.
-        max_rows: read only the first rows, this many; null for all.
+        max_rows: number of rows to read, the first ones; null for all.
         max_examples: train on a random choice of at most this many examples; null for all.
         weight: share of this source in the mixture, up to a common factor; for all sources or for none.
-        epochs: how many times its examples occur in one pass over the mixture (1.5 is possible).
+        epochs: number of times its examples occur in one pass over the mixture (1.5 is possible).
     """
 
     path: str | list[str]
@@ -95,12 +95,10 @@ class DataConfig:
     """Instruction data: where it is, how its rows are read, and in which shares its sources are mixed.
 
     Args:
-        train: file, glob, saved folder or Hub name to train on; or a list of several, each a path or a mapping with
-            settings of its own (path, name, format, fields, columns, quotes, text, as_chat, prompt, system, subset,
-            split, revision, max_rows, max_examples, weight, epochs).
-        eval: held-out data, written as train is; each source is also measured by itself; null for none. Or a share of
-            the rows of every training source, such as 5%: which ones is a hash of what a row says, so that a row stays
-            where it is when others are added, and rows that are alike are together.
+        train: file, glob, saved folder or Hub name to train on; a mapping with settings of its own ("A source" in
+            docs/configuration.md); or a list of several of these.
+        eval: held-out data, written as train is, each source also measured by itself; or a share of the rows of every
+            training source, such as 5% (docs/data.md says which rows); null for none.
         format: row format of all sources that do not set their own: messages (role, content), sharegpt
             (conversations), alpaca (instruction, input, output), prompt_completion, text; for other tasks
             classification (sentence1, sentence2, label), squad (question, context, answers), summary (document,
@@ -110,17 +108,18 @@ class DataConfig:
             mistral, plain, or the path of a Jinja file.
         chat_template_kwargs: values for variables that the chat template reads, such as {enable_thinking: false}. They
             are saved with the adapter, as defaults of its template.
-        as_chat: put rows of alpaca and prompt_completion into the chat template; false for Alpaca's plain headings, and
-            for prompts as they are; null for true where the tokenizer has a chat template, or other sources need one.
+        as_chat: put rows of alpaca and prompt_completion into the chat template. With false, Alpaca's rows have its
+            plain headings, and prompts stay as they are. Null is true where the tokenizer has a chat template, or other
+            sources need one.
         prompt: template that builds the prompt from any fields of a row, such as "Summarise: {dialogue}"; a name may
-            be a path (answers.text.0). The answer is the field completion; fields maps it to yours.
+            be a path (answers.text.0). The answer is the field completion, or the one that fields names for it.
         system: system message of all conversations that have none.
         train_on: assistant (every answer of a conversation), last (the last answer only), or everything.
         train_on_thoughts: whether thoughts of answers (reasoning_content, <think>...</think>) have a loss. With
-            false, the loss of an answer begins with what stands after its thought.
+            false, the loss of an answer begins after its thought.
         max_length: length limit of an example in tokens, prompt and answer together; for summaries, of the document.
         max_target_length: length limit of a summary in tokens.
-        stride: tokens that neighbouring windows of a context share, where it is longer than max_length (squad).
+        stride: number of tokens that neighbouring windows of a context longer than max_length share (squad).
         overlong: what happens to examples above max_length: error stops the run, drop skips and counts them, truncate
             cuts what comes before the answer.
         bad_rows: what happens to rows that cannot be used: error stops the run, skip skips and counts them.
@@ -133,10 +132,10 @@ class DataConfig:
         workers: number of processes that encode; null for one per core, at most 8.
 
     Attributes:
-        train_sources: what ``train`` describes, with short forms spelled out and a name for every source.
+        train_sources: the sources that ``train`` describes, with short forms spelled out and a name for each.
         eval_sources: the same for ``eval``; empty where there is no held-out data, or a share of the training rows.
-        eval_share: of the rows of every training source that are held out, between 0 and 0.5; None where ``eval`` is
-            no share.
+        eval_share: share of the rows of every training source that is held out, between 0 and 0.5; None where ``eval``
+            is no share.
     """
 
     train: str | dict[str, Any] | list[str | dict[str, Any]]
@@ -182,11 +181,11 @@ class DataConfig:
         self._check_held_out()
 
     def prompt_of(self, source: SourceConfig) -> str | None:
-        """The prompt of its own that a source has; None where its rows have theirs."""
+        """The prompt template for a source, its own or that of all; None where its rows have their prompts."""
         return self.prompt if source.prompt is None else source.prompt
 
     def system_of(self, source: SourceConfig) -> str:
-        """The message of the system for conversations of a source that have none; empty for none."""
+        """The system message for conversations of a source that have none; empty where none is set."""
         return (self.system if source.system is None else source.system) or ""
 
     def _check_shares(self) -> None:
@@ -205,7 +204,7 @@ class DataConfig:
             )
 
     def _check_held_out(self) -> None:
-        """Held-out sources are in no mixture."""
+        """Refuse settings of the mixture in held-out sources, which are in none."""
         for number, source in enumerate(self.eval_sources):
             for name in ("max_examples", "weight", "epochs"):
                 value = getattr(source, name)
@@ -217,7 +216,7 @@ class DataConfig:
 
 
 def _is_plain(value: object) -> bool:
-    """Whether JSON has a way to write a value."""
+    """Whether JSON can write a value."""
     if isinstance(value, dict):
         return all(isinstance(key, str) and _is_plain(entry) for key, entry in value.items())
     if isinstance(value, list):
@@ -226,7 +225,7 @@ def _is_plain(value: object) -> bool:
 
 
 def _share(given: object) -> float | None:
-    """The share that ``data.eval`` says; None where it names files."""
+    """The share in ``data.eval``, between 0 and 0.5; None where it names files."""
     if not isinstance(given, str):
         return None
     found = SHARE.fullmatch(given)
@@ -289,8 +288,8 @@ def _names_of(paths: Sequence[str | list[str]], taken: Sequence[str]) -> list[st
     takes; the same path again is numbered.
 
     Args:
-        paths: of the sources.
-        taken: names that others have been given.
+        paths: path of each source.
+        taken: names that other sources have been given.
     """
     found: list[str] = []
     for number, path in enumerate(paths):

@@ -6,23 +6,23 @@ FORMAT_VERSION = 2
 """Format of ``config.yaml`` in a run's folder, and of checkpoints. It grows by one with a change after which an older
 file means something else, or can no longer be read. Files without a number have format 1."""
 ADAPTER_CONFIG = "adapter_config.json"
-"""In the folder of an adapter that is plain LoRA: PEFT's own file."""
+"""PEFT's configuration file, in the folder of an adapter that is plain LoRA."""
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-"""Beside it: the tensors."""
+"""The tensors of such an adapter, beside it."""
 ROUTED_ADAPTER = "routed_adapter.json"
-"""In the folder of a prompt-routed one."""
+"""The configuration file in the folder of a prompt-routed adapter."""
 METHOD_TENSORS = "dynamic_lora.safetensors"
-"""In a checkpoint: adapter with its gates, head, masks, scores."""
+"""Tensors in a checkpoint: the adapter with its gates, head, masks, scores."""
 METHOD_STATE = "dynamic_lora.json"
-"""In a checkpoint: its format and step, and what must not change when training goes on from it."""
+"""JSON in a checkpoint: its format and step, and the settings that a resumed run must not change."""
 
 
 def refuse_later_format(path: Path, values: object) -> None:
     """Say that the program is too old, rather than that a key is unknown to it.
 
     Args:
-        path: of a configuration file.
-        values: that it has.
+        path: the configuration file.
+        values: its values, as YAML gives them.
 
     Raises:
         ValueError: a later version wrote the file.

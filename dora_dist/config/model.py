@@ -23,7 +23,7 @@ ROPE_OPTIONS = {
     "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
     "llama3": (),
 }
-"""The numbers that each of them may have beside, and :data:`ORIGINAL_POSITIONS`."""
+"""Scaling -> the numbers that it may have beside those, and beside :data:`ORIGINAL_POSITIONS`."""
 RecomputeLayers = Literal["auto", "all", "none"] | int
 
 
@@ -39,20 +39,19 @@ class ModelConfig:
         trust_remote_code: run the Python code that comes with the model.
         allow_unquantized: accept a quantized model of which more than a fifth of the block weights stays in 16 bits, as
             the experts of most mixture-of-experts models do.
-        fuse: compute a gated MLP as one operation, q, k and v of an attention together, the loss of a causal language
-            model without its logits, and cast what a trained head reads. With false, every module of the base runs its
-            own forward: slower, with more memory, equal up to rounding. A resumed run may change it.
+        fuse: compute some modules of the base together, such as a gated MLP or q, k and v, and the loss without its
+            logits; docs/architecture.md lists them. With false, every module runs its own forward: slower, with more
+            memory, equal up to rounding. A resumed run may change it.
         recompute_layers: layers whose activations are recomputed in the backward pass, which saves memory and costs
-            time; the numbers stay the same. all, none, a number of layers (the first ones), or auto: as few layers as
-            fit on the smallest GPU of the run by the estimate, with 15 % left free; all of them where the memory is
-            not known, as on CPUs. null follows training.activation_checkpointing. A resumed run may change it.
-        rope_scaling: lets the model have longer rows than it was trained on, as transformers 5 writes it in the
-            rope_parameters of a config.json; such as {rope_type: yarn, factor: 4.0}. rope_type is linear, yarn or
-            llama3; rows may then have factor times the original positions (original_max_position_embeddings, by default
-            those of the model). null for what the model has.
+            time: all, none, a number (the first ones), or auto (as few as fit on the GPUs, by the estimate; see
+            docs/performance.md). null follows training.activation_checkpointing. A resumed run may change it.
+        rope_scaling: scaling of rotary positions, for rows longer than those that the model was trained on, as
+            transformers 5 writes it in the rope_parameters of a config.json, such as {rope_type: yarn, factor: 4.0}.
+            rope_type is linear, yarn or llama3; rows may then have factor times the original positions
+            (original_max_position_embeddings, by default the model's). null for what the model has.
         kernels: auto uses Liger's kernels for RMSNorm, RoPE and SwiGLU, on a GPU with the packages of dora-dist[gpu],
-            each where a trial on the model gives the model's own numbers; none never uses them. fuse false turns them
-            off. A resumed run may change it.
+            each where a trial on the model gives the model's own numbers; none never uses them, nor does fuse false. A
+            resumed run may change it.
     """
 
     path: str
@@ -79,7 +78,7 @@ def check_rope(scaling: dict[str, Any]) -> None:
     """Refuse a scaling of rotary positions that has no meaning.
 
     Raises:
-        ValueError: ``rope_type`` is unknown, or a number is missing, or is none that can be.
+        ValueError: ``rope_type`` is unknown, or a number is missing or impossible.
     """
     name = "model.rope_scaling"
     kind = str(scaling.get("rope_type"))

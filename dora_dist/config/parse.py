@@ -57,7 +57,8 @@ def parse_config(arguments: Sequence[str] | None = None) -> RunConfig:
     """Read the configuration from a command line.
 
     Args:
-        arguments: such as ``["--config", "configs/x.yaml", "--adapter.target_rank", "4"]``; ``sys.argv`` by default.
+        arguments: command line, such as ``["--config", "configs/x.yaml", "--adapter.target_rank", "4"]``; None for
+            ``sys.argv``.
 
     Raises:
         ValueError: unknown key (the message names the nearest one), wrong type, impossible value, unreadable file.
@@ -114,7 +115,7 @@ def config_of(values: Mapping[str, Any]) -> RunConfig:
     """A run's configuration from values assembled by a program, checked as strictly as a file.
 
     Args:
-        values: values, nested as in the YAML.
+        values: the values, nested as in the YAML.
 
     Raises:
         ValueError: see :func:`parse_config`.
@@ -173,7 +174,7 @@ def _read(path: Path) -> object:
 
 
 def _refuse_repeated_keys(path: Path) -> None:
-    """YAML silently takes the last of several equal keys, and drops the others."""
+    """Refuse a key that appears twice: YAML silently takes the last one, and drops the others."""
 
     def check(node: yaml.Node | None, prefix: str) -> None:
         if not isinstance(node, yaml.MappingNode):
@@ -190,8 +191,8 @@ def _refuse_repeated_keys(path: Path) -> None:
 
 
 def _refuse_nulls_and_bare_sections(path: Path, values: object, section: type) -> None:
-    """A key without a value is null, which the parser accepts for any key of a file. A section that is text is the name
-    of a file to the parser."""
+    """Refuse keys without a value, which are null and which the parser accepts for any key of a file, and sections that
+    are text, which the parser takes for the name of a file."""
 
     def check(values: object, section: type, prefix: str) -> None:
         hints = get_type_hints(section)

@@ -24,7 +24,7 @@ BOUNDS = {
     GROW: "adapter.slots is the bound",
     MODULES_PER_LAYER: "modules stay whole",
 }
-"""Rules that allow neither re-basing nor a highest rank, and why."""
+"""Rule that allows neither re-basing nor a highest rank -> why not."""
 ABLATION, ABLATION_GRADIENT = "ablation", "ablation_gradient"
 ABLATIONS = (ABLATION, ABLATION_GRADIENT)
 """The importances that are measured at events, on held-back training rows."""
@@ -37,15 +37,15 @@ class Selection:
     """Bounds and options of an event's selection, beside the budget.
 
     Args:
-        min_rank: Least number of components that every layer keeps.
-        max_rank: Most components that a layer may keep in the end; None for no bound.
-        regrow: Prune softly before the final event, as in the paper: the gate is set to 0 and may grow back. Otherwise
+        min_rank: least number of components that every layer keeps.
+        max_rank: most components that a layer may keep in the end; None for no bound.
+        regrow: prune softly before the final event, as in the paper: the gate is set to 0 and may grow back. Otherwise
             pruning is permanent.
-        rebase: Before an event selects, replace every layer's components by the singular vectors of its update, and
+        rebase: before an event selects, replace every layer's components by the singular vectors of its update, and
             score these without smoothing.
 
     Raises:
-        ValueError: The values contradict each other.
+        ValueError: the values contradict each other.
     """
 
     min_rank: int = 0
@@ -68,36 +68,29 @@ class PruningConfig:
     """When and how components are pruned (steps are optimizer steps).
 
     Args:
-        rule: prune (from adapter.initial_rank down to the budget of adapter.target_rank), move (ALoRA's: the budget is
-            met from the start; every event removes the lowest components, and the layers that lost none get as many, in
-            their adapter.slots), grow (IncreLoRA's: from adapter.initial_rank, 1 by default, up to the budget; every
-            event gives one component to each of the best layers; layers have a score of their own, and importance,
-            smoothing and equilibrium_weight have no effect), modules_per_layer (a LoRA of rank adapter.target_rank; at
-            the step of the last event, the best modules of every block stay, and plan.json gives them the whole budget,
-            for later runs), or none (the ranks stay as adapter.ranks sets them, and the other keys of this section have
-            no effect).
+        rule: what an event does: prune (fewer components stay), move (components go from layer to layer), grow (the
+            best layers get more), modules_per_layer (the best modules of every block stay, and plan.json has ranks for
+            later runs), or none (the ranks stay as adapter.ranks sets them, and the other keys of this section have no
+            effect). docs/rules.md describes each.
         warmup_fraction: share of the run before pruning begins.
         final_fraction: share of the run after the last pruning event, with a fixed mask.
         interval: steps between two events; auto is a twentieth of the steps from the first event to the last.
-        importance: criterion that scores components: frobenius (the paper's share in the norm of their layer's update),
-            magnitude (their norm as it is), squared_magnitude (its square), gate_sensitivity (first-order effect on the
-            loss of removing them, summed over the steps since the last event), loss_change (how much their own movement
-            has lowered the loss, to first order, summed over the steps of the run), or random (a baseline); with
-            rules move and modules_per_layer also ablation (ALoRA's: the loss on scoring_rows without the component,
-            minus the loss with it alone; two forwards of all rows for each component, so for small models) or
-            ablation_gradient (the same to second order, by two backward passes over the rows).
-        budget_unit: unit of the budget: components (the paper's), or parameters (a component has as many as its layer
-            has inputs and outputs; the result then has as many parameters as an adapter of uniform rank target_rank).
-        smoothing: weight of the past in the smoothed scores of weights, in [0, 1). The sums (gate_sensitivity,
-            loss_change) and ablations are not smoothed.
+        importance: criterion that scores components: frobenius (the paper's), magnitude, squared_magnitude,
+            gate_sensitivity (effect on the loss of removing them), loss_change (how much their movement has lowered the
+            loss), or random (a baseline), all in docs/method.md; with rules move and modules_per_layer also ablation or
+            ablation_gradient, in docs/rules.md.
+        budget_unit: unit of the budget: components (the paper's), or parameters, of which the result then has as many
+            as an adapter of uniform rank target_rank.
+        smoothing: weight of the past in smoothed scores, in [0, 1). gate_sensitivity, loss_change and the ablations are
+            not smoothed.
         equilibrium_weight: weight of the Dimensional Equilibrium Modulator in the loss until the last event; 0 is off.
-        regrow: a component pruned before the last event may grow back (the paper's gentle pruning).
+        regrow: let components that were pruned before the last event grow back (the paper's gentle pruning).
         rebase: before an event, replace the components of each layer by the singular vectors of its update, which
             leaves the model's function unchanged, and score these without smoothing.
         min_rank: least number of components that every layer keeps.
         max_rank: most components that a layer may keep in the end; null for no bound.
-        moved_per_event: with rule move, number of components of the whole model that an event moves.
-        modules_per_layer: with the rule of that name, number of adapted modules that stay in every block.
+        moved_per_event: number of components of the whole model that an event moves, with rule move.
+        modules_per_layer: number of adapted modules that stay in every block, with the rule of that name.
         scoring_rows: number of training examples held back for scoring, with importance ablation or ablation_gradient.
     """
 
@@ -161,7 +154,7 @@ class PruningConfig:
         """The bounds and options of an event's selection.
 
         Raises:
-            ValueError: See :class:`Selection`.
+            ValueError: see :class:`Selection`.
         """
         return Selection(self.min_rank, self.max_rank, self.regrow, self.rebase)
 
@@ -170,7 +163,7 @@ def check_prunes(pruning: PruningConfig, adapter: DynamicLoraConfig) -> None:
     """Refuse an adapter that these pruning settings cannot be applied to.
 
     Raises:
-        ValueError: Names both keys.
+        ValueError: the message names both keys.
     """
     if adapter.ranks != UNIFORM:
         raise ValueError(

@@ -21,7 +21,7 @@ from dora_dist.config.unused import check_used
 LARGEST_SEED = 2**32 - 1
 """numpy takes no larger one."""
 ELEMENTWISE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
-"""Those of transformers that keep a floating-point number per parameter, or none."""
+"""Those of transformers whose state is floating-point numbers for each entry of a parameter, or nothing."""
 UNSPLITTABLE = {
     "8bit": "keeps its state in blocks of 8 bits with constants of their own",
     "4bit": "keeps its state in blocks of 4 bits with constants of their own",
@@ -38,17 +38,18 @@ class EvaluationConfig:
         before: also evaluate before the first step.
         exact_match: generate answers greedily and count those that equal the reference.
         max_new_tokens: length limit of a generated answer, in tokens.
-        max_examples: evaluate the first ones of every held-out source, this many (questions, of SQuAD); null for all.
+        max_examples: number of examples of every held-out source to evaluate, the first ones (of SQuAD, questions);
+            null for all.
         num_beams: number of beams for generated summaries; 1 is greedy.
-        metrics: what is measured beside the loss. For causal_lm: final_number (generate answers greedily and count
-            those whose last number is that of the reference); for classes: accuracy, matthews, f1 (of the second of two
-            classes); for regression: pearson, spearman; for question_answering: exact_match, f1; for summaries: rouge1,
-            rouge2, rouge_l; null for the defaults of the task.
-        keep_best: the held-out figure by which the best checkpoint is found, such as loss, exact_match, or SOURCE_loss
-            of one of several sources. That checkpoint is kept whatever checkpoint.keep_last says, and its adapter is
-            that of the run. What counts are evaluations from the final event on, at steps that are also saved, and at
-            the last step; null ends with the last adapter.
-        early_stopping: end the run after this many of these evaluations in a row that are no better; null for never.
+        metrics: figures beside the loss; null for the defaults of the task. For causal_lm: final_number (generate
+            answers greedily and count those whose last number is that of the reference); for classes: accuracy,
+            matthews, f1 (of the second of two classes); for regression: pearson, spearman; for question_answering:
+            exact_match, f1; for summaries: rouge1, rouge2, rouge_l.
+        keep_best: held-out figure by which the best checkpoint is found, such as loss, exact_match, or SOURCE_loss of
+            one of several sources. That checkpoint is kept, and its adapter is that of the run; docs/evaluate.md says
+            which evaluations count. null ends with the last adapter.
+        early_stopping: number of evaluations that count for keep_best, in a row and none of them better, after which
+            the run ends; null for never.
     """
 
     before: bool = True
@@ -75,7 +76,7 @@ class EvaluationConfig:
 
     @property
     def asks(self) -> str:
-        """The key that has answers generated, with its value, for messages about a run of causal_lm that does."""
+        """The key, with its value, for which a run of causal_lm generates answers; for messages."""
         if self.exact_match:
             return "evaluation.exact_match is true"
         return f"evaluation.metrics has {', '.join(self.metrics or [])}"
@@ -88,15 +89,15 @@ class DistributedConfig:
     Args:
         engine: zero2 (DeepSpeed ZeRO stage 2), ddp, or none (one process, no engine). The program checks that the
             launcher started this engine.
-        shard_base: whether each rank holds a part of the frozen base only, whose layers are gathered from all ranks
-            when they are computed: false; true, over all ranks; or node, over the ranks of each node, so that layers
-            are gathered within it. With engine ddp, and quantization nf4 or none. A resumed run may change it.
-        timeout_minutes: how long a rank waits for the others in a collective before it fails.
-        join_minutes: how long the ranks wait for each other at the start.
-        silent_seconds: how long a rank may send no heartbeat before the other ranks end and name it. This detects a
-            rank that is stopped or whose node is disconnected; a killed rank is mostly detected at once.
-        max_skipped_steps: consecutive steps that may be skipped on all ranks because the loss or gradient of some rank
-            is not finite; one more ends the run, and 0 ends it at the first one.
+        shard_base: leave each rank only a part of the frozen base, whose layers are gathered when they are computed:
+            false; true, shared by all ranks; or node, by the ranks of each node. With engine ddp, and quantization nf4
+            or none; see docs/scale.md. A resumed run may change it.
+        timeout_minutes: minutes that a rank waits for the others in a collective before it fails.
+        join_minutes: minutes that the ranks wait for each other at the start.
+        silent_seconds: seconds without a heartbeat after which the other ranks end and name the silent one. This
+            detects a rank that is stopped or whose node is disconnected; a killed rank is mostly detected at once.
+        max_skipped_steps: number of consecutive steps that may be skipped on all ranks because the loss or gradient of
+            some rank is not finite; one more ends the run, and 0 ends it at the first one.
     """
 
     engine: Literal["zero2", "ddp", "none"] = "zero2"
@@ -109,7 +110,7 @@ class DistributedConfig:
     def __post_init__(self) -> None:
         require(self.timeout_minutes > 0, "distributed.timeout_minutes", self.timeout_minutes, "be positive")
         require(self.join_minutes > 0, "distributed.join_minutes", self.join_minutes, "be positive")
-        # The signs come once a second, and a busy machine may delay some.
+        # Heartbeats come once a second, and a busy machine may delay some.
         require(self.silent_seconds >= 5, "distributed.silent_seconds", self.silent_seconds, "be at least 5")
         require(self.max_skipped_steps >= 0, "distributed.max_skipped_steps", self.max_skipped_steps, "be at least 0")
 
@@ -137,10 +138,10 @@ class RunConfig:
 
     Args:
         output_dir: folder of the run, for checkpoints, adapter, metrics and pictures.
-        preset: defaults of the sections adapter and pruning, which keys of these sections override. 2026-11, the
-            default of a configuration: a start from training rows, and pruning in the first tenth of the run by gate
-            sensitivity, to a budget in parameters. paper: Dynamic Low-Rank Adaptation as published. lora: plain LoRA,
-            without gates or pruning.
+        preset: defaults of the sections adapter and pruning, which their keys override: 2026-11 (the default of a
+            configuration file: a start from training rows, and pruning in the first tenth of the run by gate
+            sensitivity, to a budget in parameters), paper (Dynamic Low-Rank Adaptation as published), or lora (plain
+            LoRA, without gates or pruning).
         task: causal_lm (instruction tuning), sequence_classification (classes, or regression), question_answering
             (parts of a text), or seq2seq (summaries, by an encoder and a decoder).
         seed: random seed of the data order, the adapter's initial values and dropout.
@@ -205,7 +206,7 @@ class RunConfig:
             self.model = replace(self.model, fuse=False)  # what is fused computes all modules for all rows
 
     def _check_sharding(self) -> None:
-        """What a base can be sharded with."""
+        """Refuse what no base can be sharded with."""
         if not self.distributed.shard_base:
             return
         given = f"distributed.shard_base is {str(self.distributed.shard_base).lower()}"
@@ -219,7 +220,7 @@ class RunConfig:
                 raise ValueError(f"{given}, but {key} is {value}, with which no base can be sharded: {advice}")
 
     def _check_rule(self) -> None:
-        """Ranks that nothing changes are those of the start, and so are those that go or stay whole."""
+        """Refuse keys that do not fit the rule, and set ``initial_rank`` and ``slots`` where it decides them."""
         if self.pruning.rule == MODULES_PER_LAYER and self.adapter.initial_rank is None:
             self.adapter = replace(self.adapter, initial_rank=self.adapter.target_rank)
         if self.adapter.ranks in RANKS_FROM_DATA:
@@ -247,7 +248,7 @@ class RunConfig:
         check_prunes(self.pruning, self.adapter)
 
     def _prepare_ranks_from_data(self) -> None:
-        """They fill slots, and are counted in parameters."""
+        """Give ranks from data their slots, and a budget that is counted in parameters."""
         if self.adapter.routing == PROMPT:
             raise ValueError(
                 f"adapter.routing is {PROMPT}, but adapter.ranks is {self.adapter.ranks}, which is made for modules "
@@ -279,7 +280,7 @@ class RunConfig:
             )
 
     def _check_slots(self) -> None:
-        """Of rules that start components in slots that are free."""
+        """Refuse slots, initial ranks and optimizers that the rule cannot use."""
         adapter, rule, optim = self.adapter, self.pruning.rule, self._optim
         if rule == MOVE and adapter.slots is None:
             raise ValueError(
@@ -331,7 +332,7 @@ class RunConfig:
                 raise ValueError(f"{key} is {value}, which is for the task {CAUSAL_LM}, but task is {self.task}")
 
     def _check_plain_rows(self) -> None:
-        """Nothing is put around the texts of rows of other tasks than causal_lm."""
+        """Refuse keys that put something around the texts of rows, which only causal_lm does."""
         parts = {"train": self.data.train_sources, "eval": self.data.eval_sources}
         placed = {f"data.{part}[{n}]": source for part, sources in parts.items() for n, source in enumerate(sources)}
         for place, section in {"data": self.data, **placed}.items():

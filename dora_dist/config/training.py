@@ -72,7 +72,7 @@ LORA_PLUS_RATIO = "lora_plus_ratio"
 
 STRATEGIES = ("save_strategy", "eval_strategy", "logging_strategy")
 EVALUATION_TIMES = ("eval_steps", "eval_delay")
-"""What says when evaluations at steps are made, and has no effect without ``eval_strategy: steps``."""
+"""Keys that say when evaluations at steps are made, without an effect unless ``eval_strategy`` is ``steps``."""
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     LORA_PLUS_RATIO: (lambda value: 0 < value < math.inf, "be positive, and finite"),
     **dict.fromkeys(
@@ -103,7 +103,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "dataloader_num_workers": (lambda value: value >= 0, "be at least 0"),
 }
-"""Name of a value that is not null -> the rule that it must meet, in words too."""
+"""Key -> the rule that its value must meet unless it is null, as a function and in words."""
 
 CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
 """transformers' names for one switch: the present one, which wins, and the one before 5.23."""
@@ -146,7 +146,7 @@ DEFAULT_TRAINING_ARGUMENTS: dict[str, Any] = {
 
 
 def owner_of(name: str) -> str:
-    """``; here it is training.X`` or whose key it is, for a key that ``TrainingArguments`` have, or nothing."""
+    """Hint at a key of ``TrainingArguments``: why it is refused, or ``; here it is training.X``. Empty for others."""
     from transformers import TrainingArguments
 
     if name in OWNED_TRAINING_ARGUMENTS:
@@ -156,16 +156,16 @@ def owner_of(name: str) -> str:
 
 
 def with_strategies(training: dict[str, Any]) -> dict[str, Any]:
-    """The section with ``no`` where a strategy is false, which is what YAML takes an unquoted no for."""
+    """The section with ``no`` where a strategy is false: YAML reads an unquoted no as false."""
     return {name: "no" if value is False and name in STRATEGIES else value for name, value in training.items()}
 
 
 def check_training_section(training: dict[str, Any]) -> None:
     """Refuse names that ``TrainingArguments`` does not know, those that the program must set itself, values of another
-    kind (``TrainingArguments`` takes any), and numbers that cannot be.
+    kind (``TrainingArguments`` takes any), and impossible numbers.
 
     Raises:
-        ValueError: with the nearest valid name, or the reason.
+        ValueError: one is there; the message has the nearest valid name, or the reason.
     """
     from transformers import TrainingArguments
 
@@ -257,7 +257,7 @@ def length_of_run(training: dict[str, Any]) -> tuple[int, float]:
     """``max_steps``, which counts where it is positive, and the passes over the data, which count otherwise.
 
     Raises:
-        ValueError: they give no run.
+        ValueError: neither gives the run a step.
     """
     max_steps, epochs = whole_number(training, "max_steps"), training_argument(training, "num_train_epochs")
     if max_steps <= 0 and not 0 < epochs < math.inf:

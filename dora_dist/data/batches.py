@@ -29,8 +29,8 @@ class Reader:
     """How a stored row becomes an example.
 
     Attributes:
-        columns: that it needs.
-        read: from the row to what a collator takes.
+        columns: names of the columns that the row needs.
+        read: makes of the row the example that a collator takes.
     """
 
     columns: Sequence[str]
@@ -41,7 +41,7 @@ TRAINED_TOKENS = Reader(("input_ids", "spans"), as_example)
 
 
 def labelled(labels: Sequence[str] | None) -> Reader:
-    """Of rows of :class:`~dora_dist.data.encoding.classification.LabelledEncoder`.
+    """Reader of rows of :class:`~dora_dist.data.encoding.classification.LabelledEncoder`.
 
     Args:
         labels: names of the classes in the order of their numbers; None where labels are numbers themselves.
@@ -64,20 +64,20 @@ def _answer_span(row: Mapping[str, Any]) -> Example:
 
 
 ANSWER_SPANS = Reader(("input_ids", "token_type_ids", "start", "end"), _answer_span)
-"""Of rows of :class:`~dora_dist.data.encoding.questions.QuestionEncoder`: the labels are the answer's first and last
-token."""
+"""Reader of rows of :class:`~dora_dist.data.encoding.questions.QuestionEncoder`: the labels are the answer's first and
+last token."""
 
 TARGETS = Reader(("input_ids", "labels"), dict)
-"""Of rows of :class:`~dora_dist.data.encoding.summaries.SummaryEncoder`."""
+"""Reader of rows of :class:`~dora_dist.data.encoding.summaries.SummaryEncoder`."""
 
 
 class PlannedRows(data.Dataset[list[Example]]):
     """The rows of a plan, by number; every row is the list of its examples.
 
     Args:
-        examples: with the columns of ``reader``.
-        plan: of the run.
-        reader: of an example.
+        examples: the stored rows, with the columns of ``reader``.
+        plan: the run's plan.
+        reader: makes an example of a stored row.
     """
 
     def __init__(self, examples: Dataset, plan: TrainingPlan, reader: Reader = TRAINED_TOKENS) -> None:
@@ -96,7 +96,7 @@ class PaddedCollator:
     """One example a row, padded on the right to the longest.
 
     Args:
-        tokenizer: with a padding token.
+        tokenizer: the model's, with a padding token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -109,26 +109,26 @@ class PaddedCollator:
 
 
 class PredictingCollator:
-    """Batches of another collator, and the positions that have a target, found where the labels still are.
+    """Batches of another collator, with the positions that have a target, found while the labels are on the CPU.
 
     Args:
-        collator: of ``labels`` for each token.
+        collator: makes batches with ``labels`` for each token.
     """
 
     def __init__(self, collator: Collator) -> None:
         self._collator = collator
 
     def __call__(self, rows: Sequence[list[Example]]) -> dict[str, Any]:
-        """The other collator's, and ``predicting``."""
+        """The other collator's batch, and ``predicting`` (see the function of this name)."""
         batch = self._collator(rows)
         return {**batch, "predicting": predicting(batch["labels"])}
 
 
 def predicting(labels: torch.Tensor) -> torch.Tensor:
-    """Positions whose next token is a label, of the flattened batch, int64, shape ``(targets,)``.
+    """Positions in the flattened batch whose next token is a label, int64, shape ``(targets,)``.
 
     Args:
-        labels: shape (rows, length), ``IGNORED`` where there is none.
+        labels: int64, shape (rows, length), ``IGNORED`` where there is none.
     """
     shifted = pad(labels[:, 1:], (0, 1), value=IGNORED)
     return (shifted.flatten() != IGNORED).nonzero().squeeze(1)
@@ -138,7 +138,7 @@ class LabelledCollator:
     """One example a row, padded on the right to the longest, with a label, or two, for the row as a whole.
 
     Args:
-        tokenizer: with a padding token.
+        tokenizer: the model's, with a padding token.
         with_types: whether the model is told which sentence a token belongs to.
     """
 
@@ -161,8 +161,8 @@ class TargetCollator:
     """One example a row for a model with an encoder and a decoder, both sides padded on the right to their longest.
 
     Args:
-        tokenizer: with a padding token.
-        decoder_inputs: what the decoder reads where it is to write given labels: the model's own way to shift them.
+        tokenizer: the model's, with a padding token.
+        decoder_inputs: the model's own function that shifts labels to what the decoder reads in order to write them.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, decoder_inputs: Callable[[torch.Tensor], torch.Tensor]):
@@ -192,11 +192,11 @@ def _mask(examples: Sequence[Example]) -> torch.Tensor:
 
 
 class PackedCollator:
-    """Several examples a row, which do not see each other: positions start anew with every example, and there is no
-    attention mask, from which transformers makes a block-diagonal mask.
+    """Several examples a row, which do not see each other: positions start anew with every example, and where there is
+    no attention mask, transformers makes a block-diagonal one of these positions.
 
     Args:
-        tokenizer: with a padding token.
+        tokenizer: the model's, with a padding token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -45,9 +45,9 @@ LEAST_ROWS_PER_WORKER = 1000
 LEAST_TRAINED_SHARE = 0.01
 KEPT_BOOKKEEPING = ("removed", "key", "place")
 MOST_NAMED = 5
-"""Rows, or tokens, that an error or a remark lists."""
+"""Most rows, or tokens, that an error lists."""
 FIRST_ROWS = 20
-"""From how many rows the format of a source is told."""
+"""Number of rows from which the format of a source is told."""
 
 
 class NoExamplesError(ValueError):
@@ -55,7 +55,7 @@ class NoExamplesError(ValueError):
 
 
 def first_rows(location: Location) -> list[dict[str, Any]]:
-    """The first rows that can be read as objects at all, to tell the format by.
+    """Those of the :data:`FIRST_ROWS` first rows that can be read as objects, to tell the format by.
 
     Raises:
         ValueError: there are none.
@@ -77,8 +77,8 @@ def first_rows(location: Location) -> list[dict[str, Any]]:
 
 
 def fields_of_no_row(location: Location, paths: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Those of some fields, or paths, that no row has, and the names of the fields that rows have. No more rows are
-    read than it takes to find all."""
+    """Those of some fields, or paths, that no row has, and the names of the fields that rows have. Reading stops when
+    all have been found."""
     missing = list(paths)
     known: set[str] = set()
     for raw in location.rows():
@@ -102,16 +102,16 @@ def prepare_source(
     One process makes it; others that ask for it at the same time wait for the file lock, outside of any collective.
 
     Args:
-        name: of the source, for messages.
-        location: of its rows.
+        name: name of the source, for messages.
+        location: where its rows are.
         rules: how rows become examples.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         cache: folder of all prepared data.
-        workers: processes that encode.
+        workers: largest number of processes that encode.
 
     Raises:
         NoExamplesError: there are no rows, or none that can be used.
-        ValueError: the data cannot be used otherwise.
+        ValueError: the data cannot be used for another reason.
     """
     encoder = build_encoder(tokenizer, rules)
     key = _cache_key(location, rules, tokenizer)
@@ -249,7 +249,7 @@ def _encode_rows(
             batch_size=ROWS_AT_A_TIME,
             num_proc=workers if workers > 1 else None,
             remove_columns=rows.column_names,
-            # datasets' type of it takes what stands first for the object itself.
+            # datasets declares no self in Features.__init__, so that mypy takes the first argument for it.
             features=Features({**encoder.columns, **BOOKKEEPING}),  # type: ignore[arg-type]
             cache_file_name=str(work / "examples.arrow"),
             load_from_cache_file=False,
@@ -289,7 +289,7 @@ def _count(num_rows: int, examples: Dataset, status: np.ndarray, controls_are_te
 
 
 def _num_trained(examples: Dataset) -> int:
-    """Labels over all examples, from the spans' flat values; the first position of an example has none."""
+    """Number of labels of all examples, from the spans' flat values; the first position of an example has none."""
     total = 0
     for chunk in arrow_column(examples, "spans").chunks:
         edges = chunk.flatten().to_numpy().astype(np.int64)

@@ -22,7 +22,7 @@ def pass_counts(
     Args:
         sizes: examples of each source, at least 1.
         weights: share of each source in a pass of ``sum(sizes)`` examples, up to a common factor.
-        epochs: how many times the examples of each source come in one pass.
+        epochs: number of times that the examples of each source come in one pass.
         temperature: shares in proportion to ``size ** (1 / temperature)``, in a pass of ``sum(sizes)`` examples: 1 is
             in proportion to the sizes, and the larger it is, the more alike are the shares (Raffel et al. 2020, section
             3.5.2; Xue et al. 2021, mT5, with ``alpha = 1 / temperature``).
@@ -36,7 +36,7 @@ def pass_counts(
     shares = np.asarray(weights, dtype=np.float64) / sum(weights)
     exact = shares * sum(sizes)
     counts = np.floor(exact).astype(np.int64)
-    # The largest remainders get what is left, the first of equal ones first; nobody is left out altogether.
+    # The largest remainders get what is left, the first of equal ones first; no source is left out altogether.
     left = sum(sizes) - int(counts.sum())
     counts[np.argsort(-(exact - counts), kind="stable")[:left]] += 1
     return [max(1, int(count)) for count in counts]
@@ -46,7 +46,7 @@ def cap_examples(size: int, most: int | None, seed: int, source: int) -> np.ndar
     """Which examples of a source take part: all, or a random choice of ``most``, in ascending order.
 
     Returns:
-        int64, shape (min(size, most),).
+        Their indices in the source, int64, shape (min(size, most),).
     """
     if most is None or most >= size:
         return np.arange(size)
@@ -57,9 +57,9 @@ def hold_back(members: Sequence[np.ndarray], count: int, seed: int) -> tuple[lis
     """Take a random choice of examples out of the sources, in proportion to their sizes on average.
 
     Args:
-        members: of each source, the indices of its examples in the whole data, int64.
-        count: of examples that are taken out.
-        seed: of the choice.
+        members: for each source, the indices of its examples in the whole data, int64.
+        count: number of examples that are taken out.
+        seed: the run's seed.
 
     Returns:
         What is left of each source, and what was taken out, both in ascending order.
@@ -86,10 +86,10 @@ def example_order(members: Sequence[np.ndarray], counts: Sequence[int], length: 
     the pass before. In each pass the sources are mixed evenly: which comes when is one permutation of the pass.
 
     Args:
-        members: of each source, the indices of its examples in the whole data, int64.
-        counts: of :func:`pass_counts`.
-        length: how many examples are wanted.
-        seed: of all permutations.
+        members: for each source, the indices of its examples in the whole data, int64.
+        counts: result of :func:`pass_counts`.
+        length: number of examples that are wanted.
+        seed: the run's seed, for all permutations.
 
     Returns:
         Indices in the whole data, int64, shape (length,). A longer order begins with every shorter one.
@@ -125,12 +125,12 @@ class Mixture:
     """The endless order of training examples, and how they are put into rows.
 
     Attributes:
-        members: of each source, the indices of its examples that take part.
+        members: for each source, the indices of its examples that take part, in the whole data, int64.
         counts: examples of each source in a pass.
         lengths: tokens of every example of all sources.
         batching: ``padded``, ``packed`` or ``by_length``.
         max_length: tokens of a packed row.
-        seed: of the run.
+        seed: the run's seed.
         held_back: indices of the examples that no row of the run has; int64.
     """
 
@@ -143,7 +143,7 @@ class Mixture:
     held_back: np.ndarray = field(default_factory=lambda: np.arange(0))
 
     def order(self, length: int) -> np.ndarray:
-        """The first examples."""
+        """Indices of the first ``length`` examples, int64."""
         return example_order(self.members, self.counts, length, self.seed)
 
     @cached_property

@@ -13,9 +13,9 @@ from hashlib import sha256
 import numpy as np
 
 PACKING_WINDOW = 4096
-"""Examples among which those that fit together are looked for."""
+"""Most examples among which those that fit together are looked for."""
 SORTING_WINDOW = 32
-"""Global batches whose examples are sorted by length."""
+"""Number of global batches whose examples are sorted by length together."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class TrainingPlan:
 
     Attributes:
         examples: indices of examples, int64, shape (examples in all,).
-        starts: where in ``examples`` each row starts, and where the last one ends, int64, shape (rows + 1,).
+        starts: index in ``examples`` where each row starts, and where the last one ends, int64, shape (rows + 1,).
     """
 
     examples: np.ndarray
@@ -68,7 +68,7 @@ class TrainingPlan:
 
 
 OrderOfLength = Callable[[int], np.ndarray]
-"""How many examples -> their indices in training order; a longer order begins with every shorter one."""
+"""Number of examples -> their indices in training order; a longer order begins with every shorter one."""
 
 
 def plan_padded(order: np.ndarray) -> TrainingPlan:
@@ -119,7 +119,7 @@ class PackedOrder:
         self._packed: dict[tuple[int, int], TrainingPlan] = {}
 
     def num_rows(self, num_examples: int) -> int:
-        """How many rows the first examples of the order fill."""
+        """Number of rows that the first examples of the order fill."""
         return sum(window.num_rows for window in self._windows(num_examples))
 
     def plan(self, num_rows: int) -> TrainingPlan:
@@ -130,7 +130,7 @@ class PackedOrder:
         return _joined(self._windows(self._end_of(count))).first(num_rows)
 
     def _end_of(self, count: int) -> int:
-        """Examples of the first windows."""
+        """Number of examples in the first ``count`` windows."""
         per_pass = -(-self._per_pass // PACKING_WINDOW)
         passes, windows = divmod(count, per_pass)
         return passes * self._per_pass + windows * self._per_pass // per_pass

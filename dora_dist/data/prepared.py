@@ -12,7 +12,7 @@ from dora_dist.console.text import aligned
 
 LEFT_OUT = "left_out.jsonl"
 MOST_LISTED = 20
-"""Names that a remark lists."""
+"""Most names that a remark lists."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class SourceCounts:
     """Counts of the rows of a source; whatever is skipped is counted here.
 
     Attributes:
-        rows: that were read.
+        rows: rows that were read.
         bad: rows that could not be used (``bad_rows: skip``).
         overlong: examples that were dropped because they were longer than ``max_length``.
         truncated: examples that were cut to fit.
@@ -32,9 +32,9 @@ class SourceCounts:
         unread_of_rows: field that is not read -> rows that have something in it, the most frequent one first.
         controls_as_text: control token -> rows that have it in a text, as plain text.
         controls_in_text: control token -> rows that have it in a text that is taken as it is, as the control token.
-        examples: that are left.
-        tokens: of the examples.
-        trained_tokens: tokens with a loss; all where the loss is not on tokens.
+        examples: examples that are left.
+        tokens: tokens of these examples.
+        trained_tokens: those with a loss; all where the loss is not on tokens.
     """
 
     rows: int
@@ -78,7 +78,7 @@ class SourceCounts:
 
 
 def _listed(counts: Mapping[str, int]) -> str:
-    """The most frequent ones."""
+    """Names with their counts; of many, the first ones and how many more there are."""
     named = [f"{name} ({count})" for name, count in counts.items()]
     return ", ".join([*named[:MOST_LISTED], *[f"{len(named) - MOST_LISTED} more"] * (len(named) > MOST_LISTED)])
 
@@ -88,10 +88,10 @@ class PreparedSource:
     """One source, ready to be read.
 
     Attributes:
-        name: of the source.
-        folder: in the cache.
-        format: what the rows were read as.
-        dataset: memory-mapped; the columns of the format's encoder, ``removed``, ``key``, ``place``.
+        name: name of the source.
+        folder: its folder in the cache.
+        format: the format that its rows were read in.
+        dataset: the examples, memory-mapped: the columns of the format's encoder, ``removed``, ``key``, ``place``.
         counts: what became of the rows.
         digest: SHA-256 over all examples in their order.
     """

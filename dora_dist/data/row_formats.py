@@ -79,8 +79,8 @@ def _text(row: Mapping[str, Any], field: str, optional: bool = False) -> str:
 
 
 def _wrong(row: Mapping[str, Any], field: str, rule: str) -> str:
-    """Why a value cannot be used: it is not there, where the names that are there say what it may be called, or breaks
-    the rule."""
+    """Why a value cannot be used: it breaks the rule, or is missing, and then the names that are there show what it may
+    be called."""
     if field in row:
         return f"{rule}, got {shortened(row[field])}"
     return f"is missing; there {'is' if len(row) == 1 else 'are'} {', '.join(map(repr, row)) or 'no fields'}"
@@ -225,8 +225,8 @@ def _thoughts(entry: Mapping[str, Any], place: str, is_answer: bool) -> dict[str
 
 
 def _loss_marks(entry: Mapping[str, Any], place: str, is_answer: bool) -> dict[str, Any]:
-    """What a message says of its own loss. A mark can only take a loss away: that of another role than the assistant's
-    is kept to be told of, where the run does not train that role."""
+    """What a message says of its own loss. A mark can only take a loss away: one that wants a loss for another role
+    than the assistant's is kept so that it can be counted where the run does not train that role."""
     values = {name: entry[name] for name in WEIGHT_FIELDS if entry.get(name) is not None}
     for name, value in values.items():
         if value not in (0, 1):
@@ -286,7 +286,7 @@ def _options(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _squad(row: Mapping[str, Any]) -> Question:
-    """As the Hub has SQuAD: ``answers`` is ``{text: [...], answer_start: [...]}``, two empty lists for no answer.
+    """A question as on the Hub: ``answers`` is ``{text: [...], answer_start: [...]}``, two empty lists for no answer.
 
     An ``answer_start`` that is off by one would train nonsense without a word: every answer must stand where it is said
     to stand.
@@ -361,7 +361,7 @@ FORMATS: dict[str, RowFormat] = {
     "squad": RowFormat(required=("question", "context", "answers"), parse=_squad, encoder=QuestionEncoder),
     "summary": RowFormat(required=("document", "summary"), parse=_summary, encoder=SummaryEncoder),
 }
-"""By name; where a row fits several of a task, the first one is meant."""
+"""Name -> format; where a row fits several of a task, the first one is meant."""
 
 
 def parse_row(
@@ -370,14 +370,14 @@ def parse_row(
     """The sample that a row describes, and the names of its fields that are not read.
 
     Args:
-        row: as it was found.
+        row: the row as it was found.
         filled: whether nulls in it may stand for keys that it never had.
         row_format: a name of :data:`FORMATS`.
         fields: the format's name of a field -> the row's own, where they differ.
-        prompt: text with names of fields in braces, which is the row's prompt; None for its own.
+        prompt: template of the row's prompt, with names of fields in braces; None for its own prompt.
 
     Raises:
-        RowFlaw: it describes none, or has what would be lost.
+        RowFlaw: the row describes none, or has something that would be lost.
     """
     layout = FORMATS[row_format]
     unread = _unread_fields(row, row_format, fields, prompt) if layout.encoder is TextEncoder else []
@@ -417,7 +417,7 @@ def _unread_fields(row: Mapping[str, Any], row_format: str, fields: Mapping[str,
 
 
 def _way_out(name: str, layout: "RowFormat", prompt: str | None) -> str:
-    """What to do with a field that is not read."""
+    """Advice for a field that is not read."""
     known = ALSO_CALLED.get(name)
     if name == "chat_template_kwargs":
         return "set data.chat_template_kwargs, which is for all rows, and leave it out of the rows"
@@ -429,7 +429,7 @@ def _way_out(name: str, layout: "RowFormat", prompt: str | None) -> str:
 
 
 def _mark(value: Any) -> float | None:
-    """What a row says of its loss, also where a table has it as text; None where it says something else."""
+    """A mark of a row as a number, also where a table has it as text; None where it is neither number nor switch."""
     if isinstance(value, str):
         value = {"true": 1, "false": 0}.get(value.strip().lower(), value)
     try:
@@ -442,9 +442,9 @@ def _check_filled(row: Mapping[str, Any], messages: Sequence[Mapping[str, Any]],
     """Refuse nulls where the model would be given them, or learn to write them.
 
     Args:
-        row: with calls and tools in forms that are read.
-        messages: of the row.
-        field: that has them.
+        row: the row, with calls and tools in forms that are read.
+        messages: its messages.
+        field: name of the field that has them.
 
     Raises:
         RowFlaw: there is one in the arguments of a call, in the tools, or in what the template is given.
@@ -464,7 +464,7 @@ def _check_filled(row: Mapping[str, Any], messages: Sequence[Mapping[str, Any]],
 
 
 def _path_of_null(value: Any) -> str | None:
-    """Where the first null stands in what is nested; None where there is none."""
+    """Path of the first null in a nested value; None where there is none."""
     entries = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
     for name, entry in entries:
         inner = "" if entry is None else _path_of_null(entry)
@@ -480,15 +480,15 @@ def what_is_said(
     fields have, and in whichever format a prompt and its answer are written.
 
     Args:
-        row: as it was found.
+        row: the row as it was found.
         filled: whether nulls in it may stand for keys that it never had.
         row_format: a name of :data:`FORMATS`.
         fields: the format's name of a field -> the row's own, where they differ.
-        prompt: text with names of fields in braces, whose values are said without the words around them; None for the
-            row's own.
+        prompt: template of the row's prompt, with names of fields in braces, whose values are said without the words
+            around them; None for the row's own prompt.
 
     Raises:
-        RowFlaw: it cannot be read.
+        RowFlaw: the row cannot be read.
     """
     if prompt is not None:
         prompt = "\n\n".join(f"{{{name}}}" for name in names_in(prompt))
@@ -519,7 +519,7 @@ def build_encoder(tokenizer: PreTrainedTokenizerBase, rules: EncodingRules) -> R
 
 
 def _check_one_format(fits: Sequence[Sequence[str]], where: str) -> None:
-    """Rows of two formats in turn would have every other row refused, for a field that it need not have.
+    """Refuse rows of two formats: those of one would be refused, for fields that they need not have.
 
     Args:
         fits: formats that each row fits.
@@ -544,7 +544,7 @@ def tell_format(
     """The format that the first rows of a source are written in.
 
     Args:
-        rows: at least one.
+        rows: the first rows, at least one.
         where: the source, for the message.
         fields: the format's name of a field -> the name that the rows have for it, where these differ.
         formats: names of :data:`FORMATS` that it may be, those of the task.

@@ -19,7 +19,7 @@ from dora_dist.console.text import say
 
 BATCH_SIZE = 8
 SECTION = "Tasks"
-"""Of the card."""
+"""Title of the card's section."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and record.
 
     Raises:
-        ValueError: The configuration or the input is invalid.
+        ValueError: the configuration or the input is invalid.
     """
     quiet_libraries()
     options = build_parser().parse_args(arguments)
@@ -114,7 +114,7 @@ def _check(options: argparse.Namespace) -> list[str]:
 
 
 def _add_to_card(run: Path) -> None:
-    """The latest figures of all tasks, as the last section of the card of the final adapter."""
+    """Write the latest figures of all tasks as the last section of the final adapter's card."""
     from dora_dist.adapter.card import CARD, set_last_section
     from dora_dist.runs.task_figures import latest_figures, table_of
 

@@ -20,10 +20,10 @@ class HarnessOptions:
     """How the tasks are asked.
 
     Attributes:
-        limit: examples of each task, its first ones; None for all.
-        batch_size: requests at a time.
-        chat: put what is asked into the chat template.
-        system: message of the system, in a chat template; None for none.
+        limit: number of examples of each task, the first ones; None for all.
+        batch_size: number of requests at a time.
+        chat: whether what is asked goes into the chat template.
+        system: system message in the chat template; None for none.
     """
 
     limit: int | None
@@ -47,11 +47,11 @@ def check_installed() -> None:
 def find_tasks(names: Sequence[str], include_path: Path | None) -> Any:
     """The harness's index of tasks, all of ``names`` among them, with their data.
 
-    Thousands of files describe the tasks that it has: they are read only where a name is not among your own.
+    Thousands of files describe the harness's own tasks: they are read only where a name is not among the user's.
 
     Args:
-        names: of tasks, groups and tags.
-        include_path: folder of tasks of your own.
+        names: names of tasks, groups and tags.
+        include_path: folder of the user's own tasks; None for none.
 
     Raises:
         ValueError: there is no such task, or its data cannot be loaded.
@@ -73,7 +73,7 @@ def find_tasks(names: Sequence[str], include_path: Path | None) -> Any:
     for name in names:
         try:
             manager.load([name])
-        except Exception as error:  # of several libraries, and of the network below them
+        except Exception as error:  # errors of several libraries, and of the network below them
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"--tasks has {name!r}, which cannot be loaded: {reason}") from None
     return manager
@@ -85,10 +85,10 @@ def evaluate_twice(
     """All figures of the base and of the adapter, over the same examples, from one model in memory.
 
     Args:
-        model: of PEFT, with the adapter.
-        tokenizer: of the adapter.
-        names: of tasks, groups and tags.
-        manager: of :func:`find_tasks`.
+        model: PEFT's model, with the adapter.
+        tokenizer: the adapter's tokenizer.
+        names: names of tasks, groups and tags.
+        manager: result of :func:`find_tasks`.
         options: how they are asked.
     """
     from lm_eval import simple_evaluate
@@ -140,12 +140,12 @@ def figures_of(base: Mapping[str, Any], adapter: Mapping[str, Any]) -> list[Task
 
 
 def _number(value: Any) -> float | None:
-    """A standard error, for which the harness has ``N/A`` where there is none."""
+    """A standard error; None where there is none, for which the harness has ``N/A``."""
     return float(value) if isinstance(value, int | float) else None
 
 
 def _examples(result: Mapping[str, Any], task: str, metric: str, chosen: str) -> dict[int, float]:
-    """Number of an example -> its figure, of those that are a number."""
+    """Number of an example -> its figure, without figures that are no numbers."""
     samples = (result.get("samples") or {}).get(task, [])
     return {
         sample["doc_id"]: float(sample[metric])

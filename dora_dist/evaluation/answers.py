@@ -20,15 +20,15 @@ from dora_dist.evaluation.generation import generate
 from dora_dist.evaluation.metrics import ANSWER_METRICS
 
 GREEDY = {"do_sample": False}
-"""Arguments of ``generate``: the most likely token."""
+"""Arguments of ``generate`` that take the most likely token."""
 Outcome = tuple[int, float, int, int, tuple[int, ...], list[ShownAnswer]]
-"""Of one batch: its first index, sum of the losses, answer tokens, examples, right answers by each metric, and answers
-to look at."""
+"""Outcome of one batch: its first index, sum of the losses, number of answer tokens and of examples, number of right
+answers by each metric, and answers to look at."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerEvaluator(Evaluator):
-    """Of a causal language model.
+    """Measures a causal language model.
 
     The loss is the mean over all answer tokens of the data (not a mean of means), so that it depends neither on batch
     size nor on world size. Metrics compare greedily generated answers with the trained ones, both as their tokens are
@@ -36,8 +36,8 @@ class AnswerEvaluator(Evaluator):
 
     Args:
         tokenizer: the model's.
-        metrics: of :data:`~dora_dist.evaluation.metrics.ANSWER_METRICS`; for none, nothing is generated, else the
-            last answer of a conversation.
+        metrics: names of :data:`~dora_dist.evaluation.metrics.ANSWER_METRICS`. Where there are some, the last answer of
+            every conversation is generated.
         max_new_tokens: longest generated answer, in tokens, where the model has as many positions.
         stop: tokens that end an answer.
     """
@@ -76,7 +76,7 @@ class AnswerEvaluator(Evaluator):
     def _judged(
         self, model: DynamicLoraForCausalLM, indices: range, rows: Sequence[Mapping[str, Any]]
     ) -> tuple[tuple[int, ...], list[ShownAnswer]]:
-        """How many generated answers of a batch are right by each metric, and those to look at."""
+        """Number of generated answers of a batch that are right by each metric, and those to look at."""
         prompts = [row["input_ids"][: row["answer_start"]] for row in rows]
         answers = generate_answers(model, self.tokenizer, prompts, self.max_new_tokens, self.stop)
         right = tuple(
@@ -102,16 +102,16 @@ def generate_answers(
 ) -> list[str]:
     """Answers to prompts, without special tokens, in the same order.
 
-    An answer ends where the model has no more positions: behind them, tokens mean nothing. What a prompt is answered
-    with does not depend on the others, so that one that comes near is answered apart from them.
+    An answer ends where the model has no more positions: behind them, tokens mean nothing. Prompts that leave too few
+    of them for ``max_new_tokens`` are answered apart, so that they do not shorten the answers to others.
 
     Args:
-        model: causal language model.
+        model: the causal language model.
         tokenizer: the model's.
         prompts: token ids; each leaves a position of the model for its answer.
         max_new_tokens: longest answer, in tokens.
         stop: tokens that end an answer.
-        options: how the next token is chosen, and other arguments of ``generate``.
+        options: arguments of ``generate``, such as how the next token is chosen.
     """
     context = positions_of(model.config)
     together: dict[int, list[int]] = {}

@@ -13,9 +13,9 @@ class BestRule:
     """Which checkpoint is the best, and when a run is ended early.
 
     Attributes:
-        figure: of an evaluation, such as ``loss``, or ``SOURCE_loss`` of one of several sources.
-        patience: evaluations in a row that may be no better before the run ends; None to go on to its last step.
-        steps: those whose evaluations count: from the final event on, also saved, and the last step.
+        figure: name of a figure of evaluations, such as ``loss``, or ``SOURCE_loss`` of one of several sources.
+        patience: number of evaluations in a row, none of them better, after which the run ends; None for never.
+        steps: the steps whose evaluations count: from the final event on, those that are also saved, and the last one.
     """
 
     figure: str
@@ -34,9 +34,9 @@ class BestCheckpoint:
         rule: which evaluations count, and how.
 
     Attributes:
-        step: of the best evaluation so far; None before the first one whose figure is finite.
+        step: step of the best evaluation so far; None before the first one whose figure is finite.
         value: its figure; None likewise.
-        waited: evaluations since then that were no better.
+        waited: number of evaluations since then that were no better.
     """
 
     def __init__(self, rule: BestRule) -> None:
@@ -59,7 +59,7 @@ class BestCheckpoint:
 
     @property
     def has_waited_long_enough(self) -> bool:
-        """Whether the run is to be ended here."""
+        """Whether the run should end here."""
         return self.rule.patience is not None and self.waited >= self.rule.patience
 
     def state(self) -> dict[str, Any]:
@@ -73,17 +73,17 @@ class BestCheckpoint:
         }
 
     def load_state(self, state: Mapping[str, Any] | None) -> None:
-        """Go on from a checkpoint. One without a state, or with that of another figure, says nothing about this one."""
+        """Go on from a checkpoint's state. None, or that of another figure, says nothing about this one."""
         if state is not None and state["figure"] == self.rule.figure:
             self.step, self.value = state["step"], state["value"]
             self.waited, self._seen = state["waited"], state["seen"]
 
 
 def figures_of(measured: Sequence[str], sources: Sequence[str]) -> list[str]:
-    """Names of the figures of an evaluation of which one can be the better one.
+    """Names of the figures of an evaluation that a checkpoint can be the best by.
 
     Args:
-        measured: beside the loss.
+        measured: names of the figures beside the loss.
         sources: names of the held-out sources.
     """
     overall = [LOSS, *measured]

@@ -1,4 +1,4 @@
-"""Held-out loss and exact match, the same numbers on any number of ranks."""
+"""Held-out figures, the same numbers on any number of ranks."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +16,7 @@ from dora_dist.distributed.out_of_memory import explained
 NUM_SHOWN = 4
 """Examples of a source whose generated answers are kept to look at: its first ones."""
 MOST_CHARACTERS = 2000
-"""Of a text that is kept to look at."""
+"""Longest text that is kept to look at."""
 MEMORY_ADVICE = (
     "in an evaluation: lower training.per_device_eval_batch_size; where it is 1, evaluation.max_new_tokens in a new run"
 )
@@ -27,7 +27,7 @@ class ShownAnswer:
     """What a model has generated for a held-out example. Long texts are cut short, and say so.
 
     Attributes:
-        number: of the example in its source.
+        number: index of the example in its source.
         prompt: what the model was given.
         reference: the answer of the data.
         answer: the model's.
@@ -49,7 +49,7 @@ def _shorter(text: str) -> str:
 
 
 def _end_of(prompt: str) -> str:
-    """A prompt, cut short at its beginning: its end is what the answer is to."""
+    """A prompt, cut short at its beginning: the answer follows its end."""
     left_out = len(prompt) - MOST_CHARACTERS
     return prompt if left_out <= 0 else f"[{left_out} more characters ...] {prompt[-MOST_CHARACTERS:]}"
 
@@ -64,11 +64,11 @@ class Evaluator(ABC):
     Args:
         sources: held-out examples by the name of their source.
         agreement: collectives over the ranks.
-        batch_size: examples at a time on a rank.
+        batch_size: number of examples at a time on a rank.
 
     Attributes:
-        shown: of the latest evaluation, by source, what was generated for its first :data:`NUM_SHOWN` examples; the
-            same on every rank. Nothing for a task that generates nothing.
+        shown: name of a source -> what the latest evaluation generated for its first :data:`NUM_SHOWN` examples, the
+            same on every rank; empty lists for a task that generates nothing.
     """
 
     sources: Mapping[str, Dataset]
@@ -118,8 +118,8 @@ class Evaluator(ABC):
             return {name: self.measure(model, self.sources[name], share, progress) for name, share in shares.items()}
 
     def share(self, examples: Dataset) -> list[range]:
-        """Batches of this rank, as indices of the examples of a source: whole ones of the source, shared out among the
-        ranks, so that what is padded with what does not depend on their number."""
+        """Batches of this rank, as indices of the examples of a source. Ranks share out whole batches of the source, so
+        that which examples are padded together does not depend on the number of ranks."""
         return list(chunks(range(len(examples)), self.batch_size))[self.agreement.rank :: self.agreement.size]
 
     @abstractmethod
@@ -128,7 +128,7 @@ class Evaluator(ABC):
 
     @abstractmethod
     def figures(self, part: list[Any]) -> dict[str, float]:
-        """``loss``, ``examples`` and the rest of what outcomes say, at least one."""
+        """``loss``, ``examples`` and the other figures of one outcome or more."""
 
     def shown_of(self, part: list[Any]) -> list[ShownAnswer]:
         """What outcomes have kept to look at, in the order of the examples."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
-"""What is taken of a model's own settings of generation."""
+"""The fields that are taken from a model's own ``generation_config.json``."""
 
 
 def generate(model: Any, **options: Any) -> Tensor:
@@ -28,7 +28,7 @@ def generate(model: Any, **options: Any) -> Tensor:
 
 @contextmanager
 def _special_tokens_alone(model: nn.Module) -> Iterator[None]:
-    """The model has its own settings again afterwards, which an export writes."""
+    """Leave the model its special tokens only. Its settings are back afterwards, since an export writes them."""
     base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     settings = base.generation_config
     base.generation_config = GenerationConfig(**{name: getattr(settings, name, None) for name in SPECIAL_TOKENS})

@@ -15,19 +15,19 @@ from dora_dist.evaluation.evaluator import Evaluator
 from dora_dist.evaluation.metrics import CLASS_METRICS, NUMBER_METRICS
 
 Outcome = tuple[int, float, int | float, int | float]
-"""Of one example: its index, its loss, what was predicted (the number of a class, or a number), and its label."""
+"""Outcome of one example: its index, its loss, the prediction (the number of a class, or a number), and its label."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelEvaluator(Evaluator):
-    """Of a model with one output for every class, or one output.
+    """Measures a model with one output for every class, or with one output for regression.
 
     Args:
-        reader: of an example.
+        reader: makes an example of a stored row.
         collate: makes the batches.
-        row_losses: of the task.
+        row_losses: the task's losses of the rows of a batch.
         metrics: names of :data:`~dora_dist.evaluation.metrics.CLASS_METRICS`, or of ``NUMBER_METRICS`` for regression.
-        regression: labels are numbers.
+        regression: whether labels are numbers.
     """
 
     reader: Reader

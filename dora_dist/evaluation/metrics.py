@@ -47,7 +47,7 @@ def accuracy(predictions: Sequence[int], labels: Sequence[int]) -> float:
 
     Args:
         predictions: numbers of classes.
-        labels: as many.
+        labels: numbers of the right classes, as many.
 
     Raises:
         ValueError: there are none, or not as many of both.
@@ -58,7 +58,7 @@ def accuracy(predictions: Sequence[int], labels: Sequence[int]) -> float:
 
 def matthews(predictions: Sequence[int], labels: Sequence[int]) -> float:
     """Matthews correlation coefficient, for two classes or more, in [-1, 1]; 0 where all predictions are alike, or all
-    labels, which say nothing about each other then. Arguments and errors of :func:`accuracy`."""
+    labels, which then say nothing about each other. Arguments and errors are those of :func:`accuracy`."""
     from sklearn.metrics import matthews_corrcoef
 
     predicted, wanted = _classes(predictions, labels)
@@ -71,7 +71,7 @@ def f1(predictions: Sequence[int], labels: Sequence[int]) -> float:
     """F1 of class 1 of two, as GLUE has it for MRPC and QQP; 0 where class 1 is neither predicted nor wanted.
 
     Raises:
-        ValueError: there are more than the classes 0 and 1; and see :func:`accuracy`.
+        ValueError: there are other classes than 0 and 1; and see :func:`accuracy`.
     """
     from sklearn.metrics import f1_score
 
@@ -88,7 +88,7 @@ def pearson(predictions: Sequence[float], labels: Sequence[float]) -> float:
 
     Args:
         predictions: finite numbers.
-        labels: as many.
+        labels: the right numbers, finite and as many.
 
     Raises:
         ValueError: there are none, not as many of both, or one is not finite.
@@ -152,8 +152,8 @@ def normalize_answer(text: str) -> str:
 def squad_scores(prediction: str, references: Sequence[str], with_no_answer: bool = False) -> tuple[float, float]:
     """Exact match and F1 of one answer, each the best over the references, in [0, 1].
 
-    F1 is over words, as multisets; in scripts without spaces between words, over characters, of which the official
-    scripts know nothing. With ``with_no_answer`` as the script of SQuAD v2: the right answer to a question
+    F1 is over words, as multisets; in writing without spaces between words it is over characters, which the official
+    scripts do not do. With ``with_no_answer`` as the script of SQuAD v2: the right answer to a question
     without references is the empty one, references of which nothing is left are passed over, and an empty answer
     (nothing left of it) has F1 1 where it is right and 0 elsewhere. Without, as the script of v1.1.
 
@@ -220,7 +220,7 @@ def final_number(text: str) -> Decimal | None:
 
 
 def _in_digits_and_point(number: re.Match[str]) -> str:
-    """What :data:`_NUMBER` has found, without its sign and its divisor, as Python writes it."""
+    """A match of :data:`_NUMBER`, without its sign and its divisor, as Python writes numbers."""
     if number["dots"]:
         return number["dots"].replace(".", "").replace(",", ".")
     if number["commas"]:
@@ -233,8 +233,8 @@ def _in_digits_and_point(number: re.Match[str]) -> str:
 def first_answer(text: str) -> str:
     """A generated answer without what follows it: a model that has not learned to stop goes on with another question.
 
-    It begins with a line that starts with ``Question:``, ``Problem 2:``, ``Q:``, ``Instruction:``, ``Human:`` or
-    ``User:``, in capitals or not, perhaps behind ``#`` or ``*``.
+    That question begins with a line that starts with ``Question:``, ``Problem 2:``, ``Q:``, ``Instruction:``,
+    ``Human:`` or ``User:``, in capitals or not, perhaps behind ``#`` or ``*``.
     """
     return _NEXT_QUESTION.split(text, maxsplit=1)[0]
 
@@ -250,4 +250,4 @@ def same_final_number(answer: str, reference: str) -> bool:
 
 
 ANSWER_METRICS: dict[str, Callable[[str, str], bool]] = {EXACT_MATCH: same_text, FINAL_NUMBER: same_final_number}
-"""Whether a generated answer is right, given the reference."""
+"""Name of a metric -> whether a generated answer is right, given the answer and the reference."""

@@ -10,7 +10,7 @@ from dora_dist.base_model.shape import input_embedding
 from dora_dist.data.batches import Collator
 
 LEAST_SEPARATION = 0.05
-"""How much of what another example changes in an unseparated row may be left in a packed one."""
+"""Largest share of the effect of an example on another in one text that may be left where both are packed."""
 
 
 @torch.no_grad()
@@ -21,7 +21,7 @@ def check_packing(model: PreTrainedModel, collate: Collator) -> None:
     must leave next to nothing of the difference that the text before makes.
 
     Args:
-        model: causal language model, on its device.
+        model: the causal language model, on its device.
         collate: makes the packed batch.
 
     Raises:

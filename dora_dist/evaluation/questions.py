@@ -17,17 +17,17 @@ from dora_dist.evaluation.evaluator import Evaluator, chunks
 from dora_dist.evaluation.metrics import squad_scores
 
 Outcome = tuple[int, float, int, float, float]
-"""Of one question: index of its first window, sum of the windows' losses, windows, exact match, F1."""
+"""Outcome of one question: index of its first window, sum of the windows' losses, their number, exact match, F1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionEvaluator(Evaluator):
-    """Of a model with start and end logits. The loss is the mean over all windows, the metrics over all questions, each
-    of which is answered from all its windows.
+    """Measures a model with start and end logits. The loss is the mean over all windows, the metrics are means over all
+    questions, each of which is answered from all its windows.
 
     Args:
         collate: makes the batches.
-        metrics: of ``exact_match`` and ``f1``.
+        metrics: names among ``exact_match`` and ``f1``.
         with_no_answer: whether some questions have no answer, as in SQuAD v2, so that an empty one may be given.
     """
 
@@ -96,21 +96,21 @@ MAX_ANSWER_TOKENS = 30
 
 
 def scored_window(row: Mapping[str, Any], start_logits: Sequence[float], end_logits: Sequence[float]) -> "ScoredWindow":
-    """What a model says about a row of :class:`QuestionEncoder`."""
+    """The window of a row of :class:`~dora_dist.data.encoding.questions.QuestionEncoder` with a model's logits."""
     flat = row["offsets"]
     return ScoredWindow(list(zip(flat[::2], flat[1::2], strict=True)), row["null"], start_logits, end_logits)
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredWindow:
-    """What a model says about one window.
+    """One window with a model's logits.
 
     Attributes:
-        offsets: see :class:`Window`.
-        null: see there.
-        start_logits: of every position to be the answer's first token; there may be more of them than offsets, for
-            padding on the right.
-        end_logits: of every position to be its last.
+        offsets: see :class:`~dora_dist.data.encoding.questions.Window`.
+        null: position of the token that stands for no answer.
+        start_logits: logit of every position to be the answer's first token; there may be more of them than offsets,
+            for padding on the right.
+        end_logits: logit of every position to be its last token.
     """
 
     offsets: Sequence[tuple[int, int]]
@@ -127,16 +127,16 @@ def best_answer(
 ) -> str:
     """The answer with the highest sum of start and end logit, over all spans of all windows of a question.
 
-    All spans are compared, of which the usual lists of the 20 best starts and ends are an approximation. The first one
-    wins where several are equal. Tokens of nothing but white space neither begin nor end an answer.
+    All spans are compared; the usual lists of the 20 best starts and ends approximate this. The first one wins where
+    several are equal. Tokens of nothing but white space neither begin nor end an answer.
 
     Args:
-        context: of the question.
-        windows: all of the question.
-        max_answer_tokens: longest answer.
-        null_threshold: None where every question has an answer. Otherwise the answer is empty where the score of no
-            answer (both logits of :attr:`ScoredWindow.null`, the lowest over the windows) is higher than the best
-            answer's by more than this: 0 in SQuAD v2.
+        context: the question's context.
+        windows: all windows of the question.
+        max_answer_tokens: longest answer, in tokens.
+        null_threshold: difference of scores above which the answer is empty, 0 in SQuAD v2: the score of no answer
+            (both logits of :attr:`ScoredWindow.null`, the lowest over the windows) less that of the best answer. None
+            where every question has an answer.
 
     Raises:
         ValueError: there are no windows, too few logits for one, or some that are not finite.

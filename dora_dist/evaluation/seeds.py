@@ -12,11 +12,11 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Of one method.
+    """Mean and spread of one method's values.
 
     Attributes:
-        number: of values.
-        mean: None without any.
+        number: number of values.
+        mean: their mean; None without any.
         deviation: sample standard deviation (divisor n - 1); None with fewer than two.
     """
 
@@ -30,10 +30,10 @@ class Difference:
     """Mean of ``value - baseline`` over pairs, with Student's confidence interval and the p-value of the paired t test.
 
     Attributes:
-        number: of pairs.
-        mean: None without any.
-        low: end of the interval of :data:`CONFIDENCE`; None with fewer than two pairs.
-        high: the other end.
+        number: number of pairs.
+        mean: mean difference; None without any pair.
+        low: lower end of the interval of :data:`CONFIDENCE`; None with fewer than two pairs.
+        high: its upper end; None likewise.
         p_value: two-sided; None with fewer than two pairs.
     """
 
@@ -53,7 +53,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Difference:
-    """Of values with the same place in both."""
+    """The difference over pairs of values with the same place in both."""
     differences = [value - other for value, other in zip(values, baseline, strict=True)]
     number = len(differences)
     if number < 2:
@@ -81,7 +81,7 @@ class RateChoice:
     """The learning rate of a group of cells.
 
     Attributes:
-        learning_rate: that was chosen.
+        learning_rate: the rate that was chosen.
         means: learning rate -> mean figure on the search split; NaN where a run diverged.
         at_edge: ``lowest`` or ``highest`` where it is that of the grid, beyond which a better one may lie; else None.
         searched: whether there was anything to choose from.
@@ -99,7 +99,7 @@ def choose(figures: Mapping[float, Sequence[float]], lower_is_better: bool) -> R
     Args:
         figures: learning rate -> figures on the search split, one for each seed; NaN for a run that diverged, which
             rules its rate out.
-        lower_is_better: the sense of the figures.
+        lower_is_better: whether a lower figure is better.
     """
     means = {rate: sum(values) / len(values) for rate, values in sorted(figures.items())}
     sane = {rate: mean for rate, mean in means.items() if math.isfinite(mean)}

@@ -18,14 +18,14 @@ from dora_dist.evaluation.generation import generate
 from dora_dist.evaluation.metrics import rouge_scores
 
 Outcome = tuple[int, float, int, dict[str, float], ShownAnswer | None]
-"""Of one document: its index, sum of the losses, tokens of its summary, scores of the generated one, and of the first
-documents, that one to look at."""
+"""Outcome of one document: its index, sum of the losses, number of tokens of its summary, scores of the generated
+summary, and for the first documents that summary to look at."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SummaryEvaluator(Evaluator):
-    """Of a model with an encoder and a decoder. The loss is the mean over all tokens of the summaries, ROUGE the mean
-    over the documents, of what the model writes by itself beside the whole reference.
+    """Measures a model with an encoder and a decoder. The loss is the mean over all tokens of the summaries, ROUGE that
+    over the documents, of what the model writes by itself against the whole reference.
 
     Args:
         tokenizer: the model's.
@@ -33,7 +33,7 @@ class SummaryEvaluator(Evaluator):
         metrics: names of what :func:`~dora_dist.evaluation.metrics.rouge_scores` returns; for none, nothing is
             generated.
         max_new_tokens: longest generated summary, in tokens.
-        num_beams: 1 is greedy.
+        num_beams: number of beams; 1 is greedy.
     """
 
     tokenizer: PreTrainedTokenizerBase

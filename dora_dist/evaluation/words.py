@@ -21,7 +21,7 @@ JOINERS = "\u200c\u200d"
 
 
 def spaced(text: str) -> str:
-    """A text with spaces around each character of :data:`UNSPACED`, which a mark above or below it belongs to."""
+    """A text with spaces around each character of :data:`UNSPACED`, together with the marks that follow it."""
     if text.isascii():
         return text
     parts, ended = [], False
@@ -45,8 +45,8 @@ def words_of(text: str) -> list[str]:
 
 
 class RougeTokenizer:
-    """The words of rouge-score's ``RougeScorer``, which by itself knows the letters a to z only. A word of these is as
-    it has it, by Porter's stemmer; one with other letters stays as it is."""
+    """Words for rouge-score's ``RougeScorer``, whose own tokenizer knows the letters a to z only. A word of these
+    letters gets its stem (Porter's), as there; one with other letters stays as it is."""
 
     def __init__(self) -> None:
         from rouge_score.tokenizers import DefaultTokenizer
@@ -62,7 +62,7 @@ class RougeTokenizer:
 
 @cache
 def _kind(character: str) -> str:
-    """First letter of its category in Unicode: L, M, N, P, S, Z or C."""
+    """First letter of a character's category in Unicode: L, M, N, P, S, Z or C."""
     return unicodedata.category(character)[0]
 
 

@@ -80,8 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Export one run as one format.
 
     Raises:
-        ValueError: The configuration or the input is invalid.
-        ExpectedRunError: what was written does not compute what was trained; it has been removed again.
+        ValueError: the configuration or the input is invalid.
+        ExpectedRunError: the files written do not compute what was trained; they have been removed again.
     """
     quiet_libraries()
     options = build_parser().parse_args(arguments)
@@ -120,7 +120,7 @@ def check_options(options: argparse.Namespace) -> None:
     """Refuse options that do not go together.
 
     Raises:
-        ValueError: they do not.
+        ValueError: some do not.
     """
     for name, owners in OWN_OPTIONS.items():
         if getattr(options, name) is not None and options.format not in owners:
@@ -136,7 +136,7 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def describe(output: Path, exported: "Exported") -> str:
-    """What is said at the end. ``{folder}`` in its usage stands for the folder written."""
+    """The text to print at the end. ``{folder}`` in the usage becomes the folder written."""
     lines = [f"Wrote {output}", f"  {exported.content}", "", f"Verified {exported.how_checked}"]
     lines += [f"  {line}" for line in exported.verification]
     lines += ["", "How to load it"]

@@ -43,7 +43,7 @@ QUANTIZATION_TITLES = {"nf4": "NF4 with double quantization", "int8": "LLM.int8"
 
 @dataclass(frozen=True)
 class Exported:
-    """What there is to say about a verified export: what it is, what was measured, how it is loaded."""
+    """A verified export in words: what it is, what was measured, how it is loaded."""
 
     content: str
     verification: Sequence[str]
@@ -56,8 +56,8 @@ def export_peft(trained: TrainedRun, folder: Path, rank: int | None) -> Exported
 
     Args:
         trained: the run.
-        folder: to write into.
-        rank: of every module, or None for the one of :func:`~dora_dist.adapter.plain_lora.common_rank`.
+        folder: folder to write into.
+        rank: rank of every module; None for that of :func:`~dora_dist.adapter.plain_lora.common_rank`.
 
     Raises:
         ValueError: ``rank`` is too small, or the adapter is not plain LoRA.
@@ -92,10 +92,10 @@ def export_compact(trained: TrainedRun, folder: Path) -> Exported:
 
 
 def _read(trained: TrainedRun) -> tuple[dict[str, Factors], NewRows | None]:
-    """All that the adapter has.
+    """Factors of the adapter's modules, and rows of new tokens.
 
     Raises:
-        ValueError: it has more, which no export would have.
+        ValueError: the adapter has more, which no export would have.
     """
     return read_lora_adapter(trained.adapter, (TOKEN_ROWS,)), read_new_rows(trained.adapter)
 
@@ -115,9 +115,9 @@ def export_merged(trained: TrainedRun, folder: Path, dtype: str, original: bool)
 
     Args:
         trained: the run.
-        folder: to write into.
-        dtype: of the weights written.
-        original: add to the base as it is stored, instead of the dequantized one.
+        folder: folder to write into.
+        dtype: dtype of the weights written.
+        original: whether to add to the base as it is stored, instead of the dequantized one.
 
     Raises:
         ValueError: ``original`` is asked for, and the base is stored quantized; or the adapter is not plain LoRA.
@@ -200,8 +200,8 @@ def _reference(trained: TrainedRun, base: PreTrainedModel) -> Reference:
 
 
 def _complete_adapter(trained: TrainedRun, folder: Path, reference: Reference, content: str) -> Exported:
-    """Complete an adapter folder with the tokenizer and what it is used with, load it in stock PEFT, on a base of its
-    own, and compare."""
+    """Complete an adapter folder with the tokenizer and the files that say how it is used, load it in stock PEFT, on
+    another copy of the base, and compare."""
     trained.load_tokenizer().save_pretrained(folder)
     trained.use.write(folder)
     needed = trained.write_generation_settings(folder)

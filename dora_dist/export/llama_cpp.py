@@ -13,7 +13,7 @@ MODEL_CONVERTER, ADAPTER_CONVERTER = "convert_hf_to_gguf.py", "convert_lora_to_g
 LIBRARY = "gguf-py"
 NEEDED = (MODEL_CONVERTER, ADAPTER_CONVERTER, f"{LIBRARY}/gguf")
 PARTS = ADAPTER, MERGED = ("adapter", "merged")
-"""What can be converted; the names of the files, too."""
+"""The things that can be converted, which are also the names of the files."""
 HOW_TO_GET = (
     "`git clone --depth 1 https://github.com/ggml-org/llama.cpp` brings it, and nothing needs to be built; the source "
     "package of llama-cpp-python has it too, in vendor/llama.cpp"
@@ -30,10 +30,10 @@ class LlamaCpp:
         """Convert a folder in Hugging Face's layout to the file ``target``.
 
         Args:
-            source: config, tokenizer, and weights, but with the option ``--vocab-only``.
+            source: folder of config and tokenizer, and of weights unless ``--vocab-only`` is among the options.
             target: the GGUF file.
-            outtype: of the matrices: f32, f16 or bf16.
-            options: of the converter.
+            outtype: type of the matrices: f32, f16 or bf16.
+            options: further options of the converter.
 
         Raises:
             ValueError: the converter refuses it.
@@ -45,7 +45,7 @@ class LlamaCpp:
         """Convert a folder with plain LoRA to the file ``target``, in float32.
 
         Args:
-            source: the adapter.
+            source: folder of the adapter.
             base: folder with the base's config; its weights are not needed.
             target: the GGUF file.
 
@@ -65,7 +65,7 @@ class LlamaCpp:
         changed.replace(file)
 
     def read(self, file: Path) -> dict[str, Any]:
-        """What :mod:`dora_dist.export.read_gguf` reads in a GGUF file."""
+        """The contents of a GGUF file, as :mod:`dora_dist.export.read_gguf` reads them."""
         found: dict[str, Any] = json.loads(
             self._run(["-m", "dora_dist.export.read_gguf", str(file)], f"{LIBRARY} cannot read {file.name}")
         )

@@ -19,7 +19,7 @@ def merge_into(
         plain: unquantized model of the same architecture, in float32.
         base: the base, perhaps quantized, without adapter layers.
         factors: module name -> ``(A (k, in), B (out, k))``; the update of its weight is ``B A``.
-        new_rows: of tokens, which take the place of the base's.
+        new_rows: rows of new tokens, which take the place of the base's; None without.
 
     Raises:
         ValueError: the adapter adapts a module that is no linear layer.

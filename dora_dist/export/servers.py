@@ -1,4 +1,4 @@
-"""What the servers vLLM and SGLang take as an adapter, and the commands that serve it.
+"""Which adapters the servers vLLM and SGLang take, and the commands that serve them.
 
 The rules are those of their sources in November 2026, in our words (vLLM: ``peft_helper.py``, ``lora_model.py`` and
 ``config/lora.py``; SGLang: ``lora.py``, ``lora_config.py`` and ``utils.py`` of its LoRA). The servers themselves have
@@ -36,7 +36,7 @@ def with_neighbours(factors: Mapping[str, Factors], base: nn.Module) -> dict[str
 
     Args:
         factors: module name -> ``(A (k, in), B (out, k))``.
-        base: without adapter layers.
+        base: the base, without adapter layers.
 
     Returns:
         ``factors`` and those of rank 0, ``(A (0, in), B (out, 0))``.
@@ -61,7 +61,7 @@ def serve_lines(folder: Path, base: str, needed: Needed) -> list[str]:
     """For each server the command that serves an adapter, or why the server does not take it.
 
     Args:
-        folder: of the adapter. In the commands it is ``{folder}``.
+        folder: folder of the adapter. In the commands it is ``{folder}``.
         base: name or path of the base.
         needed: what the base lacks of the adapter.
     """
@@ -84,8 +84,8 @@ def vllm_flaws(config: Mapping[str, Any], shapes: Shapes) -> list[str]:
     """Why vLLM refuses an adapter, or computes something else than PEFT; empty where it does neither.
 
     Args:
-        config: ``adapter_config.json``.
-        shapes: of the tensors in ``adapter_model.safetensors``, by their names.
+        config: content of ``adapter_config.json``.
+        shapes: name of a tensor in ``adapter_model.safetensors`` -> its shape.
     """
     flaws = _common_flaws(config, shapes)
     if config["r"] > LARGEST_RANK:
@@ -96,7 +96,7 @@ def vllm_flaws(config: Mapping[str, Any], shapes: Shapes) -> list[str]:
 
 
 def sglang_flaws(config: Mapping[str, Any], shapes: Shapes) -> list[str]:
-    """Why SGLang refuses an adapter, or computes something else than PEFT; arguments as of :func:`vllm_flaws`."""
+    """Why SGLang refuses an adapter, or computes something else than PEFT; arguments: see :func:`vllm_flaws`."""
     flaws = _common_flaws(config, shapes)
     if isinstance(config["target_modules"], str):
         flaws.append(f"target_modules is {config['target_modules']!r}, where it must be a list of names")

@@ -54,11 +54,11 @@ def export_gguf(
 
     Args:
         trained: the run.
-        folder: to write into; it has to hold the merged model twice for a while.
-        llama_cpp: whose converters are used.
-        parts: of :data:`~dora_dist.export.llama_cpp.PARTS`.
-        dtype: of the merged weights.
-        original: merge into the base as it is stored, instead of the dequantized one.
+        folder: folder to write into; it has to hold the merged model twice for a while.
+        llama_cpp: llama.cpp with its converters.
+        parts: one or both of :data:`~dora_dist.export.llama_cpp.PARTS`.
+        dtype: dtype of the merged weights.
+        original: whether to merge into the base as it is stored, instead of the dequantized one.
 
     Raises:
         ValueError: the converters cannot write base, tokenizer or adapter as they are.
@@ -94,10 +94,10 @@ def export_gguf(
 
 
 def _factors_for_gguf(trained: TrainedRun) -> dict[str, Factors]:
-    """Of the adapter, all of which ``adapter.gguf`` can hold.
+    """Factors of the adapter, which ``adapter.gguf`` can hold.
 
     Raises:
-        ValueError: the adapter has more.
+        ValueError: the adapter has more, or goes with a scaling of positions, which the file cannot hold.
     """
     if read_new_rows(trained.adapter) is not None:
         raise ValueError(
@@ -119,10 +119,10 @@ def complete_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, base_pa
     than the tokenizer; without the table of added tokens they have no text.
 
     Args:
-        folder: with the tokenizer's files.
-        tokenizer: of the run.
+        folder: folder of the tokenizer's files.
+        tokenizer: the run's tokenizer.
         base_path: folder or name of the base.
-        chat: the run was trained in the tokenizer's chat template.
+        chat: whether the run was trained in the tokenizer's chat template.
     """
     file = folder / "tokenizer_config.json"
     added = {
@@ -141,12 +141,12 @@ def complete_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, base_pa
 def marks_first_word(tokenizer: PreTrainedTokenizerBase, chat: bool) -> bool:
     """Whether sentencepiece's mark of a word is put before the first text of a prompt.
 
-    Most tokenizers put it at the beginning and not behind a control token. llama.cpp has one setting for both, so that
-    the place counts where the prompts of the run begin.
+    Most tokenizers put it at the beginning and not behind a control token. llama.cpp has one setting for both, which
+    must be right for the place where the prompts of the run begin.
 
     Args:
-        tokenizer: of the run.
-        chat: the run was trained in the tokenizer's chat template.
+        tokenizer: the run's tokenizer.
+        chat: whether the run was trained in the tokenizer's chat template.
     """
     begin = ""
     if chat:
@@ -174,12 +174,12 @@ def further_ends(ends: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> dic
 
 
 def check_vocabulary(fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, chat: bool) -> None:
-    """Hold the vocabulary in a GGUF file to the tokenizer that the run was trained with.
+    """Compare the vocabulary in a GGUF file with the tokenizer that the run was trained with.
 
     Args:
-        fields: ``tokenizer.*`` of the file, by their names.
-        tokenizer: of the run.
-        chat: the run was trained in the tokenizer's chat template.
+        fields: the file's fields ``tokenizer.*``, by their names.
+        tokenizer: the run's tokenizer.
+        chat: whether the run was trained in the tokenizer's chat template.
 
     Raises:
         ValueError: llama.cpp would read other tokens.
@@ -231,11 +231,11 @@ def _write_adapter(trained: TrainedRun, folder: Path, llama_cpp: LlamaCpp, facto
 
 
 def check_updates(found: Sequence[float], factors: Mapping[str, Factors]) -> float:
-    """Hold the updates in an adapter's file, by their sizes, to those of the run.
+    """Compare the updates in an adapter's file, by their sizes, with those of the run.
 
     Args:
-        found: Frobenius norms by llama.cpp's scale, in ascending order.
-        factors: of the run, as of :func:`~dora_dist.adapter.plain_lora.read_lora_adapter`.
+        found: Frobenius norms of the file's updates by llama.cpp's scale, in ascending order.
+        factors: the run's, as :func:`~dora_dist.adapter.plain_lora.read_lora_adapter` reads them.
 
     Returns:
         The largest relative difference.

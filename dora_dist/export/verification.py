@@ -19,8 +19,8 @@ NUM_SEQUENCES = 4
 SEQUENCE_LENGTH = 32
 
 FLOAT32_TOLERANCE = 1e-4
-"""Largest difference relative to the largest logit that float32 rounding may make. It made 1e-6 on a
-model of two blocks with random adapters of rank 1 to 6, where one module left out of 13 made 0.7."""
+"""Largest difference, relative to the largest logit, that float32 rounding may make. On a model of two blocks with
+random adapters of rank 1 to 6 it made 1e-6, and leaving out one module of 13 made 0.7."""
 EFFECT_SHARE = 0.05
 """Largest share of the adapter's effect that may be off, so that an adapter of little effect cannot hide in the
 tolerance above."""
@@ -51,7 +51,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Reference:
-    """What an exported model is held to.
+    """Logits that an exported model is compared with.
 
     Attributes:
         tokens: ids, int64, shape ``(sequences, length)``.
@@ -75,7 +75,7 @@ class Reference:
         )
 
     def check(self, what: str, logits: Tensor, wanted: Tensor | None = None) -> Difference:
-        """Hold logits to float32 rounding.
+        """Check that logits are those wanted, up to rounding in float32.
 
         Raises:
             ExpectedRunError: they differ by more, or are not finite.
@@ -89,7 +89,7 @@ class Reference:
         return found
 
     def check_rounded(self, what: str, logits: Tensor, dtype: str) -> Difference:
-        """Hold logits of a model whose weights have been rounded to 16 bits to keeping the adapter's effect.
+        """Check that logits of a model whose weights have been rounded to 16 bits keep the adapter's effect.
 
         Raises:
             ExpectedRunError: rounding undoes too much of it, or the logits are not finite.

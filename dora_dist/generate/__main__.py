@@ -2,9 +2,9 @@
 
 Without --prompt and --file, instructions are read from standard input, one a line: plain text, or JSON objects with the
 field instruction (and perhaps input), messages or prompt, rendered as in training. A prompt is what the user says where
-the run was trained in a chat template, and else the whole text. Of a run with a prompt of its own (data.prompt), they
-are the rows that it takes, or text in the place of its only field.
-With --chat they are the turns of a conversation with the adapter.
+the run was trained in a chat template, and otherwise the whole text. For a run with a prompt of its own (data.prompt),
+lines are rows with its fields, or text for its only field.
+With --chat, lines are the turns of a conversation with the adapter.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from dora_dist.generate.sampling import GREEDY, Sampling
 from dora_dist.generate.showing import render, terminal_width
 
 NOT_IN_CHAT = ("prompt", "file", "input", "raw", "batch_size")
-"""Options that say what is asked, which in a conversation is typed."""
+"""Options that say what is asked; in a conversation, this is typed instead."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Answer every prompt twice, printing as soon as both answers are there; or hold a conversation.
 
     Raises:
-        ValueError: The configuration or the input is invalid.
+        ValueError: the configuration or the input is invalid.
     """
     quiet_libraries()
     options = build_parser().parse_args(arguments)

@@ -25,12 +25,12 @@ class Answerer:
 
     Attributes:
         trained: the run.
-        tokenizer: of its adapter.
+        tokenizer: the tokenizer of its adapter.
         controls: what becomes of control tokens in texts.
         sampling: how the next token is chosen.
         max_new_tokens: longest answer, in tokens.
         stop: tokens that end an answer.
-        context: tokens of prompt and answer that the model has positions for; None where there is no bound.
+        context: number of tokens of prompt and answer that the model has positions for; None without a bound.
     """
 
     trained: TrainedRun
@@ -43,12 +43,12 @@ class Answerer:
 
     @classmethod
     def of(cls, trained: TrainedRun, sampling: Sampling, max_new_tokens: int | None) -> "Answerer":
-        """Without the model, which :meth:`load` reads when all else is known to be sound.
+        """An answerer without its model, which :meth:`load` reads when all else is known to be sound.
 
         Args:
             trained: the run.
             sampling: how the next token is chosen.
-            max_new_tokens: longest answer; None for that of the run's evaluations.
+            max_new_tokens: longest answer, in tokens; None for that of the run's evaluations.
         """
         tokenizer = trained.load_tokenizer()
         context = positions_of(trained.load_model_config())
@@ -82,14 +82,14 @@ class Answerer:
         return question.prompt(self.tokenizer, self.trained.use.chat)
 
     def answers(self, model: PeftModel, prompts: list[list[int]], turn: int, **options: Any) -> list[str]:
-        """Answers to prompts of one batch; the same ones for the same seed, batch and turn.
+        """Answers to the prompts of one batch, which are the same for the same seed, batch and turn.
 
         Raises:
-            ValueError: the model has no row for a token of them.
+            ValueError: the model's embedding has no row for one of their tokens.
         """
         base, highest = model.get_base_model(), max(map(max, prompts))
         assert isinstance(base, PreTrainedModel)
-        rows = len(input_embedding(base).weight)  # PEFT wraps it where new tokens have rows, and has no more of it
+        rows = len(input_embedding(base).weight)  # PEFT's wrapper for rows of new tokens has its weight alone
         if highest >= rows:
             token = self.tokenizer.convert_ids_to_tokens(highest)
             raise ValueError(
@@ -107,9 +107,9 @@ def answer_twice(
     """Prompt, answer of the base, answer of the adapter.
 
     Args:
-        answerer: of the run.
+        answerer: the run's answerer.
         questions: what is asked.
-        batch_size: prompts that are answered at a time, padded on the left.
+        batch_size: number of prompts that are answered at a time, padded on the left.
     """
     asked: Iterable[tuple[Question, list[int]]]
     asked = ((question, _with_room(answerer.ids(question), answerer.context)) for question in questions)

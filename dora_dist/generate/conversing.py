@@ -25,11 +25,11 @@ def converse(answerer: Answerer, system: str | None) -> None:
     """Answer every line of standard input, each with all that was said before, until it ends.
 
     Args:
-        answerer: of the run.
-        system: message of the system, instead of the run's.
+        answerer: the run's answerer.
+        system: system message; None for the run's own.
 
     Raises:
-        ValueError: the run was not trained in a chat template, or its sources have different messages of the system.
+        ValueError: the run was not trained in a chat template, or its sources have different system messages.
     """
     if not answerer.trained.use.chat:
         raise ValueError(
@@ -44,7 +44,7 @@ def converse(answerer: Answerer, system: str | None) -> None:
     for turn, question in enumerate(questions):
         try:
             ids = answerer.ids(question)
-        except ValueError as error:  # which is about this line
+        except ValueError as error:  # about this line only
             say(str(error))
             continue
         if context is not None and len(ids) + answerer.max_new_tokens > context:
@@ -60,7 +60,7 @@ def converse(answerer: Answerer, system: str | None) -> None:
 
 
 def _typed(said: list[Mapping[str, Any]]) -> Iterator[Question]:
-    """Every line that has some text, behind what has been said by then."""
+    """Every line of standard input that has some text, as a question after what has been said by then."""
     while True:
         if sys.stdin.isatty():
             print("> ", end="", flush=True)

@@ -25,15 +25,15 @@ class Question:
     """What is asked, before it is rendered for the model.
 
     Attributes:
-        text: an instruction, or where it is ``raw`` the whole prompt.
-        context: what the instruction is about.
-        raw: nothing is put around the text.
+        text: an instruction, or with ``raw`` the whole prompt.
+        context: input of the instruction; may be empty.
+        raw: whether nothing is put around the text.
         messages: a conversation instead of a text, as in training.
         tools: JSON schemas of the tools that the assistant may call in it, or None.
         options: values for variables of the chat template.
-        row: what stood in the line, for the run's own prompt.
-        place: where the line stood, for messages.
-        flaw: why there is nothing to ask without such a prompt.
+        row: fields of the line that was given, for the run's own prompt.
+        place: place of the line, for messages.
+        flaw: reason why the line asks nothing unless the run has a prompt of its own; empty for none.
     """
 
     text: str = ""
@@ -54,12 +54,12 @@ class Question:
         """The prompt as text, as in training.
 
         Args:
-            tokenizer: of the run.
-            chat: the run was trained on conversations.
+            tokenizer: the run's tokenizer.
+            chat: whether the run was trained in a chat template.
             controls: what becomes of control tokens in texts, for a prompt that is to be encoded.
 
         Raises:
-            ValueError: a conversation for a run that knows none, or one that training would have refused.
+            ValueError: this is a conversation, and the run knows none or would have refused it in training.
         """
         if self.raw:
             return self.text
@@ -103,14 +103,13 @@ def _renderer(tokenizer: Any, template: str, controls: "ControlTokens | None") -
 
 
 def as_asked(use: "Use", questions: Iterable[Question], system: str | None, raw: bool = False) -> Iterable[Question]:
-    """Questions with what training has put around them: the run's own prompt, its chat template and its message of the
-    system.
+    """Questions with what training has put around them: the run's own prompt, its chat template and its system message.
 
     Args:
-        use: of the run.
+        use: how the run's adapter is used.
         questions: a list, which is checked at once, or what is typed line by line.
-        system: instead of the run's message.
-        raw: nothing is put around the field ``prompt`` of a line.
+        system: system message; None for the run's own.
+        raw: whether nothing is put around the field ``prompt`` of a line.
 
     Raises:
         ValueError: sources of the run differ in what they put around a row, or a question does not fit, or training
@@ -159,7 +158,7 @@ def _worded(question: Question, own: str | None, system: str, chat: bool) -> Que
 
 
 def _in_own_prompt(question: Question, own: str, chat: bool) -> Question:
-    """What the run's own prompt makes of a row that has its fields, or of text for its only field."""
+    """The question that the run's own prompt makes of a row with its fields, or of text for its only field."""
     fields = {name for _, name, _, _ in Formatter().parse(own) if name is not None}
     text = None
     with suppress(RowFlaw):
@@ -182,10 +181,10 @@ def collect_questions(
     """Everything that is asked. All is checked at once, except what is typed line by line.
 
     Args:
-        texts: of ``--prompt``; None without.
-        context: that belongs to them.
-        raw: plain text is the whole prompt.
-        file: with a line for each; None for standard input, where there are no texts.
+        texts: the texts of ``--prompt``; None without.
+        context: input that belongs to them; None for none.
+        raw: whether plain text is the whole prompt.
+        file: file with a question a line; None for standard input, where there are no texts.
 
     Raises:
         ValueError: a prompt is empty, a JSON line is of no known form, or the file cannot be read.
@@ -222,9 +221,9 @@ def read_questions(lines: Iterable[str], raw: bool, where: str = "standard input
     """Questions from lines of text or JSON; empty lines are passed over.
 
     Args:
-        lines: to read.
-        raw: plain text is the whole prompt.
-        where: they come from, for messages.
+        lines: the lines.
+        raw: whether plain text is the whole prompt.
+        where: the place that they come from, for messages.
 
     Raises:
         ValueError: a line begins as a JSON object and is none, or its fields are not known.

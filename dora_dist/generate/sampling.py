@@ -8,20 +8,20 @@ from dora_dist.config.checks import require
 from dora_dist.config.run import LARGEST_SEED
 
 GREEDY = 0.0
-"""Temperature of the most likely token."""
+"""Temperature that stands for taking the most likely token."""
 LEAST_TEMPERATURE = 1e-3
-"""Logits divided by much less are not finite."""
+"""Lowest temperature: logits divided by much less are not finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Options of the command line.
+    """How tokens are drawn, as the options of the command line say.
 
     Args:
-        temperature: probabilities are those of the logits divided by this; 0 takes the most likely token.
+        temperature: divisor of the logits, of which the probabilities are made; 0 takes the most likely token.
         top_p: only the most likely tokens that have this probability together; None for all.
         top_k: only this many of the most likely tokens; None for all.
-        seed: of the choices; None for 0.
+        seed: seed of the choices; None for 0.
 
     Raises:
         ValueError: one is not in its range, or means nothing without a temperature.

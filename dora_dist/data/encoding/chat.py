@@ -37,9 +37,9 @@ class ChosenTemplate:
     """A Jinja template and where it comes from.
 
     Attributes:
-        text: Jinja source.
-        origin: in words, for the log.
-        bundled: it stands in for one that the tokenizer does not have.
+        text: the template's Jinja source.
+        origin: where it comes from, in words, for the log.
+        bundled: whether it stands in for one that the tokenizer does not have.
     """
 
     text: str
@@ -53,7 +53,7 @@ def choose_template(
     """The tokenizer's own template, a bundled one where it has none, or the one asked for.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         wanted: ``auto``, a name of :data:`FAMILIES`, or the path of a Jinja file.
         options: values for variables of the template, which become its defaults.
 
@@ -106,8 +106,8 @@ class CallStyle:
     """How a template wants calls of tools.
 
     Attributes:
-        as_text: arguments as JSON text instead of an object.
-        empty: the content beside calls: None, or a text.
+        as_text: whether arguments are JSON text instead of an object.
+        empty: what stands for the content of a message that has calls only: None, or an empty text.
     """
 
     as_text: bool
@@ -121,14 +121,14 @@ class ChatRenderer:
     too. So a template's own ``{% generation %}`` marks decide nothing, and the text of a message is never searched for.
 
     Args:
-        tokenizer: fast (with offsets), for its special tokens.
-        template: Jinja source.
-        controls: what becomes of control tokens in contents; by default there are none. Where they are text, a
-            rendering has those that the template writes under their names in ``controls.writer``.
+        tokenizer: the model's, a fast one (with offsets); templates read its special tokens.
+        template: the template's Jinja source.
+        controls: what becomes of control tokens in contents; None for contents that have none. Where they are text,
+            those that the template itself writes stand in a rendering under their names in ``controls.writer``.
 
     Attributes:
         end_of_turn: the token that ends an answer.
-        ends: it, and where the template ends calls of tools by another token, that one.
+        ends: :attr:`end_of_turn`, and the token that ends calls of tools where that is another one.
 
     Raises:
         ValueError: the template ends the assistant's turn without a control token, so that a model could not learn
@@ -155,8 +155,8 @@ class ChatRenderer:
 
         Args:
             chat: the conversation.
-            length: messages to render; None for all.
-            prompt: end with what makes the assistant speak.
+            length: number of messages to render; None for all.
+            prompt: whether to end with the generation prompt, which makes the assistant speak.
 
         Raises:
             RowFlaw: the template refuses these messages, or never reads what it is given beside them.
@@ -165,8 +165,8 @@ class ChatRenderer:
         return self._render(messages, chat.tools, prompt, self._options(chat))
 
     def _options(self, chat: Chat) -> dict[str, Any]:
-        """What a conversation gives to variables that this template reads. A switch may go unread, and so may what is
-        empty; a text or a list would be lost."""
+        """The values that a conversation gives to variables of this template. A switch, a number or an empty value may
+        go unread; a text or a list that does is refused, since it would be lost."""
         options = {}
         for name, value in chat.options.items():
             if name not in self._variables.read and (isinstance(value, bool | int | float) or not value):
@@ -181,7 +181,7 @@ class ChatRenderer:
         return TemplateVariables(self.template, self.tokenizer.special_tokens_map)
 
     def asked(self, chat: Chat) -> str:
-        """A conversation that is to be answered, with what makes the assistant speak, as text.
+        """A conversation that is to be answered, as text that ends with the generation prompt.
 
         Raises:
             RowFlaw: the template refuses these messages or leaves out a part of them.
@@ -203,11 +203,11 @@ class ChatRenderer:
 
         Args:
             chat: the conversation.
-            last_only: the last answer only.
+            last_only: whether to take the last answer only.
 
         Returns:
-            None where the template renders an earlier turn otherwise once more messages follow (it leaves out
-            thoughts, say), so that no single text has all turns as the model would see them.
+            Text and spans; None where the template renders an earlier turn otherwise once more messages follow (it
+            leaves out thoughts, say), so that no single text has all turns as the model would see them.
 
         Raises:
             RowFlaw: the template refuses these messages or leaves out a part of them.
@@ -243,7 +243,7 @@ class ChatRenderer:
 
         Args:
             chat: the conversation.
-            number: of a message of the assistant.
+            number: index of a message of the assistant.
             text: the rendered conversation.
 
         Raises:
@@ -310,7 +310,7 @@ class ChatRenderer:
 
     @cached_property
     def _call_style(self) -> CallStyle | None:
-        """The first way in which a call survives: neither escaped, nor as Python writes it; None where it does not."""
+        """The first way to give a call that the template writes unescaped, and not as Python does; None without any."""
         arguments = {PROBE_WORD: "qzvalue", "qzmore": {"qzinner": [True]}}
         call = {"type": "function", "id": "qz1234567", "function": {"name": "qzname", "arguments": arguments}}
         function = {"name": "qzname", "description": "d", "parameters": {"type": "object", "properties": {}}}
@@ -332,7 +332,7 @@ class ChatRenderer:
     ) -> str:
         given: dict[str, Any] = {**self.tokenizer.special_tokens_map, **self._controls.exchanged(options or {})}
         try:
-            rendered: Any = render_jinja_template(  # a pair, though transformers says a text
+            rendered: Any = render_jinja_template(  # returns a pair, though transformers says a text
                 conversations=[self._controls.exchanged(list(messages))],
                 tools=self._controls.exchanged(tools),
                 chat_template=self.template,
@@ -360,7 +360,7 @@ class ChatRenderer:
         return found[-1]
 
     def _find_ends(self) -> list[int]:
-        """What ends a turn, and what ends one with calls where that is another token, which stands nowhere else."""
+        """The token that ends a turn, and one that ends calls, where it is another and stands nowhere else in them."""
         call = {"type": "function", "id": "qz1234567", "function": {"name": "f", "arguments": {"x": "y"}}}
         for calls in ([call, call], [call]):  # some templates take one at a time
             with suppress(RowFlaw):

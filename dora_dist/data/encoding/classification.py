@@ -19,7 +19,7 @@ class LabelledIds:
 
     Attributes:
         ids: token ids, with the tokenizer's own tokens around and between the sentences.
-        types: which sentence each token belongs to, where the model is told so; otherwise empty.
+        types: number of the sentence that each token belongs to, where the model is told; otherwise empty.
         label: name of the class, or the number as text.
         num_removed: tokens that were cut off to make it fit.
     """
@@ -113,7 +113,7 @@ def class_label(label: str | int | float) -> str:
     """The name of a class: text without white space around it, or a whole number.
 
     Raises:
-        RowFlaw: it is none.
+        RowFlaw: the label is none.
     """
     if isinstance(label, float):
         raise RowFlaw(
@@ -130,7 +130,7 @@ def number_label(label: str | int | float) -> float:
     """The number that a label is, or says.
 
     Raises:
-        RowFlaw: it is none, or not finite.
+        RowFlaw: the label is none, or not finite.
     """
     try:
         number = math.nan if isinstance(label, bool) else float(label)

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 LAST_PRIVATE = 0x10FFFD
 """The last character that Unicode gives no meaning; names take those before it, one each."""
 MOST_NAMES = 60_000
-"""Private characters of the last plane, nearly."""
+"""Largest number of names: the last plane of Unicode has few more private characters."""
 NO_TEXT = "which would be no text to the model but the start or the end of something"
 NOT_WRITTEN = "which this tokenizer cannot write as plain text"
 PROBE = "Text 1"
@@ -34,7 +34,7 @@ class ControlTokens:
         writer: the tokenizer that texts are encoded with.
         known: matches every control token.
         refused: matches what no text may hold.
-        reason: why not, in words.
+        reason: why no text may hold it, in words.
         names: control token -> its name in what ``writer`` encodes, and the other way round; empty where it is the
             same.
     """
@@ -73,11 +73,11 @@ class ControlTokens:
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase, choice: str = "refuse") -> ControlTokens:
-    """How a run takes control tokens in texts.
+    """How a run treats control tokens in texts.
 
     Args:
-        tokenizer: of the model.
-        choice: ``refuse`` or ``text``.
+        tokenizer: the model's tokenizer.
+        choice: ``data.control_tokens``, ``refuse`` or ``text``.
 
     Raises:
         ValueError: they cannot be told from text with this tokenizer.
@@ -119,7 +119,7 @@ def _renamed(tokenizer: PreTrainedTokenizerBase, names: Mapping[str, str]) -> Pr
     """A copy with the same ids, which knows some tokens by other names.
 
     Raises:
-        ValueError: the copy would write texts in other ids, or not know the tokens.
+        ValueError: the copy would encode texts to other ids, or not know the tokens.
     """
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     for token in content["added_tokens"]:
@@ -138,7 +138,7 @@ def _renamed(tokenizer: PreTrainedTokenizerBase, names: Mapping[str, str]) -> Pr
             model_input_names=tokenizer.model_input_names,
             **own,
         )
-    except Exception as error:  # of the library's own, in Rust
+    except Exception as error:  # its own kind, raised in Rust
         raise _cannot_write(tokenizer, error) from None
     for token, name in names.items():
         if copy(name, add_special_tokens=False)["input_ids"] != [tokenizer.convert_tokens_to_ids(token)]:

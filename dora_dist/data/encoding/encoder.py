@@ -22,7 +22,8 @@ IGNORED = -100
 
 
 IDS_ONLY = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-"""A third of the time would go into masks that nobody reads; lengths are checked here, not by the tokenizer."""
+"""Arguments of a tokenizer that is asked for ids only: masks that nobody reads would take a third of the time, and
+lengths are checked here."""
 BOOKKEEPING: dict[str, Any] = {
     "removed": Value("int32"),
     "key": Value("int64"),
@@ -38,7 +39,7 @@ BOOKKEEPING: dict[str, Any] = {
 
 
 MOST_SHOWN = 10
-"""Unusable rows of a batch that an error shows."""
+"""Most unusable rows of a batch that an error shows."""
 
 
 class UnusableRowError(ValueError):
@@ -53,9 +54,9 @@ class ControlFlaw(RowFlaw):
     """A row with control tokens in its texts, which may be one of many.
 
     Args:
-        field: the first that has some.
-        reason: in words.
-        tokens: all that the row has.
+        field: name of the first field that has some.
+        reason: why they may not be there, in words.
+        tokens: all that the row has, each once.
     """
 
     def __init__(self, field: str, reason: str, tokens: list[str]) -> None:
@@ -78,10 +79,10 @@ class EncodingRules:
     Attributes:
         format: a name of :data:`~dora_dist.data.row_formats.FORMATS`.
         fields: the format's name of a field -> the rows' own, where they differ.
-        as_chat: put rows that are no conversations into the chat template too.
-        prompt: text with names of fields in braces, which is a row's prompt; None for the row's own.
-        system: message of the system for conversations that have none; empty for none.
-        template: Jinja source, or None where no row needs one.
+        as_chat: whether rows that are no conversations go into the chat template too.
+        prompt: template of a row's prompt, with names of fields in braces; None for the row's own prompt.
+        system: system message for conversations that have none; empty for none.
+        template: Jinja source of the chat template, or None where no row needs one.
         train_on: ``assistant`` (all turns), ``last`` (turn) or ``everything``.
         thoughts: whether thoughts in what is trained have a loss.
         max_length: longest example in tokens.
@@ -156,7 +157,7 @@ class RowEncoder(ABC, Generic[P, E]):
             batch: columns ``place``, ``json``, ``flaw``, ``filled`` of :class:`~dora_dist.data.reading.files.RawRow`.
 
         Returns:
-            Columns of examples, with one line too for each row that became none: :attr:`columns`, and ``removed``
+            Columns with a line for each example, and for each row that became none: :attr:`columns`, and ``removed``
             (tokens that were cut off), ``key`` (a hash of the example), ``place``, ``status``, ``note``, ``trimmed``
             (messages left out after the last that is trained), ``unread`` (fields of messages that are not read, with
             commas), ``unread_of_row`` (those of the row, at its first example), ``controls`` (control tokens in the
@@ -217,7 +218,7 @@ class RowEncoder(ABC, Generic[P, E]):
         """What is encoded of a sample.
 
         Raises:
-            RowFlaw: it cannot be used.
+            RowFlaw: the sample cannot be used.
         """
 
     @abstractmethod
@@ -226,7 +227,7 @@ class RowEncoder(ABC, Generic[P, E]):
 
     @abstractmethod
     def _fit(self, part: P, example: E, place: str) -> tuple[E | None, Status, str]:
-        """The example within ``max_length`` as the policy for longer ones wants it, and why it is not there."""
+        """The example within ``max_length`` by the policy ``overlong``, or None; its status, and why it is left out."""
 
     @abstractmethod
     def _content(self, example: E | None) -> dict[str, Any]:
@@ -234,7 +235,7 @@ class RowEncoder(ABC, Generic[P, E]):
 
     @abstractmethod
     def _hashed(self, content: Mapping[str, Any]) -> bytes:
-        """What makes the example the one it is."""
+        """The bytes that tell the example from others, for its hash."""
 
     def _num_trimmed(self, part: P) -> int:
         return 0
@@ -260,7 +261,7 @@ class RowEncoder(ABC, Generic[P, E]):
         """The sample that a row describes, and the names of its fields that are not read.
 
         Raises:
-            RowFlaw: it describes none.
+            RowFlaw: the row describes none.
         """
         if flaw:
             raise RowFlaw("", flaw)
@@ -293,7 +294,7 @@ class RowEncoder(ABC, Generic[P, E]):
 
 
 def _key(content: bytes) -> int:
-    """The same for the same content, wherever it comes from."""
+    """Hash of a content, the same in every process."""
     return int.from_bytes(blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 

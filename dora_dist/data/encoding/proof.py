@@ -18,7 +18,7 @@ LEFT_OUT = (
     "is left out by the chat template, so that it would be lost: leave it out of the rows, or set data.chat_template"
 )
 LABELS = ("name", "tool_call_id")
-"""Fields of messages that may be left out, and are counted where they are."""
+"""Fields of messages that a template may leave out, which is counted."""
 THOUGHT_TAGS = re.compile(r"</?think(?:ing)?>")
 
 
@@ -74,7 +74,7 @@ class ContentProof:
     def _missing_labels(self, chat: Chat) -> list[str]:
         words = _Words()
         messages = [words.labels(message, number) for number, message in enumerate(chat.messages)]
-        with suppress(RowFlaw):  # of a template that takes no such names
+        with suppress(RowFlaw):  # raised by a template that takes no such names
             text = self.render(replace(chat, messages=messages))
             missing = [(n, name) for (n, name), word in words.labelled.items() if word not in text]
             return list(dict.fromkeys(f"{name} of the role {messages[n]['role']}" for n, name in missing))
@@ -159,7 +159,7 @@ def _properties(function: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shape(chat: Chat) -> Hashable:
-    """Equal for conversations that differ in their texts only."""
+    """A key that is equal for conversations that differ in their texts only."""
     messages = tuple(
         (
             *((name, bool(value)) for name, value in sorted(message.items()) if name not in ("role", "tool_calls")),
@@ -172,7 +172,7 @@ def _shape(chat: Chat) -> Hashable:
 
 
 def _squeeze(text: str) -> str:
-    """Without white space, which templates trim."""
+    """A text without white space, which templates trim."""
     return "".join(text.split())
 
 

@@ -12,7 +12,7 @@ from dora_dist.data.encoding.encoder import EncodingRules, RowEncoder, RowParser
 from dora_dist.data.reading.samples import Question, RowFlaw
 
 OUTSIDE = (-1, -1)
-"""In place of the characters of a token that is not of the context."""
+"""Stands for the characters of a token that is not part of the context."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +21,9 @@ class Window:
 
     Attributes:
         ids: token ids, with the tokenizer's own tokens around and between the two texts.
-        types: which text each token belongs to, where the model is told so; otherwise empty.
-        offsets: of every token, its first character in the context and the one after its last; :data:`OUTSIDE` for
-            tokens that are not of the context.
+        types: number of the text that each token belongs to, where the model is told; otherwise empty.
+        offsets: first character of every token in the context, and the one after its last; :data:`OUTSIDE` for tokens
+            that are not part of the context.
         null: position of the token that stands for no answer (CLS).
         start: position of the answer's first token; :attr:`null` where this window does not hold the whole answer.
         end: position of its last token (included), or :attr:`null`.
@@ -42,7 +42,7 @@ class ContextWindows:
     longer than the overlap.
 
     Args:
-        tokenizer: fast (it knows the characters of a token), with a CLS or start token.
+        tokenizer: a fast one (which knows the characters of a token), with a CLS or start token.
         max_length: longest window in tokens, with question and the tokenizer's own tokens.
         stride: tokens of the context that neighbouring windows share (the ``stride`` of Hugging Face's tokenizers, not
             BERT's ``doc_stride``, which counts from start to start).
@@ -98,10 +98,10 @@ class ContextWindows:
         ]
 
     def _room(self, num_around: int) -> int:
-        """Tokens of the context that a window holds, given those of the question and around the texts.
+        """Number of tokens of the context that a window holds beside ``num_around`` others.
 
         Raises:
-            RowFlaw: they are not more than neighbouring windows share.
+            RowFlaw: it is not more than neighbouring windows share.
         """
         room = self.max_length - num_around
         if room <= self.stride:
@@ -116,7 +116,7 @@ class ContextWindows:
         """Position of the token that stands for no answer.
 
         Args:
-            around: the tokens that are not of the context, position -> id.
+            around: the tokens that are not part of the context, position -> id.
 
         Raises:
             ValueError: it is not among them.
@@ -157,9 +157,9 @@ def _window(encoded: BatchEncoding, context: range, part: range, null: int, answ
     """The window over one part of the context.
 
     Args:
-        encoded: question and whole context.
+        encoded: question and whole context, encoded together.
         context: positions of the context's tokens.
-        part: those of this window.
+        part: positions of those in this window.
         null: position of the token that stands for no answer.
         answer: positions of the answer's first and last token; None where there is no answer.
     """
@@ -182,7 +182,7 @@ def _letters(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class AskedWindow:
-    """A window with the question that it is of."""
+    """A window with its question."""
 
     question: Question
     window: Window

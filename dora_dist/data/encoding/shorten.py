@@ -13,7 +13,7 @@ class Shortener:
     """Takes text away from samples, never from their answers.
 
     Args:
-        tokenizer: fast, to count tokens and know their place in a text.
+        tokenizer: a fast one, which knows the place of tokens in a text.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -46,8 +46,8 @@ class Shortener:
         return None
 
     def _cut_middle(self, text: str, excess: int) -> str | None:
-        """The text without about ``excess`` tokens from its middle, always shorter than before; None if it has no more
-        than that."""
+        """The text without about ``excess`` tokens from its middle, always shorter than before; None where so much
+        cannot be cut."""
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         offsets = encoded["offset_mapping"]
         keep = max(len(offsets) - excess, 2)

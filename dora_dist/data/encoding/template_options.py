@@ -23,11 +23,11 @@ class TemplateVariables:
     """The variables of a chat template to which a user may give values.
 
     Args:
-        template: Jinja source.
+        template: the template's Jinja source.
         special_tokens: variables with the names of special tokens, such as ``bos_token``.
 
     Attributes:
-        read: their names.
+        read: names of these variables.
 
     Raises:
         ValueError: the template cannot be read.
@@ -36,7 +36,7 @@ class TemplateVariables:
     def __init__(self, template: str, special_tokens: Collection[str]) -> None:
         try:
             environment = _compile_jinja_template(template).environment
-            read = meta.find_undeclared_variables(environment.parse(template))  # which folds what it is given
+            read = meta.find_undeclared_variables(environment.parse(template))  # folds constants in it
             self._tree = environment.parse(template)
         except TemplateSyntaxError as error:
             raise ValueError(
@@ -73,7 +73,7 @@ def with_options(template: str, options: Mapping[str, Any], special_tokens: Coll
     """The template with defaults for some of its variables.
 
     Args:
-        template: Jinja source.
+        template: the template's Jinja source.
         options: variable -> value: text, a number, true, false, null, or lists and mappings of these.
         special_tokens: variables with the names of special tokens, such as ``bos_token``.
 

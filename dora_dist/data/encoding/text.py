@@ -33,7 +33,7 @@ class Encoded:
     Attributes:
         ids: token ids.
         spans: start and end (excluded) of every run of trained tokens, one after the other: ``[3, 7, 12, 15]``.
-        answer_start: tokens before the last answer: what the model is given when it must answer itself.
+        answer_start: number of tokens before the last answer, which the model is given when it must answer itself.
         answer: the last answer as its tokens are decoded, to compare a generated one with.
         num_removed: tokens that were cut off to make it fit.
     """
@@ -50,10 +50,10 @@ class _Part:
     """A sample on its way to an example.
 
     Attributes:
-        sample: what is encoded.
-        text: a conversation as the template renders it.
-        characters: those of the answers in it.
-        without_loss: characters that have no loss, whatever is trained.
+        sample: the sample.
+        text: a conversation as the template renders it; empty for other samples.
+        characters: start and end of the answers in the text.
+        without_loss: start and end of characters that have no loss, whatever is trained.
     """
 
     sample: Sample
@@ -104,7 +104,7 @@ def _tokens_in(offsets: Sequence[tuple[int, int]], first: int, last: int) -> Spa
 
 
 def _outside(runs: Iterable[Span], masked: Sequence[Span]) -> list[int]:
-    """What is left of runs of tokens without others, both in their order, as starts and ends one after the other."""
+    """Runs of tokens without masked ones, both given in order; the starts and ends of what is left, one by one."""
     left: list[int] = []
     for start, end in runs:
         for first, last in masked:
@@ -119,7 +119,7 @@ class TextEncoder(RowEncoder[_Part, Encoded]):
     """Text for a causal language model, of which some tokens are trained.
 
     Args:
-        tokenizer: with an end-of-sequence token.
+        tokenizer: the model's, with an end-of-sequence token.
         rules: how rows become examples.
         parse: see :class:`RowEncoder`.
 
@@ -143,8 +143,8 @@ class TextEncoder(RowEncoder[_Part, Encoded]):
         self.renderer = ChatRenderer(tokenizer, rules.template, self.controls) if rules.template is not None else None
 
     def _check_own_texts(self) -> None:
-        """Texts of the configuration that stand in every row; a plain prompt may hold control tokens, which are none
-        where they are to be text."""
+        """Refuse control tokens in texts of the configuration, which stand in every row. A plain prompt may hold some,
+        unless they are to be text."""
         rules, controls = self.rules, self.controls
         advice = "leave it out, or set data.control_tokens to " + ("refuse" if controls.as_text else "text")
         checked = [("system", rules.system, controls.refused, controls.reason)]
@@ -334,11 +334,11 @@ class TextEncoder(RowEncoder[_Part, Encoded]):
             yield Encoded(ids, _outside(runs, masked), start, self._decoded(ids[start:end]))
 
     def _encode_apart(self, part: _Part, together: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
-        """Tokens and offsets of a conversation of which a token covers the border between a prompt and its answer: what
-        is given is encoded as it will be when it is given alone.
+        """Tokens and offsets of a conversation whose prompts and answers are encoded apart, since a token would cover
+        the border between them: a prompt is encoded as it will be when it is given alone.
 
         Raises:
-            RowFlaw: encoded apart it is another text.
+            RowFlaw: encoded apart, it is another text.
         """
         borders = [0, *(start for start, _ in part.characters), len(part.text)]
         ids: list[int] = []
@@ -359,7 +359,7 @@ class TextEncoder(RowEncoder[_Part, Encoded]):
     def _token_spans(
         self, ids: Sequence[int], offsets: Sequence[tuple[int, int]], characters: Sequence[tuple[int, int]]
     ) -> list[Span]:
-        """From characters to tokens: all that overlap, up to and with the token that ends the turn."""
+        """Tokens of spans of characters: all that overlap, up to and with the token that ends the turn."""
         assert self.renderer is not None
         starts, ends = np.array(offsets, dtype=np.int64).T
         spans: list[Span] = []
@@ -384,7 +384,7 @@ class TextEncoder(RowEncoder[_Part, Encoded]):
         return spans
 
     def _fit(self, part: _Part, example: Encoded, place: str) -> tuple[Encoded | None, Status, str]:
-        """The example within ``max_length``, as the policy for longer ones wants it."""
+        """See :meth:`RowEncoder._fit`; truncation is :meth:`_shorten`."""
         most = self.rules.max_length
         if len(example.ids) <= most:
             return example, Status.KEPT, ""

@@ -11,7 +11,7 @@ from dora_dist.data.encoding.proof import THOUGHT_TAGS
 from dora_dist.data.reading.samples import THOUGHTS, Chat, RowFlaw
 
 WORD = "qzwherezq"
-"""What stands in the place of a text."""
+"""The word in the place of a text."""
 
 Span = tuple[int, int]
 """Start and end (excluded) of characters."""
@@ -19,7 +19,7 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class WithoutLoss:
-    """Finds them.
+    """Finds the characters of a conversation that have no loss.
 
     Args:
         render: the text of a conversation; raises :class:`RowFlaw` where the template refuses it.
@@ -33,7 +33,7 @@ class WithoutLoss:
 
         Args:
             chat: the conversation.
-            number: of the answer.
+            number: index of the answer.
             text: the rendered conversation.
             start: first character of the answer.
 
@@ -59,7 +59,7 @@ class WithoutLoss:
 
         Args:
             chat: the conversation.
-            number: of the message.
+            number: index of the message.
             text: the rendered conversation.
 
         Raises:
@@ -72,7 +72,7 @@ class WithoutLoss:
         return start, end
 
     def _around(self, chat: Chat, number: int, kept: str) -> tuple[str, str]:
-        """The rendering before and after what follows the part of a content that is kept."""
+        """The rendering before and after a word that stands for what follows the kept part of a content."""
         messages = list(chat.messages)
         messages[number] = {**messages[number], "content": kept + WORD}
         before, *after = self.render(replace(chat, messages=messages)).split(WORD)

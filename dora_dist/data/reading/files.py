@@ -27,7 +27,7 @@ from dora_dist.data.reading.squad_file import is_squad_file, squad_rows
 
 DEFAULT_SPLIT = "train"
 SPLITS_FILE = "dataset_dict.json"
-"""In a saved folder that has several splits."""
+"""File that a saved folder with several splits has."""
 HUB = "a data set on the Hub"
 SPLITS = "a folder that was saved with several splits"
 TABLE = "a table (.csv, .tsv)"
@@ -69,9 +69,9 @@ class Location:
         files: local files or one saved folder, in order; empty for the Hub.
         hub: name on the Hub, or empty.
         subset: configuration of a data set on the Hub.
-        split: of a data set on the Hub or a saved folder with several; None for :data:`DEFAULT_SPLIT`.
+        split: split of a data set on the Hub, or of a saved folder with several; None for :data:`DEFAULT_SPLIT`.
         revision: commit or tag on the Hub.
-        limit: rows to read at most, or None.
+        limit: most rows to read; None for all.
         columns: names of the columns of tables whose first line does not give them; empty where it does.
         quotes: whether a quotation mark at the start of a table's field encloses the field.
         text: rows of a text file: ``lines`` or ``whole``; None where there are no such files.
@@ -135,9 +135,9 @@ def digest_of(file: Path, size: int, changed: int) -> bytes:
     that opens its data more than once.
 
     Args:
-        file: by its whole path.
-        size: in bytes.
-        changed: when it was last changed, in nanoseconds: with another size or time it is read again.
+        file: absolute path of the file.
+        size: its size in bytes.
+        changed: time of its last change in nanoseconds; with another size or time it is read again.
     """
     with file.open("rb") as stream:
         return file_digest(stream, "sha256").digest()
@@ -147,7 +147,7 @@ def digest_of(file: Path, size: int, changed: int) -> bytes:
 def _from_hub(name: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # of several libraries, and of the network below them
+    except Exception as error:  # errors of several libraries, and of the network below them
         raise ValueError(
             f"{name!r} is no file here (looked from {Path.cwd()}) and cannot be read as a data set from the Hub: "
             f"{error}"
@@ -187,7 +187,7 @@ def locate(paths: str | Sequence[str], **settings: Any) -> Location:
 
 
 def _checked(location: Location, kinds: set[str]) -> Location:
-    """The location.
+    """The location, where everything that is set has an effect.
 
     Raises:
         ValueError: it has an attribute that none of these kinds reads.
@@ -206,7 +206,7 @@ def _checked(location: Location, kinds: set[str]) -> Location:
 
 
 def _kind(file: Path) -> str:
-    """What a file or a saved folder is in :data:`READ_BY`; empty for others."""
+    """The kind of a file or saved folder in :data:`READ_BY`; empty for others."""
     if file.is_dir():
         return SPLITS if (file / SPLITS_FILE).is_file() else ""
     return {"csv": TABLE, "tsv": TABLE, "txt": TEXT}.get(_suffix(file), "")
@@ -228,7 +228,7 @@ def read_file(
 
     Args:
         file: one that :func:`locate` has found.
-        split: of a saved folder with several; None for :data:`DEFAULT_SPLIT`.
+        split: split of a saved folder with several; None for :data:`DEFAULT_SPLIT`.
         columns: names of the columns of a table without a header line.
         quotes: whether a quotation mark at the start of a table's field encloses the field.
         text: rows of a text file, ``lines`` (those that are not empty) or ``whole``, each with the field ``text``.
@@ -282,8 +282,8 @@ def _saved(folder: Path, split: str) -> Iterable[dict[str, Any]]:
 
 
 def _table(file: Path, separator: str, columns: Sequence[str], quotes: bool) -> Iterator[RawRow]:
-    """A table as it is written: pandas makes numbers and dates of texts, nothing of ``NA``, shifts lines with too many
-    fields and fills up those with too few."""
+    """Rows of a table as it is written. pandas would make numbers and dates of texts, and a missing value of ``NA``,
+    shift lines with too many fields and fill up those with too few."""
     csv.field_size_limit(1 << 31)
     quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
 
@@ -318,7 +318,7 @@ def _table(file: Path, separator: str, columns: Sequence[str], quotes: bool) -> 
 
 
 def _parquet(file: Path) -> Iterator[dict[str, Any]]:
-    """One row group at a time; the scanner that ``datasets`` uses reads ahead until all is in memory."""
+    """Rows, one row group at a time; the scanner that ``datasets`` uses reads ahead until all is in memory."""
     with _reading(file), pq.ParquetFile(file, pre_buffer=False) as content:
         _check_columns(content.schema_arrow.names)
         for batch in content.iter_batches(200):
@@ -326,7 +326,7 @@ def _parquet(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _arrow(file: Path) -> Iterator[dict[str, Any]]:
-    """The batches of an Arrow file of either kind, mapped into memory."""
+    """The rows of an Arrow file of either kind (stream or file), mapped into memory."""
     with _reading(file), pa.memory_map(str(file)) as source:
         try:
             batches = iter(pa.ipc.open_stream(source))
@@ -339,7 +339,7 @@ def _arrow(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _check_columns(names: Sequence[str]) -> None:
-    """Python's objects of Arrow's rows have the last of several columns of one name."""
+    """Refuse columns of one name: a row as a dictionary would have the last of them only."""
     object_of([(name, None) for name in names])
 
 
@@ -353,13 +353,13 @@ def _reading(file: Path) -> Iterator[None]:
 
 
 def _dumped(rows: Iterable[dict[str, Any]], where: str) -> Iterator[RawRow]:
-    """Rows that Arrow has held."""
+    """Rows that come from Arrow, as JSON."""
     for number, row in enumerate(rows, start=1):
         yield RawRow(f"{where}, row {number}", json.dumps(row, ensure_ascii=False, default=_name_type), filled=True)
 
 
 def _name_type(value: object) -> dict[str, str]:
-    """In place of a value that JSON cannot say: an object, which no format takes for text."""
+    """What stands for a value that JSON cannot write: an object, which no format takes for text."""
     return {"type": type(value).__name__}
 
 

@@ -23,7 +23,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=object_of)
 
 
 def parse_json(text: str) -> Any:
-    """What a text says in JSON.
+    """The value of a JSON text.
 
     Raises:
         ValueError: it is no JSON, has a number of thousands of digits, or a key that stands twice in one object.

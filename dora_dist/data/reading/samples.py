@@ -20,7 +20,7 @@ class RowFlaw(Exception):
 
     Args:
         field: the field it is about; empty for the row as a whole.
-        reason: in words, with the value found.
+        reason: what is wrong, as the rest of a sentence about the field, with the value found.
     """
 
     def __init__(self, field: str, reason: str) -> None:
@@ -35,14 +35,14 @@ class Pair:
 
     Attributes:
         prompt: everything the model is given.
-        completion: what it should answer.
+        completion: the answer that is wanted.
     """
 
     prompt: str
     completion: str
 
     def as_chat(self) -> "Chat":
-        """As a conversation of one exchange."""
+        """The conversation of one exchange."""
         return Instruction(self.prompt, "", self.completion).as_chat()
 
 
@@ -51,10 +51,10 @@ class Instruction:
     """An instruction with the answer that is wanted, before it is put into words for the model.
 
     Attributes:
-        instruction: what to do.
-        context: what to do it with; may be empty.
+        instruction: the text that says what to do.
+        context: the text to do it with; may be empty.
         completion: the answer.
-        system: what the model is told before all; may be empty.
+        system: system message; may be empty.
         history: earlier instructions with their answers.
     """
 
@@ -65,11 +65,11 @@ class Instruction:
     history: tuple[tuple[str, str], ...] = ()
 
     def as_pair(self) -> Pair:
-        """In the plain form that Alpaca made common."""
+        """The pair whose prompt has the plain form that Alpaca made common."""
         return Pair(alpaca_prompt(self.instruction, self.context), self.completion)
 
     def as_chat(self) -> "Chat":
-        """As a conversation; its last exchange is the instruction with its answer."""
+        """The conversation whose last exchange is the instruction with its answer."""
         question = f"{self.instruction}\n\n{self.context}" if self.context else self.instruction
         messages = [{"role": "system", "content": self.system}] if self.system else []
         for asked, answered in (*self.history, (question, self.completion)):
@@ -82,12 +82,12 @@ class Chat:
     """A conversation that ends with an answer of the assistant which is trained.
 
     Attributes:
-        messages: with ``role`` (one of :data:`ROLES`) and ``content``, or ``tool_calls`` (as ``{function: {name,
-            arguments: object}}``), and perhaps :data:`THOUGHTS`, :data:`UNTRAINED`, :data:`WANTED`, ``tool_call_id``
-            and ``name``. A content or thought is text, or a list of texts as OpenAI's content parts, until
-            :meth:`~dora_dist.data.encoding.chat.ChatRenderer.joined` has made one text of it.
+        messages: dictionaries with ``role`` (one of :data:`ROLES`) and ``content``, or ``tool_calls`` (as ``{function:
+            {name, arguments: object}}``), and perhaps :data:`THOUGHTS`, :data:`UNTRAINED`, :data:`WANTED`,
+            ``tool_call_id`` and ``name``. A content or thought is text, or a list of texts as OpenAI's content parts,
+            until :meth:`~dora_dist.data.encoding.chat.ChatRenderer.joined` has made one text of it.
         tools: JSON schemas of the tools that the assistant may call, or None.
-        num_trimmed: messages after the last one that is trained, which were left out.
+        num_trimmed: number of messages after the last one that is trained, which were left out.
         unread: fields of messages that are not read.
         options: values for variables of the chat template, which come before the defaults that it has.
     """
@@ -118,7 +118,7 @@ class Question:
         question: what is asked.
         context: the text to find the answer in.
         answers: the answers that count as right; the first is the one to learn. Empty where the text has no answer.
-        starts: of each answer, its first character in the context.
+        starts: for each answer, its first character in the context.
     """
 
     question: str
@@ -132,8 +132,8 @@ class Summary:
     """A text with the summary that is wanted.
 
     Attributes:
-        document: what is given to the encoder.
-        summary: what the decoder should write.
+        document: the text that the encoder is given.
+        summary: the text that the decoder should write.
     """
 
     document: str
@@ -147,8 +147,7 @@ class Labelled:
     Attributes:
         first: the sentence.
         second: the other one of a pair, or None.
-        label: a class as it is written, or a number; see
-            :mod:`dora_dist.data.encoding.classification`.
+        label: a class as it is written, or a number; see :mod:`dora_dist.data.encoding.classification`.
     """
 
     first: str
@@ -176,12 +175,12 @@ def rename_fields(row: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str
 
 
 def under_format_names(row: Mapping[str, Any], fields: Mapping[str, str], prompt: str | None) -> dict[str, Any]:
-    """The row under the format's names; with a prompt of its own, the prompt that this makes of it, and its answer.
+    """The row under the format's names; with ``prompt``, just the prompt that it makes of the row, and the answer.
 
     Args:
-        row: as it was found.
+        row: the row as it was found.
         fields: the format's name of a field -> the row's own, where they differ.
-        prompt: text with names of fields in braces; None for what the row has.
+        prompt: template of the prompt, with names of fields in braces; None for the row's own prompt.
 
     Raises:
         RowFlaw: a field that the prompt names is missing, or neither text nor a number.

@@ -21,9 +21,9 @@ class SplitLocation(Location):
     A larger share holds out all that a smaller one does. Rows that cannot be read are on the side that is trained on.
 
     Attributes:
-        share: of the rows that are held out, between 0 and 1.
-        held_out: whether this is their side.
-        said: what a row says, as JSON has it, given the row and :attr:`RawRow.filled`: rows that say the same are on
+        share: share of the rows that is held out, between 0 and 1.
+        held_out: whether this is the side of the rows that are held out.
+        said: makes of a row and :attr:`RawRow.filled` what the row says, as JSON has it: rows that say the same are on
             one side. It raises :class:`RowFlaw` for a row that cannot be read.
     """
 

@@ -16,7 +16,7 @@ _BEGINNING = re.compile(
 
 
 def is_squad_file(beginning: bytes) -> bool:
-    """Whether a file that begins so is one of them; a row of a JSONL file with a column ``data`` is not."""
+    """Whether a file with this beginning is one of SQuAD's; a row of a JSONL file with a column ``data`` is none."""
     return _BEGINNING.match(beginning.removeprefix(b"\xef\xbb\xbf").lstrip()) is not None
 
 
