@@ -57,7 +57,7 @@ def hold_back(members: Sequence[np.ndarray], count: int, seed: int) -> tuple[lis
     """Take a random choice of examples out of the sources, in proportion to their sizes on average.
 
     Args:
-        members: for each source, the indices of its examples in the whole data, int64.
+        members: one int64 array per source: the indices of its examples in the whole data.
         count: number of examples that are taken out.
         seed: the run's seed.
 
@@ -86,7 +86,7 @@ def example_order(members: Sequence[np.ndarray], counts: Sequence[int], length: 
     the pass before. In each pass the sources are mixed evenly: which comes when is one permutation of the pass.
 
     Args:
-        members: for each source, the indices of its examples in the whole data, int64.
+        members: one int64 array per source: the indices of its examples in the whole data.
         counts: result of :func:`pass_counts`.
         length: number of examples that are wanted.
         seed: the run's seed, for all permutations.
@@ -125,7 +125,7 @@ class Mixture:
     """The endless order of training examples, and how they are put into rows.
 
     Attributes:
-        members: for each source, the indices of its examples that take part, in the whole data, int64.
+        members: one int64 array per source: the indices, in the whole data, of its examples that take part.
         counts: examples of each source in a pass.
         lengths: tokens of every example of all sources.
         batching: ``padded``, ``packed`` or ``by_length``.

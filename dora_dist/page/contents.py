@@ -46,7 +46,7 @@ class Contents:
         states: one sentence for each run about its state.
         written: date and time.
         facts: a table with the names of the runs as header, and one row for each figure.
-        settings: with several runs, a table of the same form with the settings that differ; empty for one run.
+        settings: table of the same form with the settings in which several runs differ; empty for one run.
         panels: charts.
         maps: maps of the ranks, one for each run.
         examples: examples with answers generated at evaluations.

@@ -44,7 +44,7 @@ class Panel:
         about: what it shows and which direction is good, in a sentence or two.
         unit: unit of the values; empty for a plain number.
         stepped: whether a value holds until the next one, instead of being joined to it by a line.
-        curves: at least one curve.
+        curves: the curves, at least one.
         x: first and last step of the axis, where all curves have one and the same; None to follow the curves.
         y: lowest and highest value of the axis, where all values are the same; None to follow the curves.
         note: additional remark; may be empty.

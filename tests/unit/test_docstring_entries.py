@@ -10,12 +10,6 @@ from support.repository import REPOSITORY
 PACKAGE = REPOSITORY / "dora_dist"
 PREPOSITIONS = {"of", "that", "whose", "with", "by", "over", "in", "for", "from", "on", "at"}
 """First words that do not say what a value is, but only continue its name."""
-NOT_YET = {
-    *("benchmark", "compare", "config", "console", "data", "evaluate", "evaluation", "export", "generate", "page"),
-    *("planted", "preview", "quantize", "quickstart", "runs", "setup", "train.py", "training"),
-}
-"""Folders and modules of the package whose docstrings are not checked yet."""
-
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -31,10 +25,7 @@ def incomplete(path: Path) -> list[str]:
     return found
 
 
-CHECKED = [path for path in sorted(PACKAGE.rglob("*.py")) if path.relative_to(PACKAGE).parts[0] not in NOT_YET]
-
-
-@pytest.mark.parametrize("path", CHECKED, ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_entries_say_what_a_value_is(path):
     assert incomplete(path) == []
 
@@ -48,7 +39,3 @@ def test_an_incomplete_entry_is_found(tmp_path):
     texts = ["".join(f"    {line}\n" for line in body) for body in bodies]
     source.write_text(f'def f():\n    """{texts[0]}    """\n\n\nclass A:\n    """{texts[1]}    """\n')
     assert incomplete(source) == ["path: of the file.", "ids: For the tokens."]
-
-
-def test_all_exceptions_exist():
-    assert {name for name in NOT_YET if not (PACKAGE / name).exists()} == set()

@@ -118,7 +118,7 @@ class Question:
         question: what is asked.
         context: the text to find the answer in.
         answers: the answers that count as right; the first is the one to learn. Empty where the text has no answer.
-        starts: for each answer, its first character in the context.
+        starts: position of the first character of each answer in the context.
     """
 
     question: str
