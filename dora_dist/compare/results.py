@@ -11,8 +11,8 @@ from typing import Any
 
 from dora_dist.compare.cell_result import CellResult, training_settings
 from dora_dist.compare.plan import Group, Plan
+from dora_dist.compare.progress import Progress
 from dora_dist.compare.settings import CompareConfig
-from dora_dist.compare.worker import Progress
 from dora_dist.console import files
 from dora_dist.evaluation.seeds import CONFIDENCE, Difference, RateChoice, holm, paired_difference, spread
 
