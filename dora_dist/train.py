@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from dora_dist.distributed.heartbeat import HeartbeatMonitor
     from dora_dist.runs.resume import Earlier
     from dora_dist.runs.trackers import Trackers
-    from dora_dist.setup.failure import Ending
+    from dora_dist.setup.failure import FailureRecorder
     from dora_dist.setup.resolve import ResolvedRun
     from dora_dist.setup.run_data import RunData
     from dora_dist.training.trainer import DynamicLoraTrainer
@@ -134,11 +134,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             join_rendezvous(60 * config.distributed.join_minutes, "distributed.join_minutes") if has_ranks else None
         )
         with HeartbeatMonitor(rendezvous, config.distributed.silent_seconds, phases) as monitor:
-            from dora_dist.setup.failure import Ending
+            from dora_dist.setup.failure import FailureRecorder
 
-            ending = Ending(Path(config.output_dir))
-            do_last(ending.record)
-            train(config, notice, monitor, has_ranks, dry_run, ending)
+            failures = FailureRecorder(Path(config.output_dir))
+            do_last(failures.record)
+            train(config, notice, monitor, has_ranks, dry_run, failures)
 
 
 def split_dry_run(arguments: Sequence[str]) -> tuple[list[str], DryRun | None]:
@@ -174,7 +174,7 @@ def train(
     monitor: "HeartbeatMonitor",
     has_ranks: bool,
     dry_run: DryRun | None,
-    ending: "Ending | None" = None,
+    failures: "FailureRecorder | None" = None,
 ) -> None:
     """Run the training, or with ``dry_run`` print what it would do.
 
@@ -184,7 +184,7 @@ def train(
         monitor: over all ranks.
         has_ranks: whether the processes that the engine needs are there.
         dry_run: print what the run would be, and end; None to train.
-        ending: learns when the run begins to write into its folder; None where the caller records failures itself.
+        failures: learns when the run begins to write into its folder; None where the caller records failures itself.
     """
     from dora_dist.distributed import world
     from dora_dist.runs import claim
@@ -203,7 +203,7 @@ def train(
             print_dry_run(config, data, agreement, dry_run, dry_run.ranks or ranks)
             return
         with claim.held(run, agreement):
-            train_or_go_on(config, data, agreement, notice, ending)
+            train_or_go_on(config, data, agreement, notice, failures)
 
 
 def train_or_go_on(
@@ -211,7 +211,7 @@ def train_or_go_on(
     data: "Captured[tuple[PreTrainedTokenizerBase, RunData]]",
     agreement: "Agreement",
     notice: PreemptionNotice,
-    ending: "Ending | None",
+    failures: "FailureRecorder | None",
 ) -> None:
     """The run, from what an earlier start has left in its folder to its end.
 
@@ -220,7 +220,7 @@ def train_or_go_on(
     """
     from dora_dist.runs import resume
     from dora_dist.setup import build
-    from dora_dist.setup.ending import describe_adapter
+    from dora_dist.setup.adapter_use import describe_adapter
 
     run = Path(config.output_dir)
     earlier = agreement.of_first(f"looking into {run}", lambda: resume.look(run, config.checkpoint.resume))
@@ -240,8 +240,8 @@ def train_or_go_on(
     with build.start_trackers(config, resolved, earlier, agreement) as trackers:
         trainer = build_parts(config, resolved, agreement, notice, trackers)
         resolved = replace(resolved, start=None)  # its components are in the model, and need no room beside it
-        if ending is not None:
-            ending.begin(lambda: trainer.begun_step)
+        if failures is not None:
+            failures.run_has_begun(lambda: trainer.begun_step)
         record_start(config, resolved, earlier, trainer)
         stop_before_training(notice, agreement)
         trainer.train(resume_from_checkpoint=earlier.checkpoint)
@@ -361,7 +361,7 @@ def finish(run: Path, config: "RunConfig", resolved: "ResolvedRun", trainer: "Dy
     from dora_dist.base_model.load import BaseModelSpec, scaled_positions
     from dora_dist.page.document import keep_current
     from dora_dist.runs import records, summary
-    from dora_dist.setup.ending import describe_size, describe_use
+    from dora_dist.setup.adapter_use import describe_size, describe_use
     from dora_dist.training.checkpointing import write_adapter
 
     parts = trainer.parts

@@ -8,7 +8,7 @@ from support.repository import REPOSITORY
 from support.tiny_models import adapt, shake, tiny_model
 
 from dora_dist.config.parse import load_config
-from dora_dist.setup.ending import describe_size
+from dora_dist.setup.adapter_use import describe_size
 from dora_dist.train import ranks_of_a_run, start
 
 COMPONENT_KIB = 2 * (128 + 96 + 96 + 128 + 192 + 192 + 192) * 4 / 1024
