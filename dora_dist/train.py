@@ -43,12 +43,12 @@ class DryRun:
     """What ``--dry-run`` asks for.
 
     Attributes:
-        ranks: of the launch that is meant (``--world-size``); None for this launch, or for the ranks that this machine
-            would start.
+        world_size: of the launch that is meant (``--world-size``); None for this launch, or for the ranks that this
+            machine would start.
         tokens_per_second: of all these ranks (``--tokens-per-second``); None for what the folder of the run shows.
     """
 
-    ranks: int | None = None
+    world_size: int | None = None
     tokens_per_second: float | None = None
 
 
@@ -88,9 +88,9 @@ def start(arguments: Sequence[str]) -> None:
         return
     from dora_dist.distributed.start_ranks import number_of_ranks, start_ranks
 
-    processes, gpus = number_of_ranks(engine, options.processes)
-    say(f"starting {processes} {'process' if processes == 1 else 'processes'} on {'GPUs' if gpus else 'CPUs'}")
-    status = start_ranks(engine, processes, gpus, "dora_dist.train", given)
+    world_size, gpus = number_of_ranks(engine, options.processes)
+    say(f"starting {world_size} {'process' if world_size == 1 else 'processes'} on {'GPUs' if gpus else 'CPUs'}")
+    status = start_ranks(engine, world_size, gpus, "dora_dist.train", given)
     if status:
         raise SystemExit(status)
 
@@ -112,8 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments, dry_run = split_dry_run(with_config_option(arguments))
         has_ranks = launched(os.environ) or dry_run is None  # a dry run needs no launcher
         config = parse_config(arguments)
-        if dry_run is not None and dry_run.ranks is not None:
-            check_world_size(dry_run.ranks, config.distributed.engine)
+        if dry_run is not None and dry_run.world_size is not None:
+            check_world_size(dry_run.world_size, config.distributed.engine)
         if has_ranks:
             check_launch(config.distributed.engine, os.environ)
             from dora_dist.base_model.load import resolve_compute_dtype
@@ -199,8 +199,8 @@ def train(
     engine = config.distributed.engine if has_ranks else "none"
     with world.joined(engine, config.distributed.timeout_minutes, monitor) as agreement:
         if dry_run is not None:
-            ranks = agreement.size if has_ranks else ranks_of_a_run(config)
-            print_dry_run(config, data, agreement, dry_run, dry_run.ranks or ranks)
+            world_size = agreement.size if has_ranks else world_size_of_a_run(config)
+            print_dry_run(config, data, agreement, dry_run, dry_run.world_size or world_size)
             return
         with claim.held(run, agreement):
             train_or_go_on(config, data, agreement, notice, failures)
@@ -239,7 +239,7 @@ def train_or_go_on(
         say(remark)
     with build.start_trackers(config, resolved, earlier, agreement) as trackers:
         trainer = build_parts(config, resolved, agreement, notice, trackers)
-        resolved = replace(resolved, start=None)  # its components are in the model, and need no room beside it
+        resolved = replace(resolved, start_adapter=None)  # its components are in the model, and need no room beside it
         if failures is not None:
             failures.run_has_begun(lambda: trainer.begun_step)
         record_start(config, resolved, earlier, trainer)
@@ -258,7 +258,7 @@ def decide(
     data: "Captured[tuple[PreTrainedTokenizerBase, RunData]]",
     earlier: "Earlier",
     agreement: "Agreement",
-    ranks: int,
+    world_size: int,
 ) -> "ResolvedRun":
     """All of the run that is decided before a weight is read, the same on every rank.
 
@@ -271,8 +271,8 @@ def decide(
 
     card = smallest_card(agreement)
     with agreement.together("preparing data and settings"):
-        accumulation = resume.accumulation(earlier, config, ranks)
-        resolved = resolve_run(config, *data.result(), accumulation, ranks, card, earlier.started_from)
+        accumulation = resume.accumulation(earlier, config, world_size)
+        resolved = resolve_run(config, *data.result(), accumulation, world_size, card, earlier.started_from)
         resume.check_settings(earlier, resolved.fingerprint)
         resume.check_best(earlier, config)
     for remark in resolved.remarks():
@@ -308,9 +308,8 @@ def build_parts(
         copies = f"; the ranks hold {bases} copies of it" if bases > 1 else ""
         say(f"the base is in {shards.ranks} shards, one a rank{copies}")
     with agreement.together("loading the model"), explained(lambda: LOADING_ADVICE):
-        model = build.load_model(
-            config, agreement.device, resolved.tokenizer, resolved.data.labels, shards, resolved.start, resolved.data
-        )
+        device, tokenizer, data = agreement.device, resolved.tokenizer, resolved.data
+        model = build.load_model(config, device, tokenizer, data.labels, shards, resolved.start_adapter, data)
         apply_recomputation(config, model.get_base_model(), resolved.recomputation)
         seed = adapter_seed(config)
         controller = build.build_controller(config.pruning, seed, model, agreement, resolved.budget)
@@ -393,7 +392,7 @@ def stop_before_training(notice: PreemptionNotice, agreement: "Agreement") -> No
         raise PreemptedError("preempted before training: nothing to save; start the same command again to resume")
 
 
-def ranks_of_a_run(config: "RunConfig") -> int:
+def world_size_of_a_run(config: "RunConfig") -> int:
     """How many ranks ``dora-dist train`` would start on this machine."""
     from dora_dist.distributed.start_ranks import number_of_ranks
 
@@ -406,7 +405,7 @@ def print_dry_run(
     data: "Captured[tuple[PreTrainedTokenizerBase, RunData]]",
     agreement: "Agreement",
     dry_run: DryRun,
-    ranks: int,
+    world_size: int,
 ) -> None:
     """Print on the first rank what the run would do on that many ranks."""
     from dora_dist.runs import resume
@@ -414,10 +413,10 @@ def print_dry_run(
     from dora_dist.setup.describe import describe
 
     run = Path(config.output_dir)
-    resolved = decide(config, data, resume.Earlier(folder=run), agreement, ranks)
+    resolved = decide(config, data, resume.Earlier(folder=run), agreement, world_size)
     with agreement.together("estimating"):
         if agreement.is_first:
-            print(describe(config, resolved, ranks, find_speed(run, dry_run.tokens_per_second)), flush=True)
+            print(describe(config, resolved, world_size, find_speed(run, dry_run.tokens_per_second)), flush=True)
 
 
 if __name__ == "__main__":

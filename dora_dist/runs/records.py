@@ -115,7 +115,7 @@ class RunRecords:
         self._append(ALLOCATION, line)
 
     def describe_run(
-        self, config: RunConfig, fingerprint: Fingerprint, data: Any, processes: int, left_out: str | None = None
+        self, config: RunConfig, fingerprint: Fingerprint, data: Any, world_size: int, left_out: str | None = None
     ) -> None:
         """Write ``run.json`` and ``config.yaml``, when a run starts or resumes.
 
@@ -123,7 +123,7 @@ class RunRecords:
             config: the run's configuration.
             fingerprint: the run's fingerprint.
             data: description of the data; plain JSON.
-            processes: number of ranks.
+            world_size: number of ranks.
             left_out: the modules that ``all-linear`` does not adapt, in words.
         """
         if self.writes:
@@ -133,7 +133,7 @@ class RunRecords:
                 "versions": versions(),
                 "settings": settings,
                 "data": data,
-                "processes": processes,
+                "processes": world_size,
                 "left_out": left_out,
             }
             write_json(self.folder / RUN, about)

@@ -157,11 +157,11 @@ def load_model(
     tokenizer: PreTrainedTokenizerBase,
     labels: Sequence[str] | None = None,
     shards: ShardedBase | None = None,
-    start: FoundAdapter | None = None,
+    start_adapter: FoundAdapter | None = None,
     data: RunData | None = None,
 ) -> DynamicLoraModel:
     """The frozen base with its adapter, and the head of its task, at the start; arguments as of :func:`load_base`, and
-    ``start`` is the adapter whose components it starts with."""
+    ``start_adapter`` has the components that it starts with."""
     base = load_base(config, device, tokenizer, labels, shards, data)
     adapter = config.adapter
     if adapter.dtype == "auto" and not config.distributed.engine.startswith("zero"):
@@ -176,7 +176,7 @@ def load_model(
     if adapter.routing == PROMPT:
         return add_routed_lora(base, adapter)
     token_ids = ids_of(tokenizer, adapter.new_tokens or [])
-    return add_dynamic_lora(base, adapter, config.model.fuse, kernels, token_ids=token_ids, found=start)
+    return add_dynamic_lora(base, adapter, config.model.fuse, kernels, token_ids=token_ids, found=start_adapter)
 
 
 def put_in_kernels(
@@ -322,7 +322,7 @@ def build_trainer(
     settings = LoopSettings(
         engine=config.distributed.engine,
         timeout_minutes=config.distributed.timeout_minutes,
-        start=data_start(config, resolved),
+        data_start=data_start(config, resolved),
         rank_choice=rank_choice(config, resolved, model),
         adapter_dtype=next(iter(controller.layers.values())).gate.dtype,
         lora_plus_ratio=training_argument(config.training, LORA_PLUS_RATIO),

@@ -59,7 +59,7 @@ class LoopSettings:
     Attributes:
         engine: ``distributed.engine`` of the configuration.
         timeout_minutes: How long a rank waits for the others in a collective of the engine.
-        start: How the adapter starts from data; None where it is drawn.
+        data_start: How the adapter starts from data; None where it is drawn.
         rank_choice: How the ranks are made from data; None where they are known.
         adapter_dtype: The dtype that the adapter's parameters must have when training begins.
         lora_plus_ratio: Learning rate of the columns b_i over that of all else.
@@ -72,7 +72,7 @@ class LoopSettings:
 
     engine: str
     timeout_minutes: float
-    start: DataStart | None
+    data_start: DataStart | None
     rank_choice: RankChoice | None
     adapter_dtype: torch.dtype
     lora_plus_ratio: float
