@@ -1,6 +1,7 @@
 """The entry point: ``accelerate launch --config_file launch/X.yaml -m dora_dist.train --config configs/Y.yaml``.
 
-:func:`train` has the order in which things happen: decide, build, record, train, finish.
+:func:`train` has the order of what comes before a run: read the data, join the ranks, claim the folder.
+:func:`train_claimed` has that of the run itself: decide, build, record, train, finish.
 """
 
 import argparse
@@ -70,9 +71,8 @@ def start(arguments: Sequence[str]) -> None:
     is_rank = launched(os.environ)
     if is_rank or DRY_RUN in given or {"-h", "--help"} & set(given):
         if options.processes is not None:
-            raise ValueError(
-                f"--processes is {options.processes}, but this process {_why_alone(is_rank)}: leave it out"
-            )
+            why = "is a rank, which a launcher has started" if is_rank else "starts no ranks"
+            raise ValueError(f"--processes is {options.processes}, but this process {why}: leave it out")
         main(given)
         return
     check_whole(os.environ)
@@ -93,10 +93,6 @@ def start(arguments: Sequence[str]) -> None:
     status = start_ranks(engine, world_size, gpus, "dora_dist.train", given)
     if status:
         raise SystemExit(status)
-
-
-def _why_alone(is_rank: bool) -> str:
-    return "is a rank, which a launcher has started" if is_rank else "starts no ranks"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -203,17 +199,17 @@ def train(
             print_dry_run(config, data, agreement, dry_run, dry_run.world_size or world_size)
             return
         with claim.held(run, agreement):
-            train_or_go_on(config, data, agreement, notice, failures)
+            train_claimed(config, data, agreement, notice, failures)
 
 
-def train_or_go_on(
+def train_claimed(
     config: "RunConfig",
     data: "Captured[tuple[PreTrainedTokenizerBase, RunData]]",
     agreement: "Agreement",
     notice: PreemptionNotice,
     failures: "FailureRecorder | None",
 ) -> None:
-    """The run, from what an earlier start has left in its folder to its end.
+    """The run whose folder is claimed, from what an earlier start has left there to its end.
 
     Raises:
         PreemptedError: a rank was told to stop before the last step.
