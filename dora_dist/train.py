@@ -356,8 +356,8 @@ def finish(run: Path, config: "RunConfig", resolved: "ResolvedRun", trainer: "Dy
     from dora_dist.base_model.load import BaseModelSpec, scaled_positions
     from dora_dist.page.document import keep_current
     from dora_dist.runs import records, summary
+    from dora_dist.runs.adapter_folder.writing import write_adapter
     from dora_dist.setup.adapter_use import describe_size, describe_use
-    from dora_dist.training.checkpointing import write_adapter
 
     parts = trainer.parts
     parts.controller.finish()

@@ -17,7 +17,7 @@ from dora_dist.data.reading.samples import ROLES, Chat, Instruction, RowFlaw, al
 if TYPE_CHECKING:
     from dora_dist.data.encoding.chat import ChatRenderer
     from dora_dist.data.encoding.control_tokens import ControlTokens
-    from dora_dist.runs.use import Use
+    from dora_dist.runs.adapter_folder.use import Use
 
 
 @dataclass(frozen=True)

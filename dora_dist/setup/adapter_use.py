@@ -13,8 +13,8 @@ from dora_dist.config.tasks import CAUSAL_LM, TASKS
 from dora_dist.console.files import read_json
 from dora_dist.console.text import format_bytes
 from dora_dist.routing.files import TENSORS, is_routed
-from dora_dist.runs.card import how_to_scale
-from dora_dist.runs.generation import Needed
+from dora_dist.runs.adapter_folder.card import how_to_scale
+from dora_dist.runs.adapter_folder.generation import Needed
 
 
 def describe_adapter(folder: Path, config: RunConfig) -> str:

@@ -10,7 +10,7 @@ from dora_dist.data.encoding.chat import choose_template
 from dora_dist.data.encoding.encoder import EncodingRules, Status
 from dora_dist.data.row_formats import build_encoder, what_is_said
 from dora_dist.generate.questions import Question, as_asked, read_questions
-from dora_dist.runs.use import Use
+from dora_dist.runs.adapter_folder.use import Use
 
 SWITCHED = (
     "{% if tool_names %}<|im_start|>system\n{{ tool_names | join(' ') }}<|im_end|>\n{% endif %}"

@@ -14,8 +14,8 @@ from dora_dist.config.tasks import CAUSAL_LM
 from dora_dist.console import files
 from dora_dist.data.encoding.chat import choose_template
 from dora_dist.runs import records
-from dora_dist.runs.generation import Needed, write_settings
-from dora_dist.runs.use import Use
+from dora_dist.runs.adapter_folder.generation import Needed, write_settings
+from dora_dist.runs.adapter_folder.use import Use
 from dora_dist.setup.adapter_use import describe_use
 
 START, END = "<|im_start|>", "<|im_end|>"

@@ -15,7 +15,7 @@ from dora_dist.console import files
 from dora_dist.evaluation.evaluator import ShownAnswer
 from dora_dist.method.layer_names import split_name
 from dora_dist.runs import pictures, records
-from dora_dist.runs.card import card_of
+from dora_dist.runs.adapter_folder.card import card_of
 from dora_dist.runs.claim import Claim
 from dora_dist.runs.summary import finish_run, format_summary, is_finished, rank_table, report, summarize
 from dora_dist.runs.task_figures import TaskFigure, line_of, record_line

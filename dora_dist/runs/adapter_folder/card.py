@@ -34,7 +34,7 @@ def card_of(
     Args:
         run: folder of the run, which may be going on.
         config: that it has recorded.
-        needed: what its base lacks, as of :meth:`~dora_dist.runs.generation.Needed.lines`.
+        needed: what its base lacks, as of :meth:`~dora_dist.runs.adapter_folder.generation.Needed.lines`.
         method: that trained the adapter instead of the one in the configuration; None for that one.
     """
     about, summary = files.read_json(run / records.RUN), summarize(run)
@@ -95,7 +95,7 @@ def base_card(positions: Mapping[str, Any] | None, needed: Sequence[tuple[str, s
 
     Args:
         positions: for :func:`how_to_scale`; None for those of the base.
-        needed: as of :meth:`~dora_dist.runs.generation.Needed.lines`.
+        needed: as of :meth:`~dora_dist.runs.adapter_folder.generation.Needed.lines`.
     """
     scaling = [] if positions is None else [("first set", how_to_scale(positions))]
     text = textwrap.indent(_lines([*scaling, *needed]), "    ")
