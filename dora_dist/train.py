@@ -229,8 +229,8 @@ def train_claimed(
 
     say(banner(config, resolved, agreement.size))
     say(f"{config.data.batching} batches: {resolved.padding_share():.1%} of the computed tokens are padding")
-    if resolved.left_out:
-        say(resolved.left_out)
+    if resolved.unadapted:
+        say(resolved.unadapted)
     for remark in resume.describe(earlier, config, agreement.size):
         say(remark)
     with build.start_trackers(config, resolved, earlier, agreement) as trackers:
@@ -310,7 +310,7 @@ def build_parts(
         seed = adapter_seed(config)
         controller = build.build_controller(config.pruning, seed, model, agreement, resolved.budget)
     with agreement.together("trying the loss without logits", runs_model=True), explained(lambda: LOADING_ADVICE):
-        build.leave_out_logits(model)
+        build.try_loss_without_logits(model)
     stop_before_training(notice, agreement)
     build.check_same_on_all_ranks(agreement, resolved.fingerprint, resolved.recomputation, model)
     task = TASK_PARTS[config.task]
@@ -337,7 +337,7 @@ def record_start(
     begins = earlier.checkpoint is None
     with agreement.together(f"writing into {config.output_dir}"):
         records.forget_end()
-        records.describe_run(config, resolved.fingerprint, resolved.describe_data(), agreement.size, resolved.left_out)
+        records.describe_run(config, resolved.fingerprint, resolved.describe_data(), agreement.size, resolved.unadapted)
         trainer.parts.trackers.record(records.folder)
         if begins:
             records.truncate_after(-1)

@@ -66,7 +66,7 @@ class DynamicLoraModel(PeftModel):
             """PEFT's own, of which its types say only that it is a module."""
 
     @property
-    def leaves_out_logits(self) -> bool:
+    def has_loss_without_logits(self) -> bool:
         """Whether the loss is computed without logits in training."""
         return False
 
@@ -196,12 +196,12 @@ class DynamicLoraModel(PeftModel):
 
 
 class DynamicLoraForCausalLM(DynamicLoraModel, PeftModelForCausalLM):
-    """Of a causal language model, which may compute its loss without logits: :meth:`leave_out_logits`."""
+    """Of a causal language model, which may compute its loss without logits: :meth:`use_loss_without_logits`."""
 
     _chunked_loss: ChunkedLoss | None = None
     _loss_only = False
 
-    def leave_out_logits(self) -> str | None:
+    def use_loss_without_logits(self) -> str | None:
         """From now on compute the loss without logits (:mod:`dora_dist.base_model.chunked_loss`) in training, where the
         output's ``logits`` are None then; only if the model is ``fused``, and this is proved to be its own loss.
 
@@ -218,7 +218,7 @@ class DynamicLoraForCausalLM(DynamicLoraModel, PeftModelForCausalLM):
     @contextmanager
     def loss_only(self) -> Iterator[None]:
         """While it lasts, the loss is computed as in training, though the model is not in training mode: without logits
-        after :meth:`leave_out_logits`, from logits otherwise."""
+        after :meth:`use_loss_without_logits`, from logits otherwise."""
         before, self._loss_only = self._loss_only, True
         try:
             yield
@@ -235,7 +235,7 @@ class DynamicLoraForCausalLM(DynamicLoraModel, PeftModelForCausalLM):
         predicting: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The parent's; see :meth:`leave_out_logits`. ``predicting`` are the positions that have a target, as
+        """The parent's; see :meth:`use_loss_without_logits`. ``predicting`` are the positions that have a target, as
         :func:`dora_dist.data.batches.predicting` finds them: without them the host of a GPU waits for a forward's end.
         """
         forward = partial(super().forward, input_ids, attention_mask, inputs_embeds, labels, *args, **kwargs)
@@ -248,7 +248,7 @@ class DynamicLoraForCausalLM(DynamicLoraModel, PeftModelForCausalLM):
         return outputs
 
     @property
-    def leaves_out_logits(self) -> bool:
+    def has_loss_without_logits(self) -> bool:
         """Whether the loss is computed without logits in training."""
         return self._chunked_loss is not None
 
@@ -285,9 +285,9 @@ def add_dynamic_lora(
         model: of transformers; its linear layers may be quantized by bitsandbytes (4 or 8 bit).
         config: the adapter.
         fuse: compute gated MLPs as one operation, q, k and v of an attention together, and what all layers multiply
-            with at once; allow :meth:`DynamicLoraForCausalLM.leave_out_logits`; cast what a trained head reads to the
-            dtype of its parameters. With False no forward is replaced and no hook is registered, to compare with: a
-            head whose dtype is not that of the base then needs autocast.
+            with at once; allow :meth:`DynamicLoraForCausalLM.use_loss_without_logits`; cast what a trained head reads
+            to the dtype of its parameters. With False no forward is replaced and no hook is registered, to compare
+            with: a head whose dtype is not that of the base then needs autocast.
         kernels: what :func:`~dora_dist.base_model.kernels.use_kernels` has returned for the model. Gated MLPs that run
             as one operation use them too.
         model_class: of the result; by default that of what the model does.

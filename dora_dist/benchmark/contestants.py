@@ -373,7 +373,7 @@ def _with_dynamic_lora(model: LlamaForCausalLM, conditions: Conditions) -> Dynam
         ),
         kernels=kernels,
     )
-    reason = adapted.leave_out_logits()  # as in every run
+    reason = adapted.use_loss_without_logits()  # as in every run
     if reason is not None:
         raise RuntimeError(f"the loss of the benchmark's model is not computed as in a run: {reason}")
     return adapted

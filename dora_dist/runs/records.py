@@ -115,7 +115,7 @@ class RunRecords:
         self._append(ALLOCATION, line)
 
     def describe_run(
-        self, config: RunConfig, fingerprint: Fingerprint, data: Any, world_size: int, left_out: str | None = None
+        self, config: RunConfig, fingerprint: Fingerprint, data: Any, world_size: int, unadapted: str | None = None
     ) -> None:
         """Write ``run.json`` and ``config.yaml``, when a run starts or resumes.
 
@@ -124,7 +124,7 @@ class RunRecords:
             fingerprint: the run's fingerprint.
             data: description of the data; plain JSON.
             world_size: number of ranks.
-            left_out: the modules that ``all-linear`` does not adapt, in words.
+            unadapted: the modules that ``all-linear`` does not adapt, in words.
         """
         if self.writes:
             settings = fingerprint.as_dict()
@@ -134,7 +134,7 @@ class RunRecords:
                 "settings": settings,
                 "data": data,
                 "processes": world_size,
-                "left_out": left_out,
+                "left_out": unadapted,
             }
             write_json(self.folder / RUN, about)
             write_text(self.folder / CONFIG, config_text(config))

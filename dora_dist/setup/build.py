@@ -76,7 +76,7 @@ def check_same_on_all_ranks(
         "model.fuse": model.fused,
         "recomputed layers": recomputation.count,
         "the kernels in use (model.kernels)": model.kernels.names,
-        "whether the loss is computed without logits": model.leaves_out_logits,
+        "whether the loss is computed without logits": model.has_loss_without_logits,
     }
     digests = {name: sha256(json.dumps(value).encode()).digest() for name, value in facts.items()}
     for name, layer in model.adapted_layers().items():
@@ -200,11 +200,11 @@ def put_in_kernels(
     return use_kernels(base, TRIED_ALONE)
 
 
-def leave_out_logits(model: DynamicLoraModel) -> None:
+def try_loss_without_logits(model: DynamicLoraModel) -> None:
     """Compute the loss without the logits of all positions where a trial on the model agrees; say where it does not."""
     if not isinstance(model, DynamicLoraForCausalLM) or isinstance(model, RoutedLoraForCausalLM):
         return
-    reason = model.leave_out_logits()
+    reason = model.use_loss_without_logits()
     if reason is not None:
         name = type(model.get_base_model()).__name__
         say(f"the loss of {name} takes the logits of all positions at once, and their memory: {reason}")

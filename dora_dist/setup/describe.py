@@ -32,7 +32,7 @@ def describe(config: RunConfig, resolved: ResolvedRun, world_size: int, speed: S
     what = "rows of packed examples" if mixture.batching == "packed" else "examples"
     parts = [
         f"model {config.model.path}: {len(layers)} adapted layers ({', '.join(kinds)})"
-        + (f"\n  {resolved.left_out}" if resolved.left_out else ""),
+        + (f"\n  {resolved.unadapted}" if resolved.unadapted else ""),
         prepared.render("training data", data.train),
         *([prepared.render("held-out data", data.evaluation)] if data.evaluation else []),
         f"{num_steps} optimizer steps of {rows} {what} on {world_size} process{'es' * (world_size > 1)}, "

@@ -64,7 +64,7 @@ class ResolvedRun:
         arguments: the Trainer's settings; ``max_steps`` is the number of optimizer steps of the run.
         plan: which rows are trained when.
         initial_ranks: layer that is adapted -> components at the start.
-        left_out: what ``all-linear`` leaves out, in words; None where that is nothing, or the layers were named.
+        unadapted: what ``all-linear`` leaves out, in words; None where that is nothing, or the layers were named.
         budget: over the run.
         recomputation: layers that are computed again in the backward.
         fingerprint: settings that a resumed run must not change.
@@ -79,7 +79,7 @@ class ResolvedRun:
     arguments: TrainingArguments
     plan: TrainingPlan
     initial_ranks: dict[str, int]
-    left_out: str | None
+    unadapted: str | None
     budget: Budget
     recomputation: Recomputation
     fingerprint: Fingerprint
@@ -170,7 +170,7 @@ def resolve_run(
         arguments=arguments,
         plan=plan,
         initial_ranks=initial_ranks,
-        left_out=block_weights.describe_left_out(skeleton, config.adapter, initial_ranks),
+        unadapted=block_weights.describe_left_out(skeleton, config.adapter, initial_ranks),
         budget=budget,
         recomputation=recomputation,
         fingerprint=fingerprint_of(config, arguments, data, plan, world_size, initial_ranks, budget.schedule, identity),

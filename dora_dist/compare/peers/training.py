@@ -187,7 +187,7 @@ def _begin_records(
     if earlier.finished:
         return None
     run_records = records.RunRecords(run, writes=True)
-    run_records.describe_run(config, fingerprint, resolved.describe_data(), 1, resolved.left_out)
+    run_records.describe_run(config, fingerprint, resolved.describe_data(), 1, resolved.unadapted)
     run_records.truncate_after(-1)
     return run_records
 
