@@ -3,9 +3,9 @@
     python benchmarks/long_vocabulary.py
 
 A step is a forward and backward of a random one-layer LLaMA with an adapter, in float32 on the CPU: with the model's
-own loss, and after ``leave_out_logits``. Both take turns (A B, B A, ...); the ratio is the median of the paired ones.
-Peaks are those of the allocator's events within a step, above what was allocated before it. A share of the labels is
-ignored, as those of prompts are.
+own loss, and after ``use_loss_without_logits``. Both take turns (A B, B A, ...); the ratio is the median of the paired
+ones. Peaks are those of the allocator's events within a step, above what was allocated before it. A share of the labels
+is ignored, as those of prompts are.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def measure(vocabulary: int, ignored: float, turns: int) -> dict[str, Any]:
         model.zero_grad()
         return float(loss.detach())
 
-    assert model.leave_out_logits() is None
+    assert model.use_loss_without_logits() is None
     chunked = model._chunked_loss
     peaks, losses, seconds = {}, {}, {"before": [], "after": []}
     ways = {"before": None, "after": chunked}

@@ -37,7 +37,7 @@ def adapted(spec: BaseModelSpec, device: torch.device, shards: ShardedBase | Non
     generator = torch.Generator().manual_seed(0)
     for layer in model.adapted_layers().values():
         layer.lora_b.data.copy_(torch.randn(layer.lora_b.shape, generator=generator) * 0.01)
-    model.leave_out_logits()
+    model.use_loss_without_logits()
     recompute_first(base, len(recomputable_layers(base)))
     return model.train()
 

@@ -1,6 +1,7 @@
 """The entry point: ``accelerate launch --config_file launch/X.yaml -m dora_dist.train --config configs/Y.yaml``.
 
-:func:`train` has the order in which things happen: decide, build, record, train, finish.
+:func:`train` has the order of what comes before a run: read the data, join the ranks, claim the folder.
+:func:`train_claimed` has that of the run itself: decide, build, record, train, finish.
 """
 
 import argparse
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from dora_dist.distributed.heartbeat import HeartbeatMonitor
     from dora_dist.runs.resume import Earlier
     from dora_dist.runs.trackers import Trackers
-    from dora_dist.setup.failure import Ending
+    from dora_dist.setup.failure import FailureRecorder
     from dora_dist.setup.resolve import ResolvedRun
     from dora_dist.setup.run_data import RunData
     from dora_dist.training.trainer import DynamicLoraTrainer
@@ -43,12 +44,12 @@ class DryRun:
     """What ``--dry-run`` asks for.
 
     Attributes:
-        ranks: of the launch that is meant (``--world-size``); None for this launch, or for the ranks that this machine
-            would start.
-        tokens_per_second: of all these ranks (``--tokens-per-second``); None for what the folder of the run shows.
+        world_size: number of ranks to reckon with (``--world-size``); None for those of this launch, or for those
+            that this machine would start.
+        tokens_per_second: speed of all these ranks (``--tokens-per-second``); None for what the run's folder shows.
     """
 
-    ranks: int | None = None
+    world_size: int | None = None
     tokens_per_second: float | None = None
 
 
@@ -70,9 +71,8 @@ def start(arguments: Sequence[str]) -> None:
     is_rank = launched(os.environ)
     if is_rank or DRY_RUN in given or {"-h", "--help"} & set(given):
         if options.processes is not None:
-            raise ValueError(
-                f"--processes is {options.processes}, but this process {_why_alone(is_rank)}: leave it out"
-            )
+            why = "is a rank, which a launcher has started" if is_rank else "starts no ranks"
+            raise ValueError(f"--processes is {options.processes}, but this process {why}: leave it out")
         main(given)
         return
     check_whole(os.environ)
@@ -88,15 +88,11 @@ def start(arguments: Sequence[str]) -> None:
         return
     from dora_dist.distributed.start_ranks import number_of_ranks, start_ranks
 
-    processes, gpus = number_of_ranks(engine, options.processes)
-    say(f"starting {processes} {'process' if processes == 1 else 'processes'} on {'GPUs' if gpus else 'CPUs'}")
-    status = start_ranks(engine, processes, gpus, "dora_dist.train", given)
+    world_size, gpus = number_of_ranks(engine, options.processes)
+    say(f"starting {world_size} {'process' if world_size == 1 else 'processes'} on {'GPUs' if gpus else 'CPUs'}")
+    status = start_ranks(engine, world_size, gpus, "dora_dist.train", given)
     if status:
         raise SystemExit(status)
-
-
-def _why_alone(is_rank: bool) -> str:
-    return "is a rank, which a launcher has started" if is_rank else "starts no ranks"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -112,8 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments, dry_run = split_dry_run(with_config_option(arguments))
         has_ranks = launched(os.environ) or dry_run is None  # a dry run needs no launcher
         config = parse_config(arguments)
-        if dry_run is not None and dry_run.ranks is not None:
-            check_world_size(dry_run.ranks, config.distributed.engine)
+        if dry_run is not None and dry_run.world_size is not None:
+            check_world_size(dry_run.world_size, config.distributed.engine)
         if has_ranks:
             check_launch(config.distributed.engine, os.environ)
             from dora_dist.base_model.load import resolve_compute_dtype
@@ -134,11 +130,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             join_rendezvous(60 * config.distributed.join_minutes, "distributed.join_minutes") if has_ranks else None
         )
         with HeartbeatMonitor(rendezvous, config.distributed.silent_seconds, phases) as monitor:
-            from dora_dist.setup.failure import Ending
+            from dora_dist.setup.failure import FailureRecorder
 
-            ending = Ending(Path(config.output_dir))
-            do_last(ending.record)
-            train(config, notice, monitor, has_ranks, dry_run, ending)
+            failures = FailureRecorder(Path(config.output_dir))
+            do_last(failures.record)
+            train(config, notice, monitor, has_ranks, dry_run, failures)
 
 
 def split_dry_run(arguments: Sequence[str]) -> tuple[list[str], DryRun | None]:
@@ -174,17 +170,17 @@ def train(
     monitor: "HeartbeatMonitor",
     has_ranks: bool,
     dry_run: DryRun | None,
-    ending: "Ending | None" = None,
+    failures: "FailureRecorder | None" = None,
 ) -> None:
     """Run the training, or with ``dry_run`` print what it would do.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
         notice: whether this rank was told to stop.
-        monitor: over all ranks.
+        monitor: heartbeats of all ranks.
         has_ranks: whether the processes that the engine needs are there.
         dry_run: print what the run would be, and end; None to train.
-        ending: learns when the run begins to write into its folder; None where the caller records failures itself.
+        failures: learns when the run begins to write into its folder; None where the caller records failures itself.
     """
     from dora_dist.distributed import world
     from dora_dist.runs import claim
@@ -199,28 +195,28 @@ def train(
     engine = config.distributed.engine if has_ranks else "none"
     with world.joined(engine, config.distributed.timeout_minutes, monitor) as agreement:
         if dry_run is not None:
-            ranks = agreement.size if has_ranks else ranks_of_a_run(config)
-            print_dry_run(config, data, agreement, dry_run, dry_run.ranks or ranks)
+            world_size = agreement.size if has_ranks else world_size_of_a_run(config)
+            print_dry_run(config, data, agreement, dry_run, dry_run.world_size or world_size)
             return
         with claim.held(run, agreement):
-            train_or_go_on(config, data, agreement, notice, ending)
+            train_claimed(config, data, agreement, notice, failures)
 
 
-def train_or_go_on(
+def train_claimed(
     config: "RunConfig",
     data: "Captured[tuple[PreTrainedTokenizerBase, RunData]]",
     agreement: "Agreement",
     notice: PreemptionNotice,
-    ending: "Ending | None",
+    failures: "FailureRecorder | None",
 ) -> None:
-    """The run, from what an earlier start has left in its folder to its end.
+    """The run whose folder is claimed, from what an earlier start has left there to its end.
 
     Raises:
         PreemptedError: a rank was told to stop before the last step.
     """
     from dora_dist.runs import resume
     from dora_dist.setup import build
-    from dora_dist.setup.ending import describe_adapter
+    from dora_dist.setup.adapter_use import describe_adapter
 
     run = Path(config.output_dir)
     earlier = agreement.of_first(f"looking into {run}", lambda: resume.look(run, config.checkpoint.resume))
@@ -233,15 +229,15 @@ def train_or_go_on(
 
     say(banner(config, resolved, agreement.size))
     say(f"{config.data.batching} batches: {resolved.padding_share():.1%} of the computed tokens are padding")
-    if resolved.left_out:
-        say(resolved.left_out)
+    if resolved.unadapted:
+        say(resolved.unadapted)
     for remark in resume.describe(earlier, config, agreement.size):
         say(remark)
     with build.start_trackers(config, resolved, earlier, agreement) as trackers:
         trainer = build_parts(config, resolved, agreement, notice, trackers)
-        resolved = replace(resolved, start=None)  # its components are in the model, and need no room beside it
-        if ending is not None:
-            ending.begin(lambda: trainer.begun_step)
+        resolved = replace(resolved, start_adapter=None)  # its components are in the model, and need no room beside it
+        if failures is not None:
+            failures.run_has_begun(lambda: trainer.begun_step)
         record_start(config, resolved, earlier, trainer)
         stop_before_training(notice, agreement)
         trainer.train(resume_from_checkpoint=earlier.checkpoint)
@@ -258,7 +254,7 @@ def decide(
     data: "Captured[tuple[PreTrainedTokenizerBase, RunData]]",
     earlier: "Earlier",
     agreement: "Agreement",
-    ranks: int,
+    world_size: int,
 ) -> "ResolvedRun":
     """All of the run that is decided before a weight is read, the same on every rank.
 
@@ -271,8 +267,8 @@ def decide(
 
     card = smallest_card(agreement)
     with agreement.together("preparing data and settings"):
-        accumulation = resume.accumulation(earlier, config, ranks)
-        resolved = resolve_run(config, *data.result(), accumulation, ranks, card, earlier.started_from)
+        accumulation = resume.accumulation(earlier, config, world_size)
+        resolved = resolve_run(config, *data.result(), accumulation, world_size, card, earlier.started_from)
         resume.check_settings(earlier, resolved.fingerprint)
         resume.check_best(earlier, config)
     for remark in resolved.remarks():
@@ -308,14 +304,13 @@ def build_parts(
         copies = f"; the ranks hold {bases} copies of it" if bases > 1 else ""
         say(f"the base is in {shards.ranks} shards, one a rank{copies}")
     with agreement.together("loading the model"), explained(lambda: LOADING_ADVICE):
-        model = build.load_model(
-            config, agreement.device, resolved.tokenizer, resolved.data.labels, shards, resolved.start, resolved.data
-        )
+        device, tokenizer, data = agreement.device, resolved.tokenizer, resolved.data
+        model = build.load_model(config, device, tokenizer, data.labels, shards, resolved.start_adapter, data)
         apply_recomputation(config, model.get_base_model(), resolved.recomputation)
         seed = adapter_seed(config)
         controller = build.build_controller(config.pruning, seed, model, agreement, resolved.budget)
     with agreement.together("trying the loss without logits", runs_model=True), explained(lambda: LOADING_ADVICE):
-        build.leave_out_logits(model)
+        build.try_loss_without_logits(model)
     stop_before_training(notice, agreement)
     build.check_same_on_all_ranks(agreement, resolved.fingerprint, resolved.recomputation, model)
     task = TASK_PARTS[config.task]
@@ -342,7 +337,7 @@ def record_start(
     begins = earlier.checkpoint is None
     with agreement.together(f"writing into {config.output_dir}"):
         records.forget_end()
-        records.describe_run(config, resolved.fingerprint, resolved.describe_data(), agreement.size, resolved.left_out)
+        records.describe_run(config, resolved.fingerprint, resolved.describe_data(), agreement.size, resolved.unadapted)
         trainer.parts.trackers.record(records.folder)
         if begins:
             records.truncate_after(-1)
@@ -361,8 +356,8 @@ def finish(run: Path, config: "RunConfig", resolved: "ResolvedRun", trainer: "Dy
     from dora_dist.base_model.load import BaseModelSpec, scaled_positions
     from dora_dist.page.document import keep_current
     from dora_dist.runs import records, summary
-    from dora_dist.setup.ending import describe_size, describe_use
-    from dora_dist.training.checkpointing import write_adapter
+    from dora_dist.runs.adapter_folder.writing import write_adapter
+    from dora_dist.setup.adapter_use import describe_size, describe_use
 
     parts = trainer.parts
     parts.controller.finish()
@@ -393,7 +388,7 @@ def stop_before_training(notice: PreemptionNotice, agreement: "Agreement") -> No
         raise PreemptedError("preempted before training: nothing to save; start the same command again to resume")
 
 
-def ranks_of_a_run(config: "RunConfig") -> int:
+def world_size_of_a_run(config: "RunConfig") -> int:
     """How many ranks ``dora-dist train`` would start on this machine."""
     from dora_dist.distributed.start_ranks import number_of_ranks
 
@@ -406,7 +401,7 @@ def print_dry_run(
     data: "Captured[tuple[PreTrainedTokenizerBase, RunData]]",
     agreement: "Agreement",
     dry_run: DryRun,
-    ranks: int,
+    world_size: int,
 ) -> None:
     """Print on the first rank what the run would do on that many ranks."""
     from dora_dist.runs import resume
@@ -414,10 +409,10 @@ def print_dry_run(
     from dora_dist.setup.describe import describe
 
     run = Path(config.output_dir)
-    resolved = decide(config, data, resume.Earlier(folder=run), agreement, ranks)
+    resolved = decide(config, data, resume.Earlier(folder=run), agreement, world_size)
     with agreement.together("estimating"):
         if agreement.is_first:
-            print(describe(config, resolved, ranks, find_speed(run, dry_run.tokens_per_second)), flush=True)
+            print(describe(config, resolved, world_size, find_speed(run, dry_run.tokens_per_second)), flush=True)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ class DynamicLoraModel(PeftModel):
             """PEFT's method, whose type says only that the result is a module."""
 
     @property
-    def leaves_out_logits(self) -> bool:
+    def has_loss_without_logits(self) -> bool:
         """Whether the loss is computed without logits in training."""
         return False
 
@@ -196,12 +196,13 @@ class DynamicLoraModel(PeftModel):
 
 
 class DynamicLoraForCausalLM(DynamicLoraModel, PeftModelForCausalLM):
-    """The class for causal language models, which may compute their loss without logits (:meth:`leave_out_logits`)."""
+    """The class for causal language models, which may compute their loss without logits; see
+    :meth:`use_loss_without_logits`."""
 
     _chunked_loss: ChunkedLoss | None = None
     _loss_only = False
 
-    def leave_out_logits(self) -> str | None:
+    def use_loss_without_logits(self) -> str | None:
         """Compute the loss without logits (:mod:`dora_dist.base_model.chunked_loss`) in training from now on; the
         output's ``logits`` are None there. Nothing changes unless the model is ``fused``, and this is proved to give
         the model's own loss.
@@ -219,7 +220,7 @@ class DynamicLoraForCausalLM(DynamicLoraModel, PeftModelForCausalLM):
     @contextmanager
     def loss_only(self) -> Iterator[None]:
         """Within this context, the loss is computed as in training even if the model is not in training mode: without
-        logits after :meth:`leave_out_logits`, from logits otherwise."""
+        logits after :meth:`use_loss_without_logits`, from logits otherwise."""
         before, self._loss_only = self._loss_only, True
         try:
             yield
@@ -236,8 +237,9 @@ class DynamicLoraForCausalLM(DynamicLoraModel, PeftModelForCausalLM):
         predicting: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The parent's forward; see :meth:`leave_out_logits`. ``predicting`` are the positions that have a target, as
-        :func:`dora_dist.data.batches.predicting` finds them: without them, the host waits for the GPU to find them.
+        """The parent's forward; see :meth:`use_loss_without_logits`. ``predicting`` are the positions that have a
+        target, as :func:`dora_dist.data.batches.predicting` finds them: without them, the host waits for the GPU to
+        find them.
         """
         forward = partial(super().forward, input_ids, attention_mask, inputs_embeds, labels, *args, **kwargs)
         wanted = labels is not None and (self.training or self._loss_only)
@@ -249,7 +251,7 @@ class DynamicLoraForCausalLM(DynamicLoraModel, PeftModelForCausalLM):
         return outputs
 
     @property
-    def leaves_out_logits(self) -> bool:
+    def has_loss_without_logits(self) -> bool:
         """Whether the loss is computed without logits in training."""
         return self._chunked_loss is not None
 
@@ -286,9 +288,9 @@ def add_dynamic_lora(
         model: a transformers model; its linear layers may be quantized by bitsandbytes (4 or 8 bit).
         config: the adapter's configuration.
         fuse: whether to compute gated MLPs as one operation, q, k and v of an attention together, and the operands of
-            all layers at once; to allow :meth:`DynamicLoraForCausalLM.leave_out_logits`; and to cast the input of a
-            trained head to the dtype of its parameters. With False, no forward is replaced and no hook is registered,
-            for comparisons; a head whose dtype is not that of the base then needs autocast.
+            all layers at once; to allow :meth:`DynamicLoraForCausalLM.use_loss_without_logits`; and to cast the input
+            of a trained head to the dtype of its parameters. With False, no forward is replaced and no hook is
+            registered, for comparisons; a head whose dtype is not that of the base then needs autocast.
         kernels: result of :func:`~dora_dist.base_model.kernels.use_kernels` for the model. Gated MLPs that run as one
             operation use them too.
         model_class: class of the result; by default the one for the model's task.

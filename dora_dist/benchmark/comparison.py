@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from dora_dist.benchmark.contestants import (
     Contestant,
-    Dynamic,
-    Pruned,
+    DynamicContestant,
+    PrunedContestant,
     all_conditions,
     build,
     check_gradients,
@@ -141,14 +141,14 @@ def _own_figures(
     """Times of the method's own parts in a step, and the ranks it has kept."""
     found: dict[str, Any] = {}
     dynamic, pruned = contestants.get(DYNAMIC), contestants.get(PRUNED)
-    if isinstance(dynamic, Dynamic):
+    if isinstance(dynamic, DynamicContestant):
         now = clock(device)
         measured = [dynamic.step_in_parts(rows(number), now) for number in range(times)]
         parts = {name: median(one[name] for one in measured) for name in measured[0]}
         step = parts.pop("step")
         share = median(sum(one[name] for name in parts) / one["step"] for one in measured)
         found["method"] = {"seconds": parts, "step_seconds": step, "share_of_step": share, "times": measured}
-    if isinstance(pruned, Pruned):
+    if isinstance(pruned, PrunedContestant):
         found["kept_ranks"] = pruned.kept_ranks()
     return found
 

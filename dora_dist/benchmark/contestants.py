@@ -119,7 +119,7 @@ class Contestant:
         pass
 
 
-class Liger(Contestant):
+class LigerContestant(Contestant):
     """Uses Liger's kernels: in its own modules for norms, MLPs and the loss; during a step, for rotary positions."""
 
     def step(self, rows: Tensor) -> None:
@@ -129,14 +129,14 @@ class Liger(Contestant):
             super().step(rows)
 
 
-class AdaLora(Contestant):
+class AdaLoraContestant(Contestant):
     """Follows the loop in PEFT's documentation: AdaLoRA's update is between the optimizer's step and ``zero_grad``."""
 
     def _after_update(self) -> None:
         cast(peft.AdaLoraModel, self.model.base_model).update_and_allocate(self.steps)
 
 
-class Dynamic(Contestant):
+class DynamicContestant(Contestant):
     """Runs the method like :class:`~dora_dist.training.trainer.DynamicLoraTrainer`.
 
     Args:
@@ -206,7 +206,7 @@ class Dynamic(Contestant):
         }
 
 
-class Pruned(Dynamic):
+class PrunedContestant(DynamicContestant):
     """The method after a few steps and the final event: without penalty and scores, and with fewer components."""
 
     def prepare(self, rows: Callable[[int], Tensor]) -> None:
@@ -285,7 +285,7 @@ def _lora(model: LlamaForCausalLM, conditions: Conditions) -> Contestant:
     )
 
 
-def _liger(model: LlamaForCausalLM, conditions: Conditions) -> Liger:
+def _liger(model: LlamaForCausalLM, conditions: Conditions) -> LigerContestant:
     from liger_kernel.transformers import apply_liger_kernel_to_llama
 
     config = peft.LoraConfig(r=conditions.options.rank, **_peft_settings(conditions))
@@ -295,10 +295,10 @@ def _liger(model: LlamaForCausalLM, conditions: Conditions) -> Liger:
         for name in ("LlamaRMSNorm", "LlamaMLP"):
             kept.enter_context(mock.patch.object(modeling_llama, name, getattr(modeling_llama, name)))
         apply_liger_kernel_to_llama(rope=False, model=model)
-    return Liger(wrapped, conditions.agreement, conditions.autocast, conditions.average)
+    return LigerContestant(wrapped, conditions.agreement, conditions.autocast, conditions.average)
 
 
-def _adalora(model: LlamaForCausalLM, conditions: Conditions) -> AdaLora:
+def _adalora(model: LlamaForCausalLM, conditions: Conditions) -> AdaLoraContestant:
     config = peft.AdaLoraConfig(
         init_r=conditions.options.rank,
         target_r=conditions.options.target_rank,
@@ -307,16 +307,18 @@ def _adalora(model: LlamaForCausalLM, conditions: Conditions) -> AdaLora:
         total_step=ADALORA_STEPS,
         **_peft_settings(conditions),
     )
-    return AdaLora(_with_peft(model, config, conditions), conditions.agreement, conditions.autocast, conditions.average)
+    return AdaLoraContestant(
+        _with_peft(model, config, conditions), conditions.agreement, conditions.autocast, conditions.average
+    )
 
 
-def _dynamic(model: LlamaForCausalLM, conditions: Conditions) -> Dynamic:
+def _dynamic(model: LlamaForCausalLM, conditions: Conditions) -> DynamicContestant:
     adapted = _with_dynamic_lora(model, conditions)
     schedule = BudgetSchedule(total_steps=ENDLESS, **_sizes(adapted, conditions))
-    return Dynamic(adapted, conditions.agreement, schedule, conditions.autocast, conditions.average)
+    return DynamicContestant(adapted, conditions.agreement, schedule, conditions.autocast, conditions.average)
 
 
-def _pruned(model: LlamaForCausalLM, conditions: Conditions) -> Pruned:
+def _pruned(model: LlamaForCausalLM, conditions: Conditions) -> PrunedContestant:
     adapted = _with_dynamic_lora(model, conditions)
     schedule = BudgetSchedule(
         total_steps=2 * STEPS_TO_PRUNE,
@@ -325,7 +327,7 @@ def _pruned(model: LlamaForCausalLM, conditions: Conditions) -> Pruned:
         interval=STEPS_TO_PRUNE,
         **_sizes(adapted, conditions),
     )
-    return Pruned(adapted, conditions.agreement, schedule, conditions.autocast, conditions.average)
+    return PrunedContestant(adapted, conditions.agreement, schedule, conditions.autocast, conditions.average)
 
 
 BUILDERS: Mapping[str, Callable[[LlamaForCausalLM, Conditions], Contestant]] = {
@@ -373,7 +375,7 @@ def _with_dynamic_lora(model: LlamaForCausalLM, conditions: Conditions) -> Dynam
         ),
         kernels=kernels,
     )
-    reason = adapted.leave_out_logits()  # as in every run
+    reason = adapted.use_loss_without_logits()  # as in every run
     if reason is not None:
         raise RuntimeError(f"the loss of the benchmark's model is not computed as in a run: {reason}")
     return adapted

@@ -11,10 +11,10 @@ from typing import Any
 
 from dora_dist.compare.cell_result import CellResult, training_settings
 from dora_dist.compare.plan import Group, Plan
+from dora_dist.compare.progress import Progress
 from dora_dist.compare.settings import CompareConfig
-from dora_dist.compare.worker import Progress
 from dora_dist.console import files
-from dora_dist.evaluation.seeds import CONFIDENCE, Difference, RateChoice, holm, paired_difference, spread
+from dora_dist.evaluation.seeds import CONFIDENCE, PairedDifference, RateChoice, holm, paired_difference, spread
 
 RESULTS = "results.json"
 
@@ -33,7 +33,7 @@ class Figure:
     reported: Mapping[int, float]
     mean: float | None
     deviation: float | None
-    difference: Difference | None
+    difference: PairedDifference | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ class Spread:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difference:
+class PairedDifference:
     """Mean of ``value - baseline`` over pairs, with Student's confidence interval and the p-value of the paired t test.
 
     Attributes:
@@ -52,18 +52,18 @@ def spread(values: Sequence[float]) -> Spread:
     )
 
 
-def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Difference:
+def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> PairedDifference:
     """The difference over pairs of values with the same place in both."""
     differences = [value - other for value, other in zip(values, baseline, strict=True)]
     number = len(differences)
     if number < 2:
         mean = differences[0] if number else None
-        return Difference(number=number, mean=mean, low=None, high=None, p_value=None)
+        return PairedDifference(number=number, mean=mean, low=None, high=None, p_value=None)
     mean, error = fmean(differences), stdev(differences) / math.sqrt(number)
     half = float(t.ppf((1 + CONFIDENCE) / 2, number - 1)) * error
     statistic = abs(mean) / error if error else (math.inf if mean else 0.0)
     p_value = 2 * float(t.sf(statistic, number - 1))
-    return Difference(number=number, mean=mean, low=mean - half, high=mean + half, p_value=p_value)
+    return PairedDifference(number=number, mean=mean, low=mean - half, high=mean + half, p_value=p_value)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

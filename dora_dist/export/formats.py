@@ -25,8 +25,8 @@ from dora_dist.adapter.plain_lora import (
 from dora_dist.export.merge import cast_parameters, merge_into
 from dora_dist.export.servers import serve_lines, with_neighbours
 from dora_dist.export.verification import Reference, logits_of, make_reference
-from dora_dist.runs.card import FOLDER_IN_CARD, base_card, how_to_scale
-from dora_dist.runs.generation import Needed, set_special_tokens
+from dora_dist.runs.adapter_folder.card import FOLDER_IN_CARD, base_card, how_to_scale
+from dora_dist.runs.adapter_folder.generation import Needed, set_special_tokens
 from dora_dist.runs.trained_run import TrainedRun, default_device
 
 PEFT_USAGE = """\

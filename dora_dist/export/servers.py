@@ -18,7 +18,7 @@ from dora_dist.adapter.plain_lora import KEY_PREFIX, Factors
 from dora_dist.base_model.shape import GATED_MLP, QUERY_KEY_VALUE
 from dora_dist.config.format_version import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from dora_dist.console import files
-from dora_dist.runs.generation import Needed
+from dora_dist.runs.adapter_folder.generation import Needed
 
 COMPUTED_TOGETHER = (QUERY_KEY_VALUE, GATED_MLP[:2])
 """Modules that both servers hold as one matrix. SGLang fails where an adapter has some of them and not the others."""

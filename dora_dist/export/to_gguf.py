@@ -27,7 +27,7 @@ from dora_dist.data.encoding.chat import PROBE
 from dora_dist.export.formats import Exported, export_merged, with_base
 from dora_dist.export.llama_cpp import ADAPTER, MERGED, LlamaCpp
 from dora_dist.export.read_gguf import update_norm
-from dora_dist.runs.generation import end_tokens
+from dora_dist.runs.adapter_folder.generation import end_tokens
 from dora_dist.runs.trained_run import TrainedRun
 
 OUTTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}

@@ -29,7 +29,7 @@ ROUNDED_EFFECT_SHARE = 0.5
 
 
 @dataclass(frozen=True)
-class Difference:
+class LogitDifference:
     """How far logits are from the reference.
 
     Attributes:
@@ -63,18 +63,18 @@ class Reference:
     trained: Tensor
     base: Tensor
 
-    def difference(self, logits: Tensor, wanted: Tensor | None = None) -> Difference:
+    def difference(self, logits: Tensor, wanted: Tensor | None = None) -> LogitDifference:
         """Distance of ``logits`` from ``wanted``, by default from what was trained."""
         wanted = self.trained if wanted is None else wanted
         apart = logits - wanted
         largest = apart.abs().max().item()
-        return Difference(
+        return LogitDifference(
             largest=largest,
             of_largest_logit=largest / wanted.abs().max().item(),
             of_effect=(apart.square().mean() / (self.trained - self.base).square().mean()).sqrt().item(),
         )
 
-    def check(self, what: str, logits: Tensor, wanted: Tensor | None = None) -> Difference:
+    def check(self, what: str, logits: Tensor, wanted: Tensor | None = None) -> LogitDifference:
         """Check that logits are those wanted, up to rounding in float32.
 
         Raises:
@@ -88,7 +88,7 @@ class Reference:
             )
         return found
 
-    def check_rounded(self, what: str, logits: Tensor, dtype: str) -> Difference:
+    def check_rounded(self, what: str, logits: Tensor, dtype: str) -> LogitDifference:
         """Check that logits of a model whose weights have been rounded to 16 bits keep the adapter's effect.
 
         Raises:

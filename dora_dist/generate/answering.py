@@ -13,7 +13,7 @@ from dora_dist.config.checks import require
 from dora_dist.data.encoding.chat import stop_tokens
 from dora_dist.data.encoding.control_tokens import ControlTokens, control_tokens
 from dora_dist.evaluation.answers import generate_answers
-from dora_dist.generate.questions import Question
+from dora_dist.generate.questions import PromptRequest
 from dora_dist.generate.sampling import Sampling
 from dora_dist.routing.loading import load_trained
 from dora_dist.runs.trained_run import TrainedRun
@@ -69,7 +69,7 @@ class Answerer:
         """The base with the adapter."""
         return load_trained(self.trained)
 
-    def ids(self, question: Question) -> list[int]:
+    def ids(self, question: PromptRequest) -> list[int]:
         """Token ids of what is asked, as in training.
 
         Raises:
@@ -77,7 +77,7 @@ class Answerer:
         """
         return question.ids(self.tokenizer, self.trained.use.chat, self.controls)
 
-    def prompt(self, question: Question) -> str:
+    def prompt(self, question: PromptRequest) -> str:
         """What is asked, as text."""
         return question.prompt(self.tokenizer, self.trained.use.chat)
 
@@ -102,7 +102,7 @@ class Answerer:
 
 
 def answer_twice(
-    answerer: Answerer, questions: Iterable[Question], batch_size: int = 1
+    answerer: Answerer, questions: Iterable[PromptRequest], batch_size: int = 1
 ) -> Iterator[tuple[str, str, str]]:
     """Prompt, answer of the base, answer of the adapter.
 
@@ -111,7 +111,7 @@ def answer_twice(
         questions: what is asked.
         batch_size: number of prompts that are answered at a time, padded on the left.
     """
-    asked: Iterable[tuple[Question, list[int]]]
+    asked: Iterable[tuple[PromptRequest, list[int]]]
     asked = ((question, _with_room(answerer.ids(question), answerer.context)) for question in questions)
     if isinstance(questions, list):  # all is checked before the model is read, except what is typed line by line
         asked = list(asked)

@@ -8,7 +8,7 @@ from transformers import TextStreamer
 
 from dora_dist.console.text import say, visible
 from dora_dist.generate.answering import Answerer
-from dora_dist.generate.questions import Question, as_asked
+from dora_dist.generate.questions import PromptRequest, as_asked
 from dora_dist.generate.showing import TAB
 
 RESET = "/reset"
@@ -59,7 +59,7 @@ def converse(answerer: Answerer, system: str | None) -> None:
         said += [question.messages[-1], {"role": "assistant", "content": answer}]
 
 
-def _typed(said: list[Mapping[str, Any]]) -> Iterator[Question]:
+def _typed(said: list[Mapping[str, Any]]) -> Iterator[PromptRequest]:
     """Every line of standard input that has some text, as a question after what has been said by then."""
     while True:
         if sys.stdin.isatty():
@@ -71,4 +71,4 @@ def _typed(said: list[Mapping[str, Any]]) -> Iterator[Question]:
             said.clear()
             say("a new conversation")
         elif line.strip():
-            yield Question(messages=[*said, {"role": "user", "content": line.strip()}])
+            yield PromptRequest(messages=[*said, {"role": "user", "content": line.strip()}])

@@ -17,11 +17,11 @@ from dora_dist.data.reading.samples import ROLES, Chat, Instruction, RowFlaw, al
 if TYPE_CHECKING:
     from dora_dist.data.encoding.chat import ChatRenderer
     from dora_dist.data.encoding.control_tokens import ControlTokens
-    from dora_dist.runs.use import Use
+    from dora_dist.runs.adapter_folder.use import Use
 
 
 @dataclass(frozen=True)
-class Question:
+class PromptRequest:
     """What is asked, before it is rendered for the model.
 
     Attributes:
@@ -102,7 +102,9 @@ def _renderer(tokenizer: Any, template: str, controls: "ControlTokens | None") -
     return ChatRenderer(tokenizer, template, controls)
 
 
-def as_asked(use: "Use", questions: Iterable[Question], system: str | None, raw: bool = False) -> Iterable[Question]:
+def as_asked(
+    use: "Use", questions: Iterable[PromptRequest], system: str | None, raw: bool = False
+) -> Iterable[PromptRequest]:
     """Questions with what training has put around them: the run's own prompt, its chat template and its system message.
 
     Args:
@@ -131,10 +133,10 @@ def as_asked(use: "Use", questions: Iterable[Question], system: str | None, raw:
     return list(worded) if isinstance(questions, list) else worded
 
 
-def _in_chat(question: Question) -> Question:
+def _in_chat(question: PromptRequest) -> PromptRequest:
     """The fields of a line as training reads them: ``prompt`` as the user's message, messages in one form."""
     if question.raw and question.row:
-        return Question(question.text, row=question.row)
+        return PromptRequest(question.text, row=question.row)
     if not question.messages or not question.row:
         return question
     from dora_dist.data.row_formats import asked_conversation
@@ -146,7 +148,7 @@ def _in_chat(question: Question) -> Question:
     return replace(question, messages=chat.messages, tools=chat.tools, options=chat.options)
 
 
-def _worded(question: Question, own: str | None, system: str, chat: bool) -> Question:
+def _worded(question: PromptRequest, own: str | None, system: str, chat: bool) -> PromptRequest:
     if own is not None and not question.messages:
         question = _in_own_prompt(question, own, chat)
     elif question.flaw:
@@ -154,10 +156,10 @@ def _worded(question: Question, own: str | None, system: str, chat: bool) -> Que
     if not system or question.raw or (question.messages and question.messages[0]["role"] == "system"):
         return question
     messages = [{"role": "system", "content": system}, *question.conversation()]
-    return Question(messages=messages, tools=question.tools, options=question.options, place=question.place)
+    return PromptRequest(messages=messages, tools=question.tools, options=question.options, place=question.place)
 
 
-def _in_own_prompt(question: Question, own: str, chat: bool) -> Question:
+def _in_own_prompt(question: PromptRequest, own: str, chat: bool) -> PromptRequest:
     """The question that the run's own prompt makes of a row with its fields, or of text for its only field."""
     fields = {name for _, name, _, _ in Formatter().parse(own) if name is not None}
     text = None
@@ -172,12 +174,12 @@ def _in_own_prompt(question: Question, own: str, chat: bool) -> Question:
             f"this run was trained with the prompt {own!r}: give its fields ({', '.join(sorted(fields))}) as JSON, an "
             "object a line of standard input, or the whole prompt with --raw"
         )
-    return Question(messages=[{"role": "user", "content": text}]) if chat else Question(text, raw=True)
+    return PromptRequest(messages=[{"role": "user", "content": text}]) if chat else PromptRequest(text, raw=True)
 
 
 def collect_questions(
     texts: Sequence[str] | None, context: str | None, raw: bool, file: Path | None = None
-) -> Iterable[Question]:
+) -> Iterable[PromptRequest]:
     """Everything that is asked. All is checked at once, except what is typed line by line.
 
     Args:
@@ -193,7 +195,7 @@ def collect_questions(
         for number, text in enumerate(texts, start=1):
             if not text.strip():
                 raise ValueError(f"--prompt number {number} is {text!r}, but must have some text")
-        return [Question(text, context or "", raw) for text in texts]
+        return [PromptRequest(text, context or "", raw) for text in texts]
     if file is not None:
         found = list(read_questions(_lines_of(file), raw, str(file)))
         if not found:
@@ -217,7 +219,7 @@ def _lines_of(file: Path) -> list[str]:
         raise ValueError(f"--file is {file}, which cannot be read: {error}") from None
 
 
-def read_questions(lines: Iterable[str], raw: bool, where: str = "standard input") -> Iterator[Question]:
+def read_questions(lines: Iterable[str], raw: bool, where: str = "standard input") -> Iterator[PromptRequest]:
     """Questions from lines of text or JSON; empty lines are passed over.
 
     Args:
@@ -235,11 +237,11 @@ def read_questions(lines: Iterable[str], raw: bool, where: str = "standard input
         yield (
             _question_of_json(text, f"line {number} of {where}")
             if text.lstrip().startswith("{")
-            else Question(text, raw=raw)
+            else PromptRequest(text, raw=raw)
         )
 
 
-def _question_of_json(text: str, place: str) -> Question:
+def _question_of_json(text: str, place: str) -> PromptRequest:
     try:
         row: dict[str, Any] = parse_json(text)
     except (ValueError, RecursionError) as error:
@@ -255,17 +257,17 @@ def _question_of_json(text: str, place: str) -> Question:
             f"{place} is {text}, but must have text either in the field prompt or in the field "
             f"instruction (and perhaps input), or a list of messages, each with role ({', '.join(ROLES)}) and content"
         )
-        return Question(row=row, flaw=flaw)
+        return PromptRequest(row=row, flaw=flaw)
     if messages:
         if messages[-1]["role"] == "assistant":
-            return Question(row=row, flaw=f"{place} ends with an answer of the assistant: remove that message")
-        return Question(messages=messages, row=row, place=place)
+            return PromptRequest(row=row, flaw=f"{place} ends with an answer of the assistant: remove that message")
+        return PromptRequest(messages=messages, row=row, place=place)
     if lost := [name for name in ("system", "history") if row.get(name)]:
         flaw = f"{place} has {lost[0]} beside its text, which is not read: give all of it as messages"
-        return Question(row=row, flaw=flaw)
+        return PromptRequest(row=row, flaw=flaw)
     if fields["prompt"]:
-        return Question(fields["prompt"], raw=True, row=row)
-    return Question(fields["instruction"], fields["input"], row=row)
+        return PromptRequest(fields["prompt"], raw=True, row=row)
+    return PromptRequest(fields["instruction"], fields["input"], row=row)
 
 
 def _are_messages(value: object) -> bool:

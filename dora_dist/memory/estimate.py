@@ -137,7 +137,7 @@ def estimate_memory(
         adapter=_adapter(config, adapter_dtype),
         optimizer=_optimizer(config, world_size, device, accumulation),
         recomputed=0,
-        chunked_loss=_leaves_out_logits(config, skeleton),
+        chunked_loss=_has_loss_without_logits(config, skeleton),
         new_rows=num_row_parameters(skeleton, len(config.adapter.new_tokens or [])),
         shards=_base_shards(config, world_size),
     )
@@ -164,7 +164,7 @@ def estimate_memory(
     )
 
 
-def _leaves_out_logits(config: RunConfig, skeleton: PreTrainedModel) -> bool:
+def _has_loss_without_logits(config: RunConfig, skeleton: PreTrainedModel) -> bool:
     fits = config.model.fuse and config.adapter.new_tokens is None
     return fits and obstacle(skeleton.requires_grad_(False)) is None
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Move:
+class MovedComponents:
     """The components that an event removes and adds; no component is in both.
 
     Attributes:
@@ -33,7 +33,7 @@ def move_components(
     budget: int,
     num_moved: int,
     min_rank: int = 0,
-) -> Move:
+) -> MovedComponents:
     """Prune the lowest components of the whole model, and give their budget to the layers that lost none.
 
     The layers that lost none take turns, the one with the highest mean score first. Each gets one component a turn, as
@@ -83,9 +83,9 @@ def move_components(
             pruned = {name: torch.zeros_like(alive[name]) for name in names}
             for name, index in lowest[:count]:
                 pruned[name][index] = True
-            return Move(pruned=pruned, grown={name: first_free(alive[name], given[name]) for name in names})
+            return MovedComponents(pruned=pruned, grown={name: first_free(alive[name], given[name]) for name in names})
     nothing = {name: torch.zeros_like(alive[name]) for name in names}
-    return Move(pruned=nothing, grown=nothing)
+    return MovedComponents(pruned=nothing, grown=nothing)
 
 
 def first_free(alive: Tensor, count: int) -> Tensor:

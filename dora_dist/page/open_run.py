@@ -7,7 +7,7 @@ from typing import Any
 
 from dora_dist.runs import records
 from dora_dist.runs.fingerprint import Fingerprint
-from dora_dist.runs.pictures import Budget
+from dora_dist.runs.pictures import BudgetCurve
 from dora_dist.runs.summary import RunState, budget_of, state_of, summarize
 
 
@@ -32,7 +32,7 @@ class OpenRun:
     state: RunState
     summary: Mapping[str, Any]
     fingerprint: Fingerprint
-    budget: Budget
+    budget: BudgetCurve
     lines: Sequence[Mapping[str, Any]]
     events: Sequence[records.RecordedEvent]
     answers: Sequence[Mapping[str, Any]]

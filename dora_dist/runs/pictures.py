@@ -21,7 +21,7 @@ MOST_MARKED = 50
 
 
 @dataclass(frozen=True, kw_only=True)
-class Budget:
+class BudgetCurve:
     """Number of components in the whole model over a run.
 
     Attributes:
@@ -103,7 +103,7 @@ def draw_ranks(ranks: Mapping[str, int], initial_rank: int, path: Path | BinaryI
     save_picture(figure, path)
 
 
-def draw_progress(lines: Sequence[Mapping[str, Any]], budget: Budget, path: Path) -> None:
+def draw_progress(lines: Sequence[Mapping[str, Any]], budget: BudgetCurve, path: Path) -> None:
     """Draw training and held-out loss, and the number of remaining components, over the steps.
 
     Args:

@@ -115,7 +115,7 @@ class RunRecords:
         self._append(ALLOCATION, line)
 
     def describe_run(
-        self, config: RunConfig, fingerprint: Fingerprint, data: Any, processes: int, left_out: str | None = None
+        self, config: RunConfig, fingerprint: Fingerprint, data: Any, world_size: int, unadapted: str | None = None
     ) -> None:
         """Write ``run.json`` and ``config.yaml``, when a run starts or resumes.
 
@@ -123,8 +123,8 @@ class RunRecords:
             config: the run's configuration.
             fingerprint: the run's fingerprint.
             data: description of the data; plain JSON.
-            processes: number of ranks.
-            left_out: the modules that ``all-linear`` does not adapt, in words.
+            world_size: number of ranks.
+            unadapted: the modules that ``all-linear`` does not adapt, in words.
         """
         if self.writes:
             settings = fingerprint.as_dict()
@@ -133,8 +133,8 @@ class RunRecords:
                 "versions": versions(),
                 "settings": settings,
                 "data": data,
-                "processes": processes,
-                "left_out": left_out,
+                "processes": world_size,
+                "left_out": unadapted,
             }
             write_json(self.folder / RUN, about)
             write_text(self.folder / CONFIG, config_text(config))

@@ -25,7 +25,7 @@ class Earlier:
         folder: the folder in which ``fingerprint`` was found.
         finished: whether the run has come to its end.
         checkpoint: the checkpoint to go on from, or None.
-        processes: that wrote it.
+        world_size: number of ranks that wrote the checkpoint.
         fingerprint: the settings of the earlier start; None where there was none.
         version: format of the files that the earlier start wrote.
         remarks: remarks for the log, on checkpoints that were passed over.
@@ -34,7 +34,7 @@ class Earlier:
     folder: Path
     finished: bool = False
     checkpoint: Path | None = None
-    processes: int | None = None
+    world_size: int | None = None
     fingerprint: Fingerprint | None = None
     version: int = FORMAT_VERSION
     remarks: list[str] = field(default_factory=list)
@@ -61,7 +61,7 @@ def look(run: Path, resume: str) -> Earlier:
         return Earlier(
             folder=run,
             finished=True,
-            processes=recorded.get("processes"),
+            world_size=recorded.get("processes"),
             fingerprint=records.read_fingerprint(run),
             version=recorded.get("format", 1),
         )
@@ -72,7 +72,7 @@ def look(run: Path, resume: str) -> Earlier:
     return Earlier(
         folder=found,
         checkpoint=found,
-        processes=state.get("processes"),
+        world_size=state.get("processes"),
         fingerprint=Fingerprint.from_dict(state["fingerprint"], found / METHOD_STATE),
         version=state.get("format", 1),
         remarks=remarks,
@@ -101,34 +101,34 @@ def refuse_foreign_folder(run: Path) -> None:
         )
 
 
-def accumulation(earlier: Earlier, config: RunConfig, processes: int) -> int | None:
+def accumulation(earlier: Earlier, config: RunConfig, world_size: int) -> int | None:
     """Gradient accumulation that gives the earlier start's global batch on another number of processes; None where the
     configuration's own applies.
 
     Args:
         earlier: the earlier start of the run.
         config: the run's configuration.
-        processes: of this start.
+        world_size: number of ranks of this start.
 
     Raises:
         ValueError: no accumulation gives that batch.
     """
-    if earlier.fingerprint is None or earlier.processes in (None, processes):
+    if earlier.fingerprint is None or earlier.world_size in (None, world_size):
         return None
     wanted = earlier.fingerprint.global_batch
     per_process = whole_number(config.training, BATCH)
-    if wanted % (per_process * processes):
-        fitting = [size for size in range(1, wanted + 1) if wanted % (size * processes) == 0]
+    if wanted % (per_process * world_size):
+        fitting = [size for size in range(1, wanted + 1) if wanted % (size * world_size) == 0]
         hint = (
             f"set training.{BATCH} to one of {', '.join(map(str, fitting))}"
             if fitting
             else "use a number of processes that divides it"
         )
         raise ValueError(
-            f"{earlier.folder} was written by {earlier.processes} processes with a global batch of {wanted}, which "
-            f"{processes} processes with training.{BATCH} {per_process} cannot have, whatever the accumulation: {hint}"
+            f"{earlier.folder} was written by {earlier.world_size} processes with a global batch of {wanted}, which "
+            f"{world_size} processes with training.{BATCH} {per_process} cannot have, whatever the accumulation: {hint}"
         )
-    return int(wanted // (per_process * processes))
+    return int(wanted // (per_process * world_size))
 
 
 def check_settings(earlier: Earlier, fingerprint: Fingerprint) -> None:
@@ -179,7 +179,7 @@ def check_best(earlier: Earlier, config: RunConfig) -> None:
         )
 
 
-def describe(earlier: Earlier, config: RunConfig, processes: int) -> list[str]:
+def describe(earlier: Earlier, config: RunConfig, world_size: int) -> list[str]:
     """What the log says of how this start goes on."""
     if earlier.checkpoint is None:
         return earlier.remarks
@@ -187,10 +187,10 @@ def describe(earlier: Earlier, config: RunConfig, processes: int) -> list[str]:
     engine = config.distributed.engine
     if earlier.fingerprint is not None and earlier.fingerprint.engine != engine:
         remarks.append(f"it was written under the engine {earlier.fingerprint.engine}, and this is {engine}")
-    steps = accumulation(earlier, config, processes)
+    steps = accumulation(earlier, config, world_size)
     if earlier.fingerprint is not None and steps is not None:
         remarks.append(
-            f"it was written by {earlier.processes} processes, and these are {processes}: training.{ACCUMULATION} is "
+            f"it was written by {earlier.world_size} processes, and these are {world_size}: training.{ACCUMULATION} is "
             f"{steps} from here on, which keeps the global batch of {earlier.fingerprint.global_batch}"
         )
     return remarks

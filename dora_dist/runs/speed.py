@@ -78,5 +78,5 @@ def _seen(run: Path) -> Speed | None:
     spans = list(pairwise([{"step": 0, "epoch": 0.0}, *lines]))[-LATEST_LINES:]
     seconds = sum((line["step"] - before["step"]) * line["seconds_per_step"] for before, line in spans)
     passes = lines[-1]["epoch"] - spans[0][0]["epoch"]
-    ranks = about["processes"]
-    return Speed(passes * per_pass / seconds, f"seen in {run}, on {ranks} process{'es' * (ranks > 1)}")
+    world_size = about["processes"]
+    return Speed(passes * per_pass / seconds, f"seen in {run}, on {world_size} process{'es' * (world_size > 1)}")

@@ -14,7 +14,7 @@ from dora_dist.runs import claim, records
 from dora_dist.runs.pictures import (
     PROGRESS_PICTURE,
     RANK_PICTURE,
-    Budget,
+    BudgetCurve,
     draw_progress,
     draw_ranks,
     rank_grid,
@@ -103,7 +103,7 @@ def _draw(run: Path, summary: Mapping[str, Any]) -> None:
     draw_progress(records.read_metrics(run), budget_of(run, summary), run / PROGRESS_PICTURE)
 
 
-def budget_of(run: Path, summary: Mapping[str, Any]) -> Budget:
+def budget_of(run: Path, summary: Mapping[str, Any]) -> BudgetCurve:
     """Number of components of the whole model over a run, given the run's :func:`summarize`."""
     fingerprint = records.read_fingerprint(run)
     events = records.read_events(run / records.ALLOCATION)
@@ -112,7 +112,7 @@ def budget_of(run: Path, summary: Mapping[str, Any]) -> Budget:
         and fingerprint.pruning.get("budget_unit", "components") == "components"
     )
     target = fingerprint.adapter.get("target_rank") if pruned_by_number else None
-    return Budget(
+    return BudgetCurve(
         start=summary["components_at_start"],
         left={event.step: event.num_kept for event in events},
         target=target * len(summary["ranks"]) if target is not None and events else None,

@@ -23,9 +23,10 @@ from dora_dist.config.run import EvaluationConfig
 from dora_dist.config.tasks import CAUSAL_LM, TASKS
 from dora_dist.console import files
 from dora_dist.console.text import say
-from dora_dist.runs import generation, records
+from dora_dist.runs import records
+from dora_dist.runs.adapter_folder import generation
+from dora_dist.runs.adapter_folder.use import USE, Use
 from dora_dist.runs.checkpoint import checkpoints, flaw_of
-from dora_dist.runs.use import USE, Use
 
 FINAL = "adapter"
 """Name of the final adapter's folder, inside the run's folder."""
@@ -126,7 +127,7 @@ class TrainedRun:
             return generation.settings_of_base(self._trained_spec)
 
     def write_generation_settings(self, folder: Path) -> generation.Needed:
-        """Write the model's generation settings; see :func:`~dora_dist.runs.generation.write_settings`.
+        """Write the model's generation settings; see :func:`~dora_dist.runs.adapter_folder.generation.write_settings`.
 
         Raises:
             ValueError: the base cannot be found.

@@ -13,9 +13,9 @@ def best_rule(config: RunConfig, arguments: TrainingArguments, data: RunData, fi
     """The rule of ``evaluation.keep_best``; None where it is not set.
 
     Args:
-        config: of the run.
-        arguments: with ``max_steps`` resolved.
-        data: of the run.
+        config: the run's configuration.
+        arguments: the training arguments, with ``max_steps`` resolved.
+        data: the run's data.
         final_event: step of the final event.
 
     Raises:

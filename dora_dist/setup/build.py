@@ -76,7 +76,7 @@ def check_same_on_all_ranks(
         "model.fuse": model.fused,
         "recomputed layers": recomputation.count,
         "the kernels in use (model.kernels)": model.kernels.names,
-        "whether the loss is computed without logits": model.leaves_out_logits,
+        "whether the loss is computed without logits": model.has_loss_without_logits,
     }
     digests = {name: sha256(json.dumps(value).encode()).digest() for name, value in facts.items()}
     for name, layer in model.adapted_layers().items():
@@ -105,12 +105,12 @@ def load_base(
     """The frozen base, and the head of its task and the rows of new tokens at the start.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
         device: where the model goes.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         labels: names of the classes in the order of their numbers, where the task has any.
         shards: hold this rank's part of it; None for all of it.
-        data: whose control tokens are looked for among the rows of the base; None for no look.
+        data: the data whose control tokens must have trained rows in the base; None for no check.
     """
     head = None
     if TASKS[config.task].trains_head:
@@ -157,11 +157,11 @@ def load_model(
     tokenizer: PreTrainedTokenizerBase,
     labels: Sequence[str] | None = None,
     shards: ShardedBase | None = None,
-    start: FoundAdapter | None = None,
+    start_adapter: FoundAdapter | None = None,
     data: RunData | None = None,
 ) -> DynamicLoraModel:
     """The frozen base with its adapter, and the head of its task, at the start; arguments as of :func:`load_base`, and
-    ``start`` is the adapter whose components it starts with."""
+    ``start_adapter`` has the components that it starts with."""
     base = load_base(config, device, tokenizer, labels, shards, data)
     adapter = config.adapter
     if adapter.dtype == "auto" and not config.distributed.engine.startswith("zero"):
@@ -176,7 +176,7 @@ def load_model(
     if adapter.routing == PROMPT:
         return add_routed_lora(base, adapter)
     token_ids = ids_of(tokenizer, adapter.new_tokens or [])
-    return add_dynamic_lora(base, adapter, config.model.fuse, kernels, token_ids=token_ids, found=start)
+    return add_dynamic_lora(base, adapter, config.model.fuse, kernels, token_ids=token_ids, found=start_adapter)
 
 
 def put_in_kernels(
@@ -188,7 +188,7 @@ def put_in_kernels(
 
     Args:
         base: without an adapter, on ``device``.
-        config: of the model.
+        config: the model's configuration.
         device: where it is.
         shards: hold this rank's part of it; None for all of it.
     """
@@ -200,11 +200,11 @@ def put_in_kernels(
     return use_kernels(base, TRIED_ALONE)
 
 
-def leave_out_logits(model: DynamicLoraModel) -> None:
+def try_loss_without_logits(model: DynamicLoraModel) -> None:
     """Compute the loss without the logits of all positions where a trial on the model agrees; say where it does not."""
     if not isinstance(model, DynamicLoraForCausalLM) or isinstance(model, RoutedLoraForCausalLM):
         return
-    reason = model.leave_out_logits()
+    reason = model.use_loss_without_logits()
     if reason is not None:
         name = type(model.get_base_model()).__name__
         say(f"the loss of {name} takes the logits of all positions at once, and their memory: {reason}")
@@ -322,7 +322,7 @@ def build_trainer(
     settings = LoopSettings(
         engine=config.distributed.engine,
         timeout_minutes=config.distributed.timeout_minutes,
-        start=data_start(config, resolved),
+        data_start=data_start(config, resolved),
         rank_choice=rank_choice(config, resolved, model),
         adapter_dtype=next(iter(controller.layers.values())).gate.dtype,
         lora_plus_ratio=training_argument(config.training, LORA_PLUS_RATIO),

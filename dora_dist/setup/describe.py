@@ -18,13 +18,13 @@ def describe(config: RunConfig, resolved: ResolvedRun, world_size: int, speed: S
     """The run in words: data, steps, budget, memory, and time where a speed is known.
 
     Args:
-        config: of the run.
-        resolved: of the run.
+        config: the run's configuration.
+        resolved: what the run has resolved of it.
         world_size: processes that the steps were counted for.
-        speed: of the run; None where it is not known.
+        speed: speed of the run; None where it is not known.
     """
     data, mixture, plan = resolved.data, resolved.mixture, resolved.plan
-    num_steps, layers = resolved.arguments.max_steps, resolved.ranks
+    num_steps, layers = resolved.arguments.max_steps, resolved.initial_ranks
     rows = plan.num_rows // num_steps
     if config.model.recompute_layers is not None:
         config = replace(config, model=replace(config.model, recompute_layers=resolved.recomputation.count))
@@ -32,7 +32,7 @@ def describe(config: RunConfig, resolved: ResolvedRun, world_size: int, speed: S
     what = "rows of packed examples" if mixture.batching == "packed" else "examples"
     parts = [
         f"model {config.model.path}: {len(layers)} adapted layers ({', '.join(kinds)})"
-        + (f"\n  {resolved.left_out}" if resolved.left_out else ""),
+        + (f"\n  {resolved.unadapted}" if resolved.unadapted else ""),
         prepared.render("training data", data.train),
         *([prepared.render("held-out data", data.evaluation)] if data.evaluation else []),
         f"{num_steps} optimizer steps of {rows} {what} on {world_size} process{'es' * (world_size > 1)}, "
@@ -47,13 +47,13 @@ def describe(config: RunConfig, resolved: ResolvedRun, world_size: int, speed: S
     return "\n\n".join(parts)
 
 
-def banner(config: RunConfig, resolved: ResolvedRun, ranks: int) -> str:
+def banner(config: RunConfig, resolved: ResolvedRun, world_size: int) -> str:
     """What is about to be trained, on what, for how long and how large, where.
 
     Args:
-        config: of the run.
-        resolved: of the run.
-        ranks: of the run.
+        config: the run's configuration.
+        resolved: what the run has resolved of it.
+        world_size: number of ranks of the run.
     """
     data, budget = resolved.data, resolved.budget
     steps = resolved.arguments.max_steps
@@ -61,9 +61,9 @@ def banner(config: RunConfig, resolved: ResolvedRun, ranks: int) -> str:
     sources = ", ".join(f"{source.counts.examples:,} of {source.name}" for source in data.train)
     held_out = sum(source.counts.examples for source in data.evaluation)
     lines = {
-        "model": f"{config.model.path} ({config.model.quantization}), {len(resolved.ranks)} adapted layers",
+        "model": f"{config.model.path} ({config.model.quantization}), {len(resolved.initial_ranks)} adapted layers",
         "data": f"{sources}; {f'{held_out:,} held out' if held_out else 'none held out'}",
-        "steps": f"{steps:,} of about {tokens:,} tokens, on {ranks} process{'es' * (ranks > 1)}",
+        "steps": f"{steps:,} of about {tokens:,} tokens, on {world_size} process{'es' * (world_size > 1)}",
         "memory": f"recomputes the activations of {resolved.recomputation} layers in the backward pass",
         "budget": _budget_line(config, budget),
         **({} if config.adapter.new_tokens is None else {"tokens": _new_tokens(resolved, config.adapter.new_tokens)}),

@@ -6,7 +6,7 @@ from pathlib import Path
 from dora_dist.runs import records
 
 
-class Ending:
+class FailureRecorder:
     """Records that this start of a run failed or was stopped, for those who read its folder.
 
     Nothing is recorded before the run has begun to write: what is in the folder then is an earlier start's.
@@ -19,7 +19,7 @@ class Ending:
         self._run = run
         self._step: Callable[[], int] | None = None
 
-    def begin(self, step: Callable[[], int]) -> None:
+    def run_has_begun(self, step: Callable[[], int]) -> None:
         """From here on, the folder is this start's.
 
         Args:

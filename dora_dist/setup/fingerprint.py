@@ -44,28 +44,28 @@ def fingerprint_of(
     arguments: TrainingArguments,
     data: RunData,
     plan: TrainingPlan,
-    ranks: int,
-    components: Mapping[str, int],
+    world_size: int,
+    initial_ranks: Mapping[str, int],
     schedule: Schedule,
-    start: str | None = None,
+    start_identity: str | None = None,
 ) -> Fingerprint:
-    """The fingerprint of the run that is decided by these; ``ranks`` are processes, ``components`` has those that each
-    layer starts with, and ``start`` is the identity of the adapter that the run starts from."""
+    """The fingerprint of the run that is decided by these; ``initial_ranks`` has the components that each layer
+    starts with, and ``start_identity`` is that of the adapter that the run starts from."""
     interval = schedule.interval if isinstance(schedule, BudgetSchedule) else config.pruning.interval
     adapter = {**dataclasses.asdict(config.adapter), "seed": adapter_seed(config)}
     if config.adapter.ranks not in (UNIFORM, *RANKS_FROM_DATA):  # a plan's file may move, or be written again
-        digest = sha256(json.dumps(components, sort_keys=True).encode()).hexdigest()[:16]
-        adapter["ranks"] = f"{sum(components.values())} components in {len(components)} layers, {digest}"
+        digest = sha256(json.dumps(initial_ranks, sort_keys=True).encode()).hexdigest()[:16]
+        adapter["ranks"] = f"{sum(initial_ranks.values())} components in {len(initial_ranks)} layers, {digest}"
     if config.adapter.new_tokens is None:  # left out, as in runs of earlier versions
         del adapter["new_tokens"]
-    if start is not None:
-        adapter["start_from"] = start
+    if start_identity is not None:
+        adapter["start_from"] = start_identity
     return Fingerprint(
         task=config.task,
         seed=config.seed,
         engine=config.distributed.engine,
         num_steps=arguments.max_steps,
-        global_batch=global_batch(arguments, ranks),
+        global_batch=global_batch(arguments, world_size),
         initial_rank=config.adapter.start_rank,
         batching=config.data.batching,
         data_order=plan.digest()[:16],

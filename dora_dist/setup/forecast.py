@@ -51,7 +51,7 @@ def forecast_memory(
     """Memory of the longest row that there is, and of a typical one.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
         world_size: number of ranks.
         device: see :func:`~dora_dist.memory.estimate.estimate_memory`.
         train: training sources; None where they are not known.
@@ -89,8 +89,8 @@ class TimeForecast:
 
     Attributes:
         steps: optimizer steps of the run.
-        tokens: of all of them, without padding.
-        speed: of the run.
+        tokens: number of their tokens, without padding.
+        speed: speed of the run.
     """
 
     steps: int
@@ -117,10 +117,10 @@ def forecast_time(
     """The time of a run on data that are known, whatever this machine has.
 
     Args:
-        config: of the run.
-        memory: of the run, with its batches and ranks.
+        config: the run's configuration.
+        memory: estimate for the run, with its batches and ranks.
         train: training sources.
-        speed: of the run.
+        speed: speed of the run.
 
     Raises:
         ValueError: the data do not fill one global batch.

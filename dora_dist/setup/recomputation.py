@@ -28,15 +28,15 @@ def smallest_card(agreement: Agreement) -> int | None:
 
 
 def resolve_recomputation(
-    config: RunConfig, skeleton: PreTrainedModel, data: RunData, ranks: int, card: int | None
+    config: RunConfig, skeleton: PreTrainedModel, data: RunData, world_size: int, card: int | None
 ) -> tuple[Recomputation, list[str]]:
     """Decide for ``model.recompute_layers``.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
         skeleton: the model without weights.
         data: all sources.
-        ranks: of the run.
+        world_size: number of ranks of the run.
         card: bytes of the smallest GPU of the run; None where a rank has none.
 
     Returns:
@@ -53,7 +53,7 @@ def resolve_recomputation(
     everything = Recomputation(number_of_recomputed("all", layers, config.model.path), len(layers))
     if card is None or config.task != CAUSAL_LM:
         return everything, []
-    estimate = estimate_memory(with_longest_row(config, data.train), ranks, "cuda", card)
+    estimate = estimate_memory(with_longest_row(config, data.train), world_size, "cuda", card)
     if estimate.configured.approximate or estimate.recomputation.layers != len(layers):
         return everything, []
     remarks = []

@@ -58,19 +58,20 @@ class ResolvedRun:
     """All of a run that is decided before a weight is read.
 
     Attributes:
-        tokenizer: of the model, with the chat template that conversations are rendered with.
+        tokenizer: the model's tokenizer, with the chat template for conversations.
         data: all sources.
-        mixture: of the training sources.
+        mixture: mixture of the training sources.
         arguments: the Trainer's settings; ``max_steps`` is the number of optimizer steps of the run.
         plan: which rows are trained when.
-        ranks: layer that is adapted -> components at the start.
-        left_out: what ``all-linear`` leaves out, in words; None where that is nothing, or the layers were named.
-        budget: over the run.
+        initial_ranks: layer that is adapted -> components at the start.
+        unadapted: what ``all-linear`` leaves out, in words; None where that is nothing, or the layers were named.
+        budget: the budget at every step.
         recomputation: layers that are computed again in the backward.
         fingerprint: settings that a resumed run must not change.
         best: how the best checkpoint is found; None where the last one is taken.
         row_parameters: trained parameters in the rows of new tokens.
-        start: adapter whose components the model starts with; None for new ones, and where a checkpoint has them.
+        start_adapter: adapter whose components the model starts with; None for new ones, and where a checkpoint has
+            them.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -78,14 +79,14 @@ class ResolvedRun:
     mixture: Mixture
     arguments: TrainingArguments
     plan: TrainingPlan
-    ranks: dict[str, int]
-    left_out: str | None
+    initial_ranks: dict[str, int]
+    unadapted: str | None
     budget: Budget
     recomputation: Recomputation
     fingerprint: Fingerprint
     best: BestRule | None
     row_parameters: int = 0
-    start: FoundAdapter | None = None
+    start_adapter: FoundAdapter | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -124,18 +125,18 @@ def resolve_run(
     tokenizer: PreTrainedTokenizerBase,
     data: RunData,
     accumulation: int | None = None,
-    ranks: int = 1,
+    world_size: int = 1,
     card: int | None = None,
     started_from: str | None = None,
 ) -> ResolvedRun:
     """Resolve everything that needs no weights, and refuse what cannot work.
 
     Args:
-        config: of the run.
-        tokenizer: of the model.
+        config: the run's configuration.
+        tokenizer: the model's tokenizer.
         data: all sources.
         accumulation: gradient accumulation steps; None for those of the configuration.
-        ranks: of the run.
+        world_size: number of ranks of the run.
         card: bytes of the smallest GPU of the run; None where a rank has none.
         started_from: identity of the adapter that an earlier start of the run began with; None for a run that begins,
             and for one with a new adapter.
@@ -145,8 +146,8 @@ def resolve_run(
     """
     notes = _check_answers(config, data)
     mixture = build_mixture(config.data, data.train, config.seed, config.pruning.num_held_back)
-    arguments = training_arguments(config, mixture, accumulation, ranks)
-    plan = mixture.plan(arguments.max_steps, global_batch(arguments, ranks))
+    arguments = training_arguments(config, mixture, accumulation, world_size)
+    plan = mixture.plan(arguments.max_steps, global_batch(arguments, world_size))
     spec = load.BaseModelSpec.of(config.model, config.task)
     skeleton = load.load_skeleton(spec)
     load.check_attention(spec, skeleton)
@@ -155,11 +156,11 @@ def resolve_run(
     if new_tokens:
         fit_rows(skeleton, ids_of(tokenizer, new_tokens))
     notes += check_vocabulary(skeleton, tokenizer, data)
-    slots, budget = check_method(config, skeleton, arguments.max_steps)
+    initial_ranks, budget = check_method(config, skeleton, arguments.max_steps)
     check_context(skeleton, data)
-    found, start, told = _resolve_start(config, skeleton, slots, started_from)
-    notes += told
-    recomputation, remarks = resolve_recomputation(config, skeleton, data, ranks, card)
+    start_adapter, identity, start_remarks = _resolve_start(config, skeleton, initial_ranks, started_from)
+    notes += start_remarks
+    recomputation, remarks = resolve_recomputation(config, skeleton, data, world_size, card)
     if config.adapter.routing == PROMPT:
         remarks = [*remarks, LAYER_BY_LAYER]
     data = replace(data, notes=[*data.notes, *notes, *remarks])
@@ -169,19 +170,19 @@ def resolve_run(
         mixture=mixture,
         arguments=arguments,
         plan=plan,
-        ranks=slots,
-        left_out=block_weights.describe_left_out(skeleton, config.adapter, slots),
+        initial_ranks=initial_ranks,
+        unadapted=block_weights.describe_left_out(skeleton, config.adapter, initial_ranks),
         budget=budget,
         recomputation=recomputation,
-        fingerprint=fingerprint_of(config, arguments, data, plan, ranks, slots, budget.schedule, start),
+        fingerprint=fingerprint_of(config, arguments, data, plan, world_size, initial_ranks, budget.schedule, identity),
         best=best_rule(config, arguments, data, budget.schedule.final_step),
         row_parameters=num_row_parameters(skeleton, len(new_tokens)),
-        start=found,
+        start_adapter=start_adapter,
     )
 
 
 def _resolve_start(
-    config: RunConfig, skeleton: PreTrainedModel, slots: Mapping[str, int], started_from: str | None
+    config: RunConfig, skeleton: PreTrainedModel, initial_ranks: Mapping[str, int], started_from: str | None
 ) -> tuple[FoundAdapter | None, str | None, list[str]]:
     """The adapter of ``adapter.start_from``, its identity, and remarks; arguments as of :func:`resolve_run`.
 
@@ -191,10 +192,10 @@ def _resolve_start(
     if started_from is not None and folder is not None and not Path(folder).expanduser().exists():
         gone = f"adapter.start_from is {folder}, which is not there any more: the run has what it began with"
         return None, started_from, [gone]
-    found = find_start(skeleton, config.adapter, slots)
+    found = find_start(skeleton, config.adapter, initial_ranks)
     if found is None:
         return None, None, []
-    remarks = describe_start(found, config.model.path, slots) if started_from is None else []
+    remarks = describe_start(found, config.model.path, initial_ranks) if started_from is None else []
     return (found if started_from is None else None), found.identity(), remarks
 
 
@@ -278,7 +279,7 @@ def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int)
     """Try targets and schedule on the model's structure alone, before its weights are read.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
         skeleton: the model without weights.
         total_steps: optimizer steps of the run.
 
@@ -293,10 +294,10 @@ def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int)
     dtype = str(load.resolve_compute_dtype(config.model.compute_dtype)).removeprefix("torch.")
     _check_adapter_dtype(config, dtype)
     _check_head_dtype(config, dtype)
-    ranks = resolve_ranks(skeleton, config.adapter)
+    initial_ranks = resolve_ranks(skeleton, config.adapter)
     if config.adapter.routing == PROMPT:
-        routed_blocks(skeleton, list(ranks), config.adapter.modules_per_prompt)
-    linears = {name: linear_layer(skeleton, name) for name in ranks}
+        routed_blocks(skeleton, list(initial_ranks), config.adapter.modules_per_prompt)
+    linears = {name: linear_layer(skeleton, name) for name in initial_ranks}
     shapes = {name: (linear.in_features, linear.out_features) for name, linear in linears.items()}
     narrowest = min(shapes, key=lambda name: min(shapes[name]))
     if config.adapter.ranks in (UNIFORM, *RANKS_FROM_DATA):
@@ -309,15 +310,15 @@ def check_method(config: RunConfig, skeleton: PreTrainedModel, total_steps: int)
             f"{' x '.join(map(str, shapes[narrowest]))}; or leave that layer out of adapter.target_modules",
         )
     if config.adapter.ranks in RANKS_FROM_DATA:
-        schedule: Schedule = FixedRanks(dict.fromkeys(ranks, config.adapter.target_rank))
+        schedule: Schedule = FixedRanks(dict.fromkeys(initial_ranks, config.adapter.target_rank))
     elif config.pruning.rule == NONE:
-        schedule = FixedRanks(ranks)
+        schedule = FixedRanks(initial_ranks)
     else:
-        schedule = build_schedule(config.pruning, config.adapter, len(ranks), total_steps)
+        schedule = build_schedule(config.pruning, config.adapter, len(initial_ranks), total_steps)
     budget = Budget(schedule, component_costs(shapes, config.pruning.budget_unit))
     if config.pruning.rule == MODULES_PER_LAYER:
         _check_plan(config, budget, shapes)
-    return ranks, budget
+    return initial_ranks, budget
 
 
 def _check_plan(config: RunConfig, budget: Budget, shapes: dict[str, tuple[int, int]]) -> None:

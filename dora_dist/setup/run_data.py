@@ -44,7 +44,7 @@ class RunData:
         train: training sources, in the order of the configuration.
         evaluation: held-out sources.
         template: chat template of the sources that have conversations, or None where none has.
-        overlap: of each held-out source, how many of its examples are also trained on.
+        overlap: held-out source -> number of its examples that are also trained on.
         notes: what a user should know of the data as a whole.
         labels: names of the classes, in the order of their numbers; None where there are none.
     """
@@ -93,10 +93,10 @@ def prepare_data(
     adapter.
 
     Args:
-        config: of the data.
-        tokenizer: of the model.
-        task: of the run.
-        seed: of the run, which chooses among the examples of a source that has ``max_examples``.
+        config: the configuration's section ``data``.
+        tokenizer: the model's tokenizer.
+        task: the run's task.
+        seed: seed of the run, which chooses among the examples of a source that has ``max_examples``.
 
     Raises:
         ValueError: data that cannot be used, with file, row and field.
@@ -199,7 +199,7 @@ class _FoundSource:
 
     Attributes:
         config: its settings.
-        location: of its rows.
+        location: where its rows are.
         format: how they are written.
         as_chat: whether they are rendered in the chat template.
     """
@@ -437,9 +437,9 @@ def build_mixture(config: DataConfig, sources: Sequence[PreparedSource], seed: i
     """The mixture that the configuration describes.
 
     Args:
-        config: of the data.
-        sources: that are trained on.
-        seed: of the run.
+        config: the configuration's section ``data``.
+        sources: the training sources.
+        seed: seed of the run.
         num_held_back: examples that are not trained on (``pruning.num_held_back``).
 
     Raises:

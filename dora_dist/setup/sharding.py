@@ -14,9 +14,9 @@ def check_sharding(config: RunConfig, skeleton: PreTrainedModel, torch_version: 
     """Refuse ``distributed.shard_base`` where it cannot work; what the configuration alone tells is refused there.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
         skeleton: the model without weights.
-        torch_version: of torch, as ``torch.__version__``.
+        torch_version: version of torch, as ``torch.__version__``.
 
     Raises:
         ValueError: torch is too old, or the model has no layers that could be gathered one by one.

@@ -36,15 +36,15 @@ EXTRAS = ("mlflow", "trackio", "wandb")
 
 
 def training_arguments(
-    config: RunConfig, mixture: Mixture, accumulation: int | None = None, ranks: int = 1
+    config: RunConfig, mixture: Mixture, accumulation: int | None = None, world_size: int = 1
 ) -> TrainingArguments:
     """The Trainer's settings, with ``max_steps`` resolved to the optimizer steps of the whole run.
 
     Args:
-        config: of the run.
-        mixture: of its training sources.
+        config: the run's configuration.
+        mixture: mixture of its training sources.
         accumulation: gradient accumulation steps; None for those of the configuration.
-        ranks: of the run.
+        world_size: number of ranks of the run.
 
     Raises:
         ValueError: a value of the training section is not one that ``TrainingArguments`` takes, or it does not go with
@@ -82,7 +82,7 @@ def training_arguments(
     _check_balance(config.adapter, arguments)
     _check_evaluations(config, IntervalStrategy(arguments.eval_strategy).value)
     epochs = arguments.num_train_epochs
-    arguments.max_steps = count_steps(mixture, arguments.max_steps, epochs, global_batch(arguments, ranks))
+    arguments.max_steps = count_steps(mixture, arguments.max_steps, epochs, global_batch(arguments, world_size))
     if "logging_steps" not in config.training:
         arguments.logging_steps = max(1, min(DEFAULT_TRAINING_ARGUMENTS["logging_steps"], arguments.max_steps // 10))
     _try_optimizer(arguments)

@@ -1,4 +1,4 @@
-"""Checkpoints of a run and its final adapter: what is written and read, in which order, and what all ranks do together.
+"""Checkpoints of a run: what is written and read, in which order, and what all ranks do together.
 
 :mod:`dora_dist.runs.checkpoint` says what makes a checkpoint complete; this file fills it and reads it back.
 """
@@ -13,22 +13,14 @@ from accelerate.utils.random import set_seed
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedTokenizerBase
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_pt_utils import safe_globals
 
-from dora_dist.adapter.card import complete_card
 from dora_dist.adapter.unfolded import load_parameters, trained_parameters
-from dora_dist.base_model.load import BaseModelSpec
 from dora_dist.config.format_version import METHOD_TENSORS
-from dora_dist.config.parse import load_config
-from dora_dist.config.tasks import CAUSAL_LM
-from dora_dist.console.files import follow_umask
 from dora_dist.console.text import say
-from dora_dist.runs import checkpoint, records
-from dora_dist.runs.card import FOLDER_IN_CARD, card_of
-from dora_dist.runs.generation import Needed, write_settings
-from dora_dist.runs.use import Use
+from dora_dist.runs import checkpoint
+from dora_dist.runs.adapter_folder.writing import complete_adapter
 from dora_dist.training import method_state
 from dora_dist.training.optimizer_shards import OptimizerShards, WholeState, is_sharded, load_whole
 from dora_dist.training.parts import LoopSettings, TrainingParts
@@ -47,7 +39,7 @@ def keep_device_state(path: Path, device: torch.device) -> None:
 
     Args:
         path: File of the rank, as the Trainer wrote it.
-        device: Of the rank.
+        device: the rank's device.
     """
     if device.type == "cpu":
         return
@@ -64,7 +56,7 @@ def restore_device_state(path: Path, device: torch.device) -> None:
 
     Args:
         path: File of the rank.
-        device: Of the rank now.
+        device: the rank's device now.
     """
     if device.type == "cpu":
         return
@@ -72,51 +64,6 @@ def restore_device_state(path: Path, device: torch.device) -> None:
         state = torch.load(path, weights_only=True).get(OWN_DEVICE)
     if state is not None:
         torch.get_device_module(device).set_rng_state(state, device)
-
-
-def write_adapter(
-    folder: Path,
-    run: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    write: Callable[[Path], object],
-    method: str | None = None,
-) -> Needed:
-    """Write the final adapter of a run; ``folder`` is complete or not there. Returns what the base lacks of it.
-
-    Args:
-        folder: is replaced.
-        run: folder of the run, whose records say what the adapter is and how it is used.
-        tokenizer: that it was trained with.
-        write: writes the adapter, and its card as far as the adapter itself says it, into the folder given.
-        method: as of :func:`~dora_dist.runs.card.card_of`.
-    """
-    temporary = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    write(temporary)
-    tokenizer.save_pretrained(temporary)
-    needed = complete_adapter(temporary, run, method)
-    follow_umask(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-    return needed
-
-
-def complete_adapter(folder: Path, run: Path, method: str | None = None) -> Needed:
-    """Let the folder of an adapter say what it is, in its card, and how it is used, by the records of its run so far.
-    Returns what the base lacks of it.
-
-    Args:
-        folder: of the adapter, with its tokenizer.
-        run: folder of the run, which may be going on.
-        method: as of :func:`~dora_dist.runs.card.card_of`.
-    """
-    config = load_config(run / records.CONFIG)
-    use, needed = Use.of(config, run), Needed()
-    if config.task == CAUSAL_LM:
-        needed = write_settings(folder, BaseModelSpec.of(config.model, config.task), use.chat)
-    complete_card(folder, *card_of(run, config, needed.lines(FOLDER_IN_CARD), method))
-    use.write(folder)
-    return needed
 
 
 class Checkpointer:

@@ -24,7 +24,7 @@ def save_method_state(
     folder: Path,
     controller: DynamicRankController,
     fingerprint: Fingerprint,
-    processes: int,
+    world_size: int,
     best: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the method's tensors, and as JSON the step, number of processes, fingerprint and best checkpoint.
@@ -33,10 +33,10 @@ def save_method_state(
         folder: the checkpoint's folder.
         controller: the controller, with its layers and head.
         fingerprint: settings that a resumed run must not change.
-        processes: Number of ranks that write the checkpoint.
+        world_size: number of ranks that write the checkpoint.
         best: state of the search for the best checkpoint; None where there is none.
     """
     save_method_tensors(folder, controller)
-    about = {"format": FORMAT_VERSION, "step": controller.step, "processes": processes}
+    about = {"format": FORMAT_VERSION, "step": controller.step, "processes": world_size}
     found = {} if best is None else {"best": best}
     write_json(folder / METHOD_STATE, {**about, **found, "fingerprint": fingerprint.as_dict()})

@@ -60,7 +60,7 @@ class LoopSettings:
     Attributes:
         engine: ``distributed.engine`` of the configuration.
         timeout_minutes: time that a rank waits for the others in a collective of the engine.
-        start: how the adapter's start is computed from data; None where it is drawn at random.
+        data_start: how the adapter's start is computed from data; None where it is drawn at random.
         rank_choice: how the ranks are chosen from data; None where they are known.
         adapter_dtype: the dtype that the adapter's parameters must have when training begins.
         lora_plus_ratio: learning rate of the columns b_i, divided by that of everything else.
@@ -73,7 +73,7 @@ class LoopSettings:
 
     engine: str
     timeout_minutes: float
-    start: DataStart | None
+    data_start: DataStart | None
     rank_choice: RankChoice | None
     adapter_dtype: torch.dtype
     lora_plus_ratio: float

@@ -129,15 +129,15 @@ class DynamicLoraTrainer(Trainer):
     def _prepare_from_data(self) -> None:
         """Choose the ranks and compute the start, where they are made from training rows."""
         agreement, controller = self.parts.agreement, self.parts.controller
-        choice, start = self.settings.rank_choice, self.settings.start
-        if choice is not None or start is not None:
+        choice, data_start = self.settings.rank_choice, self.settings.data_start
+        if choice is not None or data_start is not None:
             # Here, because the Trainer switches it on only later.
             recompute_first(self.model.get_base_model(), self.settings.recomputation.count)
         if choice is not None:
             ranks = choose_ranks(self.model, self._loss_of_row, choice, controller.budget, agreement)
             controller.fix_ranks(ranks)
-        if start is not None:
-            start_from_data(self.model, self._loss_of_row, start, agreement)
+        if data_start is not None:
+            start_from_data(self.model, self._loss_of_row, data_start, agreement)
 
     def tokens_of(self, first: int, last: int) -> int:
         """Number of tokens of the optimizer steps after ``first`` up to ``last``, on all ranks together, without

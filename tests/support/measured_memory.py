@@ -148,7 +148,7 @@ def _load(config: RunConfig, adapter_dtype: str) -> DynamicLoraModel:
     """The model as ``build.load_model`` loads it, ready to train."""
     base = load_base_model(BaseModelSpec.of(config.model, config.task))
     model = add_dynamic_lora(base, replace(config.adapter, dtype=adapter_dtype), config.model.fuse)
-    model.leave_out_logits()
+    model.use_loss_without_logits()
     layers = recomputable_layers(model.get_base_model())
     recompute_first(model.get_base_model(), number_of_recomputed(config.model.recompute_layers or 0, layers, "it"))
     if config.adapter.start_rank > config.adapter.target_rank:

@@ -47,7 +47,7 @@ def sharded_base(folder: str, quantization: str, over: bool | str, agreement: Ag
 def adapted(base: Any, recomputed: int = 0) -> DynamicLoraModel:
     """The base with an adapter whose components all have an effect, the same on every rank."""
     model = shake(adapt(base))
-    model.leave_out_logits()
+    model.use_loss_without_logits()
     recompute_first(base, recomputed)
     return model.train()
 

@@ -22,7 +22,7 @@ from dora_dist.config.run import RunConfig
 from dora_dist.console import files
 from dora_dist.export import __main__ as export
 from dora_dist.runs import records
-from dora_dist.runs.use import Use
+from dora_dist.runs.adapter_folder.use import Use
 from support.tiny_models import load_base, shake, tiny_model
 from support.tiny_run import some_fingerprint
 

@@ -67,7 +67,7 @@ class AdaLora:
             # PEFT divides by init_r for the whole run, and multiplies by this; its type is an int.
             lora_alpha=config.adapter.alpha,  # type: ignore[arg-type]
             lora_dropout=config.adapter.dropout,
-            target_modules=list(resolved.ranks),
+            target_modules=list(resolved.initial_ranks),
             modules_to_save=list(head_modules(base)) or None,  # PEFT adds names to it
             task_type=TASKS[config.task].peft_type,
         )

@@ -39,7 +39,7 @@ class Eva:
             # PEFT multiplies by it; its type is an int. PEFT scales it with a layer's rank, so alpha / r is constant.
             lora_alpha=config.adapter.alpha,  # type: ignore[arg-type]
             lora_dropout=config.adapter.dropout,
-            target_modules=list(resolved.ranks),
+            target_modules=list(resolved.initial_ranks),
             init_lora_weights="eva",
             eva_config=EvaConfig(),
             task_type=TASKS[config.task].peft_type,
@@ -58,7 +58,7 @@ class Eva:
 
     def kept(self, model: PeftModel, resolved: resolve.ResolvedRun) -> Mapping[str, Tensor]:
         ranks = {name: layer.r["default"] for name, layer in _layers(model).items()}
-        return {name: torch.ones(ranks.get(name, 0), dtype=torch.bool) for name in resolved.ranks}
+        return {name: torch.ones(ranks.get(name, 0), dtype=torch.bool) for name in resolved.initial_ranks}
 
     @torch.no_grad()
     def factors(self, model: PeftModel, resolved: resolve.ResolvedRun) -> Factors:

@@ -29,11 +29,11 @@ from dora_dist.distributed.preemption import PreemptionNotice
 from dora_dist.memory.estimate import card_bytes
 from dora_dist.method.prune_event import PruneEvent
 from dora_dist.runs import records, resume, summary
+from dora_dist.runs.adapter_folder.writing import write_adapter
 from dora_dist.setup import build, resolve, run_data
 from dora_dist.setup.fingerprint import adapter_seed
 from dora_dist.setup.recomputation import apply_recomputation
 from dora_dist.setup.tasks import TASK_PARTS
-from dora_dist.training.checkpointing import write_adapter
 from dora_dist.training.controller import NonFiniteAdapterError
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def _begin_records(
     if earlier.finished:
         return None
     run_records = records.RunRecords(run, writes=True)
-    run_records.describe_run(config, fingerprint, resolved.describe_data(), 1, resolved.left_out)
+    run_records.describe_run(config, fingerprint, resolved.describe_data(), 1, resolved.unadapted)
     run_records.truncate_after(-1)
     return run_records
 

@@ -21,7 +21,7 @@ from dora_dist.adapter.targets import resolve_targets
 from dora_dist.base_model.head import head_modules, task_of
 from dora_dist.base_model.load import BaseModelSpec, load_skeleton
 from dora_dist.config.parse import load_config
-from dora_dist.setup.build import leave_out_logits, load_model
+from dora_dist.setup.build import load_model, try_loss_without_logits
 from dora_dist.setup.resolve import check_method
 
 TOLERANCES = {"loss": 2e-6, "gradient": 1e-5}
@@ -40,7 +40,7 @@ def test_loss_and_gradients_are_the_same(tmp_path: Path, quantization: str, drop
     results = []
     for model in fused_and_not(load_base(tmp_path, quantization), dropout=dropout):
         model.adapted_layers()["model.layers.0.self_attn.q_proj"].component_mask[1] = False
-        assert (model.leave_out_logits() is None) is model.fused
+        assert (model.use_loss_without_logits() is None) is model.fused
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if not model.fused:
@@ -74,7 +74,7 @@ def test_logits_and_gradients_in_float64_are_the_same_to_its_rounding():
 def test_the_held_out_loss_is_the_same_and_without_the_switch_there_are_logits():
     losses = []
     for model in fused_and_not(tiny_model()):
-        model.leave_out_logits()
+        model.use_loss_without_logits()
         with torch.no_grad(), model.eval().loss_only():
             outputs = model(input_ids=tokens(), labels=tokens(), num_items_in_batch=1)
         assert (outputs.logits is None) is model.fused
@@ -126,7 +126,7 @@ def test_without_it_nothing_is_replaced_for_the_time_of_a_forward_either(tmp_pat
     """As a run loads the model: the head and the loss are the base's own within training and evaluation."""
     config = load_config(write_config(tmp_path), ["--distributed.engine", "none", "--model.fuse", "false"])
     model = load_model(config, torch.device("cpu"), tiny_tokenizer())
-    leave_out_logits(model)
+    try_loss_without_logits(model)
     assert "takes the logits of all positions at once, and their memory: fuse is false" in capfd.readouterr().err
     base = model.get_base_model()
     head = base.get_output_embeddings()

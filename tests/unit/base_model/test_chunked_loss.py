@@ -23,7 +23,7 @@ from dora_dist.benchmark.operations import Operations
 from dora_dist.benchmark.peak import rise_of_allocator
 from dora_dist.config.parse import load_config
 from dora_dist.data.batches import predicting
-from dora_dist.setup.build import leave_out_logits, load_model
+from dora_dist.setup.build import load_model, try_loss_without_logits
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6}
 """Of a loss and of gradients, relative to the largest."""
@@ -163,7 +163,7 @@ def test_loss_and_gradients_of_a_model_in_float64(small_chunks, tied, kind, item
     total = functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
     expected = total / ((labels[:, 1:] != IGNORED).sum() if items is None else items)
     wanted = gradients_of(model, expected)
-    assert model.leave_out_logits() is None
+    assert model.use_loss_without_logits() is None
     outputs = model(**batch, num_items_in_batch=items)
     assert outputs.logits is None
     assert_close(outputs.loss, expected, 1e-12)
@@ -178,7 +178,7 @@ def test_loss_and_gradients_of_a_quantized_model(tmp_path, small_chunks, archite
     batch, items = micro_batch(kind), torch.tensor(20)
     expected = model(**batch, num_items_in_batch=items).loss
     wanted = gradients_of(model, expected)
-    assert model.leave_out_logits() is None
+    assert model.use_loss_without_logits() is None
     found = model(**batch, num_items_in_batch=items).loss
     assert_close(found, expected, 2e-6)
     assert_close(gradients_of(model, found), wanted, 1e-5)
@@ -189,7 +189,7 @@ def test_micro_batches_add_up_to_the_batch(small_chunks, checkpointing):
     model = shake(adapt(tiny_model())).double().train()
     batch, items = micro_batch(rows=4), torch.tensor(25)
     expected = gradients_of(model, model(**batch, num_items_in_batch=items).loss)
-    assert model.leave_out_logits() is None
+    assert model.use_loss_without_logits() is None
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.zero_grad()
@@ -203,7 +203,7 @@ def test_micro_batches_add_up_to_the_batch(small_chunks, checkpointing):
 
 def test_positions_found_with_the_batch_give_the_same_and_nobody_waits_for_them(small_chunks):
     model = shake(adapt(tiny_model())).train()
-    assert model.leave_out_logits() is None
+    assert model.use_loss_without_logits() is None
     labels = tokens().clone()
     labels[:, :3] = IGNORED
     results = []
@@ -223,7 +223,7 @@ def test_a_trajectory_on_nf4_is_that_with_logits(tmp_path, small_chunks):
     for without in (False, True):
         model = shake(adapt(load_base(tmp_path))).train()
         if without:
-            assert model.leave_out_logits() is None
+            assert model.use_loss_without_logits() is None
         optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-2, eps=1e-5)
         losses.append([])
         for step in range(8):
@@ -240,7 +240,7 @@ def test_a_micro_batch_without_labels_adds_nothing():
     model = shake(adapt(tiny_model())).train()
     batch = micro_batch()
     batch["labels"] = torch.full_like(batch["labels"], IGNORED)
-    assert model.leave_out_logits() is None
+    assert model.use_loss_without_logits() is None
     loss = model(**batch, num_items_in_batch=torch.tensor(5)).loss
     assert float(loss) == 0
     assert gradients_of(model, loss).count_nonzero() == 0
@@ -253,7 +253,7 @@ def test_logits_are_there_wherever_they_can_be_wanted():
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     expected = model(**batch)
     ids = model.eval().generate(input_ids=batch["input_ids"], max_new_tokens=3, do_sample=False, pad_token_id=0)
-    assert model.leave_out_logits() is None
+    assert model.use_loss_without_logits() is None
     for training, given in ((True, inputs), (False, batch), (False, inputs)):
         assert torch.equal(model.train(training)(**given).logits, expected.logits)
     assert torch.equal(model.eval()(**batch).loss, expected.loss)
@@ -269,7 +269,7 @@ def test_logits_are_there_wherever_they_can_be_wanted():
 
 def test_an_error_in_a_forward_leaves_the_model_as_it_was():
     model = adapt(tiny_model()).train()
-    assert model.leave_out_logits() is None
+    assert model.use_loss_without_logits() is None
     base, head = model.get_base_model(), model.get_base_model().get_output_embeddings()
     with pytest.raises(IndexError):
         model(input_ids=torch.tensor([[VOCABULARY]]), labels=torch.tensor([[0]]))
@@ -281,7 +281,7 @@ def test_an_error_in_a_forward_leaves_the_model_as_it_was():
 def test_the_proof_leaves_nothing_behind():
     model = adapt(tiny_model(), dropout=0.5).train()
     before = torch.get_rng_state()
-    assert model.leave_out_logits() is None
+    assert model.use_loss_without_logits() is None
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training
     assert all(module.training for module in model.modules())
@@ -298,7 +298,7 @@ def test_losses_beside_the_cross_entropy_and_biased_heads_are_kept(small_chunks,
     model = shake(adapt(base, target_modules=["q_proj", "v_proj"])).train()
     expected = model(**micro_batch()).loss
     wanted = gradients_of(model, expected)
-    assert model.leave_out_logits() is None
+    assert model.use_loss_without_logits() is None
     found = model(**micro_batch())
     assert found.logits is None
     assert_close(found.loss, expected, 2e-6)
@@ -318,7 +318,7 @@ def test_losses_beside_the_cross_entropy_and_biased_heads_are_kept(small_chunks,
 def test_a_model_that_changes_its_logits_keeps_them(architecture, changes, reason):
     model = shake(adapt(tiny_model(architecture, **changes))).train()
     expected = model(**micro_batch())
-    assert reason in model.leave_out_logits()
+    assert reason in model.use_loss_without_logits()
     found = model(**micro_batch())
     assert torch.equal(found.loss, expected.loss)
     assert torch.equal(found.logits, expected.logits)
@@ -334,7 +334,7 @@ def test_a_quantized_or_trained_head_keeps_its_logits():
 def test_a_loss_of_its_own_is_kept():
     base = tiny_model().requires_grad_(False)
     base.loss_function = lambda logits, labels, vocab_size, **_: logits.float().pow(2).mean()
-    assert adapt(base).leave_out_logits() == "its loss is <lambda>"
+    assert adapt(base).use_loss_without_logits() == "its loss is <lambda>"
 
 
 @pytest.mark.parametrize(("wrong", "what"), [("loss", "loss"), ("gradient", "gradient")])
@@ -348,7 +348,7 @@ def test_other_numbers_are_found_by_the_proof(monkeypatch, wrong, what):
 
     monkeypatch.setattr(chunked_loss, "chunked_cross_entropy", one_percent_off)
     model = adapt(tiny_model()).train()
-    assert f"without them its {what} differs by 0.01" in model.leave_out_logits()
+    assert f"without them its {what} differs by 0.01" in model.use_loss_without_logits()
     assert model(**micro_batch()).logits is not None
 
 
@@ -379,7 +379,7 @@ def test_peak_memory_of_a_step_with_128k_words():
     peaks = []
     for leave_out in (False, True):
         if leave_out:
-            assert model.leave_out_logits() is None
+            assert model.use_loss_without_logits() is None
         step()
         with rise_of_allocator() as found:
             step()
@@ -393,7 +393,7 @@ def test_peak_memory_of_a_step_with_128k_words():
 def test_peak_memory_of_an_evaluation_with_128k_words():
     words = 131072
     model = adapt(tiny_model(vocab_size=words, hidden_size=32, max_position_embeddings=128)).eval()
-    assert model.leave_out_logits() is None
+    assert model.use_loss_without_logits() is None
     ids = tokens(4, 128)
     with torch.no_grad(), model.loss_only(), rise_of_allocator() as found:
         model(input_ids=ids, labels=ids)
@@ -407,7 +407,7 @@ def test_a_run_says_why_it_takes_the_memory_of_logits(tmp_path, capfd, architect
     path.write_text(f"output_dir: run\nmodel: {{path: {tmp_path}/model}}\ndata: {{train: x, max_length: 8}}\n")
     config = load_config(path, ["--distributed.engine", "none"])
     model = load_model(config, torch.device("cpu"), tiny_tokenizer())
-    leave_out_logits(model)
+    try_loss_without_logits(model)
     assert (model.train()(**micro_batch()).logits is None) is not said
     text = "the loss of Gemma2ForCausalLM takes the logits of all positions at once, and their memory: final_logit_soft"
     assert (text in capfd.readouterr().err) is said

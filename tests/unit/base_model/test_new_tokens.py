@@ -190,9 +190,9 @@ def test_rows_have_the_gradients_of_the_embedding_and_the_head_in_full(tied):
 
 def test_the_loss_needs_the_logits_where_rows_of_the_head_are_trained():
     model = with_new_tokens(tiny_model())
-    assert model.leave_out_logits() == "rows of its head are trained (adapter.new_tokens)"
-    assert not model.leaves_out_logits
-    assert adapt(tiny_model()).leave_out_logits() is None
+    assert model.use_loss_without_logits() == "rows of its head are trained (adapter.new_tokens)"
+    assert not model.has_loss_without_logits
+    assert adapt(tiny_model()).use_loss_without_logits() is None
 
 
 def test_rows_have_the_dtype_of_the_adapter_and_are_part_of_its_state():

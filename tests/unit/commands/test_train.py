@@ -8,8 +8,8 @@ from support.repository import REPOSITORY
 from support.tiny_models import adapt, shake, tiny_model
 
 from dora_dist.config.parse import load_config
-from dora_dist.setup.ending import describe_size
-from dora_dist.train import ranks_of_a_run, start
+from dora_dist.setup.adapter_use import describe_size
+from dora_dist.train import start, world_size_of_a_run
 
 COMPONENT_KIB = 2 * (128 + 96 + 96 + 128 + 192 + 192 + 192) * 4 / 1024
 """Of one component of each layer of the tiny model, in float32."""
@@ -28,7 +28,7 @@ def test_the_size_of_the_adapter_is_said_with_and_without_padding(tmp_path):
 def test_a_dry_run_is_for_the_ranks_that_a_run_would_have_here(engine, gpus, ranks, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     config = load_config(REPOSITORY / "configs" / "quickstart.yaml", ["--distributed.engine", engine])
-    assert ranks_of_a_run(config) == ranks
+    assert world_size_of_a_run(config) == ranks
 
 
 def test_a_process_that_is_one_of_several_by_half_starts_no_ranks_of_its_own(monkeypatch):

@@ -9,8 +9,8 @@ from support.byte_tokenizer import byte_tokenizer
 from dora_dist.data.encoding.chat import choose_template
 from dora_dist.data.encoding.encoder import EncodingRules, Status
 from dora_dist.data.row_formats import build_encoder, what_is_said
-from dora_dist.generate.questions import Question, as_asked, read_questions
-from dora_dist.runs.use import Use
+from dora_dist.generate.questions import PromptRequest, as_asked, read_questions
+from dora_dist.runs.adapter_folder.use import Use
 
 SWITCHED = (
     "{% if tool_names %}<|im_start|>system\n{{ tool_names | join(' ') }}<|im_end|>\n{% endif %}"
@@ -123,6 +123,6 @@ def test_generate_asks_with_the_values_of_a_line(system):
         **{field.name: None for field in dataclasses.fields(Use)} | {"chat": True, "prompts": [None], "systems": [""]}
     )
     (question,) = as_asked(use, list(read_questions([line], raw=False)), system)
-    assert isinstance(question, Question)
+    assert isinstance(question, PromptRequest)
     before = f"<|im_start|>system\ns<|im_end|>\n{ASKED}" if system else ASKED
     assert question.prompt(tokenizer, chat=True) == before + CLOSED

@@ -34,7 +34,7 @@ from dora_dist.export import __main__ as export
 from dora_dist.quantize import __main__ as quantize
 from dora_dist.runs import checkpoint, records
 from dora_dist.runs.trained_run import open_run
-from dora_dist.setup.ending import describe_use
+from dora_dist.setup.adapter_use import describe_use
 
 NUM_MODULES = 14
 

@@ -10,7 +10,7 @@ from support.tiny_models import tiny_model
 
 from dora_dist.adapter.plain_lora import read_lora_adapter, write_compact_adapter, write_lora_adapter
 from dora_dist.export import servers
-from dora_dist.runs.generation import Needed
+from dora_dist.runs.adapter_folder.generation import Needed
 
 LAYER = "model.layers.0."
 FACTORS = {

@@ -27,7 +27,7 @@ from dora_dist.data.reading.samples import alpaca_prompt
 from dora_dist.evaluation.answers import generate_answers
 from dora_dist.generate import __main__ as command
 from dora_dist.runs import checkpoint, records
-from dora_dist.runs.use import FORMAT, USE
+from dora_dist.runs.adapter_folder.use import FORMAT, USE
 
 TEMPLATE = choose_template(character_tokenizer(), "plain").text
 

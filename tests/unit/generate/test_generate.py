@@ -282,7 +282,7 @@ def test_a_whole_prompt_that_begins_with_the_start_token_has_one_as_in_training(
     line = json.dumps({"prompt": "<s>[INST] Hi [/INST]", "completion": "Hello"})
     rules = EncodingRules(format="prompt_completion")
     trained = build_encoder(tokenizer, rules)({"place": [""], "json": [line], "flaw": [""], "filled": [False]})
-    asked = asking.Question("<s>[INST] Hi [/INST]", raw=True).ids(tokenizer, False, control_tokens(tokenizer))
+    asked = asking.PromptRequest("<s>[INST] Hi [/INST]", raw=True).ids(tokenizer, False, control_tokens(tokenizer))
     assert asked == trained["input_ids"][0][: trained["answer_start"][0]]
     assert asked.count(tokenizer.bos_token_id) == 1
 

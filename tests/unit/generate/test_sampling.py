@@ -15,7 +15,7 @@ from dora_dist.generate import __main__ as command
 from dora_dist.generate import answering
 from dora_dist.generate.answering import Answerer
 from dora_dist.generate.conversing import converse
-from dora_dist.generate.questions import Question, collect_questions, read_questions
+from dora_dist.generate.questions import PromptRequest, collect_questions, read_questions
 from dora_dist.generate.sampling import Sampling
 from dora_dist.runs import records
 from dora_dist.runs.trained_run import open_run
@@ -69,7 +69,7 @@ def test_tokens_come_as_often_as_their_probabilities_say(run: TrainedFolder) -> 
     """The first token of many answers, against the softmax of the logits over the temperature."""
     answerer = Answerer.of(open_run(run.folder), Sampling(temperature=0.05), 1)
     model = answerer.load()
-    ids = answerer.ids(Question("a"))
+    ids = answerer.ids(PromptRequest("a"))
     with torch.no_grad():
         wanted = torch.softmax(model(input_ids=torch.tensor([ids])).logits[0, -1] / 0.05, -1)
     answers = answerer.answers(model, [ids] * 2000, 0)
@@ -120,9 +120,9 @@ def test_a_conversation_is_asked_with_all_that_was_said_until_it_is_reset(
     model, said, answers = answerer.load(), [{"role": "system", "content": "Be brief."}], []
     for text in ("Hi", "And?"):
         said.append({"role": "user", "content": text})
-        answers += answerer.answers(model, [answerer.ids(Question(messages=said))], 0)
+        answers += answerer.answers(model, [answerer.ids(PromptRequest(messages=said))], 0)
         said.append({"role": "assistant", "content": answers[-1]})
-    alone = Question(messages=[said[0], said[3]])
+    alone = PromptRequest(messages=[said[0], said[3]])
     answers += answerer.answers(model, [answerer.ids(alone)], 0)
     assert shown.out == "".join(f"{answer}\n" for answer in answers)
     assert "a prompt holds the control token '</s>'" in shown.err
@@ -133,7 +133,7 @@ def test_a_conversation_is_asked_with_all_that_was_said_until_it_is_reset(
 def test_the_template_is_read_for_its_ends_once_and_not_with_every_batch(chatting: TrainedFolder, monkeypatch) -> None:
     answerer = Answerer.of(open_run(chatting.folder), Sampling(), 1)
     assert set(answerer.stop) == {answerer.tokenizer.eos_token_id}
-    model, prompt = answerer.load(), answerer.ids(Question(messages=[{"role": "user", "content": "Hi"}]))
+    model, prompt = answerer.load(), answerer.ids(PromptRequest(messages=[{"role": "user", "content": "Hi"}]))
     wanted = answerer.answers(model, [prompt], 0)
     monkeypatch.setattr(answering, "stop_tokens", None)
     assert answerer.answers(model, [prompt], 1) == wanted

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dora_dist.method.moving import Move, first_free, move_components
+from dora_dist.method.moving import MovedComponents, first_free, move_components
 
 TIED = st.sampled_from([-0.5, 0.0, 0.25, 1.0])
 
@@ -18,7 +18,7 @@ def counts(masks) -> dict[str, int]:
     return {name: int(mask.sum()) for name, mask in masks.items()}
 
 
-def after(alive, move: Move) -> dict[str, torch.Tensor]:
+def after(alive, move: MovedComponents) -> dict[str, torch.Tensor]:
     return {name: (alive[name] & ~move.pruned[name]) | move.grown[name] for name in alive}
 
 

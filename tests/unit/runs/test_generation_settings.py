@@ -14,9 +14,9 @@ from dora_dist.config.tasks import CAUSAL_LM
 from dora_dist.console import files
 from dora_dist.data.encoding.chat import choose_template
 from dora_dist.runs import records
-from dora_dist.runs.generation import Needed, write_settings
-from dora_dist.runs.use import Use
-from dora_dist.setup.ending import describe_use
+from dora_dist.runs.adapter_folder.generation import Needed, write_settings
+from dora_dist.runs.adapter_folder.use import Use
+from dora_dist.setup.adapter_use import describe_use
 
 START, END = "<|im_start|>", "<|im_end|>"
 END_ID, EOS_ID = 105, 2

@@ -21,9 +21,9 @@ def config(**training):
     return RunConfig(output_dir="x", model=ModelConfig(path="m"), data=DataConfig(train="t"), training=training)
 
 
-def earlier(processes, batch):
+def earlier(world_size, batch):
     return Earlier(
-        folder=FOLDER, checkpoint=FOLDER, processes=processes, fingerprint=some_fingerprint(global_batch=batch)
+        folder=FOLDER, checkpoint=FOLDER, world_size=world_size, fingerprint=some_fingerprint(global_batch=batch)
     )
 
 
@@ -33,10 +33,10 @@ def test_the_configured_accumulation_holds_where_nothing_was_before_or_the_ranks
 
 
 @pytest.mark.parametrize(
-    ("processes", "per_process", "expected"), [(1, 2, 8), (2, 2, 4), (8, 2, 1), (4, 4, 1), (16, 1, 1)]
+    ("world_size", "per_process", "expected"), [(1, 2, 8), (2, 2, 4), (8, 2, 1), (4, 4, 1), (16, 1, 1)]
 )
-def test_the_accumulation_keeps_the_global_batch(processes, per_process, expected):
-    found = resume.accumulation(earlier(3, 16), config(per_device_train_batch_size=per_process), processes)
+def test_the_accumulation_keeps_the_global_batch(world_size, per_process, expected):
+    found = resume.accumulation(earlier(3, 16), config(per_device_train_batch_size=per_process), world_size)
     assert found == expected
 
 
@@ -45,16 +45,16 @@ def test_the_trainers_default_batch_is_known():
 
 
 @pytest.mark.parametrize(
-    ("processes", "per_process", "hint"),
+    ("world_size", "per_process", "hint"),
     [
         (4, 8, "set training.per_device_train_batch_size to one of 1, 2, 4"),
         (3, 1, "use a number of processes that divides it"),
         (32, 1, "use a number of processes that divides it"),
     ],
 )
-def test_a_batch_that_cannot_be_had_is_refused_with_what_could(processes, per_process, hint):
+def test_a_batch_that_cannot_be_had_is_refused_with_what_could(world_size, per_process, hint):
     with pytest.raises(ValueError, match=f"by 2 processes with a global batch of 16, .*{hint}"):
-        resume.accumulation(earlier(2, 16), config(per_device_train_batch_size=per_process), processes)
+        resume.accumulation(earlier(2, 16), config(per_device_train_batch_size=per_process), world_size)
 
 
 def finished_run(folder, version=FORMAT_VERSION, **changes):
@@ -68,7 +68,7 @@ def test_a_finished_run_is_known_by_its_settings(tmp_path):
     assert not resume.look(tmp_path, "auto").finished
     found = resume.look(finished_run(tmp_path), "auto")
     assert found.finished
-    assert found.processes == 2
+    assert found.world_size == 2
     resume.check_settings(found, some_fingerprint(adapter={"target_modules": ("q_proj",)}))
 
 

@@ -15,7 +15,7 @@ from dora_dist.console import files
 from dora_dist.evaluation.evaluator import ShownAnswer
 from dora_dist.method.layer_names import split_name
 from dora_dist.runs import pictures, records
-from dora_dist.runs.card import card_of
+from dora_dist.runs.adapter_folder.card import card_of
 from dora_dist.runs.claim import Claim
 from dora_dist.runs.summary import finish_run, format_summary, is_finished, rank_table, report, summarize
 from dora_dist.runs.task_figures import TaskFigure, line_of, record_line
@@ -309,7 +309,7 @@ class Drawn:
 def test_one_point_is_seen_and_the_budget_falls_at_its_events(tmp_path, monkeypatch):
     drawn = Drawn(monkeypatch)
     lines = [{"step": 6, "loss": 4.0, "components": 3}, {"step": 6, "eval_loss": 5.0, "eval_examples": 3}]
-    pictures.draw_progress(lines, pictures.Budget(start=9, left={2: 9, 3: 5, 4: 3}, target=3), tmp_path / "x.png")
+    pictures.draw_progress(lines, pictures.BudgetCurve(start=9, left={2: 9, 3: 5, 4: 3}, target=3), tmp_path / "x.png")
     training, held_out = drawn.top.lines
     assert (training.get_label(), training.get_marker(), list(training.get_xdata())) == ("training", "o", [6])
     assert (held_out.get_label(), held_out.get_marker()) == ("held-out", "o")

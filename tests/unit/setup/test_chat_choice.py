@@ -9,7 +9,7 @@ from support.byte_tokenizer import byte_tokenizer
 from dora_dist.config.data import DataConfig
 from dora_dist.data.encoding.chat import choose_template
 from dora_dist.data.encoding.control_tokens import control_tokens
-from dora_dist.generate.questions import Question
+from dora_dist.generate.questions import PromptRequest
 from dora_dist.setup.run_data import prepare_data
 
 ALPACA = {"instruction": "Add.", "input": "1 2", "output": "3"}
@@ -150,7 +150,7 @@ def test_options_of_the_template_hold_for_training_and_for_what_is_asked_with_th
     tokenizer.save_pretrained(tmp_path / "adapter")
     saved = type(tokenizer).from_pretrained(tmp_path / "adapter")
     (row,) = data.train[0].dataset
-    asked = Question(PAIR["prompt"]).ids(saved, True, control_tokens(saved))
+    asked = PromptRequest(PAIR["prompt"]).ids(saved, True, control_tokens(saved))
     assert asked == row["input_ids"][: row["answer_start"]]
     assert tokenizer.decode(asked).endswith("<|im_start|>assistant\nWell, ")
     assert plain.train[0].folder != data.train[0].folder

@@ -111,13 +111,13 @@ def test_a_model_whose_experts_stay_in_16_bits_is_refused_in_the_dry_run_and_the
 def test_what_all_linear_leaves_out_is_said_in_the_dry_run_and_the_estimate(experts, overrides):
     settings = load(experts, *overrides)
     run, estimate = resolved(settings), estimate_memory(settings, 1)
-    assert run.left_out.startswith(
+    assert run.unadapted.startswith(
         "all-linear leaves out 88.9% of the block weights: model.layers.*.mlp.experts.gate_up"
     )
     for text in (describe(settings, run, 1), render(estimate)):
-        assert run.left_out in text
+        assert run.unadapted in text
     named = load(experts, *overrides, "--adapter.target_modules", "[q_proj]")
-    assert resolved(named).left_out is None
+    assert resolved(named).unadapted is None
 
 
 def with_tokens(config, **changes):

@@ -23,9 +23,9 @@ def adapter(config, tmp_path):
 
 def test_the_model_starts_with_what_was_read_when_the_run_was_decided(config, adapter):
     settings = load(config, "--adapter.start_from", str(adapter))
-    start = decided(settings).start
+    start = decided(settings).start_adapter
     adapter.rename(adapter.with_name("moved"))
-    model = build.load_model(settings, torch.device("cpu"), tiny_tokenizer(), start=start)
+    model = build.load_model(settings, torch.device("cpu"), tiny_tokenizer(), start_adapter=start)
     for name, layer in model.adapted_layers().items():
         torch.testing.assert_close(layer.lora_a[:2].float(), start.layers[name].lora_a)
 
@@ -36,7 +36,7 @@ def test_a_run_that_goes_on_compares_the_folder_where_it_is_still_there(config, 
     began_with = first.fingerprint.adapter["start_from"]
     again = decided(settings, began_with)
     assert again.fingerprint == first.fingerprint
-    assert again.start is None, "the checkpoint has its components"
+    assert again.start_adapter is None, "the checkpoint has its components"
 
     adapter.rename(adapter.with_name("moved"))
     without = decided(settings, began_with)

@@ -44,7 +44,7 @@ class Loop:
         settings = LoopSettings(
             engine="none",
             timeout_minutes=1,
-            start=None,
+            data_start=None,
             rank_choice=None,
             adapter_dtype=torch.float32,
             lora_plus_ratio=1.0,

@@ -34,7 +34,7 @@ def card_of(
     Args:
         run: the run's folder; the run may still be going on.
         config: the configuration that the run has recorded.
-        needed: what the base lacks, from :meth:`~dora_dist.runs.generation.Needed.lines`.
+        needed: what the base lacks, from :meth:`~dora_dist.runs.adapter_folder.generation.Needed.lines`.
         method: the method that trained the adapter, if it is not the one in the configuration; None if it is.
     """
     about, summary = files.read_json(run / records.RUN), summarize(run)
@@ -95,7 +95,7 @@ def base_card(positions: Mapping[str, Any] | None, needed: Sequence[tuple[str, s
 
     Args:
         positions: the argument of :func:`how_to_scale`; None if the base needs no such settings.
-        needed: what the base lacks, from :meth:`~dora_dist.runs.generation.Needed.lines`.
+        needed: what the base lacks, from :meth:`~dora_dist.runs.adapter_folder.generation.Needed.lines`.
     """
     scaling = [] if positions is None else [("first set", how_to_scale(positions))]
     text = textwrap.indent(_lines([*scaling, *needed]), "    ")

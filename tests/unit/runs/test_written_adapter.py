@@ -9,8 +9,8 @@ from support.trained_run import TrainedFolder, character_tokenizer, make_base, m
 
 from dora_dist.console import files
 from dora_dist.runs import records
-from dora_dist.runs.use import Use
-from dora_dist.training.checkpointing import write_adapter
+from dora_dist.runs.adapter_folder.use import Use
+from dora_dist.runs.adapter_folder.writing import write_adapter
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from dora_dist.config.tasks import CAUSAL_LM, TASKS
 from dora_dist.console.files import read_json
 from dora_dist.console.text import format_bytes
 from dora_dist.routing.files import TENSORS, is_routed
-from dora_dist.runs.card import how_to_scale
-from dora_dist.runs.generation import Needed
+from dora_dist.runs.adapter_folder.card import how_to_scale
+from dora_dist.runs.adapter_folder.generation import Needed
 
 
 def describe_adapter(folder: Path, config: RunConfig) -> str:
@@ -47,9 +47,9 @@ def describe_use(
 
     Args:
         run: its folder.
-        task: of the run.
+        task: the run's task.
         labels: names of classes, or ``regression``; None where rows have no labels.
-        positions: of the base in the run, as of :func:`~dora_dist.base_model.load.scaled_positions`.
+        positions: what places tokens in the base of the run, from :func:`~dora_dist.base_model.load.scaled_positions`.
         needed: what the base lacks of the adapter; None for nothing.
     """
     folder, needed = run / "adapter", needed or Needed()

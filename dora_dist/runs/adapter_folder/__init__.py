@@ -1,0 +1,1 @@
+"""The folder of a run's adapter: what it says of itself, and how it is written."""
