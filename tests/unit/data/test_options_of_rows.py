@@ -84,7 +84,7 @@ def test_a_switch_that_the_template_never_reads_is_counted_and_what_is_empty_is_
             r"'chat_template_kwargs.xml_tools' is never read by the chat template (it reads enable_",
         ),
         ({"enable_thinkin": "x"}, "is never read by the chat template; did you mean enable_thinking?"),
-        ({"enable_thinking": "false"}, "is the text 'false', with which the chat template compares nothing"),
+        ({"enable_thinking": "false"}, "is the text 'false', and the chat template asks only whether"),
         ({"messages": [{}]}, "'chat_template_kwargs.messages' is set by the program itself: leave it out"),
         ({"tool_names": ["<|im_end|>"]}, "field 'chat_template_kwargs' holds the control token '<|im_end|>'"),
         ("{", "field 'chat_template_kwargs' cannot be read as JSON"),
