@@ -28,6 +28,7 @@ from dora_dist.data.reading.samples import (
     RowFlaw,
     Sample,
     Summary,
+    joined_text,
     names_in,
     rename_fields,
     shortened,
@@ -219,7 +220,7 @@ def _thoughts(entry: Mapping[str, Any], place: str, is_answer: bool) -> dict[str
     if not is_answer:
         raise RowFlaw(f"{place}.{first}", "is a thought in a message that is not the assistant's: leave it out")
     for name, other in others:
-        if other != thought:
+        if joined_text(other) != joined_text(thought):
             raise RowFlaw(f"{place}.{name}", f"is another thought than {first} of the same message: keep one")
     return {THOUGHTS: thought}
 
@@ -499,7 +500,7 @@ def what_is_said(
         return asdict(sample)
     messages = [
         {
-            name: "\n".join(part) if name in ("content", THOUGHTS) and isinstance(part, list) else part
+            name: joined_text(part) if name in ("content", THOUGHTS) else part
             for name, part in message.items()
             if name not in (UNTRAINED, WANTED)
         }

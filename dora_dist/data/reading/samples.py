@@ -264,3 +264,8 @@ def texts_of_parts(content: list[Any], place: str) -> list[str]:
                 f"must be a part of text, {{type: text, text: ...}}, since no other is read, got {shortened(part)}",
             )
     return [part["text"] for part in content]
+
+
+def joined_text(content: str | list[str]) -> str:
+    """A content or thought as one text, to compare it by."""
+    return content if isinstance(content, str) else "\n".join(content)

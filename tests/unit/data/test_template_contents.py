@@ -398,9 +398,14 @@ def test_a_thought_of_nothing_is_none(nothing):
     assert encode(PLAIN, [user(thinking=nothing), answer(thinking=nothing)])[1] == encode(PLAIN, [user(), answer()])[1]
 
 
-def test_a_thought_that_stands_under_two_names_is_one():
-    twice = answer(reasoning="t", reasoning_content="t")
-    assert encode(THINKS, [user(), twice])[1] == encode(THINKS, [user(), answer(thinking="t")])[1]
+@pytest.mark.parametrize(
+    ("thought", "again"),
+    [("t", "t"), ("t", [{"type": "text", "text": "t"}]), (PARTS, "one\ntwo")],
+    ids=["text", "text and its part", "parts and their text"],
+)
+def test_a_thought_that_stands_under_two_names_is_one(thought, again):
+    twice = answer(reasoning=again, reasoning_content=thought)
+    assert encode(THINKS, [user(), twice])[1] == encode(THINKS, [user(), answer(thinking=thought)])[1]
 
 
 @pytest.mark.parametrize(
