@@ -367,12 +367,28 @@ def test_one_below_the_other_where_it_is_narrow() -> None:
 
 
 @pytest.mark.parametrize("width", [None, 80])
-@pytest.mark.parametrize("text", ["東京\u3000大阪", "👩\u200d💻", "می\u200cکنم", "10\u202f000\u00a0€", "if x:\n    y"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("東京\u3000大阪", "👩\u200d💻", "می\u200cکنم", "10\u202f000\u00a0€", "if x:\n    y"),
+        *("\u200fשמש!\u200f", "C++\u200e تعلم", "\u061c5%", "Donau\u00addampf"),
+    ],
+)
 def test_answers_in_any_script_are_shown_as_they_are(text: str, width: int | None, capsys) -> None:
     shown = showing.render("p", text, text.replace("    ", "\t"), width)
     assert all(shown.count(line) == 2 for line in text.split("\n"))
     Printed(character_tokenizer()).on_finalized_text(text, stream_end=True)
     assert capsys.readouterr().out == f"{text}\n"
+
+
+def test_a_crlf_is_a_line_break_and_what_would_reorder_a_line_is_escaped(capsys) -> None:
+    assert showing.render("p", "a\r\nb\r", "\u202ec\u2066", None) == (
+        "--- prompt\np\n--- base\na\nb\\r\n--- adapter\n\\u202ec\\u2066\n"
+    )
+    streamer = Printed(byte_tokenizer("chatml"))
+    streamer.put(streamer.tokenizer("a\r\nb", return_tensors="pt")["input_ids"])
+    streamer.end()
+    assert capsys.readouterr().out == "a\nb\n"
 
 
 def test_width_is_that_of_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
