@@ -78,6 +78,7 @@ class EncodingRules:
     Attributes:
         format: a name of :data:`~dora_dist.data.row_formats.FORMATS`.
         fields: the format's name of a field -> the rows' own, where they differ.
+        ignore: fields of rows that are passed over.
         as_chat: put rows that are no conversations into the chat template too.
         prompt: text with names of fields in braces, which is a row's prompt; None for the row's own.
         system: message of the system for conversations that have none; empty for none.
@@ -95,6 +96,7 @@ class EncodingRules:
 
     format: str
     fields: Mapping[str, str] = field(default_factory=dict)
+    ignore: Sequence[str] = ()
     as_chat: bool = False
     prompt: str | None = None
     system: str = ""
