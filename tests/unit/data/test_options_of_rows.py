@@ -120,7 +120,8 @@ def test_generate_asks_with_the_values_of_a_line(system):
     tokenizer.chat_template = SWITCHED
     line = json.dumps({"messages": TALK["messages"][:1], "chat_template_kwargs": {"enable_thinking": False}})
     use = Use(
-        **{field.name: None for field in dataclasses.fields(Use)} | {"chat": True, "prompts": [None], "systems": [""]}
+        **{field.name: None for field in dataclasses.fields(Use)}
+        | {"chat": True, "prompts": [None], "fields": [{}], "ignore": [[]], "systems": [""]}
     )
     (question,) = as_asked(use, list(read_questions([line], raw=False)), system)
     assert isinstance(question, Question)
