@@ -36,6 +36,7 @@ class SourceConfig:
         name: name in messages and metrics; null derives it from the path.
         format: row format; auto detects it from the fields of the first rows.
         fields: maps the format's name of a field to the name in the rows, such as {prompt: question}.
+        ignore: fields of the rows that the model need not have, such as [context], for which a row would be refused.
         columns: column names of a CSV or TSV file that has no header line.
         quotes: whether quotation marks enclose fields of a CSV or TSV file; false takes them as characters, as GLUE's
             files need.
@@ -56,6 +57,7 @@ class SourceConfig:
     name: str | None = None
     format: Format = "auto"
     fields: dict[str, str] = field(default_factory=dict)
+    ignore: list[str] = field(default_factory=list)
     columns: list[str] = field(default_factory=list)
     quotes: bool = True
     text: Literal["lines", "whole"] | None = None

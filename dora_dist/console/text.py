@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 MIB, GIB = 2**20, 2**30
-JOINERS = "\u200c\u200d\u3000\u00a0\u202f"
-"""Characters that Python calls unprintable, but that Persian, emoji, Chinese and French text needs."""
+IN_TEXTS = "\u200c\u200d\u3000\u00a0\u202f\u200e\u200f\u061c\u00ad"
+"""Characters that Python calls unprintable, but that texts need: joiners of Persian and emoji, spaces of Chinese and
+French, marks of Hebrew and Arabic, soft hyphens. Overrides and isolates, which put a line into another order, are not
+among them."""
 SHORT_ESCAPES = {"\r": "\\r", "\t": "⇥"}
 _said = 0
 
@@ -94,7 +96,7 @@ def visible(text: str, marks: str = "") -> str:
 def _visible(character: str, marks: str) -> str:
     if character in marks:
         return character.encode("ascii", "backslashreplace").decode()
-    if character.isprintable() or character in JOINERS:
+    if character.isprintable() or character in IN_TEXTS:
         return character
     return SHORT_ESCAPES.get(character) or character.encode("unicode_escape", "surrogatepass").decode()
 

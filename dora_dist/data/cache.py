@@ -9,7 +9,7 @@ import json
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from hashlib import sha256
@@ -23,6 +23,7 @@ from datasets import Dataset, Features, load_from_disk
 from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
+from dora_dist.config.checks import nearest
 from dora_dist.console.files import digest_sources
 from dora_dist.console.text import first_lines, say
 from dora_dist.data.encoding.encoder import (
@@ -37,7 +38,7 @@ from dora_dist.data.prepared import LEFT_OUT, PreparedSource, SourceCounts, arro
 from dora_dist.data.reading.files import Location, RawRow
 from dora_dist.data.reading.row_json import parse_json
 from dora_dist.data.reading.samples import has_value_at
-from dora_dist.data.row_formats import build_encoder
+from dora_dist.data.row_formats import FORMATS, build_encoder
 
 MANIFEST = "prepared.json"
 ROWS_AT_A_TIME = 1000
@@ -45,7 +46,9 @@ LEAST_ROWS_PER_WORKER = 1000
 LEAST_TRAINED_SHARE = 0.01
 KEPT_BOOKKEEPING = ("removed", "key", "place")
 MOST_NAMED = 5
-"""Most rows, or tokens, that an error lists."""
+"""Most rows, or tokens, that an error or a remark lists."""
+MOST_FIELDS_NAMED = 20
+"""Most fields that a remark lists."""
 FIRST_ROWS = 20
 """Number of rows from which the format of a source is told."""
 
@@ -74,24 +77,6 @@ def first_rows(location: Location) -> list[dict[str, Any]]:
         where = location.hub or ", ".join(map(str, location.files))
         raise ValueError(flaws[0] if flaws else f"{where} has no rows")
     return rows
-
-
-def fields_of_no_row(location: Location, paths: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Those of some fields, or paths, that no row has, and the names of the fields that rows have. Reading stops when
-    all have been found."""
-    missing = list(paths)
-    known: set[str] = set()
-    for raw in location.rows():
-        try:
-            row = parse_json(raw.json) if not raw.flaw else None
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict):
-            missing = [path for path in missing if not has_value_at(row, path)]
-            known.update(row)
-        if not missing:
-            break
-    return missing, sorted(known)
 
 
 def prepare_source(
@@ -169,6 +154,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 def _prepare(
     name: str, location: Location, encoder: RowEncoder[Any, Any], folder: Path, key: str, workers: int
 ) -> None:
+    _check_names(name, location, encoder.rules)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.partial-", dir=folder.parent) as scratch:
         work = Path(scratch)
         rows = _store_rows(location, work / "rows.arrow")
@@ -196,6 +182,40 @@ def _prepare(
         (finished / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         finished.rename(folder)
+
+
+def _check_names(name: str, location: Location, rules: EncodingRules) -> None:
+    """A row may lack a field that its format needs not, or that is passed over. That all do is a wrong name.
+
+    No more rows are read than it takes to find all.
+
+    Raises:
+        ValueError: there is one.
+    """
+    optional = {own: wanted for wanted, own in rules.fields.items() if wanted in FORMATS[rules.format].optional}
+    missing = [*optional, *rules.ignore]
+    known: set[str] = set()
+    rows = location.rows_of_all_sides()
+    while missing and (raw := next(rows, None)) is not None:
+        try:
+            row = parse_json(raw.json) if not raw.flaw else None
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            missing = [own for own in missing if not (has_value_at(row, own) if own in optional else own in row)]
+            known.update(row)
+    if not missing or not known:
+        return
+    own = missing[0]
+    said, way_out = (
+        (f"the fields of {name} say that {optional[own]} is {own!r}", f"leave {optional[own]} out of the fields")
+        if own in optional
+        else (f"the ignore of {name} names {own!r}", "leave it out of the ignore")
+    )
+    raise ValueError(
+        f"{said}, which none of its rows has{nearest(own, sorted(known))} (they have "
+        f"{', '.join(sorted(known)[:MOST_FIELDS_NAMED])}): correct the name, or {way_out}"
+    )
 
 
 def _refuse_controls(name: str, rows: Dataset, bad: Dataset) -> None:

@@ -15,6 +15,9 @@ from dora_dist.data.encoding.summaries import SummaryEncoder
 from dora_dist.data.encoding.text import TextEncoder
 from dora_dist.data.reading.row_json import parse_json
 from dora_dist.data.reading.samples import (
+    ALSO_CALLED,
+    CHAT_FIELDS,
+    CONTEXT_FIELDS,
     ROLES,
     THOUGHTS,
     UNTRAINED,
@@ -28,6 +31,9 @@ from dora_dist.data.reading.samples import (
     RowFlaw,
     Sample,
     Summary,
+    gives_context,
+    is_empty,
+    joined_text,
     names_in,
     rename_fields,
     shortened,
@@ -56,15 +62,6 @@ REFUSED_MESSAGE_FIELDS = (
     *("prefix", "mask", "masked", "loss_mask"),
 )
 """Fields of a message that mean something which is not read."""
-CONTEXT_FIELDS = (
-    *("system", "system_prompt", "history", "tools", "functions", "context", "documents", "chat_template_kwargs"),
-    *("image", "images", "audio", "audios", "video", "videos"),
-)
-"""Fields of a row that the model would be given: where a format does not read one, a row that has it is refused."""
-CHAT_FIELDS = ("system", "tools", "chat_template_kwargs")
-"""Fields of a row beside its conversation."""
-ALSO_CALLED = {"context": "input", "system_prompt": "system"}
-"""Field of other people's rows -> what a format may read it as."""
 ROW_MARKS = ("weight", "train", "trainable")
 """Fields of a row that say whether it has a loss, or how much of one."""
 
@@ -170,9 +167,17 @@ def _conversation(
     if not isinstance(entries, list) or not entries:
         raise RowFlaw(field, _wrong(row, field, "must be a list of messages"))
     messages = [_message(entry, f"{field}[{n}]", role_key, text_key, roles) for n, entry in enumerate(entries)]
-    if system and messages[0]["role"] == "system":
-        raise RowFlaw("system", "is there beside a message of the system: keep one")
-    return [{"role": "system", "content": system}, *messages] if system else messages
+    if not system or joined_text(_first_of_system(messages)).strip() == system.strip():
+        return messages
+    if messages[0]["role"] == "system":
+        raise RowFlaw("system", "is there beside another message of the system: keep one")
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _first_of_system(messages: Sequence[Mapping[str, Any]]) -> str | list[str]:
+    """The message of the system that a conversation begins with; empty where it begins with another."""
+    content: str | list[str] = messages[0]["content"] if messages[0]["role"] == "system" else ""
+    return content
 
 
 def _message(entry: Any, place: str, role_key: str, text_key: str, roles: Mapping[str, str]) -> dict[str, Any]:
@@ -219,7 +224,7 @@ def _thoughts(entry: Mapping[str, Any], place: str, is_answer: bool) -> dict[str
     if not is_answer:
         raise RowFlaw(f"{place}.{first}", "is a thought in a message that is not the assistant's: leave it out")
     for name, other in others:
-        if other != thought:
+        if joined_text(other) != joined_text(thought):
             raise RowFlaw(f"{place}.{name}", f"is another thought than {first} of the same message: keep one")
     return {THOUGHTS: thought}
 
@@ -340,11 +345,12 @@ class RowFormat:
     may_be_chat: bool = False
 
     @property
-    def lost_fields(self) -> list[str]:
-        """Fields that the model would be given in other formats, and that this one does not read."""
+    def lost_fields(self) -> set[str]:
+        """Fields that the model would be given, where they are read: those of other formats, and this one's own, which
+        rows may have beside the field that is read in their place."""
         if self.encoder is not TextEncoder or self.parse is _document:
-            return []
-        return [name for name in CONTEXT_FIELDS if name not in self.optional]
+            return set()
+        return {*CONTEXT_FIELDS, *self.optional}
 
 
 FORMATS: dict[str, RowFormat] = {
@@ -365,7 +371,12 @@ FORMATS: dict[str, RowFormat] = {
 
 
 def parse_row(
-    row: Mapping[str, Any], filled: bool, row_format: str, fields: Mapping[str, str], prompt: str | None
+    row: Mapping[str, Any],
+    filled: bool,
+    row_format: str,
+    fields: Mapping[str, str],
+    prompt: str | None,
+    ignore: Sequence[str] = (),
 ) -> tuple[Any, list[str]]:
     """The sample that a row describes, and the names of its fields that are not read.
 
@@ -374,13 +385,13 @@ def parse_row(
         filled: whether nulls in it may stand for keys that it never had.
         row_format: a name of :data:`FORMATS`.
         fields: the format's name of a field -> the row's own, where they differ.
-        prompt: template of the row's prompt, with names of fields in braces; None for its own prompt.
+        prompt: text with names of fields in braces, which is the row's prompt; None for its own.
+        ignore: fields that are passed over.
 
     Raises:
         RowFlaw: the row describes none, or has something that would be lost.
     """
     layout = FORMATS[row_format]
-    unread = _unread_fields(row, row_format, fields, prompt) if layout.encoder is TextEncoder else []
     renamed = under_format_names(row, fields, prompt)
     try:
         sample = layout.parse(renamed)
@@ -388,44 +399,73 @@ def parse_row(
             _check_filled(renamed, renamed[layout.required[0]], layout.required[0])
     except RowFlaw as error:
         raise RowFlaw(fields.get(error.field, error.field), error.reason) from None
-    return sample, unread
-
-
-def _unread_fields(row: Mapping[str, Any], row_format: str, fields: Mapping[str, str], prompt: str | None) -> list[str]:
-    """Names of fields that hold something and are not read; see :func:`parse_row`.
-
-    Raises:
-        RowFlaw: one of them would have been given to the model, or says how the row is trained.
-    """
-    layout = FORMATS[row_format]
-    read = [fields.get(name, name) for name in (*layout.required, *layout.optional)]
-    if prompt is not None:
-        read = [fields.get("completion", "completion"), *names_in(prompt)]
-    read = [path if path in row else path.split(".")[0] for path in read]
-    unread = [name for name, value in row.items() if name not in read and value not in (None, "", [], {})]
-    for name in unread:
-        if name in layout.lost_fields:
-            way_out = _way_out(name, layout, prompt)
+    if layout.encoder is not TextEncoder:
+        return sample, []
+    read = [*read_fields(row_format, fields, prompt), *ignore]
+    passed = {path if path in row else path.split(".")[0] for path in read}
+    unread = {name: value for name, value in row.items() if name not in passed and not is_empty(value)}
+    for name, value in unread.items():
+        if name in layout.lost_fields and gives_context(value) and not _is_said_already(name, value, sample):
+            way_out = _way_out(name, row, sample, row_format, fields, prompt)
             raise RowFlaw(name, f"is not read in rows of the format {row_format}, so that it would be lost: {way_out}")
-        if name in ROW_MARKS and _mark(row[name]) not in (None, 1):
+        if name in ROW_MARKS and _mark(value) not in (None, 1):
             raise RowFlaw(
                 name,
-                f"is {shortened(row[name])}, which is not read for a whole row, so that it would be trained like any "
-                "other: leave the row out, or the field (messages have such marks of their own, sources a weight)",
+                f"is {shortened(value)}, which is not read for a whole row, so that it would be trained like any "
+                f"other: leave the row out, or, where it says something else, set ignore: [{name}] for the source "
+                "(messages have such marks of their own, sources a weight)",
             )
-    return [name for name in unread if name not in ROW_MARKS or _mark(row[name]) != 1]
+    return sample, [name for name, value in unread.items() if name not in ROW_MARKS or _mark(value) != 1]
 
 
-def _way_out(name: str, layout: "RowFormat", prompt: str | None) -> str:
-    """Advice for a field that is not read."""
-    known = ALSO_CALLED.get(name)
+def read_fields(row_format: str, fields: Mapping[str, str], prompt: str | None) -> list[str]:
+    """Names and paths that are read of rows, by their own names.
+
+    Args:
+        row_format: a name of :data:`FORMATS`.
+        fields: the format's name of a field -> the rows' own, where they differ.
+        prompt: text with names of fields in braces, which is a row's prompt; None for its own.
+    """
+    if prompt is not None:
+        return [fields.get("completion", "completion"), *names_in(prompt)]
+    layout = FORMATS[row_format]
+    return [fields.get(name, name) for name in (*layout.required, *layout.optional)]
+
+
+def _is_said_already(name: str, value: Any, sample: Sample) -> bool:
+    """Whether a field has the message of the system, which the row has in another place too."""
+    said = ALSO_CALLED.get(name, name) == "system" and isinstance(value, str) and _system_of(sample)
+    return bool(said) and said == value.strip()
+
+
+def _system_of(sample: Sample) -> str:
+    """The message of the system that a row has itself."""
+    if isinstance(sample, Instruction):
+        return sample.system.strip()
+    return joined_text(_first_of_system(sample.messages)).strip() if isinstance(sample, Chat) else ""
+
+
+def _way_out(
+    name: str, row: Mapping[str, Any], sample: Sample, row_format: str, fields: Mapping[str, str], prompt: str | None
+) -> str:
+    """What to do with a field that is not read."""
+    unneeded = f"set ignore: [{name}] for the source, if the model need not have it"
+    known = ALSO_CALLED.get(name, name)
     if name == "chat_template_kwargs":
-        return "set data.chat_template_kwargs, which is for all rows, and leave it out of the rows"
-    if known in layout.optional:
-        return f"name it in the fields of the source, fields: {{{known}: {name}}}, or leave it out of the rows"
-    if prompt is not None or layout.parse is _prompt_completion:
-        return f"write it into the prompt of the source, prompt: ... {{{name}}} ..., or leave it out of the rows"
-    return "leave it out of the rows"
+        return f"set data.chat_template_kwargs, which is for all rows, and ignore: [{name}] for the source"
+    is_taken = known in (name, *fields) or (known == "system" and _system_of(sample))
+    is_taken = is_taken or (known not in fields.values() and not is_empty(row.get(known)))
+    if known in FORMATS[row_format].optional and not is_taken:
+        return f"name it in the fields of the source, fields: {{{known}: {name}}}, or {unneeded}"
+    is_pair = prompt is None and row_format == "prompt_completion"
+    if is_pair and known in FORMATS["alpaca"].optional and name != "context":
+        named = {"instruction": fields.get("prompt", "prompt"), "output": fields.get("completion", "completion")}
+        listed = ", ".join(f"{wanted}: {own}" for wanted, own in {**named, known: name}.items() if wanted != own)
+        others = f"fields: {{{listed}}}" if listed else "no fields"
+        return f"read the rows as alpaca, with format: alpaca and {others} for the source, or {unneeded}"
+    if (is_pair or prompt is not None) and isinstance(row[name], str):
+        return f"write it into the prompt of the source, prompt: ... {{{name}}} ..., or {unneeded}"
+    return unneeded
 
 
 def _mark(value: Any) -> float | None:
@@ -474,7 +514,12 @@ def _path_of_null(value: Any) -> str | None:
 
 
 def what_is_said(
-    row: Mapping[str, Any], filled: bool, row_format: str, fields: Mapping[str, str], prompt: str | None
+    row: Mapping[str, Any],
+    filled: bool,
+    row_format: str,
+    fields: Mapping[str, str],
+    prompt: str | None,
+    ignore: Sequence[str] = (),
 ) -> Any:
     """What a row says, in lists and dictionaries of JSON: the same for rows that are read alike, whatever names their
     fields have, and in whichever format a prompt and its answer are written.
@@ -484,22 +529,23 @@ def what_is_said(
         filled: whether nulls in it may stand for keys that it never had.
         row_format: a name of :data:`FORMATS`.
         fields: the format's name of a field -> the row's own, where they differ.
-        prompt: template of the row's prompt, with names of fields in braces, whose values are said without the words
-            around them; None for the row's own prompt.
+        prompt: text with names of fields in braces, whose values are said without the words around them; None for the
+            row's own.
+        ignore: fields that are passed over.
 
     Raises:
         RowFlaw: the row cannot be read.
     """
     if prompt is not None:
         prompt = "\n\n".join(f"{{{name}}}" for name in names_in(prompt))
-    sample, _ = parse_row(row, filled, row_format, fields, prompt)
+    sample, _ = parse_row(row, filled, row_format, fields, prompt, ignore)
     if isinstance(sample, Pair | Instruction):
         sample = sample.as_chat()
     if not isinstance(sample, Chat):
         return asdict(sample)
     messages = [
         {
-            name: "\n".join(part) if name in ("content", THOUGHTS) and isinstance(part, list) else part
+            name: joined_text(part) if name in ("content", THOUGHTS) else part
             for name, part in message.items()
             if name not in (UNTRAINED, WANTED)
         }
@@ -514,7 +560,7 @@ def build_encoder(tokenizer: PreTrainedTokenizerBase, rules: EncodingRules) -> R
     Raises:
         ValueError: the tokenizer or the rules do not fit the format.
     """
-    parse = partial(parse_row, row_format=rules.format, fields=rules.fields, prompt=rules.prompt)
+    parse = partial(parse_row, row_format=rules.format, fields=rules.fields, prompt=rules.prompt, ignore=rules.ignore)
     return FORMATS[rules.format].encoder(tokenizer, rules, parse)
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from transformers import TextStreamer
 
-from dora_dist.console.text import say, visible
+from dora_dist.console.text import say
 from dora_dist.generate.answering import Answerer
 from dora_dist.generate.questions import PromptRequest, as_asked
-from dora_dist.generate.showing import TAB
+from dora_dist.generate.showing import shown
 
 RESET = "/reset"
 
@@ -18,7 +18,7 @@ class Printed(TextStreamer):
     """Prints an answer while it is made, with characters that a terminal would obey escaped."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        print(visible(text.expandtabs(TAB)), end="\n" if stream_end else "", flush=True)
+        print(shown(text), end="\n" if stream_end else "", flush=True)
 
 
 def converse(answerer: Answerer, system: str | None) -> None:

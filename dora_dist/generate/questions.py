@@ -2,17 +2,31 @@
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from dora_dist.console.text import say
 from dora_dist.data.reading.row_json import parse_json
-from dora_dist.data.reading.samples import ROLES, Chat, Instruction, RowFlaw, alpaca_prompt, fill_prompt
+from dora_dist.data.reading.samples import (
+    ALSO_CALLED,
+    CHAT_FIELDS,
+    CONTEXT_FIELDS,
+    ROLES,
+    Chat,
+    Instruction,
+    RowFlaw,
+    alpaca_prompt,
+    fill_prompt,
+    gives_context,
+    has_value_at,
+    is_empty,
+    names_in,
+    rename_fields,
+)
 
 if TYPE_CHECKING:
     from dora_dist.data.encoding.chat import ChatRenderer
@@ -128,15 +142,18 @@ def as_asked(
     own = use.prompts[0] if len(use.prompts) == 1 else None
     if own is None and use.prompts != [None]:
         say("the sources of this run have different prompts: none of them is put around what is asked")
-    as_trained = (question if raw or not use.chat else _in_chat(question) for question in questions)
-    worded = (_worded(question, own, wanted if use.chat else "", use.chat) for question in as_trained)
+    fields = use.fields[0] if len(use.fields) == 1 and own is None else {}
+    ignore = set.intersection(*map(set, use.ignore))
+    read = (_question_of_row(each.row, each.place, fields, ignore) if each.row else each for each in questions)
+    as_trained = (question if raw or not use.chat else _in_chat(question) for question in read)
+    worded = (_worded(question, own, wanted if use.chat else "", use.chat, ignore) for question in as_trained)
     return list(worded) if isinstance(questions, list) else worded
 
 
 def _in_chat(question: PromptRequest) -> PromptRequest:
     """The fields of a line as training reads them: ``prompt`` as the user's message, messages in one form."""
     if question.raw and question.row:
-        return PromptRequest(question.text, row=question.row)
+        return PromptRequest(question.text, row=question.row, place=question.place)
     if not question.messages or not question.row:
         return question
     from dora_dist.data.row_formats import asked_conversation
@@ -148,10 +165,12 @@ def _in_chat(question: PromptRequest) -> PromptRequest:
     return replace(question, messages=chat.messages, tools=chat.tools, options=chat.options)
 
 
-def _worded(question: PromptRequest, own: str | None, system: str, chat: bool) -> PromptRequest:
+def _worded(
+    question: PromptRequest, own: str | None, system: str, chat: bool, ignore: Collection[str]
+) -> PromptRequest:
     if own is not None and not question.messages:
-        question = _in_own_prompt(question, own, chat)
-    elif question.flaw:
+        question = _in_own_prompt(question, own, chat, ignore)
+    if question.flaw:
         raise ValueError(question.flaw)
     if not system or question.raw or (question.messages and question.messages[0]["role"] == "system"):
         return question
@@ -159,14 +178,16 @@ def _worded(question: PromptRequest, own: str | None, system: str, chat: bool) -
     return PromptRequest(messages=messages, tools=question.tools, options=question.options, place=question.place)
 
 
-def _in_own_prompt(question: PromptRequest, own: str, chat: bool) -> PromptRequest:
-    """The question that the run's own prompt makes of a row with its fields, or of text for its only field."""
-    fields = {name for _, name, _, _ in Formatter().parse(own) if name is not None}
+def _in_own_prompt(question: PromptRequest, own: str, chat: bool, ignore: Collection[str]) -> PromptRequest:
+    """What the run's own prompt makes of a row that has its fields, or of text for its only field."""
+    fields = names_in(own)
     text = None
     with suppress(RowFlaw):
         text = fill_prompt(own, question.row)
     if text is None and (question.raw or question.row.get("prompt")):
         return question
+    if text is not None and (lost := _lost(question.row, fields, ignore)):
+        raise ValueError(f"{question.place} has {lost}, which the prompt of this run does not name: leave it out")
     if text is None and not question.row and len(fields) == 1 and not question.context:
         text = fill_prompt(own, dict.fromkeys(fields, question.text))
     if text is None:
@@ -249,25 +270,63 @@ def _question_of_json(text: str, place: str) -> PromptRequest:
             f"{place} begins with {{ and cannot be read as JSON ({error}): fix it, or give text that begins so with "
             "--prompt"
         ) from None
-    messages = row.get("messages") or []
-    fields = {name: row.get(name) or "" for name in ("prompt", "instruction", "input")}
-    known = all(isinstance(value, str) for value in fields.values()) and _are_messages(messages)
-    if not known or [bool(part) for part in (fields["prompt"], fields["instruction"], messages)].count(True) != 1:
+    return _question_of_row(row, place)
+
+
+def _question_of_row(
+    row: Mapping[str, Any], place: str, fields: Mapping[str, str] | None = None, ignore: Collection[str] = ()
+) -> PromptRequest:
+    """What a line asks; see :attr:`PromptRequest.flaw` for one that asks nothing.
+
+    Args:
+        row: the fields of the line.
+        place: where the line is, for messages.
+        fields: a format's name of a field -> the name that the line may have in its place.
+        ignore: fields that are passed over.
+    """
+    named = {name: own for name, own in (fields or {}).items() if has_value_at(row, own)}
+    said = rename_fields(row, named)
+    messages = said.get("messages") or []
+    texts = {name: said.get(name) or "" for name in ("prompt", "instruction", "input")}
+    known = all(isinstance(value, str) for value in texts.values()) and _are_messages(messages)
+    asked = PromptRequest(row=said, place=place)
+    if not known or [bool(part) for part in (texts["prompt"], texts["instruction"], messages)].count(True) != 1:
         flaw = (
-            f"{place} is {text}, but must have text either in the field prompt or in the field "
-            f"instruction (and perhaps input), or a list of messages, each with role ({', '.join(ROLES)}) and content"
+            f"{place} is {json.dumps(row, ensure_ascii=False)}, but must have text either in the field prompt or in "
+            "the field instruction (and perhaps input), or a list of messages, each with role "
+            f"({', '.join(ROLES)}) and content"
         )
-        return PromptRequest(row=row, flaw=flaw)
+        return replace(asked, flaw=flaw)
+    if messages and messages[-1]["role"] == "assistant":
+        return replace(asked, flaw=f"{place} ends with an answer of the assistant: remove that message")
+    read = CHAT_FIELDS if messages else ("input",) if texts["instruction"] else ()
+    if lost := _lost(row, [*named.values(), *(name for name in read if name not in named)], ignore):
+        beside = "messages" if messages else "text"
+        flaw = f"{place} has {lost} beside its {beside}, which is not read: {_way_out(lost, read, said)}"
+        return replace(asked, flaw=flaw)
     if messages:
-        if messages[-1]["role"] == "assistant":
-            return PromptRequest(row=row, flaw=f"{place} ends with an answer of the assistant: remove that message")
-        return PromptRequest(messages=messages, row=row, place=place)
-    if lost := [name for name in ("system", "history") if row.get(name)]:
-        flaw = f"{place} has {lost[0]} beside its text, which is not read: give all of it as messages"
-        return PromptRequest(row=row, flaw=flaw)
-    if fields["prompt"]:
-        return PromptRequest(fields["prompt"], raw=True, row=row)
-    return PromptRequest(fields["instruction"], fields["input"], row=row)
+        return replace(asked, messages=messages)
+    if texts["prompt"]:
+        return replace(asked, text=texts["prompt"], raw=True)
+    return replace(asked, text=texts["instruction"], context=texts["input"])
+
+
+def _lost(row: Mapping[str, Any], read: Iterable[str], ignore: Collection[str]) -> str | None:
+    """The first field that training would not have lost, of a row of which these names and paths are read."""
+    passed = {*ignore, *(path if path in row else path.split(".")[0] for path in read)}
+    return next((name for name in CONTEXT_FIELDS if name not in passed and gives_context(row.get(name))), None)
+
+
+def _way_out(name: str, read: Collection[str], said: Mapping[str, Any]) -> str:
+    """What to do with a field that is not read."""
+    known = ALSO_CALLED.get(name, name)
+    if known != name and known in read and is_empty(said.get(known)):
+        return f"call it {known}"
+    if name in ("input", "context"):
+        return "write it into the text"
+    if known in (*CHAT_FIELDS, "history") and "messages" not in said:
+        return "give all of it as messages"
+    return "leave it out"
 
 
 def _are_messages(value: object) -> bool:

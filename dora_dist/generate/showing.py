@@ -18,9 +18,14 @@ def terminal_width() -> int | None:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
+def shown(text: str) -> str:
+    """A text as it is printed: tabs as spaces, every line break as one, and what a terminal would obey escaped."""
+    return visible(text.replace("\r\n", "\n").expandtabs(TAB))
+
+
 def render(prompt: str, base: str, adapted: str, width: int | None) -> str:
     """Prompt and answers: in two columns where ``width`` allows it, otherwise one below the other."""
-    prompt, base, adapted = (visible(text.expandtabs(TAB)).strip() for text in (prompt, base, adapted))
+    prompt, base, adapted = (shown(text).strip() for text in (prompt, base, adapted))
     if width is None or width < LEAST_WIDTH:
         return f"--- prompt\n{prompt}\n--- base\n{base}\n--- adapter\n{adapted}\n"
     column = (width - len(GAP)) // 2

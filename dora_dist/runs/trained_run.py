@@ -306,6 +306,8 @@ def _use_of_foreign(folder: Path, peft_type: str | None, tokenizer: str, quantiz
         chat=chat,
         formats=["auto"],
         prompts=[None],
+        fields=[{}],
+        ignore=[[]],
         systems=[""],
         control_tokens="refuse",
         max_new_tokens=EvaluationConfig().max_new_tokens,

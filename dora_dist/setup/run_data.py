@@ -17,7 +17,7 @@ from dora_dist.config.checks import nearest
 from dora_dist.config.data import DataConfig, SourceConfig
 from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import CAUSAL_LM, TASKS
-from dora_dist.data.cache import NoExamplesError, fields_of_no_row, first_rows, prepare_source
+from dora_dist.data.cache import NoExamplesError, first_rows, prepare_source
 from dora_dist.data.encoding.chat import ChosenTemplate, choose_template, writes_date
 from dora_dist.data.encoding.classification import class_names
 from dora_dist.data.encoding.encoder import ControlTokensError, EncodingRules
@@ -25,11 +25,11 @@ from dora_dist.data.mixture import Mixture, cap_examples, hold_back, pass_counts
 from dora_dist.data.prepared import PreparedSource
 from dora_dist.data.reading.files import Location, locate
 from dora_dist.data.reading.split import SplitLocation
-from dora_dist.data.row_formats import FORMATS, tell_format, what_is_said
+from dora_dist.data.row_formats import FORMATS, read_fields, tell_format, what_is_said
 
 MOST_WORKERS = 8
 MOST_NAMED = 20
-"""Labels or fields that an error lists."""
+"""Labels that an error lists."""
 DATED = (
     "the chat template writes the date: rows keep that of the day on which they were prepared, so that a resumed run "
     "reads the same; data.chat_template_kwargs sets it where the template has a variable for it"
@@ -269,7 +269,13 @@ def _side_of(
     location: Location, held_out: bool, config: DataConfig, source: SourceConfig, row_format: str
 ) -> SplitLocation:
     assert config.eval_share is not None
-    said = partial(what_is_said, row_format=row_format, fields=source.fields, prompt=config.prompt_of(source))
+    said = partial(
+        what_is_said,
+        row_format=row_format,
+        fields=source.fields,
+        prompt=config.prompt_of(source),
+        ignore=source.ignore,
+    )
     return SplitLocation(**vars(location), share=config.eval_share, held_out=held_out, said=said)
 
 
@@ -297,7 +303,7 @@ def _find(source: SourceConfig, config: DataConfig, formats: Sequence[str]) -> t
         _check_fields(source, formats)
         wanted = tell_format(first_rows(location), str(source.name), source.fields, formats)
     _check_fields(source, [wanted])
-    _check_columns(source, location, wanted)
+    _check_ignored(source, wanted, prompt)
     return location, wanted
 
 
@@ -329,17 +335,15 @@ def _check_fields(source: SourceConfig, formats: Sequence[str]) -> None:
             )
 
 
-def _check_columns(source: SourceConfig, location: Location, row_format: str) -> None:
-    """A row may lack a field that its format needs not. That all do is a wrong name."""
-    named = {own: name for name, own in source.fields.items() if name in FORMATS[row_format].optional}
-    missing, known = fields_of_no_row(location, named) if named else ([], [])
-    if missing and known:
-        own = missing[0]
-        raise ValueError(
-            f"the fields of {source.name} say that {named[own]} is {own!r}, which none of its rows has"
-            f"{nearest(own, known)} (they have {', '.join(known[:MOST_NAMED])}): correct the name, or leave "
-            f"{named[own]} out of the fields"
-        )
+def _check_ignored(source: SourceConfig, row_format: str, prompt: str | None) -> None:
+    read = read_fields(row_format, source.fields, prompt)
+    for name in source.ignore:
+        for path in read:
+            if name in (path, path.split(".")[0]):
+                raise ValueError(
+                    f"the ignore of {source.name} names {name!r}, which is read in rows of the format {row_format}: "
+                    "leave it out of the ignore"
+                )
 
 
 def _prepare_all(
@@ -390,6 +394,7 @@ def _prepared(
     rules = EncodingRules(
         format=found.format,
         fields=source.fields,
+        ignore=source.ignore,
         as_chat=found.as_chat,
         prompt=config.prompt_of(source),
         system=config.system_of(source),

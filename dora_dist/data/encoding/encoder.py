@@ -79,6 +79,7 @@ class EncodingRules:
     Attributes:
         format: a name of :data:`~dora_dist.data.row_formats.FORMATS`.
         fields: the format's name of a field -> the rows' own, where they differ.
+        ignore: names of fields of rows that are passed over.
         as_chat: whether rows that are no conversations go into the chat template too.
         prompt: template of a row's prompt, with names of fields in braces; None for the row's own prompt.
         system: system message for conversations that have none; empty for none.
@@ -96,6 +97,7 @@ class EncodingRules:
 
     format: str
     fields: Mapping[str, str] = field(default_factory=dict)
+    ignore: Sequence[str] = ()
     as_chat: bool = False
     prompt: str | None = None
     system: str = ""

@@ -5,7 +5,8 @@ adapter, with whose tokenizer the template is saved. A caller that gives an opti
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 from jinja2 import TemplateSyntaxError, meta, nodes
@@ -17,6 +18,8 @@ OF_THE_RENDERING = ("messages", "tools", "documents", "add_generation_prompt")
 """Variables of a template that its caller always sets."""
 SWITCHES = ("true", "false", "yes", "no", "on", "off", "none")
 """Texts that are meant as values of other types, and all true to a template."""
+TRUTH_TESTS = ("defined", "undefined", "none", "true", "false", "boolean")
+"""Tests of Jinja that no text passes or fails by what it says."""
 
 
 class TemplateVariables:
@@ -44,6 +47,7 @@ class TemplateVariables:
             ) from None
         self._own = {*OF_THE_RENDERING, *special_tokens}
         self.read = read - self._own
+        self._is_switch = cache(self._only_truth_is_asked)  # for rows that all give the same variable
 
     def flaw(self, name: str, value: Any) -> str | None:
         """Why a variable cannot have a value, in words; None where it can."""
@@ -55,18 +59,61 @@ class TemplateVariables:
                 f"is never read by the chat template{nearest(name, known)} (it reads "
                 f"{', '.join(known) or 'no variable of this kind'}): correct the name, or leave it out"
             )
-        if isinstance(value, str) and value.strip().lower() in SWITCHES and not self._compares_with(value):
+        if isinstance(value, str) and value.strip().lower() in SWITCHES and self._is_switch(name):
             return (
-                f"is the text {value!r}, with which the chat template compares nothing, so that it means the same as "
-                "true: write true, false or null without quotation marks"
+                f"is the text {value!r}, and the chat template asks only whether there is something, so that it means "
+                "the same as true: write true, false or null without quotation marks"
             )
         return None
 
-    def _compares_with(self, text: str) -> bool:
-        """Whether the template asks if something is this text (``reasoning_effort == 'none'``), or lists it among
-        others."""
-        asking = self._tree.find_all((nodes.Compare, nodes.List, nodes.Tuple, nodes.Dict))
-        return any(found.value == text for node in asking for found in node.find_all(nodes.Const))
+    def _only_truth_is_asked(self, name: str) -> bool:
+        """Whether the template does nothing with a variable, or with others that it sets to it, but ask whether it is
+        true: it neither writes it nor compares it with anything."""
+        assigned = [
+            (node.target.name, list(_deciding(node.node)))
+            for node in self._tree.find_all(nodes.Assign)
+            if isinstance(node.target, nodes.Name)
+        ]
+        names: set[str] = set()
+        found = {name}
+        while found - names:
+            names |= found
+            found = {target for target, values in assigned if any(value.name in names for value in values)}
+        asked = [value for test in _tests(self._tree) for value in _deciding(test)]
+        known = {id(value) for value in [*asked, *(value for _, values in assigned for value in values)]}
+        uses = (node for node in self._tree.find_all(nodes.Name) if node.ctx == "load" and node.name in names)
+        return all(id(use) in known for use in uses)
+
+
+def _tests(tree: nodes.Node) -> Iterator[nodes.Node]:
+    """What a template asks to be true."""
+    yield from (node.test for node in tree.find_all(nodes.If))
+    yield from (node.test for node in tree.find_all(nodes.CondExpr))
+    yield from (node.test for node in tree.find_all(nodes.For) if node.test is not None)
+    yield from (node for node in tree.find_all(nodes.Test) if node.name in TRUTH_TESTS)
+
+
+def _deciding(value: nodes.Node) -> Iterator[nodes.Name]:
+    """The variables of an expression that pass their truth on to it."""
+    parts: list[nodes.Node] = []
+    if isinstance(value, nodes.Name):
+        yield value
+    elif isinstance(value, nodes.Not) or (isinstance(value, nodes.Test) and value.name in TRUTH_TESTS):
+        parts = [value.node]
+    elif isinstance(value, nodes.And | nodes.Or):
+        parts = [value.left, value.right]
+    elif isinstance(value, nodes.CondExpr):
+        parts = [part for part in (value.expr1, value.expr2) if part is not None]
+    elif isinstance(value, nodes.Filter) and value.name in ("default", "d") and value.node is not None:
+        parts = [value.node, *value.args]
+    elif isinstance(value, nodes.Compare) and all(_is_truth(operand.expr) for operand in value.ops):
+        parts = [value.expr]
+    for part in parts:
+        yield from _deciding(part)
+
+
+def _is_truth(value: nodes.Node) -> bool:
+    return isinstance(value, nodes.Const) and (value.value is None or isinstance(value.value, bool))
 
 
 def with_options(template: str, options: Mapping[str, Any], special_tokens: Collection[str]) -> str:

@@ -88,7 +88,15 @@ class Location:
     text: str | None = None
 
     def rows(self) -> Iterator[RawRow]:
-        """All rows in order, read as they are asked for.
+        """The rows in order, read as they are asked for.
+
+        Raises:
+            ValueError: as :meth:`rows_of_all_sides`.
+        """
+        return self.rows_of_all_sides()
+
+    def rows_of_all_sides(self) -> Iterator[RawRow]:
+        """The rows in order, those that another side of a split has among them.
 
         Raises:
             ValueError: a file cannot be read as what its name or its first character says it is.

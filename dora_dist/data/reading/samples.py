@@ -13,6 +13,15 @@ UNTRAINED = "untrained"
 """Key of a message that is given, but has no loss."""
 WANTED = "wanted"
 """Key of a message that is no answer and says that it is to be trained; the value is the field that says so."""
+CONTEXT_FIELDS = (
+    *("input", "system", "system_prompt", "history", "tools", "functions", "context", "documents"),
+    *("chat_template_kwargs", "image", "images", "audio", "audios", "video", "videos"),
+)
+"""Fields of a row that the model would be given: where a format does not read one, a row that has it is refused."""
+CHAT_FIELDS = ("system", "tools", "chat_template_kwargs")
+"""Fields of a row beside its conversation."""
+ALSO_CALLED = {"context": "input", "system_prompt": "system"}
+"""Field of other people's rows -> what a format may read it as."""
 
 
 class RowFlaw(Exception):
@@ -218,6 +227,20 @@ def has_value_at(row: Mapping[str, Any], path: str) -> bool:
     return True
 
 
+def is_empty(value: object) -> bool:
+    """Whether a value says nothing: null, blank text, or lists and objects of these."""
+    if isinstance(value, Mapping):
+        return all(map(is_empty, value.values()))
+    if isinstance(value, list):
+        return all(map(is_empty, value))
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def gives_context(value: object) -> bool:
+    """Whether one of :data:`CONTEXT_FIELDS` holds something; false says that there is nothing."""
+    return value is not False and not is_empty(value)
+
+
 def names_in(prompt: str) -> list[str]:
     """Names and paths in the braces of a prompt, each once."""
     return list(dict.fromkeys(name for _, name, _, _ in Formatter().parse(prompt) if name is not None))
@@ -263,3 +286,8 @@ def texts_of_parts(content: list[Any], place: str) -> list[str]:
                 f"must be a part of text, {{type: text, text: ...}}, since no other is read, got {shortened(part)}",
             )
     return [part["text"] for part in content]
+
+
+def joined_text(content: str | list[str]) -> str:
+    """A content or thought as one text, to compare it by."""
+    return content if isinstance(content, str) else "\n".join(content)

@@ -33,7 +33,7 @@ class SplitLocation(Location):
 
     def rows(self) -> Iterator[RawRow]:
         """The rows of this side in order, of those that :attr:`limit` allows to read."""
-        return (row for row in super().rows() if self._holds_out(row) == self.held_out)
+        return (row for row in self.rows_of_all_sides() if self._holds_out(row) == self.held_out)
 
     def digest(self) -> str:
         """SHA-256 of the content of both sides, and of which one this is. What a row says follows from the rules, which

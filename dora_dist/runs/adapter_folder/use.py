@@ -1,9 +1,9 @@
 """The settings that an adapter needs to be used as it was trained: kept in its folder, wherever that is copied to."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from dora_dist.base_model.load import resolve_compute_dtype
 from dora_dist.config.run import RunConfig
@@ -13,8 +13,11 @@ from dora_dist.runs.fingerprint import Fingerprint
 
 USE = "dora_dist.json"
 """Name of the file beside an adapter's weights."""
-FORMAT = 1
-"""Incremented by changes after which older files mean something else or cannot be read."""
+FORMAT = 2
+"""Incremented by changes after which older files mean something else or cannot be read. Format 1 has neither
+``fields`` nor ``ignore``."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +33,8 @@ class Use:
         chat: whether the adapter was trained on conversations, in the chat template saved with the tokenizer.
         formats: row formats of the training data.
         prompts: the ``data.prompt`` of each of its sources; None stands for sources without one.
+        fields: the distinct ``fields`` of its sources: a format's name of a field -> the name in the rows.
+        ignore: the distinct lists of fields of rows that its sources pass over.
         systems: the system messages that its sources add to conversations without one.
         control_tokens: treatment of control tokens in texts.
         max_new_tokens: length limit of an answer in tokens.
@@ -43,6 +48,8 @@ class Use:
     chat: bool
     formats: list[str]
     prompts: list[str | None]
+    fields: list[dict[str, str]]
+    ignore: list[list[str]]
     systems: list[str]
     control_tokens: str
     max_new_tokens: int
@@ -67,6 +74,8 @@ class Use:
             chat=data.get("chat", False),
             formats=sorted({source["format"] for source in data.get("train", [])} or {config.data.format}),
             prompts=list(dict.fromkeys(map(config.data.prompt_of, sources))),
+            fields=_distinct(source.fields for source in sources),
+            ignore=_distinct(sorted(source.ignore) for source in sources),
             systems=sorted(set(map(config.data.system_of, sources))),
             control_tokens=config.data.control_tokens,
             max_new_tokens=config.evaluation.max_new_tokens,
@@ -89,7 +98,9 @@ class Use:
         try:
             said = files.read_json(path)
             version = said.pop("format")
-            if version == FORMAT:
+            if version == 1:
+                said |= {"fields": [{}], "ignore": [[]]}
+            if version in (1, FORMAT):
                 return cls(**said)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} cannot be read: {error}; copy the adapter's folder again") from None
@@ -97,3 +108,12 @@ class Use:
             f"{path} has format {version}, but this version of dora-dist reads format {FORMAT}: a later version wrote "
             "it. Update dora-dist"
         )
+
+
+def _distinct(values: Iterable[T]) -> list[T]:
+    """Each of some values once."""
+    found: list[T] = []
+    for value in values:
+        if value not in found:
+            found.append(value)
+    return found

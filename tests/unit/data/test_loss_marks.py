@@ -266,11 +266,30 @@ def test_a_text_that_is_meant_as_true_false_or_null_is_refused(value):
         "{% if effort | default('x') not in ['none', 'high'] %}a{% endif %}",
         "{% set known = ('none', 'high') %}{% if effort in known %}a{% endif %}",
         "{{ {'none': 1}[effort] }}",
+        "{% if effort %}{{ 'Reasoning: ' ~ effort }}{% endif %}",
+        "{% if effort | lower == 'true' %}a{% endif %}",
+        "{% if effort and effort.startswith('no') %}a{% endif %}",
+        "{% set chosen = effort if effort is defined else 'high' %}{{ chosen }}",
+        "{% if effort is string %}a{% endif %}",
     ],
 )
-def test_such_a_text_is_taken_where_the_template_asks_for_it(template):
-    assert with_options(template, {"effort": "none"}, []).endswith(template)
-    with pytest.raises(
-        ValueError, match=r"kwargs\.effort is the text 'off', with which the chat template compares nothing"
-    ):
-        with_options(template + "{{ 'off' }}", {"effort": "off"}, [])
+@pytest.mark.parametrize("value", ["none", "no", "true"])
+def test_such_a_text_is_taken_where_the_template_writes_it_or_asks_for_more_than_its_truth(template, value):
+    assert with_options(template, {"effort": value}, []).endswith(template)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if not (effort and messages) %}a{% elif effort or messages %}b{% endif %}{{ 'off' }}",
+        "{% if effort is defined and effort is false %}a{% endif %}",
+        "{% if effort == false %}a{% endif %}",
+        "{{ 'a' if effort | default(true) else 'off' }}{{ effort is defined }}",
+        "{% if effort is not defined %}{% set effort = false %}{% endif %}{% if effort %}a{% endif %}",
+        "{% set chosen = effort if effort is defined else true %}{% set on = not chosen %}{% if on %}a{% endif %}",
+        "{% for m in messages if effort %}a{% endfor %}",
+    ],
+)
+def test_such_a_text_is_refused_where_the_template_asks_for_its_truth_only(template):
+    with pytest.raises(ValueError, match=r"kwargs\.effort is the text 'off', and the chat template asks only whether"):
+        with_options(template, {"effort": "off"}, [])

@@ -84,7 +84,7 @@ def test_a_switch_that_the_template_never_reads_is_counted_and_what_is_empty_is_
             r"'chat_template_kwargs.xml_tools' is never read by the chat template (it reads enable_",
         ),
         ({"enable_thinkin": "x"}, "is never read by the chat template; did you mean enable_thinking?"),
-        ({"enable_thinking": "false"}, "is the text 'false', with which the chat template compares nothing"),
+        ({"enable_thinking": "false"}, "is the text 'false', and the chat template asks only whether"),
         ({"messages": [{}]}, "'chat_template_kwargs.messages' is set by the program itself: leave it out"),
         ({"tool_names": ["<|im_end|>"]}, "field 'chat_template_kwargs' holds the control token '<|im_end|>'"),
         ("{", "field 'chat_template_kwargs' cannot be read as JSON"),
@@ -120,7 +120,8 @@ def test_generate_asks_with_the_values_of_a_line(system):
     tokenizer.chat_template = SWITCHED
     line = json.dumps({"messages": TALK["messages"][:1], "chat_template_kwargs": {"enable_thinking": False}})
     use = Use(
-        **{field.name: None for field in dataclasses.fields(Use)} | {"chat": True, "prompts": [None], "systems": [""]}
+        **{field.name: None for field in dataclasses.fields(Use)}
+        | {"chat": True, "prompts": [None], "fields": [{}], "ignore": [[]], "systems": [""]}
     )
     (question,) = as_asked(use, list(read_questions([line], raw=False)), system)
     assert isinstance(question, PromptRequest)

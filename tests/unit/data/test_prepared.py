@@ -22,6 +22,7 @@ from support.tiny_run import tiny_tokenizer
 from support.tiny_tokenizer import word_tokenizer
 
 from dora_dist.config.data import DataConfig
+from dora_dist.data import cache
 from dora_dist.data.cache import MANIFEST, prepare_source, tokenizer_digest
 from dora_dist.data.encoding.chat import choose_template
 from dora_dist.data.encoding.encoder import EncodingRules
@@ -236,7 +237,7 @@ def test_every_format_is_told_by_itself(tmp_path, row_format):
 
 
 def test_a_named_format_wins_over_what_the_fields_look_like(tmp_path):
-    path = write(tmp_path / "rows.jsonl", [{**ALPACA, **PAIR, "completion": "w9"}])
+    path = write(tmp_path / "rows.jsonl", [{**ALPACA, **PAIR, "input": "", "completion": "w9"}])
     assert answers(prepare_run(tmp_path, path).train[0]) == ["w3 </s>"]
     assert answers(prepare_run(tmp_path, path, format="prompt_completion").train[0]) == ["w9 </s>"]
     own = {"path": str(path), "format": "prompt_completion"}
@@ -276,6 +277,38 @@ def test_a_name_that_some_rows_have_is_read_where_it_is(tmp_path, empty):
     (prepared,) = prepare_run(tmp_path, source, as_chat=True, bad_rows="skip").train
     assert (prepared.counts.bad, prepared.counts.examples) == (2, 31)
     assert ["w9" in decoded(prepared, number) for number in (0, 30)] == [False, True]
+
+
+@pytest.mark.parametrize("share", [{}, {"eval": "20%"}], ids=["all", "a share held out"])
+def test_a_field_is_ignored_that_rows_have_and_that_is_not_read(tmp_path, share):
+    rows = [{**PAIR, "prompt": words(n, 2), "context": f"w{n}", "weight": n} for n in range(40)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(ValueError, match=r"'context' is not read .* set ignore: \[context\] for the source"):
+        prepare_run(tmp_path, str(path))
+    data = prepare_run(tmp_path, {"path": str(path), "ignore": ["context", "weight"]}, **share)
+    found = [*data.train, *data.evaluation]
+    assert (sum(source.counts.rows for source in found), data.remarks()[:1]) == (40, data.notes[:1])
+    assert len(found) == 1 + bool(share)
+    for name, message in (
+        ("contxt", r"the ignore of rows names 'contxt', which none of its rows has; did you mean context\?"),
+        ("meta.x", r"the ignore of rows names 'meta\.x', which none of its rows has \(they have completion, context"),
+        ("prompt", r"the ignore of rows names 'prompt', which is read in rows of the format prompt_completion"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prepare_run(tmp_path, {"path": str(path), "ignore": ["context", "weight", name]}, **share)
+    path = write(tmp_path / "paths.jsonl", [{"prompt": "w1", "a": {"text": ["w3"]}}] * 2)
+    with pytest.raises(ValueError, match=r"names 'a', which is read in rows of the format prompt_completion"):
+        prepare_run(tmp_path, {"path": str(path), "fields": {"completion": "a.text.0"}, "ignore": ["a"]}, **share)
+
+
+def test_names_are_looked_for_before_a_source_is_prepared_and_not_again(tmp_path, monkeypatch):
+    rows = [*[ORCA] * 30, {**ORCA, "system_text": "w9"}]
+    source = {"path": str(write(tmp_path / "rows.jsonl", rows)), "fields": {**NAMED, "system": "system_text"}}
+    asked = []
+    monkeypatch.setattr(cache, "_check_names", lambda name, location, rules: asked.append(name))
+    for _ in range(2):
+        prepare_run(tmp_path, source, as_chat=True)
+    assert asked == ["rows"]
 
 
 def save(rows: list[dict], path: Path) -> None:

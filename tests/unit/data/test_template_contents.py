@@ -315,7 +315,7 @@ def test_a_text_that_the_template_takes_away_is_noticed_in_the_row_that_has_it()
         (
             {"messages": [user(), answer()], "system_prompt": "s"},
             "messages",
-            r"field 'system_prompt' is not read .* fields: \{system: system_prompt\}, or leave it out",
+            r"field 'system_prompt' is not read .* fields: \{system: system_prompt\}, or set ignore",
         ),
         (
             {"prompt": "p", "completion": "c", "context": "x"},
@@ -330,7 +330,7 @@ def test_a_text_that_the_template_takes_away_is_noticed_in_the_row_that_has_it()
         (
             {"messages": [user(), answer()], "documents": [{"title": "t", "text": "x"}]},
             "messages",
-            "field 'documents' is not read in rows of the format messages, so that it would be lost: leave it out",
+            r"field 'documents' is not read in rows of the format messages, so that it would be lost: set ignore: \[",
         ),
         (
             {"messages": [user(), answer()], "weight": 0},
@@ -398,9 +398,14 @@ def test_a_thought_of_nothing_is_none(nothing):
     assert encode(PLAIN, [user(thinking=nothing), answer(thinking=nothing)])[1] == encode(PLAIN, [user(), answer()])[1]
 
 
-def test_a_thought_that_stands_under_two_names_is_one():
-    twice = answer(reasoning="t", reasoning_content="t")
-    assert encode(THINKS, [user(), twice])[1] == encode(THINKS, [user(), answer(thinking="t")])[1]
+@pytest.mark.parametrize(
+    ("thought", "again"),
+    [("t", "t"), ("t", [{"type": "text", "text": "t"}]), (PARTS, "one\ntwo")],
+    ids=["text", "text and its part", "parts and their text"],
+)
+def test_a_thought_that_stands_under_two_names_is_one(thought, again):
+    twice = answer(reasoning=again, reasoning_content=thought)
+    assert encode(THINKS, [user(), twice])[1] == encode(THINKS, [user(), answer(thinking=thought)])[1]
 
 
 @pytest.mark.parametrize(
@@ -483,7 +488,8 @@ HARMLESS = {
 def test_fields_of_rows_that_are_not_read_are_named_and_change_nothing(form):
     more = {
         **{"id": 0, "lang": "en", "made": False, "comma, in it": "x", "empty": "", "none": None, "list": [], "map": {}},
-        **{"context": "", "system_prompt": None, "documents": [], "chat_template_kwargs": {}},
+        **{"context": " ", "system_prompt": None, "documents": [], "chat_template_kwargs": {}},
+        **{"images": [None], "audio": {"path": None, "texts": [" "]}, "videos": [[]]},
         **{"weight": 1, "train": "true", "trainable": None, "loss": 0.3},
     }
     encoder = build_encoder(byte_tokenizer("chatml"), EncodingRules(format=form, template=PLAIN))
@@ -536,8 +542,127 @@ def test_a_prompt_of_its_own_reads_what_it_names_and_loses_nothing_else():
     assert columns["status"] == [Status.BAD]
     assert columns["note"][0] == (
         "field 'system' is not read in rows of the format prompt_completion, so that it would be lost: write it into "
-        "the prompt of the source, prompt: ... {system} ..., or leave it out of the rows"
+        "the prompt of the source, prompt: ... {system} ..., or set ignore: [system] for the source, if the model need "
+        "not have it"
     )
     columns = encode_with("{system}: {question}")
     assert (columns["status"], columns["unread_of_row"]) == ([Status.KEPT], [["meta"]])
     assert encode_with("{system}: {question} {meta.tools}")["unread_of_row"] == [[]]
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+SHORT_PAIR = {"question": "q", "response": "a", "system_prompt": "s"}
+
+
+def outcome(row, **rules):
+    """Why a row is refused, or the fields of it that are not read."""
+    rules = {"template": PLAIN, "bad_rows": "skip", **rules}
+    encoder = build_encoder(byte_tokenizer("chatml"), EncodingRules(**rules))
+    columns = encoder({"place": ["here"], "json": [json.dumps(row)], "flaw": [""], "filled": [False]})
+    return columns["unread_of_row"][0] if columns["status"] == [Status.KEPT] else columns["note"][0]
+
+
+@pytest.mark.parametrize(
+    ("row", "form", "fields", "lost", "way_out"),
+    [
+        (
+            {"instruction": "i", "input": "x", "output": "o"},
+            "prompt_completion",
+            {"prompt": "instruction", "completion": "output"},
+            "input",
+            "read the rows as alpaca, with format: alpaca and no fields for the source, or set ignore: [input]",
+        ),
+        (
+            {"instruction": "i", "input": "x", "context": "c", "output": "o"},
+            "alpaca",
+            {"input": "context"},
+            "input",
+            "set ignore: [input]",
+        ),
+        (
+            {"instruction": "i", "input": "x", "context": "c", "output": "o"},
+            "alpaca",
+            {},
+            "context",
+            "set ignore: [context]",
+        ),
+        (
+            {"messages": [user(), answer()], "system": "s", "system_prompt": "t"},
+            "messages",
+            {"system": "system_prompt"},
+            "system",
+            "set ignore: [system]",
+        ),
+        (
+            {"messages": [SYSTEM, user(), answer()], "system_prompt": "t"},
+            "messages",
+            {},
+            "system_prompt",
+            "set ignore: [system_prompt]",
+        ),
+        (
+            SHORT_PAIR,
+            "prompt_completion",
+            {"prompt": "question", "completion": "response"},
+            "system_prompt",
+            "read the rows as alpaca, with format: alpaca and fields: {instruction: question, output: response, "
+            "system: system_prompt} for the source, or set ignore: [system_prompt]",
+        ),
+        (
+            {"prompt": "p", "completion": "c", "documents": [{"text": "x"}]},
+            "prompt_completion",
+            {},
+            "documents",
+            "set ignore: [documents]",
+        ),
+    ],
+    ids=["input", "beside fields", "filled", "system", "another message of the system", "OpenOrca", "no text"],
+)
+def test_what_would_be_lost_is_refused_with_what_works_for_the_row(row, form, fields, lost, way_out):
+    start = f"field '{lost}' is not read in rows of the format {form}, so that it would be lost: {way_out} for"
+    found = outcome(row, format=form, fields=fields)
+    assert found.startswith(start.replace("] for", "]")), found
+
+
+def test_open_orca_is_read_as_the_message_says():
+    fields = {"instruction": "question", "output": "response", "system": "system_prompt"}
+    assert outcome(SHORT_PAIR, format="alpaca", fields=fields, as_chat=True) == []
+
+
+@pytest.mark.parametrize(
+    ("row", "rules"),
+    [
+        ({"prompt": "p", "completion": "c", "context": "x"}, {"format": "prompt_completion", "ignore": ["context"]}),
+        ({"prompt": "p", "completion": "c", "weight": 70.5}, {"format": "prompt_completion", "ignore": ["weight"]}),
+        (
+            {"question": "q", "answers": {"text": ["a"]}, "context": "x"},
+            {
+                "format": "prompt_completion",
+                "fields": {"prompt": "question", "completion": "answers.text.0"},
+                "ignore": ["context"],
+            },
+        ),
+        (
+            {"q": "q", "completion": "c", "system": "x"},
+            {"format": "prompt_completion", "prompt": "{q}", "ignore": ["system"]},
+        ),
+    ],
+    ids=["context", "kilograms", "SQuAD", "a prompt of its own"],
+)
+def test_a_field_that_is_ignored_is_neither_refused_nor_counted(row, rules):
+    assert outcome(row, **rules) == []
+    assert f"ignore: [{rules['ignore'][0]}]" in outcome(row, **{**rules, "ignore": []})
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt"])
+@pytest.mark.parametrize("content", ["Be brief.", "Be brief.\n", [{"type": "text", "text": "Be brief."}]])
+def test_a_column_that_repeats_the_message_of_the_system_is_accepted(name, content):
+    row = {"messages": [{"role": "system", "content": content}, user(), answer()]}
+    again = outcome({**row, name: "Be brief."}, format="messages")
+    assert again == (["system_prompt"] if name == "system_prompt" else [])
+    assert name in outcome({**row, name: "Be kind."}, format="messages")
+
+
+@pytest.mark.parametrize("value", [False, " ", [None], {"bytes": None}, [[" "]]])
+def test_a_value_that_says_nothing_is_not_lost(value):
+    assert outcome({**HARMLESS["messages"], "image": value}, format="messages") == (["image"] if value is False else [])

@@ -1,5 +1,6 @@
 """Adapters in a folder of their own, without the run that they come from, and those of other programs."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -27,7 +28,7 @@ from dora_dist.data.reading.samples import alpaca_prompt
 from dora_dist.evaluation.answers import generate_answers
 from dora_dist.generate import __main__ as command
 from dora_dist.runs import checkpoint, records
-from dora_dist.runs.adapter_folder.use import FORMAT, USE
+from dora_dist.runs.adapter_folder.use import FORMAT, USE, Use
 
 TEMPLATE = choose_template(character_tokenizer(), "plain").text
 
@@ -182,3 +183,15 @@ def test_a_base_that_has_moved_is_given(chatting, tmp_path, capsys) -> None:
     few = make_base(tmp_path / "few", vocab_size=40)
     with pytest.raises(ValueError, match=r"a prompt has the token .*, of 40 rows, has none: give the base that"):
         command.main([str(chatting.folder), "--prompt", "a", "--model.path", str(few)])
+
+
+def test_a_folder_of_format_1_has_no_names_of_rows(tmp_path: Path) -> None:
+    use = {field.name: None for field in dataclasses.fields(Use)} | {
+        "fields": [{"input": "context"}],
+        "ignore": [["x"]],
+    }
+    Use(**use).write(tmp_path)
+    assert Use.read(tmp_path) == Use(**use)
+    older = {name: value for name, value in use.items() if name not in ("fields", "ignore")}
+    (tmp_path / USE).write_text(json.dumps({**older, "format": 1}))
+    assert Use.read(tmp_path) == Use(**{**use, "fields": [{}], "ignore": [[]]})

@@ -66,8 +66,10 @@ def collect(lines: str, raw: bool, monkeypatch: pytest.MonkeyPatch) -> list[str]
     return [question.prompt(None, chat=False) for question in questions]
 
 
-def trained_on(prompts=(None,), systems=("",), chat=False) -> SimpleNamespace:
-    return SimpleNamespace(prompts=list(prompts), systems=list(systems), chat=chat)
+def trained_on(prompts=(None,), systems=("",), chat=False, fields=({},), ignore=((),)) -> SimpleNamespace:
+    return SimpleNamespace(
+        prompts=list(prompts), systems=list(systems), chat=chat, fields=list(fields), ignore=list(ignore)
+    )
 
 
 def asked(
@@ -120,7 +122,7 @@ def test_a_run_is_asked_with_the_message_of_the_system_that_it_was_trained_with(
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_run_with_a_prompt_of_its_own_is_asked_in_it(chat: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = trained_on(["Summarise:\n{talk.0}"], chat=chat)
-    lines = ["A: Hi", json.dumps({"talk": ["A: Hi"], "input": "not asked"}), json.dumps({"prompt": "As it is"})]
+    lines = ["A: Hi", json.dumps({"talk": ["A: Hi"], "id": "not asked"}), json.dumps({"prompt": "As it is"})]
     *worded, whole = asked(trained, *lines, monkeypatch=monkeypatch)
     for question in worded:
         if chat:
@@ -131,6 +133,56 @@ def test_a_run_with_a_prompt_of_its_own_is_asked_in_it(chat: bool, monkeypatch: 
         assert whole.conversation() == [{"role": "user", "content": "As it is"}]
     else:
         assert whole.prompt(None, chat=False) == "As it is"
+
+
+def test_a_prompt_of_its_own_reads_what_it_names_of_a_line_and_loses_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trained = trained_on(["{context}\n{instruction}"])
+    row = {"instruction": "Summarise.", "context": "A long passage."}
+    (question,) = asked(trained, json.dumps(row), monkeypatch=monkeypatch)
+    assert question.prompt(None, chat=False) == "A long passage.\nSummarise."
+    line = json.dumps({**row, "system": "Be brief."})
+    with pytest.raises(ValueError, match="line 1 of standard input has system, which the prompt of this run does not"):
+        asked(trained, line, monkeypatch=monkeypatch)
+    (again,) = asked(trained_on(trained.prompts, ignore=[["system"]]), line, monkeypatch=monkeypatch)
+    assert again == question
+    with pytest.raises(ValueError, match="has context beside its text, which is not read"):
+        asked(trained, json.dumps({"prompt": "As it is", "context": "x"}), monkeypatch=monkeypatch)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize(
+    ("fields", "line", "wanted"),
+    [
+        ({"input": "context", "output": "response"}, {"instruction": "Do", "context": "x", "response": "y"}, "Do\n\nx"),
+        ({"input": "context", "output": "response"}, {"instruction": "Do", "input": "x"}, "Do\n\nx"),
+        ({"prompt": "data.q", "completion": "a"}, {"data": {"q": "Why?"}}, "Why?"),
+        ({"prompt": "context", "completion": "a"}, {"context": "Why?"}, "Why?"),
+    ],
+    ids=["Dolly", "the format's names", "a path", "a name of other fields"],
+)
+def test_a_line_may_have_the_names_of_the_runs_own_rows(
+    fields: dict, line: dict, wanted: str, chat: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (question,) = asked(trained_on(chat=chat, fields=[fields]), json.dumps(line), monkeypatch=monkeypatch)
+    if chat:
+        assert question.conversation() == [{"role": "user", "content": wanted}]
+    else:
+        assert question.prompt(None, False) == (alpaca_prompt("Do", "x") if "instruction" in line else wanted)
+
+
+def test_messages_of_another_name_are_read_and_what_the_run_ignored_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    talk = [{"role": "user", "content": "Why?"}]
+    trained = trained_on(chat=True, fields=[{"messages": "talk", "system": "told"}], ignore=[["context"]])
+    line = json.dumps({"talk": talk, "told": "Be brief.", "context": "x"})
+    (question,) = asked(trained, line, monkeypatch=monkeypatch)
+    assert question.messages == [{"role": "system", "content": "Be brief."}, *talk]
+    line = json.dumps({"instruction": "Do", "input": "x", "context": "y"})
+    with pytest.raises(ValueError, match="has input beside its text, which is not read: write it into the text"):
+        asked(trained_on(fields=[{"input": "context"}]), line, monkeypatch=monkeypatch)
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -367,12 +419,28 @@ def test_one_below_the_other_where_it_is_narrow() -> None:
 
 
 @pytest.mark.parametrize("width", [None, 80])
-@pytest.mark.parametrize("text", ["東京\u3000大阪", "👩\u200d💻", "می\u200cکنم", "10\u202f000\u00a0€", "if x:\n    y"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("東京\u3000大阪", "👩\u200d💻", "می\u200cکنم", "10\u202f000\u00a0€", "if x:\n    y"),
+        *("\u200fשמש!\u200f", "C++\u200e تعلم", "\u061c5%", "Donau\u00addampf"),
+    ],
+)
 def test_answers_in_any_script_are_shown_as_they_are(text: str, width: int | None, capsys) -> None:
     shown = showing.render("p", text, text.replace("    ", "\t"), width)
     assert all(shown.count(line) == 2 for line in text.split("\n"))
     Printed(character_tokenizer()).on_finalized_text(text, stream_end=True)
     assert capsys.readouterr().out == f"{text}\n"
+
+
+def test_a_crlf_is_a_line_break_and_what_would_reorder_a_line_is_escaped(capsys) -> None:
+    assert showing.render("p", "a\r\nb\r", "\u202ec\u2066", None) == (
+        "--- prompt\np\n--- base\na\nb\\r\n--- adapter\n\\u202ec\\u2066\n"
+    )
+    streamer = Printed(byte_tokenizer("chatml"))
+    streamer.put(streamer.tokenizer("a\r\nb", return_tensors="pt")["input_ids"])
+    streamer.end()
+    assert capsys.readouterr().out == "a\nb\n"
 
 
 def test_width_is_that_of_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:

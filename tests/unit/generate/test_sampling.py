@@ -159,8 +159,22 @@ def test_a_line_of_a_file_ends_at_a_line_break_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "flaw"),
     [
-        ({"instruction": "a", "system": "b"}, "has system beside its text"),
+        ({"instruction": "a", "system": "b"}, "has system beside its text, which is not read: give all of it as mess"),
         ({"instruction": "a", "history": [["b", "c"]]}, "has history beside its text"),
+        ({"instruction": "a", "context": "b"}, "has context beside its text, which is not read: call it input"),
+        ({"instruction": "a", "input": "b", "context": "c"}, "has context beside its text, which is not read: write"),
+        ({"prompt": "a", "input": "b"}, "has input beside its text, which is not read: write it into the text"),
+        ({"prompt": "a", "tools": [{"name": "f"}]}, "has tools beside its text, which is not read: give all"),
+        ({"instruction": "a", "documents": ["b"]}, "has documents beside its text, which is not read: leave it out"),
+        ({"instruction": "a", "system_prompt": "b"}, "has system_prompt beside its text, which is not read: give all"),
+        (
+            {"messages": [{"role": "user", "content": "a"}], "system_prompt": "b"},
+            "has system_prompt beside its messages, which is not read: call it system",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a"}], "documents": ["b"]},
+            "has documents beside its messages, which is not read: leave it out",
+        ),
         (
             {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
             "ends with an answer of the assistant",
