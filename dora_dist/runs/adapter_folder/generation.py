@@ -132,9 +132,11 @@ def _needed(tokenizer: PreTrainedTokenizerBase, spec: BaseModelSpec, chat: bool,
 
 @cache
 def _template_of(base: str, trust_remote_code: bool) -> str | None:
-    """The chat template of a base; None where it has none. Cached, because every checkpoint asks for it."""
+    """The chat template that a base takes by itself; None where it has none, or several without a default. Cached,
+    because every checkpoint asks for it."""
     tokenizer = load_tokenizer(base, trust_remote_code)
-    return tokenizer.get_chat_template() if tokenizer.chat_template else None
+    template = tokenizer.chat_template
+    return template.get("default") if isinstance(template, dict) else template
 
 
 def _trained_ends(tokenizer: PreTrainedTokenizerBase, chat: bool) -> list[int]:

@@ -9,8 +9,10 @@ from transformers import PreTrainedTokenizerBase
 from dora_dist.adapter.card import complete_card
 from dora_dist.base_model.load import BaseModelSpec
 from dora_dist.config.parse import load_config
+from dora_dist.config.run import RunConfig
 from dora_dist.config.tasks import CAUSAL_LM
 from dora_dist.console.files import follow_umask
+from dora_dist.console.text import say
 from dora_dist.runs import records
 from dora_dist.runs.adapter_folder.card import FOLDER_IN_CARD, card_of
 from dora_dist.runs.adapter_folder.generation import Needed, write_settings
@@ -54,9 +56,23 @@ def complete_adapter(folder: Path, run: Path, method: str | None = None) -> Need
         method: as of :func:`~dora_dist.runs.adapter_folder.card.card_of`.
     """
     config = load_config(run / records.CONFIG)
-    use, needed = Use.of(config, run), Needed()
-    if config.task == CAUSAL_LM:
-        needed = write_settings(folder, BaseModelSpec.of(config.model, config.task), use.chat)
-    complete_card(folder, *card_of(run, config, needed.lines(FOLDER_IN_CARD), method))
+    use = Use.of(config, run)
     use.write(folder)
+    needed = _write_settings(folder, config, use.chat)
+    complete_card(folder, *card_of(run, config, needed.lines(FOLDER_IN_CARD), method))
     return needed
+
+
+def _write_settings(folder: Path, config: RunConfig, chat: bool) -> Needed:
+    """:func:`~dora_dist.runs.adapter_folder.generation.write_settings`, where a base that cannot be read any more is no
+    reason to lose the adapter."""
+    if config.task != CAUSAL_LM:
+        return Needed()
+    try:
+        return write_settings(folder, BaseModelSpec.of(config.model, config.task), chat)
+    except (OSError, ValueError) as error:
+        say(
+            f"{folder} has no generation_config.json, and its card does not say what a server must set, because the "
+            f"base cannot be read: {error}"
+        )
+        return Needed()

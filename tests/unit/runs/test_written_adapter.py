@@ -1,12 +1,14 @@
 """The folder of a run's adapter: as a whole or not there, with all that it says of itself."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 from support.trained_run import TrainedFolder, character_tokenizer, make_base, make_run
 
+from dora_dist.config.parse import load_config
 from dora_dist.console import files
 from dora_dist.runs import records
 from dora_dist.runs.adapter_folder.use import Use
@@ -63,3 +65,20 @@ def test_an_adapter_that_cannot_be_written_leaves_the_one_before(run: TrainedFol
     with pytest.raises(OSError, match="the disk is full"):
         write_adapter(adapter, run.folder, character_tokenizer(), fail)
     assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
+
+
+def test_a_base_that_is_gone_costs_its_settings_and_not_the_adapter(
+    run: TrainedFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may have been moved, or cleaned from a scratch disk, while the run went on."""
+    base, adapter = Path(load_config(run.folder / records.CONFIG).model.path), run.folder / "adapter"
+    shutil.rmtree(adapter)
+    base.rename(base.with_name("moved"))
+    write_adapter(adapter, run.folder, character_tokenizer(), run.model.save_pretrained)
+    names = {path.name for path in adapter.iterdir()}
+    assert names >= {"README.md", "adapter_model.safetensors", "dora_dist.json", "tokenizer.json"}
+    assert "generation_config.json" not in names
+    assert "rule prune" in ModelCard.load(adapter / "README.md").text
+    said = capsys.readouterr().err
+    assert "has no generation_config.json, and its card does not say what a server must set" in said
+    assert "holds no config.json" in said
