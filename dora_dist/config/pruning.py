@@ -78,7 +78,9 @@ class PruningConfig:
             no effect).
         warmup_fraction: share of the run before pruning begins.
         final_fraction: share of the run after the last pruning event, with a fixed mask.
-        interval: steps between two events; auto is a twentieth of the steps from the first event to the last.
+        interval: steps between two events; auto is 1 if there are at most 20 steps from the first event to the last.
+            With more steps, it is a twentieth of them, rounded down; or, for the importance gate_sensitivity, the
+            interval of at least a twentieth and less than two of which the last event sees the largest share.
         importance: criterion that scores components: frobenius (the paper's share in the norm of their layer's update),
             magnitude (their norm as it is), squared_magnitude (its square), gate_sensitivity (first-order effect on the
             loss of removing them, summed over the steps since the last event), loss_change (how much their own movement
