@@ -50,6 +50,14 @@ class Criterion(ABC):
         """Called after an event has selected by the scores."""
         return
 
+    def forget(self, components: Tensor) -> None:
+        """Set the scores of components to 0 that an event has started in slots which others had before.
+
+        Args:
+            components: boolean, shape of :attr:`scores`, on any device.
+        """
+        self.scores.masked_fill_(components.to(self.scores.device), 0)
+
     def end(self) -> None:
         """Stop observing the training, and drop what that needs: no event follows. Scores and state stay."""
         return

@@ -183,7 +183,7 @@ def test_tokens_without_a_row_that_nothing_uses_are_remarked(config):
         ("frobenius", 1000, 17, 22),
         ("frobenius", 20000, 350, 21),
         ("gate_sensitivity", 12, 1, 6),
-        ("gate_sensitivity", 100, 2, 19),
+        ("gate_sensitivity", 100, 3, 13),
         ("gate_sensitivity", 1000, 25, 15),
         ("gate_sensitivity", 20000, 350, 21),
     ],
