@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dora_dist.config.adapter import UNIFORM, DynamicLoraConfig
+from dora_dist.config.adapter import RANKS_FROM_DATA, UNIFORM, DynamicLoraConfig
 from dora_dist.config.checks import require
 
 Rule = Literal["prune", "move", "grow", "modules_per_layer", "none"]
@@ -93,7 +93,8 @@ class PruningConfig:
         smoothing: weight of the past in the smoothed scores of weights, in [0, 1). The sums (gate_sensitivity,
             loss_change) and ablations are not smoothed.
         equilibrium_weight: weight of the Dimensional Equilibrium Modulator in the loss until the last event; 0 is off.
-        regrow: a component pruned before the last event may grow back (the paper's gentle pruning).
+        regrow: a component pruned before the last event may grow back (the paper's gentle pruning); none does where
+            adapter.train_gates is false.
         rebase: before an event, replace the components of each layer by the singular vectors of its update, which
             leaves the model's function unchanged, and score these without smoothing.
         min_rank: least number of components that every layer keeps.
@@ -168,6 +169,18 @@ class PruningConfig:
         return Selection(self.min_rank, self.max_rank, self.regrow, self.rebase)
 
 
+def check_slots(pruning: PruningConfig, adapter: DynamicLoraConfig) -> None:
+    """Refuse slots that no component would ever take.
+
+    Raises:
+        ValueError: Names both keys.
+    """
+    if pruning.rule not in FILL_SLOTS and adapter.slots is not None and adapter.ranks not in RANKS_FROM_DATA:
+        raise ValueError(
+            f"adapter.slots is {adapter.slots}, but pruning.rule is {pruning.rule}, which fills none: leave it out"
+        )
+
+
 def check_prunes(pruning: PruningConfig, adapter: DynamicLoraConfig) -> None:
     """Refuse an adapter that these pruning settings cannot be applied to.
 
@@ -188,6 +201,12 @@ def check_prunes(pruning: PruningConfig, adapter: DynamicLoraConfig) -> None:
         raise ValueError(
             f"pruning.importance is {GATE_SENSITIVITY}, which needs gradients of the gates, but "
             "adapter.train_gates is false: set it to true, or choose another importance"
+        )
+    if pruning.max_rank is not None and not adapter.train_gates:
+        raise ValueError(
+            f"pruning.max_rank is {pruning.max_rank} and adapter.train_gates is false, so that no gate grows back: "
+            "components that are pruned at an early event could be needed to fill the final budget under the bound; "
+            "set adapter.train_gates to true, or pruning.max_rank to null"
         )
     if pruning.rule == GROW and pruning.min_rank > adapter.start_rank:
         raise ValueError(
