@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dora_dist.config.adapter import UNIFORM, DynamicLoraConfig
+from dora_dist.config.adapter import RANKS_FROM_DATA, UNIFORM, DynamicLoraConfig
 from dora_dist.config.checks import require
 
 Rule = Literal["prune", "move", "grow", "modules_per_layer", "none"]
@@ -74,7 +74,9 @@ class PruningConfig:
             effect). docs/rules.md describes each.
         warmup_fraction: share of the run before pruning begins.
         final_fraction: share of the run after the last pruning event, with a fixed mask.
-        interval: steps between two events; auto is a twentieth of the steps from the first event to the last.
+        interval: steps between two events; auto is about a twentieth of the steps from the first event to the last,
+            and 1 if they are at most 20. For gate_sensitivity it is an interval of which the last event sees a large
+            share; docs/method.md has the rule.
         importance: criterion that scores components: frobenius (the paper's), magnitude, squared_magnitude,
             gate_sensitivity (effect on the loss of removing them), loss_change (how much their movement has lowered the
             loss), or random (a baseline), all in docs/method.md; with rules move and modules_per_layer also ablation or
@@ -84,7 +86,8 @@ class PruningConfig:
         smoothing: weight of the past in smoothed scores, in [0, 1). gate_sensitivity, loss_change and the ablations are
             not smoothed.
         equilibrium_weight: weight of the Dimensional Equilibrium Modulator in the loss until the last event; 0 is off.
-        regrow: let components that were pruned before the last event grow back (the paper's gentle pruning).
+        regrow: let components that were pruned before the last event grow back (the paper's gentle pruning). None grows
+            back where adapter.train_gates is false.
         rebase: before an event, replace the components of each layer by the singular vectors of its update, which
             leaves the model's function unchanged, and score these without smoothing.
         min_rank: least number of components that every layer keeps.
@@ -159,6 +162,18 @@ class PruningConfig:
         return Selection(self.min_rank, self.max_rank, self.regrow, self.rebase)
 
 
+def check_slots(pruning: PruningConfig, adapter: DynamicLoraConfig) -> None:
+    """Refuse slots that no component would ever take.
+
+    Raises:
+        ValueError: Names both keys.
+    """
+    if pruning.rule not in FILL_SLOTS and adapter.slots is not None and adapter.ranks not in RANKS_FROM_DATA:
+        raise ValueError(
+            f"adapter.slots is {adapter.slots}, but pruning.rule is {pruning.rule}, which fills none: leave it out"
+        )
+
+
 def check_prunes(pruning: PruningConfig, adapter: DynamicLoraConfig) -> None:
     """Refuse an adapter that these pruning settings cannot be applied to.
 
@@ -179,6 +194,12 @@ def check_prunes(pruning: PruningConfig, adapter: DynamicLoraConfig) -> None:
         raise ValueError(
             f"pruning.importance is {GATE_SENSITIVITY}, which needs gradients of the gates, but "
             "adapter.train_gates is false: set it to true, or choose another importance"
+        )
+    if pruning.max_rank is not None and not adapter.train_gates:
+        raise ValueError(
+            f"pruning.max_rank is {pruning.max_rank} and adapter.train_gates is false, so that no gate grows back: "
+            "components that are pruned at an early event could be needed to fill the final budget under the bound; "
+            "set adapter.train_gates to true, or pruning.max_rank to null"
         )
     if pruning.rule == GROW and pruning.min_rank > adapter.start_rank:
         raise ValueError(

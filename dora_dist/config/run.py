@@ -13,7 +13,16 @@ from dora_dist.config.data import DataConfig
 from dora_dist.config.format_version import FORMAT_VERSION
 from dora_dist.config.model import ModelConfig
 from dora_dist.config.presets import PAPER, PresetName
-from dora_dist.config.pruning import FILL_SLOTS, GROW, MODULES_PER_LAYER, MOVE, NONE, PruningConfig, check_prunes
+from dora_dist.config.pruning import (
+    FILL_SLOTS,
+    GROW,
+    MODULES_PER_LAYER,
+    MOVE,
+    NONE,
+    PruningConfig,
+    check_prunes,
+    check_slots,
+)
 from dora_dist.config.tasks import CAUSAL_LM, EXACT_MATCH, TASKS, TaskName, metrics_of
 from dora_dist.config.training import CHECKPOINTING, DEFAULT_TRAINING_ARGUMENTS, check_training_section, with_strategies
 from dora_dist.config.unused import check_used
@@ -287,10 +296,7 @@ class RunConfig:
                 f"pruning.rule is {rule}, which needs slots for new components, but adapter.slots is null: set it to "
                 f"{2 * adapter.target_rank}, say, twice adapter.target_rank"
             )
-        if rule not in FILL_SLOTS and adapter.slots is not None and adapter.ranks not in RANKS_FROM_DATA:
-            raise ValueError(
-                f"adapter.slots is {adapter.slots}, but pruning.rule is {rule}, which fills none: leave it out"
-            )
+        check_slots(self.pruning, adapter)
         if rule in (MOVE, MODULES_PER_LAYER) and adapter.start_rank != adapter.target_rank:
             raise ValueError(
                 f"adapter.initial_rank is {adapter.start_rank}, but pruning.rule is {rule}, which starts at "

@@ -132,7 +132,8 @@ class OwnedPart:
 
 
 def owned_parts(wrapped: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, OwnedPart]:
-    """This rank's share of the optimizer, by parameter; parameters of which it owns no part are left out.
+    """This rank's share of the optimizer, by parameter. Parameters of which it owns no part are left out, and so are
+    untrained ones, which no optimizer has.
 
     Raises:
         ValueError: the optimizer keeps a state that is not one number per element of the parameter.
@@ -140,6 +141,8 @@ def owned_parts(wrapped: nn.Module, parameters: Mapping[str, nn.Parameter]) -> d
     zero = deepspeed_of(wrapped).optimizer
     parts: dict[str, OwnedPart] = {}
     for name, parameter in parameters.items():
+        if not parameter.requires_grad:
+            continue
         mapping = cast(LinkedParameter, parameter)._hp_mapping
         if mapping is None:
             continue

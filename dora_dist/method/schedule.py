@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 EVENTS = 20
-"""Number of events with the interval of :func:`automatic_interval`; rounding can add one."""
+"""Number of events that the intervals of :func:`automatic_interval` and :func:`twentieth_of_phase` start from."""
 
 FIRST_SCORED_STEP = 3
 """Earliest optimizer step of a final event. Step 1 may have a learning rate of 0, step 2 then moves the components that
@@ -17,14 +17,36 @@ start at 0, and so step 3 is the first in which every gate has a gradient."""
 
 
 def automatic_interval(total_steps: int, warmup_fraction: float, final_fraction: float) -> int:
-    """Interval between two events, in optimizer steps, that gives a run of any length about :data:`EVENTS` events.
+    """Interval between two events, in optimizer steps, for scores that are summed since the last event.
+
+    The final event fixes the mask, and sees only the steps since the event before it. Of the intervals that give at
+    most :data:`EVENTS` events after the first and more than half as many, it is the one of which the final event sees
+    the largest share; of several such, the shortest. 1 where the phase has up to :data:`EVENTS` steps.
 
     Args:
         total_steps: optimizer steps of the whole run.
         warmup_fraction: share of the steps before pruning may begin.
         final_fraction: share of the steps after the final event.
     """
-    return max(1, int(total_steps * (1 - warmup_fraction - final_fraction)) // EVENTS)
+    phase = _phase(total_steps, warmup_fraction, final_fraction)
+    shortest = -(-phase // EVENTS)
+    return max(range(shortest, 2 * shortest), key=lambda interval: ((phase - 1) % interval + 1) / interval)
+
+
+def twentieth_of_phase(total_steps: int, warmup_fraction: float, final_fraction: float) -> int:
+    """Interval between two events, in optimizer steps, for all other scores, which do not depend on when the last event
+    was; ``preset: paper`` has it. It gives :data:`EVENTS` events or up to twice as many.
+
+    Args:
+        total_steps, warmup_fraction, final_fraction: the arguments of :func:`automatic_interval`.
+    """
+    return max(1, _phase(total_steps, warmup_fraction, final_fraction) // EVENTS)
+
+
+def _phase(total_steps: int, warmup_fraction: float, final_fraction: float) -> int:
+    """``t_max``: steps from the first event to the last. 1 where that is shorter than a step: a short run then still
+    has an event."""
+    return max(1, int(total_steps * (1 - warmup_fraction - final_fraction)))
 
 
 class Schedule(Protocol):
@@ -206,8 +228,8 @@ class BudgetSchedule:
 
     @property
     def _last(self) -> int:
-        """``t_max``; 1 where the phase is shorter than a step: a short run then still has an event."""
-        return max(1, int(self.total_steps * (1 - self.warmup_fraction - self.final_fraction)))
+        """``t_max``."""
+        return _phase(self.total_steps, self.warmup_fraction, self.final_fraction)
 
     def _position(self, step: int) -> int:
         """``t`` of the schedule. ``int`` truncates towards zero as in the authors' code. t = 0 may therefore last two

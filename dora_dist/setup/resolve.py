@@ -16,7 +16,7 @@ from dora_dist.base_model.recomputation import Recomputation
 from dora_dist.base_model.shape import input_embedding, linear_layer, positions_of
 from dora_dist.config.adapter import PROMPT, RANKS_FROM_DATA, UNIFORM, DynamicLoraConfig
 from dora_dist.config.checks import require
-from dora_dist.config.pruning import GROW, MODULES_PER_LAYER, NONE, PruningConfig
+from dora_dist.config.pruning import GATE_SENSITIVITY, GROW, MODULES_PER_LAYER, NONE, PruningConfig
 from dora_dist.config.run import EvaluationConfig, RunConfig
 from dora_dist.config.tasks import CAUSAL_LM, EXACT_MATCH, FINAL_NUMBER, TASKS
 from dora_dist.data.mixture import Mixture
@@ -33,6 +33,7 @@ from dora_dist.method.schedule import (
     OneEvent,
     Schedule,
     automatic_interval,
+    twentieth_of_phase,
 )
 from dora_dist.routing.model import routed_blocks
 from dora_dist.runs.fingerprint import Fingerprint
@@ -104,7 +105,8 @@ class ResolvedRun:
         if num_events >= FEW_EVENTS or self.budget.initial == self.budget.final:
             return self.data.remarks()
         assert isinstance(schedule, BudgetSchedule), "what is pruned has one"
-        fitting = automatic_interval(schedule.total_steps, schedule.warmup_fraction, schedule.final_fraction)
+        importance = self.fingerprint.pruning["importance"]
+        fitting = interval_for(importance, schedule.total_steps, schedule.warmup_fraction, schedule.final_fraction)
         advice = (
             f"set pruning.interval to auto, which is {fitting} here" if fitting < schedule.interval else "train longer"
         )
@@ -436,6 +438,13 @@ def context_of(skeleton: PreTrainedModel) -> int | None:
     return context
 
 
+def interval_for(importance: str, total_steps: int, warmup_fraction: float, final_fraction: float) -> int:
+    """What ``pruning.interval: auto`` means for an importance, in optimizer steps."""
+    # Only this one knows nothing at an event but the steps since the one before it.
+    find = automatic_interval if importance == GATE_SENSITIVITY else twentieth_of_phase
+    return find(total_steps, warmup_fraction, final_fraction)
+
+
 def build_schedule(
     pruning: PruningConfig, adapter: DynamicLoraConfig, num_layers: int, total_steps: int
 ) -> BudgetSchedule:
@@ -452,7 +461,7 @@ def build_schedule(
         target_rank=adapter.target_rank,
         warmup_fraction=pruning.warmup_fraction,
         final_fraction=pruning.final_fraction,
-        interval=automatic_interval(total_steps, pruning.warmup_fraction, pruning.final_fraction)
+        interval=interval_for(pruning.importance, total_steps, pruning.warmup_fraction, pruning.final_fraction)
         if pruning.interval == "auto"
         else pruning.interval,
     )

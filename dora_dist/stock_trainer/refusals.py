@@ -8,7 +8,7 @@ from transformers import TrainerState, TrainingArguments
 
 from dora_dist.adapter.model import DynamicLoraModel
 from dora_dist.config.adapter import DynamicLoraConfig
-from dora_dist.config.pruning import PRUNE, PruningConfig, check_prunes
+from dora_dist.config.pruning import PRUNE, PruningConfig, check_prunes, check_slots
 
 ENGINES = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.DEEPSPEED)
 
@@ -38,6 +38,7 @@ def check_pruning(pruning: PruningConfig, adapter: DynamicLoraConfig) -> None:
             f"pruning.rule is {pruning.rule}, but DynamicRankCallback prunes: omit the callback if ranks stay fixed, "
             f"or set rule to {PRUNE}"
         )
+    check_slots(pruning, adapter)
     check_prunes(pruning, adapter)
 
 

@@ -160,7 +160,7 @@ class DynamicRankController:
         self.step = step
         if finished:
             return None
-        event_is_due = self.schedule.is_prune_step(step)
+        event_is_due = self.rule.is_due(step)
         if event_is_due or not (self.rule.renews or self.criterion.at_events_only):
             self._update_scores()
         if not event_is_due:
@@ -174,6 +174,8 @@ class DynamicRankController:
         kept, self.kept = self.kept, self.rule.select(step, scores, self.kept)
         self.rule.apply(step, kept, self.kept, self.moments)
         self.criterion.after_event()
+        if self.rule.reuses:
+            self.criterion.forget(torch.cat([mask & ~kept[name] for name, mask in self.kept.items()]))
         if self.finished_pruning:
             self.planned = self.rule.plan(step, scores)
             self.criterion.end()

@@ -50,6 +50,14 @@ class Criterion(ABC):
         """Called after an event has selected by the scores."""
         return
 
+    def forget(self, components: Tensor) -> None:
+        """Set the scores of components to 0 that an event has started in slots which others had before.
+
+        Args:
+            components: boolean, shape of :attr:`scores`, on any device.
+        """
+        self.scores.masked_fill_(components.to(self.scores.device), 0)
+
     def end(self) -> None:
         """Stop observing the training, and drop what that needs: no event follows. Scores and state stay."""
         return
@@ -79,7 +87,9 @@ class SmoothedScores(Criterion):
 
 
 class _GateChanges:
-    """``c_i dL/dc_i`` at every step. To first order, setting ``c_i`` to 0 changes the loss by minus this value.
+    """``c_i dL/dc_i`` at every step, with ``c_i`` after the optimizer step and the gradient that the step was made of,
+    from before it. To first order, and but for what the step changes, setting ``c_i`` to 0 changes the loss by minus
+    this value.
 
     The gradient is that of the task loss over the whole global batch. It is linear: each rank sums over its
     micro-batches, and the mean over the ranks is the same on any number of ranks. Tensor hooks read the gradient before
@@ -118,8 +128,9 @@ class _GateChanges:
 
 
 class GateSensitivity(Criterion):
-    """First-order effect of removing a component: ``|c_i dL/dc_i|``, summed over the steps since the last event. The
-    absolute value is taken after the mean over the global batch. Steps with a non-finite gate gradient do not count.
+    """First-order effect of removing a component: ``|c_i dL/dc_i|``, summed over the steps since the last event, with
+    ``c_i`` after the optimizer step and the gradient from before it. The absolute value is taken after the mean over
+    the global batch. Steps with a non-finite gate gradient do not count.
 
     Args:
         gates: gates of all layers, shape ``(r,)`` each, in the order of the scores; they must be trained.

@@ -45,6 +45,21 @@ def test_a_component_starts_anew_in_parameters_master_copies_and_moments(engine,
             assert torch.equal(seen[key], outcomes[0].value[key])
 
 
+def test_a_component_starts_anew_where_gates_are_not_trained(model_folder):
+    """Such a gate belongs to no group of the optimizer, so that ZeRO has linked nothing to it."""
+    outcomes = run_ranks(move_under_engine, 2, "zero2", str(model_folder), False)
+    assert [outcome.error for outcome in outcomes] == [None, None]
+    for seen in (outcome.value for outcome in outcomes):
+        assert all(torch.equal(seen["masks"][name], mask) for name, mask in seen["wanted"].items())
+        assert torch.equal(seen["output before"], seen["output after"])
+        assert seen["gate"][2] == 1
+        for name, place in (("lora_a", 2), ("lora_b", (slice(None), 2))):
+            assert all((moment[place] == 0).all() for moment in seen[f"{name} moments"])
+        assert (seen["lora_b master"][:, 2] == 0).all()
+        assert seen["trained"][:, 2].abs().max() > 0
+        assert torch.equal(seen["trained"], outcomes[0].value["trained"])
+
+
 def test_scores_by_ablation_do_not_depend_on_the_number_of_ranks():
     alone, *several = [run_ranks(score_by_ablation, size)[0].value for size in (1, 2, 4)]
     for other in several:

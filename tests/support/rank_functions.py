@@ -235,7 +235,7 @@ def prune_under_engine(engine: str, model_folder: str) -> dict[str, Any]:
     return seen
 
 
-def move_under_engine(engine: str, model_folder: str) -> dict[str, Any]:
+def move_under_engine(engine: str, model_folder: str, train_gates: bool = True) -> dict[str, Any]:
     """Train a tiny NF4 Llama under an engine, mask a slot in every layer, let an event move a component of the
     first layer, go on; report what is seen of the last layer, which gets a component, and of the optimizer."""
     from dora_dist.distributed.engine import Moments
@@ -243,6 +243,8 @@ def move_under_engine(engine: str, model_folder: str) -> dict[str, Any]:
 
     model = _tiny_adapted(model_folder)
     layers = model.adapted_layers()
+    for layer in layers.values():
+        layer.gate.requires_grad_(train_gates)
     step = _make_step(engine, model)
     schedule = BudgetSchedule(total_steps=10, num_layers=len(layers), initial_rank=3, target_rank=3, interval=1)
     rule = Move(layers, Budget(schedule, dict.fromkeys(layers, 1)), num_moved=1, seed=7)
@@ -279,7 +281,9 @@ def move_under_engine(engine: str, model_folder: str) -> dict[str, Any]:
     for name in ("lora_a", "lora_b", "gate"):
         parameter = getattr(grown, name)
         seen[name], seen[f"{name} master"] = parameter.detach().clone(), read_master(parameter).clone()
-        seen[f"{name} moments"] = [_read_moment(step, parameter, key).clone() for key in ("exp_avg", "exp_avg_sq")]
+        if parameter.requires_grad:
+            moments = [_read_moment(step, parameter, key).clone() for key in ("exp_avg", "exp_avg_sq")]
+            seen[f"{name} moments"] = moments
     train(1)
     seen["trained"] = grown.lora_b.detach().clone()
     seen["first and last"] = first, last

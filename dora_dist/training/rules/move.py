@@ -30,6 +30,8 @@ class Move(Rule):
         seed: seed of the new components.
     """
 
+    reuses = True
+
     def __init__(
         self,
         layers: Mapping[str, DynamicLoraLinear],
@@ -44,12 +46,15 @@ class Move(Rule):
         self._min_rank = min_rank
         self._seed = seed
 
+    def is_due(self, step: int) -> bool:
+        """Not in the warm-up, even where the schedule's ``t = 0`` lasts two steps, the first of them in it: nothing
+        would move, but the criterion would forget what it has summed."""
+        return super().is_due(step) and not self._budget.schedule.in_warmup(step)
+
     def chooses(self, step: int) -> bool:
-        return not self._budget.schedule.in_warmup(step)
+        return True
 
     def select(self, step: int, scores: Mapping[str, Tensor], kept: Masks) -> Masks:
-        if self._budget.schedule.in_warmup(step):
-            return kept
         costs, budget = self._budget.costs, self._budget.at(step)
         move = move_components(scores, kept, costs, budget, self._num_moved, self._min_rank)
         return {name: (mask & ~move.pruned[name]) | move.grown[name] for name, mask in kept.items()}

@@ -22,7 +22,8 @@ class Prune(Rule):
     Args:
         layers: adapted layers by name; the same names on every rank.
         budget: budget of the layers' components over the run.
-        selection: bounds of a layer's rank, regrowth and re-basing; by default no bounds, and regrowth.
+        selection: bounds of a layer's rank, regrowth and re-basing; by default no bounds, and regrowth. Where gates are
+            not trained, nothing can grow back.
 
     Raises:
         ValueError: no selection within the bounds spends the final budget.
@@ -35,6 +36,8 @@ class Prune(Rule):
     ) -> None:
         super().__init__(layers, budget)
         self._selection = selection or Selection()
+        # A gate that is not trained stays 0: what is pruned is gone, and must not compete for the budget again.
+        self._regrow = self._selection.regrow and any(layer.gate.requires_grad for layer in layers.values())
         self.renews = self._selection.rebase
         # Refuse bounds that cannot be met, before the run; every other budget is above the final one.
         if final_step := budget.schedule.final_step:
@@ -65,12 +68,12 @@ class Prune(Rule):
         selection = self._selection
         masks = {name: layer.component_mask for name, layer in self._layers.items()}
         most = selection.max_rank if step == self._budget.schedule.final_step else None
-        return self._budget.select(scores, step, selection.min_rank, most, None if selection.regrow else masks)
+        return self._budget.select(scores, step, selection.min_rank, most, None if self._regrow else masks)
 
     @torch.no_grad()
     def apply(self, step: int, kept: Masks, chosen: Masks, moments: Moments | None) -> None:
         for name, layer in self._layers.items():
             keep = chosen[name].to(layer.gate.device)
             zero_entries(layer.gate, keep)
-            if step == self._budget.schedule.final_step or not self._selection.regrow:
+            if step == self._budget.schedule.final_step or not self._regrow:
                 set_mask(layer, keep)

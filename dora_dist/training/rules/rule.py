@@ -26,10 +26,13 @@ class Rule(ABC):
         regularized: whether the Dimensional Equilibrium Modulator is part of the loss until the final event.
         renews: whether an event replaces all components before it scores them, which makes scores of earlier steps
             meaningless.
+        reuses: Whether the components that an event adds are new ones in slots that others may have had. Their scores
+            start at 0.
     """
 
     regularized = False
     renews = False
+    reuses = False
 
     def __init__(self, layers: Mapping[str, DynamicLoraLinear], budget: Budget) -> None:
         self._layers = dict(sorted(layers.items()))
@@ -57,6 +60,10 @@ class Rule(ABC):
             parameter's shape.
         """
         return ()
+
+    def is_due(self, step: int) -> bool:
+        """Whether an event takes place after this optimizer step."""
+        return self._budget.schedule.is_prune_step(step)
 
     def prepare(self, criterion: Criterion, agreement: Agreement) -> None:
         """Called when an event is due, before scores are compared. May use collectives; called on every rank."""

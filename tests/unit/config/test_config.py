@@ -292,6 +292,10 @@ def test_owned_training_arguments_are_refused_when_loading(load):
             ["--pruning.importance", "gate_sensitivity", "--adapter.train_gates", "false"],
             "importance is gate_sensitivity, which needs gradients of the gates, but adapter.train_gates is false",
         ),
+        (
+            [*PAPER, "--pruning.max_rank", "9", "--adapter.train_gates", "false"],
+            "pruning.max_rank is 9 and adapter.train_gates is false, so that no gate grows back",
+        ),
         (["--pruning.rule", "move"], "pruning.rule is move, .* adapter.slots is null: set it to 16, say"),
         (["--adapter.slots", "16"], "adapter.slots is 16, but pruning.rule is prune, which fills none"),
         ([*MOVE, "--adapter.slots", "7"], "slots is 7, but must be at least 8, the rank at the start"),

@@ -5,7 +5,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dora_dist.method.budget import Budget
-from dora_dist.method.schedule import BudgetSchedule, GrowthSchedule, OneEvent
+from dora_dist.method.schedule import (
+    BudgetSchedule,
+    GrowthSchedule,
+    OneEvent,
+    automatic_interval,
+    twentieth_of_phase,
+)
 
 
 def make(total_steps: int = 1000, **changes) -> BudgetSchedule:
@@ -76,6 +82,39 @@ def test_events_come_every_interval_and_at_the_end():
     assert make(200, interval=30).prune_steps == [30, 60, 90, 100]
     assert make(200, interval=1000).prune_steps == [30, 100]
     assert [make(200).num_pruned(step) for step in (29, 30, 65, 99, 100, 101, 200)] == [0, 0, 3, 26, 28, 28, 28]
+
+
+def last_two_events(total_steps: int, phases: tuple[float, float], interval: int) -> tuple[int, int]:
+    """Number of events of a run, and steps from the last but one to the last."""
+    events = make(total_steps, warmup_fraction=phases[0], final_fraction=phases[1], interval=interval).prune_steps
+    return len(events), events[-1] - events[-2]
+
+
+@pytest.mark.parametrize(
+    ("total_steps", "interval", "num_events", "seen"),
+    [(350, 1, 21, 1), (1000, 5, 13, 4), (1500, 9, 11, 8), (2000, 7, 18, 7), (6000, 30, 13, 29)],
+)
+def test_the_final_event_sees_most_of_an_automatic_interval(total_steps, interval, num_events, seen):
+    default = 0.04, 0.9
+    assert automatic_interval(total_steps, *default) == interval
+    assert last_two_events(total_steps, default, interval) == (num_events, seen)
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.integers(60, 5000), st.sampled_from([(0.04, 0.9), (0.15, 0.5)]))
+def test_no_other_interval_of_as_many_events_shows_the_final_one_a_larger_share(total_steps, phases):
+    phase = max(1, int(total_steps * (1 - phases[0] - phases[1])))
+    interval = automatic_interval(total_steps, *phases)
+    num_events, seen = last_two_events(total_steps, phases, interval)
+    if phase <= 20:
+        assert interval == twentieth_of_phase(total_steps, *phases) == 1
+        return
+    assert 8 <= num_events <= 22
+    assert Fraction(seen, interval) >= Fraction(1, 2)
+    shortest = -(-phase // 20)
+    for other in range(shortest, 2 * shortest):
+        share = Fraction(last_two_events(total_steps, phases, other)[1], other)
+        assert share < Fraction(seen, interval) or (share == Fraction(seen, interval) and other >= interval)
 
 
 def test_equal_ranks_prune_nothing():

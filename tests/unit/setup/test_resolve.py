@@ -175,16 +175,31 @@ def test_tokens_without_a_row_that_nothing_uses_are_remarked(config):
     assert "2 tokens such as 'beyond' (96)" in remark
 
 
-@pytest.mark.parametrize(("steps", "interval", "events"), [(12, 1, 6), (100, 1, 36), (1000, 17, 22), (20000, 350, 21)])
-def test_an_automatic_interval_gives_runs_of_any_length_as_many_events(config, steps, interval, events):
-    run = resolved(load(config, "--pruning.interval", "auto", "--training.max_steps", str(steps)))
+@pytest.mark.parametrize(
+    ("importance", "steps", "interval", "events"),
+    [
+        ("frobenius", 12, 1, 6),
+        ("frobenius", 100, 1, 36),
+        ("frobenius", 1000, 17, 22),
+        ("frobenius", 20000, 350, 21),
+        ("gate_sensitivity", 12, 1, 6),
+        ("gate_sensitivity", 100, 3, 13),
+        ("gate_sensitivity", 1000, 25, 15),
+        ("gate_sensitivity", 20000, 350, 21),
+    ],
+)
+def test_an_automatic_interval_depends_on_the_length_and_the_importance(config, importance, steps, interval, events):
+    judged = ("--pruning.importance", importance)
+    run = resolved(load(config, "--pruning.interval", "auto", "--training.max_steps", str(steps), *judged))
     assert run.budget.schedule.interval == interval
     assert len(run.budget.schedule.prune_steps) == events
     assert run.fingerprint.pruning["interval"] == interval, "the number, not its name"
     assert not [remark for remark in run.remarks() if "pruning.interval" in remark]
     assert (
         run.fingerprint
-        == resolved(load(config, "--pruning.interval", str(interval), "--training.max_steps", str(steps))).fingerprint
+        == resolved(
+            load(config, "--pruning.interval", str(interval), "--training.max_steps", str(steps), *judged)
+        ).fingerprint
     )
 
 

@@ -248,6 +248,8 @@ def test_models_and_rules_that_are_not_pruned_are_refused(base, tmp_path):
         make_trainer(adapted(base), new_callback(rule="none"), tmp_path)
     with pytest.raises(ValueError, match=r"gate_sensitivity, which needs gradients of the gates"):
         make_trainer(adapted(base, train_gates=False), new_callback(importance="gate_sensitivity"), tmp_path)
+    with pytest.raises(ValueError, match=r"slots is 6, but pruning\.rule is prune, which fills none: leave it out"):
+        make_trainer(adapted(base, slots=6), new_callback(), tmp_path)
     with pytest.raises(ValueError, match=r"init is 'lora', but must be inputs"):
         DynamicRankCallback(init="lora")
 

@@ -6,7 +6,7 @@ from support.tiny_models import adapt, logits, shake, tiny_model
 
 from dora_dist.config.pruning import Selection
 from dora_dist.distributed.agreement import Agreement, RankFailedError
-from dora_dist.method.budget import Budget
+from dora_dist.method.budget import PARAMETERS, Budget, component_costs
 from dora_dist.method.importance import score_layers
 from dora_dist.method.schedule import BudgetSchedule, FixedRanks
 from dora_dist.runs.records import RecordedEvent
@@ -54,6 +54,27 @@ def test_no_component_comes_back_without_regrowth_and_some_may_with_it():
             event = controller.after_optimizer_step(step)
             returned += event.returned if event is not None else 0
         assert (returned > 0) == regrow
+
+
+def test_nothing_pruned_competes_for_the_budget_where_no_gate_is_trained():
+    model = shake(adapt(tiny_model(), initial_rank=3, target_rank=1, train_gates=False))
+    layers = model.adapted_layers()
+    schedule = BudgetSchedule(total_steps=40, num_layers=len(layers), initial_rank=3, target_rank=1, interval=2)
+    shapes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
+    budget = Budget(schedule, component_costs(shapes, PARAMETERS))
+    generator = torch.Generator().manual_seed(0)
+
+    def score(parts):  # what has gone may be first in the next event
+        return torch.rand(len(parts), 3, generator=generator)
+
+    criterion = SmoothedScores(score, 0.0, dict(sorted(layers.items())).values())
+    controller = DynamicRankController(layers, budget, Agreement(), criterion=criterion)
+    events = [event for step in range(1, 41) if (event := controller.after_optimizer_step(step))]
+    controller.finish()
+    assert len(events) > 5
+    assert [event.returned for event in events] == [0] * len(events)
+    for name, layer in layers.items():
+        assert torch.equal(layer.effective_gate() != 0, controller.kept[name])
 
 
 def test_a_step_that_was_not_seen_is_an_error():
