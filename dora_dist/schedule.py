@@ -7,6 +7,15 @@ from dora_dist.method.schedule import (
     OneEvent,
     Schedule,
     automatic_interval,
+    twentieth_of_phase,
 )
 
-__all__ = ["BudgetSchedule", "FixedRanks", "GrowthSchedule", "OneEvent", "Schedule", "automatic_interval"]
+__all__ = [
+    "BudgetSchedule",
+    "FixedRanks",
+    "GrowthSchedule",
+    "OneEvent",
+    "Schedule",
+    "automatic_interval",
+    "twentieth_of_phase",
+]
