@@ -31,6 +31,7 @@ from dora_dist.data.reading.samples import (
     RowFlaw,
     Sample,
     Summary,
+    fields_of,
     gives_context,
     is_empty,
     joined_text,
@@ -251,12 +252,7 @@ def _calls(calls: Any, place: str) -> list[dict[str, Any]]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             raise RowFlaw(here, f"must be a call with a name and arguments, got {shortened(call)}")
-        arguments = function.get("arguments")
-        if isinstance(arguments, str):
-            try:
-                arguments = parse_json(arguments) if arguments.strip() else {}
-            except (ValueError, RecursionError) as error:
-                raise RowFlaw(f"{here}.arguments", f"cannot be read as JSON: {error}") from None
+        arguments = _from_json(function.get("arguments"), f"{here}.arguments")
         arguments = {} if arguments is None else arguments
         if not isinstance(arguments, dict):
             raise RowFlaw(f"{here}.arguments", f"must be an object with named values, got {shortened(arguments)}")
@@ -265,13 +261,24 @@ def _calls(calls: Any, place: str) -> list[dict[str, Any]]:
     return found
 
 
+def _from_json(value: Any, place: str, rule: str = "") -> Any:
+    """A value that may be written as JSON text; None for blank text.
+
+    Args:
+        value: the value as it was found.
+        place: where it stands, for the flaw.
+        rule: what it must be, before the reason why it cannot be read.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_json(value) if value.strip() else None
+    except (ValueError, RecursionError) as error:
+        raise RowFlaw(place, f"{rule}cannot be read as JSON: {error}") from None
+
+
 def _tools(row: Mapping[str, Any]) -> list[Any] | None:
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = parse_json(tools) if tools.strip() else None
-        except (ValueError, RecursionError) as error:
-            raise RowFlaw("tools", f"must be a list of JSON schemas, and cannot be read as JSON: {error}") from None
+    tools = _from_json(row.get("tools"), "tools", "must be a list of JSON schemas, and ")
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise RowFlaw("tools", f"must be a list of JSON schemas, got {shortened(tools)}")
     return tools or None
@@ -279,12 +286,7 @@ def _tools(row: Mapping[str, Any]) -> list[Any] | None:
 
 def _options(row: Mapping[str, Any]) -> dict[str, Any]:
     """Values for variables of the chat template; null counts as none, which tables have where a row has no key."""
-    options = row.get("chat_template_kwargs")
-    if isinstance(options, str):
-        try:
-            options = parse_json(options) if options.strip() else None
-        except (ValueError, RecursionError) as error:
-            raise RowFlaw("chat_template_kwargs", f"cannot be read as JSON: {error}") from None
+    options = _from_json(row.get("chat_template_kwargs"), "chat_template_kwargs")
     if not isinstance(options, dict | None):
         raise RowFlaw("chat_template_kwargs", f"must be an object with named values, got {shortened(options)}")
     return {name: value for name, value in (options or {}).items() if value is not None}
@@ -402,7 +404,7 @@ def parse_row(
     if layout.encoder is not TextEncoder:
         return sample, []
     read = [*read_fields(row_format, fields, prompt), *ignore]
-    passed = {path if path in row else path.split(".")[0] for path in read}
+    passed = fields_of(row, read)
     unread = {name: value for name, value in row.items() if name not in passed and not is_empty(value)}
     for name, value in unread.items():
         if name in layout.lost_fields and gives_context(value) and not _is_said_already(name, value, sample):

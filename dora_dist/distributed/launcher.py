@@ -3,6 +3,7 @@ that they name."""
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,20 +121,21 @@ def _check_zero(environment: Mapping[str, str], hint: str) -> None:
         ValueError: a setting is not supported (the message names it and where it was made), or the file of settings
             cannot be read.
     """
-    where, stage = _zero_setting(environment, "stage", "zero_stage", "2")
+    path, settings = _deepspeed_file(environment)
+    setting = partial(_zero_setting, environment, path, settings)
+    where, stage = setting("stage", "zero_stage", "2")
     if str(stage) != "2":
         raise ValueError(
             f"distributed.engine is zero2, but {where} is {stage}, and only stage 2 is supported: set it to 2{hint}"
         )
     for key, option in OFFLOAD_SETTINGS.items():
-        where, device = _zero_setting(environment, key, option, "none")
+        where, device = setting(key, option, "none")
         if device not in ("none", "missing", None, False):
             raise ValueError(
                 f"distributed.engine is zero2, but {where} is {device}, and events write parameters and the "
                 "optimizer's state where the model is: leave it out. An adapter is small, so that offloading would "
                 f"save next to nothing (dora-dist estimate has the size){hint}"
             )
-    path, settings = _deepspeed_file(environment)
     for section, keys in REPLACING_SECTIONS.items():
         if isinstance(settings, dict) and section in settings:
             raise ValueError(
@@ -142,23 +144,24 @@ def _check_zero(environment: Mapping[str, str], hint: str) -> None:
             )
 
 
-def _zero_setting(environment: Mapping[str, str], key: str, option: str, default: str) -> tuple[str, object]:
+def _zero_setting(
+    environment: Mapping[str, str], path: str | None, settings: Any, key: str, option: str, default: str
+) -> tuple[str, object]:
     """Where a setting of ZeRO was made, and the setting, by the rules of accelerate 1.15: a file counts, whatever
     options the launcher was given, unless its setting is ``auto``.
 
     Args:
         environment: environment variables of this process.
+        path: path of the DeepSpeed file; None where there is none.
+        settings: contents of the file.
         key: name of the setting below ``zero_optimization`` in a file.
         option: name of the launcher's option for it.
         default: the launcher's default.
-
-    Raises:
-        ValueError: the file cannot be read.
     """
     of_launcher = environment.get(f"ACCELERATE_DEEPSPEED_{option.upper()}", default)
-    path, value = _deepspeed_file(environment)
     if path is None:
         return f"the launcher's {option}", of_launcher
+    value = settings
     for name in ("zero_optimization", *key.split(".")):
         value = value.get(name, "missing") if isinstance(value, dict) else "missing"
     return f"zero_optimization.{key} in {path}", of_launcher if value == "auto" else value

@@ -20,6 +20,7 @@ from dora_dist.data.reading.samples import (
     Instruction,
     RowFlaw,
     alpaca_prompt,
+    fields_of,
     fill_prompt,
     gives_context,
     has_value_at,
@@ -313,7 +314,7 @@ def _question_of_row(
 
 def _lost(row: Mapping[str, Any], read: Iterable[str], ignore: Collection[str]) -> str | None:
     """The first field that training would not have lost, of a row of which these names and paths are read."""
-    passed = {*ignore, *(path if path in row else path.split(".")[0] for path in read)}
+    passed = {*ignore, *fields_of(row, read)}
     return next((name for name in CONTEXT_FIELDS if name not in passed and gives_context(row.get(name))), None)
 
 

@@ -1,6 +1,6 @@
 """What a row says, whatever the file it came from looked like."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from string import Formatter
@@ -225,6 +225,11 @@ def has_value_at(row: Mapping[str, Any], path: str) -> bool:
     except KeyError:
         return False
     return True
+
+
+def fields_of(row: Mapping[str, Any], paths: Iterable[str]) -> set[str]:
+    """The fields of a row in which names and paths lie; a field may have a name that looks like a path."""
+    return {path if path in row else path.split(".")[0] for path in paths}
 
 
 def is_empty(value: object) -> bool:
